@@ -1,0 +1,215 @@
+"""The types on the arrows of the data flow: one frozen dataclass each, arrays in numpy on the host.
+
+Axis letters, used in names and comments everywhere:
+  B rows   T tokens   S slots   P patches   D model   N query heads   K key/value heads   H head dim   V vocabulary
+  G samples per group;   h w original pixels;   h' w' resized pixels.
+
+Frames: a name ends in `_original` (pixels of the image file, float, XYXY, y down) or `_view` (pixels of the smart-resized
+view that the model was last shown). `agent/views.py` holds the only conversion between the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+import numpy as np
+
+
+class DataError(ValueError):
+    """The user's file, directory or config is wrong. The message says what, where and how to mend it.
+
+    Entry points print the message without a traceback and exit with status 2.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Arrow 1: one question about one picture."""
+
+    id: str  # unique inside its split, stable across runs
+    image: np.ndarray  # u8[h, w, 3], RGB
+    query: str
+    gt_mask: np.ndarray  # bool[h, w]
+    ignore_mask: np.ndarray | None = None  # bool[h, w]; True = neither right nor wrong (ReasonSeg)
+
+    def __post_init__(self):
+        if self.image.dtype != np.uint8 or self.image.ndim != 3 or self.image.shape[2] != 3:
+            raise DataError(f"sample {self.id}: image must be u8[h, w, 3], got {self.image.dtype}{list(self.image.shape)}")
+        for name in ("gt_mask", "ignore_mask"):
+            mask = getattr(self, name)
+            if mask is not None and (mask.dtype != bool or mask.shape != self.image.shape[:2]):
+                raise DataError(
+                    f"sample {self.id}: {name} must be bool{list(self.image.shape[:2])} like its image,"
+                    f" got {mask.dtype}{list(mask.shape)}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Arrow 2 (and 8): tokens to append to a context, with the images they show.
+
+    `positions` are absolute M-RoPE positions (temporal, height, width) inside the trajectory, continued from the context.
+    `patches` are in the image processor's own order (merge blocks of 2 x 2, row-major), several images concatenated.
+    """
+
+    tokens: np.ndarray  # i32[T]
+    positions: np.ndarray  # i32[3, T]
+    patches: np.ndarray  # f32[P, C*2*14*14]
+    grids: tuple[tuple[int, int, int], ...]  # (t, h, w) in patches, one per image
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """Arrow 3: what the policy sampled in one turn. The terminator is part of `tokens` when `finished`."""
+
+    tokens: np.ndarray  # i32[n]
+    logprobs: np.ndarray  # f32[n], of the distribution sampled from
+    finished: bool  # False: the token budget ended the turn
+
+
+# --- Arrow 4: text -> call. Coordinates here are view pixels exactly as the model said them. ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """segment(box?, points?, labels?, refine?): at least a box, a point or a mask to refine."""
+
+    box: tuple[float, float, float, float] | None = None
+    points: tuple[tuple[float, float], ...] = ()
+    labels: tuple[int, ...] = ()  # 1 object, 0 background; as many as points
+    refine: int | None = None  # id of an earlier mask of this trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Zoom:
+    box: tuple[float, float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotate:
+    quarter_turns: int  # counter-clockwise, 1..3
+
+
+@dataclasses.dataclass(frozen=True)
+class ResetView:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Finish:
+    mask_id: int | None  # None: the target is absent
+
+
+ToolCall = Segment | Zoom | Rotate | ResetView | Finish
+
+
+@dataclasses.dataclass(frozen=True)
+class ParseError:
+    """`reason` is one of a fixed set of words that can be counted; `detail` is shown to the model."""
+
+    reason: str
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """Arrow 7: what the environment answers. `image` is None when only text comes back."""
+
+    text: str
+    image: np.ndarray | None = None  # u8[h, w, 3]
+
+
+class Status(enum.StrEnum):
+    """How a trajectory ended."""
+
+    FINISHED = "finished"
+    MAX_TURNS = "max_turns"
+    MAX_CONTEXT = "max_context"
+    INVALID = "invalid"  # k malformed calls in a row
+    REPEATED = "repeated"  # the same action three times
+    ENV_FAILED = "env_failed"  # the tool is broken, not the policy: dropped from its group
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskRecord:
+    """A mask in the history pool."""
+
+    id: int  # 1, 2, … inside its trajectory
+    mask: np.ndarray  # bool[h, w], original pixels
+    score: float  # the segmenter's own estimate of IoU
+    logits_id: str  # names the low-resolution logits kept by the segmenter; "" if it keeps none
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One assistant turn and what came back. Text is kept for people; ids are what training uses."""
+
+    text: str  # the assistant's text without the terminator
+    call: ToolCall | None  # None when malformed
+    error: ParseError | None  # parse error, or a call that the environment refused
+    observation: Observation | None  # None after the last turn
+    mask_id: int | None = None  # the mask this turn made
+    clipped: int = 0  # coordinates that were outside the view and were clipped
+    repeated: bool = False  # same action as the turn before
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """Arrow 9. `tokens` is the whole context as the engine saw it: prompt, turns and observations.
+
+    `sampled` is True exactly on ids the policy sampled (terminators included); log-probs are 0 elsewhere.
+    """
+
+    sample_id: str
+    group_id: int
+    query: str
+    turns: tuple[Turn, ...]
+    masks: tuple[MaskRecord, ...]
+    final_mask: np.ndarray  # bool[h, w]: the committed one, else the latest valid one, else empty
+    final_mask_id: int | None
+    status: Status
+    tokens: np.ndarray  # i32[T]
+    positions: np.ndarray  # i32[3, T]
+    sampled: np.ndarray  # bool[T]
+    logprobs: np.ndarray  # f32[T]
+    patches: np.ndarray  # f32[P, ·]
+    grids: tuple[tuple[int, int, int], ...]
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # where the time went: tool, policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """Arrow 10: `total` is the weighted sum of `parts`; every part is logged on its own."""
+
+    total: float
+    parts: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Arrow 12: fixed shapes. Several trajectories share a row; `segment_ids` tells them apart, 0 is padding.
+
+    Targets are the next token of the same segment; `loss_mask[b, t]` says that token t itself is trained (it was sampled),
+    so the loss at position t - 1 predicts it. Images of a row live in that row's patch buffer.
+    """
+
+    tokens: Any  # i32[B, T]
+    positions: Any  # i32[B, 3, T]
+    segment_ids: Any  # i32[B, T]; 1.. per trajectory, 0 padding
+    loss_mask: Any  # bool[B, T]
+    advantages: Any  # f32[B, T]; constant over a trajectory; 0 in SFT
+    old_logprobs: Any  # f32[B, T]; of the engine; 0 in SFT
+    patches: Any  # f32[B, P, ·] in window order
+    patch_segment_ids: Any  # i32[B, P]; image 1.. inside the row, 0 padding
+    patch_window_ids: Any  # i32[B, P]; window 1.. inside the row, 0 padding
+    patch_positions: Any  # i32[B, P, 2]; (row, column) inside its image, for the 2-D rotary angles
+    image_slots: Any  # i32[B, T]; 0 = text, else 1 + index of the merged patch that stands at this token
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """What a batch source or a step reports: names to floats, logged under the stage's name."""
+
+    values: dict[str, float]
