@@ -1,0 +1,142 @@
+"""The decoder: M-RoPE, grouped-query attention, SwiGLU; whole packed rows in training, a KV cache per slot in rollouts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rsagent_jax.models.qwen25_vl.config import TextConfig
+from rsagent_jax.models.qwen25_vl.layers import Linear, RMSNorm, SwiGLU, attention, layer_at, param, rotate, scan_layers
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs, stack=()):
+        dim, head = config.hidden_size, config.head_dim
+        self.head_dim = head
+        heads, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+        self.norm1 = RMSNorm(dim, config.rms_norm_eps, rngs, stack=stack)
+        self.norm2 = RMSNorm(dim, config.rms_norm_eps, rngs, stack=stack)
+        self.q = Linear(dim, heads, ("embed", "heads"), rngs, bias=True, stack=stack)
+        self.k = Linear(dim, kv, ("embed", "kv_heads"), rngs, bias=True, stack=stack)
+        self.v = Linear(dim, kv, ("embed", "kv_heads"), rngs, bias=True, stack=stack)
+        self.o = Linear(heads, dim, ("heads", "embed"), rngs, bias=False, stack=stack)
+        self.mlp = SwiGLU(dim, config.intermediate_size, ("embed", "mlp"), rngs, bias=False, stack=stack)
+
+    def __call__(self, x_BTD, cos, sin, attend):
+        """`attend(q_BTNH, k_BTKH, v_BTKH) -> o_BTNH` decides what is seen: the packed row, or a cache."""
+        b, t, _ = x_BTD.shape
+        y = self.norm1(x_BTD)
+        q, k, v = (linear(y).reshape(b, t, -1, self.head_dim) for linear in (self.q, self.k, self.v))
+        o = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        x_BTD = x_BTD + self.o(o.reshape(b, t, -1))
+        return x_BTD + self.mlp(self.norm2(x_BTD))
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = param(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"))
+        self.layers = DecoderLayer(config, rngs, stack=(config.num_hidden_layers,))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else param(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"))
+        )
+
+    @property
+    def head_VD(self) -> jax.Array:
+        return (self.embed if self.lm_head is None else self.lm_head)[...]
+
+    def embed_tokens(self, tokens: jax.Array, dtype) -> jax.Array:
+        return self.embed[...][tokens].astype(dtype)
+
+    def __call__(self, x_BTD, positions_B3T, segment_ids_BT, *, remat: str = "none") -> jax.Array:
+        """Packed rows: token t sees tokens s <= t of its own segment. Returns normed hidden states [B, T, D]."""
+        cos, sin = mrope_angles(positions_B3T, self.config)
+        t = x_BTD.shape[1]
+        mask = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]) & jnp.tril(jnp.ones((t, t), bool))
+
+        def body(layer, x):
+            return layer(x, cos, sin, lambda q, k, v: attention(q, k, v, mask))
+
+        return self.norm(scan_layers(self.layers, body, x_BTD, remat=remat))
+
+    def append(self, x_STD, positions_S3T, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Appends T tokens to every slot's cache and attends to all of the slot's context.
+
+        New tokens of slot s stand at cache places `lengths[s] + t`. Callers advance `lengths` by the number of real tokens
+        only, so that padding at the end of a slot's tokens is overwritten by the next call and never seen.
+        """
+        cos, sin = mrope_angles(positions_S3T, self.config)
+        s, t, _ = x_STD.shape
+        places = cache.lengths[:, None] + jnp.arange(t)
+        mask = jnp.arange(cache.capacity)[None, None] <= places[:, :, None]
+        rows = jnp.arange(s)[:, None]
+        keys, values = [], []
+        for i in range(self.config.num_hidden_layers):
+
+            def attend(q, k, v, i=i):
+                keys.append(cache.keys[i].at[rows, places].set(k.astype(cache.keys[i].dtype), mode="drop"))
+                values.append(cache.values[i].at[rows, places].set(v.astype(cache.values[i].dtype), mode="drop"))
+                return attention(q, keys[-1].astype(q.dtype), values[-1].astype(q.dtype), mask)
+
+            x_STD = layer_at(self.layers, i)(x_STD, cos, sin, attend)
+        return self.norm(x_STD), dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of every slot's context, one array per layer so that each is updated in place."""
+
+    keys: tuple[jax.Array, ...]  # L x [S, C, K, H]
+    values: tuple[jax.Array, ...]
+    lengths: jax.Array  # i32[S] real tokens in each slot
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[1]
+
+    @classmethod
+    def empty(cls, config: TextConfig, slots: int, capacity: int, dtype) -> Cache:
+        shape = (slots, capacity, config.num_key_value_heads, config.head_dim)
+        zeros = [tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)) for _ in range(2)]
+        return cls(*zeros, jnp.zeros(slots, jnp.int32))
+
+
+def mrope_angles(positions_B3T: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) fp32 [B, T, H]: contiguous runs of frequencies turn with the temporal, height and width position."""
+    half = config.head_dim // 2
+    inverse = 1.0 / config.rope_theta ** (jnp.arange(half, dtype=jnp.float32) / half)
+    axis = jnp.repeat(jnp.arange(len(config.mrope_section)) % 3, jnp.array(config.mrope_section), total_repeat_length=half)
+    angles = jnp.moveaxis(positions_B3T.astype(jnp.float32), 1, -1)[..., axis] * inverse
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def token_logprobs(hidden_BTD, head_VD, targets_BT, *, temperature: float = 1.0, chunk: int = 512):
+    """log p(target) and the entropy of each prediction, f32[B, T] both, without ever holding [B, T, V].
+
+    The sequence is cut into chunks whose logits are made, used and dropped; the backward pass makes them again.
+    """
+    b, t, d = hidden_BTD.shape
+    chunk = min(chunk, t)
+    pad = -t % chunk
+    hidden = jnp.pad(hidden_BTD, ((0, 0), (0, pad), (0, 0))).reshape(b, -1, chunk, d).swapaxes(0, 1)
+    targets = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(b, -1, chunk).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def one(args):
+        h, target = args
+        logits = jnp.einsum("BTD,VD->BTV", h, head_VD.astype(h.dtype), preferred_element_type=jnp.float32) / temperature
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        probs = jnp.exp(logits - norm[..., None])
+        return picked - norm, norm - jnp.sum(probs * logits, axis=-1)
+
+    logprobs, entropy = jax.lax.map(one, (hidden, targets))
+    return tuple(a.swapaxes(0, 1).reshape(b, -1)[:, :t] for a in (logprobs, entropy))

@@ -1,0 +1,55 @@
+"""Qwen2.5-VL: the vision tower's embeddings stand where the image tokens are, the decoder reads the row."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
+from rsagent_jax.models.qwen25_vl.language import Decoder
+from rsagent_jax.models.qwen25_vl.vision import VisionTower
+
+
+class Qwen25VL(nnx.Module):
+    def __init__(self, config: Qwen25VLConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.vision = VisionTower(config.vision, rngs)
+        self.decoder = Decoder(config.text, rngs)
+
+    def embed(self, tokens_BT, patches_BPC, patch_segment_ids_BP, patch_positions_BP2, image_slots_BT, *, dtype, remat="none"):
+        """Token embeddings [B, T, D] with image embeddings in the image slots (0 = text, else 1 + merged place)."""
+        merged = self.vision(patches_BPC, patch_segment_ids_BP, patch_positions_BP2, dtype=dtype, remat=remat)
+        return self.place(tokens_BT, merged, image_slots_BT)
+
+    def place(self, tokens_BT, merged_BMD, image_slots_BT) -> jax.Array:
+        """Token embeddings with the tower's merged tokens where the image is."""
+        x = self.decoder.embed_tokens(tokens_BT, merged_BMD.dtype)
+        if merged_BMD.shape[1] == 0:  # a batch of text only
+            return x
+        seen = jnp.take_along_axis(merged_BMD, jnp.maximum(image_slots_BT - 1, 0)[..., None], axis=1)
+        return jnp.where((image_slots_BT > 0)[..., None], seen, x)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_B3T: jax.Array,
+        segment_ids_BT: jax.Array,
+        patches_BPC: jax.Array,
+        patch_segment_ids_BP: jax.Array,
+        patch_positions_BP2: jax.Array,
+        image_slots_BT: jax.Array,
+        *,
+        dtype=jnp.float32,
+        remat: str = "none",
+    ) -> jax.Array:
+        """Normed hidden states [B, T, D] of packed rows; `token_logprobs` turns them into log-probabilities."""
+        x = self.embed(
+            tokens_BT, patches_BPC, patch_segment_ids_BP, patch_positions_BP2, image_slots_BT, dtype=dtype, remat=remat
+        )
+        return self.decoder(x, positions_B3T, segment_ids_BT, remat=remat)
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """f32[B, T, V]; for few tokens only."""
+        head = self.decoder.head_VD.astype(hidden_BTD.dtype)
+        return jnp.einsum("BTD,VD->BTV", hidden_BTD, head, preferred_element_type=jnp.float32)

@@ -1,0 +1,143 @@
+"""Integer geometry of Qwen2.5-VL, on the host in numpy: M-RoPE positions, window order, patch buffers.
+
+The device sees fixed shapes only. Hugging Face computes the same in `get_rope_index` and `get_vision_window_index`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from rsagent_jax.models.qwen25_vl.config import VisionConfig
+
+Grid = tuple[int, int, int]  # (t, h, w) in patches
+
+
+def merged_tokens(grid: Grid, merge: int = 2) -> int:
+    """Decoder tokens of one image."""
+    return grid[0] * (grid[1] // merge) * (grid[2] // merge)
+
+
+def mrope_positions(tokens: np.ndarray, grids: tuple[Grid, ...], image_id: int, start: int = 0, merge: int = 2):
+    """Positions of `tokens` i32[T] when the context before them ended at `start`.
+
+    Text advances all three axes together; an image of (h, w) merged rows and columns has temporal position `start`, its own
+    rows and columns added to `start`, and the text after it goes on at start + max(h, w).
+    Returns (positions i32[3, T], the next free position). ValueError when placeholders and grids disagree.
+    """
+    tokens = np.asarray(tokens)
+    out = np.empty((3, len(tokens)), np.int32)
+    is_image = tokens == image_id
+    i, grid_index, position = 0, 0, start
+    while i < len(tokens):
+        if not is_image[i]:
+            stop = i + 1
+            while stop < len(tokens) and not is_image[stop]:
+                stop += 1
+            out[:, i:stop] = position + np.arange(stop - i)
+            position += stop - i
+        else:
+            if grid_index == len(grids):
+                raise ValueError(f"image token at {i}, but only {len(grids)} images were given")
+            t, h, w = grids[grid_index][0], grids[grid_index][1] // merge, grids[grid_index][2] // merge
+            stop = i + t * h * w
+            if stop > len(tokens) or not is_image[i:stop].all():
+                raise ValueError(f"image {grid_index} needs {t * h * w} image tokens, fewer stand at {i}")
+            index = np.indices((t, h, w)).reshape(3, -1)
+            index[0] = 0  # a still image does not advance in time, whatever its grid says
+            out[:, i:stop] = position + index
+            position += max(h, w)
+            grid_index += 1
+        i = stop
+    if grid_index != len(grids):
+        raise ValueError(f"{len(grids)} images were given, but image tokens for {grid_index}")
+    return out, position
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchLayout:
+    """Where one image's patches go: in window order, each window padded to a full one.
+
+    `source[j]` is the index in the processor's order of the patch at buffer place j, -1 for padding; `coords` its
+    (row, column) for the rotary angles; `merged_place[m]` is the place of merged token m in the merged buffer.
+    """
+
+    source: np.ndarray  # i32[P]
+    coords: np.ndarray  # i32[P, 2]
+    merged_place: np.ndarray  # i32[M]
+
+
+def patch_layout(grid: Grid, config: VisionConfig) -> PatchLayout:
+    """The window layout of one image of `grid` patches. Cached by callers that see few sizes."""
+    t, h, w = grid
+    merge, side, unit = config.spatial_merge_size, config.window_side, config.merge_unit
+    mh, mw = h // merge, w // merge
+    merged = np.arange(t * mh * mw).reshape(t, mh, mw)
+    windows = []
+    for frame in merged:
+        for top in range(0, mh, side):
+            for left in range(0, mw, side):
+                tile = frame[top : top + side, left : left + side].reshape(-1)
+                windows.append(np.pad(tile, (0, side * side - len(tile)), constant_values=-1))
+    order = np.concatenate(windows)  # merged tokens in window order, -1 padding
+    source = np.where(order[:, None] >= 0, order[:, None] * unit + np.arange(unit), -1).reshape(-1)
+    rows, cols = np.divmod(np.arange(h * w), w)
+    blocks = (mh, merge, mw, merge)  # the processor lists patches merge block by merge block
+    coords = np.stack([a.reshape(blocks).transpose(0, 2, 1, 3).reshape(-1) for a in (rows, cols)], axis=-1)
+    coords = np.tile(coords, (t, 1))
+    merged_place = np.empty(t * mh * mw, np.int32)
+    merged_place[order[order >= 0]] = np.flatnonzero(order >= 0)
+    return PatchLayout(
+        source.astype(np.int32), np.where(source[:, None] >= 0, coords[source], 0).astype(np.int32), merged_place
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchBuffer:
+    """The images of one row, ready for the vision tower."""
+
+    patches: np.ndarray  # f32[P, patch_dim]
+    segment_ids: np.ndarray  # i32[P]; image 1.., 0 padding
+    positions: np.ndarray  # i32[P, 2]
+    image_slots: np.ndarray  # i32[T]; 0 text, else 1 + place of the merged token in the merged buffer
+
+
+def padded_patches(grids: tuple[Grid, ...], config: VisionConfig) -> int:
+    """Buffer places that these images take, windows padded."""
+    side, merge = config.window_side, config.spatial_merge_size
+    return sum(
+        t * -(-(h // merge) // side) * -(-(w // merge) // side) * config.window_patches for t, h, w in grids
+    )
+
+
+def fill_patch_buffer(
+    patches: np.ndarray, grids: tuple[Grid, ...], is_image: np.ndarray, capacity: int, config: VisionConfig
+) -> PatchBuffer:
+    """Lays several images' patches f32[sum, dim] out in a buffer of `capacity` places; `is_image` bool[T] marks their tokens.
+
+    ValueError when the images do not fit, or when image tokens != merged patches (invariant d).
+    """
+    need, tokens = padded_patches(grids, config), sum(merged_tokens(g, config.spatial_merge_size) for g in grids)
+    if need > capacity:
+        raise ValueError(f"images need {need} patch places, the buffer has {capacity}")
+    if tokens != int(is_image.sum()):
+        raise ValueError(f"{int(is_image.sum())} image tokens for {tokens} merged patches")
+    if len(patches) != (wanted := sum(int(np.prod(g)) for g in grids)):
+        raise ValueError(f"{len(patches)} patches were given, the grids hold {wanted}")
+    out = np.zeros((capacity, config.patch_dim), np.float32)
+    segments, coords = np.zeros(capacity, np.int32), np.zeros((capacity, 2), np.int32)
+    slots, places, at, read = np.zeros(len(is_image), np.int32), [], 0, 0
+    for number, grid in enumerate(grids, start=1):
+        layout = patch_layout(grid, config)
+        here = slice(at, at + len(layout.source))
+        real = layout.source >= 0
+        out[here][real] = patches[read + layout.source[real]]
+        segments[here] = np.where(real, number, 0)
+        coords[here] = layout.coords
+        places.append(layout.merged_place + at // config.merge_unit + 1)
+        at += len(layout.source)
+        read += int(np.prod(grid))
+    if places:
+        slots[is_image] = np.concatenate(places)
+    return PatchBuffer(out, segments, coords, slots)

@@ -1,0 +1,103 @@
+"""The vision tower: patch embedding, window and full attention blocks with 2-D rotary positions, merger.
+
+Patches come in window order, every window padded to full size (positions.py), so a window block is a batch of equal
+windows and a full block attends inside each image's segment.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rsagent_jax.models.qwen25_vl.config import VisionConfig
+from rsagent_jax.models.qwen25_vl.layers import Linear, RMSNorm, SwiGLU, attention, rotate, scan_layers
+
+EPS = 1e-6  # fixed in Hugging Face's code, not in its config
+ROPE_THETA = 10_000.0
+
+
+class VisionBlock(nnx.Module):
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, stack=()):
+        dim = config.hidden_size
+        self.heads = config.num_heads
+        self.norm1 = RMSNorm(dim, EPS, rngs, stack=stack)
+        self.norm2 = RMSNorm(dim, EPS, rngs, stack=stack)
+        self.qkv = Linear(dim, 3 * dim, ("embed", "heads"), rngs, bias=True, stack=stack)
+        self.proj = Linear(dim, dim, ("heads", "embed"), rngs, bias=True, stack=stack)
+        self.mlp = SwiGLU(dim, config.intermediate_size, ("embed", "mlp"), rngs, bias=True, stack=stack)
+
+    def __call__(self, x_BPD, cos, sin, mask):
+        b, p, d = x_BPD.shape
+        qkv = self.qkv(self.norm1(x_BPD)).reshape(b, p, 3, self.heads, d // self.heads)
+        q, k, v = rotate(qkv[:, :, 0], cos, sin), rotate(qkv[:, :, 1], cos, sin), qkv[:, :, 2]
+        x_BPD = x_BPD + self.proj(attention(q, k, v, mask).reshape(b, p, d))
+        return x_BPD + self.mlp(self.norm2(x_BPD))
+
+
+class VisionTower(nnx.Module):
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+        dim, unit = config.hidden_size, config.merge_unit
+        self.config = config
+        self.patch_embed = Linear(config.patch_dim, dim, ("patch", "embed"), rngs, bias=False)
+        self.blocks = VisionBlock(config, rngs, stack=(config.depth,))
+        self.merger_norm = RMSNorm(dim, EPS, rngs)
+        self.merger_in = Linear(dim * unit, dim * unit, ("embed", "mlp"), rngs, bias=True)
+        self.merger_out = Linear(dim * unit, config.out_hidden_size, ("mlp", "embed"), rngs, bias=True)
+
+    def __call__(self, patches_BPC, segment_ids_BP, positions_BP2, *, dtype=jnp.float32, remat: str = "none"):
+        """Returns merged embeddings [B, P / merge_unit, out_hidden_size], in window order; padding gives garbage there."""
+        b, p, _ = patches_BPC.shape
+        window = self.config.window_patches
+        if p % window:  # with several rows, a window would hold patches of two of them
+            raise ValueError(f"a patch buffer of {p} places is not a whole number of windows of {window} patches")
+        if not p:  # a batch of text only
+            return jnp.zeros((b, 0, self.config.out_hidden_size), dtype)
+        cos, sin = rotary_angles(positions_BP2, self.config.hidden_size // self.config.num_heads)
+        x = self.patch_embed(patches_BPC.astype(dtype))
+
+        def windows(a):
+            return a.reshape(b * p // window, window, *a.shape[2:])
+
+        valid = windows(segment_ids_BP > 0)
+        window_mask = jnp.broadcast_to(valid[:, None, :], (len(valid), window, window))
+        full_mask = segment_ids_BP[:, :, None] == segment_ids_BP[:, None, :]
+        window_angles = windows(cos), windows(sin)
+        for start, stop, full in _runs(self.config):
+            if full:
+                x = scan_layers(
+                    self.blocks, lambda blk, y: blk(y, cos, sin, full_mask), x, start=start, stop=stop, remat=remat
+                )
+            else:
+                x = scan_layers(
+                    self.blocks,
+                    lambda blk, y: blk(y, *window_angles, window_mask),
+                    windows(x),
+                    start=start,
+                    stop=stop,
+                    remat=remat,
+                ).reshape(x.shape)
+        unit = self.config.merge_unit
+        merged = self.merger_norm(x).reshape(b, p // unit, unit * x.shape[-1])
+        return self.merger_out(jax.nn.gelu(self.merger_in(merged), approximate=False))
+
+
+def rotary_angles(positions_BP2: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) fp32 [B, P, H]: a quarter of the head turns with the row, a quarter with the column, then repeated."""
+    quarter = head_dim // 4
+    inverse = 1.0 / ROPE_THETA ** (jnp.arange(quarter, dtype=jnp.float32) / quarter)
+    angles = (positions_BP2.astype(jnp.float32)[..., None] * inverse).reshape(*positions_BP2.shape[:2], -1)
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _runs(config: VisionConfig) -> list[tuple[int, int, bool]]:
+    """Consecutive blocks of one kind: (first, one past the last, full attention?)."""
+    runs: list[tuple[int, int, bool]] = []
+    for i in range(config.depth):
+        full = i in config.fullatt_block_indexes
+        if runs and runs[-1][2] == full:
+            runs[-1] = (runs[-1][0], i + 1, full)
+        else:
+            runs.append((i, i + 1, full))
+    return runs
