@@ -1,0 +1,121 @@
+"""A segmenter in this process: a back end with its image and logits caches. The server wraps one; tests use it bare."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from sam_bridge.backends import Backend
+from sam_bridge.cache import ByteLRU
+from sam_bridge.prompts import check_image, check_request
+from sam_bridge.types import FailureKind, SegmenterError, SegmentReply, SegmentRequest
+
+log = logging.getLogger(__name__)
+
+IMAGE_CACHE_BYTES = 512 << 20
+LOGITS_CACHE_BYTES = 64 << 20
+
+
+class UnknownImage(Exception):
+    """The named image was never put, or has been evicted. Never leaves the bridge: the client sends the image again."""
+
+
+def image_hash(image: np.ndarray) -> str:
+    """Hex sha256 of shape and pixels of u8[h, w, 3]."""
+    digest = hashlib.sha256(f"u8 {image.shape[0]} {image.shape[1]} 3\n".encode())
+    digest.update(np.ascontiguousarray(image))
+    return digest.hexdigest()
+
+
+def logits_id(key: str, request: SegmentRequest) -> str:
+    """Names a mask by how it was made, so a repeated call, even to a restarted side-car, gives the same id."""
+    box = None if request.box is None else tuple(map(float, request.box))
+    points = tuple(tuple(map(float, point)) for point in request.points)
+    recipe = (key, box, points, tuple(map(int, request.labels)), request.refine)
+    return hashlib.sha256(repr(recipe).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _typed_failures(doing: str) -> Iterator[None]:
+    """Whatever a back end raises becomes INTERNAL, with its traceback in the log."""
+    try:
+        yield
+    except SegmenterError:
+        raise
+    except Exception as error:
+        log.exception("back end failed while %s", doing)
+        raise SegmenterError(FailureKind.INTERNAL, f"{type(error).__name__} while {doing}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoded:
+    encoding: object
+    height: int
+    width: int
+
+
+class LocalSegmenter:
+    """Segmenter. Thread-safe; encodes each image once, also when several threads bring it at the same moment."""
+
+    def __init__(self, backend: Backend, image_bytes: int = IMAGE_CACHE_BYTES, logits_bytes: int = LOGITS_CACHE_BYTES):
+        self.backend = backend
+        self.images = ByteLRU(image_bytes)
+        self.logits = ByteLRU(logits_bytes)
+        self.segments = 0  # prompts answered with a mask
+        self._lock = threading.Lock()
+
+    def segment(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
+        start = time.perf_counter()
+        check_image(image)
+        key = image_hash(image)
+        encoded, encode_s = self.put(key, image)
+        reply = self._decode(key, encoded, request)
+        timings = {**reply.timings_s, "encode": encode_s, "total": time.perf_counter() - start}
+        return dataclasses.replace(reply, timings_s=timings)
+
+    def put(self, key: str, image: np.ndarray) -> tuple[_Encoded, float]:
+        """(encoding, seconds spent or waited for it). `key` must be image_hash(image)."""
+        start = time.perf_counter()
+
+        def make() -> tuple[_Encoded, int]:
+            with _typed_failures(f"encoding an image of {list(image.shape)}"):
+                encoding, nbytes = self.backend.encode(image)
+            return _Encoded(encoding, image.shape[0], image.shape[1]), nbytes
+
+        encoded, _ = self.images.get_or_make(key, make)
+        return encoded, time.perf_counter() - start
+
+    def segment_known(self, key: str, request: SegmentRequest) -> SegmentReply:
+        """Like `segment` on an image that was put before. Raises UnknownImage when it is not kept."""
+        encoded = self.images.get(key)
+        if encoded is None:
+            raise UnknownImage(key)
+        return self._decode(key, encoded, request)
+
+    def close(self) -> None:
+        """Nothing to release; here so that local and remote segmenters are closed alike."""
+
+    def _decode(self, key: str, encoded: _Encoded, request: SegmentRequest) -> SegmentReply:
+        check_request(request, encoded.height, encoded.width)
+        start = time.perf_counter()
+        logits = None
+        if request.refine:
+            logits = self.logits.get(f"{key}/{request.refine}")
+            if logits is None:
+                detail = f"refine={request.refine!r} names no mask of this image that is still kept"
+                raise SegmenterError(FailureKind.UNKNOWN_LOGITS, detail)
+        with _typed_failures(f"decoding {request}"):
+            decoded = self.backend.decode(encoded.encoding, request, logits)
+        name = logits_id(key, request)
+        self.logits.put(f"{key}/{name}", decoded.logits, decoded.logits.nbytes)
+        with self._lock:
+            self.segments += 1
+        seconds = time.perf_counter() - start
+        return SegmentReply(decoded.mask, decoded.score, name, {"decode": seconds, "total": seconds})

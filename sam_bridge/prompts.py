@@ -1,0 +1,71 @@
+"""What a well-formed image and prompt are: checked by the client before it sends and again where it is used."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
+
+MAX_IMAGE_BYTES = 64 << 20  # about 4700 x 4700 pixels
+MAX_POINTS = 64
+
+
+def check_image(image: np.ndarray) -> None:
+    """Requires u8[h, w, 3] with at least one pixel and at most MAX_IMAGE_BYTES."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        what = f"{image.dtype}{list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise SegmenterError(FailureKind.INVALID_IMAGE, f"image must be u8[h, w, 3] RGB, got {what}")
+    if image.size == 0:
+        raise SegmenterError(FailureKind.INVALID_IMAGE, f"image has no pixels: {list(image.shape)}")
+    if image.nbytes > MAX_IMAGE_BYTES:
+        limit = f"{MAX_IMAGE_BYTES >> 20} MiB"
+        raise SegmenterError(
+            FailureKind.INVALID_IMAGE, f"image of {image.nbytes >> 20} MiB is above the limit of {limit}"
+        )
+
+
+def check_request(request: SegmentRequest, height: int, width: int) -> None:
+    """Raises INVALID_PROMPT unless the prompt is finite, touches the image and says what the object is."""
+    if len(request.points) != len(request.labels):
+        _refuse(f"{len(request.points)} points but {len(request.labels)} labels")
+    if len(request.points) > MAX_POINTS:
+        _refuse(f"{len(request.points)} points, at most {MAX_POINTS}")
+    if request.box is None and not request.points and not request.refine:
+        _refuse("no prompt: give a box, a point, or a mask to refine")
+    if not isinstance(request.refine, str) or not request.refine.isascii() or len(request.refine) > 64:
+        _refuse(f"refine must be a logits id of an earlier reply, got {request.refine!r:.80}")
+    if any(label not in (0, 1) for label in request.labels):
+        _refuse(f"labels must be 0 or 1, got {list(request.labels)}")
+    if request.box is None and not request.refine and 1 not in request.labels:
+        _refuse("background points alone name no object: add a box or a point with label 1")
+    if request.box is not None:
+        _check_box(request.box, height, width)
+    for point in request.points:
+        x, y = _numbers(point, 2, "point")
+        if not (0 <= x <= width and 0 <= y <= height):
+            _refuse(f"point ({x:g}, {y:g}) is outside the image of {width} x {height} pixels")
+
+
+def _check_box(box: tuple[float, ...], height: int, width: int) -> None:
+    x0, y0, x1, y1 = _numbers(box, 4, "box")
+    text = f"box ({x0:g}, {y0:g}, {x1:g}, {y1:g})"
+    if x0 >= x1 or y0 >= y1:
+        _refuse(f"{text} has no area: x0 < x1 and y0 < y1 are needed")
+    if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
+        _refuse(f"{text} is outside the image of {width} x {height} pixels")
+
+
+def _numbers(values: tuple[float, ...], count: int, name: str) -> list[float]:
+    try:
+        numbers = [float(v) for v in values]
+    except (TypeError, ValueError):
+        _refuse(f"{name} {values!r} is not {count} numbers")
+    if len(numbers) != count or not all(math.isfinite(v) for v in numbers):
+        _refuse(f"{name} {values!r} is not {count} finite numbers")
+    return numbers
+
+
+def _refuse(detail: str) -> None:
+    raise SegmenterError(FailureKind.INVALID_PROMPT, detail)

@@ -1,0 +1,214 @@
+"""Side-cars as child processes: started, watched, restarted and never orphaned; and one way to get any segmenter."""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from sam_bridge import backends
+from sam_bridge.client import SamClient
+from sam_bridge.local import LocalSegmenter
+from sam_bridge.types import FailureKind, Segmenter, SegmenterError
+from sam_bridge.wire import READY
+
+log = logging.getLogger(__name__)
+
+MODES = ("spawn", "connect", "inprocess")
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.1, 5.0  # between restarts, doubling
+STEADY_S = 30.0  # a child that lived this long earns the shortest backoff again
+TERMINATE_S = 5.0  # between SIGTERM and SIGKILL
+STDERR_LINES = 20  # kept for the error message of a child that cannot start
+
+
+class SideCar:
+    """A supervised `python -m sam_bridge` child. The child exits when this process does, even when that is killed.
+
+    `address` and `pid` are those of the child of the moment: a restarted one listens on another port. `restarts` counts
+    the starts after the first, failed ones included.
+    """
+
+    def __init__(self, backend: str = "grabcut", *, workers: int = 2, start_timeout_s: float = 60.0):
+        """Returns when the child is healthy; raises SegmenterError(UNAVAILABLE) when the first start fails."""
+        self.backend, self.workers, self.start_timeout_s = backend, workers, start_timeout_s
+        self.address, self.pid, self.restarts = "", 0, 0
+        self._owner = os.getpid()
+        self._closing = threading.Event()
+        self._settled = threading.Event()  # the first start has succeeded or failed
+        self._failure: SegmenterError | None = None
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen | None = None
+        self._listener: Callable[[str], None] | None = None
+        self._stderr: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)
+        self._thread = threading.Thread(target=self._supervise, name="sam_bridge supervisor", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+        self._settled.wait()
+        if self._failure is not None:
+            self.close()
+            raise self._failure
+
+    def follow(self, listener: Callable[[str], None]) -> None:
+        """Calls `listener(address)` now and after every restart."""
+        with self._lock:
+            self._listener = listener
+            listener(self.address)
+
+    def close(self) -> None:
+        """Ends the child and the watching. May be called more than once."""
+        if os.getpid() != self._owner:  # a fork of ours is exiting; the side-car is not its own
+            return
+        self._closing.set()
+        atexit.unregister(self.close)
+        with self._lock:
+            child = self._child
+        if child is not None:
+            _end(child)
+        self._thread.join()
+
+    def __enter__(self) -> SideCar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _supervise(self) -> None:
+        backoff_s = FIRST_BACKOFF_S
+        while not self._closing.is_set():
+            born = time.monotonic()
+            try:
+                child = self._start()
+            except SegmenterError as error:
+                if not self._settled.is_set():
+                    self._failure = error
+                    break
+                if not self._closing.is_set():
+                    log.error("%s", error.detail)
+            else:
+                self._settled.set()
+                status = child.wait()
+                child.stdin.close()
+                child.stdout.close()
+                if self._closing.is_set():
+                    break
+                log.warning("side-car %d ended with status %d; starting another", child.pid, status)
+            if time.monotonic() - born > STEADY_S:
+                backoff_s = FIRST_BACKOFF_S
+            self._closing.wait(backoff_s)
+            backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+            self.restarts += 1
+        self._settled.set()
+
+    def _start(self) -> subprocess.Popen:
+        """Starts a child, waits until it is healthy, tells the listener."""
+        command = [sys.executable, "-m", "sam_bridge", f"--backend={self.backend}", f"--workers={self.workers}"]
+        command += ["--address=127.0.0.1:0", f"--parent_pid={os.getpid()}"]
+        root = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
+        with self._lock:
+            if self._closing.is_set():
+                raise SegmenterError(FailureKind.UNAVAILABLE, "the supervisor is closing")
+            # Its own session: Ctrl-C in the terminal is for the parent, which may still need masks to finish its step.
+            child = self._child = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # never written to; its end tells the child that we are gone
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                # A hundred server threads would each keep a malloc arena of their own: 40 MB more, for nothing.
+                env={"MALLOC_ARENA_MAX": "2", **os.environ, "PYTHONPATH": path},
+                start_new_session=True,
+            )
+        threading.Thread(target=self._forward, args=(child,), daemon=True).start()
+        overdue = threading.Timer(self.start_timeout_s, child.kill)  # ends a readline that would wait for ever
+        overdue.start()
+        try:
+            address = self._await_ready(child)
+        finally:
+            overdue.cancel()
+        with self._lock:
+            self.address, self.pid = address, child.pid
+            if self._listener is not None:
+                self._listener(address)
+        return child
+
+    def _await_ready(self, child: subprocess.Popen) -> str:
+        line = child.stdout.readline()
+        if line.startswith(READY):
+            address = line.removeprefix(READY).split()[0]
+            if _serving(address, self.start_timeout_s):
+                return address
+        child.kill()
+        status = child.wait()
+        said = " | ".join(self._stderr) or "it said nothing"
+        detail = f"side-car {self.backend!r} did not become ready (status {status}): {said}"
+        raise SegmenterError(FailureKind.UNAVAILABLE, detail)
+
+    def _forward(self, child: subprocess.Popen) -> None:
+        """The child's stderr goes on to ours; the last lines are kept for an error message."""
+        with child.stderr:
+            for line in child.stderr:
+                self._stderr.append(line.rstrip())
+                print(line, end="", file=sys.stderr, flush=True)
+
+
+def _serving(address: str, timeout_s: float) -> bool:
+    with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        try:
+            request = health_pb2.HealthCheckRequest()
+            reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s, wait_for_ready=True)
+        except grpc.RpcError as error:
+            log.warning("health check of %s failed: %s", address, error.details())
+            return False
+    return reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def _end(child: subprocess.Popen) -> None:
+    child.terminate()
+    try:
+        child.wait(TERMINATE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+@contextlib.contextmanager
+def open_segmenter(
+    mode: str = "spawn",
+    backend: str = "grabcut",
+    addresses: Sequence[str] = (),
+    *,
+    timeout_s: float = 30.0,
+    wait_s: float = 30.0,
+    workers: int = 2,
+) -> Iterator[Segmenter]:
+    """A segmenter for as long as the `with` block lasts.
+
+    spawn: a side-car of our own, restarted when it dies. connect: side-cars that run already at `addresses`; one error
+    within `wait_s` when one of them does not answer. inprocess: the back end itself, without a bridge.
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown segmenter mode {mode!r}; options: {', '.join(MODES)}")
+    if mode == "inprocess":
+        yield LocalSegmenter(backends.load(backend))
+    elif mode == "connect":
+        with SamClient(addresses, timeout_s=timeout_s, wait_s=wait_s) as client:
+            client.info()
+            yield client
+    else:
+        with SideCar(backend, workers=workers) as side_car:
+            name = side_car.address
+            with SamClient([name], timeout_s=timeout_s, wait_s=wait_s) as client:
+                side_car.follow(lambda address: client.move(name, address))
+                yield client

@@ -1,0 +1,80 @@
+"""Between the dataclasses of types.py and the messages of bridge.proto, and what both ends agree on."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import numpy as np
+from pycocotools import mask as coco
+
+from sam_bridge import bridge_pb2 as pb
+from sam_bridge.prompts import MAX_IMAGE_BYTES
+from sam_bridge.types import FailureKind, SegmenterError, SegmentReply, SegmentRequest
+
+PROTOCOL = 1  # both ends must agree; raised when a message changes meaning
+REASON_KEY = "sam-bridge-reason"  # trailing metadata of a failed call: a FailureKind or UNKNOWN_IMAGE
+UNKNOWN_IMAGE = "unknown_image"
+MAX_DETAIL = 500  # characters of an error's detail; gRPC caps headers at 8 KiB
+READY = "sam_bridge ready address="  # a side-car prints it on stdout, with its address, once it listens
+
+_MAX_MESSAGE = MAX_IMAGE_BYTES + (1 << 20)  # an image and the fields around it
+MESSAGE_OPTIONS = (("grpc.max_send_message_length", _MAX_MESSAGE), ("grpc.max_receive_message_length", _MAX_MESSAGE))
+
+
+def is_loopback(address: str) -> bool:
+    """True for `localhost:port`, 127.0.0.0/8 and [::1]. Raises ValueError when it is not host:port."""
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdigit() and int(port) < 65536):
+        raise ValueError(f"address {address!r} is not host:port, such as 127.0.0.1:50051")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
+
+
+def encode_mask(mask: np.ndarray) -> bytes:
+    """bool[h, w] -> COCO compressed RLE counts (column-major)."""
+    return coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"]
+
+
+def decode_mask(counts: bytes, height: int, width: int) -> np.ndarray:
+    """COCO compressed RLE counts -> bool[h, w], C order."""
+    try:
+        decoded = coco.decode({"size": [height, width], "counts": counts})
+    except ValueError as error:
+        raise SegmenterError(FailureKind.INTERNAL, f"the reply's RLE is malformed: {error}") from error
+    if coco.encode(decoded)["counts"] != counts:  # counts too short leave the rest of `decoded` uninitialised
+        raise SegmenterError(FailureKind.INTERNAL, f"the reply's RLE does not cover {height} x {width} pixels")
+    return np.ascontiguousarray(decoded.astype(bool))
+
+
+def request_to_proto(key: str, request: SegmentRequest) -> pb.SegmentRequest:
+    """`request` has passed check_request."""
+    message = pb.SegmentRequest(image_hash=key, refine=request.refine)
+    if request.box is not None:
+        x0, y0, x1, y1 = map(float, request.box)
+        message.box.CopyFrom(pb.Box(x0=x0, y0=y0, x1=x1, y1=y1))
+    for (x, y), label in zip(request.points, request.labels, strict=True):
+        message.points.add(x=float(x), y=float(y), label=int(label))
+    return message
+
+
+def request_from_proto(message: pb.SegmentRequest) -> SegmentRequest:
+    box = message.box
+    return SegmentRequest(
+        box=(box.x0, box.y0, box.x1, box.y1) if message.HasField("box") else None,
+        points=tuple((p.x, p.y) for p in message.points),
+        labels=tuple(p.label for p in message.points),
+        refine=message.refine,
+    )
+
+
+def reply_from_proto(message: pb.SegmentReply, shape: tuple[int, int]) -> SegmentReply:
+    """`shape`: (h, w) of the image that was asked about; another one is the tool's fault."""
+    if (message.height, message.width) != shape:
+        got = (message.height, message.width)
+        raise SegmenterError(FailureKind.INTERNAL, f"the mask is {got}, the image {shape}")
+    mask = decode_mask(message.counts, *shape)
+    return SegmentReply(mask, message.score, message.logits_id, dict(message.timings_s))

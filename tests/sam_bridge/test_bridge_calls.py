@@ -1,0 +1,253 @@
+"""Client -> server: the back end's own masks bit for bit, images sent once, every failure typed."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import socket
+import threading
+import time
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from sam_bridge import bridge_pb2 as pb
+from sam_bridge import wire
+from sam_bridge.client import rank
+from sam_bridge.local import LocalSegmenter
+from sam_bridge.server import AddressError, Server
+from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
+
+BOX = SegmentRequest(box=(22.0, 32.0, 59.0, 69.0))
+REQUESTS = [
+    BOX,
+    SegmentRequest(box=(80.3, 15.7, 118.2, 50.1)),
+    SegmentRequest(points=((40.2, 50.9),), labels=(1,)),
+    SegmentRequest(points=((100.0, 34.0), (40.0, 50.0)), labels=(1, 1)),
+    SegmentRequest(points=((100.0, 34.0), (40.0, 50.0)), labels=(1, 0)),
+    SegmentRequest(box=(20.0, 30.0, 62.0, 72.0), points=((40.0, 50.0), (24.0, 34.0)), labels=(1, 0)),
+]
+
+
+def failure(call, *args) -> SegmenterError:
+    with pytest.raises(SegmenterError) as caught:
+        call(*args)
+    return caught.value
+
+
+@given(hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40)))
+def test_rle_round_trip(mask):
+    back = wire.decode_mask(wire.encode_mask(mask), *mask.shape)
+    assert back.dtype == bool and back.flags["C_CONTIGUOUS"]
+    np.testing.assert_array_equal(back, mask)
+
+
+@pytest.mark.parametrize("counts", [b"", b"4", b"0" * 50, b"\xff\xff\xff", b"`\x80"])
+def test_malformed_rle_is_typed(counts):
+    assert failure(wire.decode_mask, counts, 4, 4).kind is FailureKind.INTERNAL
+
+
+@given(
+    st.none() | st.tuples(*[st.floats(allow_nan=False)] * 4),
+    st.lists(st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False), st.integers(0, 1))),
+    st.text(max_size=8),
+)
+def test_request_round_trip(box, clicks, refine):
+    points, labels = tuple((x, y) for x, y, _ in clicks), tuple(label for *_, label in clicks)
+    request = SegmentRequest(box, points, labels, refine)
+    message = pb.SegmentRequest.FromString(wire.request_to_proto("key", request).SerializeToString())
+    assert wire.request_from_proto(message) == request
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_masks_equal_the_back_ends_own(local, serve, connect, picture, request_):
+    client = connect(serve(local).address)
+    own = LocalSegmenter(local.backend)
+    for image in (picture, np.asfortranarray(picture), np.ascontiguousarray(picture[:, ::-1])):
+        theirs, ours = client.segment(image, request_), own.segment(image, request_)
+        np.testing.assert_array_equal(theirs.mask, ours.mask)
+        assert (theirs.score, theirs.logits_id) == (ours.score, ours.logits_id)
+        click = SegmentRequest(points=((60.0, 20.0),), labels=(0,), refine=theirs.logits_id)
+        np.testing.assert_array_equal(client.segment(image, click).mask, own.segment(image, click).mask)
+
+
+def test_image_is_encoded_once_and_timings_add_up(local, serve, connect, picture):
+    server = serve(local)
+    client = connect(server.address)
+    first = client.segment(picture, BOX)
+    assert set(first.timings_s) == {"queue", "encode", "decode", "rle", "total", "transport"}
+    assert first.timings_s["encode"] > 0.0 and all(s >= 0.0 for s in first.timings_s.values())
+    for request in REQUESTS:
+        assert client.segment(picture, request).timings_s["encode"] == 0.0
+    connect(server.address).segment(picture, BOX)
+    (info,) = client.info()
+    assert (info.backend, info.encodes, info.segments) == ("grabcut", 1, len(REQUESTS) + 2)
+
+
+def test_many_first_requests_at_once_encode_once(fake, serve, connect, picture):
+    backend = fake()
+    client = connect(serve(LocalSegmenter(backend), workers=4).address)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        masks = list(pool.map(lambda _: client.segment(picture, BOX).mask, range(32)))
+    assert backend.encoded == 1
+    assert all(mask.sum() == 37 * 37 for mask in masks)
+
+
+def test_evicted_image_is_sent_again(fake, serve, connect, picture):
+    local = LocalSegmenter(fake(), image_bytes=picture.nbytes)  # room for one
+    client = connect(serve(local).address)
+    for image in (picture, picture[::-1], picture):
+        assert client.segment(image, BOX).mask.sum() == 37 * 37
+    assert local.images.made == 3 and local.images.evictions == 2
+
+
+def test_image_that_never_fits_is_one_typed_error(fake, serve, connect, picture):
+    client = connect(serve(LocalSegmenter(fake(), image_bytes=10)).address)
+    error = failure(client.segment, picture, BOX)
+    assert error.kind is FailureKind.EXHAUSTED and "cache is too small" in error.detail
+
+
+def test_bad_input_is_typed_on_both_ends(local, serve, connect, picture):
+    server = serve(local)
+    client = connect(server.address)
+    empty = SegmentRequest(box=(5.0, 5.0, 5.0, 9.0))
+    assert failure(client.segment, picture, empty).kind is FailureKind.INVALID_PROMPT
+    assert failure(client.segment, picture[..., 0], BOX).kind is FailureKind.INVALID_IMAGE
+    assert failure(client.segment, picture, SegmentRequest(refine="x")).kind is FailureKind.UNKNOWN_LOGITS
+    # A client that does not check is answered by the server's own checks.
+    client.segment(picture, BOX)
+    slot = client._slots[0]
+    key = wire.request_to_proto("", BOX)
+    key.image_hash = next(iter(local.images._values))
+    key.box.x0 = float("nan")
+    bad_put = pb.PutRequest(image_hash="0" * 64, height=1, width=1, rgb=b"abc")
+    short_put = pb.PutRequest(image_hash="0" * 64, height=1 << 30, width=1 << 30, rgb=b"abc")
+    for call, message, reason in (
+        (slot.stub.Segment, key, "invalid_prompt"),
+        (slot.stub.Put, bad_put, "invalid_image"),
+        (slot.stub.Put, short_put, "invalid_image"),
+        (slot.stub.Segment, pb.SegmentRequest(image_hash="no"), "unknown_image"),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            call(message, timeout=5)
+        assert dict(caught.value.trailing_metadata())[wire.REASON_KEY] == reason
+
+
+def test_back_end_fault_is_internal_and_logged(fake, serve, connect, picture, caplog):
+    client = connect(serve(LocalSegmenter(fake(fail=ZeroDivisionError("oops")))).address)
+    error = failure(client.segment, picture, BOX)
+    assert error.kind is FailureKind.INTERNAL and "oops" in error.detail and not error.callers_fault
+    assert "Traceback" in caplog.text
+
+
+def test_deadline_is_timeout(fake, serve, connect, picture):
+    hold = threading.Event()
+    client = connect(serve(LocalSegmenter(fake(hold=hold))).address, timeout_s=0.3)
+    start = time.monotonic()
+    assert failure(client.segment, picture, BOX).kind is FailureKind.TIMEOUT
+    assert time.monotonic() - start < 2.0
+    hold.set()
+
+
+def test_full_queue_is_exhausted_and_health_still_answers(fake, serve, connect, picture):
+    hold = threading.Event()
+    backend = fake(hold=hold)
+    server = serve(LocalSegmenter(backend), workers=1, queue=1)
+    patient, hasty = connect(server.address), connect(server.address, wait_s=0.3)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        busy = [pool.submit(patient.segment, picture, BOX) for _ in range(2)]
+        deadline = time.monotonic() + 5
+        while server.gate.waiting != 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert failure(hasty.segment, picture, BOX).kind is FailureKind.EXHAUSTED
+        with grpc.insecure_channel(server.address) as channel:
+            reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        hold.set()
+        assert all(f.result(10).mask.any() for f in busy)
+
+
+def test_crowd_larger_than_the_queue_loses_no_call(fake, serve, connect, picture):
+    client = connect(serve(LocalSegmenter(fake()), workers=1, queue=2).address)
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        assert all(pool.map(lambda _: client.segment(picture, BOX).mask.any(), range(48)))
+
+
+def test_dead_address_is_one_clear_error_within_wait(connect, picture):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    client = connect(address, wait_s=0.5)
+    start = time.monotonic()
+    error = failure(client.segment, picture, BOX)
+    assert error.kind is FailureKind.UNAVAILABLE and address in error.detail
+    assert 0.4 < time.monotonic() - start < 1.5
+
+
+def test_silent_address_is_one_clear_error_within_wait(connect):
+    with socket.socket() as silent:  # accepts connections, never speaks
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        client = connect(f"127.0.0.1:{silent.getsockname()[1]}", wait_s=0.5)
+        start = time.monotonic()
+        assert failure(client.info).kind is FailureKind.UNAVAILABLE
+        assert time.monotonic() - start < 2.0
+
+
+def test_other_protocol_version_is_refused_at_once(fake, serve, connect, picture, monkeypatch):
+    server = serve(LocalSegmenter(fake()))
+    client = connect(server.address)
+    with monkeypatch.context() as patch:
+        patch.setattr("sam_bridge.wire.PROTOCOL", 99)
+        reply = client._slots[0].stub.Info(pb.InfoRequest())
+    assert reply.protocol == 99
+    monkeypatch.setattr(client._slots[0].stub, "Info", lambda *_, **__: reply)
+    error = failure(client.segment, picture, BOX)
+    assert error.kind is FailureKind.INTERNAL and "protocol 99" in error.detail
+
+
+def test_closed_client_is_unavailable_at_once(fake, serve, connect, picture):
+    client = connect(serve(LocalSegmenter(fake())).address)
+    client.close()
+    assert failure(client.segment, picture, BOX).kind is FailureKind.UNAVAILABLE
+
+
+def test_images_spread_over_side_cars_and_stay(fake, serve, connect):
+    backends = [fake() for _ in range(3)]
+    servers = [serve(LocalSegmenter(b)) for b in backends]
+    client = connect(*(s.address for s in servers))
+    images = [np.full((8, 8, 3), i, np.uint8) for i in range(30)]
+    for image in images * 2:
+        client.segment(image, SegmentRequest(box=(0.0, 0.0, 4.0, 4.0)))
+    assert sum(b.encoded for b in backends) == 30  # the second round met the encodings of the first
+    assert all(b.encoded > 0 for b in backends)
+    keys = [str(i) for i in range(200)]
+    before = [rank(client._slots, key)[0] for key in keys]
+    after = [rank(client._slots[:2], key)[0] for key in keys]
+    gone = client._slots[2]
+    assert all(a is b for a, b in zip(after, before, strict=True) if b is not gone)
+    servers[0].stop(0)  # its images go to the next in rank
+    for image in images:
+        assert client.segment(image, SegmentRequest(box=(0.0, 0.0, 4.0, 4.0))).mask.sum() == 16
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "192.0.2.1:0", "[::]:0", "example.com:0", ":0"])
+def test_address_off_this_machine_is_refused(fake, address):
+    with pytest.raises(AddressError, match="--insecure|not host:port"):
+        Server(LocalSegmenter(fake()), address)
+
+
+def test_insecure_allows_it(fake, serve, connect, picture):
+    server = serve(LocalSegmenter(fake()), address="0.0.0.0:0", insecure=True)
+    client = connect(f"127.0.0.1:{server.address.rpartition(':')[2]}")
+    assert client.segment(picture, BOX).mask.any()
+
+
+def test_port_in_use(fake, serve):
+    server = serve(LocalSegmenter(fake()))
+    with pytest.raises(AddressError, match="Address already in use"):
+        Server(LocalSegmenter(fake()), server.address)

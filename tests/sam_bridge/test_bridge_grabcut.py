@@ -1,0 +1,173 @@
+"""GrabCut as a back end: quality on a known scene, determinism across threads, refusals, degenerate pictures."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sam_bridge.backends import load
+from sam_bridge.backends.grabcut import MAX_SIDE
+from sam_bridge.local import LocalSegmenter
+from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
+
+BOX = (22.0, 32.0, 59.0, 69.0)  # tight around the disc of conftest
+CLICK = ((40.0, 50.0),)
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / max(1, (a | b).sum()))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        SegmentRequest(box=BOX),
+        SegmentRequest(points=CLICK, labels=(1,)),
+        SegmentRequest(points=((33.0, 44.0), (48.0, 58.0)), labels=(1, 1)),
+        SegmentRequest(points=((40.0, 50.0), (100.0, 34.0), (10.0, 10.0)), labels=(1, 0, 0)),
+        SegmentRequest(box=BOX, points=((40.0, 50.0), (24.0, 34.0)), labels=(1, 0)),
+        SegmentRequest(box=(-5.0, 30.0, 61.0, 70.0)),
+    ],
+)
+def test_finds_the_disc(local, picture, disc, request_):
+    reply = local.segment(picture, request_)
+    assert reply.mask.dtype == bool and reply.mask.shape == disc.shape
+    assert iou(reply.mask, disc) > 0.95
+    assert 0.9 < reply.score <= 1.0
+
+
+def test_two_objects_by_two_clicks_and_one_taken_away_by_refining(local, picture, disc):
+    both = local.segment(picture, SegmentRequest(points=((40.0, 50.0), (100.0, 34.0)), labels=(1, 1)))
+    square = np.zeros_like(disc)
+    square[20:49, 85:116] = True
+    assert iou(both.mask, disc | square) > 0.95
+    # Box outside = certain background, start = the earlier mask: only the disc's part of it is left.
+    one = local.segment(picture, SegmentRequest(box=BOX, refine=both.logits_id))
+    assert iou(one.mask, disc) > 0.95
+
+
+def test_refining_with_a_click_adds_an_object(local, picture, disc):
+    first = local.segment(picture, SegmentRequest(points=CLICK, labels=(1,)))
+    request = SegmentRequest(points=((100.0, 34.0),), labels=(1,), refine=first.logits_id)
+    square = np.zeros_like(disc)
+    square[20:49, 85:116] = True
+    assert iou(local.segment(picture, request).mask, disc | square) > 0.95
+
+
+def test_score_tells_a_shape_from_mere_texture(local, picture):
+    good = local.segment(picture, SegmentRequest(box=BOX)).score
+    texture = local.segment(picture, SegmentRequest(box=(70.0, 60.0, 100.0, 90.0))).score
+    assert good > texture + 0.2
+
+
+def test_same_mask_from_any_thread_whatever_it_did_before(local, picture):
+    request = SegmentRequest(points=((33.0, 44.0),), labels=(1,))
+    expected = local.segment(picture, request)
+
+    def disturbed(seed: int) -> np.ndarray:
+        cv2.setRNGSeed(seed)
+        cv2.randu(np.zeros(seed + 1, np.uint8), 0, 255)
+        return local.segment(picture, request).mask
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for mask in pool.map(disturbed, range(12)):
+            np.testing.assert_array_equal(mask, expected.mask)
+
+
+def test_large_picture_is_worked_on_small_and_answered_large(local, picture, disc):
+    scale = 8
+    large = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
+    assert max(large.shape) > MAX_SIDE
+    reply = local.segment(large, SegmentRequest(box=tuple(scale * v for v in BOX)))
+    assert reply.mask.shape == large.shape[:2]
+    assert iou(reply.mask, np.kron(disc, np.ones((scale, scale), bool))) > 0.95
+    assert local.images.used_bytes <= MAX_SIDE * MAX_SIDE * 3
+
+
+NAN = math.nan
+BAD_PROMPTS = [
+    SegmentRequest(),
+    SegmentRequest(box=(NAN, 0.0, 5.0, 5.0)),
+    SegmentRequest(box=(0.0, 0.0, math.inf, 5.0)),
+    SegmentRequest(box=(5.0, 5.0, 5.0, 9.0)),
+    SegmentRequest(box=(9.0, 5.0, 5.0, 9.0)),
+    SegmentRequest(box=(500.0, 0.0, 600.0, 50.0)),
+    SegmentRequest(box=(-9.0, -9.0, -1.0, -1.0)),
+    SegmentRequest(box=(1.0, 2.0, 3.0)),
+    SegmentRequest(points=((1.0, NAN),), labels=(1,)),
+    SegmentRequest(points=((1.0, 500.0),), labels=(1,)),
+    SegmentRequest(points=((1.0, 5.0),), labels=()),
+    SegmentRequest(points=(), labels=(1,)),
+    SegmentRequest(points=((1.0, 5.0),), labels=(2,)),
+    SegmentRequest(points=((1.0, 5.0),), labels=(0,)),
+    SegmentRequest(refine=7),
+    SegmentRequest(refine="é"),
+    SegmentRequest(points=((1.0, 5.0),) * 65, labels=(1,) * 65),
+]
+
+
+@pytest.mark.parametrize("request_", BAD_PROMPTS)
+def test_bad_prompt(local, picture, request_):
+    with pytest.raises(SegmenterError) as caught:
+        local.segment(picture, request_)
+    assert caught.value.kind is FailureKind.INVALID_PROMPT and caught.value.callers_fault
+
+
+def test_unknown_logits_and_logits_of_another_image(local, picture):
+    for image, refine in ((picture, "nothing"), (picture[::-1], local.segment(picture, BOX_REQUEST).logits_id)):
+        with pytest.raises(SegmenterError) as caught:
+            local.segment(image, SegmentRequest(refine=refine))
+        assert caught.value.kind is FailureKind.UNKNOWN_LOGITS
+
+
+BOX_REQUEST = SegmentRequest(box=BOX)
+BAD_IMAGES = [
+    np.zeros((5, 5), np.uint8),
+    np.zeros((5, 5, 4), np.uint8),
+    np.zeros((5, 5, 3), np.float32),
+    np.zeros((0, 5, 3), np.uint8),
+    np.broadcast_to(np.uint8(0), (5000, 5000, 3)),  # 75 MB without using them
+    None,
+]
+
+
+@pytest.mark.parametrize("image", BAD_IMAGES, ids=range(len(BAD_IMAGES)))
+def test_bad_image(local, image):
+    with pytest.raises(SegmenterError) as caught:
+        local.segment(image, BOX_REQUEST)
+    assert caught.value.kind is FailureKind.INVALID_IMAGE
+
+
+def test_flat_picture_gives_the_prompt_back_with_score_zero(local):
+    reply = local.segment(np.full((60, 60, 3), 77, np.uint8), SegmentRequest(box=(20.0, 20.0, 40.0, 40.0)))
+    assert reply.score == 0.0
+    assert reply.mask.sum() == 24 * 24  # the box and its margin of 2 pixels
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_small_picture_and_prompt_gives_a_mask(data):
+    """One-pixel, striped, two-coloured, flat in the box: nothing may crash OpenCV."""
+    height, width = data.draw(st.integers(1, 24)), data.draw(st.integers(1, 24))
+    image = np.full((height, width, 3), data.draw(st.sampled_from([0, 128, 255])), np.uint8)
+    for _ in range(data.draw(st.integers(0, 3))):
+        image[data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))] = 200
+    box = None
+    if data.draw(st.booleans()):
+        x0, y0 = data.draw(st.floats(0, width - 0.5)), data.draw(st.floats(0, height - 0.5))
+        box = (x0, y0, x0 + data.draw(st.floats(0.1, 30)), y0 + data.draw(st.floats(0.1, 30)))
+    xy = st.tuples(st.floats(0, width), st.floats(0, height))
+    points = tuple(data.draw(st.lists(xy, min_size=1, max_size=3)))
+    labels = (1,) + tuple(data.draw(st.integers(0, 1)) for _ in points[1:])
+    local = LocalSegmenter(load("grabcut"))
+    request = SegmentRequest(box=box, points=points, labels=labels)
+    reply = local.segment(image, request)
+    assert reply.mask.shape == (height, width) and 0.0 <= reply.score <= 1.0
+    again = local.segment(image, SegmentRequest(refine=reply.logits_id))
+    assert again.mask.shape == (height, width)

@@ -1,0 +1,172 @@
+"""Real processes: the command line's refusals, a side-car killed in use, no orphans, pure imports."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from sam_bridge.client import SamClient
+from sam_bridge.local import LocalSegmenter
+from sam_bridge.spawn import SideCar, open_segmenter
+from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
+
+ROOT = Path(__file__).resolve().parents[2]
+BOX = SegmentRequest(box=(22.0, 32.0, 59.0, 69.0))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30)
+
+
+def gone(pid: int, within_s: float) -> bool:
+    """Whether the process ends (a zombie has) within that time."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture(scope="module")
+def side_car():
+    side_car = SideCar("grabcut")
+    yield side_car
+    side_car.close()
+
+
+def test_spawned_side_car_serves_and_gives_the_same_masks(side_car, local, picture):
+    with grpc.insecure_channel(side_car.address) as channel:
+        for service in ("", "sam_bridge.v1.SamBridge"):
+            request = health_pb2.HealthCheckRequest(service=service)
+            reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+    with open_segmenter("connect", addresses=[side_car.address]) as client:
+        np.testing.assert_array_equal(client.segment(picture, BOX).mask, local.segment(picture, BOX).mask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--backend=nothing"], "options: grabcut, sam2"),
+        (["--backend=sam2"], "full side-car"),
+        (["--backend=no.such:thing"], "cannot be imported"),
+        (["--backend=grabcut", "--address=0.0.0.0:50051"], "--insecure"),
+        (["--backend=grabcut", "--address={taken}"], "already in use"),
+    ],
+)
+def test_command_line_refuses_with_one_line_and_status_2(side_car, arguments, says):
+    done = run("-m", "sam_bridge", *(a.format(taken=side_car.address) for a in arguments))
+    assert done.returncode == 2 and done.stdout == ""
+    assert says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_sigterm_ends_it_with_status_0():
+    command = [sys.executable, "-m", "sam_bridge", "--backend=grabcut", "--address=127.0.0.1:0"]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline().startswith("sam_bridge ready address=127.0.0.1:")
+    child.terminate()
+    assert child.wait(10) == 0
+    child.stdout.close()
+
+
+def test_killed_in_use_no_call_is_lost_and_masks_stay_the_same(picture, local):
+    first = local.segment(picture, BOX)
+    refined = SegmentRequest(points=((100.0, 34.0),), labels=(1,), refine=first.logits_id)
+    expected = [first.mask, local.segment(picture, refined).mask]
+    with SideCar("grabcut") as side_car, SamClient([side_car.address]) as client:
+        name = side_car.address
+        side_car.follow(lambda address: client.move(name, address))
+        client.segment(picture, BOX)
+        stop, wrong, answered = threading.Event(), [], []
+
+        def use():
+            while not stop.is_set():
+                for request, mask in zip((BOX, refined), expected, strict=True):
+                    try:
+                        same = np.array_equal(client.segment(picture, request).mask, mask)
+                    except SegmenterError as error:
+                        wrong.append(error)
+                    else:
+                        answered.append(same)
+
+        users = [threading.Thread(target=use) for _ in range(3)]
+        for user in users:
+            user.start()
+        for restarts in (1, 2):
+            time.sleep(0.3)
+            pid = side_car.pid
+            os.kill(pid, signal.SIGKILL)
+            deadline = time.monotonic() + 20
+            while side_car.pid == pid and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert side_car.restarts == restarts
+        # A mask made before the kill can still be refined: the client makes it again.
+        np.testing.assert_array_equal(client.segment(picture, refined).mask, expected[1])
+        stop.set()
+        for user in users:
+            user.join()
+        last = side_car.pid
+    assert not wrong and all(answered) and len(answered) > 6
+    assert gone(last, 5)
+
+
+@pytest.mark.parametrize("fork_holds_the_pipe", [False, True])
+def test_parents_death_ends_the_child(fork_holds_the_pipe):
+    """A fork that outlives the parent keeps the child's stdin open; then the changed parent pid tells."""
+    fork = "os.fork() or (time.sleep(8), os._exit(0))" if fork_holds_the_pipe else "None"
+    code = (
+        "import os, time; from sam_bridge.spawn import SideCar; s = SideCar('grabcut');"
+        f"{fork}; print(s.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    assert not gone(pid, 0.2)
+    parent.kill()
+    parent.wait()
+    assert gone(pid, 5)
+    parent.stdout.close()
+
+
+def test_ordinary_exit_without_close_ends_the_child():
+    done = run("-c", "from sam_bridge.spawn import SideCar; print(SideCar('grabcut').pid)")
+    assert done.returncode == 0 and gone(int(done.stdout), 5)
+
+
+def test_side_car_that_cannot_start_says_why():
+    with pytest.raises(SegmenterError) as caught:
+        SideCar("sam2")
+    assert caught.value.kind is FailureKind.UNAVAILABLE and "full side-car" in caught.value.detail
+
+
+def test_open_segmenter_modes(picture):
+    with open_segmenter("inprocess") as own:
+        assert isinstance(own, LocalSegmenter)
+        expected = own.segment(picture, BOX).mask
+    with open_segmenter("spawn", workers=1) as spawned:
+        np.testing.assert_array_equal(spawned.segment(picture, BOX).mask, expected)
+    with pytest.raises(ValueError, match="options: spawn, connect, inprocess"):
+        open_segmenter("magic").__enter__()
+    start = time.monotonic()
+    with pytest.raises(SegmenterError) as caught, open_segmenter("connect", addresses=["127.0.0.1:9"], wait_s=0.5):
+        pass
+    assert caught.value.kind is FailureKind.UNAVAILABLE and time.monotonic() - start < 2
+
+
+def test_importing_the_client_loads_neither_torch_nor_jax_nor_opencv():
+    code = "import sys, sam_bridge.client; print(sorted({'torch', 'jax', 'cv2', 'rsagent_jax'} & set(sys.modules)))"
+    assert run("-c", code).stdout == "[]\n"
