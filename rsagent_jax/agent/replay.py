@@ -1,0 +1,92 @@
+"""A trajectory as JSON, and back: the same states and observations without a model or a segmenter.
+
+Only what cannot be computed is stored: the policy's texts, the segmenter's replies, and an ending that came from outside.
+Everything else (calls, errors, views, overlays, counters, endings) is done again by the environment, and the ending must
+come out the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco
+
+from rsagent_jax.agent.environment import EnvState, SegmentFailure, abort, propose, reset, resolve
+from rsagent_jax.agent.views import PixelLimits
+from rsagent_jax.config import AgentConfig, build, to_dict
+from rsagent_jax.types import DataError, Status
+from sam_bridge.types import FailureKind, SegmentReply
+
+VERSION = 1
+
+
+def to_json(state: EnvState, image_path: str = "") -> str:
+    """One line of JSON; masks are COCO RLE. The image is not inside, only its path (if given) and size."""
+    h, w = state.image.shape[:2]
+    return json.dumps(
+        {
+            "version": VERSION,
+            "image": {"path": image_path, "width": w, "height": h},
+            "query": state.query,
+            "config": to_dict(state.config),
+            "limits": dataclasses.asdict(state.limits),
+            "turns": [
+                {"text": turn.text, "reply": _reply_to_json(reply)}
+                for turn, reply in zip(state.turns, state.replies, strict=True)
+            ],
+            "status": state.status,
+        }
+    )
+
+
+def replay(text: str, image: np.ndarray | None = None) -> EnvState:
+    """The state that `to_json` was given; `image` u8[h, w, 3], read from the stored path when None."""
+    try:
+        record = json.loads(text)
+        if record["version"] != VERSION:
+            raise DataError(f"trajectory: version {record['version']} cannot be read, only {VERSION}")
+        if image is None:
+            image = np.asarray(Image.open(record["image"]["path"]).convert("RGB"))
+        size = (record["image"]["height"], record["image"]["width"])
+        if image.shape[:2] != size:
+            raise DataError(f"trajectory: made on an image of {size} pixels (h, w), given one of {image.shape[:2]}")
+        state = reset(image, record["query"], build(AgentConfig, record["config"]), PixelLimits(**record["limits"]))
+        for turn in record["turns"]:
+            state = resolve(state, propose(state, turn["text"]), _reply_from_json(turn["reply"]))
+        status = None if record["status"] is None else Status(record["status"])
+        if state.status is None and status is not None:
+            state = abort(state, status)
+    except DataError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+        raise DataError(f"trajectory: not a record of replay.to_json ({type(e).__name__}: {e})") from e
+    if state.status != status:
+        raise DataError(f"trajectory: ended as {status}, replayed to {state.status}; the environment has changed")
+    return state
+
+
+def _reply_to_json(reply: SegmentReply | SegmentFailure | None) -> dict[str, Any] | None:
+    if reply is None:
+        return None
+    if isinstance(reply, SegmentFailure):
+        return {"failure": reply.kind.value, "detail": reply.detail, "seconds": reply.seconds}
+    rle = coco.encode(np.asfortranarray(reply.mask.astype(np.uint8)))
+    return {
+        "mask": {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")},
+        "score": float(reply.score),
+        "logits_id": reply.logits_id,
+        "timings_s": reply.timings_s,
+    }
+
+
+def _reply_from_json(value: dict[str, Any] | None) -> SegmentReply | SegmentFailure | None:
+    if value is None:
+        return None
+    if "failure" in value:
+        return SegmentFailure(FailureKind(value["failure"]), value["detail"], value["seconds"])
+    mask = coco.decode({"size": value["mask"]["size"], "counts": value["mask"]["counts"].encode("ascii")})
+    return SegmentReply(mask.astype(bool), value["score"], value["logits_id"], value["timings_s"])

@@ -1,0 +1,100 @@
+"""Segmenters without weights, and a policy without a model, for the tests of the agent."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rsagent_jax.agent.environment import EnvState, propose, reset, resolve, run_tool
+from rsagent_jax.agent.views import PixelLimits
+from rsagent_jax.config import AgentConfig
+from sam_bridge.types import FailureKind, SegmenterError, SegmentReply, SegmentRequest
+
+LIMITS = PixelLimits(28, 56 * 56, 448 * 448)
+
+
+def disc(h: int, w: int, x: float, y: float, radius: float) -> np.ndarray:
+    ys, xs = np.mgrid[:h, :w]
+    return (xs - x) ** 2 + (ys - y) ** 2 <= radius**2
+
+
+def picture(h: int, w: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
+
+
+class DiscSegmenter:
+    """A disc around the positive clicks (or filling the box), without discs around the negative ones."""
+
+    def __init__(self, radius: float = 12.0, logits: bool = True, fail: list[FailureKind | None] | None = None):
+        self.radius, self.logits, self.fail = radius, logits, list(fail or [])
+        self.requests: list[SegmentRequest] = []
+        self.kept: dict[str, np.ndarray] = {}
+
+    def segment(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
+        self.requests.append(request)
+        if self.fail and (kind := self.fail.pop(0)) is not None:
+            raise SegmenterError(kind, "as the test asked")
+        h, w = image.shape[:2]
+        mask = self.kept[request.refine].copy() if request.refine else np.zeros((h, w), bool)
+        if request.box is not None:
+            x1, y1, x2, y2 = request.box
+            mask |= disc(h, w, (x1 + x2 - 1) / 2, (y1 + y2 - 1) / 2, min(x2 - x1, y2 - y1) / 2)
+        for (x, y), label in zip(request.points, request.labels, strict=True):
+            spot = disc(h, w, x, y, self.radius)
+            mask = mask | spot if label == 1 else mask & ~spot
+        logits_id = f"logits-{len(self.requests)}" if self.logits else ""
+        self.kept[logits_id] = mask
+        return SegmentReply(mask, 0.875, logits_id, {"total": 0.001})
+
+
+class IdealSegmenter:
+    """Knows every object: a prompt gives the object it points at; what it points at nothing gives a small disc."""
+
+    def __init__(self, objects: list[np.ndarray], spoil: np.ndarray | None = None, logits: bool = True):
+        self.objects, self.spoil, self.logits, self.calls = objects, spoil, logits, 0
+
+    def segment(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
+        self.calls += 1
+        first = not request.refine and len(request.points) + (request.box is not None) == 1
+        if request.box is not None:
+            x1, y1, x2, y2 = (int(v) for v in request.box)
+            inside = [o[y1:y2, x1:x2].sum() / o.sum() for o in self.objects]
+            mask = self.objects[int(np.argmax(inside))] if max(inside) > 0.6 else disc(*image.shape[:2], x1, y1, 5)
+        else:
+            x, y = (round(v) for v in request.points[0])
+            hit = [o for o in self.objects if o[y, x] or request.labels[0] == 0]
+            mask = hit[0] if hit else disc(*image.shape[:2], x, y, 5)
+        if first and self.spoil is not None:
+            mask = mask ^ self.spoil  # the first try is imperfect; any further click mends it
+        return SegmentReply(mask.copy(), 0.9, f"logits-{self.calls}" if self.logits else "")
+
+
+def run(texts, segmenter=None, image=None, query="the disc", **config) -> EnvState:
+    """Plays scripted turns until they are used up or the trajectory ends."""
+    image = picture(112, 112) if image is None else image
+    segmenter = segmenter or DiscSegmenter()
+    state = reset(image, query, AgentConfig(**{"prompt": "brief", **config}), LIMITS)
+    for text in texts:
+        if state.status is not None:
+            break
+        proposal = propose(state, text)
+        state = resolve(state, proposal, run_tool(segmenter, state, proposal))
+    return state
+
+
+def same_states(a: EnvState, b: EnvState) -> None:
+    """Asserts that two states are equal, pixels of masks and observations included."""
+    for name in ("query", "config", "limits", "view", "action", "repeats", "invalid", "status", "failure", "tool_seconds"):
+        assert getattr(a, name) == getattr(b, name), name
+    assert len(a.masks) == len(b.masks) and len(a.turns) == len(b.turns)
+    for x, y in zip(a.masks, b.masks, strict=True):
+        assert (x.id, x.score, x.logits_id) == (y.id, y.score, y.logits_id)
+        np.testing.assert_array_equal(x.mask, y.mask)
+    for x, y in zip(a.turns, b.turns, strict=True):
+        for name in ("text", "call", "error", "mask_id", "clipped", "repeated"):
+            assert getattr(x, name) == getattr(y, name), name
+        assert (x.observation is None) == (y.observation is None)
+        if x.observation is not None:
+            assert x.observation.text == y.observation.text
+            assert (x.observation.image is None) == (y.observation.image is None)
+            if x.observation.image is not None:
+                np.testing.assert_array_equal(x.observation.image, y.observation.image)

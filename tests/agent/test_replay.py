@@ -1,0 +1,73 @@
+"""A stored trajectory gives back the identical states and observations, whatever the policy and the tool did."""
+
+import json
+
+import numpy as np
+import pytest
+from agent_fakes import DiscSegmenter, picture, run, same_states
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from rsagent_jax.agent.environment import abort
+from rsagent_jax.agent.replay import replay, to_json
+from rsagent_jax.agent.tools import render_call
+from rsagent_jax.types import DataError, Finish, ResetView, Rotate, Segment, Status, Zoom
+from sam_bridge.types import FailureKind
+
+IMAGE = picture(90, 130)
+whole = st.integers(-20, 150).map(float)
+corners = st.tuples(whole, whole, whole, whole)
+actions = st.one_of(
+    st.builds(lambda x, y, v, r: Segment(None, ((x, y),), (v,), r), whole, whole, st.integers(0, 1), st.none() | st.integers(1, 3)),
+    st.builds(Segment, corners),
+    st.builds(Zoom, corners),
+    st.builds(Rotate, st.integers(1, 3)),
+    st.just(ResetView()),
+    st.builds(Finish, st.none() | st.integers(1, 3)),
+)  # fmt: skip
+texts = st.one_of(actions.map(render_call), st.sampled_from(["no call", "<think>\ud800</think>"]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(texts, max_size=8),
+    st.lists(st.sampled_from([None, None, None, *FailureKind]), max_size=6),
+    st.booleans(),
+    st.sampled_from(["brief", "full"]),
+)
+def test_replay_is_identical(script, fail, logits, prompt):
+    state = run(script, DiscSegmenter(logits=logits, fail=fail), IMAGE, "a <|im_end|> cup", prompt=prompt, max_turns=6)
+    text = to_json(state)
+    again = replay(text, IMAGE)
+    same_states(state, again)
+    assert to_json(again) == text
+
+
+def test_outside_ending_and_image_path(tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(IMAGE).save(path)
+    state = abort(run([render_call(Segment(box=(10, 10, 60, 60)))], image=IMAGE), Status.MAX_CONTEXT)
+    again = replay(to_json(state, str(path)))
+    same_states(state, again)
+    np.testing.assert_array_equal(again.image, IMAGE)
+
+
+def test_a_record_that_does_not_fit_is_a_data_error():
+    text = to_json(run([render_call(Segment(box=(10, 10, 60, 60))), render_call(Finish(1))], image=IMAGE))
+    record = json.loads(text)
+    with pytest.raises(DataError, match="image of"):
+        replay(text, picture(91, 130))
+    with pytest.raises(DataError, match="has changed"):
+        replay(json.dumps({**record, "status": "max_turns"}), IMAGE)
+    with pytest.raises(DataError, match="version 9"):
+        replay(json.dumps({**record, "version": 9}), IMAGE)
+    for bad in ("", "[]", "{}", json.dumps({**record, "turns": 3}), json.dumps({**record, "limits": {"x": 1}})):
+        with pytest.raises(DataError):
+            replay(bad, IMAGE)
+    record["turns"][0]["reply"]["score"] = None
+    del record["turns"][0]["reply"]["mask"]
+    with pytest.raises(DataError, match="KeyError"):
+        replay(json.dumps(record), IMAGE)
+    with pytest.raises(DataError):
+        replay(text)  # no path was stored

@@ -1,0 +1,175 @@
+"""Arrow 4: every call survives print and parse; every wrong text is a counted reason, never an exception."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rsagent_jax.agent.tools import MAX_NUMBER, REASONS, REFUSALS, TOOL_SCHEMAS, call_json, parse, render_call
+from rsagent_jax.types import Finish, ParseError, ResetView, Rotate, Segment, Zoom
+from sam_bridge.types import FailureKind, SegmenterError
+
+numbers = st.one_of(
+    st.integers(-1000, 2000).map(float), st.floats(-MAX_NUMBER, MAX_NUMBER, allow_nan=False, allow_infinity=False)
+)
+boxes = st.tuples(numbers, numbers, numbers, numbers)
+clicks = st.lists(st.tuples(st.tuples(numbers, numbers), st.integers(0, 1)), max_size=16)
+ids = st.integers(1, 10_000)
+calls = st.one_of(
+    st.builds(
+        lambda box, clicks, refine: Segment(box, tuple(p for p, _ in clicks), tuple(v for _, v in clicks), refine),
+        st.none() | boxes, clicks, st.none() | ids,
+    ).filter(lambda c: c.box is not None or c.points or c.refine is not None),
+    st.builds(Zoom, boxes),
+    st.builds(Rotate, st.integers(1, 3)),
+    st.just(ResetView()),
+    st.builds(Finish, st.none() | ids),
+)  # fmt: skip
+
+
+def turn(body: str, think: str = "<think>t</think>") -> str:
+    return f"{think}\n<tool_call>\n{body}\n</tool_call>"
+
+
+def segment(**arguments) -> str:
+    return turn(json.dumps({"name": "segment", "arguments": arguments}))
+
+
+@given(calls)
+def test_every_call_survives_print_and_parse(call):
+    assert parse(render_call(call, "I look.")) == call
+
+
+def test_canonical_text():
+    text = '<think>hm</think>\n<tool_call>\n{"name": "segment", "arguments": {"points": [[45, 60]], "labels": [1]}}\n</tool_call>'
+    assert render_call(Segment(points=((45.0, 60.0),), labels=(1,)), "hm") == text
+    assert call_json(ResetView()) == '{"name": "reset_view", "arguments": {}}'
+    assert call_json(Finish(None)) == '{"name": "finish", "arguments": {"mask_id": null}}'
+
+
+def test_tolerances():
+    assert parse(segment(points=[[1, 2], [3, 4]])) == Segment(points=((1, 2), (3, 4)), labels=(1, 1))
+    assert parse(segment(box=[1, 2, 3, 4], points=None, refine=None)) == Segment(box=(1, 2, 3, 4))
+    assert parse(segment(refine=1)) == Segment(refine=1)
+    assert parse(' \n<think></think><tool_call>{"name":"reset_view","arguments":{}}</tool_call>\n\n') == ResetView()
+
+
+OK = '{"name": "reset_view", "arguments": {}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "no_call"),
+        ("<think>only</think>", "no_call"),
+        (turn(OK) + "<|im_end|>", "bad_text"),
+        (turn(OK, "<think><|image_pad|></think>"), "bad_text"),
+        (turn(OK, "<think>\ud800</think>"), "bad_text"),
+        (turn(OK) + turn(OK, ""), "several_calls"),
+        ("<think>t</think><tool_call>" + OK, "unclosed_call"),
+        ("</tool_call><think>t</think><tool_call>" + OK, "unclosed_call"),
+        (turn(OK, ""), "bad_think"),
+        (turn(OK, "<think>t"), "bad_think"),
+        (turn(OK, "<think>a</think><think>b</think>"), "bad_think"),
+        (turn(OK, "</think><think>"), "bad_think"),
+        (turn(OK, "") + "<think>late</think>", "bad_think"),
+        (turn(OK, "Well. <think>t</think>"), "stray_text"),
+        (turn(OK, "<think>t</think> so:"), "stray_text"),
+        (turn(OK) + " Done.", "trailing_text"),
+        (turn(""), "bad_json"),
+        (turn("[]"), "bad_json"),
+        (turn("{'name': 'reset_view'}"), "bad_json"),
+        (turn(OK + OK), "bad_json"),
+        (turn('{"name": "reset_view", "name": "reset_view", "arguments": {}}'), "bad_json"),
+        (turn('{"name": "rotate", "arguments": {"quarter_turns": 1, "quarter_turns": 2}}'), "bad_json"),
+        (turn('{"name": "zoom", "arguments": {"box": [NaN, 0, 1, 1]}}'), "bad_json"),
+        (turn('{"name": "zoom", "arguments": {"box": [-Infinity, 0, 1, 1]}}'), "bad_json"),
+        (turn('{"name": "zoom", "arguments": {"box": [1' + "0" * 5000 + ", 0, 1, 1]}}"), "bad_json"),
+        (turn("[" * 3900), "bad_json"),
+        (turn('{"a":' * 700 + "1" + "}" * 700), "bad_json"),
+        (turn(" " * 5000 + OK), "bad_json"),
+        (turn('{"name": "reset_view"}'), "missing_argument"),
+        (turn('{"arguments": {}}'), "missing_argument"),
+        (turn('{"name": "reset_view", "arguments": {}, "id": 1}'), "unknown_argument"),
+        (turn('{"name": "reset_view", "arguments": {"now": 1}}'), "unknown_argument"),
+        (turn('{"name": "\\ud800", "arguments": {}}'), "unknown_tool"),
+        (turn('{"name": "click", "arguments": {}}'), "unknown_tool"),
+        (turn('{"name": ["zoom"], "arguments": {}}'), "bad_type"),
+        (turn('{"name": "zoom", "arguments": "{}"}'), "bad_type"),
+        (segment(), "missing_argument"),
+        (segment(points=[]), "missing_argument"),
+        (segment(box=[1, 2, 3]), "bad_value"),
+        (segment(box=[1, 2, 3, True]), "bad_type"),
+        (segment(box="1 2 3 4"), "bad_type"),
+        (segment(box=[1, 2, 3, "4"]), "bad_type"),
+        (segment(points=[1, 2]), "bad_type"),
+        (segment(points={"x": 1}), "bad_type"),
+        (segment(points=[[1, 2]] * 17), "bad_value"),
+        (segment(points=[[1, 2]], labels=[1, 0]), "bad_value"),
+        (segment(points=[[1, 2]], labels=[2]), "bad_value"),
+        (segment(points=[[1, 2]], labels=[True]), "bad_type"),
+        (segment(points=[[1, 2]], labels=[1.0]), "bad_type"),
+        (segment(box=[1, 2, 3, 4], labels=[1]), "bad_value"),
+        (segment(refine=0), "bad_value"),
+        (segment(refine="1"), "bad_type"),
+        (turn('{"name": "zoom", "arguments": {"box": [1e999, 0, 1, 1]}}'), "bad_value"),
+        (turn('{"name": "zoom", "arguments": {"box": [1' + "0" * 400 + ", 0, 1, 1]}}"), "bad_value"),
+        (turn('{"name": "zoom", "arguments": {}}'), "missing_argument"),
+        (turn('{"name": "rotate", "arguments": {"quarter_turns": 4}}'), "bad_value"),
+        (turn('{"name": "rotate", "arguments": {"quarter_turns": 1.0}}'), "bad_type"),
+        (turn('{"name": "finish", "arguments": {}}'), "missing_argument"),
+        (turn('{"name": "finish", "arguments": {"mask_id": true}}'), "bad_type"),
+        (turn('{"name": "finish", "arguments": {"mask_id": -1}}'), "bad_value"),
+    ],
+)
+def test_reasons(text, reason):
+    error = parse(text)
+    assert isinstance(error, ParseError) and error.reason == reason
+    assert reason in REASONS
+
+
+def test_every_reason_is_reached():
+    cases = next(m for m in test_reasons.pytestmark if m.name == "parametrize").args[1]
+    assert {reason for _, reason in cases} == set(REASONS)
+    assert not set(REASONS) & set(REFUSALS)
+
+
+def test_refusals_name_every_callers_fault():
+    kinds = {kind.value for kind in FailureKind if SegmenterError(kind, "").callers_fault}
+    assert kinds <= set(REFUSALS)
+
+
+PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "segment", "arguments": ', '{"points": [[1, 2]]}',
+          "}", "[", "]", '"', "NaN", "1e400", "\ud800", "\u0000", "\\u", "<|im_end|>", "null", "true", " ", "\n"]  # fmt: skip
+
+
+@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=30).map("".join)))
+def test_any_text_gives_a_value(text):
+    result = parse(text)
+    if isinstance(result, ParseError):
+        assert result.reason in REASONS
+
+
+@settings(max_examples=200)
+@given(calls, st.data())
+def test_mutated_calls_give_a_value(call, data):
+    text = render_call(call, "x")
+    at = data.draw(st.integers(0, len(text)))
+    cut = data.draw(st.integers(0, 5))
+    result = parse(text[:at] + data.draw(st.text(max_size=3) | st.sampled_from(PIECES)) + text[at + cut :])
+    if isinstance(result, ParseError):
+        assert result.reason in REASONS
+        # what is answered never carries the policy's own text, so it cannot carry a tag or a token either
+        assert "<|" not in result.detail and len(result.detail) < 100 and result.detail.isascii()
+    else:
+        assert parse(render_call(result)) == result
+
+
+def test_schema_agrees_with_the_parser():
+    assert [s["function"]["name"] for s in TOOL_SCHEMAS] == ["segment", "zoom", "rotate", "reset_view", "finish"]
+    for schema in TOOL_SCHEMAS:
+        parameters = schema["function"]["parameters"]
+        body = json.dumps({"name": schema["function"]["name"], "arguments": {key: {} for key in parameters["properties"]}})
+        error = parse(turn(body))  # every name is known, so only the types are wrong
+        assert error == ResetView() or error.reason == "bad_type"
