@@ -1,0 +1,132 @@
+"""Text and pictures -> ids, positions and patches, exactly as Hugging Face's Qwen2.5-VL processor makes them.
+
+Text is encoded once, piece by piece, and never decoded and encoded again: training uses the ids that were sampled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer
+
+from rsagent_jax.agent.views import PixelLimits, smart_resize
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, read_json
+from rsagent_jax.models.qwen25_vl.positions import Grid, merged_tokens, mrope_positions
+from rsagent_jax.types import DataError, Prompt
+
+IMAGE_PAD = "<|image_pad|>"
+TERMINATOR = "<|im_end|>"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """preprocessor_config.json: sizes in pixels, mean and std per channel of 0..1 values."""
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    limits: PixelLimits
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def load(cls, directory: str | pathlib.Path) -> ImageConfig:
+        path = pathlib.Path(directory) / "preprocessor_config.json"
+        raw = read_json(path)
+        size = raw.get("size") or {}
+        patch, merge = raw.get("patch_size", 14), raw.get("merge_size", 2)
+        try:
+            limits = PixelLimits(
+                factor=patch * merge,
+                min_pixels=int(raw.get("min_pixels") or size["shortest_edge"]),
+                max_pixels=int(raw.get("max_pixels") or size["longest_edge"]),
+            )
+            return cls(
+                patch,
+                raw.get("temporal_patch_size", 2),
+                merge,
+                limits,
+                tuple(raw["image_mean"]),
+                tuple(raw["image_std"]),
+            )
+        except KeyError as error:
+            raise DataError(f"{path} lacks {error}") from error
+
+
+class Processor:
+    """Tokenizer, image settings and special ids of one weights directory. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer, images: ImageConfig, config: Qwen25VLConfig):
+        self.tokenizer, self.images, self.config = tokenizer, images, config
+        self.image_id = self._special(IMAGE_PAD)
+        self.terminator_id = self._special(TERMINATOR)
+        if self.image_id != config.image_token_id:
+            raise DataError(
+                f"the tokenizer's {IMAGE_PAD} is id {self.image_id}, config.json says {config.image_token_id}:"
+                " the two files are of different models"
+            )
+
+    @classmethod
+    def load(cls, directory: str | pathlib.Path) -> Processor:
+        path = pathlib.Path(directory) / "tokenizer.json"
+        config = load_config(directory)
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for a missing or a broken file
+            raise DataError(f"{path} cannot be read as a tokenizer: {error}") from error
+        return cls(tokenizer, ImageConfig.load(directory), config)
+
+    def encode(self, text: str) -> np.ndarray:
+        """i32[T]; special tokens in the text count as such, nothing is added."""
+        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        return self.tokenizer.decode([int(t) for t in tokens], skip_special_tokens=False)
+
+    def prompt(self, text: str, images: Sequence[np.ndarray], start: int = 0) -> tuple[Prompt, int]:
+        """Arrows 2 and 8: one IMAGE_PAD in `text` per image u8[h, w, 3]; positions go on from `start`.
+
+        Returns the prompt and the position of the next token.
+        """
+        ids = self.encode(text)
+        patched = [image_patches(image, self.images) for image in images]
+        grids = tuple(grid for _, grid in patched)
+        if int((ids == self.image_id).sum()) != len(images):
+            raise ValueError(f"{int((ids == self.image_id).sum())} image placeholders for {len(images)} images")
+        counts = np.ones(len(ids), np.int64)
+        counts[ids == self.image_id] = [merged_tokens(grid, self.images.merge_size) for grid in grids]
+        ids = np.repeat(ids, counts)
+        positions, end = mrope_positions(ids, grids, self.image_id, start, self.images.merge_size)
+        patches = np.concatenate([p for p, _ in patched]) if patched else self.no_patches()
+        return Prompt(ids, positions, patches, grids), end
+
+    def no_patches(self) -> np.ndarray:
+        return np.zeros((0, self.config.vision.patch_dim), np.float32)
+
+    def _special(self, token: str) -> int:
+        index = self.tokenizer.token_to_id(token)
+        if index is None:
+            raise DataError(f"the tokenizer has no {token}: this is not a Qwen2.5-VL tokenizer")
+        return index
+
+
+def image_patches(image: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, Grid]:
+    """u8[h, w, 3] -> (f32[P, C*2*14*14], grid): smart resize (bicubic), rescale, normalise, merge-block order.
+
+    A picture that already has its smart-resized size is not resampled.
+    """
+    h, w = smart_resize(*image.shape[:2], config.limits.factor, config.limits.min_pixels, config.limits.max_pixels)
+    if (h, w) != image.shape[:2]:
+        image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
+    mean, std = (np.asarray(v, np.float32) for v in (config.mean, config.std))
+    x = (image.astype(np.float32) * np.float32(1 / 255) - mean) / std
+    patch, merge = config.patch_size, config.merge_size
+    grid = (1, h // patch, w // patch)
+    x = x.reshape(grid[1] // merge, merge, patch, grid[2] // merge, merge, patch, 3)
+    x = x.transpose(0, 3, 1, 4, 6, 2, 5)  # merge row, merge column, row, column, channel, y, x
+    x = np.repeat(x[:, :, :, :, :, None], config.temporal_patch_size, axis=5)
+    return np.ascontiguousarray(x.reshape(grid[1] * grid[2], -1)), grid
