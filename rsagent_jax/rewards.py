@@ -1,0 +1,222 @@
+"""Arrow 10: trajectory -> reward. Every term is a `module:function` with a weight in the config, logged on its own.
+
+From the paper (arXiv 2512.24023): R = 1.0 * R_final + 0.5 * R_process + 0.2 * R_format, the final term being the IoU
+of the final mask, and the names of what R_process holds (step-wise IoU improvement, tool cost, novelty, point
+sparsity). Ours: the definition of every other term, every coefficient inside R_process, and its clip range.
+
+A researcher's own term is a function in any importable module:
+
+    def small_mask(trajectory: Trajectory, sample: Sample) -> float:
+        return float(trajectory.final_mask.mean() < 0.5)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable
+
+import numpy as np
+
+from rsagent_jax.resolve import resolve
+from rsagent_jax.types import DataError, Finish, ResetView, Reward, Rotate, Sample, Segment, Status, Trajectory, Zoom
+
+# --- IoU ---
+
+
+def intersection_union(predicted: np.ndarray, target: np.ndarray, ignore: np.ndarray | None) -> tuple[int, int]:
+    """Number of pixels in both masks and in either, outside `ignore`. Masks are bool[h, w] in original pixels.
+
+    Raises ValueError if a mask is not bool or the shapes differ: masks are compared at original resolution only.
+    """
+    for mask in (predicted, target) if ignore is None else (predicted, target, ignore):
+        if mask.dtype != bool or mask.shape != target.shape:
+            raise ValueError(f"masks must be bool{list(target.shape)}, got {mask.dtype}{list(mask.shape)}")
+    if ignore is not None:
+        predicted, target = predicted & ~ignore, target & ~ignore
+    intersection = int(np.count_nonzero(predicted & target))
+    return intersection, int(np.count_nonzero(predicted)) + int(np.count_nonzero(target)) - intersection
+
+
+def mask_iou(mask: np.ndarray, sample: Sample) -> float:
+    """IoU in [0, 1] of `mask` (bool[h, w]) with the ground truth outside the ignore mask; 1 where both are empty."""
+    intersection, union = intersection_union(mask, sample.gt_mask, sample.ignore_mask)
+    return intersection / union if union else 1.0
+
+
+def _ious(trajectory: Trajectory, sample: Sample) -> list[float]:
+    """IoU of the empty mask, with which every trajectory starts, then of each mask in the order it was made."""
+    empty = np.zeros_like(sample.gt_mask)
+    return [mask_iou(mask, sample) for mask in (empty, *(record.mask for record in trajectory.masks))]
+
+
+# --- Terms: each is (trajectory, sample) -> float ---
+
+
+def final_iou(trajectory: Trajectory, sample: Sample) -> float:
+    """IoU of the final mask, in [0, 1]. The paper's R_final."""
+    return mask_iou(trajectory.final_mask, sample)
+
+
+def iou_gain(trajectory: Trajectory, sample: Sample) -> float:
+    """Sum over turns of max(0, IoU_t - best IoU before t), in [0, 1].
+
+    Against the best so far and not the turn before, so that worsening a mask and mending it is not paid twice. The
+    empty mask comes first: an absent target starts at 1 and has nothing to gain. The sum telescopes to the best IoU
+    minus that start, so at equal weights `iou_gain - overshoot` is the final IoU minus it: between them the two
+    weights say how much of the gain must be kept.
+    """
+    ious = _ious(trajectory, sample)
+    return max(ious) - ious[0]
+
+
+def overshoot(trajectory: Trajectory, sample: Sample) -> float:
+    """Best IoU of any mask minus the final IoU, in [0, 1]: what was lost by not stopping. After MedSAM-Agent."""
+    return max(_ious(trajectory, sample)) - final_iou(trajectory, sample)
+
+
+def call_cost(trajectory: Trajectory, sample: Sample) -> float:
+    """Number of tool calls made, refused ones included. `finish` is free: stopping must never cost."""
+    return float(sum(turn.call is not None and not isinstance(turn.call, Finish) for turn in trajectory.turns))
+
+
+def novel_action(trajectory: Trajectory, sample: Sample) -> float:
+    """Share in [0, 1] of effective actions that are not repeats; 0 where there is none.
+
+    Effective: well-formed, not refused, not `finish`. A repeat is what the environment marked so, or an earlier call
+    made again in the same view (the same view changes since the last reset), so that A, B, A, B does not pass for
+    news. A share and not a count, so that it cannot be raised by acting more.
+    """
+    seen, views, effective, novel = set(), (), 0, 0
+    for turn in trajectory.turns:
+        call = turn.call
+        if call is None or turn.error is not None or isinstance(call, Finish):
+            continue
+        effective += 1
+        novel += not (turn.repeated or (call, views) in seen)
+        seen.add((call, views))
+        if isinstance(call, ResetView):
+            views = ()
+        elif isinstance(call, Zoom | Rotate):
+            views = (*views, call)
+    return novel / effective if effective else 0.0
+
+
+def point_excess(trajectory: Trajectory, sample: Sample, budget: int = 4) -> float:
+    """Number of points above `budget` in a segment call, summed over the calls. The budget is ours."""
+    return float(sum(max(0, len(t.call.points) - budget) for t in trajectory.turns if isinstance(t.call, Segment)))
+
+
+def format_ok(trajectory: Trajectory, sample: Sample) -> float:
+    """Share in [0, 1] of well-formed turns; 0 unless the policy ended the trajectory itself (FINISHED)."""
+    if trajectory.status is not Status.FINISHED or not trajectory.turns:
+        return 0.0
+    return sum(turn.call is not None for turn in trajectory.turns) / len(trajectory.turns)
+
+
+# --- Composition ---
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardTerm:
+    function: str  # module:function
+    weight: float  # inside its group; negative for a cost
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardGroup:
+    name: str
+    weight: float  # in the total
+    terms: tuple[RewardTerm, ...]
+    clip: tuple[float, float] | None = None  # range of the weighted sum of the terms, before the group's weight
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    groups: tuple[RewardGroup, ...]
+
+
+DEFAULT_REWARD = RewardConfig(
+    groups=(
+        RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_iou", 1.0),)),  # group weight: the paper
+        RewardGroup(
+            "process",
+            0.5,  # the paper; everything below in this group is ours
+            (
+                RewardTerm("rsagent_jax.rewards:iou_gain", 1.0),
+                RewardTerm("rsagent_jax.rewards:call_cost", -0.02),
+                RewardTerm("rsagent_jax.rewards:novel_action", 0.1),
+                RewardTerm("rsagent_jax.rewards:point_excess", -0.02),
+                RewardTerm("rsagent_jax.rewards:overshoot", -1.0),
+            ),
+            clip=(-1.0, 1.0),
+        ),
+        RewardGroup("format", 0.2, (RewardTerm("rsagent_jax.rewards:format_ok", 1.0),)),  # group weight: the paper
+    )
+)
+
+
+def make_reward(config: RewardConfig) -> Callable[[Trajectory, Sample], Reward]:
+    """The reward that `config` describes: total = sum over groups of weight * clip(sum over terms of weight * term).
+
+    Functions are resolved here, once, so that a misspelt path fails before the first rollout. `Reward.parts` holds each
+    term unweighted under `group/function` and each clipped group, before its weight, under `group`.
+
+    Raises:
+      DataError: here, for a path that does not resolve or a config that contradicts itself; from the reward, for a
+        term that is not a finite number, naming the function.
+      ValueError: from the reward, for an ENV_FAILED trajectory (a broken tool is never scored; drop it from its
+        group), or for a sample that is not the trajectory's own.
+    """
+    _check(config)
+    functions = {term.function: resolve(term.function) for group in config.groups for term in group.terms}
+
+    def reward(trajectory: Trajectory, sample: Sample) -> Reward:
+        if trajectory.status is Status.ENV_FAILED:
+            raise ValueError(f"sample {trajectory.sample_id}: an ENV_FAILED trajectory has no reward; drop it")
+        if trajectory.sample_id != sample.id:
+            raise ValueError(f"trajectory of sample {trajectory.sample_id} scored against sample {sample.id}")
+        total, parts = 0.0, {}
+        for group in config.groups:
+            value = 0.0
+            for term in group.terms:
+                raw = _number(functions[term.function](trajectory, sample), term.function, sample.id)
+                parts[f"{group.name}/{_short(term)}"] = raw
+                value += term.weight * raw
+            if group.clip is not None:
+                value = min(max(value, group.clip[0]), group.clip[1])
+            parts[group.name] = value
+            total += group.weight * value
+        return Reward(total=total, parts=parts)
+
+    return reward
+
+
+def _short(term: RewardTerm) -> str:
+    return term.function.rpartition(":")[2]
+
+
+def _number(value: object, function: str, sample_id: str) -> float:
+    # A bool is refused: `iou > 0.5` is a Python or a numpy bool by accident, and only one of them is a number.
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise DataError(f"reward term {function} returned {value!r} for sample {sample_id}; it must be a finite float")
+    return float(value)
+
+
+def _check(config: RewardConfig) -> None:
+    """All faults in one message."""
+    faults = [] if config.groups else ["there are no groups"]
+    names = [group.name for group in config.groups]
+    faults += [f"group {name!r} appears more than once" for name in sorted({n for n in names if names.count(n) > 1})]
+    for group in config.groups:
+        shorts = [_short(term) for term in group.terms]
+        faults += [] if shorts else [f"group {group.name!r} has no terms"]
+        if len(set(shorts)) < len(shorts):
+            faults.append(f"group {group.name!r} has two terms of one name: {', '.join(sorted(shorts))}")
+        if not all(math.isfinite(weight) for weight in (group.weight, *(term.weight for term in group.terms))):
+            faults.append(f"group {group.name!r} has a weight that is not finite")
+        if group.clip is not None and not group.clip[0] <= group.clip[1]:
+            faults.append(f"group {group.name!r} clips to {group.clip}, which is empty")
+    if faults:
+        raise DataError("reward config: " + "; ".join(faults))

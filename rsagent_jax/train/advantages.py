@@ -1,0 +1,72 @@
+"""Arrow 11: rewards f32[n, G] -> advantages f32[n, G], on the host. n groups (prompts) of G samples each.
+
+`valid` bool[n, G] is False for ENV_FAILED members: their reward is meaningless (it may be NaN), they enter no
+statistic and get advantage 0. A group that carries no signal (`zero_variance`) gets 0 throughout.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+# Rewards are of order 1; two that differ by less than this differ by rounding. A z-score would blow such a difference
+# up.
+_SPREAD = 1e-6
+
+
+def group_zscore(rewards: np.ndarray, valid: np.ndarray, *, ddof: int = 1, eps: float = 1e-6) -> np.ndarray:
+    """(r - mean) / (std + eps) inside each group: GRPO, Eq. 6 of the paper.
+
+    Which std the paper uses is not known. ddof=1 (unbiased) is Seg-Zero's; ddof=0 makes advantages larger by
+    sqrt(G / (G - 1)), 1.155 at G = 4.
+    """
+    centred, count = _centred(rewards, valid)
+    # Usable groups have at least 2 members; the maximum only keeps 0 / 0 out of the others.
+    std = np.sqrt(np.sum(centred**2, axis=1, keepdims=True) / np.maximum(count - ddof, 1))
+    return (centred / (std + eps)).astype(np.float32)
+
+
+def mean_only(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """r - mean inside each group: Dr. GRPO. Groups with little spread are not scaled up."""
+    return _centred(rewards, valid)[0].astype(np.float32)
+
+
+def leave_one_out(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """r - mean of the other members: RLOO. Equal to mean_only times count / (count - 1)."""
+    centred, count = _centred(rewards, valid)
+    return (centred * count / np.maximum(count - 1, 1)).astype(np.float32)
+
+
+def zero_variance(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """bool[n]: groups with nothing to learn from, to be dropped or refilled: all valid rewards equal, or fewer than 2.
+
+    Raises ValueError if the shapes differ or a valid reward is not finite.
+    """
+    if rewards.shape != valid.shape or rewards.ndim != 2 or valid.dtype != bool:
+        raise ValueError(
+            f"rewards must be f32[n, G] and valid bool[n, G], got {rewards.shape} and {valid.dtype}{valid.shape}"
+        )
+    if not np.isfinite(rewards[valid]).all():
+        raise ValueError(f"rewards of valid members must be finite, got {rewards[valid]}")
+    spread = np.where(valid, rewards, -np.inf).max(axis=1) - np.where(valid, rewards, np.inf).min(axis=1)
+    return (valid.sum(axis=1) < 2) | (spread <= _SPREAD)
+
+
+def _centred(rewards: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """f64[n, G] reward minus the group's mean, 0 for invalid members and useless groups; i64[n, 1] valid members."""
+    usable = valid & ~zero_variance(rewards, valid)[:, None]
+    count = valid.sum(axis=1, keepdims=True)
+    clean = np.where(valid, rewards, 0.0).astype(np.float64)
+    mean = clean.sum(axis=1, keepdims=True) / np.maximum(count, 1)
+    return np.where(usable, clean - mean, 0.0), count
+
+
+# What a config may name. All are f(rewards, valid) -> advantages.
+ADVANTAGES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "zscore": group_zscore,
+    "zscore_ddof0": functools.partial(group_zscore, ddof=0),
+    "mean_only": mean_only,
+    "leave_one_out": leave_one_out,
+}

@@ -1,0 +1,250 @@
+"""Arrow 13's arithmetic: SFT and policy-gradient objectives over packed rows. Pure functions on arrays, all in fp32.
+
+Arrays are f32[B, T] and aligned to the target token: `logprobs[b, t]` is log p(token t | earlier tokens of its
+segment), any finite number where undefined. `loss_mask` bool[B, T] is True where token t was sampled, never on
+padding. `segment_ids` i32[B, T] is 1.. per trajectory, 0 padding; a trajectory never crosses rows.
+
+Nothing here divides by a count. A loss is a *sum* of per-token losses times `weights`, and the normalisation that
+makes the weights returns its denominator:
+
+    weights, denominator = token_weights(loss_mask, segment_ids)
+    loss_sum, metrics = grpo_loss(
+        logprobs, old_logprobs, advantages, loss_mask, segment_ids, weights, clip_low=0.2, clip_high=0.28
+    )
+
+Micro-batches, shards and hosts add sums and denominators and divide once, `sum / max(denominator, 1)`, so that
+accumulation equals the large batch whatever the lengths. Metrics are sums too: `merge_metrics` adds them,
+`mean_metrics` divides.
+
+The clip ranges, the normalisation, KL and truncated importance sampling are ours: the paper only says GRPO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+# name -> f32[]: sum over trained tokens, maximum where the name ends in _max; "tokens" counts them.
+Metrics = dict[str, jax.Array]
+
+# Beyond e^20 a ratio is a fault, not a measurement; the bound keeps inf and NaN out of the other tokens' gradients.
+_MAX_LOG_RATIO = 20.0
+
+
+# --- Normalisation: (loss_mask, segment_ids) -> weights f32[B, T] (0 off the mask), denominator f32[] ---
+
+
+def token_weights(loss_mask: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Every trained token of the batch counts the same (DAPO): long trajectories weigh more. Denominator: tokens."""
+    del segment_ids
+    weights = loss_mask.astype(jnp.float32)
+    return weights, weights.sum()
+
+
+def sequence_weights(loss_mask: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Every trajectory counts the same, 1 / its trained tokens each (GRPO as published). Denominator: trajectories."""
+    lengths_BS = _segment_sums(loss_mask, segment_ids)
+    lengths_BT = jnp.take_along_axis(lengths_BS, segment_ids, axis=1)
+    return jnp.where(loss_mask, 1.0 / jnp.maximum(lengths_BT, 1.0), 0.0), _trained_segments(lengths_BS)
+
+
+def constant_weights(loss_mask: jax.Array, segment_ids: jax.Array, *, length: float) -> tuple[jax.Array, jax.Array]:
+    """Every token counts 1 / `length` in every batch (Dr. GRPO): no bias by length. Denominator: trajectories."""
+    return loss_mask.astype(jnp.float32) / length, _trained_segments(_segment_sums(loss_mask, segment_ids))
+
+
+# --- Stage 1 ---
+
+
+def sft_loss(logprobs: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sum over trained tokens of -log p, number of them). The paper trains on reasoning and tool-call tokens only."""
+    return -jnp.sum(jnp.where(loss_mask, logprobs.astype(jnp.float32), 0.0)), loss_mask.sum(dtype=jnp.float32)
+
+
+# --- Stage 2. The three objectives share a signature, so that the config chooses one by name. `old_logprobs` are
+# those of the policy that the ratio is taken to; `advantages` f32[B, T] are constant over a trajectory. Each returns
+# (loss_sum, Metrics). ---
+
+
+def grpo_loss(
+    logprobs: jax.Array,
+    old_logprobs: jax.Array,
+    advantages: jax.Array,
+    loss_mask: jax.Array,
+    segment_ids: jax.Array,
+    weights: jax.Array,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[jax.Array, Metrics]:
+    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with each token's own ratio r: GRPO, and DAPO's clip-higher."""
+    del segment_ids  # the ratio is the token's own
+    log_ratio = _log_ratio(logprobs, old_logprobs, loss_mask)
+    return _clipped_surrogate(log_ratio, logprobs, advantages, loss_mask, weights, clip_low, clip_high)
+
+
+def gspo_loss(
+    logprobs: jax.Array,
+    old_logprobs: jax.Array,
+    advantages: jax.Array,
+    loss_mask: jax.Array,
+    segment_ids: jax.Array,
+    weights: jax.Array,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[jax.Array, Metrics]:
+    """GSPO (arXiv 2507.18071): as GRPO with one ratio per trajectory, the geometric mean of its tokens' ratios.
+
+    The published objective is this with `sequence_weights`. Ratios are near 1: its clip range is about 3e-4 and 4e-4.
+    """
+    log_ratio = _log_ratio(logprobs, old_logprobs, loss_mask)
+    lengths_BS = _segment_sums(loss_mask, segment_ids)
+    means_BS = _segment_sums(log_ratio, segment_ids) / jnp.maximum(lengths_BS, 1.0)
+    log_ratio = jnp.where(loss_mask, jnp.take_along_axis(means_BS, segment_ids, axis=1), 0.0)
+    return _clipped_surrogate(log_ratio, logprobs, advantages, loss_mask, weights, clip_low, clip_high)
+
+
+def cispo_loss(
+    logprobs: jax.Array,
+    old_logprobs: jax.Array,
+    advantages: jax.Array,
+    loss_mask: jax.Array,
+    segment_ids: jax.Array,
+    weights: jax.Array,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[jax.Array, Metrics]:
+    """CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE with a clipped, constant weight, -stop(clip(r)) A log p.
+
+    Every token keeps a gradient, clipped or not. clip_low = 1 leaves the lower side open, as published.
+    """
+    del segment_ids
+    log_ratio = _log_ratio(logprobs, old_logprobs, loss_mask)
+    ratio = jnp.exp(log_ratio)
+    bounded = jax.lax.stop_gradient(jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high))
+    loss = -jnp.sum(weights * bounded * advantages * jnp.where(loss_mask, logprobs.astype(jnp.float32), 0.0))
+    clipped = (ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)
+    return loss, _policy_metrics(log_ratio, logprobs, clipped, loss_mask)
+
+
+OBJECTIVES: dict[str, Callable[..., tuple[jax.Array, Metrics]]] = {
+    "grpo": grpo_loss,
+    "gspo": gspo_loss,
+    "cispo": cispo_loss,
+}
+
+
+# --- KL to a reference policy, per token; d = log p_ref - log p of the sampled token (Schulman's estimators) ---
+
+
+def kl_k1(d: jax.Array) -> jax.Array:
+    """-d. Unbiased, noisy; its gradient is 0 in expectation, so it is for watching and not for penalising."""
+    return -d
+
+
+def kl_k2(d: jax.Array) -> jax.Array:
+    """d^2 / 2. A biased value, with the gradient of KL(policy || reference) on on-policy samples."""
+    return 0.5 * d**2
+
+
+def kl_k3(d: jax.Array) -> jax.Array:
+    """e^d - d - 1. Unbiased, never negative; its gradient is that of KL(reference || policy). GRPO's and Seg-Zero's."""
+    return jnp.expm1(d) - d
+
+
+KL_ESTIMATORS: dict[str, Callable[[jax.Array], jax.Array]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+def kl_loss(
+    logprobs: jax.Array,
+    ref_logprobs: jax.Array,
+    loss_mask: jax.Array,
+    weights: jax.Array,
+    *,
+    estimator: Callable[[jax.Array], jax.Array],
+    coefficient: float,
+) -> tuple[jax.Array, Metrics]:
+    """coefficient * sum of weights * KL, to add to an objective's sum; metric `kl_ref` without the coefficient."""
+    kl = estimator(_log_ratio(ref_logprobs, logprobs, loss_mask))
+    return coefficient * jnp.sum(weights * kl), _sums(loss_mask, kl_ref=kl)
+
+
+# --- Engine against trainer ---
+
+
+def truncated_importance_weights(
+    trainer_logprobs: jax.Array, engine_logprobs: jax.Array, loss_mask: jax.Array, *, cap: float
+) -> tuple[jax.Array, Metrics]:
+    """f32[B, T] min(p_trainer / p_engine, cap) without gradient, 1 off the mask; multiply the weights by it.
+
+    Both are log-probs of the policy that sampled, before the update: the engine's as sampled, the trainer's
+    recomputed. It corrects for the two programs rounding differently. The objective's `old_logprobs` are then the
+    trainer's; with one update per batch that is stop_gradient(logprobs). Without this correction, pass the engine's
+    as `old_logprobs`.
+    """
+    log_ratio = jax.lax.stop_gradient(_log_ratio(trainer_logprobs, engine_logprobs, loss_mask))
+    ratio = jnp.exp(log_ratio)
+    metrics = _sums(loss_mask, tis_ratio=ratio, tis_truncated=ratio > cap, mismatch_kl=kl_k3(log_ratio))
+    return jnp.minimum(ratio, cap), metrics | {"mismatch_logprob_max": jnp.max(jnp.abs(log_ratio))}
+
+
+# --- Metrics ---
+
+
+def merge_metrics(a: Metrics, b: Metrics) -> Metrics:
+    """Metrics of two micro-batches together. The keys must be the same (KeyError)."""
+    if a.keys() != b.keys():
+        raise KeyError(f"metrics differ: {sorted(a.keys() ^ b.keys())}")
+    return {name: jnp.maximum(a[name], b[name]) if name.endswith("_max") else a[name] + b[name] for name in a}
+
+
+def mean_metrics(metrics: Metrics) -> Metrics:
+    """Sums -> means per trained token; maxima and `tokens` as they are."""
+    tokens = jnp.maximum(metrics["tokens"], 1.0)
+    return {name: x if name == "tokens" or name.endswith("_max") else x / tokens for name, x in metrics.items()}
+
+
+# --- Private ---
+
+
+def _log_ratio(numerator: jax.Array, denominator: jax.Array, loss_mask: jax.Array) -> jax.Array:
+    """f32[B, T], 0 off the mask, within +-20 (where it is cut it has no gradient)."""
+    difference = numerator.astype(jnp.float32) - denominator.astype(jnp.float32)
+    return jnp.clip(jnp.where(loss_mask, difference, 0.0), -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+
+
+def _clipped_surrogate(log_ratio, logprobs, advantages, loss_mask, weights, clip_low, clip_high):
+    """PPO's pessimistic surrogate. The case is spelt out: jnp.minimum splits the gradient where its arguments tie."""
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.where(advantages > 0, ratio > 1.0 + clip_high, (advantages < 0) & (ratio < 1.0 - clip_low))
+    bound = jnp.where(advantages > 0, 1.0 + clip_high, 1.0 - clip_low)
+    loss = -jnp.sum(weights * jnp.where(clipped, bound, ratio) * advantages)
+    return loss, _policy_metrics(log_ratio, logprobs, clipped, loss_mask)
+
+
+def _policy_metrics(log_ratio, logprobs, clipped, loss_mask) -> Metrics:
+    """Tokens are the old policy's: `kl_old` estimates KL(old || policy), k3; `entropy_sampled`, -log p, the entropy."""
+    ratio, entropy = jnp.exp(log_ratio), -logprobs.astype(jnp.float32)
+    sums = _sums(loss_mask, ratio=ratio, clip_fraction=clipped, kl_old=kl_k3(log_ratio), entropy_sampled=entropy)
+    return sums | {"ratio_max": jax.lax.stop_gradient(jnp.max(jnp.where(loss_mask, ratio, 0.0)))}
+
+
+def _sums(loss_mask: jax.Array, **per_token: jax.Array) -> Metrics:
+    sums = {name: jnp.sum(jnp.where(loss_mask, x, 0.0), dtype=jnp.float32) for name, x in per_token.items()}
+    return jax.lax.stop_gradient(sums | {"tokens": loss_mask.sum(dtype=jnp.float32)})
+
+
+def _segment_sums(values_BT: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """f32[B, T + 1]: column s is the sum over the row's segment s, column 0 is padding. At most T segments a row."""
+    length = segment_ids.shape[1]
+    return jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, num_segments=length + 1))(
+        values_BT.astype(jnp.float32), segment_ids
+    )
+
+
+def _trained_segments(lengths_BS: jax.Array) -> jax.Array:
+    return jnp.sum(lengths_BS[:, 1:] > 0, dtype=jnp.float32)

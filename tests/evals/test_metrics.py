@@ -1,0 +1,200 @@
+"""LISA's metrics by hand, failures, exact merging and bootstrap intervals."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rsagent_jax.evals.metrics import (
+    SampleResult,
+    Totals,
+    bootstrap_ci,
+    failed,
+    ious,
+    merge,
+    paired_bootstrap_ci,
+    score,
+    summarize,
+    total,
+)
+from rsagent_jax.types import DataError, ParseError, Sample, Status, Trajectory, Turn
+
+
+def row(n, size=10):
+    """bool[1, size], the first n pixels set."""
+    return np.arange(size)[None] < n
+
+
+def sample(gt, ignore=None, id="s"):
+    return Sample(id, np.zeros((*gt.shape, 3), np.uint8), "the row", gt, ignore)
+
+
+def trajectory(final, status=Status.FINISHED, turns=3, errors=1):
+    empty, error = np.zeros(0), ParseError("bad_json", "…")
+    return Trajectory(
+        sample_id="s",
+        group_id=0,
+        query="the row",
+        turns=tuple(Turn("", None, error if i < errors else None, None) for i in range(turns)),
+        masks=(),
+        final_mask=final,
+        final_mask_id=None,
+        status=status,
+        tokens=empty,
+        positions=empty,
+        sampled=empty,
+        logprobs=empty,
+        patches=empty,
+        grids=(),
+    )
+
+
+def result(id, intersection, union, status=Status.FINISHED, turns=1, tool_errors=0):
+    return SampleResult(id, intersection, union, status, turns, tool_errors)
+
+
+def lisa(pairs):
+    """LISA's `intersectionAndUnionGPU` and `validate`, transcribed to numpy. Pairs of output 0/1, target 0/1/255."""
+    inter_sum, union_sum, acc_iou = np.zeros(2), np.zeros(2), np.zeros(2)
+    for output, target in pairs:
+        output, target = output.reshape(-1).astype(np.int64), target.reshape(-1).astype(np.int64)
+        output[target == 255] = 255
+        histogram = lambda x: np.histogram(x, bins=[0, 1, 2])[0] if len(x) else np.zeros(2)  # noqa: E731
+        # numpy's last bin is closed, torch.histc(min=0, max=1) too: 255 is outside both.
+        intersection = histogram(output[output == target])
+        union = histogram(output) + histogram(target) - intersection
+        inter_sum, union_sum = inter_sum + intersection, union_sum + union
+        iou = intersection / (union + 1e-5)
+        iou[union == 0] += 1.0
+        acc_iou += iou
+    return (acc_iou / len(pairs))[1], (inter_sum / (union_sum + 1e-10))[1]
+
+
+def test_iou_by_hand():
+    # 4 / (8 + 1e-5); 1 where the union is empty; a match of one pixel is 1 / (1 + 1e-5), a little under 1, as in LISA.
+    assert result("a", 4, 8).iou == 4 / 8.00001
+    assert result("a", 0, 0).iou == 1.0
+    assert result("a", 1, 1).iou == pytest.approx(0.99999)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=50, deadline=None)
+def test_equal_to_lisa(seed):
+    rng = np.random.default_rng(seed)
+    results, pairs = [], []
+    for _ in range(6):
+        shape = tuple(rng.integers(1, 7, 2))
+        density = rng.choice([0.0, 0.5, 1.0], 3, p=[0.3, 0.5, 0.2])
+        predicted, gt, ignore = (rng.random(shape) < d for d in density)
+        results.append(score(trajectory(predicted), sample(gt, ignore)))
+        pairs.append((predicted, np.where(ignore, 255, gt)))
+    totals = total(results)
+    np.testing.assert_allclose((totals.giou, totals.ciou), lisa(pairs), atol=1e-12)
+
+
+def test_failures():
+    gt, ignore = row(8), row(2)
+    # Ground truth without the ignored two: 6 pixels of union, nothing of the mask.
+    broken = score(trajectory(row(8), Status.ENV_FAILED), sample(gt, ignore))
+    assert (broken.intersection, broken.union, broken.iou, broken.turns, broken.tool_errors) == (0, 6, 0.0, 3, 1)
+    assert failed(sample(gt, ignore)) == SampleResult("s", 0, 6, Status.ENV_FAILED, 0, 0)
+    # An absent target does not make a failure right.
+    assert failed(sample(row(0))).iou == 0.0
+    assert score(trajectory(row(0)), sample(row(0))).iou == 1.0
+    # Any other ending keeps its mask: 4 / 6.
+    for status in (Status.MAX_TURNS, Status.MAX_CONTEXT, Status.INVALID, Status.REPEATED):
+        kept = score(trajectory(row(6), status), sample(gt, ignore))
+        assert (kept.intersection, kept.union, kept.status) == (4, 6, status)
+
+
+def test_wrong_pairings_are_refused():
+    with pytest.raises(ValueError, match="scored against sample other"):
+        score(trajectory(row(1)), sample(row(1), id="other"))
+    with pytest.raises(ValueError, match="masks must be"):
+        score(trajectory(row(1, size=9)), sample(row(1)))
+    with pytest.raises(ValueError, match="impossible counts"):
+        result("a", 3, 2)
+
+
+def test_summary_by_hand():
+    results = [
+        result("c", 90, 100, turns=2),
+        result("a", 1, 2, Status.MAX_TURNS, turns=8, tool_errors=3),
+        result("b", 0, 10, Status.ENV_FAILED, turns=0),
+        result("d", 0, 0, turns=2),
+    ]
+    summary = summarize(results, {"weights": "w"}, benchmark="toy")
+    # gIoU: (0.9 + 0.5 + 0 + 1) / 4 = 0.6, less the 1e-5; cIoU: 91 / 112.
+    assert summary["giou"] == pytest.approx((90 / 100.00001 + 1 / 2.00001 + 0 + 1) / 4, abs=1e-12)
+    assert summary["ciou"] == pytest.approx(91 / 112)
+    assert summary["failures"] == {"max_turns": 1, "max_context": 0, "invalid": 0, "repeated": 0, "env_failed": 1}
+    # 12 turns over 4 samples, 3 of them with an error.
+    assert (summary["benchmark"], summary["n"], summary["mean_turns"], summary["tool_error_rate"]) == (
+        "toy",
+        4,
+        3.0,
+        0.25,
+    )
+    assert summary["settings"]["weights"] == "w" and summary["settings"]["metric"]["ignore_policy"] == "excluded"
+    low, high = summary["giou_ci95"]
+    assert 0 <= low < summary["giou"] < high <= 1
+    assert json.loads(json.dumps(summary)) == summary
+    assert summarize(results[::-1], {"weights": "w"}, benchmark="toy") == summary
+
+
+def test_bad_results():
+    with pytest.raises(DataError, match="no results"):
+        summarize([], {}, benchmark="toy")
+    with pytest.raises(DataError, match="'a' has more than one result"):
+        summarize([result("a", 1, 2), result("a", 1, 2)], {}, benchmark="toy")
+
+
+results_strategy = st.lists(
+    st.tuples(st.integers(0, 10**9), st.integers(0, 10**9), st.sampled_from(Status), st.integers(0, 8)), max_size=12
+).map(lambda xs: [result(str(i), a, a + b, status, turns) for i, (a, b, status, turns) in enumerate(xs)])
+
+
+@given(results_strategy, st.integers(1, 4), st.randoms(use_true_random=False))
+@settings(max_examples=50, deadline=None)
+def test_merging_is_exact_in_any_order(results, hosts, random):
+    whole = total(results)
+    parts = [total(results[i::hosts]) for i in range(hosts)]
+    random.shuffle(parts)
+    assert functools.reduce(merge, parts) == whole == functools.reduce(lambda a, b: merge(b, a), parts, Totals())
+    assert sum(whole.endings) == whole.n == len(results)
+    if results:
+        assert whole.giou == pytest.approx(np.mean([r.iou for r in results]), abs=1e-12)
+
+
+def test_bootstrap_is_seeded_and_has_the_width_of_the_normal_interval():
+    values = np.random.default_rng(0).normal(0.6, 0.3, 400)
+    low, high = bootstrap_ci(values)
+    assert (low, high) == bootstrap_ci(list(values)) != bootstrap_ci(values, seed=1)
+    # 2 * 1.96 * 0.3 / sqrt(400) = 0.0588; a bootstrap of 2000 is within a tenth of that.
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    assert low < values.mean() < high
+    assert bootstrap_ci([0.5]) == (0.5, 0.5)
+    with pytest.raises(DataError, match="no results"):
+        bootstrap_ci([])
+
+
+def test_pairing_removes_what_the_samples_share():
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(0, 0.8, 200)
+    b = {str(i): x for i, x in enumerate(hard)}
+    a = {key: x + 0.1 + rng.normal(0, 0.01) for key, x in reversed(b.items())}
+    low, high = paired_bootstrap_ci(a, b)
+    # 2 * 1.96 * 0.01 / sqrt(200) = 0.0028 about 0.1, though each mean alone is uncertain by 0.06.
+    assert low < 0.1 < high and high - low == pytest.approx(0.0028, rel=0.25)
+    assert paired_bootstrap_ci(a, a) == (0.0, 0.0)
+    # The order in which samples were evaluated does not matter.
+    assert paired_bootstrap_ci(dict(sorted(a.items())), b) == (low, high)
+
+
+def test_pairing_needs_the_same_samples():
+    a = ious([result("x", 1, 2), result("y", 1, 2)])
+    with pytest.raises(DataError, match=r"1 ids are in one only, such as \['y'\]"):
+        paired_bootstrap_ci(a, {"x": 0.5})

@@ -1,0 +1,261 @@
+"""Reward terms against hand arithmetic, their composition, and `module:function` resolution."""
+
+import dataclasses
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rsagent_jax import rewards
+from rsagent_jax.resolve import resolve
+from rsagent_jax.rewards import DEFAULT_REWARD, RewardConfig, RewardGroup, RewardTerm, make_reward
+from rsagent_jax.types import (
+    DataError,
+    Finish,
+    MaskRecord,
+    ParseError,
+    ResetView,
+    Rotate,
+    Sample,
+    Segment,
+    Status,
+    Trajectory,
+    Turn,
+    Zoom,
+)
+
+BOX = Segment(box=(0, 0, 5, 1))
+ERROR = ParseError("bad_json", "…")
+
+
+def row(n, size=10):
+    """bool[1, size] with the first n pixels set: against row(m), IoU = min(n, m) / max(n, m)."""
+    return np.arange(size)[None] < n
+
+
+def sample(gt, ignore=None):
+    return Sample("s", np.zeros((*gt.shape, 3), np.uint8), "the row", gt, ignore)
+
+
+def turn(call, error=None, repeated=False):
+    return Turn(text="", call=call, error=error, observation=None, repeated=repeated)
+
+
+def trajectory(turns=(), masks=(), final=None, status=Status.FINISHED):
+    empty = np.zeros(0)
+    return Trajectory(
+        sample_id="s",
+        group_id=0,
+        query="the row",
+        turns=tuple(turns),
+        masks=tuple(MaskRecord(i + 1, m, 0.9, "") for i, m in enumerate(masks)),
+        final_mask=row(0) if final is None else final,
+        final_mask_id=None,
+        status=status,
+        tokens=empty,
+        positions=empty,
+        sampled=empty,
+        logprobs=empty,
+        patches=empty,
+        grids=(),
+    )
+
+
+@pytest.fixture
+def own_terms(tmp_path, monkeypatch):
+    """A researcher's module beside train.py."""
+    lines = ["import numpy as np"]
+    for name, value in (("three", "np.float32(3)"), ("nan", "float('nan')"), ("bool", "True"), ("none", "None")):
+        lines.append(f"def {name}_term(trajectory, sample): return {value}")
+    (tmp_path / "own_reward_terms.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "own_reward_terms"
+    sys.modules.pop("own_reward_terms", None)
+
+
+def test_final_iou_is_intersection_over_union():
+    # 4 predicted, 8 true, 4 in both: 4 / 8
+    assert rewards.final_iou(trajectory(final=row(4)), sample(row(8))) == 0.5
+
+
+def test_ignored_pixels_count_in_neither():
+    # Ground truth 0..7, predicted 0..3, and ignored 4..9: 4 / 4; or ignored 0..1 only: 2 / 6.
+    assert rewards.final_iou(trajectory(final=row(4)), sample(row(8), ~row(4))) == 1.0
+    assert rewards.final_iou(trajectory(final=row(4)), sample(row(8), row(2))) == pytest.approx(2 / 6)
+
+
+def test_absent_target():
+    absent = sample(row(0))
+    assert rewards.final_iou(trajectory(final=row(0)), absent) == 1.0
+    assert rewards.final_iou(trajectory(final=row(1)), absent) == 0.0
+    # The empty mask was right from the start: nothing to gain, and keeping a mask loses all of it.
+    kept = trajectory(masks=[row(1)], final=row(1))
+    assert (rewards.iou_gain(kept, absent), rewards.overshoot(kept, absent)) == (0.0, 1.0)
+
+
+def test_masks_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"bool\[1, 10\]"):
+        rewards.final_iou(trajectory(final=row(4, size=9)), sample(row(8)))
+
+
+def test_iou_gain_does_not_pay_for_a_detour():
+    # IoU 0.5, 0.2, 0.5, 0.8 with 10 true pixels. Against the best so far: 0.5 + 0 + 0 + 0.3 = 0.8.
+    # Against the turn before it would be 0.5 + 0 + 0.3 + 0.3 = 1.1.
+    t = trajectory(masks=[row(5), row(2), row(5), row(8)], final=row(2))
+    assert rewards.iou_gain(t, sample(row(10))) == pytest.approx(0.8)
+    assert rewards.overshoot(t, sample(row(10))) == pytest.approx(0.8 - 0.2)
+
+
+@given(st.lists(st.integers(0, 10), max_size=8), st.integers(1, 10), st.data())
+@settings(max_examples=50, deadline=None)
+def test_iou_gain_is_the_sum_in_its_docstring_and_telescopes(lengths, true, data):
+    masks = [row(n) for n in lengths]
+    final = data.draw(st.sampled_from(masks)) if masks else row(0)
+    t, s = trajectory(masks=masks, final=final), sample(row(true))
+    best, gain = 0.0, 0.0
+    for n in lengths:
+        iou = min(n, true) / max(n, true)
+        gain, best = gain + max(0.0, iou - best), max(best, iou)
+    assert rewards.iou_gain(t, s) == pytest.approx(gain)
+    assert rewards.iou_gain(t, s) - rewards.overshoot(t, s) == pytest.approx(rewards.final_iou(t, s))
+
+
+def test_call_cost_counts_refused_calls_but_neither_finish_nor_malformed_turns():
+    turns = [turn(BOX), turn(Zoom((0, 0, 1, 1)), error=ERROR), turn(None, error=ERROR), turn(Finish(1))]
+    assert rewards.call_cost(trajectory(turns), sample(row(8))) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("turns", "share"),
+    [
+        ([], 0.0),
+        ([turn(Finish(None))], 0.0),
+        ([turn(BOX), turn(Finish(1))], 1.0),
+        ([turn(BOX), turn(BOX, repeated=True), turn(Finish(1))], 1 / 2),
+        # A, B, A, B: the environment only marks the same action as the turn before; half of the four are old.
+        ([turn(BOX), turn(Segment(points=((1, 1),), labels=(1,)))] * 2, 1 / 2),
+        # The same box in another view is another action.
+        ([turn(BOX), turn(Zoom((0, 0, 4, 4))), turn(BOX)], 1.0),
+        # Zoom, reset, zoom, reset. New: zoom, and the first reset (of the zoomed view). Old: the other two.
+        ([turn(Zoom((0, 0, 4, 4))), turn(ResetView())] * 2, 1 / 2),
+        # Two quarter turns are two different views.
+        ([turn(Rotate(1)), turn(Rotate(1))], 1.0),
+        # Malformed and refused turns are not effective; a refused zoom does not change the view.
+        ([turn(BOX), turn(None, ERROR), turn(Zoom((0, 0, 0, 0)), ERROR), turn(BOX)], 1 / 2),
+    ],
+)
+def test_novel_action(turns, share):
+    assert rewards.novel_action(trajectory(turns), sample(row(8))) == share
+
+
+def test_point_excess_is_per_call():
+    calls = [turn(Segment(points=((1.0, 1.0),) * n, labels=(1,) * n)) for n in (6, 3, 5)]
+    # Budget 4: 2 + 0 + 1. Budget 2: 4 + 1 + 3.
+    assert rewards.point_excess(trajectory([*calls, turn(Finish(1))]), sample(row(8))) == 3.0
+    assert rewards.point_excess(trajectory(calls), sample(row(8)), budget=2) == 8.0
+
+
+@pytest.mark.parametrize("status", [s for s in Status if s is not Status.ENV_FAILED])
+def test_format_needs_a_proper_ending(status):
+    turns = [turn(BOX), turn(None, ERROR), turn(BOX, ERROR), turn(Finish(1))]
+    # A refused call is well-formed: 3 of 4.
+    assert rewards.format_ok(trajectory(turns, status=status), sample(row(8))) == (
+        0.75 if status == "finished" else 0.0
+    )
+
+
+def test_default_reward_by_hand():
+    # 10 true pixels; IoU 0.5, 0.9, then 0.8 committed. Calls: 3 segments (one with 6 points), 1 zoom, finish.
+    points = Segment(points=((1.0, 1.0),) * 6, labels=(1,) * 6)
+    turns = [turn(BOX), turn(points), turn(Zoom((0, 0, 4, 4))), turn(BOX), turn(Finish(3))]
+    t = trajectory(turns, [row(5), row(9), row(8)], row(8))
+    reward = make_reward(DEFAULT_REWARD)(t, sample(row(10)))
+    # process = 0.9 - 0.02 * 4 + 0.1 * 4/4 - 0.02 * (6 - 4) - (0.9 - 0.8) = 0.78
+    expected = {
+        "final/final_iou": 0.8,
+        "final": 0.8,
+        "process/iou_gain": 0.9,
+        "process/call_cost": 4.0,
+        "process/novel_action": 1.0,
+        "process/point_excess": 2.0,
+        "process/overshoot": 0.1,
+        "process": 0.78,
+        "format/format_ok": 1.0,
+        "format": 1.0,
+    }
+    assert reward.parts == pytest.approx(expected)
+    # 1.0 * 0.8 + 0.5 * 0.78 + 0.2 * 1.0
+    assert reward.total == pytest.approx(1.39)
+
+
+def one_term(function, weight=1.0, clip=None):
+    return RewardConfig((RewardGroup("own", 2.0, (RewardTerm(function, weight),), clip),))
+
+
+@pytest.mark.parametrize(
+    ("weight", "clip", "value"),
+    [(1.0, None, 3.0), (-1.0, None, -3.0), (1.0, (-1.0, 1.0), 1.0), (-1.0, (-1.0, 1.0), -1.0), (0.1, (-1.0, 1.0), 0.3)],
+)
+def test_own_term_weight_and_clip(own_terms, weight, clip, value):
+    reward = make_reward(one_term(f"{own_terms}:three_term", weight, clip))(trajectory(), sample(row(8)))
+    # The part is logged unweighted; the group's weight of 2 comes after the clip.
+    assert reward.parts == pytest.approx({"own/three_term": 3.0, "own": value})
+    assert reward.total == pytest.approx(2.0 * value)
+    assert type(reward.total) is float and all(type(part) is float for part in reward.parts.values())
+
+
+@pytest.mark.parametrize("function", ["nan_term", "bool_term", "none_term"])
+def test_a_term_that_is_no_finite_number_is_named(own_terms, function):
+    with pytest.raises(DataError, match=f"{own_terms}:{function} returned"):
+        make_reward(one_term(f"{own_terms}:{function}"))(trajectory(), sample(row(8)))
+
+
+def test_env_failed_and_foreign_samples_have_no_reward():
+    reward = make_reward(DEFAULT_REWARD)
+    with pytest.raises(ValueError, match="ENV_FAILED"):
+        reward(trajectory(status=Status.ENV_FAILED), sample(row(8)))
+    with pytest.raises(ValueError, match="against sample other"):
+        reward(trajectory(), dataclasses.replace(sample(row(8)), id="other"))
+
+
+def test_config_faults_come_in_one_message():
+    term = RewardTerm("rsagent_jax.rewards:final_iou", 1.0)
+    groups = (
+        RewardGroup("a", 1.0, (term, term)),
+        RewardGroup("a", float("nan"), (term,), clip=(1.0, -1.0)),
+        RewardGroup("b", 1.0, ()),
+    )
+    with pytest.raises(DataError) as error:
+        make_reward(RewardConfig(groups))
+    for fault in ("'a' appears more than once", "two terms of one name", "not finite", "is empty", "'b' has no terms"):
+        assert fault in str(error.value)
+    with pytest.raises(DataError, match="no groups"):
+        make_reward(RewardConfig(()))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("rsagent_jax.rewards.final_iou", "not of the form module:function"),
+        ("rsagent_jax.rewards:", "not of the form"),
+        ("rsagent_jax.reward:final_iou", "no module named 'rsagent_jax.reward'; did you mean 'rsagent_jax.rewards'"),
+        ("rsagent_jx.rewards:final_iou", "no module named 'rsagent_jx'; did you mean 'rsagent_jax'"),
+        ("rsagent_jax.rewards.x:final_iou", "no module named 'rsagent_jax.rewards.x'"),
+        ("rsagent_jax.rewards:final_iuo", "has no 'final_iuo'; did you mean 'final_iou'"),
+        ("rsagent_jax.rewards:DEFAULT_REWARD", "is a RewardConfig, not a function"),
+    ],
+)
+def test_resolve_names_the_closest_match(path, message):
+    with pytest.raises(DataError) as error:
+        resolve(path)
+    assert message in str(error.value)
+
+
+def test_resolve_returns_the_function_and_keeps_errors_of_the_users_module(tmp_path, monkeypatch):
+    assert resolve("rsagent_jax.rewards:final_iou") is rewards.final_iou
+    (tmp_path / "broken_reward_module.py").write_text("import a_module_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
+        resolve("broken_reward_module:f")
