@@ -1,7 +1,8 @@
 """Every field a user can set, and the one function that turns a config file into these dataclasses.
 
-A config file is Python with `get_config() -> ml_collections.ConfigDict`; `--config.a.b=v` overrides a leaf. `build` checks
-the whole tree at once: a single DataError lists every unknown, missing or ill-typed field with the closest match.
+A config file is Python with `get_config() -> ml_collections.ConfigDict`; `--config.a.b=v` overrides a leaf. `build`
+checks the whole tree at once: a single DataError lists every unknown, missing or ill-typed field with the closest
+match.
 Fields marked (paper) carry the numbers of arXiv 2512.24023; every other default is ours.
 """
 
@@ -12,6 +13,9 @@ import difflib
 import types
 import typing
 from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from rsagent_jax.types import DataError
 
@@ -88,22 +92,40 @@ class BatchConfig:
     patches: int = 1024  # P per row, before merging
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class RewardTerm:
-    """One term of the reward, `module:function(trajectory, sample) -> float`."""
+    """One term of the reward."""
 
-    function: str
-    weight: float = 1.0
+    function: str  # module:function(trajectory, sample) -> float
+    weight: float = 1.0  # inside its group; negative for a cost
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class RewardGroup:
-    """Terms added up, clipped to a range (empty: not clipped), then weighted."""
+    """Terms weighted and added up, clipped to a range, then weighted in the total."""
 
     name: str
-    weight: float = 1.0
-    terms: tuple[RewardTerm, ...] = ()
-    clip: tuple[float, ...] = ()
+    weight: float  # in the total
+    terms: tuple[RewardTerm, ...]
+    clip: tuple[float, ...] = ()  # (low, high) of the sum of the terms; () = no clip
+
+
+DEFAULT_REWARD = (
+    RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_iou"),)),  # group weight: (paper)
+    RewardGroup(
+        "process",
+        0.5,  # (paper); everything below in this group is ours
+        (
+            RewardTerm("rsagent_jax.rewards:iou_gain", 1.0),
+            RewardTerm("rsagent_jax.rewards:call_cost", -0.02),
+            RewardTerm("rsagent_jax.rewards:novel_action", 0.1),
+            RewardTerm("rsagent_jax.rewards:point_excess", -0.02),
+            RewardTerm("rsagent_jax.rewards:overshoot", -1.0),
+        ),
+        clip=(-1.0, 1.0),
+    ),
+    RewardGroup("format", 0.2, (RewardTerm("rsagent_jax.rewards:format_ok"),)),  # group weight: (paper)
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +147,8 @@ class SftConfig:
     trajectories: str = ""  # directory written by rsagent_jax.collect
     epochs: float = 2.0  # (paper)
     steps: int = 0  # 0 = as many as `epochs` gives
-    batch: BatchConfig = BatchConfig()
+    trajectories_per_step: int = 128  # (paper) batch size
+    batch: BatchConfig = BatchConfig()  # of one micro-batch
     optim: OptimConfig = OptimConfig(lr=2e-5)  # (paper)
     checkpoint_every: int = 0  # steps; 0 = only at the end
 
@@ -149,7 +172,7 @@ class GrpoConfig:
     tis_clip: float = 2.0  # truncated importance sampling between engine and trainer; 0 = off
     drop_zero_variance: bool = True
     mask_overlong: bool = False  # MAX_CONTEXT trajectories are not trained on
-    reward: tuple[RewardGroup, ...] = ()
+    reward: tuple[RewardGroup, ...] = DEFAULT_REWARD
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
@@ -226,8 +249,9 @@ def build(cls: type[T], values: Any) -> T:
     problems: list[str] = []
     result = _build(cls, dict(values), "", problems)
     if problems:
-        raise DataError("config: " + "; ".join(problems) if len(problems) == 1 else
-                        "config has %d problems:\n  - %s" % (len(problems), "\n  - ".join(problems)))
+        if len(problems) == 1:
+            raise DataError(f"config: {problems[0]}")
+        raise DataError("\n  - ".join([f"config has {len(problems)} problems:", *problems]))
     return result
 
 
@@ -238,6 +262,35 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, tuple | list):
         return [to_dict(v) for v in config]
     return config
+
+
+def template(cls: type) -> ConfigDict:
+    """A ConfigDict with every field of `cls` that has a default, so that a config file states only what differs and every
+    field can be overridden on the command line. Reward groups and terms are reached by name:
+    `--config.grpo.reward.final.terms.final_iou.function=module:function`.
+    """
+    hints = typing.get_type_hints(cls)
+    out = ConfigDict()
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            out[field.name] = _plain(field.default)
+        elif dataclasses.is_dataclass(hints[field.name]):
+            out[field.name] = template(hints[field.name])
+        else:
+            out[field.name] = placeholder(hints[field.name])
+    return out
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        return ConfigDict({_item_name(item): _plain(item) for item in value})
+    if dataclasses.is_dataclass(value):
+        return ConfigDict({f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)})
+    return value
+
+
+def _item_name(item: Any) -> str:
+    return item.name if hasattr(item, "name") else item.function.rpartition(":")[2]
 
 
 def _build(cls: Any, values: dict, path: str, problems: list[str]) -> Any:
@@ -251,7 +304,7 @@ def _build(cls: Any, values: dict, path: str, problems: list[str]) -> Any:
     kwargs = {}
     for field in dataclasses.fields(cls):
         where = path + field.name
-        if field.name in values:
+        if values.get(field.name) is not None:
             kwargs[field.name] = _convert(hints[field.name], values[field.name], where, problems)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             problems.append(f"missing field {where} ({_type_name(hints[field.name])})")
@@ -269,6 +322,8 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         problems.append(f"{where} must be a group of fields ({hint.__name__}), got {value!r}")
         return None
     if typing.get_origin(hint) is tuple:
+        if dataclasses.is_dataclass(typing.get_args(hint)[0]) and hasattr(value, "items"):
+            return _named_items(typing.get_args(hint)[0], value, where, problems)
         if not isinstance(value, tuple | list):
             problems.append(f"{where} must be a list ({_type_name(hint)}), got {value!r}")
             return None
@@ -280,6 +335,18 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         return value
     problems.append(f"{where} must be {_type_name(hint)}, got {value!r} ({type(value).__name__})")
     return None
+
+
+def _named_items(cls: Any, values: Any, where: str, problems: list[str]) -> tuple:
+    """A group of items by name, so that each can be reached from the command line; None removes an item."""
+    named = any(f.name == "name" for f in dataclasses.fields(cls))
+    items = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        value = {"name": key, **dict(value)} if named and hasattr(value, "items") else value
+        items.append(_convert(cls, value, f"{where}.{key}", problems))
+    return tuple(items)
 
 
 def _type_name(hint: Any) -> str:

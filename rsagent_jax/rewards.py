@@ -12,13 +12,13 @@ A researcher's own term is a function in any importable module:
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from rsagent_jax.config import RewardGroup, RewardTerm
 from rsagent_jax.resolve import resolve
 from rsagent_jax.types import DataError, Finish, ResetView, Reward, Rotate, Sample, Segment, Status, Trajectory, Zoom
 
@@ -118,47 +118,8 @@ def format_ok(trajectory: Trajectory, sample: Sample) -> float:
 # --- Composition ---
 
 
-@dataclasses.dataclass(frozen=True)
-class RewardTerm:
-    function: str  # module:function
-    weight: float  # inside its group; negative for a cost
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardGroup:
-    name: str
-    weight: float  # in the total
-    terms: tuple[RewardTerm, ...]
-    clip: tuple[float, float] | None = None  # range of the weighted sum of the terms, before the group's weight
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardConfig:
-    groups: tuple[RewardGroup, ...]
-
-
-DEFAULT_REWARD = RewardConfig(
-    groups=(
-        RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_iou", 1.0),)),  # group weight: the paper
-        RewardGroup(
-            "process",
-            0.5,  # the paper; everything below in this group is ours
-            (
-                RewardTerm("rsagent_jax.rewards:iou_gain", 1.0),
-                RewardTerm("rsagent_jax.rewards:call_cost", -0.02),
-                RewardTerm("rsagent_jax.rewards:novel_action", 0.1),
-                RewardTerm("rsagent_jax.rewards:point_excess", -0.02),
-                RewardTerm("rsagent_jax.rewards:overshoot", -1.0),
-            ),
-            clip=(-1.0, 1.0),
-        ),
-        RewardGroup("format", 0.2, (RewardTerm("rsagent_jax.rewards:format_ok", 1.0),)),  # group weight: the paper
-    )
-)
-
-
-def make_reward(config: RewardConfig) -> Callable[[Trajectory, Sample], Reward]:
-    """The reward that `config` describes: total = sum over groups of weight * clip(sum over terms of weight * term).
+def make_reward(groups: Sequence[RewardGroup]) -> Callable[[Trajectory, Sample], Reward]:
+    """The reward that `grpo.reward` of the config describes: total = sum over groups of weight * clip(sum over terms of weight * term).
 
     Functions are resolved here, once, so that a misspelt path fails before the first rollout. `Reward.parts` holds each
     term unweighted under `group/function` and each clipped group, before its weight, under `group`.
@@ -169,8 +130,8 @@ def make_reward(config: RewardConfig) -> Callable[[Trajectory, Sample], Reward]:
       ValueError: from the reward, for an ENV_FAILED trajectory (a broken tool is never scored; drop it from its
         group), or for a sample that is not the trajectory's own.
     """
-    _check(config)
-    functions = {term.function: resolve(term.function) for group in config.groups for term in group.terms}
+    _check(groups)
+    functions = {term.function: resolve(term.function) for group in groups for term in group.terms}
 
     def reward(trajectory: Trajectory, sample: Sample) -> Reward:
         if trajectory.status is Status.ENV_FAILED:
@@ -178,13 +139,13 @@ def make_reward(config: RewardConfig) -> Callable[[Trajectory, Sample], Reward]:
         if trajectory.sample_id != sample.id:
             raise ValueError(f"trajectory of sample {trajectory.sample_id} scored against sample {sample.id}")
         total, parts = 0.0, {}
-        for group in config.groups:
+        for group in groups:
             value = 0.0
             for term in group.terms:
                 raw = _number(functions[term.function](trajectory, sample), term.function, sample.id)
                 parts[f"{group.name}/{_short(term)}"] = raw
                 value += term.weight * raw
-            if group.clip is not None:
+            if group.clip:
                 value = min(max(value, group.clip[0]), group.clip[1])
             parts[group.name] = value
             total += group.weight * value
@@ -204,19 +165,19 @@ def _number(value: object, function: str, sample_id: str) -> float:
     return float(value)
 
 
-def _check(config: RewardConfig) -> None:
+def _check(groups: Sequence[RewardGroup]) -> None:
     """All faults in one message."""
-    faults = [] if config.groups else ["there are no groups"]
-    names = [group.name for group in config.groups]
+    faults = [] if groups else ["there are no groups"]
+    names = [group.name for group in groups]
     faults += [f"group {name!r} appears more than once" for name in sorted({n for n in names if names.count(n) > 1})]
-    for group in config.groups:
+    for group in groups:
         shorts = [_short(term) for term in group.terms]
         faults += [] if shorts else [f"group {group.name!r} has no terms"]
         if len(set(shorts)) < len(shorts):
             faults.append(f"group {group.name!r} has two terms of one name: {', '.join(sorted(shorts))}")
         if not all(math.isfinite(weight) for weight in (group.weight, *(term.weight for term in group.terms))):
             faults.append(f"group {group.name!r} has a weight that is not finite")
-        if group.clip is not None and not group.clip[0] <= group.clip[1]:
+        if group.clip and not (len(group.clip) == 2 and group.clip[0] <= group.clip[1]):
             faults.append(f"group {group.name!r} clips to {group.clip}, which is empty")
     if faults:
         raise DataError("reward config: " + "; ".join(faults))

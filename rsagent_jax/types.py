@@ -4,8 +4,8 @@ Axis letters, used in names and comments everywhere:
   B rows   T tokens   S slots   P patches   D model   N query heads   K key/value heads   H head dim   V vocabulary
   G samples per group;   h w original pixels;   h' w' resized pixels.
 
-Frames: a name ends in `_original` (pixels of the image file, float, XYXY, y down) or `_view` (pixels of the smart-resized
-view that the model was last shown). `agent/views.py` holds the only conversion between the two.
+Frames: a name ends in `_original` (pixels of the image file, float, XYXY, y down) or `_view` (pixels of the
+smart-resized view that the model was last shown). `agent/views.py` holds the only conversion between the two.
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ class Sample:
     query: str
     gt_mask: np.ndarray  # bool[h, w]
     ignore_mask: np.ndarray | None = None  # bool[h, w]; True = neither right nor wrong (ReasonSeg)
+    path: str = ""  # the picture's file, for records that refer to it
 
     def __post_init__(self):
         if self.image.dtype != np.uint8 or self.image.ndim != 3 or self.image.shape[2] != 3:
-            raise DataError(f"sample {self.id}: image must be u8[h, w, 3], got {self.image.dtype}{list(self.image.shape)}")
+            raise DataError(
+                f"sample {self.id}: image must be u8[h, w, 3], got {self.image.dtype}{list(self.image.shape)}"
+            )
         for name in ("gt_mask", "ignore_mask"):
             mask = getattr(self, name)
             if mask is not None and (mask.dtype != bool or mask.shape != self.image.shape[:2]):
@@ -50,8 +53,9 @@ class Sample:
 class Prompt:
     """Arrow 2 (and 8): tokens to append to a context, with the images they show.
 
-    `positions` are absolute M-RoPE positions (temporal, height, width) inside the trajectory, continued from the context.
-    `patches` are in the image processor's own order (merge blocks of 2 x 2, row-major), several images concatenated.
+    `positions` are absolute M-RoPE positions (temporal, height, width) inside the trajectory, continued from the
+    context. `patches` are in the image processor's own order (merge blocks of 2 x 2, row-major), several images
+    concatenated.
     """
 
     tokens: np.ndarray  # i32[T]
@@ -191,8 +195,8 @@ class Reward:
 class Batch:
     """Arrow 12: fixed shapes. Several trajectories share a row; `segment_ids` tells them apart, 0 is padding.
 
-    Targets are the next token of the same segment; `loss_mask[b, t]` says that token t itself is trained (it was sampled),
-    so the loss at position t - 1 predicts it. Images of a row live in that row's patch buffer.
+    Targets are the next token of the same segment; `loss_mask[b, t]` says that token t itself is trained (it was
+    sampled), so the loss at position t - 1 predicts it. Images of a row live in that row's patch buffer.
     """
 
     tokens: Any  # i32[B, T]
@@ -202,14 +206,6 @@ class Batch:
     advantages: Any  # f32[B, T]; constant over a trajectory; 0 in SFT
     old_logprobs: Any  # f32[B, T]; of the engine; 0 in SFT
     patches: Any  # f32[B, P, ·] in window order
-    patch_segment_ids: Any  # i32[B, P]; image 1.. inside the row, 0 padding
-    patch_window_ids: Any  # i32[B, P]; window 1.. inside the row, 0 padding
+    patch_segment_ids: Any  # i32[B, P]; image 1.. inside the row, 0 padding; every window is padded to full size
     patch_positions: Any  # i32[B, P, 2]; (row, column) inside its image, for the 2-D rotary angles
     image_slots: Any  # i32[B, T]; 0 = text, else 1 + index of the merged patch that stands at this token
-
-
-@dataclasses.dataclass(frozen=True)
-class Metrics:
-    """What a batch source or a step reports: names to floats, logged under the stage's name."""
-
-    values: dict[str, float]

@@ -12,10 +12,10 @@ import threading
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before gRPC loads: our own messages say it once and plainly
 
-from sam_bridge import backends  # noqa: E402
-from sam_bridge.local import IMAGE_CACHE_BYTES, LocalSegmenter  # noqa: E402
-from sam_bridge.server import QUEUE, AddressError, Server  # noqa: E402
-from sam_bridge.wire import READY  # noqa: E402
+from sam_bridge import backends
+from sam_bridge.local import IMAGE_CACHE_BYTES, LocalSegmenter
+from sam_bridge.server import QUEUE, AddressError, Server
+from sam_bridge.wire import READY
 
 WATCH_EVERY_S = 1.0
 

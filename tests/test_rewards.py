@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from rsagent_jax import rewards
 from rsagent_jax.resolve import resolve
-from rsagent_jax.rewards import DEFAULT_REWARD, RewardConfig, RewardGroup, RewardTerm, make_reward
+from rsagent_jax.config import DEFAULT_REWARD, RewardGroup, RewardTerm
+from rsagent_jax.rewards import make_reward
 from rsagent_jax.types import (
     DataError,
     Finish,
@@ -190,8 +191,8 @@ def test_default_reward_by_hand():
     assert reward.total == pytest.approx(1.39)
 
 
-def one_term(function, weight=1.0, clip=None):
-    return RewardConfig((RewardGroup("own", 2.0, (RewardTerm(function, weight),), clip),))
+def one_term(function, weight=1.0, clip=()):
+    return tuple((RewardGroup("own", 2.0, (RewardTerm(function, weight),), clip),))
 
 
 @pytest.mark.parametrize(
@@ -228,11 +229,11 @@ def test_config_faults_come_in_one_message():
         RewardGroup("b", 1.0, ()),
     )
     with pytest.raises(DataError) as error:
-        make_reward(RewardConfig(groups))
+        make_reward(tuple(groups))
     for fault in ("'a' appears more than once", "two terms of one name", "not finite", "is empty", "'b' has no terms"):
         assert fault in str(error.value)
     with pytest.raises(DataError, match="no groups"):
-        make_reward(RewardConfig(()))
+        make_reward(tuple(()))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +245,7 @@ def test_config_faults_come_in_one_message():
         ("rsagent_jx.rewards:final_iou", "no module named 'rsagent_jx'; did you mean 'rsagent_jax'"),
         ("rsagent_jax.rewards.x:final_iou", "no module named 'rsagent_jax.rewards.x'"),
         ("rsagent_jax.rewards:final_iuo", "has no 'final_iuo'; did you mean 'final_iou'"),
-        ("rsagent_jax.rewards:DEFAULT_REWARD", "is a RewardConfig, not a function"),
+        ("rsagent_jax.config:DEFAULT_REWARD", "is a tuple, not a function"),
     ],
 )
 def test_resolve_names_the_closest_match(path, message):

@@ -1,1 +1,1 @@
-"""Tools, views, overlays, the environment, its prompts and the oracle teacher: everything a turn is made of, on the host."""
+"""Tools, views, overlays, the environment, its prompts and the oracle teacher: what a turn is made of, on the host."""

@@ -4,7 +4,7 @@
     while state.status is None:
         text = policy(...)                            # sees opening_observation(state), then each turn's observation
         proposal = propose(state, text)               # parse, check, convert to original pixels
-        reply = run_tool(segmenter, state, proposal)  # the only slow and only impure line; the driver runs it on a thread
+        reply = run_tool(segmenter, state, proposal)  # the only slow, only impure line; the driver runs it on a thread
         state = resolve(state, proposal, reply)
     mask, mask_id = final_mask(state)
 

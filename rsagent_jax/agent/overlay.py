@@ -24,8 +24,9 @@ def draw_overlay(
 ) -> np.ndarray:
     """u8[h, w, 3] and bool[h, w] -> u8[a, b, 3] with max(a, b) == size and the aspect of the image.
 
-    Small images are enlarged as well: every overlay of a set then costs about the same number of tokens. Always the whole
-    original, whatever view the call was made in. Prompts of the call: green = object, red = background, yellow box.
+    Small images are enlarged as well: every overlay of a set then costs about the same number of tokens. Always the
+    whole original, whatever view the call was made in. Prompts of the call: green = object, red = background, yellow
+    box.
     """
     h, w = mask.shape
     scale = size / max(h, w)

@@ -1,11 +1,11 @@
 """Every string a policy reads, and the chat layout around it. tests/agent/golden_prompts.txt freezes them.
 
-The layout is Qwen2.5-VL's chat template written out, with one <|image_pad|> where an image goes; data/processor widens it
-to the image's tokens. An assistant turn ends with the sampled <|im_end|>; the "\\n" after it is forced, so it stands at
-the head of the observation that follows.
+The layout is Qwen2.5-VL's chat template written out, with one <|image_pad|> where an image goes; data/processor widens
+it to the image's tokens. An assistant turn ends with the sampled <|im_end|>; the "\\n" after it is forced, so it stands
+at the head of the observation that follows.
 
-Text from outside (queries) goes through `sanitize`, so that it cannot open a role, an image or a tag. Text from a policy is
-never repeated to it. Both prompt styles are ours, not the paper's.
+Text from outside (queries) goes through `sanitize`, so that it cannot open a role, an image or a tag. Text from a
+policy is never repeated to it. Both prompt styles are ours, not the paper's.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ MAX_QUERY_CHARS = 500
 _FULL = """You segment the object that the user describes, by calling tools on the image.
 
 In every turn write a short thought in <think></think>, then exactly one tool call, and nothing else.
-Coordinates are absolute pixels of the current view, x to the right and y down. The first image is the current view until \
-zoom, rotate or reset_view shows another one. Overlays of masks always show the whole image: look at them, do not measure \
-in them.
-Check each mask. If it is wrong, correct it with points (label 1 on what is missing, 0 on what does not belong) and refine, \
-or start again. When it is right, call finish with its id; if the target is not in the image, finish with null."""
+Coordinates are absolute pixels of the current view, x to the right and y down. The first image is the current view \
+until zoom, rotate or reset_view shows another one. Overlays of masks always show the whole image: look at them, do \
+not measure in them.
+Check each mask. If it is wrong, correct it with points (label 1 on what is missing, 0 on what does not belong) and \
+refine, or start again. When it is right, call finish with its id; if the target is not in the image, finish with \
+null."""
 
 # Qwen2.5's own wording, so that pretrained weights recognise it
 _TOOLS = """# Tools
@@ -49,8 +50,8 @@ For each function call, return a json object with function name and arguments wi
 </tool_call>"""
 
 _BRIEF = (
-    "Segment the object. Each turn: <think>thought</think> and one <tool_call> of segment(box, points, labels, refine), "
-    "zoom(box), rotate(quarter_turns), reset_view() or finish(mask_id)."
+    "Segment the object. Each turn: <think>thought</think> and one <tool_call> of segment(box, points, labels, "
+    "refine), zoom(box), rotate(quarter_turns), reset_view() or finish(mask_id)."
 )
 
 
@@ -96,27 +97,19 @@ def error_text(error: ParseError, style: str) -> str:
     if style == "brief":
         return f"Error: {error.detail}"
     return (
-        f"Error ({error.reason}): {error.detail} "
-        "Answer with <think></think> and exactly one <tool_call></tool_call>."
+        f"Error ({error.reason}): {error.detail} Answer with <think></think> and exactly one <tool_call></tool_call>."
     )
 
 
 def opening(system: str, user: str) -> str:
     """The context before the first assistant turn: one image, then the user's text."""
-    return (
-        f"<|im_start|>system\n{system}<|im_end|>\n"
-        f"<|im_start|>user\n{IMAGE}{user}<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
+    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{IMAGE}{user}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def observation_turn(text: str, has_image: bool) -> str:
     """Everything forced between an assistant's <|im_end|> and its next turn."""
     image = IMAGE if has_image else ""
-    return (
-        f"\n<|im_start|>user\n<tool_response>\n{text}{image}\n</tool_response><|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
+    return f"\n<|im_start|>user\n<tool_response>\n{text}{image}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
 
 
 def ground_box_question(query: str) -> str:

@@ -1,8 +1,8 @@
 """An oracle that sees the true mask and acts with the real tools: trajectories for SFT without a large model.
 
-It stands in for the paper's Qwen2.5-VL-72B and is a substitute, not the same thing. Its clicks follow the usual simulator
-of interactive segmentation: the middle of the largest wrong region, positive where the mask misses the object and negative
-where it covers too much. Its thoughts are short templates.
+It stands in for the paper's Qwen2.5-VL-72B and is a substitute, not the same thing. Its clicks follow the usual
+simulator of interactive segmentation: the middle of the largest wrong region, positive where the mask misses the object
+and negative where it covers too much. Its thoughts are short templates.
 """
 
 from __future__ import annotations

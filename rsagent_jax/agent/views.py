@@ -1,10 +1,10 @@
 """Arrow 5: what part of the image the policy is looking at, and the only conversion between view and original pixels.
 
-A view is an axis-aligned crop of the original, turned by quarter turns and resized to a size that Qwen2.5-VL's processor
-leaves alone (multiples of `factor` within the pixel limits). The policy speaks pixels of that size.
+A view is an axis-aligned crop of the original, turned by quarter turns and resized to a size that Qwen2.5-VL's
+processor leaves alone (multiples of `factor` within the pixel limits). The policy speaks pixels of that size.
 
-Continuous coordinates: pixel i covers [i, i + 1). A box is two corners on those edges. A point names a pixel by its index,
-so its place is that pixel's centre, index + 0.5; this keeps a click on its pixel under rotation and scaling.
+Continuous coordinates: pixel i covers [i, i + 1). A box is two corners on those edges. A point names a pixel by its
+index, so its place is that pixel's centre, index + 0.5; this keeps a click on its pixel under rotation and scaling.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Box = tuple[float, float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class PixelLimits:
-    """Sizes a processor accepts: sides are multiples of `factor` (patch * merge), the area is min_pixels..max_pixels."""
+    """Sizes a processor accepts: sides are multiples of `factor` (patch * merge), the area min_pixels..max_pixels."""
 
     factor: int = 28
     min_pixels: int = 3136
@@ -36,8 +36,8 @@ class PixelLimits:
     def __post_init__(self):
         if not (self.factor >= 1 and 1 <= self.min_pixels <= self.max_pixels and self.factor**2 <= self.max_pixels):
             raise DataError(
-                f"pixel limits: need 1 <= min_pixels <= max_pixels and factor^2 <= max_pixels, got factor {self.factor},"
-                f" min_pixels {self.min_pixels}, max_pixels {self.max_pixels}"
+                f"pixel limits: need 1 <= min_pixels <= max_pixels and factor^2 <= max_pixels, got factor "
+                f"{self.factor}, min_pixels {self.min_pixels}, max_pixels {self.max_pixels}"
             )
 
 
@@ -46,7 +46,9 @@ def smart_resize(h: int, w: int, factor: int, min_pixels: int, max_pixels: int) 
     if min(h, w) < 1:
         raise DataError(f"image of {h}x{w} pixels (h x w) is empty")
     if max(h, w) / min(h, w) > MAX_ASPECT:
-        raise DataError(f"image of {h}x{w} pixels (h x w): the longer side is more than {MAX_ASPECT:.0f} times the shorter")
+        raise DataError(
+            f"image of {h}x{w} pixels (h x w): the longer side is more than {MAX_ASPECT:.0f} times the shorter"
+        )
     h_bar, w_bar = round(h / factor) * factor, round(w / factor) * factor
     if h_bar * w_bar > max_pixels:
         beta = math.sqrt(h * w / max_pixels)
@@ -161,7 +163,9 @@ class View:
         if min(w, h) < MIN_ZOOM_SIDE:
             return ParseError("zoom_too_small", f"the box must be at least {MIN_ZOOM_SIDE} image pixels wide and high.")
         if max(w, h) > MAX_ZOOM_ASPECT * min(w, h):
-            return ParseError("zoom_too_thin", f"the box must not be longer than {MAX_ZOOM_ASPECT:.0f} times its width.")
+            return ParseError(
+                "zoom_too_thin", f"the box must not be longer than {MAX_ZOOM_ASPECT:.0f} times its width."
+            )
         view = dataclasses.replace(self, region_original=(x1, y1, x2, y2))
         try:
             view.size_view  # noqa: B018 -- limits so tight that no size fits this shape

@@ -51,10 +51,10 @@ class SceneRows:
 
     def _row(self, rng: np.random.Generator, length: int, talk: bool) -> Rows:
         scene = self.scene(rng)
-        turns = [self._question(rng, scene) for _ in range(8 if talk else 1)]
+        turns = [self._question(rng, scene) for _ in range(6 if talk else 1)]
         if talk and rng.random() < 0.7:
             turns.insert(0, _all_objects(scene))
-        return self.row(scene, turns, length)
+        return self.row(scene, turns if talk else [("", "")], length)
 
     def scene(self, rng: np.random.Generator) -> scenes.Scene:
         scene = scenes.make_scene(rng, self.scene_config, self.photos)

@@ -65,7 +65,7 @@ class RefCocoIndex(Sequence):
                 f" {w} x {h} (sample {entry.id}): use the original COCO train2014 pictures, not resized or rotated ones"
             )
         mask = decode_segmentation(entry.segmentation, h, w, f"annotation {entry.ann_id} (sample {entry.id})")
-        return Sample(id=entry.id, image=image, query=entry.query, gt_mask=mask)
+        return Sample(id=entry.id, image=image, query=entry.query, gt_mask=mask, path=str(entry.picture.path))
 
     @property
     def ids(self) -> list[str]:

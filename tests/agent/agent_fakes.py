@@ -83,7 +83,18 @@ def run(texts, segmenter=None, image=None, query="the disc", **config) -> EnvSta
 
 def same_states(a: EnvState, b: EnvState) -> None:
     """Asserts that two states are equal, pixels of masks and observations included."""
-    for name in ("query", "config", "limits", "view", "action", "repeats", "invalid", "status", "failure", "tool_seconds"):
+    for name in (
+        "query",
+        "config",
+        "limits",
+        "view",
+        "action",
+        "repeats",
+        "invalid",
+        "status",
+        "failure",
+        "tool_seconds",
+    ):
         assert getattr(a, name) == getattr(b, name), name
     assert len(a.masks) == len(b.masks) and len(a.turns) == len(b.turns)
     for x, y in zip(a.masks, b.masks, strict=True):

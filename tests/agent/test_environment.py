@@ -103,7 +103,9 @@ def test_invalid_needs_a_row():
     assert state.status is Status.INVALID and len(state.turns) == 6 and state.invalid == 3
     assert [turn.call is None for turn in state.turns] == [True, True, False, True, True, True]
     assert state.turns[0].error.reason == "no_call"
-    assert state.turns[0].observation.text == "Error: no <tool_call> found." and state.turns[0].observation.image is None
+    assert (
+        state.turns[0].observation.text == "Error: no <tool_call> found." and state.turns[0].observation.image is None
+    )
     assert final_mask(state)[1] == 1
 
 
@@ -134,7 +136,10 @@ def test_repeats_are_compared_in_original_pixels():
     texts = [box(10, 10, 50, 50), box(50, 50, 10, 10), render_call(Segment(box=(10, 50, 50, 10)))]
     assert run(texts, image=image).status is Status.REPEATED
     # zooming again to the same words goes deeper, and turning again turns further
-    assert run([render_call(Zoom((0, 0, 112, 112)))] + [render_call(Zoom((20, 20, 80, 80)))] * 3, image=image).status is None
+    assert (
+        run([render_call(Zoom((0, 0, 112, 112)))] + [render_call(Zoom((20, 20, 80, 80)))] * 3, image=image).status
+        is None
+    )
     assert run([render_call(Rotate(1))] * 4, image=image).status is None
     assert run([render_call(ResetView())] * 3, image=image).status is Status.REPEATED
     assert run([finish(3)] * 3).status is Status.REPEATED

@@ -19,7 +19,10 @@ IMAGE = picture(90, 130)
 whole = st.integers(-20, 150).map(float)
 corners = st.tuples(whole, whole, whole, whole)
 actions = st.one_of(
-    st.builds(lambda x, y, v, r: Segment(None, ((x, y),), (v,), r), whole, whole, st.integers(0, 1), st.none() | st.integers(1, 3)),
+    st.builds(
+        lambda x, y, v, r: Segment(None, ((x, y),), (v,), r),
+        whole, whole, st.integers(0, 1), st.none() | st.integers(1, 3),
+    ),
     st.builds(Segment, corners),
     st.builds(Zoom, corners),
     st.builds(Rotate, st.integers(1, 3)),

@@ -42,7 +42,8 @@ def test_every_call_survives_print_and_parse(call):
 
 
 def test_canonical_text():
-    text = '<think>hm</think>\n<tool_call>\n{"name": "segment", "arguments": {"points": [[45, 60]], "labels": [1]}}\n</tool_call>'
+    call = '{"name": "segment", "arguments": {"points": [[45, 60]], "labels": [1]}}'
+    text = f"<think>hm</think>\n<tool_call>\n{call}\n</tool_call>"
     assert render_call(Segment(points=((45.0, 60.0),), labels=(1,)), "hm") == text
     assert call_json(ResetView()) == '{"name": "reset_view", "arguments": {}}'
     assert call_json(Finish(None)) == '{"name": "finish", "arguments": {"mask_id": null}}'
@@ -140,8 +141,9 @@ def test_refusals_name_every_callers_fault():
     assert kinds <= set(REFUSALS)
 
 
-PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "segment", "arguments": ', '{"points": [[1, 2]]}',
-          "}", "[", "]", '"', "NaN", "1e400", "\ud800", "\u0000", "\\u", "<|im_end|>", "null", "true", " ", "\n"]  # fmt: skip
+PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "segment", "arguments": ',
+          '{"points": [[1, 2]]}', "}", "[", "]", '"', "NaN", "1e400", "\ud800", "\u0000", "\\u", "<|im_end|>", "null",
+          "true", " ", "\n"]  # fmt: skip
 
 
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=30).map("".join)))
@@ -170,6 +172,8 @@ def test_schema_agrees_with_the_parser():
     assert [s["function"]["name"] for s in TOOL_SCHEMAS] == ["segment", "zoom", "rotate", "reset_view", "finish"]
     for schema in TOOL_SCHEMAS:
         parameters = schema["function"]["parameters"]
-        body = json.dumps({"name": schema["function"]["name"], "arguments": {key: {} for key in parameters["properties"]}})
+        body = json.dumps(
+            {"name": schema["function"]["name"], "arguments": {key: {} for key in parameters["properties"]}}
+        )
         error = parse(turn(body))  # every name is known, so only the types are wrong
         assert error == ResetView() or error.reason == "bad_type"

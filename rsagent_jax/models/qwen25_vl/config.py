@@ -82,10 +82,12 @@ class Qwen25VLConfig:
             problems.append(f'model_type is {raw.get("model_type")!r}, not "qwen2_5_vl"')
         if not isinstance(vision_raw, dict):
             raise DataError(f"{where}: this is not a Qwen2.5-VL: it has no vision_config ({'; '.join(problems)})")
+        vision_rope = vision_raw.get("rope_parameters") or {}
         for key, source, allowed in (
             ("hidden_act", text_raw, ("silu",)),
             ("use_sliding_window", text_raw, (False, None)),
             ("hidden_act", vision_raw, ("silu",)),
+            ("rope_theta", vision_rope, (10_000.0,)),
         ):
             if source.get(key, allowed[0]) not in allowed:
                 problems.append(f"{key} = {source[key]!r} is not supported (only {allowed[0]!r})")
@@ -99,11 +101,14 @@ class Qwen25VLConfig:
             num_key_value_heads=text_raw.get("num_key_value_heads") or text_raw.get("num_attention_heads"),
         )
         text |= _take(TextConfig, text_raw, text, "", problems)
-        vision_raw = {**vision_raw, "fullatt_block_indexes": tuple(vision_raw.get("fullatt_block_indexes", ()))}
+        if isinstance(vision_raw.get("fullatt_block_indexes"), list):
+            vision_raw = {**vision_raw, "fullatt_block_indexes": tuple(vision_raw["fullatt_block_indexes"])}
         vision = _take(VisionConfig, vision_raw, {}, "vision_config.", problems)
         ids = _take(cls, raw, {"text", "vision", "eos_token_id"}, "", problems)
-        eos = text_raw.get("eos_token_id", raw.get("eos_token_id"))
+        eos = next((s["eos_token_id"] for s in (text_raw, raw) if s.get("eos_token_id") not in (None, [])), None)
         ids["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
+        if eos is None:
+            problems.append("eos_token_id is missing")
         if problems:
             raise DataError(f"{where}: " + "; ".join(problems))
         config = cls(text=TextConfig(**text), vision=VisionConfig(**vision), **ids)
@@ -112,14 +117,14 @@ class Qwen25VLConfig:
 
     def _check(self, where: str) -> None:
         text, vision = self.text, self.vision
-        for ok, message in (
+        checks = (
             (sum(text.mrope_section) * 2 == text.head_dim, f"mrope_section {text.mrope_section} does not sum to head_dim / 2"),
             (text.num_attention_heads % text.num_key_value_heads == 0, "heads are not a multiple of key/value heads"),
             (vision.out_hidden_size == text.hidden_size, "vision out_hidden_size differs from the decoder's hidden_size"),
             (vision.hidden_size % (4 * vision.num_heads) == 0, "vision head_dim is not a multiple of 4"),
-        ):
-            if not ok:
-                raise DataError(f"{where}: {message}")
+        )
+        if wrong := [message for ok, message in checks if not ok]:
+            raise DataError(f"{where}: " + "; ".join(wrong))
 
 
 def load_config(directory: str | pathlib.Path) -> Qwen25VLConfig:
@@ -146,8 +151,10 @@ def _take(cls: type, raw: dict, given: Any, prefix: str, problems: list[str]) ->
     for field in dataclasses.fields(cls):
         if field.name in given:
             continue
-        if raw.get(field.name) is not None:
-            taken[field.name] = raw[field.name]
+        if (value := raw.get(field.name)) is not None:
+            taken[field.name] = value
+            if field.type in ("int", "float") and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                problems.append(f"{prefix}{field.name} = {value!r} is not a number")
         elif field.default is dataclasses.MISSING:
             problems.append(f"{prefix}{field.name} is missing")
     return taken

@@ -1,0 +1,25 @@
+"""200 held-out scenes, greedy.
+
+  python evaluate.py --config=configs/eval_quickstart.py --workdir=runs/x/eval-sft --weights=runs/x/train/checkpoints/sft \
+      --config.data.root=runs/x/data
+"""
+
+from rsagent_jax.config import EvalConfig, template
+
+
+def get_config():
+    config = template(EvalConfig)
+    config.benchmark = "synthetic scenes, test"
+    config.policy.weights = "assets/tiny-base"
+    config.policy.dtype = "float32"
+    config.policy.remat = "none"
+    config.agent.prompt = "brief"
+    config.agent.history_size = 112
+    config.data.split = "test"
+    config.data.unit = "reference"
+    config.sampling.temperature = 0.0
+    config.sampling.context = 768
+    config.sampling.max_new_tokens = 64
+    config.sampling.slots = 200
+    config.sampling.patches = 64
+    return config

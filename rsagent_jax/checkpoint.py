@@ -1,0 +1,127 @@
+"""Checkpoints of a stage: Orbax, asynchronous. State, the batch source's position and the config; and how to use them later.
+
+  <workdir>/checkpoints/<stage>/policy/      config.json, tokenizer and image settings, copied from the weights
+  <workdir>/checkpoints/<stage>/<step>/      arrays and source.json
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.config import load_config
+from rsagent_jax.models.qwen25_vl.model import Qwen25VL
+from rsagent_jax.train.state import TrainState
+from rsagent_jax.types import DataError
+
+POLICY_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class Checkpoints:
+    """One stage's checkpoints; the newest two are kept."""
+
+    def __init__(self, directory: pathlib.Path, weights: pathlib.Path):
+        self.directory = directory.absolute()
+        copy_policy_files(weights, self.directory / "policy")
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, state: TrainState, source: dict[str, Any]) -> None:
+        """Starts writing in the background."""
+        args = {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()}
+        self.manager.save(int(state.step), args=ocp.args.Composite(source=ocp.args.JsonSave(source), **args))
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state with the shapes and shardings of `like`, and the source's position; None if there is none."""
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        trees = jax.tree.map(_abstract, _trees(like))
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+        try:
+            restored = self.manager.restore(step, args=ocp.args.Composite(source=ocp.args.JsonRestore(), **args))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.directory}/{step} does not fit the model and optimiser of this config ({_first_line(error)});"
+                " use another --workdir, or the config it was made with"
+            ) from error
+        leaves = [*restored["params"].values(), *restored["optimizer"].values()]
+        order = [*trees["params"], *trees["optimizer"]]
+        by_name = dict(zip([*restored["params"], *restored["optimizer"]], leaves, strict=True))
+        params, rest = order[: len(trees["params"])], order[len(trees["params"]) :]
+        state = TrainState(
+            step=by_name[rest[0]],
+            params=jax.tree.unflatten(jax.tree.structure(like.params), [by_name[n] for n in params]),
+            opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), [by_name[n] for n in rest[1:]]),
+        )
+        return state, restored["source"]
+
+    def close(self) -> None:
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def _trees(state: TrainState) -> dict[str, dict[str, jax.Array]]:
+    """The state as plain dicts, so that files do not depend on the version of flax or optax."""
+    rest = [state.step, *jax.tree.leaves(state.opt_state)]
+    return {
+        "params": {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state.params)},
+        "optimizer": {f"leaf_{i:05d}": leaf for i, leaf in enumerate(rest)},
+    }
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def copy_policy_files(weights: pathlib.Path, target: pathlib.Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in POLICY_FILES:
+        if (weights / name).exists():
+            shutil.copyfile(weights / name, target / name)
+
+
+def policy_directory(weights: str) -> pathlib.Path:
+    """Where config.json, tokenizer and image settings are: the Hugging Face directory, or a checkpoint's `policy/`."""
+    path = pathlib.Path(weights)
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give a Hugging Face directory or checkpoints/<stage> of train.py")
+    return path / "policy" if (path / "policy").is_dir() else path
+
+
+def load_policy(weights: str) -> Qwen25VL:
+    """The model of a Hugging Face directory, or of the newest checkpoint of a stage, with fp32 parameters."""
+    path, config = pathlib.Path(weights), load_config(policy_directory(weights))
+    if policy_directory(weights) == path:
+        return convert.load_model(path, config)
+    with ocp.CheckpointManager(path.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise DataError(f"{path} holds no finished checkpoint; run train.py until one is saved")
+        model = convert.abstract_model(config)
+        like = {name: jax.ShapeDtypeStruct(v.shape, jnp.float32) for name, v in convert.flat_params(model).items()}
+        try:
+            args = ocp.args.Composite(params=ocp.args.StandardRestore(like))
+            params = manager.restore(step, args=args)["params"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}/{step} is not of the model in {path}/policy ({_first_line(error)})") from error
+    return convert.with_params(model, params)

@@ -1,0 +1,86 @@
+"""Trajectories -> batches of fixed shape: several per row, told apart by segment ids, their images in the row's buffer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from rsagent_jax.config import BatchConfig
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
+from rsagent_jax.models.qwen25_vl.positions import Grid, fill_patch_buffer, padded_patches
+from rsagent_jax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One trajectory as training sees it. `sampled` marks the ids that are trained."""
+
+    tokens: np.ndarray  # i32[T]
+    positions: np.ndarray  # i32[3, T]
+    sampled: np.ndarray  # bool[T]
+    logprobs: np.ndarray  # f32[T]
+    patches: np.ndarray  # f32[P, C]
+    grids: tuple[Grid, ...]
+    advantage: float = 0.0
+
+
+def fits(item: Item, batch: BatchConfig, config: Qwen25VLConfig) -> bool:
+    """Whether a trajectory has room in a row of its own."""
+    return len(item.tokens) <= batch.tokens and padded_patches(item.grids, config.vision) <= batch.patches
+
+
+def pack(items: Sequence[Item], batch: BatchConfig, config: Qwen25VLConfig) -> list[Batch]:
+    """First fit, longest first; as many batches of `batch.rows` rows as it takes, the last one padded with empty rows.
+
+    ValueError for an item that does not fit into a row: callers count and drop those first (`fits`).
+    """
+    rows: list[list[Item]] = []
+    room: list[tuple[int, int]] = []  # (tokens, patches) left in each row
+    for item in sorted(items, key=lambda i: -len(i.tokens)):
+        tokens, patches = len(item.tokens), padded_patches(item.grids, config.vision)
+        if not fits(item, batch, config):
+            raise ValueError(f"{tokens} tokens and {patches} patches do not fit a row of {batch.tokens} and {batch.patches}")
+        row = next((i for i, (t, p) in enumerate(room) if t >= tokens and p >= patches), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append((batch.tokens, batch.patches))
+        rows[row].append(item)
+        room[row] = room[row][0] - tokens, room[row][1] - patches
+    packed = [_row(row, batch, config) for row in rows]
+    packed += [_row([], batch, config)] * (-len(packed) % batch.rows)
+    fields = [f.name for f in dataclasses.fields(Batch)]
+    return [
+        Batch(**{name: np.stack([getattr(r, name) for r in packed[i : i + batch.rows]]) for name in fields})
+        for i in range(0, len(packed), batch.rows)
+    ]
+
+
+def _row(items: list[Item], batch: BatchConfig, config: Qwen25VLConfig) -> Batch:
+    """One row; every array without its leading axis."""
+    pad = batch.tokens - sum(len(i.tokens) for i in items)
+
+    def join(parts: list[np.ndarray], dtype) -> np.ndarray:
+        return np.concatenate([*parts, np.zeros(pad, dtype)]).astype(dtype)
+
+    tokens = join([i.tokens for i in items], np.int32)
+    segments = join([np.full(len(i.tokens), n) for n, i in enumerate(items, 1)], np.int32)
+    positions = np.concatenate([*[i.positions for i in items], np.zeros((3, pad))], axis=1).astype(np.int32)
+    patches = np.concatenate([*[i.patches for i in items], np.zeros((0, config.vision.patch_dim), np.float32)])
+    grids = tuple(grid for i in items for grid in i.grids)
+    is_image = (tokens == config.image_token_id) & (segments > 0)
+    buffer = fill_patch_buffer(patches, grids, is_image, batch.patches, config.vision)
+    return Batch(
+        tokens=tokens,
+        positions=positions,
+        segment_ids=segments,
+        loss_mask=join([i.sampled for i in items], bool),
+        advantages=join([np.full(len(i.tokens), i.advantage) for i in items], np.float32),
+        old_logprobs=join([i.logprobs for i in items], np.float32),
+        patches=buffer.patches,
+        patch_segment_ids=buffer.segment_ids,
+        patch_positions=buffer.positions,
+        image_slots=buffer.image_slots,
+    )

@@ -1,0 +1,303 @@
+"""Makes the tiny base: a few-megabyte Qwen2.5-VL that grounds sentences in scenes, in the Hugging Face format.
+
+  python -m rsagent_jax.pretrain --config=configs/tiny_base.py --workdir=runs/tiny_base --out=assets/tiny-base
+
+Two stages on fresh scenes. `see`: the vision tower alone, each merged token telling what stands on its patches (colour,
+shape, size, box) through a head that is thrown away. `ground`: the whole policy on Qwen2.5-VL's own grounding questions
+(all objects; one object by box; one by point), with the same head as an auxiliary loss. It never sees the tool protocol.
+Coordinates are trained towards a narrow bell over neighbouring numbers, so that near misses are told from far ones.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import multiprocessing
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from flax import nnx
+from ml_collections import config_flags
+
+from rsagent_jax import config as config_lib
+from rsagent_jax.agent import prompts
+from rsagent_jax.data import grounding, tiny_vocab
+from rsagent_jax.data.grounding import COLORS, SHAPES, SIDE, SIZES, Rows, SceneRows
+from rsagent_jax.data.processor import Processor
+from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
+from rsagent_jax.models.qwen25_vl.layers import Linear
+from rsagent_jax.models.qwen25_vl.model import Qwen25VL
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    steps: int
+    rows: int
+    lr: float
+    warmup: int = 200
+    final_lr: float = 0.05  # share of `lr` at the end
+    tokens: int = 288  # per row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    seed: int
+    init: str = ""  # a Hugging Face directory to go on from; "" = random weights
+    see: StageConfig
+    ground: StageConfig
+    vocab_size: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vision_hidden: int
+    vision_layers: int
+    vision_mlp: int
+    relation_share: float = 0.4  # of the questions about objects that have such a sentence
+    sigma: float = 1.2  # width of the bell over numbers, pixels
+    aux_weight: float = 0.5
+    weight_decay: float = 0.01
+    eval_every: int = 500
+    eval_scenes: int = 128
+    workers: int = 1
+
+
+def hf_config(c: PretrainConfig, ids: dict[str, int]) -> dict:
+    """config.json as Qwen2.5-VL has it on the hub."""
+    half = c.hidden // c.heads // 2
+    section = (half // 4, (half - half // 4) // 2, half - half // 4 - (half - half // 4) // 2)
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "torch_dtype": "bfloat16",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden,
+        "intermediate_size": c.mlp,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(section)},
+        "max_position_embeddings": 4096,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "vision_config": {
+            "model_type": "qwen2_5_vl",
+            "depth": c.vision_layers,
+            "hidden_size": c.vision_hidden,
+            "intermediate_size": c.vision_mlp,
+            "num_heads": c.heads,
+            "out_hidden_size": c.hidden,
+            "fullatt_block_indexes": [c.vision_layers - 1],
+            "hidden_act": "silu",
+            "patch_size": 14,
+            "spatial_patch_size": 14,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "window_size": 112,
+            "in_chans": 3,
+        },
+    }
+
+
+class Head(nnx.Module):
+    """From a merged token to what stands on its four patches; used in pre-training only."""
+
+    OUT = (len(COLORS) + 1, len(SHAPES) + 1, len(SIZES) + 1, 4)
+
+    def __init__(self, dim: int, rngs: nnx.Rngs):
+        self.linear = Linear(dim, 4 * sum(self.OUT), ("embed", None), rngs, bias=True)
+
+    def loss(self, merged_BMD, labels_BP3, boxes_BP4):
+        """Cross-entropy of colour, shape and size (0 = nothing) plus the L1 of the box, patches in buffer order."""
+        b, m, _ = merged_BMD.shape
+        out = jnp.split(self.linear(merged_BMD).reshape(b, m * 4, -1), np.cumsum(self.OUT)[:-1].tolist(), axis=-1)
+        ce = sum(
+            optax.softmax_cross_entropy_with_integer_labels(logits, labels_BP3[..., i]).mean()
+            for i, logits in enumerate(out[:3])
+        )
+        on = labels_BP3[..., 0] > 0
+        l1 = jnp.abs(out[3] - boxes_BP4).sum(-1)
+        return ce + 2.0 * jnp.sum(l1 * on) / jnp.maximum(on.sum(), 1)
+
+
+_WORKER: SceneRows
+
+
+def _start_worker(config: PretrainConfig, directory: str) -> None:
+    global _WORKER
+    _WORKER = SceneRows(Processor.load(directory), config.relation_share)
+
+
+def _work(args) -> Rows:
+    return _WORKER.make(*args)
+
+
+def number_targets(processor: Processor, vocab: int, sigma: float) -> np.ndarray:
+    """f32[V, V]: row v is the target distribution for token v: itself, or a bell when v is a number below SIDE."""
+    table = np.eye(vocab, dtype=np.float32)
+    ids = np.array([processor.encode(str(n))[0] for n in range(SIDE + 1)])
+    bell = np.exp(-0.5 * ((np.arange(SIDE + 1)[:, None] - np.arange(SIDE + 1)[None]) / sigma) ** 2)
+    table[np.ix_(ids, ids)] = bell / bell.sum(1, keepdims=True)
+    return table
+
+
+def ground_loss(model: Qwen25VL, head: Head, rows: Rows, targets_VV, aux_weight: float):
+    """(loss, log-prob of the true tokens) over the answers, plus the head's loss."""
+    hidden, merged = _hidden(model, rows)
+    logits = model.logits(hidden[:, :-1])
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    mask = rows.loss_mask[:, 1:]
+    ce = -jnp.sum(targets_VV[rows.tokens[:, 1:]] * logp, axis=-1)
+    lm = jnp.sum(ce * mask) / jnp.maximum(mask.sum(), 1)
+    aux = head.loss(merged, rows.labels, rows.boxes)
+    return lm + aux_weight * aux, {"lm": lm, "aux": aux}
+
+
+def _hidden(model: Qwen25VL, rows: Rows):
+    """Hidden states [B, T, D] and the merged image tokens [B, M, D] that the head reads."""
+    merged = model.vision(rows.patches, rows.patch_segment_ids, rows.patch_positions)
+    x = model.place(rows.tokens, merged, rows.image_slots)
+    return model.decoder(x, rows.positions, rows.segment_ids), merged
+
+
+def see_loss(model: Qwen25VL, head: Head, rows: Rows):
+    aux = head.loss(model.vision(rows.patches, rows.patch_segment_ids, rows.patch_positions), rows.labels, rows.boxes)
+    return aux, {"aux": aux}
+
+
+def make_step(stage: str, tx, graphdef, targets, aux_weight):
+    def step(params, opt_state, rows):
+        def loss_fn(p):
+            model, head = nnx.merge(graphdef, p)
+            if stage == "see":
+                return see_loss(model, head, rows)
+            return ground_loss(model, head, rows, targets, aux_weight)
+
+        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, metrics
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def optimizer(stage: StageConfig, weight_decay: float) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, stage.lr, stage.warmup, stage.steps, stage.lr * stage.final_lr)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=weight_decay))
+
+
+def evaluate(model: Qwen25VL, maker: SceneRows, seed: int, count: int) -> dict[str, float]:
+    """Greedy answers (teacher-forced up to each coordinate) on unseen scenes: box IoU and clicks that hit, by kind."""
+    lookup = {int(maker.processor.encode(str(n))[0]): n for n in range(SIDE)}
+    rng = np.random.default_rng((seed, 999))
+    rows, truth, results = [], [], {}
+    for _ in range(count):
+        scene = maker.scene(rng)
+        for point in (False, True):
+            said = scene.expressions[rng.integers(len(scene.expressions))]
+            thing = scene.objects[said.object_index]
+            rows.append(maker.row(scene, [grounding.question(said.text, thing, point)], 128))
+            truth.append((said.kind, point, thing))
+    forward = nnx.jit(lambda m, r: jnp.argmax(m.logits(_hidden(m, r)[0]), axis=-1))
+    for i in range(0, len(rows), 64):
+        batch = jax.tree.map(lambda *a: np.stack(a), *rows[i : i + 64])
+        answers = np.asarray(forward(model, batch))
+        for tokens, mask, answer, (kind, point, thing) in zip(
+            batch.tokens, batch.loss_mask, answers, truth[i : i + 64], strict=True
+        ):
+            at = [t for t in np.flatnonzero(mask) if int(tokens[t]) in lookup][-2 if point else -4 :]
+            guess = [lookup.get(int(answer[t - 1]), 0) for t in at]
+            key = f"{'click' if point else 'iou'}_{kind}"
+            value = float(thing.mask[guess[1], guess[0]]) if point else _box_iou(guess, thing.box)
+            results.setdefault(key, []).append(value)
+    return {k: float(np.mean(v)) for k, v in sorted(results.items())}
+
+
+def _box_iou(a, b) -> float:
+    inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    area = [max(0.0, x[2] - x[0]) * max(0.0, x[3] - x[1]) for x in (a, b)]
+    return inter / max(area[0] + area[1] - inter, 1e-9)
+
+
+def _create(shape: Qwen25VLConfig, hidden: int, rngs: nnx.Rngs) -> tuple[Qwen25VL, Head]:
+    return Qwen25VL(shape, rngs), Head(hidden, rngs)
+
+
+def run(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny_vocab.build_tokenizer(config.vocab_size)
+    tiny_vocab.save_tokenizer(tokenizer, out, SIDE * SIDE, SIDE * SIDE)
+    raw = hf_config(config, tokenizer.get_vocab())
+    shape = Qwen25VLConfig.from_hf(raw)
+    model, head = nnx.jit(lambda key: _create(shape, config.hidden, nnx.Rngs(key)))(jax.random.key(config.seed))
+    if config.init:
+        model = convert.load_model(config.init, shape)
+    convert.save_model(model, out, raw)
+    processor = Processor.load(out)
+    maker = SceneRows(processor, config.relation_share)
+    targets = jnp.asarray(number_targets(processor, config.vocab_size, config.sigma))
+    log = (workdir / "pretrain.jsonl").open("a", encoding="utf-8")
+    for number, (name, stage) in enumerate((("see", config.see), ("ground", config.ground))):
+        if stage.steps == 0:
+            continue
+        graphdef, params = nnx.split((model, head))
+        tx = optimizer(stage, config.weight_decay)
+        opt_state, start = jax.jit(tx.init)(params), time.time()
+        step_fn = make_step(name, tx, graphdef, targets, config.aux_weight)
+        jobs = (((config.seed, number, i), stage.rows, stage.tokens, name == "ground") for i in range(stage.steps))
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(config.workers, _start_worker, (config, str(out))) as pool:
+            for step, rows in enumerate(_ahead(pool, jobs), start=1):
+                params, opt_state, metrics = step_fn(params, opt_state, rows)
+                if step % 50 == 0:
+                    record = {"stage": name, "step": step, "seconds": round(time.time() - start, 1)}
+                    record |= {k: round(float(v), 4) for k, v in metrics.items()}
+                    if name == "ground" and (step % config.eval_every == 0 or step == stage.steps):
+                        model, head = nnx.merge(graphdef, params)
+                        record |= evaluate(model, maker, config.seed, config.eval_scenes)
+                        convert.save_model(model, out, raw)
+                    print(json.dumps(record), flush=True)
+                    log.write(json.dumps(record) + "\n")
+                    log.flush()
+        model, head = nnx.merge(graphdef, params)
+    convert.save_model(model, out, raw)
+
+
+def _ahead(pool, jobs, n: int = 16):
+    """Results in order, with at most `n` batches under way so that the queue does not outgrow memory."""
+    pending = collections.deque()
+    for job in jobs:
+        pending.append(pool.apply_async(_work, (job,)))
+        if len(pending) == n:
+            yield pending.popleft().get()
+    while pending:
+        yield pending.popleft().get()
+
+
+_CONFIG = config_flags.DEFINE_config_file("config")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the log goes.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Where the Hugging Face directory goes.", required=True)
+
+
+def main(_) -> None:
+    run(config_lib.build(PretrainConfig, _CONFIG.value), pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value))
+
+
+if __name__ == "__main__":
+    app.run(main)

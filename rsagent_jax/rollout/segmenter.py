@@ -1,0 +1,34 @@
+"""Opens the segmenter that the config names; a side-car that cannot be had is the user's to mend, in one line."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from rsagent_jax.config import SegmenterConfig
+from rsagent_jax.types import DataError
+from sam_bridge import spawn
+from sam_bridge.backends import BackendError
+from sam_bridge.types import Segmenter, SegmenterError
+
+
+@contextlib.contextmanager
+def open_segmenter(config: SegmenterConfig) -> Iterator[Segmenter]:
+    """For as long as the block lasts. DataError when it cannot be opened."""
+    if config.mode == "connect" and not config.addresses:
+        raise DataError("segmenter.mode is connect, but segmenter.addresses is empty")
+    with contextlib.ExitStack() as stack:
+        try:
+            segmenter = stack.enter_context(
+                spawn.open_segmenter(
+                    config.mode,
+                    config.backend,
+                    config.addresses,
+                    timeout_s=config.timeout_s,
+                    wait_s=config.wait_s,
+                    workers=config.workers,
+                )
+            )
+        except (SegmenterError, BackendError, ValueError, OSError) as error:
+            raise DataError(f"segmenter ({config.mode}, {config.backend}): {error}") from error
+        yield segmenter

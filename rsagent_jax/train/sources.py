@@ -1,0 +1,178 @@
+"""Where batches come from: stored trajectories (SFT) or the policy's own (GRPO). Position and randomness follow the step."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import grain
+import jax
+import numpy as np
+from flax import nnx
+
+from rsagent_jax.config import GrpoConfig, SftConfig
+from rsagent_jax.data import trajectories
+from rsagent_jax.data.packing import Item, fits, pack
+from rsagent_jax.data.processor import Processor
+from rsagent_jax.evals.metrics import score
+from rsagent_jax.rewards import make_reward
+from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.engine import Engine
+from rsagent_jax.rollout.policy import Task
+from rsagent_jax.train.advantages import ADVANTAGES, zero_variance
+from rsagent_jax.types import Batch, DataError, Sample, Status, Trajectory
+
+
+class BatchSource(Protocol):
+    def next(self, params: nnx.State, key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
+        """The micro-batches of one optimiser step, all of one shape, and what there is to log. Never empty."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON values that `restore` continues from."""
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+class SftSource:
+    """Stored trajectories, shuffled anew each epoch by Grain; the position is the number of trajectories read."""
+
+    def __init__(self, config: SftConfig, processor: Processor, seed: int):
+        self.config, self.processor = config, processor
+        self.records = trajectories.open_records(config.trajectories)
+        self.dataset = grain.MapDataset.source(self.records).seed(seed).shuffle().repeat()
+        self.position = 0
+        self.dropped = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the stage."""
+        return self.config.steps or max(
+            1, round(self.config.epochs * len(self.records) / self.config.trajectories_per_step)
+        )
+
+    def next(self, params: nnx.State, key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
+        del params, key  # what is read next depends on the position only
+        count = self.config.trajectories_per_step
+        items = [
+            trajectories.decode(self.dataset[i], self.processor) for i in range(self.position, self.position + count)
+        ]
+        self.position += count
+        kept = [i for i in items if fits(i, self.config.batch, self.processor.config)]
+        self.dropped += len(items) - len(kept)
+        if not kept:
+            raise DataError(
+                f"sft: no trajectory of this step fits {self.config.batch}; raise sft.batch.tokens or sft.batch.patches"
+            )
+        batches = pack(kept, self.config.batch, self.processor.config)
+        epoch = self.position / len(self.records)
+        return batches, {"epoch": epoch, "dropped": float(self.dropped), **_fill(kept, batches)}
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position, "dropped": self.dropped}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.position, self.dropped = state["position"], state["dropped"]
+
+
+class GrpoSource:
+    """Groups of trajectories by the policy being trained, with rewards and advantages."""
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        samples: Sequence[Sample],
+        driver: Driver,
+        engine: Engine,
+        processor: Processor,
+        seed: int,
+    ):
+        name = {"zscore": "zscore" if config.ddof else "zscore_ddof0", "mean": "mean_only", "loo": "leave_one_out"}
+        if config.advantage not in name:
+            raise DataError(f"grpo.advantage must be one of {', '.join(name)}, got {config.advantage!r}")
+        if config.sampling.context > config.batch.tokens:
+            raise DataError("grpo.batch.tokens must be at least grpo.sampling.context: a trajectory never spans rows")
+        self.config, self.driver, self.engine, self.processor = config, driver, engine, processor
+        self.samples = samples
+        self.order = grain.MapDataset.range(len(samples)).seed(seed).shuffle().repeat()
+        self.advantage = ADVANTAGES[name[config.advantage]]
+        self.reward = make_reward(config.reward)
+        self.position = 0
+        self.examples: list[tuple[Trajectory, Sample]] = []  # of the last step, for the log
+
+    def next(self, params: nnx.State, key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
+        c, start = self.config, time.perf_counter()
+        self.engine.load(params, key)
+        chosen = [self.samples[int(self.order[i])] for i in range(self.position, self.position + c.prompts)]
+        self.position += c.prompts
+        tasks = [Task(s, g, g * c.group + k) for g, s in enumerate(chosen) for k in range(c.group)]
+        played = [t for t, _ in self.driver.run(tasks)]
+        rollout_seconds = time.perf_counter() - start
+        items, metrics = self._judge(played, chosen)
+        self.examples = list(zip(played, [t.sample for t in tasks], strict=True))[: c.group]
+        batches = pack(items, c.batch, self.processor.config)
+        tokens = sum(int(t.sampled.sum()) for t in played)
+        metrics |= {
+            "rollout_seconds": rollout_seconds,
+            "tokens_per_s": tokens / rollout_seconds,
+            **_fill(items, batches),
+        }
+        return batches, metrics
+
+    def _judge(self, played: list[Trajectory], chosen: list[Sample]) -> tuple[list[Item], dict[str, float]]:
+        """Rewards, advantages and the trained items. A broken tool's trajectory has no reward and no advantage."""
+        c = self.config
+        valid = np.array([t.status is not Status.ENV_FAILED for t in played])
+        if not valid.any():
+            raise DataError("every trajectory of this step ended with a broken segmenter; see the side-car's log")
+        rewards = [self.reward(t, chosen[t.group_id]) if ok else None for t, ok in zip(played, valid, strict=True)]
+        totals = np.array([0.0 if r is None else r.total for r in rewards], np.float32).reshape(-1, c.group)
+        valid_G = valid.reshape(-1, c.group)
+        advantages = self.advantage(totals, valid_G).reshape(-1)
+        flat = np.repeat(zero_variance(totals, valid_G), c.group)
+        trained = valid & ~(flat & c.drop_zero_variance)
+        if c.mask_overlong:
+            trained &= np.array([t.status is not Status.MAX_CONTEXT for t in played])
+        trained &= np.array([bool(t.sampled.any()) for t in played])
+        items = [_item(t, float(a)) for t, a, ok in zip(played, advantages, trained, strict=True) if ok]
+        if not items:  # nothing to learn from this step: one trajectory with advantage 0 keeps every host in step
+            items = [_item(next(t for t in played if t.sampled.any()), 0.0)]
+        return items, _summary(played, chosen, rewards, flat)
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+def _item(t: Trajectory, advantage: float) -> Item:
+    return Item(t.tokens, t.positions, t.sampled, t.logprobs, t.patches, t.grids, advantage)
+
+
+def _fill(items: list[Item], batches: list[Batch]) -> dict[str, float]:
+    """How many trajectories, and the share of the rows' places that they take."""
+    places = sum(b.tokens.size for b in batches)
+    return {"trajectories": float(len(items)), "fill": sum(len(i.tokens) for i in items) / places}
+
+
+def _summary(played, chosen, rewards, flat) -> dict[str, float]:
+    """Means over the step's trajectories: every reward part, IoU, turns, errors, endings, seconds."""
+    kept = [r for r in rewards if r is not None]
+    out = {"reward": float(np.mean([r.total for r in kept]))}
+    out |= {f"reward/{part}": float(np.mean([r.parts[part] for r in kept])) for part in kept[0].parts}
+    scored = [score(t, chosen[t.group_id]) for t in played]
+    turns = max(sum(r.turns for r in scored), 1)
+    endings = Counter(t.status for t in played)
+    out |= {
+        "giou": float(np.mean([r.iou for r in scored])),
+        "turns": turns / len(scored),
+        "tool_errors": sum(r.tool_errors for r in scored) / turns,
+        "clipped": float(np.mean([sum(turn.clipped for turn in t.turns) for t in played])),
+        "repeated": float(np.mean([sum(turn.repeated for turn in t.turns) for t in played])),
+        "zero_variance": float(np.mean(flat)),
+        "tool_seconds": float(np.sum([t.seconds["tool"] for t in played])),
+    }
+    return out | {f"endings/{status.value}": endings[status] / len(played) for status in Status}

@@ -1,0 +1,131 @@
+"""The chunked loss over the vocabulary against the whole one; packed gradients; remat. No torch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.language import token_logprobs
+
+from . import tiny
+
+SMALL = tiny.Case("small", ((1, 4, 10),), depth=1, fullatt=(0,))
+
+
+@functools.cache
+def program(remat="none"):
+    """(model, function of (row, mask) -> (loss, hub name -> gradient))."""
+    model = tiny.random_model(SMALL, seed=1)
+    graphdef, state = nnx.split(model)
+
+    def loss(state, args, targets, mask):
+        model = nnx.merge(graphdef, state)
+        return tiny.sft_loss(model, model(*args, remat=remat), targets, mask)
+
+    compiled = jax.jit(jax.value_and_grad(loss), compiler_options=tiny.QUICK)
+
+    def call(row, mask):
+        value, grads = compiled(state, row.arrays(), jnp.roll(row.tokens, -1)[None], jnp.asarray(mask)[None])
+        return float(value), convert.to_hub(nnx.merge(graphdef, grads), "float32")
+
+    return model, call
+
+
+def gradients(parts, remat="none"):
+    """Of a packed row; the loss is on every token that has a next one in its own sequence. All rows have one shape."""
+    model, call = program(remat)
+    row = tiny.pack(parts, model.config, length=96, capacity=256)
+    return call(row, np.append(row.segment_ids[1:] == row.segment_ids[:-1], False) & (row.segment_ids > 0))
+
+
+def parts():
+    return [tiny.sequence(SMALL, 1, ((1, 10, 6),)), tiny.sequence(SMALL, 2, ((1, 4, 8), (1, 4, 4)))]
+
+
+def relative_error(got, want):
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def test_gradients_of_a_packed_row_are_the_sum_of_those_of_its_sequences():
+    _, packed = gradients(parts())
+    alone = [gradients([part])[1] for part in parts()]
+    n = [len(part.tokens) - 1 for part in parts()]
+    for name, got in packed.items():
+        want = (n[0] * alone[0][name] + n[1] * alone[1][name]) / sum(n)
+        assert relative_error(got, want) <= 1e-5, name
+
+
+def test_a_row_without_images_gives_the_vision_tower_a_gradient_of_exactly_zero():
+    """Its patch buffer is all padding, which must neither be seen nor turn into NaN on the way back."""
+    _, grads = gradients([tiny.sequence(SMALL, 4, ())])
+    for name, value in grads.items():
+        assert bool(value.any()) == (not name.startswith("visual.")), name
+        assert np.isfinite(value).all(), name
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_policies_give_the_gradients_of_none(remat):
+    loss, want = gradients(parts())
+    value, grads = gradients(parts(), remat)
+    assert abs(value - loss) <= 1e-6
+    for name, got in grads.items():
+        assert relative_error(got, want[name]) <= 1e-5, name
+
+
+def test_an_unknown_remat_policy_is_refused_by_name():
+    model = tiny.random_model(SMALL)
+    with pytest.raises(ValueError, match="'most'.*none, full or dots"):
+        tiny.logits(model, tiny.pack([tiny.sequence(SMALL, 3)], model.config), remat="most")
+
+
+@pytest.mark.parametrize(("chunk", "temperature"), [(1, 1.0), (5, 0.7), (16, 1.0), (512, 1.3)])
+def test_chunked_log_probabilities_and_entropy_equal_the_whole_log_softmax(chunk, temperature):
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(2, 16, 8)).astype(np.float32), rng.normal(size=(40, 8)).astype(np.float32)
+    targets = rng.integers(0, 40, (2, 16))
+    logits = np.einsum("btd,vd->btv", hidden.astype(np.float64), head.astype(np.float64)) / temperature
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    @jax.jit
+    def run(*args):
+        return token_logprobs(*args, temperature=temperature, chunk=chunk)
+
+    got = [np.asarray(x) for x in run(hidden, head, targets)]
+    assert np.abs(got[0] - np.take_along_axis(log_p, targets[..., None], -1)[..., 0]).max() <= 1e-5
+    assert np.abs(got[1] + (np.exp(log_p) * log_p).sum(-1)).max() <= 1e-5
+
+
+def test_gradients_through_the_chunks_equal_those_of_the_whole_log_softmax():
+    rng = np.random.default_rng(1)
+    hidden, head = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 13, 8), (40, 8)))
+    targets, weight = rng.integers(0, 40, (2, 13)), rng.normal(size=(2, 13)).astype(np.float32)
+
+    def whole(hidden, head):
+        log_p = jax.nn.log_softmax(hidden @ head.T / 0.9)
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p, -1)
+        return jnp.sum(weight * (jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0] + 0.3 * entropy))
+
+    def chunked(hidden, head):
+        log_p, entropy = token_logprobs(hidden, head, targets, temperature=0.9, chunk=4)
+        return jnp.sum(weight * (log_p + 0.3 * entropy))
+
+    for got, want in zip(*(jax.jit(jax.grad(f, (0, 1)))(hidden, head) for f in (chunked, whole)), strict=True):
+        assert relative_error(np.asarray(got), np.asarray(want)) <= 1e-5
+
+
+def test_the_whole_logits_never_exist_in_the_compiled_loss():
+    """With T = 64, V = 4096 and chunks of 8, the gradient's program has no room for one fp32 [T, V]."""
+    t, v, d, chunk = 64, 4096, 8, 8
+    args = [
+        jax.ShapeDtypeStruct(s, k) for s, k in (((1, t, d), jnp.float32), ((v, d), jnp.float32), ((1, t), jnp.int32))
+    ]
+
+    def loss(hidden, head, targets):
+        return jnp.sum(token_logprobs(hidden, head, targets, chunk=chunk)[0])
+
+    memory = jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * t * v

@@ -1,0 +1,251 @@
+"""The shape of the tree: imports only go down the ladder, torch stays in one file, files stay short.
+
+Sources are parsed, not imported, so that an import inside a function counts as well. What parsing cannot see (what an
+import drags in) is asked of a fresh interpreter.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGES = ("rsagent_jax", "sam_bridge")
+TORCH = {"torch", "torchvision", "sam2"}
+TORCH_FILE = "sam_bridge/backends/sam2.py"
+MAX_LINES = 450
+
+# Lower rungs first. A unit may import those below it and, on the first rung only, its neighbours. The longest prefix
+# names the unit: rsagent_jax.evals.summary is an entry point, the rest of rsagent_jax.evals is not.
+RUNGS = (
+    ("types", "resolve", "config", "sharding", "metrics"),
+    ("models", "rewards", "agent"),
+    ("data",),
+    ("rollout",),
+    ("train", "evals"),
+    ("checkpoint", "entry"),  # what the entry points share
+    ("collect", "segment", "export", "pretrain", "evals.summary"),
+)
+RUNG = {f"rsagent_jax.{unit}": rung for rung, units in enumerate(RUNGS) for unit in units}
+ENTRY = len(RUNGS) - 1
+SCRIPTS = ("train.py", "evaluate.py")  # entry points outside the package
+
+
+def sources(*tops: str) -> list[str]:
+    """Python files under the given folders (or the files themselves) that exist, relative to the root."""
+    found = [path for top in tops for path in ([ROOT / top] if top.endswith(".py") else (ROOT / top).rglob("*.py"))]
+    return sorted(path.relative_to(ROOT).as_posix() for path in found if path.is_file())
+
+
+def module_name(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+@functools.cache
+def imports(file: str) -> frozenset[tuple[str, int]]:
+    """(module, line) of every import, wherever it stands. `from a import b` is a.b where a.b is a module of ours."""
+    return imports_of((ROOT / file).read_text(), module_name(file), is_package=file.endswith("__init__.py"))
+
+
+def imports_of(text: str, module: str, is_package=False, lazy=True) -> frozenset[tuple[str, int]]:
+    """With `lazy=False` only those that run when the module is imported, not those inside functions."""
+    found = set()
+    for node in _nodes(ast.parse(text), lazy):
+        if isinstance(node, ast.Import):
+            found.update((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module if is_package else module.rpartition(".")[0]
+                base = importlib.util.resolve_name("." * node.level + base, package)
+            found.update((_submodule(base, alias.name), node.lineno) for alias in node.names)
+    return frozenset(found)
+
+
+def _nodes(tree: ast.AST, lazy: bool) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+            yield from _nodes(node, lazy)
+
+
+def _submodule(base: str, name: str) -> str:
+    path = ROOT / base.replace(".", "/") / name
+    ours = base.split(".")[0] in PACKAGES and (path.with_suffix(".py").is_file() or path.is_dir())
+    return f"{base}.{name}" if ours else base
+
+
+def top_level(file: str) -> dict[str, int]:
+    return {module.split(".")[0]: line for module, line in imports(file)}
+
+
+def unit_of(module: str) -> str | None:
+    """rsagent_jax.models.qwen25_vl.vision -> rsagent_jax.models; None for what has no place on the ladder."""
+    parts = module.split(".")
+    return next((name for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in RUNG), None)
+
+
+def ladder_problem(unit: str, rung: int, target: str) -> str | None:
+    """Why `unit` may not import the module `target` of ours, or None."""
+    other = unit_of(target)
+    if other is None:
+        return f"{target} has no place on the ladder" if target != "rsagent_jax" else None
+    if other == unit or RUNG[other] < rung or (rung == RUNG[other] == 0):
+        return None
+    return f"{unit} (rung {rung}) imports {target} (rung {RUNG[other]})"
+
+
+def test_every_module_has_a_place_on_the_ladder():
+    lost = [
+        file for file in sources("rsagent_jax") if file != "rsagent_jax/__init__.py" and not unit_of(module_name(file))
+    ]
+    assert not lost, "give these a rung in RUNGS, or move them"
+
+
+def test_imports_only_go_down():
+    problems = []
+    for file in sources("rsagent_jax", *SCRIPTS):
+        script = file in SCRIPTS
+        unit = module_name(file) if script else unit_of(module_name(file))
+        for target, line in imports(file):
+            if unit and target.split(".")[0] == "rsagent_jax":
+                problem = ladder_problem(unit, ENTRY if script else RUNG[unit], target)
+                problems += [f"{file}:{line}: {problem}"] if problem else []
+    assert not problems, "\n".join(sorted(problems))
+
+
+def test_the_rule_itself_catches_what_it_should():
+    def problem(module: str, text: str) -> str | None:
+        unit = unit_of(module)
+        found = [ladder_problem(unit, RUNG[unit], target) for target, _ in imports_of(text, module)]
+        return next(filter(None, found), None)
+
+    assert problem("rsagent_jax.types", "def f():\n  from rsagent_jax import config") is None  # neighbours on rung 0
+    assert "imports rsagent_jax.data" in problem("rsagent_jax.agent.tools", "def f():\n  from rsagent_jax import data")
+    assert "imports rsagent_jax.rewards" in problem("rsagent_jax.agent.tools", "import rsagent_jax.rewards")
+    assert "imports rsagent_jax.rewards" in problem("rsagent_jax.agent.tools", "from ..rewards import final_iou")
+    assert "imports rsagent_jax.train" in problem("rsagent_jax.evals.metrics", "from rsagent_jax.train import losses")
+    assert problem("rsagent_jax.evals.summary", "from rsagent_jax.evals import metrics") is None
+    assert "imports rsagent_jax.evals.summary" in problem("rsagent_jax.evals.x", "import rsagent_jax.evals.summary")
+    assert "no place" in problem("rsagent_jax.train.x", "import rsagent_jax.helpers")
+
+
+def test_no_cycles():
+    """Among imports that run at import time; sam_bridge.backends loads its back ends by name, when asked."""
+    files = {module_name(file): file for file in sources(*PACKAGES)}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path[path.index(module) :], module))
+        if module in done:
+            return
+        file = files[module]
+        text, is_package = (ROOT / file).read_text(), file.endswith("__init__.py")
+        for target, _ in sorted(imports_of(text, module, is_package, lazy=False)):
+            if target in files and target != module:
+                visit(target, (*path, module))
+        done.add(module)
+
+    for module in files:
+        visit(module, ())
+
+
+def test_rsagent_jax_never_imports_torch():
+    bad = [file for file in sources("rsagent_jax", "configs", *SCRIPTS) if top_level(file).keys() & TORCH]
+    assert not bad
+
+
+def test_sam_bridge_never_imports_jax():
+    forbidden = {"jax", "jaxlib", "flax", "rsagent_jax"}
+    assert not [file for file in sources("sam_bridge") if top_level(file).keys() & forbidden]
+
+
+def test_torch_and_sam2_are_in_one_file():
+    users = [file for file in sources(*PACKAGES) if top_level(file).keys() & TORCH]
+    assert set(users) <= {TORCH_FILE}
+
+
+def test_what_runs_is_in_the_requirements():
+    """requirements.txt holds every package that is imported without torch: the quickstart installs nothing else."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+==[\w.]+", pin) for pin in pins), pins
+    pinned = {_normal(pin.split("==")[0]) for pin in pins}
+    owners = importlib.metadata.packages_distributions()
+    missing = []
+    for file in sources(*PACKAGES, "configs", *SCRIPTS):
+        for name in sorted(top_level(file)):
+            if file == TORCH_FILE or name in sys.stdlib_module_names or name in PACKAGES or name == "configs":
+                continue
+            if not {_normal(owner) for owner in owners.get(name, [name])} & pinned:
+                missing.append(f"{file}: {name}")
+    assert not missing
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def loaded_after(code: str, *names: str) -> list[str]:
+    """Which of the names are in sys.modules of a fresh interpreter that ran `code`."""
+    script = f"{code}\nimport sys\nprint('LOADED', *[name for name in {names!r} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].split()[1:]
+
+
+def test_importing_all_of_rsagent_jax_leaves_torch_out():
+    modules = [module_name(file) for file in sources("rsagent_jax", *SCRIPTS)]
+    code = f"import importlib\nfor name in {modules!r}: importlib.import_module(name)"
+    assert loaded_after(code, *sorted(TORCH), "jax", "flax") == ["jax", "flax"]
+
+
+@pytest.mark.parametrize("module", ["sam_bridge.client", "sam_bridge.spawn", "sam_bridge.__main__"])
+def test_the_bridge_leaves_torch_and_jax_out(module):
+    assert loaded_after(f"import {module}", *sorted(TORCH), "jax", "flax", "grpc") == ["grpc"]
+
+
+def test_files_are_short_and_named_for_what_they_hold():
+    files = [file for file in sources(*PACKAGES, "configs", "benchmarks", "tests", *SCRIPTS) if "_pb2" not in file]
+    lengths = {file: len((ROOT / file).read_text().splitlines()) for file in files}
+    assert not {file: n for file, n in lengths.items() if n > MAX_LINES}
+    assert not [file for file in files if re.search(r"(^|/)(utils?|helpers?|misc|common)(\.py|/)", file)]
+
+
+def test_readme_lists_the_folders():
+    """A line `name/   what is in it` in a code block of the README for every top-level folder, and no others."""
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("no README.md yet")
+    ignored = {line.strip("/\n ") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and any(path.iterdir())}
+    folders = {name for name in folders - ignored if not name.startswith(".") and not name.endswith(".egg-info")}
+    listed = set(re.findall(r"^[-*|` ]*(\w[\w-]*)/`?(?:\s{2,}|\s*\||:)", readme.read_text(), flags=re.MULTILINE))
+    assert listed == folders
+
+
+def test_pins_agree():
+    """The side-car's own list, the Makefile's pins and pyproject.toml do not drift from requirements.txt."""
+    pins = _pins("requirements.txt") | _pins("requirements-test.txt")
+    side_car = _pins("sam_bridge/requirements.txt")
+    assert {name: pins[name] for name in side_car if name in pins} == {n: v for n, v in side_car.items() if n in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"]["file"] == ["requirements.txt"]
+
+
+def _pins(file: str) -> dict[str, str]:
+    return {_normal(n): v for n, v in re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / file).read_text(), flags=re.MULTILINE)}

@@ -1,0 +1,132 @@
+"""Trains a policy: SFT on stored trajectories, then GRPO with tools. One loop for both.
+
+  python train.py --config=configs/quickstart.py --workdir=runs/x [--config.a.b=v]
+
+Run the same command again and it goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import time
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from rsagent_jax import entry, sharding
+from rsagent_jax.checkpoint import Checkpoints, load_policy, policy_directory
+from rsagent_jax.config import TrainConfig, to_dict
+from rsagent_jax.data.processor import Processor
+from rsagent_jax.data.refcoco import load_refcoco
+from rsagent_jax.metrics import MetricsLog
+from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.engine import Engine
+from rsagent_jax.rollout.segmenter import open_segmenter
+from rsagent_jax.train.sources import GrpoSource, SftSource
+from rsagent_jax.train.state import create_state, make_optimizer
+from rsagent_jax.train.step import grpo_objective, make_programs, sft_objective
+from rsagent_jax.types import DataError
+
+STAGES = ("sft", "grpo")
+
+
+def main(config: TrainConfig) -> None:
+    ############################## Work directory, log ##############################
+    workdir = entry.workdir()
+    entry.use_compilation_cache(config.cache_dir, workdir / "compiled")
+    if unknown := set(config.stages) - set(STAGES):
+        raise DataError(f"stages: unknown {sorted(unknown)}; known are {', '.join(STAGES)}")
+    (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    log = MetricsLog(workdir)
+
+    ############################## Mesh, policy ##############################
+    mesh = sharding.make_mesh(config.mesh)
+    weights = policy_directory(config.policy.weights)
+    processor = Processor.load(weights)
+    model = load_policy(config.policy.weights)
+    graphdef, params = nnx.split(model, nnx.Param)
+    params = jax.device_put(params, sharding.param_shardings(model, mesh))
+
+    ############################## Stages ##############################
+    for stage in config.stages:
+        with contextlib.ExitStack() as stack:
+            params = run_stage(stage, config, workdir, log, mesh, graphdef, params, weights, processor, stack)
+    log.close()
+
+
+def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, weights, processor, stack):
+    """Trains one stage to its end, from its newest checkpoint if it has one. Returns the parameters."""
+    ############################## Source of batches ##############################
+    key = jax.random.fold_in(jax.random.key(config.seed), STAGES.index(stage))
+    model = nnx.merge(graphdef, params)
+    if stage == "sft":
+        source = SftSource(config.sft, processor, config.seed)
+        settings, steps, updates, objective = config.sft, source.steps, 1, sft_objective
+        temperature, kl = 1.0, 0.0
+    else:
+        c = config.grpo
+        segmenter = stack.enter_context(open_segmenter(config.segmenter))
+        engine = Engine(model, c.sampling, processor.terminator_id, config.policy.dtype, key)
+        driver = Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
+        samples = load_refcoco(
+            c.data.root, c.data.dataset, c.data.split_by, c.data.split, c.data.unit, c.data.limit or None
+        )
+        source = GrpoSource(c, samples, driver, engine, processor, config.seed)
+        settings, steps, updates, objective = c, c.steps, c.updates, grpo_objective(c)
+        temperature, kl = c.sampling.temperature or 1.0, c.kl
+
+    ############################## State, programs ##############################
+    tx, schedule = make_optimizer(settings.optim, steps * updates)
+    reference = jax.tree.map(lambda p: p.copy(), params) if kl > 0 else None
+    state = jax.jit(lambda p: create_state(p, tx), donate_argnums=0)(params)
+    shardings = (jax.tree.map(lambda x: x.sharding, state), sharding.rows(mesh), sharding.replicated(mesh))
+    programs = make_programs(graphdef, tx, objective, config.policy, temperature, shardings)
+    checkpoints = Checkpoints(workdir / "checkpoints" / stage, weights)
+    stack.callback(checkpoints.close)
+    done = 0
+    if (restored := checkpoints.restore(state)) is not None:
+        state, position = restored
+        source.restore(position)
+        done = int(state.step) // updates
+        print(f"{stage}: goes on after step {done} of {steps}")
+    log.rewind(stage, done)
+
+    ############################## Train loop ##############################
+    for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=stage, unit="step", mininterval=2.0):
+        start = time.perf_counter()
+        batches, metrics = source.next(state.params, jax.random.fold_in(key, step))
+        if step == 1:
+            save_first_batch(workdir / f"first_batch_{stage}.txt", batches[0], processor)
+        batches = [jax.device_put(batch, sharding.rows(mesh)) for batch in batches]
+        zeros = jax.device_put(np.zeros(batches[0].tokens.shape, np.float32), sharding.rows(mesh))
+        refs = [programs.logprobs(reference, batch) if kl > 0 else zeros for batch in batches]
+        for _ in range(updates):
+            state, update = programs.train_step(state, batches, refs)
+        values = metrics | jax.device_get(update) | {"lr": schedule(step), "seconds": time.perf_counter() - start}
+        log.write(stage, step, values)
+        every = settings.checkpoint_every
+        if step == steps or (every and step % every == 0):
+            checkpoints.save(state, source.state())
+    return state.params
+
+
+def save_first_batch(path: pathlib.Path, batch, processor: Processor) -> None:
+    """The first row as text, trained tokens between [[ ]], so that a person can see what is learned from."""
+    out, inside = [], False
+    for token, trained, segment in zip(batch.tokens[0], batch.loss_mask[0], batch.segment_ids[0], strict=True):
+        if segment == 0:
+            break
+        if trained != inside:
+            out.append("[[" if trained else "]]")
+            inside = bool(trained)
+        out.append(processor.decode([token]))
+    path.write_text("".join(out) + ("]]" if inside else "") + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    entry.define_flags()
+    entry.run(main, TrainConfig)
