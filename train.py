@@ -84,7 +84,7 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
     reference = jax.tree.map(lambda p: p.copy(), params) if kl > 0 else None
     state = jax.jit(lambda p: create_state(p, tx), donate_argnums=0)(params)
     shardings = (jax.tree.map(lambda x: x.sharding, state), sharding.rows(mesh), sharding.replicated(mesh))
-    programs = make_programs(graphdef, tx, objective, config.policy, temperature, shardings)
+    programs = make_programs(graphdef, tx, objective, config.policy, temperature, shardings, settings.optim.freeze)
     checkpoints = Checkpoints(workdir / "checkpoints" / stage, weights)
     stack.callback(checkpoints.close)
     done = 0
@@ -108,6 +108,9 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
             state, update = programs.train_step(state, batches, refs)
         values = metrics | jax.device_get(update) | {"lr": schedule(step), "seconds": time.perf_counter() - start}
         log.write(stage, step, values)
+        if stage == "grpo":
+            with (workdir / "rollouts.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **source.examples}) + "\n")
         every = settings.checkpoint_every
         if step == steps or (every and step % every == 0):
             checkpoints.save(state, source.state())

@@ -13,6 +13,7 @@ def get_config():
     config.policy.weights = "assets/tiny-base"
     config.policy.dtype = "float32"
     config.policy.remat = "none"
+    config.cache_dir = "runs/compiled"  # the three evaluations share their programs
     config.agent.prompt = "brief"
     config.agent.history_size = 112
     config.data.split = "test"

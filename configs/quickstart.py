@@ -12,22 +12,24 @@ def get_config():
     config.policy.weights = "assets/tiny-base"
     config.policy.dtype = "float32"
     config.policy.remat = "none"
+    config.cache_dir = "runs/compiled"
     config.agent.prompt = "brief"
     config.agent.history_size = 112
 
     config.sft.trajectories_per_step = 32
     config.sft.epochs = 2.0
-    config.sft.batch = dict(rows=16, tokens=512, patches=512)
+    config.sft.batch = dict(rows=16, tokens=448, patches=320)
     config.sft.optim.lr = 1e-3
     config.sft.optim.warmup_steps = 10
     config.sft.optim.schedule = "cosine"
     config.sft.checkpoint_every = 50
 
     config.grpo.steps = 60
-    config.grpo.batch = dict(rows=16, tokens=512, patches=512)
+    config.grpo.batch = dict(rows=16, tokens=448, patches=320)
+    config.grpo.optim.freeze = ("vision", "merger")
     config.grpo.optim.lr = 2e-4
     config.grpo.optim.warmup_steps = 3
-    config.grpo.sampling.context = 512
+    config.grpo.sampling.context = 448
     config.grpo.sampling.max_new_tokens = 64
     config.grpo.sampling.slots = 64
     config.grpo.sampling.patches = 64

@@ -21,6 +21,8 @@ def get_config() -> ConfigDict:
             vision_layers=4,
             vision_mlp=256,
             eval_every=250,
+            corner_weight=1.0,
+            aux_weight=0.25,
             see=dict(steps=500, rows=64, lr=3e-3, warmup=50, tokens=64),
             ground=dict(steps=2000, rows=24, lr=2e-3, warmup=100, tokens=224),
         )

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
@@ -244,9 +245,24 @@ class CollectConfig:
     workers: int = 2
 
 
-def build(cls: type[T], values: Any) -> T:
-    """Turns a ConfigDict (or dict) into `cls`, or raises one DataError that lists everything that is wrong."""
-    problems: list[str] = []
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentConfig:
+    """configs/segment.py of rsagent_jax.segment: one picture, one sentence."""
+
+    seed: int = 0
+    policy: PolicyConfig
+    agent: AgentConfig = AgentConfig()
+    segmenter: SegmenterConfig = SegmenterConfig(workers=1)
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0, slots=1)
+    cache_dir: str = ""  # compiled programs are kept here; "" = in the output directory
+
+
+def build(cls: type[T], values: Any, found: Sequence[str] = ()) -> T:
+    """Turns a ConfigDict (or dict) into `cls`, or raises one DataError that lists everything that is wrong.
+
+    `found`: problems that are known already, to be listed with the rest.
+    """
+    problems = list(found)
     result = _build(cls, dict(values), "", problems)
     if problems:
         if len(problems) == 1:

@@ -32,7 +32,8 @@ from rsagent_jax.data.grounding import COLORS, SHAPES, SIDE, SIZES, Rows, SceneR
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
-from rsagent_jax.models.qwen25_vl.layers import Linear
+from rsagent_jax.models.qwen25_vl.language import mrope_angles
+from rsagent_jax.models.qwen25_vl.layers import Linear, attention, layer_at
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 
 
@@ -62,6 +63,10 @@ class PretrainConfig:
     vision_layers: int
     vision_mlp: int
     relation_share: float = 0.4  # of the questions about objects that have such a sentence
+    all_share: float = 0.25  # of the scenes whose first question is for all objects
+    look_weight: float = 0.5  # of the attention loss
+    corner_weight: float = 0.5  # of the loss on coordinates in merged tokens
+    look_layer: int = 2  # the decoder layer whose first head is told where to look
     sigma: float = 1.2  # width of the bell over numbers, pixels
     aux_weight: float = 0.5
     weight_decay: float = 0.01
@@ -123,6 +128,7 @@ class Head(nnx.Module):
 
     def __init__(self, dim: int, rngs: nnx.Rngs):
         self.linear = Linear(dim, 4 * sum(self.OUT), ("embed", None), rngs, bias=True)
+        self.corners = Linear(dim, 6 * dim, ("embed", None), rngs, bias=False)
 
     def loss(self, merged_BMD, labels_BP3, boxes_BP4):
         """Cross-entropy of colour, shape and size (0 = nothing) plus the L1 of the box, patches in buffer order."""
@@ -142,7 +148,7 @@ _WORKER: SceneRows
 
 def _start_worker(config: PretrainConfig, directory: str) -> None:
     global _WORKER
-    _WORKER = SceneRows(Processor.load(directory), config.relation_share)
+    _WORKER = SceneRows(Processor.load(directory), config.relation_share, config.all_share)
 
 
 def _work(args) -> Rows:
@@ -158,37 +164,74 @@ def number_targets(processor: Processor, vocab: int, sigma: float) -> np.ndarray
     return table
 
 
-def ground_loss(model: Qwen25VL, head: Head, rows: Rows, targets_VV, aux_weight: float):
-    """(loss, log-prob of the true tokens) over the answers, plus the head's loss."""
-    hidden, merged = _hidden(model, rows)
+def ground_loss(model: Qwen25VL, head: Head, rows: Rows, targets_VV, config: PretrainConfig, image_at: int, numbers):
+    """Cross-entropy of the answers, plus the head's loss, plus how far the look is from the object asked for."""
+    hidden, merged, look = _hidden(model, rows, config.look_layer, image_at)
     logits = model.logits(hidden[:, :-1])
     logp = jax.nn.log_softmax(logits, axis=-1)
     mask = rows.loss_mask[:, 1:]
     ce = -jnp.sum(targets_VV[rows.tokens[:, 1:]] * logp, axis=-1)
     lm = jnp.sum(ce * mask) / jnp.maximum(mask.sum(), 1)
     aux = head.loss(merged, rows.labels, rows.boxes)
-    return lm + aux_weight * aux, {"lm": lm, "aux": aux}
+    cells = jnp.take_along_axis(rows.cells, jnp.maximum(rows.target[:, 1:] - 1, 0)[..., None], axis=1)
+    off = -jnp.sum(cells * look[:, :-1], axis=-1)
+    asked = rows.target[:, 1:] > 0
+    looked = jnp.sum(off * asked) / jnp.maximum(asked.sum(), 1)
+    corners = corner_loss(model, head, merged, rows, targets_VV, numbers)
+    loss = lm + config.aux_weight * aux + config.look_weight * looked + config.corner_weight * corners
+    return loss, {"lm": lm, "aux": aux, "look": looked, "corners": corners}
 
 
-def _hidden(model: Qwen25VL, rows: Rows):
-    """Hidden states [B, T, D] and the merged image tokens [B, M, D] that the head reads."""
+def _hidden(model: Qwen25VL, rows: Rows, look_layer: int = -1, image_at: int = 0):
+    """Hidden states [B, T, D], the merged image tokens [B, M, D] that the head reads, and the look.
+
+    The look is log-softmax over the image's M tokens of one layer's first head, [B, T, M]: where each position looks.
+    """
     merged = model.vision(rows.patches, rows.patch_segment_ids, rows.patch_positions)
-    x = model.place(rows.tokens, merged, rows.image_slots)
-    return model.decoder(x, rows.positions, rows.segment_ids), merged
+    x, decoder = model.place(rows.tokens, merged, rows.image_slots), model.decoder
+    cos, sin = mrope_angles(rows.positions, decoder.config)
+    t, m = rows.tokens.shape[1], merged.shape[1]
+    mask = (rows.segment_ids[:, :, None] == rows.segment_ids[:, None, :]) & jnp.tril(jnp.ones((t, t), bool))
+    look = []
+    for i in range(decoder.config.num_hidden_layers):
+
+        def attend(q_BTNH, k_BKTH, v_BKTH, i=i):
+            if i == look_layer:
+                scores = jnp.einsum("BTH,BMH->BTM", q_BTNH[:, :, 0], k_BKTH[:, 0, image_at : image_at + m])
+                look.append(jax.nn.log_softmax(scores * q_BTNH.shape[-1] ** -0.5, axis=-1))
+            return attention(q_BTNH, k_BKTH, v_BKTH, mask)
+
+        x = layer_at(decoder.layers, i)(x, cos, sin, attend)
+    return decoder.norm(x), merged, look[0] if look else None
 
 
-def see_loss(model: Qwen25VL, head: Head, rows: Rows):
-    aux = head.loss(model.vision(rows.patches, rows.patch_segment_ids, rows.patch_positions), rows.labels, rows.boxes)
-    return aux, {"aux": aux}
+def see_loss(model: Qwen25VL, head: Head, rows: Rows, targets_VV, config: PretrainConfig, numbers):
+    merged = model.vision(rows.patches, rows.patch_segment_ids, rows.patch_positions)
+    aux = head.loss(merged, rows.labels, rows.boxes)
+    corners = corner_loss(model, head, merged, rows, targets_VV, numbers)
+    return config.aux_weight * aux + config.corner_weight * corners, {"aux": aux, "corners": corners}
 
 
-def make_step(stage: str, tx, graphdef, targets, aux_weight):
+def corner_loss(model: Qwen25VL, head: Head, merged_BMD, rows: Rows, targets_VV, numbers) -> jax.Array:
+    """Each merged token says its object's box and point in the decoder's own numbers, through one linear map a coordinate.
+
+    So the tower puts coordinates where one attention of the decoder can pick them up: a map like this one is all it needs.
+    """
+    b, m, d = merged_BMD.shape
+    said = model.decoder.norm(head.corners(merged_BMD).reshape(b, m, 6, d))
+    logp = jax.nn.log_softmax(said @ model.decoder.head_VD[numbers].T, axis=-1)
+    wanted = targets_VV[numbers[jnp.maximum(rows.corners, 0)]][..., numbers]
+    on = rows.corners[..., 0] >= 0
+    return -jnp.sum(jnp.sum(wanted * logp, axis=-1).mean(-1) * on) / jnp.maximum(on.sum(), 1)
+
+
+def make_step(stage: str, tx, graphdef, targets, config: PretrainConfig, image_at: int, numbers):
     def step(params, opt_state, rows):
         def loss_fn(p):
             model, head = nnx.merge(graphdef, p)
             if stage == "see":
-                return see_loss(model, head, rows)
-            return ground_loss(model, head, rows, targets, aux_weight)
+                return see_loss(model, head, rows, targets, config, numbers)
+            return ground_loss(model, head, rows, targets, config, image_at, numbers)
 
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -212,7 +255,7 @@ def evaluate(model: Qwen25VL, maker: SceneRows, seed: int, count: int) -> dict[s
         for point in (False, True):
             said = scene.expressions[rng.integers(len(scene.expressions))]
             thing = scene.objects[said.object_index]
-            rows.append(maker.row(scene, [grounding.question(said.text, thing, point)], 128))
+            rows.append(maker.row(scene, [grounding.question(said.text, scene, said.object_index, point)], 128))
             truth.append((said.kind, point, thing))
     forward = nnx.jit(lambda m, r: jnp.argmax(m.logits(_hidden(m, r)[0]), axis=-1))
     for i in range(0, len(rows), 64):
@@ -250,7 +293,9 @@ def run(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -> Non
         model = convert.load_model(config.init, shape)
     convert.save_model(model, out, raw)
     processor = Processor.load(out)
-    maker = SceneRows(processor, config.relation_share)
+    maker = SceneRows(processor, config.relation_share, config.all_share)
+    opening = processor.encode(prompts.opening(prompts.BASE_SYSTEM, ""))
+    image_at = int(np.flatnonzero(opening == processor.image_id)[0])
     targets = jnp.asarray(number_targets(processor, config.vocab_size, config.sigma))
     log = (workdir / "pretrain.jsonl").open("a", encoding="utf-8")
     for number, (name, stage) in enumerate((("see", config.see), ("ground", config.ground))):
@@ -259,7 +304,7 @@ def run(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -> Non
         graphdef, params = nnx.split((model, head))
         tx = optimizer(stage, config.weight_decay)
         opt_state, start = jax.jit(tx.init)(params), time.time()
-        step_fn = make_step(name, tx, graphdef, targets, config.aux_weight)
+        step_fn = make_step(name, tx, graphdef, targets, config, image_at, jnp.asarray(maker.numbers))
         jobs = (((config.seed, number, i), stage.rows, stage.tokens, name == "ground") for i in range(stage.steps))
         context = multiprocessing.get_context("spawn")
         with context.Pool(config.workers, _start_worker, (config, str(out))) as pool:

@@ -1,6 +1,14 @@
-"""What holds for every test: the CPU, no network, and no deadline on one example (a busy machine is no failure)."""
+"""What holds for every test: the CPU, no network, no deadline on one example (a busy machine is no failure).
 
+transformers and sam2 import torchvision, whose compiled operators may not load beside a CPU build of torch; it then
+fails while it describes `nms`. Declared before, the operators exist without a body, and nothing here calls them. Only
+the first import of torchvision triggers this: tests without torch do not pay for it.
+"""
+
+import importlib.machinery
 import os
+import pathlib
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; subprocesses inherit it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,3 +17,32 @@ import hypothesis
 
 hypothesis.settings.register_profile("rsagent", deadline=None)
 hypothesis.settings.load_profile("rsagent")
+
+KEPT = []  # a library's declarations go when it does
+
+
+class DeclareOperators:
+    """Sees torchvision's import coming, and leaves the import itself to the others."""
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name == "torchvision" and cls in sys.meta_path:
+            sys.meta_path.remove(cls)
+            declare_operators()
+
+
+def declare_operators() -> None:
+    spec = importlib.machinery.PathFinder.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return
+    import torch
+
+    try:
+        torch.ops.load_library(pathlib.Path(spec.origin).parent / "_C.so")
+    except OSError:
+        KEPT.append(torch.library.Library("torchvision", "DEF"))
+        for operator in ("nms", "qnms"):
+            KEPT[0].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+sys.meta_path.insert(0, DeclareOperators)

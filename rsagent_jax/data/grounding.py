@@ -14,6 +14,7 @@ from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, mrope_posi
 
 SIDE = 112  # scenes are one window of the tower: 8 x 8 patches, 4 x 4 tokens
 PATCHES = 64
+MAX_OBJECTS = 6
 COLORS, SHAPES, SIZES = tuple(scenes.COLORS), scenes.SHAPES, tuple(scenes.SIZES)
 
 
@@ -31,16 +32,29 @@ class Rows:
     image_slots: np.ndarray
     labels: np.ndarray  # i32[B, P, 3]
     boxes: np.ndarray  # f32[B, P, 4], in units of the image side
+    target: np.ndarray  # i32[B, T]; at a coordinate, 1 + the object it is of; else 0
+    corners: np.ndarray  # i32[B, M, 6]; box and point of what covers the most of each merged token, pixels; -1 nothing
+    cells: np.ndarray  # f32[B, O, M]; how each object's mask spreads over the merged tokens, row-major, sums to 1
 
 
 jax.tree_util.register_dataclass(Rows, [f.name for f in dataclasses.fields(Rows)], [])
 
 
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question and its answer, with the objects that the answer's coordinates are of, in order."""
+
+    ask: str
+    answer: str
+    objects: tuple[int, ...]
+
+
 class SceneRows:
     """Turns random scenes into rows."""
 
-    def __init__(self, processor: Processor, relation_share: float):
-        self.processor, self.relation_share = processor, relation_share
+    def __init__(self, processor: Processor, relation_share: float, all_share: float):
+        self.processor, self.relation_share, self.all_share = processor, relation_share, all_share
+        self.numbers = np.array([processor.encode(str(n))[0] for n in range(SIDE + 1)])
         self.photos = scenes.load_photos()
         self.scene_config = scenes.SceneConfig(size=SIDE)
 
@@ -51,18 +65,18 @@ class SceneRows:
 
     def _row(self, rng: np.random.Generator, length: int, talk: bool) -> Rows:
         scene = self.scene(rng)
-        turns = [self._question(rng, scene) for _ in range(6 if talk else 1)]
-        if talk and rng.random() < 0.7:
+        turns = [self._question(rng, scene) for _ in range(6)] if talk else [Question("", "", ())]
+        if talk and rng.random() < self.all_share:
             turns.insert(0, _all_objects(scene))
-        return self.row(scene, turns if talk else [("", "")], length)
+        return self.row(scene, turns, length)
 
     def scene(self, rng: np.random.Generator) -> scenes.Scene:
         scene = scenes.make_scene(rng, self.scene_config, self.photos)
         return dataclasses.replace(scene, image=scenes.jpeg_roundtrip(scene.image, self.scene_config.jpeg_quality))
 
-    def row(self, scene: scenes.Scene, turns: list[tuple[str, str]], length: int) -> Rows:
-        """One scene and as many of the (question, answer) turns as fit into `length` tokens."""
-        ids, mask = self._conversation(turns, length)
+    def row(self, scene: scenes.Scene, turns: list[Question], length: int) -> Rows:
+        """One scene and as many of the turns as fit into `length` tokens."""
+        ids, mask, target = self._conversation(turns, length)
         patches, grid = image_patches(scene.image, self.processor.images)
         is_image = ids == self.processor.image_id
         positions, _ = mrope_positions(ids, (grid,), self.processor.image_id)
@@ -80,48 +94,81 @@ class SceneRows:
             buffer.image_slots,
             labels,
             boxes,
+            np.pad(target, (0, pad)),
+            _corners(scene),
+            _cells(scene),
         )
 
-    def _conversation(self, turns: list[tuple[str, str]], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Question after question about one image, as many as fit. Returns ids i32[T] and the trained mask bool[T]."""
-        ids, mask = [], []
-        for i, (ask, answer) in enumerate(turns):
+    def _conversation(self, turns: list[Question], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Question after question about one image, as many as fit: ids i32[T], trained bool[T], target i32[T]."""
+        ids, mask, target = [], [], []
+        for i, turn in enumerate(turns):
             head = (
-                prompts.opening(prompts.BASE_SYSTEM, ask)
+                prompts.opening(prompts.BASE_SYSTEM, turn.ask)
                 if i == 0
-                else (f"\n<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n")
+                else (f"\n<|im_start|>user\n{turn.ask}<|im_end|>\n<|im_start|>assistant\n")
             )
-            asked, said = self.processor.encode(head), self.processor.encode(answer + "<|im_end|>")
+            asked, said = self.processor.encode(head), self.processor.encode(turn.answer + "<|im_end|>")
             if i == 0:
                 asked = np.repeat(asked, np.where(asked == self.processor.image_id, PATCHES // 4, 1))
             if sum(map(len, ids)) + len(asked) + len(said) > length:
                 break
             ids += [asked, said]
             mask += [np.zeros(len(asked), bool), np.ones(len(said), bool)]
-        return np.concatenate(ids), np.concatenate(mask)
+            target += [np.zeros(len(asked), np.int32), self._targets(said, turn.objects)]
+        return np.concatenate(ids), np.concatenate(mask), np.concatenate(target)
 
-    def _question(self, rng, scene: scenes.Scene) -> tuple[str, str]:
+    def _targets(self, said: np.ndarray, objects: tuple[int, ...]) -> np.ndarray:
+        """Marks each object's coordinates. An object has one other number before them: the 2 of bbox_2d or point_2d."""
+        out = np.zeros(len(said), np.int32)
+        if objects:
+            at = np.flatnonzero(np.isin(said, self.numbers)).reshape(len(objects), -1)[:, 1:]
+            out[at] = 1 + np.array(objects)[:, None]
+        return out
+
+    def _question(self, rng, scene: scenes.Scene) -> Question:
         wanted = "relation" if rng.random() < self.relation_share else "attribute"
         pool = [e for e in scene.expressions if e.kind == wanted] or scene.expressions
         objects = sorted({e.object_index for e in pool})
         index = int(rng.choice(objects))
         text = rng.choice([e.text for e in pool if e.object_index == index])
-        thing = scene.objects[index]
-        return question(text, thing, point=rng.random() < 0.5)
+        return question(text, scene, index, point=rng.random() < 0.5)
 
 
-def question(text: str, thing: scenes.SceneObject, point: bool) -> tuple[str, str]:
+def question(text: str, scene: scenes.Scene, index: int, point: bool) -> Question:
     """Qwen2.5-VL's grounding question about one object, and its answer."""
+    thing = scene.objects[index]
     if point:
-        return prompts.ground_point_question(text), prompts.ground_point_answer([thing.point], [text])
-    return prompts.ground_box_question(text), prompts.ground_box_answer([thing.box], [text])
+        return Question(
+            prompts.ground_point_question(text), prompts.ground_point_answer([thing.point], [text]), (index,)
+        )
+    return Question(prompts.ground_box_question(text), prompts.ground_box_answer([thing.box], [text]), (index,))
 
 
-def _all_objects(scene: scenes.Scene) -> tuple[str, str]:
-    things = sorted(scene.objects, key=lambda o: o.center[0])
+def _all_objects(scene: scenes.Scene) -> Question:
+    order = sorted(range(len(scene.objects)), key=lambda i: scene.objects[i].center[0])
+    things = [scene.objects[i] for i in order]
     names = [f"{o.size} {o.color} {o.shape}" for o in things]
     ask = "Detect all objects, output their bbox coordinates in JSON format."
-    return ask, prompts.ground_box_answer([o.box for o in things], names)
+    return Question(ask, prompts.ground_box_answer([o.box for o in things], names), tuple(order))
+
+
+def _cells(scene: scenes.Scene) -> np.ndarray:
+    out = np.zeros((MAX_OBJECTS, PATCHES // 4), np.float32)
+    for i, o in enumerate(scene.objects):
+        share = o.mask.reshape(4, SIDE // 4, 4, SIDE // 4).mean((1, 3)).reshape(-1)
+        out[i] = share / share.sum()
+    return out
+
+
+def _corners(scene: scenes.Scene) -> np.ndarray:
+    out, best = np.full((PATCHES // 4, 6), -1, np.int32), np.full(PATCHES // 4, 0.05)
+    for o in scene.objects:
+        share = o.mask.reshape(4, SIDE // 4, 4, SIDE // 4).mean((1, 3)).reshape(-1)
+        here = share > best
+        best[here] = share[here]
+        out[here] = np.round([*o.box, *o.point])
+    return out
 
 
 def _patch_labels(scene: scenes.Scene, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

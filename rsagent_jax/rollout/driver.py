@@ -20,7 +20,7 @@ from rsagent_jax.config import AgentConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.rollout.policy import Policy, Request, Task
-from rsagent_jax.types import Completion, Prompt, Status, Trajectory
+from rsagent_jax.types import Completion, DataError, Prompt, Status, Trajectory
 from sam_bridge.types import Segmenter
 
 
@@ -158,8 +158,17 @@ class Driver:
 
 
 def pixel_limits(agent: AgentConfig, processor: Processor) -> PixelLimits:
-    """The weights' own limits with the config's overrides (0 = keep)."""
+    """The weights' own limits with the config's overrides (0 = keep), which may only narrow them.
+
+    A view outside the weights' limits would be resized again on its way to the model, and the policy's pixels would no
+    longer be the view's: DataError.
+    """
     limits = processor.images.limits
+    if 0 < agent.min_pixels < limits.min_pixels or agent.max_pixels > limits.max_pixels:
+        raise DataError(
+            f"agent.min_pixels {agent.min_pixels} and agent.max_pixels {agent.max_pixels} must lie within the weights' own"
+            f" {limits.min_pixels} to {limits.max_pixels}; to go beyond, edit preprocessor_config.json beside the weights"
+        )
     return dataclasses.replace(
         limits,
         min_pixels=agent.min_pixels or limits.min_pixels,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,8 +16,7 @@ from rsagent_jax.config import GrpoConfig, SftConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item, fits, pack
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.evals.metrics import score
-from rsagent_jax.rewards import make_reward
+from rsagent_jax.rewards import make_reward, mask_iou
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task
@@ -100,7 +98,7 @@ class GrpoSource:
         self.advantage = ADVANTAGES[name[config.advantage]]
         self.reward = make_reward(config.reward)
         self.position = 0
-        self.examples: list[tuple[Trajectory, Sample]] = []  # of the last step, for the log
+        self.examples: dict[str, Any] = {}  # the first group of the last step, for people
 
     def next(self, params: nnx.State, key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         c, start = self.config, time.perf_counter()
@@ -111,7 +109,6 @@ class GrpoSource:
         played = [t for t, _ in self.driver.run(tasks)]
         rollout_seconds = time.perf_counter() - start
         items, metrics = self._judge(played, chosen)
-        self.examples = list(zip(played, [t.sample for t in tasks], strict=True))[: c.group]
         batches = pack(items, c.batch, self.processor.config)
         tokens = sum(int(t.sampled.sum()) for t in played)
         metrics |= {
@@ -139,6 +136,19 @@ class GrpoSource:
         items = [_item(t, float(a)) for t, a, ok in zip(played, advantages, trained, strict=True) if ok]
         if not items:  # nothing to learn from this step: one trajectory with advantage 0 keeps every host in step
             items = [_item(next(t for t in played if t.sampled.any()), 0.0)]
+        self.examples = {
+            "id": chosen[0].id,
+            "query": chosen[0].query,
+            "trajectories": [
+                {
+                    "status": t.status.value,
+                    "turns": [turn.text for turn in t.turns],
+                    "advantage": float(a),
+                    "reward": None if r is None else {"total": r.total, **r.parts},
+                }
+                for t, a, r in zip(played[: c.group], advantages, rewards, strict=False)
+            ],
+        }
         return items, _summary(played, chosen, rewards, flat)
 
     def state(self) -> dict[str, Any]:
@@ -163,15 +173,14 @@ def _summary(played, chosen, rewards, flat) -> dict[str, float]:
     kept = [r for r in rewards if r is not None]
     out = {"reward": float(np.mean([r.total for r in kept]))}
     out |= {f"reward/{part}": float(np.mean([r.parts[part] for r in kept])) for part in kept[0].parts}
-    scored = [score(t, chosen[t.group_id]) for t in played]
-    turns = max(sum(r.turns for r in scored), 1)
+    turns = [turn for t in played for turn in t.turns]
     endings = Counter(t.status for t in played)
     out |= {
-        "giou": float(np.mean([r.iou for r in scored])),
-        "turns": turns / len(scored),
-        "tool_errors": sum(r.tool_errors for r in scored) / turns,
-        "clipped": float(np.mean([sum(turn.clipped for turn in t.turns) for t in played])),
-        "repeated": float(np.mean([sum(turn.repeated for turn in t.turns) for t in played])),
+        "giou": float(np.mean([mask_iou(t.final_mask, chosen[t.group_id]) for t in played if t.status is not Status.ENV_FAILED])),
+        "turns": len(turns) / len(played),
+        "tool_errors": sum(turn.error is not None for turn in turns) / max(len(turns), 1),
+        "clipped": sum(turn.clipped for turn in turns) / len(played),
+        "repeated": sum(turn.repeated for turn in turns) / len(played),
         "zero_variance": float(np.mean(flat)),
         "tool_seconds": float(np.sum([t.seconds["tool"] for t in played])),
     }

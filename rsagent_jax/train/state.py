@@ -37,8 +37,6 @@ def create_state(params: nnx.State, tx: optax.GradientTransformation) -> TrainSt
 
 def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTransformation, Callable[[int], Any]]:
     """AdamW with global-norm clipping and frozen parts; also returns the schedule, for the log."""
-    if unknown := [part for part in config.freeze if part not in PARTS]:
-        raise DataError(f"optim.freeze: unknown {', '.join(unknown)}; parts are {', '.join(PARTS)}")
     warmup = optax.linear_schedule(0.0, config.lr, max(config.warmup_steps, 1))
     if config.schedule == "cosine":
         rest = optax.cosine_decay_schedule(config.lr, max(steps - config.warmup_steps, 1))
@@ -49,15 +47,27 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
     schedule = optax.join_schedules([warmup, rest], [config.warmup_steps]) if config.warmup_steps else rest
     adam = optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
-    frozen = tuple(prefix for part in config.freeze for prefix in PARTS[part])
-    if frozen:
-        tx = optax.partition({"train": tx, "frozen": optax.set_to_zero()}, lambda params: _labels(params, frozen))
+    if config.freeze:
+        labels = lambda params: jax.tree.map(lambda f: "frozen" if f else "train", is_frozen(params, config.freeze))  # noqa: E731
+        tx = optax.partition({"train": tx, "frozen": optax.set_to_zero()}, labels)
     return tx, schedule
 
 
-def _labels(params: nnx.State, frozen: tuple[str, ...]) -> nnx.State:
-    def label(path: tuple, _) -> str:
-        name = ".".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
-        return "frozen" if name.startswith(frozen) else "train"
+def is_frozen(params: nnx.State, parts: tuple[str, ...]) -> nnx.State:
+    """True for every parameter that belongs to one of `parts` (PARTS)."""
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise DataError(f"optim.freeze: unknown {', '.join(unknown)}; parts are {', '.join(PARTS)}")
+    prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
+    flat = [(path, leaf.replace(_dotted(path).startswith(prefixes))) for path, leaf in nnx.to_flat_state(params)]
+    return nnx.from_flat_state(flat)
 
-    return jax.tree_util.tree_map_with_path(label, params)
+
+def stop_frozen(params: nnx.State, parts: tuple[str, ...]) -> nnx.State:
+    """The same parameters; no gradient is computed through the frozen ones."""
+    if not parts:
+        return params
+    return jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, is_frozen(params, parts))
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(map(str, path))

@@ -16,7 +16,7 @@ from flax import nnx
 from rsagent_jax.config import GrpoConfig, PolicyConfig
 from rsagent_jax.models.qwen25_vl.language import token_logprobs
 from rsagent_jax.train import losses
-from rsagent_jax.train.state import TrainState
+from rsagent_jax.train.state import TrainState, stop_frozen
 from rsagent_jax.types import Batch, DataError
 
 # (log-probs f32[B, T] aligned to their own token, batch, reference log-probs) -> (loss sum, denominator, metric sums)
@@ -54,11 +54,11 @@ def batch_logprobs(graphdef, params, batch: Batch, policy: PolicyConfig, tempera
     return jnp.pad(logprobs, ((0, 0), (1, 0)))
 
 
-def micro_step(graphdef, objective: Objective, policy: PolicyConfig, temperature: float, params, batch, ref) -> Sums:
-    """Gradient sums of one micro-batch."""
+def micro_step(graphdef, objective: Objective, policy: PolicyConfig, temperature, freeze, params, batch, ref) -> Sums:
+    """Gradient sums of one micro-batch; those of `freeze`d parts are zeros that cost nothing."""
 
     def loss_fn(p):
-        logprobs = batch_logprobs(graphdef, p, batch, policy, temperature)
+        logprobs = batch_logprobs(graphdef, stop_frozen(p, freeze), batch, policy, temperature)
         loss, denominator, metrics = objective(logprobs, batch, ref)
         return loss, (denominator, metrics)
 
@@ -107,12 +107,14 @@ class Programs:
         return self.apply(state, total)
 
 
-def make_programs(graphdef, tx, objective: Objective, policy: PolicyConfig, temperature: float, shardings) -> Programs:
+def make_programs(
+    graphdef, tx, objective: Objective, policy: PolicyConfig, temperature: float, shardings, freeze: tuple[str, ...] = ()
+) -> Programs:
     """`shardings` is (state, rows, replicated) of sharding.py. The gradients have the parameters' shardings."""
     state, rows, whole = shardings
 
     def micro(params, batch, ref):
-        return micro_step(graphdef, objective, policy, temperature, params, batch, ref)
+        return micro_step(graphdef, objective, policy, temperature, freeze, params, batch, ref)
 
     def logprobs(params, batch):
         return batch_logprobs(graphdef, params, batch, policy, temperature)

@@ -31,7 +31,8 @@ from rsagent_jax.models.qwen25_vl.positions import (
 )
 
 VOCAB, IMAGE, VIDEO, VISION_START, VISION_END, EOS = 96, 90, 91, 92, 93, 2
-QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile, which is the time of these tests
+# Options of the pinned jaxlib that compile four times faster: these tests spend their time in the compiler.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 SPECIAL = (IMAGE, VIDEO, VISION_START, VISION_END)
 
 
@@ -162,7 +163,7 @@ def sequence(case: Case, seed: int, grids: tuple[Grid, ...] | None = None) -> Se
 
 
 def pack(sequences: list[Sequence], config: Qwen25VLConfig, length: int = 0, capacity: int = 0) -> Row:
-    """Several sequences in one row, padded to at least `length` tokens and `capacity` patch places (0 for text only)."""
+    """Several sequences in one row, padded to at least `length` tokens and `capacity` patch places (text needs 0)."""
     tokens = np.concatenate([s.tokens for s in sequences])
     grids = sum((s.grids for s in sequences), ())
     positions = np.concatenate([mrope_positions(s.tokens, s.grids, IMAGE)[0] for s in sequences], axis=1)

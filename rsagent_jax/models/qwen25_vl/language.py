@@ -26,11 +26,11 @@ class DecoderLayer(nnx.Module):
         self.mlp = SwiGLU(dim, config.intermediate_size, ("embed", "mlp"), rngs, bias=False, stack=stack)
 
     def __call__(self, x_BTD, cos, sin, attend):
-        """`attend(q_BTNH, k_BTKH, v_BTKH) -> o_BTNH` decides what is seen: the packed row, or a cache."""
+        """`attend(q_BTNH, k_BKTH, v_BKTH) -> o_BTNH` decides what is seen: the packed row, or a cache."""
         b, t, _ = x_BTD.shape
         y = self.norm1(x_BTD)
         q, k, v = (linear(y).reshape(b, t, -1, self.head_dim) for linear in (self.q, self.k, self.v))
-        o = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        o = attend(rotate(q, cos, sin), rotate(k, cos, sin).swapaxes(1, 2), v.swapaxes(1, 2))
         x_BTD = x_BTD + self.o(o.reshape(b, t, -1))
         return x_BTD + self.mlp(self.norm2(x_BTD))
 
@@ -75,13 +75,14 @@ class Decoder(nnx.Module):
         s, t, _ = x_STD.shape
         places = cache.lengths[:, None] + jnp.arange(t)
         mask = jnp.arange(cache.capacity)[None, None] <= places[:, :, None]
-        rows = jnp.arange(s)[:, None]
+        kv = jnp.arange(self.config.num_key_value_heads)
+        at = jnp.arange(s)[:, None, None], kv[None, :, None], places[:, None, :]  # [S, K, T]
         keys, values = [], []
         for i in range(self.config.num_hidden_layers):
 
             def attend(q, k, v, i=i):
-                keys.append(cache.keys[i].at[rows, places].set(k.astype(cache.keys[i].dtype), mode="drop"))
-                values.append(cache.values[i].at[rows, places].set(v.astype(cache.values[i].dtype), mode="drop"))
+                keys.append(cache.keys[i].at[at].set(k.astype(cache.keys[i].dtype), mode="drop"))
+                values.append(cache.values[i].at[at].set(v.astype(cache.values[i].dtype), mode="drop"))
                 return attention(q, keys[-1].astype(q.dtype), values[-1].astype(q.dtype), mask)
 
             x_STD = layer_at(self.layers, i)(x_STD, cos, sin, attend)
@@ -93,17 +94,17 @@ class Decoder(nnx.Module):
 class Cache:
     """Keys and values of every slot's context, one array per layer so that each is updated in place."""
 
-    keys: tuple[jax.Array, ...]  # L x [S, C, K, H]
+    keys: tuple[jax.Array, ...]  # L x [S, K, C, H]
     values: tuple[jax.Array, ...]
     lengths: jax.Array  # i32[S] real tokens in each slot
 
     @property
     def capacity(self) -> int:
-        return self.keys[0].shape[1]
+        return self.keys[0].shape[2]
 
     @classmethod
     def empty(cls, config: TextConfig, slots: int, capacity: int, dtype) -> Cache:
-        shape = (slots, capacity, config.num_key_value_heads, config.head_dim)
+        shape = (slots, config.num_key_value_heads, capacity, config.head_dim)
         zeros = [tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)) for _ in range(2)]
         return cls(*zeros, jnp.zeros(slots, jnp.int32))
 

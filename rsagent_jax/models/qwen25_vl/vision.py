@@ -31,6 +31,7 @@ class VisionBlock(nnx.Module):
         b, p, d = x_BPD.shape
         qkv = self.qkv(self.norm1(x_BPD)).reshape(b, p, 3, self.heads, d // self.heads)
         q, k, v = rotate(qkv[:, :, 0], cos, sin), rotate(qkv[:, :, 1], cos, sin), qkv[:, :, 2]
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         x_BPD = x_BPD + self.proj(attention(q, k, v, mask).reshape(b, p, d))
         return x_BPD + self.mlp(self.norm2(x_BPD))
 

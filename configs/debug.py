@@ -1,0 +1,23 @@
+"""The whole loop in under a minute: 4 SFT steps and 2 GRPO steps of the tiny base on a handful of scenes.
+
+  python -m rsagent_jax.data.synthetic --out=runs/debug/data --train=24 --val=4 --test=4
+  python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/debug/collect \
+      --config.data.root=runs/debug/data --config.limit=16
+  python train.py --config=configs/debug.py --workdir=runs/debug/train
+"""
+
+from configs import quickstart
+
+
+def get_config():
+    config = quickstart.get_config()
+    config.sft.trajectories = "runs/debug/collect"
+    config.sft.steps = 4
+    config.sft.trajectories_per_step = 4
+    config.sft.batch.rows = 4
+    config.grpo.data.root = "runs/debug/data"
+    config.grpo.steps = 2
+    config.grpo.prompts = 2
+    config.grpo.batch.rows = 4
+    config.grpo.sampling.slots = 8
+    return config

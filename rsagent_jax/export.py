@@ -1,0 +1,93 @@
+"""A policy -> a Hugging Face directory that transformers, vLLM and this project read.
+
+  python -m rsagent_jax.export --checkpoint=runs/x/train/checkpoints/grpo --out=HF_DIR [--dtype=float32]
+
+--checkpoint is a stage of train.py (its newest step) or a Hugging Face directory. The dtype is the one that its
+config.json names; training keeps fp32 parameters, so anything narrower rounds them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from typing import Any
+
+from safetensors import safe_open
+
+from rsagent_jax.checkpoint import copy_policy_files, load_policy, policy_directory
+from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.config import read_json
+from rsagent_jax.types import DataError
+
+TENSORS = "model.safetensors"
+
+
+def export(checkpoint: str, out: pathlib.Path, dtype: str | None = None) -> str:
+    """Writes the directory, whole or not at all, and says in one line what it holds."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists and is not an empty directory; choose another --out")
+    source = policy_directory(checkpoint)
+    raw = read_json(source / "config.json")
+    if dtype is not None:
+        raw = with_dtype(raw, dtype)
+    model = load_policy(checkpoint)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        try:
+            copy_policy_files(source, partial)
+            convert.save_model(model, partial, raw)
+            _readable(partial)
+            os.replace(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        with safe_open(out / TENSORS, framework="np") as file:
+            count = len(list(file.keys()))
+        with (out / TENSORS).open("rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror or error}") from error
+    written = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    return f"{out}: {count} tensors, {written}, {(out / TENSORS).stat().st_size} bytes, sha256 {checksum} ({TENSORS})"
+
+
+def with_dtype(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json with its dtype replaced, in the nested configs of transformers 5 as well."""
+
+    def replaced(values: dict[str, Any]) -> dict[str, Any]:
+        return values | {key: dtype for key in ("dtype", "torch_dtype") if key in values}
+
+    nested = {key: replaced(raw[key]) for key in ("text_config", "vision_config") if isinstance(raw.get(key), dict)}
+    return {"torch_dtype": dtype} | replaced(raw) | nested
+
+
+def _readable(directory: pathlib.Path) -> None:
+    """Permissions as the user's umask has them; temporary directories and safetensors files are private otherwise."""
+    umask = os.umask(0)
+    os.umask(umask)
+    directory.chmod(0o777 & ~umask)
+    for file in directory.iterdir():
+        file.chmod(0o666 & ~umask)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rsagent_jax.export", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, help="checkpoints/<stage>, or a Hugging Face directory")
+    parser.add_argument("--out", required=True, help="directory to make")
+    parser.add_argument("--dtype", choices=list(convert.DTYPES), help="instead of the one in config.json")
+    options = parser.parse_args(argv)
+    try:
+        print(export(options.checkpoint, pathlib.Path(options.out).expanduser(), options.dtype))
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""One picture, one sentence, one mask, with the turns printed as they happen.
+
+  python -m rsagent_jax.segment IMAGE "query" --out=DIR [--weights=HF_DIR_OR_CHECKPOINT] [--config=configs/segment.py]
+
+Leaves mask.png (0 or 255, the picture's own size), overlay.png, image.png (the very pixels that were segmented) and
+trajectory.json, which agent/replay.py plays again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+import time
+
+import jax
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from absl import flags
+
+from rsagent_jax import entry
+from rsagent_jax.agent.environment import EnvState, final_mask
+from rsagent_jax.agent.overlay import draw_overlay
+from rsagent_jax.agent.replay import to_json
+from rsagent_jax.agent.tools import call_json
+from rsagent_jax.agent.views import View
+from rsagent_jax.checkpoint import load_policy, policy_directory
+from rsagent_jax.config import AgentConfig, SegmentConfig
+from rsagent_jax.data.processor import Processor
+from rsagent_jax.rollout.driver import Driver, pixel_limits
+from rsagent_jax.rollout.engine import Engine
+from rsagent_jax.rollout.policy import Policy, Task
+from rsagent_jax.rollout.segmenter import open_segmenter
+from rsagent_jax.types import DataError, Finish, Sample, Status
+from sam_bridge.types import Segmenter
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FILES = ("mask.png", "overlay.png", "image.png", "trajectory.json")
+MAX_SHOWN = 300  # characters of a thought or a malformed turn
+
+
+def main(config: SegmentConfig, image_path: str, query: str) -> None:
+    image, query = read_photo(image_path), query.strip()
+    if not query:
+        raise DataError("the query is empty; say what to segment, such as 'the red circle'")
+    out = entry.workdir("out")
+    entry.use_compilation_cache(config.cache_dir, out / "compiled")
+    weights = flags.FLAGS.weights or config.policy.weights
+    processor = Processor.load(policy_directory(weights))
+    if pathlib.Path(weights).resolve().parts[-2:] == ("assets", "tiny-base"):
+        print("note: assets/tiny-base does not know the tools: expect malformed calls and an empty mask.")
+        print("      Give a checkpoint, such as --weights=runs/quickstart/train/checkpoints/grpo of `make quickstart`")
+    key = jax.random.key(config.seed)
+    engine = Engine(load_policy(weights), config.sampling, processor.terminator_id, config.policy.dtype, key)
+    h, w = image.shape[:2]
+    print(f'{image_path}: {w} x {h} pixels, "{query}"')
+    with open_segmenter(config.segmenter) as segmenter:
+        segment(engine, segmenter, processor, config, image, query, out)
+
+
+def segment(
+    policy: Policy,
+    segmenter: Segmenter,
+    processor: Processor,
+    config: SegmentConfig,
+    image: np.ndarray,
+    query: str,
+    out: pathlib.Path,
+) -> EnvState:
+    """Plays one trajectory on image u8[h, w, 3], prints its turns, writes FILES into `out`."""
+    for name in FILES:  # a mask of an earlier question must not stand beside a failure of this one
+        (out / name).unlink(missing_ok=True)
+    agent, processor = fit(*image.shape[:2], config.agent, processor)
+    since = time.perf_counter()
+
+    def show(task: Task, state: EnvState) -> None:
+        nonlocal since
+        now = time.perf_counter()
+        print("\n".join(describe(state, now - since)), flush=True)
+        since = now
+
+    unknown = np.zeros(image.shape[:2], bool)  # nobody knows the true mask, and playing does not look at it
+    task = Task(Sample("image", image, query, unknown, path=str(out / "image.png")), 0, 0)
+    driver = Driver(policy, segmenter, processor, agent, workers=1, on_turn=show)
+    ((_, state),) = driver.run([task])
+
+    # Saved, not referred to: plain readers would not turn and flatten the user's file as read_photo did.
+    PIL.Image.fromarray(image).save(out / "image.png", compress_level=1)
+    (out / "trajectory.json").write_text(to_json(state, task.sample.path) + "\n", encoding="utf-8")
+    if state.status is Status.ENV_FAILED:
+        raise DataError(f"segmenter: {state.failure.kind}: {state.failure.detail}; no mask is written")
+    mask, mask_id = final_mask(state)
+    PIL.Image.fromarray(mask.astype(np.uint8) * 255).save(out / "mask.png")
+    PIL.Image.fromarray(draw_overlay(image, mask, max(mask.shape))).save(out / "overlay.png", compress_level=1)
+    print(ending(state, mask, mask_id))
+    print(f"{out / 'mask.png'}  {out / 'overlay.png'}  {out / 'trajectory.json'}")
+    return state
+
+
+def fit(h: int, w: int, agent: AgentConfig, processor: Processor) -> tuple[AgentConfig, Processor]:
+    """The pixel limits for a picture of h x w, the same ones for views and for the image processor.
+
+    Weights whose limits leave no room (the tiny base: min == max, so that only squares fit) may show less than their
+    minimum: sides are rounded to `factor`, and a quarter of the maximum is low enough for every shape.
+    """
+    limits = pixel_limits(agent, processor)
+    try:
+        View.whole(h, w, limits)
+    except DataError:
+        limits = dataclasses.replace(limits, min_pixels=max(1, limits.max_pixels // 4))
+        View.whole(h, w, limits)
+    images = dataclasses.replace(processor.images, limits=limits)
+    agent = dataclasses.replace(agent, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels)
+    return agent, Processor(processor.tokenizer, images, processor.config)
+
+
+def read_photo(path: str) -> np.ndarray:
+    """Any picture file of a user's own -> u8[h, w, 3] RGB, upright.
+
+    The EXIF orientation is applied, unlike for COCO (data/refcoco.py), whose annotations are drawn on the pixels as
+    stored: a mask of a photograph should lie as its owner sees it. Transparent parts become white; 16 bits become 8.
+    """
+    try:
+        with PIL.Image.open(path) as picture:
+            picture = PIL.ImageOps.exif_transpose(picture)
+            if picture.mode == "F":
+                raise DataError(f"{path} holds floating-point values; save it as an 8-bit PNG first")
+            if picture.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255
+                values = np.asarray(picture).astype(np.int64)
+                picture = PIL.Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
+            return np.array(picture.convert("RGB"))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except PIL.UnidentifiedImageError:
+        raise DataError(f"{path} is not a picture that can be read (JPEG, PNG, WebP, …), or is cut short") from None
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as a picture: {getattr(error, 'strerror', None) or error}") from None
+
+
+def describe(state: EnvState, seconds: float) -> list[str]:
+    """The newest turn as lines for the terminal."""
+    turn, reply = state.turns[-1], state.replies[-1]
+    lines = [f"turn {len(state.turns)}  ({seconds:.1f} s)"]
+    if thought := re.search(r"<think>(.*?)</think>", turn.text, re.DOTALL):
+        lines.append(f"  thought  {_plain(thought.group(1))}")
+    if turn.call is None:
+        lines.append(f"  text     {_plain(turn.text) or '(nothing)'}")
+        return [*lines, f"  result   malformed ({turn.error.reason}): {turn.error.detail}"]
+    call = json.loads(call_json(turn.call))
+    lines.append(f"  call     {call['name']} {json.dumps(call['arguments'])}")
+    if state.failure is not None:
+        result = f"the segmenter failed ({state.failure.kind}): {_plain(state.failure.detail)}"
+    elif turn.error is not None:
+        result = f"refused ({turn.error.reason}): {turn.error.detail}"
+    elif turn.mask_id is not None:
+        record = state.masks[turn.mask_id - 1]
+        took = reply.timings_s.get("call", 0.0)
+        result = f"mask {record.id}, score {record.score:.2f}, area {_area(record.mask)}, {took:.2f} s"
+    elif isinstance(turn.call, Finish):
+        result = "done"
+    elif turn.repeated and state.status is Status.REPEATED:
+        result = "the same again"
+    else:
+        result = "a view of {} x {} pixels".format(*state.view.size_view)
+    return [*lines, f"  result   {result}"]
+
+
+def ending(state: EnvState, mask: np.ndarray, mask_id: int | None) -> str:
+    """How it ended and which mask came of it, in one line."""
+    count = len(state.turns)
+    head = f"ended: {state.status.value} after {count} turn{'' if count == 1 else 's'}; "
+    if mask_id is None:
+        absent = "the policy says that the target is not in the picture, so " * (state.status is Status.FINISHED)
+        return f"{head}{absent}the mask is empty"
+    latest = ", the latest one" * (state.status is not Status.FINISHED)
+    return f"{head}mask {mask_id}{latest}: score {state.masks[mask_id - 1].score:.2f}, area {_area(mask)}"
+
+
+def _area(mask: np.ndarray) -> str:
+    return f"{100 * float(mask.mean()):.1f} %"
+
+
+def _plain(text: str) -> str:
+    """One line of printable characters: what a policy writes must not steer a terminal."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
+
+
+if __name__ == "__main__":
+    entry.define_flags("out")
+    flags.DEFINE_string("weights", None, "Hugging Face directory, or checkpoints/<stage>; overrides policy.weights.")
+    entry.run(main, SegmentConfig, ("IMAGE", "QUERY"), str(ROOT / "configs" / "segment.py"))

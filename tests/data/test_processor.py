@@ -1,0 +1,132 @@
+"""The processor against transformers' own, and what it refuses."""
+
+import dataclasses
+import json
+
+import jinja2
+import numpy as np
+import pytest
+from agent_fakes import picture
+from tests.rollout import small
+from tokenizers import Tokenizer
+
+from rsagent_jax.agent import prompts
+from rsagent_jax.agent.views import PixelLimits
+from rsagent_jax.data import tiny_vocab
+from rsagent_jax.data.processor import ImageConfig, Processor, image_patches
+from rsagent_jax.models.qwen25_vl.positions import mrope_positions
+from rsagent_jax.types import DataError
+
+SIZES = [(112, 112), (56, 84), (100, 130), (37, 300), (640, 480), (20, 20), (333, 41), (84, 84), (113, 57)]
+
+
+@pytest.mark.parametrize("limits", [(56 * 56, 112 * 112), (3136, 12_845_056), (12544, 12544)])
+def test_patches_are_those_of_transformers(limits):
+    pytest.importorskip("torch")  # the parity environment and CI have both
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    theirs = Qwen2VLImageProcessorPil(min_pixels=limits[0], max_pixels=limits[1])
+    config = dataclasses.replace(small.processor().images, limits=PixelLimits(28, *limits))
+    for i, (h, w) in enumerate(SIZES):
+        image = picture(h, w, seed=i)
+        wanted = theirs(images=[image], return_tensors="np")
+        patches, grid = image_patches(image, config)
+        assert [list(grid)] == wanted["image_grid_thw"].tolist(), (h, w)
+        assert patches.dtype == np.float32
+        np.testing.assert_allclose(patches, wanted["pixel_values"], rtol=0, atol=1e-6, err_msg=f"{h}x{w}")
+
+
+def test_a_picture_of_the_right_size_is_not_resampled():
+    """Every patch, by hand: merge blocks of 2 x 2 row by row, inside a patch channel, frame, y, x."""
+    config, image = small.processor().images, picture(56, 84)
+    patches, grid = image_patches(image, config)
+    assert grid == (1, 4, 6)
+    x = (image / 255.0 - np.array(config.mean)) / np.array(config.std)
+    order = [(2 * r + y, 2 * c + z) for r in range(2) for c in range(3) for y in range(2) for z in range(2)]
+    for index, (row, column) in enumerate(order):
+        block = x[14 * row : 14 * row + 14, 14 * column : 14 * column + 14].transpose(2, 0, 1)
+        wanted = np.stack([block, block], axis=1).reshape(-1)  # both frames of a still image are the same
+        np.testing.assert_allclose(patches[index], wanted, rtol=0, atol=1e-6)
+
+
+def test_a_text_with_two_images_has_each_placeholder_widened_to_its_own_image():
+    p, one, two = small.processor(), picture(112, 112, 1), picture(56, 84, 2)
+    text = f"a{prompts.IMAGE}b{prompts.IMAGE}c"
+    prompt, end = p.prompt(text, [one, two], start=5)
+    assert prompt.grids == ((1, 8, 8), (1, 4, 6))
+    pad, ids = p.image_id, [int(p.tokenizer.token_to_id(t)) for t in ("<|vision_start|>", "<|vision_end|>")]
+    a, b, c = (p.encode(t).tolist() for t in "abc")
+    assert prompt.tokens.tolist() == [*a, ids[0], *[pad] * 16, ids[1], *b, ids[0], *[pad] * 6, ids[1], *c]
+    np.testing.assert_array_equal(prompt.patches[:64], image_patches(one, p.images)[0])
+    np.testing.assert_array_equal(prompt.patches[64:], image_patches(two, p.images)[0])
+    positions, wanted_end = mrope_positions(prompt.tokens, prompt.grids, pad, 5)
+    np.testing.assert_array_equal(prompt.positions, positions)
+    # a, <start> at 5, 6; the first image is 4 x 4; <end>, b, <start>; the second is 2 x 3; <end>, c
+    assert end == wanted_end == 5 + 2 + 4 + 3 + 3 + 2
+    np.testing.assert_array_equal(prompt.positions[:, 2:4], [[7, 7], [7, 7], [7, 8]])
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_placeholders_that_are_not_the_images_are_an_error(images):
+    with pytest.raises(ValueError, match=f"2 image placeholders for {images} images"):
+        small.processor().prompt(prompts.IMAGE * 2, [picture(56, 56)] * images)
+
+
+def test_pieces_encoded_one_by_one_decode_to_their_text():
+    p = small.processor()
+    text = prompts.opening(prompts.system_prompt("full"), 'Segment "größer 猫 🐈" in it.')
+    assert p.decode(p.encode(text)) == text
+    assert p.encode("<|im_end|>").tolist() == [p.terminator_id]
+    assert p.encode("").shape == (0,) and p.prompt("", [])[0].patches.shape == (0, 1176)
+
+
+def test_a_tokenizer_of_another_model_is_a_data_error():
+    p = small.processor()
+    with pytest.raises(DataError, match="of different models"):
+        Processor(p.tokenizer, p.images, dataclasses.replace(p.config, image_token_id=p.config.image_token_id + 1))
+    raw = json.loads(p.tokenizer.to_str())
+    for token in ("<|im_end|>", "<|image_pad|>"):
+        other = {**raw, "added_tokens": [t for t in raw["added_tokens"] if t["content"] != token]}
+        with pytest.raises(DataError, match=r"not a Qwen2\.5-VL tokenizer"):
+            Processor(Tokenizer.from_str(json.dumps(other)), p.images, p.config)
+
+
+def test_files_that_are_missing_or_broken_are_one_data_error_each(tmp_path):
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((small.weights() / name).read_bytes())
+    Processor.load(tmp_path)
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        good = (tmp_path / name).read_bytes()
+        for broken in (None, b"{", b"{}"):
+            (tmp_path / name).unlink()
+            if broken is not None:
+                (tmp_path / name).write_bytes(broken)
+            with pytest.raises(DataError, match=name):
+                Processor.load(tmp_path)
+            (tmp_path / name).write_bytes(good)
+
+
+def test_pixel_limits_are_read_in_both_of_the_hubs_spellings(tmp_path):
+    raw = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    for sizes in ({"min_pixels": 3136, "max_pixels": 50176}, {"size": {"shortest_edge": 3136, "longest_edge": 50176}}):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(raw | sizes))
+        config = ImageConfig.load(tmp_path)
+        assert config.limits == PixelLimits(28, 3136, 50176)
+        assert (config.patch_size, config.temporal_patch_size, config.merge_size) == (14, 2, 2)
+
+
+def test_the_chat_template_writes_what_the_prompts_module_writes():
+    template = json.loads((small.weights() / "tokenizer_config.json").read_text())["chat_template"]
+    assert template == tiny_vocab.CHAT_TEMPLATE
+    render = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template).render  # as transformers
+    system, question = prompts.system_prompt("full"), prompts.user_text("the cup", (112, 112), "full")
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    opening = render(messages=[{"role": "system", "content": system}, user], add_generation_prompt=True)
+    assert opening == prompts.opening(system, question)
+    assert render(messages=[user], add_generation_prompt=True) == prompts.opening(prompts.BASE_SYSTEM, question)
+    # a whole conversation: the second user message is an observation without an image
+    answer, response = small.click(1, 2), "<tool_response>\nText.\n</tool_response>"
+    conversation = [{"role": "system", "content": system}, user]
+    conversation += [{"role": "assistant", "content": answer}, {"role": "user", "content": response}]
+    wanted = opening + answer + prompts.TERMINATOR + prompts.observation_turn("Text.", False)
+    assert render(messages=conversation, add_generation_prompt=True) == wanted

@@ -1,0 +1,148 @@
+"""Stored trajectories come back as the driver made them, and damaged sets are said to be damaged."""
+
+import dataclasses
+import functools
+import io
+import json
+
+import numpy as np
+import pytest
+from agent_fakes import DiscSegmenter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.rollout import small
+
+from rsagent_jax.agent.environment import opening_observation, reset
+from rsagent_jax.data import trajectories
+from rsagent_jax.data.processor import Processor
+from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.types import DataError
+
+
+@functools.cache
+def played():
+    """(trajectory, the images it showed) with a text-only observation among the images."""
+    turns = (small.click(30, 40), "nonsense", small.zoom(20, 20, 90, 80), small.finish(1))
+    policy = TextPolicy(small.scripted({"s0": turns}), small.processor())
+    task = small.task(0, h=96, w=120)  # resized to 84 x 112
+    ((t, state),) = Driver(policy, DiscSegmenter(), small.processor(), small.AGENT).run([task])
+    first = opening_observation(reset(task.sample.image, task.sample.query, state.config, state.limits)).image
+    shown = [first] + [x.observation.image for x in t.turns if x.observation and x.observation.image is not None]
+    return t, shown
+
+
+@functools.cache
+def record() -> bytes:
+    return trajectories.encode(*played(), {"id": "s0", "iou": 0.5, "query": "größe"})
+
+
+def test_a_record_gives_back_ids_positions_marks_and_bit_equal_patches():
+    t, shown = played()
+    item = trajectories.decode(record(), small.processor())
+    assert len(shown) == len(t.grids) == 3
+    for name in ("tokens", "positions", "sampled", "patches"):
+        got, wanted = getattr(item, name), getattr(t, name)
+        np.testing.assert_array_equal(got, wanted, err_msg=name)
+        assert got.dtype == wanted.dtype, name
+    assert item.grids == t.grids and item.advantage == 0.0
+    np.testing.assert_array_equal(item.logprobs, np.zeros(len(t.tokens), np.float32))
+    assert trajectories.header(record()) == {"id": "s0", "iou": 0.5, "query": "größe"}
+
+
+def test_as_many_images_as_grids_are_needed():
+    t, shown = played()
+    with pytest.raises(ValueError, match="2 images for 3 grids"):
+        trajectories.encode(t, shown[:-1], {})
+
+
+@settings(max_examples=60)
+@given(st.floats(0, 1, exclude_max=True))
+def test_a_record_cut_anywhere_is_one_data_error(share):
+    with pytest.raises(DataError, match="cannot be read"):
+        trajectories.decode(record()[: int(share * len(record()))], small.processor())
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 10**9), st.integers(1, 255))
+def test_a_flipped_byte_is_a_data_error_or_harmless(where, change):
+    broken = bytearray(record())
+    broken[where % len(broken)] ^= change
+    try:
+        item = trajectories.decode(bytes(broken), small.processor())
+    except DataError:
+        return
+    np.testing.assert_array_equal(item.tokens, played()[0].tokens)
+    np.testing.assert_array_equal(item.patches, played()[0].patches)
+
+
+def test_a_record_without_one_of_its_arrays_is_a_data_error():
+    with np.load(io.BytesIO(record())) as arrays:
+        rest = {k: arrays[k] for k in arrays.files}
+    for name in ("tokens", "positions", "sampled", "image_1"):
+        out = io.BytesIO()
+        np.savez(out, **{k: v for k, v in rest.items() if k != name})
+        with pytest.raises(DataError):
+            trajectories.decode(out.getvalue(), small.processor())
+
+
+def test_a_set_made_with_other_image_settings_or_another_vocabulary_is_a_data_error():
+    images = dataclasses.replace(
+        small.processor().images, limits=dataclasses.replace(small.processor().images.limits, max_pixels=56 * 84)
+    )
+    other = Processor(small.tokenizer(), images, small.processor().config)
+    with pytest.raises(DataError, match="image tokens"):
+        trajectories.decode(record(), other)
+    config = small.processor().config
+    fewer = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=300))
+    with pytest.raises(DataError, match="vocabulary"):
+        trajectories.decode(record(), Processor(small.tokenizer(), small.processor().images, fewer))
+
+
+def write(directory, n=3):
+    writer = trajectories.Writer(directory)
+    for i in range(n):
+        writer.write(trajectories.encode(*played(), {"id": f"s{i}"}))
+    writer.close({"verdicts": {"kept": n}})
+
+
+def test_a_written_set_is_read_back_record_by_record(tmp_path):
+    write(tmp_path)
+    records = trajectories.open_records(tmp_path)
+    assert [trajectories.header(records[i])["id"] for i in (2, 0, 1)] == ["s2", "s0", "s1"]
+    stamp = json.loads((tmp_path / "collect.json").read_text())
+    assert stamp == {"records": 3, "verdicts": {"kept": 3}}
+
+
+def test_a_set_that_is_not_complete_is_not_taken_for_one(tmp_path):
+    with pytest.raises(DataError, match="no complete set"):
+        trajectories.open_records(tmp_path / "nowhere")
+    write(tmp_path)
+    writer = trajectories.Writer(tmp_path)  # a second collection into the same place begins, and is interrupted
+    writer.write(record())
+    writer.writer.close()
+    with pytest.raises(DataError, match=r"collect\.json is missing"):
+        trajectories.open_records(tmp_path)
+
+
+@pytest.mark.parametrize("stamp", ['{"records": 4}', '{"records": 0}', "{", "{}", "[]"])
+def test_a_stamp_that_does_not_match_is_a_data_error(tmp_path, stamp):
+    write(tmp_path)
+    (tmp_path / "collect.json").write_text(stamp)
+    with pytest.raises(DataError, match="collect the set again"):
+        trajectories.open_records(tmp_path)
+
+
+def test_an_empty_set_and_lost_or_cut_shards_are_data_errors(tmp_path):
+    write(tmp_path, 0)
+    with pytest.raises(DataError, match="collect the set again"):
+        trajectories.open_records(tmp_path)
+    write(tmp_path)
+    (shard,) = tmp_path.glob("*.array_record")
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="collect the set again"):
+        trajectories.open_records(tmp_path)
+    shard.unlink()
+    with pytest.raises(DataError, match="collect the set again"):
+        trajectories.open_records(tmp_path)

@@ -1,0 +1,199 @@
+"""A small random policy on disk, samples, scripts and fakes: what the tests of rollouts, batches and training share.
+
+Everything is made once per process and deterministic. Scripts are written as calls; `act` makes the turn's text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import tempfile
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from agent_fakes import DiscSegmenter, disc, picture
+from flax import nnx
+
+from rsagent_jax.agent.environment import EnvState
+from rsagent_jax.agent.tools import render_call
+from rsagent_jax.config import AgentConfig, BatchConfig, PolicyConfig, SamplingConfig
+from rsagent_jax.data import tiny_vocab
+from rsagent_jax.data.packing import Item
+from rsagent_jax.data.processor import Processor
+from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
+from rsagent_jax.models.qwen25_vl.model import Qwen25VL
+from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.engine import Engine
+from rsagent_jax.rollout.policy import Task
+from rsagent_jax.types import Completion, Finish, Sample, Segment, Trajectory, Zoom
+
+# Programs are compiled fast rather than well: compiling is most of the time of these tests.
+jax.config.update("jax_disable_most_optimizations", True)
+
+VOCAB = 512
+AGENT = AgentConfig(prompt="brief", history_size=84)
+POLICY = PolicyConfig(weights="", dtype="float32", remat="none")
+BATCH = BatchConfig(rows=2, tokens=512, patches=256)
+SAMPLING = SamplingConfig(temperature=1.0, max_new_tokens=6, context=512, slots=3, patches=64)
+
+_keep: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
+
+
+def raw_config(hidden: int = 32, layers: int = 2) -> dict:
+    """config.json; windows of 56 pixels, so that an image of 112 has several."""
+    ids = tokenizer().get_vocab()
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "torch_dtype": "float32",
+        "vocab_size": VOCAB,
+        "hidden_size": hidden,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [hidden // 16, hidden // 16, hidden // 8]},
+        "tie_word_embeddings": False,
+        "eos_token_id": ids["<|im_end|>"],
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": hidden,
+            "fullatt_block_indexes": [1],
+            "patch_size": 14,
+            "window_size": 56,
+        },
+    }
+
+
+@functools.cache
+def tokenizer():
+    return tiny_vocab.build_tokenizer(VOCAB)
+
+
+@functools.cache
+def weights(hidden: int = 32, layers: int = 2) -> pathlib.Path:
+    """A Hugging Face directory with random weights that end a turn about every third token."""
+    _keep.append(folder := tempfile.TemporaryDirectory())
+    path = pathlib.Path(folder.name)
+    tiny_vocab.save_tokenizer(tokenizer(), path, 56 * 56, 112 * 112)
+    raw = raw_config(hidden, layers)
+    model, rng = convert.abstract_model(Qwen25VLConfig.from_hf(raw)), np.random.default_rng(0)
+    values = {k: rng.normal(0, 0.2, v.shape).astype(np.float32) for k, v in convert.flat_params(model).items()}
+    values["decoder.lm_head"][raw["eos_token_id"]] *= 4
+    convert.save_model(convert.with_params(model, {k: jnp.asarray(v) for k, v in values.items()}), path, raw)
+    return path
+
+
+@functools.cache
+def processor() -> Processor:
+    return Processor.load(weights())
+
+
+def model() -> Qwen25VL:
+    """A fresh copy: training donates parameters."""
+    return convert.load_model(weights(), processor().config)
+
+
+def engine(seed: int = 0, **sampling) -> Engine:
+    settings = dataclasses.replace(SAMPLING, **sampling)
+    return Engine(model(), settings, processor().terminator_id, "float32", jax.random.key(seed))
+
+
+def sample(i: int, h: int = 112, w: int = 112) -> Sample:
+    return Sample(f"s{i}", picture(h, w, seed=i), f"disc number {i}", disc(h, w, w / 2, h / 2, 14))
+
+
+def task(i: int, uid: int | None = None, h: int = 112, w: int = 112) -> Task:
+    return Task(sample(i, h, w), i, i if uid is None else uid)
+
+
+def click(x: float, y: float, refine: int | None = None) -> str:
+    return render_call(Segment(points=((x, y),), labels=(1,), refine=refine), "I click.")
+
+
+def zoom(*box: float) -> str:
+    return render_call(Zoom(box=box), "I look closer.")
+
+
+def finish(mask_id: int | None) -> str:
+    return render_call(Finish(mask_id=mask_id), "Done.")
+
+
+THREE_IMAGES = (click(30, 40), zoom(20, 20, 90, 80), click(50, 40), finish(2))
+
+
+def scripted(scripts: dict[str, list[str] | tuple[str, ...]]):
+    """`act` of a TextPolicy: each sample's turns by its id."""
+
+    def act(task: Task, state: EnvState) -> str:
+        return scripts[task.sample.id][len(state.turns)]
+
+    return act
+
+
+class EchoDriver(Driver):
+    """The policy's own ids go into the trajectory, but the environment hears a script: a random policy calls no tools."""
+
+    def __init__(self, *args, script, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.script = script
+
+    def _add(self, run, completion: Completion) -> str:
+        super()._add(run, completion)
+        return self.script(run.task, run.state)
+
+
+class SlowSegmenter(DiscSegmenter):
+    """Waits `delay_s` for pictures of one size; keeps how many calls ran at a time."""
+
+    def __init__(self, delay_s: float, slow_shape: tuple[int, int]):
+        super().__init__()
+        self.delay_s, self.slow_shape = delay_s, slow_shape
+        self.lock, self.running, self.most = threading.Lock(), 0, 0
+
+    def segment(self, image, request):
+        with self.lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+        try:
+            time.sleep(self.delay_s if image.shape[:2] == self.slow_shape else 0)
+            with self.lock:
+                return super().segment(image, request)
+        finally:
+            with self.lock:
+                self.running -= 1
+
+
+def item(trajectory: Trajectory, advantage: float = 0.0) -> Item:
+    t = trajectory
+    return Item(t.tokens, t.positions, t.sampled, t.logprobs, t.patches, t.grids, advantage)
+
+
+def split(network: Qwen25VL):
+    return nnx.split(network, nnx.Param)
+
+
+def word_count(trajectory: Trajectory, sample: Sample) -> float:
+    """A reward that differs between any two trajectories: a stand-in named in configs."""
+    return float(np.mean(trajectory.tokens[trajectory.sampled])) / VOCAB
+
+
+def engine_trajectories(tasks, scripts, seed: int = 0, eng: Engine | None = None, **sampling) -> list[Trajectory]:
+    """Trajectories of the random policy in an environment that hears `scripts`."""
+    eng = eng or engine(seed, **sampling)
+    driver = EchoDriver(eng, DiscSegmenter(), processor(), AGENT, workers=2, script=scripted(scripts))
+    return [t for t, _ in driver.run(tasks)]

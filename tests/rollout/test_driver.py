@@ -1,0 +1,236 @@
+"""The driver with a script for a policy and a disc for a segmenter: endings, order, and every token of the context."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from agent_fakes import DiscSegmenter
+from tests.rollout import small
+from tests.rollout.small import AGENT, THREE_IMAGES, SlowSegmenter, click, finish, scripted, task, zoom
+
+from rsagent_jax.agent import environment, prompts
+from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
+from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.types import Completion, DataError, Status
+from sam_bridge.types import FailureKind
+
+BAD = "no call at all"
+
+
+class Policy(TextPolicy):
+    """TextPolicy with room that a test sets, turns cut after `cut` tokens, and a log of who played together."""
+
+    def __init__(self, scripts, *, cut=None, **room):
+        super().__init__(scripted(scripts), small.processor())
+        self.cut, self.waves = cut, []
+        for name, value in room.items():
+            setattr(self, name, value)
+
+    def begin(self):
+        self.waves.append([])
+
+    def turn(self, requests):
+        self.waves[-1].append([r.task.uid for r in requests])
+        return super().turn(requests)
+
+    def _complete(self, text):
+        whole = super()._complete(text)
+        if self.cut is None or len(whole.tokens) <= self.cut:
+            return whole
+        return Completion(whole.tokens[: self.cut], whole.logprobs[: self.cut], False)
+
+
+def play(scripts, tasks, *, segmenter=None, agent=AGENT, workers=2, **policy):
+    driver = Driver(Policy(scripts, **policy), segmenter or DiscSegmenter(), small.processor(), agent, workers=workers)
+    return driver.run(tasks)
+
+
+def one(*turns, **options):
+    ((trajectory, state),) = play({"s0": turns}, [task(0)], **options)
+    return trajectory, state
+
+
+def pieces(trajectory, cut=None):
+    """The context written out by hand: (text, images, sampled?) of each part that is encoded on its own."""
+    sample = small.sample(0)
+    start = environment.reset(sample.image, sample.query, AGENT, small.processor().images.limits)
+    first = environment.opening_observation(start)
+    parts = [(prompts.opening(prompts.system_prompt("brief"), first.text), [first.image], False)]
+    for i, turn in enumerate(trajectory.turns):
+        cut_here = cut is not None and len(small.processor().encode(turn.text)) >= cut
+        parts.append((turn.text + ("" if cut_here else "<|im_end|>"), [], True))
+        if turn.observation is not None and i + 1 < len(trajectory.turns):
+            image = turn.observation.image
+            text = ("<|im_end|>" if cut_here else "") + prompts.observation_turn(turn.observation.text, image is not None)
+            parts.append((text, [] if image is None else [image], False))
+    return parts
+
+
+def expected(parts):
+    """tokens, sampled, patches, grids when each part is encoded alone and its image placeholder widened."""
+    p, tokens, sampled, patches, grids = small.processor(), [], [], [], []
+    for text, images, is_sampled in parts:
+        prompt, _ = p.prompt(text, images)
+        ids = p.encode(text)
+        wide = [[i] * (merged_tokens(prompt.grids[0]) if i == p.image_id else 1) for i in ids]
+        tokens += [t for group in wide for t in group]
+        sampled += [is_sampled] * sum(map(len, wide))
+        patches.append(prompt.patches)
+        grids += prompt.grids
+    return np.array(tokens, np.int32), np.array(sampled), np.concatenate(patches), tuple(grids)
+
+
+def check_context(trajectory, parts):
+    tokens, sampled, patches, grids = expected(parts)
+    np.testing.assert_array_equal(trajectory.tokens, tokens)
+    np.testing.assert_array_equal(trajectory.sampled, sampled)
+    np.testing.assert_array_equal(trajectory.patches, patches)
+    assert trajectory.grids == grids
+    positions, _ = mrope_positions(tokens, grids, small.processor().image_id)
+    np.testing.assert_array_equal(trajectory.positions, positions)
+    assert trajectory.tokens.dtype == trajectory.positions.dtype == np.int32
+    assert trajectory.logprobs.shape == tokens.shape and trajectory.logprobs.dtype == np.float32
+
+
+def test_the_context_is_the_pieces_encoded_one_by_one_with_exactly_the_turns_marked_as_sampled():
+    trajectory, state = one(*THREE_IMAGES)
+    assert trajectory.status is Status.FINISHED and state.status is Status.FINISHED
+    assert len(trajectory.grids) == 4 and len(trajectory.turns) == 4
+    check_context(trajectory, pieces(trajectory))
+    terminators = trajectory.tokens == small.processor().terminator_id
+    # four turns end with a sampled terminator; system, user and three observations with a forced one
+    assert [int((terminators & mark).sum()) for mark in (trajectory.sampled, ~trajectory.sampled)] == [4, 5]
+    assert (trajectory.logprobs[~trajectory.sampled] == 0).all()
+
+
+def test_a_turn_that_the_budget_cut_is_closed_by_a_forced_terminator():
+    long = click(30, 40)[:-1] + " "  # not one whole call
+    cut = 12
+    trajectory, _ = one(long, long, finish(None), cut=cut)
+    assert [t.error is not None for t in trajectory.turns] == [True, True, True]
+    assert trajectory.status is Status.INVALID
+    parts = pieces(trajectory, cut)
+    # the cut turns decode to text that may encode differently: compare with the ids themselves
+    ids = small.processor().encode(long)[:cut]
+    turns = np.split(trajectory.tokens[trajectory.sampled], [cut, 2 * cut])
+    np.testing.assert_array_equal(turns[0], ids)
+    np.testing.assert_array_equal(turns[1], ids)
+    starts = np.flatnonzero(np.diff(trajectory.sampled.astype(int)) == -1) + 1
+    assert (trajectory.tokens[starts] == small.processor().terminator_id).all() and len(starts) == 2
+    positions, _ = mrope_positions(trajectory.tokens, trajectory.grids, small.processor().image_id)
+    np.testing.assert_array_equal(trajectory.positions, positions)
+    forced = np.concatenate([expected([p])[0] for p in parts if not p[2]])
+    np.testing.assert_array_equal(trajectory.tokens[~trajectory.sampled], forced)
+
+
+@pytest.mark.parametrize(
+    ("turns", "agent", "status", "final_id"),
+    [
+        ((click(30, 40), finish(1)), {}, Status.FINISHED, 1),
+        ((click(30, 40), finish(None)), {}, Status.FINISHED, None),
+        ((click(30, 40), click(31, 60), click(60, 60)), {"max_turns": 3}, Status.MAX_TURNS, 3),
+        ((BAD, click(30, 40), BAD, BAD, BAD), {}, Status.INVALID, 1),
+        ((click(30, 40), click(30, 40)), {"max_repeats": 2}, Status.REPEATED, 1),
+    ],
+)
+def test_every_ending_of_the_environment_reaches_the_trajectory(turns, agent, status, final_id):
+    trajectory, state = one(*turns, agent=dataclasses.replace(AGENT, **agent))
+    assert (trajectory.status, trajectory.final_mask_id) == (status, final_id)
+    assert len(trajectory.turns) == len(turns) and trajectory.turns == state.turns
+    wanted = np.zeros((112, 112), bool) if final_id is None else state.masks[final_id - 1].mask
+    np.testing.assert_array_equal(trajectory.final_mask, wanted)
+    assert trajectory.sampled[-1]  # nothing is appended after the last turn
+    check_context(trajectory, pieces(trajectory))
+
+
+def test_a_prompt_that_leaves_no_room_for_a_turn_ends_before_the_policy_is_asked():
+    need = len(one(finish(None))[0].tokens) - len(small.processor().encode(finish(None))) - 1  # the opening
+    for context, status in ((need + 4096 + 1, Status.FINISHED), (need + 4096, Status.MAX_CONTEXT)):
+        trajectory, _ = one(finish(None), context=context)
+        assert trajectory.status is status
+    assert trajectory.turns == () and len(trajectory.tokens) == 0 and trajectory.positions.shape == (3, 0)
+    assert trajectory.patches.shape == (0, 1176) and trajectory.grids == () and not trajectory.final_mask.any()
+
+
+def test_an_image_with_more_patches_than_a_slot_takes_ends_the_trajectory():
+    assert one(finish(None), patches=64)[0].status is Status.FINISHED
+    assert one(finish(None), patches=63)[0].status is Status.MAX_CONTEXT
+
+
+def test_a_trajectory_ends_between_turns_when_the_next_one_may_not_fit():
+    whole = one(click(30, 40), click(50, 40), finish(1))[0]
+    starts = np.flatnonzero(np.diff(whole.sampled.astype(int)) == 1) + 1  # where turns begin
+    budget = len(small.processor().encode(click(50, 40))) + 8
+    context = int(starts[1]) + budget + 2  # room for turn 2 but not for turn 3
+    trajectory, state = one(click(30, 40), click(50, 40), finish(1), context=context, max_new_tokens=budget)
+    assert trajectory.status is Status.MAX_CONTEXT and len(trajectory.turns) == 2
+    end = len(trajectory.tokens)
+    assert end <= context
+    np.testing.assert_array_equal(trajectory.tokens, whole.tokens[:end])
+    assert trajectory.sampled[-1] and trajectory.turns[-1].observation is not None
+    assert len(trajectory.grids) == 2  # the second overlay was never appended
+    np.testing.assert_array_equal(trajectory.final_mask, state.masks[1].mask)
+
+
+def test_a_segmenter_that_dies_in_turn_2_fails_that_trajectory_alone():
+    # one worker: calls come in order of the tasks, so the third call is turn 2 of the first task
+    segmenter = DiscSegmenter(fail=[None, None, FailureKind.UNAVAILABLE])
+    scripts = {f"s{i}": (click(30, 40), click(50, 40), finish(2)) for i in range(2)}
+    (broken, state), (fine, _) = play(scripts, [task(0), task(1)], segmenter=segmenter, workers=1)
+    assert broken.status is Status.ENV_FAILED and state.failure.kind is FailureKind.UNAVAILABLE
+    assert len(broken.turns) == 2 and len(broken.masks) == 1
+    assert fine.status is Status.FINISHED and fine.final_mask_id == 2
+    assert broken.sampled.sum() == 2 * (len(small.processor().encode(click(30, 40))) + 1)
+
+
+def test_one_slow_tool_changes_nothing_but_the_time():
+    shapes = {0: (112, 112), 1: (84, 112), 2: (112, 84)}
+    scripts = {f"s{i}": (click(30 + i, 40), click(50, 40 + i), finish(2)) for i in shapes}
+    tasks = [task(i, h=h, w=w) for i, (h, w) in shapes.items()]
+    slow = SlowSegmenter(0.3, slow_shape=(84, 112))
+    fast = play(scripts, tasks)
+    slowed = play(scripts, tasks, segmenter=slow, workers=3)
+    assert slow.most > 1  # calls of different trajectories run side by side
+    for (a, _), (b, _) in zip(fast, slowed, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_array_equal(a.patches, b.patches)
+        np.testing.assert_array_equal(a.final_mask, b.final_mask)
+    assert slowed[1][0].seconds["tool"] > 0.6 > fast[1][0].seconds["tool"]  # two calls
+
+
+def test_more_tasks_than_slots_are_played_in_waves_and_come_back_in_order():
+    scripts = {f"s{i}": (click(20 + i, 30), *[click(40, 40 + j) for j in range(i % 3)], finish(1)) for i in range(5)}
+    policy, seen = Policy(scripts, slots=2), []
+    driver = Driver(
+        policy,
+        DiscSegmenter(),
+        small.processor(),
+        AGENT,
+        on_turn=lambda task, state: seen.append((task.uid, len(state.turns))),
+    )
+    out = driver.run([task(i, uid=10 + i) for i in range(5)])
+    assert [(t.sample_id, t.group_id, t.query) for t, _ in out] == [(f"s{i}", i, f"disc number {i}") for i in range(5)]
+    lengths = [2 + i % 3 for i in range(5)]
+    assert [len(t.turns) for t, _ in out] == lengths
+    # waves of two; whoever has ended takes no further turns
+    assert policy.waves == [[[10, 11], [10, 11], [11]], [[12, 13], [12, 13], [12], [12]], [[14], [14], [14]]]
+    assert sorted(seen) == sorted((10 + i, n + 1) for i in range(5) for n in range(lengths[i]))
+    alone = play(scripts, [task(3, uid=13)])[0][0]
+    np.testing.assert_array_equal(alone.tokens, out[3][0].tokens)
+
+
+def test_no_tasks_give_no_trajectories():
+    assert play({}, []) == []
+
+
+def test_views_larger_than_the_weights_accept_are_refused_since_they_would_be_resized_twice():
+    for limits in ({"max_pixels": 448 * 448}, {"min_pixels": 28 * 28}):
+        with pytest.raises(DataError, match=next(iter(limits))):
+            one(finish(None), agent=dataclasses.replace(AGENT, **limits))
+
+
+def test_narrower_limits_make_smaller_views_with_matching_patches():
+    trajectory, state = one(zoom(0, 0, 60, 60), finish(None), agent=dataclasses.replace(AGENT, max_pixels=84 * 84))
+    assert state.view.size_view == (84, 84)
+    assert trajectory.grids == ((1, 6, 6), (1, 6, 6))  # 84 / 14 patches a side

@@ -1,0 +1,398 @@
+"""Whatever a user gets wrong is one clear message on stderr, a non-zero exit and no traceback.
+
+Starting a command costs seconds of imports, so most cases run in a fork of one process that has done them: the real
+command line, flags, exit status and output, only without the wait. A fresh process runs some, to be sure of the rest.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import PIL.Image
+import pytest
+
+from rsagent_jax.data import synthetic
+from sam_bridge.wire import READY
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = ROOT / "assets" / "tiny-base"
+PICTURES = synthetic.IMAGES
+
+FORKS = """
+import json, os, runpy, sys
+import train, evaluate, rsagent_jax.collect, rsagent_jax.segment, rsagent_jax.export  # slow; no device is touched yet
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.dup2(os.open(job["out"], os.O_WRONLY | os.O_CREAT), 1)
+os.dup2(os.open(job["err"], os.O_WRONLY | os.O_CREAT), 2)
+sys.argv = job["argv"]
+if sys.argv[0] == "-m":
+    sys.argv = sys.argv[1:]
+    del sys.modules[sys.argv[0]]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    status: int
+    out: str
+    err: str
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+    return {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """run("train.py", "--flag") or run("-m", "module", "--flag") -> Done, in a fork."""
+    folder = tmp_path_factory.mktemp("forks")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", FORKS],
+        cwd=ROOT, env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    count = 0
+
+    def call(*argv: object) -> Done:
+        nonlocal count
+        count += 1
+        out, err = folder / f"{count}.out", folder / f"{count}.err"
+        parent.stdin.write(json.dumps({"argv": [str(a) for a in argv], "out": str(out), "err": str(err)}) + "\n")
+        parent.stdin.flush()
+        return Done(int(parent.stdout.readline()), out.read_text(), err.read_text())
+
+    yield call
+    parent.stdin.close()
+    assert parent.wait(30) == 0
+    parent.stdout.close()
+
+
+def fresh(*argv: object) -> Done:
+    """The same in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def said(done: Done, *needles: object) -> str:
+    """Checks that the command refused with one message that holds all `needles`; returns the message."""
+    assert done.status == 2, done
+    assert "Traceback" not in done.err and "Traceback" not in done.out, done.err
+    starts = [i for i, line in enumerate(done.err.splitlines()) if line.startswith("error: ")]
+    assert len(starts) == 1, done.err
+    message = "\n".join(done.err.splitlines()[starts[0] :])
+    for needle in needles:
+        assert str(needle) in message, message
+    return message
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad_input") / "data"
+    synthetic.write_dataset(root, train=3, val=1, test=1, seed=5, progress=False)
+    return root
+
+
+@pytest.fixture
+def broken(data, tmp_path):
+    """A copy to be damaged."""
+    return shutil.copytree(data, tmp_path / "data")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a config file; returns its path."""
+
+    def write(text: str) -> pathlib.Path:
+        (tmp_path / "mine.py").write_text(text)
+        return tmp_path / "mine.py"
+
+    return write
+
+
+def collect(data, workdir, *more) -> tuple:
+    head = ("-m", "rsagent_jax.collect", "--config=configs/collect_quickstart.py", f"--workdir={workdir}")
+    return (*head, f"--config.data.root={data}", "--config.limit=0", "--config.segmenter.mode=inprocess", *more)
+
+
+def train(workdir, *more) -> tuple:
+    return ("train.py", "--config=configs/quickstart.py", f"--workdir={workdir}", *more)
+
+
+def grpo(data, workdir, *more) -> tuple:
+    small = ("--config.grpo.sampling.slots=1", "--config.grpo.prompts=1", "--config.segmenter.mode=inprocess")
+    return train(workdir, "--config.stages=('grpo',)", f"--config.grpo.data.root={data}", *small, *more)
+
+
+# ------------------------------------------------------------------------------------------ config files and flags
+
+HEAD = "from rsagent_jax.config import TrainConfig, template\ndef get_config():\n    c = template(TrainConfig)\n"
+
+
+def test_unknown_fields_of_the_file_and_of_the_command_line_are_listed_together(config, tmp_path):
+    file = config(HEAD + "    c.sft.epoch = 3.0\n    c.grpo.reward.final.wieght = 2.0\n    return c\n")
+    argv = (f"--config={file}", "--config.grpo.stpes=3", "--config.policy.weights=x", f"--workdir={tmp_path}")
+    message = said(
+        fresh("train.py", *argv, "--config.lr=1e-3"),
+        "--config.grpo.stpes; did you mean --config.grpo.steps?",
+        "sft.epoch; did you mean sft.epochs?",
+        "grpo.reward.final.wieght; did you mean grpo.reward.final.weight?",
+        "optim.lr?",
+        "config has 4 problems",
+    )
+    assert "policy.weights" not in message  # given on the command line, so not missing
+
+
+def test_an_unknown_field_of_the_command_line_alone(run, tmp_path):
+    said(run(*train(tmp_path, "--config.grpo.stpes=3")), "--config.grpo.stpes; did you mean --config.grpo.steps?")
+    said(run(*train(tmp_path, "--config.agent.promt", "full")), "did you mean --config.agent.prompt?")
+
+
+def test_an_ill_typed_value(run, config, tmp_path):
+    said(run(*train(tmp_path, "--config.grpo.steps=many")), "--config.grpo.steps=many")
+    file = config(HEAD + "    c.policy.weights = 'x'\n    c.grpo.steps = 'many'\n    return c\n")
+    said(run("train.py", f"--config={file}", f"--workdir={tmp_path}"), f"{file}, line 5", "TypeError")
+
+
+def test_a_config_file_that_does_not_exist(run, tmp_path):
+    said(run(*train(tmp_path), "--config=configs/quikstart.py"), "configs/quikstart.py", "mean configs/quickstart.py?")
+    said(run("evaluate.py", f"--workdir={tmp_path}"), "--config=configs/X.py is required")
+
+
+@pytest.mark.parametrize(
+    ("text", "needles"),
+    [
+        (HEAD + "    c.sft.epochs = = 3\n", ("mine.py, line 4", "SyntaxError")),
+        (HEAD + "    c.sft.epochs = tow\n    return c\n", ("mine.py, line 4", "NameError", "'tow'")),
+        ("import nunpy\n", ("mine.py, line 1", "ModuleNotFoundError", "nunpy")),
+        (HEAD + "    open('/nowhere/at/all')\n    return c\n", ("mine.py, line 4", "FileNotFoundError")),
+        (HEAD, ("mine.py", "must return a ConfigDict, got NoneType")),
+        ("config = 1\n", ("mine.py", "has no function get_config()")),
+    ],
+    ids=["syntax", "name", "import", "open", "return", "get_config"],
+)
+def test_an_error_in_the_config_file_names_its_line(run, config, tmp_path, text, needles):
+    message = said(run("train.py", f"--config={config(text)}", f"--workdir={tmp_path}"), *needles)
+    assert "\n" not in message
+
+
+def test_unknown_flags_and_stray_arguments(run, tmp_path):
+    said(run(*train(tmp_path, "--workdri=x")), "workdri", "workdir")
+    said(run(*train(tmp_path, "config.grpo.steps=3")), "unexpected argument 'config.grpo.steps=3'", "--config.")
+
+
+def test_the_work_directory(run, tmp_path):
+    said(run("train.py", "--config=configs/quickstart.py"), "--workdir=DIR is required")
+    (tmp_path / "file").write_text("")
+    said(run(*train(tmp_path / "file" / "x")), tmp_path / "file" / "x", "cannot be written to")
+
+
+def test_an_unknown_stage(run, tmp_path):
+    said(run(*train(tmp_path, "--config.stages=('sft', 'grop')")), "'grop'", "sft, grpo")
+
+
+# -------------------------------------------------------------------------------------------------------- data
+
+
+def test_a_missing_data_root(run, tmp_path):
+    said(run(*collect(tmp_path / "none", tmp_path / "w")), tmp_path / "none", "MISSING", "rsagent_jax.data.synthetic")
+
+
+def test_a_truncated_reference_file(run, broken, tmp_path):
+    refs = broken / "refcocog" / "refs(umd).p"
+    refs.write_bytes(refs.read_bytes()[:-40])
+    said(run(*collect(broken, tmp_path / "w")), refs, "Download it again")
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_a_pickle_that_wants_to_run_something_runs_nothing(broken, tmp_path):
+    refs = broken / "refcocog" / "refs(umd).p"
+    refs.write_bytes(pickle.dumps([Evil(tmp_path / "ran")], protocol=2))
+    said(fresh(*collect(broken, tmp_path / "w")), refs, "is refused", "system", "Nothing of it was run")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_broken_picture(run, broken, tmp_path):
+    picture = sorted((broken / PICTURES).glob("*.jpg"))[0]
+    picture.write_bytes(picture.read_bytes()[:900])
+    said(run(*collect(broken, tmp_path / "w")), picture, "not a readable picture")
+
+
+def test_a_picture_of_another_size_than_its_annotations(run, broken, tmp_path):
+    picture = sorted((broken / PICTURES).glob("*.jpg"))[0]
+    PIL.Image.new("RGB", (50, 40)).save(picture)
+    said(run(*collect(broken, tmp_path / "w")), picture, "50 x 40", "112 x 112")
+
+
+def test_a_mask_of_another_size_than_its_picture(run, broken, tmp_path):
+    file = broken / "refcocog" / "instances.json"
+    instances = json.loads(file.read_text())
+    for annotation in instances["annotations"]:
+        annotation["segmentation"] = {"size": [10, 10], "counts": [50, 50]}
+    file.write_text(json.dumps(instances))
+    said(run(*collect(broken, tmp_path / "w")), "annotation", "[10, 10]", "[112, 112]")
+
+
+def test_missing_trajectories(run, tmp_path):
+    stages = ("--config.stages=('sft',)", f"--config.sft.trajectories={tmp_path / 'none'}")
+    said(run(*train(tmp_path / "w", *stages)), tmp_path / "none", "rsagent_jax.collect")
+
+
+# ----------------------------------------------------------------------------------------------------- weights
+
+
+def evaluate(data, workdir, weights) -> tuple:
+    config = ("--config=configs/eval_quickstart.py", f"--config.data.root={data}", "--config.sampling.slots=1")
+    return ("evaluate.py", *config, f"--workdir={workdir}", f"--weights={weights}")
+
+
+def test_weights_of_another_model(run, data, tmp_path):
+    other = shutil.copytree(TINY, tmp_path / "llama")
+    (other / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    said(run(*evaluate(data, tmp_path / "w", other)), other / "config.json", "llama", "qwen2_5_vl")
+
+
+def test_missing_weights(run, data, tmp_path):
+    said(run(*evaluate(data, tmp_path / "w", tmp_path / "none")), tmp_path / "none", "does not exist")
+
+
+def test_a_stage_without_a_checkpoint(run, data, tmp_path):
+    stage = tmp_path / "checkpoints" / "sft"
+    shutil.copytree(TINY, stage / "policy")
+    said(run(*evaluate(data, tmp_path / "w", stage)), stage, "no finished checkpoint")
+    said(
+        fresh("-m", "rsagent_jax.export", f"--checkpoint={stage}", f"--out={tmp_path / 'hf'}"), "no finished checkpoint"
+    )
+    assert not (tmp_path / "hf").exists()
+
+
+# ------------------------------------------------------------------------------------- segmenters and functions
+
+
+def test_an_unknown_back_end(run, data, tmp_path):
+    wrong = "--config.segmenter.backend=grabcat"
+    said(run(*collect(data, tmp_path / "w", wrong)), "grabcat", "grabcut")
+    spawned = run(*collect(data, tmp_path / "w", wrong, "--config.segmenter.mode=spawn"))
+    said(spawned, "'grabcat'", "options: grabcut")
+
+
+def test_a_side_car_that_is_not_there(run, data, tmp_path):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    connect = ("--config.segmenter.mode=connect", "--config.segmenter.wait_s=1.0")
+    said(run(*collect(data, tmp_path / "w", *connect)), "segmenter.addresses is empty")
+    start = time.monotonic()
+    done = run(*collect(data, tmp_path / "w", *connect, f"--config.segmenter.addresses=('{address}',)"))
+    message = said(done, address, "gave up after")
+    assert float(message.rpartition("gave up after ")[2].split()[0]) < 2.0  # wait_s, and one try that was under way
+    assert time.monotonic() - start < 60
+
+
+def test_a_port_in_use():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        refused = fresh("-m", "sam_bridge", "--backend=grabcut", f"--address={address}")
+    assert refused.status == 2 and "Traceback" not in refused.err
+    assert refused.err.splitlines() == [
+        f"sam_bridge: cannot listen on {address}: " + refused.err.strip().rpartition(": ")[2]
+    ]
+    assert "is another side-car running?" in refused.err
+
+
+def test_two_side_cars_on_one_address():
+    command = [sys.executable, "-m", "sam_bridge", "--backend=grabcut"]
+    first = subprocess.Popen(
+        [*command, "--address=127.0.0.1:0"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        address = first.stdout.readline().removeprefix(READY).split()[0]
+        second = fresh("-m", "sam_bridge", "--backend=grabcut", f"--address={address}")
+        assert second.status == 2 and len(second.err.splitlines()) == 1
+        assert address in second.err and "another side-car" in second.err
+        assert first.poll() is None
+    finally:
+        first.terminate()
+        assert first.wait(20) == 0
+        first.stdout.close()
+        first.stderr.close()
+
+
+def test_a_teacher_that_does_not_exist(run, data, tmp_path):
+    wrong = "--config.teacher.function=rsagent_jax.agent.teacher:Oracel"
+    said(run(*collect(data, tmp_path / "w", wrong)), "'Oracel'", "'Oracle'")
+    said(run(*collect(data, tmp_path / "w", "--config.teacher.function=Oracle")), "module:function")
+
+
+def test_a_reward_that_does_not_exist(run, data, tmp_path):
+    wrong = "--config.grpo.reward.final.terms.final_iou.function=rsagent_jax.rewards:final_iuo"
+    said(run(*grpo(data, tmp_path / "w", wrong)), "'final_iuo'", "'final_iou'")
+
+
+# ------------------------------------------------------------------------------------------ segment, interruption
+
+
+def test_segment(run, tmp_path):
+    photo = tmp_path / "photo.jpg"
+    PIL.Image.effect_noise((64, 64), 90).save(photo)
+    segment = ("-m", "rsagent_jax.segment")
+    out = f"--out={tmp_path / 'out'}"
+    said(fresh(*segment, tmp_path / "none.jpg", "it", out), tmp_path / "none.jpg", "does not exist")
+    said(run(*segment, photo, "  ", out), "the query is empty")
+    said(run(*segment, photo, out), "QUERY is missing")
+    said(run(*segment, photo, "the", "circle", out), "unexpected argument 'circle'")
+    said(run(*segment, photo, "it"), "--out=DIR is required")
+    said(run(*segment, photo, "it", f"--out={photo}"), photo, "cannot be written to")
+    said(run(*segment, photo, "it", out, f"--weights={tmp_path / 'none'}"), tmp_path / "none", "does not exist")
+    said(run(*segment, photo, "it", out, "--config=configs/segment.py:big"), "'big' is unknown")
+    photo.write_bytes(photo.read_bytes()[:-300])
+    said(run(*segment, photo, "it", out), photo, "truncated")
+    photo.write_text("no picture")
+    said(run(*segment, photo, "it", out), photo, "not a picture")
+
+
+def test_an_interrupted_training_says_how_to_go_on(data, tmp_path):
+    command = [sys.executable, *map(str, grpo(data, tmp_path / "w"))]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not (tmp_path / "w" / "config.json").exists() and process.poll() is None:
+            time.sleep(0.1)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == "stopped; run the same command again to go on from the last checkpoint"

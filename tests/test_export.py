@@ -1,0 +1,147 @@
+"""Exported directories hold the very weights, in the promised dtype, and are read by transformers and by us."""
+
+import hashlib
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from safetensors import safe_open
+
+from rsagent_jax import export
+from rsagent_jax.checkpoint import Checkpoints, load_policy
+from rsagent_jax.data.processor import Processor
+from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.train.state import create_state
+
+TINY = pathlib.Path(__file__).parents[1] / "assets" / "tiny-base"
+
+
+def run(*argv) -> int:
+    return export.main([str(a) for a in argv])
+
+
+def tensors(directory) -> dict[str, np.ndarray]:
+    with safe_open(directory / "model.safetensors", framework="np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- safe_open is no dict
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    """checkpoints/sft of a run whose training added a thousandth to every parameter, and those parameters."""
+    directory = tmp_path_factory.mktemp("run") / "checkpoints" / "sft"
+    model = load_policy(str(TINY))
+    params = jax.tree.map(lambda p: p + 1e-3, nnx.state(model, nnx.Param))
+    state = create_state(params, optax.sgd(0.1))
+    checkpoints = Checkpoints(directory, TINY)
+    checkpoints.save(state, {"position": 0})
+    checkpoints.close()
+    nnx.update(model, params)
+    return directory, {name: np.asarray(v) for name, v in convert.flat_params(model).items()}
+
+
+def test_a_hugging_face_directory_comes_back_bit_for_bit(tmp_path, capsys):
+    out = tmp_path / "new" / "hf"
+    assert run(f"--checkpoint={TINY}", f"--out={out}") == 0
+    before, after = tensors(TINY), tensors(out)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].dtype == after[name].dtype
+        np.testing.assert_array_equal(before[name].view(np.uint8), after[name].view(np.uint8))
+    assert {p.name for p in out.iterdir()} == {p.name for p in TINY.iterdir()}
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        assert (out / name).read_bytes() == (TINY / name).read_bytes()
+    assert json.loads((out / "config.json").read_text()) == json.loads((TINY / "config.json").read_text())
+    file = (out / "model.safetensors").read_bytes()
+    said = capsys.readouterr().out
+    assert f"{len(before)} tensors" in said and f"{len(file)} bytes" in said
+    assert hashlib.sha256(file).hexdigest() in said
+    assert (out / "model.safetensors").stat().st_mode & 0o044 == (out / "config.json").stat().st_mode & 0o044
+    assert [p.name for p in out.parent.iterdir()] == ["hf"]  # nothing half-written is left beside it
+
+
+def test_a_stage_is_exported_exactly_in_float32_and_rounded_once_in_bfloat16(stage, tmp_path, capsys):
+    directory, params = stage
+    assert run(f"--checkpoint={directory}", f"--out={tmp_path / 'exact'}", "--dtype=float32") == 0
+    assert json.loads((tmp_path / "exact" / "config.json").read_text())["torch_dtype"] == "float32"
+    again = convert.flat_params(load_policy(str(tmp_path / "exact")))
+    assert again.keys() == params.keys()
+    for name, value in again.items():
+        np.testing.assert_array_equal(np.asarray(value), params[name])
+
+    assert run(f"--checkpoint={directory}", f"--out={tmp_path / 'narrow'}") == 0
+    assert "bfloat16" in capsys.readouterr().out.splitlines()[-1]
+    rounded = convert.flat_params(load_policy(str(tmp_path / "narrow")))
+    for name, value in rounded.items():
+        expected = params[name].astype(convert.DTYPES["bfloat16"]).astype(np.float32)
+        np.testing.assert_array_equal(np.asarray(value), expected)
+    Processor.load(tmp_path / "narrow")
+
+
+def test_transformers_reads_an_export(stage, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    directory, params = stage
+    assert run(f"--checkpoint={directory}", f"--out={tmp_path / 'hf'}", "--dtype=float32") == 0
+    model, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    np.testing.assert_array_equal(model.get_input_embeddings().weight.detach().numpy(), params["decoder.embed"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "<|im_start|>user\nthe red circle at 12, 34<|im_end|>"
+    assert tokenizer.encode(text, add_special_tokens=False) == Processor.load(TINY).encode(text).tolist()
+
+
+def test_a_dtype_is_replaced_wherever_it_stands():
+    raw = {"dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "hidden_size": 8}, "vision_config": {"depth": 2}}
+    assert export.with_dtype(raw, "float32") == {
+        "torch_dtype": "float32",
+        "dtype": "float32",
+        "text_config": {"dtype": "float32", "hidden_size": 8},
+        "vision_config": {"depth": 2},
+    }
+
+
+def refused(capsys, *argv) -> str:
+    """The one line on stderr of a refused export."""
+    assert run(*argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_what_cannot_be_exported_is_one_line(stage, tmp_path, capsys):
+    directory, _ = stage
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("precious")
+    assert "not an empty directory" in refused(capsys, f"--checkpoint={TINY}", f"--out={full}")
+    assert [p.name for p in full.iterdir()] == ["mine.txt"]
+    assert "not an empty directory" in refused(capsys, f"--checkpoint={TINY}", f"--out={full / 'mine.txt'}")
+    assert "cannot be written" in refused(capsys, f"--checkpoint={TINY}", f"--out={full / 'mine.txt' / 'hf'}")
+    assert "does not exist" in refused(capsys, f"--checkpoint={tmp_path / 'no'}", f"--out={tmp_path / 'a'}")
+
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(directory / "policy", unfinished / "policy")
+    assert "no finished checkpoint" in refused(capsys, f"--checkpoint={unfinished}", f"--out={tmp_path / 'b'}")
+
+    other = shutil.copytree(TINY, tmp_path / "other")
+    (other / "config.json").write_text('{"model_type": "llama"}')
+    assert "llama" in refused(capsys, f"--checkpoint={other}", f"--out={tmp_path / 'c'}")
+
+    cut = shutil.copytree(TINY, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((TINY / "model.safetensors").read_bytes()[:1000])
+    assert re.search("model.safetensors", refused(capsys, f"--checkpoint={cut}", f"--out={tmp_path / 'd'}"))
+    assert not any((tmp_path / name).exists() for name in "abcd")
+
+
+def test_an_empty_directory_may_be_filled(tmp_path):
+    (tmp_path / "hf").mkdir()
+    assert run(f"--checkpoint={TINY}", f"--out={tmp_path / 'hf'}") == 0
+    Processor.load(tmp_path / "hf")

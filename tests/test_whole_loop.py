@@ -1,0 +1,75 @@
+"""The commands of the README, one after another on a handful of scenes: every arrow of the data flow, every file and key."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from rsagent_jax.agent.replay import replay
+
+ROOT = pathlib.Path(__file__).parents[1]
+BASE = "assets/tiny-base"
+
+
+def run(*command: str) -> str:
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> pathlib.Path:
+    """Data, trajectories, and a policy trained by configs/debug.py."""
+    work = tmp_path_factory.mktemp("loop")
+    run("-m", "rsagent_jax.data.synthetic", f"--out={work}/data", "--train=24", "--val=2", "--test=6")
+    data = f"--config.data.root={work}/data"
+    collect = ("-m", "rsagent_jax.collect", "--config=configs/collect_quickstart.py", f"--workdir={work}/collect", data)
+    run(*collect, "--config.limit=16", "--config.segmenter.mode=inprocess")
+    run(
+        "train.py", "--config=configs/debug.py", f"--workdir={work}/train", f"--config.sft.trajectories={work}/collect",
+        f"--config.grpo.data.root={work}/data", f"--config.cache_dir={work}/compiled",
+    )  # fmt: skip
+    return work
+
+
+@pytest.mark.timeout(600)
+def test_training_leaves_metrics_of_both_stages_and_checkpoints(work):
+    lines = [json.loads(line) for line in (work / "train/metrics.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["step"]) for r in lines] == [("sft", i) for i in (1, 2, 3, 4)] + [("grpo", 1), ("grpo", 2)]
+    assert all(r["loss"] is not None for r in lines)
+    assert {"reward", "reward/final", "reward/process", "reward/format", "giou", "turns", "tool_errors"} <= set(lines[-1])
+    assert (work / "train/config.json").exists()
+    assert (work / "train/checkpoints/grpo/2").exists()
+    assert "[[<think" in (work / "train/first_batch_sft.txt").read_text()
+
+
+def test_evaluation_leaves_results_predictions_and_a_report_and_a_trajectory_replays(work):
+    out = work / "eval"
+    run(
+        "evaluate.py", "--config=configs/eval_quickstart.py", f"--workdir={out}", f"--weights={work}/train/checkpoints/grpo",
+        f"--config.data.root={work}/data", "--config.sampling.slots=6", f"--config.cache_dir={work}/compiled",
+    )  # fmt: skip
+    results = json.loads((out / "results.json").read_text())
+    assert {"benchmark", "n", "giou", "ciou", "giou_ci95", "failures", "mean_turns", "settings"} <= set(results)
+    predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert results["n"] == len(predictions) == 6
+    assert results["giou"] == pytest.approx(sum(p["iou"] for p in predictions) / 6)
+    assert set(predictions[0]) == {"id", "mask", "intersection", "union", "iou", "status", "turns"}
+    assert (out / "report/index.html").stat().st_size > 10_000
+    example = json.loads((out / "trajectories.jsonl").read_text().splitlines()[0])
+    state = replay(example["record"])
+    assert state.status == example["status"] == predictions[0]["status"]
+    assert len(state.turns) == predictions[0]["turns"]
+
+
+def test_a_finished_run_started_again_has_nothing_to_do(work):
+    before = (work / "train/metrics.jsonl").read_text()
+    out = run(
+        "train.py", "--config=configs/debug.py", f"--workdir={work}/train", f"--config.sft.trajectories={work}/collect",
+        f"--config.grpo.data.root={work}/data", f"--config.cache_dir={work}/compiled",
+    )  # fmt: skip
+    assert "goes on after step 4 of 4" in out
+    assert "goes on after step 2 of 2" in out
+    assert (work / "train/metrics.jsonl").read_text() == before
