@@ -18,7 +18,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def block(after: str, language: str) -> str:
     """The first fenced block of `language` after a heading."""
-    return re.search(rf"```{language}\n(.*?)```", README.split(after, 1)[1], re.DOTALL).group(1)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", README.split(after, 1)[1], re.DOTALL | re.MULTILINE)
+    return next(text for found, text in fences if found == language)
 
 
 def trajectory(final: np.ndarray) -> Trajectory:
@@ -36,12 +37,10 @@ def test_the_pasted_reward_of_the_readme_is_what_the_named_override_trains_with(
     command = shlex.split(block("### Swap a reward", "").replace("\\\n", " "))
     override = next(a for a in command if a.startswith("--config.grpo.reward"))
     script = (
-        "import json, sys\n"
-        "from absl import flags\n"
+        "import json\n"
         "from rsagent_jax import entry, config\n"
         "entry.define_flags()\n"
-        "entry._parse(sys.argv)\n"
-        "print(json.dumps(config.to_dict(config.build(config.TrainConfig, flags.FLAGS.config.value))['grpo']['reward']))\n"
+        "entry.run(lambda c: print(json.dumps(config.to_dict(c.grpo.reward))), config.TrainConfig)\n"
     )
     out = subprocess.run(
         [sys.executable, "-c", script, "--config=configs/quickstart.py", override],

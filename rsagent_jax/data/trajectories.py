@@ -19,6 +19,8 @@ from PIL import Image
 
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor, image_patches
+from rsagent_jax.models.qwen25_vl.config import read_json
+from rsagent_jax.models.qwen25_vl.positions import merged_tokens
 from rsagent_jax.types import DataError, Trajectory
 
 STAMP = "collect.json"  # written last: a directory without it is not complete
@@ -40,7 +42,7 @@ def encode(trajectory: Trajectory, images: Sequence[np.ndarray], header: dict) -
 
 
 def decode(record: bytes, processor: Processor) -> Item:
-    """The training item of a record. DataError when the record is broken."""
+    """The training item of a record. DataError when it is broken, or made with another tokenizer or image settings."""
     try:
         with np.load(io.BytesIO(record), allow_pickle=False) as arrays:
             count = sum(name.startswith("image_") for name in arrays.files)
@@ -48,16 +50,25 @@ def decode(record: bytes, processor: Processor) -> Item:
                 np.asarray(Image.open(io.BytesIO(arrays[f"image_{i}"].tobytes())).convert("RGB")) for i in range(count)
             ]
             tokens, positions, sampled = arrays["tokens"], arrays["positions"], arrays["sampled"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile) as error:
         raise DataError(f"a stored trajectory cannot be read ({error}); collect the set again") from error
     patched = [image_patches(image, processor.images) for image in images]
+    grids = tuple(grid for _, grid in patched)
+    wanted = sum(merged_tokens(grid, processor.images.merge_size) for grid in grids)
+    if (found := int((tokens == processor.image_id).sum())) != wanted or tokens.max(
+        initial=0
+    ) >= processor.config.text.vocab_size:
+        raise DataError(
+            f"a stored trajectory has {found} image tokens where its pictures take {wanted}, or ids beyond the vocabulary:"
+            " it was collected with another tokenizer or other image settings; collect the set again"
+        )
     return Item(
         tokens=tokens,
         positions=positions,
         sampled=sampled,
         logprobs=np.zeros(len(tokens), np.float32),
         patches=np.concatenate([p for p, _ in patched]) if patched else processor.no_patches(),
-        grids=tuple(grid for _, grid in patched),
+        grids=grids,
     )
 
 
@@ -86,15 +97,19 @@ class Writer:
 
 
 def open_records(directory: str | pathlib.Path) -> grain.sources.ArrayRecordDataSource:
-    """Random access to a stored set; DataError when it is not there, not complete, or made with another tokenizer."""
+    """Random access to a stored set; DataError when it is not there or not complete."""
     directory = pathlib.Path(directory)
     if not (directory / STAMP).exists():
         raise DataError(
             f"{directory} holds no complete set of trajectories ({STAMP} is missing);"
             " make one with: python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=DIR"
         )
-    source = grain.sources.ArrayRecordDataSource(sorted(map(str, directory.glob("*.array_record"))))
-    stated = json.loads((directory / STAMP).read_text())["records"]
-    if len(source) != stated or stated == 0:
-        raise DataError(f"{directory}: {len(source)} trajectories on disk, {STAMP} says {stated}; collect the set again")
+    try:
+        stated = int(read_json(directory / STAMP)["records"])
+        source = grain.sources.ArrayRecordDataSource(sorted(map(str, directory.glob("*.array_record"))))
+        count = len(source)
+    except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
+        raise DataError(f"{directory}: the set cannot be read ({error!r}); collect the set again") from error
+    if count != stated or stated == 0:
+        raise DataError(f"{directory}: {count} trajectories on disk, {STAMP} says {stated}; collect the set again")
     return source

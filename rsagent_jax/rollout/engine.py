@@ -53,7 +53,7 @@ class Engine:
         self._decode = jax.jit(
             functools.partial(_decode, self.graphdef, self.dtype, sampling, terminator_id), donate_argnums=1
         )
-        self.cache = None
+        self._empty = jax.jit(functools.partial(Cache.empty, self.config.text, self.slots, self.context, self.dtype))
         self.begin()
 
     def load(self, params: nnx.State, key: jax.Array) -> None:
@@ -61,8 +61,8 @@ class Engine:
         self.params, self.key = params, key
 
     def begin(self) -> None:
-        empty = jax.jit(Cache.empty, static_argnums=(0, 1, 2, 3))
-        self.cache = empty(self.config.text, self.slots, self.context, self.dtype)
+        self.cache = None  # freed before the new one is made
+        self.cache = self._empty()
 
     def turn(self, requests: Sequence[Request]) -> list[Completion]:
         append = self._gather(requests)
@@ -95,7 +95,11 @@ class Engine:
         )
         for r in requests:
             n = len(r.prompt.tokens)
-            out.tokens[r.slot, :n], out.positions[r.slot, :, :n], out.counts[r.slot] = r.prompt.tokens, r.prompt.positions, n
+            out.tokens[r.slot, :n], out.positions[r.slot, :, :n], out.counts[r.slot] = (
+                r.prompt.tokens,
+                r.prompt.positions,
+                n,
+            )
             is_image = r.prompt.tokens == self.config.image_token_id
             buffer = fill_patch_buffer(r.prompt.patches, r.prompt.grids, is_image, patches, vision)
             out.patches[r.slot], out.patch_segment_ids[r.slot] = buffer.patches, buffer.segment_ids
@@ -119,7 +123,9 @@ def _prefill(graphdef, dtype, params, cache: Cache, append: Append):
     return dataclasses.replace(cache, lengths=cache.lengths + append.counts), last
 
 
-def _decode(graphdef, dtype, sampling: SamplingConfig, terminator, params, cache, hidden, key, uids, turns, starts, active):
+def _decode(
+    graphdef, dtype, sampling: SamplingConfig, terminator, params, cache, hidden, key, uids, turns, starts, active
+):
     """Samples at most max_new_tokens per active slot. The terminator is returned but not appended to the cache."""
     model = nnx.merge(graphdef, params)
     slots, budget = len(uids), sampling.max_new_tokens

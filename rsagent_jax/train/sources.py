@@ -132,10 +132,17 @@ class GrpoSource:
         trained = valid & ~(flat & c.drop_zero_variance)
         if c.mask_overlong:
             trained &= np.array([t.status is not Status.MAX_CONTEXT for t in played])
-        trained &= np.array([bool(t.sampled.any()) for t in played])
+        usable = np.array([self._usable(t) for t in played])
+        trained &= usable
         items = [_item(t, float(a)) for t, a, ok in zip(played, advantages, trained, strict=True) if ok]
         if not items:  # nothing to learn from this step: one trajectory with advantage 0 keeps every host in step
-            items = [_item(next(t for t in played if t.sampled.any()), 0.0)]
+            spare = [t for t, ok in zip(played, valid & usable, strict=True) if ok]
+            if not spare:
+                raise DataError(
+                    "grpo: no trajectory of this step took a turn and fits a row; raise grpo.sampling.context or"
+                    " grpo.sampling.patches if prompts do not fit a slot, or grpo.batch.patches"
+                )
+            items = [_item(spare[0], 0.0)]
         self.examples = {
             "id": chosen[0].id,
             "query": chosen[0].query,
@@ -149,7 +156,11 @@ class GrpoSource:
                 for t, a, r in zip(played[: c.group], advantages, rewards, strict=False)
             ],
         }
-        return items, _summary(played, chosen, rewards, flat)
+        return items, _summary(played, chosen, rewards, flat) | {"dropped": float(np.mean(valid & ~usable))}
+
+    def _usable(self, t: Trajectory) -> bool:
+        """Whether it took a turn and fits a row: its images together may need more patches than a row has."""
+        return bool(t.sampled.any()) and fits(_item(t, 0.0), self.config.batch, self.processor.config)
 
     def state(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -176,7 +187,9 @@ def _summary(played, chosen, rewards, flat) -> dict[str, float]:
     turns = [turn for t in played for turn in t.turns]
     endings = Counter(t.status for t in played)
     out |= {
-        "giou": float(np.mean([mask_iou(t.final_mask, chosen[t.group_id]) for t in played if t.status is not Status.ENV_FAILED])),
+        "giou": float(
+            np.mean([mask_iou(t.final_mask, chosen[t.group_id]) for t in played if t.status is not Status.ENV_FAILED])
+        ),
         "turns": len(turns) / len(played),
         "tool_errors": sum(turn.error is not None for turn in turns) / max(len(turns), 1),
         "clipped": sum(turn.clipped for turn in turns) / len(played),

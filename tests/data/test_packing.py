@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.rollout import small
 
 from rsagent_jax.config import BatchConfig, GrpoConfig
 from rsagent_jax.data.packing import Item, fits, pack
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions, padded_patches
 from rsagent_jax.train import step
 from rsagent_jax.types import Batch
+from tests.rollout import small
 
 GRIDS = ((1, 2, 2), (1, 4, 4), (1, 6, 4), (1, 2, 10), (1, 8, 8))
 SHAPE = BatchConfig(rows=2, tokens=96, patches=96)
@@ -66,7 +66,9 @@ def unpack(batches, shape):
                 places = (slots[slots > 0] - 1)[:, None] * unit + np.arange(unit)
                 assert (batch.patch_segment_ids[row][places] > 0).all()
                 (advantage,) = set(batch.advantages[row][at].tolist())
-                out.append((row, s, at, batch.patches[row][places].reshape(-1, config().vision.patch_dim), advantage, batch))
+                out.append(
+                    (row, s, at, batch.patches[row][places].reshape(-1, config().vision.patch_dim), advantage, batch)
+                )
     return out
 
 
@@ -111,7 +113,10 @@ def test_rows_are_filled_first_fit_longest_first():
     batches = pack([make(n, (n,)) for n in sizes[::-1]], SHAPE, config())
     # 50 + 46 fill the first row; 40 + 30 + 20 the second: one batch
     assert len(batches) == 1
-    assert [np.unique(r[r > 0], return_counts=True)[1].tolist() for r in batches[0].segment_ids] == [[50, 46], [40, 30, 20]]
+    assert [np.unique(r[r > 0], return_counts=True)[1].tolist() for r in batches[0].segment_ids] == [
+        [50, 46],
+        [40, 30, 20],
+    ]
     assert pack([], SHAPE, config()) == []
     assert [len(pack([make(i, (60,)) for i in range(n)], SHAPE, config())) for n in (1, 2, 3, 5)] == [1, 1, 2, 3]
 
@@ -119,10 +124,14 @@ def test_rows_are_filled_first_fit_longest_first():
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda i: dataclasses.replace(i, grids=i.grids[:1], patches=i.patches[:16]),  # tokens of an image that is not there
+        lambda i: dataclasses.replace(
+            i, grids=i.grids[:1], patches=i.patches[:16]
+        ),  # tokens of an image that is not there
         lambda i: dataclasses.replace(i, grids=(*i.grids, (1, 2, 2)), patches=np.pad(i.patches, ((0, 4), (0, 0)))),
         lambda i: dataclasses.replace(i, patches=i.patches[:-1]),
-        lambda i: dataclasses.replace(i, tokens=np.where(np.arange(len(i.tokens)) == 0, config().image_token_id, i.tokens)),
+        lambda i: dataclasses.replace(
+            i, tokens=np.where(np.arange(len(i.tokens)) == 0, config().image_token_id, i.tokens)
+        ),
     ],
 )
 def test_image_tokens_that_are_not_the_merged_patches_are_an_error(wrong):
@@ -142,7 +151,7 @@ def programs():
         @jax.jit
         def run(batch):
             ref = -1.0 - (batch.tokens % 7) / 7.0  # any function of the token
-            return step.micro_step(graphdef, objective, small.POLICY, 1.0, params, batch, ref)
+            return step.micro_step(graphdef, objective, small.POLICY, 1.0, (), params, batch, ref)
 
         return run
 

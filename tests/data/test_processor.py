@@ -7,7 +7,6 @@ import jinja2
 import numpy as np
 import pytest
 from agent_fakes import picture
-from tests.rollout import small
 from tokenizers import Tokenizer
 
 from rsagent_jax.agent import prompts
@@ -16,6 +15,7 @@ from rsagent_jax.data import tiny_vocab
 from rsagent_jax.data.processor import ImageConfig, Processor, image_patches
 from rsagent_jax.models.qwen25_vl.positions import mrope_positions
 from rsagent_jax.types import DataError
+from tests.rollout import small
 
 SIZES = [(112, 112), (56, 84), (100, 130), (37, 300), (640, 480), (20, 20), (333, 41), (84, 84), (113, 57)]
 

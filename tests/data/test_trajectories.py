@@ -10,7 +10,6 @@ import pytest
 from agent_fakes import DiscSegmenter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.rollout import small
 
 from rsagent_jax.agent.environment import opening_observation, reset
 from rsagent_jax.data import trajectories
@@ -18,6 +17,7 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.types import DataError
+from tests.rollout import small
 
 
 @functools.cache

@@ -38,8 +38,8 @@ jax.config.update("jax_disable_most_optimizations", True)
 VOCAB = 512
 AGENT = AgentConfig(prompt="brief", history_size=84)
 POLICY = PolicyConfig(weights="", dtype="float32", remat="none")
-BATCH = BatchConfig(rows=2, tokens=512, patches=256)
-SAMPLING = SamplingConfig(temperature=1.0, max_new_tokens=6, context=512, slots=3, patches=64)
+BATCH = BatchConfig(rows=2, tokens=640, patches=320)
+SAMPLING = SamplingConfig(temperature=1.0, max_new_tokens=6, context=512, slots=3, patches=128)
 
 _keep: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
 

@@ -5,8 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 from agent_fakes import DiscSegmenter
-from tests.rollout import small
-from tests.rollout.small import AGENT, THREE_IMAGES, SlowSegmenter, click, finish, scripted, task, zoom
 
 from rsagent_jax.agent import environment, prompts
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
@@ -14,6 +12,8 @@ from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.types import Completion, DataError, Status
 from sam_bridge.types import FailureKind
+from tests.rollout import small
+from tests.rollout.small import AGENT, THREE_IMAGES, SlowSegmenter, click, finish, scripted, task, zoom
 
 BAD = "no call at all"
 
@@ -62,7 +62,9 @@ def pieces(trajectory, cut=None):
         parts.append((turn.text + ("" if cut_here else "<|im_end|>"), [], True))
         if turn.observation is not None and i + 1 < len(trajectory.turns):
             image = turn.observation.image
-            text = ("<|im_end|>" if cut_here else "") + prompts.observation_turn(turn.observation.text, image is not None)
+            text = ("<|im_end|>" if cut_here else "") + prompts.observation_turn(
+                turn.observation.text, image is not None
+            )
             parts.append((text, [] if image is None else [image], False))
     return parts
 

@@ -1,0 +1,248 @@
+"""Interrupted and resumed training equals uninterrupted training, and what does not fit is refused in one message."""
+
+import contextlib
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from agent_fakes import DiscSegmenter
+from flax import nnx
+
+import train
+from rsagent_jax import sharding
+from rsagent_jax.checkpoint import Checkpoints, load_policy, policy_directory
+from rsagent_jax.config import (
+    BatchConfig,
+    GrpoConfig,
+    MeshConfig,
+    OptimConfig,
+    PolicyConfig,
+    RewardGroup,
+    RewardTerm,
+    SftConfig,
+    TrainConfig,
+)
+from rsagent_jax.data import trajectories
+from rsagent_jax.metrics import MetricsLog
+from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.train.state import create_state, make_optimizer
+from rsagent_jax.types import DataError
+from tests.rollout import small
+
+STEPS = 4
+OPTIM = OptimConfig(lr=3e-3, warmup_steps=1, schedule="cosine", weight_decay=0.01)
+TIMES = ("seconds", "rollout_seconds", "tokens_per_s", "tool_seconds")
+
+
+class Stopped(Exception):
+    """What stands for Ctrl-C, or for a machine that was taken away."""
+
+
+class StoppingLog(MetricsLog):
+    """Stops the training when step 3 has been logged but not saved: the newest checkpoint is that of step 2."""
+
+    def write(self, stage, step, values):
+        super().write(stage, step, values)
+        if step == 3:
+            raise Stopped
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Five short trajectories, so that an epoch ends inside the run and the next one is shuffled anew."""
+    directory = tmp_path_factory.mktemp("set")
+    tasks = [small.task(i, h=56, w=56) for i in range(5)]
+    scripts = {f"s{i}": (small.click(20 + i, 30), small.finish(1)) for i in range(5)}
+    policy = TextPolicy(small.scripted(scripts), small.processor())
+    writer = trajectories.Writer(directory)
+    for t, state in Driver(policy, DiscSegmenter(), small.processor(), small.AGENT).run(tasks):
+        images = [state.view.render(state.image), *[x.observation.image for x in t.turns if x.observation]]
+        writer.write(trajectories.encode(t, images, {}))
+    writer.close({})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Programs that several runs share are compiled once, as on a user's machine."""
+    before = {k: getattr(jax.config, k) for k in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")}
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def go(stored, compiled, monkeypatch):
+    """go(stage, workdir, log_class) trains the stage; returns its parameters by name."""
+    monkeypatch.setattr(train, "load_refcoco", lambda *_: [small.sample(i, 56, 56) for i in range(5)])
+    monkeypatch.setattr(train, "open_segmenter", lambda _: contextlib.nullcontext(DiscSegmenter()))
+    monkeypatch.setattr(train, "tqdm", lambda steps, **_: steps)
+    config = TrainConfig(
+        seed=3,
+        policy=PolicyConfig(weights=str(small.weights()), dtype="float32", remat="none"),
+        agent=small.AGENT,
+        sft=SftConfig(
+            trajectories=str(stored),
+            steps=STEPS,
+            trajectories_per_step=3,
+            batch=BatchConfig(rows=1, tokens=400, patches=128),
+            optim=OPTIM,
+            checkpoint_every=2,
+        ),
+        grpo=GrpoConfig(
+            steps=STEPS,
+            prompts=2,
+            group=2,
+            updates=2,
+            tis_clip=0.0,
+            kl=0.05,
+            reward=(RewardGroup("words", 1.0, (RewardTerm("tests.rollout.small:word_count"),)),),
+            batch=BatchConfig(rows=1, tokens=400, patches=128),
+            optim=OPTIM,
+            sampling=small.dataclasses.replace(small.SAMPLING, context=400, patches=64),
+            checkpoint_every=2,
+        ),
+    )
+
+    def run(stage, workdir, log_class=MetricsLog):
+        workdir.mkdir(exist_ok=True)
+        log = log_class(workdir)
+        graphdef, params = small.split(small.model())
+        params = jax.device_put(params, sharding.param_shardings(small.model(), sharding.make_mesh(MeshConfig())))
+        mesh = sharding.make_mesh(config.mesh)
+        try:
+            with contextlib.ExitStack() as stack:
+                out = train.run_stage(
+                    stage, config, workdir, log, mesh, graphdef, params, small.weights(), small.processor(), stack
+                )
+                return flat(out)
+        finally:
+            log.close()
+
+    return run
+
+
+def flat(params) -> dict[str, np.ndarray]:
+    return {".".join(map(str, k)): np.asarray(v.get_value()) for k, v in nnx.to_flat_state(params)}
+
+
+def lines(workdir) -> list[dict]:
+    out = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in out]
+
+
+def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_run_4_equals_run_2_and_resume_2(stage, go, tmp_path):
+    whole = go(stage, tmp_path / "whole")
+    start = {k: np.asarray(v) for k, v in convert.flat_params(small.model()).items()}
+    assert max(np.abs(whole[k] - start[k]).max() for k in whole) > 1e-3  # it did learn something
+    with pytest.raises(Stopped):
+        go(stage, tmp_path / "parts", StoppingLog)
+    assert [line["step"] for line in lines(tmp_path / "parts")] == [1, 2, 3]
+    resumed = go(stage, tmp_path / "parts")
+    assert_same(resumed, whole)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")  # losses, gradient norms, rewards, epochs: every number
+    assert [(line["step"], line["stage"]) for line in lines(tmp_path / "whole")] == [(s, stage) for s in (1, 2, 3, 4)]
+
+    # the stage's directory is a policy of its own, and a third start has nothing left to do
+    loaded = {k: np.asarray(v) for k, v in convert.flat_params(load_policy(str(tmp_path / "parts/checkpoints" / stage))).items()}
+    for name in whole:
+        np.testing.assert_array_equal(loaded[name], resumed[name], err_msg=name)
+    assert_same(go(stage, tmp_path / "parts"), whole)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def state_of(hidden: int = 32, layers: int = 2, optim: OptimConfig = OPTIM):
+    config = convert_config(hidden, layers)
+    _, params = nnx.split(convert.load_model(small.weights(hidden, layers), config), nnx.Param)
+    tx, _ = make_optimizer(optim, 4)
+    return jax.jit(lambda p: create_state(p, tx))(params)
+
+
+def convert_config(hidden, layers):
+    from rsagent_jax.models.qwen25_vl.config import load_config
+
+    return load_config(small.weights(hidden, layers))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A stage's directory with checkpoints of steps 0."""
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints" / "sft"
+    checkpoints = Checkpoints(directory, small.weights())
+    checkpoints.save(state_of(), {"position": 5, "dropped": 1})
+    checkpoints.close()
+    return directory
+
+
+def test_a_state_and_the_position_of_its_source_come_back_as_they_were(saved):
+    checkpoints = Checkpoints(saved, small.weights())
+    like = state_of()
+    state, source = checkpoints.restore(like)
+    assert source == {"position": 5, "dropped": 1} and int(state.step) == 0
+    assert jax.tree.structure(state) == jax.tree.structure(like)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.sharding == b.sharding and a.dtype == b.dtype
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "layers", "optim"),
+    [(48, 2, OPTIM), (32, 3, OPTIM), (32, 2, small.dataclasses.replace(OPTIM, freeze=("vision",)))],
+)
+def test_a_checkpoint_of_another_model_or_optimiser_is_one_data_error(saved, tmp_path, hidden, layers, optim):
+    directory = shutil.copytree(saved, tmp_path / "sft")
+    checkpoints = Checkpoints(directory, small.weights(hidden, layers))
+    with pytest.raises(DataError, match="does not fit the model and optimiser of this config") as error:
+        checkpoints.restore(state_of(hidden, layers, optim))
+    assert str(directory) in str(error.value) and "--workdir" in str(error.value)
+    checkpoints.close()
+
+
+def test_the_policy_files_beside_a_checkpoint_must_be_those_of_its_model(saved, tmp_path):
+    directory = shutil.copytree(saved, tmp_path / "sft")
+    shutil.copyfile(small.weights(48, 2) / "config.json", directory / "policy" / "config.json")
+    with pytest.raises(DataError, match="is not of the model in"):
+        load_policy(str(directory))
+
+
+def test_a_stage_without_a_finished_checkpoint_is_a_data_error(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "sft", small.weights())
+    assert checkpoints.restore(state_of()) is None
+    checkpoints.close()
+    with pytest.raises(DataError, match="holds no finished checkpoint"):
+        load_policy(str(tmp_path / "sft"))
+    with pytest.raises(DataError, match="does not exist"):
+        load_policy(str(tmp_path / "nowhere"))
+
+
+def test_a_checkpoint_that_lost_a_part_is_a_data_error(saved, tmp_path):
+    directory = shutil.copytree(saved, tmp_path / "sft")
+    shutil.rmtree(directory / "0" / "params")
+    with pytest.raises(DataError):
+        load_policy(str(directory))
+    checkpoints = Checkpoints(directory, small.weights())
+    with pytest.raises(DataError):
+        checkpoints.restore(state_of())
+    checkpoints.close()
+
+
+def test_policy_files_travel_with_the_checkpoints(saved):
+    assert policy_directory(str(saved)) == saved / "policy"
+    assert policy_directory(str(small.weights())) == small.weights()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        assert (saved / "policy" / name).read_bytes() == (small.weights() / name).read_bytes()
+    assert not list((saved / "policy").glob("*.safetensors"))

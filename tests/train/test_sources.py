@@ -1,0 +1,263 @@
+"""What each source of batches keeps, drops and counts."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from agent_fakes import disc
+
+from rsagent_jax.config import BatchConfig, GrpoConfig, RewardGroup, RewardTerm, SamplingConfig, SftConfig
+from rsagent_jax.data import trajectories
+from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
+from rsagent_jax.train.sources import GrpoSource, SftSource
+from rsagent_jax.types import DataError, Finish, Status, Trajectory, Turn
+from tests.rollout import small
+
+BATCH = BatchConfig(rows=2, tokens=64, patches=64)
+IMAGE = (1, 4, 4)
+
+
+def sample(i: int):
+    return dataclasses.replace(small.sample(i, 56, 56), gt_mask=disc(56, 56, 28, 28, 20))
+
+
+def trajectory(
+    i: int, radius: float, n: int = 20, status=Status.FINISHED, group: int = 0, images: int = 1
+) -> Trajectory:
+    """One turn of `n` sampled tokens after `images` images of 16 patches; the mask is a disc of `radius`."""
+    image_id = small.processor().image_id
+    tokens = np.array([7] + [image_id] * images * merged_tokens(IMAGE) + [11 + i] * n, np.int32)
+    mask = disc(56, 56, 28, 28, radius)
+    return Trajectory(
+        sample_id=f"s{i}",
+        group_id=group,
+        query="q",
+        turns=(Turn("", Finish(None), None, None),) if n else (),
+        masks=(),
+        final_mask=mask,
+        final_mask_id=None,
+        status=status,
+        tokens=tokens if n else np.zeros(0, np.int32),
+        positions=mrope_positions(tokens, (IMAGE,) * images, image_id)[0] if n else np.zeros((3, 0), np.int32),
+        sampled=tokens == 11 + i if n else np.zeros(0, bool),
+        logprobs=np.where(tokens == 11 + i, -1.5, 0).astype(np.float32) if n else np.zeros(0, np.float32),
+        patches=np.ones((16 * images, 1176), np.float32) if n else np.zeros((0, 1176), np.float32),
+        grids=(IMAGE,) * images if n else (),
+        seconds={"tool": 0.5, "policy": 0.1},
+    )
+
+
+class Played:
+    """A driver that has the trajectories already, and an engine that only notes what it is given."""
+
+    def __init__(self, groups):
+        self.groups, self.tasks, self.loaded = groups, [], []
+
+    def run(self, tasks):
+        self.tasks += tasks
+        out, groups = [], [g for g in self.groups]
+        for t in tasks:
+            number = int(t.sample.id[1:])
+            made = groups[number][t.uid % len(groups[number])]
+            out.append((dataclasses.replace(made, group_id=t.group_id), None))
+        return out
+
+    def load(self, params, key):
+        self.loaded.append((params, key))
+
+
+def source(groups, **config) -> GrpoSource:
+    """Every step plays all groups; `groups[i]` are the trajectories of sample i."""
+    settings = GrpoConfig(
+        **{
+            "prompts": len(groups),
+            "group": len(groups[0]),
+            "batch": BATCH,
+            "sampling": SamplingConfig(context=64, max_new_tokens=20, patches=64),
+            "reward": (RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_iou"),)),),
+            "advantage": "mean",
+        }
+        | config
+    )
+    played = Played(groups)
+    return GrpoSource(settings, [sample(i) for i in range(len(groups))], played, played, small.processor(), seed=0)
+
+
+def trained(batches) -> dict[int, list[float]]:
+    """Sampled token -> the advantages of the trajectories that were made of it."""
+    out = {}
+    for b in batches:
+        for row in range(len(b.tokens)):
+            for s in range(1, b.segment_ids[row].max() + 1):
+                at = (b.segment_ids[row] == s) & b.loss_mask[row]
+                (token,), (advantage,) = set(b.tokens[row][at].tolist()), set(b.advantages[row][at].tolist())
+                assert (b.old_logprobs[row][at] == -1.5).all()
+                out.setdefault(token, []).append(round(advantage, 5))
+    return {k: sorted(v) for k, v in out.items()}
+
+
+def iou(radius: float) -> float:
+    mask, gt = disc(56, 56, 28, 28, radius), sample(0).gt_mask
+    return (mask & gt).sum() / (mask | gt).sum()
+
+
+def test_advantages_are_taken_inside_groups_and_reach_every_token_of_their_trajectory():
+    s = source([[trajectory(0, 20), trajectory(0, 10)], [trajectory(1, 14), trajectory(1, 18)]])
+    batches, metrics = s.next("params", "key")
+    half = [round(abs(iou(a) - iou(b)) / 2, 5) for a, b in ((20, 10), (14, 18))]
+    assert trained(batches) == {11: [-half[0], half[0]], 12: [-half[1], half[1]]}
+    assert metrics["reward"] == pytest.approx(np.mean([iou(r) for r in (20, 10, 14, 18)]))
+    assert metrics["giou"] == metrics["reward/final"] == pytest.approx(metrics["reward"])
+    assert (metrics["trajectories"], metrics["zero_variance"], metrics["dropped"]) == (4.0, 0.0, 0.0)
+    assert (metrics["turns"], metrics["endings/finished"], metrics["tool_seconds"]) == (1.0, 1.0, 2.0)
+    assert metrics["fill"] == pytest.approx(4 * 25 / (len(batches) * 2 * 64))
+    played = s.driver
+    assert played.loaded == [("params", "key")]
+    assert [t.uid for t in played.tasks] == [0, 1, 2, 3] and [t.group_id for t in played.tasks] == [0, 0, 1, 1]
+
+
+def test_a_broken_tool_is_dropped_from_its_group_and_enters_no_mean():
+    broken = trajectory(0, 0, status=Status.ENV_FAILED)
+    s = source([[trajectory(0, 20), broken, trajectory(0, 10)]])
+    batches, metrics = s.next(None, None)
+    half = round((1 - iou(10)) / 2, 5)  # of the two others, as if the group had two members
+    assert trained(batches) == {11: [-half, half]}
+    assert metrics["reward"] == metrics["giou"] == pytest.approx((1 + iou(10)) / 2)
+    assert metrics["endings/env_failed"] == pytest.approx(1 / 3)
+    assert [t["reward"] is None for t in s.examples["trajectories"]] == [False, True, False]
+
+
+def test_a_group_with_one_sound_member_teaches_nothing():
+    groups = [
+        [trajectory(0, 20), trajectory(0, 0, status=Status.ENV_FAILED)],
+        [trajectory(1, 20), trajectory(1, 10)],
+    ]
+    batches, metrics = source(groups).next(None, None)
+    assert list(trained(batches)) == [12] and metrics["zero_variance"] == 0.5
+
+
+def test_a_step_in_which_every_tool_broke_stops_the_training():
+    broken = [trajectory(0, 0, status=Status.ENV_FAILED)] * 2
+    with pytest.raises(DataError, match="broken segmenter"):
+        source([broken]).next(None, None)
+
+
+def test_groups_of_equal_rewards_are_dropped_or_kept_with_advantage_0_as_the_config_says():
+    groups = [[trajectory(0, 15), trajectory(0, 15)], [trajectory(1, 20), trajectory(1, 10)]]
+    batches, metrics = source(groups).next(None, None)
+    assert list(trained(batches)) == [12] and metrics["zero_variance"] == 0.5
+    batches, _ = source(groups, drop_zero_variance=False).next(None, None)
+    assert trained(batches)[11] == [0.0, 0.0]
+
+
+def test_a_step_without_any_signal_still_gives_one_batch_that_teaches_nothing():
+    broken = trajectory(0, 20, status=Status.ENV_FAILED)
+    batches, metrics = source([[broken, trajectory(0, 15), trajectory(0, 15)]]).next(None, None)
+    assert trained(batches) == {11: [0.0]} and metrics["trajectories"] == 1.0 and metrics["zero_variance"] == 1.0
+
+
+def test_overlong_trajectories_are_trained_or_masked_as_the_config_says():
+    group = [trajectory(0, 20, n=20), trajectory(0, 10, n=21, status=Status.MAX_CONTEXT)]
+    assert len(trained(source([group]).next(None, None)[0])[11]) == 2
+    kept = trained(source([group], mask_overlong=True).next(None, None)[0])
+    assert kept == {11: [round((1 - iou(10)) / 2, 5)]}  # its reward still counts in the mean
+
+
+def test_a_trajectory_that_never_took_a_turn_has_a_reward_but_nothing_to_train():
+    nothing = trajectory(0, 0, n=0, status=Status.MAX_CONTEXT)
+    batches, metrics = source([[trajectory(0, 20), nothing]]).next(None, None)
+    assert trained(batches) == {11: [round((1 - iou(0)) / 2, 5)]} and metrics["dropped"] == 0.5
+    with pytest.raises(DataError, match=r"grpo\.sampling\.context"):
+        source([[nothing, nothing]]).next(None, None)
+
+
+def test_a_trajectory_with_more_images_than_a_row_holds_is_dropped_and_counted():
+    many = trajectory(0, 10, images=5)  # 5 windows of 16 patches, a row has 64
+    batches, metrics = source([[trajectory(0, 20), many]]).next(None, None)
+    assert trained(batches) == {11: [round((1 - iou(10)) / 2, 5)]} and metrics["dropped"] == 0.5
+
+
+def test_samples_are_visited_in_a_shuffled_order_that_continues_from_a_saved_position():
+    groups = [[trajectory(i, 20), trajectory(i, 10)] for i in range(6)]
+    s = source(groups, prompts=2)
+    for _ in range(6):
+        s.next(None, None)
+    seen = [t.sample.id for t in s.driver.tasks[::2]]
+    assert sorted(seen[:6]) == sorted(seen[6:]) == [f"s{i}" for i in range(6)]
+    assert seen[:6] != seen[6:]  # each epoch has its own order
+    again = source(groups, prompts=2)
+    again.restore({"position": 4})
+    again.next(None, None)
+    assert [t.sample.id for t in again.driver.tasks[::2]] == seen[4:6] and again.state() == {"position": 6}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"advantage": "zscor"}, r"grpo\.advantage must be one of zscore, mean, loo"),
+        ({"sampling": SamplingConfig(context=65)}, r"grpo\.batch\.tokens"),
+        ({"reward": (RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_io"),)),)}, "final_iou"),
+    ],
+)
+def test_settings_that_cannot_work_are_said_before_the_first_rollout(wrong, match):
+    with pytest.raises(DataError, match=match):
+        source([[trajectory(0, 20)]], **wrong)
+
+
+# --- SFT ---
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Ten trajectories without images; number 3 is longer than a row."""
+    directory = tmp_path_factory.mktemp("set")
+    writer = trajectories.Writer(directory)
+    for i in range(10):
+        t = trajectory(i, 10, n=70 if i == 3 else 12, images=0)
+        writer.write(trajectories.encode(t, [], {"id": t.sample_id}))
+    writer.close({})
+    return directory
+
+
+def sft(stored, **config) -> SftSource:
+    settings = SftConfig(**{"trajectories": str(stored), "trajectories_per_step": 5, "batch": BATCH} | config)
+    return SftSource(settings, small.processor(), seed=1)
+
+
+def ids(batches) -> list[int]:
+    return sorted(t - 11 for b in batches for t in set(b.tokens[b.loss_mask].tolist()))
+
+
+def test_over_long_stored_trajectories_are_dropped_and_counted(stored):
+    s = sft(stored)
+    steps = [s.next(None, None) for _ in range(4)]
+    assert sorted(ids(steps[0][0]) + ids(steps[1][0])) == sorted(ids(steps[2][0]) + ids(steps[3][0]))
+    assert sorted(ids(steps[0][0]) + ids(steps[1][0])) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert [m["dropped"] for _, m in steps] in ([0, 1, 1, 2], [1, 1, 2, 2], [1, 1, 1, 2], [0, 1, 2, 2])
+    assert [m["epoch"] for _, m in steps] == [0.5, 1.0, 1.5, 2.0]
+    assert all(m["trajectories"] == len(ids(b)) for b, m in steps)
+    assert not any(b.advantages.any() or b.old_logprobs.any() for batches, _ in steps for b in batches)
+
+
+def test_each_epoch_has_its_own_order_and_a_saved_position_continues_it(stored):
+    def order(s, n):
+        return [ids(s.next(None, None)[0]) for _ in range(n)]
+
+    whole = order(sft(stored, trajectories_per_step=1, batch=BatchConfig(rows=1, tokens=80, patches=16)), 20)
+    assert sorted(whole[:10]) == sorted(whole[10:]) == [[i] for i in range(10)] and whole[:10] != whole[10:]
+    s = sft(stored, trajectories_per_step=1, batch=BatchConfig(rows=1, tokens=80, patches=16))
+    order(s, 7)
+    state = s.state()
+    resumed = sft(stored, trajectories_per_step=1, batch=BatchConfig(rows=1, tokens=80, patches=16))
+    resumed.restore(state)
+    assert order(resumed, 13) == whole[7:]
+
+
+def test_the_number_of_steps_follows_the_epochs_unless_it_is_given(stored):
+    for config, steps in (({"epochs": 2.0}, 4), ({"epochs": 0.01}, 1), ({"steps": 7}, 7)):
+        assert sft(stored, **config).steps == steps
+
+
+def test_a_step_of_which_nothing_fits_is_a_data_error(stored):
+    with pytest.raises(DataError, match=r"sft\.batch\.tokens"):
+        sft(stored, batch=BatchConfig(rows=2, tokens=8, patches=16)).next(None, None)
