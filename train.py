@@ -19,10 +19,12 @@ from tqdm import tqdm
 
 from rsagent_jax import entry, sharding
 from rsagent_jax.checkpoint import Checkpoints, load_policy, policy_directory
-from rsagent_jax.config import TrainConfig, to_dict
+from rsagent_jax.config import DataConfig, TrainConfig, to_dict
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.data.refcoco import load_refcoco
+from rsagent_jax.data.refcoco import RefCocoIndex, load_refcoco
+from rsagent_jax.data.trajectories import open_records
 from rsagent_jax.metrics import MetricsLog
+from rsagent_jax.rewards import make_reward
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.segmenter import open_segmenter
@@ -41,6 +43,7 @@ def main(config: TrainConfig) -> None:
     if unknown := set(config.stages) - set(STAGES):
         raise DataError(f"stages: unknown {sorted(unknown)}; known are {', '.join(STAGES)}")
     (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    check(config)
     log = MetricsLog(workdir)
 
     ############################## Mesh, policy ##############################
@@ -58,6 +61,24 @@ def main(config: TrainConfig) -> None:
     log.close()
 
 
+def check(config: TrainConfig) -> None:
+    """Meets the mistakes of every stage before the first one has cost any time."""
+    if "sft" in config.stages:
+        open_records(config.sft.trajectories)
+        make_optimizer(config.sft.optim, 1)
+    if "grpo" in config.stages:
+        make_reward(config.grpo.reward)
+        grpo_objective(config.grpo)
+        make_optimizer(config.grpo.optim, 1)
+        open_samples(config.grpo.data)
+        with open_segmenter(config.segmenter):
+            pass
+
+
+def open_samples(c: DataConfig) -> RefCocoIndex:
+    return load_refcoco(c.root, c.dataset, c.split_by, c.split, c.unit, c.limit or None)
+
+
 def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, weights, processor, stack):
     """Trains one stage to its end, from its newest checkpoint if it has one. Returns the parameters."""
     ############################## Source of batches ##############################
@@ -72,9 +93,7 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         segmenter = stack.enter_context(open_segmenter(config.segmenter))
         engine = Engine(model, c.sampling, processor.terminator_id, config.policy.dtype, key)
         driver = Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
-        samples = load_refcoco(
-            c.data.root, c.data.dataset, c.data.split_by, c.data.split, c.data.unit, c.data.limit or None
-        )
+        samples = open_samples(c.data)
         source = GrpoSource(c, samples, driver, engine, processor, config.seed)
         settings, steps, updates, objective = c, c.steps, c.updates, grpo_objective(c)
         temperature, kl = c.sampling.temperature or 1.0, c.kl

@@ -16,16 +16,17 @@ def get_config():
     config.agent.prompt = "brief"
     config.agent.history_size = 112
 
-    config.sft.trajectories_per_step = 32
+    config.sft.trajectories_per_step = 12
     config.sft.epochs = 2.0
-    config.sft.batch = dict(rows=16, tokens=448, patches=320)
-    config.sft.optim.lr = 1e-3
+    config.sft.batch = dict(rows=8, tokens=448, patches=384)
+    config.sft.optim.freeze = ("vision", "merger")
+    config.sft.optim.lr = 2e-3
     config.sft.optim.warmup_steps = 10
     config.sft.optim.schedule = "cosine"
     config.sft.checkpoint_every = 50
 
     config.grpo.steps = 60
-    config.grpo.batch = dict(rows=16, tokens=448, patches=320)
+    config.grpo.batch = dict(rows=12, tokens=448, patches=384)
     config.grpo.optim.freeze = ("vision", "merger")
     config.grpo.optim.lr = 2e-4
     config.grpo.optim.warmup_steps = 3

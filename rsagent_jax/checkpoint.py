@@ -105,6 +105,10 @@ def policy_directory(weights: str) -> pathlib.Path:
     path = pathlib.Path(weights)
     if not path.exists():
         raise DataError(f"{path} does not exist; give a Hugging Face directory or checkpoints/<stage> of train.py")
+    for nested in (path / "checkpoints", path.parent / "policy"):
+        if nested.is_dir() and not (path / "policy").is_dir():
+            stages = path / "checkpoints/<stage>" if nested.name == "checkpoints" else path.parent
+            raise DataError(f"{path} holds no weights itself; give {stages}")
     return path / "policy" if (path / "policy").is_dir() else path
 
 

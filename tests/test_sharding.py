@@ -1,7 +1,8 @@
-"""Meshes and where arrays live. One process with 8 simulated devices takes a step that equals the one of a single device."""
+"""Meshes and where arrays live: a step on 8 simulated devices equals the step on a single one."""
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -120,7 +121,7 @@ print(json.dumps({
 def stepped():
     """What a process with 8 devices says about one step on one of them and on all."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    root = str(small.pathlib.Path(__file__).parent.parent)
+    root = str(pathlib.Path(__file__).parent.parent)
     path = os.pathsep.join([root, os.path.join(root, "tests", "agent")])
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", STEP], env=env, capture_output=True, text=True, check=False)

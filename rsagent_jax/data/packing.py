@@ -70,13 +70,15 @@ def _row(items: list[Item], batch: BatchConfig, config: Qwen25VLConfig) -> Batch
     positions = np.concatenate([*[i.positions for i in items], np.zeros((3, pad))], axis=1).astype(np.int32)
     patches = np.concatenate([*[i.patches for i in items], np.zeros((0, config.vision.patch_dim), np.float32)])
     grids = tuple(grid for i in items for grid in i.grids)
-    is_image = (tokens == config.image_token_id) & (segments > 0)
+    sampled = join([i.sampled for i in items], bool)
+    # A policy may sample the image token: that is text to the engine, and must be text here.
+    is_image = (tokens == config.image_token_id) & (segments > 0) & ~sampled
     buffer = fill_patch_buffer(patches, grids, is_image, batch.patches, config.vision)
     return Batch(
         tokens=tokens,
         positions=positions,
         segment_ids=segments,
-        loss_mask=join([i.sampled for i in items], bool),
+        loss_mask=sampled,
         advantages=join([np.full(len(i.tokens), i.advantage) for i in items], np.float32),
         old_logprobs=join([i.logprobs for i in items], np.float32),
         patches=buffer.patches,

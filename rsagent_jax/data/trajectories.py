@@ -1,7 +1,7 @@
 """Stored trajectories: ArrayRecord shards that Grain reads at random, one self-contained record per trajectory.
 
-A record is an uncompressed .npz: ids, positions and the sampled mark as the driver made them, the images the policy saw as
-PNG, and a JSON header with the id, the IoU and the environment's replay record. Patches are made when read.
+A record is an uncompressed .npz: ids, positions and the sampled mark as the driver made them, the images the policy saw
+as PNG, and a JSON header with the id, the IoU and the environment's replay record. Patches are made when read.
 """
 
 from __future__ import annotations
@@ -55,12 +55,11 @@ def decode(record: bytes, processor: Processor) -> Item:
     patched = [image_patches(image, processor.images) for image in images]
     grids = tuple(grid for _, grid in patched)
     wanted = sum(merged_tokens(grid, processor.images.merge_size) for grid in grids)
-    if (found := int((tokens == processor.image_id).sum())) != wanted or tokens.max(
-        initial=0
-    ) >= processor.config.text.vocab_size:
+    found = int((tokens == processor.image_id).sum())
+    if found != wanted or tokens.max(initial=0) >= processor.config.text.vocab_size:
         raise DataError(
-            f"a stored trajectory has {found} image tokens where its pictures take {wanted}, or ids beyond the vocabulary:"
-            " it was collected with another tokenizer or other image settings; collect the set again"
+            f"a stored trajectory has {found} image tokens where its pictures take {wanted}, or ids beyond the"
+            " vocabulary: it was collected with another tokenizer or other image settings; collect the set again"
         )
     return Item(
         tokens=tokens,

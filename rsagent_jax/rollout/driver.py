@@ -117,8 +117,8 @@ class Driver:
     def _observe(self, run: _Run, completion: Completion) -> None:
         """Prepares what is appended next: the turn's end, then the observation.
 
-        A policy leaves a sampled terminator out of its cache, so that both kinds of turn are continued in the same way: by
-        a terminator. After a finished turn it is already part of the trajectory, as a sampled token.
+        A policy leaves a sampled terminator out of its cache, so that both kinds of turn are continued in the same way:
+        by a terminator. After a finished turn it is already part of the trajectory, as a sampled token.
         """
         observation = run.state.turns[-1].observation
         text = prompts.TERMINATOR + prompts.observation_turn(observation.text, observation.image is not None)
@@ -166,8 +166,8 @@ def pixel_limits(agent: AgentConfig, processor: Processor) -> PixelLimits:
     limits = processor.images.limits
     if 0 < agent.min_pixels < limits.min_pixels or agent.max_pixels > limits.max_pixels:
         raise DataError(
-            f"agent.min_pixels {agent.min_pixels} and agent.max_pixels {agent.max_pixels} must lie within the weights' own"
-            f" {limits.min_pixels} to {limits.max_pixels}; to go beyond, edit preprocessor_config.json beside the weights"
+            f"agent.min_pixels {agent.min_pixels} and agent.max_pixels {agent.max_pixels} must lie within the weights'"
+            f" own {limits.min_pixels} to {limits.max_pixels}; to go beyond, edit the weights' preprocessor_config.json"
         )
     return dataclasses.replace(
         limits,

@@ -1,4 +1,4 @@
-"""Where batches come from: stored trajectories (SFT) or the policy's own (GRPO). Position and randomness follow the step."""
+"""Where batches come from: stored trajectories (SFT) or the policy's own (GRPO). The step decides what comes next."""
 
 from __future__ import annotations
 

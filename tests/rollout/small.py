@@ -146,7 +146,7 @@ def scripted(scripts: dict[str, list[str] | tuple[str, ...]]):
 
 
 class EchoDriver(Driver):
-    """The policy's own ids go into the trajectory, but the environment hears a script: a random policy calls no tools."""
+    """The policy's own ids go into the trajectory, the environment hears a script: a random policy calls no tools."""
 
     def __init__(self, *args, script, **kwargs):
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The engine on a small random model: its log-probs are the trainer's, whatever the slot, the neighbours or the cache."""
+"""The engine on a small random model: its log-probs are the trainer's, whatever the slot, neighbours or cache."""
 
 import jax
 import numpy as np

@@ -55,7 +55,7 @@ class Played:
 
     def run(self, tasks):
         self.tasks += tasks
-        out, groups = [], [g for g in self.groups]
+        out, groups = [], list(self.groups)
         for t in tasks:
             number = int(t.sample.id[1:])
             made = groups[number][t.uid % len(groups[number])]
