@@ -75,7 +75,8 @@ def main(config: EvalConfig) -> None:
     report.write_evaluation(workdir)
     low, high = summary["giou_ci95"]
     print(
-        f"{config.benchmark}: n {summary['n']}  gIoU {summary['giou']:.3f} [{low:.3f}, {high:.3f}]  cIoU {summary['ciou']:.3f}"
+        f"{config.benchmark}: n {summary['n']}  gIoU {summary['giou']:.3f} [{low:.3f}, {high:.3f}]"
+        f"  cIoU {summary['ciou']:.3f}"
         f"  turns {summary['mean_turns']:.2f}  tool errors {summary['tool_error_rate']:.3f}"
     )
     print(f"{pathlib.Path(workdir) / 'report' / 'index.html'}")

@@ -1,6 +1,7 @@
 """Trajectories for the quickstart's SFT: an oracle teacher on the training scenes. About a minute on 2 cores.
 
-  python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/x/collect --config.data.root=runs/x/data
+  python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/x/collect \
+      --config.data.root=runs/x/data
 """
 
 from rsagent_jax.config import CollectConfig, template
@@ -10,7 +11,7 @@ def get_config():
     config = template(CollectConfig)
     config.processor = "assets/tiny-base"
     config.limit = 1600
-    # The teacher mostly boxes, and the tiny policy's boxes are less exact than its clicks: GRPO has something to find out.
+    # The teacher mostly boxes, and the tiny policy's boxes are less exact than its clicks: GRPO has something to find.
     config.teacher.box = 0.65
     config.teacher.wrong_first = 0.15
     config.agent.prompt = "brief"

@@ -1,7 +1,7 @@
 """200 held-out scenes, greedy.
 
-  python evaluate.py --config=configs/eval_quickstart.py --workdir=runs/x/eval-sft --weights=runs/x/train/checkpoints/sft \
-      --config.data.root=runs/x/data
+  python evaluate.py --config=configs/eval_quickstart.py --workdir=runs/x/eval-sft \
+      --weights=runs/x/train/checkpoints/sft --config.data.root=runs/x/data
 """
 
 from rsagent_jax.config import EvalConfig, template

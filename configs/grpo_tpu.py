@@ -1,4 +1,6 @@
-"""GRPO of Qwen2.5-VL-7B with the paper's numbers: 16 prompts x 4 samples, lr 1e-6, 8 turns. Not run here: it needs weights and a TPU.
+"""GRPO of Qwen2.5-VL-7B with the paper's numbers: 16 prompts x 4 samples, lr 1e-6, 8 turns.
+
+Not run here: it needs weights and a TPU.
 
   python train.py --config=configs/grpo_tpu.py --workdir=DIR --config.policy.weights=DIR/of/sft/checkpoints/sft \
       --config.grpo.data.root=/path/to/refcoco

@@ -1,6 +1,9 @@
-"""SFT of Qwen2.5-VL-7B with the paper's numbers: 2 epochs, lr 2e-5, batch 128. Not run here: it needs weights and a TPU.
+"""SFT of Qwen2.5-VL-7B with the paper's numbers: 2 epochs, lr 2e-5, batch 128.
 
-  python train.py --config=configs/sft_tpu.py --workdir=gs://bucket/run --config.policy.weights=/path/to/Qwen2.5-VL-7B-Instruct \
+Not run here: it needs weights and a TPU.
+
+  python train.py --config=configs/sft_tpu.py --workdir=DIR \
+      --config.policy.weights=/path/to/Qwen2.5-VL-7B-Instruct \
       --config.sft.trajectories=/path/to/collected
 """
 

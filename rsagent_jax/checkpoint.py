@@ -1,7 +1,7 @@
-"""Checkpoints of a stage: Orbax, asynchronous. State, the batch source's position and the config; and how to use them later.
+"""Checkpoints of a stage: Orbax, asynchronous. State and the batch source's position; and how to use them later.
 
-  <workdir>/checkpoints/<stage>/policy/      config.json, tokenizer and image settings, copied from the weights
-  <workdir>/checkpoints/<stage>/<step>/      arrays and source.json
+<workdir>/checkpoints/<stage>/policy/      config.json, tokenizer and image settings, copied from the weights
+<workdir>/checkpoints/<stage>/<step>/      arrays and source.json
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Checkpoints:
         self.manager.save(int(state.step), args=ocp.args.Composite(source=ocp.args.JsonSave(source), **args))
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest state with the shapes and shardings of `like`, and the source's position; None if there is none."""
+        """The newest state with the shapes and shardings of `like`, and the source's position; None without one."""
         step = self.manager.latest_step()
         if step is None:
             return None

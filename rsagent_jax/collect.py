@@ -1,8 +1,8 @@
-"""Collects trajectories for SFT: a teacher acts in the real environment with the real tools, a filter keeps the good ones.
+"""Collects trajectories for SFT: a teacher acts with the real tools, a filter keeps the good ones.
 
   python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/x
 
-The paper's filter: final IoU >= 0.9 within 8 turns; ours adds that the policy ended it itself and no turn was malformed.
+The paper's filter: final IoU >= 0.9 within 8 turns; ours adds that the policy ended it and no turn was malformed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main(config: CollectConfig) -> None:
             bar.update(len(tasks))
             teachers.clear()
     writer.close({"verdicts": dict(counts), "config": to_dict(config)})
-    iou, turns = (np.mean(kept_stats, axis=0) if kept_stats else (0.0, 0.0))
+    iou, turns = np.mean(kept_stats, axis=0) if kept_stats else (0.0, 0.0)
     print(f"kept {counts['kept']} of {len(order)} trajectories: mean IoU {iou:.3f}, {turns:.2f} turns")
     for verdict, count in sorted(counts.items()):
         if verdict != "kept":

@@ -281,8 +281,8 @@ def to_dict(config: Any) -> Any:
 
 
 def template(cls: type) -> ConfigDict:
-    """A ConfigDict with every field of `cls` that has a default, so that a config file states only what differs and every
-    field can be overridden on the command line. Reward groups and terms are reached by name:
+    """A ConfigDict with every field of `cls` that has a default, so that a config file states only what differs and
+    every field can be overridden on the command line. Reward groups and terms are reached by name:
     `--config.grpo.reward.final.terms.final_iou.function=module:function`.
     """
     hints = typing.get_type_hints(cls)

@@ -35,7 +35,9 @@ class MetricsLog:
         for name, value in values.items():
             self.events.add_scalar(f"{stage}/{name}", value, step)
         if not math.isfinite(values.get("loss", 0.0)):
-            raise DataError(f"{stage} step {step}: the loss is {values['loss']}; lower the learning rate or see l2_grads")
+            raise DataError(
+                f"{stage} step {step}: the loss is {values['loss']}; lower the learning rate or see l2_grads"
+            )
 
     def close(self) -> None:
         self.events.close()

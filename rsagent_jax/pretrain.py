@@ -4,7 +4,7 @@
 
 Two stages on fresh scenes. `see`: the vision tower alone, each merged token telling what stands on its patches (colour,
 shape, size, box) through a head that is thrown away. `ground`: the whole policy on Qwen2.5-VL's own grounding questions
-(all objects; one object by box; one by point), with the same head as an auxiliary loss. It never sees the tool protocol.
+(all objects; one object by box; one by point), with the same head as an auxiliary loss. It never sees the tools.
 Coordinates are trained towards a narrow bell over neighbouring numbers, so that near misses are told from far ones.
 """
 
@@ -213,9 +213,9 @@ def see_loss(model: Qwen25VL, head: Head, rows: Rows, targets_VV, config: Pretra
 
 
 def corner_loss(model: Qwen25VL, head: Head, merged_BMD, rows: Rows, targets_VV, numbers) -> jax.Array:
-    """Each merged token says its object's box and point in the decoder's own numbers, through one linear map a coordinate.
+    """Each merged token says its object's box and point in the decoder's own numbers, by a linear map per coordinate.
 
-    So the tower puts coordinates where one attention of the decoder can pick them up: a map like this one is all it needs.
+    So the tower puts coordinates where one attention of the decoder can pick them up with just such a map.
     """
     b, m, d = merged_BMD.shape
     said = model.decoder.norm(head.corners(merged_BMD).reshape(b, m, 6, d))

@@ -119,7 +119,9 @@ def format_ok(trajectory: Trajectory, sample: Sample) -> float:
 
 
 def make_reward(groups: Sequence[RewardGroup]) -> Callable[[Trajectory, Sample], Reward]:
-    """The reward that `grpo.reward` of the config describes: total = sum over groups of weight * clip(sum over terms of weight * term).
+    """The reward that `grpo.reward` of the config describes.
+
+    total = sum over groups of weight * clip(sum over terms of weight * term).
 
     Functions are resolved here, once, so that a misspelt path fails before the first rollout. `Reward.parts` holds each
     term unweighted under `group/function` and each clipped group, before its weight, under `group`.

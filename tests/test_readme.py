@@ -24,9 +24,7 @@ def block(after: str, language: str) -> str:
 
 def trajectory(final: np.ndarray) -> Trajectory:
     none = np.zeros(0)
-    return Trajectory(
-        "s", 0, "it", (), (), final, None, Status.FINISHED, none, none, none, none, none, ()
-    )
+    return Trajectory("s", 0, "it", (), (), final, None, Status.FINISHED, none, none, none, none, none, ())
 
 
 def test_the_pasted_reward_of_the_readme_is_what_the_named_override_trains_with(tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsagent_jax import rewards
-from rsagent_jax.resolve import resolve
 from rsagent_jax.config import DEFAULT_REWARD, RewardGroup, RewardTerm
+from rsagent_jax.resolve import resolve
 from rsagent_jax.rewards import make_reward
 from rsagent_jax.types import (
     DataError,
@@ -192,7 +192,7 @@ def test_default_reward_by_hand():
 
 
 def one_term(function, weight=1.0, clip=()):
-    return tuple((RewardGroup("own", 2.0, (RewardTerm(function, weight),), clip),))
+    return (RewardGroup("own", 2.0, (RewardTerm(function, weight),), clip),)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_config_faults_come_in_one_message():
     for fault in ("'a' appears more than once", "two terms of one name", "not finite", "is empty", "'b' has no terms"):
         assert fault in str(error.value)
     with pytest.raises(DataError, match="no groups"):
-        make_reward(tuple(()))
+        make_reward(())
 
 
 @pytest.mark.parametrize(

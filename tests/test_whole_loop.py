@@ -1,4 +1,4 @@
-"""The commands of the README, one after another on a handful of scenes: every arrow of the data flow, every file and key."""
+"""The commands of the README, one after another on a handful of scenes: every arrow, every file and key."""
 
 import json
 import pathlib
@@ -39,7 +39,9 @@ def test_training_leaves_metrics_of_both_stages_and_checkpoints(work):
     lines = [json.loads(line) for line in (work / "train/metrics.jsonl").read_text().splitlines()]
     assert [(r["stage"], r["step"]) for r in lines] == [("sft", i) for i in (1, 2, 3, 4)] + [("grpo", 1), ("grpo", 2)]
     assert all(r["loss"] is not None for r in lines)
-    assert {"reward", "reward/final", "reward/process", "reward/format", "giou", "turns", "tool_errors"} <= set(lines[-1])
+    assert {"reward", "reward/final", "reward/process", "reward/format", "giou", "turns", "tool_errors"} <= set(
+        lines[-1]
+    )
     assert (work / "train/config.json").exists()
     assert (work / "train/checkpoints/grpo/2").exists()
     assert "[[<think" in (work / "train/first_batch_sft.txt").read_text()
@@ -48,7 +50,8 @@ def test_training_leaves_metrics_of_both_stages_and_checkpoints(work):
 def test_evaluation_leaves_results_predictions_and_a_report_and_a_trajectory_replays(work):
     out = work / "eval"
     run(
-        "evaluate.py", "--config=configs/eval_quickstart.py", f"--workdir={out}", f"--weights={work}/train/checkpoints/grpo",
+        "evaluate.py", "--config=configs/eval_quickstart.py", f"--workdir={out}",
+        f"--weights={work}/train/checkpoints/grpo",
         f"--config.data.root={work}/data", "--config.sampling.slots=6", f"--config.cache_dir={work}/compiled",
     )  # fmt: skip
     results = json.loads((out / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""Trajectories -> batches of fixed shape: several per row, told apart by segment ids, their images in the row's buffer."""
+"""Trajectories -> batches of fixed shape: several per row, told apart by segment ids, with the row's images."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def pack(items: Sequence[Item], batch: BatchConfig, config: Qwen25VLConfig) -> l
     for item in sorted(items, key=lambda i: -len(i.tokens)):
         tokens, patches = len(item.tokens), padded_patches(item.grids, config.vision)
         if not fits(item, batch, config):
-            raise ValueError(f"{tokens} tokens and {patches} patches do not fit a row of {batch.tokens} and {batch.patches}")
+            raise ValueError(
+                f"{tokens} tokens and {patches} patches do not fit a row of {batch.tokens} and {batch.patches}"
+            )
         row = next((i for i, (t, p) in enumerate(room) if t >= tokens and p >= patches), None)
         if row is None:
             row = len(rows)

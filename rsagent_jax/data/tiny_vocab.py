@@ -1,7 +1,7 @@
 """A small byte-level BPE in Qwen's form: Qwen's special tokens and chat layout, and one token per number below 256.
 
-Real weights bring their own tokenizer.json; this one belongs to the tiny base. One token per coordinate keeps turns short
-on a CPU. Where Qwen2.5 splits numbers into digits, this pre-tokenizer keeps up to three digits together.
+Real weights bring their own tokenizer.json; this one belongs to the tiny base. One token per coordinate keeps turns
+short on a CPU. Where Qwen2.5 splits numbers into digits, this pre-tokenizer keeps up to three digits together.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def decode(record: bytes, processor: Processor) -> Item:
     patched = [image_patches(image, processor.images) for image in images]
     grids = tuple(grid for _, grid in patched)
     wanted = sum(merged_tokens(grid, processor.images.merge_size) for grid in grids)
-    found = int((tokens == processor.image_id).sum())
+    found = int(((tokens == processor.image_id) & ~sampled).sum())
     if found != wanted or tokens.max(initial=0) >= processor.config.text.vocab_size:
         raise DataError(
             f"a stored trajectory has {found} image tokens where its pictures take {wanted}, or ids beyond the"

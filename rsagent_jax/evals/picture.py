@@ -1,6 +1,6 @@
 """One trajectory as a strip of pictures: the question, each call with the overlay that came back, the ending.
 
-  python -m rsagent_jax.evals.picture --evaluation=runs/quickstart/eval-grpo --id=SAMPLE --out=docs/trajectory.png
+python -m rsagent_jax.evals.picture --evaluation=runs/quickstart/eval-grpo --id=SAMPLE --out=docs/trajectory.png
 """
 
 from __future__ import annotations

@@ -238,9 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = f"work directory of evaluate.py for the policy: {NAMES[name]}"
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True, metavar="DIR", help=text)
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="where the summary goes")
-    parser.add_argument(
-        "--started", type=float, required=True, metavar="SECONDS", help="its start, as date +%%s"
-    )
+    parser.add_argument("--started", type=float, required=True, metavar="SECONDS", help="its start, as date +%%s")
     flags = parser.parse_args(arguments)
     try:
         summary = summarize(flags.train, {name: getattr(flags, name) for name in NAMES}, flags.started)

@@ -108,7 +108,13 @@ class Programs:
 
 
 def make_programs(
-    graphdef, tx, objective: Objective, policy: PolicyConfig, temperature: float, shardings, freeze: tuple[str, ...] = ()
+    graphdef,
+    tx,
+    objective: Objective,
+    policy: PolicyConfig,
+    temperature: float,
+    shardings,
+    freeze: tuple[str, ...] = (),
 ) -> Programs:
     """`shardings` is (state, rows, replicated) of sharding.py. The gradients have the parameters' shardings."""
     state, rows, whole = shardings

@@ -141,6 +141,15 @@ def test_image_tokens_that_are_not_the_merged_patches_are_an_error(wrong):
         pack([wrong(good)], SHAPE, config())
 
 
+def test_an_image_token_that_the_policy_sampled_is_a_word():
+    good = make(0, (5, 6, 7), ((1, 4, 4), (1, 4, 4)))
+    tokens, sampled = good.tokens.copy(), good.sampled.copy()
+    tokens[-2:], sampled[-2:] = config().image_token_id, True
+    (batch,) = pack([dataclasses.replace(good, tokens=tokens, sampled=sampled)], SHAPE, config())
+    assert batch.loss_mask[0][: len(tokens)].tolist() == sampled.tolist()
+    assert (batch.image_slots[0] > 0).sum() == 8 and not batch.image_slots[0][len(tokens) - 2 :].any()
+
+
 @functools.cache
 def programs():
     """{objective: jitted (batch) -> Sums}."""

@@ -108,6 +108,16 @@ def model() -> Qwen25VL:
     return convert.load_model(weights(), processor().config)
 
 
+def eager_params():
+    """Parameters of the same policy, which now also samples the image token every few tokens."""
+    params = split(model())[1]
+    head = params["decoder"]["lm_head"]
+    gain = np.ones((VOCAB, 1), np.float32)
+    gain[processor().image_id] = 4.0
+    params["decoder"]["lm_head"] = head.replace(head.get_value() * gain)
+    return params
+
+
 def engine(seed: int = 0, **sampling) -> Engine:
     settings = dataclasses.replace(SAMPLING, **sampling)
     return Engine(model(), settings, processor().terminator_id, "float32", jax.random.key(seed))

@@ -1,5 +1,7 @@
 """The engine on a small random model: its log-probs are the trainer's, whatever the slot, neighbours or cache."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -23,7 +25,9 @@ TASKS = [task(0), task(1, h=84, w=140), task(2)]
 
 @pytest.fixture(scope="module")
 def engine():
-    return small.engine()
+    engine = small.engine()
+    engine.load(small.eager_params(), engine.key)
+    return engine
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +35,17 @@ def trajectories(engine):
     return engine_trajectories(TASKS, SCRIPTS, eng=engine)
 
 
-def trainer_logprobs(trajectories, temperature=1.0):
-    """Per trajectory f32[T] from the training forward pass over packed rows."""
-    graphdef, params = small.split(small.model())
+@functools.cache
+def trainer(temperature):
+    """The training forward pass, compiled once."""
+    graphdef, _ = small.split(small.model())
+    return jax.jit(lambda params, batch: batch_logprobs(graphdef, params, batch, small.POLICY, temperature))
+
+
+def trainer_logprobs(trajectories, params, temperature=1.0):
+    """Per trajectory f32[T] from packed rows."""
     (batch,) = pack([small.item(t) for t in trajectories], small.BATCH, small.processor().config)
-    run = jax.jit(lambda p, b: batch_logprobs(graphdef, p, b, small.POLICY, temperature))
-    logprobs, out = np.asarray(run(params, batch)), []
+    logprobs, out = np.asarray(trainer(temperature)(params, batch)), []
     for t in trajectories:
         found = [
             logprobs[r][batch.segment_ids[r] == s]
@@ -59,14 +68,17 @@ def test_trainer_and_engine_agree_on_the_log_prob_of_every_sampled_token(traject
     assert [len(t.turns) for t in trajectories] == [4, 4, 2] and [len(t.grids) for t in trajectories] == [4, 3, 2]
     ended = [t.tokens[end - 1] == eos for t in trajectories for end in turn_starts(t)[1]]
     assert any(ended) and not all(ended)  # finished turns, and turns that the budget cut
-    for t, theirs in zip(trajectories, trainer_logprobs(trajectories), strict=True):
+    # the policy may even say the image token: to both it is a word then, and no image
+    assert any((t.tokens[t.sampled] == small.processor().image_id).any() for t in trajectories)
+    for t, theirs in zip(trajectories, trainer_logprobs(trajectories, small.eager_params()), strict=True):
         assert t.sampled.sum() >= 2 * len(t.turns) and (t.logprobs[t.sampled] < 0).all()
         np.testing.assert_allclose(theirs[t.sampled], t.logprobs[t.sampled], rtol=0, atol=1e-4)
 
 
 def test_log_probs_are_those_of_the_distribution_at_the_sampling_temperature():
     t = engine_trajectories(TASKS[:1], SCRIPTS, temperature=0.5)[0]
-    cold, warm = trainer_logprobs([t], 0.5)[0], trainer_logprobs([t], 1.0)[0]
+    params = small.split(small.model())[1]
+    cold, warm = trainer_logprobs([t], params, 0.5)[0], trainer_logprobs([t], params, 1.0)[0]
     np.testing.assert_allclose(cold[t.sampled], t.logprobs[t.sampled], rtol=0, atol=1e-4)
     assert np.abs(warm[t.sampled] - t.logprobs[t.sampled]).max() > 0.1
 
@@ -118,8 +130,8 @@ def test_greedy_turns_from_the_cache_equal_those_after_reading_the_whole_context
         np.testing.assert_array_equal(again.tokens, t.tokens[start:end])
         np.testing.assert_allclose(again.logprobs, t.logprobs[start:end], rtol=0, atol=1e-4)
         assert again.finished == (again.tokens[-1] == small.processor().terminator_id)
-    greedy_trainer = trainer_logprobs([t])[0]
-    np.testing.assert_allclose(greedy_trainer[t.sampled], t.logprobs[t.sampled], rtol=0, atol=1e-4)
+    theirs = trainer_logprobs([t], greedy.params)[0]
+    np.testing.assert_allclose(theirs[t.sampled], t.logprobs[t.sampled], rtol=0, atol=1e-4)
 
 
 def test_greedy_does_not_depend_on_the_uid_or_the_key():

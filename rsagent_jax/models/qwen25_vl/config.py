@@ -1,4 +1,4 @@
-"""The shape of a Qwen2.5-VL, read from Hugging Face's config.json (flat as on the hub, or nested as transformers 5 writes)."""
+"""The shape of a Qwen2.5-VL, read from Hugging Face's config.json (flat as on the hub, or nested)."""
 
 from __future__ import annotations
 
@@ -118,9 +118,15 @@ class Qwen25VLConfig:
     def _check(self, where: str) -> None:
         text, vision = self.text, self.vision
         checks = (
-            (sum(text.mrope_section) * 2 == text.head_dim, f"mrope_section {text.mrope_section} does not sum to head_dim / 2"),
+            (
+                sum(text.mrope_section) * 2 == text.head_dim,
+                f"mrope_section {text.mrope_section} does not sum to head_dim / 2",
+            ),
             (text.num_attention_heads % text.num_key_value_heads == 0, "heads are not a multiple of key/value heads"),
-            (vision.out_hidden_size == text.hidden_size, "vision out_hidden_size differs from the decoder's hidden_size"),
+            (
+                vision.out_hidden_size == text.hidden_size,
+                "vision out_hidden_size differs from the decoder's hidden_size",
+            ),
             (vision.hidden_size % (4 * vision.num_heads) == 0, "vision head_dim is not a multiple of 4"),
         )
         if wrong := [message for ok, message in checks if not ok]:

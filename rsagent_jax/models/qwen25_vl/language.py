@@ -1,4 +1,4 @@
-"""The decoder: M-RoPE, grouped-query attention, SwiGLU; whole packed rows in training, a KV cache per slot in rollouts."""
+"""The decoder: M-RoPE, grouped-query attention, SwiGLU; packed rows in training, a KV cache per slot in rollouts."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class Decoder(nnx.Module):
     def append(self, x_STD, positions_S3T, cache: Cache) -> tuple[jax.Array, Cache]:
         """Appends T tokens to every slot's cache and attends to all of the slot's context.
 
-        New tokens of slot s stand at cache places `lengths[s] + t`. Callers advance `lengths` by the number of real tokens
-        only, so that padding at the end of a slot's tokens is overwritten by the next call and never seen.
+        New tokens of slot s stand at cache places `lengths[s] + t`. Callers advance `lengths` by the number of real
+        tokens only, so that padding at the end of a slot's tokens is overwritten by the next call and never seen.
         """
         cos, sin = mrope_angles(positions_S3T, self.config)
         s, t, _ = x_STD.shape
@@ -113,7 +113,9 @@ def mrope_angles(positions_B3T: jax.Array, config: TextConfig) -> tuple[jax.Arra
     """(cos, sin) fp32 [B, T, H]: contiguous runs of frequencies turn with the temporal, height and width position."""
     half = config.head_dim // 2
     inverse = 1.0 / config.rope_theta ** (jnp.arange(half, dtype=jnp.float32) / half)
-    axis = jnp.repeat(jnp.arange(len(config.mrope_section)) % 3, jnp.array(config.mrope_section), total_repeat_length=half)
+    axis = jnp.repeat(
+        jnp.arange(len(config.mrope_section)) % 3, jnp.array(config.mrope_section), total_repeat_length=half
+    )
     angles = jnp.moveaxis(positions_B3T.astype(jnp.float32), 1, -1)[..., axis] * inverse
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)

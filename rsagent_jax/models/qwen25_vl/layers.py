@@ -1,4 +1,4 @@
-"""The few layers that both towers use. Parameters are declared once, with logical axes; sharding.py maps those to a mesh.
+"""The few layers that both towers use. Parameters are declared once, with logical axes for sharding.py.
 
 A layer built with `stack=(L,)` holds L layers' parameters with a leading axis "layers", ready for `jax.lax.scan`.
 Parameters are kept in fp32 and cast to the dtype of the activations where they are used.
@@ -13,7 +13,9 @@ from flax import nnx
 INIT_STDDEV = 0.02  # Hugging Face's initializer_range for Qwen2.5-VL
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], stack: tuple[int, ...] = (), init="normal"):
+def param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], stack: tuple[int, ...] = (), init="normal"
+):
     """Declares one parameter of `stack + shape` with a logical name per axis."""
     full = stack + shape
     names = ("layers",) * len(stack) + axes
@@ -72,7 +74,7 @@ def rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Arr
 
 
 def attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Softmax attention with grouped heads; softmax in fp32. Rows of the mask that are all False give finite garbage."""
+    """Softmax attention with grouped heads; softmax in fp32. Rows of the mask without a True give finite garbage."""
     b, t, n, h = q_BTNH.shape
     kv, s = k_BKSH.shape[1:3]
     # One batched matrix product over (B, K): the G query heads of a group are extra rows. Fast on every back end.

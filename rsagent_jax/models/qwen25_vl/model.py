@@ -17,7 +17,9 @@ class Qwen25VL(nnx.Module):
         self.vision = VisionTower(config.vision, rngs)
         self.decoder = Decoder(config.text, rngs)
 
-    def embed(self, tokens_BT, patches_BPC, patch_segment_ids_BP, patch_positions_BP2, image_slots_BT, *, dtype, remat="none"):
+    def embed(
+        self, tokens_BT, patches_BPC, patch_segment_ids_BP, patch_positions_BP2, image_slots_BT, *, dtype, remat="none"
+    ):
         """Token embeddings [B, T, D] with image embeddings in the image slots (0 = text, else 1 + merged place)."""
         merged = self.vision(patches_BPC, patch_segment_ids_BP, patch_positions_BP2, dtype=dtype, remat=remat)
         return self.place(tokens_BT, merged, image_slots_BT)

@@ -22,8 +22,8 @@ def merged_tokens(grid: Grid, merge: int = 2) -> int:
 def mrope_positions(tokens: np.ndarray, grids: tuple[Grid, ...], image_id: int, start: int = 0, merge: int = 2):
     """Positions of `tokens` i32[T] when the context before them ended at `start`.
 
-    Text advances all three axes together; an image of (h, w) merged rows and columns has temporal position `start`, its own
-    rows and columns added to `start`, and the text after it goes on at start + max(h, w).
+    Text advances all three axes together; an image of (h, w) merged rows and columns has temporal position `start`, its
+    own rows and columns added to `start`, and the text after it goes on at start + max(h, w).
     Returns (positions i32[3, T], the next free position). ValueError when placeholders and grids disagree.
     """
     tokens = np.asarray(tokens)
@@ -106,15 +106,13 @@ class PatchBuffer:
 def padded_patches(grids: tuple[Grid, ...], config: VisionConfig) -> int:
     """Buffer places that these images take, windows padded."""
     side, merge = config.window_side, config.spatial_merge_size
-    return sum(
-        t * -(-(h // merge) // side) * -(-(w // merge) // side) * config.window_patches for t, h, w in grids
-    )
+    return sum(t * -(-(h // merge) // side) * -(-(w // merge) // side) * config.window_patches for t, h, w in grids)
 
 
 def fill_patch_buffer(
     patches: np.ndarray, grids: tuple[Grid, ...], is_image: np.ndarray, capacity: int, config: VisionConfig
 ) -> PatchBuffer:
-    """Lays several images' patches f32[sum, dim] out in a buffer of `capacity` places; `is_image` bool[T] marks their tokens.
+    """Lays several images' patches f32[sum, dim] out in `capacity` places; `is_image` bool[T] marks their tokens.
 
     ValueError when the images do not fit, or when image tokens != merged patches (invariant d).
     """

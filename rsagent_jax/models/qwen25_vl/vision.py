@@ -47,7 +47,7 @@ class VisionTower(nnx.Module):
         self.merger_out = Linear(dim * unit, config.out_hidden_size, ("mlp", "embed"), rngs, bias=True)
 
     def __call__(self, patches_BPC, segment_ids_BP, positions_BP2, *, dtype=jnp.float32, remat: str = "none"):
-        """Returns merged embeddings [B, P / merge_unit, out_hidden_size], in window order; padding gives garbage there."""
+        """Returns merged embeddings [B, P / merge_unit, out_hidden_size], in window order; garbage for padding."""
         b, p, _ = patches_BPC.shape
         window = self.config.window_patches
         if p % window:  # with several rows, a window would hold patches of two of them
