@@ -29,7 +29,7 @@ from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.segmenter import open_segmenter
 from rsagent_jax.train.sources import GrpoSource, SftSource
-from rsagent_jax.train.state import create_state, make_optimizer
+from rsagent_jax.train.state import create_state, make_optimizer, state_shardings
 from rsagent_jax.train.step import grpo_objective, make_programs, sft_objective
 from rsagent_jax.types import DataError
 
@@ -101,8 +101,8 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
     ############################## State, programs ##############################
     tx, schedule = make_optimizer(settings.optim, steps * updates)
     reference = jax.tree.map(lambda p: p.copy(), params) if kl > 0 else None
-    state = jax.jit(lambda p: create_state(p, tx), donate_argnums=0)(params)
-    shardings = (jax.tree.map(lambda x: x.sharding, state), sharding.rows(mesh), sharding.replicated(mesh))
+    shardings = (state_shardings(params, tx, sharding.replicated(mesh)), sharding.rows(mesh), sharding.replicated(mesh))
+    state = jax.jit(lambda p: create_state(p, tx), out_shardings=shardings[0], donate_argnums=0)(params)
     programs = make_programs(graphdef, tx, objective, config.policy, temperature, shardings, settings.optim.freeze)
     checkpoints = Checkpoints(workdir / "checkpoints" / stage, weights)
     stack.callback(checkpoints.close)

@@ -16,20 +16,21 @@ def get_config():
     config.agent.prompt = "brief"
     config.agent.history_size = 112
 
-    config.sft.trajectories_per_step = 12
+    config.sft.trajectories_per_step = 10
     config.sft.epochs = 2.0
     config.sft.batch = dict(rows=8, tokens=448, patches=384)
     config.sft.optim.freeze = ("vision", "merger")
-    config.sft.optim.lr = 2e-3
+    config.sft.optim.lr = 1.5e-3
     config.sft.optim.warmup_steps = 10
     config.sft.optim.schedule = "cosine"
     config.sft.checkpoint_every = 50
 
-    config.grpo.steps = 60
+    config.grpo.steps = 40
     config.grpo.batch = dict(rows=12, tokens=448, patches=384)
     config.grpo.optim.freeze = ("vision", "merger")
     config.grpo.optim.lr = 2e-4
     config.grpo.optim.warmup_steps = 3
+    config.grpo.sampling.temperature = 0.8
     config.grpo.sampling.context = 448
     config.grpo.sampling.max_new_tokens = 64
     config.grpo.sampling.slots = 64

@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-
-from tensorboardX import SummaryWriter
+import sys
 
 from rsagent_jax.types import DataError
+
+# tensorboardX imports torch wherever it is installed, only to accept tensors; this side never loads torch.
+_keep_out = "torch" not in sys.modules
+if _keep_out:
+    sys.modules["torch"] = None
+try:
+    from tensorboardX import SummaryWriter
+finally:
+    if _keep_out:
+        del sys.modules["torch"]
 
 
 class MetricsLog:

@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from flax import nnx
-from ml_collections import config_flags
 
-from rsagent_jax import config as config_lib
+from rsagent_jax import entry
 from rsagent_jax.agent import prompts
 from rsagent_jax.data import grounding, tiny_vocab
 from rsagent_jax.data.grounding import COLORS, SHAPES, SIDE, SIZES, Rows, SceneRows
@@ -35,6 +34,7 @@ from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.language import mrope_angles
 from rsagent_jax.models.qwen25_vl.layers import Linear, attention, layer_at
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
+from rsagent_jax.types import DataError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class StageConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     seed: int
-    init: str = ""  # a Hugging Face directory to go on from; "" = random weights
+    init: str  # a Hugging Face directory to go on from; "" = random weights
     see: StageConfig
     ground: StageConfig
     vocab_size: int
@@ -62,17 +62,17 @@ class PretrainConfig:
     vision_hidden: int
     vision_layers: int
     vision_mlp: int
-    relation_share: float = 0.4  # of the questions about objects that have such a sentence
-    all_share: float = 0.25  # of the scenes whose first question is for all objects
-    look_weight: float = 0.5  # of the attention loss
-    corner_weight: float = 0.5  # of the loss on coordinates in merged tokens
-    look_layer: int = 2  # the decoder layer whose first head is told where to look
-    sigma: float = 1.2  # width of the bell over numbers, pixels
-    aux_weight: float = 0.5
-    weight_decay: float = 0.01
-    eval_every: int = 500
-    eval_scenes: int = 128
-    workers: int = 1
+    relation_share: float  # of the questions about objects that have such a sentence
+    all_share: float  # of the scenes whose first question is for all objects
+    look_weight: float  # of the attention loss
+    corner_weight: float  # of the loss on coordinates in merged tokens
+    look_layer: int  # the decoder layer whose first head is told where to look
+    sigma: float  # width of the bell over numbers, pixels
+    aux_weight: float
+    weight_decay: float
+    eval_every: int
+    eval_scenes: int
+    workers: int
 
 
 def hf_config(c: PretrainConfig, ids: dict[str, int]) -> dict:
@@ -241,6 +241,8 @@ def make_step(stage: str, tx, graphdef, targets, config: PretrainConfig, image_a
 
 
 def optimizer(stage: StageConfig, weight_decay: float) -> optax.GradientTransformation:
+    if stage.steps <= stage.warmup:
+        raise DataError(f"a stage of {stage.steps} steps has no room for {stage.warmup} of warm-up; lower warmup")
     schedule = optax.warmup_cosine_decay_schedule(0.0, stage.lr, stage.warmup, stage.steps, stage.lr * stage.final_lr)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=weight_decay))
 
@@ -335,14 +337,13 @@ def _ahead(pool, jobs, n: int = 16):
         yield pending.popleft().get()
 
 
-_CONFIG = config_flags.DEFINE_config_file("config")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the log goes.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Where the Hugging Face directory goes.", required=True)
-
-
-def main(_) -> None:
-    run(config_lib.build(PretrainConfig, _CONFIG.value), pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value))
+def main(config: PretrainConfig) -> None:
+    if not flags.FLAGS.out:
+        raise DataError("--out=DIR is required")
+    run(config, entry.workdir(), pathlib.Path(flags.FLAGS.out))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    entry.define_flags()
+    flags.DEFINE_string("out", None, "Where the Hugging Face directory goes.")
+    entry.run(main, PretrainConfig)

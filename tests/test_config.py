@@ -36,6 +36,15 @@ def filled(cls):
     return config
 
 
+def ordered(config):
+    """Reward groups and terms by name: a ConfigDict lists its fields in alphabetical order."""
+    if not isinstance(config, TrainConfig):
+        return config
+    groups = [dataclasses.replace(g, terms=tuple(sorted(g.terms, key=str))) for g in config.grpo.reward]
+    reward = tuple(sorted(groups, key=lambda g: g.name))
+    return dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, reward=reward))
+
+
 def messages(cls, values) -> list[str]:
     with pytest.raises(DataError) as error:
         build(cls, values)
@@ -45,7 +54,7 @@ def messages(cls, values) -> list[str]:
 @pytest.mark.parametrize("cls", ALL)
 def test_a_template_with_its_required_fields_set_builds_the_defaults(cls):
     required = {"policy": {"weights": "w"}} if cls is not CollectConfig else {"processor": "p"}
-    assert build(cls, filled(cls)) == build(cls, required)
+    assert ordered(build(cls, filled(cls))) == ordered(build(cls, required))
 
 
 @pytest.mark.parametrize("cls", ALL)
@@ -64,7 +73,7 @@ def test_the_papers_numbers_are_the_defaults():
         8,
         384,
     )
-    assert [(g.name, g.weight) for g in c.grpo.reward] == [("final", 1.0), ("process", 0.5), ("format", 0.2)]
+    assert {g.name: g.weight for g in c.grpo.reward} == {"final": 1.0, "process": 0.5, "format": 0.2}
     assert build(CollectConfig, filled(CollectConfig)).min_iou == 0.9
 
 
@@ -135,18 +144,18 @@ def test_reward_terms_are_reached_and_removed_by_name():
     config.grpo.reward.process.weight = 2.0
     config.grpo.reward.process.terms.overshoot = None
     config.grpo.reward.format = None
-    final, process = build(TrainConfig, config).grpo.reward
+    final, process = ordered(build(TrainConfig, config)).grpo.reward
     assert final == RewardGroup("final", 1.0, (RewardTerm("mine:better"),))
     assert process.weight == 2.0 and process.clip == (-1.0, 1.0)
-    assert [t.function for t in process.terms] == [
-        t.function for t in DEFAULT_REWARD[1].terms if "overshoot" not in t.function
-    ]
+    kept = {t.function: t.weight for t in DEFAULT_REWARD[1].terms if "overshoot" not in t.function}
+    assert {t.function: t.weight for t in process.terms} == kept and len(kept) == 4
 
 
 def test_a_new_reward_term_is_added_by_name():
     config = filled(TrainConfig)
     config.grpo.reward.format.terms.short = ConfigDict({"function": "mine:short", "weight": -1})
-    assert build(TrainConfig, config).grpo.reward[2].terms[1] == RewardTerm("mine:short", -1.0)
+    (group,) = (g for g in build(TrainConfig, config).grpo.reward if g.name == "format")
+    assert sorted(group.terms, key=str) == [RewardTerm("mine:short", -1.0), RewardTerm("rsagent_jax.rewards:format_ok")]
 
 
 def test_what_is_wrong_in_a_reward_term_is_named_by_its_path():

@@ -66,7 +66,7 @@ from tests.rollout import small
 from rsagent_jax import sharding
 from rsagent_jax.config import BatchConfig, MeshConfig, OptimConfig
 from rsagent_jax.data.packing import pack
-from rsagent_jax.train.state import create_state, make_optimizer
+from rsagent_jax.train.state import create_state, make_optimizer, state_shardings
 from rsagent_jax.train.step import make_programs, sft_objective
 
 assert len(jax.devices()) == 8
@@ -88,8 +88,8 @@ for name, config, devices in (
     rollout = small.engine_trajectories(TASKS[:3], SCRIPTS, eng=engine)
     played = played or rollout
     tx, _ = make_optimizer(OptimConfig(lr=1e-2, eps=1e-2, clip_norm=1.0), 4)
-    state = jax.jit(lambda p: create_state(p, tx), donate_argnums=0)(params)
-    shardings = (jax.tree.map(lambda x: x.sharding, state), sharding.rows(mesh), sharding.replicated(mesh))
+    shardings = (state_shardings(params, tx, sharding.replicated(mesh)), sharding.rows(mesh), sharding.replicated(mesh))
+    state = jax.jit(lambda p: create_state(p, tx), out_shardings=shardings[0], donate_argnums=0)(params)
     programs = make_programs(graphdef, tx, sft_objective, small.POLICY, 1.0, shardings)
     halves = [pack([small.item(t) for t in part], SHAPE, small.processor().config) for part in (played[:2], played[2:])]
     batches = [jax.device_put(b, sharding.rows(mesh)) for (b,) in halves]
@@ -150,5 +150,5 @@ def test_parameters_and_both_moments_are_spread_over_fsdp_and_tensor(stepped):
         assert local[k] * 2 <= size[k], k
     spread = [k for k in kernels if "mlp" in k and "decoder" in k]
     assert spread and all(local[k] * 4 == size[k] for k in spread)
-    total = sum(size.values())
-    assert sum(local.values()) < 0.3 * total
+    # a quarter of most; the patch embedding, a tenth of this small model, is split in two, norms and biases hardly
+    assert sum(local.values()) < sum(size.values()) / 3

@@ -35,6 +35,20 @@ def create_state(params: nnx.State, tx: optax.GradientTransformation) -> TrainSt
     return TrainState(jnp.int32(0), params, tx.init(params))
 
 
+def state_shardings(params: nnx.State, tx: optax.GradientTransformation, whole: jax.sharding.Sharding) -> TrainState:
+    """Where the state lives: the optimiser's moments beside their parameters, all else on every device (`whole`).
+
+    Left to itself, the compiler puts moments, which start as constants, on every device.
+    """
+    keystr = jax.tree_util.keystr
+    beside = {keystr(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def place(path, _):  # a moment's path ends in its parameter's path
+        return next((beside[s] for i in range(len(path)) if (s := keystr(path[i:])) in beside), whole)
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(lambda p: create_state(p, tx), params))
+
+
 def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTransformation, Callable[[int], Any]]:
     """AdamW with global-norm clipping and frozen parts; also returns the schedule, for the log."""
     warmup = optax.linear_schedule(0.0, config.lr, max(config.warmup_steps, 1))

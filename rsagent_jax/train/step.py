@@ -129,7 +129,7 @@ def make_programs(
     return Programs(
         micro=jax.jit(micro, in_shardings=(state.params, rows, rows), out_shardings=sums),
         add=jax.jit(add, donate_argnums=0),
-        apply=jax.jit(lambda s, g: apply(tx, s, g), out_shardings=(state, whole), donate_argnums=(0, 1)),
+        apply=jax.jit(lambda s, g: apply(tx, s, g), out_shardings=(state, whole), donate_argnums=0),
         logprobs=jax.jit(logprobs, in_shardings=(state.params, rows), out_shardings=rows),
     )
 

@@ -4,10 +4,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from rsagent_jax.config import GrpoConfig, OptimConfig
 from rsagent_jax.models.qwen25_vl import convert
-from rsagent_jax.train.state import PARTS, create_state, is_frozen, make_optimizer
+from rsagent_jax.train.state import PARTS, create_state, is_frozen, make_optimizer, state_shardings
 from rsagent_jax.train.step import grpo_objective
 from rsagent_jax.types import DataError
 from tests.rollout import small
@@ -39,6 +41,21 @@ def test_an_update_leaves_frozen_parts_alone_and_clips_by_the_norm_of_the_rest(p
     frozen = names(is_frozen(params, ("vision", "embed")))
     for name, update in names(updates).items():
         assert (not np.asarray(update).any()) == frozen[name], name
+
+
+@pytest.mark.parametrize("freeze", [(), ("vision",)])
+def test_moments_live_where_their_parameters_do_and_all_else_everywhere(params, freeze):
+    tx, _ = make_optimizer(OptimConfig(freeze=freeze), 10)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
+    named = {name: NamedSharding(mesh, P(None, "x") if v.ndim > 1 else P("x")) for name, v in names(params).items()}
+    placed = convert.with_params(small.model(), {k: jax.device_put(v, named[k]) for k, v in names(params).items()})
+    whole = NamedSharding(mesh, P())
+    where = state_shardings(small.split(placed)[1], tx, whole)
+    assert jax.tree.structure(where) == jax.tree.structure(create_state(params, tx)) and where.step == whole
+    assert names(where.params) == named
+    trained = sum(not v for v in names(is_frozen(params, freeze)).values()) if freeze else len(named)
+    moments = [s for s in jax.tree.leaves(where.opt_state) if s != whole]
+    assert len(moments) == 2 * trained and set(moments) == set(named.values())
 
 
 @pytest.mark.parametrize(
