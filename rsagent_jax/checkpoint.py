@@ -117,7 +117,8 @@ def load_policy(weights: str) -> Qwen25VL:
     path, config = pathlib.Path(weights), load_config(policy_directory(weights))
     if policy_directory(weights) == path:
         return convert.load_model(path, config)
-    with ocp.CheckpointManager(path.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+    with ocp.CheckpointManager(path.absolute(), options=options) as manager:
         step = manager.latest_step()
         if step is None:
             raise DataError(f"{path} holds no finished checkpoint; run train.py until one is saved")

@@ -86,15 +86,16 @@ def tokenizer():
 
 @functools.cache
 def weights(hidden: int = 32, layers: int = 2) -> pathlib.Path:
-    """A Hugging Face directory with random weights that end a turn about every third token."""
+    """A Hugging Face directory with random weights that now and then end a turn."""
     _keep.append(folder := tempfile.TemporaryDirectory())
     path = pathlib.Path(folder.name)
     tiny_vocab.save_tokenizer(tokenizer(), path, 56 * 56, 112 * 112)
     raw = raw_config(hidden, layers)
     model, rng = convert.abstract_model(Qwen25VLConfig.from_hf(raw)), np.random.default_rng(0)
-    values = {k: rng.normal(0, 0.2, v.shape).astype(np.float32) for k, v in convert.flat_params(model).items()}
-    values["decoder.lm_head"][raw["eos_token_id"]] *= 4
-    convert.save_model(convert.with_params(model, {k: jnp.asarray(v) for k, v in values.items()}), path, raw)
+    values = {k: rng.normal(k.endswith("scale"), 0.2, v.shape) for k, v in convert.flat_params(model).items()}
+    values["decoder.lm_head"][raw["eos_token_id"]] *= 6
+    values = {k: jnp.asarray(v, jnp.float32) for k, v in values.items()}
+    convert.save_model(convert.with_params(model, values), path, raw)
     return path
 
 
@@ -110,12 +111,11 @@ def model() -> Qwen25VL:
 
 def eager_params():
     """Parameters of the same policy, which now also samples the image token every few tokens."""
-    params = split(model())[1]
-    head = params["decoder"]["lm_head"]
+    network = model()
+    values = convert.flat_params(network)
     gain = np.ones((VOCAB, 1), np.float32)
-    gain[processor().image_id] = 4.0
-    params["decoder"]["lm_head"] = head.replace(head.get_value() * gain)
-    return params
+    gain[processor().image_id] = 6.0
+    return split(convert.with_params(network, values | {"decoder.lm_head": values["decoder.lm_head"] * gain}))[1]
 
 
 def engine(seed: int = 0, **sampling) -> Engine:
