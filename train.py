@@ -113,6 +113,11 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         done = int(state.step) // updates
         print(f"{stage}: goes on after step {done} of {steps}")
     log.rewind(stage, done)
+    rollouts = workdir / "rollouts.jsonl"
+    if stage == "grpo" and rollouts.exists():  # steps that are run again stand there once
+        lines = rollouts.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= done]
+        rollouts.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     ############################## Train loop ##############################
     for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=stage, unit="step", mininterval=2.0):
@@ -125,10 +130,14 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         refs = [programs.logprobs(reference, batch) if kl > 0 else zeros for batch in batches]
         for _ in range(updates):
             state, update = programs.train_step(state, batches, refs)
-        values = metrics | jax.device_get(update) | {"lr": schedule(step), "seconds": time.perf_counter() - start}
+        values = (
+            metrics
+            | jax.device_get(update)
+            | {"lr": schedule(step * updates - 1), "seconds": time.perf_counter() - start}
+        )
         log.write(stage, step, values)
         if stage == "grpo":
-            with (workdir / "rollouts.jsonl").open("a", encoding="utf-8") as file:
+            with rollouts.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **source.examples}) + "\n")
         every = settings.checkpoint_every
         if step == steps or (every and step % every == 0):
