@@ -2,7 +2,7 @@
 
   python -m rsagent_jax.pretrain --config=configs/tiny_base.py --workdir=runs/tiny_base --out=assets/tiny-base
 
-The file that ships was made by three such runs on end while the recipe was found; assets/tiny-base/training.jsonl is
+The file that ships was made by three such runs on end while the recipe was found; assets/tiny-base-training.jsonl is
 their log. This config is the recipe in one run, and has not yet been run from start to end.
 """
 

@@ -383,7 +383,14 @@ def test_segment(run, tmp_path):
 def test_an_interrupted_training_says_how_to_go_on(data, tmp_path):
     command = [sys.executable, *map(str, grpo(data, tmp_path / "w"))]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run that was started in the background passes on an ignored SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         while not (tmp_path / "w" / "config.json").exists() and process.poll() is None:
