@@ -15,12 +15,13 @@ import time
 import jax
 import numpy as np
 from flax import nnx
+from PIL import Image
 from tqdm import tqdm
 
 from rsagent_jax import entry, sharding
 from rsagent_jax.checkpoint import Checkpoints, load_policy, policy_directory
 from rsagent_jax.config import DataConfig, TrainConfig, to_dict
-from rsagent_jax.data.processor import Processor
+from rsagent_jax.data.processor import Processor, pictures
 from rsagent_jax.data.refcoco import RefCocoIndex, load_refcoco
 from rsagent_jax.data.trajectories import open_records
 from rsagent_jax.metrics import MetricsLog
@@ -31,7 +32,7 @@ from rsagent_jax.rollout.segmenter import open_segmenter
 from rsagent_jax.train.sources import GrpoSource, SftSource
 from rsagent_jax.train.state import create_state, make_optimizer, state_shardings
 from rsagent_jax.train.step import grpo_objective, make_programs, sft_objective
-from rsagent_jax.types import DataError
+from rsagent_jax.types import Batch, DataError
 
 STAGES = ("sft", "grpo")
 
@@ -124,7 +125,7 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         start = time.perf_counter()
         batches, metrics = source.next(state.params, jax.random.fold_in(key, step))
         if step == 1:
-            save_first_batch(workdir / f"first_batch_{stage}.txt", batches[0], processor)
+            save_first_batch(workdir, stage, batches[0], processor, log)
         batches = [jax.device_put(batch, sharding.rows(mesh)) for batch in batches]
         zeros = jax.device_put(np.zeros(batches[0].tokens.shape, np.float32), sharding.rows(mesh))
         refs = [programs.logprobs(reference, batch) if kl > 0 else zeros for batch in batches]
@@ -145,8 +146,8 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
     return state.params
 
 
-def save_first_batch(path: pathlib.Path, batch, processor: Processor) -> None:
-    """The first row as text, trained tokens between [[ ]], so that a person can see what is learned from."""
+def save_first_batch(workdir: pathlib.Path, stage: str, batch: Batch, processor: Processor, log: MetricsLog) -> None:
+    """The first row, for a person to see what is learned from: its text, trained tokens between [[ ]], its images."""
     out, inside = [], False
     for token, trained, segment in zip(batch.tokens[0], batch.loss_mask[0], batch.segment_ids[0], strict=True):
         if segment == 0:
@@ -155,7 +156,14 @@ def save_first_batch(path: pathlib.Path, batch, processor: Processor) -> None:
             out.append("[[" if trained else "]]")
             inside = bool(trained)
         out.append(processor.decode([token]))
+    path = workdir / f"first_batch_{stage}.txt"
     path.write_text("".join(out) + ("]]" if inside else "") + "\n", encoding="utf-8")
+    images = pictures(batch.patches[0], batch.patch_segment_ids[0], batch.patch_positions[0], processor.images)
+    if images:
+        height = max(len(image) for image in images)
+        strip = np.concatenate([np.pad(i, ((0, height - len(i)), (0, 4), (0, 0))) for i in images], axis=1)
+        Image.fromarray(strip).save(path.with_suffix(".png"))
+        log.image(f"{stage}/first_batch", strip, 1)
 
 
 if __name__ == "__main__":

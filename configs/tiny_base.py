@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
             eval_every=250,
             eval_scenes=256,
             workers=1,
-            see=dict(steps=500, rows=64, lr=3e-3, warmup=50, tokens=64),
-            ground=dict(steps=2800, rows=24, lr=1.5e-3, warmup=100, tokens=224),
+            see=dict(steps=1200, rows=64, lr=3e-3, warmup=50, tokens=64),
+            ground=dict(steps=2200, rows=24, lr=1.5e-3, warmup=100, tokens=224),
         )
     )

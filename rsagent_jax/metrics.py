@@ -7,6 +7,8 @@ import math
 import pathlib
 import sys
 
+import numpy as np
+
 from rsagent_jax.types import DataError
 
 # tensorboardX imports torch wherever it is installed, only to accept tensors; this side never loads torch.
@@ -47,6 +49,10 @@ class MetricsLog:
             raise DataError(
                 f"{stage} step {step}: the loss is {values['loss']}; lower the learning rate or see l2_grads"
             )
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        """u8[h, w, 3], for TensorBoard."""
+        self.events.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         self.events.close()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from rsagent_jax.agent.replay import replay
 
@@ -44,7 +45,10 @@ def test_training_leaves_metrics_of_both_stages_and_checkpoints(work):
     )
     assert (work / "train/config.json").exists()
     assert (work / "train/checkpoints/grpo/2").exists()
-    assert "[[<think" in (work / "train/first_batch_sft.txt").read_text()
+    for stage in ("sft", "grpo"):
+        assert "[[" in (work / f"train/first_batch_{stage}.txt").read_text()
+        with Image.open(work / f"train/first_batch_{stage}.png") as strip:
+            assert strip.width % (112 + 4) == 0 and strip.height == 112  # one image of the row after the other
 
 
 def test_evaluation_leaves_results_predictions_and_a_report_and_a_trajectory_replays(work):

@@ -24,6 +24,8 @@ MAX_NAME_CHARS = 60  # longer queries are called "the target" in thoughts
 
 _CLICK = ("{Name} is here; I click on it.", "I see {name}; I click on its middle.", "A click on {name}.")
 _BOX = ("{Name} is here; I draw a box.", "I see {name}; I box it.", "A box around {name}.")
+# A wrong guess is announced as a guess, so that what is learnt from it does not blur the sure first actions.
+_GUESS = ("Perhaps this is {name}; I try.", "Maybe {name} is here; I try.")
 _AGAIN = ("That is not {name}; I try again.", "The mask is wrong; I look for {name} again.")
 _MISSING = ("The mask misses a part; I add a click.", "A part of {name} is missing; I add it.")
 _EXTRA = ("The mask covers too much; I mark the background.", "This part is not {name}; I remove it.")
@@ -56,7 +58,8 @@ class Oracle:
             wrong = not state.turns and self.rng.random() < self.config.wrong_first
             use_box = self.rng.random() < self.config.box
             target = self._elsewhere(state.image, gt_mask, use_box) if wrong else gt_mask
-            return self._say(_BOX if use_box else _CLICK, state, _prompt(state.view, target, use_box))
+            thoughts = _GUESS if wrong else _BOX if use_box else _CLICK
+            return self._say(thoughts, state, _prompt(state.view, target, use_box))
         if ious[-1] < RESTART_IOU:
             # A box has no doubt about size, so it is the second try whatever the first one was; then a click.
             return self._say(_AGAIN, state, _prompt(state.view, gt_mask, use_box=len(ious) % 2 == 1))

@@ -17,6 +17,19 @@ PATCHES = 64
 MAX_OBJECTS = 6
 COLORS, SHAPES, SIZES = tuple(scenes.COLORS), scenes.SHAPES, tuple(scenes.SIZES)
 
+# Grounding in other words than Qwen's, so that the skill does not hang on one template. None is a tool's.
+FREE_SHARE = 0.6
+_ASK = (
+    'Where is "{name}"?', 'Find "{name}".', 'Look at "{name}" in this {side}x{side} image.', 'I look for "{name}".',
+    'Show "{name}" in the image.', '"{name}": where is it?',
+)  # fmt: skip
+_SAY = (
+    "{Name} is here; {at}", "I see {name}; it is at {at}.", "It is here: {at}", '{{"label": "{name}", "{key}": {at}}}',
+    '{{"{key}": {at}}}', "{name} {at}", "{at}", "I look at {name}.\n{at}", "{Name} is in the image.\n{{{key}: {at}}}",
+    "Here it is.\n[{at}]",
+)  # fmt: skip
+_KEYS = {4: ("bbox", "bbox_2d", "xyxy", "at"), 2: ("point", "point_2d", "xy", "at")}
+
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -46,7 +59,8 @@ class Question:
 
     ask: str
     answer: str
-    objects: tuple[int, ...]
+    objects: tuple[int, ...] = ()
+    coordinates: int = 4  # of each object: the last numbers of its part of the answer
 
 
 class SceneRows:
@@ -65,7 +79,7 @@ class SceneRows:
 
     def _row(self, rng: np.random.Generator, length: int, talk: bool) -> Rows:
         scene = self.scene(rng)
-        turns = [self._question(rng, scene) for _ in range(6)] if talk else [Question("", "", ())]
+        turns = [self._question(rng, scene) for _ in range(8)] if talk else [Question("", "")]
         if talk and rng.random() < self.all_share:
             turns.insert(0, _all_objects(scene))
         return self.row(scene, turns, length)
@@ -115,15 +129,15 @@ class SceneRows:
                 break
             ids += [asked, said]
             mask += [np.zeros(len(asked), bool), np.ones(len(said), bool)]
-            target += [np.zeros(len(asked), np.int32), self._targets(said, turn.objects)]
+            target += [np.zeros(len(asked), np.int32), self._targets(said, turn)]
         return np.concatenate(ids), np.concatenate(mask), np.concatenate(target)
 
-    def _targets(self, said: np.ndarray, objects: tuple[int, ...]) -> np.ndarray:
-        """Marks each object's coordinates. An object has one other number before them: the 2 of bbox_2d or point_2d."""
+    def _targets(self, said: np.ndarray, turn: Question) -> np.ndarray:
+        """Marks each object's coordinates; numbers before them (the 2 of bbox_2d) are not."""
         out = np.zeros(len(said), np.int32)
-        if objects:
-            at = np.flatnonzero(np.isin(said, self.numbers)).reshape(len(objects), -1)[:, 1:]
-            out[at] = 1 + np.array(objects)[:, None]
+        if turn.objects:
+            at = np.flatnonzero(np.isin(said, self.numbers)).reshape(len(turn.objects), -1)[:, -turn.coordinates :]
+            out[at] = 1 + np.array(turn.objects)[:, None]
         return out
 
     def _question(self, rng, scene: scenes.Scene) -> Question:
@@ -132,17 +146,30 @@ class SceneRows:
         objects = sorted({e.object_index for e in pool})
         index = int(rng.choice(objects))
         text = rng.choice([e.text for e in pool if e.object_index == index])
-        return question(text, scene, index, point=rng.random() < 0.5)
+        point = rng.random() < 0.5
+        if rng.random() < FREE_SHARE:
+            return free_question(rng, text, scene, index, point)
+        return question(text, scene, index, point)
 
 
 def question(text: str, scene: scenes.Scene, index: int, point: bool) -> Question:
     """Qwen2.5-VL's grounding question about one object, and its answer."""
     thing = scene.objects[index]
     if point:
-        return Question(
-            prompts.ground_point_question(text), prompts.ground_point_answer([thing.point], [text]), (index,)
-        )
+        answer = prompts.ground_point_answer([thing.point], [text])
+        return Question(prompts.ground_point_question(text), answer, (index,), 2)
     return Question(prompts.ground_box_question(text), prompts.ground_box_answer([thing.box], [text]), (index,))
+
+
+def free_question(rng: np.random.Generator, text: str, scene: scenes.Scene, index: int, point: bool) -> Question:
+    """The same in free words, drawn at random. The answer's shape is asked for by nothing but the word for it."""
+    thing = scene.objects[index]
+    values = [round(float(v)) for v in (thing.point if point else thing.box)]
+    ask = _ASK[rng.integers(len(_ASK))] + (" point" if point else " bbox")
+    key = _KEYS[len(values)][rng.integers(4)]
+    say = _SAY[rng.integers(len(_SAY))]
+    answer = say.format(name=text, Name=text[0].upper() + text[1:], key=key, at=values)
+    return Question(ask.format(name=text, side=SIDE), answer, (index,), len(values))
 
 
 def _all_objects(scene: scenes.Scene) -> Question:

@@ -130,3 +130,20 @@ def image_patches(image: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, G
     x = x.transpose(0, 3, 1, 4, 6, 2, 5)  # merge row, merge column, row, column, channel, y, x
     x = np.repeat(x[:, :, :, :, :, None], config.temporal_patch_size, axis=5)
     return np.ascontiguousarray(x.reshape(grid[1] * grid[2], -1)), grid
+
+
+def pictures(
+    patches: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray, config: ImageConfig
+) -> list[np.ndarray]:
+    """The images of one row's patch buffer as the policy sees them: list of u8[h, w, 3]. Undoes `image_patches`."""
+    out = []
+    for number in range(1, int(segment_ids.max(initial=0)) + 1):
+        here = segment_ids == number
+        x = patches[here].reshape(-1, 3, config.temporal_patch_size, config.patch_size, config.patch_size)[:, :, 0]
+        x = x * np.asarray(config.std, np.float32)[:, None, None] + np.asarray(config.mean, np.float32)[:, None, None]
+        (rows, cols), (h, w) = positions[here].T, positions[here].max(0) + 1
+        grid = np.zeros((h, w, *x.shape[1:]), np.float32)
+        grid[rows, cols] = x
+        image = grid.transpose(0, 3, 1, 4, 2).reshape(h * config.patch_size, w * config.patch_size, 3)
+        out.append(np.clip(np.round(image * 255), 0, 255).astype(np.uint8))
+    return out

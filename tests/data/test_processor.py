@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.data import tiny_vocab
-from rsagent_jax.data.processor import ImageConfig, Processor, image_patches
-from rsagent_jax.models.qwen25_vl.positions import mrope_positions
+from rsagent_jax.data.processor import ImageConfig, Processor, image_patches, pictures
+from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, mrope_positions
 from rsagent_jax.types import DataError
 from tests.rollout import small
 
@@ -34,6 +34,21 @@ def test_patches_are_those_of_transformers(limits):
         assert [list(grid)] == wanted["image_grid_thw"].tolist(), (h, w)
         assert patches.dtype == np.float32
         np.testing.assert_allclose(patches, wanted["pixel_values"], rtol=0, atol=1e-6, err_msg=f"{h}x{w}")
+
+
+def test_a_rows_pictures_come_back_from_its_patch_buffer():
+    """Two images, one of which leaves windows partly empty."""
+    processor = small.processor()
+    config = dataclasses.replace(processor.images, limits=PixelLimits(28, 3136, 12_845_056))
+    images = [picture(112, 112, seed=0), picture(56, 140, seed=1)]
+    patches, grids = zip(*[image_patches(i, config) for i in images], strict=True)
+    is_image = np.ones(16 + 10, bool)
+    buffer = fill_patch_buffer(np.concatenate(patches), grids, is_image, 256, processor.config.vision)
+    found = pictures(buffer.patches, buffer.segment_ids, buffer.positions, config)
+    assert len(found) == 2
+    for image, back in zip(images, found, strict=True):
+        np.testing.assert_array_equal(back, image)
+    assert pictures(buffer.patches, np.zeros_like(buffer.segment_ids), buffer.positions, config) == []
 
 
 def test_a_picture_of_the_right_size_is_not_resampled():
