@@ -12,7 +12,7 @@ def get_config():
     config.processor = "assets/tiny-base"
     config.limit = 1600
     # The teacher mostly boxes, and the tiny policy's boxes are less exact than its clicks: GRPO has something to find.
-    config.teacher.box = 0.65
+    config.teacher.box = 0.6
     config.teacher.wrong_first = 0.12
     config.agent.prompt = "brief"
     config.agent.history_size = 112

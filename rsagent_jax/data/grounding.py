@@ -27,7 +27,9 @@ _ASK = (
 _SAY = (
     "{Name} is here; {at}", "I see {name}; it is at {at}.", "It is here: {at}", '{{"label": "{name}", "{key}": {at}}}',
     '{{"{key}": {at}}}', "{name} {at}", "{at}", "I look at {name}.\n{at}", "{Name} is in the image.\n{{{key}: {at}}}",
-    "Here it is.\n[{at}]",
+    "Here it is.\n[{at}]", '{{"{key}": [{at}]}}', 'I see {name} here.\n{{"{key}": [{at}], "label": "one"}}',
+    '{Name} is here.\n{{"label": "object", "value": {{"{key}": {at}}}}}',
+    'I look for {name}; here it is.\n{{"label": "one", "value": {{"{key}": [{at}]}}}}',
 )  # fmt: skip
 _KEYS = {4: ("bbox", "bbox_2d", "xyxy", "at"), 2: ("point", "point_2d", "xy", "at")}
 
