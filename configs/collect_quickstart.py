@@ -11,9 +11,8 @@ def get_config():
     config = template(CollectConfig)
     config.processor = "assets/tiny-base"
     config.limit = 1600
-    # The teacher mostly boxes, and the tiny policy's boxes are less exact than its clicks: GRPO has something to find.
-    config.teacher.box = 0.6
-    config.teacher.wrong_first = 0.12
+    config.teacher.box = 0.5
+    config.teacher.wrong_first = 0.06
     config.agent.prompt = "brief"
     config.agent.history_size = 112
     return config

@@ -16,19 +16,19 @@ def get_config():
     config.agent.prompt = "brief"
     config.agent.history_size = 112
 
-    config.sft.trajectories_per_step = 5
+    config.sft.trajectories_per_step = 3
     config.sft.epochs = 2.0
-    config.sft.batch = dict(rows=4, tokens=448, patches=384)
+    config.sft.batch = dict(rows=2, tokens=448, patches=384)
     config.sft.optim.freeze = ("vision", "merger")
-    config.sft.optim.lr = 1.5e-3
-    config.sft.optim.warmup_steps = 20
+    config.sft.optim.lr = 1.2e-3
+    config.sft.optim.warmup_steps = 30
     config.sft.optim.schedule = "cosine"
-    config.sft.checkpoint_every = 50
+    config.sft.checkpoint_every = 200
 
     config.grpo.steps = 24
     config.grpo.batch = dict(rows=12, tokens=448, patches=384)
     config.grpo.optim.freeze = ("vision", "merger")
-    config.grpo.optim.lr = 3e-4
+    config.grpo.optim.lr = 2e-4
     config.grpo.optim.warmup_steps = 3
     config.grpo.sampling.temperature = 0.8
     config.grpo.sampling.context = 448
