@@ -20,7 +20,7 @@ def get_config():
     config.sft.epochs = 2.0
     config.sft.batch = dict(rows=2, tokens=448, patches=384)
     config.sft.optim.freeze = ("vision", "merger")
-    config.sft.optim.lr = 1.2e-3
+    config.sft.optim.lr = 8e-4
     config.sft.optim.warmup_steps = 30
     config.sft.optim.schedule = "cosine"
     config.sft.checkpoint_every = 200
