@@ -23,6 +23,7 @@ from rsagent_jax.rollout.policy import Request
 from rsagent_jax.types import Completion, DataError
 
 MIN_TOKENS = 64  # smallest rung of the prefill ladder
+PLACES = 128  # smallest rung of the ladder of cache places that a call reads
 
 
 @jax.tree_util.register_dataclass
@@ -49,9 +50,13 @@ class Engine:
         self.max_new_tokens, self.patches = sampling.max_new_tokens, sampling.patches
         self.key = key
         self.graphdef, self.params = nnx.split(model, nnx.Param)
-        self._prefill = jax.jit(functools.partial(_prefill, self.graphdef, self.dtype), donate_argnums=1)
+        self._prefill = jax.jit(
+            functools.partial(_prefill, self.graphdef, self.dtype), donate_argnums=1, static_argnames="places"
+        )
         self._decode = jax.jit(
-            functools.partial(_decode, self.graphdef, self.dtype, sampling, terminator_id), donate_argnums=1
+            functools.partial(_decode, self.graphdef, self.dtype, sampling, terminator_id),
+            donate_argnums=1,
+            static_argnames="places",
         )
         self._empty = jax.jit(functools.partial(Cache.empty, self.config.text, self.slots, self.context, self.dtype))
         self.begin()
@@ -63,21 +68,36 @@ class Engine:
     def begin(self) -> None:
         self.cache = None  # freed before the new one is made
         self.cache = self._empty()
+        self.lengths = np.zeros(self.slots, np.int32)  # of the cache, on the host
 
     def turn(self, requests: Sequence[Request]) -> list[Completion]:
         append = self._gather(requests)
-        self.cache, hidden = self._prefill(self.params, self.cache, append)
+        places = self._places(requests, append.tokens.shape[1])
+        self.cache, hidden = self._prefill(self.params, self.cache, append, places=places)
+        self.lengths += append.counts
         uids, turns, starts = (np.zeros(self.slots, np.int32) for _ in range(3))
         active = np.zeros(self.slots, bool)
         for r in requests:
             uids[r.slot], turns[r.slot], starts[r.slot], active[r.slot] = r.task.uid, r.turn, r.position, True
-        self.cache, *out = self._decode(self.params, self.cache, hidden, self.key, uids, turns, starts, active)
+        places = self._places(requests, self.max_new_tokens)
+        self.cache, *out = self._decode(
+            self.params, self.cache, hidden, self.key, uids, turns, starts, active, places=places
+        )
         tokens, logprobs, counts, finished = jax.device_get(out)
+        self.lengths += counts - finished
         return [
             Completion(tokens[r.slot, :n], logprobs[r.slot, :n], bool(finished[r.slot]))
             for r in requests
             for n in [int(counts[r.slot])]
         ]
+
+    def _places(self, requests: Sequence[Request], more: int) -> int:
+        """How much of the cache a call that appends `more` tokens to these slots can touch, as a rung of a ladder.
+
+        Other slots may be longer: what they compute is not used, and what they would write is dropped.
+        """
+        longest = max(int(self.lengths[r.slot]) for r in requests)
+        return min(_rung(longest + more, PLACES), self.context)
 
     def _gather(self, requests: Sequence[Request]) -> Append:
         vision = self.config.vision
@@ -107,7 +127,7 @@ class Engine:
         return out
 
 
-def _prefill(graphdef, dtype, params, cache: Cache, append: Append):
+def _prefill(graphdef, dtype, params, cache: Cache, append: Append, *, places: int):
     """Appends to every slot with tokens; returns the cache and the hidden state [S, D] after each slot's last token."""
     model = nnx.merge(graphdef, params)
     x = model.embed(
@@ -118,15 +138,32 @@ def _prefill(graphdef, dtype, params, cache: Cache, append: Append):
         append.image_slots,
         dtype=dtype,
     )
-    hidden, cache = model.decoder.append(x, append.positions, cache)
+    hidden, head = model.decoder.append(x, append.positions, cache.head(places))
+    cache = cache.with_head(head)
     last = jnp.take_along_axis(hidden, jnp.maximum(append.counts - 1, 0)[:, None, None], axis=1)[:, 0]
     return dataclasses.replace(cache, lengths=cache.lengths + append.counts), last
 
 
 def _decode(
-    graphdef, dtype, sampling: SamplingConfig, terminator, params, cache, hidden, key, uids, turns, starts, active
+    graphdef,
+    dtype,
+    sampling: SamplingConfig,
+    terminator,
+    params,
+    cache,
+    hidden,
+    key,
+    uids,
+    turns,
+    starts,
+    active,
+    *,
+    places,
 ):
-    """Samples at most max_new_tokens per active slot. The terminator is returned but not appended to the cache."""
+    """Samples at most max_new_tokens per active slot. The terminator is returned but not appended to the cache.
+
+    Only the first `places` of the cache are read, which the host knows to be enough.
+    """
     model = nnx.merge(graphdef, params)
     slots, budget = len(uids), sampling.max_new_tokens
     keys = jax.vmap(lambda u, t: jax.random.fold_in(jax.random.fold_in(key, u), t))(uids, turns)
@@ -147,7 +184,7 @@ def _decode(
 
     start = (
         jnp.int32(0),
-        cache,
+        cache.head(places),
         hidden,
         active,
         jnp.zeros((slots, budget), jnp.int32),
@@ -155,10 +192,10 @@ def _decode(
         jnp.zeros(slots, jnp.int32),
         jnp.zeros(slots, bool),
     )
-    _, cache, _, _, tokens, logprobs, counts, finished = jax.lax.while_loop(
+    _, head, _, _, tokens, logprobs, counts, finished = jax.lax.while_loop(
         lambda c: (c[0] < budget) & jnp.any(c[3]), step, start
     )
-    return cache, tokens, logprobs, counts, finished
+    return cache.with_head(head), tokens, logprobs, counts, finished
 
 
 def _sample(logits_SV, temperature: float, keys, step):

@@ -150,12 +150,11 @@ def test_ragged_work_compiles_a_bounded_number_of_programs(engine, trajectories)
     }
     tasks = [task(i, uid=50 + i, h=84 + 14 * (i % 3), w=100 + 9 * i) for i in range(7)]
     engine_trajectories(tasks, scripts, eng=engine)
-    # prefill: tokens 64, 128, 256 by patches 16, 32, 64, 128; decode has one shape
-    assert engine._prefill._cache_size() <= 12
-    assert engine._decode._cache_size() == 1
-    before = engine._prefill._cache_size()
+    # decode: 128, 256, 512 places of the cache; prefill: tokens 64, 128, 256 by patches 16, 32, 64, 128 by the places
+    before = engine._prefill._cache_size(), engine._decode._cache_size()
+    assert before[0] <= 36 and before[1] <= 3
     engine_trajectories(tasks[::-1], scripts, eng=engine)
-    assert (engine._prefill._cache_size(), engine._decode._cache_size()) == (before, 1)
+    assert (engine._prefill._cache_size(), engine._decode._cache_size()) == before
 
 
 def test_begin_forgets_every_slot_without_compiling_again(engine, caplog):
