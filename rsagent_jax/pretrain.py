@@ -8,7 +8,7 @@ and says its colour, shape and size in the decoder's own words. `ground`: the wh
 questions (all objects; one by box; one by point), on the same in free words, and on lists of names and places, with
 the losses of `see` as auxiliary ones and one attention head told where to look: at a coordinate its object, at a
 colour, shape or size all that has it. It never sees the tools. Coordinates are trained towards a narrow bell over
-neighbouring numbers, so that near misses are told from far ones.
+neighbouring numbers, so that near misses are told from far ones. With --config.init=DIR and no steps it only evaluates.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import pathlib
 import time
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -282,30 +283,46 @@ def optimizer(stage: StageConfig, weight_decay: float) -> optax.GradientTransfor
 
 
 def evaluate(model: Qwen25VL, maker: SceneRows, seed: int, count: int) -> dict[str, float]:
-    """Greedy answers (teacher-forced up to each coordinate) on unseen scenes: box IoU and clicks that hit, by kind."""
+    """Greedy answers on unseen scenes: box IoU, and clicks that hit, by kind of sentence.
+
+    The answer's format is given; every coordinate is read with the policy's own earlier ones before it.
+    """
     lookup = {int(maker.processor.encode(str(n))[0]): n for n in range(SIDE)}
     rng = np.random.default_rng((seed, 999))
-    rows, truth, results = [], [], {}
-    for _ in range(count):
-        scene = maker.scene(rng)
-        for point in (False, True):
-            said = scene.expressions[rng.integers(len(scene.expressions))]
-            thing = scene.objects[said.object_index]
-            rows.append(maker.row(scene, [grounding.question(said.text, scene, said.object_index, point)], 128))
-            truth.append((said.kind, point, thing))
+    cases = [(maker.scene(rng), point) for point in (False, True) for _ in range(count)]
+    said = [scene.expressions[rng.integers(len(scene.expressions))] for scene, _ in cases]
+    rows = [
+        maker.row(scene, [grounding.question(s.text, scene, s.object_index, point)], 128)
+        for (scene, point), s in zip(cases, said, strict=True)
+    ]
     forward = nnx.jit(lambda m, r: jnp.argmax(m.logits(_hidden(m, r)[0]), axis=-1))
+    results = collections.defaultdict(list)
     for i in range(0, len(rows), 64):
         batch = jax.tree.map(lambda *a: np.stack(a), *rows[i : i + 64])
-        answers = np.asarray(forward(model, batch))
-        for tokens, mask, answer, (kind, point, thing) in zip(
-            batch.tokens, batch.loss_mask, answers, truth[i : i + 64], strict=True
-        ):
-            at = [t for t in np.flatnonzero(mask) if int(tokens[t]) in lookup][-2 if point else -4 :]
-            guess = [lookup.get(int(answer[t - 1]), 0) for t in at]
-            key = f"{'click' if point else 'iou'}_{kind}"
+        at = [
+            [t for t in np.flatnonzero(mask) if int(row[t]) in lookup][-2 if point else -4 :]
+            for row, mask, (_, point) in zip(batch.tokens, batch.loss_mask, cases[i : i + 64], strict=True)
+        ]
+        tokens = fill_in(lambda rows: forward(model, rows), batch, at)
+        for row, places, (scene, point), s in zip(tokens, at, cases[i : i + 64], said[i : i + 64], strict=True):
+            guess, thing = [lookup.get(int(row[t]), 0) for t in places], scene.objects[s.object_index]
             value = float(thing.mask[guess[1], guess[0]]) if point else _box_iou(guess, thing.box)
-            results.setdefault(key, []).append(value)
-    return {k: float(np.mean(v)) for k, v in sorted(results.items())}
+            results[f"{'click' if point else 'iou'}_{s.kind}"].append(value)
+    return {k: round(float(np.mean(v)), 4) for k, v in sorted(results.items())}
+
+
+def fill_in(forward: Callable[[Rows], jax.Array], rows: Rows, at: Sequence[Sequence[int]]) -> np.ndarray:
+    """i32[B, T]: the tokens of `rows` with places `at[b]` replaced, first to last, by what the policy says there.
+
+    `forward` gives the token that the policy predicts after each place.
+    """
+    tokens = np.array(rows.tokens)
+    for k in range(max(map(len, at))):
+        said = np.asarray(forward(dataclasses.replace(rows, tokens=tokens)))
+        for b, places in enumerate(at):
+            if k < len(places):
+                tokens[b, places[k]] = said[b, places[k] - 1]
+    return tokens
 
 
 def _box_iou(a, b) -> float:
@@ -333,7 +350,12 @@ def run(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -> Non
     opening = processor.encode(prompts.opening(prompts.BASE_SYSTEM, ""))
     image_at = int(np.flatnonzero(opening == processor.image_id)[0])
     targets = jnp.asarray(number_targets(processor, config.vocab_size, config.sigma))
-    log = (workdir / "pretrain.jsonl").open("a", encoding="utf-8")
+    log = (workdir / "pretrain.jsonl").open("a", encoding="utf-8", buffering=1)
+
+    def write(record: dict) -> None:
+        print(json.dumps(record), flush=True)
+        log.write(json.dumps(record) + "\n")
+
     for number, (name, stage) in enumerate((("see", config.see), ("ground", config.ground))):
         if stage.steps == 0:
             continue
@@ -351,15 +373,15 @@ def run(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -> Non
                 if step % 50 == 0:
                     record = {"stage": name, "step": step, "seconds": round(time.time() - start, 1)}
                     record |= {k: round(float(v), 4) for k, v in metrics.items()}
-                    if name == "ground" and (step % config.eval_every == 0 or step == stage.steps):
+                    if name == "ground" and step % config.eval_every == 0 and step < stage.steps:
                         model, head = nnx.merge(graphdef, params)
                         record |= evaluate(model, maker, config.seed, config.eval_scenes)
                         convert.save_model(model, out, raw)
-                    print(json.dumps(record), flush=True)
-                    log.write(json.dumps(record) + "\n")
-                    log.flush()
+                    write(record)
         model, head = nnx.merge(graphdef, params)
     convert.save_model(model, out, raw)
+    write({"stage": "end", **evaluate(model, maker, config.seed, config.eval_scenes)})
+    log.close()
 
 
 def _ahead(pool, jobs, n: int = 16):

@@ -32,11 +32,11 @@ def trained(tmp_path_factory):
 
 
 def test_a_run_leaves_its_log_and_a_policy_in_the_hub_format(trained):
-    see, ground = (json.loads(line) for line in (trained / "pretrain.jsonl").read_text().splitlines())
+    see, ground, end = (json.loads(line) for line in (trained / "pretrain.jsonl").read_text().splitlines())
     assert (see["stage"], see["step"], ground["stage"], ground["step"]) == ("see", 50, "ground", 50)
     assert {"aux", "corners", "names"} <= set(see)
-    assert {"lm", "look", "words", "click_attribute", "iou_attribute"} <= set(ground)
-    assert all(np.isfinite(v) for r in (see, ground) for k, v in r.items() if k != "stage")
+    assert {"lm", "look", "words"} <= set(ground) and {"stage", "click_attribute", "iou_attribute"} <= set(end)
+    assert all(np.isfinite(v) for r in (see, ground, end) for k, v in r.items() if k != "stage")
     assert load_policy(trained / "out").config.text.hidden_size == 32
 
 
@@ -71,6 +71,29 @@ def test_the_losses_on_words_and_looks_are_those_of_numpy(trained):
     _, metrics = pretrain.ground_loss(model, head, rows, targets, config, image_at, maker.numbers, maker.words)
     assert float(metrics["look"]) == pytest.approx(np.mean(parts["objects"]), rel=1e-4)
     assert float(metrics["words"]) == pytest.approx(np.mean(parts["words"]), rel=1e-4)
+
+
+def test_coordinates_are_read_with_the_policys_own_before_them(trained):
+    maker = SceneRows(Processor.load(trained / "out"), 0.4, 0.25)
+    rows = maker.make((1, 3), rows=2, tokens=208)
+    at = [[9, 12, 13], [20]]
+    truth = rows.tokens.copy()
+    tokens = pretrain.fill_in(lambda r: r.tokens + 5, rows, at)  # a policy that says: the last token plus five
+    assert tokens[0, [9, 12, 13]].tolist() == [truth[0, 8] + 5, truth[0, 11] + 5, truth[0, 11] + 10]
+    assert tokens[1, 20] == truth[1, 19] + 5
+    tokens[0, [9, 12, 13]], tokens[1, 20] = truth[0, [9, 12, 13]], truth[1, 20]
+    np.testing.assert_array_equal(tokens, truth)
+
+
+def test_no_steps_only_evaluate(trained, tmp_path, capsys):
+    config = small_config()
+    none = dict(init=str(trained / "out"), see=dataclasses.replace(config.see, steps=0))
+    pretrain.run(dataclasses.replace(config, ground=none["see"], **none), tmp_path, tmp_path / "out")
+    printed = json.loads(capsys.readouterr().out)
+    assert printed.pop("stage") == "end" and set(printed) >= {"click_attribute", "iou_attribute"}
+    assert all(0 <= v <= 1 for v in printed.values())
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (trained / "out" / name).read_bytes()
 
 
 def test_a_stage_without_room_for_its_warm_up_is_one_error():
