@@ -2,8 +2,10 @@
 
 A prompt becomes a trimap (certain / probable, object / background), one GrabCut iteration cuts it. Pixels outside a box
 are certain background, so only the box and a frame around it are looked at: a third of the time, and background
-statistics from where they matter. Measured on coloured shapes over photographs at 112 x 112, the IoU with one iteration
-equals that with five.
+statistics from where they matter. Without a box, a click's object starts as all that is joined to it in about its
+colour: from a small disc alone, most of an object counts as background at first, and stays there. Measured on 120
+coloured shapes over photographs at 112 x 112, a click in the middle: mean IoU 0.40 from the disc, 0.90 with its colour;
+an exact box: 0.81.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ ITERATIONS = 1
 BOX_MARGIN = 2  # working pixels around a box that may still be object
 CORE_RADIUS = 2  # working pixels around a click that are certain
 DISC_SHARE = 14  # a click's disc of probable object has radius side / DISC_SHARE
+BLUR = 5  # working pixels of the median filter before a click's colour is compared
+TOLERANCE = 42  # of 255, in each channel: how far a click's colour reaches
 RING = 6  # working pixels around the mask that the score compares it with
 
 
@@ -29,6 +33,7 @@ class Encoding:
     """The working copy, and the size it came from."""
 
     pixels: np.ndarray  # u8[h', w', 3]
+    smooth: np.ndarray  # u8[h', w', 3], the same after a median filter
     height: int
     width: int
     flat: bool  # one colour: there is nothing to cut along
@@ -52,7 +57,7 @@ class GrabCut:
         else:
             pixels = np.array(image, order="C")  # a copy: the caller may change theirs, or it views a message's bytes
         flat = bool((pixels == pixels[0, 0]).all())
-        return Encoding(pixels, height, width, flat), pixels.nbytes
+        return Encoding(pixels, cv2.medianBlur(pixels, BLUR), height, width, flat), 2 * pixels.nbytes
 
     def decode(self, encoding: Encoding, request: SegmentRequest, logits: np.ndarray | None) -> Decoded:
         """`logits` are the working mask packed to bits, u8[ceil(h' * w' / 8)]."""
@@ -61,7 +66,7 @@ class GrabCut:
         if logits is not None:
             start = np.unpackbits(logits, count=shape[0] * shape[1]).reshape(shape).astype(bool)
         prompt = _to_working(request, encoding)
-        trimap = _trimap(prompt, shape, start)
+        trimap = _trimap(prompt, encoding, start)
         found, score = _cut(encoding, trimap, prompt)
         mask = found
         if shape != (encoding.height, encoding.width):
@@ -99,12 +104,16 @@ def _to_working(request: SegmentRequest, encoding: Encoding) -> _Prompt:
     return _Prompt(box, objects, backgrounds, bool(request.refine))
 
 
-def _trimap(prompt: _Prompt, shape: tuple[int, int], start: np.ndarray | None) -> np.ndarray:
-    """u8[h', w'] of cv2.GC_*. Later strokes win: mask, discs, certain cores, what a box excludes."""
+def _trimap(prompt: _Prompt, encoding: Encoding, start: np.ndarray | None) -> np.ndarray:
+    """u8[h', w'] of cv2.GC_*. Later strokes win: mask or colours, discs, certain cores, what a box excludes."""
+    shape = encoding.pixels.shape[:2]
     if start is not None:
         trimap = np.where(start, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
     else:
         trimap = np.full(shape, cv2.GC_PR_BGD if prompt.box is None else cv2.GC_PR_FGD, np.uint8)
+        if prompt.box is None:
+            for click in prompt.objects:
+                trimap[_same_colour(encoding, click)] = cv2.GC_PR_FGD
     radius = max(CORE_RADIUS, round(min(shape) / DISC_SHARE))
     strokes = (
         (prompt.objects, radius, cv2.GC_PR_FGD),
@@ -121,6 +130,15 @@ def _trimap(prompt: _Prompt, shape: tuple[int, int], start: np.ndarray | None) -
         outside[y0:y1, x0:x1] = False
         trimap[outside] = cv2.GC_BGD
     return trimap
+
+
+def _same_colour(encoding: Encoding, click: tuple[int, int]) -> np.ndarray:
+    """bool[h', w']: what is joined to the click by pixels within TOLERANCE of its colour."""
+    shape = encoding.pixels.shape[:2]
+    reached, within = np.zeros((shape[0] + 2, shape[1] + 2), np.uint8), (TOLERANCE,) * 3
+    flags = 4 | cv2.FLOODFILL_MASK_ONLY | cv2.FLOODFILL_FIXED_RANGE | (1 << 8)  # 4 neighbours; writes 1 into `reached`
+    cv2.floodFill(encoding.smooth, reached, click, 0, within, within, flags)
+    return reached[1:-1, 1:-1].astype(bool)
 
 
 def _cut(encoding: Encoding, trimap: np.ndarray, prompt: _Prompt) -> tuple[np.ndarray, float]:
