@@ -71,6 +71,9 @@ def is_frozen(params: nnx.State, parts: tuple[str, ...]) -> nnx.State:
     """True for every parameter that belongs to one of `parts` (PARTS)."""
     if unknown := [part for part in parts if part not in PARTS]:
         raise DataError(f"optim.freeze: unknown {', '.join(unknown)}; parts are {', '.join(PARTS)}")
+    paths = [_dotted(path) for path, _ in nnx.to_flat_state(params)]
+    if absent := [part for part in parts if not any(path.startswith(PARTS[part]) for path in paths)]:
+        raise DataError(f"optim.freeze: this policy has no {', '.join(absent)} (a tied head is frozen with embed)")
     prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
     flat = [(path, leaf.replace(_dotted(path).startswith(prefixes))) for path, leaf in nnx.to_flat_state(params)]
     return nnx.from_flat_state(flat)

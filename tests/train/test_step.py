@@ -31,6 +31,9 @@ def test_the_parts_that_can_be_frozen_cover_every_parameter_once(params):
     assert found["embed"] == {"decoder.embed"} and found["head"] == {"decoder.lm_head"}
     with pytest.raises(DataError, match=r"optim\.freeze: unknown visoin; parts are vision, merger"):
         is_frozen(params, ("visoin",))
+    tied = nnx.from_flat_state([(k, v) for k, v in nnx.to_flat_state(params) if k[-1] != "lm_head"])
+    with pytest.raises(DataError, match="this policy has no head"):
+        is_frozen(tied, ("vision", "head"))
 
 
 def test_an_update_leaves_frozen_parts_alone_and_clips_by_the_norm_of_the_rest(params):
