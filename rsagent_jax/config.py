@@ -171,7 +171,8 @@ class GrpoConfig:
     kl_estimator: str = "k3"
     normalize: str = "token"  # token | sequence | constant
     tis_clip: float = 2.0  # truncated importance sampling between engine and trainer; 0 = off
-    drop_zero_variance: bool = True
+    drop_zero_variance: bool = True  # groups that have nothing to teach are not trained on
+    min_spread: float = 0.0  # of a group's rewards; with less it counts as one of those
     mask_overlong: bool = False  # MAX_CONTEXT trajectories are not trained on
     reward: tuple[RewardGroup, ...] = DEFAULT_REWARD
     data: DataConfig = DataConfig()

@@ -39,8 +39,9 @@ def leave_one_out(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return (centred * count / np.maximum(count - 1, 1)).astype(np.float32)
 
 
-def zero_variance(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """bool[n]: groups with nothing to learn from, to be dropped or refilled: all valid rewards equal, or fewer than 2.
+def zero_variance(rewards: np.ndarray, valid: np.ndarray, spread: float = _SPREAD) -> np.ndarray:
+    """bool[n]: groups with nothing to learn from, to be dropped or refilled: fewer than two valid rewards, or none more
+    than `spread` from another.
 
     Raises ValueError if the shapes differ or a valid reward is not finite.
     """
@@ -50,8 +51,8 @@ def zero_variance(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
         )
     if not np.isfinite(rewards[valid]).all():
         raise ValueError(f"rewards of valid members must be finite, got {rewards[valid]}")
-    spread = np.where(valid, rewards, -np.inf).max(axis=1) - np.where(valid, rewards, np.inf).min(axis=1)
-    return (valid.sum(axis=1) < 2) | (spread <= _SPREAD)
+    widest = np.where(valid, rewards, -np.inf).max(axis=1) - np.where(valid, rewards, np.inf).min(axis=1)
+    return (valid.sum(axis=1) < 2) | (widest <= max(spread, _SPREAD))
 
 
 def _centred(rewards: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

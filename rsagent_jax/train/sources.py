@@ -128,7 +128,7 @@ class GrpoSource:
         totals = np.array([0.0 if r is None else r.total for r in rewards], np.float32).reshape(-1, c.group)
         valid_G = valid.reshape(-1, c.group)
         advantages = self.advantage(totals, valid_G).reshape(-1)
-        flat = np.repeat(zero_variance(totals, valid_G), c.group)
+        flat = np.repeat(zero_variance(totals, valid_G, c.min_spread), c.group)
         trained = valid & ~(flat & c.drop_zero_variance)
         if c.mask_overlong:
             trained &= np.array([t.status is not Status.MAX_CONTEXT for t in played])

@@ -45,6 +45,8 @@ def test_groups_without_signal_are_zero_and_are_named(name):
     valid = np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]], bool)
     useless = [True, True, False, True, True, False]
     np.testing.assert_array_equal(zero_variance(rewards, valid), useless)
+    np.testing.assert_array_equal(zero_variance(rewards, valid, 0.01), [*useless[:5], True])
+    np.testing.assert_array_equal(zero_variance(rewards, valid, 2.5), [True] * 6)
     advantages = ADVANTAGES[name](rewards, valid)
     np.testing.assert_array_equal(advantages[useless], 0.0)
     assert np.all(advantages[5] != 0)

@@ -150,6 +150,15 @@ def test_groups_of_equal_rewards_are_dropped_or_kept_with_advantage_0_as_the_con
     assert trained(batches)[11] == [0.0, 0.0]
 
 
+def test_groups_within_the_least_spread_are_dropped_however_large_their_z_scores():
+    groups = [[trajectory(0, 20), trajectory(0, 19)], [trajectory(1, 20), trajectory(1, 10)]]
+    spread = float(abs(iou(20) - iou(19)))
+    batches, metrics = source(groups, advantage="zscore", min_spread=spread + 0.01).next(None, None)
+    assert list(trained(batches)) == [12] and metrics["zero_variance"] == 0.5
+    batches, metrics = source(groups, advantage="zscore", min_spread=spread - 0.01).next(None, None)
+    assert trained(batches)[11] == pytest.approx([-0.70711, 0.70711], abs=1e-4) and metrics["zero_variance"] == 0.0
+
+
 def test_a_step_without_any_signal_still_gives_one_batch_that_teaches_nothing():
     broken = trajectory(0, 20, status=Status.ENV_FAILED)
     batches, metrics = source([[broken, trajectory(0, 15), trajectory(0, 15)]]).next(None, None)
