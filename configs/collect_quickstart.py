@@ -1,4 +1,4 @@
-"""Trajectories for the quickstart's SFT: an oracle teacher on the training scenes. About a minute on 2 cores.
+"""Trajectories for the quickstart's SFT: an oracle teacher on the training scenes. Half a minute on 2 cores.
 
   python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/x/collect \
       --config.data.root=runs/x/data
@@ -10,8 +10,8 @@ from rsagent_jax.config import CollectConfig, template
 def get_config():
     config = template(CollectConfig)
     config.processor = "assets/tiny-base"
-    config.limit = 1600
-    config.teacher.box = 0.5
+    config.limit = 1000
+    config.teacher.box = 0.75
     config.teacher.wrong_first = 0.06
     config.agent.prompt = "brief"
     config.agent.history_size = 112
