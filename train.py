@@ -18,13 +18,14 @@ from flax import nnx
 from PIL import Image
 from tqdm import tqdm
 
-from rsagent_jax import entry, sharding
+from rsagent_jax import entry, processes, sharding
 from rsagent_jax.checkpoint import Checkpoints, load_policy, policy_directory
 from rsagent_jax.config import DataConfig, TrainConfig, to_dict
 from rsagent_jax.data.processor import Processor, pictures
 from rsagent_jax.data.refcoco import RefCocoIndex, load_refcoco
 from rsagent_jax.data.trajectories import open_records
 from rsagent_jax.metrics import MetricsLog
+from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.rewards import make_reward
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
@@ -39,13 +40,15 @@ STAGES = ("sft", "grpo")
 
 def main(config: TrainConfig) -> None:
     ############################## Work directory, log ##############################
+    processes.join()
     workdir = entry.workdir()
     entry.use_compilation_cache(config.cache_dir, workdir / "compiled")
     if unknown := set(config.stages) - set(STAGES):
         raise DataError(f"stages: unknown {sorted(unknown)}; known are {', '.join(STAGES)}")
-    (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    if processes.is_lead():
+        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
     check(config)
-    log = MetricsLog(workdir)
+    log = MetricsLog(processes.own_directory(workdir))
 
     ############################## Mesh, policy ##############################
     mesh = sharding.make_mesh(config.mesh)
@@ -84,27 +87,29 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
     """Trains one stage to its end, from its newest checkpoint if it has one. Returns the parameters."""
     ############################## Source of batches ##############################
     key = jax.random.fold_in(jax.random.key(config.seed), STAGES.index(stage))
-    model = nnx.merge(graphdef, params)
+    share = processes.row_share(mesh)
     if stage == "sft":
-        source = SftSource(config.sft, processor, config.seed)
+        source = SftSource(config.sft, processor, config.seed, share)
         settings, steps, updates, objective = config.sft, source.steps, 1, sft_objective
         temperature, kl = 1.0, 0.0
     else:
         c = config.grpo
         segmenter = stack.enter_context(open_segmenter(config.segmenter))
+        model = nnx.merge(graphdef, processes.local_copy(params, mesh))
         engine = Engine(model, c.sampling, processor.terminator_id, config.policy.dtype, key)
         driver = Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
         samples = open_samples(c.data)
-        source = GrpoSource(c, samples, driver, engine, processor, config.seed)
+        source = GrpoSource(c, samples, driver, engine, processor, config.seed, share)
         settings, steps, updates, objective = c, c.steps, c.updates, grpo_objective(c)
         temperature, kl = c.sampling.temperature or 1.0, c.kl
 
     ############################## State, programs ##############################
+    compute = Compute.of(config.policy, mesh)
     tx, schedule = make_optimizer(settings.optim, steps * updates)
     reference = jax.tree.map(lambda p: p.copy(), params) if kl > 0 else None
     shardings = (state_shardings(params, tx, sharding.replicated(mesh)), sharding.rows(mesh), sharding.replicated(mesh))
     state = jax.jit(lambda p: create_state(p, tx), out_shardings=shardings[0], donate_argnums=0)(params)
-    programs = make_programs(graphdef, tx, objective, config.policy, temperature, shardings, settings.optim.freeze)
+    programs = make_programs(graphdef, tx, objective, compute, temperature, shardings, settings.optim.freeze)
     checkpoints = Checkpoints(workdir / "checkpoints" / stage, weights)
     stack.callback(checkpoints.close)
     done = 0
@@ -114,7 +119,7 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         done = int(state.step) // updates
         print(f"{stage}: goes on after step {done} of {steps}")
     log.rewind(stage, done)
-    rollouts = workdir / "rollouts.jsonl"
+    rollouts = processes.own_directory(workdir) / "rollouts.jsonl"
     if stage == "grpo" and rollouts.exists():  # steps that are run again stand there once
         lines = rollouts.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if json.loads(line)["step"] <= done]
@@ -123,11 +128,12 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
     ############################## Train loop ##############################
     for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=stage, unit="step", mininterval=2.0):
         start = time.perf_counter()
-        batches, metrics = source.next(state.params, jax.random.fold_in(key, step))
+        policy = processes.local_copy(state.params, mesh) if stage == "grpo" else state.params
+        batches, metrics = source.next(policy, jax.random.fold_in(key, step))
         if step == 1:
-            save_first_batch(workdir, stage, batches[0], processor, log)
-        batches = [jax.device_put(batch, sharding.rows(mesh)) for batch in batches]
-        zeros = jax.device_put(np.zeros(batches[0].tokens.shape, np.float32), sharding.rows(mesh))
+            save_first_batch(processes.own_directory(workdir), stage, batches[0], processor, log)
+        zeros = processes.put_rows(np.zeros(batches[0].tokens.shape, np.float32), mesh)
+        batches = [processes.put_rows(batch, mesh) for batch in batches]
         refs = [programs.logprobs(reference, batch) if kl > 0 else zeros for batch in batches]
         for _ in range(updates):
             state, update = programs.train_step(state, batches, refs)

@@ -188,7 +188,9 @@ class PolicyConfig:
 
     weights: str  # a Hugging Face directory, or a checkpoint directory of train.py
     dtype: str = "bfloat16"  # of activations; parameters stay fp32 in training
-    remat: str = "full"  # none | full | dots
+    # What the backward pass keeps: none (no remat) | full | attention | selective | dots | save:NAMES | offload:NAMES
+    remat: str = "full"
+    attention: str = "auto"  # auto | plain | blocks | splash (TPU) | cudnn (GPU)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -34,9 +34,10 @@ from rsagent_jax.data import grounding, tiny_vocab
 from rsagent_jax.data.grounding import COLORS, MAX_OBJECTS, SHAPES, SIDE, SIZES, Rows, SceneRows
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.attention import attention
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.language import mrope_angles
-from rsagent_jax.models.qwen25_vl.layers import Linear, attention, layer_at
+from rsagent_jax.models.qwen25_vl.layers import Linear, layer_at
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.types import DataError
 

@@ -90,7 +90,7 @@ for name, config, devices in (
     tx, _ = make_optimizer(OptimConfig(lr=1e-2, eps=1e-2, clip_norm=1.0), 4)
     shardings = (state_shardings(params, tx, sharding.replicated(mesh)), sharding.rows(mesh), sharding.replicated(mesh))
     state = jax.jit(lambda p: create_state(p, tx), out_shardings=shardings[0], donate_argnums=0)(params)
-    programs = make_programs(graphdef, tx, sft_objective, small.POLICY, 1.0, shardings)
+    programs = make_programs(graphdef, tx, sft_objective, small.COMPUTE, 1.0, shardings)
     halves = [pack([small.item(t) for t in part], SHAPE, small.processor().config) for part in (played[:2], played[2:])]
     batches = [jax.device_put(b, sharding.rows(mesh)) for (b,) in halves]
     refs = [jax.device_put(np.zeros(b.tokens.shape, np.float32), sharding.rows(mesh)) for b in batches]

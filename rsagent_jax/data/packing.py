@@ -10,6 +10,7 @@ import numpy as np
 from rsagent_jax.config import BatchConfig
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.positions import Grid, fill_patch_buffer, padded_patches
+from rsagent_jax.processes import Share, most
 from rsagent_jax.types import Batch
 
 
@@ -58,6 +59,19 @@ def pack(items: Sequence[Item], batch: BatchConfig, config: Qwen25VLConfig) -> l
         Batch(**{name: np.stack([getattr(r, name) for r in packed[i : i + batch.rows]]) for name in fields})
         for i in range(0, len(packed), batch.rows)
     ]
+
+
+def empty(batch: BatchConfig, config: Qwen25VLConfig) -> Batch:
+    """A batch of padding only: what a process with nothing left feeds to a program that the others still need."""
+    row = _row([], batch, config)
+    return Batch(**{f.name: np.stack([getattr(row, f.name)] * batch.rows) for f in dataclasses.fields(Batch)})
+
+
+def pack_evenly(items: Sequence[Item], batch: BatchConfig, config: Qwen25VLConfig, share: Share) -> list[Batch]:
+    """This process's part of every micro-batch: `batch.rows` / share.count rows each, equally many on every process."""
+    own = dataclasses.replace(batch, rows=share.of(batch.rows, "batch.rows"))
+    batches = pack(items, own, config)
+    return batches + [empty(own, config)] * (most(len(batches)) - len(batches))
 
 
 def _row(items: list[Item], batch: BatchConfig, config: Qwen25VLConfig) -> Batch:

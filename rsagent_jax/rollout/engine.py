@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from rsagent_jax.config import SamplingConfig
+from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.language import Cache
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, padded_patches
@@ -45,20 +46,22 @@ class Engine:
 
     def __init__(self, model: Qwen25VL, sampling: SamplingConfig, terminator_id: int, dtype: str, key: jax.Array):
         _check(sampling, model.config.vision.window_patches)
-        self.config, self.sampling, self.dtype = model.config, sampling, jnp.dtype(dtype)
+        self.config, self.sampling, self.compute = model.config, sampling, Compute(dtype)
         self.slots, self.context = sampling.slots, sampling.context
         self.max_new_tokens, self.patches = sampling.max_new_tokens, sampling.patches
         self.key = key
         self.graphdef, self.params = nnx.split(model, nnx.Param)
         self._prefill = jax.jit(
-            functools.partial(_prefill, self.graphdef, self.dtype), donate_argnums=1, static_argnames="places"
+            functools.partial(_prefill, self.graphdef, self.compute), donate_argnums=1, static_argnames="places"
         )
         self._decode = jax.jit(
-            functools.partial(_decode, self.graphdef, self.dtype, sampling, terminator_id),
+            functools.partial(_decode, self.graphdef, self.compute, sampling, terminator_id),
             donate_argnums=1,
             static_argnames="places",
         )
-        self._empty = jax.jit(functools.partial(Cache.empty, self.config.text, self.slots, self.context, self.dtype))
+        self._empty = jax.jit(
+            functools.partial(Cache.empty, self.config.text, self.slots, self.context, jnp.dtype(dtype))
+        )
         self.begin()
 
     def load(self, params: nnx.State, key: jax.Array) -> None:
@@ -127,7 +130,7 @@ class Engine:
         return out
 
 
-def _prefill(graphdef, dtype, params, cache: Cache, append: Append, *, places: int):
+def _prefill(graphdef, compute, params, cache: Cache, append: Append, *, places: int):
     """Appends to every slot with tokens; returns the cache and the hidden state [S, D] after each slot's last token."""
     model = nnx.merge(graphdef, params)
     x = model.embed(
@@ -136,7 +139,7 @@ def _prefill(graphdef, dtype, params, cache: Cache, append: Append, *, places: i
         append.patch_segment_ids,
         append.patch_positions,
         append.image_slots,
-        dtype=dtype,
+        compute,
     )
     hidden, head = model.decoder.append(x, append.positions, cache.head(places))
     cache = cache.with_head(head)
@@ -146,7 +149,7 @@ def _prefill(graphdef, dtype, params, cache: Cache, append: Append, *, places: i
 
 def _decode(
     graphdef,
-    dtype,
+    compute,
     sampling: SamplingConfig,
     terminator,
     params,
@@ -176,7 +179,7 @@ def _decode(
         counts = counts + open_
         finished = finished | (open_ & (token == terminator))
         open_ = open_ & (token != terminator)
-        x = model.decoder.embed_tokens(token[:, None], dtype)
+        x = model.decoder.embed_tokens(token[:, None], compute)
         positions = jnp.broadcast_to((starts + i)[:, None, None], (slots, 3, 1))
         new_hidden, cache = model.decoder.append(x, positions, cache)
         cache = dataclasses.replace(cache, lengths=cache.lengths + open_)

@@ -14,8 +14,9 @@ from flax import nnx
 
 from rsagent_jax.config import GrpoConfig, SftConfig
 from rsagent_jax.data import trajectories
-from rsagent_jax.data.packing import Item, fits, pack
+from rsagent_jax.data.packing import Item, fits, pack_evenly
 from rsagent_jax.data.processor import Processor
+from rsagent_jax.processes import Share
 from rsagent_jax.rewards import make_reward, mask_iou
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
@@ -23,10 +24,15 @@ from rsagent_jax.rollout.policy import Task
 from rsagent_jax.train.advantages import ADVANTAGES, zero_variance
 from rsagent_jax.types import Batch, DataError, Sample, Status, Trajectory
 
+ALONE = Share()
+
 
 class BatchSource(Protocol):
     def next(self, params: nnx.State, key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
-        """The micro-batches of one optimiser step, all of one shape, and what there is to log. Never empty."""
+        """This process's rows of one optimiser step's micro-batches, and what there is to log of them.
+
+        All of one shape, equally many on every process, at least one.
+        """
 
     def state(self) -> dict[str, Any]:
         """JSON values that `restore` continues from."""
@@ -37,8 +43,8 @@ class BatchSource(Protocol):
 class SftSource:
     """Stored trajectories, shuffled anew each epoch by Grain; the position is the number of trajectories read."""
 
-    def __init__(self, config: SftConfig, processor: Processor, seed: int):
-        self.config, self.processor = config, processor
+    def __init__(self, config: SftConfig, processor: Processor, seed: int, share: Share = ALONE):
+        self.config, self.processor, self.share = config, processor, share
         self.records = trajectories.open_records(config.trajectories)
         self.dataset = grain.MapDataset.source(self.records).seed(seed).shuffle().repeat()
         self.position = 0
@@ -54,17 +60,16 @@ class SftSource:
     def next(self, params: nnx.State, key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         del params, key  # what is read next depends on the position only
         count = self.config.trajectories_per_step
-        items = [
-            trajectories.decode(self.dataset[i], self.processor) for i in range(self.position, self.position + count)
-        ]
+        mine = range(self.position + self.share.index, self.position + count, self.share.count)
+        items = [trajectories.decode(self.dataset[i], self.processor) for i in mine]
         self.position += count
         kept = [i for i in items if fits(i, self.config.batch, self.processor.config)]
         self.dropped += len(items) - len(kept)
-        if not kept:
+        batches = pack_evenly(kept, self.config.batch, self.processor.config, self.share)
+        if not batches:
             raise DataError(
                 f"sft: no trajectory of this step fits {self.config.batch}; raise sft.batch.tokens or sft.batch.patches"
             )
-        batches = pack(kept, self.config.batch, self.processor.config)
         epoch = self.position / len(self.records)
         return batches, {"epoch": epoch, "dropped": float(self.dropped), **_fill(kept, batches)}
 
@@ -86,14 +91,16 @@ class GrpoSource:
         engine: Engine,
         processor: Processor,
         seed: int,
+        share: Share = ALONE,
     ):
+        share.of(config.prompts, "grpo.prompts")  # a group never crosses a process
         name = {"zscore": "zscore" if config.ddof else "zscore_ddof0", "mean": "mean_only", "loo": "leave_one_out"}
         if config.advantage not in name:
             raise DataError(f"grpo.advantage must be one of {', '.join(name)}, got {config.advantage!r}")
         if config.sampling.context > config.batch.tokens:
             raise DataError("grpo.batch.tokens must be at least grpo.sampling.context: a trajectory never spans rows")
         self.config, self.driver, self.engine, self.processor = config, driver, engine, processor
-        self.samples = samples
+        self.samples, self.share = samples, share
         self.order = grain.MapDataset.range(len(samples)).seed(seed).shuffle().repeat()
         self.advantage = ADVANTAGES[name[config.advantage]]
         self.reward = make_reward(config.reward)
@@ -103,13 +110,19 @@ class GrpoSource:
     def next(self, params: nnx.State, key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         c, start = self.config, time.perf_counter()
         self.engine.load(params, key)
-        chosen = [self.samples[int(self.order[i])] for i in range(self.position, self.position + c.prompts)]
+        mine = range(self.share.index, c.prompts, self.share.count)
+        chosen = [self.samples[int(self.order[self.position + i])] for i in mine]
         self.position += c.prompts
-        tasks = [Task(s, g, g * c.group + k) for g, s in enumerate(chosen) for k in range(c.group)]
+        # uids count over all processes: who plays a trajectory does not change its random numbers.
+        tasks = [
+            Task(s, g, i * c.group + k)
+            for g, (i, s) in enumerate(zip(mine, chosen, strict=True))
+            for k in range(c.group)
+        ]
         played = [t for t, _ in self.driver.run(tasks)]
         rollout_seconds = time.perf_counter() - start
         items, metrics = self._judge(played, chosen)
-        batches = pack(items, c.batch, self.processor.config)
+        batches = pack_evenly(items, c.batch, self.processor.config, self.share)
         tokens = sum(int(t.sampled.sum()) for t in played)
         metrics |= {
             "rollout_seconds": rollout_seconds,

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from rsagent_jax.config import GrpoConfig, PolicyConfig
+from rsagent_jax.config import GrpoConfig
+from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.language import token_logprobs
 from rsagent_jax.train import losses
 from rsagent_jax.train.state import TrainState, stop_frozen
@@ -36,7 +37,7 @@ class Sums:
     metrics: losses.Metrics
 
 
-def batch_logprobs(graphdef, params, batch: Batch, policy: PolicyConfig, temperature: float) -> jax.Array:
+def batch_logprobs(graphdef, params, batch: Batch, compute: Compute, temperature: float) -> jax.Array:
     """f32[B, T]: log p(token t | its segment so far) under the sampling temperature; 0 at t = 0."""
     model = nnx.merge(graphdef, params)
     hidden = model(
@@ -47,18 +48,19 @@ def batch_logprobs(graphdef, params, batch: Batch, policy: PolicyConfig, tempera
         batch.patch_segment_ids,
         batch.patch_positions,
         batch.image_slots,
-        dtype=jnp.dtype(policy.dtype),
-        remat=policy.remat,
+        compute,
     )
-    logprobs, _ = token_logprobs(hidden[:, :-1], model.decoder.head_VD, batch.tokens[:, 1:], temperature=temperature)
-    return jnp.pad(logprobs, ((0, 0), (1, 0)))
+    # Every place predicts the next token; the last one's is nobody's. Shifting the targets keeps T a round number.
+    targets = jnp.roll(batch.tokens, -1, axis=1)
+    logprobs = token_logprobs(hidden, model.decoder.head_VD, targets, temperature=temperature, mesh=compute.mesh)
+    return jnp.pad(logprobs[:, :-1], ((0, 0), (1, 0)))
 
 
-def micro_step(graphdef, objective: Objective, policy: PolicyConfig, temperature, freeze, params, batch, ref) -> Sums:
+def micro_step(graphdef, objective: Objective, compute: Compute, temperature, freeze, params, batch, ref) -> Sums:
     """Gradient sums of one micro-batch; those of `freeze`d parts are zeros that cost nothing."""
 
     def loss_fn(p):
-        logprobs = batch_logprobs(graphdef, stop_frozen(p, freeze), batch, policy, temperature)
+        logprobs = batch_logprobs(graphdef, stop_frozen(p, freeze), batch, compute, temperature)
         loss, denominator, metrics = objective(logprobs, batch, ref)
         return loss, (denominator, metrics)
 
@@ -111,7 +113,7 @@ def make_programs(
     graphdef,
     tx,
     objective: Objective,
-    policy: PolicyConfig,
+    compute: Compute,
     temperature: float,
     shardings,
     freeze: tuple[str, ...] = (),
@@ -120,10 +122,10 @@ def make_programs(
     state, rows, whole = shardings
 
     def micro(params, batch, ref):
-        return micro_step(graphdef, objective, policy, temperature, freeze, params, batch, ref)
+        return micro_step(graphdef, objective, compute, temperature, freeze, params, batch, ref)
 
     def logprobs(params, batch):
-        return batch_logprobs(graphdef, params, batch, policy, temperature)
+        return batch_logprobs(graphdef, params, batch, compute, temperature)
 
     sums = Sums(state.params, whole, whole, whole)
     return Programs(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from rsagent_jax.models.qwen25_vl.compute import PLAIN
 from rsagent_jax.models.qwen25_vl.language import Cache
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, mrope_positions
 
@@ -36,7 +37,7 @@ def piece(case, turn, slot, grids):
 def append(graphdef, state, args, positions, cache, counts):
     """The logits after the last real token of each slot's piece, f32[S, V]."""
     model = nnx.merge(graphdef, state)
-    hidden, cache = model.decoder.append(model.embed(*args, dtype=jnp.float32), positions, cache)
+    hidden, cache = model.decoder.append(model.embed(*args), positions, cache)
     last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
     return model.logits(last)[:, 0], dataclasses.replace(cache, lengths=cache.lengths + counts)
 
@@ -45,7 +46,7 @@ def append(graphdef, state, args, positions, cache, counts):
 def decode(graphdef, state, tokens, positions, cache, counts):
     """The logits after one more token in each slot, f32[S, V]."""
     model = nnx.merge(graphdef, state)
-    hidden, cache = model.decoder.append(model.decoder.embed_tokens(tokens, jnp.float32), positions, cache)
+    hidden, cache = model.decoder.append(model.decoder.embed_tokens(tokens, PLAIN), positions, cache)
     return model.logits(hidden)[:, 0], dataclasses.replace(cache, lengths=cache.lengths + counts)
 
 

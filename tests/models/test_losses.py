@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.language import token_logprobs
+from rsagent_jax.types import DataError
 
 from . import tiny
 
@@ -24,7 +26,7 @@ def program(remat="none"):
 
     def loss(state, args, targets, mask):
         model = nnx.merge(graphdef, state)
-        return tiny.sft_loss(model, model(*args, remat=remat), targets, mask)
+        return tiny.sft_loss(model, model(*args, Compute(remat=remat)), targets, mask)
 
     compiled = jax.jit(jax.value_and_grad(loss), compiler_options=tiny.QUICK)
 
@@ -77,13 +79,12 @@ def test_remat_policies_give_the_gradients_of_none(remat):
 
 
 def test_an_unknown_remat_policy_is_refused_by_name():
-    model = tiny.random_model(SMALL)
-    with pytest.raises(ValueError, match="'most'.*none, full or dots"):
-        tiny.logits(model, tiny.pack([tiny.sequence(SMALL, 3)], model.config), remat="most")
+    with pytest.raises(DataError, match="'most': use none, full, attention, selective, dots, or save:NAMES"):
+        Compute(remat="most")
 
 
 @pytest.mark.parametrize(("chunk", "temperature"), [(1, 1.0), (5, 0.7), (16, 1.0), (512, 1.3)])
-def test_chunked_log_probabilities_and_entropy_equal_the_whole_log_softmax(chunk, temperature):
+def test_chunked_log_probabilities_equal_the_whole_log_softmax(chunk, temperature):
     rng = np.random.default_rng(0)
     hidden, head = rng.normal(size=(2, 16, 8)).astype(np.float32), rng.normal(size=(40, 8)).astype(np.float32)
     targets = rng.integers(0, 40, (2, 16))
@@ -94,9 +95,8 @@ def test_chunked_log_probabilities_and_entropy_equal_the_whole_log_softmax(chunk
     def run(*args):
         return token_logprobs(*args, temperature=temperature, chunk=chunk)
 
-    got = [np.asarray(x) for x in run(hidden, head, targets)]
-    assert np.abs(got[0] - np.take_along_axis(log_p, targets[..., None], -1)[..., 0]).max() <= 1e-5
-    assert np.abs(got[1] + (np.exp(log_p) * log_p).sum(-1)).max() <= 1e-5
+    got = np.asarray(run(hidden, head, targets))
+    assert np.abs(got - np.take_along_axis(log_p, targets[..., None], -1)[..., 0]).max() <= 1e-5
 
 
 def test_gradients_through_the_chunks_equal_those_of_the_whole_log_softmax():
@@ -106,12 +106,10 @@ def test_gradients_through_the_chunks_equal_those_of_the_whole_log_softmax():
 
     def whole(hidden, head):
         log_p = jax.nn.log_softmax(hidden @ head.T / 0.9)
-        entropy = -jnp.sum(jnp.exp(log_p) * log_p, -1)
-        return jnp.sum(weight * (jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0] + 0.3 * entropy))
+        return jnp.sum(weight * jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0])
 
     def chunked(hidden, head):
-        log_p, entropy = token_logprobs(hidden, head, targets, temperature=0.9, chunk=4)
-        return jnp.sum(weight * (log_p + 0.3 * entropy))
+        return jnp.sum(weight * token_logprobs(hidden, head, targets, temperature=0.9, chunk=4))
 
     for got, want in zip(*(jax.jit(jax.grad(f, (0, 1)))(hidden, head) for f in (chunked, whole)), strict=True):
         assert relative_error(np.asarray(got), np.asarray(want)) <= 1e-5
@@ -125,7 +123,7 @@ def test_the_whole_logits_never_exist_in_the_compiled_loss():
     ]
 
     def loss(hidden, head, targets):
-        return jnp.sum(token_logprobs(hidden, head, targets, chunk=chunk)[0])
+        return jnp.sum(token_logprobs(hidden, head, targets, chunk=chunk))
 
     memory = jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * t * v

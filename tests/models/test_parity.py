@@ -9,6 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from rsagent_jax.models.qwen25_vl.compute import Compute  # noqa: E402
+
 from . import tiny  # noqa: E402
 from .tiny import CASE, CASES  # noqa: E402
 
@@ -114,7 +116,7 @@ def test_bf16_runs_and_stays_near_fp32():
     seq = tiny.sequence(pair.case, seed=9)
 
     def half(model, *args):
-        hidden = model(*args, dtype=jnp.bfloat16)
+        hidden = model(*args, Compute("bfloat16"))
         return hidden, model.logits(hidden)
 
     hidden, logits = tiny.run(pair.ours, half, *tiny.pack([seq], pair.config).arrays())

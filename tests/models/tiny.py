@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rsagent_jax.models.qwen25_vl import convert, language, layers, vision
+from rsagent_jax.models.qwen25_vl import convert, language, vision
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import (
@@ -278,7 +278,7 @@ def recorded(into: dict[str, list]):
     """Within, the scans over both towers' layers also note every layer's output: one array [layers, …] per scan."""
 
     def recorder(key):
-        def scan(stacked, body, x, *, start=0, stop=None, remat="none"):
+        def scan(stacked, body, x, compute, *, start=0, stop=None):
             graphdef, state = nnx.split(stacked)
 
             def step(carry, layer):
@@ -291,11 +291,13 @@ def recorded(into: dict[str, list]):
 
         return scan
 
+    originals = vision.scan_layers, language.scan_layers, vision.period
     try:
         vision.scan_layers, language.scan_layers = recorder("vision block"), recorder("decoder layer")
+        vision.period = lambda config: None  # what stands inside a scan over groups cannot be handed out
         yield
     finally:
-        vision.scan_layers = language.scan_layers = layers.scan_layers
+        vision.scan_layers, language.scan_layers, vision.period = originals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +311,7 @@ class Measured:
 
 def sft_loss(model: Qwen25VL, hidden_BTD, targets_BT, mask_BT):
     """Mean of -log p over the tokens that the mask marks."""
-    logprobs, _ = language.token_logprobs(hidden_BTD, model.decoder.head_VD, targets_BT, chunk=16)
+    logprobs = language.token_logprobs(hidden_BTD, model.decoder.head_VD, targets_BT, chunk=16)
     return -jnp.sum(logprobs * mask_BT) / jnp.sum(mask_BT)
 
 
@@ -325,7 +327,7 @@ def measure_ours(pair: Pair, seq: Sequence, prompt: int) -> Measured:
     def forward(state, args):
         model, records, mergers = nnx.merge(graphdef, state), {}, []
         place = model.place
-        model.place = lambda tokens, merged, slots: (mergers.append(merged), place(tokens, merged, slots))[1]
+        model.place = lambda tokens, merged, *rest: (mergers.append(merged), place(tokens, merged, *rest))[1]
         with recorded(records):
             hidden = model(*args)
         return sft_loss(model, hidden, targets, mask), (records, mergers[0], model.logits(hidden))

@@ -20,11 +20,12 @@ from flax import nnx
 
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.tools import render_call
-from rsagent_jax.config import AgentConfig, BatchConfig, PolicyConfig, SamplingConfig
+from rsagent_jax.config import AgentConfig, BatchConfig, SamplingConfig
 from rsagent_jax.data import tiny_vocab
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.rollout.driver import Driver
@@ -37,7 +38,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 VOCAB = 512
 AGENT = AgentConfig(prompt="brief", history_size=84)
-POLICY = PolicyConfig(weights="", dtype="float32", remat="none")
+COMPUTE = Compute()
 BATCH = BatchConfig(rows=2, tokens=640, patches=320)
 SAMPLING = SamplingConfig(temperature=1.0, max_new_tokens=6, context=512, slots=3, patches=128)
 

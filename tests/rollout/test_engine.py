@@ -44,7 +44,7 @@ def trajectories(engine):
 def trainer(temperature):
     """The training forward pass, compiled once."""
     graphdef, _ = small.split(small.model())
-    return jax.jit(lambda params, batch: batch_logprobs(graphdef, params, batch, small.POLICY, temperature))
+    return jax.jit(lambda params, batch: batch_logprobs(graphdef, params, batch, small.COMPUTE, temperature))
 
 
 def trainer_logprobs(trajectories, params, temperature=1.0):

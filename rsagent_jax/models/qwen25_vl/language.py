@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rsagent_jax import sharding
+from rsagent_jax.models.qwen25_vl.attention import attention, in_segments
+from rsagent_jax.models.qwen25_vl.compute import PLAIN, Compute, scan_layers
 from rsagent_jax.models.qwen25_vl.config import TextConfig
-from rsagent_jax.models.qwen25_vl.layers import Linear, RMSNorm, SwiGLU, attention, layer_at, param, rotate, scan_layers
+from rsagent_jax.models.qwen25_vl.layers import Linear, RMSNorm, SwiGLU, layer_at, param, rotate
 
 
 class DecoderLayer(nnx.Module):
@@ -25,14 +28,15 @@ class DecoderLayer(nnx.Module):
         self.o = Linear(heads, dim, ("heads", "embed"), rngs, bias=False, stack=stack)
         self.mlp = SwiGLU(dim, config.intermediate_size, ("embed", "mlp"), rngs, bias=False, stack=stack)
 
-    def __call__(self, x_BTD, cos, sin, attend):
+    def __call__(self, x_BTD, cos, sin, attend, compute: Compute = PLAIN):
         """`attend(q_BTNH, k_BKTH, v_BKTH) -> o_BTNH` decides what is seen: the packed row, or a cache."""
         b, t, _ = x_BTD.shape
         y = self.norm1(x_BTD)
         q, k, v = (linear(y).reshape(b, t, -1, self.head_dim) for linear in (self.q, self.k, self.v))
-        o = attend(rotate(q, cos, sin), rotate(k, cos, sin).swapaxes(1, 2), v.swapaxes(1, 2))
-        x_BTD = x_BTD + self.o(o.reshape(b, t, -1))
-        return x_BTD + self.mlp(self.norm2(x_BTD))
+        q, k, v = (compute.name(a, "qkv") for a in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        o = compute.name(attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2)), "attention")
+        x_BTD = x_BTD + compute.name(self.o(o.reshape(b, t, -1)), "attention_out")
+        return x_BTD + self.mlp(self.norm2(x_BTD), compute)
 
 
 class Decoder(nnx.Module):
@@ -51,19 +55,22 @@ class Decoder(nnx.Module):
     def head_VD(self) -> jax.Array:
         return (self.embed if self.lm_head is None else self.lm_head)[...]
 
-    def embed_tokens(self, tokens: jax.Array, dtype) -> jax.Array:
-        return self.embed[...][tokens].astype(dtype)
+    def embed_tokens(self, tokens: jax.Array, compute: Compute) -> jax.Array:
+        """Rows of the table, [B, T, D].
 
-    def __call__(self, x_BTD, positions_B3T, segment_ids_BT, *, remat: str = "none") -> jax.Array:
+        Split over fsdp, the table stays where it is: every device looks up its part of D for all rows of its group, and
+        the rows are exchanged. Without these constraints the whole table travels to every device.
+        """
+        table = self.embed[...].astype(jnp.dtype(compute.dtype))
+        tokens = sharding.constrain(tokens, ("groups", None), compute.mesh)
+        return compute.rows(sharding.constrain(table[tokens], ("groups", None, "embed"), compute.mesh))
+
+    def __call__(self, x_BTD, positions_B3T, segment_ids_BT, compute: Compute = PLAIN) -> jax.Array:
         """Packed rows: token t sees tokens s <= t of its own segment. Returns normed hidden states [B, T, D]."""
         cos, sin = mrope_angles(positions_B3T, self.config)
-        t = x_BTD.shape[1]
-        mask = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]) & jnp.tril(jnp.ones((t, t), bool))
-
-        def body(layer, x):
-            return layer(x, cos, sin, lambda q, k, v: attention(q, k, v, mask))
-
-        return self.norm(scan_layers(self.layers, body, x_BTD, remat=remat))
+        attend = in_segments(segment_ids_BT, compute, causal=True)
+        x = scan_layers(self.layers, lambda layer, x: layer(x, cos, sin, attend, compute), x_BTD, compute)
+        return self.norm(x)
 
     def append(self, x_STD, positions_S3T, cache: Cache) -> tuple[jax.Array, Cache]:
         """Appends T tokens to every slot's cache and attends to all of the slot's context.
@@ -141,25 +148,24 @@ def mrope_angles(positions_B3T: jax.Array, config: TextConfig) -> tuple[jax.Arra
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def token_logprobs(hidden_BTD, head_VD, targets_BT, *, temperature: float = 1.0, chunk: int = 512):
-    """log p(target) and the entropy of each prediction, f32[B, T] both, without ever holding [B, T, V].
+def token_logprobs(hidden_BTD, head_VD, targets_BT, *, temperature: float = 1.0, chunk: int = 512, mesh=None):
+    """log p(target), f32[B, T], without ever holding [B, T, V].
 
-    The sequence is cut into chunks whose logits are made, used and dropped; the backward pass makes them again.
+    The rows are cut into pieces of about `chunk` tokens per device, whose logits are made, used and dropped; the
+    backward pass makes them again. The head is gathered over fsdp once, in the dtype of the activations.
     """
     b, t, d = hidden_BTD.shape
-    chunk = min(chunk, t)
-    pad = -t % chunk
-    hidden = jnp.pad(hidden_BTD, ((0, 0), (0, pad), (0, 0))).reshape(b, -1, chunk, d).swapaxes(0, 1)
-    targets = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(b, -1, chunk).swapaxes(0, 1)
+    length = min(max(chunk * sharding.parts("rows", mesh) // b, 1), t)
+    pad = -t % length
+    hidden = jnp.pad(hidden_BTD, ((0, 0), (0, pad), (0, 0))).reshape(b, -1, length, d).swapaxes(0, 1)
+    targets = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(b, -1, length).swapaxes(0, 1)
+    head = sharding.constrain(head_VD.astype(hidden.dtype), ("vocab", None), mesh)
 
     @jax.checkpoint
     def one(args):
         h, target = args
-        logits = jnp.einsum("BTD,VD->BTV", h, head_VD.astype(h.dtype), preferred_element_type=jnp.float32) / temperature
-        norm = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        probs = jnp.exp(logits - norm[..., None])
-        return picked - norm, norm - jnp.sum(probs * logits, axis=-1)
+        logits = jnp.einsum("BTD,VD->BTV", h, head, preferred_element_type=jnp.float32) / temperature
+        logits = sharding.constrain(logits, ("rows", None, "vocab"), mesh)
+        return jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
-    logprobs, entropy = jax.lax.map(one, (hidden, targets))
-    return tuple(a.swapaxes(0, 1).reshape(b, -1)[:, :t] for a in (logprobs, entropy))
+    return jax.lax.map(one, (hidden, targets)).swapaxes(0, 1).reshape(b, -1)[:, :t]

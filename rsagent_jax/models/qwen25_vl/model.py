@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rsagent_jax.models.qwen25_vl.compute import PLAIN, Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.language import Decoder
 from rsagent_jax.models.qwen25_vl.vision import VisionTower
@@ -18,15 +19,21 @@ class Qwen25VL(nnx.Module):
         self.decoder = Decoder(config.text, rngs)
 
     def embed(
-        self, tokens_BT, patches_BPC, patch_segment_ids_BP, patch_positions_BP2, image_slots_BT, *, dtype, remat="none"
+        self,
+        tokens_BT,
+        patches_BPC,
+        patch_segment_ids_BP,
+        patch_positions_BP2,
+        image_slots_BT,
+        compute: Compute = PLAIN,
     ):
         """Token embeddings [B, T, D] with image embeddings in the image slots (0 = text, else 1 + merged place)."""
-        merged = self.vision(patches_BPC, patch_segment_ids_BP, patch_positions_BP2, dtype=dtype, remat=remat)
-        return self.place(tokens_BT, merged, image_slots_BT)
+        merged = self.vision(patches_BPC, patch_segment_ids_BP, patch_positions_BP2, compute)
+        return self.place(tokens_BT, merged, image_slots_BT, compute)
 
-    def place(self, tokens_BT, merged_BMD, image_slots_BT) -> jax.Array:
+    def place(self, tokens_BT, merged_BMD, image_slots_BT, compute: Compute = PLAIN) -> jax.Array:
         """Token embeddings with the tower's merged tokens where the image is."""
-        x = self.decoder.embed_tokens(tokens_BT, merged_BMD.dtype)
+        x = self.decoder.embed_tokens(tokens_BT, compute)
         if merged_BMD.shape[1] == 0:  # a batch of text only
             return x
         seen = jnp.take_along_axis(merged_BMD, jnp.maximum(image_slots_BT - 1, 0)[..., None], axis=1)
@@ -41,15 +48,11 @@ class Qwen25VL(nnx.Module):
         patch_segment_ids_BP: jax.Array,
         patch_positions_BP2: jax.Array,
         image_slots_BT: jax.Array,
-        *,
-        dtype=jnp.float32,
-        remat: str = "none",
+        compute: Compute = PLAIN,
     ) -> jax.Array:
         """Normed hidden states [B, T, D] of packed rows; `token_logprobs` turns them into log-probabilities."""
-        x = self.embed(
-            tokens_BT, patches_BPC, patch_segment_ids_BP, patch_positions_BP2, image_slots_BT, dtype=dtype, remat=remat
-        )
-        return self.decoder(x, positions_B3T, segment_ids_BT, remat=remat)
+        x = self.embed(tokens_BT, patches_BPC, patch_segment_ids_BP, patch_positions_BP2, image_slots_BT, compute)
+        return self.decoder(x, positions_B3T, segment_ids_BT, compute)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """f32[B, T, V]; for few tokens only."""

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rsagent_jax.models.qwen25_vl.attention import attention, in_segments
+from rsagent_jax.models.qwen25_vl.compute import PLAIN, Compute, scan_layers, scan_states
 from rsagent_jax.models.qwen25_vl.config import VisionConfig
-from rsagent_jax.models.qwen25_vl.layers import Linear, RMSNorm, SwiGLU, attention, rotate, scan_layers
+from rsagent_jax.models.qwen25_vl.layers import Linear, RMSNorm, SwiGLU, rotate
 
 EPS = 1e-6  # fixed in Hugging Face's code, not in its config
 ROPE_THETA = 10_000.0
@@ -27,13 +29,14 @@ class VisionBlock(nnx.Module):
         self.proj = Linear(dim, dim, ("heads", "embed"), rngs, bias=True, stack=stack)
         self.mlp = SwiGLU(dim, config.intermediate_size, ("embed", "mlp"), rngs, bias=True, stack=stack)
 
-    def __call__(self, x_BPD, cos, sin, mask):
+    def __call__(self, x_BPD, cos, sin, attend, compute: Compute = PLAIN):
         b, p, d = x_BPD.shape
         qkv = self.qkv(self.norm1(x_BPD)).reshape(b, p, 3, self.heads, d // self.heads)
         q, k, v = rotate(qkv[:, :, 0], cos, sin), rotate(qkv[:, :, 1], cos, sin), qkv[:, :, 2]
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        x_BPD = x_BPD + self.proj(attention(q, k, v, mask).reshape(b, p, d))
-        return x_BPD + self.mlp(self.norm2(x_BPD))
+        q, k, v = (compute.name(a, "qkv") for a in (q, k, v))
+        o = compute.name(attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2)), "attention")
+        x_BPD = x_BPD + compute.name(self.proj(o.reshape(b, p, d)), "attention_out")
+        return x_BPD + self.mlp(self.norm2(x_BPD), compute)
 
 
 class VisionTower(nnx.Module):
@@ -46,41 +49,51 @@ class VisionTower(nnx.Module):
         self.merger_in = Linear(dim * unit, dim * unit, ("embed", "mlp"), rngs, bias=True)
         self.merger_out = Linear(dim * unit, config.out_hidden_size, ("mlp", "embed"), rngs, bias=True)
 
-    def __call__(self, patches_BPC, segment_ids_BP, positions_BP2, *, dtype=jnp.float32, remat: str = "none"):
+    def __call__(self, patches_BPC, segment_ids_BP, positions_BP2, compute: Compute = PLAIN):
         """Returns merged embeddings [B, P / merge_unit, out_hidden_size], in window order; garbage for padding."""
         b, p, _ = patches_BPC.shape
-        window = self.config.window_patches
+        window, dtype = self.config.window_patches, jnp.dtype(compute.dtype)
         if p % window:  # with several rows, a window would hold patches of two of them
             raise ValueError(f"a patch buffer of {p} places is not a whole number of windows of {window} patches")
         if not p:  # a batch of text only
             return jnp.zeros((b, 0, self.config.out_hidden_size), dtype)
         cos, sin = rotary_angles(positions_BP2, self.config.hidden_size // self.config.num_heads)
-        x = self.patch_embed(patches_BPC.astype(dtype))
+        x = compute.rows(self.patch_embed(patches_BPC.astype(dtype)))
 
         def windows(a):
             return a.reshape(b * p // window, window, *a.shape[2:])
 
         valid = windows(segment_ids_BP > 0)
-        window_mask = jnp.broadcast_to(valid[:, None, :], (len(valid), window, window))
-        full_mask = segment_ids_BP[:, :, None] == segment_ids_BP[:, None, :]
-        window_angles = windows(cos), windows(sin)
-        for start, stop, full in _runs(self.config):
-            if full:
-                x = scan_layers(
-                    self.blocks, lambda blk, y: blk(y, cos, sin, full_mask), x, start=start, stop=stop, remat=remat
-                )
-            else:
-                x = scan_layers(
-                    self.blocks,
-                    lambda blk, y: blk(y, *window_angles, window_mask),
-                    windows(x),
-                    start=start,
-                    stop=stop,
-                    remat=remat,
-                ).reshape(x.shape)
+        mask = jnp.broadcast_to(valid[:, None, :], (len(valid), window, window))
+        angles = windows(cos), windows(sin)
+        attend = in_segments(segment_ids_BP, compute, causal=False)
+
+        def full(block, x):
+            return block(x, cos, sin, attend, compute)
+
+        def windowed(block, x):
+            return block(windows(x), *angles, lambda q, k, v: attention(q, k, v, mask), compute).reshape(x.shape)
+
+        x = self._run_blocks(windowed, full, x, compute)
         unit = self.config.merge_unit
         merged = self.merger_norm(x).reshape(b, p // unit, unit * x.shape[-1])
-        return self.merger_out(jax.nn.gelu(self.merger_in(merged), approximate=False))
+        return compute.rows(self.merger_out(jax.nn.gelu(self.merger_in(merged), approximate=False)))
+
+    def _run_blocks(self, windowed, full, x, compute: Compute):
+        """All blocks in order. Published sizes repeat n window blocks and a full one: one scan over such groups."""
+        every = period(self.config)
+        if every is None:
+            for start, stop, is_full in _runs(self.config):
+                x = scan_layers(self.blocks, full if is_full else windowed, x, compute, start=start, stop=stop)
+            return x
+        graphdef, state = nnx.split(self.blocks)
+        groups = jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]), state)
+
+        def group(x, states):
+            x = scan_states(graphdef, jax.tree.map(lambda a: a[:-1], states), windowed, x, compute)
+            return scan_states(graphdef, jax.tree.map(lambda a: a[-1:], states), full, x, compute), None
+
+        return jax.lax.scan(group, x, groups)[0]
 
 
 def rotary_angles(positions_BP2: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
@@ -102,3 +115,10 @@ def _runs(config: VisionConfig) -> list[tuple[int, int, bool]]:
         else:
             runs.append((i, i + 1, full))
     return runs
+
+
+def period(config: VisionConfig) -> int | None:
+    """n if every n-th block, and no other, has full attention (and n > 1); else None."""
+    every = config.fullatt_block_indexes[0] + 1 if config.fullatt_block_indexes else 0
+    regular = every > 1 and config.depth % every == 0
+    return every if regular and config.fullatt_block_indexes == tuple(range(every - 1, config.depth, every)) else None

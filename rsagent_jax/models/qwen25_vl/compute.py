@@ -1,0 +1,114 @@
+"""How a forward pass is computed: dtype, what the backward pass keeps, which attention, which mesh.
+
+None of it changes what is computed, up to rounding; every variant is tested against the plain one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from rsagent_jax import sharding
+from rsagent_jax.config import PolicyConfig
+from rsagent_jax.types import DataError
+
+# Activations that a block names, in the order in which it makes them.
+NAMES = ("qkv", "attention", "attention_out", "mlp_gate", "mlp_up")
+# Policies: what the backward pass finds again, everything else it computes anew.
+REMAT: dict[str, tuple[str, ...] | None] = {
+    "none": None,  # no remat: all is kept
+    "full": (),  # only the blocks' inputs
+    "attention": ("attention",),  # the dearest per byte in long rows
+    "selective": ("qkv", "attention", "attention_out", "mlp_gate"),  # one product of seven is made again
+    "dots": NAMES,  # every matrix product's result; norms and activation functions are made again
+}
+ATTENTION = ("auto", "plain", "blocks", "splash", "cudnn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Settings of a forward pass. Hashable: part of a program's identity."""
+
+    dtype: str = "float32"  # of activations
+    remat: str = "none"  # a policy of REMAT, or save:a,b or offload:a,b with names of NAMES
+    attention: str = "auto"  # plain: whole scores; blocks: by blocks of queries; splash: TPU kernel; cudnn: GPU kernel
+    mesh: jax.sharding.Mesh | None = None
+
+    def __post_init__(self):
+        checkpoint_policy(self.remat)
+        if self.attention not in ATTENTION:
+            raise DataError(f"policy.attention must be one of {', '.join(ATTENTION)}, got {self.attention!r}")
+
+    @classmethod
+    def of(cls, policy: PolicyConfig, mesh: jax.sharding.Mesh | None = None) -> Compute:
+        """What the config asks for, on this mesh."""
+        return cls(policy.dtype, policy.remat, policy.attention, mesh)
+
+    @property
+    def platform(self) -> str:
+        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """Keeps an activation's leading axis over the mesh's rows, and its other axes whole."""
+        return sharding.constrain(x, ("rows",) + (None,) * (x.ndim - 1), self.mesh)
+
+    def name(self, x: jax.Array, name: str) -> jax.Array:
+        return checkpoint_name(x, name) if self.remat != "none" else x
+
+
+def checkpoint_policy(remat: str):
+    """None for "none", else (a jax.checkpoint policy,); DataError for anything that is not a policy."""
+    kind, colon, names = remat.partition(":")
+    wanted = tuple(n.strip() for n in names.split(",")) if colon else REMAT.get(kind)
+    if (colon and kind not in ("save", "offload")) or (not colon and kind not in REMAT) or set(wanted or ()) - {*NAMES}:
+        raise DataError(
+            f"policy.remat {remat!r}: use {', '.join(REMAT)}, or save:NAMES or offload:NAMES with names of"
+            f" {','.join(NAMES)}"
+        )
+    policies = jax.checkpoint_policies
+    if wanted is None:
+        return None
+    if kind == "offload":
+        return (
+            policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=list(wanted),
+                offload_src="device",
+                offload_dst="pinned_host",
+            ),
+        )
+    return (policies.save_only_these_names(*wanted),)
+
+
+PLAIN = Compute()
+
+
+def scan_layers(stacked: nnx.Module, body, x, compute: Compute, *, start: int = 0, stop: int | None = None):
+    """Runs `body(layer, x) -> x` over layers `start..stop` of a stacked module with one compiled body."""
+    graphdef, state = nnx.split(stacked)
+    return scan_states(graphdef, jax.tree.map(lambda a: a[start:stop], state), body, x, compute)
+
+
+def scan_states(graphdef, state, body, x, compute: Compute):
+    """As `scan_layers` on a split module. Each layer's parameters are cast where they lie, before they are gathered."""
+
+    def step(carry, layer):
+        layer = jax.tree.map(lambda v: _cast(v, compute), layer, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        return compute.rows(body(nnx.merge(graphdef, layer), carry)), None
+
+    if (policy := checkpoint_policy(compute.remat)) is not None:
+        # The scan itself keeps the recomputation apart from the first pass; the barrier against merging the two would
+        # only cost.
+        step = jax.checkpoint(step, policy=policy[0], prevent_cse=False)
+    return jax.lax.scan(step, compute.rows(x), state)[0]
+
+
+def _cast(variable: nnx.Variable, compute: Compute) -> nnx.Variable:
+    """One layer's parameter in the dtype of the activations, still split over the mesh: half the bytes to gather."""
+    value = variable.get_value().astype(jnp.dtype(compute.dtype))
+    names = variable.get_metadata("axes")
+    return variable.replace(sharding.constrain(value, names[len(names) - value.ndim :], compute.mesh))

@@ -1,0 +1,124 @@
+"""Several processes of one program, as on the hosts of a slice: who holds which rows, and what all must agree on.
+
+Every process issues the same compiled programs in the same order. With one process all of this is the identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rsagent_jax import sharding
+from rsagent_jax.types import DataError
+
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def join() -> None:
+    """Meets the other processes, before anything asks for devices. Does nothing where there are none.
+
+    On a TPU slice of several hosts jax finds them itself; elsewhere VARIABLES say who is who (host:port, n, 0..n-1).
+    """
+    given = [os.environ.get(name) for name in VARIABLES]
+    if any(given):
+        if not all(given) or not (given[1].isdigit() and given[2].isdigit() and int(given[2]) < int(given[1])):
+            state = ", ".join(f"{name}={value or ''}" for name, value in zip(VARIABLES, given, strict=True))
+            raise DataError(f"several processes need all of host:port, their number and one's own from 0: {state}")
+        jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
+    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
+
+
+def is_lead() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def own_directory(workdir: pathlib.Path) -> pathlib.Path:
+    """Where this process keeps its log and examples: the lead in `workdir` itself, others beside them."""
+    path = workdir if is_lead() else workdir / f"process_{jax.process_index()}"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Part `index` of `count` equal parts of every batch."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, total: int, what: str) -> int:
+        """How many of `total` come here; DataError unless they divide evenly."""
+        if total % self.count:
+            raise DataError(f"{what} = {total} must be a multiple of the {self.count} processes that share it")
+        return total // self.count
+
+
+def row_share(mesh: Mesh) -> Share:
+    """Which part of a batch's rows this process's devices hold. Processes of one tensor group hold the same part."""
+    groups = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    mine = [i for i, group in enumerate(groups) if any(d.process_index == jax.process_index() for d in group)]
+    first, n = mine[0], len(mine)
+    if mine != list(range(first, first + n)) or first % n or len(groups) % n:
+        raise DataError(
+            f"mesh {dict(mesh.shape)}: this process holds the row groups {mine} of {len(groups)}, not one even part;"
+            " let mesh.tensor divide the devices of a process, or be a multiple of them"
+        )
+    return Share(first // n, len(groups) // n)
+
+
+def put_rows(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays with this process's rows -> global arrays over the mesh's rows."""
+    where = sharding.rows(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, where)
+    count = row_share(mesh).count
+    whole = lambda x: (x.shape[0] * count, *x.shape[1:])  # noqa: E731
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, np.asarray(x), whole(x)), tree)
+
+
+def most(value: int) -> int:
+    """The largest of all processes' values: how often all of them must issue a program."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def local_copy(params: Any, mesh: Mesh) -> Any:
+    """The same parameters, whole inside every process: split over its own devices, for programs it runs alone.
+
+    One resharding over the interconnect. With one process, the parameters themselves.
+    """
+    if jax.process_count() == 1:
+        return params
+    flat = sorted(mesh.devices.flat, key=lambda d: (d.process_index, d.id))
+    mine = [d for d in flat if d.process_index == jax.process_index()]
+    both = Mesh(np.array(flat).reshape(-1, len(mine)), ("host", "chip"))
+    here = Mesh(np.array(mine), ("chip",))
+    specs = jax.tree.map(lambda p: _split_once(p.shape, len(mine)), params)
+    target = jax.tree.map(lambda s: NamedSharding(both, s), specs, is_leaf=lambda s: isinstance(s, P))
+    spread = jax.jit(lambda p: p, out_shardings=target)(params)
+
+    def gather(array, spec):
+        shards = [s.data for s in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(array.shape, NamedSharding(here, spec), shards)
+
+    return jax.tree.map(gather, spread, specs)
+
+
+def _split_once(shape: tuple[int, ...], parts: int) -> P:
+    """The longest axis that divides goes over the chips."""
+    sizes = [(n, i) for i, n in enumerate(shape) if n % parts == 0]
+    if not sizes:
+        return P()
+    axis = max(sizes)[1]
+    return P(*(None,) * axis, "chip")

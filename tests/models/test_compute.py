@@ -1,0 +1,163 @@
+"""Every way to compute a forward and backward pass against the plain one. No torch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rsagent_jax.models.qwen25_vl import vision
+from rsagent_jax.models.qwen25_vl.attention import in_segments
+from rsagent_jax.models.qwen25_vl.compute import NAMES, REMAT, Compute
+from rsagent_jax.types import DataError
+
+from . import tiny
+
+# Two groups of two window blocks and a full one; tall and wide images, left-over windows.
+CASE = tiny.Case("grouped", ((1, 4, 10), (1, 10, 6)), depth=6, fullatt=(2, 5))
+
+
+def segments(rows, t):
+    """Segments of uneven length, the last one padding."""
+    rng = np.random.default_rng(0)
+    out = np.zeros((rows, t), np.int32)
+    for row in out:
+        cuts = np.sort(rng.choice(np.arange(1, t), 4, replace=False))
+        for n, (a, b) in enumerate(zip((0, *cuts), cuts, strict=False), start=1):
+            row[a:b] = n
+    return jnp.asarray(out)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["blocks", "splash"])
+@pytest.mark.parametrize("t", [640, 300])  # a whole number of tiles; padded to one
+def test_attention_and_its_gradients_equal_the_plain_ones(kind, causal, t):
+    b, n, k, h = 2, 4, 2, 16
+    rng = np.random.default_rng(1)
+    q, key, v, weight = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((b, t, n, h), (b, k, t, h), (b, k, t, h), (b, t, n, h))
+    )
+    ids = segments(b, t)
+
+    def value(kind):
+        def f(q, key, v):
+            o = in_segments(ids, Compute(attention=kind), causal=causal)(q, key, v)
+            return jnp.sum(o * weight), o
+
+        (_, o), grads = jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(q, key, v)
+        return [o, *grads]
+
+    for got, want in zip(value(kind), value("plain"), strict=True):
+        assert float(jnp.abs(got - want).max()) <= 2e-5 * max(1.0, float(jnp.abs(want).max()))
+
+
+def test_auto_takes_plain_attention_for_short_rows_and_blocks_for_long_ones_on_a_cpu():
+    """By what the program holds: plain attention has scores of the whole row."""
+    for t, whole in ((512, True), (2048, False)):
+        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, t, 2, 8), (1, 2, t, 8), (1, 2, t, 8))]
+        ids = jax.ShapeDtypeStruct((1, t), jnp.int32)
+        text = str(jax.make_jaxpr(lambda q, k, v, i: in_segments(i, Compute(), causal=True)(q, k, v))(*shapes, ids))
+        assert (f"[1,2,{t},{t}]" in text or f"[1,2,1,{t},{t}]" in text) == whole
+
+
+@functools.cache
+def gradients(compute, grouped=True):
+    """(loss, gradients as one flat dict) of a packed row with three images."""
+    model = tiny.random_model(CASE, seed=1)
+    graphdef, state = nnx.split(model)
+    row = tiny.pack(
+        [tiny.sequence(CASE, 1, ((1, 10, 6),)), tiny.sequence(CASE, 2, ((1, 4, 8), (1, 4, 4)))],
+        model.config,
+        length=96,
+        capacity=256,
+    )
+    targets = jnp.roll(row.tokens, -1)[None]
+    mask = jnp.asarray(np.append(row.segment_ids[1:] == row.segment_ids[:-1], False) & (row.segment_ids > 0))[None]
+
+    def loss(state, args):
+        model = nnx.merge(graphdef, state)
+        return tiny.sft_loss(model, model(*args, compute), targets, mask)
+
+    period = vision.period
+    if not grouped:
+        vision.period = lambda config: None
+    try:
+        value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=tiny.QUICK)(state, row.arrays())
+    finally:
+        vision.period = period
+    return float(value), {jax.tree_util.keystr(p): np.asarray(g) for p, g in jax.tree_util.tree_leaves_with_path(grads)}
+
+
+def assert_equal(got, want):
+    assert abs(got[0] - want[0]) <= 1e-6
+    for name, g in got[1].items():
+        assert np.linalg.norm(g - want[1][name]) <= 1e-5 * np.linalg.norm(want[1][name]) + 1e-9, name
+
+
+@pytest.mark.parametrize("remat", [*(r for r in REMAT if r != "none"), "save:attention,mlp_up"])
+def test_remat_policies_give_the_gradients_of_none(remat):
+    assert_equal(gradients(Compute(remat=remat)), gradients(Compute()))
+
+
+@pytest.mark.parametrize("kind", ["blocks", "splash"])
+@pytest.mark.parametrize("remat", ["none", "attention"])
+def test_the_whole_model_with_other_attention_gives_the_same_gradients(kind, remat):
+    assert_equal(gradients(Compute(attention=kind, remat=remat)), gradients(Compute()))
+
+
+def test_a_scan_over_groups_of_vision_blocks_equals_a_scan_per_run():
+    assert vision.period(tiny.random_model(CASE).config.vision) == 3
+    assert_equal(gradients(Compute()), gradients(Compute(), grouped=False))
+
+
+@pytest.mark.parametrize(
+    ("depth", "full", "every"),
+    [
+        (32, (7, 15, 23, 31), 8),
+        (6, (2, 5), 3),
+        (6, (2,), None),
+        (6, (0, 3), None),
+        (4, (0, 1, 2, 3), None),
+        (4, (), None),
+    ],
+)
+def test_only_regular_towers_are_scanned_in_groups(depth, full, every):
+    config = vision.VisionConfig(
+        depth=depth,
+        hidden_size=16,
+        intermediate_size=16,
+        num_heads=2,
+        out_hidden_size=16,
+        fullatt_block_indexes=full,
+    )
+    assert vision.period(config) == every
+
+
+@pytest.mark.parametrize("remat", ["most", "save:nothing", "save:", "keep:qkv", "full:qkv", ""])
+def test_an_unknown_remat_policy_is_one_error_that_lists_the_known(remat):
+    with pytest.raises(DataError, match=f"{remat!r}: use none, full, .*save:NAMES.*{NAMES[-1]}"):
+        Compute(remat=remat)
+
+
+def test_unknown_attention_is_one_error_that_lists_the_known():
+    with pytest.raises(DataError, match="attention must be one of auto, plain.*'flash'"):
+        Compute(attention="flash")
+
+
+def test_what_a_policy_keeps_is_not_computed_again():
+    """Matrix products in the gradient's jaxpr: full makes all of a layer's again, dots none of them."""
+
+    def products(remat):
+        model = tiny.random_model(CASE, seed=1)
+        graphdef, state = nnx.split(model)
+        row = tiny.pack([tiny.sequence(CASE, 1, ((1, 4, 4),))], model.config, length=64, capacity=64)
+
+        def loss(state):
+            return jnp.sum(nnx.merge(graphdef, state)(*row.arrays(), Compute(remat=remat)))
+
+        return str(jax.make_jaxpr(jax.grad(loss))(state)).count("dot_general")
+
+    none, full, dots, selective = (products(r) for r in ("none", "full", "dots", "selective"))
+    assert none <= dots < selective < full

@@ -1,0 +1,188 @@
+"""The same training on one device, on 8 simulated ones in several meshes, and on 2 processes with 4 each.
+
+Each run is its own process, or two, since the number of devices is set before jax starts. Everything runs through
+train.run_stage: sources, rollouts, programs, checkpoints.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from agent_fakes import DiscSegmenter
+
+from rsagent_jax import processes, sharding
+from rsagent_jax.config import BatchConfig
+from rsagent_jax.data import packing, trajectories
+from rsagent_jax.processes import Share
+from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.types import DataError
+from tests.rollout import small
+
+ROOT = pathlib.Path(__file__).parent.parent
+MESHES = {
+    "fsdp": {"fsdp": 8},
+    "data, fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "data": {"data": 8, "fsdp": 1},
+}
+COMPARED = ("loss", "l2_grads", "tokens")
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Trajectories of different lengths: processes get different numbers of rows."""
+    directory = tmp_path_factory.mktemp("set")
+    tasks = [small.task(i, h=56, w=56) for i in range(9)]
+    scripts = {f"s{i}": (*(small.click(20 + i + n, 30) for n in range(1 + i % 3)), small.finish(1)) for i in range(9)}
+    policy = TextPolicy(small.scripted(scripts), small.processor())
+    writer = trajectories.Writer(directory)
+    for t, state in Driver(policy, DiscSegmenter(), small.processor(), small.AGENT).run(tasks):
+        images = [state.view.render(state.image), *[x.observation.image for x in t.turns if x.observation]]
+        writer.write(trajectories.encode(t, images, {}))
+    writer.close({})
+    return directory
+
+
+class Run:
+    def __init__(self, workdir):
+        self.params = dict(np.load(workdir / "params.npz"))
+        self.metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def train_on(stored, tmp_path_factory):
+    """train_on(stage, mesh, n processes, devices of each, steps, from_run) -> Run; each is done once."""
+    done, compiled = {}, tmp_path_factory.mktemp("compiled")
+
+    def go(stage, mesh, n=1, devices=8, steps=2, start=None, name=None):
+        key = (stage, json.dumps(mesh), n, devices, steps, start)
+        if key not in done:
+            workdir = tmp_path_factory.mktemp(name or "run")
+            if start:
+                shutil.copytree(start / "checkpoints", workdir / "checkpoints")
+                shutil.copy(start / "metrics.jsonl", workdir)
+            job = dict(stage=stage, mesh=mesh, devices=n * devices, steps=steps, workdir=str(workdir))
+            job |= dict(stored=str(stored), out=str(workdir / "params.npz"))
+            launch(job, n, devices, compiled)
+            done[key] = workdir
+        return done[key]
+
+    return go
+
+
+def launch(job, n, devices, compiled):
+    """Starts the processes of one run and waits for all; what one says on stderr is shown if it fails."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "agent")])
+    env = os.environ | {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": path,
+    }
+    if n == 1:
+        env["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
+    running = []
+    for i in range(n):
+        who = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(n), "JAX_PROCESS_ID": str(i)}
+        command = [sys.executable, "-m", "tests.mesh_worker", json.dumps(job)]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running.append(subprocess.Popen(command, cwd=ROOT, env=env | (who if n > 1 else {}), **pipes))
+    try:
+        said = [p.communicate(timeout=400)[1] for p in running]
+    finally:
+        for p in running:
+            p.kill()
+    assert all(p.returncode == 0 for p in running), "\n".join(s[-3000:] for s in said)
+
+
+def assert_same(got: Run, want: Run):
+    assert len(got.metrics) == len(want.metrics)
+    for a, b in zip(got.metrics, want.metrics, strict=True):
+        for name in COMPARED:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
+    for name, value in want.params.items():
+        assert np.abs(got.params[name] - value).max() <= 2e-5, name
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_one_device_eight_devices_and_two_processes_train_the_same(train_on, stage):
+    want = Run(train_on(stage, {}, devices=1))
+    start = dict(np.load(train_on(stage, {}, devices=1, steps=1) / "params.npz"))
+    assert max(np.abs(start[k] - v).max() for k, v in want.params.items()) > 1e-4  # a step does something
+    for mesh in MESHES.values() if stage == "sft" else [MESHES["data, fsdp, tensor"]]:
+        assert_same(Run(train_on(stage, mesh)), want)
+    for mesh in (MESHES["fsdp"], MESHES["data, fsdp, tensor"]) if stage == "sft" else [MESHES["fsdp"]]:
+        assert_same(Run(train_on(stage, mesh, n=2, devices=4)), want)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_checkpoint_of_one_mesh_is_continued_on_another(train_on, stage):
+    """Step 1 on 8 devices of one process, step 2 on 2 processes with another mesh."""
+    want = Run(train_on(stage, {}, devices=1))
+    first = train_on(stage, MESHES["data, fsdp, tensor"], steps=1)
+    assert_same(Run(train_on(stage, MESHES["fsdp"], n=2, devices=4, start=first)), want)
+
+
+# ------------------------------------------------------------------------------------------------- who holds what
+
+
+class FakeDevice:
+    platform = "cpu"
+
+    def __init__(self, i, process):
+        self.id, self.process_index = i, process
+
+    def __hash__(self):
+        return hash(self.id)
+
+
+def share_of(process, per_process, sizes, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    devices = np.array([FakeDevice(i, i // per_process) for i in range(int(np.prod(sizes)))])
+    mesh = type("Mesh", (), {"devices": devices.reshape(sizes), "shape": dict(zip(sharding.AXES, sizes, strict=True))})
+    return processes.row_share(mesh)
+
+
+def test_rows_are_shared_by_who_holds_them(monkeypatch):
+    assert [share_of(p, 4, (1, 8, 1), monkeypatch) for p in (0, 1)] == [Share(0, 2), Share(1, 2)]
+    assert [share_of(p, 4, (2, 2, 2), monkeypatch) for p in (0, 1)] == [Share(0, 2), Share(1, 2)]
+    # a tensor group over two processes: both hold the same rows
+    assert [share_of(p, 2, (1, 2, 4), monkeypatch) for p in range(4)] == [Share(i // 2, 2) for i in range(4)]
+    assert share_of(0, 8, (2, 2, 2), monkeypatch) == Share(0, 1)
+
+
+def test_rows_that_no_process_holds_evenly_are_a_data_error(monkeypatch):
+    with pytest.raises(DataError, match="holds the row groups.*mesh.tensor"):
+        share_of(0, 2, (1, 2, 3), monkeypatch) if share_of(1, 2, (1, 2, 3), monkeypatch) else None
+
+
+def test_what_does_not_divide_among_the_processes_is_a_data_error():
+    assert Share(1, 4).of(64, "batch.rows") == 16
+    with pytest.raises(DataError, match="batch.rows = 6 must be a multiple of the 4 processes"):
+        Share(0, 4).of(6, "batch.rows")
+
+
+@pytest.mark.parametrize("given", [{"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}, {"JAX_PROCESS_ID": "0"}])
+def test_half_told_processes_are_a_data_error(given, monkeypatch):
+    for name in processes.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DataError, match="JAX_COORDINATOR_ADDRESS=.*JAX_NUM_PROCESSES=, JAX_PROCESS_ID="):
+        processes.join()
+
+
+def test_a_batch_of_padding_trains_nothing():
+    batch = packing.empty(BatchConfig(rows=2, tokens=64, patches=32), small.processor().config)
+    assert batch.tokens.shape == (2, 64) and not batch.loss_mask.any() and not batch.segment_ids.any()
