@@ -1,1 +1,1 @@
-"""Reads what the compiler made for a TPU that is not at hand: memory, floating-point work, traffic, a projected step."""
+"""What a compiler made for a TPU that is not at hand: memory, arithmetic, traffic, and a projected step."""

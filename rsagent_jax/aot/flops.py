@@ -1,8 +1,8 @@
-"""Model FLOPs: the arithmetic that a step of a Qwen2.5-VL needs, counted from its shape, whatever the compiler makes of it.
+"""Model FLOPs: the arithmetic that a step of a Qwen2.5-VL needs, counted from its shape and not from a program.
 
 Conventions, so that shares of the peak compare with published ones:
   - a multiply-add is 2 FLOPs; norms, softmax, rotary angles, activations and the optimizer are left out;
-  - causal attention is halved: a segment of s tokens has s * s / 2 pairs (tables from before mid-2025 often do not halve);
+  - causal attention is halved: a segment of s tokens has s * s / 2 pairs (older tables often do not halve);
   - a part that is trained costs twice its forward pass again: gradients of its input and of its weights. A frozen part
     has no weight gradients; where nothing before it is trained it has no input gradients either. Pixels have none,
     so the patch embedding's backward pass costs its forward pass once;
@@ -76,7 +76,7 @@ def model_flops(config: Qwen25VLConfig, work: Workload) -> Flops:
 
     patches = work.rows * sum(rows * columns for rows, columns in work.images)
     window_pairs = work.rows * sum(
-        n * n for grid in work.images for n in _windows(grid, vision.window_size // vision.patch_size)
+        n * n for grid in work.images for n in _windows(grid, vision.window_side * vision.spatial_merge_size)
     )
     image_pairs = work.rows * sum((rows * columns) ** 2 for rows, columns in work.images)
     full = sum(0 <= i < vision.depth for i in set(vision.fullatt_block_indexes))

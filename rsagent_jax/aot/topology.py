@@ -161,7 +161,7 @@ def _example(chip: Chip) -> Topology:
 
 
 def devices(topology: Topology) -> list:
-    """JAX devices that can be compiled for and not run on. DataError without libtpu, or when it does not know the slice.
+    """JAX devices that can be compiled for and not run on. DataError without libtpu or for a slice it refuses.
 
     The shape of a host is the common one of 2x2 chips, fewer where the slice is smaller.
     """
