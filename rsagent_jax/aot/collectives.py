@@ -96,7 +96,7 @@ def is_echo(computation: Computation, instruction: Instruction) -> bool:
 def group_size(instruction: Instruction, devices: int) -> int:
     """Devices per group, from any way of writing them: `{{0,1},{2,3}}`, `[2,4]<=[8]T(…)`, `mesh['a'=2,'b'=4] {'b'}`."""
     text = instruction.attributes
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*?\))?( \{[^}]*\})?", text):
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?( \{[^}]*\})?", text):
         sizes = {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", match[1])}
         if match[2] is None:
             return math.prod(sizes.values())
