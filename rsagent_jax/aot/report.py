@@ -80,6 +80,8 @@ def analyse(
     }
     bound_by = max(seconds, key=seconds.get)
     step = seconds[bound_by]
+    # Not arguments + temporaries: the compiler accepts programs whose sum exceeds a device. Where it refuses one,
+    # the size it names is this peak within a hundredth.
     peak = memory.peak_memory_in_bytes + resident_bytes
     known = model_flops and all(kernel.flops is not None for kernel in listed)
     return ProgramReport(
