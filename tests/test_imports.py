@@ -33,7 +33,7 @@ RUNGS = (
     ("models", "rewards", "agent"),
     ("data",),
     ("rollout",),
-    ("train", "evals"),
+    ("train", "evals", "aot"),
     ("checkpoint", "entry"),  # what the entry points share
     ("collect", "segment", "export", "pretrain", "evals.summary"),
 )

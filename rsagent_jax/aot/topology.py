@@ -1,0 +1,197 @@
+"""TPU chips and slices by name, and the devices of a slice that is only described.
+
+Sources of the chip table: https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} and
+https://jax-ml.github.io/scaling-book/tpus. Memory per device is what libtpu's compiler itself enforces (it names its
+limit when a program does not fit; tests/aot/test_topology.py asks it), a little below the nominal size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import os
+import re
+
+from rsagent_jax.types import DataError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One TPU chip. Bandwidths in bytes per second."""
+
+    name: str
+    bf16_flops: float  # per second
+    hbm_bytes: float  # usable by one program, all devices of the chip together
+    hbm_bandwidth: float
+    ici_link_bandwidth: float  # one way over one link
+    ici_links: int  # to neighbours: 4 in a 2-D torus, 6 in a 3-D one
+    devices_per_chip: int = 1  # JAX devices; v4 and v5p show their two cores as one (megacore), tpu7x does not
+
+    @property
+    def ici_bandwidth(self) -> float:
+        """One way over all links at once; a slice without wrap-around uses fewer: Topology.ici_bandwidth."""
+        return self.ici_link_bandwidth * self.ici_links
+
+    @property
+    def dimensions(self) -> int:
+        return self.ici_links // 2
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 275e12, 30.75 * GIB, 1200e9, 45e9, 6),
+        Chip("v5e", 197e12, 15.75 * GIB, 819e9, 45e9, 4),
+        Chip("v5p", 459e12, 95.74 * GIB, 2765e9, 90e9, 6),
+        Chip("v6e", 918e12, 31.25 * GIB, 1638e9, 90e9, 4),
+        # The vendor gives 1200 GB/s both ways per chip and no figure per link: 600 one way over 6 links.
+        Chip("tpu7x", 2307e12, 2 * 94.75 * GIB, 7380e9, 100e9, 6, devices_per_chip=2),
+    )
+}
+
+# Chips of a slice -> its shape: what the vendor sells.
+_SHAPES_2D = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
+_SHAPES_3D = {
+    4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8),
+    512: (8, 8, 8),
+}  # fmt: skip
+# The number in the name of a slice counts chips on v5e and v6e, cores (two a chip) on the others.
+_COUNTED_PER_CHIP = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1, "tpu7x": 2}
+
+
+def _slices() -> dict[str, tuple[str, tuple[int, ...]]]:
+    found = {}
+    for chip in CHIPS.values():
+        shapes = dict(_SHAPES_2D if chip.dimensions == 2 else _SHAPES_3D)
+        if chip.name == "tpu7x":
+            shapes[1] = (1, 1, 1)
+        for chips, shape in sorted(shapes.items()):
+            found[f"{chip.name}-{chips * _COUNTED_PER_CHIP[chip.name]}"] = (chip.name, shape)
+    return found
+
+
+SLICES = _slices()
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice: chips in a mesh or torus. The properties are per JAX device."""
+
+    name: str  # what the user called it
+    chip: Chip
+    shape: tuple[int, ...]  # chips along each axis
+
+    @property
+    def compiler_name(self) -> str:
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.shape) * self.chip.devices_per_chip
+
+    @property
+    def flops(self) -> float:
+        """bf16 FLOP/s."""
+        return self.chip.bf16_flops / self.chip.devices_per_chip
+
+    @property
+    def hbm_bytes(self) -> int:
+        return int(self.chip.hbm_bytes / self.chip.devices_per_chip)
+
+    @property
+    def hbm_bandwidth(self) -> float:
+        return self.chip.hbm_bandwidth / self.chip.devices_per_chip
+
+    @property
+    def wrap(self) -> tuple[bool, ...]:
+        """Which axes close into a ring: 16 long on v5e and v6e; all three of a slice made of whole 4x4x4 cubes."""
+        if self.chip.dimensions == 2:
+            return tuple(n == 16 for n in self.shape)
+        return (all(n % 4 == 0 for n in self.shape),) * 3
+
+    @property
+    def ici_bandwidth(self) -> float:
+        """Bytes per second that one device sends when a ring collective runs on every axis of the slice at once.
+
+        An axis that closes into a ring gives two links, any other axis longer than 1 gives one: on a line the end chips
+        have one neighbour, and the slowest chip sets the pace. A collective over fewer axes gets less than this.
+        The two devices of a single tpu7x chip are joined by a link that the vendor's page calls six times as fast as
+        one of these. 0 on one device.
+        """
+        if math.prod(self.shape) == 1:
+            return 6 * self.chip.ici_link_bandwidth if self.devices > 1 else 0.0
+        links = sum(2 if ring else 1 for n, ring in zip(self.shape, self.wrap, strict=True) if n > 1)
+        return links * self.chip.ici_link_bandwidth / self.chip.devices_per_chip
+
+
+def parse_topology(name: str) -> Topology:
+    """`v5e:4x4`, `v5p:2x2x1` (the shape in chips) or `v5e-16`, `v5p-8` (a slice by its size), else one DataError."""
+    plain = name.strip().lower().replace("v5litepod", "v5e")
+    if plain in SLICES:
+        chip, shape = SLICES[plain]
+        return Topology(name, CHIPS[chip], shape)
+    match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)+)", plain)
+    if match and (chip := CHIPS.get(match[1])):
+        shape = tuple(int(n) for n in match[2].split("x"))
+        if len(shape) == chip.dimensions and all(_layable(n) for n in shape):
+            return Topology(name, chip, shape)
+        raise DataError(
+            f"topology {name!r}: {chip.name} takes {chip.dimensions} sizes, each 1 or even,"
+            f" as in {_example(chip).compiler_name}"
+        )
+    known = [*SLICES, *(Topology("", CHIPS[chip], shape).compiler_name for chip, shape in SLICES.values())]
+    close = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
+    raise DataError(
+        f"unknown TPU topology {name!r}" + (f"; did you mean {close[0]}?" if close else "") + "\n"
+        "known slices: " + " ".join(SLICES) + "\n"
+        "or the shape in chips: " + " ".join(_example(chip).compiler_name for chip in CHIPS.values())
+    )
+
+
+def _layable(n: int) -> bool:
+    return n == 1 or (n > 0 and n % 2 == 0)  # hosts hold 2x2 chips
+
+
+def _example(chip: Chip) -> Topology:
+    return Topology("", chip, (2, 2) if chip.dimensions == 2 else (2, 2, 1))
+
+
+def devices(topology: Topology) -> list:
+    """JAX devices that can be compiled for and not run on. DataError without libtpu or for a slice it refuses.
+
+    The shape of a host is the common one of 2x2 chips, fewer where the slice is smaller.
+    """
+    # Read when libtpu loads. Without the first it asks a metadata server that only a TPU VM has; without the second
+    # two processes on one machine cannot compile at once.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    bounds = (*(min(2, n) for n in topology.shape[:2]), 1)
+    try:
+        found = topologies.get_topology_desc(
+            topology.compiler_name,
+            "tpu",
+            chip_config_name="megacore" if topology.chip.name in ("v4", "v5p") else "default",
+            chips_per_host_bounds=bounds,
+            num_slices=1,
+            wrap=(*topology.wrap, *(False,) * (3 - len(topology.wrap))),
+        ).devices
+    except (RuntimeError, ValueError, OSError) as error:
+        if _libtpu_is_missing():
+            raise DataError(
+                "compiling for a TPU that is not at hand needs libtpu, its compiler, which also runs on a machine"
+                ' without a TPU: pip install "jax[tpu]"'
+            ) from error
+        raise DataError(f"libtpu does not take the topology {topology.name!r}: {error}") from error
+    if len(found) != topology.devices:
+        raise DataError(f"libtpu lays {topology.name!r} out as {len(found)} devices, not {topology.devices}")
+    return list(found)
+
+
+def _libtpu_is_missing() -> bool:
+    return not os.environ.get("TPU_LIBRARY_PATH") and importlib.util.find_spec("libtpu") is None
