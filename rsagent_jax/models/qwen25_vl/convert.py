@@ -275,6 +275,8 @@ def save_model(
                 tensor_files.write_index(partial / tensor_files.INDEX, FILE_DTYPE[dtype], shapes, files)
             os.replace(partial / "config.json", directory / "config.json")
             tensor_files.publish(partial, directory, list(files))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {directory}")  # nobody reads, or exits, before it is there
 
 
 _layer_of = jax.jit(lambda stacked, layer: jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False))
