@@ -130,11 +130,11 @@ def load_policy(weights: str, mesh: Mesh | None = None) -> Qwen25VL:
         step = manager.latest_step()
         if step is None:
             raise DataError(f"{path} holds no finished checkpoint; run train.py until one is saved")
-        places = {} if shardings is None else convert.flat_state(shardings)
-        like = {
-            name: jax.ShapeDtypeStruct(v.shape, jnp.float32, sharding=places.get(name))
-            for name, v in convert.flat_params(model).items()
-        }
+        wanted = convert.flat_params(model)
+        # Orbax would ask for the devices that saved the checkpoint: always say where the arrays are to go.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = dict.fromkeys(wanted, here) if shardings is None else convert.flat_state(shardings)
+        like = {n: jax.ShapeDtypeStruct(v.shape, jnp.float32, sharding=places[n]) for n, v in wanted.items()}
         try:
             args = ocp.args.Composite(params=ocp.args.StandardRestore(like))
             params = manager.restore(step, args=args)["params"]

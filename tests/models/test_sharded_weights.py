@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from rsagent_jax.checkpoint import load_policy
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
 from rsagent_jax.models.qwen25_vl.config import load_config
 
@@ -104,6 +105,7 @@ from flax import nnx
 from rsagent_jax import sharding
 from rsagent_jax.checkpoint import load_policy
 from rsagent_jax.config import MeshConfig
+from rsagent_jax.checkpoint import load_policy
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
 from rsagent_jax.models.qwen25_vl.config import load_config
 
@@ -185,6 +187,7 @@ jax.distributed.initialize(address, 2, number)
 from rsagent_jax import sharding
 from rsagent_jax.checkpoint import load_policy
 from rsagent_jax.config import MeshConfig
+from rsagent_jax.checkpoint import load_policy
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
 
 assert jax.device_count() == 4 and jax.local_device_count() == 2
@@ -232,3 +235,42 @@ def test_two_processes_read_half_each_and_gather_an_export(tmp_path):
     after = {k: v for p in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(p).items()}
     assert before.keys() == after.keys()
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+
+
+STAGE = """
+import json, pathlib, sys
+import jax, numpy as np, optax
+from flax import nnx
+from rsagent_jax import sharding
+from rsagent_jax.checkpoint import Checkpoints, load_policy
+from rsagent_jax.config import MeshConfig
+from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.train.state import create_state
+
+weights, stage = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+model = load_policy(str(weights), sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+checkpoints = Checkpoints(stage, weights)
+checkpoints.save(create_state(nnx.state(model, nnx.Param), optax.sgd(0.1)), {})
+checkpoints.close()
+plain = convert.flat_params(convert.load_model(weights, model.config))
+for config in (MeshConfig(), MeshConfig(data=8, fsdp=1), MeshConfig(fsdp=2, tensor=4)):
+    mesh = sharding.make_mesh(config)
+    wanted = convert.flat_state(sharding.param_shardings(convert.abstract_model(model.config), mesh))
+    for name, value in convert.flat_params(load_policy(str(stage), mesh)).items():
+        assert value.sharding.is_equivalent_to(wanted[name], value.ndim), name
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(plain[name]), err_msg=name)
+"""
+
+
+def test_a_stage_that_eight_devices_saved_goes_to_any_mesh_and_to_one_device(tmp_path):
+    case = tiny.Case("stage", (), hidden=64, heads=8, kv_heads=8, mrope_section=(1, 1, 2), layers=2, vision_hidden=64)
+    model = tiny.write(case, tmp_path / "hf")
+    done = subprocess.run(
+        [sys.executable, "-c", STAGE, str(tmp_path / "hf"), str(tmp_path / "checkpoints/sft")], cwd=ROOT,
+        capture_output=True, text=True, timeout=280,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    want = convert.flat_params(model)
+    for name, value in convert.flat_params(load_policy(str(tmp_path / "checkpoints/sft"))).items():
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(want[name]), err_msg=name)
