@@ -54,9 +54,7 @@ def main(config: TrainConfig) -> None:
     mesh = sharding.make_mesh(config.mesh)
     weights = policy_directory(config.policy.weights)
     processor = Processor.load(weights)
-    model = load_policy(config.policy.weights)
-    graphdef, params = nnx.split(model, nnx.Param)
-    params = jax.device_put(params, sharding.param_shardings(model, mesh))
+    graphdef, params = nnx.split(load_policy(config.policy.weights, mesh), nnx.Param)
 
     ############################## Stages ##############################
     for stage in config.stages:

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 
+from rsagent_jax import sharding
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
@@ -112,18 +114,27 @@ def policy_directory(weights: str) -> pathlib.Path:
     return path / "policy" if (path / "policy").is_dir() else path
 
 
-def load_policy(weights: str) -> Qwen25VL:
-    """The model of a Hugging Face directory, or of the newest checkpoint of a stage, with fp32 parameters."""
+def load_policy(weights: str, mesh: Mesh | None = None) -> Qwen25VL:
+    """The model of a Hugging Face directory, or of the newest checkpoint of a stage, with fp32 parameters.
+
+    With a mesh each process reads what its own devices hold (sharding.param_shardings); without one everything goes to
+    the default device.
+    """
     path, config = pathlib.Path(weights), load_config(policy_directory(weights))
+    model = convert.abstract_model(config)
+    shardings = None if mesh is None else sharding.param_shardings(model, mesh)
     if policy_directory(weights) == path:
-        return convert.load_model(path, config)
+        return convert.load_model(path, config, shardings)
     options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
     with ocp.CheckpointManager(path.absolute(), options=options) as manager:
         step = manager.latest_step()
         if step is None:
             raise DataError(f"{path} holds no finished checkpoint; run train.py until one is saved")
-        model = convert.abstract_model(config)
-        like = {name: jax.ShapeDtypeStruct(v.shape, jnp.float32) for name, v in convert.flat_params(model).items()}
+        wanted = convert.flat_params(model)
+        # Orbax would ask for the devices that saved the checkpoint: always say where the arrays are to go.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = dict.fromkeys(wanted, here) if shardings is None else convert.flat_state(shardings)
+        like = {n: jax.ShapeDtypeStruct(v.shape, jnp.float32, sharding=places[n]) for n, v in wanted.items()}
         try:
             args = ocp.args.Composite(params=ocp.args.StandardRestore(like))
             params = manager.restore(step, args=args)["params"]

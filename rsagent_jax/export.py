@@ -1,9 +1,11 @@
 """A policy -> a Hugging Face directory that transformers, vLLM and this project read.
 
   python -m rsagent_jax.export --checkpoint=runs/x/train/checkpoints/grpo --out=HF_DIR [--dtype=float32]
+      [--max_shard_gb=5]
 
 --checkpoint is a stage of train.py (its newest step) or a Hugging Face directory. The dtype is the one that its
-config.json names; training keeps fp32 parameters, so anything narrower rounds them.
+config.json names; training keeps fp32 parameters, so anything narrower rounds them. Weights of more than --max_shard_gb
+(10^9 bytes each) are split into shards with an index, as on the hub.
 """
 
 from __future__ import annotations
@@ -17,18 +19,14 @@ import sys
 import tempfile
 from typing import Any
 
-from safetensors import safe_open
-
 from rsagent_jax.checkpoint import copy_policy_files, load_policy, policy_directory
-from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl import convert, tensor_files
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.types import DataError
 
-TENSORS = "model.safetensors"
 
-
-def export(checkpoint: str, out: pathlib.Path, dtype: str | None = None) -> str:
-    """Writes the directory, whole or not at all, and says in one line what it holds."""
+def export(checkpoint: str, out: pathlib.Path, dtype: str | None = None, max_shard_gb: float = 5.0) -> str:
+    """Writes the directory, whole or not at all, and says what it holds: one line, and one per shard if several."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is not an empty directory; choose another --out")
     source = policy_directory(checkpoint)
@@ -41,19 +39,26 @@ def export(checkpoint: str, out: pathlib.Path, dtype: str | None = None) -> str:
         partial = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         try:
             copy_policy_files(source, partial)
-            convert.save_model(model, partial, raw)
+            convert.save_model(model, partial, raw, int(max_shard_gb * 10**9))
             _readable(partial)
             os.replace(partial, out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        with safe_open(out / TENSORS, framework="np") as file:
-            count = len(list(file.keys()))
-        with (out / TENSORS).open("rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        files, _ = tensor_files.find(out)
+        count = sum(len(tensor_files.header(file)) for file in files)
+        digests = [f"{file.stat().st_size} bytes, sha256 {_sha256(file)} ({file.name})" for file in files]
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}") from error
     written = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    return f"{out}: {count} tensors, {written}, {(out / TENSORS).stat().st_size} bytes, sha256 {checksum} ({TENSORS})"
+    if len(files) == 1:
+        return f"{out}: {count} tensors, {written}, {digests[0]}"
+    total = sum(file.stat().st_size for file in files)
+    return "\n  ".join([f"{out}: {count} tensors, {written}, {total} bytes in {len(files)} shards", *digests])
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def with_dtype(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -75,14 +80,23 @@ def _readable(directory: pathlib.Path) -> None:
         file.chmod(0o666 & ~umask)
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rsagent_jax.export", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="checkpoints/<stage>, or a Hugging Face directory")
     parser.add_argument("--out", required=True, help="directory to make")
     parser.add_argument("--dtype", choices=list(convert.DTYPES), help="instead of the one in config.json")
+    parser.add_argument("--max_shard_gb", type=_positive, default=5.0, help="10^9 bytes per file at most (default 5)")
     options = parser.parse_args(argv)
     try:
-        print(export(options.checkpoint, pathlib.Path(options.out).expanduser(), options.dtype))
+        out = pathlib.Path(options.out).expanduser()
+        print(export(options.checkpoint, out, options.dtype, options.max_shard_gb))
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -98,6 +98,25 @@ def test_transformers_reads_an_export(stage, tmp_path):
     assert tokenizer.encode(text, add_special_tokens=False) == Processor.load(TINY).encode(text).tolist()
 
 
+def test_large_weights_are_split_and_read_back_bit_for_bit(tmp_path, capsys):
+    out = tmp_path / "hf"
+    assert run(f"--checkpoint={TINY}", f"--out={out}", "--max_shard_gb=0.001") == 0
+    shards = sorted(out.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 3 and not (out / "model.safetensors").exists()
+    first, *rest = capsys.readouterr().out.splitlines()
+    before = tensors(TINY)
+    assert f"{len(before)} tensors" in first and f"in {len(shards)} shards" in first
+    assert [line.split("sha256 ")[1].split()[0] for line in rest] == [
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in shards
+    ]
+    assert {path.stat().st_mode & 0o044 for path in out.iterdir()} == {(out / "config.json").stat().st_mode & 0o044}
+    assert run(f"--checkpoint={out}", f"--out={tmp_path / 'again'}") == 0
+    after = tensors(tmp_path / "again")
+    assert before.keys() == after.keys() and all(before[n].tobytes() == after[n].tobytes() for n in before)
+    with pytest.raises(SystemExit):
+        run(f"--checkpoint={TINY}", f"--out={tmp_path / 'x'}", "--max_shard_gb=0")
+
+
 def test_a_dtype_is_replaced_wherever_it_stands():
     raw = {"dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "hidden_size": 8}, "vision_config": {"depth": 2}}
     assert export.with_dtype(raw, "float32") == {

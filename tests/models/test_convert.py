@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl import convert, tensor_files
 from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.types import DataError
 
@@ -140,7 +140,7 @@ def test_shards_are_read_as_one_and_a_single_file_goes_before_an_index(tmp_path)
     saved(tmp_path)
     want = load_file(tmp_path / "model.safetensors")
     shard(tmp_path, {"a-1.safetensors": lambda n: "layers" in n, "a-2.safetensors": lambda n: "layers" not in n})
-    assert [f.name for f in convert.tensor_files(tmp_path)] == ["a-1.safetensors", "a-2.safetensors"]
+    assert [f.name for f in tensor_files.find(tmp_path)[0]] == ["a-1.safetensors", "a-2.safetensors"]
     assert_same_bytes(convert.to_hub(load(tmp_path), "float32"), want)
     tiny.write(SMALL, tmp_path, seed=5)  # an export into the same folder
     assert_same_bytes(convert.to_hub(load(tmp_path), "float32"), load_file(tmp_path / "model.safetensors"))
@@ -150,11 +150,11 @@ def test_an_export_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
     saved(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
 
-    def full_disk(tensors, path, metadata):
+    def full_disk(path, dtype, shapes, blocks):
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(convert, "save_file", full_disk)
+    monkeypatch.setattr(tensor_files, "write", full_disk)
     with pytest.raises(OSError, match="no space"):
         tiny.write(SMALL, tmp_path, seed=1)
     assert (tmp_path / "model.safetensors").read_bytes() == before
@@ -329,12 +329,12 @@ def test_the_config_that_transformers_saves_reads_as_the_one_it_was_given(tmp_pa
         (lambda raw: raw.update(model_type="llama"), ["llama", "qwen2_5_vl"]),
         (lambda raw: (raw.update(model_type="llama"), raw.pop("vision_config")), ["not a Qwen2.5-VL", "llama"]),
         (
-            lambda raw: (raw.pop("image_token_id"), raw["vision_config"].pop("depth")),
-            ["image_token_id", "vision_config.depth"],
+            lambda raw: (raw.pop("image_token_id"), raw["vision_config"].pop("hidden_size")),
+            ["image_token_id", "vision_config.hidden_size"],
         ),
         (
-            lambda raw: raw["vision_config"].pop("fullatt_block_indexes"),
-            ["vision_config.fullatt_block_indexes is missing"],
+            lambda raw: raw["vision_config"].pop("intermediate_size"),
+            ["vision_config.intermediate_size is missing"],
         ),
         (lambda raw: raw["text_config"].pop("eos_token_id"), ["eos_token_id is missing"]),
         (lambda raw: raw["text_config"].update(use_sliding_window=True), ["use_sliding_window"]),

@@ -9,15 +9,20 @@ from typing import Any
 
 from rsagent_jax.types import DataError
 
+SIZES = pathlib.Path(__file__).parents[3] / "assets" / "configs"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    depth: int
+    """Defaults are those of transformers' Qwen2_5_VLVisionConfig, since files that it writes leave such values out:
+    the hub's config.json of the 32B names neither depth nor heads."""
+
     hidden_size: int
     intermediate_size: int
-    num_heads: int
     out_hidden_size: int
-    fullatt_block_indexes: tuple[int, ...]
+    depth: int = 32
+    num_heads: int = 16
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
     in_channels: int = 3
     patch_size: int = 14
     temporal_patch_size: int = 2
@@ -135,6 +140,15 @@ class Qwen25VLConfig:
 
 def load_config(directory: str | pathlib.Path) -> Qwen25VLConfig:
     path = pathlib.Path(directory) / "config.json"
+    return Qwen25VLConfig.from_hf(read_json(path), str(path))
+
+
+def size_config(name: str) -> Qwen25VLConfig:
+    """The published model of a size: 3b, 7b, 32b or 72b. The shape only; assets/configs holds no weights."""
+    known = sorted(path.stem for path in SIZES.glob("*.json"))
+    if name not in known:
+        raise DataError(f"no Qwen2.5-VL of size {name!r} is known; there are: {', '.join(known) or f'none in {SIZES}'}")
+    path = SIZES / f"{name}.json"
     return Qwen25VLConfig.from_hf(read_json(path), str(path))
 
 

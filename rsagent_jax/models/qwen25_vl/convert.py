@@ -7,23 +7,30 @@ every tool knows those.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import math
 import os
 import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.experimental import multihost_utils
 
-from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, read_json
+from rsagent_jax.models.qwen25_vl import tensor_files
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
+from rsagent_jax.models.qwen25_vl.tensor_files import Tensor, Window
 from rsagent_jax.types import DataError
+
+HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
+Box = tuple[tuple[int, int], ...]  # a piece of an array: (start, stop) per axis
 
 # our path -> (hub name, transposed?). "*" stands for the layer number; our arrays stack layers on axis 0.
 TABLE: dict[str, tuple[str, bool]] = {
@@ -56,7 +63,7 @@ for _name in ("gate", "up", "down"):
     TABLE[f"decoder.layers.mlp.{_name}.kernel"] = (f"model.layers.*.mlp.{_name}_proj.weight", True)
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-FILE_DTYPES = ("F32", "F16", "BF16")  # the same, as safetensors names them
+FILE_DTYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # as safetensors names them
 
 
 def abstract_model(config: Qwen25VLConfig) -> Qwen25VL:
@@ -66,51 +73,156 @@ def abstract_model(config: Qwen25VLConfig) -> Qwen25VL:
 
 def flat_params(model: Qwen25VL) -> dict[str, Any]:
     """Dotted path -> array (or shape)."""
-    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return flat_state(nnx.state(model, nnx.Param))
 
 
-def load_model(directory: str | pathlib.Path, config: Qwen25VLConfig) -> Qwen25VL:
-    """Reads a Hugging Face directory into a model with fp32 parameters, bf16 and fp16 widened exactly.
+def flat_state(state: nnx.State) -> dict[str, Any]:
+    """Dotted path -> what the state holds there: array, shape or sharding."""
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
-    One DataError lists every unknown, missing, duplicate, misshapen or ill-typed tensor.
+
+def hub_slots(model: Qwen25VL) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
+    """Hub name -> (our path, layer, the hub's shape), layer by layer as the hub's own shards are."""
+    slots = {}
+    for path, leaf in flat_params(model).items():
+        for hub, layer in _hub_names(path, leaf.shape):
+            slots[hub] = (path, layer, _hub_shape(path, leaf.shape[layer is not None :], model.config))
+    return {hub: slots[hub] for hub in sorted(slots, key=_natural)}
+
+
+def load_model(
+    directory: str | pathlib.Path, config: Qwen25VLConfig, shardings: nnx.State | None = None, dtype: Any = np.float32
+) -> Qwen25VL:
+    """Reads a Hugging Face directory into a model with parameters of `dtype` (bf16 and fp16 widen to fp32 exactly).
+
+    With `shardings` (a Sharding per parameter, as sharding.param_shardings makes them) this process reads only the
+    bytes of the shards on its own devices, a shard that several devices hold once. Without, everything goes to the
+    default device. On the host there are the shards of one parameter and a block of a file at a time; the CPU back end
+    takes these shards over as its arrays.
+
+    All headers are checked before any value is read: one DataError lists every unknown, missing, duplicate, misshapen
+    or ill-typed tensor, and every tensor that is not in the file which the index names.
     """
     model = abstract_model(config)
     wanted = flat_params(model)
-    slots = {hub: (path, layer) for path in wanted for hub, layer in _hub_names(path, wanted[path].shape)}
-    out = {path: np.empty(leaf.shape, np.float32) for path, leaf in wanted.items()}
+    sources, tied_head = _match(directory, model)
+    places = flat_state(shardings) if shardings is not None else dict.fromkeys(wanted)
+    values = {}
+    with tensor_files.Reader() as reader:
+        if tied_head is not None:
+            embed, shape = sources["decoder.embed"][0], wanted["decoder.embed"].shape
+            boxes = _boxes(shape, places["decoder.embed"])
+            nowhere = {box: np.broadcast_to(np.float32(0), _sizes(box)) for box in boxes}  # compared, not kept
+            if not reader.equal(tied_head, embed, shape[-1], _windows("decoder.embed", nowhere, None)):
+                raise _refusal(directory, ["lm_head.weight differs from the embedding, to which config.json ties it"])
+        for path, leaf in wanted.items():
+            values[path] = _load_param(reader, path, sources[path], leaf.shape, places[path], np.dtype(dtype))
+    return with_params(model, values)
+
+
+def _match(directory: str | pathlib.Path, model: Qwen25VL) -> tuple[dict[str, list[Tensor]], Tensor | None]:
+    """Our path -> its tensors in the files, layer by layer; and the head of a tied model, if the files have one."""
+    slots, tied = hub_slots(model), model.config.text.tie_word_embeddings
+    files, weight_map = tensor_files.find(directory)
     problems: list[str] = []
-    seen: dict[str, str] = {}
-    tied_head: np.ndarray | None = None  # compared last: it may stand before the embedding, or in another shard
-    for file in tensor_files(directory):
-        for raw_name, dtype, value in _tensors(file):
-            name = _hub_name(raw_name)
-            if name in seen:
-                problems.append(f"duplicate {raw_name} (in {file.name} and {seen[name]})")
-                continue
-            seen[name] = file.name
-            is_tied_head = name == "lm_head.weight" and config.text.tie_word_embeddings
-            if not is_tied_head and name not in slots:
-                problems.append(f"unknown {raw_name} in {file.name}")
-                continue
-            path, layer = slots["model.embed_tokens.weight" if is_tied_head else name]
-            target = out[path] if layer is None else out[path][layer]
-            shape = _hub_shape(path, target.shape, config)
-            if value is None:
-                problems.append(f"dtype of {raw_name}: {dtype}, only {', '.join(FILE_DTYPES)} can be read")
-            elif value.shape != shape:
-                problems.append(f"misshapen {raw_name}: {list(value.shape)}, the config wants {list(shape)}")
-            elif is_tied_head:
-                tied_head = value.astype(np.float32)
-            else:
-                target[...] = _from_hub(path, value)
+    seen: dict[str, Tensor] = {}
+    repeated = set()
+    for tensor in itertools.chain.from_iterable(map(tensor_files.header, files)):
+        name, file = _hub_name(tensor.name), tensor.file.name
+        is_tied_head = name == HEAD and tied
+        if name in seen:
+            problems.append(f"duplicate {tensor.name} (in {file} and {seen[name].file.name})")
+            repeated.add(name)
+            continue
+        seen[name] = tensor
+        if not is_tied_head and name not in slots:
+            problems.append(f"unknown {tensor.name} in {file}")
+            continue
+        shape = slots[EMBED if is_tied_head else name][2]
+        if tensor.dtype not in tensor_files.DTYPES:
+            readable = ", ".join(tensor_files.DTYPES)
+            problems.append(f"dtype of {tensor.name}: {tensor.dtype}, only {readable} can be read")
+        elif tensor.shape != shape:
+            problems.append(f"misshapen {tensor.name}: {list(tensor.shape)}, the config wants {list(shape)}")
     problems += [f"missing {name}" for name in slots if name not in seen]
-    if tied_head is not None and not problems and not np.array_equal(tied_head, out["decoder.embed"]):
-        problems.append("lm_head.weight differs from the embedding, to which config.json ties it")
+    for raw_name, file in weight_map.items():
+        name = _hub_name(raw_name)
+        if name in seen and name not in repeated and seen[name].file.name != file:
+            problems.append(f"{raw_name} is in {seen[name].file.name}, the index says {file}")
     if problems:
-        raise DataError(
-            f"{directory}: the weights are not those of the model in its config.json:\n  - " + "\n  - ".join(problems)
-        )
-    return with_params(model, {path: jnp.asarray(value) for path, value in out.items()})
+        raise _refusal(directory, problems)
+    sources: dict[str, list[Tensor]] = {}
+    for hub, (path, _, _) in slots.items():  # in the order of the layers
+        sources.setdefault(path, []).append(seen[hub])
+    return sources, seen.get(HEAD) if tied else None
+
+
+def _refusal(directory: str | pathlib.Path, problems: list[str]) -> DataError:
+    listed = "".join(f"\n  - {problem}" for problem in problems)
+    return DataError(f"{directory}: the weights are not those of the model in its config.json:{listed}")
+
+
+def _load_param(
+    reader: tensor_files.Reader,
+    path: str,
+    tensors: list[Tensor],
+    shape: tuple[int, ...],
+    sharding: jax.sharding.Sharding | None,
+    dtype: np.dtype,
+) -> jax.Array:
+    """One parameter on its devices."""
+    holders = _boxes(shape, sharding)
+    boxes = {box: _aligned_empty(_sizes(box), dtype) for box in holders}
+    for layer, tensor in enumerate(tensors):
+        width = shape[-2] if TABLE[path][1] else shape[-1] if len(tensor.shape) > 1 else 1
+        if windows := _windows(path, boxes, layer if "*" in TABLE[path][0] else None):
+            reader.fill(tensor, width, windows)
+    if sharding is None:
+        return jax.block_until_ready(jax.device_put(next(iter(boxes.values()))))
+    shards = [jax.device_put(boxes[box], device) for box, devices in holders.items() for device in devices]
+    # The host's copies go before the next parameter's are made: wait until they have been sent.
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, shards))
+
+
+def _boxes(shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> dict[Box, list[Any]]:
+    """The distinct pieces of an array that this process holds, and on which devices."""
+    if sharding is None:
+        return {tuple((0, n) for n in shape): []}
+    holders: dict[Box, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        box = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        holders.setdefault(box, []).append(device)
+    return holders
+
+
+def _sizes(box: Box) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in box)
+
+
+def _windows(path: str, boxes: dict[Box, np.ndarray], layer: int | None) -> list[Window]:
+    """What the pieces want of one hub tensor: all of it, or that of one layer if the pieces have an axis of layers."""
+    windows = []
+    for box, piece in boxes.items():
+        if layer is not None:
+            (first, stop), box = box[0], box[1:]
+            if not first <= layer < stop:
+                continue
+            piece = piece[layer - first]
+        if len(box) == 1:  # a column, so that a piece of a vector is one range of bytes
+            windows.append(Window(box[0], (0, 1), piece[:, None]))
+        elif TABLE[path][1]:
+            windows.append(Window(box[1], box[0], piece.T))
+        else:
+            windows.append(Window(box[0], box[1], piece))
+    return windows
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that JAX's CPU back end takes as it is; it copies what is not aligned to 64 bytes."""
+    count = math.prod(shape) * dtype.itemsize
+    data = np.empty(count + 64, np.uint8)
+    start = -data.ctypes.data % 64
+    return data[start : start + count].view(dtype).reshape(shape)
 
 
 def with_params(model: Qwen25VL, values: dict[str, Any]) -> Qwen25VL:
@@ -122,65 +234,73 @@ def with_params(model: Qwen25VL, values: dict[str, Any]) -> Qwen25VL:
 
 def to_hub(model: Qwen25VL, dtype: str) -> dict[str, np.ndarray]:
     """Hub names -> arrays of `dtype`, layers unstacked."""
-    out = {}
-    for path, leaf in flat_params(model).items():
-        value = np.asarray(leaf)
-        for hub, layer in _hub_names(path, value.shape):
-            one = value if layer is None else value[layer]
-            shape = _hub_shape(path, one.shape, model.config)
-            one = (one.T if TABLE[path][1] else one).reshape(shape)
-            out[hub] = np.ascontiguousarray(one.astype(DTYPES[dtype]))
+    out, values = {}, {path: np.asarray(leaf) for path, leaf in flat_params(model).items()}
+    for hub, (path, layer, shape) in hub_slots(model).items():
+        one = values[path] if layer is None else values[path][layer]
+        one = (one.T if TABLE[path][1] else one).reshape(shape)
+        out[hub] = np.ascontiguousarray(one.astype(DTYPES[dtype]))
     return out
 
 
-def save_model(model: Qwen25VL, directory: str | pathlib.Path, raw_config: dict[str, Any]) -> None:
-    """Writes config.json and model.safetensors; the dtype is the one that `raw_config` names (fp32 if none)."""
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+def save_model(
+    model: Qwen25VL, directory: str | pathlib.Path, raw_config: dict[str, Any], max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Writes config.json and the weights in the dtype that `raw_config` names (fp32 if none), atomically.
+
+    More than `max_shard_bytes` of data go to model-0000i-of-0000N.safetensors and model.safetensors.index.json, less to
+    model.safetensors. One hub tensor at a time is on the host. In a run of several processes all of them call this,
+    since they gather each tensor together; process 0 writes.
+    """
     dtype = raw_config.get("dtype") or raw_config.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise DataError(f"config.json: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    (directory / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n", encoding="utf-8")
-    file = directory / "model.safetensors"
-    partial = file.with_suffix(".partial")  # an interrupted export leaves the old file whole
-    save_file(to_hub(model, dtype), partial, metadata={"format": "pt"})
-    os.replace(partial, file)
-
-
-def tensor_files(directory: str | pathlib.Path) -> list[pathlib.Path]:
-    """model.safetensors, else the shards that model.safetensors.index.json names, as transformers looks for them."""
     directory = pathlib.Path(directory)
-    index = directory / "model.safetensors.index.json"
-    files = [directory / "model.safetensors"]
-    if not files[0].exists() and index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise DataError(f"{index} has no weight_map of tensor names to file names")
-        names = sorted(set(weight_map.values()))
-        if bad := [name for name in names if pathlib.PurePath(name).name != name or name in ("", "..")]:
-            raise DataError(f"{index} names files outside its directory: {bad}")
-        files = [directory / name for name in names]
-    if missing := [f.name for f in files if not f.exists()]:
-        raise DataError(f"{directory} lacks {', '.join(missing)}; give a Hugging Face directory of Qwen2.5-VL weights")
-    return files
+    params, slots = flat_params(model), hub_slots(model)
+    shapes = {hub: shape for hub, (_, _, shape) in slots.items()}
+    files = tensor_files.plan(FILE_DTYPE[dtype], shapes, max_shard_bytes)
+    writes = jax.process_index() == 0
+    with tensor_files.partial_directory(directory) if writes else contextlib.nullcontext() as partial:
+        for file, names in files.items():
+            values = (_on_host(params[path], layer, TABLE[path][1]) for path, layer, _ in map(slots.get, names))
+            if writes:
+                blocks = (_blocks(value, DTYPES[dtype]) for value in values)
+                own = {name: shapes[name] for name in names}
+                tensor_files.write(partial / file, FILE_DTYPE[dtype], own, itertools.chain.from_iterable(blocks))
+            else:
+                for _ in values:
+                    pass
+        if writes:
+            (partial / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n", encoding="utf-8")
+            if len(files) > 1:
+                tensor_files.write_index(partial / tensor_files.INDEX, FILE_DTYPE[dtype], shapes, files)
+            os.replace(partial / "config.json", directory / "config.json")
+            tensor_files.publish(partial, directory, list(files))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {directory}")  # nobody reads, or exits, before it is there
 
 
-def _tensors(file: pathlib.Path) -> Iterator[tuple[str, str, np.ndarray | None]]:
-    """(name, dtype, array) of each tensor; None for a dtype that is none of ours. A name written twice comes twice."""
-    try:
-        with safe_open(file, framework="np") as handle:
-            for name in _header_names(file):
-                dtype = handle.get_slice(name).get_dtype()
-                yield name, dtype, handle.get_tensor(name) if dtype in FILE_DTYPES else None
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{file} is not a readable safetensors file: {error}") from error
+_layer_of = jax.jit(lambda stacked, layer: jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False))
 
 
-def _header_names(file: pathlib.Path) -> list[str]:
-    """Tensor names as the header, known to be valid, lists them; safetensors' own keys() drops repeated ones."""
-    with file.open("rb") as stream:
-        header = stream.read(int.from_bytes(stream.read(8), "little"))
-    return [name for name, _ in json.loads(header, object_pairs_hook=list) if name != "__metadata__"]
+def _on_host(leaf: Any, layer: int | None, transposed: bool) -> np.ndarray:
+    """One layer of a parameter in the hub's orientation. All processes call it; each gets the whole."""
+    part = leaf.copy() if layer is None else _layer_of(leaf, layer)  # not the leaf itself: it would keep its host copy
+    if isinstance(part, jax.Array) and not part.is_fully_addressable:
+        part = multihost_utils.process_allgather(part, tiled=True)
+    value = np.asarray(part)
+    return value.T if transposed else value
+
+
+def _blocks(value: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """C-contiguous pieces of `dtype`, in order."""
+    step = max(1, tensor_files.BLOCK_BYTES // value[0].nbytes)
+    for start in range(0, len(value), step):
+        yield value[start : start + step].astype(dtype, order="C")
+
+
+def _natural(name: str) -> list[Any]:
+    """Sorts layer 2 before layer 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _hub_name(name: str) -> str:
@@ -200,9 +320,3 @@ def _hub_shape(path: str, shape: tuple[int, ...], config: Qwen25VLConfig) -> tup
         v = config.vision
         return (shape[1], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
     return shape[::-1] if TABLE[path][1] else shape
-
-
-def _from_hub(path: str, value: np.ndarray) -> np.ndarray:
-    if path == "vision.patch_embed.kernel":
-        value = value.reshape(value.shape[0], -1)
-    return (value.T if TABLE[path][1] else value).astype(np.float32)

@@ -1,0 +1,313 @@
+"""Import of a Hugging Face checkpoint: seconds, bytes read and peak host memory, ours beside what a user would write.
+
+  python benchmarks/import_weights.py [--gb=4] [--dtype=bfloat16] [--dir=DIR] [--cold] [--repeat=2]
+
+Writes a random bf16 checkpoint of the 3B's shape with fewer layers (shards of 1 GB, an index) and loads it in fresh
+processes on the CPU back end, where device memory is host memory too:
+
+  one       rsagent_jax onto one device
+  fsdp=8    rsagent_jax onto 8 simulated devices of one process
+  4 x 2     rsagent_jax in 4 processes of 2 devices each (jax.distributed on loopback), fsdp=8; the worst of the four
+  load_file safetensors.numpy.load_file, then jax.device_put, shard by shard; the hub's layout, nothing is stacked
+  torch     transformers' from_pretrained in bf16, then one value of every page: its parameters stay in the memory map,
+            where ours are stacked, transposed and on the device (left out where torch is not installed)
+
+seconds  wall time, the best of --repeat runs; cpu_s is user and system time of the same run
+read     what the process asked the kernel for (rchar): pages of a memory map, which the last two use, are not in it
+peak     VmHWM above the resident memory before the load; mapped pages count while they are resident
+anon     the same of anonymous memory only, sampled every 5 ms: what the kernel cannot take back
+bound    the process's own shards + 2 x the largest tensor of the file; ours must stay below it
+
+The files were just written or read, so they come from the page cache; --cold asks the kernel to drop them before each
+run (posix_fadvise, which it may ignore). --dtype=float32 widens, and doubles the memory of ours and of load_file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; the runs inherit it
+
+import numpy as np  # noqa: E402
+
+GB = 10**9
+PROCESSES, DEVICES_EACH = 4, 2
+COLUMNS = "seconds cpu_s read_gb peak_gb anon_gb bound_gb".split()
+
+
+############################## The checkpoint ##############################
+
+
+def write_checkpoint(directory: pathlib.Path, gb: float) -> dict[str, Any]:
+    """Random bf16 weights of about `gb` x 10^9 bytes; returns their sizes in bytes."""
+    from rsagent_jax.models.qwen25_vl import config, convert, tensor_files
+
+    raw = json.loads((config.SIZES / "3b.json").read_text())
+    sizes = []
+    for layers in (1, 2):
+        raw["num_hidden_layers"] = layers
+        model = convert.abstract_model(config.Qwen25VLConfig.from_hf(raw))
+        sizes.append(sum(2 * math.prod(shape) for *_, shape in convert.hub_slots(model).values()))
+    layer = sizes[1] - sizes[0]
+    raw["num_hidden_layers"] = max(1, round((gb * GB - sizes[0]) / layer) + 1)
+    model = convert.abstract_model(config.Qwen25VLConfig.from_hf(raw))
+    shapes = {hub: shape for hub, (*_, shape) in convert.hub_slots(model).items()}
+    files = tensor_files.plan("BF16", shapes, GB)
+    rng = np.random.default_rng(0)
+    for file, names in files.items():
+        blocks = (block for name in names for block in random_blocks(rng, math.prod(shapes[name])))
+        tensor_files.write(directory / file, "BF16", {name: shapes[name] for name in names}, blocks)
+    tensor_files.write_index(directory / tensor_files.INDEX, "BF16", shapes, files)
+    (directory / "config.json").write_text(json.dumps(raw))
+    total = sum(tensor_files.size("BF16", shape) for shape in shapes.values())
+    largest = max(tensor_files.size("BF16", shape) for shape in shapes.values())
+    return {"layers": raw["num_hidden_layers"], "bytes": total, "largest": largest, "files": len(files)}
+
+
+def random_blocks(rng: np.random.Generator, count: int) -> Iterator[np.ndarray]:
+    """bf16 of either sign and any mantissa between 2^-7 and 2^-6: as incompressible as weights, and quick to make."""
+    for start in range(0, count, 1 << 23):
+        bits = np.frombuffer(rng.bytes(2 * min(1 << 23, count - start)), np.uint16)
+        yield (bits & np.uint16(0x807F)) | np.uint16(0x3C00)
+
+
+############################## One measured load, in its own process ##############################
+
+
+def status(field: str) -> int:
+    """A memory field of /proc/self/status in bytes."""
+    text = pathlib.Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(field + ":"))
+
+
+def bytes_read() -> int:
+    return int(pathlib.Path("/proc/self/io").read_text().split()[1])  # rchar
+
+
+@dataclasses.dataclass
+class Meter:
+    """What happens within its `with`: seconds, bytes read, peaks above what was there before."""
+
+    values: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __enter__(self) -> Meter:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        self.resident, self.anon, self.read = status("VmRSS"), status("RssAnon"), bytes_read()
+        self.peak_anon, self.stop = self.anon, threading.Event()
+        self.sampler = threading.Thread(target=self._sample, daemon=True)
+        self.sampler.start()
+        self.start, self.cpu = time.perf_counter(), time.process_time()
+        return self
+
+    def _sample(self) -> None:
+        while not self.stop.wait(0.005):
+            self.peak_anon = max(self.peak_anon, status("RssAnon"))
+
+    def __exit__(self, *_) -> None:
+        seconds, cpu = time.perf_counter() - self.start, time.process_time() - self.cpu
+        peak, read = status("VmHWM"), bytes_read()
+        self.stop.set()
+        self.sampler.join()
+        self.values = {
+            "seconds": seconds,
+            "cpu_s": cpu,
+            "read_gb": (read - self.read) / GB,
+            "peak_gb": (peak - self.resident) / GB,
+            "anon_gb": (self.peak_anon - self.anon) / GB,
+        }
+
+
+def ours(directory: pathlib.Path, dtype: np.dtype, fsdp: int, address: str, number: int) -> dict[str, float]:
+    import jax
+    from flax import nnx
+
+    from rsagent_jax import sharding
+    from rsagent_jax.config import MeshConfig
+    from rsagent_jax.models.qwen25_vl import convert
+    from rsagent_jax.models.qwen25_vl.config import load_config
+
+    if address:
+        jax.distributed.initialize(address, PROCESSES, number)
+    config = load_config(directory)
+    shardings = None
+    if fsdp:
+        mesh = sharding.make_mesh(MeshConfig(fsdp=fsdp))
+        shardings = sharding.param_shardings(convert.abstract_model(config), mesh)
+    jax.block_until_ready(jax.device_put(np.zeros(1), jax.local_devices()[0]))  # the back end is up
+    with Meter() as meter:
+        model = convert.load_model(directory, config, shardings, dtype)
+    held = 0
+    for array in jax.tree.leaves(nnx.state(model, nnx.Param)):
+        held += sum({str(shard.index): shard.data.nbytes for shard in array.addressable_shards}.values())
+    if address:
+        jax.distributed.shutdown()
+    return meter.values | {"held_gb": held / GB}
+
+
+def load_file(directory: pathlib.Path, dtype: np.dtype) -> dict[str, float]:
+    import jax
+    from safetensors.numpy import load_file
+
+    jax.block_until_ready(jax.device_put(np.zeros(1)))
+    arrays = {}
+    with Meter() as meter:
+        for file in sorted(directory.glob("*.safetensors")):
+            tensors = load_file(file)
+            while tensors:
+                name, value = tensors.popitem()
+                arrays[name] = jax.device_put(value.astype(dtype, copy=False))
+                del value
+        jax.block_until_ready(arrays)
+    return meter.values | {"held_gb": sum(a.nbytes for a in arrays.values()) / GB}
+
+
+def from_pretrained(directory: pathlib.Path) -> dict[str, float]:
+    sys.modules["torchvision"] = None  # not needed here, and its operators may not load beside a CPU build of torch
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    with Meter() as meter:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.bfloat16)
+        for parameter in model.parameters():  # they are pages of a memory map: nothing has been read so far
+            parameter.detach().flatten()[::2048].sum()
+    return meter.values | {"held_gb": sum(p.numel() * p.element_size() for p in model.parameters()) / GB}
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Runs one load in this process and prints what it took as the last line."""
+    import ml_dtypes
+
+    directory = pathlib.Path(options.dir)
+    dtype = np.dtype(ml_dtypes.bfloat16 if options.dtype == "bfloat16" else np.float32)
+    loads: dict[str, Callable[[], dict[str, float]]] = {
+        "one": lambda: ours(directory, dtype, 0, "", 0),
+        "fsdp=8": lambda: ours(directory, dtype, 8, "", 0),
+        "4 x 2": lambda: ours(directory, dtype, 8, options.address, options.number),
+        "load_file": lambda: load_file(directory, dtype),
+        "torch": lambda: from_pretrained(directory),
+    }
+    print(json.dumps(loads[options.measure]()))
+
+
+############################## The table ##############################
+
+
+def run(name: str, options: argparse.Namespace, directory: pathlib.Path, largest: int) -> dict[str, float] | None:
+    """One row: the load in fresh processes, the worst of them per column; None if a package is missing."""
+    page_cache(directory, drop=options.cold)
+    several = name == "4 x 2"
+    devices = {"fsdp=8": 8, "4 x 2": DEVICES_EACH}.get(name, 1)
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, f"--measure={name}", f"--dir={directory}", f"--dtype={options.dtype}"]
+    if several:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            command.append(f"--address=127.0.0.1:{probe.getsockname()[1]}")
+    children = [
+        subprocess.Popen(
+            [*command, f"--number={i}"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(PROCESSES if several else 1)
+    ]
+    try:
+        answers = [child.communicate(timeout=1800) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    for child, (_, error) in zip(children, answers, strict=True):
+        if child.returncode and ("No module named 'torch'" in error or "No module named 'transformers'" in error):
+            return None
+        if child.returncode:
+            raise SystemExit(f"{name} failed:\n{error[-3000:]}")
+    results = [json.loads(out.strip().splitlines()[-1]) for out, _ in answers]
+    for result in results:
+        result["bound_gb"] = result["held_gb"] + 2 * largest / GB
+        result["peak_over_bound"] = result["peak_gb"] / result["bound_gb"]
+    return {key: max(result[key] for result in results) for key in results[0]}
+
+
+def page_cache(directory: pathlib.Path, *, drop: bool) -> None:
+    """Reads every file, so that each run finds it cached; or asks the kernel to forget it."""
+    for file in directory.glob("*.safetensors"):
+        with file.open("rb", buffering=0) as stream:
+            if drop:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                buffer = bytearray(1 << 24)
+                while stream.readinto(buffer):
+                    pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--gb", type=float, default=4.0, help="10^9 bytes of checkpoint (at least 2.2: the tower, embedding)"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of our parameters")
+    parser.add_argument(
+        "--dir", help="where to write (default: a temporary directory); what is written goes afterwards"
+    )
+    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each run")
+    parser.add_argument("--repeat", type=int, default=2, help="runs per row: the fastest counts, and the highest peak")
+    for name in ("measure", "address"):
+        parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--number", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        return measure(options)
+    with contextlib.ExitStack() as stack:
+        if options.dir:
+            pathlib.Path(options.dir).mkdir(parents=True, exist_ok=True)
+        directory = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.dir)))
+        start = time.perf_counter()
+        made = write_checkpoint(directory, options.gb)
+        print(
+            f"{made['bytes'] / GB:.2f} GB of bf16 in {made['files']} shards, {made['layers']} layers, largest tensor "
+            f"{made['largest'] / GB:.2f} GB; written in {time.perf_counter() - start:.0f} s; page cache "
+            f"{'dropped' if options.cold else 'warm'}; parameters {options.dtype}; {os.cpu_count()} cores\n"
+        )
+        print(f"{'':10}" + "".join(f"{column:>10}" for column in COLUMNS) + f"{'peak/bound':>12}")
+        rows = {}
+        for name in ("one", "fsdp=8", "4 x 2", "load_file", "torch"):
+            runs = [run(name, options, directory, made["largest"]) for _ in range(options.repeat)]
+            if None in runs:
+                print(f"{name:10}  left out: a package is not installed")
+                continue
+            fastest = min(runs, key=lambda values: values["seconds"])
+            row = rows[name] = {key: max(values[key] for values in runs) for key in fastest}
+            row |= {key: fastest[key] for key in ("seconds", "cpu_s")}
+            print(
+                f"{name:10}" + "".join(f"{row[c]:10.2f}" for c in COLUMNS) + f"{row['peak_over_bound']:12.2f}",
+                flush=True,
+            )
+    summary = {
+        "checkpoint_gb": made["bytes"] / GB,
+        "page_cache": "dropped" if options.cold else "warm",
+        "dtype": options.dtype,
+        "peak_over_bound": max(rows[name]["peak_over_bound"] for name in ("one", "fsdp=8", "4 x 2")),
+        "quarter_read_share": rows["4 x 2"]["read_gb"] * GB / made["bytes"],
+        "vs_load_file": rows["load_file"]["seconds"] / rows["one"]["seconds"],
+        "vs_torch": rows["torch"]["seconds"] / rows["one"]["seconds"] if "torch" in rows else None,
+        "rows": rows,
+    }
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
