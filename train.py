@@ -1,6 +1,7 @@
 """Trains a policy: SFT on stored trajectories, then GRPO with tools. One loop for both.
 
   python train.py --config=configs/quickstart.py --workdir=runs/x [--config.a.b=v]
+  python train.py --config=configs/sft_tpu.py --aot=v5e-16     compiles the programs for a TPU that is not there
 
 Run the same command again and it goes on from the newest checkpoint.
 """
@@ -10,15 +11,18 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from flax import nnx
 from PIL import Image
 from tqdm import tqdm
 
-from rsagent_jax import entry, processes, sharding
+from rsagent_jax import entry, processes, sharding, slices
 from rsagent_jax.checkpoint import Checkpoints, load_policy, policy_directory
 from rsagent_jax.config import DataConfig, TrainConfig, to_dict
 from rsagent_jax.data.processor import Processor, pictures
@@ -26,6 +30,7 @@ from rsagent_jax.data.refcoco import RefCocoIndex, load_refcoco
 from rsagent_jax.data.trajectories import open_records
 from rsagent_jax.metrics import MetricsLog
 from rsagent_jax.models.qwen25_vl.compute import Compute
+from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.rewards import make_reward
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
@@ -38,13 +43,18 @@ from rsagent_jax.types import Batch, DataError
 STAGES = ("sft", "grpo")
 
 
-def main(config: TrainConfig) -> None:
+def main(config: TrainConfig) -> int | None:
+    if unknown := set(config.stages) - set(STAGES):
+        raise DataError(f"stages: unknown {sorted(unknown)}; known are {', '.join(STAGES)}")
+    if flags.FLAGS.aot:
+        return compile_ahead(config, flags.FLAGS.aot)
+
     ############################## Work directory, log ##############################
     processes.join()
     workdir = entry.workdir()
     entry.use_compilation_cache(config.cache_dir, workdir / "compiled")
-    if unknown := set(config.stages) - set(STAGES):
-        raise DataError(f"stages: unknown {sorted(unknown)}; known are {', '.join(STAGES)}")
+    weights = policy_directory(config.policy.weights)
+    config = slices.settle(config, load_config(weights).text.hidden_size, len(jax.devices()))
     if processes.is_lead():
         (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
     check(config)
@@ -52,7 +62,6 @@ def main(config: TrainConfig) -> None:
 
     ############################## Mesh, policy ##############################
     mesh = sharding.make_mesh(config.mesh)
-    weights = policy_directory(config.policy.weights)
     processor = Processor.load(weights)
     graphdef, params = nnx.split(load_policy(config.policy.weights, mesh), nnx.Param)
 
@@ -61,6 +70,23 @@ def main(config: TrainConfig) -> None:
         with contextlib.ExitStack() as stack:
             params = run_stage(stage, config, workdir, log, mesh, graphdef, params, weights, processor, stack)
     log.close()
+
+
+def compile_ahead(config: TrainConfig, name: str) -> int:
+    """Compiles each stage's programs for a TPU that is not there. 3 if one of them does not fit, else 0."""
+    from rsagent_jax.aot import report, stages, topology  # loads the TPU compiler
+
+    jax.config.update("jax_platforms", "cpu")  # the compiler is asked for, not a TPU
+    policy = stages.policy_config(config.policy.weights)
+    names = topology.TABLE if name == "all" else (name,)
+    reports = []
+    for target in map(topology.parse_topology, names):
+        settled = stages.settled(config, target, policy)
+        for stage in config.stages:
+            reports += stages.report_stage(settled, stage, target, lambda line: print(line, file=sys.stderr))
+    print(report.table(reports))
+    print(report.to_json(reports))
+    return 0 if all(r.fits for r in reports) else 3
 
 
 def check(config: TrainConfig) -> None:
@@ -104,7 +130,8 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
     ############################## State, programs ##############################
     compute = Compute.of(config.policy, mesh)
     tx, schedule = make_optimizer(settings.optim, steps * updates)
-    reference = jax.tree.map(lambda p: p.copy(), params) if kl > 0 else None
+    # In the dtype of the activations: the parameters are cast to it wherever they are used.
+    reference = jax.tree.map(lambda p: jnp.array(p, compute.dtype, copy=True), params) if kl > 0 else None
     shardings = (state_shardings(params, tx, sharding.replicated(mesh)), sharding.rows(mesh), sharding.replicated(mesh))
     state = jax.jit(lambda p: create_state(p, tx), out_shardings=shardings[0], donate_argnums=0)(params)
     programs = make_programs(graphdef, tx, objective, compute, temperature, shardings, settings.optim.freeze)
@@ -172,4 +199,5 @@ def save_first_batch(workdir: pathlib.Path, stage: str, batch: Batch, processor:
 
 if __name__ == "__main__":
     entry.define_flags()
+    flags.DEFINE_string("aot", None, "A TPU slice or topology to compile for instead of training, or all.")
     entry.run(main, TrainConfig)

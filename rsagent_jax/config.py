@@ -66,7 +66,7 @@ class MeshConfig:
 
     data: int = 1
     fsdp: int = -1
-    tensor: int = 1
+    tensor: int = 1  # 0 = as the slice's preset says
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class OptimConfig:
 class BatchConfig:
     """The fixed shapes of a training batch."""
 
-    rows: int = 16
+    rows: int = 16  # over the whole mesh; 0 = as the slice's preset says
     tokens: int = 1024  # T per row
     patches: int = 1024  # P per row, before merging
 
@@ -189,7 +189,7 @@ class PolicyConfig:
     weights: str  # a Hugging Face directory, or a checkpoint directory of train.py
     dtype: str = "bfloat16"  # of activations; parameters stay fp32 in training
     # What the backward pass keeps: none (no remat) | full | attention | selective | dots | save:NAMES | offload:NAMES
-    remat: str = "full"
+    remat: str = "full"  # "" = as the slice's preset says
     attention: str = "auto"  # auto | plain | blocks | splash (TPU) | cudnn (GPU)
 
 
@@ -202,6 +202,7 @@ class TrainConfig:
     policy: PolicyConfig
     agent: AgentConfig = AgentConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
+    slice: str = ""  # v5e-16, v6e-64, …: decides what mesh.tensor, policy.remat and batch.rows leave open
     mesh: MeshConfig = MeshConfig()
     sft: SftConfig = SftConfig()
     grpo: GrpoConfig = GrpoConfig()

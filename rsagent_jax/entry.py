@@ -37,8 +37,8 @@ def run(
 ) -> None:
     """Parses the flags, builds the config, calls `main(config, *arguments)`.
 
-    Bad input is one message on stderr and exit status 2; Ctrl-C is 130. `arguments` names what the command takes
-    besides flags.
+    Bad input is one message on stderr and exit status 2; Ctrl-C is 130; else what `main` returns, None being 0.
+    `arguments` names what the command takes besides flags.
     """
 
     def start(argv: list[str]) -> None:
@@ -49,7 +49,8 @@ def run(
             raise DataError(f"unexpected argument {given[len(arguments)]!r}{hint}")
         if len(given) < len(arguments):
             raise DataError(f"{arguments[len(given)]} is missing; the arguments are: {' '.join(arguments)}")
-        main(config_lib.build(config_class, flags.FLAGS[CONFIG].value), *given)
+        if status := main(config_lib.build(config_class, flags.FLAGS[CONFIG].value), *given):
+            sys.exit(status)
 
     try:
         app.run(start, flags_parser=functools.partial(_parse, config_class=config_class, default_config=default_config))

@@ -29,13 +29,13 @@ MAX_LINES = 450
 # Lower rungs first. A unit may import those below it and, on the first rung only, its neighbours. The longest prefix
 # names the unit: rsagent_jax.evals.summary is an entry point, the rest of rsagent_jax.evals is not.
 RUNGS = (
-    ("types", "resolve", "config", "sharding", "processes", "metrics"),
+    ("types", "resolve", "config", "sharding", "processes", "slices", "metrics"),
     ("models", "rewards", "agent"),
     ("data",),
     ("rollout",),
     ("train", "evals", "aot"),
     ("checkpoint", "entry"),  # what the entry points share
-    ("collect", "segment", "export", "pretrain", "evals.summary"),
+    ("collect", "segment", "export", "pretrain", "evals.summary", "aot.stages"),
 )
 RUNG = {f"rsagent_jax.{unit}": rung for rung, units in enumerate(RUNGS) for unit in units}
 ENTRY = len(RUNGS) - 1

@@ -69,7 +69,7 @@ def train_on(stored, tmp_path_factory):
                 shutil.copytree(start / "checkpoints", workdir / "checkpoints")
                 shutil.copy(start / "metrics.jsonl", workdir)
             job = dict(stage=stage, mesh=mesh, devices=n * devices, steps=steps, workdir=str(workdir))
-            job |= dict(stored=str(stored), out=str(workdir / "params.npz"))
+            job |= dict(stored=str(stored), weights=str(small.weights()), out=str(workdir / "params.npz"))
             launch(job, n, devices, compiled)
             done[key] = workdir
         return done[key]

@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rsagent_jax.aot import collectives as coll
 from rsagent_jax.aot.hlo import read_program
 from rsagent_jax.aot.topology import GIB, Topology
 from rsagent_jax.aot.traffic import hbm_traffic_bytes
-from rsagent_jax.aot.work import Kernel, hlo_flops, kernels
+from rsagent_jax.aot.work import Kernel, KernelFlops, hlo_flops, kernels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,12 +60,12 @@ def analyse(
     program: str,
     model_flops: float,
     resident_bytes: int = 0,
-    kernel_flops: Mapping[str, float] | None = None,
+    kernel_flops: KernelFlops | None = None,
 ) -> ProgramReport:
     """Reads a `jax.stages.Compiled` for `topology`, of which it may use fewer devices.
 
-    model_flops: of one run over all devices. resident_bytes: per device. kernel_flops: FLOPs on one device of one
-    execution of the Pallas kernels whose names start with the key, for kernels that carry no estimate (or a wrong one).
+    model_flops: of one run over all devices. resident_bytes: per device. kernel_flops: see work.KernelFlops; for
+    kernels that carry no estimate.
     """
     hlo = read_program(compiled.as_text())
     memory = compiled.memory_analysis()

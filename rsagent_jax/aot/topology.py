@@ -75,6 +75,8 @@ def _slices() -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 SLICES = _slices()
+# The slices of docs/scaling.md.
+TABLE = ("v5e-16", "v5e-64", "v5e-256", "v5p-8", "v5p-64", "v6e-8", "v6e-64", "v6e-256", "v4-16", "tpu7x-8")
 
 
 @dataclasses.dataclass(frozen=True)

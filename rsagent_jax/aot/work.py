@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import numpy as np
 
@@ -29,7 +29,11 @@ class Kernel:
     flops: float | None  # of all executions; None: neither the kernel nor the caller gave an estimate
 
 
-def hlo_flops(program: Program, kernel_flops: Mapping[str, float] | None = None) -> float:
+# (a kernel's name, its operands' shapes) -> FLOPs of one execution on one device, or None
+KernelFlops = Callable[[str, tuple[tuple[int, ...], ...]], float | None]
+
+
+def hlo_flops(program: Program, kernel_flops: KernelFlops | None = None) -> float:
     """FLOPs of one device in one run; kernels count where their FLOPs are known (see `kernels`)."""
     total = sum(product_flops(c, i) * runs for c, i, runs in program.instructions())
     return float(total + sum(kernel.flops or 0 for kernel in kernels(program, kernel_flops)))
@@ -46,17 +50,18 @@ def product_flops(computation: Computation, instruction: Instruction) -> int:
     return 0
 
 
-def kernels(program: Program, kernel_flops: Mapping[str, float] | None = None) -> list[Kernel]:
-    """Pallas kernels by name. FLOPs per execution on one device come from `kernel_flops`, whose keys are the first
-    letters of names, else from the cost estimate that the kernel's author gave to `pallas_call`."""
+def kernels(program: Program, kernel_flops: KernelFlops | None = None) -> list[Kernel]:
+    """Pallas kernels by name. FLOPs come from `kernel_flops` where it knows the kernel, else from the cost estimate
+    that the kernel's author gave to `pallas_call`."""
     executions, flops = collections.Counter(), collections.defaultdict(list)
-    for _, instruction, runs in program.instructions():
+    for computation, instruction, runs in program.instructions():
         if instruction.opcode != "custom-call" or instruction.target != PALLAS_TARGET:
             continue
         name = re.sub(r"(\.\d+|\.clone|\.remat\d*)+$", "", instruction.name)
-        given = [value for prefix, value in (kernel_flops or {}).items() if name.startswith(prefix)]
+        shapes = tuple(tuple(leaf.dims) for o in instruction.operands for leaf in leaves(computation[o].shape))
+        given = kernel_flops(name, shapes) if kernel_flops else None
         estimate = instruction.config.get("custom_call_config", {}).get("cost_estimate", {}).get("flops")
-        one = given[0] if given else estimate
+        one = estimate if given is None else given
         executions[name] += runs
         flops[name].append(None if one is None else float(one) * runs)
     return [

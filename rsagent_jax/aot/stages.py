@@ -1,0 +1,182 @@
+"""Compiles what a stage would run for a TPU that is not there, and reports on it: `train.py --aot=v5e-16`.
+
+The programs are those of train.py, made by the same functions from the same config; only the arrays are missing. A
+row holds one sequence that fills it: a first view and as many overlays as fit the patches, then text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rsagent_jax import sharding, slices
+from rsagent_jax.aot.flops import Workload, model_flops
+from rsagent_jax.aot.report import ProgramReport, analyse, out_of_memory
+from rsagent_jax.aot.topology import Topology, devices
+from rsagent_jax.config import BatchConfig, TrainConfig
+from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.compute import Compute
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, size_config
+from rsagent_jax.train.state import create_state, make_optimizer, state_shardings
+from rsagent_jax.train.step import Sums, grpo_objective, make_programs, sft_objective
+from rsagent_jax.types import Batch, DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One program of a stage, ready to be lowered."""
+
+    program: str
+    lower: Callable[[], Any]  # -> jax.stages.Lowered
+    model_flops: float
+    resident_bytes: int  # per device: what train.py holds while the program runs and does not pass to it
+
+
+def policy_config(weights: str) -> Qwen25VLConfig:
+    """The shape of the policy: from a directory of weights, or a published size that the name tells (…-7B-…)."""
+    if pathlib.Path(weights).is_dir():
+        inner = pathlib.Path(weights) / "policy"
+        return load_config(inner if inner.is_dir() else weights)
+    if match := re.search(r"(?<!\d)(3|7|32|72)b", weights.lower()):
+        return size_config(match[0])
+    raise DataError(
+        f"policy.weights {weights!r} is no directory and names no published size; for --aot give a directory with a"
+        " config.json, or 3b, 7b, 32b or 72b"
+    )
+
+
+def report_stage(
+    config: TrainConfig, stage: str, topology: Topology, say: Callable[[str], None]
+) -> list[ProgramReport]:
+    """Compiles every program of a stage for `topology`; one that does not fit is a report like the others."""
+    policy = policy_config(config.policy.weights)
+    mesh = sharding.make_mesh(config.mesh, devices(topology))
+    reports = []
+    for job in jobs(config, stage, policy, mesh):
+        given = dict(program=job.program, model_flops=job.model_flops, resident_bytes=job.resident_bytes)
+        start = time.perf_counter()
+        lowered = job.lower()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            reports.append(out_of_memory(error, topology, **given))
+        else:
+            reports.append(analyse(compiled, topology, **given, kernel_flops=attention_flops(policy)))
+        say(f"{job.program} for {topology.name}: {time.perf_counter() - start:.0f} s")
+    return reports
+
+
+def jobs(config: TrainConfig, stage: str, policy: Qwen25VLConfig, mesh: jax.sharding.Mesh) -> Iterator[Job]:
+    """The stage's programs: a micro-batch's gradients, their sum if there are several, the update, log-probs for KL."""
+    settings = config.sft if stage == "sft" else config.grpo
+    temperature = 1.0 if stage == "sft" else config.grpo.sampling.temperature or 1.0
+    objective = sft_objective if stage == "sft" else grpo_objective(config.grpo)
+    graphdef, params = nnx.split(convert.abstract_model(policy), nnx.Param)
+    placed = sharding.param_shardings(nnx.merge(graphdef, params), mesh)
+    params = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, placed)
+    tx, _ = make_optimizer(settings.optim, 1000)
+    rows, whole = sharding.rows(mesh), sharding.replicated(mesh)
+    shardings = (state_shardings(params, tx, whole), rows, whole)
+    compute = Compute.of(config.policy, mesh)
+    programs = make_programs(graphdef, tx, objective, compute, temperature, shardings, settings.optim.freeze)
+    state = jax.eval_shape(lambda p: create_state(p, tx), params)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings[0])
+    batch = abstract_batch(settings.batch, policy, rows)
+    ref = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32, sharding=rows)
+
+    several = micro_batches(config, stage) > 1
+    moments, grads = _bytes(state.opt_state), _bytes(params)
+    reference = _bytes(params) * jnp.dtype(compute.dtype).itemsize // 4 if stage == "grpo" and config.grpo.kl > 0 else 0
+    frozen = settings.optim.freeze
+    trained = workload(settings.batch, policy, vision_trained="vision" not in frozen)
+    flops = model_flops(policy, trained).total
+    resident = moments + reference + (grads if several else 0)
+    yield Job(f"{stage} gradients", lambda: programs.micro.lower(params, batch, ref), flops, resident)
+    if reference:
+        forward = dataclasses.replace(trained, trained=False, vision_trained=False)
+        held = moments + _bytes(params)  # the policy that is trained, while the reference reads the batch
+        flops = model_flops(policy, forward).total
+        half = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, compute.dtype, sharding=p.sharding), params)
+        yield Job(f"{stage} log-probs", lambda: programs.logprobs.lower(half, batch), flops, held)
+    sums = jax.eval_shape(programs.micro, params, batch, ref)
+    where = Sums(shardings[0].params, whole, whole, whole)
+    # `where` is a prefix of `sums`: scalars and metrics lie whole on every device.
+    spread = jax.tree.broadcast(where, sums)
+    sums = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), sums, spread)
+    yield Job(f"{stage} update", lambda: programs.apply.lower(state, sums), 0.0, reference)
+
+
+def micro_batches(config: TrainConfig, stage: str) -> int:
+    """Micro-batches of a step whose sequences fill their rows."""
+    if stage == "sft":
+        return math.ceil(config.sft.trajectories_per_step / config.sft.batch.rows)
+    return math.ceil(config.grpo.prompts * config.grpo.group / config.grpo.batch.rows)
+
+
+def abstract_batch(batch: BatchConfig, policy: Qwen25VLConfig, rows: jax.sharding.Sharding) -> Batch:
+    """types.Batch with shapes instead of arrays."""
+    b, t, p = batch.rows, batch.tokens, batch.patches
+    shapes = dict(
+        tokens=((b, t), jnp.int32),
+        positions=((b, 3, t), jnp.int32),
+        segment_ids=((b, t), jnp.int32),
+        loss_mask=((b, t), jnp.bool_),
+        advantages=((b, t), jnp.float32),
+        old_logprobs=((b, t), jnp.float32),
+        patches=((b, p, policy.vision.patch_dim), jnp.float32),
+        patch_segment_ids=((b, p), jnp.int32),
+        patch_positions=((b, p, 2), jnp.int32),
+        image_slots=((b, t), jnp.int32),
+    )
+    return Batch(**{k: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for k, (shape, dtype) in shapes.items()})
+
+
+def workload(batch: BatchConfig, policy: Qwen25VLConfig, *, vision_trained: bool) -> Workload:
+    """Rows without a place of padding: eight overlays of whole windows, 32 x 32 patches, and a view in what is left."""
+    side = 32
+    overlays = min(8, max(0, batch.patches // side**2 - 1))
+    left = batch.patches - overlays * side**2
+    width = max(w for w in range(8, int(math.sqrt(left)) + 1, 8) if left % w == 0 and left // w % 8 == 0)
+    images = ((left // width, width),) + ((side, side),) * overlays
+    return Workload(batch.rows, batch.tokens, (batch.tokens,), images, True, vision_trained)
+
+
+def attention_flops(policy: Qwen25VLConfig) -> Callable[[str, tuple[tuple[int, ...], ...]], float | None]:
+    """What the splash kernel does in one execution, from its name and its operands' shapes (it carries no estimate).
+
+    A tile that the causal mask touches is computed whole. The forward pass has two matrix products per tile, the fused
+    backward pass five.
+    """
+    head_dim, block = policy.text.head_dim, 512
+
+    def flops(name: str, shapes: tuple[tuple[int, ...], ...]) -> float | None:
+        queries = next((s for s in shapes if len(s) >= 3 and s[-1] >= 16 and s[-2] >= 128), None)
+        if "splash" not in name or queries is None:
+            return None
+        *batch, length, dim = queries
+        tiles = length // block if length % block == 0 else length / 128
+        share = (tiles + 1) / (2 * tiles) if dim == head_dim else 1.0
+        products = 5 if "dkv" in name or "bwd" in name else 2
+        return products * 2.0 * math.prod(batch) * length * length * dim * share
+
+    return flops
+
+
+def settled(config: TrainConfig, topology: Topology, policy: Qwen25VLConfig) -> TrainConfig:
+    """The config with what it leaves to the slice filled in for this topology."""
+    named = config if config.slice else dataclasses.replace(config, slice=topology.name if "-" in topology.name else "")
+    return slices.settle(named, policy.text.hidden_size, topology.devices)
+
+
+def _bytes(tree: Any) -> int:
+    """Of one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))

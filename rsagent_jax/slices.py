@@ -1,0 +1,77 @@
+"""What a config leaves open and a slice decides: tensor parallelism, rows per micro-batch, remat policy.
+
+`mesh.tensor = 0`, `batch.rows = 0` and `policy.remat = ""` mean: as the slice's preset says. The presets are read off
+docs/scaling.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rsagent_jax.config import TrainConfig
+from rsagent_jax.types import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    tensor: int = 1
+    remat: str = "full"
+    rows: int = 1  # per group of `tensor` devices
+
+
+SIZES = {2048: "3b", 3584: "7b", 5120: "32b", 8192: "72b"}  # hidden size -> name
+PRESETS: dict[str, dict[str, Preset]] = {
+    "3b": {
+        "v5e-16": Preset(),
+        "v5e-64": Preset(),
+        "v5e-256": Preset(tensor=2),
+        "v5p-8": Preset(),
+        "v5p-64": Preset(remat="dots"),
+        "v6e-8": Preset(),
+        "v6e-64": Preset(remat="dots"),
+        "v6e-256": Preset(tensor=2, remat="dots"),
+        "v4-16": Preset(),
+        "tpu7x-8": Preset(remat="dots"),
+    },
+    "7b": {
+        "v5e-16": Preset(),
+        "v5e-64": Preset(),
+        "v5e-256": Preset(tensor=2),
+        "v5p-8": Preset(),
+        "v5p-64": Preset(remat="dots"),
+        "v6e-8": Preset(),
+        "v6e-64": Preset(remat="dots"),
+        "v6e-256": Preset(tensor=2, remat="dots"),
+        "v4-16": Preset(),
+        "tpu7x-8": Preset(remat="dots"),
+    },
+    "72b": {"v5p-256": Preset(tensor=1), "v6e-256": Preset(tensor=2)},
+}
+
+
+def settle(config: TrainConfig, hidden_size: int, devices: int) -> TrainConfig:
+    """The config with nothing left open. DataError for a slice without a preset, or one of another size."""
+    size = SIZES.get(hidden_size, f"hidden size {hidden_size}")
+    known = PRESETS.get(size, {})
+    if config.slice and config.slice not in known:
+        raise DataError(
+            f"slice {config.slice!r} has no preset for {size}; there are {', '.join(known) or 'none'}."
+            ' Without one, leave slice = "" and set mesh.tensor, policy.remat and the batches\' rows'
+        )
+    preset = known.get(config.slice, Preset())
+    mesh = dataclasses.replace(config.mesh, tensor=config.mesh.tensor or preset.tensor)
+    if devices % mesh.tensor:
+        raise DataError(f"mesh.tensor = {mesh.tensor} does not divide {devices} devices")
+    rows = devices // mesh.tensor * preset.rows
+
+    def filled(stage):
+        return dataclasses.replace(stage, batch=dataclasses.replace(stage.batch, rows=stage.batch.rows or rows))
+
+    policy = dataclasses.replace(config.policy, remat=config.policy.remat or preset.remat)
+    config = dataclasses.replace(config, mesh=mesh, policy=policy, sft=filled(config.sft), grpo=filled(config.grpo))
+    groups = devices // mesh.tensor
+    for stage in config.stages:
+        have = getattr(config, stage).batch.rows
+        if have % groups:
+            raise DataError(f"{stage}.batch.rows = {have} must be a multiple of the mesh's {groups} groups of devices")
+    return config
