@@ -1,9 +1,10 @@
 """GRPO of Qwen2.5-VL-7B with the paper's numbers: 16 prompts x 4 samples, lr 1e-6, 8 turns.
 
-Not run here: it needs weights and a TPU.
+Not run here: it needs weights and a TPU. What it needs of one is known: see docs/scaling.md, or compile it yourself.
 
-  python train.py --config=configs/grpo_tpu.py --workdir=DIR --config.policy.weights=DIR/of/sft/checkpoints/sft \
-      --config.grpo.data.root=/path/to/refcoco
+  python train.py --config=configs/grpo_tpu.py --config.slice=v6e-8 --workdir=DIR \
+      --config.policy.weights=DIR/of/sft/checkpoints/sft --config.grpo.data.root=/path/to/refcoco
+  python train.py --config=configs/grpo_tpu.py --config.policy.weights=7b --aot=v6e-8
 
 Clip range, KL (Seg-Zero's 5e-3, k3) and every reward sub-term are ours; the paper does not give them.
 """
@@ -15,13 +16,16 @@ def get_config():
     config = template(TrainConfig)
     config.stages = ("grpo",)
     config.policy.weights = "runs/sft/checkpoints/sft"
+    config.policy.remat = ""  # this, mesh.tensor and batch.rows: as the slice's preset says
+    config.mesh.tensor = 0
     config.agent.max_pixels = 1_003_520
     config.segmenter.mode = "connect"
     config.segmenter.addresses = ("127.0.0.1:50051",)
     config.grpo.steps = 1000
     config.grpo.kl = 5e-3
     config.grpo.data.root = "refer"
-    config.grpo.batch = dict(rows=16, tokens=8192, patches=16384)
-    config.grpo.sampling.patches = 5632
+    config.grpo.batch = dict(rows=0, tokens=4096, patches=14336)  # one view and eight overlays, with text
+    config.grpo.sampling.context = 4096
+    config.grpo.sampling.patches = 6144
     config.grpo.checkpoint_every = 20
     return config

@@ -1,10 +1,10 @@
-"""SFT of Qwen2.5-VL-7B with the paper's numbers: 2 epochs, lr 2e-5, batch 128.
+"""SFT of Qwen2.5-VL with the paper's numbers: 2 epochs, lr 2e-5, batch 128.
 
-Not run here: it needs weights and a TPU.
+Not run here: it needs weights and a TPU. What it needs of one is known: see docs/scaling.md, or compile it yourself.
 
-  python train.py --config=configs/sft_tpu.py --workdir=DIR \
-      --config.policy.weights=/path/to/Qwen2.5-VL-7B-Instruct \
-      --config.sft.trajectories=/path/to/collected
+  python train.py --config=configs/sft_tpu.py --config.slice=v6e-8 --workdir=DIR \
+      --config.policy.weights=/path/to/Qwen2.5-VL-7B-Instruct --config.sft.trajectories=/path/to/collected
+  python train.py --config=configs/sft_tpu.py --aot=v6e-8
 """
 
 from rsagent_jax.config import TrainConfig, template
@@ -14,9 +14,13 @@ def get_config():
     config = template(TrainConfig)
     config.stages = ("sft",)
     config.policy.weights = "Qwen2.5-VL-7B-Instruct"
+    config.policy.remat = ""  # this, mesh.tensor and batch.rows: as the slice's preset says
+    config.mesh.tensor = 0
     config.agent.max_pixels = 1_003_520  # 1,280 tokens for the first view (ours)
     config.sft.trajectories = "trajectories"
-    config.sft.batch = dict(rows=16, tokens=8192, patches=16384)
+    # One view and eight overlays, with text, in a row (ours). Padded to whole windows, an overlay takes 1,024 patches
+    # and a view up to 6,144. What is longer is left out and counted.
+    config.sft.batch = dict(rows=0, tokens=4096, patches=14336)
     config.sft.optim.warmup_steps = 20
     config.sft.optim.schedule = "cosine"
     config.sft.checkpoint_every = 50

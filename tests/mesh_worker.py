@@ -60,9 +60,7 @@ def main(job: dict) -> None:
 
     from tests.rollout import small
 
-    small.weights = lambda: pathlib.Path(
-        job["weights"]
-    )  # the processes read one
+    small.weights = lambda: pathlib.Path(job["weights"])  # the processes read one
     assert len(jax.devices()) == job["devices"], jax.devices()
     train.load_refcoco = lambda *_: [small.sample(i, 56, 56) for i in range(5)]
     train.open_segmenter = lambda _: contextlib.nullcontext(DiscSegmenter())

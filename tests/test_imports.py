@@ -35,7 +35,7 @@ RUNGS = (
     ("rollout",),
     ("train", "evals", "aot"),
     ("checkpoint", "entry"),  # what the entry points share
-    ("collect", "segment", "export", "pretrain", "evals.summary", "aot.stages"),
+    ("collect", "segment", "export", "pretrain", "evals.summary", "aot.stages", "aot.scaling"),
 )
 RUNG = {f"rsagent_jax.{unit}": rung for rung, units in enumerate(RUNGS) for unit in units}
 ENTRY = len(RUNGS) - 1
