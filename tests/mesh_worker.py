@@ -4,6 +4,7 @@ Trains through train.run_stage as train.py does, with a tiny random policy, and 
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import sys
@@ -49,7 +50,7 @@ def config(stage: str, stored: str, mesh: dict, steps: int, small) -> TrainConfi
             reward=(RewardGroup("words", 1.0, (RewardTerm("tests.rollout.small:word_count"),)),),
             batch=batch,
             optim=optim,
-            sampling=small.SAMPLING,
+            sampling=dataclasses.replace(small.SAMPLING, context=400),
         ),
     )
 

@@ -1,0 +1,168 @@
+"""What --aot compiles: the shapes, the memory that stays, the settings a slice decides, and the command itself."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from rsagent_jax import sharding, slices
+from rsagent_jax.aot import stages
+from rsagent_jax.aot.flops import model_flops
+from rsagent_jax.aot.topology import TABLE, devices, parse_topology
+from rsagent_jax.config import (
+    BatchConfig,
+    GrpoConfig,
+    MeshConfig,
+    OptimConfig,
+    PolicyConfig,
+    SamplingConfig,
+    SftConfig,
+    TrainConfig,
+)
+from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.config import size_config
+from rsagent_jax.types import DataError
+
+ROOT = pathlib.Path(__file__).parents[2]
+OPEN = TrainConfig(
+    policy=PolicyConfig(weights="7b", remat=""),
+    mesh=MeshConfig(tensor=0),
+    sft=SftConfig(batch=BatchConfig(rows=0, tokens=4096, patches=14336)),
+    grpo=GrpoConfig(batch=BatchConfig(rows=0, tokens=4096, patches=14336), kl=0.005),
+)
+
+
+@pytest.mark.parametrize("size", ["3b", "7b"])
+@pytest.mark.parametrize("name", TABLE)
+def test_every_preset_of_the_table_gives_a_mesh_that_splits_the_policy(size, name):
+    """Every large parameter divides over the mesh, and the tensor axis divides the heads."""
+    policy, topology = size_config(size), parse_topology(name)
+    config = stages.settled(OPEN, topology, policy)
+    assert config.mesh.tensor >= 1 and config.policy.remat and config.sft.batch.rows == config.grpo.batch.rows > 0
+    fake = np.array([None] * topology.devices, object)
+    sizes = (config.mesh.data, topology.devices // config.mesh.tensor, config.mesh.tensor)
+    mesh = type("Mesh", (), {"shape": dict(zip(sharding.AXES, sizes, strict=True)), "devices": fake})
+    for path, v in nnx.to_flat_state(nnx.state(convert.abstract_model(policy), nnx.Param)):
+        shape, names = v.get_value().shape, v.get_metadata("axes")
+        spec = sharding.spec_of(shape, names, mesh)
+        ruled = [sharding.RULES[n] for n in names]
+        assert tuple(spec) == tuple(ruled) or np.prod(shape) < sharding.LARGE, path
+    assert policy.text.num_key_value_heads % config.mesh.tensor == 0
+    assert policy.vision.num_heads % config.mesh.tensor == 0
+
+
+def test_what_the_config_says_goes_before_the_preset():
+    topology, policy = parse_topology("v5e-256"), size_config("7b")
+    assert stages.settled(OPEN, topology, policy).mesh.tensor == 2
+    said = dataclasses.replace(OPEN, mesh=MeshConfig(tensor=4), policy=PolicyConfig(weights="7b", remat="dots"))
+    said = stages.settled(said, topology, policy)
+    assert (said.mesh.tensor, said.policy.remat, said.sft.batch.rows) == (4, "dots", 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "devices_", "hidden", "match"),
+    [
+        ({"slice": "v5e-12"}, 16, 3584, "'v5e-12' has no preset for 7b; there are v5e-16,.*mesh.tensor"),
+        ({"slice": "v5e-16"}, 16, 1024, "no preset for hidden size 1024; there are none"),
+        ({"mesh": MeshConfig(tensor=3)}, 16, 3584, "mesh.tensor = 3 does not divide 16 devices"),
+        ({"sft": SftConfig(batch=BatchConfig(rows=6))}, 4, 3584, "sft.batch.rows = 6 must be a multiple.*4 groups"),
+    ],
+)
+def test_what_cannot_be_settled_is_one_error(change, devices_, hidden, match):
+    with pytest.raises(DataError, match=match):
+        slices.settle(dataclasses.replace(OPEN, **change), hidden, devices_)
+
+
+@pytest.mark.parametrize(
+    ("weights", "hidden"),
+    [("/x/Qwen2.5-VL-7B-Instruct", 3584), ("3b", 2048), ("assets/tiny-base", None), ("72B", 8192)],
+)
+def test_the_shape_comes_from_a_directory_or_from_a_size_in_the_name(weights, hidden):
+    text = stages.policy_config(str(ROOT / weights) if hidden is None else weights).text
+    assert text.hidden_size == (hidden or text.hidden_size)
+
+
+def test_a_policy_without_a_shape_is_one_error():
+    with pytest.raises(DataError, match="'llama-13b' is no directory.*3b, 7b, 32b or 72b"):
+        stages.policy_config("llama-13b")
+
+
+def test_the_workload_fills_its_rows_without_padding():
+    policy = size_config("7b")
+    work = stages.workload(BatchConfig(rows=2, tokens=4096, patches=14336), policy, vision_trained=True)
+    assert sum(h * w for h, w in work.images) == 14336 and len(work.images) == 9
+    assert all(h % 8 == 0 and w % 8 == 0 for h, w in work.images)  # whole windows
+    frozen = dataclasses.replace(work, vision_trained=False)
+    assert model_flops(policy, frozen).total < model_flops(policy, work).total
+
+
+TINY = TrainConfig(
+    policy=PolicyConfig(weights=str(ROOT / "assets/tiny-base"), dtype="bfloat16", remat="full"),
+    sft=SftConfig(batch=BatchConfig(rows=4, tokens=256, patches=128), trajectories_per_step=8),
+    grpo=GrpoConfig(
+        batch=BatchConfig(rows=4, tokens=256, patches=128), kl=0.1, sampling=SamplingConfig(context=256), prompts=1
+    ),
+)
+
+
+def test_what_stays_on_the_device_counts(monkeypatch):
+    """By hand: fp32 parameters split over 4 devices; moments are twice that, a sum of gradients once, a bf16 reference
+    half."""
+    policy = stages.policy_config(TINY.policy.weights)
+    mesh = sharding.make_mesh(MeshConfig(), devices(parse_topology("v5e:2x2")))
+    model = convert.abstract_model(policy)
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param)), jax.tree.leaves(sharding.param_shardings(model, mesh))
+    split = sum(4 * leaf.size // (4 if "fsdp" in where.spec else 1) for leaf, where in zip(*leaves, strict=True))
+    sft = list(stages.jobs(TINY, "sft", policy, mesh))
+    grpo = list(stages.jobs(TINY, "grpo", policy, mesh))
+    assert [j.program for j in sft] == ["sft gradients", "sft update"]
+    assert [j.program for j in grpo] == ["grpo gradients", "grpo log-probs", "grpo update"]
+    counts = 3 * 4  # optax counts steps in a few i32, whole on every device
+    assert sft[0].resident_bytes == pytest.approx(3 * split, abs=counts)  # two micro-batches: their sum stays
+    assert sft[1].resident_bytes == 0
+    assert grpo[0].resident_bytes == pytest.approx(2.5 * split, abs=counts)  # one micro-batch, and the reference
+    assert grpo[1].resident_bytes == pytest.approx(3 * split, abs=counts)
+    assert grpo[2].resident_bytes == pytest.approx(0.5 * split, abs=counts)
+    frozen = dataclasses.replace(TINY, sft=dataclasses.replace(TINY.sft, optim=OptimConfig(freeze=("vision",))))
+    assert next(stages.jobs(frozen, "sft", policy, mesh)).resident_bytes < sft[0].resident_bytes
+
+
+@pytest.mark.timeout(600)
+def test_the_command_prints_a_table_and_the_reports_and_says_when_memory_is_short():
+    def aot(*more):
+        command = [
+            sys.executable,
+            "train.py",
+            "--config=configs/quickstart.py",
+            "--aot=v5e:2x2",
+            "--config.stages=('sft',)",
+        ]
+        command += ["--config.policy.dtype=bfloat16", "--config.policy.remat=full", *more]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+        return done.returncode, done.stdout, done.stderr
+
+    rows = ("--config.sft.batch.rows=4", "--config.sft.batch.tokens=256", "--config.sft.batch.patches=128")
+    code, out, err = aot(*rows)
+    assert code == 0, err[-2000:]
+    reports = json.loads(out.splitlines()[-1])
+    assert [r["program"] for r in reports] == ["sft gradients", "sft update"]
+    keys = "program topology devices peak_hbm_bytes hbm_bytes fits model_flops hlo_flops collective_bytes"
+    keys += " projected_step_s projected_mfu bound_by"
+    assert all(set(keys.split()) <= set(r) and r["fits"] and r["devices"] == 4 for r in reports)
+    assert reports[0]["hlo_to_model_flops"] > 1.0 and not reports[0]["unknown_trip_counts"]
+    assert "sft gradients" in out.splitlines()[1]
+
+    huge = ("--config.sft.batch.rows=4", "--config.sft.batch.tokens=524288", "--config.sft.batch.patches=64")
+    code, out, err = aot(*huge, "--config.policy.attention=plain")  # scores of half a million tokens squared
+    assert code == 3, err[-2000:]
+    first = json.loads(out.splitlines()[-1])[0]
+    assert not first["fits"] and first["bound_by"] == "memory" and first["peak_hbm_bytes"] > first["hbm_bytes"] > 0
+
+    code, out, err = aot(*rows, "--aot=v5x-16")
+    assert code == 2 and "unknown TPU topology 'v5x-16'; did you mean" in err and "Traceback" not in err
