@@ -10,7 +10,7 @@ from rsagent_jax.config import CollectConfig, template
 def get_config():
     config = template(CollectConfig)
     config.processor = "assets/tiny-base"
-    config.limit = 1000
+    config.limit = 850
     config.teacher.box = 0.75
     config.teacher.wrong_first = 0.06
     config.agent.prompt = "brief"
