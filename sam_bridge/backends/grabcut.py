@@ -69,7 +69,8 @@ class GrabCut:
         prompt = _to_working(request, encoding)
         reached = _reached(prompt, encoding) if start is None else None
         trimap = _trimap(prompt, shape, start, reached)
-        found, score = _cut(encoding, trimap, prompt, _region(prompt.box if reached is None else _bounds(reached), shape))
+        region = _region(prompt.box if reached is None else _bounds(reached), shape)
+        found, score = _cut(encoding, trimap, prompt, region)
         mask = found
         if shape != (encoding.height, encoding.width):
             size = (encoding.width, encoding.height)
@@ -134,7 +135,7 @@ def _trimap(prompt: _Prompt, shape: tuple[int, int], start: np.ndarray | None, r
 
 
 def _reached(prompt: _Prompt, encoding: Encoding) -> np.ndarray | None:
-    """bool[h', w']: what the object clicks' colours reach; None where a box says how far to look, or there is no click."""
+    """bool[h', w']: what the object clicks' colours reach. None if there is no click, or a box says how far to look."""
     if prompt.box is not None or not prompt.objects:
         return None
     return np.logical_or.reduce([_same_colour(encoding, click) for click in prompt.objects])
