@@ -10,8 +10,8 @@ from rsagent_jax.config import CollectConfig, template
 def get_config():
     config = template(CollectConfig)
     config.processor = "assets/tiny-base"
-    config.limit = 1000
-    config.teacher.box = 0.75
+    config.limit = 600
+    config.teacher.box = 0.6
     config.teacher.wrong_first = 0.06
     config.agent.prompt = "brief"
     config.agent.history_size = 112

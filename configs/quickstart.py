@@ -25,12 +25,12 @@ def get_config():
     config.sft.optim.schedule = "cosine"
     config.sft.checkpoint_every = 200
 
-    config.grpo.steps = 48
+    config.grpo.steps = 60
     config.grpo.min_spread = 0.05  # masks that differ by a few pixels teach nothing, but a z-score would blow them up
     config.grpo.batch = dict(rows=6, tokens=448, patches=384)
     config.grpo.optim.freeze = ("vision", "merger", "embed")  # words that drift lose the format first
-    config.grpo.optim.lr = 2.5e-4
-    config.grpo.optim.warmup_steps = 3
+    config.grpo.optim.lr = 2e-4
+    config.grpo.optim.warmup_steps = 10
     config.grpo.optim.schedule = "cosine"
     config.grpo.sampling.temperature = 0.75
     config.grpo.sampling.context = 448

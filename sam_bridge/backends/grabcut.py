@@ -3,9 +3,10 @@
 A prompt becomes a trimap (certain / probable, object / background), one GrabCut iteration cuts it. Pixels outside a box
 are certain background, so only the box and a frame around it are looked at: a third of the time, and background
 statistics from where they matter. Without a box, a click's object starts as all that is joined to it in about its
-colour: from a small disc alone, most of an object counts as background at first, and stays there. Measured on 120
-coloured shapes over photographs at 112 x 112, a click in the middle: mean IoU 0.40 from the disc, 0.90 with its colour;
-an exact box: 0.81.
+colour: from a small disc alone, most of an object counts as background at first, and stays there. The inner part of
+what is joined is certain, and again only a frame around it is looked at; otherwise a small object in a large picture is
+taken for background now and then. Measured on 120 coloured shapes over photographs at 112 x 112, a click in the middle:
+mean IoU 0.40 from the disc, 0.90 with its colour, 0.94 with a certain inner part and a frame; an exact box: 0.81.
 """
 
 from __future__ import annotations
@@ -66,8 +67,10 @@ class GrabCut:
         if logits is not None:
             start = np.unpackbits(logits, count=shape[0] * shape[1]).reshape(shape).astype(bool)
         prompt = _to_working(request, encoding)
-        trimap = _trimap(prompt, encoding, start)
-        found, score = _cut(encoding, trimap, prompt)
+        reached = _reached(prompt, encoding) if start is None else None
+        trimap = _trimap(prompt, shape, start, reached)
+        region = _region(prompt.box if reached is None else _bounds(reached), shape)
+        found, score = _cut(encoding, trimap, prompt, region)
         mask = found
         if shape != (encoding.height, encoding.width):
             size = (encoding.width, encoding.height)
@@ -104,16 +107,15 @@ def _to_working(request: SegmentRequest, encoding: Encoding) -> _Prompt:
     return _Prompt(box, objects, backgrounds, bool(request.refine))
 
 
-def _trimap(prompt: _Prompt, encoding: Encoding, start: np.ndarray | None) -> np.ndarray:
+def _trimap(prompt: _Prompt, shape: tuple[int, int], start: np.ndarray | None, reached: np.ndarray | None):
     """u8[h', w'] of cv2.GC_*. Later strokes win: mask or colours, discs, certain cores, what a box excludes."""
-    shape = encoding.pixels.shape[:2]
     if start is not None:
         trimap = np.where(start, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
     else:
         trimap = np.full(shape, cv2.GC_PR_BGD if prompt.box is None else cv2.GC_PR_FGD, np.uint8)
-        if prompt.box is None:
-            for click in prompt.objects:
-                trimap[_same_colour(encoding, click)] = cv2.GC_PR_FGD
+    if reached is not None:
+        trimap[reached] = cv2.GC_PR_FGD
+        trimap[cv2.erode(reached.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)] = cv2.GC_FGD
     radius = max(CORE_RADIUS, round(min(shape) / DISC_SHARE))
     strokes = (
         (prompt.objects, radius, cv2.GC_PR_FGD),
@@ -132,6 +134,19 @@ def _trimap(prompt: _Prompt, encoding: Encoding, start: np.ndarray | None) -> np
     return trimap
 
 
+def _reached(prompt: _Prompt, encoding: Encoding) -> np.ndarray | None:
+    """bool[h', w']: what the object clicks' colours reach. None if there is no click, or a box says how far to look."""
+    if prompt.box is not None or not prompt.objects:
+        return None
+    return np.logical_or.reduce([_same_colour(encoding, click) for click in prompt.objects])
+
+
+def _bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Half-open box of a mask that is not empty."""
+    ys, xs = np.nonzero(mask)
+    return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
+
+
 def _same_colour(encoding: Encoding, click: tuple[int, int]) -> np.ndarray:
     """bool[h', w']: what is joined to the click by pixels within TOLERANCE of its colour."""
     shape = encoding.pixels.shape[:2]
@@ -141,9 +156,12 @@ def _same_colour(encoding: Encoding, click: tuple[int, int]) -> np.ndarray:
     return reached[1:-1, 1:-1].astype(bool)
 
 
-def _cut(encoding: Encoding, trimap: np.ndarray, prompt: _Prompt) -> tuple[np.ndarray, float]:
-    """(bool[h', w'], score). Where there is nothing to cut (one colour, no background) the prompt itself, score 0."""
-    x0, y0, x1, y1 = _region(prompt.box, trimap.shape)
+def _cut(encoding: Encoding, trimap: np.ndarray, prompt: _Prompt, region) -> tuple[np.ndarray, float]:
+    """(bool[h', w'], score). Where there is nothing to cut (one colour, no background) the prompt itself, score 0.
+
+    Nothing outside `region` (x0, y0, x1, y1) is looked at or found.
+    """
+    x0, y0, x1, y1 = region
     pixels, labels = np.ascontiguousarray(encoding.pixels[y0:y1, x0:x1]), trimap[y0:y1, x0:x1].copy()
     guess = (labels & 1).astype(bool)  # GC_FGD and GC_PR_FGD are the odd ones
     if guess.all():  # a box over the whole picture: its border is the best background there is
