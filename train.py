@@ -132,7 +132,9 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
     tx, schedule = make_optimizer(settings.optim, steps * updates)
     # In the dtype of the activations: the parameters are cast to it wherever they are used.
     reference = jax.tree.map(lambda p: jnp.array(p, compute.dtype, copy=True), params) if kl > 0 else None
-    shardings = (state_shardings(params, tx, sharding.replicated(mesh)), sharding.rows(mesh), sharding.replicated(mesh))
+    whole = sharding.replicated(mesh)
+    where = state_shardings(params, tx, whole, offload=settings.optim.offload)
+    shardings = (where, sharding.rows(mesh), whole)
     state = jax.jit(lambda p: create_state(p, tx), out_shardings=shardings[0], donate_argnums=0)(params)
     programs = make_programs(graphdef, tx, objective, compute, temperature, shardings, settings.optim.freeze)
     checkpoints = Checkpoints(workdir / "checkpoints" / stage, weights)

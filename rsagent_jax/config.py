@@ -81,6 +81,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    offload: bool = False  # AdamW's moments stay in host memory between updates
     freeze: tuple[str, ...] = ()  # parts that are not trained: vision, merger, decoder, embed, head
 
 

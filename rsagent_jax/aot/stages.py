@@ -85,7 +85,7 @@ def jobs(config: TrainConfig, stage: str, policy: Qwen25VLConfig, mesh: jax.shar
     params = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, placed)
     tx, _ = make_optimizer(settings.optim, 1000)
     rows, whole = sharding.rows(mesh), sharding.replicated(mesh)
-    shardings = (state_shardings(params, tx, whole), rows, whole)
+    shardings = (state_shardings(params, tx, whole, offload=settings.optim.offload), rows, whole)
     compute = Compute.of(config.policy, mesh)
     programs = make_programs(graphdef, tx, objective, compute, temperature, shardings, settings.optim.freeze)
     state = jax.eval_shape(lambda p: create_state(p, tx), params)
@@ -94,7 +94,7 @@ def jobs(config: TrainConfig, stage: str, policy: Qwen25VLConfig, mesh: jax.shar
     ref = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32, sharding=rows)
 
     several = micro_batches(config, stage) > 1
-    moments, grads = _bytes(state.opt_state), _bytes(params)
+    moments, grads = _bytes(state.opt_state), _bytes(params)  # offloaded moments are none
     reference = _bytes(params) * jnp.dtype(compute.dtype).itemsize // 4 if stage == "grpo" and config.grpo.kl > 0 else 0
     frozen = settings.optim.freeze
     trained = workload(settings.batch, policy, vision_trained="vision" not in frozen)
@@ -178,5 +178,6 @@ def settled(config: TrainConfig, topology: Topology, policy: Qwen25VLConfig) -> 
 
 
 def _bytes(tree: Any) -> int:
-    """Of one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+    """Of one device's HBM."""
+    here = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != "pinned_host"]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in here)

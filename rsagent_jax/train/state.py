@@ -35,15 +35,23 @@ def create_state(params: nnx.State, tx: optax.GradientTransformation) -> TrainSt
     return TrainState(jnp.int32(0), params, tx.init(params))
 
 
-def state_shardings(params: nnx.State, tx: optax.GradientTransformation, whole: jax.sharding.Sharding) -> TrainState:
+def state_shardings(
+    params: nnx.State, tx: optax.GradientTransformation, whole: jax.sharding.Sharding, *, offload: bool = False
+) -> TrainState:
     """Where the state lives: the optimiser's moments beside their parameters, all else on every device (`whole`).
 
+    With `offload`, each device's part of the moments is in its host's memory; the update fetches it and sends it back.
     Left to itself, the compiler puts moments, which start as constants, on every device.
     """
     keystr = jax.tree_util.keystr
     beside = {keystr(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
     def place(path, _):  # a moment's path ends in its parameter's path
+        where = find(path)
+        moment = isinstance(path[0], jax.tree_util.GetAttrKey) and path[0].name == "opt_state" and where is not whole
+        return where.with_memory_kind("pinned_host") if offload and moment else where
+
+    def find(path):
         return next((beside[s] for i in range(len(path)) if (s := keystr(path[i:])) in beside), whole)
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(lambda p: create_state(p, tx), params))

@@ -127,11 +127,17 @@ def make_programs(
     def logprobs(params, batch):
         return batch_logprobs(graphdef, params, batch, compute, temperature)
 
+    def update(old, sums):
+        if any(s.memory_kind == "pinned_host" for s in jax.tree.leaves(state.opt_state)):
+            here = jax.tree.map(lambda s: s.with_memory_kind("device"), state.opt_state)
+            old = dataclasses.replace(old, opt_state=jax.device_put(old.opt_state, here))
+        return apply(tx, old, sums)
+
     sums = Sums(state.params, whole, whole, whole)
     return Programs(
         micro=jax.jit(micro, in_shardings=(state.params, rows, rows), out_shardings=sums),
         add=jax.jit(add, donate_argnums=0),
-        apply=jax.jit(lambda s, g: apply(tx, s, g), out_shardings=(state, whole), donate_argnums=0),
+        apply=jax.jit(update, in_shardings=(state, sums), out_shardings=(state, whole), donate_argnums=0),
         logprobs=jax.jit(logprobs, in_shardings=(state.params, rows), out_shardings=rows),
     )
 

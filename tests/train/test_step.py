@@ -1,16 +1,22 @@
 """The optimiser and the jitted programs around it: what is frozen stays, micro-batches are divided once, schedules."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rsagent_jax.config import GrpoConfig, OptimConfig
+from rsagent_jax import sharding
+from rsagent_jax.checkpoint import Checkpoints
+from rsagent_jax.config import BatchConfig, GrpoConfig, MeshConfig, OptimConfig
+from rsagent_jax.data import packing
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.train.state import PARTS, create_state, is_frozen, make_optimizer, state_shardings
-from rsagent_jax.train.step import grpo_objective
+from rsagent_jax.train.step import grpo_objective, make_programs
 from rsagent_jax.types import DataError
 from tests.rollout import small
 
@@ -88,3 +94,50 @@ def test_schedules_warm_up_linearly_and_then_hold_or_fall(config, values):
 def test_switches_that_do_not_exist_are_data_errors(make, match):
     with pytest.raises(DataError, match=match):
         make()
+
+
+def test_offloaded_moments_train_the_same_and_stay_in_host_memory(tmp_path):
+    """Two updates with the moments in host memory against two without, and once more from a checkpoint."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    whole = sharding.replicated(mesh)
+    tx, _ = make_optimizer(OptimConfig(lr=1e-2, freeze=("vision",)), 4)
+
+    def objective(logprobs, batch, ref):
+        count = jnp.float32(batch.loss_mask.size)
+        return -jnp.sum(jnp.where(batch.loss_mask, logprobs, 0.0)), count, {"tokens": count}
+
+    def start(offload):
+        graphdef, params = small.split(small.model())
+        params = jax.device_put(params, sharding.param_shardings(small.model(), mesh))
+        where = state_shardings(params, tx, whole, offload=offload)
+        programs = make_programs(graphdef, tx, objective, small.COMPUTE, 1.0, (where, sharding.rows(mesh), whole))
+        state = jax.jit(lambda p: create_state(p, tx), out_shardings=where, donate_argnums=0)(params)
+        return programs, state
+
+    shape = BatchConfig(rows=1, tokens=64, patches=32)
+    batch = packing.empty(shape, small.processor().config)
+    batch = dataclasses.replace(batch, tokens=batch.tokens + 3, segment_ids=batch.segment_ids + 1)
+    batch = jax.device_put(dataclasses.replace(batch, loss_mask=~batch.loss_mask), sharding.rows(mesh))
+    ref = jnp.zeros((1, 64))
+
+    def kinds(state):
+        return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state) if leaf.size > 1}
+
+    ends = {}
+    for offload in (False, True):
+        programs, state = start(offload)
+        for _ in range(2):
+            state, _ = programs.train_step(state, [batch], [ref])
+        assert kinds(state) == {"pinned_host" if offload else "device"}
+        ends[offload] = state
+    for name, value in names(ends[False].params).items():
+        assert np.array_equal(np.asarray(names(ends[True].params)[name]), np.asarray(value)), name
+
+    checkpoints = Checkpoints(tmp_path / "sft", small.weights())
+    checkpoints.save(ends[True], {})
+    checkpoints.manager.wait_until_finished()
+    again, _ = checkpoints.restore(ends[True])
+    checkpoints.close()
+    assert kinds(again) == {"pinned_host"}
+    for a, b in zip(jax.tree.leaves(again.opt_state), jax.tree.leaves(ends[True].opt_state), strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b))
