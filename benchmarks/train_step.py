@@ -128,7 +128,7 @@ def random_model(config, seed: int = 0):
 
 
 def make_sequence(rng: np.random.Generator, config, length: int, grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """Text, one image, text: tokens i32[length], trained bool[length] after the image, patches f32[P, C], grids [1, 3]."""
+    """Text, one image, text: tokens i32[T], trained bool[T] after the image, patches f32[P, C], grids [1, 3]."""
     image = [SPECIAL["vision_start_token_id"], *[config.image_token_id] * (grid[1] * grid[2] // 4)]
     image.append(SPECIAL["vision_end_token_id"])
     before = 16
