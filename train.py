@@ -58,6 +58,8 @@ def main(config: TrainConfig) -> int | None:
     if processes.is_lead():
         (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
     check(config)
+    if config.profiler_port:
+        jax.profiler.start_server(config.profiler_port)
     log = MetricsLog(processes.own_directory(workdir))
 
     ############################## Mesh, policy ##############################

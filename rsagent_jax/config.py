@@ -208,6 +208,7 @@ class TrainConfig:
     sft: SftConfig = SftConfig()
     grpo: GrpoConfig = GrpoConfig()
     cache_dir: str = ""  # compiled programs are kept here; "" = in the work directory
+    profiler_port: int = 0  # every process serves jax.profiler on it (docs/tpu.md); 0 = none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

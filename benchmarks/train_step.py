@@ -1,0 +1,394 @@
+"""One training step on the CPU: ours beside transformers with torch, same weights, same batch, same optimiser.
+
+  python benchmarks/train_step.py [--sequences=4] [--steps=7] [--threads=N] [--toy]
+
+A random Qwen2.5-VL of about 100 million parameters in fp32 (vocabulary 32,000, tied head) is written once as a Hugging
+Face directory. Two processes load it and take turns, step by step (ours, theirs, ours, ...), so that other work on the
+machine meets both:
+
+  ours   rsagent_jax's own programs as train.py calls them: packing, make_programs with sft_objective, make_optimizer
+  torch  Qwen2_5_VLForConditionalGeneration with sdpa attention, clip_grad_norm_, torch.optim.AdamW (fused)
+
+A step is forward, backward, clipping to norm 1 and AdamW, from host arrays to updated parameters. Neither side
+recomputes activations (policy.remat = none, no gradient checkpointing). Every sequence has 384 tokens with one image,
+so torch pads nothing; every second image is 28 x 36 patches and leaves our windows partly empty.
+
+The run fails unless loss and gradient norm of steps 1 to 3 agree within 1e-3. The `no images` loss, on the same batch
+with all pixels 0, shows that the agreement is not an accident of a model that does not look.
+
+Both processes get the glibc settings of `make quickstart` (GLIBC, below: freed memory is kept, in huge pages) and the
+same cores: sched_setaffinity, from which XLA and OpenMP take their number of threads.
+
+seconds  median over the timed steps of a side; min and max beside it
+compile  ours: the first step less the median; the first two steps are not timed on either side
+vs_torch torch's median / ours: above 1 we are faster
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
+
+import numpy as np  # noqa: E402
+
+WARM, COMPARED, TOLERANCE = 2, 3, 1e-3
+LR, B1, B2, EPS, CLIP = 1e-4, 0.9, 0.999, 1e-8, 1.0
+GLIBC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "68719476736",
+    "MALLOC_TOP_PAD_": "268435456",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+# A toy is not timed: the compiler may do less.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+SPECIAL = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
+
+
+############################## The model and the batch, for both ##############################
+
+
+def raw_config(*, toy: bool = False) -> dict[str, Any]:
+    """config.json of a small Qwen2.5-VL: 96M parameters, or a toy of the same make."""
+    hidden, heads, layers, vocab = (64, 4, 2, 512) if toy else (512, 8, 12, 32_000)
+    vision, depth = (32, 4) if toy else (320, 16)
+    half = hidden // heads // 2
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8]}
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "dtype": "float32",
+        "tie_word_embeddings": True,
+        **SPECIAL,
+        "text_config": {
+            "model_type": "qwen2_5_vl_text",
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "intermediate_size": 9 * hidden // 2,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 32_768,
+            "rope_parameters": rope,
+            "use_sliding_window": False,
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        "vision_config": {
+            "model_type": "qwen2_5_vl",
+            "hidden_size": vision,
+            "intermediate_size": 4 * vision,
+            "out_hidden_size": hidden,
+            "depth": depth,
+            "num_heads": 4,
+            "fullatt_block_indexes": list(range(3, depth, 4)),
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "in_channels": 3,
+            "hidden_act": "silu",
+        },
+    }
+
+
+def random_model(config, seed: int = 0):
+    """Weights of variance 1 / fan-in, norms around 1, biases around 0: no part is without effect on the loss."""
+    import jax.numpy as jnp
+
+    from rsagent_jax.models.qwen25_vl import convert
+
+    rng, model, values = np.random.default_rng(seed), convert.abstract_model(config), {}
+    for path, leaf in convert.flat_params(model).items():
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        if path.endswith("scale"):
+            noise = 1 + 0.1 * noise
+        elif path.endswith("bias"):
+            noise *= 0.1
+        else:
+            noise *= (leaf.shape[-1] if "embed" in path.split(".")[-1] else leaf.shape[-2]) ** -0.5
+        values[path] = jnp.asarray(noise)
+    return convert.with_params(model, values)
+
+
+def make_sequence(rng: np.random.Generator, config, length: int, grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """Text, one image, text: tokens i32[T], trained bool[T] after the image, patches f32[P, C], grids [1, 3]."""
+    image = [SPECIAL["vision_start_token_id"], *[config.image_token_id] * (grid[1] * grid[2] // 4)]
+    image.append(SPECIAL["vision_end_token_id"])
+    before = 16
+    after = length - before - len(image)
+    if after < 1:
+        raise SystemExit(f"an image of {len(image)} tokens and {before} of text do not fit {length} tokens")
+    words = [rng.integers(7, config.text.vocab_size, n) for n in (before, after)]
+    patches = rng.standard_normal((grid[1] * grid[2], config.vision.patch_dim), np.float32)
+    tokens = np.concatenate([words[0], image, words[1]]).astype(np.int32)
+    return {"tokens": tokens, "trained": np.arange(length) >= length - after, "patches": patches, "grids": [grid]}
+
+
+def to_items(sequences: list[dict[str, np.ndarray]], config) -> list:
+    """The packing's own items."""
+    from rsagent_jax.data.packing import Item
+    from rsagent_jax.models.qwen25_vl.positions import mrope_positions
+
+    items = []
+    for s in sequences:
+        grids = tuple(tuple(int(n) for n in grid) for grid in s["grids"])
+        positions, _ = mrope_positions(s["tokens"], grids, config.image_token_id)
+        logprobs = np.zeros(len(s["tokens"]), np.float32)
+        items.append(Item(s["tokens"], positions, s["trained"], logprobs, s["patches"], grids))
+    return items
+
+
+def write(directory: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The Hugging Face directory and the sequences; returns what there is to say of them."""
+    from rsagent_jax.models.qwen25_vl import convert
+    from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
+
+    raw = raw_config(toy=options.toy)
+    config = Qwen25VLConfig.from_hf(raw)
+    model = random_model(config)
+    convert.save_model(model, directory, raw)
+    rng = np.random.default_rng(1)
+    length, grids = (96, ((1, 16, 16), (1, 12, 20))) if options.toy else (384, ((1, 32, 32), (1, 28, 36)))
+    for i in range(options.sequences):
+        np.savez(directory / f"sequence_{i}.npz", **make_sequence(rng, config, length, grids[i % 2]))
+    count = sum(int(np.prod(leaf.shape)) for leaf in convert.flat_params(model).values())
+    return {"parameters": count, "length": length, "grids": grids}
+
+
+def read_sequences(directory: pathlib.Path) -> list[dict[str, np.ndarray]]:
+    return [dict(np.load(path)) for path in sorted(directory.glob("sequence_*.npz"))]
+
+
+############################## The two sides, each in its own process ##############################
+
+
+def ours(directory: pathlib.Path):
+    """(what there is to say before the first step, step): step() -> (loss, norm of the gradient)."""
+    import jax
+    from flax import nnx
+
+    from rsagent_jax import processes, sharding
+    from rsagent_jax.config import BatchConfig, MeshConfig, OptimConfig, PolicyConfig
+    from rsagent_jax.data.packing import pack
+    from rsagent_jax.models.qwen25_vl import convert
+    from rsagent_jax.models.qwen25_vl.compute import Compute
+    from rsagent_jax.models.qwen25_vl.config import load_config
+    from rsagent_jax.models.qwen25_vl.positions import padded_patches
+    from rsagent_jax.train.state import create_state, make_optimizer, state_shardings
+    from rsagent_jax.train.step import make_programs, sft_objective
+
+    config = load_config(directory)
+    mesh = sharding.make_mesh(MeshConfig())
+    placed = sharding.param_shardings(convert.abstract_model(config), mesh)
+    graphdef, params = nnx.split(convert.load_model(directory, config, placed), nnx.Param)
+    items = to_items(read_sequences(directory), config)
+    places = max(padded_patches(item.grids, config.vision) for item in items)
+    (batch,) = pack(items, BatchConfig(rows=len(items), tokens=len(items[0].tokens), patches=places), config)
+    tx, _ = make_optimizer(OptimConfig(lr=LR, b1=B1, b2=B2, eps=EPS, clip_norm=CLIP), 1)
+    whole = sharding.replicated(mesh)
+    shardings = (state_shardings(params, tx, whole), sharding.rows(mesh), whole)
+    compute = Compute.of(PolicyConfig(weights="", dtype="float32", remat="none"), mesh)
+    programs = make_programs(graphdef, tx, sft_objective, compute, 1.0, shardings)
+    state = jax.jit(lambda p: create_state(p, tx), out_shardings=shardings[0], donate_argnums=0)(params)
+
+    blind = processes.put_rows(batch_without_images(batch), mesh)
+    logprobs = np.asarray(programs.logprobs(state.params, blind))
+    about = {
+        "token_waste": 1 - float((batch.segment_ids > 0).mean()),
+        "patch_waste": 1 - float((batch.patch_segment_ids > 0).mean()),
+        "loss_without_images": -float(logprobs[batch.loss_mask].mean()),
+    }
+
+    def step() -> tuple[float, float]:
+        nonlocal state
+        zeros = processes.put_rows(np.zeros(batch.tokens.shape, np.float32), mesh)
+        state, metrics = programs.train_step(state, [processes.put_rows(batch, mesh)], [zeros])
+        jax.block_until_ready(state)
+        return float(metrics["loss"]), float(metrics["l2_grads"])
+
+    return about, step
+
+
+def batch_without_images(batch):
+    return dataclasses.replace(batch, patches=np.zeros_like(batch.patches))
+
+
+def theirs(directory: pathlib.Path):
+    """As `ours`, with transformers and torch."""
+    sys.modules["torchvision"] = None  # not needed here, and its operators may not load beside a CPU build of torch
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), LR, (B1, B2), EPS, weight_decay=0.0, fused=True)
+    sequences = read_sequences(directory)
+    tokens = torch.from_numpy(np.stack([s["tokens"] for s in sequences]).astype(np.int64))
+    trained = torch.from_numpy(np.stack([s["trained"] for s in sequences]))
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),  # all ones: sdpa takes its causal path, without a mask
+        "labels": torch.where(trained, tokens, -100),
+        "pixel_values": torch.from_numpy(np.concatenate([s["patches"] for s in sequences])),
+        "image_grid_thw": torch.from_numpy(np.concatenate([s["grids"] for s in sequences])),
+        "mm_token_type_ids": (tokens == SPECIAL["image_token_id"]).int(),
+    }
+
+    def step() -> tuple[float, float]:
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        return loss.item(), norm.item()
+
+    return {"parameters": sum(p.numel() for p in model.parameters())}, step
+
+
+def serve(side: str, directory: pathlib.Path) -> None:
+    """A step for every line on stdin; answers are JSON lines on the stdout that this process was given."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is not an answer
+    about, step = (ours if side == "ours" else theirs)(directory)
+    print(json.dumps(about), file=answers)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        loss, norm = step()
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        print(json.dumps({"seconds": seconds, "loss": loss, "norm": norm, "peak_gb": peak}), file=answers)
+
+
+############################## The table ##############################
+
+
+class Side:
+    """One of the two processes."""
+
+    def __init__(self, name: str, directory: pathlib.Path, *, toy: bool):
+        command = [sys.executable, __file__, f"--side={name}", f"--dir={directory}"]
+        env = {**os.environ, **GLIBC, "HF_HUB_OFFLINE": "1", **({"XLA_FLAGS": QUICK} if toy else {})}
+        self.name, self.steps = name, []
+        self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.about = self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        if not (line := self.process.stdout.readline()):
+            raise SystemExit(f"{self.name} failed; what it said stands above")
+        return json.loads(line)
+
+    def step(self) -> None:
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        self.steps.append(self._answer())
+
+    @property
+    def seconds(self) -> list[float]:
+        return [s["seconds"] for s in self.steps[WARM:]]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def compare(a: Side, b: Side) -> float:
+    """Prints the first steps of both; the largest relative difference, SystemExit when that is too much."""
+    worst = 0.0
+    print(f"{'step':6}{'loss ours':>14}{'torch':>14}{'norm ours':>14}{'torch':>14}")
+    for i, (x, y) in enumerate(zip(a.steps[:COMPARED], b.steps[:COMPARED], strict=True), 1):
+        print(f"{i:<6}{x['loss']:14.6f}{y['loss']:14.6f}{x['norm']:14.5f}{y['norm']:14.5f}")
+        worst = max(worst, *(abs(x[key] - y[key]) / abs(y[key]) for key in ("loss", "norm")))
+    blind = a.about["loss_without_images"]
+    print(f"largest relative difference {worst:.1e}; with all pixels 0 the loss is {blind:.6f}")
+    if not worst <= TOLERANCE:
+        raise SystemExit(f"the two do not compute the same: {worst:.1e} > {TOLERANCE}")
+    if abs(blind - a.steps[0]["loss"]) < 10 * TOLERANCE * a.steps[0]["loss"]:
+        raise SystemExit("the loss hardly depends on the images: the comparison says nothing of the vision tower")
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=4, help="of 384 tokens with an image each")
+    parser.add_argument("--steps", type=int, default=7, help=f"timed ones, after {WARM} others")
+    parser.add_argument("--threads", type=int, default=0, help="cores for both sides; 0 = all that this process has")
+    parser.add_argument("--toy", action="store_true", help="a tiny model: checks that the losses agree, times nothing")
+    for name in ("side", "dir"):
+        parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        return serve(options.side, pathlib.Path(options.dir))
+    cores = sorted(os.sched_getaffinity(0))[: options.threads or None]
+    os.sched_setaffinity(0, cores)  # the two sides inherit it
+    with tempfile.TemporaryDirectory() as name:
+        directory = pathlib.Path(name)
+        made = write(directory, options)
+        sides = []
+        try:
+            sides += [Side("ours", directory, toy=options.toy)]
+            sides += [Side("torch", directory, toy=options.toy)]
+            for _ in range(WARM + options.steps):
+                for side in sides:
+                    side.step()
+        finally:
+            for side in sides:
+                side.process.kill()
+    us, them = sides
+    if made["parameters"] != them.about["parameters"]:
+        raise SystemExit(f"{made['parameters']} parameters here, {them.about['parameters']} in torch")
+    print(
+        f"{made['parameters'] / 1e6:.1f}M parameters, fp32; {options.sequences} sequences of {made['length']} tokens,"
+        f" images of {' and '.join(f'{h} x {w}' for _, h, w in made['grids'])} patches; {len(cores)} cores, load"
+        f" {os.getloadavg()[0]:.1f}; glibc keeps freed memory in huge pages on both sides\n"
+    )
+    worst = compare(us, them)
+    print(f"\n{'':8}{'seconds':>10}{'min':>10}{'max':>10}{'peak_gb':>10}")
+    for side in sides:
+        peak = side.steps[-1]["peak_gb"]
+        print(f"{side.name:8}{side.median:10.3f}{min(side.seconds):10.3f}{max(side.seconds):10.3f}{peak:10.2f}")
+    summary = {
+        "vs_torch": them.median / us.median,
+        "vs_torch_min": min(them.seconds) / min(us.seconds),
+        "seconds": us.median,
+        "torch_seconds": them.median,
+        "compile_seconds": us.steps[0]["seconds"] - us.median,
+        "token_waste": us.about["token_waste"],
+        "patch_waste": us.about["patch_waste"],
+        "largest_difference": worst,
+        "losses": [s["loss"] for s in us.steps[:COMPARED]],
+        "torch_losses": [s["loss"] for s in them.steps[:COMPARED]],
+        "parameters": made["parameters"],
+        "cores": len(cores),
+        "load": os.getloadavg()[0],
+        "rows": {side.name: side.seconds for side in sides},
+    }
+    print(
+        f"\nvs_torch {summary['vs_torch']:.2f} (of the minima {summary['vs_torch_min']:.2f}); compile"
+        f" {summary['compile_seconds']:.1f} s; padding {summary['token_waste']:.1%} of the token places and"
+        f" {summary['patch_waste']:.1%} of the patch places"
+    )
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The benchmarks run at a toy size: the two sides agree, attention by blocks is linear in memory. No timing here."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def last_line(script: str, *arguments: str) -> dict:
+    """What a benchmark prints at its end."""
+    command = [sys.executable, f"benchmarks/{script}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_training_step_computes_what_transformers_computes():
+    pytest.importorskip("transformers")
+    result = last_line("train_step.py", "--toy", "--sequences=2", "--steps=1")
+    assert result["vs_torch"] > 0
+    assert result["seconds"] > 0
+    assert result["torch_seconds"] > 0
+    for ours, theirs in zip(result["losses"], result["torch_losses"], strict=True):
+        assert abs(ours - theirs) < 1e-4
+    assert result["losses"][0] - result["losses"][2] > 0.1  # it learns, so the update is compared too
+    assert result["largest_difference"] < 1e-4  # of the gradients' norms as well
+    # 16 x 16 patches fill 4 windows of 8 x 8; 12 x 20 of them take 2 x 3 windows, the larger buffer: of 2 x 384 places
+    # 256 + 240 are used.
+    assert result["patch_waste"] == pytest.approx(1 - (256 + 240) / (2 * 384))
+    assert result["token_waste"] == 0
+
+
+def test_memory_is_linear_by_blocks_and_quadratic_with_whole_scores():
+    result = last_line("memory.py", "--toy", "--lengths=1024,2048,4096")
+    assert result["exponent_blocks"] < 1.2
+    assert result["exponent_plain"] > 1.5
+    for name in ("blocks", "plain"):
+        assert len(result["rows"][name]["temp"]) == 3
