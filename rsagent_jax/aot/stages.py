@@ -24,6 +24,7 @@ from rsagent_jax.aot.report import ProgramReport, analyse, out_of_memory
 from rsagent_jax.aot.topology import Topology, devices
 from rsagent_jax.config import BatchConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.attention import BLOCK, is_fused
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, size_config
 from rsagent_jax.train.state import create_state, make_optimizer, state_shardings
@@ -154,9 +155,9 @@ def attention_flops(policy: Qwen25VLConfig) -> Callable[[str, tuple[tuple[int, .
     """What the splash kernel does in one execution, from its name and its operands' shapes (it carries no estimate).
 
     A tile that the causal mask touches is computed whole. The forward pass has two matrix products per tile, the fused
-    backward pass five.
+    backward pass five, the divided one three (dq) and four (dkv).
     """
-    head_dim, block = policy.text.head_dim, 512
+    head_dim, block = policy.text.head_dim, BLOCK
 
     def flops(name: str, shapes: tuple[tuple[int, ...], ...]) -> float | None:
         queries = next((s for s in shapes if len(s) >= 3 and s[-1] >= 16 and s[-2] >= 128), None)
@@ -165,7 +166,7 @@ def attention_flops(policy: Qwen25VLConfig) -> Callable[[str, tuple[tuple[int, .
         *batch, length, dim = queries
         tiles = length // block if length % block == 0 else length / 128
         share = (tiles + 1) / (2 * tiles) if dim == head_dim else 1.0
-        products = 5 if "dkv" in name or "bwd" in name else 2
+        products = 3 if "_dq_" in name else 2 if "_fwd_" in name else 5 if is_fused(length) else 4
         return products * 2.0 * math.prod(batch) * length * length * dim * share
 
     return flops
