@@ -16,8 +16,9 @@ so torch pads nothing; every second image is 28 x 36 patches and leaves our wind
 The run fails unless loss and gradient norm of steps 1 to 3 agree within 1e-3, and unless log-probabilities change when
 all pixels are 0: a model that does not look would agree by accident.
 
-Both processes get the glibc settings of `make quickstart` (GLIBC, below: freed memory is kept, in huge pages) and the
-same cores: sched_setaffinity, from which XLA and OpenMP take their number of threads.
+Both processes get the glibc settings of `make quickstart` and one more (GLIBC, below: freed memory is kept, in huge
+pages, whichever thread freed it) and the same cores: sched_setaffinity, from which XLA and OpenMP take their number of
+threads.
 
 seconds  wall time, the median over the timed steps of a side; min and max beside it
 cpu_s    processor time of a step, the median: on a busy machine and with --threads=1 the better measure
@@ -49,6 +50,7 @@ import numpy as np  # noqa: E402
 WARM, COMPARED, TOLERANCE = 2, 3, 1e-3
 LR, B1, B2, EPS, CLIP = 1e-4, 0.9, 0.999, 1e-8, 1.0
 GLIBC = {
+    "MALLOC_ARENA_MAX": "1",  # other arenas map large buffers whatever the next line says, and give them back
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "68719476736",
     "MALLOC_TOP_PAD_": "268435456",
@@ -272,9 +274,10 @@ def serve(side: str, directory: pathlib.Path) -> None:
     about, step = (ours if side == "ours" else theirs)(directory)
     print(json.dumps(about), file=answers)
     for _ in sys.stdin:
-        start, cpu = time.perf_counter(), time.process_time()
+        start, cpu, system = time.perf_counter(), time.process_time(), os.times().system
         loss, norm = step()
         took = {"seconds": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
+        took["system_s"] = os.times().system - system
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         print(json.dumps({**took, "loss": loss, "norm": norm, "peak_gb": peak}), file=answers)
 
@@ -301,6 +304,8 @@ class Side:
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
         self.steps.append(self._answer())
+        said = "{seconds:.2f} s, {cpu_s:.2f} s of processor time, {system_s:.2f} of it in the kernel"
+        print(f"{self.name} step {len(self.steps)}: {said.format(**self.steps[-1])}", file=sys.stderr, flush=True)
 
     @property
     def seconds(self) -> list[float]:
