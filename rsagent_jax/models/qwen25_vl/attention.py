@@ -77,7 +77,7 @@ def _mask(queries_BT, keys_BS, first: int | jax.Array, causal: bool) -> jax.Arra
 
 def _blocks(segment_ids_BT, causal, q_BTNH, k_BKTH, v_BKTH):
     b, t, n, h = q_BTNH.shape
-    block = min(BLOCK, t)
+    block = -(-t // -(-t // BLOCK))  # as many blocks as BLOCK needs, of one size: 1280 are 3 x 427, not 3 x 512
     pad = -t % block  # padding queries get a segment that no key has: finite garbage, cut off below
     segments = jnp.pad(segment_ids_BT, ((0, 0), (0, pad)), constant_values=-1).reshape(b, -1, block).swapaxes(0, 1)
     q = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(b, -1, block, n, h).swapaxes(0, 1)
