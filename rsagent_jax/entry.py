@@ -69,6 +69,8 @@ def workdir(flag: str = "workdir") -> pathlib.Path:
     """The directory that the flag names, made if need be and known to be writable."""
     if not flags.FLAGS[flag].value:
         raise DataError(f"--{flag}=DIR is required")
+    if "://" in flags.FLAGS[flag].value:
+        raise DataError(f"--{flag}={flags.FLAGS[flag].value} is no path; mount the bucket and give the folder it is on")
     path = pathlib.Path(flags.FLAGS[flag].value).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 def join() -> None:
     """Meets the other processes, before anything asks for devices. Does nothing where there are none.
 
-    On a TPU slice of several hosts jax finds them itself; elsewhere VARIABLES say who is who (host:port, n, 0..n-1).
+    On a TPU VM jax finds the other hosts of the slice itself; elsewhere VARIABLES say who is who: host:port, n, 0..n-1.
     """
     given = [os.environ.get(name) for name in VARIABLES]
     if any(given):
@@ -33,8 +33,14 @@ def join() -> None:
             state = ", ".join(f"{name}={value or ''}" for name, value in zip(VARIABLES, given, strict=True))
             raise DataError(f"several processes need all of host:port, their number and one's own from 0: {state}")
         jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+    elif _has_tpu():
         jax.distributed.initialize()
+
+
+def _has_tpu() -> bool:
+    """Whether this host has TPU chips, by their device files (accel on v4, vfio on later ones), and may use them."""
+    files = (file for pattern in ("accel[0-9]*", "vfio/[0-9]*") for file in pathlib.Path("/dev").glob(pattern))
+    return "tpu" in os.environ.get("JAX_PLATFORMS", "tpu") and any(files)
 
 
 def is_lead() -> bool:

@@ -34,8 +34,8 @@ RUNGS = (
     ("data",),
     ("rollout",),
     ("train", "evals", "aot"),
-    ("checkpoint", "entry"),  # what the entry points share
-    ("collect", "segment", "export", "pretrain", "evals.summary", "aot.stages", "aot.scaling"),
+    ("checkpoint", "entry", "aot.stages"),  # what the entry points share
+    ("collect", "segment", "export", "pretrain", "evals.summary", "aot.scaling"),
 )
 RUNG = {f"rsagent_jax.{unit}": rung for rung, units in enumerate(RUNGS) for unit in units}
 ENTRY = len(RUNGS) - 1
