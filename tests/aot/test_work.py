@@ -82,5 +82,8 @@ def test_kernels():
     program = read_program(KERNELS)
     assert kernels(program) == [Kernel("flash", 2, 150.0), Kernel("splash_fwd", 1, None)]
     assert hlo_flops(program) == 150
-    assert kernels(program, {"splash": 7.0, "flash": 1.0}) == [Kernel("flash", 2, 2.0), Kernel("splash_fwd", 1, 7.0)]
-    assert hlo_flops(program, {"splash": 7.0}) == 157
+    told = {"flash": 1.0, "splash_fwd": 7.0}
+    assert kernels(program, lambda name, _: told[name]) == [Kernel("flash", 2, 2.0), Kernel("splash_fwd", 1, 7.0)]
+    assert hlo_flops(program, lambda name, _: told[name] if name == "splash_fwd" else None) == 157
+    by_shape = kernels(program, lambda _, shapes: float(shapes[0][0]))  # both take f32[8]
+    assert [k.flops for k in by_shape] == [2 * 8.0, 8.0]
