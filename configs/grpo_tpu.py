@@ -1,6 +1,6 @@
 """GRPO of Qwen2.5-VL-7B with the paper's numbers: 16 prompts x 4 samples, lr 1e-6, 8 turns.
 
-Not run here: it needs weights and a TPU. What it needs of one is known: see docs/scaling.md, or compile it yourself.
+Not run here: it needs weights and a TPU. Whether it fits a slice is for --aot to say, before one is rented.
 
   python train.py --config=configs/grpo_tpu.py --config.slice=v6e-8 --workdir=DIR \
       --config.policy.weights=DIR/of/sft/checkpoints/sft --config.grpo.data.root=/path/to/refcoco

@@ -1,6 +1,6 @@
 """SFT of Qwen2.5-VL with the paper's numbers: 2 epochs, lr 2e-5, batch 128.
 
-Not run here: it needs weights and a TPU. What it needs of one is known: see docs/scaling.md, or compile it yourself.
+Not run here: it needs weights and a TPU. Whether it fits a slice is for --aot to say, before one is rented.
 
   python train.py --config=configs/sft_tpu.py --config.slice=v6e-8 --workdir=DIR \
       --config.policy.weights=/path/to/Qwen2.5-VL-7B-Instruct --config.sft.trajectories=/path/to/collected

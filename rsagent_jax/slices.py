@@ -1,7 +1,7 @@
 """What a config leaves open and a slice decides: tensor parallelism, rows per micro-batch, remat policy.
 
-`mesh.tensor = 0`, `batch.rows = 0` and `policy.remat = ""` mean: as the slice's preset says. The presets are read off
-docs/scaling.md.
+`mesh.tensor = 0`, `batch.rows = 0` and `policy.remat = ""` mean: as the slice's preset says. The presets come from
+arithmetic on memory and batch size; compiling them at full size (rsagent_jax.aot.scaling) is still to be done.
 """
 
 from __future__ import annotations

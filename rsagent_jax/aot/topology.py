@@ -75,7 +75,7 @@ def _slices() -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 SLICES = _slices()
-# The slices of docs/scaling.md.
+# The slices of the table that aot/scaling.py makes.
 TABLE = ("v5e-16", "v5e-64", "v5e-256", "v5p-8", "v5p-64", "v6e-8", "v6e-64", "v6e-256", "v4-16", "tpu7x-8")
 
 
