@@ -72,14 +72,17 @@ class Share:
 def row_share(mesh: Mesh) -> Share:
     """Which part of a batch's rows this process's devices hold. Processes of one tensor group hold the same part."""
     groups = mesh.devices.reshape(-1, mesh.shape["tensor"])
-    mine = [i for i, group in enumerate(groups) if any(d.process_index == jax.process_index() for d in group)]
-    first, n = mine[0], len(mine)
-    if mine != list(range(first, first + n)) or first % n or len(groups) % n:
+    held: dict[int, list[int]] = {}
+    for i, group in enumerate(groups):
+        for process in {d.process_index for d in group}:
+            held.setdefault(process, []).append(i)
+    n = len(held[jax.process_index()])
+    if any(len(h) != n or h != list(range(h[0], h[0] + n)) or h[0] % n for h in held.values()) or len(groups) % n:
         raise DataError(
-            f"mesh {dict(mesh.shape)}: this process holds the row groups {mine} of {len(groups)}, not one even part;"
+            f"mesh {dict(mesh.shape)}: processes hold the row groups {held}, not even parts;"
             " let mesh.tensor divide the devices of a process, or be a multiple of them"
         )
-    return Share(first // n, len(groups) // n)
+    return Share(held[jax.process_index()][0] // n, len(groups) // n)
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
