@@ -25,12 +25,9 @@ from rsagent_jax.config import (
     SftConfig,
     TrainConfig,
 )
-from rsagent_jax.data import trajectories
 from rsagent_jax.metrics import MetricsLog
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import load_config
-from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.train.state import create_state, make_optimizer
 from rsagent_jax.types import DataError
 from tests.rollout import small
@@ -59,13 +56,7 @@ def stored(tmp_path_factory):
     directory = tmp_path_factory.mktemp("set")
     tasks = [small.task(i, h=56, w=56) for i in range(5)]
     scripts = {f"s{i}": (small.click(20 + i, 30), small.finish(1)) for i in range(5)}
-    policy = TextPolicy(small.scripted(scripts), small.processor())
-    writer = trajectories.Writer(directory)
-    for t, state in Driver(policy, DiscSegmenter(), small.processor(), small.AGENT).run(tasks):
-        images = [state.view.render(state.image), *[x.observation.image for x in t.turns if x.observation]]
-        writer.write(trajectories.encode(t, images, {}))
-    writer.close({})
-    return directory
+    return small.store(directory, tasks, scripts)
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-from agent_fakes import DiscSegmenter
 
 from rsagent_jax import processes, sharding
 from rsagent_jax.config import BatchConfig
-from rsagent_jax.data import packing, trajectories
+from rsagent_jax.data import packing
 from rsagent_jax.processes import Share
-from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.types import DataError
 from tests.rollout import small
 
@@ -41,13 +38,7 @@ def stored(tmp_path_factory):
     directory = tmp_path_factory.mktemp("set")
     tasks = [small.task(i, h=56, w=56) for i in range(9)]
     scripts = {f"s{i}": (*(small.click(20 + i + n, 30) for n in range(1 + i % 3)), small.finish(1)) for i in range(9)}
-    policy = TextPolicy(small.scripted(scripts), small.processor())
-    writer = trajectories.Writer(directory)
-    for t, state in Driver(policy, DiscSegmenter(), small.processor(), small.AGENT).run(tasks):
-        images = [state.view.render(state.image), *[x.observation.image for x in t.turns if x.observation]]
-        writer.write(trajectories.encode(t, images, {}))
-    writer.close({})
-    return directory
+    return small.store(directory, tasks, scripts)
 
 
 class Run:

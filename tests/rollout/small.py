@@ -21,7 +21,7 @@ from flax import nnx
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.tools import render_call
 from rsagent_jax.config import AgentConfig, BatchConfig, SamplingConfig
-from rsagent_jax.data import tiny_vocab
+from rsagent_jax.data import tiny_vocab, trajectories
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
@@ -30,7 +30,7 @@ from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
-from rsagent_jax.rollout.policy import Task
+from rsagent_jax.rollout.policy import Task, TextPolicy
 from rsagent_jax.types import Completion, Finish, Sample, Segment, Trajectory, Zoom
 
 # Programs are compiled fast rather than well: compiling is most of the time of these tests.
@@ -130,6 +130,16 @@ def sample(i: int, h: int = 112, w: int = 112) -> Sample:
 
 def task(i: int, uid: int | None = None, h: int = 112, w: int = 112) -> Task:
     return Task(sample(i, h, w), i, i if uid is None else uid)
+
+
+def store(directory: pathlib.Path, tasks: list[Task], scripts: dict) -> pathlib.Path:
+    """Plays the scripts and stores the trajectories as SFT reads them."""
+    policy, writer = TextPolicy(scripted(scripts), processor()), trajectories.Writer(directory)
+    for t, state in Driver(policy, DiscSegmenter(), processor(), AGENT).run(tasks):
+        images = [state.view.render(state.image), *[x.observation.image for x in t.turns if x.observation]]
+        writer.write(trajectories.encode(t, images, {}))
+    writer.close({})
+    return directory
 
 
 def click(x: float, y: float, refine: int | None = None) -> str:
