@@ -96,6 +96,25 @@ def constrain(x: jax.Array, names: Sequence[str | None], mesh: Mesh | None) -> j
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(x.shape, names, mesh)))
 
 
+def gather(x: jax.Array, names: Sequence[str | None], mesh: Mesh | None) -> jax.Array:
+    """Inside jit: a parameter whole over fsdp, still split over tensor; its gradient goes back to the parameter's parts.
+
+    Left to itself, the TPU compiler keeps a kernel whose contracted axis is split where it is and sums partial products
+    as the parts pass by: a result of the size of the activations is read and written once per device of the axis, in
+    the activations' dtype.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    whole = tuple(None if RULES[name] == "fsdp" else name for name in names)
+
+    @jax.custom_vjp
+    def gathered(x):
+        return constrain(constrain(x, names, mesh), whole, mesh)
+
+    gathered.defvjp(lambda x: (gathered(x), None), lambda _, g: (constrain(g, names, mesh),))
+    return gathered(x)
+
+
 def per_device(f, in_names: Sequence[Sequence[str | None]], out_names: Sequence[str | None], mesh: Mesh | None):
     """`f` on each device's part of its arguments (shard_map); `f` itself without a mesh. Sizes must divide."""
     if mesh is None or mesh.size == 1:

@@ -66,6 +66,7 @@ from tests.rollout import small
 from rsagent_jax import sharding
 from rsagent_jax.config import BatchConfig, MeshConfig, OptimConfig
 from rsagent_jax.data.packing import pack
+from rsagent_jax.models.qwen25_vl.language import token_logprobs
 from rsagent_jax.train.state import create_state, make_optimizer, state_shardings
 from rsagent_jax.train.step import make_programs, sft_objective
 
@@ -104,6 +105,15 @@ for name, config, devices in (
         "tokens": [t.tokens.tolist() for t in rollout],
         "logprobs": np.concatenate([t.logprobs for t in rollout]),
     }
+rng = np.random.default_rng(0)
+hidden, head = rng.normal(size=(4, 6, 8)).astype(np.float32), rng.normal(size=(42, 8)).astype(np.float32)
+targets, weight = rng.integers(0, 42, (4, 6)), rng.normal(size=(4, 6)).astype(np.float32)
+def loss(hidden, head, mesh, piece):
+    return jax.numpy.sum(weight * token_logprobs(hidden, head, targets, piece=piece, mesh=mesh))
+grad = jax.jit(jax.grad(loss, (0, 1)), static_argnums=(2, 3))
+split = jax.device_put(head, jax.NamedSharding(mesh, sharding.spec_of(head.shape, ("vocab", "embed"), mesh)))
+plain, pieces = grad(hidden, head, None, 1 << 20), grad(jax.device_put(hidden, sharding.rows(mesh)), split, mesh, 6 * 8)
+
 one, eight = out["one"], out["eight"]
 same = one["tokens"] == eight["tokens"]
 print(json.dumps({
@@ -113,6 +123,8 @@ print(json.dumps({
     "size": eight["size"],
     "tokens": same,
     "logprobs": float(np.abs(one["logprobs"] - eight["logprobs"]).max()) if same else None,
+    "head": [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(plain, pieces)],
+    "head_gradient": pieces[1].sharding.shard_shape(head.shape),
 }))
 """
 
@@ -135,6 +147,11 @@ def test_a_step_on_2_x_2_x_2_devices_equals_the_step_on_one(stepped):
     for name in one:
         assert eight[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), name
     assert 0 < stepped["params"] < 1e-5  # not bit-equal: it was computed in another order
+
+
+def test_the_loss_by_pieces_of_a_split_head_has_the_gradients_of_the_whole_and_leaves_the_heads_split(stepped):
+    assert max(stepped["head"]) < 1e-5
+    assert stepped["head_gradient"] == [21, 4]  # vocabulary over tensor, width over fsdp
 
 
 def test_rollouts_with_sharded_weights_equal_those_of_one_device(stepped):

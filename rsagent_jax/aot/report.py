@@ -39,6 +39,7 @@ class ProgramReport:
     projected_mfu: float | None  # model_flops over what the mesh could do in projected_step_s
     bound_by: str  # compute, hbm or ici; memory when the program does not fit
     seconds: dict[str, float]  # the three terms of the projection
+    quick: bool = False  # compiled with --aot_quick: peak and HBM traffic are higher than the real program's
     argument_bytes: int = 0
     temp_bytes: int = 0
     resident_bytes: int = 0  # in HBM while the program runs, but no arguments of it

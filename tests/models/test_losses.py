@@ -83,23 +83,23 @@ def test_an_unknown_remat_policy_is_refused_by_name():
         Compute(remat="most")
 
 
-@pytest.mark.parametrize(("chunk", "temperature"), [(1, 1.0), (5, 0.7), (16, 1.0), (512, 1.3)])
-def test_chunked_log_probabilities_equal_the_whole_log_softmax(chunk, temperature):
+@pytest.mark.parametrize(("piece", "temperature"), [(1, 1.0), (5 * 32, 0.7), (16 * 32, 1.0), (1 << 20, 1.3)])
+def test_log_probabilities_by_pieces_of_the_vocabulary_equal_the_whole_log_softmax(piece, temperature):
     rng = np.random.default_rng(0)
-    hidden, head = rng.normal(size=(2, 16, 8)).astype(np.float32), rng.normal(size=(40, 8)).astype(np.float32)
-    targets = rng.integers(0, 40, (2, 16))
+    hidden, head = rng.normal(size=(2, 16, 8)).astype(np.float32), rng.normal(size=(41, 8)).astype(np.float32)
+    targets = rng.integers(0, 41, (2, 16))
     logits = np.einsum("btd,vd->btv", hidden.astype(np.float64), head.astype(np.float64)) / temperature
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
     @jax.jit
     def run(*args):
-        return token_logprobs(*args, temperature=temperature, chunk=chunk)
+        return token_logprobs(*args, temperature=temperature, piece=piece)
 
     got = np.asarray(run(hidden, head, targets))
     assert np.abs(got - np.take_along_axis(log_p, targets[..., None], -1)[..., 0]).max() <= 1e-5
 
 
-def test_gradients_through_the_chunks_equal_those_of_the_whole_log_softmax():
+def test_gradients_through_the_pieces_equal_those_of_the_whole_log_softmax():
     rng = np.random.default_rng(1)
     hidden, head = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 13, 8), (40, 8)))
     targets, weight = rng.integers(0, 40, (2, 13)), rng.normal(size=(2, 13)).astype(np.float32)
@@ -108,22 +108,22 @@ def test_gradients_through_the_chunks_equal_those_of_the_whole_log_softmax():
         log_p = jax.nn.log_softmax(hidden @ head.T / 0.9)
         return jnp.sum(weight * jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0])
 
-    def chunked(hidden, head):
-        return jnp.sum(weight * token_logprobs(hidden, head, targets, temperature=0.9, chunk=4))
+    def by_pieces(hidden, head):
+        return jnp.sum(weight * token_logprobs(hidden, head, targets, temperature=0.9, piece=26 * 7))
 
-    for got, want in zip(*(jax.jit(jax.grad(f, (0, 1)))(hidden, head) for f in (chunked, whole)), strict=True):
+    for got, want in zip(*(jax.jit(jax.grad(f, (0, 1)))(hidden, head) for f in (by_pieces, whole)), strict=True):
         assert relative_error(np.asarray(got), np.asarray(want)) <= 1e-5
 
 
 def test_the_whole_logits_never_exist_in_the_compiled_loss():
-    """With T = 64, V = 4096 and chunks of 8, the gradient's program has no room for one fp32 [T, V]."""
-    t, v, d, chunk = 64, 4096, 8, 8
+    """With T = 64 and V = 4096, an eighth at a time, the gradient's program has no room for one fp32 [T, V]."""
+    t, v, d = 64, 4096, 8
     args = [
         jax.ShapeDtypeStruct(s, k) for s, k in (((1, t, d), jnp.float32), ((v, d), jnp.float32), ((1, t), jnp.int32))
     ]
 
     def loss(hidden, head, targets):
-        return jnp.sum(token_logprobs(hidden, head, targets, chunk=chunk))
+        return jnp.sum(token_logprobs(hidden, head, targets, piece=t * v // 8))
 
     memory = jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * t * v

@@ -311,7 +311,7 @@ class Measured:
 
 def sft_loss(model: Qwen25VL, hidden_BTD, targets_BT, mask_BT):
     """Mean of -log p over the tokens that the mask marks."""
-    logprobs = language.token_logprobs(hidden_BTD, model.decoder.head_VD, targets_BT, chunk=16)
+    logprobs = language.token_logprobs(hidden_BTD, model.decoder.head_VD, targets_BT, piece=4096)
     return -jnp.sum(logprobs * mask_BT) / jnp.sum(mask_BT)
 
 

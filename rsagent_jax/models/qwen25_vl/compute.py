@@ -94,11 +94,10 @@ def scan_layers(stacked: nnx.Module, body, x, compute: Compute, *, start: int = 
 
 
 def scan_states(graphdef, state, body, x, compute: Compute):
-    """As `scan_layers` on a split module. Each layer's parameters are cast where they lie, before they are gathered."""
+    """As `scan_layers` on a split module. Each layer's parameters are gathered when its turn comes."""
 
     def step(carry, layer):
-        layer = jax.tree.map(lambda v: _cast(v, compute), layer, is_leaf=lambda v: isinstance(v, nnx.Variable))
-        return compute.rows(body(nnx.merge(graphdef, layer), carry)), None
+        return compute.rows(body(nnx.merge(graphdef, _local_state(layer, compute)), carry)), None
 
     if (policy := checkpoint_policy(compute.remat)) is not None:
         # The scan itself keeps the recomputation apart from the first pass; the barrier against merging the two would
@@ -107,8 +106,18 @@ def scan_states(graphdef, state, body, x, compute: Compute):
     return jax.lax.scan(step, compute.rows(x), state)[0]
 
 
-def _cast(variable: nnx.Variable, compute: Compute) -> nnx.Variable:
-    """One layer's parameter in the dtype of the activations, still split over the mesh: half the bytes to gather."""
+def local(module: nnx.Module, compute: Compute) -> nnx.Module:
+    """The module with its parameters cast and gathered; for what stands outside of a scan."""
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, _local_state(state, compute))
+
+
+def _local_state(state, compute: Compute):
+    return jax.tree.map(lambda v: _local(v, compute), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def _local(variable: nnx.Variable, compute: Compute) -> nnx.Variable:
+    """A parameter as the matrix products take it: cast where it lies, then gathered, at half the bytes of fp32."""
     value = variable.get_value().astype(jnp.dtype(compute.dtype))
     names = variable.get_metadata("axes")
-    return variable.replace(sharding.constrain(value, names[len(names) - value.ndim :], compute.mesh))
+    return variable.replace(sharding.gather(value, names[len(names) - value.ndim :], compute.mesh))

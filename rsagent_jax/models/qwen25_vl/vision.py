@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rsagent_jax.models.qwen25_vl.attention import attention, in_segments
-from rsagent_jax.models.qwen25_vl.compute import PLAIN, Compute, scan_layers, scan_states
+from rsagent_jax.models.qwen25_vl.compute import PLAIN, Compute, local, scan_layers, scan_states
 from rsagent_jax.models.qwen25_vl.config import VisionConfig
 from rsagent_jax.models.qwen25_vl.layers import Linear, RMSNorm, SwiGLU, rotate
 
@@ -58,7 +58,7 @@ class VisionTower(nnx.Module):
         if not p:  # a batch of text only
             return jnp.zeros((b, 0, self.config.out_hidden_size), dtype)
         cos, sin = rotary_angles(positions_BP2, self.config.hidden_size // self.config.num_heads)
-        x = compute.rows(self.patch_embed(patches_BPC.astype(dtype)))
+        x = compute.rows(local(self.patch_embed, compute)(patches_BPC.astype(dtype)))
 
         def windows(a):
             return a.reshape(b * p // window, window, *a.shape[2:])
@@ -77,7 +77,8 @@ class VisionTower(nnx.Module):
         x = self._run_blocks(windowed, full, x, compute)
         unit = self.config.merge_unit
         merged = self.merger_norm(x).reshape(b, p // unit, unit * x.shape[-1])
-        return compute.rows(self.merger_out(jax.nn.gelu(self.merger_in(merged), approximate=False)))
+        hidden = jax.nn.gelu(local(self.merger_in, compute)(merged), approximate=False)
+        return compute.rows(local(self.merger_out, compute)(hidden))
 
     def _run_blocks(self, windowed, full, x, compute: Compute):
         """All blocks in order. Published sizes repeat n window blocks and a full one: one scan over such groups."""
