@@ -97,7 +97,7 @@ def constrain(x: jax.Array, names: Sequence[str | None], mesh: Mesh | None) -> j
 
 
 def gather(x: jax.Array, names: Sequence[str | None], mesh: Mesh | None) -> jax.Array:
-    """Inside jit: a parameter whole over fsdp, still split over tensor; its gradient goes back to the parameter's parts.
+    """Inside jit: a parameter whole over fsdp, still split over tensor; its gradient is split like it again.
 
     Left to itself, the TPU compiler keeps a kernel whose contracted axis is split where it is and sums partial products
     as the parts pass by: a result of the size of the activations is read and written once per device of the axis, in

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from rsagent_jax import sharding, slices
@@ -24,9 +25,10 @@ from rsagent_jax.aot.report import ProgramReport, analyse, out_of_memory
 from rsagent_jax.aot.topology import Topology, devices
 from rsagent_jax.config import BatchConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl import convert
-from rsagent_jax.models.qwen25_vl.attention import BLOCK, is_fused
+from rsagent_jax.models.qwen25_vl.attention import LANES, is_fused, tile, tiles_between
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, size_config
+from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.train.state import create_state, make_optimizer, state_shardings
 from rsagent_jax.train.step import Sums, grpo_objective, make_programs, sft_objective
 from rsagent_jax.types import Batch, DataError
@@ -61,6 +63,8 @@ def report_stage(
     """Compiles every program of a stage for `topology`; one that does not fit is a report like the others."""
     policy = policy_config(config.policy.weights)
     mesh = sharding.make_mesh(config.mesh, devices(topology))
+    settings = config.sft if stage == "sft" else config.grpo
+    kernel_flops = attention_flops(policy, workload(settings.batch, policy, vision_trained=True))
     reports = []
     for job in jobs(config, stage, policy, mesh):
         given = dict(program=job.program, model_flops=job.model_flops, resident_bytes=job.resident_bytes)
@@ -71,7 +75,7 @@ def report_stage(
         except jax.errors.JaxRuntimeError as error:
             reports.append(out_of_memory(error, topology, **given))
         else:
-            reports.append(analyse(compiled, topology, **given, kernel_flops=attention_flops(policy)))
+            reports.append(analyse(compiled, topology, **given, kernel_flops=kernel_flops))
         say(f"{job.program} for {topology.name}: {time.perf_counter() - start:.0f} s")
     return reports
 
@@ -151,25 +155,36 @@ def workload(batch: BatchConfig, policy: Qwen25VLConfig, *, vision_trained: bool
     return Workload(batch.rows, batch.tokens, (batch.tokens,), images, True, vision_trained)
 
 
-def attention_flops(policy: Qwen25VLConfig) -> Callable[[str, tuple[tuple[int, ...], ...]], float | None]:
+def attention_flops(
+    policy: Qwen25VLConfig, work: Workload
+) -> Callable[[str, tuple[tuple[int, ...], ...]], float | None]:
     """What the splash kernel does in one execution, from its name and its operands' shapes (it carries no estimate).
 
-    A tile that the causal mask touches is computed whole. The forward pass has two matrix products per tile, the fused
-    backward pass five, the divided one three (dq) and four (dkv).
+    Which tiles it computes depends on the row's segments: here those of `work`. The forward pass has two matrix
+    products per tile, the fused backward pass five, the divided one three (dq) and four (dkv).
     """
-    head_dim, block = policy.text.head_dim, BLOCK
+    lengths = [_padded(grid, policy) for grid in work.images]
 
     def flops(name: str, shapes: tuple[tuple[int, ...], ...]) -> float | None:
-        queries = next((s for s in shapes if len(s) >= 3 and s[-1] >= 16 and s[-2] >= 128), None)
+        queries = next((s for s in shapes if len(s) >= 3 and s[-1] >= 16 and s[-2] >= LANES), None)
         if "splash" not in name or queries is None:
             return None
         *batch, length, dim = queries
-        tiles = length // block if length % block == 0 else length / 128
-        share = (tiles + 1) / (2 * tiles) if dim == head_dim else 1.0
+        text = dim == policy.text.head_dim
+        ids = np.zeros(length, np.int32)
+        ends = np.cumsum(work.segments if text else lengths)
+        for number, (start, end) in enumerate(zip((0, *ends), ends, strict=False), 1):
+            ids[start:end] = number
+        tiles = int(tiles_between(ids[None], tile(length), causal=text).sum())
         products = 3 if "_dq_" in name else 2 if "_fwd_" in name else 5 if is_fused(length) else 4
-        return products * 2.0 * math.prod(batch) * length * length * dim * share
+        return products * 2.0 * math.prod(batch) * tiles * tile(length) ** 2 * dim
 
     return flops
+
+
+def _padded(grid: tuple[int, int], policy: Qwen25VLConfig) -> int:
+    """Places of an image in the patch buffer."""
+    return padded_patches(((1, *grid),), policy.vision)
 
 
 def settled(config: TrainConfig, topology: Topology, policy: Qwen25VLConfig) -> TrainConfig:

@@ -166,3 +166,19 @@ def test_the_command_prints_a_table_and_the_reports_and_says_when_memory_is_shor
 
     code, out, err = aot(*rows, "--aot=v5x-16")
     assert code == 2 and "unknown TPU topology 'v5x-16'; did you mean" in err and "Traceback" not in err
+
+
+def test_the_kernels_flops_are_those_of_the_tiles_that_the_rows_segments_share():
+    """By hand for a row of 4,096 tokens and 14,336 patches: a view of 12 x 12 tiles of 512, eight overlays of 2 x 2."""
+    policy = size_config("7b")
+    work = stages.workload(BatchConfig(rows=8, tokens=4096, patches=14336), policy, vision_trained=True)
+    flops = stages.attention_flops(policy, work)
+    text, vision = (1, 28, 4096, 128), (1, 16, 14336, 80)
+    tile = 2 * 512**2
+    assert flops("splash_mha_fwd_segmented", ((8, 8), text)) == 2 * tile * 128 * 28 * (8 * 9 / 2)
+    assert flops("splash_mha_dkv_segmented", (text,)) == 5 * tile * 128 * 28 * (8 * 9 / 2)  # one backward program
+    images = 12 * 12 + 8 * 2 * 2
+    assert flops("splash_mha_fwd_segmented", (vision,)) == 2 * tile * 80 * 16 * images
+    assert flops("splash_mha_dq_segmented", (vision,)) == 3 * tile * 80 * 16 * images
+    assert flops("splash_mha_dkv_segmented", (vision,)) == 4 * tile * 80 * 16 * images
+    assert flops("other_kernel", (text,)) is None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rsagent_jax.models.qwen25_vl import vision
+from rsagent_jax.models.qwen25_vl import attention, vision
 from rsagent_jax.models.qwen25_vl.attention import in_segments
 from rsagent_jax.models.qwen25_vl.compute import NAMES, REMAT, Compute
 from rsagent_jax.types import DataError
@@ -34,23 +34,48 @@ def segments(rows, t):
 @pytest.mark.parametrize("kind", ["blocks", "splash"])
 @pytest.mark.parametrize("t", [640, 300])  # a whole number of tiles; padded to one
 def test_attention_and_its_gradients_equal_the_plain_ones(kind, causal, t):
+    check_attention(kind, causal, t)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_kernel_of_two_backward_programs_gives_the_same_gradients(causal, monkeypatch):
+    monkeypatch.setattr(attention, "is_fused", lambda length: False)
+    check_attention("splash", causal, 640)
+
+
+def check_attention(kind, causal, t):
+    """Padding may see anything, but stays finite."""
     b, n, k, h = 2, 4, 2, 16
     rng = np.random.default_rng(1)
     q, key, v, weight = (
         jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((b, t, n, h), (b, k, t, h), (b, k, t, h), (b, t, n, h))
     )
     ids = segments(b, t)
+    real = (ids > 0)[..., None, None]
 
     def value(kind):
         def f(q, key, v):
             o = in_segments(ids, Compute(attention=kind), causal=causal)(q, key, v)
-            return jnp.sum(o * weight), o
+            return jnp.sum(o * jnp.where(real, weight, 0)), o
 
         (_, o), grads = jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(q, key, v)
-        return [o, *grads]
+        assert bool(jnp.isfinite(o).all())
+        return [jnp.where(real, o, 0), *grads]
 
     for got, want in zip(value(kind), value("plain"), strict=True):
         assert float(jnp.abs(got - want).max()) <= 2e-5 * max(1.0, float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_kernel_computes_just_the_tiles_that_segments_share(causal):
+    """Against all pairs of places; a tile of the diagonal is computed whatever is in it."""
+    side, t = 4, 48
+    for ids in (segments(2, t), segments(2, t) * (np.arange(t) % 5 > 0)):  # the second with holes, as windows have
+        same = (ids[:, :, None] == ids[:, None, :]) & (ids > 0)[:, :, None]
+        same &= np.tri(t, dtype=bool) if causal else True
+        want = np.asarray(same).reshape(2, t // side, side, t // side, side).any((2, 4)) | np.eye(t // side, dtype=bool)
+        assert (np.asarray(attention.tiles_between(ids, side, causal)) == want).all()
+        assert want.sum() < want.size * (0.3 if causal else 0.5)
 
 
 def test_auto_takes_plain_attention_for_short_rows_and_blocks_for_long_ones_on_a_cpu():

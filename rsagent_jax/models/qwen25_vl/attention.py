@@ -2,7 +2,7 @@
 
 plain   scores of the whole row at once: fastest for short rows, memory grows with the square of the length
 blocks  a block of queries at a time, made again in the backward pass: memory grows with the length, on any back end
-splash  jax's Pallas kernel for TPU: skips what lies above the diagonal, holds no scores
+splash  jax's Pallas kernel for TPU: holds no scores, skips tiles of other segments and above the diagonal
 cudnn   the fused kernel on GPU
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask_info
 
 from rsagent_jax import sharding
 from rsagent_jax.models.qwen25_vl.compute import Compute
@@ -44,7 +44,7 @@ def attention(q_BTNH: jax.Array, k: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.
 def in_segments(segment_ids_BT: jax.Array, compute: Compute, *, causal: bool) -> Callable[..., jax.Array]:
     """`attend(q_BTNH, k_BKTH, v_BKTH) -> o_BTNH` for rows with these segments.
 
-    Place t sees the places of its own segment, with `causal` those up to t. Padding, segment 0, sees itself.
+    Place t sees the places of its own segment, with `causal` those up to t. Padding, segment 0, gives finite garbage.
     """
     kind = compute.attention
     if kind == "auto":
@@ -63,7 +63,9 @@ def in_segments(segment_ids_BT: jax.Array, compute: Compute, *, causal: bool) ->
         )
     if kind == "blocks":
         return functools.partial(_blocks, segment_ids_BT, causal)
-    return functools.partial(_splash, segment_ids_BT, compute, causal)
+    segments = jnp.pad(segment_ids_BT, ((0, 0), (0, -segment_ids_BT.shape[1] % LANES)), constant_values=-1)
+    tiles = tiles_between(segments, tile(segments.shape[1]), causal)
+    return functools.partial(_splash, segments, tiles, compute, causal)
 
 
 def _mask(queries_BT, keys_BS, first: int | jax.Array, causal: bool) -> jax.Array:
@@ -91,23 +93,38 @@ def _blocks(segment_ids_BT, causal, q_BTNH, k_BKTH, v_BKTH):
     return o.swapaxes(0, 1).reshape(b, -1, n, h)[:, :t]
 
 
-def _splash(segment_ids_BT, compute: Compute, causal, q_BTNH, k_BKTH, v_BKTH):
+def _splash(segments_BT, tiles_BQK, compute: Compute, causal, q_BTNH, k_BKTH, v_BKTH):
     t, n, h = q_BTNH.shape[1:]
     tensor, kv = sharding.parts("heads", compute.mesh), k_BKTH.shape[1]
     if n % tensor or kv % tensor:
         raise DataError(f"mesh.tensor = {tensor} must divide the policy's {n} heads and {kv} key/value heads")
-    pad = -t % LANES
+    pad = segments_BT.shape[1] - t
     q = jnp.pad(q_BTNH.swapaxes(1, 2) * h**-0.5, ((0, 0), (0, 0), (0, pad), (0, 0)))
     k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, pad), (0, 0))) for a in (k_BKTH, v_BKTH))
-    segments = jnp.pad(segment_ids_BT, ((0, 0), (0, pad)), constant_values=-1)
-    kernel = _kernel(t + pad, n // tensor, causal, compute.platform != "tpu", compute.remat != "none")
-
-    def each(q, k, v, segments):
-        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
-
-    heads = ("rows", "heads", None, None)
-    o = sharding.per_device(each, (heads, heads, heads, ("rows", None)), heads, compute.mesh)(q, k, v, segments)
+    run = functools.partial(_kernel, causal=causal, interpret=compute.platform != "tpu", named=compute.remat != "none")
+    heads, row = ("rows", "heads", None, None), ("rows", None)
+    names = (heads, heads, heads, row, (*row, None))
+    o = sharding.per_device(jax.vmap(run), names, heads, compute.mesh)(q, k, v, segments_BT, tiles_BQK)
     return o.swapaxes(1, 2)[:, :t]
+
+
+def tile(length: int) -> int:
+    """Side of the kernel's tiles for rows of this length, a multiple of LANES."""
+    return next(b for b in (BLOCK, 256, LANES) if length % b == 0)
+
+
+def tiles_between(segment_ids_BT, side: int, causal: bool):
+    """bool[B, Q, K]: the tiles of queries and keys that may share a segment; exact where segments ascend along a row.
+
+    A tile on the diagonal always counts: padding needs something to see.
+    """
+    blocks = segment_ids_BT.reshape(len(segment_ids_BT), -1, side)
+    first = jnp.where(blocks > 0, blocks, jnp.iinfo(jnp.int32).max).min(-1)
+    last = blocks.max(-1)
+    tiles = (first[:, :, None] <= last[:, None, :]) & (first[:, None, :] <= last[:, :, None])
+    number = jnp.arange(tiles.shape[1])
+    tiles |= number[:, None] == number
+    return tiles & (number[:, None] >= number) if causal else tiles
 
 
 def is_fused(length: int) -> bool:
@@ -118,11 +135,10 @@ def is_fused(length: int) -> bool:
     return length <= 8 * BLOCK
 
 
-def _kernel(length: int, heads: int, causal: bool, interpret: bool, named: bool):
+def _kernel(q_NTH, k_KTH, v_KTH, segments_T, tiles_QK, *, causal: bool, interpret: bool, named: bool):
     """The kernel for one row and one device's heads. Its own name keeps the softmax's sums with its output."""
-    block = next(b for b in (BLOCK, 256, LANES) if length % b == 0)
-    mask = (splash_mask.CausalMask if causal else splash_mask.FullMask)((length, length))
-    fused = is_fused(length)
+    length = len(segments_T)
+    block, fused = tile(length), is_fused(length)
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -134,12 +150,32 @@ def _kernel(length: int, heads: int, causal: bool, interpret: bool, named: bool)
         block_kv_dq=None if fused else block,
         use_fused_bwd_kernel=fused,
     )
-    with jax.ensure_compile_time_eval():  # its tables are constants, made once per length
-        return splash.make_splash_mha(
-            splash_mask.MultiHeadMask([mask] * heads),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
-            residual_checkpoint_name="attention" if named else None,
-            interpret=interpret,
-        )
+    places = jnp.arange(length) if causal else None
+
+    def tables(axis: int) -> splash_mask_info.MaskInfo:
+        """Which tiles are computed, and for the others the one to load instead: the next on the way, else the last."""
+        number = jax.lax.broadcasted_iota(jnp.int32, tiles_QK.shape, axis)
+        following = jax.lax.cummin(jnp.where(tiles_QK, number, len(tiles_QK)), axis, reverse=True)
+        last = jnp.max(jnp.where(tiles_QK, number, 0), axis, keepdims=True)
+        loaded = jnp.where(following < len(tiles_QK), following, last)
+        return splash_mask_info.MaskInfo(loaded[None], None, 2 * tiles_QK.astype(jnp.int32)[None], None, places)
+
+    by_query = tables(1)
+    kernel = splash.SplashAttentionKernel(
+        by_query,
+        None if fused else by_query,
+        tables(0),
+        block_sizes=sizes,
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name="attention" if named else None,
+        mask_function=_not_after if causal else None,
+        interpret=interpret,
+    )
+    return kernel(q_NTH, k_KTH, v_KTH, splash.SegmentIds(segments_T, segments_T))
+
+
+def _not_after(queries, keys):
+    return queries >= keys

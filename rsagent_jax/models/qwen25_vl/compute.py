@@ -23,7 +23,7 @@ REMAT: dict[str, tuple[str, ...] | None] = {
     "none": None,  # no remat: all is kept
     "full": (),  # only the blocks' inputs
     "attention": ("attention",),  # the dearest per byte in long rows
-    "selective": ("qkv", "attention", "attention_out", "mlp_gate"),  # one product of seven is made again
+    "selective": ("attention", "mlp_gate", "mlp_up"),  # the dear products; q, k, v and the output's are made again
     "dots": NAMES,  # every matrix product's result; norms and activation functions are made again
 }
 ATTENTION = ("auto", "plain", "blocks", "splash", "cudnn")
