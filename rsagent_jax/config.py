@@ -32,6 +32,8 @@ class AgentConfig:
     prompt: str = "full"  # system prompt: "full" carries the JSON schema of every tool, "brief" is for tiny policies
     max_invalid: int = 3  # malformed calls in a row that end a trajectory
     max_repeats: int = 3  # same action in a row that ends a trajectory
+    max_tokens: int = 0  # sampled tokens of a trajectory; 0 = as many as fit its context
+    tool_deadline_s: float = 120.0  # a tool call that takes longer ends its trajectory as env_failed
     min_pixels: int = 0  # smart-resize limits of a view; 0 = those of the weights' preprocessor_config.json
     max_pixels: int = 0
 
@@ -139,7 +141,14 @@ class SamplingConfig:
     context: int = 8192  # tokens of a whole trajectory, images included
     slots: int = 64  # trajectories at a time
     patches: int = 4096  # patches of new images per slot and turn
+    top_k: int = 0  # draw from the k likeliest tokens; 0 = from all
+    top_p: float = 1.0  # draw from the likeliest tokens of this mass
+    stop_ids: tuple[int, ...] = ()  # tokens that end a turn, besides the terminator
     chunk: int = 8  # decode steps per compiled call
+    prefill: int = 64  # prompt tokens per lane and compiled call
+    lanes: int = 0  # slots that append a prompt at a time; 0 = a quarter of the slots
+    kv_dtype: str = ""  # of the cache: int8 halves it; "" = as the activations
+    tensor: int = 1  # devices that share a slot's heads; must divide the devices of a process
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -136,8 +136,8 @@ def make_reward(groups: Sequence[RewardGroup]) -> Callable[[Trajectory, Sample],
     functions = {term.function: resolve(term.function) for group in groups for term in group.terms}
 
     def reward(trajectory: Trajectory, sample: Sample) -> Reward:
-        if trajectory.status is Status.ENV_FAILED:
-            raise ValueError(f"sample {trajectory.sample_id}: an ENV_FAILED trajectory has no reward; drop it")
+        if not trajectory.status.judged:
+            raise ValueError(f"sample {trajectory.sample_id}: a trajectory {trajectory.status} has no reward; drop it")
         if trajectory.sample_id != sample.id:
             raise ValueError(f"trajectory of sample {trajectory.sample_id} scored against sample {sample.id}")
         total, parts = 0.0, {}

@@ -1,50 +1,65 @@
 """Plays trajectories: turns from a policy, tool calls on host threads, observations back. Knows no model and no device.
 
-Turn-synchronous: every running trajectory takes its turn, then all tool calls run side by side, then the next turn. The
-ids, log-probs and the sampled mark of every token go into the Trajectory as they were; text is never encoded twice.
+Every trajectory goes its own pace: while one waits for its tool the policy works on the others, and a slot that is free
+takes the next task. The ids, log-probs and the sampled mark of every token go into the Trajectory as they were; text is
+never encoded twice.
 """
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
+import functools
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from rsagent_jax.agent import environment, prompts
-from rsagent_jax.agent.environment import EnvState
+from rsagent_jax.agent.environment import EnvState, SegmentFailure
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config import AgentConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
+from rsagent_jax.rollout.jobs import Jobs, Overdue
 from rsagent_jax.rollout.policy import Policy, Request, Task
 from rsagent_jax.types import Completion, DataError, Prompt, Status, Trajectory
-from sam_bridge.types import Segmenter
+from sam_bridge.types import FailureKind, Segmenter
+
+
+@dataclasses.dataclass(frozen=True)
+class _Next:
+    """What a host thread hands back: the state after a turn (or before the first), and what the policy reads next."""
+
+    state: EnvState
+    pending: Prompt | None = None  # None when the trajectory has ended
+    position: int = 0  # of the token after `pending`
+    skip: int = 0  # tokens at the head of `pending` that are in the context already: a sampled terminator
 
 
 @dataclasses.dataclass
 class _Run:
     """One trajectory under way: its state and the context so far, in pieces."""
 
+    number: int  # of the task
     task: Task
     slot: int
-    state: EnvState
-    pending: Prompt  # appended to the context with the next turn
-    position: int  # of the next token
-    tokens: list[np.ndarray]
-    positions: list[np.ndarray]
-    sampled: list[np.ndarray]
-    logprobs: list[np.ndarray]
-    patches: list[np.ndarray]
-    grids: list[tuple[int, int, int]]
-    skip: int = 0  # tokens at the head of `pending` that are in the context already: a sampled terminator
+    state: EnvState | None = None
+    next: _Next | None = None
+    text: str = ""  # of the turn whose tool runs
+    position: int = 0  # of the next token
+    length: int = 0  # tokens of the context
+    drawn: int = 0  # of them sampled
+    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
+    positions: list[np.ndarray] = dataclasses.field(default_factory=list)
+    sampled: list[np.ndarray] = dataclasses.field(default_factory=list)
+    logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
+    patches: list[np.ndarray] = dataclasses.field(default_factory=list)
+    grids: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+    asked: float = 0.0  # when the policy got the turn under way
     policy_seconds: float = 0.0
-
-    @property
-    def length(self) -> int:
-        return sum(map(len, self.tokens))
 
 
 class Driver:
@@ -62,47 +77,156 @@ class Driver:
         self.policy, self.segmenter, self.processor, self.agent = policy, segmenter, processor, agent
         self.limits = pixel_limits(agent, processor)
         self.workers, self.on_turn = workers, on_turn
+        self.cancelled: set[int] = set()
+        self.openings: dict[int, concurrent.futures.Future] = {}
+        self.lock = threading.Lock()
+        self.stats: dict[str, float] = {}
 
     def run(self, tasks: Sequence[Task]) -> list[tuple[Trajectory, EnvState]]:
         """All tasks' trajectories in their order, with the final states (for replay records)."""
-        done: list[tuple[Trajectory, EnvState]] = []
-        with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
-            for i in range(0, len(tasks), self.policy.slots):
-                self.policy.begin()
-                runs = [self._start(task, slot) for slot, task in enumerate(tasks[i : i + self.policy.slots])]
-                while running := [r for r in runs if r.state.status is None]:
-                    self._turn(running, pool)
-                done += [(self._finish(r), r.state) for r in runs]
-        return done
+        done = {number: (trajectory, state) for number, trajectory, state in self.play(tasks)}
+        return [done[i] for i in range(len(tasks))]
 
-    def _start(self, task: Task, slot: int) -> _Run:
-        state = environment.reset(task.sample.image, task.sample.query, self.agent, self.limits)
+    def cancel(self, uid: int) -> None:
+        """Ends a trajectory as CANCELLED, at the driver's next round; from any thread."""
+        self.cancelled.add(uid)
+
+    def play(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Trajectory, EnvState]]:
+        """(number of the task, trajectory, final state) as they end. Closing the iterator drops what is under way."""
+        self.policy.begin()
+        self.cancelled.clear()
+        self.openings.clear()
+        waiting = collections.deque(enumerate(tasks))
+        free, runs, asked = set(range(self.policy.slots)), {}, set()
+        jobs = Jobs(self.workers, self.agent.tool_deadline_s)
+        start, stats = time.perf_counter(), collections.Counter()
+        try:
+            while waiting or runs:
+                while waiting and free:
+                    number, task = waiting.popleft()
+                    slot = self.policy.pick(task, sorted(free))
+                    free.remove(slot)
+                    runs[slot] = _Run(number, task, slot)
+                    jobs.submit(slot, functools.partial(self._open, task))
+                before = time.perf_counter()
+                for slot, completion in self.policy.step() if asked else ():
+                    asked.remove(slot)
+                    run = runs[slot]
+                    run.text = self._add(run, completion)
+                    jobs.submit(slot, functools.partial(self._act, run.state, run.text, run.position, completion))
+                stats["device"] += time.perf_counter() - before
+                before = time.perf_counter()
+                ended = jobs.take(wait=not asked)
+                stats["waiting" if not asked else "host"] += time.perf_counter() - before
+                for slot, result, error in ended:
+                    run = runs[slot]
+                    if isinstance(error, Overdue) and run.state is not None:
+                        result = self._overdue(run, str(error))
+                    elif error is not None:
+                        raise error
+                    self._advance(run, result)
+                    if run.state.status is None:
+                        self.policy.submit(self._request(run))
+                        asked.add(slot)
+                for slot in [s for s, r in runs.items() if r.task.uid in self.cancelled and r.state is not None]:
+                    if runs[slot].state.status is None:
+                        runs[slot].state = environment.abort(runs[slot].state, Status.CANCELLED)
+                for slot in [s for s, r in runs.items() if r.state is not None and r.state.status is not None]:
+                    run = runs.pop(slot)
+                    jobs.drop(slot)
+                    self.policy.release(slot)
+                    asked.discard(slot)
+                    free.add(slot)
+                    yield run.number, self._finish(run), run.state
+        finally:
+            for slot in runs:
+                jobs.drop(slot)
+                self.policy.release(slot)
+            self.stats = dict(stats) | {"seconds": time.perf_counter() - start}
+
+    ############################## On host threads ##############################
+
+    def _open(self, task: Task) -> _Next:
+        """The state before the first turn, and the opening, which the tasks of a sample share."""
+        sample = task.sample
+        state = environment.reset(sample.image, sample.query, self.agent, self.limits)
+        with self.lock:
+            future = self.openings.get(id(sample))
+            first = future is None
+            if first:
+                self.openings[id(sample)] = future = concurrent.futures.Future()
+        if first:
+            try:
+                future.set_result(self._opening(state))
+            except BaseException as error:  # noqa: BLE001 - for those who wait for it
+                future.set_exception(error)
+        prompt, position = future.result()
+        return self._if_room(_Next(state, prompt, position), 0, 0)
+
+    def _opening(self, state: EnvState) -> tuple[Prompt, int]:
         opening = environment.opening_observation(state)
         text = prompts.opening(prompts.system_prompt(self.agent.prompt), opening.text)
-        prompt, position = self.processor.prompt(text, [opening.image])
-        run = _Run(task, slot, state, prompt, position, [], [], [], [], [], [])
-        return self._check_room(run)
+        return self.processor.prompt(text, [opening.image])
 
-    def _turn(self, runs: list[_Run], pool: concurrent.futures.Executor) -> None:
-        requests = [Request(r.slot, r.pending, r.position, r.state, r.task, len(r.state.turns)) for r in runs]
+    def _act(self, state: EnvState, text: str, position: int, completion: Completion) -> _Next:
+        """Runs the turn's tool and prepares what is appended next: the turn's end, then the observation.
+
+        A policy leaves a sampled terminator out of its cache, so that both kinds of turn are continued in the same way:
+        by a terminator. After a finished turn it is already part of the trajectory, as a sampled token.
+        """
+        proposal = environment.propose(state, text)
         start = time.perf_counter()
-        completions = self.policy.turn(requests)
-        seconds = time.perf_counter() - start
-        calls = []
-        for run, completion in zip(runs, completions, strict=True):
-            run.policy_seconds += seconds
-            text = self._add(run, completion)
-            proposal = environment.propose(run.state, text)
-            calls.append((proposal, pool.submit(environment.run_tool, self.segmenter, run.state, proposal)))
-        for run, completion, (proposal, call) in zip(runs, completions, calls, strict=True):
-            run.state = environment.resolve(run.state, proposal, call.result())
-            self.on_turn(run.task, run.state)
-            if run.state.status is None:
-                self._observe(run, completion)
+        try:
+            reply = environment.run_tool(self.segmenter, state, proposal)
+        except Exception as error:  # noqa: BLE001 - a segmenter that breaks its promise fails the trajectory, not the run
+            detail = f"{type(error).__name__}: {error}"
+            reply = SegmentFailure(FailureKind.INTERNAL, detail, time.perf_counter() - start)
+        state = environment.resolve(state, proposal, reply)
+        if state.status is not None:
+            return _Next(state)
+        observation = state.turns[-1].observation
+        text = prompts.TERMINATOR + prompts.observation_turn(observation.text, observation.image is not None)
+        images = [] if observation.image is None else [observation.image]
+        skip = int(completion.finished)
+        prompt, position = self.processor.prompt(text, images, position - skip)
+        return _Next(state, prompt, position, skip)
+
+    ############################## On the driver's thread ##############################
+
+    def _advance(self, run: _Run, result: _Next) -> None:
+        first, run.next = run.state is None, self._if_room(result, run.length, run.drawn)
+        run.state = run.next.state
+        if not first:
+            self.on_turn(run.task, result.state)
+
+    def _if_room(self, result: _Next, length: int, drawn: int) -> _Next:
+        """Ends a trajectory whose next turn may not fit its slot or its budget, or whose images are too large."""
+        if result.pending is None or result.state.status is not None:
+            return result
+        need = length + len(result.pending.tokens) + self.policy.max_new_tokens + 1
+        patches = padded_patches(result.pending.grids, self.processor.config.vision)
+        spent = self.agent.max_tokens and drawn >= self.agent.max_tokens
+        if need > self.policy.context or patches > self.policy.patches or spent:
+            return _Next(environment.abort(result.state, Status.MAX_CONTEXT))
+        return result
+
+    def _overdue(self, run: _Run, detail: str) -> _Next:
+        proposal = environment.propose(run.state, run.text)
+        if proposal.request is None:
+            return _Next(environment.abort(run.state, Status.ENV_FAILED))
+        failure = SegmentFailure(FailureKind.TIMEOUT, detail, self.agent.tool_deadline_s)
+        return _Next(environment.resolve(run.state, proposal, failure))
+
+    def _request(self, run: _Run) -> Request:
+        budget = self.policy.max_new_tokens
+        if self.agent.max_tokens:
+            budget = min(budget, self.agent.max_tokens - run.drawn)
+        run.asked, run.position = time.perf_counter(), run.next.position
+        return Request(run.slot, run.next.pending, run.position, run.state, run.task, len(run.state.turns), budget)
 
     def _add(self, run: _Run, completion: Completion) -> str:
         """Appends the pending prompt and the sampled turn to the context; returns the turn's text."""
-        pending, skip, n = run.pending, run.skip, len(completion.tokens)
+        pending, skip, n = run.next.pending, run.next.skip, len(completion.tokens)
         forced = np.zeros(len(pending.tokens) - skip)
         turn_positions = np.broadcast_to(run.position + np.arange(n), (3, n)).astype(np.int32)
         run.tokens += [pending.tokens[skip:], completion.tokens]
@@ -112,28 +236,10 @@ class Driver:
         run.patches.append(pending.patches)
         run.grids += pending.grids
         run.position += n
+        run.length += len(forced) + n
+        run.drawn += n
+        run.policy_seconds += time.perf_counter() - run.asked
         return self.processor.decode(completion.tokens[:-1] if completion.finished else completion.tokens)
-
-    def _observe(self, run: _Run, completion: Completion) -> None:
-        """Prepares what is appended next: the turn's end, then the observation.
-
-        A policy leaves a sampled terminator out of its cache, so that both kinds of turn are continued in the same way:
-        by a terminator. After a finished turn it is already part of the trajectory, as a sampled token.
-        """
-        observation = run.state.turns[-1].observation
-        text = prompts.TERMINATOR + prompts.observation_turn(observation.text, observation.image is not None)
-        images = [] if observation.image is None else [observation.image]
-        run.skip = int(completion.finished)
-        run.pending, run.position = self.processor.prompt(text, images, run.position - run.skip)
-        self._check_room(run)
-
-    def _check_room(self, run: _Run) -> _Run:
-        """Ends a trajectory whose next turn may not fit into its slot or whose images are too large."""
-        need = run.length + len(run.pending.tokens) + self.policy.max_new_tokens + 1
-        patches = padded_patches(run.pending.grids, self.processor.config.vision)
-        if need > self.policy.context or patches > self.policy.patches:
-            run.state = environment.abort(run.state, Status.MAX_CONTEXT)
-        return run
 
     def _finish(self, run: _Run) -> Trajectory:
         mask, mask_id = environment.final_mask(run.state)

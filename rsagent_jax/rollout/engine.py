@@ -1,231 +1,354 @@
-"""Samples turns on the device: every slot keeps its KV cache for the whole trajectory, all slots take a turn together.
+"""Continuous batching on the device: slots keep their KV cache for a whole trajectory and sample while others wait.
 
-Two programs: `prefill` appends what came back from the tools (text and images), `decode` samples until every slot has
-ended its turn. Shapes come from small ladders, so few programs are compiled; nothing is prefilled twice.
+A call of `step` is one macro-step: every lane, a group of neighbouring slots, appends the next piece of one slot's
+prompt, then all slots whose prompt is complete sample up to `sampling.chunk` tokens. What it takes from the host are
+small arrays of fixed shape. Per power of two of cache blocks that it reads there are two programs, with a piece and
+without; one more copies a shared opening, and the vision tower has one per rung of a short ladder. That makes
+`Engine.programs_at_most`, all of which `warm_up` compiles.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import itertools
+import time
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from rsagent_jax import sharding
 from rsagent_jax.config import SamplingConfig
 from rsagent_jax.models.qwen25_vl.compute import Compute
-from rsagent_jax.models.qwen25_vl.language import Cache
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, padded_patches
-from rsagent_jax.rollout.policy import Request
-from rsagent_jax.types import Completion, DataError
+from rsagent_jax.rollout.policy import Request, Task
+from rsagent_jax.rollout.programs import Images, Piece, Programs, Turns, weight_shardings
+from rsagent_jax.types import Completion, DataError, Prompt
 
-MIN_TOKENS = 64  # smallest rung of the prefill ladder
-PLACES = 128  # smallest rung of the ladder of cache places that a call reads
+RUNGS = 3  # of the ladder of patch buffers: all of sampling.patches, a quarter, a sixteenth
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Append:
-    """What one prefill appends: rows are slots, padded at the end. Fields as in types.Batch."""
+@dataclasses.dataclass
+class _Slot:
+    """What the host knows of a slot in use."""
 
-    tokens: jax.Array  # i32[S, T]
-    positions: jax.Array  # i32[S, 3, T]
-    counts: jax.Array  # i32[S] real tokens
-    patches: jax.Array  # f32[S, P, C]
-    patch_segment_ids: jax.Array  # i32[S, P]
-    patch_positions: jax.Array  # i32[S, P, 2]
-    image_slots: jax.Array  # i32[S, T]
+    request: Request
+    opening: Prompt | None  # the first prompt: another slot of the lane may copy it
+    left: Prompt | None  # of the current prompt, with image places; None when it is appended
+    image_places: np.ndarray  # i32[T] of `left`
+    length: int = 0  # tokens in the cache
+    done: int = 0  # tokens of the turn so far
+    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
+    logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
+    samples: bool = False  # a turn is under way
+
+    @property
+    def has_opening(self) -> bool:
+        return self.length >= len(self.opening.tokens)
 
 
 class Engine:
-    """A Policy (rollout/policy.py) on the device. `load` gives it weights; `begin` forgets all slots."""
+    """A Policy (rollout/policy.py) on this process's devices. `load` gives it weights; `begin` forgets all slots."""
 
-    def __init__(self, model: Qwen25VL, sampling: SamplingConfig, terminator_id: int, dtype: str, key: jax.Array):
-        _check(sampling, model.config.vision.window_patches)
-        self.config, self.sampling, self.compute = model.config, sampling, Compute(dtype)
+    def __init__(
+        self,
+        model: Qwen25VL,
+        sampling: SamplingConfig,
+        terminator_id: int,
+        dtype: str,
+        key: jax.Array,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        """With a mesh, its rows share the slots and its tensor axis the heads; else everything is on one device."""
+        sampling = _settled(
+            sampling, model.config.vision.window_patches, 1 if mesh is None else sharding.parts("rows", mesh)
+        )
+        self.config, self.sampling, self.mesh = model.config, sampling, mesh
         self.slots, self.context = sampling.slots, sampling.context
         self.max_new_tokens, self.patches = sampling.max_new_tokens, sampling.patches
-        self.key = key
-        self.graphdef, self.params = nnx.split(model, nnx.Param)
-        self._prefill = jax.jit(
-            functools.partial(_prefill, self.graphdef, self.compute), donate_argnums=1, static_argnames="places"
-        )
-        self._decode = jax.jit(
-            functools.partial(_decode, self.graphdef, self.compute, sampling, terminator_id),
-            donate_argnums=1,
-            static_argnames="places",
-        )
-        self._empty = jax.jit(
-            functools.partial(Cache.empty, self.config.text, self.slots, self.context, jnp.dtype(dtype))
-        )
+        self.programs = Programs(model, sampling, terminator_id, Compute(dtype, mesh=mesh))
+        params = nnx.state(model, nnx.Param)
+        self.where = None if mesh is None else weight_shardings(self.programs, params, mesh)
+        self._split = jax.jit(self.programs.split, out_shardings=self.where)
+        self._empty = jax.jit(self.programs.empty)
+        self.seconds = {"weights": 0.0}
+        self.load(params, key)
         self.begin()
 
     def load(self, params: nnx.State, key: jax.Array) -> None:
-        """New weights, and the key that the next trajectories' keys are folded from."""
-        self.params, self.key = params, key
+        """New weights, cast and laid out for decoding, and the key that the next trajectories' keys are folded from."""
+        start = time.perf_counter()
+        self.weights = None  # freed before the new ones are made
+        self.weights, self.key = jax.block_until_ready(self._split(params)), key
+        self.seconds["weights"] = time.perf_counter() - start
 
     def begin(self) -> None:
-        self.cache = None  # freed before the new one is made
-        self.cache = self._empty()
-        self.lengths = np.zeros(self.slots, np.int32)  # of the cache, on the host
+        self.state = None  # freed before the new one is made
+        self.state = self._empty()
+        self.used: dict[int, _Slot] = {}
+        self.lanes: list[int | None] = [None] * self.sampling.lanes  # the slot whose prompt a lane appends
+        self.queue: list[int] = []  # slots that wait for their lane, first come first served
+        self.stats = collections.Counter()
 
-    def turn(self, requests: Sequence[Request]) -> list[Completion]:
-        append = self._gather(requests)
-        places = self._places(requests, append.tokens.shape[1])
-        self.cache, hidden = self._prefill(self.params, self.cache, append, places=places)
-        self.lengths += append.counts
-        uids, turns, starts = (np.zeros(self.slots, np.int32) for _ in range(3))
-        active = np.zeros(self.slots, bool)
-        for r in requests:
-            uids[r.slot], turns[r.slot], starts[r.slot], active[r.slot] = r.task.uid, r.turn, r.position, True
-        places = self._places(requests, self.max_new_tokens)
-        self.cache, *out = self._decode(
-            self.params, self.cache, hidden, self.key, uids, turns, starts, active, places=places
-        )
-        tokens, logprobs, counts, finished = jax.device_get(out)
-        self.lengths += counts - finished
-        return [
-            Completion(tokens[r.slot, :n], logprobs[r.slot, :n], bool(finished[r.slot]))
-            for r in requests
-            for n in [int(counts[r.slot])]
-        ]
+    ############################## Policy ##############################
 
-    def _places(self, requests: Sequence[Request], more: int) -> int:
-        """How much of the cache a call that appends `more` tokens to these slots can touch, as a rung of a ladder.
+    def pick(self, task: Task, free: Sequence[int]) -> int:
+        """A free slot: in a lane where the task's group has its opening already, else in the emptiest lane."""
+        group = {self._lane(s) for s, x in self.used.items() if x.request.task.group_id == task.group_id}
+        load = collections.Counter(self._lane(s) for s in self.used)
+        return min(free, key=lambda s: (self._lane(s) not in group, load[self._lane(s)], s))
 
-        Other slots may be longer: what they compute is not used, and what they would write is dropped.
-        """
-        longest = max(int(self.lengths[r.slot]) for r in requests)
-        return min(_rung(longest + more, PLACES), self.context)
-
-    def _gather(self, requests: Sequence[Request]) -> Append:
-        vision = self.config.vision
-        length = _rung(max(len(r.prompt.tokens) for r in requests), MIN_TOKENS)
-        patches = max(padded_patches(r.prompt.grids, vision) for r in requests)
-        patches = _rung(patches, vision.window_patches)
-        out = Append(
-            np.zeros((self.slots, length), np.int32),
-            np.zeros((self.slots, 3, length), np.int32),
-            np.zeros(self.slots, np.int32),
-            np.zeros((self.slots, patches, vision.patch_dim), np.float32),
-            np.zeros((self.slots, patches), np.int32),
-            np.zeros((self.slots, patches, 2), np.int32),
-            np.zeros((self.slots, length), np.int32),
-        )
-        for r in requests:
-            n = len(r.prompt.tokens)
-            out.tokens[r.slot, :n], out.positions[r.slot, :, :n], out.counts[r.slot] = (
-                r.prompt.tokens,
-                r.prompt.positions,
-                n,
+    def submit(self, request: Request) -> None:
+        """ValueError for a prompt that does not fit; a driver looks before it asks."""
+        prompt, vision = request.prompt, self.config.vision
+        length = self.used[request.slot].length if request.slot in self.used else 0
+        patches = padded_patches(prompt.grids, vision)
+        if patches > self.patches or length + len(prompt.tokens) + self.max_new_tokens > self.context:
+            raise ValueError(
+                f"slot {request.slot} has {length} of {self.context} tokens: no room for {len(prompt.tokens)} more and"
+                f" a turn, or {patches} patches are more than {self.patches}"
             )
-            is_image = r.prompt.tokens == self.config.image_token_id
-            buffer = fill_patch_buffer(r.prompt.patches, r.prompt.grids, is_image, patches, vision)
-            out.patches[r.slot], out.patch_segment_ids[r.slot] = buffer.patches, buffer.segment_ids
-            out.patch_positions[r.slot], out.image_slots[r.slot, :n] = buffer.positions, buffer.image_slots
-        return out
+        places = np.zeros(len(prompt.tokens), np.int32)
+        if prompt.grids:
+            is_image = prompt.tokens == self.config.image_token_id
+            rung = self._rung(patches)
+            places = fill_patch_buffer(prompt.patches, prompt.grids, is_image, rung, vision).image_slots
+        old = self.used.get(request.slot)
+        if old is None:
+            self.used[request.slot] = _Slot(request, prompt, prompt, places)
+        else:
+            old.request, old.left, old.image_places = request, prompt, places
+        self.queue.append(request.slot)
+
+    def release(self, slot: int) -> None:
+        self.used.pop(slot, None)
+        self.queue = [s for s in self.queue if s != slot]
+        self.lanes = [None if s == slot else s for s in self.lanes]
+
+    def step(self) -> list[tuple[int, Completion]]:
+        started = self._start_lanes()
+        by_rung = collections.defaultdict(list)  # a slot's own images decide: its embeddings depend on nobody else's
+        for slot in started:
+            if grids := self.used[slot].left.grids:
+                by_rung[self._rung(padded_patches(grids, self.config.vision))].append(slot)
+        for rung, slots in by_rung.items():
+            self._encode(rung, slots)
+        piece = self._piece()
+        if piece is None and not any(x.samples for x in self.used.values()):
+            return []
+        turns = self._turns()
+        reach = max(x.length + self.sampling.chunk * x.samples for x in self.used.values())
+        blocks = self._blocks(reach)
+        self.state, out = self.programs.step(self.weights, self.state, self.key, piece, turns, blocks=blocks)
+        return self._take(jax.device_get(out), np.asarray(jax.device_get(turns.open)))
+
+    ############################## What a call takes ##############################
+
+    def _lane(self, slot: int) -> int:
+        return slot * self.sampling.lanes // self.slots
+
+    def _within(self, slot: int) -> int:
+        return slot % (self.slots // self.sampling.lanes)
+
+    def _start_lanes(self) -> list[int]:
+        """Gives every idle lane its next slot; an opening that a neighbour has is copied, one that it reads awaited."""
+        started, copies = [], {}
+        for slot in list(self.queue):
+            lane = self._lane(slot)
+            if self.lanes[lane] is not None:
+                continue
+            source = self._source(slot)
+            if source is not None and not self.used[source].has_opening:
+                continue
+            self.queue.remove(slot)
+            self.lanes[lane] = slot
+            if source is None:
+                started.append(slot)
+            else:
+                copies[lane] = (source, slot)
+        if copies:
+            self._copy(copies)
+        return started
+
+    def _source(self, slot: int) -> int | None:
+        """Another slot of the lane with the same opening, if this one is new: of several, one that has it whole."""
+        mine = self.used[slot]
+        if mine.length or len(mine.opening.tokens) < 2:
+            return None
+        same = [
+            s
+            for s, x in self.used.items()
+            if s != slot
+            and self._lane(s) == self._lane(slot)
+            and (x.has_opening or s in self.lanes)
+            and _equal(x.opening, mine.opening)
+        ]
+        return max(same, key=lambda s: self.used[s].has_opening) if same else None
+
+    def _copy(self, copies: dict[int, tuple[int, int]]) -> None:
+        """All but the opening's last token: it is read again, for its hidden state gives the first sampled token."""
+        source, target = np.zeros((2, self.sampling.lanes), np.int32)
+        wanted, longest = np.zeros(self.sampling.lanes, bool), 0
+        for lane, (old, new) in copies.items():
+            source[lane], target[lane], wanted[lane] = self._within(old), self._within(new), True
+            x = self.used[new]
+            x.length = len(x.opening.tokens) - 1
+            x.left, x.image_places = _tail(x.left, x.length), x.image_places[x.length :]
+            longest = max(longest, x.length)
+            self.stats["copied_tokens"] += x.length
+        blocks = np.int32(-(-longest // self.programs.block))
+        self.state = self.programs.copy(self.state, *self._put((source, target, wanted)), blocks)
+
+    def _encode(self, rung: int, slots: list[int]) -> None:
+        vision, lanes = self.config.vision, self.sampling.lanes
+        images = Images(
+            np.zeros((lanes, rung, vision.patch_dim), np.float32),
+            np.zeros((lanes, rung), np.int32),
+            np.zeros((lanes, rung, 2), np.int32),
+            np.zeros(lanes, bool),
+        )
+        for slot in slots:
+            prompt, lane = self.used[slot].left, self._lane(slot)
+            is_image = prompt.tokens == self.config.image_token_id
+            buffer = fill_patch_buffer(prompt.patches, prompt.grids, is_image, rung, vision)
+            images.patches[lane], images.segment_ids[lane] = buffer.patches, buffer.segment_ids
+            images.positions[lane], images.wanted[lane] = buffer.positions, True
+            self.stats["patches"] += len(prompt.patches)
+        self.state = self.programs.encode(self.weights, self.state, self._put(images))
+
+    def _piece(self) -> Piece | None:
+        """The next tokens of every lane's slot; slots whose prompt is complete with them start to sample."""
+        lanes, size = self.sampling.lanes, self.sampling.prefill
+        if all(slot is None for slot in self.lanes):
+            return None
+        ints = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
+        slots, counts, lengths = ints(lanes), ints(lanes), ints(lanes)
+        tokens, positions, places = ints(lanes, size), ints(lanes, 3, size), ints(lanes, size)
+        for lane, slot in enumerate(self.lanes):
+            if slot is None:  # padding is written: behind the tokens of the lane's first slot, where nobody looks
+                first = self.used.get(lane * self.slots // lanes)
+                lengths[lane] = first.length if first else 0
+                continue
+            x = self.used[slot]
+            n = min(size, len(x.left.tokens))
+            slots[lane], counts[lane], lengths[lane] = self._within(slot), n, x.length
+            tokens[lane, :n], positions[lane, :, :n] = x.left.tokens[:n], x.left.positions[:, :n]
+            places[lane, :n] = x.image_places[:n]
+            x.length += n
+            self.stats["prefill_tokens"] += n
+            if n < len(x.left.tokens):
+                x.left, x.image_places = _tail(x.left, n), x.image_places[n:]
+            else:
+                x.left, x.samples, x.done, x.tokens, x.logprobs = None, True, 0, [], []
+                self.lanes[lane] = None
+        return Piece(*self._put((slots, tokens, positions, places, counts, lengths)))
+
+    def _turns(self) -> Turns:
+        out = Turns(np.zeros(self.slots, bool), *(np.zeros(self.slots, np.int32) for _ in range(6)))
+        for slot, x in self.used.items():
+            r = x.request
+            out.open[slot], out.lengths[slot], out.done[slot] = x.samples, x.length, x.done
+            out.positions[slot] = r.position + x.done
+            out.budget[slot] = min(r.budget or self.max_new_tokens, self.max_new_tokens)
+            out.uids[slot], out.numbers[slot] = r.task.uid, r.turn
+        return self._put(out)
+
+    def _take(self, out, open_: np.ndarray) -> list[tuple[int, Completion]]:
+        """Adds what was drawn to the slots' turns; returns those that have ended."""
+        ended = []
+        steps = int(out.steps)
+        self.stats.update(macro_steps=1, decode_steps=steps, slot_steps=steps * self.slots)
+        for slot in np.flatnonzero(open_):
+            x, n = self.used[int(slot)], int(out.counts[slot])
+            x.tokens.append(out.tokens[slot, :n])
+            x.logprobs.append(out.logprobs[slot, :n])
+            x.done += n
+            x.length += n - int(out.finished[slot])
+            self.stats["decode_tokens"] += n
+            budget = min(x.request.budget or self.max_new_tokens, self.max_new_tokens)
+            if out.stopped[slot] or x.done >= budget:
+                x.samples = False
+                done = Completion(np.concatenate(x.tokens), np.concatenate(x.logprobs), bool(out.finished[slot]))
+                ended.append((int(slot), done))
+        return ended
+
+    def _rung(self, patches: int) -> int:
+        return next(rung for rung in self.rungs if rung >= patches)
+
+    @property
+    def rungs(self) -> list[int]:
+        """Sizes of the vision tower's patch buffer, smallest first."""
+        window = self.config.vision.window_patches
+        sizes = {-(-self.patches // (4**i * window)) * window for i in range(RUNGS)}
+        return sorted(sizes)
+
+    @property
+    def buckets(self) -> list[int]:
+        """How many blocks of the cache a call may read: 1, 2, 4, ... all."""
+        whole = self.programs.blocks
+        return [*itertools.takewhile(lambda n: n < whole, (2**i for i in itertools.count())), whole]
+
+    def _blocks(self, places: int) -> int:
+        return next(n for n in self.buckets if n * self.programs.block >= places)
+
+    @property
+    def programs_at_most(self) -> int:
+        return len(self.rungs) + 1 + 2 * len(self.buckets)
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(x.nbytes for x in jax.tree.leaves(self.state.cache))
+
+    def warm_up(self) -> None:
+        """Runs every program once without work, so that none is compiled later."""
+        self.begin()
+        lanes, size = self.sampling.lanes, self.sampling.prefill
+        z = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
+        c, none = self.config.vision, np.zeros(lanes, bool)
+        for rung in self.rungs:
+            images = Images(np.zeros((lanes, rung, c.patch_dim), np.float32), z(lanes, rung), z(lanes, rung, 2), none)
+            self.state = self.programs.encode(self.weights, self.state, self._put(images))
+        self.state = self.programs.copy(self.state, *self._put((z(lanes), z(lanes), none)), np.int32(1))
+        rows = self._put((z(lanes), z(lanes, size), z(lanes, 3, size), z(lanes, size), z(lanes), z(lanes)))
+        for blocks, piece in itertools.product(self.buckets, (Piece(*rows), None)):
+            step = functools.partial(self.programs.step, self.weights, blocks=blocks)
+            self.state, _ = step(self.state, self.key, piece, self._turns())
+        self.begin()
+
+    def _put(self, tree):
+        return tree if self.mesh is None else jax.device_put(tree, sharding.rows(self.mesh))
 
 
-def _prefill(graphdef, compute, params, cache: Cache, append: Append, *, places: int):
-    """Appends to every slot with tokens; returns the cache and the hidden state [S, D] after each slot's last token."""
-    model = nnx.merge(graphdef, params)
-    x = model.embed(
-        append.tokens,
-        append.patches,
-        append.patch_segment_ids,
-        append.patch_positions,
-        append.image_slots,
-        compute,
-    )
-    hidden, head = model.decoder.append(x, append.positions, cache.head(places))
-    cache = cache.with_head(head)
-    last = jnp.take_along_axis(hidden, jnp.maximum(append.counts - 1, 0)[:, None, None], axis=1)[:, 0]
-    return dataclasses.replace(cache, lengths=cache.lengths + append.counts), last
+def _tail(prompt: Prompt, start: int) -> Prompt:
+    """The same prompt without its first tokens; its images are in the lane already."""
+    return dataclasses.replace(prompt, tokens=prompt.tokens[start:], positions=prompt.positions[:, start:])
 
 
-def _decode(
-    graphdef,
-    compute,
-    sampling: SamplingConfig,
-    terminator,
-    params,
-    cache,
-    hidden,
-    key,
-    uids,
-    turns,
-    starts,
-    active,
-    *,
-    places,
-):
-    """Samples at most max_new_tokens per active slot. The terminator is returned but not appended to the cache.
-
-    Only the first `places` of the cache are read, which the host knows to be enough.
-    """
-    model = nnx.merge(graphdef, params)
-    slots, budget = len(uids), sampling.max_new_tokens
-    keys = jax.vmap(lambda u, t: jax.random.fold_in(jax.random.fold_in(key, u), t))(uids, turns)
-
-    def step(carry):
-        i, cache, hidden, open_, tokens, logprobs, counts, finished = carry
-        token, logprob = _sample(model.logits(hidden[:, None])[:, 0], sampling.temperature, keys, i)
-        tokens = tokens.at[:, i].set(jnp.where(open_, token, 0))
-        logprobs = logprobs.at[:, i].set(jnp.where(open_, logprob, 0.0))
-        counts = counts + open_
-        finished = finished | (open_ & (token == terminator))
-        open_ = open_ & (token != terminator)
-        x = model.decoder.embed_tokens(token[:, None], compute)
-        positions = jnp.broadcast_to((starts + i)[:, None, None], (slots, 3, 1))
-        new_hidden, cache = model.decoder.append(x, positions, cache)
-        cache = dataclasses.replace(cache, lengths=cache.lengths + open_)
-        return i + 1, cache, new_hidden[:, 0], open_, tokens, logprobs, counts, finished
-
-    start = (
-        jnp.int32(0),
-        cache.head(places),
-        hidden,
-        active,
-        jnp.zeros((slots, budget), jnp.int32),
-        jnp.zeros((slots, budget), jnp.float32),
-        jnp.zeros(slots, jnp.int32),
-        jnp.zeros(slots, bool),
-    )
-    _, head, _, _, tokens, logprobs, counts, finished = jax.lax.while_loop(
-        lambda c: (c[0] < budget) & jnp.any(c[3]), step, start
-    )
-    return cache.with_head(head), tokens, logprobs, counts, finished
+def _equal(a: Prompt, b: Prompt) -> bool:
+    if a is b:
+        return True
+    same = a.grids == b.grids and np.array_equal(a.tokens, b.tokens) and np.array_equal(a.positions, b.positions)
+    return same and np.array_equal(a.patches, b.patches)
 
 
-def _sample(logits_SV, temperature: float, keys, step):
-    """A token per slot and its log-prob under the distribution it was drawn from; greedy at temperature 0."""
-    if temperature == 0.0:
-        logp = jax.nn.log_softmax(logits_SV)
-        token = jnp.argmax(logits_SV, axis=-1)
-    else:
-        logp = jax.nn.log_softmax(logits_SV / temperature)
-        token = jax.vmap(lambda k, p: jax.random.categorical(jax.random.fold_in(k, step), p))(keys, logp)
-    return token.astype(jnp.int32), jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
-
-
-def _rung(need: int, smallest: int) -> int:
-    """The smallest rung of the ladder smallest * 2^n that holds `need`."""
-    rung = smallest
-    while rung < need:
-        rung *= 2
-    return rung
-
-
-def _check(sampling: SamplingConfig, window: int) -> None:
+def _settled(sampling: SamplingConfig, window: int, rows: int) -> SamplingConfig:
+    """With lanes = 0 filled in: one for four slots, but one for each row of the mesh. DataError for nonsense."""
+    lanes = sampling.lanes or max(rows, sampling.slots // 4 if sampling.slots % 4 == 0 else 1)
     for ok, message in (
         (sampling.temperature >= 0, "temperature must not be negative"),
         (sampling.slots >= 1, "slots must be at least 1"),
         (0 < sampling.max_new_tokens < sampling.context, "need 0 < max_new_tokens < context"),
         (sampling.patches >= window, f"patches must hold a window of {window}"),
+        (sampling.chunk >= 1 and sampling.prefill >= 1, "chunk and prefill must be at least 1"),
+        (sampling.top_k >= 0 and 0 < sampling.top_p <= 1, "need top_k >= 0 and 0 < top_p <= 1"),
+        (sampling.kv_dtype in ("", "int8", "bfloat16", "float32"), "kv_dtype is int8, bfloat16, float32 or nothing"),
+        (sampling.slots % lanes == 0, f"lanes = {lanes} must divide slots"),
+        (lanes % rows == 0, f"the {rows} rows of the rollout mesh must share the {lanes} lanes evenly"),
     ):
         if not ok:
             raise DataError(f"sampling: {message}, got {sampling}")
+    return dataclasses.replace(sampling, lanes=lanes)

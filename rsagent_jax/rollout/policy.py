@@ -1,4 +1,7 @@
-"""The seam between the driver and whatever writes the assistant's turns: the engine, a teacher, a script."""
+"""The seam between the driver and whatever writes the assistant's turns: the engine, a teacher, a script.
+
+Another engine, in this process or behind a socket, is one more class with these four methods and four numbers.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,7 @@ class Request:
     state: EnvState
     task: Task
     turn: int
+    budget: int = 0  # tokens that the turn may have, at most max_new_tokens; 0 = max_new_tokens
 
 
 class Policy(Protocol):
@@ -43,8 +47,17 @@ class Policy(Protocol):
     def begin(self) -> None:
         """Forgets all slots."""
 
-    def turn(self, requests: Sequence[Request]) -> list[Completion]:
-        """Appends each request's prompt to its slot and writes one assistant turn there."""
+    def pick(self, task: Task, free: Sequence[int]) -> int:
+        """Which of the free slots suits the task."""
+
+    def submit(self, request: Request) -> None:
+        """Takes on a turn: appends the prompt to the slot and writes one assistant turn there, in the steps to come."""
+
+    def step(self) -> list[tuple[int, Completion]]:
+        """Works for a while on the turns it has; returns those that ended, by slot. None under way: returns at once."""
+
+    def release(self, slot: int) -> None:
+        """The slot's trajectory is over; a turn under way is dropped."""
 
 
 class TextPolicy:
@@ -53,13 +66,26 @@ class TextPolicy:
     def __init__(self, act, processor: Processor, *, slots: int = 64, context: int = 1 << 20):
         self.act, self.processor = act, processor
         self.slots, self.context, self.max_new_tokens, self.patches = slots, context, 4096, 1 << 30
+        self.begin()
 
     def begin(self) -> None:
-        pass
+        self.requests: dict[int, Request] = {}
 
-    def turn(self, requests: Sequence[Request]) -> list[Completion]:
-        return [self._complete(self.act(r.task, r.state)) for r in requests]
+    def pick(self, task: Task, free: Sequence[int]) -> int:
+        return min(free)
 
-    def _complete(self, text: str) -> Completion:
+    def submit(self, request: Request) -> None:
+        self.requests[request.slot] = request
+
+    def step(self) -> list[tuple[int, Completion]]:
+        requests, self.requests = self.requests, {}
+        return [(slot, self._complete(self.act(r.task, r.state), r.budget)) for slot, r in requests.items()]
+
+    def release(self, slot: int) -> None:
+        self.requests.pop(slot, None)
+
+    def _complete(self, text: str, budget: int) -> Completion:
         tokens = np.append(self.processor.encode(text), self.processor.terminator_id).astype(np.int32)
-        return Completion(tokens, np.zeros(len(tokens), np.float32), True)
+        cut = budget and len(tokens) > budget
+        tokens = tokens[:budget] if cut else tokens
+        return Completion(tokens, np.zeros(len(tokens), np.float32), not cut)

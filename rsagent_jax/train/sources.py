@@ -134,7 +134,7 @@ class GrpoSource:
     def _judge(self, played: list[Trajectory], chosen: list[Sample]) -> tuple[list[Item], dict[str, float]]:
         """Rewards, advantages and the trained items. A broken tool's trajectory has no reward and no advantage."""
         c = self.config
-        valid = np.array([t.status is not Status.ENV_FAILED for t in played])
+        valid = np.array([t.status.judged for t in played])
         if not valid.any():
             raise DataError("every trajectory of this step ended with a broken segmenter; see the side-car's log")
         rewards = [self.reward(t, chosen[t.group_id]) if ok else None for t, ok in zip(played, valid, strict=True)]
@@ -200,9 +200,7 @@ def _summary(played, chosen, rewards, flat) -> dict[str, float]:
     turns = [turn for t in played for turn in t.turns]
     endings = Counter(t.status for t in played)
     out |= {
-        "giou": float(
-            np.mean([mask_iou(t.final_mask, chosen[t.group_id]) for t in played if t.status is not Status.ENV_FAILED])
-        ),
+        "giou": float(np.mean([mask_iou(t.final_mask, chosen[t.group_id]) for t in played if t.status.judged])),
         "turns": len(turns) / len(played),
         "tool_errors": sum(turn.error is not None for turn in turns) / max(len(turns), 1),
         "clipped": sum(turn.clipped for turn in turns) / len(played),

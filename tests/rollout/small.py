@@ -213,8 +213,10 @@ def word_count(trajectory: Trajectory, sample: Sample) -> float:
     return float(np.mean(trajectory.tokens[trajectory.sampled])) / VOCAB
 
 
-def engine_trajectories(tasks, scripts, seed: int = 0, eng: Engine | None = None, **sampling) -> list[Trajectory]:
+def engine_trajectories(
+    tasks, scripts, seed: int = 0, eng: Engine | None = None, segmenter=None, **sampling
+) -> list[Trajectory]:
     """Trajectories of the random policy in an environment that hears `scripts`."""
     eng = eng or engine(seed, **sampling)
-    driver = EchoDriver(eng, DiscSegmenter(), processor(), AGENT, workers=2, script=scripted(scripts))
+    driver = EchoDriver(eng, segmenter or DiscSegmenter(), processor(), AGENT, workers=2, script=scripted(scripts))
     return [t for t, _ in driver.run(tasks)]

@@ -1,6 +1,8 @@
 """The driver with a script for a policy and a disc for a segmenter: endings, order, and every token of the context."""
 
 import dataclasses
+import re
+import threading
 
 import numpy as np
 import pytest
@@ -10,8 +12,8 @@ from rsagent_jax.agent import environment, prompts
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import TextPolicy
-from rsagent_jax.types import Completion, DataError, Status
-from sam_bridge.types import FailureKind
+from rsagent_jax.types import DataError, Status
+from sam_bridge.types import FailureKind, SegmentReply
 from tests.rollout import small
 from tests.rollout.small import AGENT, THREE_IMAGES, SlowSegmenter, click, finish, scripted, task, zoom
 
@@ -23,22 +25,16 @@ class Policy(TextPolicy):
 
     def __init__(self, scripts, *, cut=None, **room):
         super().__init__(scripted(scripts), small.processor())
-        self.cut, self.waves = cut, []
+        self.cut, self.together = cut, []
         for name, value in room.items():
             setattr(self, name, value)
 
-    def begin(self):
-        self.waves.append([])
+    def step(self):
+        self.together.append(sorted(r.task.uid for r in self.requests.values()))
+        return super().step()
 
-    def turn(self, requests):
-        self.waves[-1].append([r.task.uid for r in requests])
-        return super().turn(requests)
-
-    def _complete(self, text):
-        whole = super()._complete(text)
-        if self.cut is None or len(whole.tokens) <= self.cut:
-            return whole
-        return Completion(whole.tokens[: self.cut], whole.logprobs[: self.cut], False)
+    def _complete(self, text, budget):
+        return super()._complete(text, min(budget, self.cut or budget))
 
 
 def play(scripts, tasks, *, segmenter=None, agent=AGENT, workers=2, **policy):
@@ -201,8 +197,10 @@ def test_one_slow_tool_changes_nothing_but_the_time():
     assert slowed[1][0].seconds["tool"] > 0.6 > fast[1][0].seconds["tool"]  # two calls
 
 
-def test_more_tasks_than_slots_are_played_in_waves_and_come_back_in_order():
-    scripts = {f"s{i}": (click(20 + i, 30), *[click(40, 40 + j) for j in range(i % 3)], finish(1)) for i in range(5)}
+def test_a_slot_that_is_free_takes_the_next_task_and_all_come_back_in_order():
+    """Two slots: the second task takes seven turns, the others two each beside it."""
+    lengths = [2, 7, 2, 2, 2]
+    scripts = {f"s{i}": (*[click(40, 40 + j) for j in range(n - 1)], finish(1)) for i, n in enumerate(lengths)}
     policy, seen = Policy(scripts, slots=2), []
     driver = Driver(
         policy,
@@ -213,13 +211,89 @@ def test_more_tasks_than_slots_are_played_in_waves_and_come_back_in_order():
     )
     out = driver.run([task(i, uid=10 + i) for i in range(5)])
     assert [(t.sample_id, t.group_id, t.query) for t, _ in out] == [(f"s{i}", i, f"disc number {i}") for i in range(5)]
-    lengths = [2 + i % 3 for i in range(5)]
     assert [len(t.turns) for t, _ in out] == lengths
-    # waves of two; whoever has ended takes no further turns
-    assert policy.waves == [[[10, 11], [10, 11], [11]], [[12, 13], [12, 13], [12], [12]], [[14], [14], [14]]]
+    turns = [uid for uids in policy.together for uid in uids]
+    assert sorted(turns) == sorted(10 + i for i, n in enumerate(lengths) for _ in range(n))
+    assert max(map(len, policy.together)) <= 2 and policy.requests == {}
+    assert turns.index(12) < len(turns) - 1 - turns[::-1].index(11)  # the third task began before the second ended
     assert sorted(seen) == sorted((10 + i, n + 1) for i in range(5) for n in range(lengths[i]))
     alone = play(scripts, [task(3, uid=13)])[0][0]
     np.testing.assert_array_equal(alone.tokens, out[3][0].tokens)
+
+
+class Broken(DiscSegmenter):
+    """Hangs, raises, or answers with garbage for pictures of one shape."""
+
+    def __init__(self, how: str, shape: tuple[int, int]):
+        super().__init__()
+        self.how, self.shape, self.woken = how, shape, threading.Event()
+
+    def segment(self, image, request):
+        if image.shape[:2] != self.shape:
+            return super().segment(image, request)
+        if self.how == "hangs":
+            self.woken.wait(30)
+        if self.how == "raises":
+            raise RuntimeError("out of cheese")
+        return {"nothing": None, "small": SegmentReply(np.zeros((3, 3), bool), 0.5)}.get(self.how)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "detail"),
+    [
+        ("hangs", FailureKind.TIMEOUT, "no answer within 0.3 s"),
+        ("raises", FailureKind.INTERNAL, "RuntimeError: out of cheese"),
+        ("nothing", FailureKind.INTERNAL, "NoneType"),
+        ("small", FailureKind.INTERNAL, r"mask bool\[3, 3\]"),
+    ],
+)
+def test_a_broken_tool_costs_its_own_trajectory_and_frees_its_slot_and_thread(how, kind, detail):
+    shapes = {0: (112, 112), 1: (84, 112), 2: (112, 84), 3: (84, 112), 4: (112, 112)}
+    scripts = {f"s{i}": (click(30 + i, 40), finish(1)) for i in shapes}
+    tasks = [task(i, h=h, w=w) for i, (h, w) in shapes.items()]
+    segmenter = Broken(how, (84, 112))
+    # one slot and one thread: whoever does not give them back blocks all the others
+    agent = dataclasses.replace(AGENT, tool_deadline_s=0.3)
+    out = play(scripts, tasks, segmenter=segmenter, agent=agent, workers=1, slots=1)
+    segmenter.woken.set()
+    assert [t.status for t, _ in out] == [Status.ENV_FAILED if i in (1, 3) else Status.FINISHED for i in shapes]
+    failure = out[1][1].failure
+    assert failure.kind is kind and re.search(detail, failure.detail)
+
+
+def test_a_cancelled_trajectory_is_an_ending_and_leaves_the_others_alone():
+    scripts = {f"s{i}": (click(30, 40), click(50, 40), finish(2)) for i in range(3)}
+    policy = Policy(scripts, slots=2)
+    driver = Driver(
+        policy,
+        DiscSegmenter(),
+        small.processor(),
+        AGENT,
+        on_turn=lambda task, state: driver.cancel(1) if task.uid == 1 else None,
+    )
+    out = driver.run([task(i) for i in range(3)])
+    assert [t.status for t, _ in out] == [Status.FINISHED, Status.CANCELLED, Status.FINISHED]
+    assert len(out[1][0].turns) == 1 and policy.requests == {}
+    np.testing.assert_array_equal(out[0][0].tokens, play(scripts, [task(0)])[0][0].tokens)
+
+
+def test_closing_the_iterator_drops_what_is_under_way():
+    scripts = {f"s{i}": (click(30, 40), finish(1)) for i in range(4)}
+    policy = Policy(scripts, slots=4)
+    driver = Driver(policy, DiscSegmenter(), small.processor(), AGENT)
+    play_ = driver.play([task(i) for i in range(4)])
+    next(play_)
+    play_.close()
+    assert policy.requests == {} and len(driver.run([task(2)])) == 1
+
+
+def test_a_budget_of_tokens_for_the_whole_trajectory_cuts_the_last_turn_and_ends_it():
+    whole, _ = one(click(30, 40), click(50, 40), finish(1))
+    first = len(small.processor().encode(click(30, 40))) + 1
+    agent = dataclasses.replace(AGENT, max_tokens=first + 5)
+    t, _ = one(click(30, 40), click(50, 40), finish(1), agent=agent)
+    assert t.status is Status.MAX_CONTEXT and t.sampled.sum() == first + 5
+    np.testing.assert_array_equal(t.tokens, whole.tokens[: len(t.tokens)])
 
 
 def test_no_tasks_give_no_trajectories():

@@ -13,7 +13,7 @@ from rsagent_jax.rollout.policy import Request
 from rsagent_jax.train.step import batch_logprobs
 from rsagent_jax.types import DataError, Prompt, Status
 from tests.rollout import small
-from tests.rollout.small import THREE_IMAGES, click, engine_trajectories, finish, task, zoom
+from tests.rollout.small import THREE_IMAGES, Task, click, engine_trajectories, finish, task, zoom
 
 SCRIPTS = {
     "s0": THREE_IMAGES,
@@ -32,7 +32,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def greedy():
-    return small.engine(temperature=0.0)
+    return small.engine(temperature=0.0, patches=256)  # room for a whole trajectory's images at once
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,17 @@ def turn_starts(trajectory):
     return np.flatnonzero(np.diff(marks) == 1), np.flatnonzero(np.diff(marks) == -1)
 
 
+def one_turn(engine, request):
+    """The request's turn on an engine without anything else to do."""
+    engine.begin()
+    engine.submit(request)
+    while not (ended := engine.step()):
+        pass
+    ((slot, completion),) = ended
+    assert slot == request.slot
+    return completion
+
+
 def test_trainer_and_engine_agree_on_the_log_prob_of_every_sampled_token(trajectories):
     eos = small.processor().terminator_id
     assert [len(t.turns) for t in trajectories] == [4, 4, 2] and [len(t.grids) for t in trajectories] == [4, 3, 2]
@@ -92,7 +103,67 @@ def test_a_trajectory_does_not_depend_on_its_slot_or_on_its_neighbours(engine, t
     again = engine_trajectories([TASKS[1], TASKS[0]], SCRIPTS, eng=engine)  # other slots, one neighbour gone
     for a, b in ((again[0], trajectories[1]), (again[1], trajectories[0])):
         np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_array_equal(a.logprobs, b.logprobs)  # to the last bit
+
+
+def test_slow_tools_and_other_neighbours_do_not_change_a_bit(engine, trajectories):
+    """The tool of one trajectory is slow, and others come and go beside it: lanes idle, slots wait, images differ."""
+    more = [task(10 + i, h=56 + 28 * (i % 3), w=84) for i in range(6)]
+    scripts = SCRIPTS | {t.sample.id: (click(20 + t.uid, 30), zoom(5, 5, 50, 50), finish(1)) for t in more}
+    tasks = [more[0], TASKS[0], *more[1:4], TASKS[1], more[4], TASKS[2], more[5]]
+    slow = small.SlowSegmenter(0.2, slow_shape=TASKS[1].sample.image.shape[:2])
+    played = engine_trajectories(tasks, scripts, eng=engine, segmenter=slow)
+    for a, b in zip([played[1], played[5], played[7]], trajectories, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_array_equal(a.logprobs, b.logprobs)
+
+
+@pytest.mark.parametrize("other", [{"slots": 8}, {"slots": 4, "lanes": 2, "chunk": 3}, {"slots": 2, "prefill": 48}])
+def test_other_numbers_of_slots_lanes_and_steps_give_the_same_ids(other, trajectories):
+    engine = small.engine(**other)
+    engine.load(small.eager_params(), engine.key)
+    for a, b in zip(engine_trajectories(TASKS, SCRIPTS, eng=engine), trajectories, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-5)
+
+
+def test_the_members_of_a_group_read_its_opening_once_and_are_bit_for_bit_what_each_would_be_alone():
+    engine = small.engine(slots=4, lanes=1)
+    group = [Task(TASKS[0].sample, 0, uid) for uid in range(4)]
+    together = engine_trajectories(group, SCRIPTS, eng=engine)
+    opening = int(np.flatnonzero(together[0].sampled)[0])
+    assert engine.stats["copied_tokens"] == 3 * (opening - 1)
+    encoded = engine.stats["patches"]
+    for mine, t in zip(group, together, strict=True):
+        (alone,) = engine_trajectories([mine], SCRIPTS, eng=engine)
+        np.testing.assert_array_equal(alone.tokens, t.tokens)
+        np.testing.assert_array_equal(alone.logprobs, t.logprobs)
+        assert engine.stats["copied_tokens"] == 0
+        encoded -= engine.stats["patches"]
+    assert encoded == -3 * int(np.prod(together[0].grids[0]))  # three openings' images more
+
+
+def test_a_cache_of_int8_takes_a_third_of_the_bytes_and_changes_log_probs_little(trajectories):
+    engine = small.engine(kv_dtype="int8")
+    engine.load(small.eager_params(), engine.key)
+    whole = small.engine()
+    assert engine.cache_bytes < 0.35 * whole.cache_bytes  # of fp32: a quarter, and a scale per 16 numbers here
+    first = [t.sampled.argmax() for t in trajectories]
+    got = engine_trajectories(TASKS, SCRIPTS, eng=engine)
+    for a, b, i in zip(got, trajectories, first, strict=True):
+        assert 0 < abs(a.logprobs[i] - b.logprobs[i]) < 0.05
+
+
+def test_a_stop_id_ends_the_turn_and_stays_in_the_context(trajectories):
+    stop = int(trajectories[0].tokens[turn_starts(trajectories[0])[0][0] + 1])  # the second token of the first turn
+    engine = small.engine(stop_ids=(stop,))
+    engine.load(small.eager_params(), engine.key)
+    (t,) = engine_trajectories(TASKS[:1], SCRIPTS, eng=engine)
+    starts, ends = turn_starts(t)
+    assert ends[0] == starts[0] + 2 and t.tokens[ends[0] - 1] == stop
+    assert t.tokens[ends[0]] == small.processor().terminator_id and not t.sampled[ends[0]]  # closed by a forced one
+    theirs = trainer_logprobs([t], small.eager_params())[0]
+    np.testing.assert_allclose(theirs[t.sampled], t.logprobs[t.sampled], rtol=0, atol=1e-4)
 
 
 def test_randomness_follows_the_uid_and_the_key_and_nothing_else(engine, trajectories):
@@ -100,7 +171,7 @@ def test_randomness_follows_the_uid_and_the_key_and_nothing_else(engine, traject
     np.testing.assert_array_equal(twins[0].tokens, twins[2].tokens)
     assert not np.array_equal(twins[0].tokens, twins[1].tokens)
     assert not np.array_equal(twins[0].tokens, trajectories[0].tokens)  # uid 0
-    params, key = engine.params, engine.key
+    params, key = small.eager_params(), engine.key
     engine.load(params, jax.random.key(99))
     other = engine_trajectories(TASKS, SCRIPTS, eng=engine)
     assert not np.array_equal(other[0].tokens, trajectories[0].tokens)
@@ -111,10 +182,7 @@ def test_randomness_follows_the_uid_and_the_key_and_nothing_else(engine, traject
 def test_a_turn_is_drawn_with_its_own_randomness(engine):
     """Two turns of one trajectory must not repeat the same draws."""
     prompt, end = small.processor().prompt("abc", [])
-    turns = []
-    for turn in range(2):
-        engine.begin()
-        turns.append(engine.turn([Request(0, prompt, end, None, task(0), turn)])[0].tokens)
+    turns = [one_turn(engine, Request(0, prompt, end, None, task(0), turn)).tokens for turn in range(2)]
     assert not np.array_equal(*turns)
 
 
@@ -126,20 +194,18 @@ def test_greedy_turns_from_the_cache_equal_those_after_reading_the_whole_context
         seen = int((t.tokens[:start] == small.processor().image_id).sum())
         grids, patches = t.grids[: i + 1], t.patches[: sum(int(np.prod(g)) for g in t.grids[: i + 1])]
         assert seen == sum(int(np.prod(g)) // 4 for g in grids)
-        greedy.begin()
         prompt = Prompt(t.tokens[:start], t.positions[:, :start], patches, grids)
-        position = int(t.positions[0, start])
-        (again,) = greedy.turn([Request(2, prompt, position, None, TASKS[0], i)])
+        again = one_turn(greedy, Request(2, prompt, int(t.positions[0, start]), None, TASKS[0], i))
         np.testing.assert_array_equal(again.tokens, t.tokens[start:end])
         np.testing.assert_allclose(again.logprobs, t.logprobs[start:end], rtol=0, atol=1e-4)
         assert again.finished == (again.tokens[-1] == small.processor().terminator_id)
-    theirs = trainer_logprobs([t], greedy.params)[0]
+    theirs = trainer_logprobs([t], small.split(small.model())[1])[0]
     np.testing.assert_allclose(theirs[t.sampled], t.logprobs[t.sampled], rtol=0, atol=1e-4)
 
 
 def test_greedy_does_not_depend_on_the_uid_or_the_key(greedy):
     a = engine_trajectories([task(0, uid=3)], SCRIPTS, eng=greedy)[0]
-    greedy.load(greedy.params, jax.random.key(5))
+    greedy.load(small.split(small.model())[1], jax.random.key(5))
     b = engine_trajectories([task(0, uid=4)], SCRIPTS, eng=greedy)[0]
     np.testing.assert_array_equal(a.tokens, b.tokens)
 
@@ -150,18 +216,23 @@ def test_ragged_work_compiles_a_bounded_number_of_programs(engine, trajectories)
     }
     tasks = [task(i, uid=50 + i, h=84 + 14 * (i % 3), w=100 + 9 * i) for i in range(7)]
     engine_trajectories(tasks, scripts, eng=engine)
-    # decode: 128, 256, 512 places of the cache; prefill: tokens 64, 128, 256 by patches 16, 32, 64, 128 by the places
-    before = engine._prefill._cache_size(), engine._decode._cache_size()
-    assert before[0] <= 36 and before[1] <= 3
+    compiled = [p._cache_size() for p in (engine.programs.encode, engine.programs.copy, engine.programs.step)]
+    assert sum(compiled) <= engine.programs_at_most == 10
+    assert (engine.rungs, engine.buckets) == ([16, 32, 128], [1, 2, 3])
     engine_trajectories(tasks[::-1], scripts, eng=engine)
-    assert (engine._prefill._cache_size(), engine._decode._cache_size()) == before
+    assert [p._cache_size() for p in (engine.programs.encode, engine.programs.copy, engine.programs.step)] == compiled
 
 
-def test_begin_forgets_every_slot_without_compiling_again(engine, caplog):
+def test_after_the_warm_up_ragged_work_compiles_nothing(caplog):
+    engine = small.engine(slots=4, lanes=2)
+    engine.warm_up()
+    tasks = [task(i, uid=i, h=84 + 14 * (i % 3), w=100 + 9 * i) for i in range(5)]
+    tasks = [tasks[4], Task(tasks[4].sample, 4, 9), *tasks[:4]]  # two of a group
+    scripts = {f"s{i}": (click(30, 40 + i), "nonsense", finish(1)) for i in range(5)}
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        engine.begin()
+        engine_trajectories(tasks, scripts, eng=engine)
     assert not [r.message for r in caplog.records if "Finished XLA compilation" in r.message]
-    assert (np.asarray(engine.cache.lengths) == 0).all()
+    assert engine.stats["copied_tokens"] > 0
 
 
 @pytest.mark.parametrize(
@@ -172,6 +243,10 @@ def test_begin_forgets_every_slot_without_compiling_again(engine, caplog):
         {"max_new_tokens": 0},
         {"max_new_tokens": 512, "context": 512},
         {"patches": 15},
+        {"lanes": 2},
+        {"chunk": 0},
+        {"top_p": 0.0},
+        {"kv_dtype": "float8"},
     ],
 )
 def test_settings_that_cannot_work_are_one_data_error(wrong):

@@ -25,16 +25,13 @@ BLOCK = 512  # queries at a time, and the kernel's tiles
 LANES = 128  # the kernel's smallest tile
 
 
-def attention(q_BTNH: jax.Array, k: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array, *, keys="BKSH") -> jax.Array:
-    """Softmax attention with grouped heads; softmax in fp32. Rows of the mask without a True give finite garbage.
-
-    `keys` names the axes of `k`, of which "BKHS" is how a cache holds them.
-    """
+def attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Softmax attention with grouped heads; softmax in fp32. Rows of the mask without a True give finite garbage."""
     b, t, n, h = q_BTNH.shape
     kv, s = v_BKSH.shape[1:3]
     # One batched matrix product over (B, K): the G query heads of a group are extra rows. Fast on every back end.
     q = q_BTNH.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, h)
-    scores = jnp.einsum(f"BKTH,{keys}->BKTS", q, k, preferred_element_type=jnp.float32) * h**-0.5
+    scores = jnp.einsum("BKTH,BKSH->BKTS", q, k_BKSH, preferred_element_type=jnp.float32) * h**-0.5
     scores = jnp.where(mask_BTS[:, None, None], scores.reshape(b, kv, -1, t, s), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype).reshape(b, kv, -1, s)
     o = jnp.einsum("BKTS,BKSH->BKTH", weights, v_BKSH).reshape(b, kv, -1, t, h)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from rsagent_jax import sharding
-from rsagent_jax.models.qwen25_vl.attention import attention, in_segments
+from rsagent_jax.models.qwen25_vl.attention import in_segments
 from rsagent_jax.models.qwen25_vl.compute import PLAIN, Compute, scan_layers
 from rsagent_jax.models.qwen25_vl.config import TextConfig
-from rsagent_jax.models.qwen25_vl.layers import Linear, RMSNorm, SwiGLU, layer_at, param, rotate
+from rsagent_jax.models.qwen25_vl.layers import Linear, RMSNorm, SwiGLU, param, rotate
 
 PIECE = 1 << 26  # logits per device at a time: 256 MiB in fp32
 
@@ -73,69 +71,6 @@ class Decoder(nnx.Module):
         attend = in_segments(segment_ids_BT, compute, causal=True)
         x = scan_layers(self.layers, lambda layer, x: layer(x, cos, sin, attend, compute), x_BTD, compute)
         return self.norm(x)
-
-    def append(self, x_STD, positions_S3T, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Appends T tokens to every slot's cache and attends to all of the slot's context.
-
-        New tokens of slot s stand at cache places `lengths[s] + t`. Callers advance `lengths` by the number of real
-        tokens only, so that padding at the end of a slot's tokens is overwritten by the next call and never seen.
-        """
-        cos, sin = mrope_angles(positions_S3T, self.config)
-        s, t, _ = x_STD.shape
-        places = cache.lengths[:, None] + jnp.arange(t)
-        mask = jnp.arange(cache.capacity)[None, None] <= places[:, :, None]
-        slots, heads = jnp.arange(s)[:, None, None], jnp.arange(self.config.num_key_value_heads)[None, :, None]
-        here = places[:, None, :]  # [S, 1, T]
-        keys, values = [], []
-        for i in range(self.config.num_hidden_layers):
-
-            def attend(q, k, v, i=i):
-                k, v = k.astype(cache.keys[i].dtype), v.astype(cache.values[i].dtype)
-                keys.append(cache.keys[i].at[slots, heads, :, here].set(k, mode="drop"))
-                values.append(cache.values[i].at[slots, heads, here].set(v, mode="drop"))
-                return attention(q, keys[-1].astype(q.dtype), values[-1].astype(q.dtype), mask, keys="BKHS")
-
-            x_STD = layer_at(self.layers, i)(x_STD, cos, sin, attend)
-        return self.norm(x_STD), dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of every slot's context, one array per layer so that each is updated in place.
-
-    Keys stand with their places last: one token's scores are then a product of two row-major matrices (on a CPU, 8x as
-    fast as with the places first).
-    """
-
-    keys: tuple[jax.Array, ...]  # L x [S, K, H, C]
-    values: tuple[jax.Array, ...]  # L x [S, K, C, H]
-    lengths: jax.Array  # i32[S] real tokens in each slot
-
-    @property
-    def capacity(self) -> int:
-        return self.values[0].shape[2]
-
-    @classmethod
-    def empty(cls, config: TextConfig, slots: int, capacity: int, dtype) -> Cache:
-        s, k, h, layers = slots, config.num_key_value_heads, config.head_dim, range(config.num_hidden_layers)
-        return cls(
-            tuple(jnp.zeros((s, k, h, capacity), dtype) for _ in layers),
-            tuple(jnp.zeros((s, k, capacity, h), dtype) for _ in layers),
-            jnp.zeros(slots, jnp.int32),
-        )
-
-    def head(self, places: int) -> Cache:
-        """The first `places` of every slot, for calls that will not go beyond them."""
-        keys, values = tuple(k[..., :places] for k in self.keys), tuple(v[:, :, :places] for v in self.values)
-        return Cache(keys, values, self.lengths)
-
-    def with_head(self, head: Cache) -> Cache:
-        """The whole cache after work on its `head`."""
-        places = head.capacity
-        keys = tuple(k.at[..., :places].set(h) for k, h in zip(self.keys, head.keys, strict=True))
-        values = tuple(v.at[:, :, :places].set(h) for v, h in zip(self.values, head.values, strict=True))
-        return Cache(keys, values, head.lengths)
 
 
 def mrope_angles(positions_B3T: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,262 @@
+"""The engine's compiled programs: pure functions of weights, slots and one call's work.
+
+encode  images of at most one slot per lane -> embeddings, which wait in the lane
+copy    the context that a slot shares with another of its lane, instead of reading it again
+step    appends a piece of a prompt to at most one slot per lane, then samples up to K tokens in every open slot
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rsagent_jax import sharding
+from rsagent_jax.config import SamplingConfig
+from rsagent_jax.models.qwen25_vl import cache as kv
+from rsagent_jax.models.qwen25_vl.cache import LayerCache, Part, Rows
+from rsagent_jax.models.qwen25_vl.compute import Compute
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
+from rsagent_jax.models.qwen25_vl.language import mrope_angles
+from rsagent_jax.models.qwen25_vl.model import Qwen25VL
+from rsagent_jax.rollout.sampling import draw
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Parameters in the dtype of the activations. The decoder's layers stand one by one: nothing is cut out of a stack
+    at every token."""
+
+    layers: tuple[nnx.State, ...]
+    rest: nnx.State
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """What stays on the device between calls."""
+
+    cache: tuple[LayerCache, ...]  # per layer
+    hidden: jax.Array  # [S, D] after each slot's last token
+    images: jax.Array  # [P, M, D] embeddings of the images that a lane is about to append
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """What one `encode` looks at: a patch buffer per lane, as in types.Batch."""
+
+    patches: jax.Array  # f32[P, N, C]
+    segment_ids: jax.Array  # i32[P, N]
+    positions: jax.Array  # i32[P, N, 2]
+    wanted: jax.Array  # bool[P]: lanes whose waiting embeddings this call replaces
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """At most T tokens of a prompt per lane."""
+
+    slots: jax.Array  # i32[P] number inside the lane
+    tokens: jax.Array  # i32[P, T]
+    positions: jax.Array  # i32[P, 3, T]
+    image_places: jax.Array  # i32[P, T] 0 = text, else 1 + place among the lane's embeddings
+    counts: jax.Array  # i32[P] real tokens; 0: nothing to append in this lane
+    lengths: jax.Array  # i32[P] tokens that the slot has already
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """The slots' turns under way, [S] each."""
+
+    open: jax.Array  # bool: samples
+    lengths: jax.Array  # i32 tokens in the cache, the appended piece included
+    positions: jax.Array  # i32 of the next token
+    done: jax.Array  # i32 tokens of this turn so far
+    budget: jax.Array  # i32 tokens that the turn may have
+    uids: jax.Array  # i32
+    numbers: jax.Array  # i32 which turn of the trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """What the last macro-step drew."""
+
+    tokens: jax.Array  # i32[S, K]
+    logprobs: jax.Array  # f32[S, K]
+    counts: jax.Array  # i32[S]
+    finished: jax.Array  # bool[S] by the terminator
+    stopped: jax.Array  # bool[S] by any stop id
+    steps: jax.Array  # i32[] decode steps that ran
+
+
+jax.tree_util.register_dataclass(Sampled, [f.name for f in dataclasses.fields(Sampled)], [])
+
+
+class Programs:
+    """`sampling.lanes` lanes share the slots evenly. A mesh's rows hold lanes and slots, its tensor axis heads."""
+
+    def __init__(self, model: Qwen25VL, sampling: SamplingConfig, terminator: int, compute: Compute):
+        self.config: Qwen25VLConfig = model.config
+        self.sampling, self.compute, self.terminator = sampling, compute, terminator
+        self.stops = jnp.array(sorted({terminator, *sampling.stop_ids}), jnp.int32)
+        self.layer_def, _ = nnx.split(model.decoder.layers)
+        shell = nnx.clone(model)
+        shell.decoder.layers = None
+        self.rest_def, _ = nnx.split(shell, nnx.Param)
+        self.block = kv.block_size(sampling.context)
+        self.encode = jax.jit(self._encode, donate_argnums=1)
+        self.copy = jax.jit(self._copy, donate_argnums=0)
+        self.step = jax.jit(self._step, donate_argnums=1, static_argnames=("blocks", "steps"))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a slot's cache: its context, and the padding of a piece or the steps after a turn's end."""
+        return -(-(self.sampling.context + max(self.sampling.prefill, self.sampling.chunk)) // self.block)
+
+    def empty(self) -> Slots:
+        c, s = self.config, self.sampling
+        dtype, mesh = jnp.dtype(self.compute.dtype), self.compute.mesh
+        cache = kv.empty(c.text, s.slots, self.blocks * self.block, s.kv_dtype or self.compute.dtype, mesh)
+        images = jnp.zeros((s.lanes, s.patches // c.vision.merge_unit, c.text.hidden_size), dtype)
+        hidden = jnp.zeros((s.slots, c.text.hidden_size), dtype)
+        return Slots(cache, self.compute.rows(hidden), self.compute.rows(images))
+
+    def split(self, params: nnx.State) -> Weights:
+        """The training parameters in the engine's form; also of abstract ones, under eval_shape."""
+        cast = jax.tree.map(lambda x: x.astype(jnp.dtype(self.compute.dtype)), params)
+        flat = nnx.to_flat_state(cast)
+        inside = ("decoder", "layers")
+        stacked = nnx.from_flat_state([(path[2:], v) for path, v in flat if path[:2] == inside])
+        rest = nnx.from_flat_state([(path, v) for path, v in flat if path[:2] != inside])
+        count = self.config.text.num_hidden_layers
+        return Weights(tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)), rest)
+
+    def _encode(self, weights: Weights, slots: Slots, images: Images) -> Slots:
+        model = nnx.merge(self.rest_def, weights.rest)
+        merged = model.vision(images.patches, images.segment_ids, images.positions, self.compute)
+        old = slots.images[:, : merged.shape[1]]
+        merged = jnp.where(images.wanted[:, None, None], merged.astype(old.dtype), old)
+        return dataclasses.replace(slots, images=slots.images.at[:, : merged.shape[1]].set(merged))
+
+    def _copy(self, slots: Slots, source, target, wanted, count: jax.Array) -> Slots:
+        cache = tuple(kv.copy_places(layer, source, target, wanted, count, self.block) for layer in slots.cache)
+        return dataclasses.replace(slots, cache=cache)
+
+    def _step(
+        self,
+        weights: Weights,
+        slots: Slots,
+        key: jax.Array,
+        piece: Piece | None,
+        turns: Turns,
+        *,
+        blocks: int,
+        steps: int | None = None,
+    ) -> tuple[Slots, Sampled]:
+        """`blocks` of every slot's cache are read: no slot in use may have more when the call ends.
+
+        `steps`: so many without looking whether a slot is still open, for a program with loops of known length.
+        """
+        model = nnx.merge(self.rest_def, weights.rest)
+        if piece is not None:
+            slots = self._append(model, weights, slots, piece, blocks)
+        return self._decode(model, weights, slots, key, turns, blocks, steps)
+
+    def _append(self, model, weights: Weights, slots: Slots, piece: Piece, blocks: int) -> Slots:
+        x = model.place(piece.tokens, slots.images, piece.image_places, self.compute)
+        rows = Rows(piece.slots)
+        places = piece.lengths[:, None] + jnp.arange(x.shape[1])
+        cache = []
+
+        def attend(layer, q, k, v):
+            cache.append(kv.write(slots.cache[layer], rows, Part.of(k, v, slots.cache[layer]), piece.lengths))
+            parts = kv.blocks(cache[-1], rows, blocks, self.block)
+            starts = range(0, blocks * self.block, self.block)
+            seen = [(at + jnp.arange(self.block)) <= places[:, :, None] for at in starts]
+            return kv.attend(q, zip(parts, seen, strict=True))
+
+        hidden = self._layers(model, weights, x, piece.positions, attend)
+        last = jnp.take_along_axis(hidden, jnp.maximum(piece.counts - 1, 0)[:, None, None], axis=1)[:, 0]
+        lanes = slots.hidden.reshape(len(piece.slots), -1, slots.hidden.shape[-1])
+        here = (jnp.arange(lanes.shape[1]) == piece.slots[:, None]) & (piece.counts > 0)[:, None]
+        lanes = jnp.where(here[..., None], last[:, None], lanes)
+        return dataclasses.replace(slots, cache=tuple(cache), hidden=lanes.reshape(slots.hidden.shape))
+
+    def _decode(self, model, weights: Weights, slots: Slots, key, turns: Turns, blocks: int, steps: int | None):
+        count, limit = len(turns.open), self.sampling.chunk
+        keys = jax.vmap(lambda u, n: jax.random.fold_in(jax.random.fold_in(key, u), n))(turns.uids, turns.numbers)
+        old = [kv.blocks(layer, kv.ALL, blocks, self.block) for layer in slots.cache]
+        starts = range(0, blocks * self.block, self.block)
+        seen = [(at + jnp.arange(self.block)) < turns.lengths[:, None, None] for at in starts]
+
+        def step(carry):
+            i, recent, hidden, open_, out = carry
+            logits = self.compute.rows(model.logits(hidden[:, None])[:, 0])
+            token, logprob = draw(logits, self.sampling, keys, turns.done + out.counts)
+            finished, stopped = token == self.terminator, jnp.isin(token, self.stops)
+            out = Sampled(
+                # An open slot has drawn in every step before: its count is i.
+                out.tokens.at[:, i].set(jnp.where(open_, token, 0)),
+                out.logprobs.at[:, i].set(jnp.where(open_, logprob, 0.0)),
+                out.counts + open_,
+                out.finished | (open_ & finished),
+                out.stopped | (open_ & stopped),
+                i + 1,
+            )
+            x = model.decoder.embed_tokens(token[:, None], self.compute)
+            positions = jnp.broadcast_to((turns.positions + i)[:, None, None], (count, 3, 1))
+            mine = jnp.broadcast_to(jnp.arange(limit) <= i, (count, 1, limit))
+            new = []
+
+            def attend(layer, q, k, v):
+                new.append(recent[layer].with_place(i, Part.of(k, v, slots.cache[layer])))
+                return kv.attend(q, [*zip(old[layer], seen, strict=True), (new[-1], mine)])
+
+            after = self._layers(model, weights, x, positions, attend)[:, 0]
+            hidden = jnp.where((open_ & ~finished)[:, None], after, hidden)
+            return i + 1, tuple(new), hidden, open_ & ~stopped & (turns.done + out.counts < turns.budget), out
+
+        zeros, none = jnp.zeros(count, jnp.int32), jnp.zeros(count, bool)
+        tokens = jnp.zeros((count, limit), jnp.int32)
+        out = Sampled(tokens, tokens.astype(jnp.float32), zeros, none, none, jnp.int32(0))
+        recent = tuple(Part.empty(layer, limit) for layer in slots.cache)
+        carry = (jnp.int32(0), recent, slots.hidden, turns.open, out)
+        if steps is None:
+            carry = jax.lax.while_loop(lambda c: (c[0] < limit) & jnp.any(c[3]), step, carry)
+        else:
+            carry = jax.lax.fori_loop(0, steps, lambda _, c: step(c), carry)
+        _, recent, hidden, _, out = carry
+        # What is behind a slot's last token is overwritten by its next ones, and never seen.
+        cache = tuple(
+            kv.write(layer, kv.ALL, part, turns.lengths) for layer, part in zip(slots.cache, recent, strict=True)
+        )
+        return dataclasses.replace(slots, cache=cache, hidden=hidden), out
+
+    def _layers(self, model, weights: Weights, x_RTD, positions_R3T, attend) -> jax.Array:
+        """Normed hidden states [R, T, D]; `attend(layer, q_RTNH, k_RTKH, v_RTKH)` sees to the cache."""
+        cos, sin = mrope_angles(positions_R3T, self.config.text)
+        x = self.compute.rows(x_RTD)
+        for i, state in enumerate(weights.layers):
+            layer = nnx.merge(self.layer_def, state)
+            see = lambda q, k, v, i=i: attend(i, q, k.swapaxes(1, 2), v.swapaxes(1, 2))  # noqa: E731
+            x = self.compute.rows(layer(x, cos, sin, see, self.compute))
+        return model.decoder.norm(x)
+
+
+def weight_shardings(programs: Programs, params: Any, mesh: jax.sharding.Mesh) -> Weights:
+    """Where the engine's weights live: split over tensor, whole in every row of the mesh."""
+    abstract = jax.eval_shape(programs.split, params)
+
+    def place(variable):
+        names = variable.get_metadata("axes")
+        shape = variable.get_value().shape
+        spec = sharding.spec_of(shape, names[len(names) - len(shape) :], mesh)
+        return variable.replace(jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, abstract, is_leaf=lambda v: isinstance(v, nnx.Variable))

@@ -1,0 +1,55 @@
+"""Draws a token per slot: temperature, top-k, top-p. Nothing is sorted: bisection finds both filters' thresholds."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rsagent_jax.config import SamplingConfig
+
+
+def draw(logits_SV: jax.Array, sampling: SamplingConfig, keys: jax.Array, steps: jax.Array):
+    """(tokens i32[S], log-probs f32[S]); greedy at temperature 0. The draw of step n of a key depends on these alone.
+
+    Log-probs are of softmax(logits / temperature), as the trainer computes them: without top-k and top-p, which change
+    what is drawn and not what is learned from. At temperature 0 they are of softmax(logits).
+    """
+    logp = jax.nn.log_softmax(logits_SV / (sampling.temperature or 1.0))
+    if sampling.temperature == 0.0:
+        token = jnp.argmax(logits_SV, axis=-1)
+    else:
+        kept = filtered(logp, sampling.top_k, sampling.top_p)
+        token = jax.vmap(lambda key, n, p: jax.random.categorical(jax.random.fold_in(key, n), p))(keys, steps, kept)
+    return token.astype(jnp.int32), jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
+
+
+def filtered(logp_SV: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Log-probs with -inf for what is not among the `top_k` likeliest (0: all), nor in the nucleus of mass `top_p`.
+
+    The nucleus is the smallest set of likeliest tokens whose mass, after top-k, reaches `top_p`: the token that crosses
+    it is in. Tokens as likely as the last one in are in, too.
+    """
+    if top_k and top_k < logp_SV.shape[-1]:
+        probs = jnp.exp(logp_SV)
+        kept = probs >= _threshold(probs, jnp.ones_like(probs), jnp.full(len(probs), float(top_k)))[:, None]
+        logp_SV = jnp.where(kept, logp_SV, -jnp.inf)
+    if top_p < 1.0:
+        probs = jnp.exp(logp_SV)
+        limit = _threshold(probs, probs, top_p * probs.sum(-1))
+        logp_SV = jnp.where(probs >= limit[:, None], logp_SV, -jnp.inf)
+    return logp_SV
+
+
+def _threshold(probs_SV: jax.Array, weights_SV: jax.Array, wanted_S: jax.Array) -> jax.Array:
+    """The largest t with sum(weights[probs >= t]) >= wanted: bisection over the bits, which order floats >= 0."""
+    bits = jax.lax.bitcast_convert_type(probs_SV, jnp.int32)
+
+    def step(_, bounds):
+        low, high = bounds
+        middle = low + (high - low + 1) // 2
+        enough = jnp.sum(jnp.where(bits >= middle[:, None], weights_SV, 0.0), -1) >= wanted_S
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+
+    zero = jnp.zeros(len(bits), jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, step, (zero, zero + bits.max()))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
