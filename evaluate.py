@@ -25,7 +25,7 @@ from rsagent_jax.agent.replay import to_json
 from rsagent_jax.checkpoint import load_policy, policy_directory
 from rsagent_jax.config import EvalConfig, to_dict
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.data.refcoco import load_refcoco
+from rsagent_jax.data.samples import open_samples
 from rsagent_jax.evals import metrics, report
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.rewards import mask_iou
@@ -43,8 +43,7 @@ def main(config: EvalConfig) -> None:
         config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=flags.FLAGS.weights))
     model = load_policy(config.policy.weights)
     processor = Processor.load(policy_directory(config.policy.weights))
-    data = config.data
-    samples = load_refcoco(data.root, data.dataset, data.split_by, data.split, data.unit, data.limit or None)
+    samples = open_samples(config.data)
     engine = Engine(model, config.sampling, processor.terminator_id, config.policy.dtype, jax.random.key(config.seed))
 
     ############################## Trajectories ##############################

@@ -20,7 +20,7 @@ from rsagent_jax.checkpoint import policy_directory
 from rsagent_jax.config import CollectConfig, to_dict
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.data.refcoco import load_refcoco
+from rsagent_jax.data.samples import open_samples
 from rsagent_jax.evals.metrics import score
 from rsagent_jax.resolve import resolve
 from rsagent_jax.rollout.driver import Driver, pixel_limits
@@ -34,8 +34,7 @@ WAVE = 64  # trajectories under way at a time
 def main(config: CollectConfig) -> None:
     workdir = entry.workdir()
     processor = Processor.load(policy_directory(config.processor))
-    data = config.data
-    samples = load_refcoco(data.root, data.dataset, data.split_by, data.split, data.unit, data.limit or None)
+    samples = open_samples(config.data)
     order = np.random.default_rng(config.seed).permutation(len(samples))[: config.limit or None]
     make_teacher = resolve(config.teacher.function)
     teachers = {}

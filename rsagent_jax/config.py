@@ -50,14 +50,29 @@ class SegmenterConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which samples."""
+    """Which samples; rsagent_jax.data.samples.open_samples opens them for every command."""
 
     root: str = ""
-    dataset: str = "refcocog"
-    split_by: str = "umd"
+    dataset: str = "refcocog"  # refcoco | refcoco+ | refcocog | grefcoco | reasonseg | folder
+    layout: str = "refer"  # of the RefCOCO family: refer (refs(*).p) | tfds (prepared TFDS ref_coco)
+    split_by: str = "umd"  # of the RefCOCO family
     split: str = "train"
-    unit: str = "sentence"  # sentence: every expression is a sample; reference: the first one of each
+    unit: str = "sentence"  # RefCOCO family: sentence = every expression is a sample; reference = the first of each
+    texts: str = "first"  # ReasonSeg: first | all paraphrases
+    raw: bool = False  # RefCOCO family: the annotator's own text, not in lower case
     limit: int = 0  # 0 = all
+    exclude: tuple[str, ...] = ()  # refcoco/unc/val, reasonseg/test, …: samples on their pictures are left out
+    exclude_root: str = ""  # where those are; "" = root
+    mix: tuple[MixPart, ...] = ()  # several sets by weight, in place of the one above
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixPart:
+    """One set of a mix; its `data` without a root is under the mix's own."""
+
+    name: str
+    weight: float = 1.0  # share of the samples drawn, after division by the sum
+    data: DataConfig = DataConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -294,7 +309,9 @@ def template(cls: type) -> ConfigDict:
     hints = typing.get_type_hints(cls)
     out = ConfigDict()
     for field in dataclasses.fields(cls):
-        if field.default is not dataclasses.MISSING:
+        if field.default == () and _holds_dataclasses(hints[field.name]):
+            out[field.name] = ConfigDict()  # items by name, to be added
+        elif field.default is not dataclasses.MISSING:
             out[field.name] = _plain(field.default)
         elif dataclasses.is_dataclass(hints[field.name]):
             out[field.name] = template(hints[field.name])
@@ -307,8 +324,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
         return ConfigDict({_item_name(item): _plain(item) for item in value})
     if dataclasses.is_dataclass(value):
-        return ConfigDict({f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)})
+        hints = typing.get_type_hints(type(value))
+        plain = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        empty = {name for name, given in plain.items() if given == () and _holds_dataclasses(hints[name])}
+        return ConfigDict({name: ConfigDict() if name in empty else given for name, given in plain.items()})
     return value
+
+
+def _holds_dataclasses(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple and dataclasses.is_dataclass(typing.get_args(hint)[0])
 
 
 def _item_name(item: Any) -> str:

@@ -177,6 +177,7 @@ def test_an_ill_typed_value(run, config, tmp_path):
 def test_a_config_file_that_does_not_exist(run, tmp_path):
     said(run(*train(tmp_path), "--config=configs/quikstart.py"), "configs/quikstart.py", "mean configs/quickstart.py?")
     said(run("evaluate.py", f"--workdir={tmp_path}"), "--config=configs/X.py is required")
+    said(run("evaluate.py"), "--config=configs/X.py is required")
 
 
 @pytest.mark.parametrize(
