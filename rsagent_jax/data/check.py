@@ -27,6 +27,7 @@ from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.config import CollectConfig, DataConfig, EvalConfig, TrainConfig
 from rsagent_jax.data.index import SampleIndex
 from rsagent_jax.data.samples import Mixture, open_samples
+from rsagent_jax.data.synthetic import STAMP
 from rsagent_jax.types import DataError, Sample
 
 # (references, pictures, sentences) of the files that refer's authors distribute. References and pictures:
@@ -93,6 +94,8 @@ def count_row(samples: SampleIndex, data: DataConfig) -> dict:
     refs, images, sentences = PUBLISHED.get(samples.name, (None, None, None))
     part = next((p.data for p in data.mix if p.data.dataset == samples.name.split("/")[0]), data)
     wanted = sentences if part.unit == "sentence" and samples.name.startswith("refcoco") else refs
+    if (pathlib.Path(part.root or data.root) / STAMP).exists():
+        return row | {"verdict": "synthetic scenes: not compared"}
     if part.limit or data.limit or samples.notes or part.texts != "first":
         return row | {"verdict": "part of the split: not compared"}
     if wanted is None:

@@ -136,6 +136,7 @@ def run_check(root, out, *more):
 def test_check_reports_broken_pictures_and_draws_the_rest(copied, tmp_path):
     picture = sorted((copied / "images/mscoco/images/train2014").glob("*.jpg"))[-1]
     picture.write_bytes(picture.read_bytes()[:400])
+    (copied / "synthetic.json").unlink()
     done = run_check(copied, tmp_path / "out", "--samples=0")
     assert done.returncode == 1, done.stderr
     assert "3 of 4 samples looked at were read" in done.stdout and f"{picture} is not a readable picture" in done.stdout
@@ -146,14 +147,16 @@ def test_check_reports_broken_pictures_and_draws_the_rest(copied, tmp_path):
         assert sheet.size == (4 * 288, 328) and len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 1000
 
 
-def test_published_counts_are_compared_for_whole_splits_only(dataset, monkeypatch):
-    data = DataConfig(root=str(dataset), split="val")
+def test_published_counts_are_compared_for_whole_splits_only(copied, monkeypatch):
+    data = DataConfig(root=str(copied), split="val")
     samples = open_samples(data)
     pictures = len(set(samples.picture_keys))
+    assert "synthetic" in check.count_row(samples, data)["verdict"]
+    (copied / "synthetic.json").unlink()
     for published, verdict in [((6, pictures, len(samples)), "ok"), ((6, pictures, 4896), "DIFFERS")]:
         monkeypatch.setitem(check.PUBLISHED, "refcocog/umd/val", published)
         assert check.count_row(samples, data)["verdict"] == verdict
-    limited = DataConfig(root=str(dataset), split="val", limit=2)
+    limited = DataConfig(root=str(copied), split="val", limit=2)
     assert "not compared" in check.count_row(open_samples(limited), limited)["verdict"]
     # the papers' totals of sentences
     totals = {"refcoco/unc": 142_210, "refcoco+/unc": 141_564, "refcocog/umd": 95_010}
