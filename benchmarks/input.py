@@ -110,7 +110,8 @@ def _transformers(processor: Processor):
     """transformers' own path from pixels to patches, or None where it is not installed."""
     try:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    except ImportError:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another build than torch
+        print(f"transformers is left out: {error}")
         return None
     images = processor.images
     theirs = Qwen2VLImageProcessorPil(

@@ -227,6 +227,18 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MetricConfig:
+    """Conventions in which papers differ, beside data.unit and data.texts. The defaults are LISA's."""
+
+    ignore_policy: str = "excluded"  # ignored pixels: excluded (LISA) | target (Seg-Zero) | background (LENS)
+    empty_policy: str = "one"  # IoU where prediction and truth are empty: one (LISA) | zero | dropped (Seg-Zero)
+    failure_policy: str = "zero"  # a broken tool: zero, with the whole truth as union | dropped (Seg-Zero)
+    ending_policy: str = "mask"  # any other ending than finish: mask = its last one is judged | zero
+    epsilon: float = 1e-5  # IoU = I / (U + epsilon); LISA's
+    empty_below: int = 0  # a prediction of fewer pixels counts as empty
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """configs/eval_*.py of evaluate.py."""
 
@@ -237,6 +249,7 @@ class EvalConfig:
     segmenter: SegmenterConfig = SegmenterConfig()
     data: DataConfig = DataConfig(split="val")
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    metric: MetricConfig = MetricConfig()
     cache_dir: str = ""
     examples: int = 12  # trajectories shown in the report
 
