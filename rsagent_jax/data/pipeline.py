@@ -1,8 +1,8 @@
 """Grain pipelines: what a host reads next depends on the seed, the position and the host's share, and on nothing else.
 
 The order is a shuffle of the whole source, anew in each epoch. Threads, or worker processes where threads do not keep
-up, only decide who decodes an element, so their number changes nothing. A position is one integer, the number of elements
-that all hosts together have taken; starting at it costs nothing, as any element can be reached directly.
+up, only decide who decodes an element, so their number changes nothing. A position is one integer, the number of
+elements that all hosts together have taken; starting at it costs nothing, as any element can be reached directly.
 """
 
 from __future__ import annotations
