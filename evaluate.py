@@ -28,6 +28,7 @@ from rsagent_jax import entry
 from rsagent_jax.agent.replay import to_json
 from rsagent_jax.checkpoint import load_policy, policy_directory
 from rsagent_jax.config import EvalConfig, to_dict
+from rsagent_jax.data.journal import write_whole
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.samples import Mixture, open_samples
 from rsagent_jax.evals import metrics, records, report
@@ -122,9 +123,9 @@ def write_results(workdir: pathlib.Path, config: EvalConfig, found: list[records
         "conventions": metrics.other_conventions([r.counts for r in found]),
     }
     predictions = [prediction(result, r.mask) for result, r in zip(results, found, strict=True)]
-    records.write_whole(workdir / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
-    records.write_whole(workdir / "trajectories.jsonl", "".join(json.dumps(r.example) + "\n" for r in found))
-    records.write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
+    write_whole(workdir / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
+    write_whole(workdir / "trajectories.jsonl", "".join(json.dumps(r.example) + "\n" for r in found))
+    write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
     report.write_evaluation(workdir)
     return summary
 

@@ -255,12 +255,41 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RemoteConfig:
+    """An OpenAI-compatible endpoint, such as Qwen2.5-VL-72B behind vLLM."""
+
+    url: str = ""  # such as http://host:8000/v1
+    model: str = ""
+    key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key; may be unset
+    temperature: float = 0.7
+    max_tokens: int = 512  # per turn
+    timeout_s: float = 120.0  # of one request, however slowly it trickles in
+    retries: int = 5  # after a refusal, an error of the server, a time-out or half an answer
+    backoff_s: float = 1.0  # before the first retry, doubled for each; a Retry-After of the server counts instead
+    concurrent: int = 16  # requests at a time
+    per_minute: float = 0.0  # requests; 0 = no limit of our own
+    price_in: float = 0.0  # per million tokens, for the count of costs
+    price_out: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The oracle teacher: looks at the true mask, acts with the real tools."""
+    """Who acts: the oracle, which looks at the true mask, or rsagent_jax.agent.remote:Remote, which asks `remote`."""
 
     function: str = "rsagent_jax.agent.teacher:Oracle"
+    remote: RemoteConfig = RemoteConfig()
     box: float = 0.5  # share of first prompts that are boxes; the rest are clicks
     wrong_first: float = 0.25  # share of trajectories whose first guess is wrong on purpose
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Which trajectories are kept; all are stored, so that rsagent_jax.refilter can choose again."""
+
+    min_iou: float = 0.9  # (paper) of the final mask
+    max_turns: int = 8  # (paper)
+    malformed: bool = False  # turns that could not be read or done are kept
+    repeats: bool = False  # turns that do the same as the one before are kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -269,8 +298,9 @@ class CollectConfig:
 
     seed: int = 0
     limit: int = 0  # samples to try; 0 = all
-    min_iou: float = 0.9  # (paper)
-    max_turns: int = 8  # (paper)
+    filter: FilterConfig = FilterConfig()
+    concurrent: int = 32  # trajectories under way at a time
+    records_per_file: int = 1000
     processor: str  # Hugging Face directory with the tokenizer and the image processor
     teacher: TeacherConfig = TeacherConfig()
     agent: AgentConfig = AgentConfig()

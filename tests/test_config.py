@@ -74,7 +74,7 @@ def test_the_papers_numbers_are_the_defaults():
         384,
     )
     assert {g.name: g.weight for g in c.grpo.reward} == {"final": 1.0, "process": 0.5, "format": 0.2}
-    assert build(CollectConfig, filled(CollectConfig)).min_iou == 0.9
+    assert build(CollectConfig, filled(CollectConfig)).filter.min_iou == 0.9
 
 
 def test_what_a_config_file_sets_arrives_with_its_type():

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rsagent_jax.data import journal
 from rsagent_jax.evals import records
 from rsagent_jax.evals.metrics import Counts, judge, summarize
 from rsagent_jax.processes import Share, parse_share
@@ -86,18 +87,18 @@ def test_a_full_disk_is_said_and_what_was_written_is_kept(tmp_path):
     shard = records.Shard(tmp_path, Share(), SETTINGS)
     shard.add([record(0), record(2)])
     shard.close()
-    shard.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    shard.journal.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     with pytest.raises(DataError, match="No space left on device.*What was written is kept"):
         shard.add([record(1)])
     assert set(records.read(tmp_path, SETTINGS)) == {"s0", "s2"}
 
 
 def test_whole_files_replace_whole_files(tmp_path):
-    records.write_whole(tmp_path / "a.json", "one")
-    records.write_whole(tmp_path / "a.json", "two")
+    journal.write_whole(tmp_path / "a.json", "one")
+    journal.write_whole(tmp_path / "a.json", "two")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "two"
     with pytest.raises(DataError, match="cannot be written"):
-        records.write_whole(tmp_path / "none" / "a.json", "one")
+        journal.write_whole(tmp_path / "none" / "a.json", "one")
 
 
 def test_shares_of_the_command_line():
