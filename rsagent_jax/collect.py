@@ -25,7 +25,7 @@ from absl import flags
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from rsagent_jax import entry, refilter
+from rsagent_jax import entry
 from rsagent_jax.agent import environment
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.remote import Endpoint, EndpointError
@@ -36,12 +36,15 @@ from rsagent_jax.data import trajectories
 from rsagent_jax.data.journal import Journal
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.samples import Mixture, open_samples
+from rsagent_jax.evals import filtering
 from rsagent_jax.processes import parse_share
 from rsagent_jax.resolve import resolve
 from rsagent_jax.rewards import mask_iou
 from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.segmenter import open_segmenter
 from rsagent_jax.types import DataError, Sample, Status
+
+EXAMPLES = 5  # failures told on the terminal
 
 
 def main(config: CollectConfig) -> None:
@@ -55,7 +58,7 @@ def main(config: CollectConfig) -> None:
     settings["planned"] = len(order)
     make_teacher = resolve(config.teacher.function)
     with (
-        contextlib.closing(Journal(workdir / refilter.ATTEMPTS, share, settings)) as journal,
+        contextlib.closing(Journal(workdir / filtering.ATTEMPTS, share, settings)) as journal,
         open_segmenter(config.segmenter) as segmenter,
     ):
         mine = list(enumerate(order))[share.index :: share.count]
@@ -68,13 +71,15 @@ def main(config: CollectConfig) -> None:
         print(f"  not collected {count}: {problem}")
     if collector.usage:
         print(f"  endpoint: {collector.usage}")
-    if collector.examples:
-        print(f"  such as {collector.examples[0]}")
-    missing = settings["planned"] - len(refilter.done(workdir)) - sum(collector.failed.values())
+    for detail in collector.examples[:EXAMPLES]:
+        print(f"    {detail}")
+    if collector.failed and not filtering.done(workdir):
+        raise DataError(f"nothing could be collected ({dict(collector.failed)}): {collector.examples[0]}")
+    missing = settings["planned"] - len(filtering.done(workdir)) - sum(collector.failed.values())
     if missing > 0:
         print(f"shard {share.index} of {share.count} is done; {missing} trajectories are left to the others")
         return
-    refilter.write(workdir, workdir, config.filter, config.records_per_file, dict(collector.failed))
+    filtering.write(workdir, workdir, config.filter, config.records_per_file, dict(collector.failed))
 
 
 def what_decides(config: CollectConfig) -> dict:

@@ -17,7 +17,7 @@ import numpy as np
 
 from rsagent_jax.checkpoint import policy_directory
 from rsagent_jax.data import trajectories
-from rsagent_jax.data.check import spread
+from rsagent_jax.data.index import spread
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor, pictures
 from rsagent_jax.evals.html import Html, page, picture, tag
@@ -99,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=4, help="how many, evenly spread; 0 = all (default 4)")
     options = parser.parse_args(arguments)
     try:
+        if options.samples < 0:
+            raise DataError(f"--samples must be at least 0 (0 = all), not {options.samples}")
         processor = Processor.load(policy_directory(options.processor))
         text = render(options.trajectories, processor, options.samples)
         try:

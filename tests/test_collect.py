@@ -21,6 +21,7 @@ from rsagent_jax.collect import Collector, what_decides
 from rsagent_jax.config import CollectConfig, FilterConfig, RemoteConfig, TeacherConfig
 from rsagent_jax.data import synthetic, trajectories
 from rsagent_jax.data.journal import Journal
+from rsagent_jax.evals import filtering
 from rsagent_jax.processes import Share
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import TextPolicy
@@ -66,7 +67,7 @@ CONFIG = CollectConfig(processor="x", agent=small.AGENT, workers=3, concurrent=4
 
 def collect(workdir, samples, share=ALONE, make=Scripted, config=CONFIG, segmenter=None):
     """One run of a shard over what is left; returns the collector."""
-    journal = Journal(workdir / refilter.ATTEMPTS, share, what_decides(config))
+    journal = Journal(workdir / filtering.ATTEMPTS, share, what_decides(config))
     mine = range(share.index, len(samples), share.count)
     left = [(i, i) for i in mine if f"s{i}" not in journal.done]
     collector = Collector(config, small.processor(), samples, make, segmenter or DiscSegmenter(14.0), journal)
@@ -82,7 +83,7 @@ def lines(path):
 def test_the_filter_keeps_drops_and_counts(tmp_path, samples):
     workdir = tmp_path / "w"
     assert collect(workdir, samples).failed == {}
-    found = refilter.write(workdir, workdir, FilterConfig())
+    found = filtering.write(workdir, workdir, FilterConfig())
     kept = lines(workdir / "trajectories.jsonl")
     assert [row["id"] for row in kept] == ["s0", "s5"] and set(kept[0]) == {"id", "iou", "turns", "status"}
     assert kept[1] == {"id": "s5", "iou": pytest.approx(1.0), "turns": 3, "status": "finished"}
@@ -90,9 +91,9 @@ def test_the_filter_keeps_drops_and_counts(tmp_path, samples):
     assert found.dropped == wanted and found.kept == 2
     stamp = json.loads((workdir / "collect.json").read_text())
     assert stamp["records"] == 2 and stamp["verdicts"] == wanted | {"kept": 2} and stamp["filter"]["min_iou"] == 0.9
-    every = refilter.write(workdir, tmp_path / "all", FilterConfig(min_iou=0.0, malformed=True, repeats=True))
+    every = filtering.write(workdir, tmp_path / "all", FilterConfig(min_iou=0.0, malformed=True, repeats=True))
     assert every.kept == 5 and every.dropped == {"invalid": 1}
-    assert refilter.write(workdir, tmp_path / "short", FilterConfig(max_turns=2)).dropped["more than 2 turns"] == 1
+    assert filtering.write(workdir, tmp_path / "short", FilterConfig(max_turns=2)).dropped["more than 2 turns"] == 1
     page = (workdir / "report/index.html").read_text()
     assert "malformed or refused call" in page and page.count("<article") == 6 and "Cannot be shown" not in page
 
@@ -100,7 +101,7 @@ def test_the_filter_keeps_drops_and_counts(tmp_path, samples):
 def test_records_are_what_the_driver_makes_with_images_by_reference(tmp_path, samples):
     workdir = tmp_path / "w"
     collect(workdir, samples)
-    refilter.write(workdir, workdir, FilterConfig(), per_file=1)
+    filtering.write(workdir, workdir, FilterConfig(), per_file=1)
     assert sorted(p.name for p in workdir.glob("*.array_record")) == [
         f"trajectories-0000{i}.array_record" for i in (0, 1)
     ]
@@ -142,18 +143,18 @@ def test_pictures_may_move_or_be_inside_the_record(tmp_path, samples, capsys):
 def test_kills_and_shards_leave_the_same_set(tmp_path, samples):
     whole = tmp_path / "whole"
     collect(whole, samples)
-    refilter.write(whole, whole, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
+    filtering.write(whole, whole, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
     wanted = (whole / "trajectories.jsonl").read_text()
-    journal = next((whole / refilter.ATTEMPTS).iterdir()).read_bytes()
+    journal = next((whole / filtering.ATTEMPTS).iterdir()).read_bytes()
     for n, cut in enumerate(np.linspace(0, len(journal), 9).astype(int)):
         workdir = tmp_path / str(n)
-        (workdir / refilter.ATTEMPTS).mkdir(parents=True)
-        (workdir / refilter.ATTEMPTS / "00000-of-00001.jsonl").write_bytes(journal[:cut])
+        (workdir / filtering.ATTEMPTS).mkdir(parents=True)
+        (workdir / filtering.ATTEMPTS / "00000-of-00001.jsonl").write_bytes(journal[:cut])
         for index in range(1 + n % 2):  # alone, or two machines one after the other
             collect(workdir, samples, Share(index, 1 + n % 2))
-        refilter.write(workdir, workdir, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
+        filtering.write(workdir, workdir, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
         assert (workdir / "trajectories.jsonl").read_text() == wanted
-        whole_lines = [p.read_bytes().split(b"\n")[1:-1] for p in (workdir / refilter.ATTEMPTS).iterdir()]
+        whole_lines = [p.read_bytes().split(b"\n")[1:-1] for p in (workdir / filtering.ATTEMPTS).iterdir()]
         ids = [json.loads(line)["id"] for part in whole_lines for line in part]
         assert sorted(ids) == sorted(set(ids)) == [f"s{i}" for i in range(6)]
 
@@ -167,15 +168,15 @@ def test_what_fails_is_counted_and_tried_again(tmp_path, samples):
 
     workdir = tmp_path / "w"
     broken = Broken(samples)
-    journal = Journal(workdir / refilter.ATTEMPTS, Share(), what_decides(CONFIG))
+    journal = Journal(workdir / filtering.ATTEMPTS, Share(), what_decides(CONFIG))
     failing = DiscSegmenter(14.0, fail=[FailureKind.UNAVAILABLE])
     one = dataclasses.replace(CONFIG, concurrent=1, workers=1)
     collector = Collector(one, small.processor(), broken, Scripted, failing, journal)
     asyncio.run(collector.run([(i, i) for i in range(6)], 6))
     journal.close()
     assert collector.failed == {"unreadable sample": 1, "segmenter, unavailable": 1}
-    assert refilter.done(workdir) == {"s1", "s3", "s4", "s5"}
-    assert collect(workdir, samples).failed == {} and len(refilter.done(workdir)) == 6
+    assert filtering.done(workdir) == {"s1", "s3", "s4", "s5"}
+    assert collect(workdir, samples).failed == {} and len(filtering.done(workdir)) == 6
     full = Journal(tmp_path / "full", Share(), {})
     full.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     collector = Collector(CONFIG, small.processor(), samples, Scripted, DiscSegmenter(14.0), full)
@@ -202,7 +203,7 @@ def test_a_remote_teacher_is_asked_side_by_side_and_counted(tmp_path, samples):
     turns = sum(len(script) for id, script in SCRIPTS.items() if id != "s1")
     assert collector.usage["tokens_out"] == 10 * turns == collector.usage["cost"]
     assert collector.usage["requests"] == turns + collector.usage["retries"] + 1 and collector.usage["retries"] > 0
-    assert refilter.write(tmp_path / "w", tmp_path / "w", FilterConfig()).kept == 2
+    assert filtering.write(tmp_path / "w", tmp_path / "w", FilterConfig()).kept == 2
 
 
 @pytest.mark.timeout(200)
@@ -213,7 +214,7 @@ def test_a_real_kill_of_the_command(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     workdir = f"--workdir={tmp_path / 'w'}"
     killed = subprocess.Popen([*command, workdir], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    journal = tmp_path / "w" / refilter.ATTEMPTS / "00000-of-00001.jsonl"
+    journal = tmp_path / "w" / filtering.ATTEMPTS / "00000-of-00001.jsonl"
     while killed.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
@@ -226,7 +227,7 @@ def test_a_real_kill_of_the_command(tmp_path):
     kept = [
         row["id"]
         for row in sorted(rows, key=lambda row: row["uid"])
-        if refilter.verdict(row, FilterConfig(repeats=True)) == "kept"
+        if filtering.verdict(row, FilterConfig(repeats=True)) == "kept"
     ]
     assert [row["id"] for row in lines(tmp_path / "w" / "trajectories.jsonl")] == kept
     assert len(trajectories.open_records(tmp_path / "w")) == len(kept) > 10

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from rsagent_jax import entry
 from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.config import CollectConfig, DataConfig, EvalConfig, TrainConfig
-from rsagent_jax.data.index import SampleIndex
+from rsagent_jax.data.index import SampleIndex, spread
 from rsagent_jax.data.samples import Mixture, open_samples
 from rsagent_jax.data.synthetic import STAMP
 from rsagent_jax.types import DataError, Sample
@@ -69,6 +69,8 @@ def main(config: TrainConfig | EvalConfig | CollectConfig) -> int:
     differs = [row for row in rows if row["verdict"] == "DIFFERS"]
     for row in rows:
         print("  " + "  ".join(f"{key} {value}" for key, value in row.items()))
+    if flags.FLAGS.samples < 0:
+        raise DataError(f"--samples must be at least 0 (0 = all), not {flags.FLAGS.samples}")
     chosen = spread(len(samples), flags.FLAGS.samples)
     found = examine(samples, chosen)
     contact_sheet([samples[i] for i in readable(samples, chosen, found)], out / "contact_sheet.png")
@@ -102,13 +104,6 @@ def count_row(samples: SampleIndex, data: DataConfig) -> dict:
         return row | {"verdict": "no published number known here"}
     same = len(samples) == wanted and pictures == images
     return row | {"published": f"{wanted} samples, {images} pictures", "verdict": "ok" if same else "DIFFERS"}
-
-
-def spread(total: int, wanted: int) -> list[int]:
-    """So many places, evenly spread; all of them where `wanted` is 0."""
-    if wanted < 0:
-        raise DataError(f"--samples must be at least 0 (0 = all), not {wanted}")
-    return sorted({int(i) for i in np.linspace(0, total - 1, min(wanted or total, total))})
 
 
 def examine(samples: SampleIndex | Mixture, chosen: list[int]) -> Found:

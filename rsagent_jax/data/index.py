@@ -112,3 +112,8 @@ def _decode(file: Any, upright: bool) -> np.ndarray:
 
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)
+
+
+def spread(total: int, wanted: int) -> list[int]:
+    """So many places out of `total`, evenly spread; all of them where `wanted` is 0."""
+    return sorted({int(i) for i in np.linspace(0, total - 1, min(wanted or total, total))})
