@@ -1,12 +1,15 @@
 """Evaluates a policy on a benchmark: every sample gets a trajectory, greedy unless the config says otherwise.
 
-  python evaluate.py --config=configs/eval_X.py --workdir=DIR [--weights=HF_DIR_OR_CHECKPOINT]
+  python evaluate.py --config=configs/eval_X.py --workdir=DIR [--weights=HF_DIR_OR_CHECKPOINT] [--shard=0/4]
 
-Leaves results.json, predictions.jsonl, trajectories.jsonl (some, for people) and report/index.html.
+Leaves results.json, predictions.jsonl, trajectories.jsonl (for people) and report/index.html. Run a stopped command
+again and it goes on; --shard=i/n evaluates every n-th sample, on as many machines as write to one work directory, and
+whichever finishes last puts the results together.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,6 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 from flax import nnx
+from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
@@ -24,15 +28,18 @@ from rsagent_jax import entry
 from rsagent_jax.agent.replay import to_json
 from rsagent_jax.checkpoint import load_policy, policy_directory
 from rsagent_jax.config import EvalConfig, to_dict
+from rsagent_jax.data.journal import write_whole
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.data.refcoco import load_refcoco
-from rsagent_jax.evals import metrics, report
+from rsagent_jax.data.samples import Mixture, open_samples
+from rsagent_jax.evals import metrics, records, report
 from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.processes import parse_share
 from rsagent_jax.rewards import mask_iou
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.rollout.segmenter import open_segmenter
+from rsagent_jax.types import DataError
 
 
 def main(config: EvalConfig) -> None:
@@ -41,38 +48,45 @@ def main(config: EvalConfig) -> None:
     entry.use_compilation_cache(config.cache_dir, workdir / "compiled")
     if flags.FLAGS.weights:
         config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=flags.FLAGS.weights))
+    metrics.check_rules(config.metric)
+    share = parse_share(flags.FLAGS.shard, "--shard")
+    samples = open_samples(config.data)
+    if isinstance(samples, Mixture):
+        raise DataError("a mix cannot be evaluated, its samples come up more than once; evaluate its parts")
+    ids = samples.ids
     model = load_policy(config.policy.weights)
     processor = Processor.load(policy_directory(config.policy.weights))
-    data = config.data
-    samples = load_refcoco(data.root, data.dataset, data.split_by, data.split, data.unit, data.limit or None)
     engine = Engine(model, config.sampling, processor.terminator_id, config.policy.dtype, jax.random.key(config.seed))
+    checksum = weights_checksum(model)
+    settings = what_decides(config, checksum, ids)
 
     ############################## Trajectories ##############################
-    results, started = [], time.perf_counter()
     with (
+        contextlib.closing(records.Shard(workdir, share, settings)) as shard,
         open_segmenter(config.segmenter) as segmenter,
-        (workdir / "predictions.jsonl").open("w", encoding="utf-8") as predictions,
-        (workdir / "trajectories.jsonl").open("w", encoding="utf-8") as trajectories,
-        tqdm(total=len(samples), desc="evaluate", unit="sample", mininterval=2.0) as bar,
     ):
         driver = Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
-        for i in range(0, len(samples), engine.slots):
-            tasks = [Task(samples[k], k, k) for k in range(i, min(i + engine.slots, len(samples)))]
-            for task, (trajectory, state) in zip(tasks, driver.run(tasks), strict=True):
-                result = metrics.score(trajectory, task.sample)
-                results.append(result)
-                predictions.write(json.dumps(_prediction(result, trajectory)) + "\n")
-                trajectories.write(json.dumps(_example(result, task.sample, trajectory, state)) + "\n")
+        mine = range(share.index, len(samples), share.count)
+        left = [k for k in mine if ids[k] not in shard.done]
+        if len(left) < len(mine):
+            print(f"goes on: {len(mine) - len(left)} of {len(mine)} samples are done")
+        bar = tqdm(total=len(mine), initial=len(mine) - len(left), desc="evaluate", unit="sample", mininterval=2.0)
+        for i in range(0, len(left), engine.slots):
+            started = time.perf_counter()
+            tasks = [Task(samples[k], k, k) for k in left[i : i + engine.slots]]
+            played = driver.run(tasks)
+            seconds = (time.perf_counter() - started) / len(tasks)
+            pairs = zip(tasks, played, strict=True)
+            shard.add([record(workdir, task.sample, *outcome, seconds) for task, outcome in pairs])
             bar.update(len(tasks))
+        bar.close()
 
     ############################## Results ##############################
-    seconds = time.perf_counter() - started
-    summary = metrics.summarize(results, to_dict(config), benchmark=config.benchmark) | {
-        "seconds_per_sample": seconds / len(results),
-        "weights_sha256": weights_checksum(model),
-    }
-    (workdir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
-    report.write_evaluation(workdir)
+    found = records.read(workdir, settings)
+    if missing := [id for id in ids if id not in found]:
+        print(f"shard {share.index} of {share.count} is done; {len(missing)} samples are left to the others")
+        return
+    summary = write_results(workdir, config, [found[id] for id in ids], checksum)
     low, high = summary["giou_ci95"]
     print(
         f"{config.benchmark}: n {summary['n']}  gIoU {summary['giou']:.3f} [{low:.3f}, {high:.3f}]"
@@ -82,18 +96,69 @@ def main(config: EvalConfig) -> None:
     print(f"{pathlib.Path(workdir) / 'report' / 'index.html'}")
 
 
-def weights_checksum(model: nnx.Module) -> str:
-    """sha256 over names and fp32 values: two runs with the same figure had the same weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(convert.flat_params(model).items()):
-        digest.update(name.encode() + np.ascontiguousarray(np.asarray(value)).tobytes())
-    return digest.hexdigest()
+def what_decides(config: EvalConfig, checksum: str, ids: list[str]) -> dict:
+    """Everything that a sample's trajectory depends on: a run that is taken up again must agree in it."""
+    resolved = to_dict(config)
+    free = {"slots", "chunk", "patches"}  # how many at a time, not what
+    return {
+        "weights_sha256": checksum,
+        "samples_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
+        "dtype": config.policy.dtype,
+        "seed": config.seed,
+        "agent": resolved["agent"],
+        "backend": config.segmenter.backend,
+        "sampling": {key: value for key, value in resolved["sampling"].items() if key not in free},
+    }
 
 
-def _prediction(result: metrics.SampleResult, trajectory) -> dict:
+def write_results(workdir: pathlib.Path, config: EvalConfig, found: list[records.Record], checksum: str) -> dict:
+    """results.json, predictions.jsonl, trajectories.jsonl and the report of all samples, in the order of the data."""
+    results = [metrics.judge(r.counts, config.metric) for r in found]
+    settings = to_dict(config)
+    # the unit belongs to the conventions as well
+    settings["metric"] |= {"unit": config.data.unit, "texts": config.data.texts, "split": config.data.split}
+    summary = metrics.summarize(results, settings, benchmark=config.benchmark) | {
+        "seconds_per_sample": sum(r.seconds for r in found) / len(found),
+        "weights_sha256": checksum,
+        "conventions": metrics.other_conventions([r.counts for r in found]),
+    }
+    predictions = [prediction(result, r.mask) for result, r in zip(results, found, strict=True)]
+    write_whole(workdir / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
+    write_whole(workdir / "trajectories.jsonl", "".join(json.dumps(r.example) + "\n" for r in found))
+    write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
+    report.write_evaluation(workdir)
+    return summary
+
+
+def record(workdir: pathlib.Path, sample, trajectory, state, seconds: float) -> records.Record:
+    counts = metrics.count(trajectory, sample)
+    path = sample.path or _kept_picture(workdir, sample)
+    example = {
+        "id": sample.id,
+        "query": sample.query,
+        "iou": metrics.judge(counts).iou,
+        "status": trajectory.status.value,
+        "ious": [mask_iou(m.mask, sample) for m in trajectory.masks],
+        "gt": _rle(sample.gt_mask),
+        "image": path,
+        "record": to_json(state, path),
+    }
+    return records.Record(counts, _rle(trajectory.final_mask), seconds, example)
+
+
+def _kept_picture(workdir: pathlib.Path, sample) -> str:
+    """For a sample whose picture is no file (TFDS): the report needs one."""
+    path = workdir / "pictures" / f"{hashlib.sha256(sample.image.tobytes()).hexdigest()[:16]}.png"
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        Image.fromarray(sample.image).save(path)
+    return str(path)
+
+
+def prediction(result: metrics.SampleResult, mask: dict) -> dict:
     return {
         "id": result.id,
-        "mask": _rle(trajectory.final_mask),
+        "mask": mask,
         "intersection": result.intersection,
         "union": result.union,
         "iou": result.iou,
@@ -102,18 +167,13 @@ def _prediction(result: metrics.SampleResult, trajectory) -> dict:
     }
 
 
-def _example(result: metrics.SampleResult, sample, trajectory, state) -> dict:
-    ious = [mask_iou(record.mask, sample) for record in trajectory.masks]
-    return {
-        "id": result.id,
-        "query": sample.query,
-        "iou": result.iou,
-        "status": result.status.value,
-        "ious": ious,
-        "gt": _rle(sample.gt_mask),
-        "image": sample.path,
-        "record": to_json(state, sample.path),
-    }
+def weights_checksum(model: nnx.Module) -> str:
+    """sha256 over names, shapes and values: two runs with the same figure had the same weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(convert.flat_params(model).items()):
+        array = np.asarray(value)
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _rle(mask: np.ndarray) -> dict:
@@ -124,4 +184,5 @@ def _rle(mask: np.ndarray) -> dict:
 if __name__ == "__main__":
     entry.define_flags()
     flags.DEFINE_string("weights", None, "Hugging Face directory, or checkpoints/<stage>; overrides policy.weights.")
+    flags.DEFINE_string("shard", "0/1", "i/n: evaluate every n-th sample from the i-th on, counted from 0.")
     entry.run(main, EvalConfig)

@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from rsagent_jax import entry, processes, sharding, slices
 from rsagent_jax.checkpoint import Checkpoints, load_policy, policy_directory
-from rsagent_jax.config import DataConfig, TrainConfig, to_dict
+from rsagent_jax.config import TrainConfig, to_dict
 from rsagent_jax.data.processor import Processor, pictures
-from rsagent_jax.data.refcoco import RefCocoIndex, load_refcoco
+from rsagent_jax.data.samples import open_samples
 from rsagent_jax.data.trajectories import open_records
 from rsagent_jax.metrics import MetricsLog
 from rsagent_jax.models.qwen25_vl.compute import Compute
@@ -107,10 +107,6 @@ def check(config: TrainConfig) -> None:
         open_samples(config.grpo.data)
         with open_segmenter(config.segmenter):
             pass
-
-
-def open_samples(c: DataConfig) -> RefCocoIndex:
-    return load_refcoco(c.root, c.dataset, c.split_by, c.split, c.unit, c.limit or None)
 
 
 def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, weights, processor, stack):

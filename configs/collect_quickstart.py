@@ -11,6 +11,7 @@ def get_config():
     config = template(CollectConfig)
     config.processor = "assets/tiny-base"
     config.limit = 600
+    config.filter.repeats = True  # the recipe was measured with them
     config.teacher.box = 0.6
     config.teacher.wrong_first = 0.06
     config.agent.prompt = "brief"

@@ -1,103 +1,202 @@
 """Collects trajectories for SFT: a teacher acts with the real tools, a filter keeps the good ones.
 
-  python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/x
+  python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/x [--shard=0/4]
 
-The paper's filter: final IoU >= 0.9 within 8 turns; ours adds that the policy ended it and no turn was malformed.
+Every trajectory is written to <workdir>/attempts as it ends, so a stopped command goes on where it was, and
+--shard=i/n lets many machines write to one work directory. Whichever ends last filters what is there and writes the
+kept set (ArrayRecord for Grain, trajectories.jsonl, a report); `rsagent_jax.refilter` does that again with other
+thresholds. The paper's filter: final IoU >= 0.9 within 8 turns; ours adds that the teacher ended it, that no turn was
+malformed and none repeated the one before.
 """
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import concurrent.futures
+import contextlib
+import hashlib
+import inspect
 import json
 from collections import Counter
 
 import numpy as np
+from absl import flags
+from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from rsagent_jax import entry
-from rsagent_jax.agent.environment import EnvState, opening_observation, reset
-from rsagent_jax.agent.replay import to_json
+from rsagent_jax.agent import environment
+from rsagent_jax.agent.environment import EnvState
+from rsagent_jax.agent.remote import Endpoint, EndpointError
+from rsagent_jax.agent.tools import call_json
 from rsagent_jax.checkpoint import policy_directory
 from rsagent_jax.config import CollectConfig, to_dict
 from rsagent_jax.data import trajectories
+from rsagent_jax.data.journal import Journal
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.data.refcoco import load_refcoco
-from rsagent_jax.evals.metrics import score
+from rsagent_jax.data.samples import Mixture, open_samples
+from rsagent_jax.evals import filtering
+from rsagent_jax.processes import parse_share
 from rsagent_jax.resolve import resolve
-from rsagent_jax.rollout.driver import Driver, pixel_limits
-from rsagent_jax.rollout.policy import Task, TextPolicy
+from rsagent_jax.rewards import mask_iou
+from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.segmenter import open_segmenter
-from rsagent_jax.types import Status, Trajectory
+from rsagent_jax.types import DataError, Sample, Status
 
-WAVE = 64  # trajectories under way at a time
+EXAMPLES = 5  # failures told on the terminal
 
 
 def main(config: CollectConfig) -> None:
-    workdir = entry.workdir()
+    workdir, share = entry.workdir(), parse_share(flags.FLAGS.shard, "--shard")
     processor = Processor.load(policy_directory(config.processor))
-    data = config.data
-    samples = load_refcoco(data.root, data.dataset, data.split_by, data.split, data.unit, data.limit or None)
-    order = np.random.default_rng(config.seed).permutation(len(samples))[: config.limit or None]
+    samples = open_samples(config.data)
+    if isinstance(samples, Mixture):
+        raise DataError("a mix cannot be collected from, its samples come up more than once; collect from its parts")
+    order = np.random.default_rng(config.seed).permutation(len(samples))[: config.limit or None].tolist()
+    ids, settings = samples.ids, what_decides(config)
+    settings["planned"] = len(order)
     make_teacher = resolve(config.teacher.function)
-    teachers = {}
-
-    def act(task: Task, state: EnvState) -> str:
-        if task.uid not in teachers:
-            teachers[task.uid] = make_teacher(config.teacher, np.random.default_rng((config.seed, task.uid)))
-        return teachers[task.uid].act(state, task.sample.gt_mask)
-
-    counts: Counter[str] = Counter()
-    kept_stats: list[tuple[float, int]] = []
-    writer = trajectories.Writer(workdir)
     with (
+        contextlib.closing(Journal(workdir / filtering.ATTEMPTS, share, settings)) as journal,
         open_segmenter(config.segmenter) as segmenter,
-        (workdir / "trajectories.jsonl").open("w", encoding="utf-8") as lines,
-        tqdm(total=len(order), desc="collect", unit="trajectory", mininterval=2.0) as bar,
     ):
-        policy = TextPolicy(act, processor, slots=WAVE)
-        driver = Driver(policy, segmenter, processor, config.agent, workers=config.workers)
-        limits = pixel_limits(config.agent, processor)
-        for i in range(0, len(order), WAVE):
-            tasks = [Task(samples[int(s)], i + k, i + k) for k, s in enumerate(order[i : i + WAVE])]
-            for task, (trajectory, state) in zip(tasks, driver.run(tasks), strict=True):
-                result = score(trajectory, task.sample)
-                verdict = judge(trajectory, result.iou, config)
-                counts[verdict] += 1
-                if verdict == "kept":
-                    record = {"id": trajectory.sample_id, "iou": result.iou, "turns": result.turns}
-                    record["status"] = trajectory.status.value
-                    first = opening_observation(reset(task.sample.image, task.sample.query, config.agent, limits)).image
-                    images = [first] + [t.observation.image for t in trajectory.turns if _pictured(t)]
-                    header = record | {"query": task.sample.query, "replay": to_json(state)}
-                    writer.write(trajectories.encode(trajectory, images, header))
-                    lines.write(json.dumps(record) + "\n")
-                    kept_stats.append((result.iou, result.turns))
-            bar.update(len(tasks))
-            teachers.clear()
-    writer.close({"verdicts": dict(counts), "config": to_dict(config)})
-    iou, turns = np.mean(kept_stats, axis=0) if kept_stats else (0.0, 0.0)
-    print(f"kept {counts['kept']} of {len(order)} trajectories: mean IoU {iou:.3f}, {turns:.2f} turns")
-    for verdict, count in sorted(counts.items()):
-        if verdict != "kept":
-            print(f"  dropped {count}: {verdict}")
+        mine = list(enumerate(order))[share.index :: share.count]
+        left = [(uid, k) for uid, k in mine if ids[k] not in journal.done]
+        if len(left) < len(mine):
+            print(f"goes on: {len(mine) - len(left)} of {len(mine)} trajectories are there")
+        collector = Collector(config, processor, samples, make_teacher, segmenter, journal)
+        asyncio.run(collector.run(left, len(mine)))
+    for problem, count in sorted(collector.failed.items()):
+        print(f"  not collected {count}: {problem}")
+    if collector.usage:
+        print(f"  endpoint: {collector.usage}")
+    for detail in collector.examples[:EXAMPLES]:
+        print(f"    {detail}")
+    if collector.failed and not filtering.done(workdir):
+        raise DataError(f"nothing could be collected ({dict(collector.failed)}): {collector.examples[0]}")
+    missing = settings["planned"] - len(filtering.done(workdir)) - sum(collector.failed.values())
+    if missing > 0:
+        print(f"shard {share.index} of {share.count} is done; {missing} trajectories are left to the others")
+        return
+    filtering.write(workdir, workdir, config.filter, config.records_per_file, dict(collector.failed))
 
 
-def judge(trajectory: Trajectory, iou: float, config: CollectConfig) -> str:
-    """ "kept", or why not."""
-    if trajectory.status is not Status.FINISHED:
-        return trajectory.status.value
-    if any(turn.error is not None for turn in trajectory.turns):
-        return "malformed or refused call"
-    if len(trajectory.turns) > config.max_turns:
-        return f"more than {config.max_turns} turns"
-    if iou < config.min_iou:
-        return f"final IoU below {config.min_iou}"
-    return "kept"
+def what_decides(config: CollectConfig) -> dict:
+    """What a trajectory depends on: a collection that is taken up again must agree in it."""
+    resolved = to_dict(config)
+    decisive = {key: resolved[key] for key in ("seed", "limit", "processor", "agent", "data")}
+    decisive["backend"] = config.segmenter.backend
+    teacher = resolved["teacher"]
+    remote = {key: teacher["remote"][key] for key in ("url", "model", "temperature", "max_tokens")}
+    decisive["teacher"] = teacher | {"remote": remote}
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+    return decisive | {"config_sha256": digest}
 
 
-def _pictured(turn) -> bool:
-    return turn.observation is not None and turn.observation.image is not None
+class Collector:
+    """Plays trajectories side by side; what fails is counted in `failed` and tried again by the next start."""
+
+    def __init__(self, config: CollectConfig, processor, samples, make_teacher, segmenter, journal: Journal):
+        self.config, self.processor, self.samples = config, processor, samples
+        self.make_teacher, self.segmenter, self.journal = make_teacher, segmenter, journal
+        self.limits = pixel_limits(config.agent, processor)
+        self.failed: Counter[str] = Counter()
+        self.examples: list[str] = []  # of failures, for people
+        self.usage: dict[str, float] = {}
+
+    async def run(self, left: list[tuple[int, int]], total: int) -> None:
+        """`left`: (uid, place in the samples). DataError where going on is of no use."""
+        todo = iter(left)
+        with (
+            concurrent.futures.ThreadPoolExecutor(self.config.workers) as self.pool,
+            tqdm(total=total, initial=total - len(left), desc="collect", unit="trajectory", mininterval=2.0) as bar,
+        ):
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(self.config.concurrent, len(left))):
+                        group.create_task(self._work(todo, bar))
+            except* DataError as errors:
+                raise errors.exceptions[0] from None
+            if self.config.teacher.remote.url:
+                endpoint = Endpoint.shared(self.config.teacher.remote)
+                self.usage = vars(endpoint.usage) | {"cost": endpoint.usage.cost(endpoint.config)}
+
+    async def _work(self, todo, bar) -> None:
+        for uid, k in todo:
+            try:
+                sample = await self._in_thread(self.samples.__getitem__, k)
+            except DataError as error:
+                self._fail("unreadable sample", str(error))
+            else:
+                try:
+                    state = await self._play(uid, sample)
+                    if state.status is Status.ENV_FAILED:  # the tool's fault, so it is tried again
+                        self._fail(f"segmenter, {state.failure.kind.value}", f"{sample.id}: {state.failure.detail}")
+                    else:
+                        self.journal.add([await self._in_thread(self._row, uid, sample, state)])
+                except EndpointError as error:
+                    self._fail(f"endpoint, {error.kind}", f"{sample.id}: {error}")
+            bar.update()
+
+    def _fail(self, kind: str, detail: str) -> None:
+        self.failed[kind] += 1
+        self.examples.append(detail)
+
+    async def _play(self, uid: int, sample: Sample) -> EnvState:
+        teacher = self.make_teacher(self.config.teacher, np.random.default_rng((self.config.seed, uid)))
+        state = environment.reset(sample.image, sample.query, self.config.agent, self.limits)
+        while state.status is None:
+            if inspect.iscoroutinefunction(teacher.act):
+                text = await teacher.act(state, sample.gt_mask)
+            else:
+                text = await self._in_thread(teacher.act, state, sample.gt_mask)
+            state = await self._in_thread(self._turn, state, text)
+        return state
+
+    def _turn(self, state: EnvState, text: str) -> EnvState:
+        proposal = environment.propose(state, text)
+        return environment.resolve(state, proposal, environment.run_tool(self.segmenter, state, proposal))
+
+    async def _in_thread(self, function, *arguments):
+        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
+
+    def _row(self, uid: int, sample: Sample, state: EnvState) -> dict:
+        """A line of the journal: what the filter and the report need, and the record itself."""
+        mask, _ = environment.final_mask(state)
+        iou = mask_iou(mask, sample)
+        tokens, _, sampled, _ = trajectories.context_of(state, self.processor)
+        calls = Counter(json.loads(call_json(turn.call))["name"] for turn in state.turns if turn.call is not None)
+        row = {
+            "id": sample.id,
+            "uid": uid,
+            "iou": iou,
+            "turns": len(state.turns),
+            "status": state.status.value,
+            "malformed": sum(turn.error is not None for turn in state.turns),
+            "repeats": sum(turn.repeated for turn in state.turns),
+            "tools": dict(calls),
+            "tokens": len(tokens),
+            "sampled_tokens": int(sampled.sum()),
+        }
+        provenance = {
+            "teacher": self.config.teacher.function,
+            "model": self.config.teacher.remote.model,
+            "seed": self.config.seed,
+            "config_sha256": what_decides(self.config)["config_sha256"],
+        }
+        header = row | {"query": sample.query, "provenance": provenance}
+        record = trajectories.encode_by_reference(state, self.processor, sample.path, header)
+        rle = coco_mask.encode(np.asfortranarray(sample.gt_mask.astype(np.uint8)))
+        return row | {
+            "query": sample.query,
+            "ious": [mask_iou(m.mask, sample) for m in state.masks],
+            "gt": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
+            "record": base64.b64encode(record).decode("ascii"),
+        }
 
 
 if __name__ == "__main__":
     entry.define_flags()
+    flags.DEFINE_string("shard", "0/1", "i/n: collect every n-th trajectory from the i-th on, counted from 0.")
     entry.run(main, CollectConfig)

@@ -52,14 +52,29 @@ class SegmenterConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which samples."""
+    """Which samples; rsagent_jax.data.samples.open_samples opens them for every command."""
 
     root: str = ""
-    dataset: str = "refcocog"
-    split_by: str = "umd"
+    dataset: str = "refcocog"  # refcoco | refcoco+ | refcocog | grefcoco | reasonseg | folder
+    layout: str = "refer"  # of the RefCOCO family: refer (refs(*).p) | tfds (prepared TFDS ref_coco)
+    split_by: str = "umd"  # of the RefCOCO family
     split: str = "train"
-    unit: str = "sentence"  # sentence: every expression is a sample; reference: the first one of each
+    unit: str = "sentence"  # RefCOCO family: sentence = every expression is a sample; reference = the first of each
+    texts: str = "first"  # ReasonSeg: first | all paraphrases
+    raw: bool = False  # RefCOCO family: the annotator's own text, not in lower case
     limit: int = 0  # 0 = all
+    exclude: tuple[str, ...] = ()  # refcoco/unc/val, reasonseg/test, …: samples on their pictures are left out
+    exclude_root: str = ""  # where those are; "" = root
+    mix: tuple[MixPart, ...] = ()  # several sets by weight, in place of the one above
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixPart:
+    """One set of a mix; its `data` without a root is under the mix's own."""
+
+    name: str
+    weight: float = 1.0  # share of the samples drawn, after division by the sum
+    data: DataConfig = DataConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,6 +236,18 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MetricConfig:
+    """Conventions in which papers differ, beside data.unit and data.texts. The defaults are LISA's."""
+
+    ignore_policy: str = "excluded"  # ignored pixels: excluded (LISA) | target (Seg-Zero) | background (LENS)
+    empty_policy: str = "one"  # IoU where prediction and truth are empty: one (LISA) | zero | dropped (Seg-Zero)
+    failure_policy: str = "zero"  # a broken tool: zero, with the whole truth as union | dropped (Seg-Zero)
+    ending_policy: str = "mask"  # any other ending than finish: mask = its last one is judged | zero
+    epsilon: float = 1e-5  # IoU = I / (U + epsilon); LISA's
+    empty_below: int = 0  # a prediction of fewer pixels counts as empty
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """configs/eval_*.py of evaluate.py."""
 
@@ -231,17 +258,47 @@ class EvalConfig:
     segmenter: SegmenterConfig = SegmenterConfig()
     data: DataConfig = DataConfig(split="val")
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    metric: MetricConfig = MetricConfig()
     cache_dir: str = ""
     examples: int = 12  # trajectories shown in the report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RemoteConfig:
+    """An OpenAI-compatible endpoint, such as Qwen2.5-VL-72B behind vLLM."""
+
+    url: str = ""  # such as http://host:8000/v1
+    model: str = ""
+    key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key; may be unset
+    temperature: float = 0.7
+    max_tokens: int = 512  # per turn
+    timeout_s: float = 120.0  # of one request, however slowly it trickles in
+    retries: int = 5  # after a refusal, an error of the server, a time-out or half an answer
+    backoff_s: float = 1.0  # before the first retry, doubled for each; a Retry-After of the server counts instead
+    concurrent: int = 16  # requests at a time
+    per_minute: float = 0.0  # requests; 0 = no limit of our own
+    price_in: float = 0.0  # per million tokens, for the count of costs
+    price_out: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The oracle teacher: looks at the true mask, acts with the real tools."""
+    """Who acts: the oracle, which looks at the true mask, or rsagent_jax.agent.remote:Remote, which asks `remote`."""
 
     function: str = "rsagent_jax.agent.teacher:Oracle"
+    remote: RemoteConfig = RemoteConfig()
     box: float = 0.5  # share of first prompts that are boxes; the rest are clicks
     wrong_first: float = 0.25  # share of trajectories whose first guess is wrong on purpose
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Which trajectories are kept; all are stored, so that rsagent_jax.refilter can choose again."""
+
+    min_iou: float = 0.9  # (paper) of the final mask
+    max_turns: int = 8  # (paper)
+    malformed: bool = False  # turns that could not be read or done are kept
+    repeats: bool = False  # turns that do the same as the one before are kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,8 +307,9 @@ class CollectConfig:
 
     seed: int = 0
     limit: int = 0  # samples to try; 0 = all
-    min_iou: float = 0.9  # (paper)
-    max_turns: int = 8  # (paper)
+    filter: FilterConfig = FilterConfig()
+    concurrent: int = 32  # trajectories under way at a time
+    records_per_file: int = 1000
     processor: str  # Hugging Face directory with the tokenizer and the image processor
     teacher: TeacherConfig = TeacherConfig()
     agent: AgentConfig = AgentConfig()
@@ -303,7 +361,9 @@ def template(cls: type) -> ConfigDict:
     hints = typing.get_type_hints(cls)
     out = ConfigDict()
     for field in dataclasses.fields(cls):
-        if field.default is not dataclasses.MISSING:
+        if field.default == () and _holds_dataclasses(hints[field.name]):
+            out[field.name] = ConfigDict()  # items by name, to be added
+        elif field.default is not dataclasses.MISSING:
             out[field.name] = _plain(field.default)
         elif dataclasses.is_dataclass(hints[field.name]):
             out[field.name] = template(hints[field.name])
@@ -316,8 +376,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
         return ConfigDict({_item_name(item): _plain(item) for item in value})
     if dataclasses.is_dataclass(value):
-        return ConfigDict({f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)})
+        hints = typing.get_type_hints(type(value))
+        plain = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        empty = {name for name, given in plain.items() if given == () and _holds_dataclasses(hints[name])}
+        return ConfigDict({name: ConfigDict() if name in empty else given for name, given in plain.items()})
     return value
+
+
+def _holds_dataclasses(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple and dataclasses.is_dataclass(typing.get_args(hint)[0])
 
 
 def _item_name(item: Any) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import importlib.util
+import itertools
 import operator
 import pathlib
 import re
@@ -92,7 +93,7 @@ def use_compilation_cache(directory: str, fallback: pathlib.Path) -> None:
 
 def _parse(argv: list[str], config_class: type | None = None, default_config: str | None = None) -> list[str]:
     """absl's parser, after a look of our own at the config file: ml_collections hides where an error in it arose."""
-    path = _config_path(argv)
+    path = config_path(argv)
     if path is None and default_config is not None:
         path, argv = default_config, [argv[0], f"--{CONFIG}={default_config}", *argv[1:]]
     if path is None and not any(re.match(r"--?(help|helpshort|helpfull)\b", a) for a in argv):
@@ -105,10 +106,10 @@ def _parse(argv: list[str], config_class: type | None = None, default_config: st
         raise DataError(f"command line: {error}") from error
 
 
-def _config_path(argv: list[str]) -> str | None:
+def config_path(argv: list[str]) -> str | None:
     """The value of --config; of the last one, as absl takes it."""
     path = None
-    for arg, following in zip(argv[1:], [*argv[2:], None], strict=True):
+    for arg, following in itertools.zip_longest(argv[1:], argv[2:]):
         if arg == "--":
             break
         name, equals, value = arg.partition("=")

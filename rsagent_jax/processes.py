@@ -69,6 +69,14 @@ class Share:
         return total // self.count
 
 
+def parse_share(text: str, what: str) -> Share:
+    """ "2/8" -> Share(2, 8). DataError, naming `what`, unless 0 <= 2 < 8."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise DataError(f"{what}={text} must be i/n with 0 <= i < n, such as 0/4 for the first of four")
+    return Share(int(index), int(count))
+
+
 def row_share(mesh: Mesh) -> Share:
     """Which part of a batch's rows this process's devices hold. Processes of one tensor group hold the same part."""
     groups = mesh.devices.reshape(-1, mesh.shape["tensor"])

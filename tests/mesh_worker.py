@@ -63,7 +63,7 @@ def main(job: dict) -> None:
 
     small.weights = lambda: pathlib.Path(job["weights"])  # the processes read one
     assert len(jax.devices()) == job["devices"], jax.devices()
-    train.load_refcoco = lambda *_: [small.sample(i, 56, 56) for i in range(5)]
+    train.open_samples = lambda _: [small.sample(i, 56, 56) for i in range(5)]
     train.open_segmenter = lambda _: contextlib.nullcontext(DiscSegmenter())
     train.tqdm = lambda steps, **_: steps
     settings = config(job["stage"], job["stored"], job["mesh"], job["steps"], small)

@@ -177,6 +177,7 @@ def test_an_ill_typed_value(run, config, tmp_path):
 def test_a_config_file_that_does_not_exist(run, tmp_path):
     said(run(*train(tmp_path), "--config=configs/quikstart.py"), "configs/quikstart.py", "mean configs/quickstart.py?")
     said(run("evaluate.py", f"--workdir={tmp_path}"), "--config=configs/X.py is required")
+    said(run("evaluate.py"), "--config=configs/X.py is required")
 
 
 @pytest.mark.parametrize(
@@ -239,16 +240,23 @@ def test_a_pickle_that_wants_to_run_something_runs_nothing(broken, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def skipped(done: Done, *needles: str) -> None:
+    """Checks that samples were left out with their number and reason, and the others collected."""
+    assert done.status == 0, done.err
+    for needle in ("kept ", "not collected", "unreadable sample", *needles):
+        assert needle in done.out, done.out
+
+
 def test_a_broken_picture(run, broken, tmp_path):
     picture = sorted((broken / PICTURES).glob("*.jpg"))[0]
     picture.write_bytes(picture.read_bytes()[:900])
-    said(run(*collect(broken, tmp_path / "w")), picture, "not a readable picture")
+    skipped(run(*collect(broken, tmp_path / "w")), f"{picture} is not a readable picture")
 
 
 def test_a_picture_of_another_size_than_its_annotations(run, broken, tmp_path):
     picture = sorted((broken / PICTURES).glob("*.jpg"))[0]
     PIL.Image.new("RGB", (50, 40)).save(picture)
-    said(run(*collect(broken, tmp_path / "w")), picture, "50 x 40", "112 x 112")
+    skipped(run(*collect(broken, tmp_path / "w")), f"{picture} is 50 x 40 pixels", "112 x 112")
 
 
 def test_a_mask_of_another_size_than_its_picture(run, broken, tmp_path):

@@ -40,3 +40,17 @@ def test_memory_is_linear_by_blocks_and_quadratic_with_whole_scores():
     assert result["exponent_plain"] > 1.5
     for name in ("blocks", "plain"):
         assert len(result["rows"][name]["temp"]) == 3
+
+
+def test_the_metrics_are_those_of_lisa():
+    pytest.importorskip("torch")
+    result = last_line("metrics.py", "--masks=100", "--side=64x48")
+    assert result["largest_difference"] < 1e-6  # LISA divides in float32
+    assert result["vs_reference"] > 0
+
+
+def test_the_input_path_is_measured_part_by_part():
+    result = last_line("input.py", "--images=2", "--seconds=0.05", "--step_seconds=2", "--batch=10")
+    assert len(result["rows"]) >= 3 and min(result["rows"].values()) > 0
+    # 10 trajectories of 4 images every 2 s
+    assert result["cores"] == pytest.approx(20 / result["images_per_s_core"])

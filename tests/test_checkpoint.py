@@ -77,7 +77,7 @@ def compiled(tmp_path_factory):
 @pytest.fixture
 def go(stored, compiled, monkeypatch):
     """go(stage, workdir, log_class) trains the stage; returns its parameters by name."""
-    monkeypatch.setattr(train, "load_refcoco", lambda *_: [small.sample(i, 56, 56) for i in range(5)])
+    monkeypatch.setattr(train, "open_samples", lambda _: [small.sample(i, 56, 56) for i in range(5)])
     monkeypatch.setattr(train, "open_segmenter", lambda _: contextlib.nullcontext(DiscSegmenter()))
     monkeypatch.setattr(train, "tqdm", lambda steps, **_: steps)
     config = TrainConfig(

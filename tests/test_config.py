@@ -74,7 +74,7 @@ def test_the_papers_numbers_are_the_defaults():
         384,
     )
     assert {g.name: g.weight for g in c.grpo.reward} == {"final": 1.0, "process": 0.5, "format": 0.2}
-    assert build(CollectConfig, filled(CollectConfig)).min_iou == 0.9
+    assert build(CollectConfig, filled(CollectConfig)).filter.min_iou == 0.9
 
 
 def test_what_a_config_file_sets_arrives_with_its_type():
@@ -186,7 +186,7 @@ def test_every_default_of_every_field_is_overridable_from_the_template():
             value = getattr(config, f.name)
             if dataclasses.is_dataclass(value):
                 yield from fields(value, f"{prefix}{f.name}.")
-            elif f.name != "reward":
+            elif f.name not in ("reward", "mix"):  # reached by the names of their items
                 yield prefix + f.name
 
     names = set(leaves(template(TrainConfig)))

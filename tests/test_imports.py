@@ -35,7 +35,18 @@ RUNGS = (
     ("rollout",),
     ("train", "evals", "aot"),
     ("checkpoint", "entry", "aot.stages"),  # what the entry points share
-    ("collect", "segment", "export", "pretrain", "evals.summary", "aot.scaling"),
+    (
+        "collect",
+        "compare",
+        "segment",
+        "export",
+        "pretrain",
+        "refilter",
+        "show_tokens",
+        "data.check",
+        "evals.summary",
+        "aot.scaling",
+    ),
 )
 RUNG = {f"rsagent_jax.{unit}": rung for rung, units in enumerate(RUNGS) for unit in units}
 ENTRY = len(RUNGS) - 1

@@ -1,11 +1,14 @@
-"""Stored trajectories: ArrayRecord shards that Grain reads at random, one self-contained record per trajectory.
+"""Stored trajectories: ArrayRecord shards that Grain reads at random, one record per trajectory.
 
-A record is an uncompressed .npz: ids, positions and the sampled mark as the driver made them, the images the policy saw
-as PNG, and a JSON header with the id, the IoU and the environment's replay record. Patches are made when read.
+A record is an uncompressed .npz: ids, positions and the sampled mark, and a JSON header with the id, the IoU, where it
+came from and the environment's replay record. The images that the policy saw are made again from the replay and the
+picture's own file, which the header names together with a checksum of its pixels; a picture that is no file of its own
+is in the record. Patches are made when read. (`encode` stores the images themselves, as PNG.)
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pathlib
@@ -17,10 +20,15 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
+from rsagent_jax.agent import prompts
+from rsagent_jax.agent.environment import EnvState, opening_observation, reset
+from rsagent_jax.agent.replay import replay, to_json
+from rsagent_jax.data.index import decode_image, read_image
+from rsagent_jax.data.journal import write_whole
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor, image_patches
 from rsagent_jax.models.qwen25_vl.config import read_json
-from rsagent_jax.models.qwen25_vl.positions import merged_tokens
+from rsagent_jax.models.qwen25_vl.positions import Grid, merged_tokens
 from rsagent_jax.types import DataError, Trajectory
 
 STAMP = "collect.json"  # written last: a directory without it is not complete
@@ -41,6 +49,79 @@ def encode(trajectory: Trajectory, images: Sequence[np.ndarray], header: dict) -
     return out.getvalue()
 
 
+def encode_by_reference(state: EnvState, processor: Processor, path: str, header: dict) -> bytes:
+    """A finished trajectory whose images are made again when it is read; `path` names its picture, "" = no file."""
+    tokens, positions, sampled, _ = context_of(state, processor)
+    arrays = {"tokens": tokens, "positions": positions, "sampled": sampled}
+    header = header | {"picture": {"path": path, "sha256": checksum(state.image)}, "replay": to_json(state, path)}
+    if not path:
+        buffer = io.BytesIO()
+        Image.fromarray(state.image).save(buffer, "PNG", compress_level=1)
+        arrays["source"] = np.frombuffer(buffer.getvalue(), np.uint8)
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    out = io.BytesIO()
+    np.savez(out, **arrays)
+    return out.getvalue()
+
+
+def context_of(state: EnvState, processor: Processor) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[Grid, ...]]:
+    """tokens i32[T], positions i32[3, T], sampled bool[T] and grids of a trajectory whose turns are text.
+
+    Token for token what the driver makes of the same turns: each is encoded by itself, its terminator counts as
+    sampled.
+    """
+    images, style = shown_images(state), state.config.prompt
+    text = prompts.opening(prompts.system_prompt(style), opening_observation(_start(state)).text)
+    prompt, position = processor.prompt(text, images[:1])
+    parts: list[tuple[np.ndarray, np.ndarray, bool]] = []
+    grids, shown, skip = prompt.grids, 1, 0
+    for turn in state.turns:
+        said = np.append(processor.encode(turn.text), processor.terminator_id).astype(np.int32)
+        parts.append((prompt.tokens[skip:], prompt.positions[:, skip:], False))
+        parts.append((said, np.broadcast_to(position + np.arange(len(said)), (3, len(said))), True))
+        position += len(said)
+        if turn.observation is None:
+            break
+        count = int(turn.observation.image is not None)
+        text = prompts.TERMINATOR + prompts.observation_turn(turn.observation.text, bool(count))
+        skip = 1  # the terminator is there already, as a sampled token
+        if turn is not state.turns[-1]:
+            prompt, position = processor.prompt(text, images[shown : shown + count], position - skip)
+            grids, shown = (*grids, *prompt.grids), shown + count
+    if not parts:
+        raise ValueError("a trajectory without a turn has nothing to store")
+    tokens = np.concatenate([p[0] for p in parts]).astype(np.int32)
+    positions = np.concatenate([p[1] for p in parts], axis=1).astype(np.int32)
+    return tokens, positions, np.concatenate([np.full(len(p[0]), p[2]) for p in parts]), grids
+
+
+def shown_images(state: EnvState) -> list[np.ndarray]:
+    """What the policy was shown before its last turn, in order: u8[h, w, 3] each."""
+    seen = [turn.observation.image for turn in state.turns[:-1] if turn.observation is not None]
+    return [opening_observation(_start(state)).image] + [image for image in seen if image is not None]
+
+
+def _start(state: EnvState) -> EnvState:
+    return reset(state.image, state.query, state.config, state.limits)
+
+
+def checksum(image: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()[:16]
+
+
+def _source(header: dict, arrays) -> np.ndarray:
+    """The picture of a record, known by its checksum; stored upright or turned by its EXIF orientation."""
+    if "source" in arrays.files:
+        return decode_image(arrays["source"].tobytes(), "the picture in a stored trajectory")
+    path, wanted = header["picture"]["path"], header["picture"]["sha256"]
+    remedy = "stored trajectories refer to it; put it back, or name its new place: rsagent_jax.refilter --root"
+    for upright in (False, True):
+        image = read_image(path, remedy, upright)
+        if checksum(image) == wanted:
+            return image
+    raise DataError(f"{path} is not the picture that a stored trajectory was made on: its pixels have changed")
+
+
 def decode(record: bytes, processor: Processor) -> Item:
     """The training item of a record. DataError when it is broken, or made with another tokenizer or image settings."""
     try:
@@ -49,8 +130,13 @@ def decode(record: bytes, processor: Processor) -> Item:
             images = [
                 np.asarray(Image.open(io.BytesIO(arrays[f"image_{i}"].tobytes())).convert("RGB")) for i in range(count)
             ]
+            header = json.loads(arrays["header"].tobytes())
+            if "picture" in header:
+                images = shown_images(replay(header["replay"], _source(header, arrays)))
             tokens, positions, sampled = arrays["tokens"], arrays["positions"], arrays["sampled"]
-    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile) as error:
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile) as error:
         raise DataError(f"a stored trajectory cannot be read ({error}); collect the set again") from error
     patched = [image_patches(image, processor.images) for image in images]
     grids = tuple(grid for _, grid in patched)
@@ -77,22 +163,32 @@ def header(record: bytes) -> dict:
 
 
 class Writer:
-    """Writes one shard. The stamp is written by `close`, so an interrupted set is not taken for a complete one."""
+    """Writes a set. The stamp is written by `close`, so an interrupted set is not taken for a complete one."""
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: pathlib.Path, per_file: int = 1 << 30):
+        """`per_file`: records in one ArrayRecord file."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / STAMP).unlink(missing_ok=True)
-        self.directory = directory
+        for old in directory.glob("trajectories-*.array_record"):
+            old.unlink()
+        self.directory, self.per_file = directory, per_file
         self.records = 0
-        self.writer = ArrayRecordWriter(str(directory / "trajectories-00000.array_record"), "group_size:1")
+        self.writer = self._open()
+
+    def _open(self) -> ArrayRecordWriter:
+        number = self.records // self.per_file
+        return ArrayRecordWriter(str(self.directory / f"trajectories-{number:05d}.array_record"), "group_size:1")
 
     def write(self, record: bytes) -> None:
+        if self.records and self.records % self.per_file == 0:
+            self.writer.close()
+            self.writer = self._open()
         self.writer.write(record)
         self.records += 1
 
     def close(self, stamp: dict) -> None:
         self.writer.close()
-        (self.directory / STAMP).write_text(json.dumps({"records": self.records, **stamp}, indent=2) + "\n")
+        write_whole(self.directory / STAMP, json.dumps({"records": self.records, **stamp}, indent=2) + "\n")
 
 
 def open_records(directory: str | pathlib.Path) -> grain.sources.ArrayRecordDataSource:

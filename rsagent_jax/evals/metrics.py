@@ -1,4 +1,5 @@
-"""Segmentation metrics by LISA's rules (dvlab-research/LISA: train_ds.py `validate`, utils/utils.py), from integers.
+"""Segmentation metrics from integers, by LISA's rules (dvlab-research/LISA: train_ds.py `validate`, utils/utils.py)
+unless `MetricConfig` says otherwise.
 
 One result per sentence, at original resolution, pixels of the ignore mask excluded:
 
@@ -6,13 +7,16 @@ One result per sentence, at original resolution, pixels of the ignore mask exclu
     gIoU = mean of IoU over sentences
     cIoU = sum of I / (sum of U + 1e-10)
 
-all as fractions of 1. Nothing is ever dropped:
+all as fractions of 1. By default nothing is dropped, and what a convention drops is counted:
 
 * A **failure of the environment** (ENV_FAILED, or an exception before there is a trajectory) has no mask to judge. It
   counts as IoU 0 with I = 0 and the whole ground truth as U, even where the ground truth is empty and an empty mask
   would have been right.
 * **Other endings than FINISHED** (MAX_TURNS, MAX_CONTEXT, INVALID, REPEATED) keep their final mask, which is what a
   user would get, and are scored by it. They are failures to stop, so they are listed.
+
+gRefCOCO adds, over the samples without and with a target: N-acc, the share of no-target samples answered by an empty
+mask, and T-acc, the share of target samples answered by one that is not empty. A failure is right in neither.
 
 `failures` in the summary counts every ending except FINISHED by kind. Counts are integers, so that hosts merge
 exactly and in any order; send them as Python integers, they do not fit 32 bits.
@@ -26,21 +30,49 @@ from typing import Any
 
 import numpy as np
 
+from rsagent_jax.config import MetricConfig, to_dict
 from rsagent_jax.rewards import intersection_union
 from rsagent_jax.types import DataError, Sample, Status, Trajectory
 
 # IoU is summed in units of 2^-40, as integers: exact whatever the order, and within 1e-12 of the float mean.
 _IOU_UNITS = 2**40
 
-_RULES = {
-    "resolution": "original",
-    "ignore_policy": "excluded",
-    "empty_policy": "IoU 1 where prediction and ground truth are both empty",
-    "failure_policy": "env_failed: IoU 0, whole ground truth as union; other endings: their final mask",
+LISA = MetricConfig()
+# What others report, to be read beside LISA's figures (their evaluation scripts; the unit is a matter of the data).
+CONVENTIONS = {
+    "lisa": LISA,
+    "seg_zero": MetricConfig(ignore_policy="target", empty_policy="dropped", failure_policy="dropped", epsilon=0.0),
+    "lens": MetricConfig(ignore_policy="background"),
+}
+_CHOICES = {
+    "ignore_policy": ("excluded", "target", "background"),
+    "empty_policy": ("one", "zero", "dropped"),
+    "failure_policy": ("zero", "dropped"),
+    "ending_policy": ("mask", "zero"),
 }
 
 
+def check_rules(rules: MetricConfig) -> None:
+    """DataError for a convention that is not known."""
+    for name, choices in _CHOICES.items():
+        if getattr(rules, name) not in choices:
+            raise DataError(f"metric.{name} must be one of {', '.join(choices)}; got {getattr(rules, name)!r}")
+    if rules.epsilon < 0 or rules.empty_below < 0:
+        raise DataError("metric.epsilon and metric.empty_below must not be negative")
+
+
 # --- One sample ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What every convention needs of a sample: pixels (intersection, predicted, true) by ignore_policy."""
+
+    id: str
+    pixels: dict[str, tuple[int, int, int]]
+    status: Status
+    turns: int
+    tool_errors: int  # turns whose call was malformed or refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +83,9 @@ class SampleResult:
     status: Status
     turns: int
     tool_errors: int  # turns whose call was malformed or refused
+    no_target: bool = False  # the ground truth is empty
+    said_empty: bool = False  # the final mask is; never of a failure
+    rules: MetricConfig = LISA
 
     def __post_init__(self):
         if not 0 <= self.intersection <= self.union or not 0 <= self.tool_errors <= self.turns:
@@ -60,25 +95,67 @@ class SampleResult:
     def iou(self) -> float:
         if self.status is Status.ENV_FAILED:
             return 0.0
-        return self.intersection / (self.union + 1e-5) if self.union else 1.0
+        if not self.union:
+            return float(self.rules.empty_policy == "one")
+        return self.intersection / (self.union + self.rules.epsilon)
+
+    @property
+    def dropped(self) -> str | None:
+        """Why the convention does not count this sample, or None."""
+        if self.status is Status.ENV_FAILED:
+            return "failure" if self.rules.failure_policy == "dropped" else None
+        return "empty" if not self.union and self.rules.empty_policy == "dropped" else None
 
 
-def score(trajectory: Trajectory, sample: Sample) -> SampleResult:
+def score(trajectory: Trajectory, sample: Sample, rules: MetricConfig = LISA) -> SampleResult:
     """Judges the final mask. Raises ValueError if the trajectory is another sample's or its mask another size."""
+    return judge(count(trajectory, sample), rules)
+
+
+def count(trajectory: Trajectory, sample: Sample) -> Counts:
+    """Raises ValueError if the trajectory is another sample's or its mask another size."""
     if trajectory.sample_id != sample.id:
         raise ValueError(f"trajectory of sample {trajectory.sample_id} scored against sample {sample.id}")
-    turns = len(trajectory.turns)
     errors = sum(turn.error is not None for turn in trajectory.turns)
-    if trajectory.status is Status.ENV_FAILED:
-        return dataclasses.replace(failed(sample), turns=turns, tool_errors=errors)
-    intersection, union = intersection_union(trajectory.final_mask, sample.gt_mask, sample.ignore_mask)
-    return SampleResult(sample.id, intersection, union, trajectory.status, turns, errors)
+    failure = trajectory.status is Status.ENV_FAILED
+    mask = np.zeros_like(sample.gt_mask) if failure else trajectory.final_mask
+    return Counts(sample.id, _pixels(mask, sample), trajectory.status, len(trajectory.turns), errors)
 
 
-def failed(sample: Sample) -> SampleResult:
+def failed(sample: Sample, rules: MetricConfig = LISA) -> SampleResult:
     """The result of a sample for which no trajectory came back at all: IoU 0, union = the whole ground truth."""
-    _, union = intersection_union(np.zeros_like(sample.gt_mask), sample.gt_mask, sample.ignore_mask)
-    return SampleResult(sample.id, 0, union, Status.ENV_FAILED, turns=0, tool_errors=0)
+    pixels = _pixels(np.zeros_like(sample.gt_mask), sample)
+    return judge(Counts(sample.id, pixels, Status.ENV_FAILED, turns=0, tool_errors=0), rules)
+
+
+def judge(counts: Counts, rules: MetricConfig = LISA) -> SampleResult:
+    """One sample under one convention."""
+    intersection, predicted, true = counts.pixels[rules.ignore_policy]
+    unjudged = rules.ending_policy == "zero" and counts.status is not Status.FINISHED
+    if unjudged or predicted < rules.empty_below:
+        intersection = predicted = 0
+    union = predicted + true - intersection
+    said_empty = not predicted and not unjudged and counts.status is not Status.ENV_FAILED
+    ending = (counts.status, counts.turns, counts.tool_errors)
+    return SampleResult(counts.id, intersection, union, *ending, not true, said_empty, rules)
+
+
+def _pixels(mask: np.ndarray, sample: Sample) -> dict[str, tuple[int, int, int]]:
+    ignore, gt = sample.ignore_mask, sample.gt_mask
+    excluded = _triple(mask, gt, ignore)
+    if ignore is None or not ignore.any():
+        return dict.fromkeys(_CHOICES["ignore_policy"], excluded)
+    return {
+        "excluded": excluded,
+        "target": _triple(mask, gt | ignore, None),
+        "background": _triple(mask, gt & ~ignore, None),
+    }
+
+
+def _triple(mask: np.ndarray, gt: np.ndarray, ignore: np.ndarray | None) -> tuple[int, int, int]:
+    intersection, union = intersection_union(mask, gt, ignore)
+    true = int(np.count_nonzero(gt if ignore is None else gt & ~ignore))
+    return intersection, union - true + intersection, true
 
 
 # --- Sums and counts ---
@@ -88,13 +165,24 @@ def failed(sample: Sample) -> SampleResult:
 class Totals:
     """Everything the metrics need of many results; integers only."""
 
-    n: int = 0
+    n: int = 0  # samples that count
     intersection: int = 0  # pixels
     union: int = 0  # pixels
     iou_units: int = 0  # sum of IoU, in 2^-40
     turns: int = 0
     tool_errors: int = 0
+    dropped_failures: int = 0
+    dropped_empty: int = 0
+    no_target: int = 0  # samples without a target, and how many of them were answered by an empty mask
+    no_target_right: int = 0
+    target_right: int = 0  # samples with a target that were not
+    target_iou_units: int = 0  # sum of IoU over samples with a target, in 2^-40
     endings: tuple[int, ...] = (0,) * len(Status)  # in the order of Status
+
+    @property
+    def seen(self) -> int:
+        """Samples, whether they count or not."""
+        return self.n + self.dropped_failures + self.dropped_empty
 
     @property
     def giou(self) -> float:
@@ -108,10 +196,27 @@ class Totals:
 def total(results: Iterable[SampleResult]) -> Totals:
     totals = Totals()
     for r in results:
-        ending = tuple(int(r.status is status) for status in Status)
-        one = Totals(1, r.intersection, r.union, round(r.iou * _IOU_UNITS), r.turns, r.tool_errors, ending)
-        totals = merge(totals, one)
+        totals = merge(totals, _one(r))
     return totals
+
+
+def _one(r: SampleResult) -> Totals:
+    ending = {"turns": r.turns, "tool_errors": r.tool_errors}
+    ending["endings"] = tuple(int(r.status is status) for status in Status)
+    if r.dropped:
+        return Totals(dropped_failures=int(r.dropped == "failure"), dropped_empty=int(r.dropped == "empty"), **ending)
+    units, working = round(r.iou * _IOU_UNITS), r.status is not Status.ENV_FAILED
+    return Totals(
+        n=1,
+        intersection=r.intersection,
+        union=r.union,
+        iou_units=units,
+        no_target=int(r.no_target),
+        no_target_right=int(r.no_target and r.said_empty),
+        target_right=int(not r.no_target and not r.said_empty and working),
+        target_iou_units=0 if r.no_target else units,
+        **ending,
+    )
 
 
 def merge(a: Totals, b: Totals) -> Totals:
@@ -125,12 +230,15 @@ def merge(a: Totals, b: Totals) -> Totals:
 
 
 def ious(results: Iterable[SampleResult]) -> dict[str, float]:
-    """IoU by sample id. Raises DataError if an id appears twice: a host's padding must not be counted."""
+    """IoU by sample id, of the samples that count. DataError if an id appears twice: padding must not be counted."""
     by_id: dict[str, float] = {}
+    seen: set[str] = set()
     for result in results:
-        if result.id in by_id:
+        if result.id in seen:
             raise DataError(f"sample {result.id!r} has more than one result; every sentence is counted once")
-        by_id[result.id] = result.iou
+        seen.add(result.id)
+        if not result.dropped:
+            by_id[result.id] = result.iou
     return by_id
 
 
@@ -168,22 +276,43 @@ def paired_bootstrap_ci(
 def summarize(results: Iterable[SampleResult], settings: Mapping[str, Any], *, benchmark: str) -> dict[str, Any]:
     """What results.json holds; the same whatever the order of `results`. JSON-ready if `settings` is.
 
-    `settings` comes back with the metric's rules added under `metric`. `tool_error_rate` is the share of turns whose
-    call was malformed or refused. Raises DataError if there are no results or an id appears twice.
+    `settings` comes back with the metric's rules under `metric`. `tool_error_rate` is the share of turns whose call was
+    malformed or refused. `n` counts the samples in gIoU, `dropped` what the rules left out. `n_acc`, `t_acc` and
+    `giou_target` are there where a sample has no target. DataError if there are no results or an id appears twice.
     """
     results = sorted(results, key=lambda result: result.id)
     if not results:
         raise DataError(f"benchmark {benchmark!r}: no results")
     values = ious(results)
+    if not values:
+        raise DataError(f"benchmark {benchmark!r}: the rules drop all of its {len(results)} samples")
     totals = total(results)
-    return {
+    rules = {"resolution": "original", **to_dict(results[0].rules)}
+    out = {
         "benchmark": benchmark,
         "n": totals.n,
+        "dropped": {"failure": totals.dropped_failures, "empty": totals.dropped_empty},
         "giou": totals.giou,
         "ciou": totals.ciou,
         "giou_ci95": list(bootstrap_ci(list(values.values()))),
         "failures": {s.value: c for s, c in zip(Status, totals.endings, strict=True) if s is not Status.FINISHED},
-        "mean_turns": totals.turns / totals.n,
+        "mean_turns": totals.turns / totals.seen,
         "tool_error_rate": totals.tool_errors / max(totals.turns, 1),
-        "settings": dict(settings) | {"metric": dict(_RULES)},
+        "settings": dict(settings) | {"metric": dict(settings.get("metric", {})) | rules},
     }
+    if totals.no_target:
+        targets = totals.n - totals.no_target
+        out["n_acc"] = totals.no_target_right / totals.no_target
+        out["t_acc"] = totals.target_right / targets if targets else None
+        out["giou_target"] = totals.target_iou_units / _IOU_UNITS / targets if targets else None
+    return out
+
+
+def other_conventions(counts: Sequence[Counts]) -> dict[str, dict[str, Any]]:
+    """The same trajectories under each of CONVENTIONS: n, what was dropped, gIoU, cIoU."""
+    out = {}
+    for name, rules in CONVENTIONS.items():
+        t = total(judge(c, rules) for c in counts)
+        dropped = {"failure": t.dropped_failures, "empty": t.dropped_empty}
+        out[name] = {"n": t.n, "dropped": dropped, "giou": t.giou, "ciou": t.ciou, "rules": to_dict(rules)}
+    return out

@@ -134,6 +134,7 @@ def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:
     """Writes report/index.html from the files of evaluate.py and returns its path."""
     evaluation = load_evaluation(workdir)
     results = evaluation.results
+    shown = results.get("settings", {}).get("examples") or len(evaluation.examples)
     good = sorted((e for e in evaluation.examples if e.iou >= GOOD_IOU), key=lambda e: (-e.iou, e.id))
     bad = sorted((e for e in evaluation.examples if e.iou < GOOD_IOU), key=lambda e: (e.iou, e.id))
     text = page(
@@ -144,14 +145,37 @@ def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:
         endings_table(evaluation),
         tag("h2", "IoU of the final masks"),
         tag("div", histogram([p.iou for p in evaluation.predictions], bad_below=GOOD_IOU), class_="plot"),
+        *_conventions(results),
         tag("h2", "Settings"),
         settings_table(results.get("settings", {}), {"weights_sha256": results.get("weights_sha256")}),
-        tag("h2", f"Good: {len(good)} examples with IoU of at least {GOOD_IOU}, best first"),
-        _cards(evaluation, good),
-        tag("h2", f"Bad: {len(bad)} examples with IoU below {GOOD_IOU}, worst first"),
-        _cards(evaluation, bad),
+        tag("h2", f"Good: {_some(good, shown)} with IoU of at least {GOOD_IOU}, best first"),
+        _cards(evaluation, good[:shown]),
+        tag("h2", f"Bad: {_some(bad, shown)} with IoU below {GOOD_IOU}, worst first"),
+        _cards(evaluation, bad[:shown]),
     )
     return save(text, evaluation.workdir)
+
+
+def _conventions(results: Mapping[str, Any]) -> list[Html]:
+    """The same trajectories by other papers' rules, and the figures of a set with absent targets."""
+    parts = []
+    if results.get("n_acc") is not None:
+        figures = [
+            f"{results[k]:.1%}" if results.get(k) is not None else "-" for k in ("n_acc", "t_acc", "giou_target")
+        ]
+        parts += [tag("h2", "Absent targets"), table(["N-acc", "T-acc", "gIoU of targets"], [figures], text_columns=0)]
+    if conventions := results.get("conventions"):
+        head = ["convention", "ignored pixels", "empty union", "failures", "counted", "dropped", "gIoU", "cIoU"]
+        rows = []
+        for name, r in conventions.items():
+            rules = [r["rules"][k] for k in ("ignore_policy", "empty_policy", "failure_policy")]
+            rows.append([name, *rules, r["n"], sum(r["dropped"].values()), f"{r['giou']:.3f}", f"{r['ciou']:.3f}"])
+        parts += [tag("h2", "The same trajectories by other papers' rules"), table(head, rows, text_columns=4)]
+    return parts
+
+
+def _some(examples: Sequence[Example], shown: int) -> str:
+    return f"{len(examples)} examples" if len(examples) <= shown else f"{shown} of {len(examples)} examples"
 
 
 def save(text: str, workdir: pathlib.Path) -> pathlib.Path:

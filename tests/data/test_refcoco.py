@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from rsagent_jax.data import refcoco
+from rsagent_jax.data import coco_masks, index, refcoco
 from rsagent_jax.types import DataError
 
 REFS, INSTANCES = "refcocog/refs(umd).p", "refcocog/instances.json"
@@ -52,12 +52,16 @@ def test_units_ids_limit_and_text(dataset):
 
 
 def test_index_is_a_lazy_picklable_sequence(dataset):
-    index = refcoco.load_refcoco(dataset)
-    assert index.name == "refcocog/umd/val" and index[np.int64(1)].id == index.ids[1] and index[-1].id == index.ids[-1]
+    samples = refcoco.load_refcoco(dataset)
+    assert (
+        samples.name == "refcocog/umd/val"
+        and samples[np.int64(1)].id == samples.ids[1]
+        and samples[-1].id == samples.ids[-1]
+    )
     with pytest.raises(IndexError):
-        index[len(index)]
-    again = pickle.loads(pickle.dumps(index))
-    assert [s.id for s in again] == index.ids and (again[2].gt_mask == index[2].gt_mask).all()
+        samples[len(samples)]
+    again = pickle.loads(pickle.dumps(samples))
+    assert [s.id for s in again] == samples.ids and (again[2].gt_mask == samples[2].gt_mask).all()
 
 
 def test_queries_are_stripped_and_lower_cased(copied):
@@ -93,8 +97,8 @@ def test_rle_equals_pycocotools_in_both_forms(height, width, seed):
     mask = rng.random((height, width)) < rng.random()
     compressed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
     text = {"size": [height, width], "counts": compressed["counts"].decode()}
-    for rle in (compressed, text, {"size": [height, width], "counts": refcoco._uncompress(text["counts"])}):
-        assert (refcoco.decode_segmentation(rle, height, width, "it") == mask).all()
+    for rle in (compressed, text, {"size": [height, width], "counts": coco_masks._uncompress(text["counts"])}):
+        assert (coco_masks.decode_segmentation(rle, height, width, "it") == mask).all()
 
 
 def test_long_runs_in_compressed_rle():
@@ -102,17 +106,17 @@ def test_long_runs_in_compressed_rle():
     mask[100:850, 3:1000] = True
     mask[0, 0] = mask[-1, -1] = True
     rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    assert (refcoco.decode_segmentation(rle, 900, 1100, "it") == mask).all()
+    assert (coco_masks.decode_segmentation(rle, 900, 1100, "it") == mask).all()
 
 
 def test_overlapping_polygons_are_united_and_empty_is_empty():
     square, other = [1, 1, 6, 1, 6, 6, 1, 6], [4, 4, 9, 4, 9, 9, 4, 9]
-    mask = refcoco.decode_segmentation([square, other], 10, 12, "it")
+    mask = coco_masks.decode_segmentation([square, other], 10, 12, "it")
     # 5 x 5 pixels twice, 2 x 2 of them shared
     assert mask.dtype == bool and mask.shape == (10, 12) and mask.sum() == 25 + 25 - 4
     assert (coco_mask.decode(coco_mask.frPyObjects([square, other], 10, 12)).sum(2).max()) == 2
-    assert refcoco.decode_segmentation([], 3, 4, "it").shape == (3, 4)
-    assert not refcoco.decode_segmentation([], 3, 4, "it").any()
+    assert coco_masks.decode_segmentation([], 3, 4, "it").shape == (3, 4)
+    assert not coco_masks.decode_segmentation([], 3, 4, "it").any()
 
 
 @pytest.mark.parametrize(
@@ -143,7 +147,7 @@ def test_overlapping_polygons_are_united_and_empty_is_empty():
 )
 def test_malformed_segmentations(segmentation):
     with pytest.raises(DataError, match="the segmentation of annotation 9 is malformed"):
-        refcoco.decode_segmentation(segmentation, 10, 10, "annotation 9")
+        coco_masks.decode_segmentation(segmentation, 10, 10, "annotation 9")
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -159,7 +163,7 @@ def _save_exif_rotated(path, image):
 def test_other_colour_modes_become_rgb(tmp_path, mode):
     path = tmp_path / "x.jpg"
     PIL.Image.new("RGB", (30, 20), (200, 100, 50)).convert(mode).save(path, quality=95)
-    image = refcoco.read_image(path)
+    image = index.read_image(path)
     assert image.shape == (20, 30, 3) and image.dtype == np.uint8 and image.flags.writeable
     expected = (124, 124, 124) if mode == "L" else (200, 100, 50)  # 0.299 * 200 + 0.587 * 100 + 0.114 * 50 = 124.2
     assert np.abs(image.astype(int) - expected).max() <= 6
@@ -172,7 +176,7 @@ def test_exif_rotation_is_not_applied(copied):
     picture.load()
     wide = picture.resize((140, 112))
     _save_exif_rotated(path, wide)
-    assert refcoco.read_image(path).shape == (112, 140, 3)  # as stored, not 140 x 112
+    assert index.read_image(path).shape == (112, 140, 3)  # as stored, not 140 x 112
     _save_exif_rotated(path, picture)
     after = refcoco.load_refcoco(copied)[0]
     assert np.abs(after.image.astype(int) - before.image).mean() < 10  # saved again, not turned
@@ -290,7 +294,7 @@ def test_references_that_disagree_about_the_image(copied):
 
 
 def test_missing_and_broken_pictures_are_named(copied):
-    index, path = refcoco.load_refcoco(copied), _first_picture(copied)
+    samples, path = refcoco.load_refcoco(copied), _first_picture(copied)
     whole = path.read_bytes()
     for content in (
         b"",
@@ -301,11 +305,11 @@ def test_missing_and_broken_pictures_are_named(copied):
     ):
         path.write_bytes(content)
         with pytest.raises(DataError, match=rf"{path.name} is not a readable picture"):
-            index[0]
+            samples[0]
     path.unlink()
     with pytest.raises(DataError, match=rf"{path.name} is missing"):
-        index[0]
-    assert index[len(index) - 1].image.shape == (112, 112, 3)  # the others are fine
+        samples[0]
+    assert samples[len(samples) - 1].image.shape == (112, 112, 3)  # the others are fine
 
 
 def test_pictures_of_another_size(copied):

@@ -9,7 +9,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from rsagent_jax.data import refcoco, scenes, synthetic
+from rsagent_jax.data import coco_masks, refcoco, scenes, synthetic
 from rsagent_jax.types import DataError
 
 COUNTS = {"train": 24, "val": 6, "test": 4}  # of the `dataset` fixture, seed 5
@@ -195,7 +195,7 @@ def test_segmentation_says_holes_and_parts_exactly():
     for mask, kind in ((ring, dict), (parts, list), (np.zeros((4, 5), bool), dict), (np.ones((4, 5), bool), list)):
         segmentation = json.loads(json.dumps(synthetic.segmentation_of(mask)))
         assert isinstance(segmentation, kind)
-        assert (refcoco.decode_segmentation(segmentation, *mask.shape, "it") == mask).all()
+        assert (coco_masks.decode_segmentation(segmentation, *mask.shape, "it") == mask).all()
         theirs = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, *mask.shape))
                                   if kind is list else coco_mask.frPyObjects(segmentation, *mask.shape))  # fmt: skip
         assert (theirs == mask).all()

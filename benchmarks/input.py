@@ -1,0 +1,124 @@
+"""Images per second and core of the whole image path: decode, resize, patches, positions.
+
+  python benchmarks/input.py [--images=200] [--side=640x480] [--seconds=10] [--chips=64] [--step_seconds=…] [--batch=…]
+
+Beside it transformers' own image processor on the same pictures (decode included), as one core runs it. With
+--step_seconds and --batch (of a projected step: train.py --aot) it says how many host cores that step needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import tempfile
+import time
+
+os.environ["OMP_NUM_THREADS"] = "1"  # figures are per core
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from rsagent_jax.config import AgentConfig
+from rsagent_jax.data.folder import load_folder
+from rsagent_jax.data.pipeline import OpeningPrompt, Pipeline
+from rsagent_jax.data.processor import Processor, image_patches
+
+BASE = pathlib.Path(__file__).parents[1] / "assets/tiny-base"
+PIXELS = 1_003_520  # the limit of configs/grpo_tpu.py
+WHOLE = "whole path, with mask and prompt"
+THEIRS = "transformers: decode, resize, patches"
+
+
+def write_pictures(folder: pathlib.Path, count: int, width: int, height: int) -> None:
+    """JPEGs with as much detail as photographs have: noise at several scales."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(count):
+        image = np.full((height, width, 3), 128, np.float32)
+        for cells, strength in ((6, 60), (24, 30), (96, 12)):
+            noise = rng.normal(0, strength, (cells, cells, 3)).astype(np.float32)
+            image += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+        Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
+        box = [width // 4, height // 4, width // 2, height // 4, width // 2, height // 2, width // 4, height // 2]
+        lines.append(json.dumps({"image": f"{i}.jpg", "query": "the middle", "segmentation": [box]}))
+    (folder / "train.jsonl").write_text("\n".join(lines))
+
+
+def rate(step, seconds: float) -> float:
+    """Calls of `step` per second of this process's processor time, after one to warm up."""
+    step()
+    start, count = time.process_time(), 0
+    while time.process_time() - start < seconds:
+        step()
+        count += 1
+    return count / (time.process_time() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--side", default="640x480")
+    parser.add_argument("--seconds", type=float, default=10, help="processor time per row")
+    parser.add_argument("--step_seconds", type=float, default=0, help="a projected training step")
+    parser.add_argument("--batch", type=int, default=128, help="trajectories of that step")
+    parser.add_argument("--images_per_trajectory", type=float, default=4)
+    options = parser.parse_args()
+    width, height = map(int, options.side.split("x"))
+    cv2.setNumThreads(1)
+    processor = Processor.load(BASE)
+    # the published weights' limits: the tiny base takes 112 x 112 pixels only
+    limits = dataclasses.replace(processor.images.limits, min_pixels=3136, max_pixels=PIXELS)
+    processor.images = dataclasses.replace(processor.images, limits=limits)
+    rows: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_pictures(pathlib.Path(folder), options.images, width, height)
+        samples = load_folder(folder)
+        prepare = OpeningPrompt(processor, AgentConfig(), limits)
+        pipeline = Pipeline(samples, prepare, seed=0, threads=1)
+        data = [(pathlib.Path(folder) / f"{i}.jpg").read_bytes() for i in range(min(options.images, 16))]
+        at = iter(range(1 << 62))
+        decode = lambda: np.asarray(Image.open(io.BytesIO(data[next(at) % len(data)])).convert("RGB"))  # noqa: E731
+        decoded = [np.asarray(Image.open(io.BytesIO(d)).convert("RGB")) for d in data]
+        rows["decode"] = rate(decode, options.seconds)
+        rows["resize, patches"] = rate(
+            lambda: image_patches(decoded[next(at) % len(decoded)], processor.images), options.seconds
+        )
+        rows[WHOLE] = rate(lambda: pipeline.take(1), options.seconds)
+        theirs = _transformers(processor)
+        if theirs is not None:
+            rows[THEIRS] = rate(lambda: theirs(decode()), options.seconds)
+    print(f"{width} x {height} JPEG, at most {PIXELS} pixels; one core")
+    for name, value in rows.items():
+        print(f"{name:52} {value:8.1f} images/s")
+    ours = rows[WHOLE]
+    result = {"images_per_s_core": ours, "rows": rows, "vs_transformers": ours / rows[THEIRS] if theirs else None}
+    if options.step_seconds:
+        images = options.batch * options.images_per_trajectory
+        cores = images / options.step_seconds / ours
+        print(f"{images:.0f} images every {options.step_seconds} s need {cores:.1f} cores over all hosts")
+        result["cores"] = cores
+    print(json.dumps(result))
+
+
+def _transformers(processor: Processor):
+    """transformers' own path from pixels to patches, or None where it is not installed."""
+    try:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another build than torch
+        print(f"transformers is left out: {error}")
+        return None
+    images = processor.images
+    theirs = Qwen2VLImageProcessorPil(
+        min_pixels=3136, max_pixels=PIXELS, patch_size=images.patch_size, merge_size=images.merge_size
+    )
+    return lambda image: theirs(images=[Image.fromarray(image)], return_tensors="np")["pixel_values"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Compares evaluations of the same samples: paired differences with intervals, and the samples that differ most.
+
+  python -m rsagent_jax.compare runs/eval-a runs/eval-b [runs/eval-c …] [--out=comparison.md] [--samples=8]
+
+The first is the one the others are held against. Each is a work directory of evaluate.py. A paired interval is of the
+difference on the same sample, so it is narrower than the two policies' own intervals suggest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from rsagent_jax.evals.metrics import bootstrap_ci
+from rsagent_jax.evals.report import Evaluation, Prediction, load_evaluation
+from rsagent_jax.types import DataError
+
+RESAMPLES = 2000
+DECISIVE = ("benchmark", "settings.metric", "settings.data")  # must agree, or the figures are of different things
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """`b` minus `a`, with its 95% interval over resampled sentences."""
+
+    value: float
+    ci95: tuple[float, float]
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3f} [{self.ci95[0]:+.3f}, {self.ci95[1]:+.3f}]"
+
+    @property
+    def clear(self) -> bool:
+        return self.ci95[0] > 0 or self.ci95[1] < 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One evaluation against the first."""
+
+    name: str
+    giou: Difference
+    ciou: Difference
+    turns: Difference
+    better: int  # samples with a higher IoU, a lower one, the same
+    worse: int
+    same: int
+    samples: tuple[tuple[str, float, float], ...]  # (id, IoU there, IoU here), largest difference first
+
+
+def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
+    """DataError if the two are not of the same samples."""
+    first, second = ({p.id: p for p in e.predictions} for e in (a, b))
+    if first.keys() != second.keys():
+        lost = sorted(first.keys() ^ second.keys())
+        raise DataError(
+            f"{a.workdir} and {b.workdir} do not cover the same samples: {len(lost)} are in one only, such as"
+            f" {lost[:3]}; evaluate both with the same config.data"
+        )
+    ids = sorted(first)
+    pairs = [(first[i], second[i]) for i in ids]
+    gaps = np.array([q.iou - p.iou for p, q in pairs])
+    order = sorted(range(len(ids)), key=lambda i: (-abs(gaps[i]), ids[i]))
+    return Comparison(
+        name,
+        Difference(float(gaps.mean()), bootstrap_ci(gaps.tolist(), n=RESAMPLES)),
+        ciou_difference([p for p, _ in pairs], [q for _, q in pairs]),
+        _paired([float(q.turns - p.turns) for p, q in pairs]),
+        int((gaps > 0).sum()),
+        int((gaps < 0).sum()),
+        int((gaps == 0).sum()),
+        tuple((ids[i], pairs[i][0].iou, pairs[i][1].iou) for i in order),
+    )
+
+
+def _paired(values: list[float]) -> Difference:
+    return Difference(float(np.mean(values)), bootstrap_ci(values, n=RESAMPLES))
+
+
+def ciou_difference(a: Sequence[Prediction], b: Sequence[Prediction]) -> Difference:
+    """cIoU is a ratio of sums: both are formed anew from each resample of the sentences."""
+    sums = np.array([[p.intersection, p.union, q.intersection, q.union] for p, q in zip(a, b, strict=True)], np.float64)
+
+    def gap(rows: np.ndarray) -> float:
+        i, u, j, v = rows.sum(axis=0)
+        return float(j / (v + 1e-10) - i / (u + 1e-10))
+
+    rng = np.random.default_rng(0)
+    draws = [gap(sums[rng.integers(0, len(sums), len(sums))]) for _ in range(RESAMPLES)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Difference(gap(sums), (float(low), float(high)))
+
+
+def check(evaluations: Sequence[Evaluation]) -> None:
+    """DataError where they were counted by different rules."""
+    for other in evaluations[1:]:
+        for key in DECISIVE:
+            mine, theirs = (_at(e.results, key) for e in (evaluations[0], other))
+            if mine != theirs:
+                raise DataError(
+                    f"{evaluations[0].workdir} and {other.workdir} differ in {key}: {_differs(mine, theirs)};"
+                    " such figures cannot be compared. Evaluate both with the same config"
+                )
+
+
+def _at(results: dict, path: str):
+    for key in path.split("."):
+        results = results.get(key) if isinstance(results, dict) else None
+    # where the data lie does not matter, which they are does
+    return {k: v for k, v in results.items() if k != "root"} if isinstance(results, dict) else results
+
+
+def _differs(a, b) -> str:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [k for k in {**a, **b} if a.get(k) != b.get(k)]
+        return "; ".join(f"{k}: {a.get(k)!r} and {b.get(k)!r}" for k in keys)
+    return f"{a!r} and {b!r}"
+
+
+# --- Tables ---
+
+
+def table(evaluations: Sequence[Evaluation], names: Sequence[str], found: Sequence[Comparison]) -> list[list[str]]:
+    """Rows of cells; the first row is the head."""
+    differ = f"minus {names[0]}, 95% interval"
+    rows = [["", "gIoU", differ, "cIoU", differ, "turns", differ, "better / worse / same", "n"]]
+    for k, (evaluation, name) in enumerate(zip(evaluations, names, strict=True)):
+        r, c = evaluation.results, found[k - 1] if k else None
+        figures = [f"{r['giou']:.3f}", f"{r['ciou']:.3f}", f"{r['mean_turns']:.2f}"]
+        gaps = [_marked(d) for d in (c.giou, c.ciou, c.turns)] if c else ["", "", ""]
+        counts = f"{c.better} / {c.worse} / {c.same}" if c else ""
+        rows.append([name, *(cell for pair in zip(figures, gaps, strict=True) for cell in pair), counts, str(r["n"])])
+    return rows
+
+
+def _marked(difference: Difference) -> str:
+    return f"{difference} *" if difference.clear else str(difference)
+
+
+def sample_table(c: Comparison, base: str, queries: dict[str, str], shown: int) -> list[list[str]]:
+    rows = [["sample", "query", base, c.name, "difference"]]
+    for id, there, here in c.samples[:shown]:
+        rows.append([id, queries.get(id, ""), f"{there:.3f}", f"{here:.3f}", f"{here - there:+.3f}"])
+    return rows
+
+
+def aligned(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def markdown(rows: list[list[str]]) -> str:
+    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in escaped]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+NOTE = "* zero is outside the interval. Intervals: 95%, paired bootstrap over samples."
+
+
+def names_of(workdirs: Sequence[pathlib.Path]) -> list[str]:
+    """The shortest tails of the paths that tell them apart."""
+    parts = [path.absolute().parts for path in workdirs]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-n:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise DataError(f"the same directory is given twice: {', '.join(map(str, workdirs))}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0, or 2 with one line on stderr when an input is missing, damaged or of something else."""
+    parser = argparse.ArgumentParser(prog="python -m rsagent_jax.compare", description=__doc__.split("\n")[0])
+    parser.add_argument("workdirs", nargs="+", type=pathlib.Path, metavar="DIR", help="work directories of evaluate.py")
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="writes the tables as Markdown")
+    parser.add_argument("--samples", type=int, default=8, help="how many of the samples that differ most (default 8)")
+    options = parser.parse_args(arguments)
+    try:
+        if len(options.workdirs) < 2:
+            raise DataError("give at least two work directories of evaluate.py")
+        names = names_of(options.workdirs)
+        evaluations = [load_evaluation(path) for path in options.workdirs]
+        check(evaluations)
+        found = [compare(evaluations[0], e, n) for e, n in zip(evaluations[1:], names[1:], strict=True)]
+        queries = {example.id: example.query for e in evaluations for example in e.examples}
+        main_table = table(evaluations, names, found)
+        print(f"{aligned(main_table)}\n{NOTE}")
+        text = [f"# {names[0]} and {', '.join(names[1:])}", markdown(main_table), NOTE.replace("*", "\\*", 1)]
+        for comparison in found:
+            rows = sample_table(comparison, names[0], queries, options.samples)
+            print(f"\nSamples on which {comparison.name} and {names[0]} differ most\n{aligned(rows)}")
+            text += [f"## Samples on which {comparison.name} and {names[0]} differ most", markdown(rows)]
+        if options.out:
+            try:
+                options.out.write_text("\n\n".join(text) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise DataError(f"--out={options.out} cannot be written ({error.strerror or error})") from None
+        gaps = {c.name: {k: dataclasses.asdict(getattr(c, k)) for k in ("giou", "ciou", "turns")} for c in found}
+        print("\n" + json.dumps({"base": names[0], "differences": gaps}))
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

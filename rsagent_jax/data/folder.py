@@ -1,0 +1,114 @@
+"""A user's own data: a folder of pictures, and one JSON object per line.
+
+    <root>/train.jsonl                           one line per question; <split>.jsonl for every split
+    {"image": "photos/a.jpg", "query": "the mug on the left", "mask": "masks/a.png"}
+
+    image         path, relative to <root>                                                    required
+    query         what is to be segmented                                                     required
+    mask          a picture as large as the image: what is not black is the object; null: nothing is meant, or
+    segmentation  COCO's polygons [[x1, y1, x2, y2, …], …] or RLE {"size": [h, w], "counts": …}
+    ignore        a picture like mask: what is not black is neither right nor wrong           optional
+    id            unique in the file; else the number of the line                             optional
+
+Pictures are turned upright by their EXIF orientation, as every viewer shows them; masks belong to that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from rsagent_jax.data.coco_masks import decode_segmentation
+from rsagent_jax.data.index import SampleIndex, picture_key, read_image
+from rsagent_jax.types import DataError, Sample
+
+_KEYS = ("image", "query", "mask", "segmentation", "ignore", "id")
+_LISTED = 5  # so many problems stand in the message
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    id: str
+    query: str
+    picture: str
+    mask: str | None
+    segmentation: Any
+    ignore: str | None
+    line: str  # where it stands, for messages
+
+    @property
+    def picture_key(self) -> str:
+        return picture_key(self.picture)
+
+
+def load_folder(root: str | pathlib.Path, split: str = "train", limit: int | None = None) -> SampleIndex:
+    """Indexes <root>/<split>.jsonl. Sample ids read "folder/<split>/<id>". One DataError lists all bad lines."""
+    root = pathlib.Path(root).expanduser()
+    path = root / f"{split}.jsonl"
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        there = ", ".join(sorted(p.name for p in root.glob("*.jsonl"))) or "no .jsonl file"
+        raise DataError(f"cannot read {path} ({error.strerror or error}); {root} has: {there}") from None
+    entries: list[_Entry] = []
+    problems: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if limit is not None and len(entries) >= limit:
+            break
+        if line.strip():
+            try:
+                entries.append(_entry(line, root, f"{path}, line {number}", f"folder/{split}", number))
+            except ValueError as error:  # of JSON, of UTF-8, or ours
+                problems.append(f"line {number}: {error}")
+    if problems:
+        more = f"\n  … and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise DataError(f"{path}: {len(problems)} bad lines:\n  " + "\n  ".join(problems[:_LISTED]) + more)
+    return SampleIndex(f"folder/{split}", entries, _load)
+
+
+def _entry(line: bytes, root: pathlib.Path, where: str, name: str, number: int) -> _Entry:
+    """Raises ValueError with what is wrong."""
+    record = json.loads(line.decode("utf-8-sig"))
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    if unknown := sorted(set(record) - set(_KEYS)):
+        raise ValueError(f"unknown field {', '.join(unknown)}; known are {', '.join(_KEYS)}")
+    for key in ("image", "query"):
+        if not isinstance(record.get(key), str) or not record[key].strip():
+            raise ValueError(f"{key} must be text")
+    if ("mask" in record) == ("segmentation" in record):
+        raise ValueError("there must be either mask or segmentation (mask: null where nothing is meant)")
+    for key in ("mask", "ignore"):
+        if not isinstance(record.get(key), str | None):
+            raise ValueError(f"{key} must be the path of a picture")
+    if "segmentation" in record and not isinstance(record["segmentation"], list | dict):
+        raise ValueError("segmentation must be polygons or RLE")
+    paths = {key: str(root / record[key]) if record.get(key) else None for key in ("image", "mask", "ignore")}
+    id = f"{name}/{record.get('id', number)}"
+    segmentation = record.get("segmentation")
+    return _Entry(id, record["query"].strip(), paths["image"], paths["mask"], segmentation, paths["ignore"], where)
+
+
+def _load(entry: _Entry) -> Sample:
+    image = read_image(entry.picture, f"it is named in {entry.line}", upright=True)
+    h, w = image.shape[:2]
+    if entry.mask is not None:
+        mask = _mask(entry.mask, h, w, entry)
+    else:
+        mask = decode_segmentation(entry.segmentation or [], h, w, f"{entry.line} (sample {entry.id})")
+    ignore = None if entry.ignore is None else _mask(entry.ignore, h, w, entry)
+    return Sample(entry.id, image, entry.query, mask, ignore, entry.picture)
+
+
+def _mask(path: str, height: int, width: int, entry: _Entry) -> np.ndarray:
+    mask = read_image(path, f"it is named in {entry.line}").any(axis=2)
+    if mask.shape != (height, width):
+        raise DataError(
+            f"{path} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {entry.picture} {width} x {height}"
+            f" ({entry.line}): a mask is as large as its image, turned upright"
+        )
+    return mask

@@ -1,0 +1,119 @@
+"""What every loader returns: a lazy sequence of samples that knows its ids and pictures without decoding anything."""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from rsagent_jax.types import DataError, Sample
+
+# COCO's file names of 2014 and 2017, so that a user's copy of a picture is known as the same picture.
+_COCO_NAME = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})\.(?:jpg|jpeg|png)", re.IGNORECASE)
+
+
+class Entry(Protocol):
+    """What an index keeps of a sample: plain text and numbers."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def picture_key(self) -> str:
+        """Names the picture, equal in all data sets that hold it; see `picture_key`."""
+
+
+class SampleIndex(Sequence):
+    """A lazy, picklable sequence of samples: `len(index)`, `index[i]`.
+
+    `index[i]` raises DataError for a picture or mask that is missing, broken or of another size than stated.
+    """
+
+    def __init__(self, name: str, entries: Sequence[Entry], load: Callable[[Any], Sample], notes: Iterable[str] = ()):
+        """`load` turns an entry into its sample; `notes` say what was left out on the way here, and why.
+
+        DataError if there is nothing, or two samples share an id.
+        """
+        if not entries:
+            raise DataError(f"{name}: there is no sample in it")
+        self.name, self.entries, self.load, self.notes = name, tuple(entries), load, tuple(notes)
+        if len(set(self.ids)) < len(self.ids):
+            seen: set[str] = set()
+            twice = [i for i in self.ids if i in seen or seen.add(i)]
+            raise DataError(
+                f"{name}: {len(twice)} sample ids occur more than once, such as {twice[:3]}; every id must be unique:"
+                " take the files from one download, or give each line of your own data an id of its own"
+            )
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, i: int) -> Sample:
+        return self.load(self.entries[i])
+
+    @property
+    def ids(self) -> list[str]:
+        """Sample ids in order, without decoding anything."""
+        return [entry.id for entry in self.entries]
+
+    @property
+    def picture_keys(self) -> list[str]:
+        """The pictures' names in order; see `picture_key`."""
+        return [entry.picture_key for entry in self.entries]
+
+    def keep(self, wanted: Sequence[int], note: str = "") -> SampleIndex:
+        """The samples at these places, in this order."""
+        entries = [self.entries[i] for i in wanted]
+        return SampleIndex(self.name, entries, self.load, [*self.notes, note] if note else self.notes)
+
+
+def picture_key(path: str | pathlib.Path) -> str:
+    """A name that copies of one picture share: "coco/<image id>" by COCO's file names, else the absolute path."""
+    known = _COCO_NAME.fullmatch(pathlib.PurePath(path).name)
+    return coco_key(int(known[1])) if known else os.path.abspath(path)
+
+
+def coco_key(image_id: int) -> str:
+    return f"coco/{image_id}"
+
+
+def read_image(path: str | pathlib.Path, remedy: str = "put it back", upright: bool = False) -> np.ndarray:
+    """A picture file -> u8[h, w, 3] RGB, whatever it holds (grey, CMYK, palette). DataError naming the file.
+
+    `upright` applies the EXIF orientation. COCO's annotations are drawn on the pixels as stored, so not there.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _decode(file, upright)
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: {remedy}") from None
+    except _UNREADABLE as error:
+        raise DataError(f"{path} is not a readable picture ({error}): delete it and download it again") from None
+
+
+def decode_image(data: bytes, where: str) -> np.ndarray:
+    """A picture's bytes -> u8[h, w, 3] RGB; `where` names it in the DataError."""
+    try:
+        return _decode(io.BytesIO(data), upright=False)
+    except _UNREADABLE as error:
+        raise DataError(f"{where} is not a readable picture ({error})") from None
+
+
+def _decode(file: Any, upright: bool) -> np.ndarray:
+    with PIL.Image.open(file) as picture:
+        return np.array((PIL.ImageOps.exif_transpose(picture) if upright else picture).convert("RGB"))
+
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)
+
+
+def spread(total: int, wanted: int) -> list[int]:
+    """So many places out of `total`, evenly spread; all of them where `wanted` is 0."""
+    return sorted({int(i) for i in np.linspace(0, total - 1, min(wanted or total, total))})

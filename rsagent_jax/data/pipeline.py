@@ -1,0 +1,127 @@
+"""Grain pipelines: what a host reads next depends on the seed, the position and the host's share, and on nothing else.
+
+The order is a shuffle of the whole source, anew in each epoch. Threads, or worker processes where threads do not keep
+up, only decide who decodes an element, so their number changes nothing. A position is one integer, the number of
+elements that all hosts together have taken; starting at it costs nothing, as any element can be reached directly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+from absl import flags
+
+from rsagent_jax.agent import environment, prompts
+from rsagent_jax.agent.views import PixelLimits
+from rsagent_jax.config import AgentConfig
+from rsagent_jax.data.processor import Processor
+from rsagent_jax.processes import Share
+from rsagent_jax.types import DataError, Prompt, Sample
+
+ALONE = Share()
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """Stands for an element that could not be read, so that the ones after it keep their places."""
+
+    index: int  # in the source
+    problem: str
+
+
+class Pipeline:
+    """`take(n)` gives this host's part of the next `n` elements of an endless, shuffled source."""
+
+    def __init__(
+        self,
+        source: Sequence[Any],
+        transform: Callable[[Any], Any] = lambda element: element,
+        *,
+        seed: int,
+        share: Share = ALONE,
+        threads: int = 4,
+        workers: int = 0,
+        ahead: int = 16,
+    ):
+        """`transform` turns an element of `source` into what is taken; both must be picklable where `workers` > 0.
+
+        threads: elements decoded at a time per process. workers: processes beside this one; 0 = threads only.
+        ahead: elements decoded before they are asked for.
+        """
+        if not len(source):
+            raise DataError("a pipeline over no samples: the data set is empty")
+        self.read = _Read(source, transform)
+        self.order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        self.share, self.threads, self.workers, self.ahead = share, threads, workers, ahead
+        self.position = 0
+        self.skipped = 0  # elements of this host that could not be read
+        self.problems: list[Unreadable] = []  # the latest of them
+        self._elements: Iterator[Any] | None = None
+
+    def take(self, n: int) -> list[Any]:
+        """This host's part of the next `n`: n / share.count elements, less those that cannot be read.
+
+        Those are counted in `skipped` and listed in `problems`. DataError if none of the part can be read.
+        """
+        if self._elements is None:
+            self._elements = iter(self._dataset())
+        mine = self.share.of(n, "the number of elements taken")
+        taken = [next(self._elements) for _ in range(mine)]
+        self.position += n
+        self.problems = [element for element in taken if isinstance(element, Unreadable)]
+        self.skipped += len(self.problems)
+        if len(self.problems) == mine:
+            raise DataError(f"none of the {mine} samples drawn could be read; the first: {self.problems[0].problem}")
+        return [element for element in taken if not isinstance(element, Unreadable)]
+
+    def state(self) -> dict[str, int]:
+        """The same on every host but for `skipped`."""
+        return {"position": self.position, "skipped": self.skipped}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.position, self.skipped = state["position"], state["skipped"]
+        self._elements = None
+
+    def _dataset(self) -> grain.IterDataset:
+        mine = self.order[self.position + self.share.index :: self.share.count].map(self.read)
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=max(self.ahead, self.threads))
+        elements = mine.to_iter_dataset(options)
+        if not self.workers:
+            return elements
+        if not flags.FLAGS.is_parsed():  # Grain's workers read flags, also where a program has none
+            flags.FLAGS.mark_as_parsed()
+        each = max(1, self.ahead // self.workers)
+        return elements.mp_prefetch(grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=each))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """Place in the source -> element, or Unreadable where the user's files are to blame."""
+
+    source: Sequence[Any]
+    transform: Callable[[Any], Any]
+
+    def __call__(self, index: int) -> Any:
+        try:
+            return self.transform(self.source[int(index)])
+        except DataError as error:
+            return Unreadable(int(index), str(error))
+
+
+@dataclasses.dataclass(frozen=True)
+class OpeningPrompt:
+    """A sample with the prompt that opens its trajectory: decoded, resized, cut into patches, with positions."""
+
+    processor: Processor
+    agent: AgentConfig
+    limits: PixelLimits
+
+    def __call__(self, sample: Sample) -> tuple[Sample, Prompt]:
+        state = environment.reset(sample.image, sample.query, self.agent, self.limits)
+        opening = environment.opening_observation(state)
+        text = prompts.opening(prompts.system_prompt(self.agent.prompt), opening.text)
+        prompt, _ = self.processor.prompt(text, [opening.image])
+        return sample, prompt

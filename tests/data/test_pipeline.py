@@ -1,0 +1,107 @@
+"""The order is a function of seed, position and share; threads, processes and restarts do not show."""
+
+import dataclasses
+import itertools
+import operator
+
+import grain
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rsagent_jax.agent import environment, prompts
+from rsagent_jax.agent.views import PixelLimits
+from rsagent_jax.config import AgentConfig, DataConfig
+from rsagent_jax.data.pipeline import OpeningPrompt, Pipeline
+from rsagent_jax.data.processor import Processor
+from rsagent_jax.data.samples import open_samples
+from rsagent_jax.processes import Share
+from rsagent_jax.types import DataError
+
+BASE = "assets/tiny-base"
+
+
+def draw(n=23, take=6, times=9, **options):
+    pipeline = Pipeline(range(n), **{"seed": 5} | options)
+    return [pipeline.take(take) for _ in range(times)]
+
+
+def test_every_epoch_is_another_permutation_and_the_order_is_that_of_the_seed():
+    drawn = list(itertools.chain(*draw(n=18)))
+    epochs = [drawn[i : i + 18] for i in range(0, 54, 18)]
+    assert all(sorted(epoch) == list(range(18)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    # what SftSource and GrpoSource draw from
+    order = grain.MapDataset.range(18).seed(5).shuffle().repeat()
+    assert drawn == [int(order[i]) for i in range(54)]
+    assert list(itertools.chain(*draw(n=18, seed=6))) != drawn
+
+
+@settings(max_examples=6)
+@given(st.sampled_from([1, 2, 3, 6]), st.integers(0, 8), st.sampled_from([1, 4]))
+def test_hosts_divide_what_one_host_draws_from_any_position(hosts, done, threads):
+    whole = draw()
+    parts = []
+    for index in range(hosts):
+        pipeline = Pipeline(range(23), seed=5, share=Share(index, hosts), threads=threads)
+        pipeline.restore({"position": 6 * done, "skipped": 0})
+        parts.append([pipeline.take(6) for _ in range(9 - done)])
+    for step, drawn in enumerate(whole[done:]):
+        merged = [parts[i % hosts][step][i // hosts] for i in range(6)]
+        assert merged == drawn
+
+
+def test_a_restored_pipeline_goes_on_where_the_other_stopped():
+    one = Pipeline(range(23), seed=5)
+    before = [one.take(6) for _ in range(4)]
+    two = Pipeline(range(23), seed=5, threads=1)
+    two.restore(one.state())
+    assert before + [two.take(6) for _ in range(5)] == draw()
+
+
+@pytest.mark.timeout(200)
+def test_the_number_of_worker_processes_does_not_show():
+    """With the transform, a checkpoint of one number of workers restored with another."""
+    alone = Pipeline(range(23), operator.neg, seed=5)
+    wanted = [alone.take(4) for _ in range(5)]
+    pipeline = Pipeline(range(23), operator.neg, seed=5, workers=2, threads=1, ahead=4)
+    assert [pipeline.take(4) for _ in range(3)] == wanted[:3]
+    after = Pipeline(range(23), operator.neg, seed=5)
+    after.restore(pipeline.state())
+    assert [after.take(4) for _ in range(2)] == wanted[3:]
+
+
+def odd_only(x):
+    if x % 2 == 0:
+        raise DataError(f"picture {x} is missing")
+    return x
+
+
+def test_what_cannot_be_read_is_counted_and_the_rest_is_kept():
+    pipeline, whole = Pipeline(range(23), odd_only, seed=5), draw()
+    for drawn in whole:
+        before = pipeline.skipped
+        assert pipeline.take(6) == [x for x in drawn if x % 2]
+        assert pipeline.skipped - before == len(pipeline.problems) == sum(x % 2 == 0 for x in drawn)
+    assert pipeline.state() == {"position": 54, "skipped": sum(x % 2 == 0 for x in itertools.chain(*whole))}
+    with pytest.raises(DataError, match="none of the 1 samples drawn could be read; the first: picture 0 is missing"):
+        Pipeline([0], odd_only, seed=0).take(1)
+    with pytest.raises(DataError, match="empty"):
+        Pipeline([], seed=0)
+    with pytest.raises(ValueError, match="a bug"):  # only bad input is skipped
+        Pipeline([0], lambda _: (_ for _ in ()).throw(ValueError("a bug")), seed=0).take(1)
+
+
+def test_opening_prompts_are_those_of_the_driver(dataset):
+    samples, processor = open_samples(DataConfig(root=str(dataset), split="val")), Processor.load(BASE)
+    limits = PixelLimits(**dataclasses.asdict(processor.images.limits))
+    agent = AgentConfig(prompt="brief", history_size=112)
+    taken = Pipeline(samples, OpeningPrompt(processor, agent, limits), seed=1).take(4)
+    for sample, prompt in taken:
+        opening = environment.opening_observation(environment.reset(sample.image, sample.query, agent, limits))
+        text = prompts.opening(prompts.system_prompt("brief"), opening.text)
+        wanted, _ = processor.prompt(text, [opening.image])
+        for field in ("tokens", "positions", "patches"):
+            np.testing.assert_array_equal(getattr(prompt, field), getattr(wanted, field))
+    assert len({sample.id for sample, _ in taken}) == 4

@@ -1,0 +1,142 @@
+"""Every convention that differs between papers, by hand arithmetic on ten pixels."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rsagent_jax.config import MetricConfig
+from rsagent_jax.evals.metrics import (
+    CONVENTIONS,
+    check_rules,
+    count,
+    failed,
+    judge,
+    other_conventions,
+    score,
+    summarize,
+)
+from rsagent_jax.types import DataError, Sample, Status, Trajectory, Turn
+
+
+def pixels(*places, size=10):
+    """bool[1, size], True at these places."""
+    out = np.zeros((1, size), bool)
+    out[0, list(places)] = True
+    return out
+
+
+def sample(gt, ignore=None, id="s"):
+    return Sample(id, np.zeros((*gt.shape, 3), np.uint8), "it", gt, ignore)
+
+
+def trajectory(final, status=Status.FINISHED, id="s"):
+    empty = np.zeros(0)
+    return Trajectory(
+        id, 0, "it", (Turn("", None, None, None),), (), final, None, status, empty, empty, empty, empty, empty, ()
+    )
+
+
+def rules(**changes):
+    return MetricConfig(**{"epsilon": 0.0} | changes)
+
+
+TRUTH, IGNORED, SAID = pixels(0, 1, 2, 3), pixels(4, 5), pixels(2, 3, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("policy", "intersection", "union"),
+    [
+        ("excluded", 2, 5),  # truth 0123, prediction 238 without the ignored 4: both 23, either 01238
+        ("target", 3, 7),  # truth 012345: both 234, either 0123458
+        ("background", 2, 6),  # truth 0123, prediction 2348: both 23, either 012348
+    ],
+)
+def test_ignored_pixels(policy, intersection, union):
+    result = score(trajectory(SAID), sample(TRUTH, IGNORED), rules(ignore_policy=policy))
+    assert (result.intersection, result.union) == (intersection, union)
+    assert result.iou == intersection / union
+    assert score(trajectory(SAID), sample(TRUTH), rules(ignore_policy=policy)).union == 6  # nothing is ignored
+
+
+def test_empty_unions():
+    nothing = pixels()
+    for policy, iou, dropped in [("one", 1.0, None), ("zero", 0.0, None), ("dropped", 0.0, "empty")]:
+        result = score(trajectory(nothing), sample(nothing), rules(empty_policy=policy))
+        assert (result.iou, result.dropped, result.no_target, result.said_empty) == (iou, dropped, True, True)
+        # a wrong mask where nothing is meant is 0 under all of them
+        wrong = score(trajectory(SAID), sample(nothing), rules(empty_policy=policy))
+        assert (wrong.iou, wrong.union, wrong.dropped, wrong.said_empty) == (0.0, 4, None, False)
+
+
+def test_failures_and_endings():
+    broken = trajectory(TRUTH, Status.ENV_FAILED)
+    assert score(broken, sample(TRUTH), rules()).dropped is None
+    assert (score(broken, sample(TRUTH), rules()).iou, score(broken, sample(TRUTH), rules()).union) == (0.0, 4)
+    assert score(broken, sample(TRUTH), rules(failure_policy="dropped")).dropped == "failure"
+    assert failed(sample(TRUTH), rules(failure_policy="dropped")).dropped == "failure"
+    late = trajectory(TRUTH, Status.MAX_TURNS)
+    assert score(late, sample(TRUTH), rules()).iou == 1.0
+    unjudged = score(late, sample(TRUTH), rules(ending_policy="zero"))
+    assert (unjudged.iou, unjudged.intersection, unjudged.union, unjudged.said_empty) == (0.0, 0, 4, False)
+    assert score(trajectory(TRUTH), sample(TRUTH), rules(ending_policy="zero")).iou == 1.0
+
+
+def test_epsilon_and_small_predictions():
+    assert score(trajectory(SAID), sample(TRUTH)).iou == 2 / (6 + 1e-5)
+    assert score(trajectory(SAID), sample(TRUTH), rules()).iou == 2 / 6
+    assert score(trajectory(SAID), sample(TRUTH), rules(empty_below=4)).intersection == 2  # four are not fewer
+    small = score(trajectory(SAID), sample(TRUTH), rules(empty_below=5))
+    assert (small.intersection, small.union, small.said_empty) == (0, 4, True)
+    assert score(trajectory(SAID), sample(pixels()), rules(empty_below=5)).iou == 1.0
+
+
+def test_n_acc_and_t_acc():
+    nothing, some = pixels(), pixels(0, 1)
+    cases = [
+        ("a", nothing, nothing, Status.FINISHED),  # absent, said so
+        ("b", nothing, some, Status.FINISHED),  # absent, a mask all the same
+        ("c", nothing, nothing, Status.ENV_FAILED),  # absent, failed
+        ("d", some, some, Status.FINISHED),  # found
+        ("e", some, nothing, Status.FINISHED),  # there, said absent
+        ("f", some, pixels(1, 2), Status.FINISHED),  # there, IoU 1/3
+        ("g", some, nothing, Status.ENV_FAILED),  # there, failed
+    ]
+    results = [score(trajectory(said, s, i), sample(gt, id=i), rules()) for i, gt, said, s in cases]
+    summary = summarize(results, {}, benchmark="toy")
+    assert summary["n_acc"] == 1 / 3 and summary["t_acc"] == 2 / 4
+    assert summary["giou"] == pytest.approx((1 + 0 + 0 + 1 + 0 + 1 / 3 + 0) / 7)
+    assert summary["giou_target"] == pytest.approx((1 + 0 + 1 / 3 + 0) / 4)
+    # intersections 0 0 0 2 0 1 0; unions 0 2 0 2 2 3 2
+    assert summary["ciou"] == pytest.approx(3 / 11)
+    assert "n_acc" not in summarize(results[3:], {}, benchmark="toy")
+
+
+def test_what_is_dropped_is_counted_and_the_rules_are_saved():
+    nothing, some = pixels(), pixels(0, 1)
+    dropping = rules(empty_policy="dropped", failure_policy="dropped")
+    cases = [("a", nothing, nothing, Status.FINISHED), ("b", some, some, Status.ENV_FAILED)]
+    cases += [("c", some, some, Status.FINISHED), ("d", some, pixels(1, 2), Status.MAX_TURNS)]
+    counts = [count(trajectory(said, s, i), sample(gt, id=i)) for i, gt, said, s in cases]
+    summary = summarize([judge(c, dropping) for c in counts], {"metric": {"unit": "sentence"}}, benchmark="toy")
+    assert summary["n"] == 2 and summary["dropped"] == {"failure": 1, "empty": 1}
+    assert summary["giou"] == pytest.approx((1 + 1 / 3) / 2) and summary["failures"]["env_failed"] == 1
+    saved = summary["settings"]["metric"]
+    assert saved["unit"] == "sentence" and saved["empty_policy"] == "dropped" and saved["resolution"] == "original"
+    others = other_conventions(counts)
+    assert set(others) == {"lisa", "seg_zero", "lens"} and json.loads(json.dumps(others)) == others
+    # LISA: (1 + 0 + 2/2.00001 + 1/3.00001) / 4; Seg-Zero: only c and d
+    assert others["lisa"]["giou"] == pytest.approx((1 + 0 + 1 + 1 / 3) / 4, abs=1e-5)
+    assert others["seg_zero"]["giou"] == pytest.approx((1 + 1 / 3) / 2) and others["seg_zero"]["n"] == 2
+    with pytest.raises(DataError, match="the rules drop all of its 2 samples"):
+        summarize([judge(c, dropping) for c in counts[:2]], {}, benchmark="toy")
+
+
+def test_unknown_conventions_are_refused():
+    for known in CONVENTIONS.values():
+        check_rules(known)
+    for wrong in ({"ignore_policy": "drop"}, {"empty_policy": ""}, {"failure_policy": "x"}, {"ending_policy": "y"}):
+        with pytest.raises(DataError, match=r"metric\.\w+ must be one of"):
+            check_rules(rules(**wrong))
+    with pytest.raises(DataError, match="must not be negative"):
+        check_rules(rules(empty_below=-1))

@@ -1,0 +1,108 @@
+"""Results survive a kill at any byte, add up the same whatever the sharding, and do not mix settings."""
+
+import json
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rsagent_jax.data import journal
+from rsagent_jax.evals import records
+from rsagent_jax.evals.metrics import Counts, judge, summarize
+from rsagent_jax.processes import Share, parse_share
+from rsagent_jax.types import DataError, Status
+
+SETTINGS = {"weights_sha256": "abc", "seed": 0, "agent": {"max_turns": 8}, "stages": (1, 2)}
+
+
+def record(i):
+    triple = (i % 4, 5 + i % 3, 6)
+    counts = Counts(f"s{i}", dict.fromkeys(("excluded", "target", "background"), triple), Status.FINISHED, 1 + i % 3, 1)
+    return records.Record(counts, {"size": [2, 2], "counts": "04"}, 0.25, {"id": f"s{i}", "query": "größe\u2028\x85"})
+
+
+def write(workdir, share, samples, chunk=3, settings=SETTINGS):
+    """Evaluates this shard's part of the samples that are not done."""
+    shard = records.Shard(workdir, share, settings)
+    left = [i for i in samples[share.index :: share.count] if f"s{i}" not in shard.done]
+    for k in range(0, len(left), chunk):
+        shard.add([record(i) for i in left[k : k + chunk]])
+    shard.close()
+    return left
+
+
+def summary(workdir, n):
+    found = records.read(workdir, SETTINGS)
+    assert set(found) == {f"s{i}" for i in range(n)}
+    return summarize([judge(r.counts) for r in found.values()], {}, benchmark="toy")
+
+
+def test_records_come_back_and_the_sum_does_not_depend_on_the_shards(tmp_path):
+    sums = []
+    for count in (1, 2, 5):
+        workdir = tmp_path / str(count)
+        for index in range(count):
+            write(workdir, Share(index, count), range(11))
+        sums.append(summary(workdir, 11))
+        assert records.read(workdir, SETTINGS)["s7"] == record(7)
+    assert sums[0] == sums[1] == sums[2]
+
+
+@settings(max_examples=40)
+@given(st.floats(0, 1), st.integers(1, 3))
+def test_a_kill_at_any_byte_leaves_no_hole_and_no_duplicate(tmp_path_factory, share, count):
+    workdir = tmp_path_factory.mktemp("kill")
+    write(workdir, Share(0, 1), range(8))
+    path = next((workdir / records.FOLDER).iterdir())
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    for index in range(count):  # it may go on with other shards
+        write(workdir, Share(index, count), range(8))
+    assert summary(workdir, 8)["n"] == 8
+    assert write(workdir, Share(0, 1), range(8)) == []
+    lines = [line for p in (workdir / records.FOLDER).iterdir() for line in p.read_text().splitlines()[1:]]
+    assert sorted(json.loads(line)["counts"]["id"] for line in lines) == [f"s{i}" for i in range(8)]
+
+
+def test_results_of_other_settings_are_not_continued(tmp_path):
+    write(tmp_path, Share(), range(3))
+    with pytest.raises(DataError, match="results of other settings .*seed: 0 there, 1 now.*Give another --workdir"):
+        write(tmp_path, Share(), range(3), settings=SETTINGS | {"seed": 1})
+    with pytest.raises(DataError, match="results of other settings"):
+        write(tmp_path, Share(1, 2), range(3), settings=SETTINGS | {"agent": {"max_turns": 1}})
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    write(tmp_path, Share(), range(3))
+    path = next((tmp_path / records.FOLDER).iterdir())
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([*lines[:2], "{", *lines[3:]]))
+    with pytest.raises(DataError, match=r"jsonl, line 3 is damaged .*remove that line and run again"):
+        write(tmp_path, Share(), range(3))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_a_full_disk_is_said_and_what_was_written_is_kept(tmp_path):
+    shard = records.Shard(tmp_path, Share(), SETTINGS)
+    shard.add([record(0), record(2)])
+    shard.close()
+    shard.journal.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    with pytest.raises(DataError, match="No space left on device.*What was written is kept"):
+        shard.add([record(1)])
+    assert set(records.read(tmp_path, SETTINGS)) == {"s0", "s2"}
+
+
+def test_whole_files_replace_whole_files(tmp_path):
+    journal.write_whole(tmp_path / "a.json", "one")
+    journal.write_whole(tmp_path / "a.json", "two")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "two"
+    with pytest.raises(DataError, match="cannot be written"):
+        journal.write_whole(tmp_path / "none" / "a.json", "one")
+
+
+def test_shares_of_the_command_line():
+    assert parse_share("2/8", "--shard") == Share(2, 8)
+    for wrong in ("8/8", "1", "-1/2", "a/b", "1/0", ""):
+        with pytest.raises(DataError, match=r"--shard=.* must be i/n"):
+            parse_share(wrong, "--shard")

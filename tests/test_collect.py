@@ -1,0 +1,233 @@
+"""Collecting: nothing lost or doubled by a kill or by shards, the same set whatever the order, filters that count."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from agent_fakes import DiscSegmenter
+from PIL import Image
+
+from rsagent_jax import refilter
+from rsagent_jax.collect import Collector, what_decides
+from rsagent_jax.config import CollectConfig, FilterConfig, RemoteConfig, TeacherConfig
+from rsagent_jax.data import synthetic, trajectories
+from rsagent_jax.data.journal import Journal
+from rsagent_jax.evals import filtering
+from rsagent_jax.processes import Share
+from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.types import DataError
+from sam_bridge.types import FailureKind
+from tests.agent.test_remote import Server, good
+from tests.rollout import small
+
+ROOT = pathlib.Path(__file__).parents[1]
+# sample -> its turns: good; not good enough; a malformed turn; the same click twice; never finished
+SCRIPTS = {
+    "s0": [small.click(56, 56), small.finish(1)],
+    "s1": [small.click(80, 56), small.finish(1)],
+    "s2": ["nonsense", small.click(56, 56), small.finish(1)],
+    "s3": [small.click(56, 56), small.click(56, 56), small.finish(1)],
+    "s4": ["nonsense"] * 3,
+    "s5": [small.click(56, 56), small.zoom(20, 20, 90, 80), small.finish(1)],
+}
+
+
+class Scripted:
+    def __init__(self, config, rng):
+        pass
+
+    def act(self, state, gt_mask):
+        time.sleep(np.random.default_rng().uniform(0, 0.005))  # trajectories end in another order each time
+        return SCRIPTS["s" + state.query.split()[-1]][len(state.turns)]
+
+
+@pytest.fixture
+def samples(tmp_path):
+    out = []
+    for i in range(6):
+        sample = small.sample(i)
+        Image.fromarray(sample.image).save(tmp_path / f"{i}.png")
+        out.append(dataclasses.replace(sample, path=str(tmp_path / f"{i}.png")))
+    return out
+
+
+ALONE = Share()
+CONFIG = CollectConfig(processor="x", agent=small.AGENT, workers=3, concurrent=4)
+
+
+def collect(workdir, samples, share=ALONE, make=Scripted, config=CONFIG, segmenter=None):
+    """One run of a shard over what is left; returns the collector."""
+    journal = Journal(workdir / filtering.ATTEMPTS, share, what_decides(config))
+    mine = range(share.index, len(samples), share.count)
+    left = [(i, i) for i in mine if f"s{i}" not in journal.done]
+    collector = Collector(config, small.processor(), samples, make, segmenter or DiscSegmenter(14.0), journal)
+    with contextlib.closing(journal):
+        asyncio.run(collector.run(left, len(left)))
+    return collector
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_filter_keeps_drops_and_counts(tmp_path, samples):
+    workdir = tmp_path / "w"
+    assert collect(workdir, samples).failed == {}
+    found = filtering.write(workdir, workdir, FilterConfig())
+    kept = lines(workdir / "trajectories.jsonl")
+    assert [row["id"] for row in kept] == ["s0", "s5"] and set(kept[0]) == {"id", "iou", "turns", "status"}
+    assert kept[1] == {"id": "s5", "iou": pytest.approx(1.0), "turns": 3, "status": "finished"}
+    wanted = {"final IoU below 0.9": 1, "malformed or refused call": 1, "repeated action": 1, "invalid": 1}
+    assert found.dropped == wanted and found.kept == 2
+    stamp = json.loads((workdir / "collect.json").read_text())
+    assert stamp["records"] == 2 and stamp["verdicts"] == wanted | {"kept": 2} and stamp["filter"]["min_iou"] == 0.9
+    every = filtering.write(workdir, tmp_path / "all", FilterConfig(min_iou=0.0, malformed=True, repeats=True))
+    assert every.kept == 5 and every.dropped == {"invalid": 1}
+    assert filtering.write(workdir, tmp_path / "short", FilterConfig(max_turns=2)).dropped["more than 2 turns"] == 1
+    page = (workdir / "report/index.html").read_text()
+    assert "malformed or refused call" in page and page.count("<article") == 6 and "Cannot be shown" not in page
+
+
+def test_records_are_what_the_driver_makes_with_images_by_reference(tmp_path, samples):
+    workdir = tmp_path / "w"
+    collect(workdir, samples)
+    filtering.write(workdir, workdir, FilterConfig(), per_file=1)
+    assert sorted(p.name for p in workdir.glob("*.array_record")) == [
+        f"trajectories-0000{i}.array_record" for i in (0, 1)
+    ]
+    records = trajectories.open_records(workdir)
+    policy = TextPolicy(small.scripted(SCRIPTS), small.processor())
+    ((wanted, _),) = Driver(policy, DiscSegmenter(14.0), small.processor(), small.AGENT).run([small.task(5)])
+    item = trajectories.decode(records[1], small.processor())
+    for field in ("tokens", "positions", "sampled", "patches"):
+        np.testing.assert_array_equal(getattr(item, field), getattr(wanted, field))
+    assert item.grids == wanted.grids and len(item.grids) == 3
+    header = trajectories.header(records[1])
+    assert header["provenance"]["seed"] == 0 and len(header["provenance"]["config_sha256"]) == 16
+    assert len(records[1]) < 40_000  # no picture of 112 x 112 x 3 in it
+    Image.fromarray(samples[0].image).save(samples[5].path)
+    with pytest.raises(DataError, match=r"5\.png is not the picture .* its pixels have changed"):
+        trajectories.decode(records[1], small.processor())
+    pathlib.Path(samples[5].path).unlink()
+    with pytest.raises(DataError, match=r"5\.png is missing: .*rsagent_jax.refilter --root"):
+        trajectories.decode(records[1], small.processor())
+
+
+def test_pictures_may_move_or_be_inside_the_record(tmp_path, samples, capsys):
+    workdir, new = tmp_path / "w", tmp_path / "new"
+    collect(workdir, [*samples[:5], dataclasses.replace(samples[5], path="")])
+    new.mkdir()
+    for i in range(6):
+        pathlib.Path(samples[i].path).rename(new / f"{i}.png")
+    arguments = [f"--collected={workdir}", f"--out={tmp_path / 'study'}", "--min_iou=0.5,0.9", "--max_turns=4"]
+    assert refilter.main([*arguments, f"--root={tmp_path}={new}"]) == 0
+    table = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split()[:2] for line in table] == [["0.50", "2"], ["0.90", "2"]]
+    for record in trajectories.open_records(tmp_path / "study/iou-0.90"):
+        assert len(trajectories.decode(record, small.processor()).patches)
+    assert refilter.main([*arguments, "--min_iou=high"]) == 2
+    assert refilter.main([f"--collected={tmp_path / 'none'}", f"--out={tmp_path / 'x'}"]) == 2
+    assert "holds nothing" in capsys.readouterr().err
+
+
+def test_kills_and_shards_leave_the_same_set(tmp_path, samples):
+    whole = tmp_path / "whole"
+    collect(whole, samples)
+    filtering.write(whole, whole, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
+    wanted = (whole / "trajectories.jsonl").read_text()
+    journal = next((whole / filtering.ATTEMPTS).iterdir()).read_bytes()
+    for n, cut in enumerate(np.linspace(0, len(journal), 9).astype(int)):
+        workdir = tmp_path / str(n)
+        (workdir / filtering.ATTEMPTS).mkdir(parents=True)
+        (workdir / filtering.ATTEMPTS / "00000-of-00001.jsonl").write_bytes(journal[:cut])
+        for index in range(1 + n % 2):  # alone, or two machines one after the other
+            collect(workdir, samples, Share(index, 1 + n % 2))
+        filtering.write(workdir, workdir, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
+        assert (workdir / "trajectories.jsonl").read_text() == wanted
+        whole_lines = [p.read_bytes().split(b"\n")[1:-1] for p in (workdir / filtering.ATTEMPTS).iterdir()]
+        ids = [json.loads(line)["id"] for part in whole_lines for line in part]
+        assert sorted(ids) == sorted(set(ids)) == [f"s{i}" for i in range(6)]
+
+
+def test_what_fails_is_counted_and_tried_again(tmp_path, samples):
+    class Broken(list):
+        def __getitem__(self, i):
+            if i == 2:
+                raise DataError("picture 2 is missing")
+            return super().__getitem__(i)
+
+    workdir = tmp_path / "w"
+    broken = Broken(samples)
+    journal = Journal(workdir / filtering.ATTEMPTS, Share(), what_decides(CONFIG))
+    failing = DiscSegmenter(14.0, fail=[FailureKind.UNAVAILABLE])
+    one = dataclasses.replace(CONFIG, concurrent=1, workers=1)
+    collector = Collector(one, small.processor(), broken, Scripted, failing, journal)
+    asyncio.run(collector.run([(i, i) for i in range(6)], 6))
+    journal.close()
+    assert collector.failed == {"unreadable sample": 1, "segmenter, unavailable": 1}
+    assert filtering.done(workdir) == {"s1", "s3", "s4", "s5"}
+    assert collect(workdir, samples).failed == {} and len(filtering.done(workdir)) == 6
+    full = Journal(tmp_path / "full", Share(), {})
+    full.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    collector = Collector(CONFIG, small.processor(), samples, Scripted, DiscSegmenter(14.0), full)
+    with pytest.raises(DataError, match="No space left on device"):
+        asyncio.run(collector.run([(0, 0)], 1))
+
+
+def test_a_remote_teacher_is_asked_side_by_side_and_counted(tmp_path, samples):
+    from rsagent_jax.agent.remote import Remote
+
+    def answer(body):
+        text = body["messages"][1]["content"][1]["text"]
+        script = SCRIPTS["s" + text.split('"')[1].split()[-1]]
+        turn = sum(m["role"] == "assistant" for m in body["messages"])
+        if "number 1" in text:
+            return 400, {}, '{"error": {"message": "too long"}}'
+        return good(script[turn]) if len(server.asked) % 3 else (200, {}, '{"choices": [')
+
+    with Server([answer]) as server:
+        teacher = RemoteConfig(url=server.url, model="m", backoff_s=0.001, retries=20, price_out=1e6)
+        config = dataclasses.replace(CONFIG, teacher=TeacherConfig(remote=teacher))
+        collector = collect(tmp_path / "w", samples, make=Remote, config=config)
+    assert collector.failed == {"endpoint, refused": 1} and "too long" in collector.examples[0]
+    turns = sum(len(script) for id, script in SCRIPTS.items() if id != "s1")
+    assert collector.usage["tokens_out"] == 10 * turns == collector.usage["cost"]
+    assert collector.usage["requests"] == turns + collector.usage["retries"] + 1 and collector.usage["retries"] > 0
+    assert filtering.write(tmp_path / "w", tmp_path / "w", FilterConfig()).kept == 2
+
+
+@pytest.mark.timeout(200)
+def test_a_real_kill_of_the_command(tmp_path):
+    synthetic.write_dataset(tmp_path / "data", train=16, val=1, test=1, seed=5, progress=False)
+    command = [sys.executable, "-m", "rsagent_jax.collect", "--config=configs/collect_quickstart.py"]
+    command += [f"--config.data.root={tmp_path / 'data'}", "--config.segmenter.mode=inprocess", "--config.limit=30"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    workdir = f"--workdir={tmp_path / 'w'}"
+    killed = subprocess.Popen([*command, workdir], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    journal = tmp_path / "w" / filtering.ATTEMPTS / "00000-of-00001.jsonl"
+    while killed.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "w" / "collect.json").exists()
+    done = subprocess.run([*command, workdir], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0 and "goes on: " in done.stdout, done.stderr
+    rows = lines(journal)[1:]
+    assert len(rows) == len({row["id"] for row in rows}) == 30
+    kept = [
+        row["id"]
+        for row in sorted(rows, key=lambda row: row["uid"])
+        if filtering.verdict(row, FilterConfig(repeats=True)) == "kept"
+    ]
+    assert [row["id"] for row in lines(tmp_path / "w" / "trajectories.jsonl")] == kept
+    assert len(trajectories.open_records(tmp_path / "w")) == len(kept) > 10

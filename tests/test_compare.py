@@ -1,0 +1,88 @@
+"""Paired differences by hand, and refusals where figures are of different things."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rsagent_jax import compare
+from rsagent_jax.evals.metrics import SampleResult, summarize
+from rsagent_jax.types import DataError, Status
+
+
+def write(workdir, ious, union=1000, turns=2, **settings):
+    """A work directory of evaluate.py with these IoUs; no trajectories but for queries."""
+    workdir.mkdir(parents=True)
+    results = [SampleResult(f"s{i}", round(v * union), union, Status.FINISHED, turns, 0) for i, v in enumerate(ious)]
+    settings = {"data": {"root": str(workdir), "split": "val"}} | settings
+    (workdir / "results.json").write_text(json.dumps(summarize(results, settings, benchmark="toy")))
+    rows = [
+        {"id": r.id, "mask": None, "intersection": r.intersection, "union": r.union, "iou": r.iou, "status": "finished"}
+        | {"turns": r.turns}
+        for r in results
+    ]
+    (workdir / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    example = {"id": "s0", "query": "the | one\nhere", "iou": 0.0, "status": "finished", "ious": [], "gt": {}}
+    (workdir / "trajectories.jsonl").write_text(json.dumps(example | {"image": "", "record": ""}) + "\n")
+    return workdir
+
+
+def test_differences_by_hand(tmp_path, capsys):
+    a = write(tmp_path / "a", [0.5, 0.5, 0.2, 0.8])
+    b = write(tmp_path / "b", [0.9, 0.5, 0.1, 0.9], turns=3)
+    assert compare.main([str(a), str(b), f"--out={tmp_path / 'c.md'}", "--samples=2"]) == 0
+    out = capsys.readouterr().out
+    last = json.loads(out.splitlines()[-1])
+    # (0.4 + 0 - 0.1 + 0.1) / 4; cIoU: 2400 / 4000 against 2000 / 4000; one turn more each
+    gaps = last["differences"]["b"]
+    assert last["base"] == "a" and gaps["giou"]["value"] == pytest.approx(0.1, abs=1e-6)
+    assert gaps["ciou"]["value"] == pytest.approx(0.1, abs=1e-9)
+    assert gaps["turns"] == {"value": 1.0, "ci95": [1.0, 1.0]} and "+1.000 [+1.000, +1.000] *" in out
+    assert gaps["giou"]["ci95"][0] < 0.1 < gaps["giou"]["ci95"][1]
+    assert "2 / 1 / 1" in out
+    text = (tmp_path / "c.md").read_text()
+    assert "| s0 | the \\| one here | 0.500 | 0.900 | +0.400 |" in text
+    assert text.count("\n| s") == 3  # the head of the table, and two samples
+    tables = [block for block in text.split("\n\n") if block.startswith("|")]
+    bars = [{row.replace("\\|", "").count("|") for row in block.splitlines()} for block in tables]
+    assert bars == [{10}, {6}]  # nine and five columns in every row
+
+
+def test_intervals_are_paired(tmp_path):
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(0, 0.8, 200)
+    a = write(tmp_path / "a", hard, union=10**6)
+    b = write(tmp_path / "b", hard + 0.1 + rng.normal(0, 0.01, 200), union=10**6)
+    found = compare.compare(*(compare.load_evaluation(x) for x in (a, b)), "b")
+    for difference in (found.giou, found.ciou):
+        # 2 * 1.96 * 0.01 / sqrt(200) = 0.0028, though either mean alone is uncertain by 0.06
+        width = difference.ci95[1] - difference.ci95[0]
+        assert width == pytest.approx(0.0028, rel=0.25) and difference.clear
+        assert difference.ci95[0] < 0.1 < difference.ci95[1]
+    again = compare.compare(compare.load_evaluation(a), compare.load_evaluation(a), "a")
+    assert (again.giou.value, again.giou.ci95, again.same) == (0.0, (0.0, 0.0), 200)
+
+
+def test_several_against_the_first_are_told_apart_by_their_paths(tmp_path, capsys):
+    paths = [write(tmp_path / name / "eval", [0.1 * i, 0.5]) for i, name in enumerate("abc")]
+    assert compare.main(list(map(str, paths))) == 0
+    out = capsys.readouterr().out
+    assert all(f"{name}/eval" in out for name in "abc") and out.count("differ most") == 2
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
+    a = write(tmp_path / "a", [0.5, 0.6])
+    cases = [
+        (write(tmp_path / "fewer", [0.5]), "do not cover the same samples: 1 are in one only"),
+        (write(tmp_path / "rules", [0.5, 0.6], metric={"unit": "reference"}), "differ in settings.metric: unit"),
+        (write(tmp_path / "split", [0.5, 0.6], data={"split": "test"}), "differ in settings.data"),
+        (tmp_path / "none", "results.json is missing"),
+        (a, "the same directory is given twice"),
+    ]
+    for other, message in cases:
+        assert compare.main([str(a), str(other)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and "\n" not in error.strip()
+    assert compare.main([str(a)]) == 2
+    with pytest.raises(DataError, match="do not cover"):
+        compare.compare(*(compare.load_evaluation(x) for x in (a, tmp_path / "fewer")), "x")
