@@ -24,7 +24,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from rsagent_jax import entry
+from rsagent_jax import entry, processes
 from rsagent_jax.agent.replay import to_json
 from rsagent_jax.checkpoint import load_policy, policy_directory
 from rsagent_jax.config import EvalConfig, to_dict
@@ -33,7 +33,6 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.samples import Mixture, open_samples
 from rsagent_jax.evals import metrics, records, report
 from rsagent_jax.models.qwen25_vl import convert
-from rsagent_jax.processes import parse_share
 from rsagent_jax.rewards import mask_iou
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
@@ -49,14 +48,17 @@ def main(config: EvalConfig) -> None:
     if flags.FLAGS.weights:
         config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=flags.FLAGS.weights))
     metrics.check_rules(config.metric)
-    share = parse_share(flags.FLAGS.shard, "--shard")
+    share = processes.parse_share(flags.FLAGS.shard, "--shard")
     samples = open_samples(config.data)
     if isinstance(samples, Mixture):
         raise DataError("a mix cannot be evaluated, its samples come up more than once; evaluate its parts")
     ids = samples.ids
     model = load_policy(config.policy.weights)
     processor = Processor.load(policy_directory(config.policy.weights))
-    engine = Engine(model, config.sampling, processor.terminator_id, config.policy.dtype, jax.random.key(config.seed))
+    mesh = processes.local_mesh(config.sampling.tensor)
+    key = jax.random.key(config.seed)
+    engine = Engine(model, config.sampling, processor.terminator_id, config.policy.dtype, key, mesh)
+    engine.warm_up()
     checksum = weights_checksum(model)
     settings = what_decides(config, checksum, ids)
 
@@ -71,14 +73,18 @@ def main(config: EvalConfig) -> None:
         if len(left) < len(mine):
             print(f"goes on: {len(mine) - len(left)} of {len(mine)} samples are done")
         bar = tqdm(total=len(mine), initial=len(mine) - len(left), desc="evaluate", unit="sample", mininterval=2.0)
-        for i in range(0, len(left), engine.slots):
-            started = time.perf_counter()
-            tasks = [Task(samples[k], k, k) for k in left[i : i + engine.slots]]
-            played = driver.run(tasks)
-            seconds = (time.perf_counter() - started) / len(tasks)
-            pairs = zip(tasks, played, strict=True)
-            shard.add([record(workdir, task.sample, *outcome, seconds) for task, outcome in pairs])
-            bar.update(len(tasks))
+        under_way, last = {}, time.perf_counter()
+
+        def tasks():
+            for number, k in enumerate(left):
+                under_way[number] = samples[k]
+                yield Task(under_way[number], k, k)
+
+        for number, trajectory, state in driver.play(tasks()):
+            now = time.perf_counter()
+            shard.add([record(workdir, under_way.pop(number), trajectory, state, now - last)])
+            last = now
+            bar.update()
         bar.close()
 
     ############################## Results ##############################

@@ -122,7 +122,9 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         c = config.grpo
         segmenter = stack.enter_context(open_segmenter(config.segmenter))
         model = nnx.merge(graphdef, processes.local_copy(params, mesh))
-        engine = Engine(model, c.sampling, processor.terminator_id, config.policy.dtype, key)
+        here = processes.local_mesh(c.sampling.tensor)
+        engine = Engine(model, c.sampling, processor.terminator_id, config.policy.dtype, key, here)
+        engine.warm_up()
         driver = Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
         samples = open_samples(c.data)
         source = GrpoSource(c, samples, driver, engine, processor, config.seed, share)

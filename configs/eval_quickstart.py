@@ -21,6 +21,6 @@ def get_config():
     config.sampling.temperature = 0.0
     config.sampling.context = 768
     config.sampling.max_new_tokens = 64
-    config.sampling.slots = 200
+    config.sampling.slots = 24
     config.sampling.patches = 64
     return config

@@ -35,7 +35,7 @@ def get_config():
     config.grpo.sampling.temperature = 0.75
     config.grpo.sampling.context = 448
     config.grpo.sampling.max_new_tokens = 64
-    config.grpo.sampling.slots = 64
+    config.grpo.sampling.slots = 24
     config.grpo.sampling.patches = 64
     config.grpo.checkpoint_every = 24
     return config

@@ -110,6 +110,14 @@ def most(value: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
+def local_mesh(tensor: int) -> Mesh | None:
+    """This process's devices, `tensor` of them to a row; None for a single device. For programs that it runs alone."""
+    mine = sorted(jax.local_devices(), key=lambda d: d.id)
+    if len(mine) % tensor:
+        raise DataError(f"sampling.tensor = {tensor} must divide the {len(mine)} devices of a process")
+    return None if len(mine) == 1 else Mesh(np.array(mine).reshape(-1, 1, tensor), sharding.AXES)
+
+
 def local_copy(params: Any, mesh: Mesh) -> Any:
     """The same parameters, whole inside every process: split over its own devices, for programs it runs alone.
 

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -84,26 +84,29 @@ class Driver:
 
     def run(self, tasks: Sequence[Task]) -> list[tuple[Trajectory, EnvState]]:
         """All tasks' trajectories in their order, with the final states (for replay records)."""
-        done = {number: (trajectory, state) for number, trajectory, state in self.play(tasks)}
-        return [done[i] for i in range(len(tasks))]
+        return [outcome for _, *outcome in sorted(self.play(tasks), key=lambda played: played[0])]
 
     def cancel(self, uid: int) -> None:
         """Ends a trajectory as CANCELLED, at the driver's next round; from any thread."""
         self.cancelled.add(uid)
 
-    def play(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Trajectory, EnvState]]:
-        """(number of the task, trajectory, final state) as they end. Closing the iterator drops what is under way."""
+    def play(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Trajectory, EnvState]]:
+        """(number of the task, trajectory, final state) as they end; a task is taken when there is a slot for it.
+
+        Closing the iterator drops what is under way.
+        """
         self.policy.begin()
         self.cancelled.clear()
         self.openings.clear()
-        waiting = collections.deque(enumerate(tasks))
+        waiting = enumerate(tasks)
+        following = next(waiting, None)
         free, runs, asked = set(range(self.policy.slots)), {}, set()
         jobs = Jobs(self.workers, self.agent.tool_deadline_s)
         start, stats = time.perf_counter(), collections.Counter()
         try:
-            while waiting or runs:
-                while waiting and free:
-                    number, task = waiting.popleft()
+            while following or runs:
+                while following and free:
+                    (number, task), following = following, next(waiting, None)
                     slot = self.policy.pick(task, sorted(free))
                     free.remove(slot)
                     runs[slot] = _Run(number, task, slot)
@@ -143,6 +146,21 @@ class Driver:
                 jobs.drop(slot)
                 self.policy.release(slot)
             self.stats = dict(stats) | {"seconds": time.perf_counter() - start}
+
+    def metrics(self) -> dict[str, float]:
+        """Of what was played last: shares of the time, tokens, how full the slots were."""
+        s, p = self.stats, getattr(self.policy, "stats", {})
+        out = {
+            "rollout/seconds": s["seconds"],
+            "rollout/tool_wait": s.get("waiting", 0.0) / s["seconds"],  # nothing to do but to wait for tools
+            "rollout/device": s.get("device", 0.0) / s["seconds"],
+        }
+        if p:
+            out |= {f"rollout/{name}": float(p[name]) for name in ("prefill_tokens", "copied_tokens", "decode_tokens")}
+            out["rollout/occupancy"] = p["decode_tokens"] / max(p["slot_steps"], 1)  # of the slots, by sampled tokens
+            out["rollout/weights_seconds"] = self.policy.seconds["weights"]
+            out["rollout/kv_mib"] = self.policy.cache_bytes / 2**20
+        return out
 
     ############################## On host threads ##############################
 

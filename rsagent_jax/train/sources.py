@@ -127,6 +127,7 @@ class GrpoSource:
         metrics |= {
             "rollout_seconds": rollout_seconds,
             "tokens_per_s": tokens / rollout_seconds,
+            **self.driver.metrics(),
             **_fill(items, batches),
         }
         return batches, metrics
