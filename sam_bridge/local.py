@@ -99,8 +99,30 @@ class LocalSegmenter:
             raise UnknownImage(key)
         return self._decode(key, encoded, request)
 
+    @property
+    def identity(self) -> str:
+        """Equal where masks are equal."""
+        return getattr(self.backend, "identity", self.backend.name)
+
+    @property
+    def concurrency(self) -> int:
+        """Calls that the back end wants at a time."""
+        return getattr(self.backend, "concurrency", 2)
+
+    def counters(self) -> dict[str, float]:
+        """What has been done since the start, by name."""
+        own = {
+            "encodes": self.images.made,
+            "segments": self.segments,
+            "evictions": self.images.evictions,
+            "image_bytes": self.images.used_bytes,
+            "logits_bytes": self.logits.used_bytes,
+        }
+        return {**own, **getattr(self.backend, "counters", dict)()}
+
     def close(self) -> None:
-        """Nothing to release; here so that local and remote segmenters are closed alike."""
+        """Ends the back end's threads, if it has any."""
+        getattr(self.backend, "close", lambda: None)()
 
     def _decode(self, key: str, encoded: _Encoded, request: SegmentRequest) -> SegmentReply:
         check_request(request, encoded.height, encoded.width)
