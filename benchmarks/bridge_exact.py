@@ -2,9 +2,9 @@
 
   python benchmarks/bridge_exact.py --models=sam2.1_tiny,sam2.1_base_plus --prompts=200
 
-Random weights, saved as a checkpoint file in Meta's format; the mask head's last layer is enlarged, so that single masks
-are stable in about half of the cases and both ways through the stability fallback are taken. Pictures go from 32 x 32 to
-4000 x 3000. Two passes: batching off, where everything must be equal bit for bit; batching on, where logits must be
+Random weights, saved as a checkpoint file in Meta's format; the mask head's last layer is enlarged, so that some single
+masks are stable and both ways through the stability fallback are taken. Pictures go from 32 x 32 to 4000 x 3000. Two
+passes: batching off, where everything must be equal bit for bit; batching on, where logits must be
 within 1e-4 and a mask pixel may differ only where the enlarged logit is within 1e-4 of zero.
 """
 

@@ -84,7 +84,7 @@ class Lane:
         work = self._works[kind][0]
         try:
             results = work([item for item, _ in batch])
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (whatever it is, the caller gets it)
             if len(batch) == 1:
                 batch[0][1].set_exception(error)
                 return

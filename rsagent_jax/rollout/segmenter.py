@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from rsagent_jax.config import SegmenterConfig
 from rsagent_jax.types import DataError
 from sam_bridge import spawn
-from sam_bridge.backends import BackendError
+from sam_bridge.backends import BackendError, Options
 from sam_bridge.types import Segmenter, SegmenterError
+
+_OPTIONS = ("checkpoint", "model", "device", "dtype", "multimask")
 
 
 @contextlib.contextmanager
@@ -26,9 +28,20 @@ def open_segmenter(config: SegmenterConfig) -> Iterator[Segmenter]:
                     config.addresses,
                     timeout_s=config.timeout_s,
                     wait_s=config.wait_s,
-                    workers=config.workers,
+                    options=Options(**{name: getattr(config, name) for name in _OPTIONS}),
+                    token_file=config.token_file,
+                    tls_ca=config.tls_ca,
+                    tls=config.tls,
                 )
             )
         except (SegmenterError, BackendError, ValueError, OSError) as error:
             raise DataError(f"segmenter ({config.mode}, {config.backend}): {error}") from error
         yield segmenter
+
+
+def counters(segmenter: Segmenter) -> dict[str, float]:
+    """What the bridge has counted since it was opened, for metrics: `segmenter/restarts`, `segmenter/ejections`, …
+
+    Empty for a segmenter that counts nothing.
+    """
+    return {f"segmenter/{name}": value for name, value in getattr(segmenter, "counters", dict)().items()}

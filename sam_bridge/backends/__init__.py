@@ -68,9 +68,14 @@ class Backend(Protocol):
         ...
 
 
-def load(name: str, options: Options = Options()) -> Backend:  # noqa: B008 (frozen)
+DEFAULTS = Options()
+
+
+def load(name: str, options: Options = DEFAULTS) -> Backend:
     """A built-in name, or `module:factory` for one of your own (the factory takes no arguments)."""
     if name == "sam2":
+        if not options.checkpoint:  # before torch is imported
+            raise BackendError(f"sam2 needs --checkpoint=FILE.pt, or --checkpoint={RANDOM} for a test")
         try:
             from sam_bridge.backends.sam2 import Sam2
         except ImportError as error:

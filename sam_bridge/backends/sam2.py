@@ -5,7 +5,7 @@ keeps, and prompts on different images are decoded together. A batch of one runs
 the predictor's own shapes, so it gives the predictor's bits. A larger batch pads prompts to one length; the padding is
 hidden from attention, because SAM 2 was trained with exactly one "not a point" token after the clicks.
 
-What the predictor does and is easily missed: a box is two points (labels 2 and 3) before the clicks; images are stretched
+Easily missed of what the predictor does: a box is two points (labels 2 and 3) before the clicks; images are stretched
 to a square; `no_mem_embed` is added to the lowest level; a single mask falls back to the best of three when it is not
 stable (build_sam2 switches that on).
 """
@@ -85,8 +85,6 @@ class Sam2:
     def __init__(self, options: Options, resolution: int = 1024):
         """BackendError when the checkpoint, the model or the device cannot be had. `resolution` other than SAM 2's own
         1024 is for quick tests."""
-        if not options.checkpoint:
-            raise BackendError(f"sam2 needs --checkpoint=FILE.pt, or --checkpoint={RANDOM} for a test")
         model_name = _model_name(options)
         for field, allowed in (("dtype", DTYPES), ("multimask", MULTIMASK)):
             if getattr(options, field) not in allowed:

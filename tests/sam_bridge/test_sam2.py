@@ -1,6 +1,6 @@
 """The sam2 back end through client and server equals SAM2ImagePredictor called directly. Random weights.
 
-Most of it at an eighth of the resolution of SAM 2, which takes a fraction of the time; benchmarks/bridge_exact.py does the
+Most of it at an eighth of SAM 2's resolution, which takes a fraction of the time; benchmarks/bridge_exact.py does the
 same with 200 prompts per model at full resolution.
 """
 
