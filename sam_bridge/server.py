@@ -55,11 +55,10 @@ _CODES = {
     FailureKind.INTERNAL: grpc.StatusCode.INTERNAL,
 }
 # A policy's bad prompts and a full queue are daily bread; the log is for what somebody should look at.
-_LEVELS = {
-    FailureKind.INVALID_PROMPT: logging.DEBUG,
-    FailureKind.UNKNOWN_LOGITS: logging.DEBUG,
-    FailureKind.EXHAUSTED: logging.DEBUG,
-}
+_LEVELS = dict.fromkeys(
+    (FailureKind.INVALID_PROMPT, FailureKind.INVALID_IMAGE, FailureKind.UNKNOWN_LOGITS, FailureKind.EXHAUSTED),
+    logging.DEBUG,
+)
 
 
 class _Malformed:
