@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from pycocotools import mask as coco
 
 from sam_bridge import bridge_pb2 as pb
 from sam_bridge import wire
@@ -45,6 +46,22 @@ def test_rle_round_trip(mask):
     back = wire.decode_mask(wire.encode_mask(mask), *mask.shape)
     assert back.dtype == bool and back.flags["C_CONTIGUOUS"]
     np.testing.assert_array_equal(back, mask)
+
+
+@given(st.binary(max_size=12), st.integers(1, 9), st.integers(1, 9))
+def test_any_bytes_are_a_typed_error_or_what_pycocotools_reads(counts, height, width):
+    try:
+        mask = wire.decode_mask(counts, height, width)
+    except SegmenterError as error:
+        assert error.kind is FailureKind.INTERNAL
+    else:
+        np.testing.assert_array_equal(mask, coco.decode({"size": [height, width], "counts": counts}))
+
+
+def test_rle_of_a_large_mask():
+    mask = np.zeros((3000, 4000), bool)
+    mask[1000:2999, 5:3990] = True
+    np.testing.assert_array_equal(wire.decode_mask(wire.encode_mask(mask), 3000, 4000), mask)
 
 
 @pytest.mark.parametrize("counts", [b"", b"4", b"0" * 50, b"\xff\xff\xff", b"`\x80"])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import grpc
@@ -69,6 +71,9 @@ def test_spawned_side_car_serves_and_gives_the_same_masks(side_car, local, pictu
         (["--backend=no.such:thing"], "cannot be imported"),
         (["--backend=grabcut", "--address=0.0.0.0:50051"], "--insecure"),
         (["--backend=grabcut", "--address={taken}"], "already in use"),
+        (["--backend=grabcut", "--address=127.0.0.1:0", "--metrics_address=0.0.0.0:0"], "--insecure"),
+        (["--backend=grabcut", "--address=127.0.0.1:0", "--device=cuda"], "only the sam2 back end"),
+        (["--backend=grabcut", "--address=127.0.0.1:0", "--tls_cert=cert.pem"], "--tls_key"),
     ],
 )
 def test_command_line_refuses_with_one_line_and_status_2(side_car, arguments, says):
@@ -78,9 +83,14 @@ def test_command_line_refuses_with_one_line_and_status_2(side_car, arguments, sa
 
 
 def test_sigterm_ends_it_with_status_0():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        metrics = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [sys.executable, "-m", "sam_bridge", "--backend=grabcut", "--address=127.0.0.1:0"]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([*command, f"--metrics_address={metrics}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline().startswith("sam_bridge ready address=127.0.0.1:")
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as page:
+        assert b"sam_bridge_encodes_total 0.0" in page.read()
     child.terminate()
     assert child.wait(10) == 0
     child.stdout.close()
