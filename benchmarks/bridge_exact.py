@@ -171,6 +171,7 @@ def main() -> int:
     parser.add_argument("--models", default="sam2.1_tiny,sam2.1_base_plus")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--resolution", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=0, help="torch's; 0 = all cores, 1 on a busy machine")
     args = parser.parse_args()
     results, failed = {}, False
     for name in args.models.split(","):
@@ -178,7 +179,9 @@ def main() -> int:
             reference = Reference(name, args.resolution)
             checkpoint = reference.save(pathlib.Path(folder) / "weights.pt")
             for batch in (1, 16):
-                options = Options(checkpoint=checkpoint, model=name, encode_batch=1, decode_batch=batch)
+                options = Options(
+                    checkpoint=checkpoint, model=name, threads=args.threads, encode_batch=1, decode_batch=batch
+                )
                 start = time.perf_counter()
                 result = compare(reference, options, args.resolution, args.prompts)
                 failed |= result["unexplained"] > 0 or result["worst_logits"] > TOLERANCE

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 MODES = ("spawn", "connect", "inprocess")
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.1, 5.0  # between restarts, doubling
-HEALTH_EVERY_S, HEALTH_TIMEOUT_S, HEALTH_MISSES = 5.0, 5.0, 3  # a child that lives but answers nothing is killed
+HEALTH_EVERY_S, HEALTH_TIMEOUT_S, HEALTH_MISSES = 5.0, 10.0, 3  # a child that lives but answers nothing is killed
 STEADY_S = 30.0  # a child that lived this long earns the shortest backoff again
 START_TIMEOUT_S = 180.0  # reading the largest checkpoint from a slow disk
 TERMINATE_S = 5.0  # between SIGTERM and SIGKILL
