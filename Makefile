@@ -1,8 +1,9 @@
-# setup: the whole .venv | quickstart: SFT and GRPO on a laptop | test | bench | lint | proto | clean
+# setup: the whole .venv | quickstart: SFT and GRPO on a laptop | test | bench | sidecar | lint | proto | clean
 #   make quickstart SEED=1           another seed
 #   make setup PYTHON=/path/python   another interpreter (default: python3.11, else python3)
 #   make setup TPU=1                 with the TPU build of jax
 #   make test ARGS="tests/agent -x"  arguments for pytest
+#   make sidecar CHECKPOINT=sam2.1_hiera_large.pt DEVICE=cuda ADDRESS=127.0.0.1:50051   (no CHECKPOINT: GrabCut)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -18,13 +19,16 @@ SAM2 := sam2==1.1.0
 SEED ?= 0
 RUN := runs/quickstart
 ARGS ?=
+CHECKPOINT ?=
+DEVICE ?= cpu
+ADDRESS ?= 127.0.0.1:50051
 
 # One stamp per content of the requirements: a changed pin installs again, anything else never does.
 stamp = $(VENV)/.$(1)-$(shell cat $(2) | cksum | cut -d' ' -f1)
 RUNTIME := $(call stamp,runtime$(if $(TPU),-tpu),requirements.txt)
 FULL := $(call stamp,full-$(subst ==,-,$(SAM2))$(if $(TPU),-tpu),requirements.txt requirements-test.txt)
 
-.PHONY: help setup setup-runtime quickstart test bench lint proto clean
+.PHONY: help setup setup-runtime quickstart test bench sidecar lint proto clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -91,6 +95,15 @@ bench: setup
 	@for script in benchmarks/[a-z]*.py; do \
 	  test -e "$$script" || { echo "no scripts in benchmarks/"; exit 1; }; \
 	  echo "== $$script"; $(PY) "$$script" $(ARGS); done
+
+# SAM 2 needs torch, GrabCut does not. ARGS are more of `python -m sam_bridge --help`.
+sidecar: $(if $(CHECKPOINT),setup,setup-runtime)
+ifeq ($(CHECKPOINT),)
+	@echo "== no CHECKPOINT=FILE.pt given: the GrabCut back end, which needs no weights (docs/sidecar.md)"
+	$(PY) -m sam_bridge --backend=grabcut --address=$(ADDRESS) $(ARGS)
+else
+	$(PY) -m sam_bridge --backend=sam2 --checkpoint=$(CHECKPOINT) --device=$(DEVICE) --address=$(ADDRESS) $(ARGS)
+endif
 
 lint: setup
 	$(PY) -m ruff check .

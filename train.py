@@ -35,7 +35,7 @@ from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.rewards import make_reward
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
-from rsagent_jax.rollout.segmenter import open_segmenter
+from rsagent_jax.rollout.segmenter import counters, open_segmenter
 from rsagent_jax.train.sources import GrpoSource, SftSource
 from rsagent_jax.train.state import create_state, make_optimizer, state_shardings
 from rsagent_jax.train.step import grpo_objective, make_programs, sft_objective
@@ -117,7 +117,7 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
     if stage == "sft":
         source = SftSource(config.sft, processor, config.seed, share)
         settings, steps, updates, objective = config.sft, source.steps, 1, sft_objective
-        temperature, kl = 1.0, 0.0
+        temperature, kl, segmenter = 1.0, 0.0, None
     else:
         c = config.grpo
         segmenter = stack.enter_context(open_segmenter(config.segmenter))
@@ -172,6 +172,7 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
             metrics
             | jax.device_get(update)
             | {"lr": schedule(step * updates - 1), "seconds": time.perf_counter() - start}
+            | counters(segmenter)
         )
         log.write(stage, step, values)
         if stage == "grpo":

@@ -43,11 +43,19 @@ class SegmenterConfig:
     """Where masks come from."""
 
     mode: str = "spawn"  # spawn: start and supervise a side-car; connect: use `addresses`; inprocess: no bridge
-    backend: str = "grabcut"
-    addresses: tuple[str, ...] = ()
-    timeout_s: float = 30.0  # deadline of one call
+    backend: str = "grabcut"  # sam2: with `checkpoint` (spawn, inprocess); docs/sidecar.md
+    checkpoint: str = ""  # sam2's .pt file, or "random" for a test
+    model: str = ""  # sam2.1_large, sam2_tiny, …; "" = as the checkpoint's file name says
+    device: str = "cpu"  # of sam2: cpu, cuda, cuda:0,cuda:1
+    dtype: str = "float32"  # of sam2: or bfloat16
+    multimask: str = "point"  # sam2's best of three masks for: a single click (point), never, always
+    addresses: tuple[str, ...] = ()  # for connect; an image belongs to one of them while that one answers
+    token_file: str = ""  # for connect: the file with the side-cars' token
+    tls: bool = False  # for connect: encrypt, trusting the system's certificates
+    tls_ca: str = ""  # for connect: encrypt, trusting the certificates in this PEM file
+    timeout_s: float = 120.0  # deadline of one call
     wait_s: float = 60.0  # how long an unreachable side-car is waited for
-    workers: int = 2
+    workers: int = 2  # tool calls at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,6 @@ import time
 import jax
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 from absl import flags
 
 from rsagent_jax import entry
@@ -34,6 +33,7 @@ from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Policy, Task
 from rsagent_jax.rollout.segmenter import open_segmenter
 from rsagent_jax.types import DataError, Finish, Sample, Status
+from sam_bridge import images
 from sam_bridge.types import Segmenter
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -117,29 +117,17 @@ def fit(h: int, w: int, agent: AgentConfig, processor: Processor) -> tuple[Agent
 
 
 def read_photo(path: str) -> np.ndarray:
-    """Any picture file of a user's own -> u8[h, w, 3] RGB, upright.
+    """Any picture file of a user's own -> u8[h, w, 3] RGB, upright; see sam_bridge/images.py.
 
     The EXIF orientation is applied, unlike for COCO (data/refcoco.py), whose annotations are drawn on the pixels as
-    stored: a mask of a photograph should lie as its owner sees it. Transparent parts become white; 16 bits become 8.
+    stored: a mask of a photograph should lie as its owner sees it.
     """
     try:
-        with PIL.Image.open(path) as picture:
-            picture = PIL.ImageOps.exif_transpose(picture)
-            if picture.mode == "F":
-                raise DataError(f"{path} holds floating-point values; save it as an 8-bit PNG first")
-            if picture.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255
-                values = np.asarray(picture).astype(np.int64)
-                picture = PIL.Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
-            return np.array(picture.convert("RGB"))
+        return images.read(path)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
-    except PIL.UnidentifiedImageError:
-        raise DataError(f"{path} is not a picture that can be read (JPEG, PNG, WebP, …), or is cut short") from None
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as a picture: {getattr(error, 'strerror', None) or error}") from None
+    except images.ImageError as error:
+        raise DataError(str(error)) from None
 
 
 def describe(state: EnvState, seconds: float) -> list[str]:

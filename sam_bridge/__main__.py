@@ -1,9 +1,13 @@
-"""Runs a side-car until it is told to stop: python -m sam_bridge --backend=grabcut [--address=H:P] [--workers=N]."""
+"""Runs a side-car until it is told to stop: python -m sam_bridge --backend=sam2 --checkpoint=FILE.pt [--device=cuda].
+
+SIGTERM and SIGINT drain it: new calls are refused, those under way get --grace_s seconds. Exit status: 0 after that, 2
+for a command line that cannot work, 3 when its device is gone and a supervisor should start it anew.
+"""
 
 from __future__ import annotations
 
 import argparse
-import logging
+import dataclasses
 import os
 import select
 import signal
@@ -12,9 +16,10 @@ import threading
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before gRPC loads: our own messages say it once and plainly
 
-from sam_bridge import backends
-from sam_bridge.local import IMAGE_CACHE_BYTES, LocalSegmenter
-from sam_bridge.server import QUEUE, AddressError, Server
+from sam_bridge import backends, telemetry
+from sam_bridge.local import IMAGE_CACHE_BYTES, LOGITS_CACHE_BYTES, LocalSegmenter
+from sam_bridge.security import AddressError, SecurityError, check_address, read_token
+from sam_bridge.server import QUEUE, Server
 from sam_bridge.wire import READY
 
 WATCH_EVERY_S = 1.0
@@ -22,21 +27,47 @@ WATCH_EVERY_S = 1.0
 
 def main() -> int:
     args = _arguments()
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="sam_bridge %(levelname)s %(name)s: %(message)s")
+    telemetry.set_up_logs(args.log)
     if args.parent_pid:
         threading.Thread(target=_exit_with_parent, args=(args.parent_pid,), daemon=True).start()
-    stop = threading.Event()
+    stop, dead = threading.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    stop_metrics = None
     try:
-        segmenter = LocalSegmenter(backends.load(args.backend), image_bytes=args.cache_mb << 20)
-        server = Server(segmenter, args.address, workers=args.workers, queue=args.queue, insecure=args.insecure)
-    except (backends.BackendError, AddressError) as error:
+        token = read_token(args.token_file)
+        # Before a checkpoint is read, which takes a while; the server looks again.
+        check_address(args.address, token=token, tls=bool(args.tls_cert), insecure=args.insecure)
+        options = {f.name: getattr(args, f.name) for f in dataclasses.fields(backends.Options)}
+        backend = backends.load(args.backend, backends.Options(**options))
+        segmenter = LocalSegmenter(backend, image_bytes=args.cache_mb << 20, logits_bytes=args.logits_mb << 20)
+        segmenter.on_dead = lambda: (dead.set(), stop.set())
+        server = Server(
+            segmenter,
+            args.address,
+            workers=args.workers or segmenter.concurrency,
+            queue=args.queue,
+            token=token,
+            tls_cert=args.tls_cert,
+            tls_key=args.tls_key,
+            insecure=args.insecure,
+        )
+        if args.metrics_address:
+            # The page holds counts and times only, but who may read them is for the operator to say.
+            check_address(args.metrics_address, token="", tls=False, insecure=args.insecure)
+            host, _, port = args.metrics_address.rpartition(":")
+            stop_metrics = server.metrics.serve(host, int(port))
+    except (backends.BackendError, AddressError, SecurityError) as error:
         print(f"sam_bridge: {error}", file=sys.stderr)
         return 2
     print(f"{READY}{server.address} backend={segmenter.backend.name} pid={os.getpid()}", flush=True)
     stop.wait()
-    server.stop()
+    server.stop(0.0 if dead.is_set() else args.grace_s)
+    if stop_metrics is not None:
+        stop_metrics()
+    if dead.is_set():
+        os._exit(3)  # threads may hang in a device that answers nothing
+    segmenter.close()
     return 0
 
 
@@ -44,10 +75,23 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m sam_bridge", description="A segmenter behind gRPC.")
     parser.add_argument("--backend", required=True, help=f"{', '.join(backends.NAMES)}, or module:factory")
     parser.add_argument("--address", default="127.0.0.1:50051", help="host:port; port 0 picks a free one")
-    parser.add_argument("--workers", type=_positive, default=2, help="calls worked on at the same time")
+    parser.add_argument("--workers", type=int, default=0, help="calls worked on at a time; 0 = as the back end wants")
     parser.add_argument("--queue", type=_positive, default=QUEUE, help="calls that may wait")
     parser.add_argument("--cache_mb", type=_positive, default=IMAGE_CACHE_BYTES >> 20, help="bound of the image cache")
-    parser.add_argument("--insecure", action="store_true", help="allow an address that other machines can reach")
+    parser.add_argument(
+        "--logits_mb", type=_positive, default=LOGITS_CACHE_BYTES >> 20, help="bound of the masks that can be refined"
+    )
+    parser.add_argument("--grace_s", type=float, default=20.0, help="for calls under way when it is told to stop")
+    parser.add_argument("--token_file", default="", help="file with the token that callers must show")
+    parser.add_argument("--tls_cert", default="", help="PEM file; with --tls_key")
+    parser.add_argument("--tls_key", default="", help="PEM file")
+    parser.add_argument("--insecure", action="store_true", help="allow other machines without TLS and a token")
+    parser.add_argument("--metrics_address", default="", help="host:port for Prometheus, such as 127.0.0.1:9464")
+    parser.add_argument("--log", choices=telemetry.LOG_FORMATS, default="text", help="lines on stderr")
+    for field in dataclasses.fields(backends.Options):
+        parser.add_argument(
+            f"--{field.name}", type=type(field.default), default=field.default, help="sam2; see the docs"
+        )
     parser.add_argument("--parent_pid", type=int, default=0, help="exit when this process does (used by spawn.py)")
     return parser.parse_args()
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sam_bridge/bridge.proto\x12\rsam_bridge.v1\"\r\n\x0bInfoRequest\"y\n\tInfoReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x0f\n\x07\x65ncodes\x18\x03 \x01(\x04\x12\x10\n\x08segments\x18\x04 \x01(\x04\x12\x13\n\x0bimage_bytes\x18\x05 \x01(\x04\x12\x11\n\tevictions\x18\x06 \x01(\x04\"L\n\nPutRequest\x12\x12\n\nimage_hash\x18\x01 \x01(\t\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0b\n\x03rgb\x18\x04 \x01(\x0c\"u\n\x08PutReply\x12\x38\n\ttimings_s\x18\x01 \x03(\x0b\x32%.sam_bridge.v1.PutReply.TimingsSEntry\x1a/\n\rTimingsSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\",\n\x05Point\x12\t\n\x01x\x18\x01 \x01(\x01\x12\t\n\x01y\x18\x02 \x01(\x01\x12\r\n\x05label\x18\x03 \x01(\x11\"5\n\x03\x42ox\x12\n\n\x02x0\x18\x01 \x01(\x01\x12\n\n\x02y0\x18\x02 \x01(\x01\x12\n\n\x02x1\x18\x03 \x01(\x01\x12\n\n\x02y1\x18\x04 \x01(\x01\"\x88\x01\n\x0eSegmentRequest\x12\x12\n\nimage_hash\x18\x01 \x01(\t\x12$\n\x03\x62ox\x18\x02 \x01(\x0b\x32\x12.sam_bridge.v1.BoxH\x00\x88\x01\x01\x12$\n\x06points\x18\x03 \x03(\x0b\x32\x14.sam_bridge.v1.Point\x12\x0e\n\x06refine\x18\x04 \x01(\tB\x06\n\x04_box\"\xce\x01\n\x0cSegmentReply\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0e\n\x06\x63ounts\x18\x03 \x01(\x0c\x12\r\n\x05score\x18\x04 \x01(\x01\x12\x11\n\tlogits_id\x18\x05 \x01(\t\x12<\n\ttimings_s\x18\x06 \x03(\x0b\x32).sam_bridge.v1.SegmentReply.TimingsSEntry\x1a/\n\rTimingsSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xcb\x01\n\tSamBridge\x12<\n\x04Info\x12\x1a.sam_bridge.v1.InfoRequest\x1a\x18.sam_bridge.v1.InfoReply\x12\x39\n\x03Put\x12\x19.sam_bridge.v1.PutRequest\x1a\x17.sam_bridge.v1.PutReply\x12\x45\n\x07Segment\x12\x1d.sam_bridge.v1.SegmentRequest\x1a\x1b.sam_bridge.v1.SegmentReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sam_bridge/bridge.proto\x12\rsam_bridge.v1\"\r\n\x0bInfoRequest\"\x9d\x01\n\tInfoReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x0f\n\x07\x65ncodes\x18\x03 \x01(\x04\x12\x10\n\x08segments\x18\x04 \x01(\x04\x12\x13\n\x0bimage_bytes\x18\x05 \x01(\x04\x12\x11\n\tevictions\x18\x06 \x01(\x04\x12\x10\n\x08identity\x18\x07 \x01(\t\x12\x10\n\x08instance\x18\x08 \x01(\t\"L\n\nPutRequest\x12\x12\n\nimage_hash\x18\x01 \x01(\t\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0b\n\x03rgb\x18\x04 \x01(\x0c\"u\n\x08PutReply\x12\x38\n\ttimings_s\x18\x01 \x03(\x0b\x32%.sam_bridge.v1.PutReply.TimingsSEntry\x1a/\n\rTimingsSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\",\n\x05Point\x12\t\n\x01x\x18\x01 \x01(\x01\x12\t\n\x01y\x18\x02 \x01(\x01\x12\r\n\x05label\x18\x03 \x01(\x11\"5\n\x03\x42ox\x12\n\n\x02x0\x18\x01 \x01(\x01\x12\n\n\x02y0\x18\x02 \x01(\x01\x12\n\n\x02x1\x18\x03 \x01(\x01\x12\n\n\x02y1\x18\x04 \x01(\x01\"\x88\x01\n\x0eSegmentRequest\x12\x12\n\nimage_hash\x18\x01 \x01(\t\x12$\n\x03\x62ox\x18\x02 \x01(\x0b\x32\x12.sam_bridge.v1.BoxH\x00\x88\x01\x01\x12$\n\x06points\x18\x03 \x03(\x0b\x32\x14.sam_bridge.v1.Point\x12\x0e\n\x06refine\x18\x04 \x01(\tB\x06\n\x04_box\"\xce\x01\n\x0cSegmentReply\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0e\n\x06\x63ounts\x18\x03 \x01(\x0c\x12\r\n\x05score\x18\x04 \x01(\x01\x12\x11\n\tlogits_id\x18\x05 \x01(\t\x12<\n\ttimings_s\x18\x06 \x03(\x0b\x32).sam_bridge.v1.SegmentReply.TimingsSEntry\x1a/\n\rTimingsSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xcb\x01\n\tSamBridge\x12<\n\x04Info\x12\x1a.sam_bridge.v1.InfoRequest\x1a\x18.sam_bridge.v1.InfoReply\x12\x39\n\x03Put\x12\x19.sam_bridge.v1.PutRequest\x1a\x17.sam_bridge.v1.PutReply\x12\x45\n\x07Segment\x12\x1d.sam_bridge.v1.SegmentRequest\x1a\x1b.sam_bridge.v1.SegmentReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,24 +37,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEGMENTREPLY_TIMINGSSENTRY']._serialized_options = b'8\001'
   _globals['_INFOREQUEST']._serialized_start=42
   _globals['_INFOREQUEST']._serialized_end=55
-  _globals['_INFOREPLY']._serialized_start=57
-  _globals['_INFOREPLY']._serialized_end=178
-  _globals['_PUTREQUEST']._serialized_start=180
-  _globals['_PUTREQUEST']._serialized_end=256
-  _globals['_PUTREPLY']._serialized_start=258
-  _globals['_PUTREPLY']._serialized_end=375
-  _globals['_PUTREPLY_TIMINGSSENTRY']._serialized_start=328
-  _globals['_PUTREPLY_TIMINGSSENTRY']._serialized_end=375
-  _globals['_POINT']._serialized_start=377
-  _globals['_POINT']._serialized_end=421
-  _globals['_BOX']._serialized_start=423
-  _globals['_BOX']._serialized_end=476
-  _globals['_SEGMENTREQUEST']._serialized_start=479
-  _globals['_SEGMENTREQUEST']._serialized_end=615
-  _globals['_SEGMENTREPLY']._serialized_start=618
-  _globals['_SEGMENTREPLY']._serialized_end=824
-  _globals['_SEGMENTREPLY_TIMINGSSENTRY']._serialized_start=328
-  _globals['_SEGMENTREPLY_TIMINGSSENTRY']._serialized_end=375
-  _globals['_SAMBRIDGE']._serialized_start=827
-  _globals['_SAMBRIDGE']._serialized_end=1030
+  _globals['_INFOREPLY']._serialized_start=58
+  _globals['_INFOREPLY']._serialized_end=215
+  _globals['_PUTREQUEST']._serialized_start=217
+  _globals['_PUTREQUEST']._serialized_end=293
+  _globals['_PUTREPLY']._serialized_start=295
+  _globals['_PUTREPLY']._serialized_end=412
+  _globals['_PUTREPLY_TIMINGSSENTRY']._serialized_start=365
+  _globals['_PUTREPLY_TIMINGSSENTRY']._serialized_end=412
+  _globals['_POINT']._serialized_start=414
+  _globals['_POINT']._serialized_end=458
+  _globals['_BOX']._serialized_start=460
+  _globals['_BOX']._serialized_end=513
+  _globals['_SEGMENTREQUEST']._serialized_start=516
+  _globals['_SEGMENTREQUEST']._serialized_end=652
+  _globals['_SEGMENTREPLY']._serialized_start=655
+  _globals['_SEGMENTREPLY']._serialized_end=861
+  _globals['_SEGMENTREPLY_TIMINGSSENTRY']._serialized_start=365
+  _globals['_SEGMENTREPLY_TIMINGSSENTRY']._serialized_end=412
+  _globals['_SAMBRIDGE']._serialized_start=864
+  _globals['_SAMBRIDGE']._serialized_end=1067
 # @@protoc_insertion_point(module_scope)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
 import random
 import threading
 import time
@@ -15,7 +14,8 @@ import grpc
 import numpy as np
 
 from sam_bridge import bridge_pb2 as pb
-from sam_bridge import bridge_pb2_grpc, wire
+from sam_bridge import security, wire
+from sam_bridge.fleet import Fleet, Slot, rank
 from sam_bridge.local import image_hash
 from sam_bridge.prompts import check_image, check_request
 from sam_bridge.types import FailureKind, SegmenterError, SegmentReply, SegmentRequest
@@ -26,32 +26,6 @@ CONNECT_S = 5.0  # deadline of the first call on a connection
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # between attempts, doubling
 PUTS_PER_CALL = 3  # an image that is gone again right after it was put, this many times: the cache is too small
 RECIPES = 65536  # masks whose making is remembered, so that `refine` works after a restart
-
-# gRPC waits up to two minutes between attempts to connect; a restarted side-car should be found at once.
-_CHANNEL_OPTIONS = (
-    *wire.MESSAGE_OPTIONS,
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.enable_http_proxy", 0),  # a proxy from the environment has no business between us and loopback
-)
-
-
-class _Slot:
-    """One side-car. `name` decides which images are its own and stays when `address` changes after a restart."""
-
-    def __init__(self, name: str):
-        self.name = name
-        self.channel: grpc.Channel | None = None
-        self.dial(name)
-
-    def dial(self, address: str) -> None:
-        old, self.address = self.channel, address
-        self.channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        self.stub = bridge_pb2_grpc.SamBridgeStub(self.channel)
-        self.known = False  # whether Info has confirmed who is there
-        if old is not None:
-            old.close()
 
 
 class _Retry(Exception):
@@ -67,19 +41,29 @@ class SamClient:
 
     `timeout_s`: deadline of one rpc, then TIMEOUT. `wait_s`: how long an unreachable or overloaded side-car is tried
     again, counted from the first failure of a call, then UNAVAILABLE or EXHAUSTED. With several addresses an
-    unreachable one is passed over for the next.
+    unreachable one is passed over for the next, until it answers again. `tls`: encrypt; `tls_ca`: a PEM file of the
+    certificates to trust (implies `tls`; else the system's). `token_file`: see security.py.
     """
 
-    def __init__(self, addresses: Sequence[str], *, timeout_s: float = 30.0, wait_s: float = 30.0):
-        if isinstance(addresses, str) or not addresses:
-            raise ValueError(f"addresses must be a non-empty list of host:port, got {addresses!r}")
-        for address in addresses:
-            wire.is_loopback(address)  # raises ValueError unless it is host:port
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        timeout_s: float = 30.0,
+        wait_s: float = 30.0,
+        token_file: str = "",
+        tls_ca: str = "",
+        tls: bool = False,
+    ):
+        """ValueError for addresses or files that cannot be used, or a token that would travel in the clear."""
+        token, roots = security.read_token(token_file), security.read_certificates(tls_ca)
         self.timeout_s, self.wait_s = timeout_s, wait_s
-        self._slots = [_Slot(address) for address in addresses]
-        self._closed = threading.Event()
+        self._fleet = Fleet(addresses, roots, tls or roots is not None, token)
         self._lock = threading.Lock()
         self._recipes: collections.OrderedDict[str, tuple[str, SegmentRequest]] = collections.OrderedDict()
+        self._puts: dict[tuple[str, str], threading.Event] = {}  # images on their way: (slot name, key)
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._identity = ""  # of the first side-car that answered; the others must give the same masks
 
     def segment(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
         """See types.Segmenter. `timings_s` gains `transport`: what the caller waited beyond the side-car's own work."""
@@ -100,20 +84,28 @@ class SamClient:
 
     def info(self) -> list[pb.InfoReply]:
         """Who answers at each address, in order, with counts. Waits up to `wait_s` for each; the connection check."""
-        return [self._call([slot], lambda s: self._check(s, force=True)) for slot in self._slots]
+        return [self._call(lambda s=slot: [s], lambda s: self._check(s, force=True)) for slot in self._fleet.slots]
+
+    def counters(self) -> dict[str, float]:
+        """Since the start: calls, retries, rejected (queue full), puts, remade masks, restarts of side-cars that were
+        noticed, ejections and returns; and `out`, the side-cars that are out now."""
+        names = ("calls", "retries", "rejected", "puts", "remade", "restarts")
+        with self._lock:
+            counts = {name: self._counts[name] for name in names}
+        fleet = self._fleet
+        return counts | {
+            "ejections": fleet.ejections,
+            "returns": fleet.returns,
+            "out": sum(slot.out for slot in fleet.slots),
+        }
 
     def move(self, name: str, address: str) -> None:
         """The side-car first known as `name` now listens at `address`."""
-        with self._lock:
-            if not self._closed.is_set():
-                next(slot for slot in self._slots if slot.name == name).dial(address)
+        self._fleet.move(name, address)
 
     def close(self) -> None:
         """Calls under way fail with UNAVAILABLE."""
-        with self._lock:
-            self._closed.set()
-            for slot in self._slots:
-                slot.channel.close()
+        self._fleet.close()
 
     def __enter__(self) -> SamClient:
         return self
@@ -123,7 +115,9 @@ class SamClient:
 
     def _segment(self, key: str, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
         message = wire.request_to_proto(key, request)
-        reply, put_timings = self._call(rank(self._slots, key), lambda slot: self._attempt(slot, message, image))
+        self._count("calls")
+        slots = self._fleet.slots
+        reply, put_timings = self._call(lambda: rank(slots, key), lambda slot: self._attempt(slot, message, image))
         decoded = wire.reply_from_proto(reply, image.shape[:2])
         timings = dict(decoded.timings_s)
         for stage, seconds in put_timings.items():
@@ -131,32 +125,52 @@ class SamClient:
         timings["total"] = timings.get("total", 0.0) + sum(put_timings.values())
         return dataclasses.replace(decoded, timings_s=timings)
 
-    def _attempt(self, slot: _Slot, message: pb.SegmentRequest, image: np.ndarray) -> tuple[pb.SegmentReply, dict]:
+    def _attempt(self, slot: Slot, message: pb.SegmentRequest, image: np.ndarray) -> tuple[pb.SegmentReply, dict]:
         """One prompt at one side-car, sending the image if it does not have it. Returns the seconds of Put apart."""
         self._check(slot)
         put_timings = {"encode": 0.0}
         for _ in range(PUTS_PER_CALL):
             try:
-                return slot.stub.Segment(message, timeout=self.timeout_s), put_timings
+                reply = slot.stub.Segment(message, timeout=self.timeout_s, metadata=self._fleet.metadata)
+                return reply, put_timings
             except grpc.RpcError as error:
                 if _reason(error) != wire.UNKNOWN_IMAGE:
                     raise
-            height, width = image.shape[:2]
-            put = pb.PutRequest(image_hash=message.image_hash, height=height, width=width, rgb=image.tobytes())
-            for stage, seconds in slot.stub.Put(put, timeout=self.timeout_s).timings_s.items():
+            for stage, seconds in self._put(slot, message.image_hash, image).items():
                 put_timings[stage] = put_timings.get(stage, 0.0) + seconds
         detail = (
             f"{slot.address} forgot the image {PUTS_PER_CALL} times right after it was sent: its cache is too small"
         )
         raise SegmenterError(FailureKind.EXHAUSTED, detail)
 
-    def _check(self, slot: _Slot, force: bool = False) -> pb.InfoReply | None:
+    def _put(self, slot: Slot, key: str, image: np.ndarray) -> dict[str, float]:
+        """Seconds by stage. An image that another thread is sending to the same side-car is waited for instead."""
+        with self._lock:
+            flight = self._puts.get((slot.name, key))
+            leader = flight is None
+            if leader:
+                flight = self._puts[slot.name, key] = threading.Event()
+        if not leader:
+            start = time.perf_counter()
+            flight.wait(self.timeout_s)  # if it failed, our next Segment says so
+            return {"encode": time.perf_counter() - start}
+        try:
+            height, width = image.shape[:2]
+            put = pb.PutRequest(image_hash=key, height=height, width=width, rgb=image.tobytes())
+            self._count("puts")
+            return dict(slot.stub.Put(put, timeout=self.timeout_s, metadata=self._fleet.metadata).timings_s)
+        finally:
+            with self._lock:
+                del self._puts[slot.name, key]
+            flight.set()
+
+    def _check(self, slot: Slot, force: bool = False) -> pb.InfoReply | None:
         """Asks a new connection who is there. A deadline passed here means that nobody is."""
         if slot.known and not force:
             return None
-        stub = slot.stub
+        stub, timeout_s = slot.stub, min(CONNECT_S, self.wait_s, self.timeout_s)
         try:
-            info = stub.Info(pb.InfoRequest(), timeout=min(CONNECT_S, self.wait_s, self.timeout_s))
+            info = stub.Info(pb.InfoRequest(), timeout=timeout_s, metadata=self._fleet.metadata)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise _Retry(SegmenterError(FailureKind.UNAVAILABLE, f"{slot.address} does not answer")) from error
@@ -166,14 +180,30 @@ class SamClient:
                 f"{slot.address} speaks protocol {info.protocol}, we speak {wire.PROTOCOL}: install the same version"
             )
             raise SegmenterError(FailureKind.INTERNAL, detail)
+        with self._lock:
+            self._identity = self._identity or info.identity
+            if info.identity != self._identity:
+                detail = f"{slot.address} gives other masks ({info.identity}) than before ({self._identity})"
+                raise SegmenterError(FailureKind.INTERNAL, detail)
+            if slot.instance not in ("", info.instance):
+                self._counts["restarts"] += 1
+            slot.instance = info.instance
         slot.known = slot.stub is stub  # False if the side-car moved meanwhile
         return info
 
-    def _call(self, slots: list[_Slot], attempt: Callable[[_Slot], T]) -> T:
+    def _answers(self, slot: Slot) -> bool:
+        try:
+            self._check(slot, force=True)
+        except (grpc.RpcError, SegmenterError, ValueError, _Retry):
+            return False
+        return True
+
+    def _call(self, candidates: Callable[[], list[Slot]], attempt: Callable[[Slot], T]) -> T:
         """Repeats `attempt` for `wait_s` after its first failure; idempotent calls make that safe."""
-        first_failure, pause, turn = None, FIRST_PAUSE_S, 0
+        first_failure, pause, tried = None, FIRST_PAUSE_S, set()
         while True:
-            slot = slots[turn % len(slots)]
+            slots = candidates()
+            slot = next((slot for slot in slots if slot.name not in tried), slots[0])
             try:
                 return attempt(slot)
             except (grpc.RpcError, ValueError, _Retry) as raised:
@@ -181,20 +211,26 @@ class SamClient:
             now = time.monotonic()
             first_failure = first_failure or now
             left = self.wait_s - (now - first_failure)
-            if left <= 0 or self._closed.is_set():
+            if left <= 0 or self._fleet.closed.is_set():
                 raise SegmenterError(error.kind, f"{error.detail} (gave up after {now - first_failure:.1f} s)")
+            self._count("retries")
             if error.kind is FailureKind.UNAVAILABLE:
-                slot.known = False
-                turn += 1
+                self._fleet.eject(slot, self._answers)
+                tried.add(slot.name)
+                if len(tried) < len(slots):
+                    continue  # another side-car, at once
+                tried.clear()
+            else:
+                self._count("rejected")
             # Jitter: 64 trajectories turned away together should not come back together.
-            self._closed.wait(min(left, pause * random.uniform(0.5, 1.5)))
+            self._fleet.closed.wait(min(left, pause * random.uniform(0.5, 1.5)))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    def _retryable(self, slot: _Slot, raised: Exception) -> SegmenterError:
+    def _retryable(self, slot: Slot, raised: Exception) -> SegmenterError:
         """What to raise if no further attempt succeeds. Raises at once what another attempt cannot mend."""
         if isinstance(raised, _Retry):
             return raised.error
-        if self._closed.is_set():
+        if self._fleet.closed.is_set():
             return SegmenterError(FailureKind.UNAVAILABLE, "the client is closed")
         if isinstance(raised, ValueError):
             if "closed channel" not in str(raised):
@@ -204,6 +240,10 @@ class SamClient:
         if not retry:
             raise error from raised
         return error
+
+    def _count(self, name: str) -> None:
+        with self._lock:
+            self._counts[name] += 1
 
     def _remember(self, key: str, logits_id: str, request: SegmentRequest) -> None:
         with self._lock:
@@ -219,12 +259,10 @@ class SamClient:
         """
         with self._lock:
             recipe_key, recipe = self._recipes.get(logits_id, ("", None))
-        return recipe_key == key and self.segment(image, recipe).logits_id == logits_id
-
-
-def rank(slots: Sequence[_Slot], key: str) -> list[_Slot]:
-    """Side-cars by preference for an image (rendezvous hashing): losing one moves only its own images."""
-    return sorted(slots, key=lambda slot: hashlib.sha256(f"{slot.name} {key}".encode()).digest(), reverse=True)
+        if recipe_key != key:
+            return False
+        self._count("remade")
+        return self.segment(image, recipe).logits_id == logits_id
 
 
 def _reason(error: grpc.RpcError) -> str:
@@ -238,6 +276,8 @@ def _typed(address: str, error: grpc.RpcError) -> tuple[SegmenterError, bool]:
     if reason in tuple(FailureKind):
         kind = FailureKind(reason)
         return SegmenterError(kind, detail), kind in (FailureKind.EXHAUSTED, FailureKind.UNAVAILABLE)
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return SegmenterError(FailureKind.INTERNAL, f"{address} refuses us: {detail}; see token_file"), False
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return SegmenterError(FailureKind.TIMEOUT, f"{address} did not answer in time"), False
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:

@@ -8,11 +8,11 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sam_bridge.backends import Backend
+from sam_bridge.backends import Backend, DeadDevice
 from sam_bridge.cache import ByteLRU
 from sam_bridge.prompts import check_image, check_request
 from sam_bridge.types import FailureKind, SegmenterError, SegmentReply, SegmentRequest
@@ -43,12 +43,16 @@ def logits_id(key: str, request: SegmentRequest) -> str:
 
 
 @contextlib.contextmanager
-def _typed_failures(doing: str) -> Iterator[None]:
-    """Whatever a back end raises becomes INTERNAL, with its traceback in the log."""
+def _typed_failures(doing: str, on_dead: Callable[[], None]) -> Iterator[None]:
+    """Whatever a back end raises becomes INTERNAL, with its traceback in the log; a dead device UNAVAILABLE."""
     try:
         yield
     except SegmenterError:
         raise
+    except DeadDevice as error:
+        log.critical("the device is gone, this process must be started anew: %s", error)
+        on_dead()
+        raise SegmenterError(FailureKind.UNAVAILABLE, f"the side-car's device is gone: {error}") from error
     except Exception as error:
         log.exception("back end failed while %s", doing)
         raise SegmenterError(FailureKind.INTERNAL, f"{type(error).__name__} while {doing}: {error}") from error
@@ -69,6 +73,7 @@ class LocalSegmenter:
         self.images = ByteLRU(image_bytes)
         self.logits = ByteLRU(logits_bytes)
         self.segments = 0  # prompts answered with a mask
+        self.on_dead: Callable[[], None] = lambda: None  # told when the back end's device is gone for good
         self._lock = threading.Lock()
 
     def segment(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
@@ -85,7 +90,7 @@ class LocalSegmenter:
         start = time.perf_counter()
 
         def make() -> tuple[_Encoded, int]:
-            with _typed_failures(f"encoding an image of {list(image.shape)}"):
+            with _typed_failures(f"encoding an image of {list(image.shape)}", self.on_dead):
                 encoding, nbytes = self.backend.encode(image)
             return _Encoded(encoding, image.shape[0], image.shape[1]), nbytes
 
@@ -99,8 +104,30 @@ class LocalSegmenter:
             raise UnknownImage(key)
         return self._decode(key, encoded, request)
 
+    @property
+    def identity(self) -> str:
+        """Equal where masks are equal."""
+        return getattr(self.backend, "identity", self.backend.name)
+
+    @property
+    def concurrency(self) -> int:
+        """Calls that the back end wants at a time."""
+        return getattr(self.backend, "concurrency", 2)
+
+    def counters(self) -> dict[str, float]:
+        """What has been done since the start, by name."""
+        own = {
+            "encodes": self.images.made,
+            "segments": self.segments,
+            "evictions": self.images.evictions,
+            "image_bytes": self.images.used_bytes,
+            "logits_bytes": self.logits.used_bytes,
+        }
+        return {**own, **getattr(self.backend, "counters", dict)()}
+
     def close(self) -> None:
-        """Nothing to release; here so that local and remote segmenters are closed alike."""
+        """Ends the back end's threads, if it has any."""
+        getattr(self.backend, "close", lambda: None)()
 
     def _decode(self, key: str, encoded: _Encoded, request: SegmentRequest) -> SegmentReply:
         check_request(request, encoded.height, encoded.width)
@@ -111,7 +138,7 @@ class LocalSegmenter:
             if logits is None:
                 detail = f"refine={request.refine!r} names no mask of this image that is still kept"
                 raise SegmenterError(FailureKind.UNKNOWN_LOGITS, detail)
-        with _typed_failures(f"decoding {request}"):
+        with _typed_failures(f"decoding {request}", self.on_dead):
             decoded = self.backend.decode(encoded.encoding, request, logits)
         name = logits_id(key, request)
         self.logits.put(f"{key}/{name}", decoded.logits, decoded.logits.nbytes)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import errno
 import logging
-import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import google.protobuf.message
 import grpc
 import numpy as np
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from sam_bridge import bridge_pb2 as pb
-from sam_bridge import bridge_pb2_grpc, wire
+from sam_bridge import wire
 from sam_bridge.local import LocalSegmenter, UnknownImage, image_hash
 from sam_bridge.prompts import check_image
+from sam_bridge.security import AddressError, TokenCheck, check_address, server_credentials
+from sam_bridge.telemetry import Metrics
 from sam_bridge.types import FailureKind, SegmenterError
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,20 @@ T = TypeVar("T")
 QUEUE = 128  # calls that may wait for a worker: twice the 64 trajectories of a step
 SPARE_THREADS = 4  # answer Info, health and refusals while all workers and the queue are busy
 STOP_GRACE_S = 2.0
+SLOW_S = 10.0  # a call that takes longer is a line in the log
+SERVICE = pb.DESCRIPTOR.services_by_name["SamBridge"].full_name
+
+_OPTIONS = (
+    *wire.MESSAGE_OPTIONS,
+    # Without so_reuseport=0 a second server would share the port in silence and get half of the calls.
+    ("grpc.so_reuseport", 0),
+    # Clients ping every wire.KEEPALIVE_S, also while nothing is under way; gRPC's own limit would hang up on them.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000 * wire.KEEPALIVE_S // 2),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # And a client that is gone without a word gives its place back.
+    ("grpc.keepalive_time_ms", 6 * 1000 * wire.KEEPALIVE_S),
+    ("grpc.keepalive_timeout_ms", 1000 * wire.KEEPALIVE_S),
+)
 
 _CODES = {
     FailureKind.INVALID_PROMPT: grpc.StatusCode.INVALID_ARGUMENT,
@@ -38,10 +54,18 @@ _CODES = {
     FailureKind.EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     FailureKind.INTERNAL: grpc.StatusCode.INTERNAL,
 }
+# A policy's bad prompts and a full queue are daily bread; the log is for what somebody should look at.
+_LEVELS = dict.fromkeys(
+    (FailureKind.INVALID_PROMPT, FailureKind.INVALID_IMAGE, FailureKind.UNKNOWN_LOGITS, FailureKind.EXHAUSTED),
+    logging.DEBUG,
+)
 
 
-class AddressError(ValueError):
-    """The server cannot listen there. The message says why and what to do."""
+class _Malformed:
+    """A message whose bytes could not be read."""
+
+    def __init__(self, error: Exception):
+        self.detail = f"the bytes are no such message: {error}"
 
 
 class Gate:
@@ -82,14 +106,34 @@ class Gate:
                 self.waiting -= 1
 
 
-class Servicer(bridge_pb2_grpc.SamBridgeServicer):
+class Servicer:
     """The rpcs of bridge.proto. All are idempotent, so a client may repeat any of them."""
 
-    def __init__(self, segmenter: LocalSegmenter, gate: Gate):
-        self._segmenter = segmenter
-        self._gate = gate
+    def __init__(self, segmenter: LocalSegmenter, gate: Gate, metrics: Metrics):
+        self._segmenter, self._gate, self._metrics = segmenter, gate, metrics
+        self._instance = uuid.uuid4().hex[:16]
 
-    def Info(self, request: pb.InfoRequest, context: grpc.ServicerContext) -> pb.InfoReply:
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Ours instead of the generated ones: bytes that are no message get a typed status, too."""
+        rpcs = (("Info", pb.InfoRequest, self._info), ("Put", pb.PutRequest, self._put))
+        rpcs += (("Segment", pb.SegmentRequest, self._segment),)
+        return grpc.method_handlers_generic_handler(
+            SERVICE, {name: self._handler(name, kind, work) for name, kind, work in rpcs}
+        )
+
+    def _handler(self, name: str, kind: type, work: Callable) -> grpc.RpcMethodHandler:
+        def parse(data: bytes):
+            try:
+                return kind.FromString(data)
+            except google.protobuf.message.DecodeError as error:
+                return _Malformed(error)
+
+        def behaviour(request, context: grpc.ServicerContext):
+            return self._answer(name, context, lambda: work(_readable(request), context))
+
+        return grpc.unary_unary_rpc_method_handler(behaviour, parse, lambda reply: reply.SerializeToString())
+
+    def _info(self, request: pb.InfoRequest, context: grpc.ServicerContext) -> pb.InfoReply:
         images = self._segmenter.images
         return pb.InfoReply(
             protocol=wire.PROTOCOL,
@@ -98,13 +142,9 @@ class Servicer(bridge_pb2_grpc.SamBridgeServicer):
             segments=self._segmenter.segments,
             image_bytes=images.used_bytes,
             evictions=images.evictions,
+            identity=self._segmenter.identity,
+            instance=self._instance,
         )
-
-    def Put(self, request: pb.PutRequest, context: grpc.ServicerContext) -> pb.PutReply:
-        return _answer(context, lambda: self._put(request, context))
-
-    def Segment(self, request: pb.SegmentRequest, context: grpc.ServicerContext) -> pb.SegmentReply:
-        return _answer(context, lambda: self._segment(request, context))
 
     def _put(self, request: pb.PutRequest, context: grpc.ServicerContext) -> pb.PutReply:
         shape = (request.height, request.width, 3)
@@ -136,21 +176,39 @@ class Servicer(bridge_pb2_grpc.SamBridgeServicer):
             height=height, width=width, counts=counts, score=reply.score, logits_id=reply.logits_id, timings_s=timings
         )
 
+    def _answer(self, rpc: str, context: grpc.ServicerContext, work: Callable[[], T]) -> T:
+        """Runs `work`; a failure becomes a status with its reason in the trailing metadata."""
+        start = time.perf_counter()
+        try:
+            reply = work()
+        except UnknownImage as error:
+            code, reason, detail = grpc.StatusCode.NOT_FOUND, wire.UNKNOWN_IMAGE, f"put image {error} first"
+        except SegmenterError as error:
+            code, reason, detail = _CODES[error.kind], error.kind.value, error.detail
+        except Exception as error:
+            log.exception("a call failed for no reason we know")
+            code, reason = grpc.StatusCode.INTERNAL, FailureKind.INTERNAL.value
+            detail = f"{type(error).__name__}: {error}"
+        else:
+            seconds = time.perf_counter() - start
+            if rpc != "Info":
+                self._metrics.called(rpc, "ok", {**reply.timings_s, "total": seconds})
+            if seconds > SLOW_S:
+                fields = {"rpc": rpc, "seconds": round(seconds, 3), "peer": context.peer()}
+                log.warning("%s took %.1f s", rpc, seconds, extra={"fields": fields})
+            return reply
+        self._metrics.called(rpc, reason, {"total": time.perf_counter() - start})
+        if reason != wire.UNKNOWN_IMAGE:
+            fields = {"rpc": rpc, "reason": reason, "detail": detail[: wire.MAX_DETAIL], "peer": context.peer()}
+            log.log(_LEVELS.get(reason, logging.WARNING), "%s failed: %s", rpc, detail, extra={"fields": fields})
+        context.set_trailing_metadata(((wire.REASON_KEY, reason),))
+        context.abort(code, wire.status_text(detail))
 
-def _answer(context: grpc.ServicerContext, work: Callable[[], T]) -> T:
-    """Runs `work`; a failure becomes a status with its reason in the trailing metadata."""
-    try:
-        return work()
-    except UnknownImage as error:
-        code, reason, detail = grpc.StatusCode.NOT_FOUND, wire.UNKNOWN_IMAGE, f"put image {error} first"
-    except SegmenterError as error:
-        code, reason, detail = _CODES[error.kind], error.kind.value, error.detail
-    except Exception as error:
-        log.exception("a call failed for no reason we know")
-        code, reason = grpc.StatusCode.INTERNAL, FailureKind.INTERNAL.value
-        detail = f"{type(error).__name__}: {error}"
-    context.set_trailing_metadata(((wire.REASON_KEY, reason),))
-    context.abort(code, detail[: wire.MAX_DETAIL])
+
+def _readable(request):
+    if isinstance(request, _Malformed):
+        raise SegmenterError(FailureKind.INVALID_PROMPT, request.detail)
+    return request
 
 
 class Server:
@@ -163,24 +221,39 @@ class Server:
         *,
         workers: int = 2,
         queue: int = QUEUE,
+        token: str = "",
+        tls_cert: str = "",
+        tls_key: str = "",
         insecure: bool = False,
     ):
-        """Raises AddressError for an address in use, malformed, or off this machine without `insecure`."""
-        _check_address(address, insecure)
+        """`workers` calls are worked on at a time, `queue` may wait. `tls_cert`, `tls_key`: PEM files.
+
+        Raises AddressError for an address in use, malformed, or off this machine without TLS and a token (unless
+        `insecure`); SecurityError for files that cannot be used.
+        """
+        credentials = server_credentials(tls_cert, tls_key)
+        check_address(address, token=token, tls=credentials is not None, insecure=insecure)
         threads = workers + queue + SPARE_THREADS
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="sam_bridge")
-        # Without so_reuseport=0 a second server would share the port in silence and get half of the calls.
-        options = (*wire.MESSAGE_OPTIONS, ("grpc.so_reuseport", 0))
-        self._server = grpc.server(self._pool, options=options, maximum_concurrent_rpcs=2 * threads)
         self.gate = Gate(workers, queue)
-        servicer = Servicer(segmenter, self.gate)
-        bridge_pb2_grpc.add_SamBridgeServicer_to_server(servicer, self._server)
+        self.metrics = Metrics(lambda: {**segmenter.counters(), "waiting": self.gate.waiting})
+        refused = lambda: self.metrics.called("any", wire.UNAUTHENTICATED, {})  # noqa: E731
+        self._server = grpc.server(
+            self._pool,
+            interceptors=[TokenCheck(token, refused)] if token else [],
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=2 * threads,
+        )
+        self._server.add_generic_rpc_handlers((Servicer(segmenter, self.gate, self.metrics).handlers(),))
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        for name in ("", pb.DESCRIPTOR.services_by_name["SamBridge"].full_name):
+        for name in ("", SERVICE):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         try:
-            port = self._server.add_insecure_port(address)
+            if credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise AddressError(f"cannot listen on {address}: {error}") from error
         self.address = f"{address.rpartition(':')[0]}:{port}"
@@ -191,25 +264,3 @@ class Server:
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_s).wait()
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _check_address(address: str, insecure: bool) -> None:
-    try:
-        loopback = wire.is_loopback(address)
-    except ValueError as error:
-        raise AddressError(str(error)) from error
-    if not loopback and not insecure:
-        raise AddressError(
-            f"{address} can be reached from other machines and the bridge has no authentication;"
-            " listen on 127.0.0.1, or pass --insecure on a trusted network"
-        )
-    host, _, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    try:  # gRPC's own error does not say why; a plain socket does
-        family, kind, proto, _, target = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(target)
-    except OSError as error:
-        hint = "; is another side-car running? Pick another --address" if error.errno == errno.EADDRINUSE else ""
-        raise AddressError(f"cannot listen on {address}: {error.strerror}{hint}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import dataclasses
 import logging
 import os
 import subprocess
@@ -27,7 +28,9 @@ log = logging.getLogger(__name__)
 
 MODES = ("spawn", "connect", "inprocess")
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.1, 5.0  # between restarts, doubling
+HEALTH_EVERY_S, HEALTH_TIMEOUT_S, HEALTH_MISSES = 5.0, 10.0, 3  # a child that lives but answers nothing is killed
 STEADY_S = 30.0  # a child that lived this long earns the shortest backoff again
+START_TIMEOUT_S = 180.0  # reading the largest checkpoint from a slow disk
 TERMINATE_S = 5.0  # between SIGTERM and SIGKILL
 STDERR_LINES = 20  # kept for the error message of a child that cannot start
 
@@ -39,9 +42,23 @@ class SideCar:
     the starts after the first, failed ones included.
     """
 
-    def __init__(self, backend: str = "grabcut", *, workers: int = 2, start_timeout_s: float = 60.0):
-        """Returns when the child is healthy; raises SegmenterError(UNAVAILABLE) when the first start fails."""
-        self.backend, self.workers, self.start_timeout_s = backend, workers, start_timeout_s
+    def __init__(
+        self,
+        backend: str = "grabcut",
+        *,
+        options: backends.Options = backends.DEFAULTS,
+        workers: int = 0,
+        arguments: Sequence[str] = (),
+        start_timeout_s: float = START_TIMEOUT_S,
+        health_every_s: float = HEALTH_EVERY_S,
+    ):
+        """Returns when the child is healthy; raises SegmenterError(UNAVAILABLE) when the first start fails.
+
+        `workers`: calls at a time, 0 = as the back end wants. `arguments`: more of `python -m sam_bridge`'s.
+        """
+        self.backend, self.options, self.workers = backend, options, workers
+        self.arguments = tuple(arguments)
+        self.start_timeout_s, self.health_every_s = start_timeout_s, health_every_s
         self.address, self.pid, self.restarts = "", 0, 0
         self._owner = os.getpid()
         self._closing = threading.Event()
@@ -97,7 +114,7 @@ class SideCar:
                     log.error("%s", error.detail)
             else:
                 self._settled.set()
-                status = child.wait()
+                status = self._attend(child)
                 child.stdin.close()
                 child.stdout.close()
                 if self._closing.is_set():
@@ -110,10 +127,27 @@ class SideCar:
             self.restarts += 1
         self._settled.set()
 
+    def _attend(self, child: subprocess.Popen) -> int:
+        """Waits for the child's end and returns its status; ends it when it has stopped answering."""
+        misses = 0
+        while True:
+            try:
+                return child.wait(self.health_every_s)
+            except subprocess.TimeoutExpired:
+                misses = 0 if _serving(self.address, HEALTH_TIMEOUT_S) else misses + 1
+            if misses >= HEALTH_MISSES and not self._closing.is_set():
+                log.error("side-car %d lives but answers nothing; killing it", child.pid)
+                child.kill()
+                return child.wait()
+
     def _start(self) -> subprocess.Popen:
         """Starts a child, waits until it is healthy, tells the listener."""
         command = [sys.executable, "-m", "sam_bridge", f"--backend={self.backend}", f"--workers={self.workers}"]
         command += ["--address=127.0.0.1:0", f"--parent_pid={os.getpid()}"]
+        for field in dataclasses.fields(self.options):
+            if (value := getattr(self.options, field.name)) != field.default:
+                command.append(f"--{field.name}={value}")
+        command += self.arguments
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
         with self._lock:
@@ -191,23 +225,30 @@ def open_segmenter(
     *,
     timeout_s: float = 30.0,
     wait_s: float = 30.0,
-    workers: int = 2,
+    workers: int = 0,
+    options: backends.Options = backends.DEFAULTS,
+    token_file: str = "",
+    tls_ca: str = "",
+    tls: bool = False,
 ) -> Iterator[Segmenter]:
     """A segmenter for as long as the `with` block lasts.
 
     spawn: a side-car of our own, restarted when it dies. connect: side-cars that run already at `addresses`; one error
-    within `wait_s` when one of them does not answer. inprocess: the back end itself, without a bridge.
+    within `wait_s` when one of them does not answer. inprocess: the back end itself, without a bridge. `options` are
+    for the first and the last, `token_file`, `tls_ca` and `tls` for `connect`. All have `counters()`.
     """
     if mode not in MODES:
         raise ValueError(f"unknown segmenter mode {mode!r}; options: {', '.join(MODES)}")
     if mode == "inprocess":
-        yield LocalSegmenter(backends.load(backend))
+        with contextlib.closing(LocalSegmenter(backends.load(backend, options))) as segmenter:
+            yield segmenter
     elif mode == "connect":
-        with SamClient(addresses, timeout_s=timeout_s, wait_s=wait_s) as client:
+        secure = dict(token_file=token_file, tls_ca=tls_ca, tls=tls)
+        with SamClient(addresses, timeout_s=timeout_s, wait_s=wait_s, **secure) as client:
             client.info()
             yield client
     else:
-        with SideCar(backend, workers=workers) as side_car:
+        with SideCar(backend, options=options, workers=workers) as side_car:
             name = side_car.address
             with SamClient([name], timeout_s=timeout_s, wait_s=wait_s) as client:
                 side_car.follow(lambda address: client.move(name, address))

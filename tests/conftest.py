@@ -37,6 +37,8 @@ def declare_operators() -> None:
         return
     import torch
 
+    if hasattr(torch.ops.torchvision, "nms"):  # sam_bridge/backends/sam2.py has done it
+        return
     try:
         torch.ops.load_library(pathlib.Path(spec.origin).parent / "_C.so")
     except OSError:

@@ -11,10 +11,34 @@ import numpy as np
 from sam_bridge.types import SegmentRequest
 
 NAMES = ("grabcut", "sam2")
+SAM2_MODELS = tuple(
+    f"{family}_{size}" for family in ("sam2.1", "sam2") for size in "tiny small base_plus large".split()
+)
+RANDOM = "random"  # the checkpoint that is none: random weights, the same in every process, for tests
+DTYPES = ("float32", "bfloat16")
+MULTIMASK = ("point", "never", "always")
 
 
 class BackendError(ValueError):
     """The back end named on the command line cannot be had. The message says what to do."""
+
+
+class DeadDevice(Exception):
+    """The device answers nothing any more until the process is started anew."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `python -m sam_bridge` passes on to a back end. All of it is for sam2."""
+
+    checkpoint: str = ""  # a .pt file of Meta's, or "random"
+    model: str = ""  # one of SAM2_MODELS; "" = as the checkpoint's file name says
+    device: str = "cpu"  # cpu, cuda, cuda:1; several with commas, one worker each
+    dtype: str = "float32"  # bfloat16: matrix products in bf16, as torch.autocast does
+    multimask: str = "point"  # best of three masks by SAM's score for: a single click, nothing, everything
+    threads: int = 0  # torch's, on a CPU; 0 = all cores this process may use
+    encode_batch: int = 0  # largest batch of images; 0 = the device's default, 1 = no batching
+    decode_batch: int = 0  # largest batch of prompts; likewise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +51,11 @@ class Decoded:
 
 
 class Backend(Protocol):
-    """Thread-safe, stateless between calls (LocalSegmenter keeps encodings and logits). Inputs are already checked."""
+    """Thread-safe, stateless between calls (LocalSegmenter keeps encodings and logits). Inputs are already checked.
+
+    May also have: `identity`, a string that is equal for back ends that give equal masks (else its name);
+    `concurrency`, how many calls it wants at a time (else 2); `counters() -> dict[str, float]`; `close()`.
+    """
 
     name: str
 
@@ -40,14 +68,26 @@ class Backend(Protocol):
         ...
 
 
-def load(name: str) -> Backend:
+DEFAULTS = Options()
+
+
+def load(name: str, options: Options = DEFAULTS) -> Backend:
     """A built-in name, or `module:factory` for one of your own (the factory takes no arguments)."""
+    if name == "sam2":
+        if not options.checkpoint:  # before torch is imported
+            raise BackendError(f"sam2 needs --checkpoint=FILE.pt, or --checkpoint={RANDOM} for a test")
+        try:
+            from sam_bridge.backends.sam2 import Sam2
+        except ImportError as error:
+            raise BackendError(f"the sam2 back end needs torch and sam2, see docs/sidecar.md: {error}") from error
+        return Sam2(options)
+    changed = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
+    if changed:
+        raise BackendError(f"{', '.join(changed)}: only the sam2 back end has such an option, not {name!r}")
     if name == "grabcut":
         from sam_bridge.backends.grabcut import GrabCut
 
         return GrabCut()
-    if name == "sam2":
-        raise BackendError("the sam2 back end comes with the full side-car and is not part of this build; use grabcut")
     module, colon, attribute = name.partition(":")
     if not colon:
         raise BackendError(f"unknown back end {name!r}; options: {', '.join(NAMES)}, or module:factory")

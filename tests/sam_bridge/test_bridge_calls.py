@@ -14,12 +14,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from pycocotools import mask as coco
 
 from sam_bridge import bridge_pb2 as pb
 from sam_bridge import wire
-from sam_bridge.client import rank
+from sam_bridge.fleet import rank
 from sam_bridge.local import LocalSegmenter
-from sam_bridge.server import AddressError, Server
+from sam_bridge.security import AddressError
+from sam_bridge.server import Server
 from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
 
 BOX = SegmentRequest(box=(22.0, 32.0, 59.0, 69.0))
@@ -44,6 +46,22 @@ def test_rle_round_trip(mask):
     back = wire.decode_mask(wire.encode_mask(mask), *mask.shape)
     assert back.dtype == bool and back.flags["C_CONTIGUOUS"]
     np.testing.assert_array_equal(back, mask)
+
+
+@given(st.binary(max_size=12), st.integers(1, 9), st.integers(1, 9))
+def test_any_bytes_are_a_typed_error_or_what_pycocotools_reads(counts, height, width):
+    try:
+        mask = wire.decode_mask(counts, height, width)
+    except SegmenterError as error:
+        assert error.kind is FailureKind.INTERNAL
+    else:
+        np.testing.assert_array_equal(mask, coco.decode({"size": [height, width], "counts": counts}))
+
+
+def test_rle_of_a_large_mask():
+    mask = np.zeros((3000, 4000), bool)
+    mask[1000:2999, 5:3990] = True
+    np.testing.assert_array_equal(wire.decode_mask(wire.encode_mask(mask), 3000, 4000), mask)
 
 
 @pytest.mark.parametrize("counts", [b"", b"4", b"0" * 50, b"\xff\xff\xff", b"`\x80"])
@@ -120,7 +138,7 @@ def test_bad_input_is_typed_on_both_ends(local, serve, connect, picture):
     assert failure(client.segment, picture, SegmentRequest(refine="x")).kind is FailureKind.UNKNOWN_LOGITS
     # A client that does not check is answered by the server's own checks.
     client.segment(picture, BOX)
-    slot = client._slots[0]
+    slot = client._fleet.slots[0]
     key = wire.request_to_proto("", BOX)
     key.image_hash = next(iter(local.images._values))
     key.box.x0 = float("nan")
@@ -203,9 +221,9 @@ def test_other_protocol_version_is_refused_at_once(fake, serve, connect, picture
     client = connect(server.address)
     with monkeypatch.context() as patch:
         patch.setattr("sam_bridge.wire.PROTOCOL", 99)
-        reply = client._slots[0].stub.Info(pb.InfoRequest())
+        reply = client._fleet.slots[0].stub.Info(pb.InfoRequest())
     assert reply.protocol == 99
-    monkeypatch.setattr(client._slots[0].stub, "Info", lambda *_, **__: reply)
+    monkeypatch.setattr(client._fleet.slots[0].stub, "Info", lambda *_, **__: reply)
     error = failure(client.segment, picture, BOX)
     assert error.kind is FailureKind.INTERNAL and "protocol 99" in error.detail
 
@@ -226,9 +244,9 @@ def test_images_spread_over_side_cars_and_stay(fake, serve, connect):
     assert sum(b.encoded for b in backends) == 30  # the second round met the encodings of the first
     assert all(b.encoded > 0 for b in backends)
     keys = [str(i) for i in range(200)]
-    before = [rank(client._slots, key)[0] for key in keys]
-    after = [rank(client._slots[:2], key)[0] for key in keys]
-    gone = client._slots[2]
+    before = [rank(client._fleet.slots, key)[0] for key in keys]
+    after = [rank(client._fleet.slots[:2], key)[0] for key in keys]
+    gone = client._fleet.slots[2]
     assert all(a is b for a, b in zip(after, before, strict=True) if b is not gone)
     servers[0].stop(0)  # its images go to the next in rank
     for image in images:

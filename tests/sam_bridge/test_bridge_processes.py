@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import grpc
 import numpy as np
+import PIL.Image
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -63,10 +67,13 @@ def test_spawned_side_car_serves_and_gives_the_same_masks(side_car, local, pictu
     ("arguments", "says"),
     [
         (["--backend=nothing"], "options: grabcut, sam2"),
-        (["--backend=sam2"], "full side-car"),
+        (["--backend=sam2"], "--checkpoint=FILE.pt"),
         (["--backend=no.such:thing"], "cannot be imported"),
         (["--backend=grabcut", "--address=0.0.0.0:50051"], "--insecure"),
         (["--backend=grabcut", "--address={taken}"], "already in use"),
+        (["--backend=grabcut", "--address=127.0.0.1:0", "--metrics_address=0.0.0.0:0"], "--insecure"),
+        (["--backend=grabcut", "--address=127.0.0.1:0", "--device=cuda"], "only the sam2 back end"),
+        (["--backend=grabcut", "--address=127.0.0.1:0", "--tls_cert=cert.pem"], "--tls_key"),
     ],
 )
 def test_command_line_refuses_with_one_line_and_status_2(side_car, arguments, says):
@@ -76,9 +83,14 @@ def test_command_line_refuses_with_one_line_and_status_2(side_car, arguments, sa
 
 
 def test_sigterm_ends_it_with_status_0():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        metrics = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [sys.executable, "-m", "sam_bridge", "--backend=grabcut", "--address=127.0.0.1:0"]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([*command, f"--metrics_address={metrics}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline().startswith("sam_bridge ready address=127.0.0.1:")
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as page:
+        assert b"sam_bridge_encodes_total 0.0" in page.read()
     child.terminate()
     assert child.wait(10) == 0
     child.stdout.close()
@@ -149,10 +161,82 @@ def test_ordinary_exit_without_close_ends_the_child():
     assert done.returncode == 0 and gone(int(done.stdout), 5)
 
 
+def test_one_that_lives_but_answers_nothing_is_killed_and_restarted(picture, monkeypatch):
+    monkeypatch.setattr("sam_bridge.spawn.HEALTH_TIMEOUT_S", 0.5)
+    with SideCar("grabcut", health_every_s=0.2) as side_car, SamClient([side_car.address]) as client:
+        name = side_car.address
+        side_car.follow(lambda address: client.move(name, address))
+        mask, pid = client.segment(picture, BOX).mask, side_car.pid
+        time.sleep(1.0)
+        assert side_car.restarts == 0  # one that answers is left alone
+        os.kill(pid, signal.SIGSTOP)
+        np.testing.assert_array_equal(client.segment(picture, BOX).mask, mask)
+        assert side_car.restarts == 1 == client.counters()["restarts"]
+        assert gone(pid, 5)
+
+
+def test_check_draws_what_came_back(side_car, tmp_path):
+    out = tmp_path / "check.png"
+    done = run("-m", "sam_bridge.check", f"--address={side_car.address}", f"--out={out}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all held" in done.stdout and "FAILS" not in done.stdout and "the box finds the disc" in done.stdout
+    with PIL.Image.open(out) as picture:
+        assert picture.size == (4 * 320, 240 + 18)
+        red = np.asarray(picture)[18:, :320].astype(int)
+    disc = red[105, 125] - red[20, 300]  # the middle of the disc against a corner: tinted
+    assert disc[0] > 80
+    nobody = run("-m", "sam_bridge.check", "--address=127.0.0.1:9", "--wait_s=0.3", f"--out={out}")
+    assert nobody.returncode == 2 and nobody.stderr.startswith("check failed: unavailable")
+
+
+@pytest.mark.parametrize("grace_s", [20.0, 0.0])
+def test_sigterm_drains(grace_s, tmp_path):
+    """A call under way when SIGTERM comes is answered within the grace, and given up without one."""
+    (tmp_path / "slow_backend.py").write_text(SLOW_BACKEND)
+    command = [sys.executable, "-m", "sam_bridge", "--backend=slow_backend:Slow", "--address=127.0.0.1:0"]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    child = subprocess.Popen([*command, f"--grace_s={grace_s}"], env=env, stdout=subprocess.PIPE, text=True)
+    address = child.stdout.readline().split("address=")[1].split()[0]
+    with SamClient([address], wait_s=0.2) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        image = np.zeros((8, 8, 3), np.uint8)
+        client.segment(image, SegmentRequest(box=(0, 0, 1, 1)))  # quick: the connection and the image are there
+        call = pool.submit(client.segment, image, SegmentRequest(box=(0, 0, 4, 4)))
+        time.sleep(0.5)
+        child.terminate()
+        if grace_s:
+            assert call.result(10).mask.sum() == 16
+        else:
+            with pytest.raises(SegmenterError) as caught:
+                call.result(10)
+            assert caught.value.kind is FailureKind.UNAVAILABLE
+    assert child.wait(10) == 0
+    child.stdout.close()
+
+
+SLOW_BACKEND = """
+import time
+import numpy as np
+from sam_bridge.backends import Decoded
+
+class Slow:
+    name = "slow"
+
+    def encode(self, image):
+        return image.shape[:2], 1
+
+    def decode(self, encoding, request, logits):
+        side = int(request.box[2])
+        time.sleep(1.5 if side > 1 else 0)
+        mask = np.zeros(encoding, bool)
+        mask[:side, :side] = True
+        return Decoded(mask, 0.5, mask)
+"""
+
+
 def test_side_car_that_cannot_start_says_why():
     with pytest.raises(SegmenterError) as caught:
         SideCar("sam2")
-    assert caught.value.kind is FailureKind.UNAVAILABLE and "full side-car" in caught.value.detail
+    assert caught.value.kind is FailureKind.UNAVAILABLE and "--checkpoint" in caught.value.detail
 
 
 def test_open_segmenter_modes(picture):

@@ -1,0 +1,403 @@
+"""What the bridge costs, and what it survives. A table for each part; the last line is one JSON object.
+
+  python benchmarks/bridge.py [--parts=overhead,throughput,decode,soak,kill,fuzz] [--device=cuda] [--toy]
+
+overhead    a prompt on a cached 640 x 480 picture: through a side-car against SAM2ImagePredictor in this process
+throughput  64 concurrent trajectories on 16 pictures: side-car against the predictor in a loop; pictures encoded
+decode      16 prompts on 16 pictures: in batches against one by one
+soak        10,000 calls: resident memory of server and client after the first 1,000 and at the end (GrabCut)
+kill        32 trajectories at a time for 60 s while the side-car gets SIGKILL: GrabCut every 5 s, SAM 2 three times
+fuzz        2,000 requests that no honest client sends: a typed status each, good masks after them
+
+SAM 2.1 tiny with random weights; medians; the two sides of a comparison take turns. --toy: small and short, for a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import statistics
+import sys
+import threading
+import time
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import cv2
+import numpy as np
+
+from sam_bridge import wire
+from sam_bridge.backends import RANDOM, Options, load
+from sam_bridge.client import SamClient
+from sam_bridge.local import LocalSegmenter, image_hash
+from sam_bridge.spawn import SideCar
+from sam_bridge.types import SegmenterError, SegmentRequest
+
+PARTS = ("overhead", "throughput", "decode", "soak", "kill", "fuzz")
+BOX = SegmentRequest(box=(151.5, 90.2, 420.0, 333.3))
+WIDTH, HEIGHT = 640, 480
+TURNS = 4  # of a trajectory: box, click, refined, box and click
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--device", default="cpu", help="of SAM 2: cpu or cuda")
+    parser.add_argument("--calls", type=int, default=10_000, help="of the soak")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each rollout that is killed")
+    parser.add_argument("--requests", type=int, default=2000, help="of the fuzz")
+    parser.add_argument("--toy", action="store_true")
+    args = parser.parse_args()
+    if unknown := set(args.parts.split(",")) - set(PARTS):
+        parser.error(f"unknown parts {sorted(unknown)}; options: {', '.join(PARTS)}")
+    results: dict = {}
+    for part in args.parts.split(","):
+        print(f"\n== {part}", flush=True)
+        found = globals()[part](args)
+        results |= found
+        for name, value in found.items():
+            print(f"  {name:32} {value:.4g}" if isinstance(value, float) else f"  {name:32} {value}", flush=True)
+    print(json.dumps(results))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------ what is asked of whom
+
+
+def picture(seed: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """u8[h, w, 3]: blobs of colour, some noise."""
+    rng = np.random.default_rng(seed)
+    blobs = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+    return (blobs + rng.normal(0, 4, blobs.shape)).clip(0, 255).astype(np.uint8)
+
+
+def turn(step: int, seed: int, height: int, width: int, refine: str) -> SegmentRequest:
+    """The prompt of a trajectory's step."""
+    rng = np.random.default_rng((seed, step))
+    x, y = rng.uniform(0.3, 0.6, 2) * (width, height)
+    box = (x - 0.2 * width, y - 0.2 * height, x + 0.2 * width, y + 0.2 * height)
+    match step % TURNS:
+        case 0:
+            return SegmentRequest(box=box)
+        case 1:
+            return SegmentRequest(points=((x, y),), labels=(1,))
+        case 2:
+            return SegmentRequest(points=((x + 9, y),), labels=(0,), refine=refine)
+        case _:
+            return SegmentRequest(box=box, points=((x, y), (x + 5, y - 5)), labels=(1, 0))
+
+
+def trajectory(segmenter, image: np.ndarray, seed: int) -> list[np.ndarray]:
+    """The masks of its turns."""
+    masks, refine = [], ""
+    for step in range(TURNS):
+        reply = segmenter.segment(image, turn(step, seed, *image.shape[:2], refine))
+        masks.append(reply.mask)
+        refine = reply.logits_id
+    return masks
+
+
+@contextlib.contextmanager
+def side_car(args, backend: str = "sam2", arguments=(), alone: bool = False):
+    """(supervisor, client) of a fresh side-car; `alone`: SAM 2 without batching, whose masks are the same bits."""
+    options = Options()
+    if backend == "sam2" and args.toy:
+        backend = f"benchmarks._bridge_quick:sam2{'_alone' if alone else ''}"
+    elif backend == "sam2":
+        batch = 1 if alone else 0
+        options = Options(checkpoint=RANDOM, device=args.device, encode_batch=batch, decode_batch=batch)
+    with SideCar(backend, options=options, arguments=arguments) as car:
+        name = car.address
+        with SamClient([name], timeout_s=600, wait_s=120) as client:
+            car.follow(lambda address: client.move(name, address))
+            yield car, client
+
+
+def own_sam2(args, options: Options):
+    """The back end in this process."""
+    from sam_bridge.backends.sam2 import Sam2
+
+    if args.toy:
+        from benchmarks._bridge_quick import RESOLUTION
+
+        return Sam2(dataclasses.replace(options, threads=1), RESOLUTION)
+    return Sam2(options)
+
+
+def predictor(args):
+    """SAM2ImagePredictor with the side-car's weights."""
+    back = own_sam2(args, Options(checkpoint=RANDOM, device=args.device))  # first: it makes torchvision importable
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+    found = SAM2ImagePredictor(back._models[0]._net)
+    size = found.model.image_size
+    found._bb_feat_sizes = [(size // n,) * 2 for n in (4, 8, 16)]  # written down for 1024 only
+    return found
+
+
+def predict(direct, request: SegmentRequest, earlier=None) -> tuple[np.ndarray, np.ndarray]:
+    """(bool[h, w], logits [1, H, W]) of the best mask, on the picture that is set."""
+    single = len(request.points) == 1 and request.box is None and earlier is None
+    masks, scores, low = direct.predict(
+        point_coords=np.array(request.points) if request.points else None,
+        point_labels=np.array(request.labels) if request.points else None,
+        box=None if request.box is None else np.array(request.box),
+        mask_input=earlier,
+        multimask_output=single,
+    )
+    best = int(np.argmax(scores))
+    return masks[best] > 0, low[best : best + 1]
+
+
+# -------------------------------------------------------------------------------------------------------- the parts
+
+
+def overhead(args) -> dict:
+    image, rounds, each = picture(0), 2 if args.toy else 8, 3 if args.toy else 8
+    direct, times = predictor(args), {"direct": [], "bridge": []}
+    direct.set_image(image)
+    stages: dict[str, list[float]] = {}
+    with side_car(args) as (_, client):
+        client.segment(image, BOX)
+        wanted, _ = predict(direct, BOX)
+        assert (client.segment(image, BOX).mask == wanted).all(), "the two sides give different masks"
+        for _ in range(rounds):
+            for side in times:
+                time.sleep(0.2)  # torch's threads spin a while after their last work
+                for _ in range(each):
+                    start = time.perf_counter()
+                    if side == "direct":
+                        predict(direct, BOX)
+                    else:
+                        for stage, seconds in client.segment(image, BOX).timings_s.items():
+                            stages.setdefault(stage, []).append(1e3 * seconds)
+                    times[side].append(1e3 * (time.perf_counter() - start))
+    direct_ms, bridge_ms = (statistics.median(times[side]) for side in times)
+    hash_ms = 1e3 * median_of(lambda: image_hash(image))
+    counts = wire.encode_mask(wanted)
+    codec_ms = 1e3 * (
+        median_of(lambda: wire.encode_mask(wanted)) + median_of(lambda: wire.decode_mask(counts, HEIGHT, WIDTH))
+    )
+    medians = {f"{stage}_ms": statistics.median(values) for stage, values in stages.items()}
+    return {
+        "direct_ms_p50": direct_ms,
+        "bridge_ms_p50": bridge_ms,
+        "added_ms_p50": bridge_ms - direct_ms,
+        "added_share": (bridge_ms - direct_ms) / direct_ms,
+        "mask_path_ms": medians["rle_ms"] + medians["transport_ms"] - hash_ms,
+        "mask_codec_ms": codec_ms,
+        "hash_ms": hash_ms,
+        "rle_bytes": len(counts),
+        **medians,
+    }
+
+
+def median_of(work, times: int = 30) -> float:
+    """Seconds."""
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def throughput(args) -> dict:
+    pictures, trajectories = (4, 8) if args.toy else (16, 64)
+    images = [picture(i) for i in range(pictures)]
+    with side_car(args) as (_, client), concurrent.futures.ThreadPoolExecutor(trajectories) as pool:
+        client.segment(picture(99), BOX)  # the first call of a process is slower
+        client_start = time.perf_counter()
+        done = list(pool.map(lambda i: trajectory(client, images[i % pictures], i), range(trajectories)))
+        bridge_s = time.perf_counter() - client_start
+        encodes = client.info()[0].encodes - 1
+    direct = predictor(args)
+    direct.set_image(picture(99))
+    predict(direct, BOX)
+    start, worst = time.perf_counter(), 0.0
+    for p in range(pictures):
+        direct.set_image(images[p])
+        for i in range(p, trajectories, pictures):
+            low = None
+            for step in range(TURNS):
+                request = turn(step, i, HEIGHT, WIDTH, "x")
+                mask, low = predict(direct, request, low if step % TURNS == 2 else None)
+                worst = max(worst, float((mask != done[i][step]).mean()))
+    direct_s = time.perf_counter() - start
+    return {
+        "encodes": int(encodes),
+        "pictures": pictures,
+        "masks": trajectories * TURNS,
+        "bridge_s": bridge_s,
+        "direct_s": direct_s,
+        "throughput_share": direct_s / bridge_s,
+        "most_pixels_different": worst,
+    }
+
+
+def decode(args) -> dict:
+    import torch
+
+    from sam_bridge.backends import sam2
+
+    back = own_sam2(args, Options(checkpoint=RANDOM, device=args.device))
+    (model,) = back._models
+    images = [picture(i) for i in range(2 if args.toy else 16)]
+    encodings = [model.encode([model.prepare(image)], 0)[0] for image in images]
+    jobs = [
+        sam2._Job(encodings[i % len(encodings)], turn((0, 1, 3)[i % 3], i, HEIGHT, WIDTH, ""), None) for i in range(16)
+    ]
+
+    def decode_by(size: int) -> float:
+        start = time.perf_counter()
+        for i in range(0, len(jobs), size):
+            model.decode(jobs[i : i + size])
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    sizes, found = (1, 2, 4, 8, 16), {}
+    for _ in range(2 if args.toy else 4):
+        for size in sizes:
+            found.setdefault(size, []).append(decode_by(size))
+    loop_s = statistics.median(found[1])
+    default = sam2.DEFAULT_BATCH[model.device.type][1]
+    speed = {f"decode_speedup_{size}": loop_s / statistics.median(found[size]) for size in sizes[1:]}
+    back.close()
+    return {"decode_loop_ms": 1e3 * loop_s / 16, "decode_default": default, **speed}
+
+
+def soak(args) -> dict:
+    calls = 300 if args.toy else args.calls
+    first, side = calls // 10, 112
+    resident: dict[str, list[int]] = {"server": [], "client": []}
+    with side_car(args, "grabcut", ("--cache_mb=2", "--logits_mb=1")) as (car, client):
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+
+            def call(n: int) -> None:
+                image = picture(n // 10, side, side)  # a new picture every ten calls: the cache turns over
+                client.segment(image, turn((0, 1, 3)[n % 3], n, side, side, ""))
+
+            for start, stop in ((0, first), (first, calls)):
+                list(pool.map(call, range(start, stop)))
+                resident["server"].append(rss(car.pid))
+                resident["client"].append(rss(os.getpid()))
+        (info,) = client.info()
+        assert info.segments == calls
+    growth = {f"rss_growth_{who}": after / before - 1 for who, (before, after) in resident.items()}
+    return {"soak_calls": calls, "evictions": int(info.evictions), **growth, "rss_growth": max(growth.values())}
+
+
+def rss(pid: int) -> int:
+    """Resident bytes."""
+    return int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def kill(args) -> dict:
+    total: dict = {"lost": 0, "wrong": 0, "hangs": 0}
+    for backend in ("grabcut", "sam2"):
+        found = killed(args, backend)
+        for name in ("lost", "wrong", "hangs"):
+            total[name] += found[name]
+        total |= {f"{backend}_{name}": value for name, value in found.items()}
+    return total
+
+
+def killed(args, backend: str) -> dict:
+    """32 trajectories at a time, every mask compared with the back end's own; the side-car is killed meanwhile."""
+    seconds = 6.0 if args.toy else args.seconds
+    every = seconds / 4 if backend == "sam2" else (2.0 if args.toy else 5.0)
+    height, width = (112, 112) if backend == "grabcut" else (HEIGHT, WIDTH)
+    images = [picture(i, height, width) for i in range(8 if backend == "grabcut" else 2)]
+    own = (
+        own_sam2(args, Options(checkpoint=RANDOM, device=args.device, encode_batch=1, decode_batch=1))
+        if backend == "sam2"
+        else load("grabcut")
+    )
+    local = LocalSegmenter(own)
+    wanted = {i: trajectory(local, images[i % len(images)], i) for i in range(8)}
+    local.close()
+    lost, wrong, played = [], [], []
+    with side_car(args, backend, alone=True) as (car, client):
+        stop = time.monotonic() + seconds
+
+        def play(first: int) -> None:
+            for i in range(first, 1 << 30, 32):
+                if time.monotonic() > stop:
+                    return
+                try:
+                    masks = trajectory(client, images[i % 8 % len(images)], i % 8)
+                except SegmenterError as error:
+                    lost.append(str(error))
+                else:
+                    wrong.extend(i for a, b in zip(masks, wanted[i % 8], strict=True) if (a != b).any())
+                    played.append(i)
+
+        players = [threading.Thread(target=play, args=(i,), daemon=True) for i in range(32)]
+        for player in players:
+            player.start()
+        kills, last, due = 0, 0, time.monotonic() + every
+        while time.monotonic() < stop - every / 2:
+            time.sleep(0.05)
+            if time.monotonic() >= due and car.pid != last:  # a restart under way is let finish, then it dies again
+                last = car.pid
+                os.kill(last, signal.SIGKILL)
+                kills, due = kills + 1, due + every
+        for player in players:
+            player.join(max(0.0, stop - time.monotonic()) + 180)
+        counts = client.counters()
+        hangs = sum(player.is_alive() for player in players)
+    for reason in lost[:3]:
+        print("  lost:", reason)
+    return {
+        "played": len(played),
+        "lost": len(lost),
+        "wrong": len(wrong),
+        "hangs": hangs,
+        "kills": kills,
+        "restarts": car.restarts,
+        "remade": counts["remade"],
+    }
+
+
+def fuzz(args) -> dict:
+    import grpc
+    from hypothesis import HealthCheck, given, settings
+
+    from benchmarks._bridge_requests import fuzzed, send, typed
+
+    image, statuses, bad = picture(0, 96, 128), {}, []
+    request = SegmentRequest(box=(22.0, 32.0, 59.0, 69.0))
+    with side_car(args, "grabcut") as (car, client):
+        wanted, key = client.segment(image, request).mask, image_hash(image)
+        with grpc.insecure_channel(car.address, options=wire.MESSAGE_OPTIONS) as channel:
+
+            @settings(
+                max_examples=100 if args.toy else args.requests,
+                database=None,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            )
+            @given(fuzzed())
+            def one(make) -> None:
+                code, reason = send(channel, *make(key))
+                name = f"{code.name} {reason}".strip()
+                statuses[name] = statuses.get(name, 0) + 1
+                if not typed(code, reason):
+                    bad.append(name)
+
+            one()
+        healthy = bool((client.segment(image, request).mask == wanted).all()) and car.restarts == 0
+    print(*(f"  {count:6} {name}" for name, count in sorted(statuses.items())), sep="\n")
+    return {"fuzzed": sum(statuses.values()), "untyped": len(bad), "healthy_after": healthy}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,403 @@
+"""SAM 2 and 2.1 by Meta's sam2 package: masks equal to SAM2ImagePredictor's, images and prompts in batches.
+
+The predictor keeps one image and answers one prompt. Here every image's features are a value (Encoding) that the caller
+keeps, and prompts on different images are decoded together. A batch of one runs the package's own modules on tensors of
+the predictor's own shapes, so it gives the predictor's bits. A larger batch pads prompts to one length; the padding is
+hidden from attention, because SAM 2 was trained with exactly one "not a point" token after the clicks.
+
+Easily missed of what the predictor does: a box is two points (labels 2 and 3) before the clicks; images are stretched
+to a square; `no_mem_embed` is added to the lowest level; a single mask falls back to the best of three when it is not
+stable (build_sam2 switches that on).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.machinery
+import os
+import pathlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from sam_bridge.backends import DTYPES, MULTIMASK, RANDOM, SAM2_MODELS, BackendError, DeadDevice, Decoded, Options
+from sam_bridge.batching import Lane
+from sam_bridge.types import SegmentRequest
+
+_KEPT = []  # a library's declarations go when it does
+
+
+def _declare_operators() -> None:
+    """Makes torchvision importable beside a CPU build of torch that its compiled operators do not fit.
+
+    It then fails while it describes `nms`. Declared before, the operator exists without a body, and nobody calls it.
+    """
+    spec = importlib.machinery.PathFinder.find_spec("torchvision")
+    if spec is None or spec.origin is None or hasattr(torch.ops.torchvision, "nms"):
+        return
+    try:
+        torch.ops.load_library(pathlib.Path(spec.origin).parent / "_C.so")
+    except OSError:
+        _KEPT.append(torch.library.Library("torchvision", "DEF"))
+        for operator in ("nms", "qnms"):
+            _KEPT[0].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+_declare_operators()
+
+from sam2.build_sam import build_sam2  # noqa: E402
+from sam2.utils.transforms import SAM2Transforms  # noqa: E402
+
+DEFAULT_BATCH = {"cpu": (1, 4), "cuda": (8, 32)}  # (images, prompts); a CPU gains nothing from more
+CONCURRENCY = 64  # calls let in at a time: the lanes need a crowd to make batches of
+LETTERS = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
+LOGIT_CLAMP = 32.0  # the predictor's, of the logits that refine a mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """An image's features, [1, C, H, W] each, where the lane's device is: 16 MB in fp32."""
+
+    embed: torch.Tensor
+    high_res: tuple[torch.Tensor, torch.Tensor]
+    height: int
+    width: int
+    lane: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    encoding: Encoding
+    request: SegmentRequest
+    logits: np.ndarray | None
+
+
+class Sam2:
+    """Back end. One model and one lane for each device."""
+
+    name = "sam2"
+    concurrency = CONCURRENCY
+
+    def __init__(self, options: Options, resolution: int = 1024):
+        """BackendError when the checkpoint, the model or the device cannot be had. `resolution` other than SAM 2's own
+        1024 is for quick tests."""
+        model_name = _model_name(options)
+        for field, allowed in (("dtype", DTYPES), ("multimask", MULTIMASK)):
+            if getattr(options, field) not in allowed:
+                raise BackendError(f"{field} {getattr(options, field)!r} is none of {', '.join(allowed)}")
+        self.options = options
+        devices = [_device(name) for name in options.device.split(",")]
+        if any(device.type == "cpu" for device in devices):
+            torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // len(devices)))
+        weights = _read_checkpoint(options.checkpoint)
+        self._models = [_Model(model_name, weights, device, options, resolution) for device in devices]
+        self.identity = f"sam2 {model_name} {_fingerprint(options.checkpoint)} {options.dtype} {options.multimask}"
+        if resolution != 1024:
+            self.identity += f" {resolution}"
+        self._lanes = [self._lane(i, model) for i, model in enumerate(self._models)]
+        # Beside the lanes, so that a GPU does not wait for a resize; on a CPU one thread, to leave the cores to them.
+        self._preparers = ThreadPoolExecutor(4 if devices[0].type == "cuda" else 1, thread_name_prefix="sam2 prepare")
+        for lane, model in zip(self._lanes, self._models, strict=True):
+            if model.device.type == "cuda":  # the first call on a GPU takes seconds
+                encoding = lane.call("encode", model.prepare(np.zeros((8, 8, 3), np.uint8)))
+                lane.call("decode", _Job(encoding, SegmentRequest(points=((4.0, 4.0),), labels=(1,)), None))
+
+    def encode(self, image: np.ndarray) -> tuple[Encoding, int]:
+        """u8[h, w, 3] -> features on the device that has least to do."""
+        prepared = self._preparers.submit(self._models[0].prepare, image).result()
+        lane = min(self._lanes, key=lambda lane: (lane.load, lane.items["encode"]))
+        encoding = lane.call("encode", prepared)
+        tensors = (encoding.embed, *encoding.high_res)
+        return encoding, sum(t.numel() * t.element_size() for t in tensors)
+
+    def decode(self, encoding: Encoding, request: SegmentRequest, logits: np.ndarray | None) -> Decoded:
+        """`logits` f32[1, H, W] of the mask to refine, at a quarter of the model's resolution."""
+        return self._lanes[encoding.lane].call("decode", _Job(encoding, request, logits))
+
+    def counters(self) -> dict[str, float]:
+        """Batches run and items in them, over all devices."""
+        total: dict[str, float] = {}
+        for lane in self._lanes:
+            for kind in ("encode", "decode"):
+                total[f"{kind}_batches"] = total.get(f"{kind}_batches", 0) + lane.batches[kind]
+                total[f"{kind}_items"] = total.get(f"{kind}_items", 0) + lane.items[kind]
+        return total
+
+    def close(self) -> None:
+        """Ends the threads; waiting calls fail."""
+        for lane in self._lanes:
+            lane.close()
+        self._preparers.shutdown(wait=False, cancel_futures=True)
+
+    def _lane(self, index: int, model: _Model) -> Lane:
+        images, prompts = DEFAULT_BATCH[model.device.type]
+        works = {
+            "encode": (lambda batch: model.encode(batch, index), self.options.encode_batch or images),
+            "decode": (model.decode, self.options.decode_batch or prompts),
+        }
+        return Lane(f"sam2 {model.device}", works)
+
+
+class _Model:
+    """A model on its device. Only its lane's thread calls `encode` and `decode`."""
+
+    def __init__(self, name: str, weights: dict | None, device: torch.device, options: Options, resolution: int):
+        self.device, self.multimask, self.bf16 = device, options.multimask, options.dtype == "bfloat16"
+        self._net = _build(name, weights, device, resolution)
+        self._transforms = SAM2Transforms(resolution, mask_threshold=0.0)
+        decoder = self._net.sam_mask_decoder
+        self._padding = _hide_padding(decoder.transformer)
+        self._own_tokens = int(decoder.pred_obj_scores) + 1 + decoder.num_mask_tokens  # before the prompt's
+        with self._context():
+            self._image_pe = self._net.sam_prompt_encoder.get_dense_pe()
+
+    def prepare(self, image: np.ndarray) -> tuple[torch.Tensor, int, int]:
+        """u8[h, w, 3] -> (f32[3, R, R] stretched and normalised, h, w). On the CPU, as the predictor does it."""
+        with torch.inference_mode():
+            return self._transforms(np.array(image)), image.shape[0], image.shape[1]
+
+    def encode(self, prepared: list[tuple[torch.Tensor, int, int]], lane: int) -> list[Encoding]:
+        with self._context():
+            batch = torch.stack([pixels for pixels, _, _ in prepared]).to(self.device)
+            out = self._net.forward_image(batch)
+            _, levels, _, sizes = self._net._prepare_backbone_features(out)
+            if self._net.directly_add_no_mem_embed:
+                levels[-1] = levels[-1] + self._net.no_mem_embed
+            n = len(prepared)
+            levels = [x.permute(1, 2, 0).view(n, -1, *size) for x, size in zip(levels, sizes, strict=True)]
+            encodings = []
+            for i, (_, height, width) in enumerate(prepared):
+                # A view into a batch would keep all of it alive.
+                s0, s1, embed = (x if n == 1 else x[i : i + 1].clone() for x in levels)
+                encodings.append(Encoding(embed, (s0, s1), height, width, lane))
+            return encodings
+
+    def decode(self, jobs: list[_Job]) -> list[Decoded]:
+        with self._context():
+            multi = [self._wants_three(job.request) for job in jobs]
+            if len(jobs) == 1:
+                found = self._decode_one(jobs[0], multi[0])
+            else:
+                found = self._decode_many(jobs, multi)
+            return [self._finish(job, masks, scores) for job, (masks, scores) in zip(jobs, found, strict=True)]
+
+    def _wants_three(self, request: SegmentRequest) -> bool:
+        """Whether the prompt is ambiguous: a click alone may mean a shirt or the person in it."""
+        alone = len(request.points) == 1 and request.box is None and not request.refine
+        return self.multimask == "always" or (self.multimask == "point" and alone)
+
+    def _decode_one(self, job: _Job, three: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The package's own path, on tensors of the predictor's shapes."""
+        coords, labels = self._points(job)
+        mask = None if job.logits is None else torch.as_tensor(job.logits, device=self.device)[None]
+        points = (coords[None], labels[None]) if len(labels) else None
+        sparse, dense = self._net.sam_prompt_encoder(points=points, boxes=None, masks=mask)
+        masks, scores, _, _ = self._net.sam_mask_decoder(
+            image_embeddings=job.encoding.embed,
+            image_pe=self._image_pe,
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=three,
+            repeat_image=False,
+            high_res_features=list(job.encoding.high_res),
+        )
+        return [(masks[0], scores[0])]
+
+    def _decode_many(self, jobs: list[_Job], three: list[bool]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """[(logits [C, H, W], scores [C])], C = 3 where `three`, else 1."""
+        decoder = self._net.sam_mask_decoder
+        sparse, shown = self._sparse(jobs)
+        self._padding.shown = None if shown.all() else shown[:, None, None, :]
+        try:
+            masks, scores, _, _ = decoder.predict_masks(
+                image_embeddings=_batch([job.encoding.embed for job in jobs]),
+                image_pe=self._image_pe,
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=self._dense(jobs),
+                repeat_image=False,
+                high_res_features=[_batch([job.encoding.high_res[level] for job in jobs]) for level in (0, 1)],
+            )
+        finally:
+            self._padding.shown = None
+        if decoder.dynamic_multimask_via_stability:
+            single, single_scores = decoder._dynamic_multimask_via_stability(masks, scores)
+        else:
+            single, single_scores = masks[:, :1], scores[:, :1]
+        return [(masks[i, 1:], scores[i, 1:]) if three[i] else (single[i], single_scores[i]) for i in range(len(jobs))]
+
+    def _sparse(self, jobs: list[_Job]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(embeddings [B, N, D], bool[B, own tokens + N] of what attention may see)."""
+        prompts = [self._points(job) for job in jobs]
+        longest = max(len(labels) for _, labels in prompts)
+        shown = torch.ones(len(jobs), self._own_tokens + (longest + 1 if longest else 0), dtype=torch.bool)
+        if not longest:  # every job only refines: the predictor then gives no tokens at all
+            sparse, _ = self._net.sam_prompt_encoder(points=None, boxes=None, masks=None)
+            return sparse.expand(len(jobs), -1, -1), shown.to(self.device)
+        coords = torch.zeros(len(jobs), longest, 2, device=self.device)
+        labels = torch.full((len(jobs), longest), -1, dtype=torch.int, device=self.device)
+        for i, (xy, kinds) in enumerate(prompts):
+            coords[i, : len(kinds)], labels[i, : len(kinds)] = xy, kinds
+            shown[i, self._own_tokens + len(kinds) :] = False
+            shown[i, -1] = len(kinds) > 0  # the one "not a point" token, which the encoder appends to clicks
+        sparse, _ = self._net.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=None)
+        return sparse, shown.to(self.device)
+
+    def _dense(self, jobs: list[_Job]) -> torch.Tensor:
+        """[B, D, H, W]: the embedded masks that are refined, "no mask" elsewhere."""
+        encoder = self._net.sam_prompt_encoder
+        none = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        dense = none.expand(len(jobs), -1, *encoder.image_embedding_size)
+        refining = [i for i, job in enumerate(jobs) if job.logits is not None]
+        if refining:
+            stacked = np.stack([jobs[i].logits for i in refining])
+            embedded = encoder._embed_masks(torch.as_tensor(stacked, device=self.device))
+            dense = dense.clone()
+            dense[refining] = embedded.to(dense.dtype)
+        return dense
+
+    def _points(self, job: _Job) -> tuple[torch.Tensor, torch.Tensor]:
+        """(f32[N, 2] in the model's pixels, i32[N]): the box's corners as labels 2 and 3, then the clicks."""
+        request, size = job.request, (job.encoding.height, job.encoding.width)
+        parts, labels = [], []
+        if request.box is not None:
+            corners = torch.as_tensor(np.asarray(request.box, np.float64), dtype=torch.float, device=self.device)
+            parts.append(self._transforms.transform_boxes(corners, normalize=True, orig_hw=size)[0])
+            labels += [2, 3]
+        if request.points:
+            clicks = torch.as_tensor(np.asarray(request.points, np.float64), dtype=torch.float, device=self.device)
+            parts.append(self._transforms.transform_coords(clicks, normalize=True, orig_hw=size))
+            labels += request.labels
+        coords = torch.cat(parts) if parts else torch.zeros(0, 2, device=self.device)
+        return coords, torch.tensor(labels, dtype=torch.int, device=self.device)
+
+    def _finish(self, job: _Job, masks: torch.Tensor, scores: torch.Tensor) -> Decoded:
+        """The mask with the best score, enlarged to the image: bilinear, then > 0."""
+        scores = scores.float()
+        best = int(scores.argmax())
+        low = masks[best : best + 1]
+        large = self._transforms.postprocess_masks(low[None], (job.encoding.height, job.encoding.width))[0, 0]
+        logits = low.clamp(-LOGIT_CLAMP, LOGIT_CLAMP).float().cpu().numpy()
+        return Decoded((large > 0.0).cpu().numpy(), float(scores[best]), logits)
+
+    @contextlib.contextmanager
+    def _context(self):
+        """No gradients, bf16 where asked for; a device that is gone is told from a call that failed."""
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            try:
+                yield
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                raise
+            except RuntimeError as error:
+                if "CUDA error" in str(error):
+                    raise DeadDevice(f"{self.device}: {error}") from error
+                raise
+
+
+class _Padding:
+    """What attention may see now: bool[B, 1, 1, tokens], or None for everything."""
+
+    shown: torch.Tensor | None = None
+
+
+class _OverTokens(torch.nn.Module):
+    """An attention of the package whose keys are the prompt's tokens; leaves padding out while there is some."""
+
+    def __init__(self, attention: torch.nn.Module, padding: _Padding):
+        super().__init__()
+        self.attention, self.padding = attention, padding
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if self.padding.shown is None:
+            return self.attention(q=q, k=k, v=v)
+        a = self.attention
+        q, k, v = (a._separate_heads(f(x), a.num_heads) for f, x in ((a.q_proj, q), (a.k_proj, k), (a.v_proj, v)))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.padding.shown)
+        return a.out_proj(a._recombine_heads(out))
+
+
+def _hide_padding(transformer: torch.nn.Module) -> _Padding:
+    """Wraps the attentions over tokens; the others have the image as keys, which is never padded."""
+    padding = _Padding()
+    for layer in transformer.layers:
+        layer.self_attn = _OverTokens(layer.self_attn, padding)
+        layer.cross_attn_image_to_token = _OverTokens(layer.cross_attn_image_to_token, padding)
+    return padding
+
+
+def _batch(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """[1, …] each -> [B, …], without a copy when all are the same image."""
+    if all(t is tensors[0] for t in tensors):
+        return tensors[0].expand(len(tensors), *tensors[0].shape[1:])
+    return torch.cat(tensors)
+
+
+def _build(name: str, weights: dict | None, device: torch.device, resolution: int) -> torch.nn.Module:
+    extra = [] if resolution == 1024 else [f"++model.image_size={resolution}"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # random weights are the same in every process
+        net = build_sam2(config_file(name), None, device="cpu", hydra_overrides_extra=extra)
+    if weights is not None:
+        try:
+            net.load_state_dict(weights)
+        except RuntimeError as error:
+            lines = str(error).splitlines()
+            raise BackendError(
+                f"the checkpoint is not one of {name}: {' '.join(lines[:3])[:300]}; name its --model"
+            ) from error
+    return net.to(device)
+
+
+def config_file(name: str) -> str:
+    """The package's configuration of one of SAM2_MODELS."""
+    family, size = name.split("_", 1)
+    return f"configs/{family}/{family}_hiera_{LETTERS[size]}.yaml"
+
+
+def _read_checkpoint(path: str) -> dict | None:
+    """The state dict, or None for random weights."""
+    if path == RANDOM:
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)["model"]
+    except FileNotFoundError:
+        raise BackendError(f"checkpoint {path} does not exist") from None
+    except Exception as error:
+        raise BackendError(f"checkpoint {path} cannot be read as one of sam2's: {type(error).__name__}") from error
+
+
+def _fingerprint(path: str) -> str:
+    if path == RANDOM:
+        return RANDOM
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _model_name(options: Options) -> str:
+    if options.model:
+        if options.model not in SAM2_MODELS:
+            raise BackendError(f"unknown model {options.model!r}; options: {', '.join(SAM2_MODELS)}")
+        return options.model
+    named = re.search(r"(sam2(?:\.1)?)_hiera_(tiny|small|base_plus|large)", os.path.basename(options.checkpoint))
+    if named:
+        return f"{named[1]}_{named[2]}"
+    if options.checkpoint == RANDOM:
+        return "sam2.1_tiny"
+    raise BackendError(f"the checkpoint's name does not tell its model; give --model, one of {', '.join(SAM2_MODELS)}")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name.strip())
+    except RuntimeError:
+        raise BackendError(f"unknown device {name!r}; options: cpu, cuda, cuda:0, …") from None
+    if device.type not in DEFAULT_BATCH:
+        raise BackendError(f"device {name!r} is neither cpu nor cuda")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise BackendError(f"device {name!r} is not there: torch {torch.__version__} finds {found} GPUs")
+    return device

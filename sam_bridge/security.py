@@ -1,0 +1,112 @@
+"""Who may listen where, and who may call: TLS, a bearer token, and that loopback needs neither."""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import pathlib
+import socket
+from collections.abc import Callable
+
+import grpc
+
+from sam_bridge import wire
+
+TOKEN_KEY = "authorization"
+MIN_TOKEN = 16  # characters
+HEALTH = "/grpc.health.v1.Health/"  # answered without a token: it tells only that somebody is there
+
+
+class AddressError(ValueError):
+    """The server cannot listen there. The message says why and what to do."""
+
+
+class SecurityError(ValueError):
+    """A token or certificate file that cannot be used. The message says which and why."""
+
+
+def read_token(path: str) -> str:
+    """The token in a file; "" for no file. SecurityError when it is empty, short, or cannot be a header."""
+    if not path:
+        return ""
+    token = _read(path, "token").decode("ascii", "replace").strip()
+    if len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+        raise SecurityError(
+            f"the token in {path} must be at least {MIN_TOKEN} printable characters without spaces:"
+            ' python -c "import secrets; print(secrets.token_urlsafe())" makes one'
+        )
+    return token
+
+
+def read_certificates(path: str) -> bytes | None:
+    """The root certificates in a PEM file; None for no file."""
+    return _read(path, "certificate") if path else None
+
+
+def server_credentials(cert_file: str, key_file: str) -> grpc.ServerCredentials | None:
+    """From two PEM files; None when neither is named."""
+    if bool(cert_file) != bool(key_file):
+        raise SecurityError("TLS needs both a certificate and its key: --tls_cert and --tls_key")
+    if not cert_file:
+        return None
+    pair = (_read(key_file, "key"), _read(cert_file, "certificate"))
+    return grpc.ssl_server_credentials([pair])
+
+
+def metadata(token: str) -> tuple[tuple[str, str], ...]:
+    """What a client sends with every call."""
+    return ((TOKEN_KEY, f"Bearer {token}"),) if token else ()
+
+
+class TokenCheck(grpc.ServerInterceptor):
+    """Turns away calls without the token, before their message is read."""
+
+    def __init__(self, token: str, on_refusal: Callable[[], None] = lambda: None):
+        self._expected, self._on_refusal = f"Bearer {token}".encode(), on_refusal
+
+        def refuse(_: bytes, context: grpc.ServicerContext) -> None:
+            context.set_trailing_metadata(((wire.REASON_KEY, wire.UNAUTHENTICATED),))
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or wrong")
+
+        self._refusal = grpc.unary_unary_rpc_method_handler(refuse)
+
+    def intercept_service(self, continuation, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        given = next((value for key, value in details.invocation_metadata if key == TOKEN_KEY), "")
+        given = given if isinstance(given, bytes) else given.encode()
+        if details.method.startswith(HEALTH) or hmac.compare_digest(given, self._expected):
+            return continuation(details)
+        self._on_refusal()
+        return self._refusal
+
+
+def check_address(address: str, *, token: str, tls: bool, insecure: bool) -> None:
+    """AddressError for an address that is malformed, in use, or open to other machines without TLS and a token."""
+    try:
+        loopback = wire.is_loopback(address)
+    except ValueError as error:
+        raise AddressError(str(error)) from error
+    missing = " and ".join(
+        name for name, there in (("--tls_cert and --tls_key", tls), ("--token_file", token)) if not there
+    )
+    if not loopback and missing and not insecure:
+        raise AddressError(
+            f"{address} can be reached from other machines: give {missing}, listen on 127.0.0.1,"
+            " or pass --insecure on a network that you trust"
+        )
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    try:  # gRPC's own error does not say why; a plain socket does
+        family, kind, proto, _, target = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(target)
+    except OSError as error:
+        hint = "; is another side-car running? Pick another --address" if error.errno == errno.EADDRINUSE else ""
+        raise AddressError(f"cannot listen on {address}: {error.strerror}{hint}") from error
+
+
+def _read(path: str, what: str) -> bytes:
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise SecurityError(f"the {what} file {path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,43 @@
+"""Anything may arrive at the port: a typed status each time, and the server answers the next good call as before."""
+
+from __future__ import annotations
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from hypothesis import HealthCheck, given, settings
+
+from benchmarks._bridge_requests import SEGMENT, fuzzed, send, typed
+from sam_bridge.local import image_hash
+from sam_bridge.types import SegmentRequest
+
+BOX = SegmentRequest(box=(22.0, 32.0, 59.0, 69.0))
+
+
+@pytest.fixture
+def target(local, serve, connect, picture):
+    server = serve(local)
+    client = connect(server.address)
+    expected = client.segment(picture, BOX).mask
+    with grpc.insecure_channel(server.address) as channel:
+        yield channel, client, expected
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(request_=fuzzed())
+def test_a_typed_status_for_whatever_comes(target, picture, request_):
+    channel, client, expected = target
+    code, reason = send(channel, *request_(image_hash(picture)))
+    assert typed(code, reason), (code, reason)
+    np.testing.assert_array_equal(client.segment(picture, BOX).mask, expected)
+
+
+def test_bytes_that_are_no_message_and_a_message_above_the_limit(target, picture):
+    channel, client, expected = target
+    assert send(channel, SEGMENT, b"\xff\xff\xff") == (grpc.StatusCode.INVALID_ARGUMENT, "invalid_prompt")
+    code, _ = send(channel, SEGMENT, bytes(66 << 20))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+    assert reply.status == health_pb2.HealthCheckResponse.SERVING
+    np.testing.assert_array_equal(client.segment(picture, BOX).mask, expected)

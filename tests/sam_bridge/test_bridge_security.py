@@ -1,0 +1,143 @@
+"""TLS, the token, and the rule about addresses; the metrics page; logs as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import urllib.request
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from sam_bridge import bridge_pb2 as pb
+from sam_bridge import bridge_pb2_grpc, telemetry
+from sam_bridge.client import SamClient
+from sam_bridge.local import LocalSegmenter
+from sam_bridge.security import AddressError, SecurityError, read_token
+from sam_bridge.server import Server
+from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
+
+BOX = SegmentRequest(box=(22.0, 32.0, 59.0, 69.0))
+TOKEN = "a-token-of-forty-letters-for-this-test-x"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Paths of a certificate for 127.0.0.1, its key, and two tokens."""
+    folder = tmp_path_factory.mktemp("tls")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"
+    command += f" -addext subjectAltName=IP:127.0.0.1 -keyout {folder}/key.pem -out {folder}/cert.pem"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    (folder / "token").write_text(TOKEN + "\n")
+    (folder / "other").write_text(TOKEN[::-1])
+    return {name: str(folder / name) for name in ("cert.pem", "key.pem", "token", "other")}
+
+
+def failure(call, *args) -> SegmenterError:
+    with pytest.raises(SegmenterError) as caught:
+        call(*args)
+    return caught.value
+
+
+def test_tls_and_token_on_an_open_address(fake, serve, connect, picture, files):
+    local = LocalSegmenter(fake())
+    secure = dict(token=TOKEN, tls_cert=files["cert.pem"], tls_key=files["key.pem"])
+    server = serve(local, address="0.0.0.0:0", **secure)
+    address = f"127.0.0.1:{server.address.rpartition(':')[2]}"
+    client = connect(address, token_file=files["token"], tls_ca=files["cert.pem"])
+    assert client.segment(picture, BOX).mask.sum() == 37 * 37
+    for token_file in ("", files["other"]):
+        stranger = connect(address, token_file=token_file, tls_ca=files["cert.pem"])
+        error = failure(stranger.segment, picture, BOX)
+        assert error.kind is FailureKind.INTERNAL and "token" in error.detail
+    plain = connect(address, wait_s=0.5)
+    assert failure(plain.segment, picture, BOX).kind is FailureKind.UNAVAILABLE
+    distrustful = connect(address, token_file=files["token"], tls=True, wait_s=0.5)
+    assert failure(distrustful.segment, picture, BOX).kind is FailureKind.UNAVAILABLE
+    assert local.segments == 1
+
+
+def test_without_the_token_nothing_but_health_answers(fake, serve, files):
+    server = serve(LocalSegmenter(fake()), token=TOKEN)
+    with grpc.insecure_channel(server.address) as channel:
+        health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        stub = bridge_pb2_grpc.SamBridgeStub(channel)
+        for call, message in (
+            (stub.Info, pb.InfoRequest()),
+            (stub.Put, pb.PutRequest()),
+            (stub.Segment, pb.SegmentRequest()),
+        ):
+            for token in (None, "", "Bearer", f"Bearer {TOKEN}x", TOKEN, f"bearer {TOKEN}"):
+                metadata = () if token is None else (("authorization", token),)
+                with pytest.raises(grpc.RpcError) as caught:
+                    call(message, timeout=5, metadata=metadata)
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert stub.Info(pb.InfoRequest(), timeout=5, metadata=(("authorization", f"Bearer {TOKEN}"),)).protocol
+    assert 'sam_bridge_calls_total{rpc="any",status="unauthenticated"} 18.0' in server.metrics.text()
+
+
+def test_an_open_address_needs_both(fake, files):
+    pair = dict(tls_cert=files["cert.pem"], tls_key=files["key.pem"])
+    for secure, says in (
+        ({}, "--tls_cert and --tls_key and --token_file"),
+        (pair, "give --token_file"),
+        (dict(token=TOKEN), "--tls_key,"),
+    ):
+        with pytest.raises(AddressError, match=says):
+            Server(LocalSegmenter(fake()), "0.0.0.0:0", **secure)
+
+
+def test_files_that_cannot_be_used(fake, files, tmp_path):
+    (tmp_path / "short").write_text("secret")
+    (tmp_path / "two").write_text("two words of a good length")
+    for name, says in (("short", "at least 16"), ("two", "without spaces"), ("none", "cannot be read: No such file")):
+        with pytest.raises(SecurityError, match=says):
+            read_token(str(tmp_path / name))
+    with pytest.raises(SecurityError, match="both"):
+        Server(LocalSegmenter(fake()), tls_cert=files["cert.pem"])
+    with pytest.raises(ValueError, match="in the clear"):
+        SamClient(["192.0.2.1:50051"], token_file=files["token"])
+
+
+def test_metrics_count_calls_images_and_seconds(fake, serve, connect, picture):
+    local = LocalSegmenter(fake())
+    server = serve(local)
+    client = connect(server.address)
+    for x in (30.0, 40.0):
+        client.segment(picture, SegmentRequest(box=(10.0, 10.0, x, 40.0)))
+    failure(client.segment, picture, SegmentRequest(box=(10.0, 10.0, 20.0, 20.0), refine="nothing"))
+    stop = server.metrics.serve("127.0.0.1", port := free_port())
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+        lines = page.read().decode().splitlines()
+    stop()
+    for line in (
+        'sam_bridge_calls_total{rpc="Segment",status="ok"} 2.0',
+        'sam_bridge_calls_total{rpc="Segment",status="unknown_image"} 1.0',
+        'sam_bridge_calls_total{rpc="Segment",status="unknown_logits"} 1.0',
+        'sam_bridge_calls_total{rpc="Put",status="ok"} 1.0',
+        'sam_bridge_seconds_count{rpc="Segment",stage="decode"} 2.0',
+        "sam_bridge_encodes_total 1.0",
+        f"sam_bridge_image_bytes {float(picture.nbytes)}",
+        "sam_bridge_waiting 0.0",
+    ):
+        assert line in lines
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_json_lines():
+    record = logging.LogRecord("sam_bridge.server", logging.WARNING, "", 0, "%s failed: %s", ("Put", "é\n"), None)
+    record.fields = {"rpc": "Put", "seconds": np.float64(0.5)}
+    line = telemetry.JsonLines().format(record)
+    assert "\n" not in line
+    read = json.loads(line)
+    assert read["message"] == "Put failed: é\n" and read["rpc"] == "Put" and read["level"] == "warning"

@@ -1,0 +1,168 @@
+"""The sam2 back end through client and server equals SAM2ImagePredictor called directly. Random weights.
+
+Most of it at an eighth of SAM 2's resolution, which takes a fraction of the time; benchmarks/bridge_exact.py does the
+same with 200 prompts per model at full resolution.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("sam2")
+
+import torch
+from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
+
+from benchmarks import bridge_exact
+from sam_bridge.backends import RANDOM, SAM2_MODELS, BackendError, Options, load
+from sam_bridge.backends import sam2 as backend
+from sam_bridge.local import LocalSegmenter
+from sam_bridge.types import SegmentRequest
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # sam2's transforms
+
+QUICK = 128  # pixels, instead of 1024
+SIZES = ((32, 32), (120, 160), (333, 97))
+BOX = SegmentRequest(box=(22.0, 32.0, 59.0, 69.0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two fight over the cores of a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """(the predictor, options that name its weights) of sam2.1 tiny."""
+    return made("sam2.1_tiny", tmp_path_factory.mktemp("tiny"))
+
+
+def made(name, folder, resolution=QUICK):
+    reference = bridge_exact.Reference(name, resolution)
+    path = reference.save(folder / f"{name.replace('_', '_hiera_', 1)}.pt")
+    return reference, Options(checkpoint=path, threads=1, encode_batch=1, decode_batch=1)
+
+
+def all_equal(result: dict) -> bool:
+    return result["prompts"] == result["equal_masks"] == result["equal_scores"] == result["equal_logits"]
+
+
+def test_bit_for_bit_without_batching(reference):
+    predictor, options = reference
+    result = bridge_exact.compare(predictor, options, QUICK, 42, SIZES)
+    assert all_equal(result) and result["refined"] == 18 and result["encodes"] == len(SIZES)
+    assert min(predictor.fallbacks[True], predictor.fallbacks[False]) > 2  # stable single masks and unstable ones
+
+
+def test_in_batches_within_1e_4_and_every_other_pixel_explained(reference):
+    predictor, options = reference
+    options = dataclasses.replace(options, encode_batch=4, decode_batch=16)
+    result = bridge_exact.compare(predictor, options, QUICK, 42, SIZES)
+    assert result["mean_batch"] > 1.5
+    assert result["worst_logits"] < 1e-4 and result["worst_score"] < 1e-5 and result["unexplained"] == 0
+
+
+def test_full_resolution(tmp_path):
+    predictor, options = made("sam2.1_tiny", tmp_path, 1024)
+    assert all_equal(bridge_exact.compare(predictor, options, 1024, 3, ((300, 500),)))
+
+
+def test_sam2_of_the_first_family_and_another_size(tmp_path):
+    predictor, options = made("sam2_small", tmp_path)
+    assert all_equal(bridge_exact.compare(predictor, options, QUICK, 5, SIZES[:1]))
+
+
+@pytest.mark.parametrize("multimask", ["never", "always"])
+def test_the_multimask_switch(reference, multimask):
+    predictor, options = reference
+    options = dataclasses.replace(options, multimask=multimask)
+    assert all_equal(bridge_exact.compare(predictor, options, QUICK, 7, SIZES[:1]))
+
+
+def test_bf16_equals_the_predictor_under_autocast(reference):
+    predictor, options = reference
+    options = dataclasses.replace(options, dtype="bfloat16")
+    with torch.autocast("cpu", torch.bfloat16):
+        result = bridge_exact.compare(predictor, options, QUICK, 7, SIZES[:1])
+    assert all_equal(result)
+
+
+def test_batches_leave_nothing_of_each_other(reference):
+    """Encoded together: the same features as alone within rounding, and each keeps only its own memory."""
+    sam2 = backend.Sam2(reference[1], QUICK)
+    (model,) = sam2._models
+    prepared = [model.prepare(picture) for picture in bridge_exact.pictures(SIZES)]
+    alone = [model.encode([one], 0)[0] for one in prepared]
+    for one, other in zip(alone, model.encode(prepared, 0), strict=True):
+        tensors = (other.embed, *other.high_res)
+        # f32: 256 channels at a 16th of the resolution, 32 at a quarter, 64 at an eighth
+        assert sum(t.untyped_storage().nbytes() for t in tensors) == 4 * (256 * 8**2 + 32 * 32**2 + 64 * 16**2)
+        assert (other.height, other.width) == (one.height, one.width)
+        for ours, theirs in zip(tensors, (one.embed, *one.high_res), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+    sam2.close()
+
+
+def test_two_devices_share_the_images_and_give_equal_masks(reference):
+    two = LocalSegmenter(backend.Sam2(dataclasses.replace(reference[1], device="cpu,cpu"), QUICK))
+    pictures = bridge_exact.pictures(((40, 50), (50, 40), (64, 64), (41, 51)))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        masks = list(pool.map(lambda p: two.segment(p, SegmentRequest(box=(3.0, 3.0, 30.0, 30.0))).mask, pictures))
+    assert all(lane.items["encode"] > 0 and lane.items["decode"] > 0 for lane in two.backend._lanes)
+    for picture, mask in zip(pictures, masks, strict=True):
+        reference[0].predictor.set_image(picture)
+        enlarged, _, _ = reference[0].predict(SegmentRequest(box=(3.0, 3.0, 30.0, 30.0)), None)
+        np.testing.assert_array_equal(mask, enlarged > 0)
+    assert two.identity.startswith("sam2 sam2.1_tiny ")  # whatever the devices are
+    two.close()
+
+
+def test_random_weights_are_the_same_in_every_process(picture):
+    masks = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        local = LocalSegmenter(backend.Sam2(Options(checkpoint=RANDOM, threads=1), QUICK))
+        masks.append(local.segment(picture, BOX).mask)
+        local.close()
+    np.testing.assert_array_equal(*masks)
+    assert 0 < masks[0].mean() < 1
+
+
+def test_names_and_files_are_the_packages_own():
+    table = {file: config for config, file in HF_MODEL_ID_TO_FILENAMES.values()}
+    assert len(table) == len(SAM2_MODELS)
+    for file, config in table.items():
+        name = backend._model_name(Options(checkpoint=f"/some/where/{file}"))
+        assert name in SAM2_MODELS and backend.config_file(name) == config
+
+
+def test_what_cannot_be_had_is_one_clear_error(reference, tmp_path):
+    broken = tmp_path / "sam2_hiera_tiny.pt"
+    broken.write_bytes(b"no weights")
+    path = reference[1].checkpoint
+    for options, says in (
+        (Options(), "--checkpoint=FILE.pt"),
+        (Options(checkpoint="/nowhere/sam2_hiera_tiny.pt"), "does not exist"),
+        (Options(checkpoint=str(broken)), "cannot be read"),
+        (Options(checkpoint=path, model="sam2_tiny"), "not one of sam2_tiny"),
+        (Options(checkpoint=path, model="sam2.1_small"), "not one of sam2.1_small"),
+        (Options(checkpoint=path, model="sam3"), "options: sam2.1_tiny"),
+        (Options(checkpoint="weights.pt"), "does not tell its model"),
+        (Options(checkpoint=RANDOM, device="tpu"), "unknown device|neither cpu nor cuda"),
+        (Options(checkpoint=RANDOM, device="cuda:77"), "is not there"),
+        (Options(checkpoint=RANDOM, dtype="float8"), "float32, bfloat16"),
+        (Options(checkpoint=RANDOM, multimask="maybe"), "point, never, always"),
+    ):
+        with pytest.raises(BackendError, match=says):
+            load("sam2", options)
+    with pytest.raises(BackendError, match="checkpoint: only the sam2 back end"):
+        load("grabcut", Options(checkpoint=RANDOM))
