@@ -184,6 +184,15 @@ class GrpoConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on the decoder's linear maps, trained in place of all other parameters (ours; paper: none)."""
+
+    rank: int = 0  # 0 = no adapters
+    alpha: float = 32.0  # an adapter's product counts alpha / rank times
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
     """The policy's weights and numerics."""
 
@@ -192,6 +201,7 @@ class PolicyConfig:
     # What the backward pass keeps: none (no remat) | full | attention | selective | dots | save:NAMES | offload:NAMES
     remat: str = "full"  # "" = as the slice's preset says
     attention: str = "auto"  # auto | plain | blocks | splash (TPU) | cudnn (GPU)
+    lora: LoraConfig = LoraConfig()  # of training; whoever loads its checkpoints gets merged weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

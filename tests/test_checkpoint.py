@@ -17,6 +17,7 @@ from rsagent_jax.checkpoint import Checkpoints, load_policy, policy_directory
 from rsagent_jax.config import (
     BatchConfig,
     GrpoConfig,
+    LoraConfig,
     MeshConfig,
     OptimConfig,
     PolicyConfig,
@@ -28,7 +29,7 @@ from rsagent_jax.config import (
 from rsagent_jax.metrics import MetricsLog
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import load_config
-from rsagent_jax.train.state import create_state, make_optimizer
+from rsagent_jax.train.state import create_state, divide, make_optimizer
 from rsagent_jax.types import DataError
 from tests.rollout import small
 
@@ -164,7 +165,8 @@ def test_run_4_equals_run_2_and_resume_2(stage, go, tmp_path):
 
 def state_of(hidden: int = 32, layers: int = 2, optim: OptimConfig = OPTIM):
     path = small.weights(hidden, layers)
-    _, params = small.split(convert.load_model(path, load_config(path)))
+    graphdef, params = small.split(convert.load_model(path, load_config(path)))
+    _, params, _ = divide(graphdef, params, LoraConfig(), optim.freeze)
     tx, _ = make_optimizer(optim, 4)
     return jax.jit(lambda p: create_state(p, tx))(params)
 

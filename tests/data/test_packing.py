@@ -14,6 +14,7 @@ from rsagent_jax.config import BatchConfig, GrpoConfig
 from rsagent_jax.data.packing import Item, fits, pack
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions, padded_patches
 from rsagent_jax.train import step
+from rsagent_jax.train.state import EMPTY
 from rsagent_jax.types import Batch
 from tests.rollout import small
 
@@ -160,7 +161,7 @@ def programs():
         @jax.jit
         def run(batch):
             ref = -1.0 - (batch.tokens % 7) / 7.0  # any function of the token
-            return step.micro_step(graphdef, objective, small.COMPUTE, 1.0, (), params, batch, ref)
+            return step.micro_step(graphdef, objective, small.COMPUTE, 1.0, params, EMPTY, batch, ref)
 
         return run
 
