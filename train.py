@@ -30,14 +30,24 @@ from rsagent_jax.data.processor import Processor, pictures
 from rsagent_jax.data.samples import open_samples
 from rsagent_jax.data.trajectories import open_records
 from rsagent_jax.metrics import MetricsLog
+from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.compute import Compute
-from rsagent_jax.models.qwen25_vl.config import load_config
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config
 from rsagent_jax.rewards import make_reward
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.segmenter import counters, open_segmenter
 from rsagent_jax.train.sources import GrpoSource, SftSource
-from rsagent_jax.train.state import create_state, make_optimizer, state_shardings
+from rsagent_jax.train.state import (
+    EMPTY,
+    create_state,
+    divide,
+    init_adapters,
+    make_optimizer,
+    make_plain,
+    narrow,
+    state_shardings,
+)
 from rsagent_jax.train.step import grpo_objective, make_programs, sft_objective
 from rsagent_jax.types import Batch, DataError
 
@@ -55,10 +65,11 @@ def main(config: TrainConfig) -> int | None:
     workdir = entry.workdir()
     entry.use_compilation_cache(config.cache_dir, workdir / "compiled")
     weights = policy_directory(config.policy.weights)
-    config = slices.settle(config, load_config(weights).text.hidden_size, len(jax.devices()))
+    shape = load_config(weights)
+    config = slices.settle(config, shape.text.hidden_size, len(jax.devices()))
     if processes.is_lead():
         (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    check(config)
+    check(config, shape)
     if config.profiler_port:
         jax.profiler.start_server(config.profiler_port)
     log = MetricsLog(processes.own_directory(workdir))
@@ -95,8 +106,11 @@ def compile_ahead(config: TrainConfig, name: str, quick: bool) -> int:
     return 0 if all(r.fits for r in reports) else 3
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig, shape: Qwen25VLConfig) -> None:
     """Meets the mistakes of every stage before the first one has cost any time."""
+    for stage in config.stages:
+        split = nnx.split(convert.abstract_model(shape), nnx.Param)
+        divide(*split, config.policy.lora, getattr(config, stage).optim.freeze)
     if "sft" in config.stages:
         open_records(config.sft.trajectories)
         make_optimizer(config.sft.optim, 1)
@@ -110,7 +124,7 @@ def check(config: TrainConfig) -> None:
 
 
 def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, weights, processor, stack):
-    """Trains one stage to its end, from its newest checkpoint if it has one. Returns the parameters."""
+    """Trains one stage to its end, from its newest checkpoint if it has one. Returns the plain parameters."""
     ############################## Source of batches ##############################
     key = jax.random.fold_in(jax.random.key(config.seed), STAGES.index(stage))
     share = processes.row_share(mesh)
@@ -131,21 +145,34 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         settings, steps, updates, objective = c, c.steps, c.updates, grpo_objective(c)
         temperature, kl = c.sampling.temperature or 1.0, c.kl
 
-    ############################## State, programs ##############################
+    ############################## What is trained, what is only read ##############################
     compute = Compute.of(config.policy, mesh)
+    lora = config.policy.lora
+    plain = graphdef
+    graphdef, params, base = divide(plain, params, lora, settings.optim.freeze)
+    # In the dtype of the activations: the parameters are cast to it wherever they are used. With adapters the base
+    # alone is the reference.
+    copied = EMPTY if lora.rank else params
+    reference = jax.tree.map(lambda p: jnp.array(p, compute.dtype, copy=True), copied) if kl > 0 else None
+    base = narrow(base, compute.dtype)
+    if lora.rank:
+        params = init_adapters(graphdef, params, base, jax.random.fold_in(key, 0), mesh)
+
+    ############################## State, programs ##############################
     tx, schedule = make_optimizer(settings.optim, steps * updates)
-    # In the dtype of the activations: the parameters are cast to it wherever they are used.
-    reference = jax.tree.map(lambda p: jnp.array(p, compute.dtype, copy=True), params) if kl > 0 else None
     whole = sharding.replicated(mesh)
     where = state_shardings(params, tx, whole, offload=settings.optim.offload)
     shardings = (where, sharding.rows(mesh), whole)
     state = jax.jit(lambda p: create_state(p, tx), out_shardings=shardings[0], donate_argnums=0)(params)
-    programs = make_programs(graphdef, tx, objective, compute, temperature, shardings, settings.optim.freeze)
-    checkpoints = Checkpoints(workdir / "checkpoints" / stage, weights)
+    compared = plain if lora.rank else None
+    programs = make_programs(graphdef, tx, objective, compute, temperature, shardings, base, compared)
+    to_plain = make_plain(base, lora, compute.dtype)
+    checkpoints = Checkpoints(workdir / "checkpoints" / stage, weights, lora)
     stack.callback(checkpoints.close)
     done = 0
     if (restored := checkpoints.restore(state)) is not None:
         state, position = restored
+        base = checkpoints.restore_base(base)
         source.restore(position)
         done = int(state.step) // updates
         print(f"{stage}: goes on after step {done} of {steps}")
@@ -159,15 +186,20 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
     ############################## Train loop ##############################
     for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=stage, unit="step", mininterval=2.0):
         start = time.perf_counter()
-        policy = processes.local_copy(state.params, mesh) if stage == "grpo" else state.params
+        policy = processes.local_copy(to_plain(state.params, base), mesh) if stage == "grpo" else None
         batches, metrics = source.next(policy, jax.random.fold_in(key, step))
+        if stage == "grpo":
+            policy = (
+                None  # a merged or local copy, the engine's weights and its cache give their memory to the gradients
+            )
+            engine.rest()
         if step == 1:
             save_first_batch(processes.own_directory(workdir), stage, batches[0], processor, log)
         zeros = processes.put_rows(np.zeros(batches[0].tokens.shape, np.float32), mesh)
-        batches = [processes.put_rows(batch, mesh) for batch in batches]
-        refs = [programs.logprobs(reference, batch) if kl > 0 else zeros for batch in batches]
+        batches = [programs.embed(base, processes.put_rows(batch, mesh)) for batch in batches]
+        refs = [programs.logprobs(reference, base, batch) if kl > 0 else zeros for batch in batches]
         for _ in range(updates):
-            state, update = programs.train_step(state, batches, refs)
+            state, update = programs.train_step(state, base, batches, refs)
         values = (
             metrics
             | jax.device_get(update)
@@ -180,8 +212,8 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
                 file.write(json.dumps({"step": step, **source.examples}) + "\n")
         every = settings.checkpoint_every
         if step == steps or (every and step % every == 0):
-            checkpoints.save(state, source.state())
-    return state.params
+            checkpoints.save(state, source.state(), base)
+    return make_plain(base, lora, "float32")(state.params, base)
 
 
 def save_first_batch(workdir: pathlib.Path, stage: str, batch: Batch, processor: Processor, log: MetricsLog) -> None:

@@ -194,7 +194,7 @@ def ours(directory: pathlib.Path):
     from rsagent_jax.models.qwen25_vl.compute import Compute
     from rsagent_jax.models.qwen25_vl.config import load_config
     from rsagent_jax.models.qwen25_vl.positions import padded_patches
-    from rsagent_jax.train.state import create_state, make_optimizer, state_shardings
+    from rsagent_jax.train.state import EMPTY, create_state, make_optimizer, state_shardings
     from rsagent_jax.train.step import make_programs, sft_objective
 
     config = load_config(directory)
@@ -213,7 +213,7 @@ def ours(directory: pathlib.Path):
 
     blind = dataclasses.replace(batch, patches=np.zeros_like(batch.patches))
     seen, unseen = (
-        np.asarray(programs.logprobs(state.params, processes.put_rows(b, mesh)))[batch.loss_mask]
+        np.asarray(programs.logprobs(state.params, EMPTY, processes.put_rows(b, mesh)))[batch.loss_mask]
         for b in (batch, blind)
     )
     about = {
@@ -225,7 +225,7 @@ def ours(directory: pathlib.Path):
     def step() -> tuple[float, float]:
         nonlocal state
         zeros = processes.put_rows(np.zeros(batch.tokens.shape, np.float32), mesh)
-        state, metrics = programs.train_step(state, [processes.put_rows(batch, mesh)], [zeros])
+        state, metrics = programs.train_step(state, EMPTY, [processes.put_rows(batch, mesh)], [zeros])
         jax.block_until_ready(state)
         return float(metrics["loss"]), float(metrics["l2_grads"])
 

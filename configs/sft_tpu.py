@@ -5,6 +5,8 @@ Not run here: it needs weights and a TPU. Whether it fits a slice is for --aot t
   python train.py --config=configs/sft_tpu.py --config.slice=v6e-8 --workdir=DIR \
       --config.policy.weights=/path/to/Qwen2.5-VL-7B-Instruct --config.sft.trajectories=/path/to/collected
   python train.py --config=configs/sft_tpu.py --aot=v6e-8
+
+With adapters the 7B goes on a v5e-8 (docs/tpu.md): add --config.slice=v5e-8 --config.policy.lora.rank=16.
 """
 
 from rsagent_jax.config import TrainConfig, template

@@ -1,13 +1,19 @@
 """Checkpoints of a stage: Orbax, asynchronous. State and the batch source's position; and how to use them later.
 
 <workdir>/checkpoints/<stage>/policy/      config.json, tokenizer and image settings, copied from the weights
-<workdir>/checkpoints/<stage>/<step>/      arrays and source.json
+<workdir>/checkpoints/<stage>/base/        what the stage does not train (LoRA, frozen parts): arrays, written once
+<workdir>/checkpoints/<stage>/<step>/      arrays of what it trains and of the optimiser; source.json; lora.json
+
+So a stage's directory is a whole policy wherever the weights it started from have gone, and a step costs no more disk
+than what is trained. Whoever loads the policy gets adapters merged.
 """
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,10 +23,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from rsagent_jax import sharding
-from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.config import LoraConfig
+from rsagent_jax.models.qwen25_vl import convert, lora
 from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
-from rsagent_jax.train.state import TrainState
+from rsagent_jax.train.state import EMPTY, TrainState
 from rsagent_jax.types import DataError
 
 POLICY_FILES = (
@@ -32,20 +39,29 @@ POLICY_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+NO_ADAPTERS = LoraConfig()
 
 
 class Checkpoints:
     """One stage's checkpoints; the newest two are kept."""
 
-    def __init__(self, directory: pathlib.Path, weights: pathlib.Path):
+    def __init__(self, directory: pathlib.Path, weights: pathlib.Path, adapters: LoraConfig = NO_ADAPTERS):
         self.directory = directory.absolute()
+        self.adapters = {"rank": adapters.rank, "alpha": adapters.alpha} if adapters.rank else None
+        self.has_base = False  # the one on disk is that of this run
         copy_policy_files(weights, self.directory / "policy")
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, state: TrainState, source: dict[str, Any]) -> None:
-        """Starts writing in the background."""
+    def save(self, state: TrainState, source: dict[str, Any], base: nnx.State = EMPTY) -> None:
+        """Starts writing in the background. The stage's first save writes the base as well, and waits for that."""
+        if jax.tree.leaves(base) and not self.has_base:
+            with ocp.StandardCheckpointer() as writer:  # over one that no finished step belongs to
+                writer.save(self.directory / "base", convert.flat_state(base), force=True)
+            self.has_base = True
         args = {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()}
+        if self.adapters:
+            args["lora"] = ocp.args.JsonSave(self.adapters)
         self.manager.save(int(state.step), args=ocp.args.Composite(source=ocp.args.JsonSave(source), **args))
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -55,6 +71,8 @@ class Checkpoints:
             return None
         trees = jax.tree.map(_abstract, _trees(like))
         args = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+        if self.adapters:
+            args["lora"] = ocp.args.JsonRestore()
         try:
             restored = self.manager.restore(step, args=ocp.args.Composite(source=ocp.args.JsonRestore(), **args))
         except (ValueError, KeyError, TypeError) as error:
@@ -62,6 +80,11 @@ class Checkpoints:
                 f"{self.directory}/{step} does not fit the model and optimiser of this config ({_first_line(error)});"
                 " use another --workdir, or the config it was made with"
             ) from error
+        if self.adapters and restored["lora"] != self.adapters:
+            raise DataError(
+                f"{self.directory}/{step} has adapters with {restored['lora']}, this config has {self.adapters};"
+                " use another --workdir, or the config it was made with"
+            )
         leaves = [*restored["params"].values(), *restored["optimizer"].values()]
         order = [*trees["params"], *trees["optimizer"]]
         by_name = dict(zip([*restored["params"], *restored["optimizer"]], leaves, strict=True))
@@ -72,6 +95,22 @@ class Checkpoints:
             opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), [by_name[n] for n in rest[1:]]),
         )
         return state, restored["source"]
+
+    def restore_base(self, like: nnx.State) -> nnx.State:
+        """The base that the stage started with, where that of `like` is: the weights may not be the same any more."""
+        if not jax.tree.leaves(like):
+            return like
+        tree = convert.flat_state(like)
+        try:
+            with ocp.StandardCheckpointer() as reader:
+                values = reader.restore(self.directory / "base", jax.tree.map(_abstract, tree))
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            raise DataError(
+                f"{self.directory}/base does not fit the parameters that this config leaves untrained"
+                f" ({_first_line(error)}); use another --workdir, or the config it was made with"
+            ) from error
+        self.has_base = True
+        return convert.with_values(like, values)
 
     def close(self) -> None:
         self.manager.wait_until_finished()
@@ -134,10 +173,27 @@ def load_policy(weights: str, mesh: Mesh | None = None) -> Qwen25VL:
         # Orbax would ask for the devices that saved the checkpoint: always say where the arrays are to go.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         places = dict.fromkeys(wanted, here) if shardings is None else convert.flat_state(shardings)
-        like = {n: jax.ShapeDtypeStruct(v.shape, jnp.float32, sharding=places[n]) for n, v in wanted.items()}
+        elsewhere = here if mesh is None else sharding.replicated(mesh)  # adapters are small
+        values: dict[str, jax.Array] = {}
         try:
-            args = ocp.args.Composite(params=ocp.args.StandardRestore(like))
-            params = manager.restore(step, args=args)["params"]
-        except (ValueError, KeyError, TypeError) as error:
+            for part in (path / str(step) / "params", path / "base"):
+                if part.exists():
+                    values |= _read(part.absolute(), lambda name: places.get(name, elsewhere))
+            adapters = {name: values.pop(name) for name in list(values) if name.endswith((".lora_a", ".lora_b"))}
+            if {n: v.shape for n, v in values.items()} != {n: v.shape for n, v in wanted.items()}:
+                raise ValueError("other parameters, or other shapes")
+            if adapters:
+                said = manager.restore(step, args=ocp.args.Composite(lora=ocp.args.JsonRestore()))["lora"]
+                merge = functools.partial(lora.merge, scale=said["alpha"] / said["rank"], dtype=jnp.float32)
+                values = jax.jit(merge, donate_argnums=0, out_shardings=places)(values, adapters)
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise DataError(f"{path}/{step} is not of the model in {path}/policy ({_first_line(error)})") from error
-    return convert.with_params(model, params)
+    return convert.with_params(model, values)
+
+
+def _read(directory: pathlib.Path, place: Callable[[str], jax.sharding.Sharding]) -> dict[str, jax.Array]:
+    """The arrays saved in `directory`, by name, as fp32 where `place` says."""
+    with ocp.StandardCheckpointer() as reader:
+        found = reader.metadata(directory).item_metadata.tree
+        like = {n: jax.ShapeDtypeStruct(v.shape, jnp.float32, sharding=place(n)) for n, v in found.items()}
+        return reader.restore(directory, like)

@@ -21,6 +21,7 @@ class Preset:
 SIZES = {2048: "3b", 3584: "7b", 5120: "32b", 8192: "72b"}  # hidden size -> name
 # 7B and 3B have the same so far: what tells them apart is for the compiler to say.
 _SMALL = {
+    "v5e-8": Preset(),  # 7B with policy.lora only
     "v5e-16": Preset(),
     "v5e-64": Preset(),
     "v5e-256": Preset(tensor=2),

@@ -19,6 +19,7 @@ from rsagent_jax import processes, sharding
 from rsagent_jax.config import (
     BatchConfig,
     GrpoConfig,
+    LoraConfig,
     MeshConfig,
     OptimConfig,
     PolicyConfig,
@@ -30,15 +31,14 @@ from rsagent_jax.config import (
 from rsagent_jax.metrics import MetricsLog
 
 
-def config(stage: str, stored: str, mesh: dict, steps: int, small) -> TrainConfig:
+def config(stage: str, stored: str, mesh: dict, steps: int, small, rank: int, freeze: list[str]) -> TrainConfig:
     batch = BatchConfig(rows=8, tokens=400, patches=128)
-    optim = OptimConfig(
-        lr=1e-2, eps=1e-2
-    )  # Adam's sign of a gradient near zero is rounding; a large eps keeps it small
+    # Adam's sign of a gradient near zero is rounding; a large eps keeps it small.
+    optim = OptimConfig(lr=1e-2, eps=1e-2, freeze=tuple(freeze))
     return TrainConfig(
         seed=3,
         stages=(stage,),
-        policy=PolicyConfig(weights="", dtype="float32", remat="full"),
+        policy=PolicyConfig(weights="", dtype="float32", remat="full", lora=LoraConfig(rank=rank)),
         agent=small.AGENT,
         mesh=MeshConfig(**mesh),
         sft=SftConfig(trajectories=stored, steps=steps, trajectories_per_step=6, batch=batch, optim=optim),
@@ -66,7 +66,7 @@ def main(job: dict) -> None:
     train.open_samples = lambda _: [small.sample(i, 56, 56) for i in range(5)]
     train.open_segmenter = lambda _: contextlib.nullcontext(DiscSegmenter())
     train.tqdm = lambda steps, **_: steps
-    settings = config(job["stage"], job["stored"], job["mesh"], job["steps"], small)
+    settings = config(job["stage"], job["stored"], job["mesh"], job["steps"], small, job["rank"], job["freeze"])
     mesh = sharding.make_mesh(settings.mesh)
     model = small.model()
     graphdef, params = nnx.split(model, nnx.Param)

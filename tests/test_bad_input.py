@@ -273,6 +273,27 @@ def test_missing_trajectories(run, tmp_path):
     said(run(*train(tmp_path / "w", *stages)), tmp_path / "none", "rsagent_jax.collect")
 
 
+@pytest.mark.parametrize(
+    ("settings", "needles"),
+    [
+        (("lora.rank=-1",), ("policy.lora.rank", "-1")),
+        (("lora.rank=8", "lora.targets=('q','gat')"), ("unknown gat", "gate, up, down")),
+        (
+            ("lora.rank=8",),
+            ("optim.freeze and policy.lora", "leave optim.freeze empty"),
+        ),  # the quickstart freezes parts
+    ],
+)
+def test_adapters_that_cannot_be(run, tmp_path, settings, needles):
+    stored = f"--config.sft.trajectories={tmp_path / 'none'}"  # not looked for before
+    said(run(*train(tmp_path / "w", stored, *(f"--config.policy.{s}" for s in settings))), *needles)
+
+
+def test_nothing_left_to_train(run, tmp_path):
+    everything = "--config.sft.optim.freeze=('vision','merger','decoder','embed')"  # the head is tied
+    said(run(*train(tmp_path / "w", everything)), "nothing is left to train")
+
+
 # ----------------------------------------------------------------------------------------------------- weights
 
 

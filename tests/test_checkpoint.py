@@ -2,21 +2,25 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from agent_fakes import DiscSegmenter
 from flax import nnx
 
 import train
 from rsagent_jax import sharding
-from rsagent_jax.checkpoint import Checkpoints, load_policy, policy_directory
+from rsagent_jax.checkpoint import NO_ADAPTERS, Checkpoints, load_policy, policy_directory
 from rsagent_jax.config import (
     BatchConfig,
     GrpoConfig,
+    LoraConfig,
     MeshConfig,
     OptimConfig,
     PolicyConfig,
@@ -26,9 +30,9 @@ from rsagent_jax.config import (
     TrainConfig,
 )
 from rsagent_jax.metrics import MetricsLog
-from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl import convert, lora
 from rsagent_jax.models.qwen25_vl.config import load_config
-from rsagent_jax.train.state import create_state, make_optimizer
+from rsagent_jax.train.state import create_state, divide, make_optimizer, narrow
 from rsagent_jax.types import DataError
 from tests.rollout import small
 
@@ -76,11 +80,11 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture
 def go(stored, compiled, monkeypatch):
-    """go(stage, workdir, log_class) trains the stage; returns its parameters by name."""
+    """go(stage, workdir, log_class, …) trains the stage; returns its parameters by name."""
     monkeypatch.setattr(train, "open_samples", lambda _: [small.sample(i, 56, 56) for i in range(5)])
     monkeypatch.setattr(train, "open_segmenter", lambda _: contextlib.nullcontext(DiscSegmenter()))
     monkeypatch.setattr(train, "tqdm", lambda steps, **_: steps)
-    config = TrainConfig(
+    base = TrainConfig(
         seed=3,
         policy=PolicyConfig(weights=str(small.weights()), dtype="float32", remat="none"),
         agent=small.AGENT,
@@ -107,10 +111,18 @@ def go(stored, compiled, monkeypatch):
         ),
     )
 
-    def run(stage, workdir, log_class=MetricsLog):
+    def run(stage, workdir, log_class=MetricsLog, lora=NO_ADAPTERS, freeze=(), weights=None):
+        part = dict(optim=dataclasses.replace(OPTIM, freeze=freeze))
+        config = dataclasses.replace(
+            base,
+            policy=dataclasses.replace(base.policy, lora=lora),
+            **{name: dataclasses.replace(getattr(base, name), **part) for name in ("sft", "grpo")},
+        )
         workdir.mkdir(exist_ok=True)
         log = log_class(workdir)
         graphdef, params = small.split(small.model())
+        if weights is not None:  # instead of the file's
+            params = convert.with_values(params, {name: jnp.asarray(value) for name, value in weights.items()})
         params = jax.device_put(params, sharding.param_shardings(small.model(), sharding.make_mesh(MeshConfig())))
         mesh = sharding.make_mesh(config.mesh)
         try:
@@ -140,15 +152,26 @@ def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
         np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_run_4_equals_run_2_and_resume_2(stage, go, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "part"),
+    [
+        ("sft", {}),
+        ("grpo", {}),
+        ("grpo", dict(lora=LoraConfig(rank=4))),
+        ("sft", dict(freeze=("vision", "merger"))),
+    ],
+)
+def test_run_4_equals_run_2_and_resume_2(stage, part, go, tmp_path):
+    go = functools.partial(go, **part)
     whole = go(stage, tmp_path / "whole")
     start = {k: np.asarray(v) for k, v in convert.flat_params(small.model()).items()}
     assert max(np.abs(whole[k] - start[k]).max() for k in whole) > 1e-3  # it did learn something
     with pytest.raises(Stopped):
         go(stage, tmp_path / "parts", StoppingLog)
     assert [line["step"] for line in lines(tmp_path / "parts")] == [1, 2, 3]
-    resumed = go(stage, tmp_path / "parts")
+    # The base comes from the checkpoint as well: other weights than those the stage began with change nothing.
+    other = {name: value + 0.5 for name, value in start.items()} if part else None
+    resumed = go(stage, tmp_path / "parts", weights=other)
     assert_same(resumed, whole)
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")  # every number but the times
     assert [(line["step"], line["stage"]) for line in lines(tmp_path / "whole")] == [(s, stage) for s in (1, 2, 3, 4)]
@@ -157,6 +180,7 @@ def test_run_4_equals_run_2_and_resume_2(stage, go, tmp_path):
     loaded = convert.flat_params(load_policy(str(tmp_path / "parts" / "checkpoints" / stage)))
     for name in whole:
         np.testing.assert_array_equal(loaded[name], resumed[name], err_msg=name)
+    assert (tmp_path / "parts" / "checkpoints" / stage / "base").exists() == bool(part)
     if stage == "sft":
         assert_same(go(stage, tmp_path / "parts"), whole)
         assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
@@ -164,7 +188,8 @@ def test_run_4_equals_run_2_and_resume_2(stage, go, tmp_path):
 
 def state_of(hidden: int = 32, layers: int = 2, optim: OptimConfig = OPTIM):
     path = small.weights(hidden, layers)
-    _, params = small.split(convert.load_model(path, load_config(path)))
+    graphdef, params = small.split(convert.load_model(path, load_config(path)))
+    _, params, _ = divide(graphdef, params, LoraConfig(), optim.freeze)
     tx, _ = make_optimizer(optim, 4)
     return jax.jit(lambda p: create_state(p, tx))(params)
 
@@ -201,6 +226,79 @@ def test_a_checkpoint_of_another_model_or_optimiser_is_one_data_error(saved, tmp
     with pytest.raises(DataError, match="does not fit the model and optimiser of this config") as error:
         checkpoints.restore(state_of(hidden, layers, optim))
     assert str(directory) in str(error.value) and "--workdir" in str(error.value)
+    checkpoints.close()
+
+
+ADAPTERS = LoraConfig(rank=4, alpha=8.0)
+
+
+def state_and_base(adapters: LoraConfig):
+    """A state of adapters that do something, and the base under them in bfloat16."""
+    graphdef, params = small.split(small.model())
+    _, declared, base = divide(graphdef, params, adapters, ())
+    values = jax.tree.map(lambda v: v + 0.01, lora.init(declared, jax.random.key(1)))
+    tx, _ = make_optimizer(OPTIM, 4)
+    return jax.jit(lambda p: create_state(p, tx))(values), narrow(base, "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A checkpoint of adapters, in a directory where a first try left another base and no finished step."""
+    directory = tmp_path_factory.mktemp("adapted") / "checkpoints" / "grpo"
+    state, base = state_and_base(ADAPTERS)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(directory / "base", {"decoder.embed": jnp.zeros(3)})
+    checkpoints = Checkpoints(directory, small.weights(), ADAPTERS)
+    checkpoints.save(state, {}, base)
+    checkpoints.close()
+    return directory
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig()])
+def test_a_policy_with_adapters_is_loaded_merged(adapted, mesh):
+    state, base = state_and_base(ADAPTERS)
+    want = {name: value.astype(np.float32) for name, value in flat(base).items()}
+    values = flat(state.params)
+    for linear in {name.rsplit(".", 1)[0] for name in values}:
+        want[f"{linear}.kernel"] += 2.0 * values[f"{linear}.lora_a"] @ values[f"{linear}.lora_b"]
+    loaded = convert.flat_params(load_policy(str(adapted), None if mesh is None else sharding.make_mesh(mesh)))
+    assert loaded.keys() == want.keys()
+    for name, value in loaded.items():
+        assert value.dtype == np.float32
+        np.testing.assert_allclose(value, want[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (LoraConfig(rank=4, alpha=9.0), r"has adapters with \{'rank': 4, 'alpha': 8.0\}, this config has .*9.0"),
+        (LoraConfig(rank=2, alpha=8.0), "does not fit the model and optimiser of this config"),
+        (LoraConfig(rank=4, alpha=8.0, targets=("q",)), "does not fit the model and optimiser of this config"),
+        (NO_ADAPTERS, "does not fit the model and optimiser of this config"),
+    ],
+)
+def test_a_checkpoint_of_other_adapters_is_one_data_error(adapted, other, match):
+    checkpoints = Checkpoints(adapted, small.weights(), other)
+    with pytest.raises(DataError, match=match):
+        checkpoints.restore(state_and_base(other)[0] if other.rank else state_of())
+    checkpoints.close()
+
+
+def test_adapters_do_not_continue_a_run_that_trained_everything(saved):
+    checkpoints = Checkpoints(saved, small.weights(), ADAPTERS)
+    with pytest.raises(DataError, match="does not fit the model and optimiser of this config"):
+        checkpoints.restore(state_and_base(ADAPTERS)[0])
+    checkpoints.close()
+
+
+def test_a_lost_base_is_a_data_error(adapted, tmp_path):
+    directory = shutil.copytree(adapted, tmp_path / "grpo")
+    shutil.rmtree(directory / "base")
+    with pytest.raises(DataError, match="is not of the model in"):
+        load_policy(str(directory))
+    checkpoints = Checkpoints(directory, small.weights(), ADAPTERS)
+    with pytest.raises(DataError, match="base does not fit the parameters that this config leaves untrained"):
+        checkpoints.restore_base(state_and_base(ADAPTERS)[1])
     checkpoints.close()
 
 

@@ -49,17 +49,18 @@ class Run:
 
 @pytest.fixture(scope="module")
 def train_on(stored, tmp_path_factory):
-    """train_on(stage, mesh, n processes, devices of each, steps, from_run) -> Run; each is done once."""
+    """train_on(stage, mesh, n processes, devices of each, steps, from_run, …) -> Run; each is done once."""
     done, compiled = {}, tmp_path_factory.mktemp("compiled")
 
-    def go(stage, mesh, n=1, devices=8, steps=2, start=None, name=None):
-        key = (stage, json.dumps(mesh), n, devices, steps, start)
+    def go(stage, mesh, n=1, devices=8, steps=2, start=None, name=None, rank=0, freeze=()):
+        key = (stage, json.dumps(mesh), n, devices, steps, start, rank, freeze)
         if key not in done:
             workdir = tmp_path_factory.mktemp(name or "run")
             if start:
                 shutil.copytree(start / "checkpoints", workdir / "checkpoints")
                 shutil.copy(start / "metrics.jsonl", workdir)
             job = dict(stage=stage, mesh=mesh, devices=n * devices, steps=steps, workdir=str(workdir))
+            job |= dict(rank=rank, freeze=freeze)
             job |= dict(stored=str(stored), weights=str(small.weights()), out=str(workdir / "params.npz"))
             launch(job, n, devices, compiled)
             done[key] = workdir
@@ -123,6 +124,25 @@ def test_a_checkpoint_of_one_mesh_is_continued_on_another(train_on, stage):
     want = Run(train_on(stage, {}, devices=1))
     first = train_on(stage, MESHES["data, fsdp, tensor"], steps=1)
     assert_same(Run(train_on(stage, MESHES["fsdp"], n=2, devices=4, start=first)), want)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("stage", "part", "mesh", "n"),
+    [
+        ("sft", dict(rank=4), "data, fsdp, tensor", 1),
+        ("grpo", dict(rank=4), "fsdp", 2),
+        ("grpo", dict(freeze=("vision", "merger")), "data, fsdp, tensor", 1),
+    ],
+)
+def test_adapters_and_frozen_parts_train_the_same_on_every_mesh(train_on, stage, part, mesh, n):
+    """KL to the base, the tower's work done once, and merged rollouts are in the GRPO runs."""
+    want = Run(train_on(stage, {}, devices=1, **part))
+    start = jax.tree_util.tree_leaves_with_path(small.split(small.model())[1])
+    moved = {jax.tree_util.keystr(k): np.abs(want.params[jax.tree_util.keystr(k)] - v).max() for k, v in start}
+    assert all((change > 0) == ("rank" not in part or "kernel" in k) for k, change in moved.items() if "layers" in k)
+    assert not any(change for k, change in moved.items() if "vision" in k)
+    assert_same(Run(train_on(stage, MESHES[mesh], n=n, devices=8 // n, **part)), want)
 
 
 # ------------------------------------------------------------------------------------------------- who holds what

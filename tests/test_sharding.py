@@ -67,7 +67,7 @@ from rsagent_jax import sharding
 from rsagent_jax.config import BatchConfig, MeshConfig, OptimConfig
 from rsagent_jax.data.packing import pack
 from rsagent_jax.models.qwen25_vl.language import token_logprobs
-from rsagent_jax.train.state import create_state, make_optimizer, state_shardings
+from rsagent_jax.train.state import EMPTY, create_state, make_optimizer, state_shardings
 from rsagent_jax.train.step import make_programs, sft_objective
 
 assert len(jax.devices()) == 8
@@ -95,7 +95,7 @@ for name, config, devices in (
     halves = [pack([small.item(t) for t in part], SHAPE, small.processor().config) for part in (played[:2], played[2:])]
     batches = [jax.device_put(b, sharding.rows(mesh)) for (b,) in halves]
     refs = [jax.device_put(np.zeros(b.tokens.shape, np.float32), sharding.rows(mesh)) for b in batches]
-    state, metrics = programs.train_step(state, batches, refs)
+    state, metrics = programs.train_step(state, EMPTY, batches, refs)
     leaves = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(state)}
     out[name] = {
         "metrics": {k: float(v) for k, v in metrics.items()},

@@ -5,10 +5,13 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from rsagent_jax.agent.replay import replay
+from rsagent_jax.checkpoint import load_policy
+from rsagent_jax.models.qwen25_vl import convert
 
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = "assets/tiny-base"
@@ -80,3 +83,27 @@ def test_a_finished_run_started_again_has_nothing_to_do(work):
     assert "goes on after step 4 of 4" in out
     assert "goes on after step 2 of 2" in out
     assert (work / "train/metrics.jsonl").read_text() == before
+
+
+@pytest.mark.timeout(600)
+def test_adapters_through_both_stages_then_exported(work):
+    """GRPO starts from what SFT's adapters made of the policy; what is exported is the last stage's, merged."""
+    command = (
+        "train.py", "--config=configs/debug.py", f"--workdir={work}/lora", f"--config.sft.trajectories={work}/collect",
+        f"--config.grpo.data.root={work}/data", f"--config.cache_dir={work}/compiled", "--config.policy.lora.rank=4",
+        "--config.sft.optim.freeze=()", "--config.grpo.optim.freeze=()", "--config.grpo.kl=0.01",
+        "--config.sft.optim.warmup_steps=0", "--config.grpo.optim.warmup_steps=0", "--config.grpo.min_spread=0",
+    )  # fmt: skip
+    run(*command)
+    assert "goes on after step 2 of 2" in run(*command)
+    lines = [json.loads(line) for line in (work / "lora/metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if line["stage"] == "grpo")
+    assert abs(first["kl_ref"]) < 1e-6  # the reference is what the fresh adapters stand on
+    sft, grpo = (convert.flat_params(load_policy(str(work / f"lora/checkpoints/{s}"))) for s in ("sft", "grpo"))
+    start = convert.flat_params(load_policy(str(ROOT / BASE)))
+    for name in start:
+        adapted = name.startswith("decoder.layers") and name.endswith("kernel")
+        assert bool(np.any(sft[name] != start[name])) == bool(np.any(grpo[name] != sft[name])) == adapted, name
+    run("-m", "rsagent_jax.export", f"--checkpoint={work}/lora/checkpoints/grpo", f"--out={work}/hf", "--dtype=float32")
+    for name, value in convert.flat_params(load_policy(str(work / "hf"))).items():
+        np.testing.assert_array_equal(value, grpo[name], err_msg=name)

@@ -27,6 +27,8 @@ class Workload:
     images: tuple[tuple[int, int], ...] = ()  # (rows, columns) in patches of each image of a row
     trained: bool = True  # the decoder and its head
     vision_trained: bool = True
+    embed_trained: bool = False  # what the decoder reads, its embeddings or the merger's output; told if it is frozen
+    adapters: int = 0  # parameters of LoRA's adapters in the decoder's layers; they are trained
 
     def check(self, config: Qwen25VLConfig) -> None:
         """ValueError when segments or images do not fit the row."""
@@ -47,6 +49,7 @@ class Flops:
     decoder_matmuls: float
     decoder_attention: float
     head: float
+    adapters: float
     patch_embedding: float
     vision_matmuls: float
     vision_window_attention: float
@@ -62,8 +65,9 @@ def model_flops(config: Qwen25VLConfig, work: Workload) -> Flops:
     """FLOPs of one step under the conventions above. ValueError when the workload contradicts itself."""
     work.check(config)
     text, vision = config.text, config.vision
-    # Gradients reach a part's input when something before it is trained: the embeddings with the decoder, or the tower.
-    through = work.trained or work.vision_trained
+    # Gradients reach a part's input when something before it is trained: the embeddings with the decoder, the tower, or
+    # adapters (those of the first layer, strictly, are reached by fewer).
+    through = work.trained or work.vision_trained or work.embed_trained or work.adapters > 0
     decoder = 1 + work.trained + through
     tower = 1 + 2 * work.vision_trained
     attention = 1 + 2 * through  # no weights of its own: both products of its backward pass are input gradients
@@ -88,6 +92,7 @@ def model_flops(config: Qwen25VLConfig, work: Workload) -> Flops:
         decoder_matmuls=2.0 * tokens * layer * text.num_hidden_layers * decoder,
         decoder_attention=4.0 * pairs * heads * text.num_hidden_layers * attention,  # scores, then values
         head=2.0 * tokens * d * text.vocab_size * decoder,
+        adapters=2.0 * tokens * work.adapters * 3,
         patch_embedding=2.0 * patches * vision.patch_dim * e * (1 + work.vision_trained),
         vision_matmuls=2.0 * patches * block * vision.depth * tower,
         vision_window_attention=4.0 * window_pairs * e * (vision.depth - full) * tower,

@@ -29,7 +29,7 @@ from rsagent_jax.models.qwen25_vl.attention import LANES, is_fused, tile, tiles_
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, size_config
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
-from rsagent_jax.train.state import create_state, make_optimizer, state_shardings
+from rsagent_jax.train.state import EMPTY, create_state, divide, make_optimizer, sees_once, state_shardings
 from rsagent_jax.train.step import Sums, grpo_objective, make_programs, sft_objective
 from rsagent_jax.types import Batch, DataError
 
@@ -81,43 +81,66 @@ def report_stage(
 
 
 def jobs(config: TrainConfig, stage: str, policy: Qwen25VLConfig, mesh: jax.sharding.Mesh) -> Iterator[Job]:
-    """The stage's programs: a micro-batch's gradients, their sum if there are several, the update, log-probs for KL."""
+    """The stage's programs: the tower if it is not trained, a micro-batch's gradients, their sum if there are several,
+    the update, log-probs for KL."""
     settings = config.sft if stage == "sft" else config.grpo
     temperature = 1.0 if stage == "sft" else config.grpo.sampling.temperature or 1.0
     objective = sft_objective if stage == "sft" else grpo_objective(config.grpo)
-    graphdef, params = nnx.split(convert.abstract_model(policy), nnx.Param)
-    placed = sharding.param_shardings(nnx.merge(graphdef, params), mesh)
-    params = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, placed)
+    plain, params = nnx.split(convert.abstract_model(policy), nnx.Param)
+    lora, frozen = config.policy.lora, settings.optim.freeze
+    graphdef, params, base = divide(plain, params, lora, frozen)
+    placed = sharding.param_shardings(nnx.merge(graphdef, params, base), mesh)
+    compute = Compute.of(config.policy, mesh)
+
+    def shapes(tree, dtype):
+        flat, where = convert.flat_state(tree), convert.flat_state(placed)
+        return convert.with_values(
+            tree, {name: jax.ShapeDtypeStruct(x.shape, dtype, sharding=where[name]) for name, x in flat.items()}
+        )
+
+    params, half, base = shapes(params, jnp.float32), shapes(params, compute.dtype), shapes(base, compute.dtype)
     tx, _ = make_optimizer(settings.optim, 1000)
     rows, whole = sharding.rows(mesh), sharding.replicated(mesh)
     shardings = (state_shardings(params, tx, whole, offload=settings.optim.offload), rows, whole)
-    compute = Compute.of(config.policy, mesh)
-    programs = make_programs(graphdef, tx, objective, compute, temperature, shardings, settings.optim.freeze)
+    compared = plain if lora.rank else None
+    programs = make_programs(graphdef, tx, objective, compute, temperature, shardings, base, compared)
     state = jax.eval_shape(lambda p: create_state(p, tx), params)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings[0])
-    batch = abstract_batch(settings.batch, policy, rows)
+    given = abstract_batch(settings.batch, policy, rows)
+    batch = jax.eval_shape(programs.embed, base, given)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
     ref = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32, sharding=rows)
 
-    several = micro_batches(config, stage) > 1
+    count = micro_batches(config, stage)
+    waiting = (count - 1) * _bytes(batch)  # train.py puts all micro-batches of a step on the devices at once
     moments, grads = _bytes(state.opt_state), _bytes(params)  # offloaded moments are none
-    reference = _bytes(params) * jnp.dtype(compute.dtype).itemsize // 4 if stage == "grpo" and config.grpo.kl > 0 else 0
-    frozen = settings.optim.freeze
-    trained = workload(settings.batch, policy, vision_trained="vision" not in frozen)
+    half = EMPTY if lora.rank else half  # the reference is the base alone
+    compares = stage == "grpo" and config.grpo.kl > 0
+    reference = _bytes(half) if compares else 0
+    trained = step_workload(settings, policy, params, adapted=lora.rank > 0)
+    forward = dataclasses.replace(trained, trained=False, vision_trained=False, embed_trained=False, adapters=0)
+    if sees_once(params):  # the tower has a program of its own
+        seen = model_flops(policy, forward).total
+        trained, forward = (dataclasses.replace(work, images=()) for work in (trained, forward))
+        tower = _bytes(base["vision"])  # the compiler drops arguments that a program does not read
+        held = moments + _bytes(params) + reference + _bytes(base) - tower + waiting
+        flops = seen - model_flops(policy, forward).total
+        yield Job(f"{stage} tower", lambda: programs.embed.lower(base, given), flops, held)
+        waiting += tower
     flops = model_flops(policy, trained).total
-    resident = moments + reference + (grads if several else 0)
-    yield Job(f"{stage} gradients", lambda: programs.micro.lower(params, batch, ref), flops, resident)
-    if reference:
-        forward = dataclasses.replace(trained, trained=False, vision_trained=False)
-        held = moments + _bytes(params)  # the policy that is trained, while the reference reads the batch
+    resident = moments + reference + (grads if count > 1 else 0) + waiting
+    yield Job(f"{stage} gradients", lambda: programs.micro.lower(params, base, batch, ref), flops, resident)
+    if compares:
+        held = moments + _bytes(params) + waiting  # the policy that is trained, while the reference reads the batch
         flops = model_flops(policy, forward).total
-        half = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, compute.dtype, sharding=p.sharding), params)
-        yield Job(f"{stage} log-probs", lambda: programs.logprobs.lower(half, batch), flops, held)
-    sums = jax.eval_shape(programs.micro, params, batch, ref)
+        yield Job(f"{stage} log-probs", lambda: programs.logprobs.lower(half, base, batch), flops, held)
+    sums = jax.eval_shape(programs.micro, params, base, batch, ref)
     where = Sums(shardings[0].params, whole, whole, whole)
     # `where` is a prefix of `sums`: scalars and metrics lie whole on every device.
     spread = jax.tree.broadcast(where, sums)
     sums = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), sums, spread)
-    yield Job(f"{stage} update", lambda: programs.apply.lower(state, sums), 0.0, reference)
+    held = reference + _bytes(base) + count * _bytes(batch)
+    yield Job(f"{stage} update", lambda: programs.apply.lower(state, sums), 0.0, held)
 
 
 def micro_batches(config: TrainConfig, stage: str) -> int:
@@ -153,6 +176,17 @@ def workload(batch: BatchConfig, policy: Qwen25VLConfig, *, vision_trained: bool
     width = max(w for w in range(8, int(math.sqrt(left)) + 1, 8) if left % w == 0 and left // w % 8 == 0)
     images = ((left // width, width),) + ((side, side),) * overlays
     return Workload(batch.rows, batch.tokens, (batch.tokens,), images, True, vision_trained)
+
+
+def step_workload(settings: Any, policy: Qwen25VLConfig, params: nnx.State, *, adapted: bool) -> Workload:
+    """What a micro-batch of a stage (its SftConfig or GrpoConfig) computes; `params` are the trained ones."""
+    frozen = settings.optim.freeze
+    return dataclasses.replace(
+        workload(settings.batch, policy, vision_trained="vision" in params and "vision" not in frozen),
+        trained=not adapted and "decoder" not in frozen,
+        embed_trained=not adapted and not {"embed", "merger"} <= set(frozen),
+        adapters=sum(math.prod(x.shape) for x in jax.tree.leaves(params)) if adapted else 0,
+    )
 
 
 def attention_flops(

@@ -86,6 +86,10 @@ class Engine:
         self.weights, self.key = jax.block_until_ready(self._split(params)), key
         self.seconds["weights"] = time.perf_counter() - start
 
+    def rest(self) -> None:
+        """Gives the memory of weights and cache away, until the next `load`."""
+        self.weights = self.state = None
+
     def begin(self) -> None:
         self.state = None  # freed before the new one is made
         self.state = self._empty()

@@ -1,4 +1,8 @@
-"""Training state and the optimiser."""
+"""Training state and the optimiser; which parameters are trained, and which are only read.
+
+What is only read, the base, is no part of the state: it has no gradients and no moments, is kept in the dtype of the
+activations (what the forward pass casts it to anyway) and is lent to the programs as an argument of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from rsagent_jax.config import OptimConfig
+from rsagent_jax import sharding
+from rsagent_jax.config import LoraConfig, OptimConfig
+from rsagent_jax.models.qwen25_vl import convert, lora
+from rsagent_jax.models.qwen25_vl.layers import LoraParam
 from rsagent_jax.types import DataError
 
 PARTS = {  # what `optim.freeze` may name -> the parameters' dotted prefixes
@@ -21,13 +28,14 @@ PARTS = {  # what `optim.freeze` may name -> the parameters' dotted prefixes
     "embed": ("decoder.embed",),
     "head": ("decoder.lm_head",),
 }
+EMPTY = nnx.State({})  # the base of a policy that is trained whole
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     step: jax.Array  # i32[]
-    params: nnx.State  # fp32
+    params: nnx.State  # fp32, the trained ones
     opt_state: Any
 
 
@@ -58,7 +66,7 @@ def state_shardings(
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTransformation, Callable[[int], Any]]:
-    """AdamW with global-norm clipping and frozen parts; also returns the schedule, for the log."""
+    """AdamW with global-norm clipping; also returns the schedule, for the log."""
     warmup = optax.linear_schedule(0.0, config.lr, max(config.warmup_steps, 1))
     if config.schedule == "cosine":
         rest = optax.cosine_decay_schedule(config.lr, max(steps - config.warmup_steps, 1))
@@ -69,30 +77,79 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
     schedule = optax.join_schedules([warmup, rest], [config.warmup_steps]) if config.warmup_steps else rest
     adam = optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
-    if config.freeze:
-        labels = lambda params: jax.tree.map(lambda f: "frozen" if f else "train", is_frozen(params, config.freeze))  # noqa: E731
-        tx = optax.partition({"train": tx, "frozen": optax.set_to_zero()}, labels)
     return tx, schedule
 
 
-def is_frozen(params: nnx.State, parts: tuple[str, ...]) -> nnx.State:
-    """True for every parameter that belongs to one of `parts` (PARTS)."""
+def divide(graphdef, params: nnx.State, adapters: LoraConfig, freeze: tuple[str, ...]):
+    """(graph of the trained model, what is trained, the base) of a plain policy; for arrays or for shapes.
+
+    Without adapters all is trained but the parts `freeze` (PARTS) and the graph is the plain one. With adapters they
+    alone are trained; they come as shapes, for `init_adapters`. DataError for settings that contradict each other.
+    """
+    lora.check(adapters)
+    if adapters.rank:
+        if freeze:
+            raise DataError(
+                "optim.freeze and policy.lora: adapters are trained alone, everything else is frozen anyway;"
+                " leave optim.freeze empty, or set policy.lora.rank = 0"
+            )
+        model = nnx.merge(graphdef, params)
+        lora.declare(model, adapters)
+        return nnx.split(model, LoraParam, nnx.Param)
+    frozen = frozen_paths(params, freeze)
+    flat = nnx.to_flat_state(params)
+    trained, base = (nnx.from_flat_state([(k, v) for k, v in flat if (k in frozen) == part]) for part in (False, True))
+    if not jax.tree.leaves(trained):
+        raise DataError(f"optim.freeze: {', '.join(freeze)} are all there is; nothing is left to train")
+    return graphdef, trained, base
+
+
+def frozen_paths(params: nnx.State, parts: tuple[str, ...]) -> set[tuple]:
+    """Paths of the parameters that belong to one of `parts` (PARTS)."""
     if unknown := [part for part in parts if part not in PARTS]:
         raise DataError(f"optim.freeze: unknown {', '.join(unknown)}; parts are {', '.join(PARTS)}")
-    paths = [_dotted(path) for path, _ in nnx.to_flat_state(params)]
-    if absent := [part for part in parts if not any(path.startswith(PARTS[part]) for path in paths)]:
+    paths = {path: ".".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
+    if absent := [part for part in parts if not any(name.startswith(PARTS[part]) for name in paths.values())]:
         raise DataError(f"optim.freeze: this policy has no {', '.join(absent)} (a tied head is frozen with embed)")
     prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
-    flat = [(path, leaf.replace(_dotted(path).startswith(prefixes))) for path, leaf in nnx.to_flat_state(params)]
-    return nnx.from_flat_state(flat)
+    return {path for path, name in paths.items() if name.startswith(prefixes)}
 
 
-def stop_frozen(params: nnx.State, parts: tuple[str, ...]) -> nnx.State:
-    """The same parameters; no gradient is computed through the frozen ones."""
-    if not parts:
-        return params
-    return jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, is_frozen(params, parts))
+def sees_once(trained: nnx.State) -> bool:
+    """Whether the whole tower, merger included, is only read: a batch's images need to be embedded only once."""
+    return "vision" not in trained
 
 
-def _dotted(path: tuple) -> str:
-    return ".".join(map(str, path))
+def init_adapters(graphdef, adapters: nnx.State, base: nnx.State, key: jax.Array, mesh: jax.sharding.Mesh) -> nnx.State:
+    """Fresh adapters on the mesh: the model says what the base says. The same numbers on every mesh."""
+    where = sharding.param_shardings(nnx.merge(graphdef, adapters, base), mesh)
+    return jax.jit(lambda k: lora.init(adapters, k), out_shardings=nnx.filter_state(where, LoraParam))(key)
+
+
+def narrow(base: nnx.State, dtype: str) -> nnx.State:
+    """The base in the dtype of the activations. What is cast here is deleted: two copies would not fit."""
+
+    def one(value):
+        cast = value.astype(dtype)
+        if cast is not value:
+            value.delete()
+        return cast
+
+    return jax.tree.map(one, base)
+
+
+def make_plain(base: nnx.State, adapters: LoraConfig, dtype: str) -> Callable[[nnx.State, nnx.State], nnx.State]:
+    """(trained, base) -> parameters of the plain policy, as rollouts and the next stage read them.
+
+    Adapters are merged into the base and all is in `dtype`; without adapters, only the base is cast.
+    """
+    if not adapters.rank:
+        return lambda trained, base: nnx.merge_state(trained, jax.tree.map(lambda p: p.astype(dtype), base))
+
+    scale = adapters.alpha / adapters.rank
+
+    def merge(trained, base):
+        merged = lora.merge(convert.flat_state(base), convert.flat_state(trained), scale, dtype)
+        return convert.with_values(base, merged)
+
+    return jax.jit(merge, out_shardings=jax.tree.map(lambda p: p.sharding, base))

@@ -17,7 +17,7 @@ from rsagent_jax.config import GrpoConfig
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.language import token_logprobs
 from rsagent_jax.train import losses
-from rsagent_jax.train.state import TrainState, stop_frozen
+from rsagent_jax.train.state import EMPTY, TrainState, sees_once
 from rsagent_jax.types import Batch, DataError
 
 # (log-probs f32[B, T] aligned to their own token, batch, reference log-probs) -> (loss sum, denominator, metric sums)
@@ -37,30 +37,36 @@ class Sums:
     metrics: losses.Metrics
 
 
-def batch_logprobs(graphdef, params, batch: Batch, compute: Compute, temperature: float) -> jax.Array:
-    """f32[B, T]: log p(token t | its segment so far) under the sampling temperature; 0 at t = 0."""
+def batch_logprobs(
+    graphdef, params, batch: Batch, compute: Compute, temperature: float, *, embedded: bool = False
+) -> jax.Array:
+    """f32[B, T]: log p(token t | its segment so far) under the sampling temperature; 0 at t = 0.
+
+    `params` are all of the model's. `embedded`: the batch has the tower's merged tokens in place of its patches.
+    """
     model = nnx.merge(graphdef, params)
-    hidden = model(
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
-        batch.patches,
-        batch.patch_segment_ids,
-        batch.patch_positions,
-        batch.image_slots,
-        compute,
-    )
+    merged = batch.patches if embedded else look(model.vision, batch, compute)
+    x = model.place(batch.tokens, merged, batch.image_slots, compute)
+    hidden = model.decoder(x, batch.positions, batch.segment_ids, compute)
     # Every place predicts the next token; the last one's is nobody's. Shifting the targets keeps T a round number.
     targets = jnp.roll(batch.tokens, -1, axis=1)
     logprobs = token_logprobs(hidden, model.decoder.head_VD, targets, temperature=temperature, mesh=compute.mesh)
     return jnp.pad(logprobs[:, :-1], ((0, 0), (1, 0)))
 
 
-def micro_step(graphdef, objective: Objective, compute: Compute, temperature, freeze, params, batch, ref) -> Sums:
-    """Gradient sums of one micro-batch; those of `freeze`d parts are zeros that cost nothing."""
+def look(tower, batch: Batch, compute: Compute) -> jax.Array:
+    """The tower's merged tokens [B, P / merge_unit, D], in the dtype of the activations."""
+    return tower(batch.patches, batch.patch_segment_ids, batch.patch_positions, compute)
+
+
+def micro_step(
+    graphdef, objective: Objective, compute: Compute, temperature, params, base, batch, ref, *, embedded: bool = False
+) -> Sums:
+    """Gradient sums of one micro-batch for `params`; the parameters of `base` are only read."""
 
     def loss_fn(p):
-        logprobs = batch_logprobs(graphdef, stop_frozen(p, freeze), batch, compute, temperature)
+        whole = nnx.merge_state(p, base)
+        logprobs = batch_logprobs(graphdef, whole, batch, compute, temperature, embedded=embedded)
         loss, denominator, metrics = objective(logprobs, batch, ref)
         return loss, (denominator, metrics)
 
@@ -93,18 +99,19 @@ def apply(tx: optax.GradientTransformation, state: TrainState, sums: Sums) -> tu
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The jitted programs of a stage; `train_step` is the whole of a step."""
+    """The jitted programs of a stage; `train_step` is the whole of a step. `base` is what is not trained."""
 
-    micro: Callable
+    embed: Callable  # (base, batch) -> batch for all that follows; the tower's work done, if it is not trained
+    micro: Callable  # (params, base, batch, ref) -> Sums
     add: Callable
     apply: Callable
-    logprobs: Callable  # (params, batch) -> f32[B, T], without gradients
+    logprobs: Callable  # (params, base, batch) -> f32[B, T], of the reference, without gradients
 
-    def train_step(self, state: TrainState, batches: Sequence[Batch], refs: Sequence[jax.Array]):
-        """One optimiser step over micro-batches of one shape. `state` is donated."""
+    def train_step(self, state: TrainState, base: nnx.State, batches: Sequence[Batch], refs: Sequence[jax.Array]):
+        """One optimiser step over micro-batches of one shape, as `embed` gave them. `state` is donated."""
         total = None
         for batch, ref in zip(batches, refs, strict=True):
-            sums = self.micro(state.params, batch, ref)
+            sums = self.micro(state.params, base, batch, ref)
             total = sums if total is None else self.add(total, sums)
         return self.apply(state, total)
 
@@ -116,16 +123,30 @@ def make_programs(
     compute: Compute,
     temperature: float,
     shardings,
-    freeze: tuple[str, ...] = (),
+    base: nnx.State = EMPTY,
+    reference=None,
 ) -> Programs:
-    """`shardings` is (state, rows, replicated) of sharding.py. The gradients have the parameters' shardings."""
+    """`shardings` is (state, rows, replicated) of sharding.py. The gradients have the parameters' shardings.
+
+    `base` (arrays or shapes, with shardings) is what state.divide leaves untrained. `reference` is the graph of a
+    reference policy that is the base alone, the plain one under fresh adapters; without it `logprobs` takes parameters
+    as the state has them.
+    """
     state, rows, whole = shardings
+    base = jax.tree.map(lambda x: x.sharding, base)
+    once = sees_once(state.params)
+    tower = nnx.graphdef(nnx.merge(graphdef, nnx.merge_state(state.params, base)).vision)
 
-    def micro(params, batch, ref):
-        return micro_step(graphdef, objective, compute, temperature, freeze, params, batch, ref)
+    def embed(base, batch):
+        merged = look(nnx.merge(tower, base["vision"]), batch, compute)
+        return dataclasses.replace(batch, patches=merged)
 
-    def logprobs(params, batch):
-        return batch_logprobs(graphdef, params, batch, compute, temperature)
+    def micro(params, base, batch, ref):
+        return micro_step(graphdef, objective, compute, temperature, params, base, batch, ref, embedded=once)
+
+    def logprobs(params, base, batch):
+        params = nnx.merge_state(params, base)
+        return batch_logprobs(reference or graphdef, params, batch, compute, temperature, embedded=once)
 
     def update(old, sums):
         if any(s.memory_kind == "pinned_host" for s in jax.tree.leaves(state.opt_state)):
@@ -134,11 +155,13 @@ def make_programs(
         return apply(tx, old, sums)
 
     sums = Sums(state.params, whole, whole, whole)
+    compared = EMPTY if reference else state.params
     return Programs(
-        micro=jax.jit(micro, in_shardings=(state.params, rows, rows), out_shardings=sums),
+        embed=jax.jit(embed, in_shardings=(base, rows), out_shardings=rows) if once else lambda base, batch: batch,
+        micro=jax.jit(micro, in_shardings=(state.params, base, rows, rows), out_shardings=sums),
         add=jax.jit(add, donate_argnums=0),
         apply=jax.jit(update, in_shardings=(state, sums), out_shardings=(state, whole), donate_argnums=0),
-        logprobs=jax.jit(logprobs, in_shardings=(state.params, rows), out_shardings=rows),
+        logprobs=jax.jit(logprobs, in_shardings=(compared, base, rows), out_shardings=rows),
     )
 
 

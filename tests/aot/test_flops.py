@@ -43,6 +43,18 @@ def test_forward_by_hand():
     assert flops.total == sum(dataclasses.astuple(flops))
 
 
+def test_adapters_send_gradients_through_matrices_that_have_none():
+    """Rank 2 on q (16 to 16) and gate (16 to 32) of 3 layers: 2 x (32 + 48) x 3 numbers, three products each."""
+    forward = model_flops(CONFIG, WORK)
+    step = model_flops(CONFIG, dataclasses.replace(WORK, adapters=480))
+    assert step.adapters == 3 * 2 * (2 * 60) * 480 and forward.adapters == 0
+    assert step.decoder_matmuls == 2 * forward.decoder_matmuls and step.head == 2 * forward.head
+    assert step.decoder_attention == 3 * forward.decoder_attention
+    assert step.vision_matmuls == forward.vision_matmuls and step.merger == forward.merger
+    alone = model_flops(CONFIG, dataclasses.replace(WORK, embed_trained=True))
+    assert alone.total == step.total - step.adapters
+
+
 @pytest.mark.parametrize(
     ("trained", "vision_trained", "decoder", "attention", "tower", "embedding"),
     [

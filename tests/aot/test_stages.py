@@ -18,6 +18,7 @@ from rsagent_jax.aot.topology import TABLE, devices, parse_topology
 from rsagent_jax.config import (
     BatchConfig,
     GrpoConfig,
+    LoraConfig,
     MeshConfig,
     OptimConfig,
     PolicyConfig,
@@ -68,7 +69,7 @@ def test_what_the_config_says_goes_before_the_preset():
 @pytest.mark.parametrize(
     ("change", "devices_", "hidden", "match"),
     [
-        ({"slice": "v5e-12"}, 16, 3584, "'v5e-12' has no preset for 7b; there are v5e-16,.*mesh.tensor"),
+        ({"slice": "v5e-12"}, 16, 3584, "'v5e-12' has no preset for 7b; there are v5e-8,.*mesh.tensor"),
         ({"slice": "v5e-16"}, 16, 1024, "no preset for hidden size 1024; there are none"),
         ({"mesh": MeshConfig(tensor=3)}, 16, 3584, "mesh.tensor = 3 does not divide 16 devices"),
         ({"sft": SftConfig(batch=BatchConfig(rows=6))}, 4, 3584, "sft.batch.rows = 6 must be a multiple.*4 groups"),
@@ -113,7 +114,7 @@ TINY = TrainConfig(
 
 def test_what_stays_on_the_device_counts(monkeypatch):
     """By hand: fp32 parameters split over 4 devices; moments are twice that, a sum of gradients once, a bf16 reference
-    half."""
+    half; and the micro-batches that are not at work."""
     policy = stages.policy_config(TINY.policy.weights)
     mesh = sharding.make_mesh(MeshConfig(), devices(parse_topology("v5e:2x2")))
     model = convert.abstract_model(policy)
@@ -123,14 +124,47 @@ def test_what_stays_on_the_device_counts(monkeypatch):
     grpo = list(stages.jobs(TINY, "grpo", policy, mesh))
     assert [j.program for j in sft] == ["sft gradients", "sft update"]
     assert [j.program for j in grpo] == ["grpo gradients", "grpo log-probs", "grpo update"]
+    # A row per device. Per token 4 bytes of each: id, segment, advantage, log-prob, image slot, three positions; a mask
+    # of 1. Per patch 4 of each: pixels, two positions, segment.
+    batch = 256 * (8 * 4 + 1) + 128 * (policy.vision.patch_dim + 3) * 4
     counts = 3 * 4  # optax counts steps in a few i32, whole on every device
-    assert sft[0].resident_bytes == pytest.approx(3 * split, abs=counts)  # two micro-batches: their sum stays
-    assert sft[1].resident_bytes == 0
+    # two micro-batches: the other one and the sum stay
+    assert sft[0].resident_bytes == pytest.approx(3 * split + batch, abs=counts)
+    assert sft[1].resident_bytes == 2 * batch
     assert grpo[0].resident_bytes == pytest.approx(2.5 * split, abs=counts)  # one micro-batch, and the reference
     assert grpo[1].resident_bytes == pytest.approx(3 * split, abs=counts)
-    assert grpo[2].resident_bytes == pytest.approx(0.5 * split, abs=counts)
+    assert grpo[2].resident_bytes == pytest.approx(0.5 * split + batch, abs=counts)
     frozen = dataclasses.replace(TINY, sft=dataclasses.replace(TINY.sft, optim=OptimConfig(freeze=("vision",))))
     assert next(stages.jobs(frozen, "sft", policy, mesh)).resident_bytes < sft[0].resident_bytes
+
+
+def test_with_adapters_the_base_is_an_argument_and_its_tower_a_program():
+    """By hand: a bf16 base, adapters of rank 8 with two moments, no reference; a seen batch instead of pixels."""
+    config = dataclasses.replace(TINY, policy=dataclasses.replace(TINY.policy, lora=LoraConfig(rank=8)))
+    policy = stages.policy_config(TINY.policy.weights)
+    mesh = sharding.make_mesh(MeshConfig(), devices(parse_topology("v5e:2x2")))
+    model, text = convert.abstract_model(policy), policy.text
+    placed = convert.flat_state(sharding.param_shardings(model, mesh))
+    sizes = {
+        name: v.size // (4 if "fsdp" in placed[name].spec else 1) for name, v in convert.flat_params(model).items()
+    }
+    base, tower = 2 * sum(sizes.values()), 2 * sum(n for name, n in sizes.items() if name.startswith("vision"))
+    d, kv, ff = text.hidden_size, text.num_key_value_heads * text.head_dim, text.intermediate_size
+    # q and o have d at both ends, k and v, then gate, up and down; ends that are split over fsdp are those of size d
+    split, whole = 7 * d // 4, d + 2 * kv + d + 3 * ff
+    adapters = 4 * 8 * text.num_hidden_layers * (split + whole)
+    seen = 256 * (8 * 4 + 1) + 128 * 3 * 4 + 32 * d * 2
+    tower_job, gradients, update = stages.jobs(config, "sft", policy, mesh)
+    counts = 3 * 4
+    assert [j.program for j in (tower_job, gradients, update)] == ["sft tower", "sft gradients", "sft update"]
+    assert tower_job.resident_bytes == pytest.approx(3 * adapters + base - tower + seen, abs=counts)
+    assert gradients.resident_bytes == pytest.approx(3 * adapters + tower + seen, abs=counts)
+    assert update.resident_bytes == base + 2 * seen
+    grpo = list(stages.jobs(config, "grpo", policy, mesh))
+    assert [j.program for j in grpo] == ["grpo tower", "grpo gradients", "grpo log-probs", "grpo update"]
+    assert grpo[2].resident_bytes == pytest.approx(3 * adapters + tower, abs=counts)
+    (read, *_), _ = grpo[1].lower().args_info
+    assert sum(np.prod(x.shape) for x in jax.tree.leaves(read)) == 8 * text.num_hidden_layers * (7 * d + whole)
 
 
 @pytest.mark.timeout(600)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import numpy as np
@@ -12,10 +11,12 @@ from hypothesis import strategies as st
 
 from rsagent_jax.config import BatchConfig, GrpoConfig
 from rsagent_jax.data.packing import Item, fits, pack
-from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions, padded_patches
+from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.train import step
+from rsagent_jax.train.state import EMPTY
 from rsagent_jax.types import Batch
 from tests.rollout import small
+from tests.rollout.small import random_item as make
 
 GRIDS = ((1, 2, 2), (1, 4, 4), (1, 6, 4), (1, 2, 10), (1, 8, 8))
 SHAPE = BatchConfig(rows=2, tokens=96, patches=96)
@@ -24,21 +25,6 @@ SHAPE = BatchConfig(rows=2, tokens=96, patches=96)
 @functools.cache
 def config():
     return small.processor().config
-
-
-def make(seed: int, texts: tuple[int, ...], grids=(), advantage: float = 0.0) -> Item:
-    """Text, image, text, …: texts[i] random ids before image i. About half of the text ids count as sampled."""
-    rng, image = np.random.default_rng(seed), config().image_token_id
-    parts = [rng.integers(0, 400, n) for n in texts]
-    images = [np.full(merged_tokens(g), image) for g in grids]
-    tokens = np.concatenate([p for pair in itertools.zip_longest(parts, images, fillvalue=[]) for p in pair])
-    tokens = tokens.astype(np.int32)
-    sampled = (rng.random(len(tokens)) < 0.5) & (tokens != image)
-    sampled[0] = False
-    patches = rng.normal(size=(sum(int(np.prod(g)) for g in grids), config().vision.patch_dim)).astype(np.float32)
-    logprobs = np.where(sampled, rng.normal(-2, 0.3, len(tokens)), 0).astype(np.float32)
-    positions, _ = mrope_positions(tokens, tuple(grids), image)
-    return Item(tokens, positions, sampled, logprobs, patches, tuple(grids), advantage)
 
 
 @st.composite
@@ -160,7 +146,7 @@ def programs():
         @jax.jit
         def run(batch):
             ref = -1.0 - (batch.tokens % 7) / 7.0  # any function of the token
-            return step.micro_step(graphdef, objective, small.COMPUTE, 1.0, (), params, batch, ref)
+            return step.micro_step(graphdef, objective, small.COMPUTE, 1.0, params, EMPTY, batch, ref)
 
         return run
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import tempfile
 import threading
@@ -28,6 +29,7 @@ from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
+from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task, TextPolicy
@@ -202,6 +204,23 @@ class SlowSegmenter(DiscSegmenter):
 def item(trajectory: Trajectory, advantage: float = 0.0) -> Item:
     t = trajectory
     return Item(t.tokens, t.positions, t.sampled, t.logprobs, t.patches, t.grids, advantage)
+
+
+def random_item(seed: int, texts: tuple[int, ...], grids=(), advantage: float = 0.0) -> Item:
+    """Text, image, text, …: texts[i] random ids before image i. About half of the text ids count as sampled."""
+    rng, image = np.random.default_rng(seed), processor().config.image_token_id
+    parts = [rng.integers(0, 400, n) for n in texts]
+    images = [np.full(merged_tokens(g), image) for g in grids]
+    tokens = np.concatenate([p for pair in itertools.zip_longest(parts, images, fillvalue=[]) for p in pair])
+    tokens = tokens.astype(np.int32)
+    sampled = (rng.random(len(tokens)) < 0.5) & (tokens != image)
+    sampled[0] = False
+    patches = rng.normal(size=(sum(int(np.prod(g)) for g in grids), processor().config.vision.patch_dim)).astype(
+        np.float32
+    )
+    logprobs = np.where(sampled, rng.normal(-2, 0.3, len(tokens)), 0).astype(np.float32)
+    positions, _ = mrope_positions(tokens, tuple(grids), image)
+    return Item(tokens, positions, sampled, logprobs, patches, tuple(grids), advantage)
 
 
 def split(network: Qwen25VL):

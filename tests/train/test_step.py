@@ -1,4 +1,4 @@
-"""The optimiser and the jitted programs around it: what is frozen stays, micro-batches are divided once, schedules."""
+"""The optimiser and the jitted programs around it: where moments live, schedules, moments in host memory."""
 
 import dataclasses
 
@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from rsagent_jax import sharding
 from rsagent_jax.checkpoint import Checkpoints
-from rsagent_jax.config import BatchConfig, GrpoConfig, MeshConfig, OptimConfig
+from rsagent_jax.config import BatchConfig, GrpoConfig, LoraConfig, MeshConfig, OptimConfig
 from rsagent_jax.data import packing
 from rsagent_jax.models.qwen25_vl import convert
-from rsagent_jax.train.state import PARTS, create_state, is_frozen, make_optimizer, state_shardings
+from rsagent_jax.train.state import create_state, divide, make_optimizer, state_shardings
 from rsagent_jax.train.step import grpo_objective, make_programs
 from rsagent_jax.types import DataError
 from tests.rollout import small
@@ -30,41 +30,19 @@ def params():
     return small.split(small.model())[1]
 
 
-def test_the_parts_that_can_be_frozen_cover_every_parameter_once(params):
-    found = {part: {k for k, v in names(is_frozen(params, (part,))).items() if v} for part in PARTS}
-    assert all(found.values())
-    assert sorted(k for part in found.values() for k in part) == sorted(convert.TABLE)
-    assert found["embed"] == {"decoder.embed"} and found["head"] == {"decoder.lm_head"}
-    with pytest.raises(DataError, match=r"optim\.freeze: unknown visoin; parts are vision, merger"):
-        is_frozen(params, ("visoin",))
-    tied = nnx.from_flat_state([(k, v) for k, v in nnx.to_flat_state(params) if k[-1] != "lm_head"])
-    with pytest.raises(DataError, match="this policy has no head"):
-        is_frozen(tied, ("vision", "head"))
-
-
-def test_an_update_leaves_frozen_parts_alone_and_clips_by_the_norm_of_the_rest(params):
-    tx, _ = make_optimizer(OptimConfig(lr=0.1, clip_norm=1.0, weight_decay=0.1, freeze=("vision", "embed")), 10)
-    state = create_state(params, tx)
-    grads = jax.tree.map(np.ones_like, params)
-    updates, _ = jax.jit(tx.update)(grads, state.opt_state, params)
-    frozen = names(is_frozen(params, ("vision", "embed")))
-    for name, update in names(updates).items():
-        assert (not np.asarray(update).any()) == frozen[name], name
-
-
 @pytest.mark.parametrize("freeze", [(), ("vision",)])
 def test_moments_live_where_their_parameters_do_and_all_else_everywhere(params, freeze):
-    tx, _ = make_optimizer(OptimConfig(freeze=freeze), 10)
+    tx, _ = make_optimizer(OptimConfig(), 10)
     mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
     named = {name: NamedSharding(mesh, P(None, "x") if v.ndim > 1 else P("x")) for name, v in names(params).items()}
     placed = convert.with_params(small.model(), {k: jax.device_put(v, named[k]) for k, v in names(params).items()})
     whole = NamedSharding(mesh, P())
-    where = state_shardings(small.split(placed)[1], tx, whole)
-    assert jax.tree.structure(where) == jax.tree.structure(create_state(params, tx)) and where.step == whole
-    assert names(where.params) == named
-    trained = sum(not v for v in names(is_frozen(params, freeze)).values()) if freeze else len(named)
+    _, trained, base = divide(*small.split(placed), LoraConfig(), freeze)
+    where = state_shardings(trained, tx, whole)
+    assert jax.tree.structure(where) == jax.tree.structure(create_state(trained, tx)) and where.step == whole
+    assert names(where.params) == {name: named[name] for name in names(trained)}
     moments = [s for s in jax.tree.leaves(where.opt_state) if s != whole]
-    assert len(moments) == 2 * trained and set(moments) == set(named.values())
+    assert len(moments) == 2 * (len(named) - len(names(base))) and set(moments) == set(named.values())
 
 
 @pytest.mark.parametrize(
@@ -100,7 +78,7 @@ def test_offloaded_moments_train_the_same_and_stay_in_host_memory(tmp_path):
     """Two updates with the moments in host memory against two without, and once more from a checkpoint."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     whole = sharding.replicated(mesh)
-    tx, _ = make_optimizer(OptimConfig(lr=1e-2, freeze=("vision",)), 4)
+    tx, _ = make_optimizer(OptimConfig(lr=1e-2), 4)
 
     def objective(logprobs, batch, ref):
         count = jnp.float32(batch.loss_mask.size)
@@ -109,10 +87,12 @@ def test_offloaded_moments_train_the_same_and_stay_in_host_memory(tmp_path):
     def start(offload):
         graphdef, params = small.split(small.model())
         params = jax.device_put(params, sharding.param_shardings(small.model(), mesh))
+        graphdef, params, base = divide(graphdef, params, LoraConfig(), ("vision",))
         where = state_shardings(params, tx, whole, offload=offload)
-        programs = make_programs(graphdef, tx, objective, small.COMPUTE, 1.0, (where, sharding.rows(mesh), whole))
+        shardings = (where, sharding.rows(mesh), whole)
+        programs = make_programs(graphdef, tx, objective, small.COMPUTE, 1.0, shardings, base)
         state = jax.jit(lambda p: create_state(p, tx), out_shardings=where, donate_argnums=0)(params)
-        return programs, state
+        return programs, state, base
 
     shape = BatchConfig(rows=1, tokens=64, patches=32)
     batch = packing.empty(shape, small.processor().config)
@@ -125,9 +105,9 @@ def test_offloaded_moments_train_the_same_and_stay_in_host_memory(tmp_path):
 
     ends = {}
     for offload in (False, True):
-        programs, state = start(offload)
+        programs, state, base = start(offload)
         for _ in range(2):
-            state, _ = programs.train_step(state, [batch], [ref])
+            state, _ = programs.train_step(state, base, [batch], [ref])
         assert kinds(state) == {"pinned_host" if offload else "device"}
         ends[offload] = state
     for name, value in names(ends[False].params).items():

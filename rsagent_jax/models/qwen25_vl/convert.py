@@ -228,8 +228,13 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def with_params(model: Qwen25VL, values: dict[str, Any]) -> Qwen25VL:
     """The same model with its parameters replaced by dotted path."""
     graphdef, state = nnx.split(model, nnx.Param)
+    return nnx.merge(graphdef, with_values(state, values))
+
+
+def with_values(state: nnx.State, values: dict[str, Any]) -> nnx.State:
+    """The same state with other values, by dotted path."""
     flat = [(path, leaf.replace(values[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    return nnx.from_flat_state(flat)
 
 
 def to_hub(model: Qwen25VL, dtype: str) -> dict[str, np.ndarray]:

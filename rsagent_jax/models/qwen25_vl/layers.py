@@ -30,16 +30,26 @@ def param(
     return nnx.Param(value, axes=names)
 
 
+class LoraParam(nnx.Param):
+    """A matrix of a low-rank adapter: declared, made and merged in lora.py."""
+
+
 class Linear(nnx.Module):
-    """x[..., in] @ kernel[in, out] (+ bias[out])."""
+    """x[..., in] @ kernel[in, out] (+ bias[out]) (+ x @ lora_a[in, r] @ lora_b[r, out] * lora_scale)."""
 
     def __init__(self, d_in: int, d_out: int, axes: tuple[str, str], rngs: nnx.Rngs, *, bias: bool, stack=()):
         self.kernel = param(rngs, (d_in, d_out), axes, stack)
         self.bias = param(rngs, (d_out,), axes[1:], stack, init="zeros") if bias else None
+        self.lora_a = self.lora_b = None
+        self.lora_scale = 0.0
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora_a is not None:
+            y = y + (x @ self.lora_a[...].astype(x.dtype) * self.lora_scale) @ self.lora_b[...].astype(x.dtype)
+        return y
 
 
 class RMSNorm(nnx.Module):
