@@ -189,9 +189,7 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         policy = processes.local_copy(to_plain(state.params, base), mesh) if stage == "grpo" else None
         batches, metrics = source.next(policy, jax.random.fold_in(key, step))
         if stage == "grpo":
-            policy = (
-                None  # a merged or local copy, the engine's weights and its cache give their memory to the gradients
-            )
+            policy = None  # a merged or local copy gives its memory to the gradients, and so does the engine
             engine.rest()
         if step == 1:
             save_first_batch(processes.own_directory(workdir), stage, batches[0], processor, log)
