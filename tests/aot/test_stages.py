@@ -185,17 +185,17 @@ def test_the_command_prints_a_table_and_the_reports_and_says_when_memory_is_shor
     code, out, err = aot(*rows)
     assert code == 0, err[-2000:]
     reports = json.loads(out.splitlines()[-1])
-    assert [r["program"] for r in reports] == ["sft gradients", "sft update"]
+    assert [r["program"] for r in reports] == ["sft tower", "sft gradients", "sft update"]
     keys = "program topology devices peak_hbm_bytes hbm_bytes fits model_flops hlo_flops collective_bytes"
     keys += " projected_step_s projected_mfu bound_by"
     assert all(set(keys.split()) <= set(r) and r["fits"] and r["devices"] == 4 for r in reports)
-    assert reports[0]["hlo_to_model_flops"] > 1.0 and not reports[0]["unknown_trip_counts"]
-    assert "sft gradients" in out.splitlines()[1]
+    assert reports[1]["hlo_to_model_flops"] > 1.0 and not reports[1]["unknown_trip_counts"]
+    assert "sft gradients" in out.splitlines()[2]
 
     huge = ("--config.sft.batch.rows=4", "--config.sft.batch.tokens=524288", "--config.sft.batch.patches=64")
     code, out, err = aot(*huge, "--config.policy.attention=plain")  # scores of half a million tokens squared
     assert code == 3, err[-2000:]
-    first = json.loads(out.splitlines()[-1])[0]
+    first = json.loads(out.splitlines()[-1])[1]
     assert not first["fits"] and first["bound_by"] == "memory" and first["peak_hbm_bytes"] > first["hbm_bytes"] > 0
 
     code, out, err = aot(*rows, "--aot=v5x-16")
