@@ -9,7 +9,8 @@ soak        10,000 calls: resident memory of server and client after the first 1
 kill        32 trajectories at a time for 60 s while the side-car gets SIGKILL: GrabCut every 5 s, SAM 2 three times
 fuzz        2,000 requests that no honest client sends: a typed status each, good masks after them
 
-SAM 2.1 tiny with random weights; medians; the two sides of a comparison take turns. --toy: small and short, for a test.
+SAM 2.1 tiny with random weights; medians; the two sides of a comparison take turns. Wants an idle machine: on a busy
+one the threads of a team wait for each other, and --threads=1 says more. --toy: small and short, for a test.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--device", default="cpu", help="of SAM 2: cpu or cuda")
+    parser.add_argument("--threads", type=int, default=0, help="torch's, on both sides; 0 = all cores, 1 if busy")
     parser.add_argument("--calls", type=int, default=10_000, help="of the soak")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each rollout that is killed")
     parser.add_argument("--requests", type=int, default=2000, help="of the fuzz")
@@ -112,12 +114,16 @@ def side_car(args, backend: str = "sam2", arguments=(), alone: bool = False):
         backend = f"benchmarks._bridge_quick:sam2{'_alone' if alone else ''}"
     elif backend == "sam2":
         batch = 1 if alone else 0
-        options = Options(checkpoint=RANDOM, device=args.device, encode_batch=batch, decode_batch=batch)
+        options = sam2_options(args, encode_batch=batch, decode_batch=batch)
     with SideCar(backend, options=options, arguments=arguments) as car:
         name = car.address
         with SamClient([name], timeout_s=600, wait_s=120) as client:
             car.follow(lambda address: client.move(name, address))
             yield car, client
+
+
+def sam2_options(args, **changes) -> Options:
+    return Options(checkpoint=RANDOM, device=args.device, threads=args.threads, **changes)
 
 
 def own_sam2(args, options: Options):
@@ -133,7 +139,7 @@ def own_sam2(args, options: Options):
 
 def predictor(args):
     """SAM2ImagePredictor with the side-car's weights."""
-    back = own_sam2(args, Options(checkpoint=RANDOM, device=args.device))  # first: it makes torchvision importable
+    back = own_sam2(args, sam2_options(args))  # first: it makes torchvision importable
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
     found = SAM2ImagePredictor(back._models[0]._net)
@@ -247,7 +253,7 @@ def decode(args) -> dict:
 
     from sam_bridge.backends import sam2
 
-    back = own_sam2(args, Options(checkpoint=RANDOM, device=args.device))
+    back = own_sam2(args, sam2_options(args))
     (model,) = back._models
     images = [picture(i) for i in range(2 if args.toy else 16)]
     encodings = [model.encode([model.prepare(image)], 0)[0] for image in images]
@@ -316,11 +322,7 @@ def killed(args, backend: str) -> dict:
     every = seconds / 4 if backend == "sam2" else (2.0 if args.toy else 5.0)
     height, width = (112, 112) if backend == "grabcut" else (HEIGHT, WIDTH)
     images = [picture(i, height, width) for i in range(8 if backend == "grabcut" else 2)]
-    own = (
-        own_sam2(args, Options(checkpoint=RANDOM, device=args.device, encode_batch=1, decode_batch=1))
-        if backend == "sam2"
-        else load("grabcut")
-    )
+    own = own_sam2(args, sam2_options(args, encode_batch=1, decode_batch=1)) if backend == "sam2" else load("grabcut")
     local = LocalSegmenter(own)
     wanted = {i: trajectory(local, images[i % len(images)], i) for i in range(8)}
     local.close()
