@@ -14,22 +14,25 @@ import io
 import json
 import os
 import pathlib
+import sys
 import tempfile
 import time
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # figures are per core
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import cv2
-import numpy as np
-from PIL import Image
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
 
-from rsagent_jax.config import AgentConfig
-from rsagent_jax.data.folder import load_folder
-from rsagent_jax.data.pipeline import OpeningPrompt, Pipeline
-from rsagent_jax.data.processor import Processor, image_patches
+from rsagent_jax.config import AgentConfig  # noqa: E402
+from rsagent_jax.data.folder import load_folder  # noqa: E402
+from rsagent_jax.data.pipeline import OpeningPrompt, Pipeline  # noqa: E402
+from rsagent_jax.data.processor import Processor, image_patches  # noqa: E402
 
-BASE = pathlib.Path(__file__).parents[1] / "assets/tiny-base"
+BASE = ROOT / "assets/tiny-base"
 PIXELS = 1_003_520  # the limit of configs/grpo_tpu.py
 WHOLE = "whole path, with mask and prompt"
 THEIRS = "transformers: decode, resize, patches"

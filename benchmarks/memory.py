@@ -40,6 +40,7 @@ from rsagent_jax.config import BatchConfig, MeshConfig, PolicyConfig, SftConfig,
 from rsagent_jax.data.packing import pack  # noqa: E402
 from rsagent_jax.models.qwen25_vl import convert  # noqa: E402
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig  # noqa: E402
+from rsagent_jax.train.state import EMPTY  # noqa: E402
 
 GRID = (1, 32, 32)  # of the one image: 256 tokens
 MIB = 2**20
@@ -82,7 +83,7 @@ def run_once(compiled, policy: Qwen25VLConfig, batch: BatchConfig) -> float:
     sequence = train_step.make_sequence(np.random.default_rng(1), policy, batch.tokens, GRID)
     (row,) = pack(train_step.to_items([sequence], policy), batch, policy)
     params = nnx.state(train_step.random_model(policy), nnx.Param)
-    arguments = (params, row, np.zeros(row.tokens.shape, np.float32))
+    arguments = (params, EMPTY, row, np.zeros(row.tokens.shape, np.float32))
     sums = compiled(*jax.device_put(arguments, compiled.input_shardings[0]))
     if not all(np.isfinite(np.asarray(g)).all() for g in jax.tree.leaves(sums.grads)):
         raise SystemExit("a gradient is not finite")

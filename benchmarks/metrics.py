@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import pathlib
+import sys
 import time
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from rsagent_jax.evals import metrics
 from rsagent_jax.types import Sample, Status, Trajectory
