@@ -62,3 +62,13 @@ def test_the_input_path_is_measured_part_by_part():
     assert len(result["rows"]) >= 3 and min(result["rows"].values()) > 0
     # 10 trajectories of 4 images every 2 s
     assert result["cores"] == pytest.approx(20 / result["images_per_s_core"])
+
+
+def test_the_rollouts_sides_sample_the_same_tokens():
+    pytest.importorskip("transformers")
+    result = last_line("rollout.py", "--toy", "--parts=turns")
+    assert result["agree"] == {"reprefill": 1.0, "transformers": 1.0}
+    rows = result["turns"]
+    assert {row["tokens"] for row in rows.values()} == {3 * 3 * 4}  # trajectories, turns, tokens a turn
+    assert len({row["context"] for row in rows.values()}) == 1
+    assert result["vs_reprefill"] > 0 and result["vs_generate"] > 0
