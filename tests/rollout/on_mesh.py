@@ -33,7 +33,8 @@ SCRIPTS = {
 
 def work(most_turns: int) -> list[Task]:
     """A group of three that share an opening, and others of other lengths."""
-    tasks = [*(Task(small.sample(0), 0, uid) for uid in (0, 10, 11)), task(1, h=56, w=84), task(2), task(3, h=84, w=140)]
+    group = [Task(small.sample(0), 0, uid) for uid in (0, 10, 11)]
+    tasks = [*group, task(1, h=56, w=84), task(2), task(3, h=84, w=140)]
     return [t for t in tasks if len(SCRIPTS[t.sample.id]) <= most_turns]
 
 
