@@ -114,7 +114,7 @@ class Engine:
         dtype, found = jax.numpy.dtype(self.programs.compute.dtype), {}
         for path, variable in nnx.to_flat_state(params):
             x = variable.get_value()
-            if path[:2] == LAYERS or x.dtype != dtype:
+            if path[:2] == LAYERS or x.dtype != dtype or not isinstance(x, jax.Array):
                 continue
             if self.mesh is not None:
                 target = where[path].get_value()
