@@ -31,8 +31,8 @@ MESHES = {
 }
 COMPARED = ("loss", "l2_grads", "tokens")
 # Of every rollout, under rollout/; besides tokens_per_s, turns and endings/<status>.
-LOGGED = """seconds tokens_per_s weights_seconds device tool_wait prefill decode prefill_tokens copied_tokens decode_tokens
-    occupancy kv_mib""".split()
+LOGGED = """seconds tokens_per_s weights_seconds device tool_wait prefill decode prefill_tokens copied_tokens
+    decode_tokens occupancy kv_mib""".split()
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +172,8 @@ def test_slow_tools_on_one_process_neither_change_nor_stop_what_two_of_them_play
     slow = Run(two).metrics[-1]
     assert slow["rollout_seconds"] > 1.4 and fast["rollout_seconds"] < slow["rollout_seconds"] - 0.35
     assert slow["rollout/tool_wait"] > 0.4
-    rollout = {name for name in slow if name.startswith("rollout/")}
-    assert rollout == {f"rollout/{name}" for name in LOGGED} and {"tokens_per_s", "turns", "endings/finished"} <= {*slow}
+    assert {name for name in slow if name.startswith("rollout/")} == {f"rollout/{name}" for name in LOGGED}
+    assert {"tokens_per_s", "turns", "endings/finished"} <= {*slow}
     # Between the rollouts of steps 2 and 3: a train step and the weights' way to every process, all compiled before.
     assert [part[2]["compiled"] - part[1]["compiled"] for part in (whole, *parts)] == [0, 0, 0]
 
