@@ -135,9 +135,10 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
     else:
         c = config.grpo
         segmenter = stack.enter_context(open_segmenter(config.segmenter))
-        model = nnx.merge(graphdef, processes.local_copy(params, mesh))
-        here = processes.local_mesh(c.sampling.tensor)
-        engine = Engine(model, c.sampling, processor.terminator_id, config.policy.dtype, key, here)
+        dtype, here = config.policy.dtype, processes.local_mesh(c.sampling.tensor)
+        model = nnx.merge(graphdef, processes.local_copy(params, mesh, dtype))
+        engine = Engine(model, c.sampling, processor.terminator_id, dtype, key, here)
+        del model  # with several processes a copy of the parameters
         engine.warm_up()
         driver = Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
         samples = open_samples(c.data)
@@ -186,7 +187,9 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
     ############################## Train loop ##############################
     for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=stage, unit="step", mininterval=2.0):
         start = time.perf_counter()
-        policy = processes.local_copy(to_plain(state.params, base), mesh) if stage == "grpo" else None
+        policy = None
+        if stage == "grpo":
+            policy = processes.local_copy(to_plain(state.params, base), mesh, compute.dtype)
         batches, metrics = source.next(policy, jax.random.fold_in(key, step))
         if stage == "grpo":
             policy = None  # a merged or local copy gives its memory to the gradients, and so does the engine

@@ -118,10 +118,10 @@ def local_mesh(tensor: int) -> Mesh | None:
     return None if len(mine) == 1 else Mesh(np.array(mine).reshape(-1, 1, tensor), sharding.AXES)
 
 
-def local_copy(params: Any, mesh: Mesh) -> Any:
+def local_copy(params: Any, mesh: Mesh, dtype: str) -> Any:
     """The same parameters, whole inside every process: split over its own devices, for programs it runs alone.
 
-    One resharding over the interconnect. With one process, the parameters themselves.
+    One resharding over the interconnect, in `dtype`. With one process, the parameters themselves.
     """
     if jax.process_count() == 1:
         return params
@@ -131,13 +131,19 @@ def local_copy(params: Any, mesh: Mesh) -> Any:
     here = Mesh(np.array(mine), ("chip",))
     specs = jax.tree.map(lambda p: _split_once(p.shape, len(mine)), params)
     target = jax.tree.map(lambda s: NamedSharding(both, s), specs, is_leaf=lambda s: isinstance(s, P))
-    spread = jax.jit(lambda p: p, out_shardings=target)(params)
+    cast = jax.tree.map(lambda p: p.astype(dtype), params)  # before they travel
+    spread = jax.jit(_same, out_shardings=target)(cast)
 
     def gather(array, spec):
         shards = [s.data for s in array.addressable_shards]
         return jax.make_array_from_single_device_arrays(array.shape, NamedSharding(here, spec), shards)
 
     return jax.tree.map(gather, spread, specs)
+
+
+def _same(tree: Any) -> Any:
+    """Named, and not a lambda of the call: jax finds what it compiled for a function by the function."""
+    return tree
 
 
 def _split_once(shape: tuple[int, ...], parts: int) -> P:

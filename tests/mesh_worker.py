@@ -1,10 +1,12 @@
 """One process of a training run on a mesh, started by tests/test_processes.py with its job as JSON.
 
-Trains through train.run_stage as train.py does, with a tiny random policy, and lets the lead write the parameters.
+Trains through train.run_stage as train.py does, with a tiny random policy, and lets the lead write the parameters. With
+`delays` the environment hears scripts, every process's tools take their own time, and each writes what it has played.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -55,6 +57,30 @@ def config(stage: str, stored: str, mesh: dict, steps: int, small, rank: int, fr
     )
 
 
+def with_tools(delay_s: float, played: pathlib.Path, small) -> None:
+    """Lets train.py's driver play scripts with a segmenter that takes `delay_s`, and keep what it has played."""
+    scripts = {f"s{i}": (*(small.click(20 + i + n, 30) for n in range(1 + i % 2)), small.finish(1)) for i in range(5)}
+    compiled, steps = [], []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
+    )
+
+    class Kept(small.EchoDriver):
+        def run(self, tasks):
+            before = len(compiled)
+            out = super().run(tasks)
+            kept = [
+                dict(uid=k.uid, turns=len(t.turns), tokens=t.tokens.tolist(), logprobs=t.logprobs.tolist())
+                for k, (t, _) in zip(tasks, out, strict=True)
+            ]
+            steps.append(dict(compiled=before, trajectories=kept))
+            played.write_text(json.dumps(steps))
+            return out
+
+    train.Driver = functools.partial(Kept, script=small.scripted(scripts))
+    train.open_segmenter = lambda _: contextlib.nullcontext(small.SlowSegmenter(delay_s, (56, 56)))
+
+
 def main(job: dict) -> None:
     processes.join()
     from agent_fakes import DiscSegmenter
@@ -78,6 +104,9 @@ def main(job: dict) -> None:
     )
     workdir = pathlib.Path(job["workdir"])
     workdir.mkdir(exist_ok=True)
+    if job["delays"]:
+        index = jax.process_index()
+        with_tools(job["delays"][index], workdir / f"played_{index}.json", small)
     log = MetricsLog(processes.own_directory(workdir))
     with contextlib.ExitStack() as stack:
         args = (settings, workdir, log, mesh, graphdef, params, small.weights(), small.processor(), stack)

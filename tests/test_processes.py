@@ -30,6 +30,9 @@ MESHES = {
     "data": {"data": 8, "fsdp": 1},
 }
 COMPARED = ("loss", "l2_grads", "tokens")
+# Of every rollout, under rollout/; besides tokens_per_s, turns and endings/<status>.
+LOGGED = """seconds tokens_per_s weights_seconds device tool_wait prefill decode prefill_tokens copied_tokens
+    decode_tokens occupancy kv_mib""".split()
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +55,15 @@ def train_on(stored, tmp_path_factory):
     """train_on(stage, mesh, n processes, devices of each, steps, from_run, …) -> Run; each is done once."""
     done, compiled = {}, tmp_path_factory.mktemp("compiled")
 
-    def go(stage, mesh, n=1, devices=8, steps=2, start=None, name=None, rank=0, freeze=()):
-        key = (stage, json.dumps(mesh), n, devices, steps, start, rank, freeze)
+    def go(stage, mesh, n=1, devices=8, steps=2, start=None, name=None, rank=0, freeze=(), delays=()):
+        key = (stage, json.dumps(mesh), n, devices, steps, start, rank, freeze, delays)
         if key not in done:
             workdir = tmp_path_factory.mktemp(name or "run")
             if start:
                 shutil.copytree(start / "checkpoints", workdir / "checkpoints")
                 shutil.copy(start / "metrics.jsonl", workdir)
             job = dict(stage=stage, mesh=mesh, devices=n * devices, steps=steps, workdir=str(workdir))
-            job |= dict(rank=rank, freeze=freeze)
+            job |= dict(rank=rank, freeze=freeze, delays=delays)
             job |= dict(stored=str(stored), weights=str(small.weights()), out=str(workdir / "params.npz"))
             launch(job, n, devices, compiled)
             done[key] = workdir
@@ -143,6 +146,36 @@ def test_adapters_and_frozen_parts_train_the_same_on_every_mesh(train_on, stage,
     assert all((change > 0) == ("rank" not in part or "kernel" in k) for k, change in moved.items() if "layers" in k)
     assert not any(change for k, change in moved.items() if "vision" in k)
     assert_same(Run(train_on(stage, MESHES[mesh], n=n, devices=8 // n, **part)), want)
+
+
+@pytest.mark.timeout(900)
+def test_slow_tools_on_one_process_neither_change_nor_stop_what_two_of_them_play(train_on):
+    """Process 0 waits for every tool call, process 1 for none: they meet at the train step and not before."""
+    one, two = (
+        train_on("grpo", {"fsdp": 2 * len(delays)}, n=len(delays), devices=2, steps=3, delays=delays)
+        for delays in ((0.0,), (0.7, 0.0))
+    )
+    (whole,), parts = ([json.loads(p.read_text()) for p in sorted(d.glob("played_*.json"))] for d in (one, two))
+    for step in range(3):
+        want = {t["uid"]: t for t in whole[step]["trajectories"]}
+        shares = [part[step]["trajectories"] for part in parts]
+        # Four groups of two: a group stays where it began, and every other one is here.
+        assert [[t["uid"] // 2 for t in share] for share in shares] == [[0, 0, 2, 2], [1, 1, 3, 3]]
+        assert {t["turns"] for t in want.values()} <= {2, 3}
+        for t in (t for share in shares for t in share):
+            assert t["tokens"] == want[t["uid"]]["tokens"]
+            if step == 0:  # the same weights, and as many slots per process: to the last bit
+                assert t["logprobs"] == want[t["uid"]]["logprobs"]
+            np.testing.assert_allclose(t["logprobs"], want[t["uid"]]["logprobs"], rtol=0, atol=1e-4)
+    assert_same(Run(two), Run(one))
+    fast = json.loads((two / "process_1" / "metrics.jsonl").read_text().splitlines()[-1])
+    slow = Run(two).metrics[-1]
+    assert slow["rollout_seconds"] > 1.4 and fast["rollout_seconds"] < slow["rollout_seconds"] - 0.35
+    assert slow["rollout/tool_wait"] > 0.4
+    assert {name for name in slow if name.startswith("rollout/")} == {f"rollout/{name}" for name in LOGGED}
+    assert {"tokens_per_s", "turns", "endings/finished"} <= {*slow}
+    # Between the rollouts of steps 2 and 3: a train step and the weights' way to every process, all compiled before.
+    assert [part[2]["compiled"] - part[1]["compiled"] for part in (whole, *parts)] == [0, 0, 0]
 
 
 # ------------------------------------------------------------------------------------------------- who holds what

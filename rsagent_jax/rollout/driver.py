@@ -115,12 +115,13 @@ class Driver:
                 for slot, completion in self.policy.step() if asked else ():
                     asked.remove(slot)
                     run = runs[slot]
+                    stats["tokens"] += len(completion.tokens)
                     run.text = self._add(run, completion)
                     jobs.submit(slot, functools.partial(self._act, run.state, run.text, run.position, completion))
                 stats["device"] += time.perf_counter() - before
-                before = time.perf_counter()
+                before, idle = time.perf_counter(), not asked and any(r.state is not None for r in runs.values())
                 ended = jobs.take(wait=not asked)
-                stats["waiting" if not asked else "host"] += time.perf_counter() - before
+                stats["waiting" if idle else "host"] += time.perf_counter() - before
                 for slot, result, error in ended:
                     run = runs[slot]
                     if isinstance(error, Overdue) and run.state is not None:
@@ -148,15 +149,21 @@ class Driver:
             self.stats = dict(stats) | {"seconds": time.perf_counter() - start}
 
     def metrics(self) -> dict[str, float]:
-        """Of what was played last: shares of the time, tokens, how full the slots were."""
+        """Of what was played last: shares of the time, tokens, how full the slots were.
+
+        `prefill` and `decode` split the device's share: calls that also read a piece of a prompt, and calls that only
+        sample.
+        """
         s, p = self.stats, getattr(self.policy, "stats", {})
         out = {
             "rollout/seconds": s["seconds"],
+            "rollout/tokens_per_s": s.get("tokens", 0.0) / s["seconds"],  # sampled ones, over the whole time
             "rollout/tool_wait": s.get("waiting", 0.0) / s["seconds"],  # nothing to do but to wait for tools
             "rollout/device": s.get("device", 0.0) / s["seconds"],
         }
         if p:
             out |= {f"rollout/{name}": float(p[name]) for name in ("prefill_tokens", "copied_tokens", "decode_tokens")}
+            out |= {f"rollout/{name}": p[f"{name}_seconds"] / s["seconds"] for name in ("prefill", "decode")}
             out["rollout/occupancy"] = p["decode_tokens"] / max(p["slot_steps"], 1)  # of the slots, by sampled tokens
             out["rollout/weights_seconds"] = self.policy.seconds["weights"]
             out["rollout/kv_mib"] = self.policy.cache_bytes / 2**20

@@ -26,7 +26,7 @@ from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, padded_patches
 from rsagent_jax.rollout.policy import Request, Task
-from rsagent_jax.rollout.programs import Images, Piece, Programs, Turns, weight_shardings
+from rsagent_jax.rollout.programs import LAYERS, Images, Piece, Programs, Turns, Weights, weight_shardings
 from rsagent_jax.types import Completion, DataError, Prompt
 
 RUNGS = 3  # of the ladder of patch buffers: all of sampling.patches, a quarter, a sixteenth
@@ -64,30 +64,73 @@ class Engine:
         mesh: jax.sharding.Mesh | None = None,
     ):
         """With a mesh, its rows share the slots and its tensor axis the heads; else everything is on one device."""
-        sampling = _settled(
-            sampling, model.config.vision.window_patches, 1 if mesh is None else sharding.parts("rows", mesh)
-        )
+        rows, tensor = (sharding.parts(name, mesh) for name in ("rows", "kv_heads"))
+        if model.config.text.num_key_value_heads % tensor:
+            # It would run, but with a whole cache on every device and its heads on the way in every layer and step.
+            raise DataError(
+                f"sampling.tensor = {tensor} must divide the policy's {model.config.text.num_key_value_heads} key-value"
+                " heads: the devices of a row share them"
+            )
+        sampling = _settled(sampling, model.config.vision.window_patches, rows)
         self.config, self.sampling, self.mesh = model.config, sampling, mesh
         self.slots, self.context = sampling.slots, sampling.context
         self.max_new_tokens, self.patches = sampling.max_new_tokens, sampling.patches
         self.programs = Programs(model, sampling, terminator_id, Compute(dtype, mesh=mesh))
         params = nnx.state(model, nnx.Param)
         self.where = None if mesh is None else weight_shardings(self.programs, params, mesh)
-        self._split = jax.jit(self.programs.split, out_shardings=self.where)
+        self._split = {}  # programs that make the weights, by the parameters that they need not make
         self._empty = jax.jit(self.programs.empty)
         self.seconds = {"weights": 0.0}
         self.load(params, key)
         self.begin()
 
     def load(self, params: nnx.State, key: jax.Array) -> None:
-        """New weights, cast and laid out for decoding, and the key that the next trajectories' keys are folded from."""
+        """New weights, cast and laid out for decoding, and the key that the next trajectories' keys are folded from.
+
+        One resharding, from whatever layout `params` have. Of the parts outside of the decoder's layers, those whose
+        dtype and layout agree already are not copied: they share their memory with `params`, so whoever donates these
+        calls `rest` or `load` before the next step. The rest is new: a layer is cut out of its stack, and parameters
+        in fp32 are cast for activations in bf16; neither can take over the old one's memory, so nothing is donated.
+        `seconds["weights"]` includes the wait for a computation of `params` that is still under way.
+        """
         start = time.perf_counter()
         self.weights = None  # freed before the new ones are made
-        self.weights, self.key = jax.block_until_ready(self._split(params)), key
+        self.weights, self.key = jax.block_until_ready(self._laid_out(params)), key
         self.seconds["weights"] = time.perf_counter() - start
 
+    def _laid_out(self, params: nnx.State) -> Weights:
+        shared = self._shared(params)
+        left = nnx.from_flat_state([(path, v) for path, v in nnx.to_flat_state(params) if path not in shared])
+        if (split := self._split.get(frozenset(shared))) is None:
+            where = self.where and dataclasses.replace(self.where, rest=_without(self.where.rest, shared))
+            split = self._split[frozenset(shared)] = jax.jit(self.programs.split, out_shardings=where)
+        made = split(left)
+        rest = nnx.from_flat_state([*nnx.to_flat_state(made.rest), *shared.items()])
+        return dataclasses.replace(made, rest=rest)
+
+    def _shared(self, params: nnx.State) -> dict[tuple, nnx.Variable]:
+        """By path, the parameters that the programs can take as they are, without a copy."""
+        where = {} if self.where is None else dict(nnx.to_flat_state(self.where.rest))
+        dtype, found = jax.numpy.dtype(self.programs.compute.dtype), {}
+        for path, variable in nnx.to_flat_state(params):
+            x = variable.get_value()
+            if path[:2] == LAYERS or x.dtype != dtype or not isinstance(x, jax.Array):
+                continue
+            if self.mesh is not None:
+                target = where[path].get_value()
+            elif len(x.sharding.device_set) == 1:
+                target = jax.sharding.SingleDeviceSharding(*x.sharding.device_set)
+            else:
+                continue
+            if x.sharding.is_equivalent_to(target, x.ndim):
+                # Under the very same sharding each time, however it was written: else programs compile once more.
+                shards = [shard.data for shard in x.addressable_shards]
+                array = jax.make_array_from_single_device_arrays(x.shape, target, shards)
+                found[path] = variable.replace(array)
+        return found
+
     def rest(self) -> None:
-        """Gives the memory of weights and cache away, until the next `load`."""
+        """Gives the memory of weights and cache away, until the next `load` and `begin`."""
         self.weights = self.state = None
 
     def begin(self) -> None:
@@ -134,6 +177,7 @@ class Engine:
         self.lanes = [None if s == slot else s for s in self.lanes]
 
     def step(self) -> list[tuple[int, Completion]]:
+        start = time.perf_counter()
         started = self._start_lanes()
         by_rung = collections.defaultdict(list)  # a slot's own images decide: its embeddings depend on nobody else's
         for slot in started:
@@ -148,7 +192,9 @@ class Engine:
         reach = max(x.length + self.sampling.chunk * x.samples for x in self.used.values())
         blocks = self._blocks(reach)
         self.state, out = self.programs.step(self.weights, self.state, self.key, piece, turns, blocks=blocks)
-        return self._take(jax.device_get(out), np.asarray(jax.device_get(turns.open)))
+        ended = self._take(jax.device_get(out), np.asarray(jax.device_get(turns.open)))
+        self.stats["decode_seconds" if piece is None else "prefill_seconds"] += time.perf_counter() - start
+        return ended
 
     ############################## What a call takes ##############################
 
@@ -325,6 +371,10 @@ class Engine:
 
     def _put(self, tree):
         return tree if self.mesh is None else jax.device_put(tree, sharding.rows(self.mesh))
+
+
+def _without(state: nnx.State, paths) -> nnx.State:
+    return nnx.from_flat_state([(path, v) for path, v in nnx.to_flat_state(state) if path not in paths])
 
 
 def _tail(prompt: Prompt, start: int) -> Prompt:

@@ -24,6 +24,8 @@ from rsagent_jax.models.qwen25_vl.language import mrope_angles
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.rollout.sampling import draw
 
+LAYERS = ("decoder", "layers")  # where the decoder's stacked layers stand among the parameters
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +133,8 @@ class Programs:
         """The training parameters in the engine's form; also of abstract ones, under eval_shape."""
         cast = jax.tree.map(lambda x: x.astype(jnp.dtype(self.compute.dtype)), params)
         flat = nnx.to_flat_state(cast)
-        inside = ("decoder", "layers")
-        stacked = nnx.from_flat_state([(path[2:], v) for path, v in flat if path[:2] == inside])
-        rest = nnx.from_flat_state([(path, v) for path, v in flat if path[:2] != inside])
+        stacked = nnx.from_flat_state([(path[2:], v) for path, v in flat if path[:2] == LAYERS])
+        rest = nnx.from_flat_state([(path, v) for path, v in flat if path[:2] != LAYERS])
         count = self.config.text.num_hidden_layers
         return Weights(tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)), rest)
 

@@ -47,9 +47,9 @@ SAMPLING = SamplingConfig(temperature=1.0, max_new_tokens=6, context=512, slots=
 _keep: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
 
 
-def raw_config(hidden: int = 32, layers: int = 2) -> dict:
+def raw_config(hidden: int = 32, layers: int = 2, heads: int = 2, kv_heads: int = 2) -> dict:
     """config.json; windows of 56 pixels, so that an image of 112 has several."""
-    ids = tokenizer().get_vocab()
+    ids, head = tokenizer().get_vocab(), hidden // heads
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
@@ -58,11 +58,11 @@ def raw_config(hidden: int = 32, layers: int = 2) -> dict:
         "hidden_size": hidden,
         "intermediate_size": 48,
         "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [hidden // 16, hidden // 16, hidden // 8]},
+        "rope_scaling": {"type": "mrope", "mrope_section": [head // 8, head // 8, head // 4]},
         "tie_word_embeddings": False,
         "eos_token_id": ids["<|im_end|>"],
         "image_token_id": ids["<|image_pad|>"],
@@ -73,7 +73,7 @@ def raw_config(hidden: int = 32, layers: int = 2) -> dict:
             "depth": 2,
             "hidden_size": 32,
             "intermediate_size": 48,
-            "num_heads": 2,
+            "num_heads": min(heads, 4),
             "out_hidden_size": hidden,
             "fullatt_block_indexes": [1],
             "patch_size": 14,
@@ -88,12 +88,12 @@ def tokenizer():
 
 
 @functools.cache
-def weights(hidden: int = 32, layers: int = 2) -> pathlib.Path:
+def weights(hidden: int = 32, layers: int = 2, heads: int = 2, kv_heads: int = 2) -> pathlib.Path:
     """A Hugging Face directory with random weights that now and then end a turn."""
     _keep.append(folder := tempfile.TemporaryDirectory())
     path = pathlib.Path(folder.name)
     tiny_vocab.save_tokenizer(tokenizer(), path, 56 * 56, 112 * 112)
-    raw = raw_config(hidden, layers)
+    raw = raw_config(hidden, layers, heads, kv_heads)
     model, rng = convert.abstract_model(Qwen25VLConfig.from_hf(raw)), np.random.default_rng(0)
     values = {k: rng.normal(k.endswith("scale"), 0.2, v.shape) for k, v in convert.flat_params(model).items()}
     values["decoder.lm_head"][raw["eos_token_id"]] *= 6
@@ -107,9 +107,9 @@ def processor() -> Processor:
     return Processor.load(weights())
 
 
-def model() -> Qwen25VL:
-    """A fresh copy: training donates parameters."""
-    return convert.load_model(weights(), processor().config)
+def model(**shape: int) -> Qwen25VL:
+    """A fresh copy: training donates parameters. `shape`: of `raw_config`."""
+    return convert.load_model(weights(**shape), Qwen25VLConfig.from_hf(raw_config(**shape)))
 
 
 def eager_params():

@@ -1,10 +1,13 @@
 """The engine on a small random model: its log-probs are the trainer's, whatever the slot, neighbours or cache."""
 
+import dataclasses
 import functools
+import threading
 
 import jax
 import numpy as np
 import pytest
+from agent_fakes import DiscSegmenter
 
 from rsagent_jax.config import SamplingConfig
 from rsagent_jax.data.packing import pack
@@ -233,6 +236,71 @@ def test_after_the_warm_up_ragged_work_compiles_nothing(caplog):
         engine_trajectories(tasks, scripts, eng=engine)
     assert not [r.message for r in caplog.records if "Finished XLA compilation" in r.message]
     assert engine.stats["copied_tokens"] > 0
+
+
+class Broken(DiscSegmenter):
+    """Hangs, raises or answers with garbage, by the shape of the picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.woken = threading.Event()
+
+    def segment(self, image, request):
+        match image.shape[:2]:
+            case (84, 112):
+                self.woken.wait(60)
+            case (112, 84):
+                raise RuntimeError("out of cheese")
+            case (56, 84):
+                return None
+        return super().segment(image, request)
+
+
+def test_bad_input_is_an_ending_of_its_own_trajectory_and_no_other_changes_a_bit():
+    """Three slots: those whose trajectory ends early, in the midst of a prompt, a turn or a tool call, serve others."""
+    engine = small.engine(patches=64)
+    fine = [TASKS[0], task(7), TASKS[2]]
+    scripts = SCRIPTS | {f"s{i}": (click(30, 40), zoom(10, 10, 60, 90), finish(1)) for i in range(3, 10)}
+    want = engine_trajectories(fine, scripts, eng=engine)
+
+    sizes = {3: (84, 112), 4: (112, 84), 5: (56, 84), 6: (84, 140)}  # 84 x 140: 96 patches in whole windows
+    hangs, raises, garbage, large = (task(i, h=h, w=w) for i, (h, w) in sizes.items())
+    long = Task(dataclasses.replace(small.sample(8), query="disc " * 400), 8, 8)
+    dropped = task(9)
+    tasks = [hangs, fine[0], raises, dropped, garbage, fine[1], large, long, fine[2]]
+    broken = Broken()
+    driver = small.EchoDriver(
+        engine,
+        broken,
+        small.processor(),
+        dataclasses.replace(small.AGENT, tool_deadline_s=3.0),
+        on_turn=lambda task, state: driver.cancel(dropped.uid) if task is dropped else None,
+        script=small.scripted(scripts),
+    )
+    got = [t for t, _ in driver.run(tasks)]
+    broken.woken.set()
+    assert [t.status for t in got] == [
+        Status.ENV_FAILED,
+        Status.FINISHED,
+        Status.ENV_FAILED,
+        Status.CANCELLED,
+        Status.ENV_FAILED,
+        Status.FINISHED,
+        Status.MAX_CONTEXT,
+        Status.MAX_CONTEXT,
+        Status.FINISHED,
+    ]
+    assert engine.used == {} and engine.queue == [] and engine.lanes == [None] * engine.sampling.lanes
+
+    play = driver.play([dropped, *fine])  # an iteration that is given up after its first trajectory
+    next(play)
+    play.close()
+    assert engine.used == {} and engine.queue == [] and engine.lanes == [None] * engine.sampling.lanes
+    again = [t for t, _ in driver.run(fine)]
+    for a, b, c in zip([got[1], got[5], got[8]], again, want, strict=True):
+        for t in (a, b):
+            np.testing.assert_array_equal(t.tokens, c.tokens)
+            np.testing.assert_array_equal(t.logprobs, c.logprobs)
 
 
 @pytest.mark.parametrize(

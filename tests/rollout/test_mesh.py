@@ -1,0 +1,126 @@
+"""The engine on 8 simulated devices: the trajectories of one device, and nothing on the way that need not be."""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.rollout import on_mesh, small
+
+pytestmark = pytest.mark.timeout(900)  # for machines that do other things beside
+ROOT = pathlib.Path(__file__).parent.parent.parent
+LAYERS, WIDTH, SLOTS = 2, 64, 16
+SHORT = dict(most_turns=2, warm=False, **on_mesh.ONE_BLOCK)
+MESHES = {
+    "8 x 1": dict(data=8, tensor=1, **SHORT),
+    "4 x 2": dict(data=4, tensor=2, most_turns=4, warm=True),
+    "2 x 4": dict(data=2, tensor=4, **SHORT),
+    "2 x 2, int8": dict(data=2, tensor=2, kv_dtype="int8", **SHORT),
+}
+
+
+def run(job: dict) -> dict:
+    """What on_mesh.py says about a job."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "agent")])
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    command = [sys.executable, "-m", "tests.rollout.on_mesh", json.dumps(job)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=800)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@functools.cache
+def alone(most_turns: int, **sampling):
+    """What one device plays."""
+    engine = on_mesh.make_engine(1, 1, **sampling)
+    return small.engine_trajectories(on_mesh.work(most_turns), on_mesh.SCRIPTS, eng=engine)
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def played(request):
+    """One run per mesh, which the tests below look at from their sides."""
+    job = MESHES[request.param]
+    return job, run({"what": "play", **job})
+
+
+def test_trajectories_on_a_mesh_are_those_of_one_device(played):
+    """Turns with and without images, a group that shares its opening, ends at different times."""
+    job, got = played
+    want = alone(2, kv_dtype="int8", **on_mesh.ONE_BLOCK) if "kv_dtype" in job else alone(4)[: len(got["tokens"])]
+    assert [len(t.turns) for t in want] == [2, 2, 2, 1, 4, 3][: 6 if job["most_turns"] == 4 else 4]
+    assert len(want) == 4 or max(len(t.tokens) for t in want) > 256  # into a second block of the cache
+    # The group's opening was read once in each lane that it is in: eight lanes have two slots each.
+    assert got["copied"] == (1 if job["data"] == 8 else 2) * (int(want[0].sampled.argmax()) - 1)
+    for tokens, logprobs, t in zip(got["tokens"], got["logprobs"], want, strict=True):
+        np.testing.assert_array_equal(tokens, t.tokens)
+        np.testing.assert_allclose(logprobs, t.logprobs, rtol=0, atol=1e-4)
+
+
+def test_every_device_holds_its_slots_and_heads_alone(played):
+    job, got = played
+    whole, mine = got["cache"]
+    places = 256 * (1 if "context" in job else 2)
+    assert whole == [SLOTS, 4, 8, places] and mine == [SLOTS // job["data"], 4 // job["tensor"], 8, places]
+
+
+def test_after_the_warm_up_a_mesh_compiles_nothing(played):
+    job, got = played
+    # three rungs, the copy, and each bucket with and without a piece
+    assert got["programs"] <= got["at_most"] == (6 if "context" in job else 8)
+    if job["warm"]:
+        assert got["compiled"] == 0 and got["programs"] == 8
+
+
+def test_rows_send_each_other_one_bit_and_the_heads_of_a_row_only_what_they_add_up(played):
+    """The bit: whether any row still samples. Else decoding would go on to the end of its chunk when all have ended.
+
+    Over the tensor axis: after the embedding, and after the attention's and the MLP's last product of every layer, a
+    sum of the row's hidden states; once per token the logits, of which every device draws. No weight, and no cache.
+    """
+    job, got = played
+    data, tensor = job["data"], job["tensor"]
+    slots, lanes, vocabulary = SLOTS // data, max(1, 4 // data), small.VOCAB // tensor
+    bit = ["all-reduce", "pred[]", data, True, 1]
+    decode, append = [bit], []
+    if tensor > 1:
+        decode.append(["all-reduce", f"f32[{slots},1,{WIDTH}]", tensor, True, 2 * LAYERS + 1])
+        decode.append(["all-gather", f"f32[{slots},1,{vocabulary}]", tensor, True, 1])
+        append.append(["all-reduce", f"f32[{lanes},{job.get('prefill', 64)},{WIDTH}]", tensor, False, 2 * LAYERS + 1])
+    assert got["sent"]["decode"] == sorted(decode)
+    assert got["sent"]["append"] == sorted(decode + append)
+    assert got["sent"]["copy"] == []
+    if tensor == 1:
+        assert got["sent"]["encode"] == []
+    for kind, shape, _, _, _ in got["sent"]["encode"]:  # of every lane its patches, or windows of 16 of them
+        assert kind in ("all-reduce", "all-gather")
+        for operand in shape.split(", "):
+            first, second, *_ = (int(n) for n in operand[operand.index("[") + 1 : -1].split(","))
+            assert (first, second) in {(lanes, 128), (lanes * 8, 16), (lanes, 32)}, shape
+
+
+def test_weights_of_a_training_mesh_reach_the_rollout_mesh_without_needless_copies():
+    """fsdp 4 to whole rows; then layouts that agree: only the decoder's layers, cut out of their stack, are new."""
+    cases = [
+        dict(train=dict(data=1, fsdp=4, tensor=2), data=4, tensor=2, dtype="float32"),
+        dict(train=dict(data=2, fsdp=4, tensor=1), data=4, tensor=2, dtype="bfloat16"),
+        dict(train=dict(data=4, fsdp=1, tensor=2), data=4, tensor=2, dtype="float32"),
+        dict(train=dict(data=4, fsdp=1, tensor=2), data=4, tensor=2, dtype="bfloat16"),
+    ]
+    got = run({"what": "weights", "cases": cases})["cases"]
+    for case in got:
+        assert case["equal"] and case["placed"] and case["compiled"] == 0 and case["seconds"] > 0
+        assert case["loaded"] == case["new"] > 0 and case["shared_layers"] == 0
+    other, cast, same, same_but_cast = (case["shared"] for case in got)
+    assert same == got[0]["rest"] > 20 and cast == same_but_cast == 0
+    assert 0 < other < same  # norms and biases are whole on every device in training, too
+
+
+def test_a_tensor_axis_that_does_not_divide_the_key_value_heads_is_refused():
+    error = run({"what": "refused", "data": 1, "tensor": 8})["error"]
+    assert "sampling.tensor = 8 must divide the policy's 4 key-value heads" in error
