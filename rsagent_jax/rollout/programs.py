@@ -191,13 +191,17 @@ class Programs:
     def _decode(self, model, weights: Weights, slots: Slots, key, turns: Turns, blocks: int, steps: int | None):
         count, limit = len(turns.open), self.sampling.chunk
         keys = jax.vmap(lambda u, n: jax.random.fold_in(jax.random.fold_in(key, u), n))(turns.uids, turns.numbers)
-        old = [kv.blocks(layer, kv.ALL, blocks, self.block) for layer in slots.cache]
+        # On a TPU a product reads its block out of the cache as it goes: blocks cut before the loop would be a second
+        # cache, written and read. Elsewhere a product wants a whole array, which is better cut once.
+        read = lambda layer: kv.blocks(layer, kv.ALL, blocks, self.block)  # noqa: E731
+        old = None if self.compute.platform == "tpu" else [read(layer) for layer in slots.cache]
         starts = range(0, blocks * self.block, self.block)
         seen = [(at + jnp.arange(self.block)) < turns.lengths[:, None, None] for at in starts]
 
         def step(carry):
             i, recent, hidden, open_, out = carry
-            logits = self.compute.rows(model.logits(hidden[:, None])[:, 0])
+            # Split like the head: a row of logits is nothing beside the head that would have to be gathered for it.
+            logits = sharding.constrain(model.logits(hidden[:, None])[:, 0], ("rows", "vocab"), self.compute.mesh)
             token, logprob = draw(logits, self.sampling, keys, turns.done + out.counts)
             finished, stopped = token == self.terminator, jnp.isin(token, self.stops)
             out = Sampled(
@@ -216,7 +220,8 @@ class Programs:
 
             def attend(layer, q, k, v):
                 new.append(recent[layer].with_place(i, Part.of(k, v, slots.cache[layer])))
-                return kv.attend(q, [*zip(old[layer], seen, strict=True), (new[-1], mine)])
+                parts = old[layer] if old else read(slots.cache[layer])
+                return kv.attend(q, [*zip(parts, seen, strict=True), (new[-1], mine)])
 
             after = self._layers(model, weights, x, positions, attend)[:, 0]
             hidden = jnp.where((open_ & ~finished)[:, None], after, hidden)
