@@ -113,15 +113,15 @@ def most(value: int) -> int:
 def local_mesh(tensor: int) -> Mesh | None:
     """This process's devices, `tensor` of them to a row; None for a single device. For programs that it runs alone."""
     mine = sorted(jax.local_devices(), key=lambda d: d.id)
-    if len(mine) % tensor:
+    if tensor < 1 or len(mine) % tensor:
         raise DataError(f"sampling.tensor = {tensor} must divide the {len(mine)} devices of a process")
     return None if len(mine) == 1 else Mesh(np.array(mine).reshape(-1, 1, tensor), sharding.AXES)
 
 
-def local_copy(params: Any, mesh: Mesh) -> Any:
+def local_copy(params: Any, mesh: Mesh, dtype: str) -> Any:
     """The same parameters, whole inside every process: split over its own devices, for programs it runs alone.
 
-    One resharding over the interconnect. With one process, the parameters themselves.
+    One resharding over the interconnect, in `dtype`. With one process, the parameters themselves.
     """
     if jax.process_count() == 1:
         return params
@@ -129,9 +129,9 @@ def local_copy(params: Any, mesh: Mesh) -> Any:
     mine = [d for d in flat if d.process_index == jax.process_index()]
     both = Mesh(np.array(flat).reshape(-1, len(mine)), ("host", "chip"))
     here = Mesh(np.array(mine), ("chip",))
-    specs = jax.tree.map(lambda p: _split_once(p.shape, len(mine)), params)
+    specs = jax.tree.map(lambda p: split_once(p.shape, len(mine)), params)
     target = jax.tree.map(lambda s: NamedSharding(both, s), specs, is_leaf=lambda s: isinstance(s, P))
-    spread = jax.jit(lambda p: p, out_shardings=target)(params)
+    spread = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p), out_shardings=target)(params)
 
     def gather(array, spec):
         shards = [s.data for s in array.addressable_shards]
@@ -140,8 +140,8 @@ def local_copy(params: Any, mesh: Mesh) -> Any:
     return jax.tree.map(gather, spread, specs)
 
 
-def _split_once(shape: tuple[int, ...], parts: int) -> P:
-    """The longest axis that divides goes over the chips."""
+def split_once(shape: tuple[int, ...], parts: int) -> P:
+    """How a local copy lies: the longest axis that divides goes over the process's devices, the mesh axis "chip"."""
     sizes = [(n, i) for i, n in enumerate(shape) if n % parts == 0]
     if not sizes:
         return P()

@@ -64,7 +64,7 @@ class Engine:
         mesh: jax.sharding.Mesh | None = None,
     ):
         """With a mesh, its rows share the slots and its tensor axis the heads; else everything is on one device."""
-        sampling = _settled(
+        sampling = settled(
             sampling, model.config.vision.window_patches, 1 if mesh is None else sharding.parts("rows", mesh)
         )
         self.config, self.sampling, self.mesh = model.config, sampling, mesh
@@ -292,9 +292,7 @@ class Engine:
 
     @property
     def buckets(self) -> list[int]:
-        """How many blocks of the cache a call may read: 1, 2, 4, ... all."""
-        whole = self.programs.blocks
-        return [*itertools.takewhile(lambda n: n < whole, (2**i for i in itertools.count())), whole]
+        return self.programs.buckets
 
     def _blocks(self, places: int) -> int:
         return next(n for n in self.buckets if n * self.programs.block >= places)
@@ -339,7 +337,7 @@ def _equal(a: Prompt, b: Prompt) -> bool:
     return same and np.array_equal(a.patches, b.patches)
 
 
-def _settled(sampling: SamplingConfig, window: int, rows: int) -> SamplingConfig:
+def settled(sampling: SamplingConfig, window: int, rows: int) -> SamplingConfig:
     """With lanes = 0 filled in: one for four slots, but one for each row of the mesh. DataError for nonsense."""
     lanes = sampling.lanes or max(rows, sampling.slots // 4 if sampling.slots % 4 == 0 else 1)
     for ok, message in (

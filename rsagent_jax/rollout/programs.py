@@ -8,6 +8,7 @@ step    appends a piece of a prompt to at most one slot per lane, then samples u
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -118,6 +119,12 @@ class Programs:
     def blocks(self) -> int:
         """Blocks of a slot's cache: its context, and the padding of a piece or the steps after a turn's end."""
         return -(-(self.sampling.context + max(self.sampling.prefill, self.sampling.chunk)) // self.block)
+
+    @property
+    def buckets(self) -> list[int]:
+        """How many blocks of the cache a call may read: 1, 2, 4, ... all."""
+        whole = self.blocks
+        return [*itertools.takewhile(lambda n: n < whole, (2**i for i in itertools.count())), whole]
 
     def empty(self) -> Slots:
         c, s = self.config, self.sampling
