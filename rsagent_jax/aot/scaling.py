@@ -128,8 +128,10 @@ def _row(name: str, line: dict, how: str = "") -> str:
 
 
 ROLLOUT_COLUMNS = (
-    "| slice | tensor | slots a host (a device) | weights | cache | training | peak GiB | of | fits | GiB a step | ratio"
-    + " | projected tokens/s a host | a slice |",
+    (
+        "| slice | tensor | slots a host (a device) | weights | cache | training | peak GiB | of | fits | GiB a step"
+        " | ratio | projected tokens/s a host | a slice |"
+    ),
     "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
