@@ -32,6 +32,7 @@ class Decoding:
     steps: int  # of decoding in one run; 0: something else runs as well, and has no rate
     weight_bytes: int
     slot_bytes: int  # of a slot on each of its devices
+    training_bytes: int  # what train.py holds meanwhile
     needed_bytes: int  # that a decode step reads at least: weights once, the cache of the places
     slots_fit: int | None = None  # by this program's peak, as if its temporaries did not grow with the slots
     step_bytes: float | None = None  # HBM traffic of a decode step

@@ -53,8 +53,10 @@ def jobs(
     view = Workload(s.lanes, s.patches // policy.vision.merge_unit, (), ((s.patches // side, side),), False, False)
     text = dataclasses.replace(view, images=())
     seen = model_flops(policy, view).total - model_flops(policy, text).total
-    # One program at a time is the device's: the others' temporaries are gone.
-    yield Job("rollout encode", lambda: programs.encode.lower(weights, slots, engine.images()), seen, resident, view)
+    # What a program does not read is no argument of the compiled one, and stays on the device all the same.
+    tower, images = device_bytes(weights.rest["vision"]), device_bytes(slots.images)
+    beside = resident + device_bytes(weights) - tower + device_bytes(slots) - images
+    yield Job("rollout encode", lambda: programs.encode.lower(weights, slots, engine.images()), seen, beside, view)
 
     whole = programs.blocks
     blocks = max(n for n in programs.buckets if n == 1 or n * programs.block <= s.context)
@@ -68,6 +70,7 @@ def jobs(
         steps=s.chunk,
         weight_bytes=device_bytes(weights),
         slot_bytes=device_bytes(slots) * sharding.parts("rows", mesh) // s.slots,
+        training_bytes=resident,
         needed_bytes=device_bytes(weights.layers) + device_bytes(head) + live,
     )
     step = decode_flops(policy.text, s.slots, s.chunk, decoding.places, logits=True)
@@ -80,10 +83,11 @@ def jobs(
         "rollout append",
         lambda: lower(engine.piece(), whole),
         step + more,
-        resident,
+        resident + tower,
         decoding=dataclasses.replace(decoding, steps=0),
     )
-    yield Job("rollout decode", lambda: lower(None, blocks), step, resident, decoding=decoding)
+    beside = resident + tower + images
+    yield Job("rollout decode", lambda: lower(None, blocks), step, beside, decoding=decoding)
 
 
 def decode_flops(text: TextConfig, rows: int, tokens: int, places: int, *, logits: bool) -> float:

@@ -24,7 +24,7 @@ ONLY = flags.DEFINE_string("only", "", "Compile only what has this in its name (
 COMPILE = flags.DEFINE_bool("compile", True, "False: only write the page from what is there.")
 
 FULLY = ":fully"  # ends the name of a line that was compiled without --aot_quick
-SLOTS = {"v5e-16": 36, "v6e-8": 128, "v5p-8": 384}  # of a host at 8k tokens, beside the training state of the 7B
+SLOTS = {"v5e-16": 32, "v6e-8": 128, "v5p-8": 384}  # of a host at 8k tokens, beside the training state of the 7B
 WEIGHTS = {"3b": "Qwen2.5-VL-3B-Instruct", "7b": "Qwen2.5-VL-7B-Instruct", "72b": "Qwen2.5-VL-72B-Instruct"}
 
 
@@ -143,7 +143,7 @@ def _rollout_row(name: str, line: dict) -> str:
     d, topology = decode["decoding"], parse_topology(where)
     a_device = d["slots"] * d["tensor"] // d["devices"]
     cells = [where, str(d["tensor"]), f"{d['slots']} ({d['slots'] / d['devices']:g})"]
-    sizes = (d["weight_bytes"], a_device * d["slot_bytes"], decode["resident_bytes"])
+    sizes = (d["weight_bytes"], a_device * d["slot_bytes"], d["training_bytes"])
     cells += [f"{size / GIB:.2f}" for size in sizes]
     peak = f"{fullest['peak_hbm_bytes'] / GIB:.2f} ({fullest['program'].removeprefix('rollout ')})"
     fits = "yes" if all(r["fits"] for r in line["reports"]) else "**no**"

@@ -145,10 +145,23 @@ class Programs:
         return Weights(tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)), rest)
 
     def _encode(self, weights: Weights, slots: Slots, images: Images) -> Slots:
+        """A lane of every row of the mesh at a time, and none that nobody wants: all lanes' activations together take
+        more memory than the cache can spare."""
         model = nnx.merge(self.rest_def, weights.rest)
-        merged = model.vision(images.patches, images.segment_ids, images.positions, self.compute)
-        old = slots.images[:, : merged.shape[1]]
-        merged = jnp.where(images.wanted[:, None, None], merged.astype(old.dtype), old)
+        rows = sharding.parts("rows", self.compute.mesh)
+        old = slots.images[:, : images.patches.shape[1] // self.config.vision.merge_unit]
+
+        def look(lanes):
+            new, old = lanes
+
+            def see():
+                merged = model.vision(new.patches, new.segment_ids, new.positions, self.compute)
+                return jnp.where(new.wanted[:, None, None], merged.astype(old.dtype), old)
+
+            return jax.lax.cond(jnp.any(new.wanted), see, lambda: old)
+
+        by_turn = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1), (images, old))
+        merged = jax.lax.map(look, by_turn).swapaxes(0, 1).reshape(old.shape)
         return dataclasses.replace(slots, images=slots.images.at[:, : merged.shape[1]].set(merged))
 
     def _copy(self, slots: Slots, source, target, wanted, count: jax.Array) -> Slots:

@@ -82,12 +82,32 @@ def test_the_compiled_step_reads_weights_and_live_cache_once_and_holds_no_second
 
 def test_slots_that_fit_are_those_that_are_there_and_those_the_rest_of_the_memory_holds():
     """Rows of 2 devices, 4 of them: each takes another slot per 10 bytes that are left, or must give one up."""
-    d = Decoding(slots=16, devices=8, tensor=2, places=8, steps=4, weight_bytes=100, slot_bytes=10, needed_bytes=140)
+    d = Decoding(
+        slots=16,
+        devices=8,
+        tensor=2,
+        places=8,
+        steps=4,
+        weight_bytes=100,
+        slot_bytes=10,
+        training_bytes=0,
+        needed_bytes=140,
+    )
     assert d.compiled(peak=165, hbm=200, traffic=600, seconds=2.0).slots_fit == 16 + 3 * 4
     less = d.compiled(peak=205, hbm=200, traffic=600, seconds=2.0)
     assert (less.slots_fit, less.step_bytes, less.projected_tokens_per_s) == (12, 150, 32)
     refused = d.compiled(peak=300, hbm=200, traffic=0, seconds=None)
     assert (refused.slots_fit, refused.step_bytes, refused.projected_tokens_per_s) == (0, None, None)
+
+
+def test_what_a_program_does_not_read_stays_on_the_device(jobs, decode):
+    """Arguments and residents together are weights, slots and training, whichever of them the program takes."""
+    d, job = decode.decoding, jobs["rollout encode"]
+    whole = 1000 + d.weight_bytes + d.slots // 2 * d.slot_bytes
+    assert decode.argument_bytes + decode.resident_bytes == pytest.approx(whole, rel=0.01)
+    memory = job.lower().compile().memory_analysis()
+    pixels = 4 * PATCHES * (1176 + 3) * 4  # of four lanes
+    assert memory.argument_size_in_bytes + job.resident_bytes == pytest.approx(whole + pixels, rel=0.01)
 
 
 def test_the_report_says_slots_and_rate(decode):
@@ -128,13 +148,13 @@ def test_training_stays_on_the_device_and_the_policy_is_read_in_place_by_a_singl
     alone = {j.program: j for j in stages.jobs(TRAINED, "grpo", policy, mesh, rollout.host_mesh(found, 1))}
     assert list(alone)[-4:] == ["rollout weights", "rollout encode", "rollout append", "rollout decode"]
     params = sum(v.size for v in convert.flat_params(convert.abstract_model(policy)).values())
-    assert alone["rollout decode"].resident_bytes == pytest.approx(params * (4 + 8 + 2) / 4, rel=0.05)
+    assert alone["rollout decode"].decoding.training_bytes == pytest.approx(params * (4 + 8 + 2) / 4, rel=0.05)
     one_of_four = params * 4 / 4
-    held = alone["rollout decode"].resident_bytes - alone["rollout weights"].resident_bytes
+    held = alone["rollout decode"].decoding.training_bytes - alone["rollout weights"].resident_bytes
     assert held == pytest.approx(one_of_four, rel=0.05)
     host = rollout.host_mesh(devices(parse_topology("v5e:1x1")), 1)
     several = {j.program: j for j in stages.jobs(TRAINED, "grpo", policy, mesh, host)}
-    assert several["rollout weights"].resident_bytes == several["rollout decode"].resident_bytes
+    assert several["rollout weights"].resident_bytes == several["rollout decode"].decoding.training_bytes
 
 
 def test_slots_and_their_devices_come_from_the_slice_unless_the_config_says():
@@ -156,9 +176,9 @@ def test_the_page_has_a_row_for_a_host_and_its_slice():
     gib = 2**30
     decoding = dict(
         slots=128, devices=8, tensor=2, places=8192, steps=8, weight_bytes=8 * gib, slot_bytes=gib // 4,
-        needed_bytes=10 * gib, slots_fit=140, step_bytes=11 * gib, projected_tokens_per_s=1000.0,
+        training_bytes=13 * gib, needed_bytes=10 * gib, slots_fit=140, step_bytes=11 * gib, projected_tokens_per_s=1000.0,
     )  # fmt: skip
-    common = dict(hbm_bytes=31 * gib, fits=True, resident_bytes=13 * gib, decoding=None)
+    common = dict(hbm_bytes=31 * gib, fits=True, decoding=None)
     encode = dict(common, program="rollout encode", peak_hbm_bytes=30 * gib)
     decode = dict(common, program="rollout decode", peak_hbm_bytes=29 * gib, decoding=decoding)
     name = next(name for name, _ in scaling.calls() if name.startswith("7b:v6e-8:rollout:"))

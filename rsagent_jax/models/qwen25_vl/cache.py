@@ -49,14 +49,12 @@ class Rows:
     pick: jax.Array | None = None  # i32[P], the slot's number inside its lane; None: all slots
 
     def read(self, x: jax.Array, start: int | jax.Array, size: int, axis: int) -> jax.Array:
-        """[S, ...] -> [P, ...] or [S, ...], with the places `start` ... `start + size` of `axis` of x only."""
-        if self.pick is None:
-            return jax.lax.slice_in_dim(x, start, start + size, axis=axis)
+        """[S, ...] -> the places `start` ... `start + size` along `axis` of each chosen slot, [P, ...]."""
         lanes = x.reshape(len(self.pick), -1, *x.shape[1:])
         sizes = [1, *x.shape[1:]]
         sizes[axis] = size
 
-        def one(lane, i):  # slot and places at once: all slots' places would be copied first
+        def one(lane, i):  # slot and places at once: left to two steps, all slots' places are copied first
             index = [i] + [jnp.int32(0)] * (x.ndim - 1)
             index[axis] = start
             return jax.lax.dynamic_slice(lane, index, sizes)[0]
@@ -151,13 +149,15 @@ class Part:
 def blocks(cache: LayerCache, rows: Rows, count: int, size: int) -> list[Part]:
     """The first `count` blocks of each row's slot."""
 
-    def cut(x, i, axis):
-        return None if x is None else rows.read(x, i * size, size, axis)
+    def cut(x, axis):
+        if x is None:
+            return [None] * count
+        if rows.pick is not None:
+            x = rows.read(x, 0, count * size, axis)  # all at once: a program of many small copies takes long to compile
+        return [jax.lax.slice_in_dim(x, i * size, (i + 1) * size, axis=axis) for i in range(count)]
 
-    return [
-        Part(cut(cache.keys, i, 3), cut(cache.values, i, 2), cut(cache.key_scales, i, 2), cut(cache.value_scales, i, 2))
-        for i in range(count)
-    ]
+    fields = cut(cache.keys, 3), cut(cache.values, 2), cut(cache.key_scales, 2), cut(cache.value_scales, 2)
+    return [Part(*block) for block in zip(*fields, strict=True)]
 
 
 def attend(q_RTNH: jax.Array, parts: Iterable[tuple[Part, jax.Array]]) -> jax.Array:
