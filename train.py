@@ -58,7 +58,7 @@ def main(config: TrainConfig) -> int | None:
     if unknown := set(config.stages) - set(STAGES):
         raise DataError(f"stages: unknown {sorted(unknown)}; known are {', '.join(STAGES)}")
     if flags.FLAGS.aot:
-        return compile_ahead(config, flags.FLAGS.aot, flags.FLAGS.aot_quick)
+        return compile_ahead(config, flags.FLAGS.aot, flags.FLAGS.aot_quick, flags.FLAGS.aot_only)
 
     ############################## Work directory, log ##############################
     processes.join()
@@ -86,8 +86,9 @@ def main(config: TrainConfig) -> int | None:
     log.close()
 
 
-def compile_ahead(config: TrainConfig, name: str, quick: bool) -> int:
-    """Compiles each stage's programs for a TPU that is not there. 3 if one of them does not fit, else 0."""
+def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int:
+    """Compiles each stage's programs, or those with `only` in the name, for a TPU that is not there. 3 if one of them
+    does not fit, else 0."""
     from rsagent_jax.aot import report, stages, topology  # loads the TPU compiler
 
     jax.config.update("jax_platforms", "cpu")  # the compiler is asked for, not a TPU
@@ -99,7 +100,7 @@ def compile_ahead(config: TrainConfig, name: str, quick: bool) -> int:
     for target in map(topology.parse_topology, names):
         settled = stages.settled(config, target, policy)
         for stage in config.stages:
-            found = stages.report_stage(settled, stage, target, lambda line: print(line, file=sys.stderr))
+            found = stages.report_stage(settled, stage, target, lambda line: print(line, file=sys.stderr), only)
             reports += [dataclasses.replace(report, quick=quick) for report in found]
     print(report.table(reports))
     print(report.to_json(reports))
@@ -140,6 +141,7 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         engine = Engine(model, c.sampling, processor.terminator_id, dtype, key, here)
         del model  # with several processes a copy of the parameters
         engine.warm_up()
+        engine.rest()  # the state below is made beside nothing of the engine's
         driver = Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
         samples = open_samples(c.data)
         source = GrpoSource(c, samples, driver, engine, processor, config.seed, share)
@@ -187,13 +189,15 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
     ############################## Train loop ##############################
     for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=stage, unit="step", mininterval=2.0):
         start = time.perf_counter()
-        policy = None
-        if stage == "grpo":
-            policy = processes.local_copy(to_plain(state.params, base), mesh, compute.dtype)
-        batches, metrics = source.next(policy, jax.random.fold_in(key, step))
-        if stage == "grpo":
-            policy = None  # a merged or local copy gives its memory to the gradients, and so does the engine
-            engine.rest()
+        batches = refs = None  # the last step's give their memory to the rollouts
+        rolls = stage == "grpo"
+        # No name holds the copy: the source drops it as soon as the engine has its weights.
+        batches, metrics = source.next(
+            processes.local_copy(to_plain(state.params, base), mesh, compute.dtype) if rolls else None,
+            jax.random.fold_in(key, step),
+        )
+        if rolls:
+            engine.rest()  # weights and cache give their memory to the gradients
         if step == 1:
             save_first_batch(processes.own_directory(workdir), stage, batches[0], processor, log)
         zeros = processes.put_rows(np.zeros(batches[0].tokens.shape, np.float32), mesh)
@@ -241,4 +245,5 @@ if __name__ == "__main__":
     entry.define_flags()
     flags.DEFINE_string("aot", None, "A TPU slice or topology to compile for instead of training, or all.")
     flags.DEFINE_bool("aot_quick", False, "With --aot: a fifth of the time, by leaving out what only makes it fast.")
+    flags.DEFINE_string("aot_only", "", "With --aot: only programs with this in their name, such as rollout.")
     entry.run(main, TrainConfig)

@@ -27,5 +27,7 @@ def get_config():
     config.grpo.batch = dict(rows=0, tokens=4096, patches=14336)  # one view and eight overlays, with text
     config.grpo.sampling.context = 4096
     config.grpo.sampling.patches = 6144
+    config.grpo.sampling.tensor = 0  # this and the slots of a host: as the slice's preset says
+    config.grpo.sampling.slots = 0
     config.grpo.checkpoint_every = 20
     return config

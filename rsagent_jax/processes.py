@@ -113,7 +113,7 @@ def most(value: int) -> int:
 def local_mesh(tensor: int) -> Mesh | None:
     """This process's devices, `tensor` of them to a row; None for a single device. For programs that it runs alone."""
     mine = sorted(jax.local_devices(), key=lambda d: d.id)
-    if len(mine) % tensor:
+    if tensor < 1 or len(mine) % tensor:
         raise DataError(f"sampling.tensor = {tensor} must divide the {len(mine)} devices of a process")
     return None if len(mine) == 1 else Mesh(np.array(mine).reshape(-1, 1, tensor), sharding.AXES)
 
@@ -129,10 +129,9 @@ def local_copy(params: Any, mesh: Mesh, dtype: str) -> Any:
     mine = [d for d in flat if d.process_index == jax.process_index()]
     both = Mesh(np.array(flat).reshape(-1, len(mine)), ("host", "chip"))
     here = Mesh(np.array(mine), ("chip",))
-    specs = jax.tree.map(lambda p: _split_once(p.shape, len(mine)), params)
+    specs = jax.tree.map(lambda p: split_once(p.shape, len(mine)), params)
     target = jax.tree.map(lambda s: NamedSharding(both, s), specs, is_leaf=lambda s: isinstance(s, P))
-    cast = jax.tree.map(lambda p: p.astype(dtype), params)  # before they travel
-    spread = jax.jit(_same, out_shardings=target)(cast)
+    spread = jax.jit(_cast, static_argnames="dtype", out_shardings=target)(params, dtype=dtype)  # before they travel
 
     def gather(array, spec):
         shards = [s.data for s in array.addressable_shards]
@@ -141,13 +140,13 @@ def local_copy(params: Any, mesh: Mesh, dtype: str) -> Any:
     return jax.tree.map(gather, spread, specs)
 
 
-def _same(tree: Any) -> Any:
+def _cast(tree: Any, *, dtype: str) -> Any:
     """Named, and not a lambda of the call: jax finds what it compiled for a function by the function."""
-    return tree
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
-def _split_once(shape: tuple[int, ...], parts: int) -> P:
-    """The longest axis that divides goes over the chips."""
+def split_once(shape: tuple[int, ...], parts: int) -> P:
+    """How a local copy lies: the longest axis that divides goes over the process's devices, the mesh axis "chip"."""
     sizes = [(n, i) for i, n in enumerate(shape) if n % parts == 0]
     if not sizes:
         return P()

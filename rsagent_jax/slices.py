@@ -1,6 +1,7 @@
-"""What a config leaves open and a slice decides: tensor parallelism, rows per micro-batch, remat policy.
+"""What a config leaves open and a slice decides: tensor parallelism, rows per micro-batch, remat policy, slots.
 
-`mesh.tensor = 0`, `batch.rows = 0` and `policy.remat = ""` mean: as the slice's preset says. The presets follow
+`mesh.tensor = 0`, `batch.rows = 0`, `policy.remat = ""`, and for GRPO `sampling.tensor = 0` and `sampling.slots = 0`
+mean: as the slice's preset says. The presets follow
 docs/scaling.md: `selective` where SFT of the 7B fits with it and its projected time is shorter. GRPO was compiled
 with `full` only; it needs up to 4 GiB more than SFT.
 """
@@ -17,27 +18,29 @@ from rsagent_jax.types import DataError
 class Preset:
     tensor: int = 1
     remat: str = "full"
+    rollout_tensor: int = 1  # of a host's devices, to hold the engine's weights and slots beside the training state
+    slots: int = 64  # per host, of 8k tokens
 
 
 SIZES = {2048: "3b", 3584: "7b", 5120: "32b", 8192: "72b"}  # hidden size -> name
 # 3B has those of 7B, which need more.
 _SMALL = {
-    "v5e-8": Preset(),  # 7B with policy.lora only
-    "v5e-16": Preset(),
-    "v5e-64": Preset(),
-    "v5e-256": Preset(tensor=2, remat="selective"),
+    "v5e-8": Preset(rollout_tensor=4, slots=32),  # 7B with policy.lora only
+    "v5e-16": Preset(rollout_tensor=4, slots=32),
+    "v5e-64": Preset(rollout_tensor=4, slots=32),
+    "v5e-256": Preset(tensor=2, remat="selective", rollout_tensor=4, slots=32),
     "v5p-8": Preset(remat="selective"),
     "v5p-64": Preset(remat="selective"),
-    "v6e-8": Preset(),
-    "v6e-64": Preset(),
-    "v6e-256": Preset(tensor=2),
-    "v4-16": Preset(),
+    "v6e-8": Preset(rollout_tensor=2),
+    "v6e-64": Preset(rollout_tensor=2),
+    "v6e-256": Preset(tensor=2, rollout_tensor=2),
+    "v4-16": Preset(rollout_tensor=2),
     "tpu7x-8": Preset(),
 }
 PRESETS: dict[str, dict[str, Preset]] = {
     "3b": _SMALL,
     "7b": _SMALL,
-    "72b": {"v5p-256": Preset(), "v6e-256": Preset(tensor=2)},
+    "72b": {"v5p-256": Preset(rollout_tensor=4, slots=32), "v6e-256": Preset(tensor=2, rollout_tensor=4, slots=4)},
 }
 
 
@@ -60,7 +63,12 @@ def settle(config: TrainConfig, hidden_size: int, devices: int) -> TrainConfig:
         return dataclasses.replace(stage, batch=dataclasses.replace(stage.batch, rows=stage.batch.rows or groups))
 
     policy = dataclasses.replace(config.policy, remat=config.policy.remat or preset.remat)
-    config = dataclasses.replace(config, mesh=mesh, policy=policy, sft=filled(config.sft), grpo=filled(config.grpo))
+    given = config.grpo.sampling
+    sampling = dataclasses.replace(
+        given, tensor=given.tensor or preset.rollout_tensor, slots=given.slots or preset.slots
+    )
+    grpo = dataclasses.replace(filled(config.grpo), sampling=sampling)
+    config = dataclasses.replace(config, mesh=mesh, policy=policy, sft=filled(config.sft), grpo=grpo)
     for stage in config.stages:
         have = getattr(config, stage).batch.rows
         if have % groups:

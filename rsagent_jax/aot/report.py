@@ -10,14 +10,52 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rsagent_jax.aot import collectives as coll
+from rsagent_jax.aot.flops import Workload
 from rsagent_jax.aot.hlo import read_program
 from rsagent_jax.aot.topology import GIB, Topology
 from rsagent_jax.aot.traffic import hbm_traffic_bytes
 from rsagent_jax.aot.work import Kernel, KernelFlops, hlo_flops, kernels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """A macro-step of the rollout engine on one host. Bytes are per device."""
+
+    slots: int  # of the host
+    devices: int
+    tensor: int  # devices that share a slot
+    places: int  # of its cache that a decode step reads
+    steps: int  # of decoding in one run; 0: something else runs as well, and has no rate
+    weight_bytes: int
+    slot_bytes: int  # of a slot on each of its devices
+    training_bytes: int  # what train.py holds meanwhile
+    needed_bytes: int  # that a decode step reads at least: weights once, the cache of the places
+    slots_fit: int | None = None  # by this program's peak, as if its temporaries did not grow with the slots
+    step_bytes: float | None = None  # HBM traffic of a decode step
+    projected_tokens_per_s: float | None = None  # of the host: slots over the projected time of a step
+
+    def compiled(self, peak: int, hbm: int, traffic: int, seconds: float | None) -> Decoding:
+        """With what a compiled program tells; traffic and seconds are of one run."""
+        found = dict(slots_fit=max(0, self.slots + (hbm - peak) // self.slot_bytes * (self.devices // self.tensor)))
+        if self.steps and seconds:
+            found |= dict(step_bytes=traffic / self.steps, projected_tokens_per_s=self.slots * self.steps / seconds)
+        return dataclasses.replace(self, **found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One program, ready to be lowered."""
+
+    program: str
+    lower: Callable[[], Any]  # -> jax.stages.Lowered
+    model_flops: float
+    resident_bytes: int  # per device: what train.py holds while the program runs and does not pass to it
+    work: Workload | None = None  # what the attention kernel sees, where it is not a micro-batch
+    decoding: Decoding | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +86,7 @@ class ProgramReport:
     kernels: tuple[Kernel, ...] = ()
     unknown_trip_counts: tuple[str, ...] = ()  # loops that count as if they ran once
     largest_allocations: tuple[str, ...] = ()  # of a program that does not fit, where the compiler tells
+    decoding: Decoding | None = None
 
     @property
     def kernels_without_flops(self) -> tuple[str, ...]:
@@ -62,6 +101,7 @@ def analyse(
     model_flops: float,
     resident_bytes: int = 0,
     kernel_flops: KernelFlops | None = None,
+    decoding: Decoding | None = None,
 ) -> ProgramReport:
     """Reads a `jax.stages.Compiled` for `topology`, of which it may use fewer devices.
 
@@ -108,11 +148,18 @@ def analyse(
         largest_collective=coll.largest(found),
         kernels=listed,
         unknown_trip_counts=hlo.unknown_trip_counts,
+        decoding=decoding and decoding.compiled(peak, topology.hbm_bytes, traffic, step),
     )
 
 
 def out_of_memory(
-    error: BaseException, topology: Topology, *, program: str, model_flops: float = 0.0, resident_bytes: int = 0
+    error: BaseException,
+    topology: Topology,
+    *,
+    program: str,
+    model_flops: float = 0.0,
+    resident_bytes: int = 0,
+    decoding: Decoding | None = None,
 ) -> ProgramReport:
     """The report of a program that the compiler refused for its memory. Raises the error again when it says otherwise.
 
@@ -145,6 +192,7 @@ def out_of_memory(
         seconds={},
         resident_bytes=resident_bytes,
         largest_allocations=_allocations(message),
+        decoding=decoding and decoding.compiled(used + resident_bytes, limit, 0, None),
     )
 
 
@@ -189,5 +237,16 @@ def table(reports: Sequence[ProgramReport]) -> str:
             lines.append(f"{r.program}: hlo FLOPs leave out {', '.join(r.kernels_without_flops)}")
         if r.unknown_trip_counts:
             lines.append(f"{r.program}: counted as run once, not known how often: {', '.join(r.unknown_trip_counts)}")
+        if r.decoding:
+            lines.append(f"{r.program}: {_decoding(r.decoding)}")
         lines += [f"{r.program}: holds {allocation}" for allocation in r.largest_allocations[:5]]
     return "\n".join(lines)
+
+
+def _decoding(d: Decoding) -> str:
+    fit = f"{d.slots} slots on {d.devices} devices, {d.tensor} to a slot; {d.slots_fit} fit"
+    if d.step_bytes is None:
+        return fit
+    moved = f"{d.step_bytes / GIB:.2f} GiB, {d.step_bytes / d.needed_bytes:.2f} x weights and live cache"
+    rate = f"projected {d.projected_tokens_per_s:.0f} tokens/s"
+    return f"{fit}; a decode step at {d.places} places moves {moved}; {rate}"

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from absl import app, flags
 
-from rsagent_jax.aot.topology import GIB, TABLE
+from rsagent_jax.aot.topology import GIB, TABLE, parse_topology
 
 RESULTS = flags.DEFINE_string("results", "docs/scaling.jsonl", "One report per line; read, and appended to.")
 OUT = flags.DEFINE_string("out", "docs/scaling.md", "The page to write.")
@@ -24,6 +24,7 @@ ONLY = flags.DEFINE_string("only", "", "Compile only what has this in its name (
 COMPILE = flags.DEFINE_bool("compile", True, "False: only write the page from what is there.")
 
 FULLY = ":fully"  # ends the name of a line that was compiled without --aot_quick
+SLOTS = {"v5e-16": 32, "v6e-8": 128, "v5p-8": 384}  # of a host at 8k tokens, beside the training state of the 7B
 WEIGHTS = {"3b": "Qwen2.5-VL-3B-Instruct", "7b": "Qwen2.5-VL-7B-Instruct", "72b": "Qwen2.5-VL-72B-Instruct"}
 
 
@@ -36,6 +37,8 @@ def calls() -> Iterator[tuple[str, list[str]]]:
         if size == "7b":
             for name in ("v5p-256", "v6e-256"):
                 yield _call("72b", name, "sft", "full")
+    for name, slots in SLOTS.items():
+        yield _rollout_call("7b", name, slots)
     for name in ("v6e-8", "v5e-16", "v5p-8"):
         yield _call("7b", name, "sft", "full", quick=False)
 
@@ -49,7 +52,14 @@ def _call(size: str, name: str, stage: str, remat: str, quick: bool = True) -> t
         f"--aot={name}",
         f"--aot_quick={str(quick).lower()}",
     ]
+    arguments += ["--aot_only=grpo"] * (stage == "grpo")
     return f"{size}:{name}:{stage}:{remat}" + ("" if quick else FULLY), arguments
+
+
+def _rollout_call(size: str, name: str, slots: int) -> tuple[str, list[str]]:
+    arguments = [a for a in _call(size, name, "grpo", "full")[1] if not a.startswith("--aot_only")]
+    arguments += ["--config.grpo.sampling.context=8192", f"--config.grpo.sampling.slots={slots}"]
+    return f"{size}:{name}:rollout:{slots}", [*arguments, "--aot_only=rollout"]
 
 
 def compile_missing(results: pathlib.Path, only: str) -> None:
@@ -79,6 +89,9 @@ def page(lines: list[dict]) -> str:
             rows = [_row(name, by[name]) for name in names if name in by and not name.endswith(FULLY)]
             if rows:
                 out += [f"## {title}, {size.upper()}", "", *COLUMNS, *rows, ""]
+    rollouts = [_rollout_row(name, by[name]) for name, _ in calls() if ":rollout:" in name and name in by]
+    if rollouts:
+        out += ["## Rollouts, 7B, 8k tokens to a slot", "", ROLLOUT_HEAD.strip(), "", *ROLLOUT_COLUMNS, *rollouts, ""]
     fully = [name for name in by if name.endswith(FULLY) and name.removesuffix(FULLY) in by]
     if fully:
         pairs = [_row(n, by[n], how) for f in fully for n, how in ((f, "fully"), (f.removesuffix(FULLY), "quick"))]
@@ -114,6 +127,55 @@ def _row(name: str, line: dict, how: str = "") -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+ROLLOUT_COLUMNS = (
+    (
+        "| slice | tensor | slots a host (a device) | weights | cache | training | peak GiB | of | fits | GiB a step"
+        " | ratio | projected tokens/s a host | a slice |"
+    ),
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+)
+
+
+def _rollout_row(name: str, line: dict) -> str:
+    _, where, _, _ = name.split(":")
+    reports = {r["program"].removeprefix("rollout "): r for r in line["reports"]}
+    decode, fullest = reports["decode"], max(line["reports"], key=lambda r: r["peak_hbm_bytes"])
+    d, topology = decode["decoding"], parse_topology(where)
+    a_device = d["slots"] * d["tensor"] // d["devices"]
+    cells = [where, str(d["tensor"]), f"{d['slots']} ({d['slots'] / d['devices']:g})"]
+    sizes = (d["weight_bytes"], a_device * d["slot_bytes"], d["training_bytes"])
+    cells += [f"{size / GIB:.2f}" for size in sizes]
+    peak = f"{fullest['peak_hbm_bytes'] / GIB:.2f} ({fullest['program'].removeprefix('rollout ')})"
+    fits = "yes" if all(r["fits"] for r in line["reports"]) else "**no**"
+    cells += [peak, f"{decode['hbm_bytes'] / GIB:.2f}", fits]
+    if d["step_bytes"]:
+        rate = d["projected_tokens_per_s"]
+        cells += [f"{d['step_bytes'] / GIB:.2f}", f"{d['step_bytes'] / d['needed_bytes']:.2f}", f"{rate:.0f}"]
+        cells.append(f"{rate * topology.devices / d['devices']:.0f}")
+    else:
+        cells += ["-"] * 4
+    return "| " + " | ".join(cells) + " |"
+
+
+ROLLOUT_HEAD = """
+Every process runs the engine of `rsagent_jax/rollout` on the devices of its own host, so these programs are compiled
+for one host: 4 devices of v5e-16, 8 of v6e-8, 4 of v5p-8. All figures are per device unless said otherwise.
+
+- Tensor: devices that share a slot's heads, the smallest power of two at which weights and the slots for a step's
+  trajectories fit (16 prompts x 4 samples, shared by the hosts). Slots a host: compiled at this number; a slot holds
+  8,192 tokens, with room for a piece 9,216 places of bf16 cache.
+- Weights and cache: the engine's, bf16. Training: what train.py holds on the device meanwhile: fp32 parameters, AdamW
+  moments and the reference policy in bf16. It gives the engine's memory back before the update, and the batches and the
+  copy that the weights were made from before the rollout.
+- Peak: the fullest of four programs, training included: the weights from the training parameters, the vision tower on a
+  full buffer of every lane, a macro-step with a piece of prompt in every lane, one without.
+- GiB a step: HBM traffic of a decode step, reads and writes, with 8,192 live tokens in every slot. Ratio: that over
+  what must be read: the decoder's weights and head once, and the live cache. The target is 1.15 at most.
+- Projected tokens/s: slots over the time of a decode step by the bound below, at full slots of 8,192 live tokens, tools
+  and prompts left out. **No device ran it.** Shorter contexts read less, prompts and waiting for tools take more.
+"""
+
+
 HEAD = """
 # What fits where
 
@@ -128,7 +190,7 @@ and these are its figures.
   one row per device, or per pair of devices on slices of 256 (`mesh.tensor = 2`).
 - Peak: the fullest of the stage's programs (gradients of a micro-batch, log-probabilities of the reference policy,
   update), with what stays on the device meanwhile. fp32 parameters and AdamW moments, bf16 activations, all parameters
-  trained. For GRPO without the rollout's weights and KV cache, which are not compiled here yet.
+  trained. The rollout's programs have a section of their own: the engine's weights and cache are gone by the update.
 - Compiled / model FLOPs, ICI traffic, time and MFU: of one micro-batch's gradients. Model FLOPs halve causal attention,
   include the vision tower, and count a row without padding; a real batch has some. remat `full` computes the forward
   pass twice: 1.33 at best. `selective` keeps the results of attention and of the MLP's two wide products.

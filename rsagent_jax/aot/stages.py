@@ -20,8 +20,10 @@ import numpy as np
 from flax import nnx
 
 from rsagent_jax import sharding, slices
+from rsagent_jax.aot import rollout
 from rsagent_jax.aot.flops import Workload, model_flops
-from rsagent_jax.aot.report import ProgramReport, analyse, out_of_memory
+from rsagent_jax.aot.report import Job, ProgramReport, analyse, out_of_memory
+from rsagent_jax.aot.rollout import device_bytes
 from rsagent_jax.aot.topology import Topology, devices
 from rsagent_jax.config import BatchConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl import convert
@@ -32,16 +34,6 @@ from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.train.state import EMPTY, create_state, divide, make_optimizer, sees_once, state_shardings
 from rsagent_jax.train.step import Sums, grpo_objective, make_programs, sft_objective
 from rsagent_jax.types import Batch, DataError
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One program of a stage, ready to be lowered."""
-
-    program: str
-    lower: Callable[[], Any]  # -> jax.stages.Lowered
-    model_flops: float
-    resident_bytes: int  # per device: what train.py holds while the program runs and does not pass to it
 
 
 def policy_config(weights: str) -> Qwen25VLConfig:
@@ -58,16 +50,25 @@ def policy_config(weights: str) -> Qwen25VLConfig:
 
 
 def report_stage(
-    config: TrainConfig, stage: str, topology: Topology, say: Callable[[str], None]
+    config: TrainConfig, stage: str, topology: Topology, say: Callable[[str], None], only: str = ""
 ) -> list[ProgramReport]:
-    """Compiles every program of a stage for `topology`; one that does not fit is a report like the others."""
+    """Compiles every program of a stage with `only` in its name; one that does not fit is a report like the others.
+
+    The rollout's are for the devices of one host.
+    """
     policy = policy_config(config.policy.weights)
     mesh = sharding.make_mesh(config.mesh, devices(topology))
     settings = config.sft if stage == "sft" else config.grpo
-    kernel_flops = attention_flops(policy, workload(settings.batch, policy, vision_trained=True))
+    host = None
+    if stage == "grpo" and topology.host.devices % config.grpo.sampling.tensor == 0:
+        host = rollout.host_mesh(devices(topology.host), config.grpo.sampling.tensor)
     reports = []
-    for job in jobs(config, stage, policy, mesh):
-        given = dict(program=job.program, model_flops=job.model_flops, resident_bytes=job.resident_bytes)
+    for job in jobs(config, stage, policy, mesh, host):
+        if only not in job.program:
+            continue
+        fields = ("program", "model_flops", "resident_bytes", "decoding")
+        given = {field: getattr(job, field) for field in fields}
+        kernel_flops = attention_flops(policy, job.work or workload(settings.batch, policy, vision_trained=True))
         start = time.perf_counter()
         lowered = job.lower()
         try:
@@ -80,9 +81,15 @@ def report_stage(
     return reports
 
 
-def jobs(config: TrainConfig, stage: str, policy: Qwen25VLConfig, mesh: jax.sharding.Mesh) -> Iterator[Job]:
+def jobs(
+    config: TrainConfig,
+    stage: str,
+    policy: Qwen25VLConfig,
+    mesh: jax.sharding.Mesh,
+    host: jax.sharding.Mesh | None = None,
+) -> Iterator[Job]:
     """The stage's programs: the tower if it is not trained, a micro-batch's gradients, their sum if there are several,
-    the update, log-probs for KL."""
+    the update, log-probs for KL. With one host's rollout mesh, the engine's as well."""
     settings = config.sft if stage == "sft" else config.grpo
     temperature = 1.0 if stage == "sft" else config.grpo.sampling.temperature or 1.0
     objective = sft_objective if stage == "sft" else grpo_objective(config.grpo)
@@ -112,18 +119,18 @@ def jobs(config: TrainConfig, stage: str, policy: Qwen25VLConfig, mesh: jax.shar
     ref = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32, sharding=rows)
 
     count = micro_batches(config, stage)
-    waiting = (count - 1) * _bytes(batch)  # train.py puts all micro-batches of a step on the devices at once
-    moments, grads = _bytes(state.opt_state), _bytes(params)  # offloaded moments are none
+    waiting = (count - 1) * device_bytes(batch)  # train.py puts all micro-batches of a step on the devices at once
+    moments, grads = device_bytes(state.opt_state), device_bytes(params)  # offloaded moments are none
     half = EMPTY if lora.rank else half  # the reference is the base alone
     compares = stage == "grpo" and config.grpo.kl > 0
-    reference = _bytes(half) if compares else 0
+    reference = device_bytes(half) if compares else 0
     trained = step_workload(settings, policy, params, adapted=lora.rank > 0)
     forward = dataclasses.replace(trained, trained=False, vision_trained=False, embed_trained=False, adapters=0)
     if sees_once(params):  # the tower has a program of its own
         seen = model_flops(policy, forward).total
         trained, forward = (dataclasses.replace(work, images=()) for work in (trained, forward))
-        tower = _bytes(base["vision"])  # the compiler drops arguments that a program does not read
-        held = moments + _bytes(params) + reference + _bytes(base) - tower + waiting
+        tower = device_bytes(base["vision"])  # the compiler drops arguments that a program does not read
+        held = moments + device_bytes(params) + reference + device_bytes(base) - tower + waiting
         flops = seen - model_flops(policy, forward).total
         yield Job(f"{stage} tower", lambda: programs.embed.lower(base, given), flops, held)
         waiting += tower
@@ -131,7 +138,9 @@ def jobs(config: TrainConfig, stage: str, policy: Qwen25VLConfig, mesh: jax.shar
     resident = moments + reference + (grads if count > 1 else 0) + waiting
     yield Job(f"{stage} gradients", lambda: programs.micro.lower(params, base, batch, ref), flops, resident)
     if compares:
-        held = moments + _bytes(params) + waiting  # the policy that is trained, while the reference reads the batch
+        held = (
+            moments + device_bytes(params) + waiting
+        )  # the policy that is trained, while the reference reads the batch
         flops = model_flops(policy, forward).total
         yield Job(f"{stage} log-probs", lambda: programs.logprobs.lower(half, base, batch), flops, held)
     sums = jax.eval_shape(programs.micro, params, base, batch, ref)
@@ -139,8 +148,14 @@ def jobs(config: TrainConfig, stage: str, policy: Qwen25VLConfig, mesh: jax.shar
     # `where` is a prefix of `sums`: scalars and metrics lie whole on every device.
     spread = jax.tree.broadcast(where, sums)
     sums = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), sums, spread)
-    held = reference + _bytes(base) + count * _bytes(batch)
+    held = reference + device_bytes(base) + count * device_bytes(batch)
     yield Job(f"{stage} update", lambda: programs.apply.lower(state, sums), 0.0, held)
+    if host is not None:
+        # While the engine plays, train.py holds the state, the reference and the base. A single process without
+        # adapters hands over the parameters themselves, else a copy is made.
+        held = moments + device_bytes(params) + reference + device_bytes(base)
+        given = nnx.merge_state(params, base) if host.size == mesh.size and not lora.rank else None
+        yield from rollout.jobs(config.grpo.sampling, policy, compute.dtype, host, held, given)
 
 
 def micro_batches(config: TrainConfig, stage: str) -> int:
@@ -225,9 +240,3 @@ def settled(config: TrainConfig, topology: Topology, policy: Qwen25VLConfig) -> 
     """The config with what it leaves to the slice filled in for this topology."""
     named = config if config.slice else dataclasses.replace(config, slice=topology.name if "-" in topology.name else "")
     return slices.settle(named, policy.text.hidden_size, topology.devices)
-
-
-def _bytes(tree: Any) -> int:
-    """Of one device's HBM."""
-    here = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != "pinned_host"]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in here)

@@ -96,6 +96,13 @@ class Topology:
         return math.prod(self.shape) * self.chip.devices_per_chip
 
     @property
+    def host(self) -> Topology:
+        """What one process drives: 2x2 chips, but all of a slice of at most eight chips of v5e or v6e."""
+        if self.chip.dimensions == 2 and math.prod(self.shape) <= 8:
+            return self
+        return dataclasses.replace(self, shape=tuple(min(2, n) if i < 2 else 1 for i, n in enumerate(self.shape)))
+
+    @property
     def flops(self) -> float:
         """bf16 FLOP/s."""
         return self.chip.bf16_flops / self.chip.devices_per_chip

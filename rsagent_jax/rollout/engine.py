@@ -71,7 +71,7 @@ class Engine:
                 f"sampling.tensor = {tensor} must divide the policy's {model.config.text.num_key_value_heads} key-value"
                 " heads: the devices of a row share them"
             )
-        sampling = _settled(sampling, model.config.vision.window_patches, rows)
+        sampling = settled(sampling, model.config.vision.window_patches, rows)
         self.config, self.sampling, self.mesh = model.config, sampling, mesh
         self.slots, self.context = sampling.slots, sampling.context
         self.max_new_tokens, self.patches = sampling.max_new_tokens, sampling.patches
@@ -338,9 +338,7 @@ class Engine:
 
     @property
     def buckets(self) -> list[int]:
-        """How many blocks of the cache a call may read: 1, 2, 4, ... all."""
-        whole = self.programs.blocks
-        return [*itertools.takewhile(lambda n: n < whole, (2**i for i in itertools.count())), whole]
+        return self.programs.buckets
 
     def _blocks(self, places: int) -> int:
         return next(n for n in self.buckets if n * self.programs.block >= places)
@@ -389,7 +387,7 @@ def _equal(a: Prompt, b: Prompt) -> bool:
     return same and np.array_equal(a.patches, b.patches)
 
 
-def _settled(sampling: SamplingConfig, window: int, rows: int) -> SamplingConfig:
+def settled(sampling: SamplingConfig, window: int, rows: int) -> SamplingConfig:
     """With lanes = 0 filled in: one for four slots, but one for each row of the mesh. DataError for nonsense."""
     lanes = sampling.lanes or max(rows, sampling.slots // 4 if sampling.slots % 4 == 0 else 1)
     for ok, message in (

@@ -8,6 +8,7 @@ step    appends a piece of a prompt to at most one slot per lane, then samples u
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -121,6 +122,12 @@ class Programs:
         """Blocks of a slot's cache: its context, and the padding of a piece or the steps after a turn's end."""
         return -(-(self.sampling.context + max(self.sampling.prefill, self.sampling.chunk)) // self.block)
 
+    @property
+    def buckets(self) -> list[int]:
+        """How many blocks of the cache a call may read: 1, 2, 4, ... all."""
+        whole = self.blocks
+        return [*itertools.takewhile(lambda n: n < whole, (2**i for i in itertools.count())), whole]
+
     def empty(self) -> Slots:
         c, s = self.config, self.sampling
         dtype, mesh = jnp.dtype(self.compute.dtype), self.compute.mesh
@@ -139,10 +146,23 @@ class Programs:
         return Weights(tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)), rest)
 
     def _encode(self, weights: Weights, slots: Slots, images: Images) -> Slots:
+        """A lane of every row of the mesh at a time, and none that nobody wants: all lanes' activations together take
+        more memory than the cache can spare."""
         model = nnx.merge(self.rest_def, weights.rest)
-        merged = model.vision(images.patches, images.segment_ids, images.positions, self.compute)
-        old = slots.images[:, : merged.shape[1]]
-        merged = jnp.where(images.wanted[:, None, None], merged.astype(old.dtype), old)
+        rows = sharding.parts("rows", self.compute.mesh)
+        old = slots.images[:, : images.patches.shape[1] // self.config.vision.merge_unit]
+
+        def look(lanes):
+            new, old = lanes
+
+            def see():
+                merged = model.vision(new.patches, new.segment_ids, new.positions, self.compute)
+                return jnp.where(new.wanted[:, None, None], merged.astype(old.dtype), old)
+
+            return jax.lax.cond(jnp.any(new.wanted), see, lambda: old)
+
+        by_turn = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1), (images, old))
+        merged = jax.lax.map(look, by_turn).swapaxes(0, 1).reshape(old.shape)
         return dataclasses.replace(slots, images=slots.images.at[:, : merged.shape[1]].set(merged))
 
     def _copy(self, slots: Slots, source, target, wanted, count: jax.Array) -> Slots:
@@ -192,13 +212,17 @@ class Programs:
     def _decode(self, model, weights: Weights, slots: Slots, key, turns: Turns, blocks: int, steps: int | None):
         count, limit = len(turns.open), self.sampling.chunk
         keys = jax.vmap(lambda u, n: jax.random.fold_in(jax.random.fold_in(key, u), n))(turns.uids, turns.numbers)
-        old = [kv.blocks(layer, kv.ALL, blocks, self.block) for layer in slots.cache]
+        # On a TPU a product reads its block out of the cache as it goes: blocks cut before the loop would be a second
+        # cache, written and read. Elsewhere a product wants a whole array, which is better cut once.
+        read = lambda layer: kv.blocks(layer, kv.ALL, blocks, self.block)  # noqa: E731
+        old = None if self.compute.platform == "tpu" else [read(layer) for layer in slots.cache]
         starts = range(0, blocks * self.block, self.block)
         seen = [(at + jnp.arange(self.block)) < turns.lengths[:, None, None] for at in starts]
 
         def step(carry):
             i, recent, hidden, open_, out = carry
-            logits = self.compute.rows(model.logits(hidden[:, None])[:, 0])
+            # Split like the head: a row of logits is nothing beside the head that would have to be gathered for it.
+            logits = sharding.constrain(model.logits(hidden[:, None])[:, 0], ("rows", "vocab"), self.compute.mesh)
             token, logprob = draw(logits, self.sampling, keys, turns.done + out.counts)
             finished, stopped = token == self.terminator, jnp.isin(token, self.stops)
             out = Sampled(
@@ -217,7 +241,8 @@ class Programs:
 
             def attend(layer, q, k, v):
                 new.append(recent[layer].with_place(i, Part.of(k, v, slots.cache[layer])))
-                return kv.attend(q, [*zip(old[layer], seen, strict=True), (new[-1], mine)])
+                parts = old[layer] if old else read(slots.cache[layer])
+                return kv.attend(q, [*zip(parts, seen, strict=True), (new[-1], mine)])
 
             after = self._layers(model, weights, x, positions, attend)[:, 0]
             hidden = jnp.where((open_ & ~finished)[:, None], after, hidden)

@@ -110,6 +110,7 @@ class GrpoSource:
     def next(self, params: nnx.State, key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         c, start = self.config, time.perf_counter()
         self.engine.load(params, key)
+        del params  # a copy that was made for this gives its memory to the cache
         mine = range(self.share.index, c.prompts, self.share.count)
         chosen = [self.samples[int(self.order[self.position + i])] for i in mine]
         self.position += c.prompts

@@ -1,6 +1,7 @@
 """What each source of batches keeps, drops and counts."""
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
@@ -114,6 +115,20 @@ def test_advantages_are_taken_inside_groups_and_reach_every_token_of_their_traje
     played = s.driver
     assert played.loaded == [("params", "key")]
     assert [t.uid for t in played.tasks] == [0, 1, 2, 3] and [t.group_id for t in played.tasks] == [0, 0, 1, 1]
+
+
+def test_a_copy_of_the_policy_is_gone_when_the_rollouts_start(monkeypatch):
+    """train.py hands it over without keeping a name: on a pod it is as large as the engine's weights."""
+
+    class Copy:
+        pass
+
+    s, alive = source([[trajectory(0, 20), trajectory(0, 10)]]), []
+    run = s.driver.run
+    monkeypatch.setattr(s.engine, "load", lambda params, key: alive.append(weakref.ref(params)))
+    monkeypatch.setattr(s.driver, "run", lambda tasks: alive.append(alive[0]() is not None) or run(tasks))
+    s.next(Copy(), None)
+    assert alive[1] is False
 
 
 def test_a_broken_tool_is_dropped_from_its_group_and_enters_no_mean():

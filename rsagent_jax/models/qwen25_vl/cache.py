@@ -48,12 +48,18 @@ class Rows:
 
     pick: jax.Array | None = None  # i32[P], the slot's number inside its lane; None: all slots
 
-    def read(self, x: jax.Array) -> jax.Array:
-        """[S, ...] -> [P, ...], or x itself."""
-        if self.pick is None:
-            return x
+    def read(self, x: jax.Array, start: int | jax.Array, size: int, axis: int) -> jax.Array:
+        """[S, ...] -> the places `start` ... `start + size` along `axis` of each chosen slot, [P, ...]."""
         lanes = x.reshape(len(self.pick), -1, *x.shape[1:])
-        return jax.vmap(lambda lane, i: jax.lax.dynamic_index_in_dim(lane, i, keepdims=False))(lanes, self.pick)
+        sizes = [1, *x.shape[1:]]
+        sizes[axis] = size
+
+        def one(lane, i):  # slot and places at once: left to two steps, all slots' places are copied first
+            index = [i] + [jnp.int32(0)] * (x.ndim - 1)
+            index[axis] = start
+            return jax.lax.dynamic_slice(lane, index, sizes)[0]
+
+        return jax.vmap(one)(lanes, self.pick)
 
     def write(self, x: jax.Array, rows: jax.Array, axis: int, places: jax.Array) -> jax.Array:
         """x[S, ...] with rows[P, ...] written at `places`[P] and after, along `axis` of x."""
@@ -143,13 +149,15 @@ class Part:
 def blocks(cache: LayerCache, rows: Rows, count: int, size: int) -> list[Part]:
     """The first `count` blocks of each row's slot."""
 
-    def cut(x, i, axis):
-        return None if x is None else rows.read(jax.lax.slice_in_dim(x, i * size, (i + 1) * size, axis=axis))
+    def cut(x, axis):
+        if x is None:
+            return [None] * count
+        if rows.pick is not None:
+            x = rows.read(x, 0, count * size, axis)  # all at once: a program of many small copies takes long to compile
+        return [jax.lax.slice_in_dim(x, i * size, (i + 1) * size, axis=axis) for i in range(count)]
 
-    return [
-        Part(cut(cache.keys, i, 3), cut(cache.values, i, 2), cut(cache.key_scales, i, 2), cut(cache.value_scales, i, 2))
-        for i in range(count)
-    ]
+    fields = cut(cache.keys, 3), cut(cache.values, 2), cut(cache.key_scales, 2), cut(cache.value_scales, 2)
+    return [Part(*block) for block in zip(*fields, strict=True)]
 
 
 def attend(q_RTNH: jax.Array, parts: Iterable[tuple[Part, jax.Array]]) -> jax.Array:
@@ -194,7 +202,7 @@ def copy_places(cache: LayerCache, source, target, wanted, count: jax.Array, siz
             return None
 
         def step(i, x):
-            old, new = (rows.read(jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)) for rows in (put, take))
+            old, new = (rows.read(x, i * size, size, axis) for rows in (put, take))
             new = jnp.where(wanted.reshape(-1, *[1] * (new.ndim - 1)), new, old)
             return put.write(x, new, axis, jnp.full(len(source), i * size, jnp.int32))
 

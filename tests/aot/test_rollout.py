@@ -1,0 +1,190 @@
+"""The engine's programs for a TPU: by hand what they hold and must read, and that the compiled ones keep to it."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from rsagent_jax import sharding, slices
+from rsagent_jax.aot import rollout, scaling, stages
+from rsagent_jax.aot.report import Decoding, analyse, table, to_json
+from rsagent_jax.aot.topology import devices, parse_topology
+from rsagent_jax.config import BatchConfig, GrpoConfig, MeshConfig, PolicyConfig, SamplingConfig, SftConfig, TrainConfig
+from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.config import size_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+SLOTS, CONTEXT, CHUNK, PATCHES = 32, 4096, 4, 256
+SAMPLING = SamplingConfig(slots=SLOTS, context=CONTEXT, chunk=CHUNK, patches=PATCHES, tensor=2)
+
+
+def shape():
+    """A 7B with two narrow layers: its cache and its head are large beside them, as at full depth."""
+    full = size_config("7b")
+    text = dict(num_hidden_layers=2, hidden_size=512, intermediate_size=1024, num_attention_heads=8, vocab_size=32768)
+    text |= dict(num_key_value_heads=4, mrope_section=(8, 12, 12))  # heads of 64
+    vision = dataclasses.replace(full.vision, depth=2, fullatt_block_indexes=(1,), out_hidden_size=512)
+    return dataclasses.replace(full, text=dataclasses.replace(full.text, **text), vision=vision)
+
+
+@pytest.fixture(scope="module")
+def jobs():
+    mesh = rollout.host_mesh(devices(parse_topology("v5e:2x2")), tensor=2)
+    return {job.program: job for job in rollout.jobs(SAMPLING, shape(), "bfloat16", mesh, resident=1000)}
+
+
+@pytest.fixture(scope="module")
+def decode(jobs):
+    """The report, and the compiled program's own figures."""
+    job, topology = jobs["rollout decode"], parse_topology("v5e:2x2")
+    compiled = job.lower().compile()
+    given = dict(program=job.program, model_flops=job.model_flops, resident_bytes=1000, decoding=job.decoding)
+    return analyse(compiled, topology, **given)
+
+
+LAYER = 512 * (512 + 256 + 256) + 512 + 2 * 256 + 512 * 512 + 3 * 512 * 1024  # q, k, v with biases, o, the MLP
+HEAD = 32768 * 512
+
+
+def test_what_a_decode_step_must_read_is_that_by_hand(jobs):
+    """Two devices to a slot: half of every kernel and two of four heads each; 16 slots to a pair of devices."""
+    d = jobs["rollout decode"].decoding
+    assert list(jobs) == ["rollout weights", "rollout encode", "rollout append", "rollout decode"]
+    assert (d.slots, d.devices, d.tensor, d.places, d.steps) == (32, 4, 2, CONTEXT, CHUNK)
+    place = 2 * 2 * 2 * 64 * 2  # layers, keys and values, heads of a device, their width, bytes
+    blocks = -(-(CONTEXT + SAMPLING.prefill) // 1024)
+    rest = (512 + PATCHES // 4 * 512 // 4) * 2  # the hidden state, and a lane's images shared by four slots
+    assert d.slot_bytes == blocks * 1024 * place + rest
+    norms = 2 * 2 * 512 * 2 // 2  # whole on every device
+    weights = 2 * (2 * LAYER + HEAD) // 2 + norms
+    assert d.needed_bytes == pytest.approx(weights + 16 * CONTEXT * place, rel=1e-3)
+    assert jobs["rollout append"].decoding.steps == 0  # a piece of a prompt takes its time as well: no rate
+
+
+def test_flops_are_two_per_parameter_and_token_and_attention(jobs):
+    kernels = 2 * (512 * 1024 + 512 * 512 + 3 * 512 * 1024)
+    step = 2.0 * 32 * CHUNK * (kernels + HEAD + 2 * 2 * 512 * CONTEXT)
+    assert jobs["rollout decode"].model_flops == pytest.approx(step)
+    piece = 2.0 * 8 * SAMPLING.prefill * (kernels + 2 * 2 * 512 * 5 * 1024)  # eight lanes, all five blocks
+    assert jobs["rollout append"].model_flops == pytest.approx(step + piece)
+
+
+def test_the_compiled_step_reads_weights_and_live_cache_once_and_holds_no_second_cache(decode):
+    """Cut before the loop, the live cache was copied (a third of all memory); gathered for the whole row of logits, the
+    head travelled in every step (4.1 x what must be read, at 7B)."""
+    d = decode.decoding
+    assert d.step_bytes / d.needed_bytes < 1.3  # narrow layers: activations count for more than at 7B
+    assert decode.temp_bytes < 0.1 * SLOTS // 2 * d.slot_bytes
+    assert sum(decode.collective_bytes.values()) < CHUNK * HEAD * 2 / 4
+    assert not decode.unknown_trip_counts
+    assert d.projected_tokens_per_s == pytest.approx(SLOTS * CHUNK / decode.projected_step_s)
+
+
+def test_slots_that_fit_are_those_that_are_there_and_those_the_rest_of_the_memory_holds():
+    """Rows of 2 devices, 4 of them: each takes another slot per 10 bytes that are left, or must give one up."""
+    d = Decoding(
+        slots=16,
+        devices=8,
+        tensor=2,
+        places=8,
+        steps=4,
+        weight_bytes=100,
+        slot_bytes=10,
+        training_bytes=0,
+        needed_bytes=140,
+    )
+    assert d.compiled(peak=165, hbm=200, traffic=600, seconds=2.0).slots_fit == 16 + 3 * 4
+    less = d.compiled(peak=205, hbm=200, traffic=600, seconds=2.0)
+    assert (less.slots_fit, less.step_bytes, less.projected_tokens_per_s) == (12, 150, 32)
+    refused = d.compiled(peak=300, hbm=200, traffic=0, seconds=None)
+    assert (refused.slots_fit, refused.step_bytes, refused.projected_tokens_per_s) == (0, None, None)
+
+
+def test_what_a_program_does_not_read_stays_on_the_device(jobs, decode):
+    """Arguments and residents together are weights, slots and training, whichever of them the program takes."""
+    d, job = decode.decoding, jobs["rollout encode"]
+    whole = 1000 + d.weight_bytes + d.slots // 2 * d.slot_bytes
+    assert decode.argument_bytes + decode.resident_bytes == pytest.approx(whole, rel=0.01)
+    memory = job.lower().compile().memory_analysis()
+    pixels = 4 * PATCHES * (1176 + 3) * 4  # of four lanes
+    assert memory.argument_size_in_bytes + job.resident_bytes == pytest.approx(whole + pixels, rel=0.01)
+
+
+def test_the_report_says_slots_and_rate(decode):
+    line = table([decode]).splitlines()[-1]
+    assert line.startswith("rollout decode: 32 slots on 4 devices, 2 to a slot;") and "tokens/s" in line
+    assert '"slots_fit"' in to_json(decode)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("v5e-16", 4), ("v5e-256", 4), ("v5e-8", 8), ("v6e-8", 8), ("v6e-64", 4), ("v5p-8", 4), ("v4-16", 4), ("v5e-1", 1)]
+    + [("tpu7x-8", 8), ("v5p:2x2x1", 4), ("v6e:2x4", 8)],
+)
+def test_a_host_has_four_chips_or_is_the_whole_slice_of_up_to_eight(name, count):
+    topology = parse_topology(name)
+    assert topology.host.devices == count and topology.devices % count == 0
+    assert topology.host.chip is topology.chip
+
+
+TRAINED = TrainConfig(
+    stages=("grpo",),
+    policy=PolicyConfig(weights=str(ROOT / "assets/tiny-base"), dtype="bfloat16", remat="full"),
+    sft=SftConfig(batch=BatchConfig(rows=4)),
+    grpo=GrpoConfig(
+        batch=BatchConfig(rows=4, tokens=256, patches=128),
+        kl=0.1,
+        sampling=SamplingConfig(context=256, slots=8, patches=128),
+    ),
+)
+
+
+def test_training_stays_on_the_device_and_the_policy_is_read_in_place_by_a_single_process():
+    """fp32 parameters, two moments and a bf16 reference, split over the mesh; weights are made from the parameters
+    themselves, or from a copy that every host has for itself."""
+    policy = stages.policy_config(TRAINED.policy.weights)
+    found = devices(parse_topology("v5e:2x2"))
+    mesh = sharding.make_mesh(MeshConfig(), found)
+    alone = {j.program: j for j in stages.jobs(TRAINED, "grpo", policy, mesh, rollout.host_mesh(found, 1))}
+    assert list(alone)[-4:] == ["rollout weights", "rollout encode", "rollout append", "rollout decode"]
+    params = sum(v.size for v in convert.flat_params(convert.abstract_model(policy)).values())
+    assert alone["rollout decode"].decoding.training_bytes == pytest.approx(params * (4 + 8 + 2) / 4, rel=0.05)
+    one_of_four = params * 4 / 4
+    held = alone["rollout decode"].decoding.training_bytes - alone["rollout weights"].resident_bytes
+    assert held == pytest.approx(one_of_four, rel=0.05)
+    host = rollout.host_mesh(devices(parse_topology("v5e:1x1")), 1)
+    several = {j.program: j for j in stages.jobs(TRAINED, "grpo", policy, mesh, host)}
+    assert several["rollout weights"].resident_bytes == several["rollout decode"].decoding.training_bytes
+
+
+def test_slots_and_their_devices_come_from_the_slice_unless_the_config_says():
+    open_ = dataclasses.replace(
+        TRAINED,
+        slice="v5e-16",
+        mesh=MeshConfig(tensor=0),
+        grpo=dataclasses.replace(TRAINED.grpo, batch=BatchConfig(rows=16), sampling=SamplingConfig(slots=0, tensor=0)),
+    )
+    sampling = slices.settle(open_, 3584, 16).grpo.sampling
+    assert (sampling.slots, sampling.tensor) == (32, 4)
+    said = dataclasses.replace(open_.grpo, sampling=SamplingConfig(slots=8, tensor=2))
+    sampling = slices.settle(dataclasses.replace(open_, grpo=said), 3584, 16).grpo.sampling
+    assert (sampling.slots, sampling.tensor) == (8, 2)
+
+
+def test_the_page_has_a_row_for_a_host_and_its_slice():
+    """128 slots of 0.25 GiB on pairs of 8 devices; a step moves 11 GiB where 10 must be; two hosts would be twice."""
+    gib = 2**30
+    decoding = dict(
+        slots=128, devices=8, tensor=2, places=8192, steps=8, weight_bytes=8 * gib, slot_bytes=gib // 4,
+        training_bytes=13 * gib, needed_bytes=10 * gib, slots_fit=140, step_bytes=11 * gib,
+        projected_tokens_per_s=1000.0,
+    )  # fmt: skip
+    common = dict(hbm_bytes=31 * gib, fits=True, decoding=None)
+    encode = dict(common, program="rollout encode", peak_hbm_bytes=30 * gib)
+    decode = dict(common, program="rollout decode", peak_hbm_bytes=29 * gib, decoding=decoding)
+    name = next(name for name, _ in scaling.calls() if name.startswith("7b:v6e-8:rollout:"))
+    page = scaling.page([{"name": name, "reports": [encode, decode]}])
+    row = next(line for line in page.splitlines() if line.startswith("| v6e-8 | 2 |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2:6] == ["128 (16)", "8.00", "8.00", "13.00"]
+    assert cells[6:] == ["30.00 (encode)", "31.00", "yes", "11.00", "1.10", "1000", "1000"]
