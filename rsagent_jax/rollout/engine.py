@@ -77,6 +77,7 @@ class Engine:
         self.max_new_tokens, self.patches = sampling.max_new_tokens, sampling.patches
         self.programs = Programs(model, sampling, terminator_id, Compute(dtype, mesh=mesh))
         params = nnx.state(model, nnx.Param)
+        self.device = min(jax.tree.leaves(params)[0].sharding.device_set, key=lambda d: d.id)  # without a mesh
         self.where = None if mesh is None else weight_shardings(self.programs, params, mesh)
         self._split = {}  # programs that make the weights, by the parameters that they need not make
         self._empty = jax.jit(self.programs.empty)
@@ -106,7 +107,8 @@ class Engine:
             split = self._split[frozenset(shared)] = jax.jit(self.programs.split, out_shardings=where)
         made = split(left)
         rest = nnx.from_flat_state([*nnx.to_flat_state(made.rest), *shared.items()])
-        return dataclasses.replace(made, rest=rest)
+        whole = dataclasses.replace(made, rest=rest)
+        return whole if self.mesh else jax.device_put(whole, self.device)
 
     def _shared(self, params: nnx.State) -> dict[tuple, nnx.Variable]:
         """By path, the parameters that the programs can take as they are, without a copy."""
@@ -135,7 +137,8 @@ class Engine:
 
     def begin(self) -> None:
         self.state = None  # freed before the new one is made
-        self.state = self._empty()
+        # Committed to its device from the start, as what programs return is: else each would be compiled for both.
+        self.state = self._empty() if self.mesh else jax.device_put(self._empty(), self.device)
         self.used: dict[int, _Slot] = {}
         self.lanes: list[int | None] = [None] * self.sampling.lanes  # the slot whose prompt a lane appends
         self.queue: list[int] = []  # slots that wait for their lane, first come first served
