@@ -78,30 +78,38 @@ def test_after_the_warm_up_a_mesh_compiles_nothing(played):
 
 
 def test_rows_send_each_other_one_bit_and_the_heads_of_a_row_only_what_they_add_up(played):
-    """The bit: whether any row still samples. Else decoding would go on to the end of its chunk when all have ended.
+    """The bit: whether any row still samples, or has a new image. Else all would work on when nobody needs it.
 
     Over the tensor axis: after the embedding, and after the attention's and the MLP's last product of every layer, a
-    sum of the row's hidden states; once per token the logits, of which every device draws. No weight, and no cache.
+    sum of the row's hidden states; per token two numbers of the softmax, each device's best token and its score, and
+    the log-prob of the one drawn (with the embedding's sum). No weight, no cache, no logits.
     """
     job, got = played
     data, tensor = job["data"], job["tensor"]
-    slots, lanes, vocabulary = SLOTS // data, max(1, 4 // data), small.VOCAB // tensor
+    slots, lanes = SLOTS // data, max(1, 4 // data)
     bit = ["all-reduce", "pred[]", data, True, 1]
     decode, append = [bit], []
     if tensor > 1:
-        decode.append(["all-reduce", f"f32[{slots},1,{WIDTH}]", tensor, True, 2 * LAYERS + 1])
-        decode.append(["all-gather", f"f32[{slots},1,{vocabulary}]", tensor, True, 1])
+        decode += [
+            ["all-reduce", f"f32[{slots},1,{WIDTH}]", tensor, True, 2 * LAYERS],
+            ["all-reduce", f"f32[{slots},1,{WIDTH}], f32[{slots},1]", tensor, True, 1],
+            ["all-reduce", f"f32[{slots}]", tensor, True, 2],
+            ["all-gather", f"f32[{slots},1]", tensor, True, 1],
+            ["all-gather", f"s32[{slots},1]", tensor, True, 1],
+        ]
         append.append(["all-reduce", f"f32[{lanes},{job.get('prefill', 64)},{WIDTH}]", tensor, False, 2 * LAYERS + 1])
     assert got["sent"]["decode"] == sorted(decode)
     assert got["sent"]["append"] == sorted(decode + append)
     assert got["sent"]["copy"] == []
+    encode = [(kind, shape) for kind, shape, *_ in got["sent"]["encode"]]
+    assert ("all-reduce", "pred[]") in encode
     if tensor == 1:
-        assert got["sent"]["encode"] == []
-    for kind, shape, _, _, _ in got["sent"]["encode"]:  # of every lane its patches, or windows of 16 of them
-        assert kind in ("all-reduce", "all-gather")
-        for operand in shape.split(", "):
-            first, second, *_ = (int(n) for n in operand[operand.index("[") + 1 : -1].split(","))
-            assert (first, second) in {(lanes, 128), (lanes * 8, 16), (lanes, 32)}, shape
+        assert len(encode) == 1
+    for kind, shape in encode:  # of one lane its patches, or its 8 windows of 16, or what they are merged to
+        if shape != "pred[]":
+            assert kind in ("all-reduce", "all-gather")
+            first, second, *_ = (int(n) for n in shape[shape.index("[") + 1 : -1].split(","))
+            assert (first, second) in {(1, 128), (8, 16), (1, 32)}, shape
 
 
 def test_weights_of_a_training_mesh_reach_the_rollout_mesh_without_needless_copies():
