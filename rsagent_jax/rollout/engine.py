@@ -101,20 +101,20 @@ class Engine:
 
     def _laid_out(self, params: nnx.State) -> Weights:
         shared = self._shared(params)
-        left = nnx.from_flat_state([(path, v) for path, v in nnx.to_flat_state(params) if path not in shared])
+        left = nnx.from_flat_state([(path, v) for path, v in _flat(params) if path not in shared])
         if (split := self._split.get(frozenset(shared))) is None:
             where = self.where and dataclasses.replace(self.where, rest=_without(self.where.rest, shared))
             split = self._split[frozenset(shared)] = jax.jit(self.programs.split, out_shardings=where)
         made = split(left)
-        rest = nnx.from_flat_state([*nnx.to_flat_state(made.rest), *shared.items()])
+        rest = nnx.from_flat_state([*_flat(made.rest), *shared.items()])
         whole = dataclasses.replace(made, rest=rest)
         return whole if self.mesh else jax.device_put(whole, self.device)
 
     def _shared(self, params: nnx.State) -> dict[tuple, nnx.Variable]:
         """By path, the parameters that the programs can take as they are, without a copy."""
-        where = {} if self.where is None else dict(nnx.to_flat_state(self.where.rest))
+        where = {} if self.where is None else dict(_flat(self.where.rest))
         dtype, found = jax.numpy.dtype(self.programs.compute.dtype), {}
-        for path, variable in nnx.to_flat_state(params):
+        for path, variable in _flat(params):
             x = variable.get_value()
             if path[:2] == LAYERS or x.dtype != dtype or not isinstance(x, jax.Array):
                 continue
@@ -374,8 +374,14 @@ class Engine:
         return tree if self.mesh is None else jax.device_put(tree, sharding.rows(self.mesh))
 
 
+def _flat(state: nnx.State) -> list[tuple[tuple, nnx.Variable]]:
+    """As nnx.to_flat_state, which would keep the arrays alive until Python's garbage is collected."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return [(tuple(part.key for part in path), variable) for path, variable in leaves]
+
+
 def _without(state: nnx.State, paths) -> nnx.State:
-    return nnx.from_flat_state([(path, v) for path, v in nnx.to_flat_state(state) if path not in paths])
+    return nnx.from_flat_state([(path, v) for path, v in _flat(state) if path not in paths])
 
 
 def _tail(prompt: Prompt, start: int) -> Prompt:
