@@ -258,6 +258,15 @@ class MetricConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BoundConfig:
+    """A row that bounds the truth in place of the policy's own (rsagent_jax/evals/bounds.py)."""
+
+    row: str = ""  # box | best_of_three | clicks: oracles, without a policy; untrained: the policy; "" = the policy
+    prompt: str = "box"  # of best_of_three: the true box, or a click in its middle
+    clicks: int = 8  # of clicks: tool calls before the best mask is taken
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """configs/eval_*.py of evaluate.py."""
 
@@ -269,6 +278,7 @@ class EvalConfig:
     data: DataConfig = DataConfig(split="val")
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
     metric: MetricConfig = MetricConfig()
+    bound: BoundConfig = BoundConfig()
     cache_dir: str = ""
     examples: int = 12  # trajectories shown in the report
 
