@@ -167,6 +167,15 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadConfig:
+    """How training reads what comes next (rsagent_jax/data/pipeline.py); changes nothing of what that is."""
+
+    threads: int = 4  # samples decoded at a time, per process
+    workers: int = 0  # processes that decode, beside each of train.py; 0 = threads only
+    ahead: int = 16  # samples decoded before they are asked for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SftConfig:
     """Supervised fine-tuning on stored trajectories."""
 
@@ -174,6 +183,7 @@ class SftConfig:
     epochs: float = 2.0  # (paper)
     steps: int = 0  # 0 = as many as `epochs` gives
     trajectories_per_step: int = 128  # (paper) batch size
+    read: ReadConfig = ReadConfig()
     batch: BatchConfig = BatchConfig()  # of one micro-batch
     optim: OptimConfig = OptimConfig(lr=2e-5)  # (paper)
     checkpoint_every: int = 0  # steps; 0 = only at the end
@@ -201,6 +211,7 @@ class GrpoConfig:
     mask_overlong: bool = False  # MAX_CONTEXT trajectories are not trained on
     reward: tuple[RewardGroup, ...] = DEFAULT_REWARD
     data: DataConfig = DataConfig()
+    read: ReadConfig = ReadConfig()
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
     sampling: SamplingConfig = SamplingConfig()

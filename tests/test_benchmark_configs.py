@@ -1,5 +1,6 @@
 """configs/eval.py: each benchmark by name, opened and evaluated on small files written in its own format."""
 
+import collections
 import json
 import pathlib
 import pickle
@@ -10,9 +11,11 @@ from PIL import Image
 
 import evaluate
 from configs import eval as eval_configs
+from configs import grpo_mix_tpu
 from rsagent_jax import compare, entry
-from rsagent_jax.config import EvalConfig, build
+from rsagent_jax.config import DataConfig, EvalConfig, TrainConfig, build
 from rsagent_jax.data import refcoco
+from rsagent_jax.data.samples import open_samples
 from rsagent_jax.types import DataError
 from tests.rollout import small
 
@@ -34,25 +37,29 @@ def polygon() -> list[int]:
 
 
 def refer_files(root: pathlib.Path, name: str) -> None:
-    """Two references with two sentences each, one picture; gRefCOCO: one with a target, one without."""
+    """Per split two references with two sentences each, on picture 1; gRefCOCO: one with a target, one without. The
+    train split stands on pictures 1 and 2: the first half of it is held out with the others."""
     folder, split_by = eval_configs.SETS[name][1:3]
     several = name == "grefcoco"
-    splits = {"refcocog": ("val", "test")}.get(name, ("val", "testA", "testB"))
+    splits = (*eval_configs.SETS[name][3], "train")
     refs = []
     for n, split in enumerate(splits):
         for k in (0, 1):
             id = 2 * n + k
             sentences = [{"raw": "It", "sent": "it", "sent_id": 10 * id + s, "tokens": ["it"]} for s in (0, 1)]
-            ann = ([11] if k else [-1]) if several else 11
-            refs.append({"ref_id": id, "ann_id": ann, "image_id": 1, "split": split, "sentences": sentences})
+            image_id = 2 if split == "train" and k else 1
+            ann = ([11] if k else [-1]) if several else 10 + image_id
+            refs.append({"ref_id": id, "ann_id": ann, "image_id": image_id, "split": split, "sentences": sentences})
     (root / folder).mkdir(parents=True)
     kind = "grefs" if several else "refs"
     (root / folder / f"{kind}({split_by}).p").write_bytes(pickle.dumps(refs, protocol=2))
-    images = [{"id": 1, "file_name": "COCO_train2014_000000000001.jpg", "height": SIZE[1], "width": SIZE[0]}]
-    annotations = [{"id": 11, "image_id": 1, "segmentation": [polygon()]}]
+    size = {"height": SIZE[1], "width": SIZE[0]}
+    images = [{"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", **size} for i in (1, 2)]
+    annotations = [{"id": 10 + i, "image_id": i, "segmentation": [polygon()]} for i in (1, 2)]
     (root / folder / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     (root / refcoco.IMAGES).mkdir(parents=True, exist_ok=True)
-    picture().save(root / refcoco.IMAGES / images[0]["file_name"], quality=95)
+    for image in images:
+        picture().save(root / refcoco.IMAGES / image["file_name"], quality=95)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +68,7 @@ def root(tmp_path_factory):
     for name in ("refcoco", "refcoco+", "refcocog", "grefcoco"):
         refer_files(root, name)
     corners = [[BOX[0], BOX[1]], [BOX[2] - 1, BOX[1]], [BOX[2] - 1, BOX[3] - 1], [BOX[0], BOX[3] - 1]]
-    for split in ("val", "test"):
+    for split in ("val", "test", "train"):
         (root / split).mkdir()
         picture().save(root / split / "a.jpg", quality=95)
         shapes = [{"label": "target", "points": corners}]
@@ -88,6 +95,24 @@ def run(monkeypatch, workdir, benchmark, root, change=lambda config: None) -> di
         patch.setattr(evaluate, "flags", types.SimpleNamespace(FLAGS=given))
         evaluate.main(build(EvalConfig, config))
     return json.loads((workdir / "results.json").read_text())
+
+
+def test_the_training_mix_leaves_held_out_pictures_out(root, capsys):
+    config = grpo_mix_tpu.get_config()
+    config.grpo.data.root = str(root)
+    config.policy.weights = "x"
+    samples = open_samples(build(TrainConfig, config).grpo.data)
+    shares = collections.Counter(id.split("/")[0] for id in samples.ids)
+    # one reference of each set is left, with two sentences; ReasonSeg has two texts for its picture
+    assert {p.name: len(p) for p in samples.parts} == {
+        "refcoco/unc/train": 2, "refcoco+/unc/train": 2, "refcocog/umd/train": 2, "reasonseg/train": 2
+    }  # fmt: skip
+    assert shares["refcocog"] == 2 * shares["refcoco"] == 2 * shares["refcoco+"] == 20 * shares["reasonseg"]
+    held_out = open_samples(DataConfig(root=str(root), dataset="refcoco", split_by="unc", split="testA"))
+    assert not set(held_out.picture_keys) & {key for part in samples.parts for key in part.picture_keys}
+    assert "2 of 4 samples are on pictures of refcoco/unc/val and were left out" in "\n".join(samples.notes)
+    config.grpo.data.mix.reasonseg = None
+    assert len(open_samples(build(TrainConfig, config).grpo.data).parts) == 3
 
 
 def oracle(row, **more):
