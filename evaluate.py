@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import numpy as np
 from absl import flags
-from flax import nnx
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
@@ -30,13 +29,12 @@ from tqdm import tqdm
 from rsagent_jax import entry, processes
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import to_json
-from rsagent_jax.checkpoint import load_policy, policy_directory
+from rsagent_jax.checkpoint import load_policy, policy_directory, weights_checksum
 from rsagent_jax.config import EvalConfig, to_dict
 from rsagent_jax.data.journal import write_whole
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.samples import Mixture, open_samples
 from rsagent_jax.evals import bounds, by_turn, metrics, records, report
-from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.rewards import mask_iou
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
@@ -208,15 +206,6 @@ def prediction(result: metrics.SampleResult, mask: dict) -> dict:
         "status": result.status.value,
         "turns": result.turns,
     }
-
-
-def weights_checksum(model: nnx.Module) -> str:
-    """sha256 over names, shapes and values: two runs with the same figure had the same weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(convert.flat_params(model).items()):
-        array = np.asarray(value)
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 def _rle(mask: np.ndarray) -> dict:

@@ -313,11 +313,23 @@ class RemoteConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnConfig:
+    """A policy of our own as the teacher, through the rollout engine: rejection sampling."""
+
+    weights: str = ""  # a Hugging Face directory or checkpoints/<stage> of train.py; "" = teacher.function acts
+    tries: int = 4  # trajectories per sample; filter.per_sample says how many of the good ones are kept
+    dtype: str = "bfloat16"
+    sampling: SamplingConfig = SamplingConfig()  # at temperature 0 all tries are the same
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """Who acts: the oracle, which looks at the true mask, or rsagent_jax.agent.remote:Remote, which asks `remote`."""
+    """Who acts: the oracle, which looks at the true mask; rsagent_jax.agent.remote:Remote, which asks `remote`; or
+    `own`."""
 
     function: str = "rsagent_jax.agent.teacher:Oracle"
     remote: RemoteConfig = RemoteConfig()
+    own: OwnConfig = OwnConfig()
     box: float = 0.5  # share of first prompts that are boxes; the rest are clicks
     wrong_first: float = 0.25  # share of trajectories whose first guess is wrong on purpose
 
@@ -330,6 +342,7 @@ class FilterConfig:
     max_turns: int = 8  # (paper)
     malformed: bool = False  # turns that could not be read or done are kept
     repeats: bool = False  # turns that do the same as the one before are kept
+    per_sample: int = 1  # where a sample was tried several times: good trajectories that are kept, first tries first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -345,6 +358,22 @@ class CollectConfig:
     teacher: TeacherConfig = TeacherConfig()
     agent: AgentConfig = AgentConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
+    data: DataConfig = DataConfig()
+    workers: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProblemsConfig:
+    """configs/problems.py of rsagent_jax.problems."""
+
+    seed: int = 0
+    limit: int = 0  # objects to ask about; 0 = all
+    writer: RemoteConfig = RemoteConfig(temperature=1.0)
+    queries: int = 2  # for an object
+    min_words: int = 5
+    max_words: int = 40
+    tries: int = 2  # answers of no use before an object is given up
+    picture_size: int = 1024  # longer side of what the writer is shown, pixels
     data: DataConfig = DataConfig()
     workers: int = 2
 
