@@ -1,7 +1,8 @@
 """Evaluates a policy on a benchmark: every sample gets a trajectory, greedy unless the config says otherwise.
 
-  python evaluate.py --config=configs/eval_X.py --workdir=DIR [--weights=HF_DIR_OR_CHECKPOINT] [--shard=0/4]
+  python evaluate.py --config=configs/eval.py:refcoco-testA --workdir=DIR [--weights=HF_DIR_OR_CHECKPOINT] [--shard=0/4]
 
+With --config.bound.row=box|best_of_three|clicks an oracle plays in the policy's place (evals/bounds.py).
 Leaves results.json, predictions.jsonl, trajectories.jsonl (for people) and report/index.html. Run a stopped command
 again and it goes on; --shard=i/n evaluates every n-th sample, on as many machines as write to one work directory, and
 whichever finishes last puts the results together.
@@ -11,63 +12,67 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 import time
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
 from absl import flags
-from flax import nnx
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from rsagent_jax import entry, processes
+from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import to_json
-from rsagent_jax.checkpoint import load_policy, policy_directory
+from rsagent_jax.checkpoint import load_policy, policy_directory, weights_checksum
 from rsagent_jax.config import EvalConfig, to_dict
 from rsagent_jax.data.journal import write_whole
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.samples import Mixture, open_samples
-from rsagent_jax.evals import metrics, records, report
-from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.evals import bounds, by_turn, metrics, records, report
 from rsagent_jax.rewards import mask_iou
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.rollout.segmenter import open_segmenter
-from rsagent_jax.types import DataError
+from rsagent_jax.types import DataError, Trajectory
+from sam_bridge.types import Segmenter
+
+Player = Callable[[Segmenter, Iterable[Task]], Iterator[tuple[int, Trajectory, EnvState]]]
 
 
 def main(config: EvalConfig) -> None:
-    ############################## Policy, data ##############################
+    ############################## Data, who plays ##############################
     workdir = entry.workdir()
-    entry.use_compilation_cache(config.cache_dir, workdir / "compiled")
     if flags.FLAGS.weights:
         config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=flags.FLAGS.weights))
     metrics.check_rules(config.metric)
+    bounds.check(config.bound)
+    oracle = config.bound.row in bounds.ORACLES
+    if oracle:
+        config = bounds.settled(config)
     share = processes.parse_share(flags.FLAGS.shard, "--shard")
     samples = open_samples(config.data)
     if isinstance(samples, Mixture):
         raise DataError("a mix cannot be evaluated, its samples come up more than once; evaluate its parts")
+    for note in samples.notes:
+        print(note)
     ids = samples.ids
-    model = load_policy(config.policy.weights)
-    processor = Processor.load(policy_directory(config.policy.weights))
-    mesh = processes.local_mesh(config.sampling.tensor)
-    key = jax.random.key(config.seed)
-    engine = Engine(model, config.sampling, processor.terminator_id, config.policy.dtype, key, mesh)
-    engine.warm_up()
-    checksum = weights_checksum(model)
-    settings = what_decides(config, checksum, ids)
+    play, checksum = (functools.partial(bounds.play, config), None) if oracle else policy_player(config, workdir)
 
     ############################## Trajectories ##############################
-    with (
-        contextlib.closing(records.Shard(workdir, share, settings)) as shard,
-        open_segmenter(config.segmenter) as segmenter,
-    ):
-        driver = Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
+    with contextlib.ExitStack() as stack:
+        segmenter = stack.enter_context(open_segmenter(config.segmenter))
+        row = {"row": bounds.title(config.bound), "sees_the_truth": oracle}
+        if config.bound.row == "best_of_three":
+            row["three_masks"] = bounds.masks_of(segmenter)
+        settings = what_decides(config, row, checksum, ids)
+        shard = stack.enter_context(contextlib.closing(records.Shard(workdir, share, settings)))
         mine = range(share.index, len(samples), share.count)
         left = [k for k in mine if ids[k] not in shard.done]
         if len(left) < len(mine):
@@ -80,7 +85,7 @@ def main(config: EvalConfig) -> None:
                 under_way[number] = samples[k]
                 yield Task(under_way[number], k, k)
 
-        for number, trajectory, state in driver.play(tasks()):
+        for number, trajectory, state in play(segmenter, tasks()):
             now = time.perf_counter()
             shard.add([record(workdir, under_way.pop(number), trajectory, state, now - last)])
             last = now
@@ -92,32 +97,59 @@ def main(config: EvalConfig) -> None:
     if missing := [id for id in ids if id not in found]:
         print(f"shard {share.index} of {share.count} is done; {len(missing)} samples are left to the others")
         return
-    summary = write_results(workdir, config, [found[id] for id in ids], checksum)
+    summary = write_results(workdir, config, row, [found[id] for id in ids], checksum)
     low, high = summary["giou_ci95"]
+    mark = "" if summary["row"] == "policy" else f" [{summary['row']}]"
     print(
-        f"{config.benchmark}: n {summary['n']}  gIoU {summary['giou']:.3f} [{low:.3f}, {high:.3f}]"
+        f"{config.benchmark}{mark}: n {summary['n']}  gIoU {summary['giou']:.3f} [{low:.3f}, {high:.3f}]"
         f"  cIoU {summary['ciou']:.3f}"
         f"  turns {summary['mean_turns']:.2f}  tool errors {summary['tool_error_rate']:.3f}"
     )
     print(f"{pathlib.Path(workdir) / 'report' / 'index.html'}")
 
 
-def what_decides(config: EvalConfig, checksum: str, ids: list[str]) -> dict:
+def policy_player(config: EvalConfig, workdir: pathlib.Path) -> tuple[Player, str]:
+    """The policy on this process's devices, and its weights' checksum."""
+    entry.use_compilation_cache(config.cache_dir, workdir / "compiled")
+    weights = config.policy.weights
+    directory = policy_directory(weights)
+    if config.bound.row == bounds.UNTRAINED and directory != pathlib.Path(weights):
+        raise DataError(f"bound.row is {bounds.UNTRAINED}, but {weights} is a checkpoint of train.py; give the weights")
+    model = load_policy(weights)
+    processor = Processor.load(directory)
+    mesh = processes.local_mesh(config.sampling.tensor)
+    key = jax.random.key(config.seed)
+    engine = Engine(model, config.sampling, processor.terminator_id, config.policy.dtype, key, mesh)
+    engine.warm_up()
+
+    def play(segmenter, tasks):
+        return Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers).play(tasks)
+
+    return play, weights_checksum(model)
+
+
+def what_decides(config: EvalConfig, row: dict, checksum: str | None, ids: list[str]) -> dict:
     """Everything that a sample's trajectory depends on: a run that is taken up again must agree in it."""
     resolved = to_dict(config)
-    free = {"slots", "chunk", "patches"}  # how many at a time, not what
-    return {
-        "weights_sha256": checksum,
+    common = row | {
         "samples_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
-        "dtype": config.policy.dtype,
-        "seed": config.seed,
         "agent": resolved["agent"],
         "backend": config.segmenter.backend,
+    }
+    if checksum is None:
+        return common
+    free = {"slots", "chunk", "patches"}  # how many at a time, not what
+    return common | {
+        "weights_sha256": checksum,
+        "dtype": config.policy.dtype,
+        "seed": config.seed,
         "sampling": {key: value for key, value in resolved["sampling"].items() if key not in free},
     }
 
 
-def write_results(workdir: pathlib.Path, config: EvalConfig, found: list[records.Record], checksum: str) -> dict:
+def write_results(
+    workdir: pathlib.Path, config: EvalConfig, row: dict, found: list[records.Record], checksum: str | None
+) -> dict:
     """results.json, predictions.jsonl, trajectories.jsonl and the report of all samples, in the order of the data."""
     results = [metrics.judge(r.counts, config.metric) for r in found]
     settings = to_dict(config)
@@ -125,7 +157,9 @@ def write_results(workdir: pathlib.Path, config: EvalConfig, found: list[records
     settings["metric"] |= {"unit": config.data.unit, "texts": config.data.texts, "split": config.data.split}
     summary = metrics.summarize(results, settings, benchmark=config.benchmark) | {
         "seconds_per_sample": sum(r.seconds for r in found) / len(found),
+        **row,
         "weights_sha256": checksum,
+        "by_turn": by_turn.curve([(r.counts, r.masks) for r in found], config.metric, config.agent.max_turns),
         "conventions": metrics.other_conventions([r.counts for r in found]),
     }
     predictions = [prediction(result, r.mask) for result, r in zip(results, found, strict=True)]
@@ -149,7 +183,8 @@ def record(workdir: pathlib.Path, sample, trajectory, state, seconds: float) -> 
         "image": path,
         "record": to_json(state, path),
     }
-    return records.Record(counts, _rle(trajectory.final_mask), seconds, example)
+    masks = by_turn.mask_pixels(trajectory, sample)
+    return records.Record(counts, _rle(trajectory.final_mask), seconds, example, masks)
 
 
 def _kept_picture(workdir: pathlib.Path, sample) -> str:
@@ -171,15 +206,6 @@ def prediction(result: metrics.SampleResult, mask: dict) -> dict:
         "status": result.status.value,
         "turns": result.turns,
     }
-
-
-def weights_checksum(model: nnx.Module) -> str:
-    """sha256 over names, shapes and values: two runs with the same figure had the same weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(convert.flat_params(model).items()):
-        array = np.asarray(value)
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 def _rle(mask: np.ndarray) -> dict:

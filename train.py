@@ -119,7 +119,8 @@ def check(config: TrainConfig, shape: Qwen25VLConfig) -> None:
         make_reward(config.grpo.reward)
         grpo_objective(config.grpo)
         make_optimizer(config.grpo.optim, 1)
-        open_samples(config.grpo.data)
+        for note in open_samples(config.grpo.data).notes:  # what was left out, and why
+            print(note)
         with open_segmenter(config.segmenter):
             pass
 

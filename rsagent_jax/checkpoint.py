@@ -11,6 +11,7 @@ than what is trained. Whoever loads the policy gets adapters merged.
 from __future__ import annotations
 
 import functools
+import hashlib
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
@@ -197,3 +199,12 @@ def _read(directory: pathlib.Path, place: Callable[[str], jax.sharding.Sharding]
         found = reader.metadata(directory).item_metadata.tree
         like = {n: jax.ShapeDtypeStruct(v.shape, jnp.float32, sharding=place(n)) for n, v in found.items()}
         return reader.restore(directory, like)
+
+
+def weights_checksum(model: nnx.Module) -> str:
+    """sha256 over names, shapes and values: two runs with the same figure had the same weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(convert.flat_params(model).items()):
+        array = np.asarray(value)
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

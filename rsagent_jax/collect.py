@@ -7,6 +7,9 @@ Every trajectory is written to <workdir>/attempts as it ends, so a stopped comma
 kept set (ArrayRecord for Grain, trajectories.jsonl, a report); `rsagent_jax.refilter` does that again with other
 thresholds. The paper's filter: final IoU >= 0.9 within 8 turns; ours adds that the teacher ended it, that no turn was
 malformed and none repeated the one before.
+
+With --config.teacher.own.weights a policy of our own acts through the rollout engine, several times per sample, and
+the filter keeps the first good try; the very ids that it sampled are stored.
 """
 
 from __future__ import annotations
@@ -17,20 +20,23 @@ import concurrent.futures
 import contextlib
 import hashlib
 import inspect
+import itertools
 import json
+import pathlib
 from collections import Counter
 
+import jax
 import numpy as np
 from absl import flags
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from rsagent_jax import entry
+from rsagent_jax import entry, processes
 from rsagent_jax.agent import environment
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.remote import Endpoint, EndpointError
 from rsagent_jax.agent.tools import call_json
-from rsagent_jax.checkpoint import policy_directory
+from rsagent_jax.checkpoint import load_policy, policy_directory, weights_checksum
 from rsagent_jax.config import CollectConfig, to_dict
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.journal import Journal
@@ -40,33 +46,43 @@ from rsagent_jax.evals import filtering
 from rsagent_jax.processes import parse_share
 from rsagent_jax.resolve import resolve
 from rsagent_jax.rewards import mask_iou
-from rsagent_jax.rollout.driver import pixel_limits
+from rsagent_jax.rollout.driver import Driver, pixel_limits
+from rsagent_jax.rollout.engine import Engine
+from rsagent_jax.rollout.policy import Policy, Task
 from rsagent_jax.rollout.segmenter import open_segmenter
-from rsagent_jax.types import DataError, Sample, Status
+from rsagent_jax.types import DataError, Sample, Status, Trajectory
 
 EXAMPLES = 5  # failures told on the terminal
 
 
 def main(config: CollectConfig) -> None:
     workdir, share = entry.workdir(), parse_share(flags.FLAGS.shard, "--shard")
-    processor = Processor.load(policy_directory(config.processor))
+    processor = Processor.load(policy_directory(config.teacher.own.weights or config.processor))
     samples = open_samples(config.data)
     if isinstance(samples, Mixture):
         raise DataError("a mix cannot be collected from, its samples come up more than once; collect from its parts")
     order = np.random.default_rng(config.seed).permutation(len(samples))[: config.limit or None].tolist()
-    ids, settings = samples.ids, what_decides(config)
-    settings["planned"] = len(order)
-    make_teacher = resolve(config.teacher.function)
+    own = config.teacher.own
+    engine, checksum = open_policy(config, processor, workdir) if own.weights else (None, "")
+    tries = own.tries if own.weights else 1
+    ids, settings = samples.ids, what_decides(config, checksum)
+    settings["planned"] = len(order) * tries
+    make_teacher = None if engine else resolve(config.teacher.function)
     with (
         contextlib.closing(Journal(workdir / filtering.ATTEMPTS, share, settings)) as journal,
         open_segmenter(config.segmenter) as segmenter,
     ):
-        mine = list(enumerate(order))[share.index :: share.count]
-        left = [(uid, k) for uid, k in mine if ids[k] not in journal.done]
+        # All tries of a sample are one machine's, so that they share its opening.
+        places = list(enumerate(order))[share.index :: share.count]
+        mine = [(n * tries + t, k, t) for n, k in places for t in range(tries)]
+        left = [(uid, k) for uid, k, t in mine if attempt_id(ids[k], t, tries) not in journal.done]
         if len(left) < len(mine):
             print(f"goes on: {len(mine) - len(left)} of {len(mine)} trajectories are there")
-        collector = Collector(config, processor, samples, make_teacher, segmenter, journal)
-        asyncio.run(collector.run(left, len(mine)))
+        collector = Collector(config, processor, samples, make_teacher, segmenter, journal, checksum)
+        if engine:
+            collector.sample(left, len(mine), engine)
+        else:
+            asyncio.run(collector.run(left, len(mine)))
     for problem, count in sorted(collector.failed.items()):
         print(f"  not collected {count}: {problem}")
     if collector.usage:
@@ -82,7 +98,29 @@ def main(config: CollectConfig) -> None:
     filtering.write(workdir, workdir, config.filter, config.records_per_file, dict(collector.failed))
 
 
-def what_decides(config: CollectConfig) -> dict:
+def open_policy(config: CollectConfig, processor: Processor, workdir: pathlib.Path) -> tuple[Engine, str]:
+    """The engine with the weights of teacher.own, and their checksum."""
+    own = config.teacher.own
+    if own.tries < 1:
+        raise DataError(f"teacher.own.tries must be at least 1, got {own.tries}")
+    if own.tries > 1 and not own.sampling.temperature:
+        raise DataError("teacher.own: at sampling.temperature=0 all tries are the same; raise it, or tries=1")
+    entry.use_compilation_cache("", workdir / "compiled")
+    model = load_policy(own.weights)
+    checksum = weights_checksum(model)
+    mesh = processes.local_mesh(own.sampling.tensor)
+    key = jax.random.key(config.seed)
+    engine = Engine(model, own.sampling, processor.terminator_id, own.dtype, key, mesh)
+    engine.warm_up()
+    return engine, checksum
+
+
+def attempt_id(sample_id: str, attempt: int, tries: int) -> str:
+    """Of a line in the journal and in trajectories.jsonl; the sample's own where it is tried once."""
+    return sample_id if tries == 1 else f"{sample_id}#{attempt}"
+
+
+def what_decides(config: CollectConfig, weights_sha256: str = "") -> dict:
     """What a trajectory depends on: a collection that is taken up again must agree in it."""
     resolved = to_dict(config)
     decisive = {key: resolved[key] for key in ("seed", "limit", "processor", "agent", "data")}
@@ -90,6 +128,12 @@ def what_decides(config: CollectConfig) -> dict:
     teacher = resolved["teacher"]
     remote = {key: teacher["remote"][key] for key in ("url", "model", "temperature", "max_tokens")}
     decisive["teacher"] = teacher | {"remote": remote}
+    del decisive["teacher"]["own"]
+    if config.teacher.own.weights:  # by what they are, not where; slots, chunk and patches: how many at a time
+        own = teacher["own"]
+        sampling = {key: value for key, value in own["sampling"].items() if key not in ("slots", "chunk", "patches")}
+        decisive["teacher"] = {"tries": own["tries"], "dtype": own["dtype"], "sampling": sampling}
+        decisive["teacher"]["weights_sha256"] = weights_sha256
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
     return decisive | {"config_sha256": digest}
 
@@ -97,8 +141,11 @@ def what_decides(config: CollectConfig) -> dict:
 class Collector:
     """Plays trajectories side by side; what fails is counted in `failed` and tried again by the next start."""
 
-    def __init__(self, config: CollectConfig, processor, samples, make_teacher, segmenter, journal: Journal):
-        self.config, self.processor, self.samples = config, processor, samples
+    def __init__(
+        self, config: CollectConfig, processor, samples, make_teacher, segmenter, journal: Journal, checksum: str = ""
+    ):
+        self.config, self.processor, self.samples, self.checksum = config, processor, samples, checksum
+        self.tries = config.teacher.own.tries if config.teacher.own.weights else 1
         self.make_teacher, self.segmenter, self.journal = make_teacher, segmenter, journal
         self.limits = pixel_limits(config.agent, processor)
         self.failed: Counter[str] = Counter()
@@ -121,6 +168,43 @@ class Collector:
             if self.config.teacher.remote.url:
                 endpoint = Endpoint.shared(self.config.teacher.remote)
                 self.usage = vars(endpoint.usage) | {"cost": endpoint.usage.cost(endpoint.config)}
+
+    def sample(self, left: list[tuple[int, int]], total: int, policy: Policy) -> None:
+        """The same with a policy in the teacher's place: continuous batching, several tries of a sample at a time."""
+        workers = self.config.segmenter.workers
+        driver = Driver(policy, self.segmenter, self.processor, self.config.agent, workers=workers)
+        under_way: dict[int, tuple[int, Sample]] = {}
+
+        def tasks():
+            places = itertools.groupby(left, key=lambda task: task[1])
+            number = itertools.count()
+            for k, tries in places:
+                uids = [uid for uid, _ in tries]
+                try:
+                    sample = self.samples[k]
+                except DataError as error:
+                    for _ in uids:
+                        self._fail("unreadable sample", str(error))
+                    bar.update(len(uids))
+                    continue
+                for uid in uids:
+                    under_way[next(number)] = uid, sample
+                    yield Task(sample, uid // self.tries, uid)
+
+        with tqdm(total=total, initial=total - len(left), desc="collect", unit="trajectory", mininterval=2.0) as bar:
+            for number, trajectory, state in driver.play(tasks()):
+                uid, sample = under_way.pop(number)
+                if state.status is Status.ENV_FAILED:
+                    detail = state.failure.detail if state.failure else "a tool call went past its deadline"
+                    kind = state.failure.kind.value if state.failure else "timeout"
+                    self._fail(f"segmenter, {kind}", f"{sample.id}: {detail}")
+                elif not trajectory.sampled.any():
+                    self._fail(
+                        "no room", f"{sample.id}: its prompt does not fit teacher.own.sampling.context or .patches"
+                    )
+                else:
+                    self.journal.add([self._row(uid, sample, state, trajectory)])
+                bar.update()
 
     async def _work(self, todo, bar) -> None:
         for uid, k in todo:
@@ -161,14 +245,18 @@ class Collector:
     async def _in_thread(self, function, *arguments):
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
 
-    def _row(self, uid: int, sample: Sample, state: EnvState) -> dict:
+    def _row(self, uid: int, sample: Sample, state: EnvState, played: Trajectory | None = None) -> dict:
         """A line of the journal: what the filter and the report need, and the record itself."""
         mask, _ = environment.final_mask(state)
         iou = mask_iou(mask, sample)
-        tokens, _, sampled, _ = trajectories.context_of(state, self.processor)
+        if played is None:
+            tokens, _, sampled, _ = trajectories.context_of(state, self.processor)
+        else:
+            tokens, sampled = played.tokens, played.sampled
         calls = Counter(json.loads(call_json(turn.call))["name"] for turn in state.turns if turn.call is not None)
         row = {
-            "id": sample.id,
+            "id": attempt_id(sample.id, uid % self.tries, self.tries),
+            "sample": sample.id,
             "uid": uid,
             "iou": iou,
             "turns": len(state.turns),
@@ -179,14 +267,16 @@ class Collector:
             "tokens": len(tokens),
             "sampled_tokens": int(sampled.sum()),
         }
+        teacher = self.config.teacher
         provenance = {
-            "teacher": self.config.teacher.function,
-            "model": self.config.teacher.remote.model,
+            "teacher": "own policy" if teacher.own.weights else teacher.function,
+            "model": teacher.own.weights or teacher.remote.model,
+            "weights_sha256": self.checksum,
             "seed": self.config.seed,
-            "config_sha256": what_decides(self.config)["config_sha256"],
+            "config_sha256": what_decides(self.config, self.checksum)["config_sha256"],
         }
         header = row | {"query": sample.query, "provenance": provenance}
-        record = trajectories.encode_by_reference(state, self.processor, sample.path, header)
+        record = trajectories.encode_by_reference(state, self.processor, sample.path, header, played)
         rle = coco_mask.encode(np.asfortranarray(sample.gt_mask.astype(np.uint8)))
         return row | {
             "query": sample.query,

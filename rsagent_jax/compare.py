@@ -175,6 +175,12 @@ def names_of(workdirs: Sequence[pathlib.Path]) -> list[str]:
     raise DataError(f"the same directory is given twice: {', '.join(map(str, workdirs))}")
 
 
+def marked(name: str, evaluation: Evaluation) -> str:
+    """The name, with the row's own where it is none of a policy: an oracle must not pass for a model."""
+    row = evaluation.results.get("row", "policy")
+    return name if row == "policy" else f"{name} ({row})"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 2 with one line on stderr when an input is missing, damaged or of something else."""
     parser = argparse.ArgumentParser(prog="python -m rsagent_jax.compare", description=__doc__.split("\n")[0])
@@ -187,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise DataError("give at least two work directories of evaluate.py")
         names = names_of(options.workdirs)
         evaluations = [load_evaluation(path) for path in options.workdirs]
+        names = [marked(name, e) for name, e in zip(names, evaluations, strict=True)]
         check(evaluations)
         found = [compare(evaluations[0], e, n) for e, n in zip(evaluations[1:], names[1:], strict=True)]
         queries = {example.id: example.query for e in evaluations for example in e.examples}

@@ -167,6 +167,15 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadConfig:
+    """How training reads what comes next (rsagent_jax/data/pipeline.py); changes nothing of what that is."""
+
+    threads: int = 4  # samples decoded at a time, per process
+    workers: int = 0  # processes that decode, beside each of train.py; 0 = threads only
+    ahead: int = 16  # samples decoded before they are asked for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SftConfig:
     """Supervised fine-tuning on stored trajectories."""
 
@@ -174,6 +183,7 @@ class SftConfig:
     epochs: float = 2.0  # (paper)
     steps: int = 0  # 0 = as many as `epochs` gives
     trajectories_per_step: int = 128  # (paper) batch size
+    read: ReadConfig = ReadConfig()
     batch: BatchConfig = BatchConfig()  # of one micro-batch
     optim: OptimConfig = OptimConfig(lr=2e-5)  # (paper)
     checkpoint_every: int = 0  # steps; 0 = only at the end
@@ -201,6 +211,7 @@ class GrpoConfig:
     mask_overlong: bool = False  # MAX_CONTEXT trajectories are not trained on
     reward: tuple[RewardGroup, ...] = DEFAULT_REWARD
     data: DataConfig = DataConfig()
+    read: ReadConfig = ReadConfig()
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -258,6 +269,15 @@ class MetricConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BoundConfig:
+    """A row that bounds the truth in place of the policy's own (rsagent_jax/evals/bounds.py)."""
+
+    row: str = ""  # box | best_of_three | clicks: oracles, without a policy; untrained: the policy; "" = the policy
+    prompt: str = "box"  # of best_of_three: the true box, or a click in its middle
+    clicks: int = 8  # of clicks: tool calls before the best mask is taken
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """configs/eval_*.py of evaluate.py."""
 
@@ -269,6 +289,7 @@ class EvalConfig:
     data: DataConfig = DataConfig(split="val")
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
     metric: MetricConfig = MetricConfig()
+    bound: BoundConfig = BoundConfig()
     cache_dir: str = ""
     examples: int = 12  # trajectories shown in the report
 
@@ -292,11 +313,23 @@ class RemoteConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnConfig:
+    """A policy of our own as the teacher, through the rollout engine: rejection sampling."""
+
+    weights: str = ""  # a Hugging Face directory or checkpoints/<stage> of train.py; "" = teacher.function acts
+    tries: int = 4  # trajectories per sample; filter.per_sample says how many of the good ones are kept
+    dtype: str = "bfloat16"
+    sampling: SamplingConfig = SamplingConfig()  # at temperature 0 all tries are the same
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """Who acts: the oracle, which looks at the true mask, or rsagent_jax.agent.remote:Remote, which asks `remote`."""
+    """Who acts: the oracle, which looks at the true mask; rsagent_jax.agent.remote:Remote, which asks `remote`; or
+    `own`."""
 
     function: str = "rsagent_jax.agent.teacher:Oracle"
     remote: RemoteConfig = RemoteConfig()
+    own: OwnConfig = OwnConfig()
     box: float = 0.5  # share of first prompts that are boxes; the rest are clicks
     wrong_first: float = 0.25  # share of trajectories whose first guess is wrong on purpose
 
@@ -309,6 +342,7 @@ class FilterConfig:
     max_turns: int = 8  # (paper)
     malformed: bool = False  # turns that could not be read or done are kept
     repeats: bool = False  # turns that do the same as the one before are kept
+    per_sample: int = 1  # where a sample was tried several times: good trajectories that are kept, first tries first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -324,6 +358,22 @@ class CollectConfig:
     teacher: TeacherConfig = TeacherConfig()
     agent: AgentConfig = AgentConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
+    data: DataConfig = DataConfig()
+    workers: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProblemsConfig:
+    """configs/problems.py of rsagent_jax.problems."""
+
+    seed: int = 0
+    limit: int = 0  # objects to ask about; 0 = all
+    writer: RemoteConfig = RemoteConfig(temperature=1.0)
+    queries: int = 2  # for an object
+    min_words: int = 5
+    max_words: int = 40
+    tries: int = 2  # answers of no use before an object is given up
+    picture_size: int = 1024  # longer side of what the writer is shown, pixels
     data: DataConfig = DataConfig()
     workers: int = 2
 

@@ -1,7 +1,7 @@
 """Chooses from what `collect` stored, again and with other thresholds: the paper's filter study without collecting.
 
   python -m rsagent_jax.refilter --collected=runs/x --out=runs/study --min_iou=0.8,0.85,0.9,0.95 [--max_turns=8]
-      [--malformed] [--repeats] [--root=OLD=NEW]
+      [--malformed] [--repeats] [--per_sample=1] [--root=OLD=NEW]
 
 Writes <out>/iou-0.80, … each a set for --config.sft.trajectories with collect.json (what was dropped and why),
 trajectories.jsonl and report/index.html, and prints a table. --root=OLD=NEW names the new place of pictures that the
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_turns", type=int, default=8)
     parser.add_argument("--malformed", action="store_true", help="keep trajectories with malformed turns")
     parser.add_argument("--repeats", action="store_true", help="keep trajectories with repeated actions")
+    parser.add_argument("--per_sample", type=int, default=1, help="of several tries: how many good ones are kept")
     parser.add_argument("--root", metavar="OLD=NEW", help="pictures below OLD are now below NEW")
     options = parser.parse_args(arguments)
     try:
@@ -44,7 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = []
         for threshold in thresholds:
             rules = FilterConfig(
-                min_iou=threshold, max_turns=options.max_turns, malformed=options.malformed, repeats=options.repeats
+                min_iou=threshold,
+                max_turns=options.max_turns,
+                malformed=options.malformed,
+                repeats=options.repeats,
+                per_sample=options.per_sample,
             )
             out = options.out / f"iou-{threshold:.2f}"
             found = filtering.write(options.collected, out, rules, moved=moved)

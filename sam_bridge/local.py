@@ -39,6 +39,8 @@ def logits_id(key: str, request: SegmentRequest) -> str:
     box = None if request.box is None else tuple(map(float, request.box))
     points = tuple(tuple(map(float, point)) for point in request.points)
     recipe = (key, box, points, tuple(map(int, request.labels)), request.refine)
+    if request.candidates:  # the mask is then chosen among others
+        recipe += ("candidates",)
     return hashlib.sha256(repr(recipe).encode()).hexdigest()[:32]
 
 
@@ -145,4 +147,5 @@ class LocalSegmenter:
         with self._lock:
             self.segments += 1
         seconds = time.perf_counter() - start
-        return SegmentReply(decoded.mask, decoded.score, name, {"decode": seconds, "total": seconds})
+        timings = {"decode": seconds, "total": seconds}
+        return SegmentReply(decoded.mask, decoded.score, name, timings, decoded.candidates)

@@ -169,11 +169,18 @@ class Servicer:
             reply = self._segmenter.segment_known(request.image_hash, wire.request_from_proto(request))
             rle_start = time.perf_counter()
             counts = wire.encode_mask(reply.mask)
+            candidates = [wire.encode_mask(mask) for mask in reply.candidates]
         now = time.perf_counter()
         timings = {**reply.timings_s, "queue": queue_s, "rle": now - rle_start, "total": now - start}
         height, width = reply.mask.shape
         return pb.SegmentReply(
-            height=height, width=width, counts=counts, score=reply.score, logits_id=reply.logits_id, timings_s=timings
+            height=height,
+            width=width,
+            counts=counts,
+            score=reply.score,
+            logits_id=reply.logits_id,
+            timings_s=timings,
+            candidates=candidates,
         )
 
     def _answer(self, rpc: str, context: grpc.ServicerContext, work: Callable[[], T]) -> T:

@@ -20,6 +20,7 @@ class SegmentRequest:
     points: tuple[tuple[float, float], ...] = ()
     labels: tuple[int, ...] = ()  # 1 object, 0 background; as many as points
     refine: str = ""  # logits id of an earlier reply on the same image; "" = none
+    candidates: bool = False  # all masks that the back end has for the prompt are wanted (SAM 2: three), not one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,8 @@ class SegmentReply:
     score: float  # the segmenter's own estimate of IoU, 0..1
     logits_id: str = ""
     timings_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    # bool[h, w] each, `mask` among them, in the back end's order; () unless asked for, and where it has only one
+    candidates: tuple[np.ndarray, ...] = ()
 
 
 class FailureKind(enum.StrEnum):

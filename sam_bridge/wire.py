@@ -89,7 +89,7 @@ def _runs(counts: bytes) -> np.ndarray:
 
 def request_to_proto(key: str, request: SegmentRequest) -> pb.SegmentRequest:
     """`request` has passed check_request."""
-    message = pb.SegmentRequest(image_hash=key, refine=request.refine)
+    message = pb.SegmentRequest(image_hash=key, refine=request.refine, candidates=request.candidates)
     if request.box is not None:
         x0, y0, x1, y1 = map(float, request.box)
         message.box.CopyFrom(pb.Box(x0=x0, y0=y0, x1=x1, y1=y1))
@@ -105,6 +105,7 @@ def request_from_proto(message: pb.SegmentRequest) -> SegmentRequest:
         points=tuple((p.x, p.y) for p in message.points),
         labels=tuple(p.label for p in message.points),
         refine=message.refine,
+        candidates=message.candidates,
     )
 
 
@@ -114,4 +115,5 @@ def reply_from_proto(message: pb.SegmentReply, shape: tuple[int, int]) -> Segmen
         got = (message.height, message.width)
         raise SegmenterError(FailureKind.INTERNAL, f"the mask is {got}, the image {shape}")
     mask = decode_mask(message.counts, *shape)
-    return SegmentReply(mask, message.score, message.logits_id, dict(message.timings_s))
+    candidates = tuple(decode_mask(counts, *shape) for counts in message.candidates)
+    return SegmentReply(mask, message.score, message.logits_id, dict(message.timings_s), candidates)

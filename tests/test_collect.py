@@ -1,6 +1,7 @@
 """Collecting: nothing lost or doubled by a kill or by shards, the same set whatever the order, filters that count."""
 
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import json
@@ -17,8 +18,8 @@ from agent_fakes import DiscSegmenter
 from PIL import Image
 
 from rsagent_jax import refilter
-from rsagent_jax.collect import Collector, what_decides
-from rsagent_jax.config import CollectConfig, FilterConfig, RemoteConfig, TeacherConfig
+from rsagent_jax.collect import Collector, attempt_id, what_decides
+from rsagent_jax.config import CollectConfig, FilterConfig, OwnConfig, RemoteConfig, TeacherConfig
 from rsagent_jax.data import synthetic, trajectories
 from rsagent_jax.data.journal import Journal
 from rsagent_jax.evals import filtering
@@ -204,6 +205,67 @@ def test_a_remote_teacher_is_asked_side_by_side_and_counted(tmp_path, samples):
     assert collector.usage["tokens_out"] == 10 * turns == collector.usage["cost"]
     assert collector.usage["requests"] == turns + collector.usage["retries"] + 1 and collector.usage["retries"] > 0
     assert filtering.write(tmp_path / "w", tmp_path / "w", FilterConfig()).kept == 2
+
+
+OWN = dataclasses.replace(CONFIG, teacher=TeacherConfig(own=OwnConfig(weights="w", tries=2)))
+
+
+def resample(workdir, samples, policy, config=OWN):
+    """One run of our own policy over what is left."""
+    journal = Journal(workdir / filtering.ATTEMPTS, ALONE, what_decides(config, "abc"))
+    every = [(2 * i + t, i) for i in range(len(samples)) for t in (0, 1)]
+    left = [(uid, i) for uid, i in every if attempt_id(f"s{i}", uid % 2, 2) not in journal.done]
+    collector = Collector(config, small.processor(), samples, None, DiscSegmenter(14.0), journal, "abc")
+    with contextlib.closing(journal):
+        collector.sample(left, len(every), policy)
+    return collector, len(left)
+
+
+def test_our_own_policy_tries_each_sample_and_the_first_good_try_is_kept(tmp_path, samples):
+    """Which try is good: of s0 both, of s1 none, of s2 the second."""
+    good = {0: (True, True), 1: (False, False), 2: (False, True)}
+
+    def act(task, state):
+        number, attempt = int(task.sample.id[1:]), task.uid % 2
+        return [small.click(*((56, 56) if good[number][attempt] else (80, 56))), small.finish(1)][len(state.turns)]
+
+    collector, played = resample(tmp_path, samples[:3], TextPolicy(act, small.processor(), slots=3))
+    assert collector.failed == {} and played == 6
+    found = filtering.write(tmp_path, tmp_path / "one", FilterConfig())
+    assert [row["id"] for row in lines(tmp_path / "one/trajectories.jsonl")] == ["s0#0", "s2#1"]
+    assert found.dropped == {"1 of the sample kept already": 1, "final IoU below 0.9": 3}
+    arguments = [f"--collected={tmp_path}", f"--out={tmp_path / 'study'}", "--min_iou=0.9", "--per_sample=2"]
+    assert refilter.main(arguments) == 0
+    both = [row["id"] for row in lines(tmp_path / "study/iou-0.90/trajectories.jsonl")]
+    assert both == ["s0#0", "s0#1", "s2#1"]
+    header = trajectories.header(trajectories.open_records(tmp_path / "one")[0])
+    assert header["provenance"]["teacher"] == "own policy" and header["provenance"]["weights_sha256"] == "abc"
+    with pytest.raises(DataError, match="results of other settings"):
+        Journal(tmp_path / filtering.ATTEMPTS, ALONE, what_decides(OWN, "other weights"))
+
+
+@pytest.mark.timeout(900)
+def test_sampled_ids_are_stored_as_they_were_and_a_kill_changes_nothing(tmp_path, samples):
+    """The engine with random weights: what it says is no call, but its ids must come back bit for bit."""
+    engine, whole, cut = small.engine(seed=3), tmp_path / "whole", tmp_path / "cut"
+    resample(whole, samples[:2], engine)
+    path = next((whole / filtering.ATTEMPTS).iterdir())
+    rows = {row["id"]: row for row in lines(path)[1:]}
+    assert set(rows) == {"s0#0", "s0#1", "s1#0", "s1#1"} and all(row["sampled_tokens"] for row in rows.values())
+    tasks = [small.Task(samples[i], i, 2 * i + t) for i in (0, 1) for t in (0, 1)]
+    played = [t for t, _ in Driver(engine, DiscSegmenter(14.0), small.processor(), small.AGENT).run(tasks)]
+    for uid, trajectory in enumerate(played):
+        item = trajectories.decode(base64.b64decode(rows[f"s{uid // 2}#{uid % 2}"]["record"]), small.processor())
+        np.testing.assert_array_equal(item.tokens, trajectory.tokens)
+        np.testing.assert_array_equal(item.sampled, trajectory.sampled)
+        np.testing.assert_array_equal(item.positions, trajectory.positions)
+        np.testing.assert_array_equal(item.patches, trajectory.patches)
+    assert len({tuple(t.tokens[t.sampled].tolist()) for t in played}) == 4  # tries differ
+    (cut / filtering.ATTEMPTS).mkdir(parents=True)
+    (cut / filtering.ATTEMPTS / path.name).write_bytes(b"\n".join(path.read_bytes().split(b"\n")[:3]) + b"\n")
+    _, left = resample(cut, samples[:2], engine)
+    again = {row["id"]: row for row in lines(cut / filtering.ATTEMPTS / path.name)[1:]}
+    assert left == 2 and {i: r["record"] for i, r in again.items()} == {i: r["record"] for i, r in rows.items()}
 
 
 @pytest.mark.timeout(200)

@@ -41,6 +41,7 @@ RUNGS = (
         "segment",
         "export",
         "pretrain",
+        "problems",
         "refilter",
         "show_tokens",
         "data.check",

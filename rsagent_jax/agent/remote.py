@@ -29,6 +29,9 @@ _FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFo
 _AGAIN = (openai.RateLimitError, openai.APITimeoutError, openai.APIConnectionError, openai.InternalServerError)
 
 
+TEACHER = "teacher.remote"  # the config group
+
+
 class EndpointError(Exception):
     """A request that was given up on. `kind` is a word that can be counted."""
 
@@ -56,11 +59,13 @@ class Endpoint:
 
     _of_loop: ClassVar[weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
 
-    def __init__(self, config: RemoteConfig):
+    def __init__(self, config: RemoteConfig, name: str = TEACHER):
+        """`name`: of the config group, for messages."""
         if not config.url or not config.model:
-            raise DataError("teacher.remote.url and teacher.remote.model are needed, such as http://host:8000/v1")
+            raise DataError(f"{name}.url and {name}.model are needed, such as http://host:8000/v1")
         if config.concurrent < 1 or config.retries < 0 or config.timeout_s <= 0:
-            raise DataError("teacher.remote: concurrent must be at least 1, retries 0, timeout_s above 0")
+            raise DataError(f"{name}: concurrent must be at least 1, retries 0, timeout_s above 0")
+        self.name = name
         key = os.environ.get(config.key_variable) or "none"
         # Retries are ours, so that they are counted.
         self.client = openai.AsyncOpenAI(base_url=config.url, api_key=key, timeout=config.timeout_s, max_retries=0)
@@ -68,11 +73,11 @@ class Endpoint:
         self.slots, self.next_start = asyncio.Semaphore(config.concurrent), 0.0
 
     @classmethod
-    def shared(cls, config: RemoteConfig) -> Endpoint:
+    def shared(cls, config: RemoteConfig, name: str = TEACHER) -> Endpoint:
         """The endpoint of the running event loop."""
         of_config = cls._of_loop.setdefault(asyncio.get_running_loop(), {})
         if config not in of_config:
-            of_config[config] = cls(config)
+            of_config[config] = cls(config, name)
         return of_config[config]
 
     async def complete(self, messages: list[dict]) -> str:
@@ -82,7 +87,7 @@ class Endpoint:
                 return await self._ask(messages)
             except _FATAL as error:
                 c = self.config
-                raise DataError(f"{c.url} refuses {c.model!r} ({_reason(error)}); see teacher.remote") from None
+                raise DataError(f"{c.url} refuses {c.model!r} ({_reason(error)}); see {self.name}") from None
             except _AGAIN as error:
                 kind, detail, pause = _kind(error), _reason(error), _retry_after(error)
             except TimeoutError:
@@ -139,12 +144,12 @@ def messages_of(state: EnvState) -> list[dict]:
     opening = opening_observation(reset(state.image, state.query, state.config, state.limits))
     messages = [
         {"role": "system", "content": prompts.system_prompt(style)},
-        {"role": "user", "content": [_picture(opening.image), {"type": "text", "text": opening.text}]},
+        {"role": "user", "content": [picture_part(opening.image), {"type": "text", "text": opening.text}]},
     ]
     for turn in state.turns:
         messages.append({"role": "assistant", "content": turn.text})
         content = [{"type": "text", "text": f"<tool_response>\n{turn.observation.text}"}]
-        content += [] if turn.observation.image is None else [_picture(turn.observation.image)]
+        content += [] if turn.observation.image is None else [picture_part(turn.observation.image)]
         messages.append({"role": "user", "content": [*content, {"type": "text", "text": "\n</tool_response>"}]})
     return messages
 
@@ -155,7 +160,8 @@ def clean(text: str) -> str:
     return text.replace("<|", "(|")
 
 
-def _picture(image: np.ndarray) -> dict:
+def picture_part(image: np.ndarray) -> dict:
+    """u8[h, w, 3] as a part of a message."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=1)
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

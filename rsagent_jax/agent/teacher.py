@@ -59,23 +59,23 @@ class Oracle:
             use_box = self.rng.random() < self.config.box
             target = self._elsewhere(state.image, gt_mask, use_box) if wrong else gt_mask
             thoughts = _GUESS if wrong else _BOX if use_box else _CLICK
-            return self._say(thoughts, state, _prompt(state.view, target, use_box))
+            return self._say(thoughts, state, prompt_of(state.view, target, use_box))
         if ious[-1] < RESTART_IOU:
             # A box has no doubt about size, so it is the second try whatever the first one was; then a click.
-            return self._say(_AGAIN, state, _prompt(state.view, gt_mask, use_box=len(ious) % 2 == 1))
+            return self._say(_AGAIN, state, prompt_of(state.view, gt_mask, use_box=len(ious) % 2 == 1))
         return self._repair(state, gt_mask, state.masks[-1])
 
     def _repair(self, state: EnvState, gt_mask: np.ndarray, latest: MaskRecord) -> str:
-        missing, extra = _largest(gt_mask & ~latest.mask), _largest(latest.mask & ~gt_mask)
+        missing, extra = largest_part(gt_mask & ~latest.mask), largest_part(latest.mask & ~gt_mask)
         positive = missing.sum() >= extra.sum()
-        point, label = _point(state.view, missing if positive else extra), 1 if positive else 0
+        point, label = middle(state.view, missing if positive else extra), 1 if positive else 0
         last = state.turns[-1].call
         if latest.logits_id:
             call = Segment(points=(point,), labels=(label,), refine=latest.id)
         elif isinstance(last, Segment):  # no logits to start from: say the last prompt again, with one click more
             call = Segment(last.box, (*last.points, point), (*last.labels, label))
         else:
-            call = _prompt(state.view, gt_mask, use_box=True)
+            call = prompt_of(state.view, gt_mask, use_box=True)
         return self._say(_MISSING if positive else _EXTRA, state, call)
 
     def _elsewhere(self, image: np.ndarray, gt_mask: np.ndarray, use_box: bool) -> np.ndarray:
@@ -107,10 +107,10 @@ class Oracle:
         return render_call(call, thought.format(name=name, Name=name[0].upper() + name[1:]))
 
 
-def _prompt(view: View, region: np.ndarray, use_box: bool) -> Segment:
+def prompt_of(view: View, region: np.ndarray, use_box: bool) -> Segment:
     """The box of a region bool[h, w], or a click in the middle of its largest part; whole view pixels."""
     if not use_box:
-        return Segment(points=(_point(view, _largest(region)),), labels=(1,))
+        return Segment(points=(middle(view, largest_part(region)),), labels=(1,))
     ys, xs = np.nonzero(region)
     x1, y1, x2, y2 = view.box_to_view((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
     x1, y1 = np.floor((x1, y1)).tolist()  # outward: a box may have some margin but must not cut
@@ -118,7 +118,7 @@ def _prompt(view: View, region: np.ndarray, use_box: bool) -> Segment:
     return Segment(box=view.clip_box((x1, y1, x2, y2))[0])
 
 
-def _point(view: View, region: np.ndarray) -> tuple[float, float]:
+def middle(view: View, region: np.ndarray) -> tuple[float, float]:
     """The whole view pixel nearest to the place of bool[h, w] that is farthest from its border (and the image's)."""
     depth = cv2.distanceTransform(np.pad(region, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
     y, x = np.unravel_index(int(np.argmax(depth)), depth.shape)
@@ -126,7 +126,7 @@ def _point(view: View, region: np.ndarray) -> tuple[float, float]:
     return points_view[0, 0].item(), points_view[0, 1].item()
 
 
-def _largest(region: np.ndarray) -> np.ndarray:
+def largest_part(region: np.ndarray) -> np.ndarray:
     """The largest connected part of bool[h, w]; all False when there is none."""
     count, parts, stats, _ = cv2.connectedComponentsWithStats(region.astype(np.uint8), connectivity=8)
     if count == 1:

@@ -2,9 +2,9 @@
 
   python -m rsagent_jax.data.check --config=configs/grpo_tpu.py --out=DIR [--samples=200] [--config.grpo.data.root=…]
 
-Takes the config of train.py (grpo.data), evaluate.py or collect (data). Opens the set, holds the counts against the
-published ones, decodes pictures and masks, and draws a contact sheet. Exit status 1 if a sample cannot be read or a
-count differs, 2 if the set cannot be opened.
+Takes the config of train.py (grpo.data), evaluate.py, collect or problems (data). Opens the set, holds the counts
+against the published ones, decodes pictures and masks, and draws a contact sheet. Exit status 1 if a sample cannot be
+read or a count differs, 2 if the set cannot be opened.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 
 from rsagent_jax import entry
 from rsagent_jax.agent.overlay import draw_overlay
-from rsagent_jax.config import CollectConfig, DataConfig, EvalConfig, TrainConfig
+from rsagent_jax.config import CollectConfig, DataConfig, EvalConfig, ProblemsConfig, TrainConfig
 from rsagent_jax.data.index import SampleIndex, spread
 from rsagent_jax.data.samples import Mixture, open_samples
 from rsagent_jax.data.synthetic import STAMP
@@ -58,7 +58,7 @@ class Found:
     bad: dict[str, str] = dataclasses.field(default_factory=dict)  # sample id -> what is wrong
 
 
-def main(config: TrainConfig | EvalConfig | CollectConfig) -> int:
+def main(config: TrainConfig | EvalConfig | CollectConfig | ProblemsConfig) -> int:
     out = entry.workdir("out")
     data = config.grpo.data if isinstance(config, TrainConfig) else config.data
     samples = open_samples(data)
@@ -164,7 +164,9 @@ def config_class(argv: list[str]) -> type:
     if path is None:
         raise DataError("--config=configs/X.py is required: a config of train.py, evaluate.py or collect")
     has = collections.Counter(entry.load_config_file(path).keys())
-    return TrainConfig if has["stages"] else CollectConfig if has["teacher"] else EvalConfig
+    if has["stages"]:
+        return TrainConfig
+    return CollectConfig if has["teacher"] else ProblemsConfig if has["writer"] else EvalConfig
 
 
 if __name__ == "__main__":

@@ -66,6 +66,11 @@ class Pipeline:
 
         Those are counted in `skipped` and listed in `problems`. DataError if none of the part can be read.
         """
+        return [element for element in self.draw(n) if not isinstance(element, Unreadable)]
+
+    def draw(self, n: int) -> list[Any]:
+        """The same with an Unreadable in the place of each that cannot be read: the k-th stands at place
+        share.index + k * share.count of the `n`."""
         if self._elements is None:
             self._elements = iter(self._dataset())
         mine = self.share.of(n, "the number of elements taken")
@@ -75,14 +80,14 @@ class Pipeline:
         self.skipped += len(self.problems)
         if len(self.problems) == mine:
             raise DataError(f"none of the {mine} samples drawn could be read; the first: {self.problems[0].problem}")
-        return [element for element in taken if not isinstance(element, Unreadable)]
+        return taken
 
     def state(self) -> dict[str, int]:
         """The same on every host but for `skipped`."""
         return {"position": self.position, "skipped": self.skipped}
 
     def restore(self, state: dict[str, int]) -> None:
-        self.position, self.skipped = state["position"], state["skipped"]
+        self.position, self.skipped = state["position"], state.get("skipped", 0)
         self._elements = None
 
     def _dataset(self) -> grain.IterDataset:

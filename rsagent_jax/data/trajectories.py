@@ -49,9 +49,17 @@ def encode(trajectory: Trajectory, images: Sequence[np.ndarray], header: dict) -
     return out.getvalue()
 
 
-def encode_by_reference(state: EnvState, processor: Processor, path: str, header: dict) -> bytes:
-    """A finished trajectory whose images are made again when it is read; `path` names its picture, "" = no file."""
-    tokens, positions, sampled, _ = context_of(state, processor)
+def encode_by_reference(
+    state: EnvState, processor: Processor, path: str, header: dict, played: Trajectory | None = None
+) -> bytes:
+    """A finished trajectory whose images are made again when it is read; `path` names its picture, "" = no file.
+
+    `played`: the driver's, whose ids are stored as they were sampled. Without it the turns are text and encoded here.
+    """
+    if played is None:
+        tokens, positions, sampled, _ = context_of(state, processor)
+    else:
+        tokens, positions, sampled = played.tokens, played.positions, played.sampled
     arrays = {"tokens": tokens, "positions": positions, "sampled": sampled}
     header = header | {"picture": {"path": path, "sha256": checksum(state.image)}, "replay": to_json(state, path)}
     if not path:

@@ -68,6 +68,7 @@ def write(
     """Writes the kept set of a collection to `out`; the journal stays as it is. `failed`: what was not collected."""
     settings = journal.settings_of(workdir / ATTEMPTS)
     counts: Counter[str] = Counter()
+    kept_of: Counter[str] = Counter()  # by sample
     kept: list[dict] = []
     shown: dict[bool, list[tuple[dict, str]]] = {True: [], False: []}
     lines = []
@@ -75,7 +76,10 @@ def write(
         writer = trajectories.Writer(out, per_file)
         for where, row in journal.read_in_order(workdir / ATTEMPTS, "uid"):
             try:
-                why = verdict(row, rules)
+                why, sample = verdict(row, rules), row.get("sample", row["id"])
+                if why == "kept" and kept_of[sample] >= rules.per_sample:
+                    why = f"{rules.per_sample} of the sample kept already"
+                kept_of[sample] += why == "kept"
                 record = base64.b64decode(row["record"], validate=True)
             except (KeyError, TypeError, ValueError) as error:
                 raise journal.damaged(where, error) from None

@@ -119,12 +119,12 @@ def count(trajectory: Trajectory, sample: Sample) -> Counts:
     errors = sum(turn.error is not None for turn in trajectory.turns)
     failure = trajectory.status is Status.ENV_FAILED
     mask = np.zeros_like(sample.gt_mask) if failure else trajectory.final_mask
-    return Counts(sample.id, _pixels(mask, sample), trajectory.status, len(trajectory.turns), errors)
+    return Counts(sample.id, pixel_counts(mask, sample), trajectory.status, len(trajectory.turns), errors)
 
 
 def failed(sample: Sample, rules: MetricConfig = LISA) -> SampleResult:
     """The result of a sample for which no trajectory came back at all: IoU 0, union = the whole ground truth."""
-    pixels = _pixels(np.zeros_like(sample.gt_mask), sample)
+    pixels = pixel_counts(np.zeros_like(sample.gt_mask), sample)
     return judge(Counts(sample.id, pixels, Status.ENV_FAILED, turns=0, tool_errors=0), rules)
 
 
@@ -140,7 +140,8 @@ def judge(counts: Counts, rules: MetricConfig = LISA) -> SampleResult:
     return SampleResult(counts.id, intersection, union, *ending, not true, said_empty, rules)
 
 
-def _pixels(mask: np.ndarray, sample: Sample) -> dict[str, tuple[int, int, int]]:
+def pixel_counts(mask: np.ndarray, sample: Sample) -> dict[str, tuple[int, int, int]]:
+    """(intersection, predicted, true) of bool[h, w] by ignore_policy."""
     ignore, gt = sample.ignore_mask, sample.gt_mask
     excluded = _triple(mask, gt, ignore)
     if ignore is None or not ignore.any():

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rsagent_jax.data import journal
+from rsagent_jax.evals.by_turn import Pixels
 from rsagent_jax.evals.metrics import Counts
 from rsagent_jax.processes import Share
 from rsagent_jax.types import Status
@@ -23,18 +24,24 @@ class Record:
     mask: dict[str, Any]  # COCO RLE of the final mask
     seconds: float  # of the wave it ran in, divided among it
     example: dict[str, Any]  # a line of trajectories.jsonl
+    masks: tuple[tuple[int, Pixels], ...] = ()  # of every mask: the turn that made it, its pixels (evals/by_turn.py)
 
     def to_row(self) -> dict[str, Any]:
         counts = dataclasses.asdict(self.counts) | {"status": self.counts.status.value}
-        rest = {"mask": self.mask, "seconds": self.seconds, "example": self.example}
+        rest = {"mask": self.mask, "seconds": self.seconds, "example": self.example, "masks": self.masks}
         return {"id": self.counts.id, "counts": counts, **rest}
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Record:
         """ValueError, KeyError or TypeError for a row that is not one."""
-        pixels = {policy: tuple(triple) for policy, triple in row["counts"]["pixels"].items()}
+        pixels = _triples(row["counts"]["pixels"])
         counts = Counts(**row["counts"] | {"pixels": pixels, "status": Status(row["counts"]["status"])})
-        return cls(counts, row["mask"], row["seconds"], row["example"])
+        masks = tuple((turn, _triples(pixels)) for turn, pixels in row["masks"])
+        return cls(counts, row["mask"], row["seconds"], row["example"], masks)
+
+
+def _triples(pixels: dict[str, Any]) -> Pixels:
+    return {policy: tuple(triple) for policy, triple in pixels.items()}
 
 
 class Shard:

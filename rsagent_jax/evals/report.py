@@ -134,17 +134,22 @@ def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:
     """Writes report/index.html from the files of evaluate.py and returns its path."""
     evaluation = load_evaluation(workdir)
     results = evaluation.results
+    row = results.get("row", "policy")
     shown = results.get("settings", {}).get("examples") or len(evaluation.examples)
     good = sorted((e for e in evaluation.examples if e.iou >= GOOD_IOU), key=lambda e: (-e.iou, e.id))
     bad = sorted((e for e in evaluation.examples if e.iou < GOOD_IOU), key=lambda e: (e.iou, e.id))
     text = page(
-        f"Evaluation: {results['benchmark']}",
+        f"Evaluation: {results['benchmark']}{'' if row == 'policy' else f' ({row})'}",
+        tag("p", tag("b", "This row looks at the truth: it bounds what a policy can reach and is none itself."))
+        if results.get("sees_the_truth")
+        else None,
         tag("p", f"{results['n']} sentences, one trajectory each. Intervals: 95%, bootstrap over sentences."),
         tiles(_headline(evaluation)),
         tag("h2", "How trajectories ended"),
         endings_table(evaluation),
         tag("h2", "IoU of the final masks"),
         tag("div", histogram([p.iou for p in evaluation.predictions], bad_below=GOOD_IOU), class_="plot"),
+        *_by_turn(results),
         *_conventions(results),
         tag("h2", "Settings"),
         settings_table(results.get("settings", {}), {"weights_sha256": results.get("weights_sha256")}),
@@ -154,6 +159,25 @@ def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:
         _cards(evaluation, bad[:shown]),
     )
     return save(text, evaluation.workdir)
+
+
+def _by_turn(results: Mapping[str, Any]) -> list[Html]:
+    """What the same trajectories would have been worth with fewer turns."""
+    if not (curve := results.get("by_turn")):
+        return []
+    head = ["turns", "gIoU", "95% interval", "cIoU", "had ended", "gIoU of the best mask so far (oracle)"]
+    rows = [
+        [
+            r["turns"],
+            f"{r['giou']:.3f}",
+            span(r["giou_ci95"]) if r["giou_ci95"] else "-",
+            f"{r['ciou']:.3f}",
+            f"{r['ended']:.1%}",
+            f"{r['oracle_best_giou']:.3f}",
+        ]
+        for r in curve
+    ]
+    return [tag("h2", "Had it ended after so many turns"), table(head, rows, text_columns=0)]
 
 
 def _conventions(results: Mapping[str, Any]) -> list[Html]:

@@ -25,7 +25,7 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.rollout.jobs import Jobs, Overdue
 from rsagent_jax.rollout.policy import Policy, Request, Task
-from rsagent_jax.types import Completion, DataError, Prompt, Status, Trajectory
+from rsagent_jax.types import Completion, DataError, Prompt, Sample, Status, Trajectory
 from sam_bridge.types import FailureKind, Segmenter
 
 
@@ -78,7 +78,10 @@ class Driver:
         self.limits = pixel_limits(agent, processor)
         self.workers, self.on_turn = workers, on_turn
         self.cancelled: set[int] = set()
-        self.openings: dict[int, concurrent.futures.Future] = {}
+        # By the sample's id(), with the sample: were it gone, another one could get its id, and its opening.
+        self.openings: collections.OrderedDict[int, tuple[Sample, concurrent.futures.Future]] = (
+            collections.OrderedDict()
+        )
         self.lock = threading.Lock()
         self.stats: dict[str, float] = {}
 
@@ -176,10 +179,13 @@ class Driver:
         sample = task.sample
         state = environment.reset(sample.image, sample.query, self.agent, self.limits)
         with self.lock:
-            future = self.openings.get(id(sample))
+            _, future = self.openings.get(id(sample), (None, None))
             first = future is None
             if first:
-                self.openings[id(sample)] = future = concurrent.futures.Future()
+                future = concurrent.futures.Future()
+                self.openings[id(sample)] = sample, future
+                if len(self.openings) > self.policy.slots:  # no more samples than that are played at a time
+                    self.openings.popitem(last=False)
         if first:
             try:
                 future.set_result(self._opening(state))

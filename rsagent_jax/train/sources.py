@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import grain
 import jax
 import numpy as np
 from flax import nnx
 
-from rsagent_jax.config import GrpoConfig, SftConfig
+from rsagent_jax.config import GrpoConfig, ReadConfig, SftConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item, fits, pack_evenly
+from rsagent_jax.data.pipeline import Pipeline, Unreadable
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.processes import Share
 from rsagent_jax.rewards import make_reward, mask_iou
@@ -41,13 +42,14 @@ class BatchSource(Protocol):
 
 
 class SftSource:
-    """Stored trajectories, shuffled anew each epoch by Grain; the position is the number of trajectories read."""
+    """Stored trajectories, shuffled anew each epoch; the position is the number of trajectories read."""
 
     def __init__(self, config: SftConfig, processor: Processor, seed: int, share: Share = ALONE):
+        share.of(config.trajectories_per_step, "sft.trajectories_per_step")
         self.config, self.processor, self.share = config, processor, share
         self.records = trajectories.open_records(config.trajectories)
-        self.dataset = grain.MapDataset.source(self.records).seed(seed).shuffle().repeat()
-        self.position = 0
+        decode = functools.partial(trajectories.decode, processor=processor)
+        self.pipeline = _pipeline(self.records, decode, config.read, seed, share)
         self.dropped = 0
 
     @property
@@ -60,9 +62,7 @@ class SftSource:
     def next(self, params: nnx.State, key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         del params, key  # what is read next depends on the position only
         count = self.config.trajectories_per_step
-        mine = range(self.position + self.share.index, self.position + count, self.share.count)
-        items = [trajectories.decode(self.dataset[i], self.processor) for i in mine]
-        self.position += count
+        items = self.pipeline.take(count)
         kept = [i for i in items if fits(i, self.config.batch, self.processor.config)]
         self.dropped += len(items) - len(kept)
         batches = pack_evenly(kept, self.config.batch, self.processor.config, self.share)
@@ -70,14 +70,15 @@ class SftSource:
             raise DataError(
                 f"sft: no trajectory of this step fits {self.config.batch}; raise sft.batch.tokens or sft.batch.patches"
             )
-        epoch = self.position / len(self.records)
-        return batches, {"epoch": epoch, "dropped": float(self.dropped), **_fill(kept, batches)}
+        counts = {"dropped": float(self.dropped), "unreadable": float(self.pipeline.skipped)}
+        return batches, {"epoch": self.pipeline.position / len(self.records), **counts, **_fill(kept, batches)}
 
     def state(self) -> dict[str, Any]:
-        return {"position": self.position, "dropped": self.dropped}
+        return self.pipeline.state() | {"dropped": self.dropped}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.position, self.dropped = state["position"], state["dropped"]
+        self.pipeline.restore(state)
+        self.dropped = state["dropped"]
 
 
 class GrpoSource:
@@ -100,11 +101,10 @@ class GrpoSource:
         if config.sampling.context > config.batch.tokens:
             raise DataError("grpo.batch.tokens must be at least grpo.sampling.context: a trajectory never spans rows")
         self.config, self.driver, self.engine, self.processor = config, driver, engine, processor
-        self.samples, self.share = samples, share
-        self.order = grain.MapDataset.range(len(samples)).seed(seed).shuffle().repeat()
+        self.share = share
+        self.pipeline = _pipeline(samples, _as_it_is, config.read, seed, share)
         self.advantage = ADVANTAGES[name[config.advantage]]
         self.reward = make_reward(config.reward)
-        self.position = 0
         self.examples: dict[str, Any] = {}  # the first group of the last step, for people
 
     def next(self, params: nnx.State, key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
@@ -112,20 +112,17 @@ class GrpoSource:
         self.engine.load(params, key)
         del params  # a copy that was made for this gives its memory to the cache
         mine = range(self.share.index, c.prompts, self.share.count)
-        chosen = [self.samples[int(self.order[self.position + i])] for i in mine]
-        self.position += c.prompts
+        drawn = [(i, s) for i, s in zip(mine, self.pipeline.draw(c.prompts), strict=True) if not _unreadable(s)]
+        chosen = [s for _, s in drawn]
         # uids count over all processes: who plays a trajectory does not change its random numbers.
-        tasks = [
-            Task(s, g, i * c.group + k)
-            for g, (i, s) in enumerate(zip(mine, chosen, strict=True))
-            for k in range(c.group)
-        ]
+        tasks = [Task(s, g, i * c.group + k) for g, (i, s) in enumerate(drawn) for k in range(c.group)]
         played = [t for t, _ in self.driver.run(tasks)]
         rollout_seconds = time.perf_counter() - start
         items, metrics = self._judge(played, chosen)
         batches = pack_evenly(items, c.batch, self.processor.config, self.share)
         tokens = sum(int(t.sampled.sum()) for t in played)
         metrics |= {
+            "unreadable": float(self.pipeline.skipped),  # samples, since the start of the stage
             "rollout_seconds": rollout_seconds,
             "tokens_per_s": tokens / rollout_seconds,
             **self.driver.metrics(),
@@ -178,10 +175,23 @@ class GrpoSource:
         return bool(t.sampled.any()) and fits(_item(t, 0.0), self.config.batch, self.processor.config)
 
     def state(self) -> dict[str, Any]:
-        return {"position": self.position}
+        return self.pipeline.state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
+        self.pipeline.restore(state)
+
+
+def _pipeline(source: Sequence[Any], transform, read: ReadConfig, seed: int, share: Share) -> Pipeline:
+    settings = {"threads": read.threads, "workers": read.workers, "ahead": read.ahead}
+    return Pipeline(source, transform, seed=seed, share=share, **settings)
+
+
+def _as_it_is(sample: Sample) -> Sample:
+    return sample
+
+
+def _unreadable(element: Any) -> bool:
+    return isinstance(element, Unreadable)
 
 
 def _item(t: Trajectory, advantage: float) -> Item:

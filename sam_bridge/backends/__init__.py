@@ -48,6 +48,7 @@ class Decoded:
     mask: np.ndarray  # bool[h, w]
     score: float  # 0..1
     logits: np.ndarray
+    candidates: tuple[np.ndarray, ...] = ()  # bool[h, w] each, where the request wants them and there are several
 
 
 class Backend(Protocol):

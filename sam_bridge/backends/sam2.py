@@ -186,9 +186,9 @@ class _Model:
             return [self._finish(job, masks, scores) for job, (masks, scores) in zip(jobs, found, strict=True)]
 
     def _wants_three(self, request: SegmentRequest) -> bool:
-        """Whether the prompt is ambiguous: a click alone may mean a shirt or the person in it."""
+        """Whether the prompt is ambiguous (a click alone may mean a shirt or the person in it), or all are wanted."""
         alone = len(request.points) == 1 and request.box is None and not request.refine
-        return self.multimask == "always" or (self.multimask == "point" and alone)
+        return request.candidates or self.multimask == "always" or (self.multimask == "point" and alone)
 
     def _decode_one(self, job: _Job, three: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The package's own path, on tensors of the predictor's shapes."""
@@ -278,10 +278,14 @@ class _Model:
         """The mask with the best score, enlarged to the image: bilinear, then > 0."""
         scores = scores.float()
         best = int(scores.argmax())
-        low = masks[best : best + 1]
-        large = self._transforms.postprocess_masks(low[None], (job.encoding.height, job.encoding.width))[0, 0]
+        low, size = masks[best : best + 1], (job.encoding.height, job.encoding.width)
+        large = self._transforms.postprocess_masks(low[None], size)[0, 0]
         logits = low.clamp(-LOGIT_CLAMP, LOGIT_CLAMP).float().cpu().numpy()
-        return Decoded((large > 0.0).cpu().numpy(), float(scores[best]), logits)
+        candidates = ()
+        if job.request.candidates:
+            every = self._transforms.postprocess_masks(masks[None], size)[0]
+            candidates = tuple((every > 0.0).cpu().numpy())
+        return Decoded((large > 0.0).cpu().numpy(), float(scores[best]), logits, candidates)
 
     @contextlib.contextmanager
     def _context(self):

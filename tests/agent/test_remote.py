@@ -172,7 +172,7 @@ def test_what_may_pass_is_asked_again_and_counted(bad):
 )
 def test_what_does_not_pass_is_given_up_with_a_kind(answer, kind, tries):
     with Server([answer]) as server:
-        (error,), _ = ask(config(server, timeout_s=0.2 if kind == "timeout" else 5.0))
+        (error,), _ = ask(config(server, timeout_s=0.6 if kind == "timeout" else 5.0))
     assert isinstance(error, remote.EndpointError) and error.kind == kind and len(server.asked) == tries
 
 

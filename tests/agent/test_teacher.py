@@ -5,7 +5,7 @@ import pytest
 from agent_fakes import LIMITS, DiscSegmenter, IdealSegmenter, disc
 
 from rsagent_jax.agent.environment import final_mask, propose, reset, resolve, run_tool
-from rsagent_jax.agent.teacher import GOOD_IOU, Oracle, _largest, _name, _point
+from rsagent_jax.agent.teacher import GOOD_IOU, Oracle, _name, largest_part, middle
 from rsagent_jax.agent.tools import parse, render_call
 from rsagent_jax.agent.views import View
 from rsagent_jax.config import AgentConfig, TeacherConfig
@@ -122,7 +122,7 @@ def test_returns_to_the_whole_view_before_it_points():
 def test_click_is_inside_even_for_a_ring():
     ring = disc(H, W, 100, 75, 40) & ~disc(H, W, 100, 75, 25)
     view = View.whole(H, W, LIMITS)
-    x, y = view.to_original(np.array([_point(view, _largest(ring))]))[0]
+    x, y = view.to_original(np.array([middle(view, largest_part(ring))]))[0]
     assert ring[round(y), round(x)]
 
 

@@ -138,8 +138,7 @@ def store(directory: pathlib.Path, tasks: list[Task], scripts: dict) -> pathlib.
     """Plays the scripts and stores the trajectories as SFT reads them."""
     policy, writer = TextPolicy(scripted(scripts), processor()), trajectories.Writer(directory)
     for t, state in Driver(policy, DiscSegmenter(), processor(), AGENT).run(tasks):
-        images = [state.view.render(state.image), *[x.observation.image for x in t.turns if x.observation]]
-        writer.write(trajectories.encode(t, images, {}))
+        writer.write(trajectories.encode(t, trajectories.shown_images(state), {}))
     writer.close({})
     return directory
 

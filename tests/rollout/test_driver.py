@@ -310,3 +310,12 @@ def test_narrower_limits_make_smaller_views_with_matching_patches():
     trajectory, state = one(zoom(0, 0, 60, 60), finish(None), agent=dataclasses.replace(AGENT, max_pixels=84 * 84))
     assert state.view.size_view == (84, 84)
     assert trajectory.grids == ((1, 6, 6), (1, 6, 6))  # 84 / 14 patches a side
+
+
+def test_samples_that_are_gone_when_they_have_been_played_keep_their_openings_to_themselves():
+    """A stream of samples that nobody else holds: Python gives the id() of one that is gone to the next."""
+    act = lambda task, state: finish(None)  # noqa: E731
+    driver = Driver(TextPolicy(act, small.processor(), slots=2), DiscSegmenter(), small.processor(), AGENT, workers=2)
+    for number, trajectory, _ in driver.play(task(i) for i in range(60)):
+        assert f'"disc number {number}"' in small.processor().decode(trajectory.tokens)
+    assert len(driver.openings) <= 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from pycocotools import mask as coco
 
 from sam_bridge import bridge_pb2 as pb
 from sam_bridge import wire
+from sam_bridge.backends import Decoded
 from sam_bridge.fleet import rank
 from sam_bridge.local import LocalSegmenter
 from sam_bridge.security import AddressError
@@ -76,7 +78,7 @@ def test_malformed_rle_is_typed(counts):
 )
 def test_request_round_trip(box, clicks, refine):
     points, labels = tuple((x, y) for x, y, _ in clicks), tuple(label for *_, label in clicks)
-    request = SegmentRequest(box, points, labels, refine)
+    request = SegmentRequest(box, points, labels, refine, candidates=len(clicks) % 2 == 1)
     message = pb.SegmentRequest.FromString(wire.request_to_proto("key", request).SerializeToString())
     assert wire.request_from_proto(message) == request
 
@@ -91,6 +93,28 @@ def test_masks_equal_the_back_ends_own(local, serve, connect, picture, request_)
         assert (theirs.score, theirs.logits_id) == (ours.score, ours.logits_id)
         click = SegmentRequest(points=((60.0, 20.0),), labels=(0,), refine=theirs.logits_id)
         np.testing.assert_array_equal(client.segment(image, click).mask, own.segment(image, click).mask)
+
+
+def test_all_masks_come_back_when_they_are_asked_for(serve, connect, picture):
+    class Three:
+        name = "three"
+
+        def encode(self, image):
+            return image.shape[:2], image.nbytes
+
+        def decode(self, encoding, request, logits):
+            masks = [np.zeros(encoding, bool) for _ in range(3)]
+            for i, mask in enumerate(masks):
+                mask[10 * i : 10 * i + 5, 3:90] = True
+            return Decoded(masks[1], 0.5, np.packbits(masks[1]), tuple(masks) if request.candidates else ())
+
+    client = connect(serve(LocalSegmenter(Three())).address)
+    asked, plain = client.segment(picture, dataclasses.replace(BOX, candidates=True)), client.segment(picture, BOX)
+    assert plain.candidates == () and plain.logits_id != asked.logits_id
+    assert [np.flatnonzero(mask.any(axis=1)).tolist() for mask in asked.candidates] == [
+        list(range(5)), list(range(10, 15)), list(range(20, 25))
+    ]  # fmt: skip
+    np.testing.assert_array_equal(asked.candidates[1], asked.mask)
 
 
 def test_image_is_encoded_once_and_timings_add_up(local, serve, connect, picture):

@@ -88,6 +88,18 @@ def test_the_multimask_switch(reference, multimask):
     assert all_equal(bridge_exact.compare(predictor, options, QUICK, 7, SIZES[:1]))
 
 
+def test_candidates_are_the_predictors_three_masks(reference, picture):
+    predictor, options = reference
+    segmenter = LocalSegmenter(backend.Sam2(options, QUICK))
+    predictor.predictor.set_image(picture)
+    theirs, scores, _ = predictor.predictor.predict(box=np.array(BOX.box), multimask_output=True)
+    ours = segmenter.segment(picture, dataclasses.replace(BOX, candidates=True))
+    segmenter.close()
+    assert len(ours.candidates) == 3 and ours.score == pytest.approx(float(scores.max()), abs=1e-6)
+    np.testing.assert_array_equal(np.stack(ours.candidates), theirs.astype(bool))
+    np.testing.assert_array_equal(ours.mask, theirs[int(scores.argmax())].astype(bool))
+
+
 def test_bf16_equals_the_predictor_under_autocast(reference):
     predictor, options = reference
     options = dataclasses.replace(options, dtype="bfloat16")

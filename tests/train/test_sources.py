@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from agent_fakes import disc
 
-from rsagent_jax.config import BatchConfig, GrpoConfig, RewardGroup, RewardTerm, SamplingConfig, SftConfig
+from rsagent_jax.config import BatchConfig, GrpoConfig, ReadConfig, RewardGroup, RewardTerm, SamplingConfig, SftConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
 from rsagent_jax.train.sources import GrpoSource, SftSource
@@ -62,6 +62,9 @@ class Played:
             made = groups[number][t.uid % len(groups[number])]
             out.append((dataclasses.replace(made, group_id=t.group_id), None))
         return out
+
+    def metrics(self):
+        return {}
 
     def load(self, params, key):
         self.loaded.append((params, key))
@@ -212,7 +215,10 @@ def test_samples_are_visited_in_a_shuffled_order_that_continues_from_a_saved_pos
     again = source(groups, prompts=2)
     again.restore({"position": 4})
     again.next(None, None)
-    assert [t.sample.id for t in again.driver.tasks[::2]] == seen[4:6] and again.state() == {"position": 6}
+    assert [t.sample.id for t in again.driver.tasks[::2]] == seen[4:6] and again.state() == {
+        "position": 6,
+        "skipped": 0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -228,7 +234,44 @@ def test_settings_that_cannot_work_are_said_before_the_first_rollout(wrong, matc
         source([[trajectory(0, 20)]], **wrong)
 
 
+class Broken(list):
+    """Samples of which number 1 cannot be read."""
+
+    def __getitem__(self, i):
+        if i == 1:
+            raise DataError("picture 1 is missing")
+        return super().__getitem__(i)
+
+
+def test_a_sample_that_cannot_be_read_leaves_its_place_empty_and_is_counted():
+    groups = [[trajectory(i, 20), trajectory(i, 10)] for i in range(3)]
+    whole = source(groups)
+    whole.next(None, None)
+    uids = {t.sample.id: t.uid for t in whole.driver.tasks}
+    s = source(groups)
+    settings = dataclasses.replace(s.config, read=ReadConfig(threads=1, ahead=1))
+    played = Played(groups)
+    s = GrpoSource(settings, Broken(sample(i) for i in range(3)), played, played, small.processor(), seed=0)
+    batches, metrics = s.next(None, None)
+    assert sorted(trained(batches)) == [11, 13] and metrics["unreadable"] == 1.0
+    assert {t.sample.id: t.uid for t in played.tasks} == {id: uid for id, uid in uids.items() if id != "s1"}
+    assert [t.group_id for t in played.tasks] == [0, 0, 1, 1] and s.state() == {"position": 3, "skipped": 1}
+    s.restore({"position": 3})  # of a checkpoint from before they were counted
+    assert s.next(None, None)[1]["unreadable"] == 1.0
+
+
 # --- SFT ---
+
+
+def test_a_stored_trajectory_that_cannot_be_read_is_counted_and_the_others_are_learnt_from(tmp_path):
+    writer = trajectories.Writer(tmp_path)
+    for i in range(4):
+        t = trajectory(i, 10, n=12, images=0)
+        writer.write(b"nonsense" if i == 2 else trajectories.encode(t, [], {"id": t.sample_id}))
+    writer.close({})
+    s = sft(tmp_path, trajectories_per_step=4)
+    batches, metrics = s.next(None, None)
+    assert ids(batches) == [0, 1, 3] and metrics["unreadable"] == 1.0 and metrics["trajectories"] == 3.0
 
 
 @pytest.fixture(scope="module")

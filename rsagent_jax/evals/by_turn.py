@@ -1,0 +1,73 @@
+"""What a trajectory would have been worth had it ended after k turns: the one-turn against k-turns curve of one run.
+
+A policy is not told how many turns it has, so its first k turns are those it would have taken with
+`agent.max_turns = k`, and what counts then is the latest mask: under greedy sampling the figures are those of such a
+run, without running it. Beside them the best mask so far, which only an oracle could have chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rsagent_jax.config import MetricConfig
+from rsagent_jax.evals import metrics
+from rsagent_jax.evals.metrics import Counts, SampleResult
+from rsagent_jax.types import Sample, Status, Trajectory
+
+Pixels = dict[str, tuple[int, int, int]]  # (intersection, predicted, true) by ignore_policy
+
+
+def mask_pixels(trajectory: Trajectory, sample: Sample) -> tuple[tuple[int, Pixels], ...]:
+    """(turn that made it, counted from 1; its pixels) for every mask of the trajectory."""
+    made = {turn.mask_id: n for n, turn in enumerate(trajectory.turns, start=1) if turn.mask_id is not None}
+    return tuple((made[m.id], metrics.pixel_counts(m.mask, sample)) for m in trajectory.masks)
+
+
+def after(counts: Counts, masks: Sequence[tuple[int, Pixels]], turns: int) -> Counts:
+    """The counts had the trajectory been ended after so many turns. Tool errors are not known by turn and stay 0."""
+    if turns >= counts.turns:
+        return counts
+    made = [pixels for turn, pixels in masks if turn <= turns]
+    nothing = {policy: (0, 0, true) for policy, (_, _, true) in counts.pixels.items()}
+    latest = made[-1] if made else nothing
+    return dataclasses.replace(counts, pixels=latest, status=Status.MAX_TURNS, turns=turns, tool_errors=0)
+
+
+def curve(
+    found: Sequence[tuple[Counts, Sequence[tuple[int, Pixels]]]], rules: MetricConfig, max_turns: int
+) -> list[dict[str, Any]]:
+    """A row for each number of turns: gIoU with its 95% interval and cIoU of the latest (or committed) masks, the share
+    of trajectories that had ended, and gIoU had an oracle picked the best mask so far."""
+    rows = []
+    for k in range(1, max_turns + 1):
+        results = [metrics.judge(after(counts, masks, k), rules) for counts, masks in found]
+        totals = metrics.total(results)
+        counted = [r.iou for r in results if not r.dropped]
+        best = [_best(counts, masks, k, r, rules) for (counts, masks), r in zip(found, results, strict=True)]
+        rows.append(
+            {
+                "turns": k,
+                "giou": totals.giou,
+                "giou_ci95": list(metrics.bootstrap_ci(counted)) if counted else None,
+                "ciou": totals.ciou,
+                "ended": float(np.mean([counts.turns <= k for counts, _ in found])),
+                "oracle_best_giou": float(np.mean([b for b in best if b is not None])) if counted else 0.0,
+            }
+        )
+    return rows
+
+
+def _best(
+    counts: Counts, masks: Sequence[tuple[int, Pixels]], turns: int, latest: SampleResult, rules: MetricConfig
+) -> float | None:
+    if latest.dropped:
+        return None
+    if latest.status is Status.ENV_FAILED:
+        return latest.iou
+    whole = dataclasses.replace(counts, status=Status.FINISHED)
+    tries = [dataclasses.replace(whole, pixels=pixels) for turn, pixels in masks if turn <= turns]
+    return max([latest.iou, *(metrics.judge(t, rules).iou for t in tries)])

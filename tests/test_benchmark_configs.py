@@ -1,0 +1,196 @@
+"""configs/eval.py: each benchmark by name, opened and evaluated on small files written in its own format."""
+
+import collections
+import json
+import pathlib
+import pickle
+import types
+
+import pytest
+from PIL import Image
+
+import evaluate
+from configs import eval as eval_configs
+from configs import grpo_mix_tpu
+from rsagent_jax import compare, entry
+from rsagent_jax.config import DataConfig, EvalConfig, TrainConfig, build
+from rsagent_jax.data import refcoco
+from rsagent_jax.data.samples import open_samples
+from rsagent_jax.types import DataError
+from tests.rollout import small
+
+ROOT = pathlib.Path(__file__).parents[1]
+SIZE = (64, 48)  # w, h of every picture
+BOX = (10, 8, 40, 30)
+
+
+def picture() -> Image.Image:
+    """A red square, where BOX is, on blue: GrabCut finds it."""
+    image = Image.new("RGB", SIZE, (30, 40, 200))
+    image.paste((220, 30, 30), BOX)
+    return image
+
+
+def polygon() -> list[int]:
+    x1, y1, x2, y2 = BOX
+    return [x1, y1, x2, y1, x2, y2, x1, y2]
+
+
+def refer_files(root: pathlib.Path, name: str) -> None:
+    """Per split two references with two sentences each, on picture 1; gRefCOCO: one with a target, one without. The
+    train split stands on pictures 1 and 2: the first half of it is held out with the others."""
+    folder, split_by = eval_configs.SETS[name][1:3]
+    several = name == "grefcoco"
+    splits = (*eval_configs.SETS[name][3], "train")
+    refs = []
+    for n, split in enumerate(splits):
+        for k in (0, 1):
+            id = 2 * n + k
+            sentences = [{"raw": "It", "sent": "it", "sent_id": 10 * id + s, "tokens": ["it"]} for s in (0, 1)]
+            image_id = 2 if split == "train" and k else 1
+            ann = ([11] if k else [-1]) if several else 10 + image_id
+            refs.append({"ref_id": id, "ann_id": ann, "image_id": image_id, "split": split, "sentences": sentences})
+    (root / folder).mkdir(parents=True)
+    kind = "grefs" if several else "refs"
+    (root / folder / f"{kind}({split_by}).p").write_bytes(pickle.dumps(refs, protocol=2))
+    size = {"height": SIZE[1], "width": SIZE[0]}
+    images = [{"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", **size} for i in (1, 2)]
+    annotations = [{"id": 10 + i, "image_id": i, "segmentation": [polygon()]} for i in (1, 2)]
+    (root / folder / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (root / refcoco.IMAGES).mkdir(parents=True, exist_ok=True)
+    for image in images:
+        picture().save(root / refcoco.IMAGES / image["file_name"], quality=95)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("benchmarks")
+    for name in ("refcoco", "refcoco+", "refcocog", "grefcoco"):
+        refer_files(root, name)
+    corners = [[BOX[0], BOX[1]], [BOX[2] - 1, BOX[1]], [BOX[2] - 1, BOX[3] - 1], [BOX[0], BOX[3] - 1]]
+    for split in ("val", "test", "train"):
+        (root / split).mkdir()
+        picture().save(root / split / "a.jpg", quality=95)
+        shapes = [{"label": "target", "points": corners}]
+        record = {"text": ["what is red?", "the red one"], "is_sentence": True, "shapes": shapes}
+        (root / split / "a.json").write_text(json.dumps(record))
+    picture().save(root / "mine.png")
+    lines = [{"image": "mine.png", "query": "red", "segmentation": [polygon()]}]
+    lines += [{"image": "mine.png", "query": "green", "mask": None}]
+    (root / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return root
+
+
+def run(monkeypatch, workdir, benchmark, root, change=lambda config: None) -> dict:
+    """evaluate.py's main in this process; results.json."""
+    config = eval_configs.get_config(benchmark)
+    config.data.root = str(root)
+    config.segmenter.update(mode="inprocess", addresses=(), workers=2)
+    change(config)
+    workdir.mkdir(exist_ok=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(entry, "workdir", lambda: workdir)
+        patch.setattr(entry, "use_compilation_cache", lambda *_: None)
+        given = types.SimpleNamespace(weights=None, shard="0/1")
+        patch.setattr(evaluate, "flags", types.SimpleNamespace(FLAGS=given))
+        evaluate.main(build(EvalConfig, config))
+    return json.loads((workdir / "results.json").read_text())
+
+
+def test_the_training_mix_leaves_held_out_pictures_out(root, capsys):
+    config = grpo_mix_tpu.get_config()
+    config.grpo.data.root = str(root)
+    config.policy.weights = "x"
+    samples = open_samples(build(TrainConfig, config).grpo.data)
+    shares = collections.Counter(id.split("/")[0] for id in samples.ids)
+    # one reference of each set is left, with two sentences; ReasonSeg has two texts for its picture
+    assert {p.name: len(p) for p in samples.parts} == {
+        "refcoco/unc/train": 2, "refcoco+/unc/train": 2, "refcocog/umd/train": 2, "reasonseg/train": 2
+    }  # fmt: skip
+    assert shares["refcocog"] == 2 * shares["refcoco"] == 2 * shares["refcoco+"] == 20 * shares["reasonseg"]
+    held_out = open_samples(DataConfig(root=str(root), dataset="refcoco", split_by="unc", split="testA"))
+    assert not set(held_out.picture_keys) & {key for part in samples.parts for key in part.picture_keys}
+    assert "2 of 4 samples are on pictures of refcoco/unc/val and were left out" in "\n".join(samples.notes)
+    config.grpo.data.mix.reasonseg = None
+    assert len(open_samples(build(TrainConfig, config).grpo.data).parts) == 3
+
+
+def oracle(row, **more):
+    return lambda config: config.bound.update(row=row, **more)
+
+
+N = {"refcoco": 4, "refcoco+": 4, "refcocog": 4, "grefcoco": 4, "reasonseg": 1, "folder": 2}
+
+
+@pytest.mark.parametrize("benchmark", [*eval_configs.NAMES, "folder-mine"])
+def test_each_benchmark_is_read_and_judged(monkeypatch, tmp_path, root, benchmark):
+    results = run(monkeypatch, tmp_path / "w", benchmark, root, oracle("box"))
+    name = benchmark.split("-")[0]
+    assert results["n"] == N[name] and results["giou"] > 0.8  # every sentence; ReasonSeg's first text
+    assert results["benchmark"].endswith(benchmark.split("-")[1])
+    assert results["row"] == "oracle: true box" and results["sees_the_truth"] and results["weights_sha256"] is None
+    assert ("n_acc" in results) == (name in ("grefcoco", "folder")) and results.get("n_acc", 1.0) == 1.0
+    assert results["settings"]["metric"]["unit"] == "sentence" and results["settings"]["metric"]["texts"] == "first"
+
+
+def test_the_oracle_rows_are_marked_and_can_be_compared(monkeypatch, tmp_path, root, capsys):
+    rows = {"box": {}, "best_of_three": {"prompt": "click"}, "clicks": {"clicks": 3}}
+    found = {row: run(monkeypatch, tmp_path / row, "refcoco-val", root, oracle(row, **rows[row])) for row in rows}
+    assert [r["row"] for r in found.values()] == [
+        "oracle: true box", "oracle: best of three masks, true click", "oracle: best of 3 clicks"
+    ]  # fmt: skip
+    assert found["best_of_three"]["three_masks"] == "one mask each of box, click and both"
+    assert found["best_of_three"]["giou"] >= found["box"]["giou"] > 0.8
+    assert [r["turns"] for r in found["clicks"]["by_turn"]] == [1, 2, 3, 4]
+    best = [r["oracle_best_giou"] for r in found["clicks"]["by_turn"]]
+    assert best == sorted(best) and best[-1] == pytest.approx(found["clicks"]["giou"])
+    capsys.readouterr()
+    assert compare.main([str(tmp_path / row) for row in rows]) == 0
+    assert "clicks (oracle: best of 3 clicks)" in capsys.readouterr().out
+    page = (tmp_path / "box/report/index.html").read_text()
+    assert "looks at the truth" in page and "oracle: true box" in page
+
+
+def test_a_policy_and_the_untrained_row(monkeypatch, tmp_path, root):
+    """A random policy in the tool loop: no oracle, and not taken for a trained one."""
+
+    def tiny(config):
+        config.policy.update(weights=str(small.weights()), dtype="float32")
+        config.agent.update(prompt="brief", history_size=84, max_pixels=0, max_turns=2)
+        config.sampling.update(context=512, patches=128, slots=2, max_new_tokens=6)
+        config.bound.row = "untrained"
+
+    results = run(monkeypatch, tmp_path / "w", "folder-mine", root, tiny)
+    assert results["row"] == "bound: untrained policy" and not results["sees_the_truth"]
+    assert results["weights_sha256"] and results["n"] == 2 and [r["turns"] for r in results["by_turn"]] == [1, 2]
+
+    def checkpoint(config):
+        tiny(config)
+        stage = tmp_path / "checkpoints/sft"
+        if not stage.exists():
+            stage.mkdir(parents=True)
+            (stage / "policy").symlink_to(small.weights())
+        config.policy.weights = str(stage)
+
+    with pytest.raises(DataError, match=r"bound.row is untrained, but .* is a checkpoint of train.py"):
+        run(monkeypatch, tmp_path / "x", "folder-mine", root, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (oracle("boxes"), r"bound.row must be one of box, best_of_three, clicks, untrained or empty; got 'boxes'"),
+        (oracle("clicks", clicks=17), "bound.clicks must be between 1 and 16"),
+        (oracle("best_of_three", prompt="dot"), "bound.prompt must be one of box, click"),
+    ],
+)
+def test_a_row_that_is_not_known_is_said(monkeypatch, tmp_path, root, change, match):
+    with pytest.raises(DataError, match=match):
+        run(monkeypatch, tmp_path / "w", "refcoco-val", root, change)
+
+
+def test_a_benchmark_that_is_not_known_is_said():
+    with pytest.raises(ValueError, match="refcocog-val, refcocog-test"):
+        eval_configs.get_config("refcocog-testA")
+    with pytest.raises(DataError, match=r"'refcoco' is unknown; there are refcoco-val"):
+        entry.load_config_file(str(ROOT / "configs/eval.py:refcoco"))
