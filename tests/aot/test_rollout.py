@@ -38,8 +38,8 @@ def decode(jobs):
     """The report, and the compiled program's own figures."""
     job, topology = jobs["rollout decode"], parse_topology("v5e:2x2")
     compiled = job.lower().compile()
-    given = dict(program=job.program, model_flops=job.model_flops, resident_bytes=1000, decoding=job.decoding)
-    return analyse(compiled, topology, **given)
+    fields = ("program", "model_flops", "resident_bytes", "decoding")
+    return analyse(compiled, topology, **{field: getattr(job, field) for field in fields})
 
 
 LAYER = 512 * (512 + 256 + 256) + 512 + 2 * 256 + 512 * 512 + 3 * 512 * 1024  # q, k, v with biases, o, the MLP
@@ -176,7 +176,8 @@ def test_the_page_has_a_row_for_a_host_and_its_slice():
     gib = 2**30
     decoding = dict(
         slots=128, devices=8, tensor=2, places=8192, steps=8, weight_bytes=8 * gib, slot_bytes=gib // 4,
-        training_bytes=13 * gib, needed_bytes=10 * gib, slots_fit=140, step_bytes=11 * gib, projected_tokens_per_s=1000.0,
+        training_bytes=13 * gib, needed_bytes=10 * gib, slots_fit=140, step_bytes=11 * gib,
+        projected_tokens_per_s=1000.0,
     )  # fmt: skip
     common = dict(hbm_bytes=31 * gib, fits=True, decoding=None)
     encode = dict(common, program="rollout encode", peak_hbm_bytes=30 * gib)
