@@ -134,7 +134,7 @@ TRAINED = TrainConfig(
     grpo=GrpoConfig(
         batch=BatchConfig(rows=4, tokens=256, patches=128),
         kl=0.1,
-        sampling=SamplingConfig(context=256, slots=8, patches=128),
+        sampling=SamplingConfig(context=256, max_new_tokens=64, slots=8, patches=128),
     ),
 )
 
