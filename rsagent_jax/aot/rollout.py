@@ -54,8 +54,8 @@ def jobs(
     text = dataclasses.replace(view, images=())
     seen = model_flops(policy, view).total - model_flops(policy, text).total
     # What a program does not read is no argument of the compiled one, and stays on the device all the same.
-    tower, images = device_bytes(weights.rest["vision"]), device_bytes(slots.images)
-    beside = resident + device_bytes(weights) - tower + device_bytes(slots) - images
+    tower = device_bytes(weights.rest["vision"])
+    beside = resident + device_bytes(weights) - tower
     yield Job("rollout encode", lambda: programs.encode.lower(weights, slots, engine.images()), seen, beside, view)
 
     whole = programs.blocks
@@ -86,8 +86,7 @@ def jobs(
         resident + tower,
         decoding=dataclasses.replace(decoding, steps=0),
     )
-    beside = resident + tower + images
-    yield Job("rollout decode", lambda: lower(None, blocks), step, beside, decoding=decoding)
+    yield Job("rollout decode", lambda: lower(None, blocks), step, resident + tower, decoding=decoding)
 
 
 def decode_flops(text: TextConfig, rows: int, tokens: int, places: int, *, logits: bool) -> float:

@@ -57,11 +57,13 @@ def report_stage(
     The rollout's are for the devices of one host.
     """
     policy = policy_config(config.policy.weights)
-    mesh = sharding.make_mesh(config.mesh, devices(topology))
+    found = devices(topology)
+    mesh = sharding.make_mesh(config.mesh, found)
     settings = config.sft if stage == "sft" else config.grpo
     host = None
     if stage == "grpo" and topology.host.devices % config.grpo.sampling.tensor == 0:
-        host = rollout.host_mesh(devices(topology.host), config.grpo.sampling.tensor)
+        alone = topology.host == topology  # then the policy lies on the same devices as the engine
+        host = rollout.host_mesh(found if alone else devices(topology.host), config.grpo.sampling.tensor)
     reports = []
     for job in jobs(config, stage, policy, mesh, host):
         if only not in job.program:

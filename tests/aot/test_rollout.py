@@ -38,8 +38,8 @@ def decode(jobs):
     """The report, and the compiled program's own figures."""
     job, topology = jobs["rollout decode"], parse_topology("v5e:2x2")
     compiled = job.lower().compile()
-    given = dict(program=job.program, model_flops=job.model_flops, resident_bytes=1000, decoding=job.decoding)
-    return analyse(compiled, topology, **given)
+    fields = ("program", "model_flops", "resident_bytes", "decoding")
+    return analyse(compiled, topology, **{field: getattr(job, field) for field in fields})
 
 
 LAYER = 512 * (512 + 256 + 256) + 512 + 2 * 256 + 512 * 512 + 3 * 512 * 1024  # q, k, v with biases, o, the MLP
@@ -134,7 +134,7 @@ TRAINED = TrainConfig(
     grpo=GrpoConfig(
         batch=BatchConfig(rows=4, tokens=256, patches=128),
         kl=0.1,
-        sampling=SamplingConfig(context=256, slots=8, patches=128),
+        sampling=SamplingConfig(context=256, max_new_tokens=64, slots=8, patches=128),
     ),
 )
 
