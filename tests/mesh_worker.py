@@ -52,7 +52,7 @@ def config(stage: str, stored: str, mesh: dict, steps: int, small, rank: int, fr
             reward=(RewardGroup("words", 1.0, (RewardTerm("tests.rollout.small:word_count"),)),),
             batch=batch,
             optim=optim,
-            sampling=dataclasses.replace(small.SAMPLING, context=400, slots=8),
+            sampling=dataclasses.replace(small.SAMPLING, context=240, prefill=16, patches=64, slots=8),  # few programs
         ),
     )
 

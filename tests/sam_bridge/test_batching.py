@@ -27,7 +27,8 @@ def crowd(lane: Lane, pool, calls: list[tuple[str, str]]) -> list[concurrent.fut
     for n, (kind, item) in enumerate(calls, start=1):
         futures.append(pool.submit(lane.call, kind, item))
         deadline = time.monotonic() + 5
-        while lane.load < n and time.monotonic() < deadline:
+        # The first must be at work before the second comes, or they would go together.
+        while (lane.load < n or not lane._busy) and time.monotonic() < deadline:
             time.sleep(0.001)
     return futures
 
