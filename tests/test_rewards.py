@@ -215,7 +215,7 @@ def test_a_term_that_is_no_finite_number_is_named(own_terms, function):
 
 def test_env_failed_and_foreign_samples_have_no_reward():
     reward = make_reward(DEFAULT_REWARD)
-    with pytest.raises(ValueError, match="ENV_FAILED"):
+    with pytest.raises(ValueError, match="env_failed"):
         reward(trajectory(status=Status.ENV_FAILED), sample(row(8)))
     with pytest.raises(ValueError, match="against sample other"):
         reward(trajectory(), dataclasses.replace(sample(row(8)), id="other"))
