@@ -2,7 +2,9 @@
 
   python benchmarks/bridge.py [--parts=overhead,throughput,decode,soak,kill,fuzz] [--device=cuda] [--toy]
 
-overhead    a prompt on a cached 640 x 480 picture: through a side-car against SAM2ImagePredictor in this process
+overhead    a prompt on a cached 640 x 480 picture: through a side-car against SAM2ImagePredictor in this process;
+            mask_path: what is left, without hashing, when the back end has a mask with an object's outline ready;
+            rpc: a call that carries next to nothing, gRPC's own part of it
 throughput  64 concurrent trajectories on 16 pictures: side-car against the predictor in a loop; pictures encoded
 decode      16 prompts on 16 pictures: in batches against one by one
 soak        10,000 calls: resident memory of server and client after the first 1,000 and at the end (GrabCut)
@@ -34,6 +36,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import cv2
 import numpy as np
 
+from benchmarks._bridge_quick import object_mask
 from sam_bridge import wire
 from sam_bridge.backends import RANDOM, Options, load
 from sam_bridge.client import SamClient
@@ -187,22 +190,34 @@ def overhead(args) -> dict:
                     times[side].append(1e3 * (time.perf_counter() - start))
     direct_ms, bridge_ms = (statistics.median(times[side]) for side in times)
     hash_ms = 1e3 * median_of(lambda: image_hash(image))
-    counts = wire.encode_mask(wanted)
-    codec_ms = 1e3 * (
-        median_of(lambda: wire.encode_mask(wanted)) + median_of(lambda: wire.decode_mask(counts, HEIGHT, WIDTH))
-    )
+    thing = object_mask()
+    with side_car(args, "benchmarks._bridge_quick:Ready") as (_, client):
+        client.segment(image, BOX)
+        assert (client.segment(image, BOX).mask == thing).all()
+        path_ms = 1e3 * median_of(lambda: client.segment(image, BOX), 100)
+        rpc_ms = 1e3 * median_of(client.info, 100)
     medians = {f"{stage}_ms": statistics.median(values) for stage, values in stages.items()}
     return {
         "direct_ms_p50": direct_ms,
         "bridge_ms_p50": bridge_ms,
         "added_ms_p50": bridge_ms - direct_ms,
         "added_share": (bridge_ms - direct_ms) / direct_ms,
-        "mask_path_ms": medians["rle_ms"] + medians["transport_ms"] - hash_ms,
-        "mask_codec_ms": codec_ms,
+        "path_ms": path_ms,
+        "rpc_ms": rpc_ms,
+        "mask_path_ms": path_ms - hash_ms,
         "hash_ms": hash_ms,
-        "rle_bytes": len(counts),
+        "rle_bytes": len(wire.encode_mask(wanted)),
+        "mask_codec_ms": codec_ms(wanted),
+        "object_rle_bytes": len(wire.encode_mask(thing)),
+        "object_codec_ms": codec_ms(thing),
         **medians,
     }
+
+
+def codec_ms(mask: np.ndarray) -> float:
+    """Milliseconds to encode and decode it."""
+    counts = wire.encode_mask(mask)
+    return 1e3 * (median_of(lambda: wire.encode_mask(mask)) + median_of(lambda: wire.decode_mask(counts, *mask.shape)))
 
 
 def median_of(work, times: int = 30) -> float:

@@ -7,6 +7,7 @@ for a command line that cannot work, 3 when its device is gone and a supervisor 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import os
 import select
@@ -23,10 +24,14 @@ from sam_bridge.server import QUEUE, Server
 from sam_bridge.wire import READY
 
 WATCH_EVERY_S = 1.0
+# mallopt's names in glibc. One arena for all threads, nothing mapped on its own, 256 MB kept when freed: otherwise a
+# decode, which is not on the main thread, maps its tensors anew every time and the kernel clears their pages.
+_MALLOC = {"MALLOC_ARENA_MAX": (-8, 1), "MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, 256 << 20)}
 
 
 def main() -> int:
     args = _arguments()
+    _keep_freed_memory()
     telemetry.set_up_logs(args.log)
     if args.parent_pid:
         threading.Thread(target=_exit_with_parent, args=(args.parent_pid,), daemon=True).start()
@@ -94,6 +99,15 @@ def _arguments() -> argparse.Namespace:
         )
     parser.add_argument("--parent_pid", type=int, default=0, help="exit when this process does (used by spawn.py)")
     return parser.parse_args()
+
+
+def _keep_freed_memory() -> None:
+    """What the environment says goes before it; without glibc nothing happens."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for name, (parameter, value) in _MALLOC.items():
+            if name not in os.environ:
+                mallopt(parameter, value)
 
 
 def _positive(text: str) -> int:

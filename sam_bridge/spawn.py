@@ -160,8 +160,7 @@ class SideCar:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                # A hundred server threads would each keep a malloc arena of their own: 40 MB more, for nothing.
-                env={"MALLOC_ARENA_MAX": "2", **os.environ, "PYTHONPATH": path},
+                env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,
             )
         threading.Thread(target=self._forward, args=(child,), daemon=True).start()

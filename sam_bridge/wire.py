@@ -71,17 +71,20 @@ def _runs(counts: bytes) -> np.ndarray:
     the sign; from the fourth on they are differences to the one before last. pycocotools decodes the same but does not
     check its input: short counts leave memory uninitialised.
     """
-    digits = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-    if not len(digits) or (digits < 0).any() or (digits > 63).any() or digits[-1] & 32:
+    digits = np.frombuffer(counts, np.uint8) - np.uint8(48)  # what is below 48 wraps around, to more than 63
+    if not len(digits) or (digits > 63).any() or digits[-1] & 32:
         raise SegmenterError(FailureKind.INTERNAL, "the reply's RLE is malformed")
     ends = np.flatnonzero(digits < 32)
     starts = np.concatenate(([0], ends[:-1] + 1))
-    place = np.arange(len(digits)) - np.repeat(starts, ends - starts + 1)
-    if place.max() > 6:  # 35 bits: more than any mask needs
+    more = ends - starts  # characters after a number's first, of few numbers any
+    if more.max() > 6:  # 35 bits: more than any mask needs
         raise SegmenterError(FailureKind.INTERNAL, "the reply's RLE is malformed")
-    numbers = np.add.reduceat((digits & 31) << (5 * place), starts)
-    negative = (digits[ends] & 16) > 0
-    numbers -= np.where(negative, 1 << (5 * (place[ends] + 1)), 0)
+    numbers = (digits[starts] & 31).astype(np.int64)
+    for place in range(1, more.max() + 1):
+        longer = np.flatnonzero(more >= place)
+        numbers[longer] |= (digits[starts[longer] + place] & 31).astype(np.int64) << (5 * place)
+    negative = np.flatnonzero(digits[ends] & 16)
+    numbers[negative] -= 1 << (5 * (more[negative] + 1))
     numbers[1::2] = np.cumsum(numbers[1::2])
     numbers[2::2] = np.cumsum(numbers[2::2])
     return numbers

@@ -55,6 +55,7 @@ from sam2.utils.transforms import SAM2Transforms  # noqa: E402
 DEFAULT_BATCH = {"cpu": (1, 4), "cuda": (8, 32)}  # (images, prompts); a CPU gains nothing from more
 CONCURRENCY = 64  # calls let in at a time: the lanes need a crowd to make batches of
 LETTERS = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
+Prepared = tuple[torch.Tensor, int, int]
 LOGIT_CLAMP = 32.0  # the predictor's, of the logits that refine a mask
 
 
@@ -94,23 +95,28 @@ class Sam2:
         if any(device.type == "cpu" for device in devices):
             torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // len(devices)))
         weights = _read_checkpoint(options.checkpoint)
-        self._models = [_Model(model_name, weights, device, options, resolution) for device in devices]
+        # In a thread that ends. OpenMP keeps a team for every thread that ever shared work out, and with more threads
+        # in teams than cores all of them sleep between two operations: on a CPU nobody but the lane may have one.
+        with ThreadPoolExecutor(1) as once:
+            build = [once.submit(_Model, model_name, weights, device, options, resolution) for device in devices]
+        self._models = [model.result() for model in build]
         self.identity = f"sam2 {model_name} {_fingerprint(options.checkpoint)} {options.dtype} {options.multimask}"
         if resolution != 1024:
             self.identity += f" {resolution}"
         self._lanes = [self._lane(i, model) for i, model in enumerate(self._models)]
-        # Beside the lanes, so that a GPU does not wait for a resize; on a CPU one thread, to leave the cores to them.
-        self._preparers = ThreadPoolExecutor(4 if devices[0].type == "cuda" else 1, thread_name_prefix="sam2 prepare")
+        # Beside the lanes, so that a GPU does not wait for a resize; a CPU's lane does it itself.
+        self._preparers = ThreadPoolExecutor(4, thread_name_prefix="sam2 prepare")
         for lane, model in zip(self._lanes, self._models, strict=True):
             if model.device.type == "cuda":  # the first call on a GPU takes seconds
-                encoding = lane.call("encode", model.prepare(np.zeros((8, 8, 3), np.uint8)))
+                encoding = lane.call("encode", np.zeros((8, 8, 3), np.uint8))
                 lane.call("decode", _Job(encoding, SegmentRequest(points=((4.0, 4.0),), labels=(1,)), None))
 
     def encode(self, image: np.ndarray) -> tuple[Encoding, int]:
         """u8[h, w, 3] -> features on the device that has least to do."""
-        prepared = self._preparers.submit(self._models[0].prepare, image).result()
         lane = min(self._lanes, key=lambda lane: (lane.load, lane.items["encode"]))
-        encoding = lane.call("encode", prepared)
+        model = self._models[self._lanes.index(lane)]
+        on_cpu = model.device.type == "cpu"
+        encoding = lane.call("encode", image if on_cpu else self._preparers.submit(model.prepare, image).result())
         tensors = (encoding.embed, *encoding.high_res)
         return encoding, sum(t.numel() * t.element_size() for t in tensors)
 
@@ -155,12 +161,14 @@ class _Model:
         with self._context():
             self._image_pe = self._net.sam_prompt_encoder.get_dense_pe()
 
-    def prepare(self, image: np.ndarray) -> tuple[torch.Tensor, int, int]:
+    def prepare(self, image: np.ndarray) -> Prepared:
         """u8[h, w, 3] -> (f32[3, R, R] stretched and normalised, h, w). On the CPU, as the predictor does it."""
         with torch.inference_mode():
             return self._transforms(np.array(image)), image.shape[0], image.shape[1]
 
-    def encode(self, prepared: list[tuple[torch.Tensor, int, int]], lane: int) -> list[Encoding]:
+    def encode(self, images: list[np.ndarray | Prepared], lane: int) -> list[Encoding]:
+        """Of pictures u8[h, w, 3], or of what `prepare` made of them."""
+        prepared = [self.prepare(image) if isinstance(image, np.ndarray) else image for image in images]
         with self._context():
             batch = torch.stack([pixels for pixels, _, _ in prepared]).to(self.device)
             out = self._net.forward_image(batch)
