@@ -28,9 +28,9 @@ def test_the_training_step_computes_what_transformers_computes():
         assert abs(ours - theirs) < 1e-4
     assert result["losses"][0] - result["losses"][2] > 0.1  # it learns, so the update is compared too
     assert result["largest_difference"] < 1e-4  # of the gradients' norms as well
-    # 16 x 16 patches fill 4 windows of 8 x 8; 12 x 20 of them take 2 x 3 windows, the larger buffer: of 2 x 384 places
-    # 256 + 240 are used.
-    assert result["patch_waste"] == pytest.approx(1 - (256 + 240) / (2 * 384))
+    # 16 x 16 patches fill 4 windows of 8 x 8; 12 x 20 of them are 2 windows, 2 x 1/2 beside and 1/2, 1/2, 1/4 below, in
+    # 4 bins: of 2 x 256 places 256 + 240 are used.
+    assert result["patch_waste"] == pytest.approx(1 - (256 + 240) / (2 * 256))
     assert result["token_waste"] == 0
 
 

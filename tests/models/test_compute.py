@@ -126,6 +126,11 @@ def test_remat_policies_give_the_gradients_of_none(remat):
     assert_equal(gradients(Compute(remat=remat)), gradients(Compute()))
 
 
+@pytest.mark.parametrize("remat", ["none", "full", "selective"])
+def test_layers_one_after_the_other_give_the_gradients_of_the_loop(remat):
+    assert_equal(gradients(Compute(remat=remat, scan_layers=False)), gradients(Compute()))
+
+
 @pytest.mark.parametrize("kind", ["blocks", "splash"])
 @pytest.mark.parametrize("remat", ["none", "attention"])
 def test_the_whole_model_with_other_attention_gives_the_same_gradients(kind, remat):

@@ -86,22 +86,36 @@ def test_placeholders_that_do_not_match_the_images_are_refused(change, message):
 
 @pytest.mark.parametrize("window_size", [16, 32, 48])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_window_order_equals_hugging_faces_left_over_windows_included(grid, window_size):
+def test_windows_are_hugging_faces_left_over_windows_included(grid, window_size):
     torch = pytest.importorskip("torch")
     utils = pytest.importorskip("transformers.vision_utils")
     config = dataclasses.replace(VISION, window_size=window_size)
     layout = patch_layout(grid, config)
     index, bounds = utils.get_vision_window_index(torch.tensor([grid]), 2, window_size, config.patch_size)
     patches = (index.numpy()[:, None] * 4 + np.arange(4)).reshape(-1)
+    theirs = np.empty(len(patches), int)  # the window of every patch
+    theirs[patches] = np.searchsorted(bounds.numpy(), np.arange(len(patches)), side="right")
     real = layout.source >= 0
-    assert np.array_equal(layout.source[real], patches)
-    per_window = real.reshape(-1, config.window_patches).sum(1)
-    assert np.array_equal(per_window, np.diff(bounds.numpy()))
+    assert np.array_equal(np.sort(layout.source[real]), np.sort(patches))
+    # As the tower masks: two places see each other when they share a bin and a window of the image.
+    bin_number = np.arange(len(real)) // config.window_patches
+    cells = layout.coords // (config.window_side * config.spatial_merge_size)
+    ours = np.column_stack([bin_number, cells])[real]
+    sees = (ours[:, None] == ours[None]).all(-1)
+    of_place = theirs[layout.source[real]]
+    assert np.array_equal(sees, of_place[:, None] == of_place[None])
     coords = utils.get_vision_position_ids(torch.tensor([grid]), 2).numpy()
-    assert np.array_equal(layout.coords[real], coords[patches]) and not layout.coords[~real].any()
+    assert np.array_equal(layout.coords[real], coords[layout.source[real]]) and not layout.coords[~real].any()
     assert len(layout.source) == padded_patches((grid,), config)
     merged_order = layout.source[::4][layout.merged_place] // 4  # the merged token that stands at the place of token m
     assert np.array_equal(merged_order, np.arange(merged_tokens(grid)))
+
+
+def test_left_over_windows_share_bins():
+    published = dataclasses.replace(VISION, patch_size=14, window_size=112)
+    places = {28: 13 * 64, 32: 16 * 64, 2: 64}  # an overlay: 9 full windows, 6 halves, a quarter
+    assert {n: padded_patches(((1, n, n),), published) for n in places} == places
+    assert padded_patches(((1, 28, 36), (1, 28, 28)), published) == (16 + 13) * 64
 
 
 @pytest.mark.parametrize("head_dim", [8, 16, 80])

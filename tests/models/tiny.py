@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from rsagent_jax.models.qwen25_vl import convert, language, vision
@@ -28,6 +29,7 @@ from rsagent_jax.models.qwen25_vl.positions import (
     merged_tokens,
     mrope_positions,
     padded_patches,
+    patch_layout,
 )
 
 VOCAB, IMAGE, VIDEO, VISION_START, VISION_END, EOS = 96, 90, 91, 92, 93, 2
@@ -315,6 +317,20 @@ def sft_loss(model: Qwen25VL, hidden_BTD, targets_BT, mask_BT):
     return -jnp.sum(logprobs * mask_BT) / jnp.sum(mask_BT)
 
 
+def hugging_face_order(grids: tuple[Grid, ...], config: Qwen25VLConfig) -> np.ndarray:
+    """Our buffer's place of every patch in Hugging Face's order, where left-over windows stand where they lie."""
+    utils = pytest.importorskip("transformers.vision_utils")
+    import torch
+
+    places, at, unit, vision = [np.empty(0, int)], 0, config.vision.merge_unit, config.vision
+    for grid in grids:
+        layout = patch_layout(grid, vision)
+        index, _ = utils.get_vision_window_index(torch.tensor([grid]), 2, vision.window_size, vision.patch_size)
+        places.append((layout.merged_place[index.numpy()][:, None] * unit + np.arange(unit)).reshape(-1) + at)
+        at += len(layout.source)
+    return np.concatenate(places)
+
+
 def measure_ours(pair: Pair, seq: Sequence, prompt: int) -> Measured:
     """One program: activations, loss and gradients. The loss is on the tokens after the first `prompt` ones."""
     row = pack([seq], pair.config)
@@ -334,11 +350,12 @@ def measure_ours(pair: Pair, seq: Sequence, prompt: int) -> Measured:
 
     program = jax.jit(jax.value_and_grad(forward, has_aux=True), compiler_options=QUICK)
     (loss, (records, merged, logits)), grads = program(state, row.arrays())
-    real, out = row.patch_segment_ids > 0, {}
+    places, out = hugging_face_order(seq.grids, pair.config), {}
+    unit = pair.config.vision.merge_unit
     for kind, scans in records.items():
         for i, x in enumerate(y for scan in scans for y in np.asarray(scan)):
-            out[f"{kind} {i}"] = x.reshape(-1, x.shape[-1])[real if kind == "vision block" else slice(None)]
-    out["merger"] = np.asarray(merged)[0][real[:: pair.config.vision.merge_unit]]
+            out[f"{kind} {i}"] = x.reshape(-1, x.shape[-1])[places if kind == "vision block" else slice(None)]
+    out["merger"] = np.asarray(merged)[0][places[::unit] // unit]
     out["logits"] = np.asarray(logits)[0]
     if not seq.grids:
         out = {name: x for name, x in out.items() if len(x)}

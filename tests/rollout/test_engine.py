@@ -127,7 +127,7 @@ def test_other_numbers_of_slots_lanes_and_steps_give_the_same_ids(other, traject
     engine.load(small.eager_params(), engine.key)
     for a, b in zip(engine_trajectories(TASKS, SCRIPTS, eng=engine), trajectories, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
-        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=2e-5)  # other shapes, other orders of sums
 
 
 def test_the_members_of_a_group_read_its_opening_once_and_are_bit_for_bit_what_each_would_be_alone():
@@ -258,15 +258,15 @@ class Broken(DiscSegmenter):
 
 def test_bad_input_is_an_ending_of_its_own_trajectory_and_no_other_changes_a_bit():
     """Three slots: those whose trajectory ends early, in the midst of a prompt, a turn or a tool call, serve others."""
-    engine = small.engine(patches=64)
-    fine = [TASKS[0], task(7), TASKS[2]]
+    engine = small.engine(patches=48)
+    fine = [task(i, h=84, w=84) for i in (0, 7, 2)]
     scripts = SCRIPTS | {f"s{i}": (click(30, 40), zoom(10, 10, 60, 90), finish(1)) for i in range(3, 10)}
     want = engine_trajectories(fine, scripts, eng=engine)
 
-    sizes = {3: (84, 112), 4: (112, 84), 5: (56, 84), 6: (84, 140)}  # 84 x 140: 96 patches in whole windows
+    sizes = {3: (84, 112), 4: (112, 84), 5: (56, 84), 6: (84, 140)}  # 84 x 140: 60 patches, 64 places
     hangs, raises, garbage, large = (task(i, h=h, w=w) for i, (h, w) in sizes.items())
-    long = Task(dataclasses.replace(small.sample(8), query="disc " * 400), 8, 8)
-    dropped = task(9)
+    long = Task(dataclasses.replace(task(8, h=84, w=84).sample, query="disc " * 400), 8, 8)
+    dropped = task(9, h=84, w=84)
     tasks = [hangs, fine[0], raises, dropped, garbage, fine[1], large, long, fine[2]]
     broken = Broken()
     driver = small.EchoDriver(

@@ -28,14 +28,41 @@ LANES = 128  # the kernel's smallest tile
 def attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """Softmax attention with grouped heads; softmax in fp32. Rows of the mask without a True give finite garbage."""
     b, t, n, h = q_BTNH.shape
-    kv, s = v_BKSH.shape[1:3]
+    kv = v_BKSH.shape[1]
     # One batched matrix product over (B, K): the G query heads of a group are extra rows. Fast on every back end.
     q = q_BTNH.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, h)
-    scores = jnp.einsum("BKTH,BKSH->BKTS", q, k_BKSH, preferred_element_type=jnp.float32) * h**-0.5
-    scores = jnp.where(mask_BTS[:, None, None], scores.reshape(b, kv, -1, t, s), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype).reshape(b, kv, -1, s)
-    o = jnp.einsum("BKTS,BKSH->BKTH", weights, v_BKSH).reshape(b, kv, -1, t, h)
+    o = _softmax_attention(q, k_BKSH, v_BKSH, mask_BTS).reshape(b, kv, -1, t, h)
     return o.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+@jax.custom_vjp
+def _softmax_attention(q_BKRH, k_BKSH, v_BKSH, mask_BTS):
+    """R = G * T rows of queries. Its own backward pass keeps the weights alone, and knows that what is masked has 0."""
+    return _attend(q_BKRH, k_BKSH, v_BKSH, mask_BTS)[0]
+
+
+def _attend(q_BKRH, k_BKSH, v_BKSH, mask_BTS):
+    (b, kv, rows, h), (t, s) = q_BKRH.shape, mask_BTS.shape[1:]
+    scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32) * h**-0.5
+    scores = jnp.where(mask_BTS[:, None, None], scores.reshape(b, kv, -1, t, s), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype).reshape(b, kv, rows, s)
+    return jnp.einsum("BKRS,BKSH->BKRH", weights, v_BKSH), (q_BKRH, k_BKSH, v_BKSH, weights)
+
+
+def _attend_backward(kept, do_BKRH):
+    q, k, v, weights = kept
+    dp = jnp.einsum("BKRH,BKSH->BKRS", do_BKRH, v, preferred_element_type=jnp.float32)
+    w = weights.astype(jnp.float32)
+    ds = (w * (dp - jnp.sum(w * dp, axis=-1, keepdims=True)) * q.shape[-1] ** -0.5).astype(q.dtype)
+    return (
+        jnp.einsum("BKRS,BKSH->BKRH", ds, k),
+        jnp.einsum("BKRS,BKRH->BKSH", ds, q),
+        jnp.einsum("BKRS,BKRH->BKSH", weights, do_BKRH),
+        None,
+    )
+
+
+_softmax_attention.defvjp(_attend, _attend_backward)
 
 
 def in_segments(segment_ids_BT: jax.Array, compute: Compute, *, causal: bool) -> Callable[..., jax.Array]:

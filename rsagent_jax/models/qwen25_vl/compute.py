@@ -37,6 +37,7 @@ class Compute:
     remat: str = "none"  # a policy of REMAT, or save:a,b or offload:a,b with names of NAMES
     attention: str = "auto"  # plain: whole scores; blocks: by blocks of queries; splash: TPU kernel; cudnn: GPU kernel
     mesh: jax.sharding.Mesh | None = None
+    scan_layers: bool = True  # False: one layer after the other, each compiled; nothing is stacked for a loop
 
     def __post_init__(self):
         checkpoint_policy(self.remat)
@@ -46,7 +47,7 @@ class Compute:
     @classmethod
     def of(cls, policy: PolicyConfig, mesh: jax.sharding.Mesh | None = None) -> Compute:
         """What the config asks for, on this mesh."""
-        return cls(policy.dtype, policy.remat, policy.attention, mesh)
+        return cls(policy.dtype, policy.remat, policy.attention, mesh, policy.scan_layers)
 
     @property
     def platform(self) -> str:
@@ -100,10 +101,10 @@ def scan_states(graphdef, state, body, x, compute: Compute):
         return compute.rows(body(nnx.merge(graphdef, _local_state(layer, compute)), carry)), None
 
     if (policy := checkpoint_policy(compute.remat)) is not None:
-        # The scan itself keeps the recomputation apart from the first pass; the barrier against merging the two would
+        # A loop keeps the recomputation apart from the first pass; there, the barrier against merging the two would
         # only cost.
-        step = jax.checkpoint(step, policy=policy[0], prevent_cse=False)
-    return jax.lax.scan(step, compute.rows(x), state)[0]
+        step = jax.checkpoint(step, policy=policy[0], prevent_cse=not compute.scan_layers)
+    return jax.lax.scan(step, compute.rows(x), state, unroll=not compute.scan_layers)[0]
 
 
 def local(module: nnx.Module, compute: Compute) -> nnx.Module:

@@ -105,7 +105,6 @@ def token_logprobs(hidden_BTD, head_VD, targets_BT, *, temperature: float = 1.0,
     hidden = hidden_BTD.astype(jnp.float32)  # its gradient is summed over the pieces in fp32
     names = ("vocab", None, "embed")
 
-    @jax.checkpoint
     def one(args):
         head, tokens, real = args
         head = sharding.gather(sharding.constrain(head, names, mesh).astype(hidden_BTD.dtype), names, mesh)
@@ -115,5 +114,7 @@ def token_logprobs(hidden_BTD, head_VD, targets_BT, *, temperature: float = 1.0,
         target = jnp.sum(jnp.where(tokens == targets_BT[..., None, None], logits, 0.0), axis=(2, 3))
         return target, jax.nn.logsumexp(jnp.where(real, logits, -jnp.inf), axis=(2, 3))
 
-    target, total = jax.lax.map(one, (head, tokens.swapaxes(0, 1), real.swapaxes(0, 1)))
+    # A single piece is kept for the backward pass, which comes at once and would have it in memory anyway.
+    each_piece = one if count == 1 else jax.checkpoint(one)
+    target, total = jax.lax.map(each_piece, (head, tokens.swapaxes(0, 1), real.swapaxes(0, 1)))
     return jnp.sum(target, axis=0) - jax.nn.logsumexp(total, axis=0)

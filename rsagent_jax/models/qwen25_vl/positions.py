@@ -6,6 +6,7 @@ The device sees fixed shapes only. Hugging Face computes the same in `get_rope_i
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -55,12 +56,35 @@ def mrope_positions(tokens: np.ndarray, grids: tuple[Grid, ...], image_id: int, 
     return out, position
 
 
+@functools.lru_cache(maxsize=4096)
+def _bins(rows: int, columns: int, side: int) -> np.ndarray:
+    """Merged tokens of one frame in window order, i32[bins, side * side]; -1 is padding.
+
+    Windows at the right and lower edge are not full. Several of them share a bin, first fit with the largest first:
+    padding each to full size (as first built) leaves 23% of an overlay's places empty, 28 x 28 patches; so it is 6%.
+    """
+    merged = np.arange(rows * columns).reshape(rows, columns)
+    tops, lefts = range(0, rows, side), range(0, columns, side)
+    windows = [merged[top : top + side, left : left + side].reshape(-1) for top in tops for left in lefts]
+    bins: list[list[np.ndarray]] = []
+    room: list[int] = []
+    for window in sorted(windows, key=len, reverse=True):  # stable: full windows stay in reading order
+        at = next((i for i, left in enumerate(room) if left >= len(window)), len(bins))
+        if at == len(bins):
+            bins.append([])
+            room.append(side * side)
+        bins[at].append(window)
+        room[at] -= len(window)
+    return np.stack([np.pad(np.concatenate(b), (0, r), constant_values=-1) for b, r in zip(bins, room, strict=True)])
+
+
 @dataclasses.dataclass(frozen=True)
 class PatchLayout:
-    """Where one image's patches go: in window order, each window padded to a full one.
+    """Where one image's patches go: in window order, in bins of a full window's size.
 
     `source[j]` is the index in the processor's order of the patch at buffer place j, -1 for padding; `coords` its
-    (row, column) for the rotary angles; `merged_place[m]` is the place of merged token m in the merged buffer.
+    (row, column), for the rotary angles and to tell the windows of a bin apart; `merged_place[m]` is the place of
+    merged token m in the merged buffer.
     """
 
     source: np.ndarray  # i32[P]
@@ -69,18 +93,12 @@ class PatchLayout:
 
 
 def patch_layout(grid: Grid, config: VisionConfig) -> PatchLayout:
-    """The window layout of one image of `grid` patches. Cached by callers that see few sizes."""
+    """The layout of one image of `grid` patches."""
     t, h, w = grid
-    merge, side, unit = config.spatial_merge_size, config.window_side, config.merge_unit
+    merge, unit = config.spatial_merge_size, config.merge_unit
     mh, mw = h // merge, w // merge
-    merged = np.arange(t * mh * mw).reshape(t, mh, mw)
-    windows = []
-    for frame in merged:
-        for top in range(0, mh, side):
-            for left in range(0, mw, side):
-                tile = frame[top : top + side, left : left + side].reshape(-1)
-                windows.append(np.pad(tile, (0, side * side - len(tile)), constant_values=-1))
-    order = np.concatenate(windows)  # merged tokens in window order, -1 padding
+    bins = _bins(mh, mw, config.window_side).reshape(-1)
+    order = np.concatenate([np.where(bins >= 0, bins + frame * mh * mw, -1) for frame in range(t)])
     source = np.where(order[:, None] >= 0, order[:, None] * unit + np.arange(unit), -1).reshape(-1)
     rows, cols = np.divmod(np.arange(h * w), w)
     blocks = (mh, merge, mw, merge)  # the processor lists patches merge block by merge block
@@ -104,9 +122,9 @@ class PatchBuffer:
 
 
 def padded_patches(grids: tuple[Grid, ...], config: VisionConfig) -> int:
-    """Buffer places that these images take, windows padded."""
+    """Buffer places that these images take, padding of their windows included."""
     side, merge = config.window_side, config.spatial_merge_size
-    return sum(t * -(-(h // merge) // side) * -(-(w // merge) // side) * config.window_patches for t, h, w in grids)
+    return sum(t * len(_bins(h // merge, w // merge, side)) for t, h, w in grids) * config.window_patches
 
 
 def fill_patch_buffer(

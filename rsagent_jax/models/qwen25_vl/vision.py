@@ -1,7 +1,7 @@
 """The vision tower: patch embedding, window and full attention blocks with 2-D rotary positions, merger.
 
-Patches come in window order, every window padded to full size (positions.py), so a window block is a batch of equal
-windows and a full block attends inside each image's segment.
+Patches come in window order, in bins of a full window's size (positions.py), so a window block is a batch of equal
+bins, most of them one window, and a full block attends inside each image's segment.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class VisionBlock(nnx.Module):
 
     def __call__(self, x_BPD, cos, sin, attend, compute: Compute = PLAIN):
         b, p, d = x_BPD.shape
-        qkv = self.qkv(self.norm1(x_BPD)).reshape(b, p, 3, self.heads, d // self.heads)
-        q, k, v = rotate(qkv[:, :, 0], cos, sin), rotate(qkv[:, :, 1], cos, sin), qkv[:, :, 2]
-        q, k, v = (compute.name(a, "qkv") for a in (q, k, v))
+        parts = jnp.split(self.qkv(self.norm1(x_BPD)), 3, axis=-1)
+        q, k, v = (a.reshape(b, p, self.heads, d // self.heads) for a in parts)
+        q, k, v = (compute.name(a, "qkv") for a in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         o = compute.name(attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2)), "attention")
         x_BPD = x_BPD + compute.name(self.proj(o.reshape(b, p, d)), "attention_out")
         return x_BPD + self.mlp(self.norm2(x_BPD), compute)
@@ -52,27 +52,28 @@ class VisionTower(nnx.Module):
     def __call__(self, patches_BPC, segment_ids_BP, positions_BP2, compute: Compute = PLAIN):
         """Returns merged embeddings [B, P / merge_unit, out_hidden_size], in window order; garbage for padding."""
         b, p, _ = patches_BPC.shape
-        window, dtype = self.config.window_patches, jnp.dtype(compute.dtype)
-        if p % window:  # with several rows, a window would hold patches of two of them
-            raise ValueError(f"a patch buffer of {p} places is not a whole number of windows of {window} patches")
+        size, dtype = self.config.window_patches, jnp.dtype(compute.dtype)
+        if p % size:  # with several rows, a bin would hold patches of two of them
+            raise ValueError(f"a patch buffer of {p} places is not a whole number of windows of {size} patches")
         if not p:  # a batch of text only
             return jnp.zeros((b, 0, self.config.out_hidden_size), dtype)
         cos, sin = rotary_angles(positions_BP2, self.config.hidden_size // self.config.num_heads)
         x = compute.rows(local(self.patch_embed, compute)(patches_BPC.astype(dtype)))
 
-        def windows(a):
-            return a.reshape(b * p // window, window, *a.shape[2:])
+        def bins(a):
+            return a.reshape(b * p // size, size, *a.shape[2:])
 
-        valid = windows(segment_ids_BP > 0)
-        mask = jnp.broadcast_to(valid[:, None, :], (len(valid), window, window))
-        angles = windows(cos), windows(sin)
+        side = self.config.window_side * self.config.spatial_merge_size
+        window = jnp.concatenate([bins(positions_BP2) // side, bins(segment_ids_BP)[..., None]], axis=-1)
+        mask = jnp.all(window[:, :, None] == window[:, None], axis=-1)
+        angles = bins(cos), bins(sin)
         attend = in_segments(segment_ids_BP, compute, causal=False)
 
         def full(block, x):
             return block(x, cos, sin, attend, compute)
 
         def windowed(block, x):
-            return block(windows(x), *angles, lambda q, k, v: attention(q, k, v, mask), compute).reshape(x.shape)
+            return block(bins(x), *angles, lambda q, k, v: attention(q, k, v, mask), compute).reshape(x.shape)
 
         x = self._run_blocks(windowed, full, x, compute)
         unit = self.config.merge_unit
@@ -94,7 +95,7 @@ class VisionTower(nnx.Module):
             x = scan_states(graphdef, jax.tree.map(lambda a: a[:-1], states), windowed, x, compute)
             return scan_states(graphdef, jax.tree.map(lambda a: a[-1:], states), full, x, compute), None
 
-        return jax.lax.scan(group, x, groups)[0]
+        return jax.lax.scan(group, x, groups, unroll=not compute.scan_layers)[0]
 
 
 def rotary_angles(positions_BP2: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
