@@ -32,10 +32,10 @@ class DecoderLayer(nnx.Module):
         """`attend(q_BTNH, k_BKTH, v_BKTH) -> o_BTNH` decides what is seen: the packed row, or a cache."""
         b, t, _ = x_BTD.shape
         y = self.norm1(x_BTD)
-        q, k, v = (linear(y).reshape(b, t, -1, self.head_dim) for linear in (self.q, self.k, self.v))
+        q, k, v = (linear(y, compute).reshape(b, t, -1, self.head_dim) for linear in (self.q, self.k, self.v))
         q, k, v = (compute.name(a, "qkv") for a in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         o = compute.name(attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2)), "attention")
-        x_BTD = x_BTD + compute.name(self.o(o.reshape(b, t, -1)), "attention_out")
+        x_BTD = x_BTD + compute.name(self.o(o.reshape(b, t, -1), compute), "attention_out")
         return x_BTD + self.mlp(self.norm2(x_BTD), compute)
 
 

@@ -31,11 +31,11 @@ class VisionBlock(nnx.Module):
 
     def __call__(self, x_BPD, cos, sin, attend, compute: Compute = PLAIN):
         b, p, d = x_BPD.shape
-        parts = jnp.split(self.qkv(self.norm1(x_BPD)), 3, axis=-1)
+        parts = jnp.split(self.qkv(self.norm1(x_BPD), compute), 3, axis=-1)
         q, k, v = (a.reshape(b, p, self.heads, d // self.heads) for a in parts)
         q, k, v = (compute.name(a, "qkv") for a in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         o = compute.name(attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2)), "attention")
-        x_BPD = x_BPD + compute.name(self.proj(o.reshape(b, p, d)), "attention_out")
+        x_BPD = x_BPD + compute.name(self.proj(o.reshape(b, p, d), compute), "attention_out")
         return x_BPD + self.mlp(self.norm2(x_BPD), compute)
 
 
@@ -58,7 +58,7 @@ class VisionTower(nnx.Module):
         if not p:  # a batch of text only
             return jnp.zeros((b, 0, self.config.out_hidden_size), dtype)
         cos, sin = rotary_angles(positions_BP2, self.config.hidden_size // self.config.num_heads)
-        x = compute.rows(local(self.patch_embed, compute)(patches_BPC.astype(dtype)))
+        x = compute.rows(local(self.patch_embed, compute)(patches_BPC.astype(dtype), compute))
 
         def bins(a):
             return a.reshape(b * p // size, size, *a.shape[2:])
@@ -78,8 +78,8 @@ class VisionTower(nnx.Module):
         x = self._run_blocks(windowed, full, x, compute)
         unit = self.config.merge_unit
         merged = self.merger_norm(x).reshape(b, p // unit, unit * x.shape[-1])
-        hidden = jax.nn.gelu(local(self.merger_in, compute)(merged), approximate=False)
-        return compute.rows(local(self.merger_out, compute)(hidden))
+        hidden = jax.nn.gelu(local(self.merger_in, compute)(merged, compute), approximate=False)
+        return compute.rows(local(self.merger_out, compute)(hidden, compute))
 
     def _run_blocks(self, windowed, full, x, compute: Compute):
         """All blocks in order. Published sizes repeat n window blocks and a full one: one scan over such groups."""
