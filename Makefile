@@ -88,8 +88,9 @@ quickstart: setup-runtime
 	$(PY) -m rsagent_jax.evals.summary --train=$(RUN)/train --base=$(RUN)/eval-base --sft=$(RUN)/eval-sft \
 	  --grpo=$(RUN)/eval-grpo --out=$(RUN) --started=$(STARTED)
 
+# All tests: two files at a time. ARGS: one process, as pytest's own options want it.
 test: setup
-	JAX_PLATFORMS=cpu $(PY) -m pytest $(ARGS)
+	JAX_PLATFORMS=cpu $(PY) -m pytest $(or $(ARGS),-n 2 --dist loadfile)
 
 bench: setup
 	@for script in benchmarks/[a-z]*.py; do \
