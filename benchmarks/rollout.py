@@ -68,8 +68,8 @@ class Work:
 
     @property
     def all_patches(self) -> int:
-        """Of a whole trajectory: an overlay has at most 12 x 12, in four windows."""
-        return self.patches + (self.turns - 1) * 256
+        """Of a whole trajectory: an overlay has at most 12 x 12, in three bins of 8 x 8."""
+        return self.patches + (self.turns - 1) * 192
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ def get_config(policy: str = "tiny"):
     config.policy.remat = "none"
     if policy == "full":
         config.agent.max_pixels = 1_003_520
-        config.sampling.patches = 5632  # such a picture, windows padded
+        config.sampling.patches = 5632  # such a picture, its left-over windows in bins
         return config
     if policy != "tiny":
         raise ValueError(f"{policy!r} is unknown; use configs/segment.py or configs/segment.py:full")

@@ -236,8 +236,8 @@ class PolicyConfig:
     # What the backward pass keeps: none (no remat) | full | attention | selective | dots | save:NAMES | offload:NAMES
     remat: str = "full"  # "" = as the slice's preset says
     attention: str = "auto"  # auto | plain | blocks | splash (TPU) | cudnn (GPU)
-    # Layers in a loop, compiled once. False compiles each of them: for a small policy on a CPU a faster step (a seventh
-    # in benchmarks/train_step.py), since nothing is copied into and out of the loop's stacks.
+    # Of training: layers in a loop, compiled once. False compiles each of them: for a small policy on a CPU a faster
+    # step (a seventh in benchmarks/train_step.py), since nothing is copied into and out of the loop's stacks.
     scan_layers: bool = True
     lora: LoraConfig = LoraConfig()  # of training; whoever loads its checkpoints gets merged weights
 

@@ -212,6 +212,6 @@ class Batch:
     advantages: Any  # f32[B, T]; constant over a trajectory; 0 in SFT
     old_logprobs: Any  # f32[B, T]; of the engine; 0 in SFT
     patches: Any  # f32[B, P, ·] in window order; where the tower is not trained, its output after train.step's `embed`
-    patch_segment_ids: Any  # i32[B, P]; image 1.. inside the row, 0 padding; every window is padded to full size
-    patch_positions: Any  # i32[B, P, 2]; (row, column) inside its image, for the 2-D rotary angles
+    patch_segment_ids: Any  # i32[B, P]; image 1.. inside the row, 0 padding
+    patch_positions: Any  # i32[B, P, 2]; (row, column) inside its image: rotary angles, and which window of a bin
     image_slots: Any  # i32[B, T]; 0 = text, else 1 + index of the merged patch that stands at this token

@@ -24,8 +24,8 @@ from sam_bridge.server import QUEUE, Server
 from sam_bridge.wire import READY
 
 WATCH_EVERY_S = 1.0
-# mallopt's names in glibc. One arena for all threads, nothing mapped on its own, 256 MB kept when freed: otherwise a
-# decode, which is not on the main thread, maps its tensors anew every time and the kernel clears their pages.
+# mallopt's parameters in glibc. One arena for all threads, nothing mapped on its own, up to 256 MB of the heap's end
+# kept when freed: otherwise a decode, not being on the main thread, maps its tensors anew every time, page by page.
 _MALLOC = {"MALLOC_ARENA_MAX": (-8, 1), "MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, 256 << 20)}
 
 

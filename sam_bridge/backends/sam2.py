@@ -96,7 +96,7 @@ class Sam2:
             torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // len(devices)))
         weights = _read_checkpoint(options.checkpoint)
         # In a thread that ends. OpenMP keeps a team for every thread that ever shared work out, and with more threads
-        # in teams than cores all of them sleep between two operations: on a CPU nobody but the lane may have one.
+        # in teams than cores all of them sleep between two operations: without a GPU nobody but the lanes may have one.
         with ThreadPoolExecutor(1) as once:
             build = [once.submit(_Model, model_name, weights, device, options, resolution) for device in devices]
         self._models = [model.result() for model in build]
@@ -104,8 +104,9 @@ class Sam2:
         if resolution != 1024:
             self.identity += f" {resolution}"
         self._lanes = [self._lane(i, model) for i, model in enumerate(self._models)]
-        # Beside the lanes, so that a GPU does not wait for a resize; a CPU's lane does it itself.
-        self._preparers = ThreadPoolExecutor(4, thread_name_prefix="sam2 prepare")
+        # Beside the lanes, so that a GPU does not wait for a resize; where there is none, the lanes do it themselves.
+        gpu = any(device.type == "cuda" for device in devices)
+        self._preparers = ThreadPoolExecutor(4, thread_name_prefix="sam2 prepare") if gpu else None
         for lane, model in zip(self._lanes, self._models, strict=True):
             if model.device.type == "cuda":  # the first call on a GPU takes seconds
                 encoding = lane.call("encode", np.zeros((8, 8, 3), np.uint8))
@@ -113,10 +114,10 @@ class Sam2:
 
     def encode(self, image: np.ndarray) -> tuple[Encoding, int]:
         """u8[h, w, 3] -> features on the device that has least to do."""
+        if self._preparers is not None:  # before a lane is chosen: what is being prepared is nobody's load yet
+            image = self._preparers.submit(self._models[0].prepare, image).result()
         lane = min(self._lanes, key=lambda lane: (lane.load, lane.items["encode"]))
-        model = self._models[self._lanes.index(lane)]
-        on_cpu = model.device.type == "cpu"
-        encoding = lane.call("encode", image if on_cpu else self._preparers.submit(model.prepare, image).result())
+        encoding = lane.call("encode", image)
         tensors = (encoding.embed, *encoding.high_res)
         return encoding, sum(t.numel() * t.element_size() for t in tensors)
 
@@ -137,7 +138,8 @@ class Sam2:
         """Ends the threads; waiting calls fail."""
         for lane in self._lanes:
             lane.close()
-        self._preparers.shutdown(wait=False, cancel_futures=True)
+        if self._preparers is not None:
+            self._preparers.shutdown(wait=False, cancel_futures=True)
 
     def _lane(self, index: int, model: _Model) -> Lane:
         images, prompts = DEFAULT_BATCH[model.device.type]

@@ -37,7 +37,10 @@ def attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS:
 
 @jax.custom_vjp
 def _softmax_attention(q_BKRH, k_BKSH, v_BKSH, mask_BTS):
-    """R = G * T rows of queries. Its own backward pass keeps the weights alone, and knows that what is masked has 0."""
+    """R = G * T rows of queries. The backward pass keeps q, k, v and the weights; what is masked has weight 0 there.
+
+    A row without a True has equal weights: nothing may depend on what it gives.
+    """
     return _attend(q_BKRH, k_BKSH, v_BKSH, mask_BTS)[0]
 
 

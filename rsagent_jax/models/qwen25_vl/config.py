@@ -45,7 +45,7 @@ class VisionConfig:
 
     @property
     def window_patches(self) -> int:
-        """Patches of a full window: what windows are padded to."""
+        """Patches of a full window, the places of a bin (positions.py)."""
         return self.window_side**2 * self.merge_unit
 
 

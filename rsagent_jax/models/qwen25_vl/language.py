@@ -89,8 +89,9 @@ def token_logprobs(hidden_BTD, head_VD, targets_BT, *, temperature: float = 1.0,
     """log p(target), f32[B, T], without ever holding [B, T, V].
 
     The vocabulary is cut into pieces of at most about `piece` logits per device, which are made, used and dropped; the
-    backward pass makes them again. A piece of the head is gathered over fsdp, in the dtype of the activations, when its
-    turn comes, and its gradient is complete when its turn is over: neither is ever whole on a device.
+    backward pass makes them again, unless there is only one. A piece of the head is gathered over fsdp, in the dtype of
+    the activations, when its turn comes, and its gradient is complete when its turn is over: neither is ever whole on a
+    device.
     """
     (b, t, _), (v, d), parts = hidden_BTD.shape, head_VD.shape, sharding.parts("vocab", mesh)
     each = -(-v // parts)  # of the vocabulary per device of the tensor axis

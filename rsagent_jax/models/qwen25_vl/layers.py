@@ -54,7 +54,7 @@ class Linear(nnx.Module):
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_a is not None:
             y = y + (x @ self.lora_a[...].astype(x.dtype) * self.lora_scale) @ self.lora_b[...].astype(x.dtype)
-        return y.reshape(*shape[:-1], -1)
+        return y.reshape(*shape[:-1], y.shape[-1])
 
 
 class RMSNorm(nnx.Module):

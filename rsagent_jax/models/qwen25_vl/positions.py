@@ -1,6 +1,7 @@
 """Integer geometry of Qwen2.5-VL, on the host in numpy: M-RoPE positions, window order, patch buffers.
 
-The device sees fixed shapes only. Hugging Face computes the same in `get_rope_index` and `get_vision_window_index`.
+The device sees fixed shapes only. Hugging Face computes the same positions and windows in `get_rope_index` and
+`get_vision_window_index`, with the windows in another order.
 """
 
 from __future__ import annotations
