@@ -266,8 +266,10 @@ def throughput(args) -> dict:
 def decode(args) -> dict:
     import torch
 
+    from sam_bridge.__main__ import keep_freed_memory
     from sam_bridge.backends import sam2
 
+    keep_freed_memory()  # as the side-car does
     back = own_sam2(args, sam2_options(args))
     (model,) = back._models
     images = [picture(i) for i in range(2 if args.toy else 16)]

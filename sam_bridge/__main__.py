@@ -31,7 +31,7 @@ _MALLOC = {"MALLOC_ARENA_MAX": (-8, 1), "MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRI
 
 def main() -> int:
     args = _arguments()
-    _keep_freed_memory()
+    keep_freed_memory()
     telemetry.set_up_logs(args.log)
     if args.parent_pid:
         threading.Thread(target=_exit_with_parent, args=(args.parent_pid,), daemon=True).start()
@@ -101,8 +101,8 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _keep_freed_memory() -> None:
-    """What the environment says goes before it; without glibc nothing happens."""
+def keep_freed_memory() -> None:
+    """For the whole process. What the environment says goes before it; without glibc nothing happens."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for name, (parameter, value) in _MALLOC.items():

@@ -78,8 +78,9 @@ def launch(job, n, devices, compiled):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "agent")])
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # most of the time is compilation
     env = os.environ | {
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {quick} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": path,
     }

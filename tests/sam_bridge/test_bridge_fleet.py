@@ -124,7 +124,7 @@ def test_a_dead_device_is_told_and_the_call_goes_elsewhere(fake, serve, connect)
     dying, told = LocalSegmenter(fake(fail=DeadDevice("CUDA error"))), threading.Event()
     dying.on_dead = told.set
     client = connect(serve(dying).address, serve(LocalSegmenter(fake())).address)
-    assert ask(client, IMAGES[:8]) == [16] * 8
+    assert ask(client) == [16] * len(IMAGES)  # many: their names, free ports, decide whose they are
     assert told.is_set() and client.counters()["ejections"] >= 1
 
 
