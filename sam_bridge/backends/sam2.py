@@ -52,7 +52,7 @@ _declare_operators()
 from sam2.build_sam import build_sam2  # noqa: E402
 from sam2.utils.transforms import SAM2Transforms  # noqa: E402
 
-DEFAULT_BATCH = {"cpu": (1, 1), "cuda": (8, 32)}  # (images, prompts); a CPU loses by more (docs/sidecar.md)
+DEFAULT_BATCH = {"cpu": (1, 1), "cuda": (8, 32)}  # (images, prompts); for a CPU see docs/sidecar.md
 CONCURRENCY = 64  # calls let in at a time: the lanes need a crowd to make batches of
 LETTERS = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
 Prepared = tuple[torch.Tensor, int, int]
