@@ -119,7 +119,8 @@ def policy_player(config: EvalConfig, workdir: pathlib.Path) -> tuple[Player, st
     processor = Processor.load(directory)
     mesh = processes.local_mesh(config.sampling.tensor)
     key = jax.random.key(config.seed)
-    engine = Engine(model, config.sampling, processor.terminator_id, config.policy.dtype, key, mesh)
+    overlay = processor.square(config.agent.history_size)
+    engine = Engine(model, config.sampling, processor.terminator_id, config.policy.dtype, key, mesh, overlay)
     engine.warm_up()
 
     def play(segmenter, tasks):

@@ -139,7 +139,8 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         segmenter = stack.enter_context(open_segmenter(config.segmenter))
         dtype, here = config.policy.dtype, processes.local_mesh(c.sampling.tensor)
         model = nnx.merge(graphdef, processes.local_copy(params, mesh, dtype))
-        engine = Engine(model, c.sampling, processor.terminator_id, dtype, key, here)
+        overlay = processor.square(config.agent.history_size)
+        engine = Engine(model, c.sampling, processor.terminator_id, dtype, key, here, overlay)
         del model  # with several processes a copy of the parameters
         engine.warm_up()
         engine.rest()  # the state below is made beside nothing of the engine's

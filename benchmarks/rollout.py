@@ -56,7 +56,8 @@ class Work:
     slots: int = 16
     turns: int = 8
     new_tokens: int = 32
-    context: int = 1536
+    context: int = 1440
+    prefill: int = 96  # tokens of an overlay and its text: a piece takes them whole
     view: int = 448  # pixels
     overlay: int = 168
     tool_s: float = 0.5
@@ -176,10 +177,11 @@ def engine(directory: pathlib.Path, processor, work: Work, **changes):
     from rsagent_jax.rollout.engine import Engine
 
     settings = dict(temperature=0.0, max_new_tokens=work.new_tokens, context=work.context, slots=work.slots)
-    settings |= {"patches": work.patches, **changes}
+    settings |= {"patches": work.patches, "prefill": work.prefill, **changes}
     model = convert.load_model(directory, processor.config)
     # No terminator: every turn takes all its tokens, on all sides.
-    out = Engine(model, SamplingConfig(**settings), 1 << 30, "float32", jax.random.key(0))
+    overlay = processor.square(work.overlay)
+    out = Engine(model, SamplingConfig(**settings), 1 << 30, "float32", jax.random.key(0), overlay=overlay)
     out.warm_up()
     return out
 

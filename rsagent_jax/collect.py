@@ -110,7 +110,8 @@ def open_policy(config: CollectConfig, processor: Processor, workdir: pathlib.Pa
     checksum = weights_checksum(model)
     mesh = processes.local_mesh(own.sampling.tensor)
     key = jax.random.key(config.seed)
-    engine = Engine(model, own.sampling, processor.terminator_id, own.dtype, key, mesh)
+    overlay = processor.square(config.agent.history_size)
+    engine = Engine(model, own.sampling, processor.terminator_id, own.dtype, key, mesh, overlay)
     engine.warm_up()
     return engine, checksum
 

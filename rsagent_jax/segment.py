@@ -53,7 +53,8 @@ def main(config: SegmentConfig, image_path: str, query: str) -> None:
         print("note: assets/tiny-base does not know the tools: expect malformed calls and an empty mask.")
         print("      Give a checkpoint, such as --weights=runs/quickstart/train/checkpoints/grpo of `make quickstart`")
     key = jax.random.key(config.seed)
-    engine = Engine(load_policy(weights), config.sampling, processor.terminator_id, config.policy.dtype, key)
+    dtype, overlay = config.policy.dtype, processor.square(config.agent.history_size)
+    engine = Engine(load_policy(weights), config.sampling, processor.terminator_id, dtype, key, overlay=overlay)
     h, w = image.shape[:2]
     print(f'{image_path}: {w} x {h} pixels, "{query}"')
     with open_segmenter(config.segmenter) as segmenter:

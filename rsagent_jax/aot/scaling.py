@@ -168,7 +168,8 @@ for one host: 4 devices of v5e-16, 8 of v6e-8, 4 of v5p-8. All figures are per d
   moments and the reference policy in bf16. It gives the engine's memory back before the update, and the batches and the
   copy that the weights were made from before the rollout.
 - Peak: the fullest of four programs, training included: the weights from the training parameters, the vision tower on a
-  full buffer of every lane, a macro-step with a piece of prompt in every lane, one without.
+  full buffer of every lane, a macro-step with a piece of prompt in every lane, one without. (A fifth program appends a
+  piece and samples nothing; it is the first part of the third.)
 - GiB a step: HBM traffic of a decode step, reads and writes, with 8,192 live tokens in every slot. Ratio: that over
   what must be read: the decoder's weights and head once, and the live cache. The target is 1.15 at most.
 - Projected tokens/s: slots over the time of a decode step by the bound below, at full slots of 8,192 live tokens, tools

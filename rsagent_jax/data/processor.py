@@ -104,6 +104,12 @@ class Processor:
         patches = np.concatenate([p for p, _ in patched]) if patched else self.no_patches()
         return Prompt(ids, positions, patches, grids), end
 
+    def square(self, side: int) -> Grid:
+        """The grid of a square picture of `side` pixels: the largest that fits into it."""
+        limits = self.images.limits
+        h, w = smart_resize(side, side, limits.factor, limits.min_pixels, limits.max_pixels)
+        return (1, h // self.images.patch_size, w // self.images.patch_size)
+
     def no_patches(self) -> np.ndarray:
         return np.zeros((0, self.config.vision.patch_dim), np.float32)
 

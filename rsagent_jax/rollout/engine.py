@@ -1,9 +1,11 @@
 """Continuous batching on the device: slots keep their KV cache for a whole trajectory and sample while others wait.
 
 A call of `step` is one macro-step: every lane, a group of neighbouring slots, appends the next piece of one slot's
-prompt, then all slots whose prompt is complete sample up to `sampling.chunk` tokens. What it takes from the host are
-small arrays of fixed shape. Per power of two of cache blocks that it reads there are two programs, with a piece and
-without; one more copies a shared opening, and the vision tower has one per rung of a short ladder. That makes
+prompt, then all slots whose prompt is complete sample up to `sampling.chunk` tokens. Either half costs the same whether
+one lane or slot has work or all have, so each waits until it pays: sampling until no prompt is left to append, and
+appending while most slots sample and few lanes would be busy. What a call takes from the host are small arrays of fixed
+shape. Per power of two of cache blocks that it reads there are three programs, with a piece, without, and with nothing
+else; one more copies a shared opening, and the vision tower has one per rung of a short ladder. That makes
 `Engine.programs_at_most`, all of which `warm_up` compiles.
 """
 
@@ -23,13 +25,15 @@ from flax import nnx
 from rsagent_jax import sharding
 from rsagent_jax.config import SamplingConfig
 from rsagent_jax.models.qwen25_vl.compute import Compute
+from rsagent_jax.models.qwen25_vl.config import VisionConfig
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
-from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, padded_patches
+from rsagent_jax.models.qwen25_vl.positions import Grid, fill_patch_buffer, padded_patches
 from rsagent_jax.rollout.policy import Request, Task
 from rsagent_jax.rollout.programs import LAYERS, Images, Piece, Programs, Turns, Weights, weight_shardings
 from rsagent_jax.types import Completion, DataError, Prompt
 
-RUNGS = 3  # of the ladder of patch buffers: all of sampling.patches, a quarter, a sixteenth
+RUNGS = 3  # of the ladder of patch buffers: all of sampling.patches, a quarter, a sixteenth; one more for overlays
+MOST = 0.75  # of the slots with work, of the lanes: see Engine._append_now
 
 
 @dataclasses.dataclass
@@ -62,8 +66,12 @@ class Engine:
         dtype: str,
         key: jax.Array,
         mesh: jax.sharding.Mesh | None = None,
+        overlay: Grid | None = None,
     ):
-        """With a mesh, its rows share the slots and its tensor axis the heads; else everything is on one device."""
+        """With a mesh, its rows share the slots and its tensor axis the heads; else everything is on one device.
+
+        overlay: of the images that most turns bring; the ladder of patch buffers gets a rung that just holds one.
+        """
         rows, tensor = (sharding.parts(name, mesh) for name in ("rows", "kv_heads"))
         if model.config.text.num_key_value_heads % tensor:
             # It would run, but with a whole cache on every device and its heads on the way in every layer and step.
@@ -75,6 +83,7 @@ class Engine:
         self.config, self.sampling, self.mesh = model.config, sampling, mesh
         self.slots, self.context = sampling.slots, sampling.context
         self.max_new_tokens, self.patches = sampling.max_new_tokens, sampling.patches
+        self.rungs = ladder(self.patches, overlay, model.config.vision)
         self.programs = Programs(model, sampling, terminator_id, Compute(dtype, mesh=mesh))
         params = nnx.state(model, nnx.Param)
         self.device = min(jax.tree.leaves(params)[0].sharding.device_set, key=lambda d: d.id)  # without a mesh
@@ -188,16 +197,28 @@ class Engine:
                 by_rung[self._rung(padded_patches(grids, self.config.vision))].append(slot)
         for rung, slots in by_rung.items():
             self._encode(rung, slots)
-        piece = self._piece()
+        piece = self._piece() if self._append_now() else None
         if piece is None and not any(x.samples for x in self.used.values()):
             return []
+        only = piece is not None and (bool(self.queue) or any(slot is not None for slot in self.lanes))
         turns = self._turns()
         reach = max(x.length + self.sampling.chunk * x.samples for x in self.used.values())
-        blocks = self._blocks(reach)
-        self.state, out = self.programs.step(self.weights, self.state, self.key, piece, turns, blocks=blocks)
-        ended = self._take(jax.device_get(out), np.asarray(jax.device_get(turns.open)))
+        call = dict(blocks=self._blocks(reach), steps=0 if only else None)
+        self.state, out = self.programs.step(self.weights, self.state, self.key, piece, turns, **call)
+        self.stats["macro_steps"] += 1
+        if only:
+            jax.block_until_ready(self.state.hidden)
+        ended = [] if only else self._take(jax.device_get(out), np.asarray(jax.device_get(turns.open)))
         self.stats["decode_seconds" if piece is None else "prefill_seconds"] += time.perf_counter() - start
         return ended
+
+    def _append_now(self) -> bool:
+        """Whether a piece pays: not while most slots that have work sample and few lanes would be busy.
+
+        A slot's own tokens come out the same: sampling always takes whole chunks from the start of its turn.
+        """
+        busy, sampling = sum(slot is not None for slot in self.lanes), sum(x.samples for x in self.used.values())
+        return busy >= MOST * len(self.lanes) or sampling < MOST * (sampling + busy + len(self.queue))
 
     ############################## What a call takes ##############################
 
@@ -314,7 +335,7 @@ class Engine:
         """Adds what was drawn to the slots' turns; returns those that have ended."""
         ended = []
         steps = int(out.steps)
-        self.stats.update(macro_steps=1, decode_steps=steps, slot_steps=steps * self.slots)
+        self.stats.update(decode_steps=steps, slot_steps=steps * self.slots)
         for slot in np.flatnonzero(open_):
             x, n = self.used[int(slot)], int(out.counts[slot])
             x.tokens.append(out.tokens[slot, :n])
@@ -333,13 +354,6 @@ class Engine:
         return next(rung for rung in self.rungs if rung >= patches)
 
     @property
-    def rungs(self) -> list[int]:
-        """Sizes of the vision tower's patch buffer, smallest first."""
-        window = self.config.vision.window_patches
-        sizes = {-(-self.patches // (4**i * window)) * window for i in range(RUNGS)}
-        return sorted(sizes)
-
-    @property
     def buckets(self) -> list[int]:
         return self.programs.buckets
 
@@ -348,7 +362,7 @@ class Engine:
 
     @property
     def programs_at_most(self) -> int:
-        return len(self.rungs) + 1 + 2 * len(self.buckets)
+        return len(self.rungs) + 1 + 3 * len(self.buckets)
 
     @property
     def cache_bytes(self) -> int:
@@ -365,8 +379,9 @@ class Engine:
             self.state = self.programs.encode(self.weights, self.state, self._put(images))
         self.state = self.programs.copy(self.state, *self._put((z(lanes), z(lanes), none)), np.int32(1))
         rows = self._put((z(lanes), z(lanes, size), z(lanes, 3, size), z(lanes, size), z(lanes), z(lanes)))
-        for blocks, piece in itertools.product(self.buckets, (Piece(*rows), None)):
-            step = functools.partial(self.programs.step, self.weights, blocks=blocks)
+        kinds = ((Piece(*rows), None), (Piece(*rows), 0), (None, None))
+        for blocks, (piece, steps) in itertools.product(self.buckets, kinds):
+            step = functools.partial(self.programs.step, self.weights, blocks=blocks, steps=steps)
             self.state, _ = step(self.state, self.key, piece, self._turns())
         self.begin()
 
@@ -394,6 +409,15 @@ def _equal(a: Prompt, b: Prompt) -> bool:
         return True
     same = a.grids == b.grids and np.array_equal(a.tokens, b.tokens) and np.array_equal(a.positions, b.positions)
     return same and np.array_equal(a.patches, b.patches)
+
+
+def ladder(patches: int, overlay: Grid | None, vision: VisionConfig) -> list[int]:
+    """Sizes of the vision tower's patch buffer, smallest first."""
+    window = vision.window_patches
+    sizes = {-(-patches // (4**i * window)) * window for i in range(RUNGS)}
+    if overlay and (often := padded_patches((overlay,), vision)) < patches:
+        sizes.add(often)
+    return sorted(sizes)
 
 
 def settled(sampling: SamplingConfig, window: int, rows: int) -> SamplingConfig:

@@ -22,6 +22,7 @@ from rsagent_jax.models.qwen25_vl.cache import LayerCache, Part, Rows
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.language import mrope_angles
+from rsagent_jax.models.qwen25_vl.layers import Linear
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.rollout.sampling import draw
 
@@ -108,8 +109,14 @@ class Programs:
         self.config: Qwen25VLConfig = model.config
         self.sampling, self.compute, self.terminator = sampling, compute, terminator
         self.stops = jnp.array(sorted({terminator, *sampling.stop_ids}), jnp.int32)
-        self.layer_def, _ = nnx.split(model.decoder.layers)
+        # XLA's CPU back end multiplies a few rows with an [in, out] kernel on one core, and an [out, in] kernel with a
+        # few columns on all cores.
+        self.out_first = compute.mesh is None and compute.platform == "cpu"
         shell = nnx.clone(model)
+        for _, module in nnx.iter_modules(shell.decoder.layers):
+            if isinstance(module, Linear):
+                module.out_first = self.out_first
+        self.layer_def, _ = nnx.split(shell.decoder.layers)
         shell.decoder.layers = None
         self.rest_def, _ = nnx.split(shell, nnx.Param)
         self.block = kv.block_size(sampling.context)
@@ -140,7 +147,14 @@ class Programs:
         """The training parameters in the engine's form; also of abstract ones, under eval_shape."""
         cast = jax.tree.map(lambda x: x.astype(jnp.dtype(self.compute.dtype)), params)
         flat = nnx.to_flat_state(cast)
-        stacked = nnx.from_flat_state([(path[2:], v) for path, v in flat if path[:2] == LAYERS])
+        turned = lambda path: self.out_first and path[-1] == "kernel"  # noqa: E731
+        stacked = nnx.from_flat_state(
+            [
+                (path[2:], v.replace(v.get_value().swapaxes(-1, -2)) if turned(path) else v)
+                for path, v in flat
+                if path[:2] == LAYERS
+            ]
+        )
         rest = nnx.from_flat_state([(path, v) for path, v in flat if path[:2] != LAYERS])
         count = self.config.text.num_hidden_layers
         return Weights(tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)), rest)
@@ -179,14 +193,17 @@ class Programs:
         *,
         blocks: int,
         steps: int | None = None,
-    ) -> tuple[Slots, Sampled]:
+    ) -> tuple[Slots, Sampled | None]:
         """`blocks` of every slot's cache are read: no slot in use may have more when the call ends.
 
-        `steps`: so many without looking whether a slot is still open, for a program with loops of known length.
+        `steps`: so many without looking whether a slot is still open, for a program with loops of known length; with 0
+        nothing is sampled.
         """
         model = nnx.merge(self.rest_def, weights.rest)
         if piece is not None:
             slots = self._append(model, weights, slots, piece, blocks)
+        if steps == 0:
+            return slots, None
         return self._decode(model, weights, slots, key, turns, blocks, steps)
 
     def _append(self, model, weights: Weights, slots: Slots, piece: Piece, blocks: int) -> Slots:

@@ -11,6 +11,7 @@ from flax import nnx
 from rsagent_jax.models.qwen25_vl import attention, vision
 from rsagent_jax.models.qwen25_vl.attention import in_segments
 from rsagent_jax.models.qwen25_vl.compute import NAMES, REMAT, Compute
+from rsagent_jax.models.qwen25_vl.layers import FEW, Linear
 from rsagent_jax.types import DataError
 
 from . import tiny
@@ -191,3 +192,16 @@ def test_what_a_policy_keeps_is_not_computed_again():
 
     none, full, dots, selective = (products(r) for r in ("none", "full", "dots", "selective"))
     assert none <= dots < selective < full
+
+
+@pytest.mark.parametrize("rows", [(1,), (3, 5), (FEW,), (2, FEW)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_kernel_that_stands_output_first_gives_the_same_product(rows, bias):
+    plain, turned = (Linear(24, 40, ("embed", "mlp"), nnx.Rngs(0), bias=bias) for _ in range(2))
+    turned.kernel = turned.kernel.replace(plain.kernel[...].T)
+    turned.out_first = True
+    x = jax.random.normal(jax.random.key(1), (*rows, 24))
+    want = jax.jit(lambda x: plain(x))(x)
+    got = jax.jit(lambda x: turned(x))(x)
+    assert got.shape == (*rows, 40) and float(jnp.abs(want).max()) > 0.1
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)

@@ -127,7 +127,7 @@ def test_other_numbers_of_slots_lanes_and_steps_give_the_same_ids(other, traject
     engine.load(small.eager_params(), engine.key)
     for a, b in zip(engine_trajectories(TASKS, SCRIPTS, eng=engine), trajectories, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
-        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=2e-5)  # other shapes, other orders of sums
+        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-5)  # other shapes, other orders of sums
 
 
 def test_the_members_of_a_group_read_its_opening_once_and_are_bit_for_bit_what_each_would_be_alone():
@@ -220,7 +220,7 @@ def test_ragged_work_compiles_a_bounded_number_of_programs(engine, trajectories)
     tasks = [task(i, uid=50 + i, h=84 + 14 * (i % 3), w=100 + 9 * i) for i in range(7)]
     engine_trajectories(tasks, scripts, eng=engine)
     compiled = [p._cache_size() for p in (engine.programs.encode, engine.programs.copy, engine.programs.step)]
-    assert sum(compiled) <= engine.programs_at_most == 10
+    assert sum(compiled) <= engine.programs_at_most == 13
     assert (engine.rungs, engine.buckets) == ([16, 32, 128], [1, 2, 3])
     engine_trajectories(tasks[::-1], scripts, eng=engine)
     assert [p._cache_size() for p in (engine.programs.encode, engine.programs.copy, engine.programs.step)] == compiled

@@ -12,6 +12,7 @@ from flax import nnx
 
 from rsagent_jax.models.qwen25_vl.compute import PLAIN, Compute
 
+FEW = 64  # rows for which a kernel that stands [out, in] comes first in the product
 INIT_STDDEV = 0.02  # Hugging Face's initializer_range for Qwen2.5-VL
 
 
@@ -42,6 +43,7 @@ class Linear(nnx.Module):
         self.bias = param(rngs, (d_out,), axes[1:], stack, init="zeros") if bias else None
         self.lora_a = self.lora_b = None
         self.lora_scale = 0.0
+        self.out_first = False  # True: the kernel stands [out, in], as rollout/programs.py wants it on a CPU
 
     def __call__(self, x: jax.Array, compute: Compute = PLAIN) -> jax.Array:
         shape = x.shape
@@ -49,7 +51,13 @@ class Linear(nnx.Module):
             # As one matrix: with two axes of rows, the back end takes twice the time for the kernel's gradient. A TPU
             # does not, and its compiler then moves 9% more bytes.
             x = x.reshape(-1, shape[-1])
-        y = x @ self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype)
+        if not self.out_first:
+            y = x @ kernel
+        elif x.size // shape[-1] > FEW:
+            y = jnp.einsum("...I,OI->...O", x, kernel)
+        else:  # the barrier keeps the compiler from swapping the two again
+            y = jax.lax.optimization_barrier(jnp.einsum("OI,RI->OR", kernel, x.reshape(-1, shape[-1]))).T
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_a is not None:
