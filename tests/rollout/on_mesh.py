@@ -129,7 +129,7 @@ def load(train: dict, data: int, tensor: int, dtype: str) -> dict:
     theirs = dict(jax.tree_util.tree_leaves_with_path(alone.weights))
     if alone.programs.out_first:  # a device alone holds the layers' kernels [out, in]
         turned = lambda key: ".layers" in key and "kernel" in key  # noqa: E731
-        theirs = {k: x.T if turned(jax.tree_util.keystr(k)) else x for k, x in theirs.items()}
+        theirs = {k: np.asarray(x).T if turned(jax.tree_util.keystr(k)) else x for k, x in theirs.items()}
     of_params = {address for x in jax.tree.leaves(placed) for address in addresses(x)}
     shared = {k: x for k, x in flat.items() if set(addresses(x)) & of_params}
     where = dict(jax.tree_util.tree_leaves_with_path(engine.where))
