@@ -66,7 +66,7 @@ from tests.rollout import small
 from rsagent_jax import sharding
 from rsagent_jax.config import BatchConfig, MeshConfig, OptimConfig
 from rsagent_jax.data.packing import pack
-from rsagent_jax.models.qwen25_vl.language import token_logprobs
+from rsagent_jax.models.qwen25_vl.logprobs import token_logprobs
 from rsagent_jax.train.state import EMPTY, create_state, make_optimizer, state_shardings
 from rsagent_jax.train.step import make_programs, sft_objective
 

@@ -148,7 +148,7 @@ class Program:
 
 
 def read_program(text: str) -> Program:
-    """Parses the text. Both branches of a conditional count as run: an upper bound. ValueError when it is no HLO."""
+    """Parses the text. Of a conditional only the largest branch counts as run. ValueError when it is no HLO."""
     computations, entry = _computations(text)
     if entry is None:
         raise ValueError("no ENTRY computation in the text of the program")
@@ -277,11 +277,23 @@ def _runs(computations: dict[str, Computation], entry: str) -> tuple[dict[str, i
                 if times is None:
                     unknown.append(f"{instruction.name} ({instruction.op_name})".replace(" ()", ""))
                     times = 1
-            for callee in instruction.called:
+            for callee in (called := instruction.called):
                 if callee not in computations:
                     raise ValueError(f"{instruction.name} calls {callee}, which the program does not hold")
+            if instruction.opcode == "conditional":
+                called = (max(called, key=lambda name: _made(computations, name)),)
+            for callee in called:
                 runs[callee] += runs[name] * times
     return {name: n for name, n in runs.items() if n}, unknown
+
+
+def _made(computations, name: str) -> int:
+    """Bytes of all values that a computation makes, a loop's body once: enough to tell branches of one kind apart."""
+    made = 0
+    for instruction in computations[name].values():
+        made += sum(leaf.bytes for leaf in leaves(instruction.shape))
+        made += sum(_made(computations, callee) for callee in instruction.called)
+    return made
 
 
 def _trips(computations, computation: Computation, loop: Instruction, known: tuple):

@@ -15,7 +15,7 @@ from flax import nnx
 
 from rsagent_jax.config import GrpoConfig
 from rsagent_jax.models.qwen25_vl.compute import Compute
-from rsagent_jax.models.qwen25_vl.language import token_logprobs
+from rsagent_jax.models.qwen25_vl.logprobs import token_logprobs
 from rsagent_jax.train import losses
 from rsagent_jax.train.state import EMPTY, TrainState, sees_once
 from rsagent_jax.types import Batch, DataError
@@ -40,7 +40,7 @@ class Sums:
 def batch_logprobs(
     graphdef, params, batch: Batch, compute: Compute, temperature: float, *, embedded: bool = False
 ) -> jax.Array:
-    """f32[B, T]: log p(token t | its segment so far) under the sampling temperature; 0 at t = 0.
+    """f32[B, T]: log p(token t | its segment so far) under the sampling temperature; 0 off the loss mask.
 
     `params` are all of the model's. `embedded`: the batch has the tower's merged tokens in place of its patches.
     """
@@ -49,9 +49,10 @@ def batch_logprobs(
     x = model.place(batch.tokens, merged, batch.image_slots, compute)
     hidden = model.decoder(x, batch.positions, batch.segment_ids, compute)
     # Every place predicts the next token; the last one's is nobody's. Shifting the targets keeps T a round number.
-    targets = jnp.roll(batch.tokens, -1, axis=1)
-    logprobs = token_logprobs(hidden, model.decoder.head_VD, targets, temperature=temperature, mesh=compute.mesh)
-    return jnp.pad(logprobs[:, :-1], ((0, 0), (1, 0)))
+    targets, wanted = (jnp.roll(a, -1, axis=1) for a in (batch.tokens, batch.loss_mask))
+    wanted = wanted.at[:, -1].set(False)
+    head, mesh = model.decoder.head_VD, compute.mesh
+    return jnp.roll(token_logprobs(hidden, head, targets, wanted, temperature=temperature, mesh=mesh), 1, axis=1)
 
 
 def look(tower, batch: Batch, compute: Compute) -> jax.Array:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.compute import Compute
-from rsagent_jax.models.qwen25_vl.language import token_logprobs
+from rsagent_jax.models.qwen25_vl.logprobs import token_logprobs
 from rsagent_jax.types import DataError
 
 from . import tiny

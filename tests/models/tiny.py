@@ -22,6 +22,7 @@ from flax import nnx
 
 from rsagent_jax.models.qwen25_vl import convert, language, vision
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config
+from rsagent_jax.models.qwen25_vl.logprobs import token_logprobs
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import (
     Grid,
@@ -313,7 +314,7 @@ class Measured:
 
 def sft_loss(model: Qwen25VL, hidden_BTD, targets_BT, mask_BT):
     """Mean of -log p over the tokens that the mask marks."""
-    logprobs = language.token_logprobs(hidden_BTD, model.decoder.head_VD, targets_BT, piece=4096)
+    logprobs = token_logprobs(hidden_BTD, model.decoder.head_VD, targets_BT, piece=4096)
     return -jnp.sum(logprobs * mask_BT) / jnp.sum(mask_BT)
 
 

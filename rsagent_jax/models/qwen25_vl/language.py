@@ -12,8 +12,6 @@ from rsagent_jax.models.qwen25_vl.compute import PLAIN, Compute, scan_layers
 from rsagent_jax.models.qwen25_vl.config import TextConfig
 from rsagent_jax.models.qwen25_vl.layers import Linear, RMSNorm, SwiGLU, param, rotate
 
-PIECE = 1 << 26  # logits per device at a time: 256 MiB in fp32
-
 
 class DecoderLayer(nnx.Module):
     def __init__(self, config: TextConfig, rngs: nnx.Rngs, stack=()):
@@ -83,39 +81,3 @@ def mrope_angles(positions_B3T: jax.Array, config: TextConfig) -> tuple[jax.Arra
     angles = jnp.moveaxis(positions_B3T.astype(jnp.float32), 1, -1)[..., axis] * inverse
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def token_logprobs(hidden_BTD, head_VD, targets_BT, *, temperature: float = 1.0, piece: int = PIECE, mesh=None):
-    """log p(target), f32[B, T], without ever holding [B, T, V].
-
-    The vocabulary is cut into pieces of at most about `piece` logits per device, which are made, used and dropped; the
-    backward pass makes them again, unless there is only one. A piece of the head is gathered over fsdp, in the dtype of
-    the activations, when its turn comes, and its gradient is complete when its turn is over: neither is ever whole on a
-    device.
-    """
-    (b, t, _), (v, d), parts = hidden_BTD.shape, head_VD.shape, sharding.parts("vocab", mesh)
-    each = -(-v // parts)  # of the vocabulary per device of the tensor axis
-    count = min(max(-(-(b * t // sharding.parts("rows", mesh)) * each // piece), 1), each)
-    size = -(-each // count)
-    count = -(-each // size)  # without a piece of padding only
-    # [pieces, tensor, size, D]: a device's rows of the head stay its own.
-    head = jnp.pad(head_VD, ((0, each * parts - v), (0, 0))).reshape(parts, each, d)
-    head = jnp.pad(head, ((0, 0), (0, count * size - each), (0, 0))).reshape(parts, count, size, d).swapaxes(0, 1)
-    tokens = jnp.arange(parts)[:, None, None] * each + jnp.arange(count * size).reshape(count, size)
-    real = (jnp.arange(count * size).reshape(count, size) < each) & (tokens < v)
-    hidden = hidden_BTD.astype(jnp.float32)  # its gradient is summed over the pieces in fp32
-    names = ("vocab", None, "embed")
-
-    def one(args):
-        head, tokens, real = args
-        head = sharding.gather(sharding.constrain(head, names, mesh).astype(hidden_BTD.dtype), names, mesh)
-        x = hidden.astype(hidden_BTD.dtype)
-        logits = jnp.einsum("BTD,KVD->BTKV", x, head, preferred_element_type=jnp.float32) / temperature
-        logits = sharding.constrain(logits, ("rows", None, "vocab", None), mesh)
-        target = jnp.sum(jnp.where(tokens == targets_BT[..., None, None], logits, 0.0), axis=(2, 3))
-        return target, jax.nn.logsumexp(jnp.where(real, logits, -jnp.inf), axis=(2, 3))
-
-    # A single piece is kept for the backward pass, which comes at once and would have it in memory anyway.
-    each_piece = one if count == 1 else jax.checkpoint(one)
-    target, total = jax.lax.map(each_piece, (head, tokens.swapaxes(0, 1), real.swapaxes(0, 1)))
-    return jnp.sum(target, axis=0) - jax.nn.logsumexp(total, axis=0)
