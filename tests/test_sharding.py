@@ -113,6 +113,13 @@ def loss(hidden, head, mesh, piece):
 grad = jax.jit(jax.grad(loss, (0, 1)), static_argnums=(2, 3))
 split = jax.device_put(head, jax.NamedSharding(mesh, sharding.spec_of(head.shape, ("vocab", "embed"), mesh)))
 plain, pieces = grad(hidden, head, None, 1 << 20), grad(jax.device_put(hidden, sharding.rows(mesh)), split, mesh, 6 * 8)
+# Rows of 384 places, of which at most 130 are wanted.
+hidden, targets = rng.normal(size=(4, 384, 8)).astype(np.float32), rng.integers(0, 42, (4, 384))
+weight, wanted = rng.normal(size=(4, 384)), rng.permuted(np.arange(384)[None] < [[0], [130], [5], [60]], axis=1)
+def some(hidden, head, mesh):
+    return jax.numpy.sum(weight * token_logprobs(hidden, head, targets, wanted, piece=384 * 8, mesh=mesh))
+grad = jax.jit(jax.grad(some, (0, 1)), static_argnums=2)
+alone, spread = grad(hidden, head, None), grad(jax.device_put(hidden, sharding.rows(mesh)), split, mesh)
 
 one, eight = out["one"], out["eight"]
 same = one["tokens"] == eight["tokens"]
@@ -124,6 +131,8 @@ print(json.dumps({
     "tokens": same,
     "logprobs": float(np.abs(one["logprobs"] - eight["logprobs"]).max()) if same else None,
     "head": [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(plain, pieces)],
+    "some": [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(alone, spread)],
+    "some_size": [float(np.abs(np.asarray(a)).max()) for a in alone],
     "head_gradient": pieces[1].sharding.shard_shape(head.shape),
 }))
 """
@@ -152,6 +161,7 @@ def test_a_step_on_2_x_2_x_2_devices_equals_the_step_on_one(stepped):
 def test_the_loss_by_pieces_of_a_split_head_has_the_gradients_of_the_whole_and_leaves_the_heads_split(stepped):
     assert max(stepped["head"]) < 1e-5
     assert stepped["head_gradient"] == [21, 4]  # vocabulary over tensor, width over fsdp
+    assert max(stepped["some"]) < 1e-5 * max(stepped["some_size"]) and min(stepped["some_size"]) > 0.1
 
 
 def test_rollouts_with_sharded_weights_equal_those_of_one_device(stepped):

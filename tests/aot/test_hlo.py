@@ -130,6 +130,25 @@ ENTRY %main () -> s32[] {
     assert program.runs["outer"] == 3 and program.runs["inner"] == 3 * 3  # 0, 2, 4
 
 
+def test_of_a_conditional_the_largest_branch_counts():
+    branch = """%b{n} (x{n}: f32[8]) -> f32[] {{
+  %x{n} = f32[8]{{0}} parameter(0)
+  %long{n} = f32[{n},8]{{1,0}} broadcast(%x{n}), dimensions={{1}}
+  ROOT %z{n} = f32[] custom-call(%long{n}), custom_call_target="f"
+}}
+"""
+    text = f"""HloModule jit_f
+
+{"".join(branch.format(n=n) for n in (3, 9, 5))}
+ENTRY %main (i: s32[], x: f32[8]) -> f32[] {{
+  %i = s32[] parameter(0)
+  %x = f32[8]{{0}} parameter(1)
+  ROOT %y = f32[] conditional(%i, %x, %x, %x), branch_computations={{%b3, %b9, %b5}}
+}}
+"""
+    assert read_program(text).runs == {"main": 1, "b9": 1}
+
+
 def test_what_stands_in_an_instruction():
     """Layouts with memory spaces, attributes over several lines, parentheses in strings, and a thread's name."""
     text = """HloModule m, replica_count=2, num_partitions=4

@@ -115,6 +115,51 @@ def test_gradients_through_the_pieces_equal_those_of_the_whole_log_softmax():
         assert relative_error(np.asarray(got), np.asarray(want)) <= 1e-5
 
 
+@pytest.mark.parametrize("most", [0, 1, 128, 129, 300, 384])
+@pytest.mark.parametrize("piece", [1 << 20, 384 * 3 * 7])
+def test_log_probabilities_of_the_wanted_places_alone_and_their_gradients(most, piece):
+    """Three rows of 384 places; the fullest has `most` wanted ones, the next half of them, the last none."""
+    rng = np.random.default_rng(most)
+    hidden, head = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 384, 8), (40, 8)))
+    targets, weight = rng.integers(0, 40, (3, 384)), rng.normal(size=(3, 384)).astype(np.float32)
+    wanted = np.zeros((3, 384), bool)
+    for row, count in zip(wanted, (most, most // 2, 0), strict=True):
+        row[rng.permutation(384)[:count]] = True
+
+    def whole(hidden, head):
+        log_p = jax.nn.log_softmax(hidden @ head.T / 0.9)
+        log_p = jnp.where(wanted, jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0], 0.0)
+        return jnp.sum(weight * log_p), log_p
+
+    def some(hidden, head):
+        log_p = token_logprobs(hidden, head, targets, wanted, temperature=0.9, piece=piece)
+        return jnp.sum(weight * log_p), log_p
+
+    run = [jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True)) for f in (some, whole)]
+    ((_, got), grads), ((_, want), wants) = (f(hidden, head) for f in run)
+    assert (np.asarray(got)[~wanted] == 0).all()
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    for x, y in zip(grads, wants, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(np.abs(y).max(), 1))
+
+
+def test_places_that_nobody_wants_are_not_computed():
+    """768 places of which a quarter and no more are wanted: what stands at the others does not reach the gradient."""
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(2, 384, 8)).astype(np.float32), rng.normal(size=(40, 8)).astype(np.float32)
+    targets, wanted = rng.integers(0, 40, (2, 384)), np.zeros((2, 384), bool)
+    wanted.reshape(-1)[rng.permutation(768)[:256]] = True  # a quarter is 192, 256 in round numbers
+    hidden[~wanted] = np.nan
+
+    @jax.jit
+    def grads(hidden, head, wanted):
+        return jax.grad(lambda *x: jnp.sum(token_logprobs(*x, targets, wanted)), (0, 1))(hidden, head)
+
+    assert all(np.isfinite(g).all() for g in grads(hidden, head, wanted))
+    wanted[tuple(np.argwhere(~wanted)[0])] = True
+    assert not np.isfinite(grads(hidden, head, wanted)[1]).any()
+
+
 def test_the_whole_logits_never_exist_in_the_compiled_loss():
     """With T = 64 and V = 4096, an eighth at a time, the gradient's program has no room for one fp32 [T, V]."""
     t, v, d = 64, 4096, 8

@@ -112,7 +112,7 @@ def _gradients(settings: _Settings, length: int, hidden_BTD, head_VD, targets_BT
 
 
 def _pieces(settings: _Settings, shape, head_VD):
-    """The head [pieces, tensor, size, D], a device's rows its own; their tokens [pieces, tensor, size]; which are real."""
+    """The head [pieces, tensor, size, D], a device keeping its rows; their tokens; which are real."""
     mesh, (b, t, _), (v, d) = settings.mesh, shape, head_VD.shape
     parts = sharding.parts("vocab", mesh)
     each = -(-v // parts)  # of the vocabulary per device of the tensor axis
