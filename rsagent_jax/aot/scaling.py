@@ -186,8 +186,8 @@ the real programs of `train.py` for a described slice (`train.py --config=config
 and these are its figures.
 
 - `--aot_quick` leaves out what the compiler does for speed alone, and takes a fifth of the time. FLOPs and bytes sent
-  are those of the full compilation, peak memory and HBM traffic higher: 25.8 against 25.2 GiB and 1257 against 930 GiB
-  for SFT of the 7B on v6e-8, measured on an earlier version. Lines compiled both ways stand in the last section.
+  are those of the full compilation. HBM traffic is higher, and with it the projected time where that bounds it; peak
+  memory is up to 1 GiB lower. Lines compiled both ways stand in the last section: leave that much room.
 - The lines were compiled while the project grew. On the newest version v6e-8, SFT of the 7B with `selective`, gives
   40.5 in place of 39.6 GiB and 0.62 s as before; repeat a line before you rent by it.
 - A row is one sequence of 4,096 tokens that fills it: a view, eight overlays, text, 14,336 patches. A micro-batch has

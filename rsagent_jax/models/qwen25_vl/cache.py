@@ -176,8 +176,8 @@ def attend(q_RTNH: jax.Array, parts: Iterable[tuple[Part, jax.Array]]) -> jax.Ar
             scores *= part.key_scales[:, :, None]
         scores = jnp.where(seen[:, None, None], scores.reshape(r, kv, -1, t, size), jnp.finfo(jnp.float32).min)
         scores = scores.reshape(r, kv, -1, size)
-        # Of the first part, too, the highest of two: XLA's CPU back end has another exp for a softmax in one piece.
-        higher = jnp.maximum(scores[..., 0] if most is None else most, scores.max(-1))
+        # Of the first part, too, the higher of two: XLA's CPU back end has another exp for a softmax in one piece.
+        higher = jnp.maximum(jnp.finfo(jnp.float32).min if most is None else most, scores.max(-1))
         weights = jnp.exp(scores - higher[..., None])
         added = weights.sum(-1)
         if part.value_scales is not None:
