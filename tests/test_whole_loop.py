@@ -1,6 +1,7 @@
 """The commands of the README, one after another on a handful of scenes: every arrow, every file and key."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -17,8 +18,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 BASE = "assets/tiny-base"
 
 
-def run(*command: str) -> str:
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=280)
+VARIED = """
+def by_tokens(trajectory, sample):
+    return float(trajectory.tokens.sum() % 97) / 97
+"""
+
+
+def run(*command: str, modules: str = "") -> str:
+    """`modules`: a directory to import from as well."""
+    env = os.environ | ({"PYTHONPATH": modules} if modules else {})
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=280, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -93,9 +102,13 @@ def test_adapters_through_both_stages_then_exported(work):
         f"--config.grpo.data.root={work}/data", f"--config.cache_dir={work}/compiled", "--config.policy.lora.rank=4",
         "--config.sft.optim.freeze=()", "--config.grpo.optim.freeze=()", "--config.grpo.kl=0.01",
         "--config.sft.optim.warmup_steps=0", "--config.grpo.optim.warmup_steps=0", "--config.grpo.min_spread=0",
+        "--config.grpo.reward.final.terms.final_iou.function=varied:by_tokens",
     )  # fmt: skip
-    run(*command)
-    assert "goes on after step 2 of 2" in run(*command)
+    # Four steps of SFT make a policy that nearly always fails: so that there is something to learn, samples are told
+    # apart by their tokens.
+    (work / "varied.py").write_text(VARIED)
+    run(*command, modules=str(work))
+    assert "goes on after step 2 of 2" in run(*command, modules=str(work))
     lines = [json.loads(line) for line in (work / "lora/metrics.jsonl").read_text().splitlines()]
     first = next(line for line in lines if line["stage"] == "grpo")
     assert abs(first["kl_ref"]) < 1e-6  # the reference is what the fresh adapters stand on
