@@ -63,6 +63,7 @@ class DataConfig:
     texts: str = "first"  # ReasonSeg: first | all paraphrases
     raw: bool = False  # RefCOCO family: the annotator's own text, not in lower case
     limit: int = 0  # 0 = all
+    fingerprint: str = "content"  # what tells a changed picture file: content (its bytes) | stat (size, time of change)
     exclude: tuple[str, ...] = ()  # refcoco/unc/val, reasonseg/test, …: samples on their pictures are left out
     exclude_root: str = ""  # where those are; "" = root
     mix: tuple[MixPart, ...] = ()  # several sets by weight, in place of the one above

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from rsagent_jax.data.coco_masks import decode_segmentation
-from rsagent_jax.data.index import SampleIndex, picture_key, read_image
+from rsagent_jax.data.index import Inputs, SampleIndex, picture_key, read_image
 from rsagent_jax.types import DataError, Sample
 
 _KEYS = ("image", "query", "mask", "segmentation", "ignore", "id")
@@ -43,6 +43,13 @@ class _Entry:
     @property
     def picture_key(self) -> str:
         return picture_key(self.picture)
+
+    def inputs(self) -> Inputs:
+        if self.mask is not None:
+            target = pathlib.Path(self.mask)
+        else:
+            target = json.dumps(self.segmentation, sort_keys=True).encode() if self.segmentation else b""
+        return Inputs(pathlib.Path(self.picture), target, pathlib.Path(self.ignore) if self.ignore else b"")
 
 
 def load_folder(root: str | pathlib.Path, split: str = "train", limit: int | None = None) -> SampleIndex:

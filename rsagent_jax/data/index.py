@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
+import hashlib
 import io
 import os
 import pathlib
@@ -19,6 +23,18 @@ from rsagent_jax.types import DataError, Sample
 _COCO_NAME = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})\.(?:jpg|jpeg|png)", re.IGNORECASE)
 
 
+PICTURE_HASHES = ("content", "stat")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a sample is made of beside its question: a path for a file, bytes for what is no file of its own."""
+
+    picture: pathlib.Path | bytes
+    target: pathlib.Path | bytes  # the mask's file, or the record that it is drawn from; b"" where nothing is meant
+    ignore: pathlib.Path | bytes = b""
+
+
 class Entry(Protocol):
     """What an index keeps of a sample: plain text and numbers."""
 
@@ -26,8 +42,14 @@ class Entry(Protocol):
     def id(self) -> str: ...
 
     @property
+    def query(self) -> str: ...
+
+    @property
     def picture_key(self) -> str:
         """Names the picture, equal in all data sets that hold it; see `picture_key`."""
+
+    def inputs(self) -> Inputs:
+        """Nothing is decoded for it."""
 
 
 class SampleIndex(Sequence):
@@ -44,6 +66,7 @@ class SampleIndex(Sequence):
         if not entries:
             raise DataError(f"{name}: there is no sample in it")
         self.name, self.entries, self.load, self.notes = name, tuple(entries), load, tuple(notes)
+        self.picture_hash = PICTURE_HASHES[0]
         if len(set(self.ids)) < len(self.ids):
             seen: set[str] = set()
             twice = [i for i in self.ids if i in seen or seen.add(i)]
@@ -71,7 +94,59 @@ class SampleIndex(Sequence):
     def keep(self, wanted: Sequence[int], note: str = "") -> SampleIndex:
         """The samples at these places, in this order."""
         entries = [self.entries[i] for i in wanted]
-        return SampleIndex(self.name, entries, self.load, [*self.notes, note] if note else self.notes)
+        kept = SampleIndex(self.name, entries, self.load, [*self.notes, note] if note else self.notes)
+        return kept.hashing_pictures(self.picture_hash)
+
+    def hashing_pictures(self, by: str) -> SampleIndex:
+        """The same samples; `by` says what `fingerprint` takes of a picture file.
+
+        "content", its bytes; or "stat", path, size and time of change, where reading every picture costs too much.
+        """
+        if by not in PICTURE_HASHES:
+            raise DataError(f"data.fingerprint must be {' or '.join(PICTURE_HASHES)}, not {by!r}")
+        changed = copy.copy(self)
+        changed.picture_hash = by
+        return changed
+
+    def fingerprint(self, i: int) -> str:
+        """16 hex digits that change with what sample i is made of: id, query, target, ignored pixels, picture.
+
+        Nothing is decoded. A file that is missing counts as missing: only `index[i]` raises.
+        """
+        entry = self.entries[i]
+        inputs = entry.inputs()
+        picture = _stat if self.picture_hash == "stat" else _content
+        text = [part.encode("utf-8", "surrogatepass") for part in (entry.id, entry.query)]
+        parts = [*text, picture(inputs.picture), _content(inputs.target), _content(inputs.ignore)]
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+
+
+def _content(source: pathlib.Path | bytes) -> bytes:
+    """The checksum of a file's bytes, or the bytes themselves."""
+    if not isinstance(source, pathlib.Path):
+        return source
+    try:
+        stat = source.stat()
+        return _file_checksum(source, stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        return type(error).__name__.encode()
+
+
+def _stat(source: pathlib.Path | bytes) -> bytes:
+    if not isinstance(source, pathlib.Path):
+        return source
+    try:
+        stat = source.stat()
+    except OSError as error:
+        return type(error).__name__.encode()
+    return f"{source} {stat.st_size} {stat.st_mtime_ns}".encode("utf-8", "surrogateescape")
+
+
+@functools.lru_cache(maxsize=1 << 17)  # many samples share a picture
+def _file_checksum(path: pathlib.Path, size: int, mtime_ns: int) -> bytes:
+    """`size` and `mtime_ns` are the key of the cache: a file that was changed is read again."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def picture_key(path: str | pathlib.Path) -> str:

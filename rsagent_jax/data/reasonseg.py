@@ -20,7 +20,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from rsagent_jax.data.index import SampleIndex, picture_key, read_image
+from rsagent_jax.data.index import Inputs, SampleIndex, picture_key, read_image
 from rsagent_jax.types import DataError, Sample
 
 TEXTS = ("first", "all")
@@ -33,11 +33,14 @@ class _Entry:
     query: str
     picture: str
     annotation: str
-    is_sentence: bool
+    shapes: list[dict]
 
     @property
     def picture_key(self) -> str:
         return picture_key(self.picture)
+
+    def inputs(self) -> Inputs:
+        return Inputs(pathlib.Path(self.picture), json.dumps(self.shapes, sort_keys=True).encode())
 
 
 def load_reasonseg(
@@ -59,9 +62,8 @@ def load_reasonseg(
         picture = path.with_suffix(".jpg")
         for n, text in enumerate(record["text"] if texts == "all" else record["text"][:1]):
             query = text.strip()
-            entries.append(
-                _Entry(f"reasonseg/{split}/{path.stem}/{n}", query, str(picture), str(path), record["is_sentence"])
-            )
+            id = f"reasonseg/{split}/{path.stem}/{n}"
+            entries.append(_Entry(id, query, str(picture), str(path), record["shapes"]))
     pictures, annotations = ({p.stem for p in folder.glob(pattern)} for pattern in ("*.jpg", "*.json"))
     if lost := sorted(pictures ^ annotations):
         raise DataError(
@@ -74,7 +76,7 @@ def load_reasonseg(
 def _load(entry: _Entry) -> Sample:
     # LISA reads pictures with OpenCV, which turns them upright.
     image = read_image(entry.picture, "unpack the data set again", upright=True)
-    labels = draw_shapes(_read(pathlib.Path(entry.annotation))["shapes"], *image.shape[:2], entry.annotation)
+    labels = draw_shapes(entry.shapes, *image.shape[:2], entry.annotation)
     return Sample(entry.id, image, entry.query, labels == 1, labels == 255, entry.picture)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from rsagent_jax.data import unpickle
 from rsagent_jax.data.coco_masks import decode_segmentation
-from rsagent_jax.data.index import SampleIndex, coco_key, read_image
+from rsagent_jax.data.index import Inputs, SampleIndex, coco_key, read_image
 from rsagent_jax.types import DataError, Sample
 
 IMAGES = pathlib.PurePath("images/mscoco/images/train2014")
@@ -48,6 +48,10 @@ class _Entry:
     @property
     def picture_key(self) -> str:
         return coco_key(self.picture.image_id)
+
+    def inputs(self) -> Inputs:
+        target = json.dumps([segmentation for _, segmentation in self.targets], sort_keys=True)
+        return Inputs(pathlib.Path(self.picture.path), target.encode())
 
 
 def load_refcoco(

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from array_record.python.array_record_module import ArrayRecordReader
 
-from rsagent_jax.data.index import SampleIndex, coco_key, decode_image
+from rsagent_jax.data.index import Inputs, SampleIndex, coco_key, decode_image
 from rsagent_jax.data.refcoco import UNITS
 from rsagent_jax.types import DataError, Sample
 
@@ -46,6 +46,11 @@ class _Entry:
     @property
     def picture_key(self) -> str:
         return coco_key(self.image_id)
+
+    def inputs(self) -> Inputs:
+        path = pathlib.Path(self.file)
+        fields = _example(_record(path, self.record), f"{path}, picture {self.image_id}")
+        return Inputs(bytes(fields["image"][0]), bytes(fields["objects/mask"][self.target]))
 
 
 def load_refcoco_tfds(

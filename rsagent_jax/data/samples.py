@@ -24,7 +24,7 @@ def open_samples(config: DataConfig) -> SampleIndex | Mixture:
     if config.limit < 0:
         raise DataError(f"data.limit must be at least 0 (0 = all samples), not {config.limit}")
     if not config.mix:
-        return _excluding(_open(config), config)
+        return _excluding(_open(config), config).hashing_pictures(config.fingerprint)
     if config.limit:
         raise DataError("data.limit does not reach into a mix; give its parts their own: data.mix.NAME.data.limit")
     parts = []
@@ -32,7 +32,8 @@ def open_samples(config: DataConfig) -> SampleIndex | Mixture:
         if part.data.mix:
             raise DataError(f"data.mix.{part.name}: a mix inside a mix is not read; list its parts in the outer one")
         inherited = dataclasses.replace(part.data, root=part.data.root or config.root)
-        parts.append((part, _excluding(_excluding(_open(inherited), inherited), config)))
+        samples = _excluding(_excluding(_open(inherited), inherited), config)
+        parts.append((part, samples.hashing_pictures(part.data.fingerprint)))
     return Mixture(parts)
 
 
