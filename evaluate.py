@@ -4,8 +4,10 @@
 
 With --config.bound.row=box|best_of_three|clicks an oracle plays in the policy's place (evals/bounds.py).
 Leaves results.json, predictions.jsonl, trajectories.jsonl (for people) and report/index.html. Run a stopped command
-again and it goes on; --shard=i/n evaluates every n-th sample, on as many machines as write to one work directory, and
-whichever finishes last puts the results together.
+again and it goes on, and plays again what has changed since; --shard=i/n evaluates every n-th sample, on as many
+machines as write to one work directory, and whichever finishes last puts the results together. There are no results
+until every sample is measured: one that the segmenter failed is played again by the next start (metric.failure_policy
+accepts it instead), one that cannot be read is named and left out (data.unreadable).
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -29,87 +33,109 @@ from tqdm import tqdm
 from rsagent_jax import entry, processes
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import to_json
+from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.checkpoint import load_policy, policy_directory, weights_checksum
-from rsagent_jax.config import EvalConfig, to_dict
-from rsagent_jax.data.journal import write_whole
+from rsagent_jax.config import DataConfig, EvalConfig, to_dict
+from rsagent_jax.data.index import SampleIndex
+from rsagent_jax.data.journal import data_settings, fingerprints, write_whole
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.samples import Mixture, open_samples
 from rsagent_jax.evals import bounds, by_turn, metrics, records, report
 from rsagent_jax.rewards import mask_iou
-from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout import failures
+from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.rollout.segmenter import open_segmenter
 from rsagent_jax.types import DataError, Trajectory
 from sam_bridge.types import Segmenter
 
-Player = Callable[[Segmenter, Iterable[Task]], Iterator[tuple[int, Trajectory, EnvState]]]
+Play = Callable[[Segmenter, Iterable[Task]], Iterator[tuple[int, Trajectory, EnvState]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Player:
+    """The policy, or an oracle in its place."""
+
+    play: Play
+    limits: PixelLimits  # of the views that it is shown
+    checksum: str | None  # of its weights
 
 
 def main(config: EvalConfig) -> None:
     ############################## Data, who plays ##############################
-    workdir = entry.workdir()
-    if flags.FLAGS.weights:
-        config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=flags.FLAGS.weights))
-    metrics.check_rules(config.metric)
-    bounds.check(config.bound)
-    oracle = config.bound.row in bounds.ORACLES
-    if oracle:
-        config = bounds.settled(config)
-    share = processes.parse_share(flags.FLAGS.shard, "--shard")
-    samples = open_samples(config.data)
-    if isinstance(samples, Mixture):
-        raise DataError("a mix cannot be evaluated, its samples come up more than once; evaluate its parts")
-    for note in samples.notes:
-        print(note)
+    workdir, share = entry.workdir(), processes.parse_share(flags.FLAGS.shard, "--shard")
+    config = fill_defaults(config)
+    samples = open_benchmark(config.data)
     ids = samples.ids
-    play, checksum = (functools.partial(bounds.play, config), None) if oracle else policy_player(config, workdir)
+    current = fingerprints(samples, {id: k for k, id in enumerate(ids)})
+    oracle = config.bound.row in bounds.ORACLES
+    player = oracle_player(config) if oracle else policy_player(config, workdir)
 
     ############################## Trajectories ##############################
     with contextlib.ExitStack() as stack:
         segmenter = stack.enter_context(open_segmenter(config.segmenter))
         row = {"row": bounds.title(config.bound), "sees_the_truth": oracle}
+        row["segmenter"] = dataclasses.asdict(segmenter.about)  # what answers, not what a config calls it
         if config.bound.row == "best_of_three":
             row["three_masks"] = bounds.masks_of(segmenter)
-        settings = what_decides(config, row, checksum, ids)
-        shard = stack.enter_context(contextlib.closing(records.Shard(workdir, share, settings)))
+        settings = what_decides(config, row, player.checksum)
+        shard = stack.enter_context(contextlib.closing(records.Shard(workdir, share, settings, current)))
+        for note in shard.notes:
+            print(note)
         mine = range(share.index, len(samples), share.count)
         left = [k for k in mine if ids[k] not in shard.done]
         if len(left) < len(mine):
             print(f"goes on: {len(mine) - len(left)} of {len(mine)} samples are done")
-        bar = tqdm(total=len(mine), initial=len(mine) - len(left), desc="evaluate", unit="sample", mininterval=2.0)
-        under_way, last = {}, time.perf_counter()
-
-        def tasks():
-            for number, k in enumerate(left):
-                under_way[number] = samples[k]
-                yield Task(under_way[number], k, k)
-
-        for number, trajectory, state in play(segmenter, tasks()):
-            now = time.perf_counter()
-            shard.add([record(workdir, under_way.pop(number), trajectory, state, now - last)])
-            last = now
-            bar.update()
-        bar.close()
+        if left:  # what an earlier start said is not the result of these samples
+            (workdir / "results.json").unlink(missing_ok=True)
+        measure(config, workdir, samples, left, len(mine), player, segmenter, shard)
 
     ############################## Results ##############################
-    found = records.read(workdir, settings)
-    if missing := [id for id in ids if id not in found]:
+    found = records.read(workdir, settings, current)
+    kept = found.measured
+    if config.metric.failure_policy != "refuse":
+        kept = kept | found.failed
+    elif lost := [found.failed[ids[k]].failure[0] for k in mine if ids[k] in found.failed]:
+        raise failures.unmeasured(lost, len(mine))
+    if missing := [id for id in ids if id not in kept and id not in found.unreadable]:
         print(f"shard {share.index} of {share.count} is done; {len(missing)} samples are left to the others")
         return
-    summary = write_results(workdir, config, row, [found[id] for id in ids], checksum)
-    low, high = summary["giou_ci95"]
-    mark = "" if summary["row"] == "policy" else f" [{summary['row']}]"
-    print(
-        f"{config.benchmark}{mark}: n {summary['n']}  gIoU {summary['giou']:.3f} [{low:.3f}, {high:.3f}]"
-        f"  cIoU {summary['ciou']:.3f}"
-        f"  turns {summary['mean_turns']:.2f}  tool errors {summary['tool_error_rate']:.3f}"
-    )
+    if not kept:
+        raise DataError(
+            f"none of the {len(ids)} samples can be read; the first: {next(iter(found.unreadable.values()))}"
+        )
+    pictures = {id: key for id, key in zip(ids, samples.picture_keys, strict=True) if id in kept}
+    summary = write_results(workdir, config, row, [kept[id] for id in pictures], pictures, found, player.checksum)
+    print(headline(summary))
+    print(report.what_failed(summary))
     print(f"{pathlib.Path(workdir) / 'report' / 'index.html'}")
 
 
-def policy_player(config: EvalConfig, workdir: pathlib.Path) -> tuple[Player, str]:
-    """The policy on this process's devices, and its weights' checksum."""
+def fill_defaults(config: EvalConfig) -> EvalConfig:
+    """With the command line's weights, and as many turns as an oracle takes. DataError for rules that are none."""
+    if flags.FLAGS.weights:
+        config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=flags.FLAGS.weights))
+    metrics.check_rules(config.metric)
+    bounds.check(config.bound)
+    return bounds.settled(config) if config.bound.row in bounds.ORACLES else config
+
+
+def open_benchmark(config: DataConfig) -> SampleIndex:
+    samples = open_samples(config)
+    if isinstance(samples, Mixture):
+        raise DataError("a mix cannot be evaluated, its samples come up more than once; evaluate its parts")
+    for note in samples.notes:
+        print(note)
+    return samples
+
+
+def oracle_player(config: EvalConfig) -> Player:
+    return Player(functools.partial(bounds.play, config), bounds.EXACT, None)
+
+
+def policy_player(config: EvalConfig, workdir: pathlib.Path) -> Player:
+    """The policy on this process's devices."""
     entry.use_compilation_cache(config.cache_dir, workdir / "compiled")
     weights = config.policy.weights
     directory = policy_directory(weights)
@@ -126,17 +152,60 @@ def policy_player(config: EvalConfig, workdir: pathlib.Path) -> tuple[Player, st
     def play(segmenter, tasks):
         return Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers).play(tasks)
 
-    return play, weights_checksum(model)
+    return Player(play, pixel_limits(config.agent, processor), weights_checksum(model))
 
 
-def what_decides(config: EvalConfig, row: dict, checksum: str | None, ids: list[str]) -> dict:
-    """Everything that a sample's trajectory depends on: a run that is taken up again must agree in it."""
+def measure(
+    config: EvalConfig,
+    workdir: pathlib.Path,
+    samples: SampleIndex,
+    left: Sequence[int],
+    total: int,
+    player: Player,
+    segmenter: Segmenter,
+    shard: records.Shard,
+) -> None:
+    """A trajectory for each of the samples at `left`, into the shard as it ends.
+
+    DataError where the segmenter fails too many in a row, or at a sample that cannot be read (data.unreadable=stop).
+    """
+    skips = failures.skips_unreadable(config.data)
+    lost = failures.Failures(config.segmenter.give_up_after)
+    bar = tqdm(total=total, initial=total - len(left), desc="evaluate", unit="sample", mininterval=2.0)
+    under_way, last = {}, time.perf_counter()
+
+    def tasks():
+        number = itertools.count()
+        for k in left:
+            try:
+                sample = failures.readable_sample(samples, k, player.limits)
+            except DataError as error:
+                if not skips:
+                    raise
+                shard.add_unreadable(samples.ids[k], failures.UNREADABLE, str(error))
+                lost.add(failures.UNREADABLE, samples.ids[k], str(error))
+                bar.update()
+                continue
+            under_way[next(number)] = sample
+            yield Task(sample, k, k)
+
+    try:
+        for number, trajectory, state in player.play(segmenter, tasks()):
+            now = time.perf_counter()
+            kept = record(workdir, under_way.pop(number), trajectory, state, now - last)
+            shard.add(kept)
+            last = now
+            bar.update()
+            lost.played(kept.counts.id, kept.failure)
+    finally:
+        bar.close()
+        lost.tell()
+
+
+def what_decides(config: EvalConfig, row: dict, checksum: str | None) -> dict:
+    """Everything but the samples that a trajectory depends on: a run that is taken up again must agree in it."""
     resolved = to_dict(config)
-    common = row | {
-        "samples_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
-        "agent": resolved["agent"],
-        "backend": config.segmenter.backend,
-    }
+    common = row | {"data": data_settings(config.data), "agent": resolved["agent"]}
     if checksum is None:
         return common
     free = {"slots", "chunk", "patches"}  # how many at a time, not what
@@ -149,26 +218,45 @@ def what_decides(config: EvalConfig, row: dict, checksum: str | None, ids: list[
 
 
 def write_results(
-    workdir: pathlib.Path, config: EvalConfig, row: dict, found: list[records.Record], checksum: str | None
+    workdir: pathlib.Path,
+    config: EvalConfig,
+    row: dict,
+    kept: list[records.Record],
+    pictures: dict[str, str],
+    found: records.Found,
+    checksum: str | None,
 ) -> dict:
     """results.json, predictions.jsonl, trajectories.jsonl and the report of all samples, in the order of the data."""
-    results = [metrics.judge(r.counts, config.metric) for r in found]
+    results = [metrics.judge(r.counts, config.metric) for r in kept]
     settings = to_dict(config)
     # the unit belongs to the conventions as well
     settings["metric"] |= {"unit": config.data.unit, "texts": config.data.texts, "split": config.data.split}
-    summary = metrics.summarize(results, settings, benchmark=config.benchmark) | {
-        "seconds_per_sample": sum(r.seconds for r in found) / len(found),
+    settings["segmenter"] |= row["segmenter"]
+    summary = metrics.summarize(results, settings, benchmark=config.benchmark, pictures=pictures) | {
+        "seconds_per_sample": sum(r.seconds for r in kept) / len(kept),
         **row,
         "weights_sha256": checksum,
-        "by_turn": by_turn.curve([(r.counts, r.masks) for r in found], config.metric, config.agent.max_turns),
-        "conventions": metrics.other_conventions([r.counts for r in found]),
+        "unreadable": found.unreadable,
+        "segmenter_failures": dict(Counter(r.failure[0] for r in kept if r.failure)),
+        "by_turn": by_turn.curve([(r.counts, r.masks) for r in kept], config.metric, config.agent.max_turns, pictures),
+        "conventions": metrics.other_conventions([r.counts for r in kept]),
     }
-    predictions = [prediction(result, r.mask) for result, r in zip(results, found, strict=True)]
+    predictions = [prediction(result, r.mask, pictures[result.id]) for result, r in zip(results, kept, strict=True)]
     write_whole(workdir / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
-    write_whole(workdir / "trajectories.jsonl", "".join(json.dumps(r.example) + "\n" for r in found))
+    write_whole(workdir / "trajectories.jsonl", "".join(json.dumps(r.example) + "\n" for r in kept))
     write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
     report.write_evaluation(workdir)
     return summary
+
+
+def headline(summary: dict) -> str:
+    low, high = summary["giou_ci95"]
+    mark = "" if summary["row"] == "policy" else f" [{summary['row']}]"
+    return (
+        f"{summary['benchmark']}{mark}: n {summary['n']}  gIoU {summary['giou']:.3f} [{low:.3f}, {high:.3f}]"
+        f"  cIoU {summary['ciou']:.3f}"
+        f"  turns {summary['mean_turns']:.2f}  tool errors {summary['tool_error_rate']:.3f}"
+    )
 
 
 def record(workdir: pathlib.Path, sample, trajectory, state, seconds: float) -> records.Record:
@@ -185,7 +273,8 @@ def record(workdir: pathlib.Path, sample, trajectory, state, seconds: float) -> 
         "record": to_json(state, path),
     }
     masks = by_turn.mask_pixels(trajectory, sample)
-    return records.Record(counts, _rle(trajectory.final_mask), seconds, example, masks)
+    failure = failures.segmenter_failure(state)
+    return records.Record(counts, _rle(trajectory.final_mask), seconds, example, masks, failure)
 
 
 def _kept_picture(workdir: pathlib.Path, sample) -> str:
@@ -197,9 +286,10 @@ def _kept_picture(workdir: pathlib.Path, sample) -> str:
     return str(path)
 
 
-def prediction(result: metrics.SampleResult, mask: dict) -> dict:
+def prediction(result: metrics.SampleResult, mask: dict, picture: str) -> dict:
     return {
         "id": result.id,
+        "picture": picture,
         "mask": mask,
         "intersection": result.intersection,
         "union": result.union,

@@ -2,11 +2,14 @@
 
   python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/x [--shard=0/4]
 
-Every trajectory is written to <workdir>/attempts as it ends, so a stopped command goes on where it was, and
---shard=i/n lets many machines write to one work directory. Whichever ends last filters what is there and writes the
-kept set (ArrayRecord for Grain, trajectories.jsonl, a report); `rsagent_jax.refilter` does that again with other
-thresholds. The paper's filter: final IoU >= 0.9 within 8 turns; ours adds that the teacher ended it, that no turn was
-malformed and none repeated the one before.
+Every trajectory is written to <workdir>/attempts as it ends, so a stopped command goes on where it was (and plays again
+what has changed since), and --shard=i/n lets many machines write to one work directory. Whichever ends last filters
+what is there and writes the kept set (ArrayRecord for Grain, trajectories.jsonl, a report); `rsagent_jax.refilter` does
+that again with other thresholds. No set is written while the segmenter failed some: the next start plays those again.
+Samples that cannot be read are named and left out (data.unreadable).
+
+The paper's filter: final IoU >= 0.9 within 8 turns; ours adds that the teacher ended it, that no turn was malformed and
+none repeated the one before.
 
 With --config.teacher.own.weights a policy of our own acts through the rollout engine, several times per sample, and
 the filter keeps the first good try; the very ids that it sampled are stored.
@@ -18,6 +21,7 @@ import asyncio
 import base64
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import inspect
 import itertools
@@ -36,9 +40,12 @@ from rsagent_jax.agent import environment
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.remote import Endpoint, EndpointError
 from rsagent_jax.agent.tools import call_json
+from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.checkpoint import load_policy, policy_directory, weights_checksum
 from rsagent_jax.config import CollectConfig, to_dict
+from rsagent_jax.data import journal as journals
 from rsagent_jax.data import trajectories
+from rsagent_jax.data.index import SampleIndex
 from rsagent_jax.data.journal import Journal
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.samples import Mixture, open_samples
@@ -46,13 +53,13 @@ from rsagent_jax.evals import filtering
 from rsagent_jax.processes import parse_share
 from rsagent_jax.resolve import resolve
 from rsagent_jax.rewards import mask_iou
+from rsagent_jax.rollout import failures
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Policy, Task
 from rsagent_jax.rollout.segmenter import open_segmenter
-from rsagent_jax.types import DataError, Sample, Status, Trajectory
-
-EXAMPLES = 5  # failures told on the terminal
+from rsagent_jax.types import DataError, Sample, Trajectory
+from sam_bridge.types import About
 
 
 def main(config: CollectConfig) -> None:
@@ -65,37 +72,57 @@ def main(config: CollectConfig) -> None:
     own = config.teacher.own
     engine, checksum = open_policy(config, processor, workdir) if own.weights else (None, "")
     tries = own.tries if own.weights else 1
-    ids, settings = samples.ids, what_decides(config, checksum)
-    settings["planned"] = len(order) * tries
     make_teacher = None if engine else resolve(config.teacher.function)
-    with (
-        contextlib.closing(Journal(workdir / filtering.ATTEMPTS, share, settings)) as journal,
-        open_segmenter(config.segmenter) as segmenter,
-    ):
-        # All tries of a sample are one machine's, so that they share its opening.
-        places = list(enumerate(order))[share.index :: share.count]
-        mine = [(n * tries + t, k, t) for n, k in places for t in range(tries)]
-        left = [(uid, k) for uid, k, t in mine if attempt_id(ids[k], t, tries) not in journal.done]
-        if len(left) < len(mine):
-            print(f"goes on: {len(mine) - len(left)} of {len(mine)} trajectories are there")
-        collector = Collector(config, processor, samples, make_teacher, segmenter, journal, checksum)
-        if engine:
-            collector.sample(left, len(mine), engine)
-        else:
-            asyncio.run(collector.run(left, len(mine)))
-    for problem, count in sorted(collector.failed.items()):
-        print(f"  not collected {count}: {problem}")
-    if collector.usage:
-        print(f"  endpoint: {collector.usage}")
-    for detail in collector.examples[:EXAMPLES]:
-        print(f"    {detail}")
-    if collector.failed and not filtering.done(workdir):
-        raise DataError(f"nothing could be collected ({dict(collector.failed)}): {collector.examples[0]}")
-    missing = settings["planned"] - len(filtering.done(workdir)) - sum(collector.failed.values())
-    if missing > 0:
+    # All tries of a sample are one machine's, so that they share its opening.
+    places = list(enumerate(order))[share.index :: share.count]
+    mine = [(n * tries + t, k) for n, k in places for t in range(tries)]
+    current = fingerprints(samples, order, tries)
+    with open_segmenter(config.segmenter) as segmenter:
+        settings = what_decides(config, segmenter.about, pixel_limits(config.agent, processor), checksum)
+        settings["planned"] = len(order) * tries
+        with contextlib.closing(Journal(workdir / filtering.ATTEMPTS, share, settings, current)) as journal:
+            left = begin(workdir, config, journal, mine, samples.ids, tries)
+            collector = Collector(config, processor, samples, make_teacher, segmenter, journal, checksum)
+            collector.collect(left, len(mine), engine)
+    state = journals.survey(workdir / filtering.ATTEMPTS, settings, current)
+    kinds = {id: failed["kind"] for id, failed in state.items() if failed}
+    own_ids = [attempt_id(samples.ids[k], uid % tries, tries) for uid, k in mine]
+    if lost := [kinds[id] for id in own_ids if failures.is_segmenters(kinds.get(id, ""))]:
+        raise failures.unmeasured(lost, len(mine))
+    lost = sum(map(failures.is_segmenters, kinds.values()))
+    if missing := settings["planned"] - len(state) + lost:
         print(f"shard {share.index} of {share.count} is done; {missing} trajectories are left to the others")
         return
-    filtering.write(workdir, workdir, config.filter, config.records_per_file, dict(collector.failed))
+    if len(kinds) == len(state):
+        raise DataError(f"nothing could be collected: {next(failed for failed in state.values())}")
+    filtering.write(workdir, workdir, config.filter, config.records_per_file, settings=settings, current=current)
+
+
+def begin(
+    workdir: pathlib.Path, config: CollectConfig, journal: Journal, mine: list[tuple[int, int]], ids, tries: int
+) -> list[tuple[int, int]]:
+    """What is left of `mine`, (uid, place in the samples). DataError where the journal is of other samples."""
+    for note in journal.notes:
+        print(note)
+    if journal.gone:
+        raise DataError(
+            f"{journal.path.parent} holds trajectories of {len(journal.gone)} samples that the data no longer has, such"
+            f" as {journal.gone[:3]}; give another --workdir, or remove {journal.path.parent} to start over"
+        )
+    left = [(uid, k) for uid, k in mine if attempt_id(ids[k], uid % tries, tries) not in journal.done]
+    if len(left) < len(mine):
+        print(f"goes on: {len(mine) - len(left)} of {len(mine)} trajectories are there")
+    if left:  # what an earlier start kept is not the set of these samples
+        (workdir / trajectories.STAMP).unlink(missing_ok=True)
+    filtering.write_rules(workdir, config.filter)
+    return left
+
+
+def fingerprints(samples: SampleIndex, order: list[int], tries: int) -> dict[str, str]:
+    """By attempt: what its sample is made of."""
+    ids = samples.ids
+    of = journals.fingerprints(samples, {ids[k]: k for k in order})
+    return {attempt_id(id, t, tries): fingerprint for id, fingerprint in of.items() for t in range(tries)}
 
 
 def open_policy(config: CollectConfig, processor: Processor, workdir: pathlib.Path) -> tuple[Engine, str]:
@@ -121,11 +148,13 @@ def attempt_id(sample_id: str, attempt: int, tries: int) -> str:
     return sample_id if tries == 1 else f"{sample_id}#{attempt}"
 
 
-def what_decides(config: CollectConfig, weights_sha256: str = "") -> dict:
-    """What a trajectory depends on: a collection that is taken up again must agree in it."""
+def what_decides(config: CollectConfig, about: About, limits: PixelLimits, weights_sha256: str = "") -> dict:
+    """What a trajectory depends on beside its sample: a collection that is taken up again must agree in it."""
     resolved = to_dict(config)
-    decisive = {key: resolved[key] for key in ("seed", "limit", "processor", "agent", "data")}
-    decisive["backend"] = config.segmenter.backend
+    decisive = {key: resolved[key] for key in ("seed", "limit", "processor", "agent")}
+    decisive["data"] = journals.data_settings(config.data)
+    decisive["segmenter"] = dataclasses.asdict(about)  # what answers, not what a config calls it
+    decisive["pixel_limits"] = dataclasses.asdict(limits)
     teacher = resolved["teacher"]
     remote = {key: teacher["remote"][key] for key in ("url", "model", "temperature", "max_tokens")}
     decisive["teacher"] = teacher | {"remote": remote}
@@ -140,7 +169,7 @@ def what_decides(config: CollectConfig, weights_sha256: str = "") -> dict:
 
 
 class Collector:
-    """Plays trajectories side by side; what fails is counted in `failed` and tried again by the next start."""
+    """Plays trajectories side by side; what fails is counted in `failures` and tried again by the next start."""
 
     def __init__(
         self, config: CollectConfig, processor, samples, make_teacher, segmenter, journal: Journal, checksum: str = ""
@@ -149,12 +178,27 @@ class Collector:
         self.tries = config.teacher.own.tries if config.teacher.own.weights else 1
         self.make_teacher, self.segmenter, self.journal = make_teacher, segmenter, journal
         self.limits = pixel_limits(config.agent, processor)
-        self.failed: Counter[str] = Counter()
-        self.examples: list[str] = []  # of failures, for people
+        self.skips = failures.skips_unreadable(config.data)
+        self.failures = failures.Failures(config.segmenter.give_up_after)
         self.usage: dict[str, float] = {}
 
+    def collect(self, left: list[tuple[int, int]], total: int, policy: Policy | None) -> None:
+        """`left`: (uid, place in the samples); by the policy, or by the teacher. Says what failed, however it ends.
+
+        DataError where going on is of no use.
+        """
+        try:
+            if policy:
+                self.sample(left, total, policy)
+            else:
+                asyncio.run(self.run(left, total))
+        finally:
+            self.failures.tell()
+            if self.usage:
+                print(f"  endpoint: {self.usage}")
+
     async def run(self, left: list[tuple[int, int]], total: int) -> None:
-        """`left`: (uid, place in the samples). DataError where going on is of no use."""
+        """By the teacher."""
         todo = iter(left)
         with (
             concurrent.futures.ThreadPoolExecutor(self.config.workers) as self.pool,
@@ -166,9 +210,10 @@ class Collector:
                         group.create_task(self._work(todo, bar))
             except* DataError as errors:
                 raise errors.exceptions[0] from None
-            if self.config.teacher.remote.url:
-                endpoint = Endpoint.shared(self.config.teacher.remote)
-                self.usage = vars(endpoint.usage) | {"cost": endpoint.usage.cost(endpoint.config)}
+            finally:
+                if self.config.teacher.remote.url:
+                    endpoint = Endpoint.shared(self.config.teacher.remote)
+                    self.usage = vars(endpoint.usage) | {"cost": endpoint.usage.cost(endpoint.config)}
 
     def sample(self, left: list[tuple[int, int]], total: int, policy: Policy) -> None:
         """The same with a policy in the teacher's place: continuous batching, several tries of a sample at a time."""
@@ -182,10 +227,9 @@ class Collector:
             for k, tries in places:
                 uids = [uid for uid, _ in tries]
                 try:
-                    sample = self.samples[k]
+                    sample = failures.readable_sample(self.samples, k, self.limits)
                 except DataError as error:
-                    for _ in uids:
-                        self._fail("unreadable sample", str(error))
+                    self._unreadable(uids, k, error)
                     bar.update(len(uids))
                     continue
                 for uid in uids:
@@ -195,38 +239,46 @@ class Collector:
         with tqdm(total=total, initial=total - len(left), desc="collect", unit="trajectory", mininterval=2.0) as bar:
             for number, trajectory, state in driver.play(tasks()):
                 uid, sample = under_way.pop(number)
-                if state.status is Status.ENV_FAILED:
-                    detail = state.failure.detail if state.failure else "a tool call went past its deadline"
-                    kind = state.failure.kind.value if state.failure else "timeout"
-                    self._fail(f"segmenter, {kind}", f"{sample.id}: {detail}")
+                bar.update()
+                if failure := failures.segmenter_failure(state):
+                    self._keep_failure(uid, sample.id, *failure)
                 elif not trajectory.sampled.any():
-                    self._fail(
-                        "no room", f"{sample.id}: its prompt does not fit teacher.own.sampling.context or .patches"
-                    )
+                    self._fail(uid, sample.id, "no room", "its prompt does not fit teacher.own.sampling's limits")
                 else:
                     self.journal.add([self._row(uid, sample, state, trajectory)])
-                bar.update()
+                self.failures.played(sample.id, failure)
 
     async def _work(self, todo, bar) -> None:
         for uid, k in todo:
             try:
-                sample = await self._in_thread(self.samples.__getitem__, k)
+                sample = await self._in_thread(failures.readable_sample, self.samples, k, self.limits)
             except DataError as error:
-                self._fail("unreadable sample", str(error))
+                self._unreadable([uid], k, error)
             else:
                 try:
                     state = await self._play(uid, sample)
-                    if state.status is Status.ENV_FAILED:  # the tool's fault, so it is tried again
-                        self._fail(f"segmenter, {state.failure.kind.value}", f"{sample.id}: {state.failure.detail}")
+                    if failure := failures.segmenter_failure(state):  # the tool's fault, so it is tried again
+                        self._keep_failure(uid, sample.id, *failure)
                     else:
                         self.journal.add([await self._in_thread(self._row, uid, sample, state)])
+                    self.failures.played(sample.id, failure)
                 except EndpointError as error:
-                    self._fail(f"endpoint, {error.kind}", f"{sample.id}: {error}")
+                    self._fail(uid, sample.id, f"endpoint, {error.kind}", str(error))
             bar.update()
 
-    def _fail(self, kind: str, detail: str) -> None:
-        self.failed[kind] += 1
-        self.examples.append(detail)
+    def _unreadable(self, uids: list[int], k: int, error: DataError) -> None:
+        if not self.skips:
+            raise error
+        for uid in uids:
+            self._fail(uid, self.samples.ids[k], failures.UNREADABLE, str(error))
+
+    def _fail(self, uid: int, id: str, kind: str, why: str) -> None:
+        self._keep_failure(uid, id, kind, why)
+        self.failures.add(kind, id, why)
+
+    def _keep_failure(self, uid: int, id: str, kind: str, why: str) -> None:
+        attempt = attempt_id(id, uid % self.tries, self.tries)
+        self.journal.add([{"id": attempt, "sample": id, "uid": uid, "failed": {"kind": kind, "why": why}}])
 
     async def _play(self, uid: int, sample: Sample) -> EnvState:
         teacher = self.make_teacher(self.config.teacher, np.random.default_rng((self.config.seed, uid)))
@@ -274,7 +326,7 @@ class Collector:
             "model": teacher.own.weights or teacher.remote.model,
             "weights_sha256": self.checksum,
             "seed": self.config.seed,
-            "config_sha256": what_decides(self.config, self.checksum)["config_sha256"],
+            "config_sha256": self.journal.settings["config_sha256"],
         }
         header = row | {"query": sample.query, "provenance": provenance}
         record = trajectories.encode_by_reference(state, self.processor, sample.path, header, played)

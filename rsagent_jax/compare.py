@@ -17,17 +17,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rsagent_jax.evals.metrics import bootstrap_ci
+from rsagent_jax.evals.metrics import bootstrap_ci, cluster_bootstrap_ci
 from rsagent_jax.evals.report import Evaluation, Prediction, load_evaluation
 from rsagent_jax.types import DataError
 
-RESAMPLES = 2000
 DECISIVE = ("benchmark", "settings.metric", "settings.data")  # must agree, or the figures are of different things
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """`b` minus `a`, with its 95% interval over resampled sentences."""
+    """`b` minus `a`, with its 95% interval over resampled pictures."""
 
     value: float
     ci95: tuple[float, float]
@@ -52,6 +51,7 @@ class Comparison:
     worse: int
     same: int
     samples: tuple[tuple[str, float, float], ...]  # (id, IoU there, IoU here), largest difference first
+    unit: str  # what the intervals are resampled by: picture, or sample where the files name no pictures
 
 
 def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
@@ -65,36 +65,38 @@ def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
         )
     ids = sorted(first)
     pairs = [(first[i], second[i]) for i in ids]
+    named = a.pictures or b.pictures
+    pictures = named and [named[i] for i in ids]
     gaps = np.array([q.iou - p.iou for p, q in pairs])
     order = sorted(range(len(ids)), key=lambda i: (-abs(gaps[i]), ids[i]))
     return Comparison(
         name,
-        Difference(float(gaps.mean()), bootstrap_ci(gaps.tolist(), n=RESAMPLES)),
-        ciou_difference([p for p, _ in pairs], [q for _, q in pairs]),
-        _paired([float(q.turns - p.turns) for p, q in pairs]),
+        _paired(gaps, pictures),
+        ciou_difference([p for p, _ in pairs], [q for _, q in pairs], pictures),
+        _paired([float(q.turns - p.turns) for p, q in pairs], pictures),
         int((gaps > 0).sum()),
         int((gaps < 0).sum()),
         int((gaps == 0).sum()),
         tuple((ids[i], pairs[i][0].iou, pairs[i][1].iou) for i in order),
+        "picture" if pictures else "sample",
     )
 
 
-def _paired(values: list[float]) -> Difference:
-    return Difference(float(np.mean(values)), bootstrap_ci(values, n=RESAMPLES))
+def _paired(values: Sequence[float], pictures: Sequence[str] | None) -> Difference:
+    return Difference(float(np.mean(values)), bootstrap_ci(values, pictures))
 
 
-def ciou_difference(a: Sequence[Prediction], b: Sequence[Prediction]) -> Difference:
-    """cIoU is a ratio of sums: both are formed anew from each resample of the sentences."""
-    sums = np.array([[p.intersection, p.union, q.intersection, q.union] for p, q in zip(a, b, strict=True)], np.float64)
+def ciou_difference(
+    a: Sequence[Prediction], b: Sequence[Prediction], pictures: Sequence[str] | None = None
+) -> Difference:
+    """cIoU is a ratio of sums: both are formed anew from each resample."""
+    rows = np.array([[p.intersection, p.union, q.intersection, q.union] for p, q in zip(a, b, strict=True)], np.float64)
 
-    def gap(rows: np.ndarray) -> float:
-        i, u, j, v = rows.sum(axis=0)
-        return float(j / (v + 1e-10) - i / (u + 1e-10))
+    def gap(sums: np.ndarray) -> np.ndarray:
+        i, u, j, v = sums.T
+        return j / (v + 1e-10) - i / (u + 1e-10)
 
-    rng = np.random.default_rng(0)
-    draws = [gap(sums[rng.integers(0, len(sums), len(sums))]) for _ in range(RESAMPLES)]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Difference(gap(sums), (float(low), float(high)))
+    return Difference(float(gap(rows.sum(axis=0, keepdims=True))[0]), cluster_bootstrap_ci(rows, gap, pictures))
 
 
 def check(evaluations: Sequence[Evaluation]) -> None:
@@ -112,8 +114,9 @@ def check(evaluations: Sequence[Evaluation]) -> None:
 def _at(results: dict, path: str):
     for key in path.split("."):
         results = results.get(key) if isinstance(results, dict) else None
-    # where the data lie does not matter, which they are does
-    return {k: v for k, v in results.items() if k != "root"} if isinstance(results, dict) else results
+    # where the data lie and how changes are noticed does not matter, which they are does
+    free = ("root", "exclude_root", "limit", "unreadable", "fingerprint")
+    return {k: v for k, v in results.items() if k not in free} if isinstance(results, dict) else results
 
 
 def _differs(a, b) -> str:
@@ -162,7 +165,14 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-NOTE = "* zero is outside the interval. Intervals: 95%, paired bootstrap over samples."
+def note(found: Sequence[Comparison]) -> str:
+    text = "* zero is outside the interval. Intervals: 95%, paired bootstrap over pictures"
+    if old := [c.name for c in found if c.unit == "sample"]:
+        text += (
+            f"; over samples for {', '.join(old)}, whose predictions name no pictures: where a picture has several"
+            " sentences, these intervals are too narrow"
+        )
+    return text + "."
 
 
 def names_of(workdirs: Sequence[pathlib.Path]) -> list[str]:
@@ -198,8 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = [compare(evaluations[0], e, n) for e, n in zip(evaluations[1:], names[1:], strict=True)]
         queries = {example.id: example.query for e in evaluations for example in e.examples}
         main_table = table(evaluations, names, found)
-        print(f"{aligned(main_table)}\n{NOTE}")
-        text = [f"# {names[0]} and {', '.join(names[1:])}", markdown(main_table), NOTE.replace("*", "\\*", 1)]
+        print(f"{aligned(main_table)}\n{note(found)}")
+        text = [f"# {names[0]} and {', '.join(names[1:])}", markdown(main_table), note(found).replace("*", "\\*", 1)]
         for comparison in found:
             rows = sample_table(comparison, names[0], queries, options.samples)
             print(f"\nSamples on which {comparison.name} and {names[0]} differ most\n{aligned(rows)}")

@@ -48,6 +48,7 @@ class SegmenterConfig:
     timeout_s: float = 120.0  # deadline of one call
     wait_s: float = 60.0  # how long an unreachable side-car is waited for
     workers: int = 2  # tool calls at a time
+    give_up_after: int = 16  # trajectories in a row that the segmenter failed end the command; 0 = never
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class DataConfig:
     texts: str = "first"  # ReasonSeg: first | all paraphrases
     raw: bool = False  # RefCOCO family: the annotator's own text, not in lower case
     limit: int = 0  # 0 = all
+    unreadable: str = "skip"  # samples that cannot be read or shown: skip (counted and named) | stop at the first
     fingerprint: str = "content"  # what tells a changed picture file: content (its bytes) | stat (size, time of change)
     exclude: tuple[str, ...] = ()  # refcoco/unc/val, reasonseg/test, …: samples on their pictures are left out
     exclude_root: str = ""  # where those are; "" = root
@@ -266,7 +268,9 @@ class MetricConfig:
 
     ignore_policy: str = "excluded"  # ignored pixels: excluded (LISA) | target (Seg-Zero) | background (LENS)
     empty_policy: str = "one"  # IoU where prediction and truth are empty: one (LISA) | zero | dropped (Seg-Zero)
-    failure_policy: str = "zero"  # a broken tool: zero, with the whole truth as union | dropped (Seg-Zero)
+    # A sample that the segmenter failed: refuse = no figures until it is measured (ours) | zero, with the whole truth
+    # as union | dropped (Seg-Zero)
+    failure_policy: str = "refuse"
     ending_policy: str = "mask"  # any other ending than finish: mask = its last one is judged | zero
     epsilon: float = 1e-5  # IoU = I / (U + epsilon); LISA's
     empty_below: int = 0  # a prediction of fewer pixels counts as empty

@@ -53,7 +53,10 @@ def main(config: ProblemsConfig) -> None:
         raise DataError("problems cannot be written for a mix, its samples come up more than once; write for its parts")
     order = np.random.default_rng(config.seed).permutation(len(samples))[: config.limit or None].tolist()
     ids, settings = samples.ids, what_decides(config) | {"planned": len(order)}
-    with contextlib.closing(Journal(workdir / ANSWERS, share, settings)) as answers:
+    current = journal.fingerprints(samples, {ids[k]: k for k in order})
+    with contextlib.closing(Journal(workdir / ANSWERS, share, settings, current)) as answers:
+        for note in answers.notes:
+            print(note)
         mine = list(enumerate(order))[share.index :: share.count]
         left = [(uid, k) for uid, k in mine if ids[k] not in answers.done]
         if len(left) < len(mine):
@@ -65,21 +68,21 @@ def main(config: ProblemsConfig) -> None:
     for detail in writer.examples[:EXAMPLES]:
         print(f"    {detail}")
     print(f"  endpoint: {writer.usage}")
-    done = {row["id"] for _, row in journal.read(workdir / ANSWERS)}
+    done = journal.survey(workdir / ANSWERS, settings, current)
     if writer.failed and not done:
         raise DataError(f"nothing could be written ({dict(writer.failed)}): {writer.examples[0]}")
     if (missing := len(order) - len(done) - sum(writer.failed.values())) > 0:
         print(f"shard {share.index} of {share.count} is done; {missing} objects are left to the others")
         return
-    write_set(workdir, config, dict(writer.failed))
+    write_set(workdir, config, dict(writer.failed), settings, current)
 
 
 def what_decides(config: ProblemsConfig) -> dict:
     """What an answer depends on: work that is taken up again must agree in it."""
     resolved = to_dict(config)
-    names = ("seed", "limit", "queries", "min_words", "max_words", "picture_size", "data")
+    names = ("seed", "limit", "queries", "min_words", "max_words", "picture_size")
     writer = {key: resolved["writer"][key] for key in ("url", "model", "temperature", "max_tokens")}
-    return {key: resolved[key] for key in names} | {"writer": writer}
+    return {key: resolved[key] for key in names} | {"writer": writer, "data": journal.data_settings(config.data)}
 
 
 class Writer:
@@ -189,14 +192,20 @@ class Writer:
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
 
 
-def write_set(workdir: pathlib.Path, config: ProblemsConfig, failed: dict[str, int]) -> int:
+def write_set(
+    workdir: pathlib.Path,
+    config: ProblemsConfig,
+    failed: dict[str, int],
+    settings: dict[str, Any] | None = None,
+    current: dict[str, str] | None = None,
+) -> int:
     """<split>.jsonl in the order of the uids, and problems.json with what was left out. Returns the number of lines.
 
     Words that were said of one object twice stand there once; words that were said of two objects of a picture mean
     neither of them and are left out.
     """
     rows, left_out, objects = [], Counter(), collections.defaultdict(set)
-    for where, row in journal.read_in_order(workdir / ANSWERS, "uid"):
+    for where, row in journal.read(workdir / ANSWERS, settings, current, by="uid"):
         try:
             left_out.update(row["rejected"])
             for query in row["queries"]:

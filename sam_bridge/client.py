@@ -18,7 +18,7 @@ from sam_bridge import security, wire
 from sam_bridge.fleet import Fleet, Slot, rank
 from sam_bridge.local import image_hash
 from sam_bridge.prompts import check_image, check_request
-from sam_bridge.types import FailureKind, SegmenterError, SegmentReply, SegmentRequest
+from sam_bridge.types import About, FailureKind, SegmenterError, SegmentReply, SegmentRequest
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class SamClient:
         self._recipes: collections.OrderedDict[str, tuple[str, SegmentRequest]] = collections.OrderedDict()
         self._puts: dict[tuple[str, str], threading.Event] = {}  # images on their way: (slot name, key)
         self._counts: collections.Counter[str] = collections.Counter()
-        self._identity = ""  # of the first side-car that answered; the others must give the same masks
+        self._about: About | None = None  # the first side-car that answered; the others must give the same masks
 
     def segment(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
         """See types.Segmenter. `timings_s` gains `transport`: what the caller waited beyond the side-car's own work."""
@@ -85,6 +85,13 @@ class SamClient:
     def info(self) -> list[pb.InfoReply]:
         """Who answers at each address, in order, with counts. Waits up to `wait_s` for each; the connection check."""
         return [self._call(lambda s=slot: [s], lambda s: self._check(s, force=True)) for slot in self._fleet.slots]
+
+    @property
+    def about(self) -> About:
+        """See types.Segmenter. Asks the side-cars where none has answered yet, and raises as `info` does."""
+        if self._about is None:
+            self.info()
+        return self._about
 
     def counters(self) -> dict[str, float]:
         """Since the start: calls, retries, rejected (queue full), puts, remade masks, restarts of side-cars that were
@@ -181,9 +188,10 @@ class SamClient:
             )
             raise SegmenterError(FailureKind.INTERNAL, detail)
         with self._lock:
-            self._identity = self._identity or info.identity
-            if info.identity != self._identity:
-                detail = f"{slot.address} gives other masks ({info.identity}) than before ({self._identity})"
+            about = About(info.backend, info.identity)
+            self._about = self._about or about
+            if about != self._about:
+                detail = f"{slot.address} gives other masks ({info.identity}) than before ({self._about.identity})"
                 raise SegmenterError(FailureKind.INTERNAL, detail)
             if slot.instance not in ("", info.instance):
                 self._counts["restarts"] += 1

@@ -15,7 +15,7 @@ import numpy as np
 from sam_bridge.backends import Backend, DeadDevice
 from sam_bridge.cache import ByteLRU
 from sam_bridge.prompts import check_image, check_request
-from sam_bridge.types import FailureKind, SegmenterError, SegmentReply, SegmentRequest
+from sam_bridge.types import About, FailureKind, SegmenterError, SegmentReply, SegmentRequest
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +110,11 @@ class LocalSegmenter:
     def identity(self) -> str:
         """Equal where masks are equal."""
         return getattr(self.backend, "identity", self.backend.name)
+
+    @property
+    def about(self) -> About:
+        """See types.Segmenter."""
+        return About(self.backend.name, self.identity)
 
     @property
     def concurrency(self) -> int:

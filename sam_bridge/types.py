@@ -61,11 +61,24 @@ class SegmenterError(Exception):
         return self.kind in (FailureKind.INVALID_PROMPT, FailureKind.UNKNOWN_LOGITS)
 
 
+@dataclasses.dataclass(frozen=True)
+class About:
+    """Who answers. Equal where masks are equal."""
+
+    backend: str  # its own name, whatever a config calls it
+    identity: str  # model, checksum of the weights, settings
+
+
 class Segmenter(Protocol):
     """Satisfied by every back end and by the client, so callers cannot tell a local one from a remote one.
 
     Thread-safe. Raises SegmenterError and nothing else.
     """
+
+    @property
+    def about(self) -> About:
+        """Who answers, as it says itself."""
+        ...
 
     def segment(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
         """`image` u8[h, w, 3] RGB. The expensive encoding of an image is done once and kept under its content hash."""

@@ -2,44 +2,99 @@
 
     <folder>/00001-of-00004.jsonl        a line of settings, then one JSON object with an `id` per piece of work
 
+A row carries the fingerprint of what its work was made of, and the latest row of an id is the one that counts. So work
+on inputs that have changed since is done again, and its new row stands in place of the old one. A row with `failed`
+({"kind": …, "why": …}) is no work done: it is kept to be counted, and the next start tries again.
+
 Every line is whole or (the last one, after a kill) cut off at the next start. What is done is what any file holds, so
 work may go on with another number of shards.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
+from rsagent_jax.config import DataConfig, to_dict
 from rsagent_jax.processes import Share
 from rsagent_jax.types import DataError
 
+FORMAT = 2  # 1 had no fingerprints
+SHOWN = 3  # ids named on the terminal
+
+
+class Fingerprinted(Protocol):
+    """A sequence of samples, such as data.index.SampleIndex."""
+
+    def fingerprint(self, i: int) -> str: ...
+
+
+def fingerprints(samples: Fingerprinted, places: Mapping[str, int]) -> dict[str, str]:
+    """By id: what the sample at its place is made of now; "" for one whose record cannot even be found."""
+    out = {}
+    for id, place in places.items():
+        try:
+            out[id] = samples.fingerprint(place)
+        except DataError:  # reading the sample says it again, by name
+            out[id] = ""
+    return out
+
+
+def data_settings(config: DataConfig) -> dict[str, Any]:
+    """Which samples, as settings that must agree: without where they are, how many and what to do with bad ones."""
+    return {k: v for k, v in to_dict(config).items() if k not in ("root", "exclude_root", "limit", "unreadable")}
+
 
 class Journal:
-    """Appends this shard's lines; `done` holds the ids that need not be done again."""
+    """Appends this shard's lines; `done` holds the ids that need not be done again.
 
-    def __init__(self, folder: pathlib.Path, share: Share, settings: dict[str, Any]):
-        """DataError if the folder holds work of other settings, or cannot be written to."""
+    `current` are the fingerprints by id of all the work there is, not of this shard's alone. `notes` are for the
+    terminal: what was cut off, what has changed and what is no longer there.
+    """
+
+    def __init__(self, folder: pathlib.Path, share: Share, settings: dict[str, Any], current: Mapping[str, str]):
+        """DataError if the folder holds work of other settings, a damaged file, or cannot be written to."""
         self.path = folder / f"{share.index:05d}-of-{share.count:05d}.jsonl"
-        self.done = {row["id"] for _, row in read(folder, settings)}
+        self.settings, self.current, self.notes = settings, current, []
+        rows = {line.id: line for line in _latest(folder, settings)}
+        self.done = {id for id, line in rows.items() if not line.failed and line.fingerprint == current.get(id)}
+        worked = [id for id, line in rows.items() if not line.failed and id not in self.done]
+        self.gone = [id for id in worked if id not in current]
+        self.changed = [id for id in worked if id in current]
+        for ids, what in (
+            (self.changed, "changed since, done again"),
+            (self.gone, "no longer in the data, left out"),
+        ):
+            if ids:
+                more = ", …" if len(ids) > SHOWN else ""
+                self.notes.append(f"{what}: {len(ids)} ({', '.join(ids[:SHOWN])}{more})")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            whole = _whole(self.path)
+            if not self.path.exists():  # as a whole, so that no other shard ever sees it empty
+                write_whole(self.path, json.dumps({"format": FORMAT, "settings": settings}) + "\n")
             self.file = self.path.open("ab")
-            self.file.truncate(whole)
+            self._cut()
         except OSError as error:
             raise cannot_write(self.path, error) from None
-        if not whole:
-            self._append(json.dumps({"settings": settings}))
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """On the disk when this returns. DataError if the disk is full."""
         if rows:
-            self._append("\n".join(json.dumps(row) for row in rows))
-            self.done |= {row["id"] for row in rows}
+            marks = [{"fingerprint": self.current[row["id"]], "at": time.time()} for row in rows]
+            self._append("\n".join(json.dumps(row | mark) for row, mark in zip(rows, marks, strict=True)))
+            self.done |= {row["id"] for row in rows if "failed" not in row}
+
+    def close(self) -> None:
+        try:
+            self.file.close()
+        except OSError as error:  # what is still buffered does not fit either
+            raise cannot_write(self.path, error) from None
 
     def _append(self, text: str) -> None:
         try:
@@ -49,71 +104,132 @@ class Journal:
         except OSError as error:
             raise cannot_write(self.path, error) from None
 
-    def close(self) -> None:
-        try:
-            self.file.close()
-        except OSError as error:  # what is still buffered does not fit either
-            raise cannot_write(self.path, error) from None
+    def _cut(self) -> None:
+        """Takes off what a kill left of the last line."""
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            self.file.truncate(whole)
+            self.notes.append(f"{self.path}: a half-written line at its end ({len(data) - whole} bytes) was cut off")
 
 
-def read(folder: pathlib.Path, settings: dict[str, Any] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of every id of all shards, the first of its rows. DataError if a line is damaged, or made with
-    other settings (None = whatever they are)."""
-    for where, _, _, row in _rows(folder, settings):
-        yield where, row
+def read(
+    folder: pathlib.Path,
+    settings: dict[str, Any] | None = None,
+    current: Mapping[str, str] | None = None,
+    by: str = "at",
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of every id, ordered by the rows' `by`; one row in memory at a time.
+
+    With `current` only of ids in it, and of rows made of the same. DataError if a line is damaged, or made with other
+    settings (None = whatever they are).
+    """
+    lines = [line for line in _latest(folder, settings, by) if _is_of(line, current)]
+    with contextlib.ExitStack() as stack:
+        files = {path: stack.enter_context(path.open("rb")) for path in sorted({line.path for line in lines})}
+        for line in sorted(lines, key=lambda line: (line.key, line.where)):
+            files[line.path].seek(line.offset)
+            yield line.where, json.loads(files[line.path].readline())
 
 
-def read_in_order(folder: pathlib.Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The same by the value of `key`, whatever order the work ended in; one row in memory at a time."""
-    places = []
-    for where, path, offset, row in _rows(folder, None):
-        try:
-            places.append((row[key], where, path, offset))
-        except KeyError as error:
-            raise damaged(where, error) from None
-    for _, where, path, offset in sorted(places):
-        with path.open("rb") as file:
-            file.seek(offset)
-            yield where, json.loads(file.readline())
-
-
-def _rows(
-    folder: pathlib.Path, settings: dict[str, Any] | None
-) -> Iterator[tuple[str, pathlib.Path, int, dict[str, Any]]]:
-    """(where, path, offset of the line, row)."""
-    seen: set[str] = set()
-    for path in sorted(folder.glob("*-of-*.jsonl")):
-        offset = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                where = f"{path}, line {number}"
-                try:
-                    row = json.loads(line)
-                    if number == 1:
-                        _same(row["settings"], settings, folder)
-                    elif row["id"] not in seen:
-                        seen.add(row["id"])
-                        yield where, path, offset, row
-                except DataError:
-                    raise
-                except (ValueError, KeyError, TypeError) as error:
-                    raise damaged(where, error) from None
-                offset += len(line)
+def survey(
+    folder: pathlib.Path, settings: dict[str, Any] | None = None, current: Mapping[str, str] | None = None
+) -> dict[str, dict[str, str] | None]:
+    """By id: None where the work is done, else the `failed` of its row. As `read` in all else."""
+    return {line.id: line.failed for line in _latest(folder, settings) if _is_of(line, current)}
 
 
 def settings_of(folder: pathlib.Path) -> dict[str, Any]:
     """What the work was done with. DataError if there is none."""
     for path in sorted(folder.glob("*-of-*.jsonl")):
         with path.open("rb") as file:
-            line = file.readline()
-        if line.endswith(b"\n"):
+            return _head(path, file.readline())["settings"]
+    raise DataError(f"{folder} holds nothing: there is no <i>-of-<n>.jsonl in it")
+
+
+# --- Lines ---
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """What is needed of a row to choose among those of its id, and where it is."""
+
+    id: str
+    at: float  # when it was written, seconds of the epoch
+    fingerprint: str | None
+    failed: dict[str, str] | None
+    key: Any  # what it is ordered by
+    where: str
+    path: pathlib.Path
+    offset: int  # bytes
+
+
+def _latest(folder: pathlib.Path, settings: dict[str, Any] | None, by: str = "at") -> list[_Line]:
+    latest: dict[str, _Line] = {}
+    for path in sorted(folder.glob("*-of-*.jsonl")):
+        for line in _lines(path, folder, settings, by):
+            if line.id not in latest or line.at >= latest[line.id].at:
+                latest[line.id] = line
+    return list(latest.values())
+
+
+def _lines(path: pathlib.Path, folder: pathlib.Path, settings: dict[str, Any] | None, by: str) -> Iterator[_Line]:
+    with path.open("rb") as file:
+        offset = len(head := file.readline())
+        _check_head(_head(path, head), settings, folder)
+        for number, line in enumerate(file, start=2):
+            if not line.endswith(b"\n"):
+                return  # of a kill, or being written at this moment
+            where = f"{path}, line {number}"
             try:
-                return json.loads(line)["settings"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise damaged(f"{path}, line 1", error) from None
-    raise DataError(f"{folder} holds nothing: no finished line in any <i>-of-<n>.jsonl")
+                row = json.loads(line)
+                key = row.get("at", 0.0) if by == "at" else row[by]
+                id, failed = row["id"], row.get("failed")
+                yield _Line(id, row.get("at", 0.0), row.get("fingerprint"), failed, key, where, path, offset)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise damaged(where, error) from None
+            offset += len(line)
+
+
+def _is_of(line: _Line, current: Mapping[str, str] | None) -> bool:
+    return current is None or (line.id in current and line.fingerprint == current[line.id])
+
+
+def _head(path: pathlib.Path, line: bytes) -> dict[str, Any]:
+    """The first line. DataError where it is none: an empty file, a page of HTML, half a line."""
+    try:
+        head = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        head = None
+    if not isinstance(head, dict) or not isinstance(head.get("settings"), dict):
+        begins = f"it begins with {line[:40]!r}" if line else "it is empty"
+        raise DataError(f"{path} is no journal of this command ({begins}); remove it, or put back the file as it was")
+    return head
+
+
+def _check_head(head: dict[str, Any], settings: dict[str, Any] | None, folder: pathlib.Path) -> None:
+    if settings is None:
+        return
+    remedy = f"Give another --workdir, or remove {folder} to start over"
+    if head.get("format") != FORMAT:
+        raise DataError(
+            f"{folder} was written by an earlier version, which did not keep what its samples were made of: nobody can"
+            f" tell whether they are still the same. {remedy}"
+        )
+    there, here = _flat(head["settings"]), _flat(json.loads(json.dumps(settings)))
+    differ = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+    if differ:
+        said = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} now" for key in differ)
+        raise DataError(f"{folder} holds results of other settings ({said[:600]}). {remedy}")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """By dotted name."""
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = isinstance(value, Mapping) and value
+        out |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return out
 
 
 def damaged(where: str, error: Exception) -> DataError:
@@ -136,21 +252,3 @@ def cannot_write(path: pathlib.Path, error: OSError) -> DataError:
         f"{path} cannot be written ({error.strerror or error}). What was written is kept: make room and run the same"
         " command again"
     )
-
-
-def _whole(path: pathlib.Path) -> int:
-    """Bytes up to the end of the last whole line."""
-    return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
-
-
-def _same(there: dict[str, Any], here: dict[str, Any] | None, folder: pathlib.Path) -> None:
-    if here is None:
-        return
-    here = json.loads(json.dumps(here))
-    differ = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
-    if differ:
-        said = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} now" for key in differ)
-        raise DataError(
-            f"{folder} holds results of other settings ({said[:600]}). Give another --workdir, or remove {folder} to"
-            " start over"
-        )

@@ -76,16 +76,20 @@ def play(config: EvalConfig, segmenter: Segmenter, tasks: Iterable[Task]) -> Ite
     """(number of the task, trajectory without tokens, final state) as they end, `segmenter.workers` at a time."""
     numbered, under_way = enumerate(tasks), {}
     with concurrent.futures.ThreadPoolExecutor(config.segmenter.workers) as pool:
-        while True:
-            for number, task in itertools.islice(numbered, 2 * config.segmenter.workers - len(under_way)):
-                under_way[pool.submit(_play, config, segmenter, task.sample)] = (number, task)
-            if not under_way:
-                return
-            ended, _ = concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in ended:
-                number, task = under_way.pop(future)
-                state = future.result()
-                yield number, _trajectory(state, task), state
+        try:
+            while True:
+                for number, task in itertools.islice(numbered, 2 * config.segmenter.workers - len(under_way)):
+                    under_way[pool.submit(_play, config, segmenter, task.sample)] = (number, task)
+                if not under_way:
+                    return
+                ended, _ = concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
+                for future in ended:
+                    number, task = under_way.pop(future)
+                    state = future.result()
+                    yield number, _trajectory(state, task), state
+        finally:
+            for future in under_way:  # nobody takes what is left any more
+                future.cancel()
 
 
 def _play(config: EvalConfig, segmenter: Segmenter, sample: Sample) -> EnvState:

@@ -8,7 +8,7 @@ run, without running it. Beside them the best mask so far, which only an oracle 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,21 +38,26 @@ def after(counts: Counts, masks: Sequence[tuple[int, Pixels]], turns: int) -> Co
 
 
 def curve(
-    found: Sequence[tuple[Counts, Sequence[tuple[int, Pixels]]]], rules: MetricConfig, max_turns: int
+    found: Sequence[tuple[Counts, Sequence[tuple[int, Pixels]]]],
+    rules: MetricConfig,
+    max_turns: int,
+    pictures: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each number of turns: gIoU with its 95% interval and cIoU of the latest (or committed) masks, the share
-    of trajectories that had ended, and gIoU had an oracle picked the best mask so far."""
+    of trajectories that had ended, and gIoU had an oracle picked the best mask so far. `pictures`: of each id, which
+    intervals are resampled by."""
     rows = []
     for k in range(1, max_turns + 1):
         results = [metrics.judge(after(counts, masks, k), rules) for counts, masks in found]
         totals = metrics.total(results)
         counted = [r.iou for r in results if not r.dropped]
+        of = None if pictures is None else [pictures[r.id] for r in results if not r.dropped]
         best = [_best(counts, masks, k, r, rules) for (counts, masks), r in zip(found, results, strict=True)]
         rows.append(
             {
                 "turns": k,
                 "giou": totals.giou,
-                "giou_ci95": list(metrics.bootstrap_ci(counted)) if counted else None,
+                "giou_ci95": list(metrics.bootstrap_ci(counted, of)) if counted else None,
                 "ciou": totals.ciou,
                 "ended": float(np.mean([counts.turns <= k for counts, _ in found])),
                 "oracle_best_giou": float(np.mean([b for b in best if b is not None])) if counted else 0.0,

@@ -8,7 +8,7 @@ import io
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,11 @@ from rsagent_jax.config import FilterConfig, to_dict
 from rsagent_jax.data import journal, trajectories
 from rsagent_jax.evals.html import histogram, join, page, table, tag, tiles
 from rsagent_jax.evals.report import Evaluation, Example, card, save
-from rsagent_jax.types import Status
+from rsagent_jax.rollout.failures import UNREADABLE
+from rsagent_jax.types import DataError, Status
 
 ATTEMPTS = "attempts"  # the journal's folder in a work directory of collect
+RULES = "filter.json"  # in it: the collection's own filter
 SHOWN = 6  # kept, and as many dropped trajectories on the page
 
 
@@ -38,8 +40,24 @@ class Filtered:
         return self.kept + sum(self.dropped.values())
 
 
-def done(workdir: pathlib.Path) -> set[str]:
-    return {row["id"] for _, row in journal.read(workdir / ATTEMPTS)}
+def write_rules(workdir: pathlib.Path, rules: FilterConfig) -> None:
+    """Keeps a collection's own filter, for `rsagent_jax.refilter`."""
+    journal.write_whole(workdir / ATTEMPTS / RULES, json.dumps(to_dict(rules), indent=2) + "\n")
+
+
+def read_rules(workdir: pathlib.Path) -> FilterConfig:
+    """The filter of the collection's last start. DataError where there is none."""
+    path = workdir / ATTEMPTS / RULES
+    try:
+        return FilterConfig(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:  # a collection of an earlier version said it at its end
+        stamp = workdir / trajectories.STAMP
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} cannot be read ({error!r}); run the collection's command again") from None
+    try:
+        return FilterConfig(**json.loads(stamp.read_text(encoding="utf-8"))["filter"])
+    except (OSError, ValueError, TypeError, KeyError):
+        raise DataError(f"neither {path} nor {stamp} says what filter the collection had; run it again") from None
 
 
 def verdict(row: dict[str, Any], rules: FilterConfig) -> str:
@@ -62,20 +80,30 @@ def write(
     out: pathlib.Path,
     rules: FilterConfig,
     per_file: int = 1000,
-    failed: dict[str, int] | None = None,
+    *,
+    settings: dict[str, Any] | None = None,
+    current: Mapping[str, str] | None = None,
     moved: tuple[str, str] | None = None,
 ) -> Filtered:
-    """Writes the kept set of a collection to `out`; the journal stays as it is. `failed`: what was not collected."""
-    settings = journal.settings_of(workdir / ATTEMPTS)
+    """Writes the kept set of a collection to `out`; the journal stays as it is. `settings`, `current`: of
+    `journal.read`; what was not collected is counted with the rest."""
+    described = settings or journal.settings_of(workdir / ATTEMPTS)
     counts: Counter[str] = Counter()
+    failed: Counter[str] = Counter()  # what was not collected, by kind
+    unreadable: dict[str, str] = {}  # why, by sample
     kept_of: Counter[str] = Counter()  # by sample
     kept: list[dict] = []
     shown: dict[bool, list[tuple[dict, str]]] = {True: [], False: []}
     lines = []
     try:
         writer = trajectories.Writer(out, per_file)
-        for where, row in journal.read_in_order(workdir / ATTEMPTS, "uid"):
+        for where, row in journal.read(workdir / ATTEMPTS, settings, current, by="uid"):
             try:
+                if lost := row.get("failed"):
+                    failed[lost["kind"]] += 1
+                    if lost["kind"] == UNREADABLE:
+                        unreadable[row["sample"]] = lost["why"]
+                    continue
                 why, sample = verdict(row, rules), row.get("sample", row["id"])
                 if why == "kept" and kept_of[sample] >= rules.per_sample:
                     why = f"{rules.per_sample} of the sample kept already"
@@ -94,14 +122,16 @@ def write(
         dropped = {why: count for why, count in sorted(counts.items()) if why != "kept"}
         means = [float(np.mean([row[key] for row in kept])) if kept else 0.0 for key in ("iou", "turns", "tokens")]
         found = Filtered(len(kept), dropped, *means)
-        save(render(found, kept, shown, rules, settings, failed or {}, workdir), out)
-        stamp = {"verdicts": dict(counts), "not_collected": failed or {}, "filter": to_dict(rules)}
-        writer.close(stamp | {"config": settings})
+        save(render(found, kept, shown, rules, described, failed, workdir), out)
+        stamp = {"verdicts": dict(counts), "not_collected": dict(failed), "unreadable": unreadable}
+        writer.close(stamp | {"filter": to_dict(rules), "config": described})
     except OSError as error:
         raise journal.cannot_write(out, error) from None
     print(f"kept {found.kept} of {found.total} trajectories: mean IoU {found.iou:.3f}, {found.turns:.2f} turns")
     for why, count in dropped.items():
         print(f"  dropped {count}: {why}")
+    for why, count in sorted(failed.items()):
+        print(f"  not collected {count}: {why}")
     return found
 
 

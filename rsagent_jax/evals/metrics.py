@@ -9,14 +9,19 @@ One result per sentence, at original resolution, pixels of the ignore mask exclu
 
 all as fractions of 1. By default nothing is dropped, and what a convention drops is counted:
 
-* A **failure of the environment** (ENV_FAILED, or an exception before there is a trajectory) has no mask to judge. It
-  counts as IoU 0 with I = 0 and the whole ground truth as U, even where the ground truth is empty and an empty mask
-  would have been right.
+* A **failure of the environment** (ENV_FAILED, or an exception before there is a trajectory) has no mask to judge and
+  measures nothing: `failure_policy` "refuse", the config's default, gives no summary with one in it. Where the user
+  accepts them, they count as IoU 0 with I = 0 and the whole ground truth as U, even where the ground truth is empty and
+  an empty mask would have been right ("zero"), or are left out ("dropped").
 * **Other endings than FINISHED** (MAX_TURNS, MAX_CONTEXT, INVALID, REPEATED) keep their final mask, which is what a
   user would get, and are scored by it. They are failures to stop, so they are listed.
 
 gRefCOCO adds, over the samples without and with a target: N-acc, the share of no-target samples answered by an empty
-mask, and T-acc, the share of target samples answered by one that is not empty. A failure is right in neither.
+mask, and T-acc, the share of target samples answered by one that is not empty. A failure is right in neither. What an
+`empty_policy` does with IoU and gIoU changes neither of them.
+
+Intervals are bootstrapped by picture: sentences of one picture fail together, and as if they were independent their
+intervals would be too narrow (docs/evaluation.md has the coverage).
 
 `failures` in the summary counts every ending except FINISHED by kind. Counts are integers, so that hosts merge
 exactly and in any order; send them as Python integers, they do not fit 32 bits.
@@ -25,7 +30,8 @@ exactly and in any order; send them as Python integers, they do not fit 32 bits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,28 +43,30 @@ from rsagent_jax.types import DataError, Sample, Status, Trajectory
 # IoU is summed in units of 2^-40, as integers: exact whatever the order, and within 1e-12 of the float mean.
 _IOU_UNITS = 2**40
 
-LISA = MetricConfig()
+LISA = MetricConfig(failure_policy="zero")
 # What others report, to be read beside LISA's figures (their evaluation scripts; the unit is a matter of the data).
 CONVENTIONS = {
     "lisa": LISA,
     "seg_zero": MetricConfig(ignore_policy="target", empty_policy="dropped", failure_policy="dropped", epsilon=0.0),
-    "lens": MetricConfig(ignore_policy="background"),
+    "lens": MetricConfig(ignore_policy="background", failure_policy="zero"),
 }
 _CHOICES = {
     "ignore_policy": ("excluded", "target", "background"),
     "empty_policy": ("one", "zero", "dropped"),
-    "failure_policy": ("zero", "dropped"),
+    "failure_policy": ("refuse", "zero", "dropped"),
     "ending_policy": ("mask", "zero"),
 }
 
 
 def check_rules(rules: MetricConfig) -> None:
-    """DataError for a convention that is not known."""
+    """DataError for a convention that is not known or a number that is none."""
     for name, choices in _CHOICES.items():
         if getattr(rules, name) not in choices:
             raise DataError(f"metric.{name} must be one of {', '.join(choices)}; got {getattr(rules, name)!r}")
-    if rules.epsilon < 0 or rules.empty_below < 0:
-        raise DataError("metric.epsilon and metric.empty_below must not be negative")
+    if not (math.isfinite(rules.epsilon) and rules.epsilon >= 0):
+        raise DataError(f"metric.epsilon must be a finite number of at least 0, not {rules.epsilon}")
+    if rules.empty_below < 0:
+        raise DataError(f"metric.empty_below must be at least 0 pixels, not {rules.empty_below}")
 
 
 # --- One sample ---
@@ -174,9 +182,11 @@ class Totals:
     tool_errors: int = 0
     dropped_failures: int = 0
     dropped_empty: int = 0
+    # Of all samples but dropped failures: an empty_policy drops from gIoU, not from the accuracies.
     no_target: int = 0  # samples without a target, and how many of them were answered by an empty mask
     no_target_right: int = 0
-    target_right: int = 0  # samples with a target that were not
+    target: int = 0  # samples with a target, and how many of them were not
+    target_right: int = 0
     target_iou_units: int = 0  # sum of IoU over samples with a target, in 2^-40
     endings: tuple[int, ...] = (0,) * len(Status)  # in the order of Status
 
@@ -204,16 +214,18 @@ def total(results: Iterable[SampleResult]) -> Totals:
 def _one(r: SampleResult) -> Totals:
     ending = {"turns": r.turns, "tool_errors": r.tool_errors}
     ending["endings"] = tuple(int(r.status is status) for status in Status)
-    if r.dropped:
-        return Totals(dropped_failures=int(r.dropped == "failure"), dropped_empty=int(r.dropped == "empty"), **ending)
+    if r.dropped == "failure":
+        return Totals(dropped_failures=1, **ending)
+    ending |= {"no_target": int(r.no_target), "no_target_right": int(r.no_target and r.said_empty)}
+    if r.dropped == "empty":
+        return Totals(dropped_empty=1, **ending)
     units, working = round(r.iou * _IOU_UNITS), r.status is not Status.ENV_FAILED
     return Totals(
         n=1,
         intersection=r.intersection,
         union=r.union,
         iou_units=units,
-        no_target=int(r.no_target),
-        no_target_right=int(r.no_target and r.said_empty),
+        target=int(not r.no_target),
         target_right=int(not r.no_target and not r.said_empty and working),
         target_iou_units=0 if r.no_target else units,
         **ending,
@@ -243,22 +255,55 @@ def ious(results: Iterable[SampleResult]) -> dict[str, float]:
     return by_id
 
 
-def bootstrap_ci(values: Sequence[float], *, n: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean, from `n` resamples with replacement. Raises DataError without values."""
-    array = np.asarray(values, np.float64)
-    if not array.size:
+RESAMPLES = 2000
+
+
+def bootstrap_ci(
+    values: Sequence[float], pictures: Sequence[str] | None = None, *, n: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """95% percentile interval of the mean. `pictures`: see `cluster_bootstrap_ci`. Raises DataError without values."""
+    rows = np.stack([np.asarray(values, np.float64), np.ones(len(values))], axis=-1)
+    return cluster_bootstrap_ci(rows, lambda sums: sums[:, 0] / sums[:, 1], pictures, n=n, seed=seed)
+
+
+def cluster_bootstrap_ci(
+    rows: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    pictures: Sequence[str] | None = None,
+    *,
+    n: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """95% percentile interval of a statistic of sums, from `n` resamples of the pictures with replacement.
+
+    rows: f64[N, K], what is summed over samples; statistic: sums f64[n, K] -> f64[n]. A picture comes into a resample
+    with all of its samples. `pictures` names the picture of each row; None = every sample is one of its own. Raises
+    DataError without rows.
+    """
+    if not len(rows):
         raise DataError("no results to compute an interval from")
-    rng = np.random.default_rng(seed)
+    sums = rows
+    if pictures is not None:
+        _, cluster = np.unique(np.asarray(pictures), return_inverse=True)
+        sums = np.stack([np.bincount(cluster, column) for column in rows.T], axis=-1)
+    count, rng = len(sums), np.random.default_rng(seed)
     # One resample at a time: all at once would be n x 10^4 indices on RefCOCO.
-    means = [array[rng.integers(0, array.size, array.size)].mean() for _ in range(n)]
-    low, high = np.percentile(means, [2.5, 97.5])
+    draws = (np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(n))
+    low, high = np.percentile(statistic(np.stack([times @ sums for times in draws])), [2.5, 97.5])
     return float(low), float(high)
 
 
 def paired_bootstrap_ci(
-    a: Mapping[str, float], b: Mapping[str, float], *, n: int = 2000, seed: int = 0
+    a: Mapping[str, float],
+    b: Mapping[str, float],
+    pictures: Mapping[str, str] | None = None,
+    *,
+    n: int = RESAMPLES,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """95% percentile interval of mean(a - b), the two being values by sample id, paired by id.
+
+    `pictures`: the picture of each id; None = every sample is one of its own.
 
     Raises DataError if the ids differ: an interval over the samples that happen to be in both would flatter one of
     them.
@@ -268,18 +313,26 @@ def paired_bootstrap_ci(
         raise DataError(
             f"the two runs do not cover the same samples: {len(differ)} ids are in one only, such as {differ[:3]}"
         )
-    return bootstrap_ci([a[key] - b[key] for key in sorted(a)], n=n, seed=seed)
+    of = None if pictures is None else [pictures[key] for key in sorted(a)]
+    return bootstrap_ci([a[key] - b[key] for key in sorted(a)], of, n=n, seed=seed)
 
 
 # --- results.json ---
 
 
-def summarize(results: Iterable[SampleResult], settings: Mapping[str, Any], *, benchmark: str) -> dict[str, Any]:
+def summarize(
+    results: Iterable[SampleResult],
+    settings: Mapping[str, Any],
+    *,
+    benchmark: str,
+    pictures: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """What results.json holds; the same whatever the order of `results`. JSON-ready if `settings` is.
 
     `settings` comes back with the metric's rules under `metric`. `tool_error_rate` is the share of turns whose call was
     malformed or refused. `n` counts the samples in gIoU, `dropped` what the rules left out. `n_acc`, `t_acc` and
-    `giou_target` are there where a sample has no target. DataError if there are no results or an id appears twice.
+    `giou_target` are there where a sample has no target. `pictures`: the picture of each id, which intervals are
+    resampled by. DataError if there are no results, an id appears twice, or the rules refuse one that failed.
     """
     results = sorted(results, key=lambda result: result.id)
     if not results:
@@ -288,6 +341,10 @@ def summarize(results: Iterable[SampleResult], settings: Mapping[str, Any], *, b
     if not values:
         raise DataError(f"benchmark {benchmark!r}: the rules drop all of its {len(results)} samples")
     totals = total(results)
+    lost = sum(r.status is Status.ENV_FAILED for r in results)
+    if lost and results[0].rules.failure_policy == "refuse":
+        raise DataError(f"benchmark {benchmark!r}: {lost} of {len(results)} samples are not measured (env_failed)")
+    of = None if pictures is None else [pictures[id] for id in values]
     rules = {"resolution": "original", **to_dict(results[0].rules)}
     out = {
         "benchmark": benchmark,
@@ -295,14 +352,17 @@ def summarize(results: Iterable[SampleResult], settings: Mapping[str, Any], *, b
         "dropped": {"failure": totals.dropped_failures, "empty": totals.dropped_empty},
         "giou": totals.giou,
         "ciou": totals.ciou,
-        "giou_ci95": list(bootstrap_ci(list(values.values()))),
+        "giou_ci95": list(bootstrap_ci(list(values.values()), of)),
+        "ci_unit": "sample" if of is None else "picture",
+        "pictures": None if of is None else len(set(of)),
         "failures": {s.value: c for s, c in zip(Status, totals.endings, strict=True) if s is not Status.FINISHED},
         "mean_turns": totals.turns / totals.seen,
+        "tool_errors": totals.tool_errors,
         "tool_error_rate": totals.tool_errors / max(totals.turns, 1),
         "settings": dict(settings) | {"metric": dict(settings.get("metric", {})) | rules},
     }
     if totals.no_target:
-        targets = totals.n - totals.no_target
+        targets = totals.target
         out["n_acc"] = totals.no_target_right / totals.no_target
         out["t_acc"] = totals.target_right / targets if targets else None
         out["giou_target"] = totals.target_iou_units / _IOU_UNITS / targets if targets else None

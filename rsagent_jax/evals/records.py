@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rsagent_jax.data import journal
@@ -25,11 +25,13 @@ class Record:
     seconds: float  # of the wave it ran in, divided among it
     example: dict[str, Any]  # a line of trajectories.jsonl
     masks: tuple[tuple[int, Pixels], ...] = ()  # of every mask: the turn that made it, its pixels (evals/by_turn.py)
+    failure: tuple[str, str] | None = None  # (kind, why) where the segmenter ended it: no measurement
 
     def to_row(self) -> dict[str, Any]:
         counts = dataclasses.asdict(self.counts) | {"status": self.counts.status.value}
         rest = {"mask": self.mask, "seconds": self.seconds, "example": self.example, "masks": self.masks}
-        return {"id": self.counts.id, "counts": counts, **rest}
+        row = {"id": self.counts.id, "counts": counts, **rest}
+        return row if self.failure is None else row | {"failed": _failed(*self.failure)}
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Record:
@@ -37,31 +39,54 @@ class Record:
         pixels = _triples(row["counts"]["pixels"])
         counts = Counts(**row["counts"] | {"pixels": pixels, "status": Status(row["counts"]["status"])})
         masks = tuple((turn, _triples(pixels)) for turn, pixels in row["masks"])
-        return cls(counts, row["mask"], row["seconds"], row["example"], masks)
+        failure = (row["failed"]["kind"], row["failed"]["why"]) if "failed" in row else None
+        return cls(counts, row["mask"], row["seconds"], row["example"], masks, failure)
 
 
 def _triples(pixels: dict[str, Any]) -> Pixels:
     return {policy: tuple(triple) for policy, triple in pixels.items()}
 
 
+def _failed(kind: str, why: str) -> dict[str, str]:
+    return {"kind": kind, "why": why}
+
+
 class Shard:
     """Appends the records of this shard; `done` holds the ids that need not be evaluated again."""
 
-    def __init__(self, workdir: pathlib.Path, share: Share, settings: dict[str, Any]):
-        """DataError if the work directory holds results of other settings, or cannot be written to."""
-        self.journal = journal.Journal(workdir / FOLDER, share, settings)
-        self.done, self.close = self.journal.done, self.journal.close
+    def __init__(self, workdir: pathlib.Path, share: Share, settings: dict[str, Any], current: Mapping[str, str]):
+        """`current`: fingerprints of all samples by id. DataError if the work directory holds results of other
+        settings, or cannot be written to."""
+        self.journal = journal.Journal(workdir / FOLDER, share, settings, current)
+        self.done, self.notes, self.close = self.journal.done, self.journal.notes, self.journal.close
 
-    def add(self, records: Sequence[Record]) -> None:
-        self.journal.add([record.to_row() for record in records])
+    def add(self, record: Record) -> None:
+        self.journal.add([record.to_row()])
+
+    def add_unreadable(self, id: str, kind: str, why: str) -> None:
+        """A sample without a trajectory."""
+        self.journal.add([{"id": id, "failed": _failed(kind, why)}])
 
 
-def read(workdir: pathlib.Path, settings: dict[str, Any]) -> dict[str, Record]:
-    """The records of all shards by sample id. DataError if they were made with other settings or are damaged."""
-    found: dict[str, Record] = {}
-    for where, row in journal.read(workdir / FOLDER, settings):
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What the shards hold of the samples as they are now, by id."""
+
+    measured: dict[str, Record]
+    failed: dict[str, Record]  # the segmenter ended them
+    unreadable: dict[str, str]  # why
+
+
+def read(workdir: pathlib.Path, settings: dict[str, Any], current: Mapping[str, str]) -> Found:
+    """Of all shards. DataError if they were made with other settings or are damaged."""
+    found = Found({}, {}, {})
+    for where, row in journal.read(workdir / FOLDER, settings, current):
         try:
-            found[row["id"]] = Record.from_row(row)
+            if "counts" in row:
+                record = Record.from_row(row)
+                (found.failed if record.failure else found.measured)[row["id"]] = record
+            else:
+                found.unreadable[row["id"]] = row["failed"]["why"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise journal.damaged(where, error) from None
     return found

@@ -47,6 +47,7 @@ class Prediction:
     iou: float
     status: Status
     turns: int
+    picture: str = ""  # its name; files of earlier versions have none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,11 @@ class Evaluation:
     @property
     def ious(self) -> dict[str, float]:
         return {p.id: p.iou for p in self.predictions}
+
+    @property
+    def pictures(self) -> dict[str, str] | None:
+        """The picture of each id, which intervals are resampled by; None where the files do not name them."""
+        return {p.id: p.picture for p in self.predictions} if all(p.picture for p in self.predictions) else None
 
 
 def load_evaluation(workdir: str | pathlib.Path) -> Evaluation:
@@ -118,7 +124,8 @@ def _read(cls: type, path: pathlib.Path, made_by: str) -> Iterator[Any]:
     """The lines as `cls`; keys that it has no field for are left out."""
     for where, value in read_json_lines(path, made_by):
         try:
-            fields = {field.name: value[field.name] for field in dataclasses.fields(cls)}
+            known = dataclasses.fields(cls)
+            fields = {f.name: value[f.name] for f in known if f.name in value or f.default is dataclasses.MISSING}
             fields["status"] = Status(fields["status"])
             if "ious" in fields:
                 fields["ious"] = tuple(fields["ious"])
@@ -143,7 +150,8 @@ def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:
         tag("p", tag("b", "This row looks at the truth: it bounds what a policy can reach and is none itself."))
         if results.get("sees_the_truth")
         else None,
-        tag("p", f"{results['n']} sentences, one trajectory each. Intervals: 95%, bootstrap over sentences."),
+        tag("p", f"{results['n']} sentences, one trajectory each. Intervals: 95%, {_resampled(evaluation)}."),
+        tag("p", what_failed(results)),
         tiles(_headline(evaluation)),
         tag("h2", "How trajectories ended"),
         endings_table(evaluation),
@@ -153,12 +161,36 @@ def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:
         *_conventions(results),
         tag("h2", "Settings"),
         settings_table(results.get("settings", {}), {"weights_sha256": results.get("weights_sha256")}),
+        *_unreadable(results),
         tag("h2", f"Good: {_some(good, shown)} with IoU of at least {GOOD_IOU}, best first"),
         _cards(evaluation, good[:shown]),
         tag("h2", f"Bad: {_some(bad, shown)} with IoU below {GOOD_IOU}, worst first"),
         _cards(evaluation, bad[:shown]),
     )
     return save(text, evaluation.workdir)
+
+
+def what_failed(results: Mapping[str, Any]) -> str:
+    """One line for the terminal and the page: by kind, everything that went otherwise than it should."""
+    kinds = {"unreadable": len(results.get("unreadable", {}))}
+    kinds |= results.get("segmenter_failures", {})
+    kinds |= {name: n for name, n in results.get("failures", {}).items() if name != Status.ENV_FAILED.value}
+    said = [f"{name} {count}" for name, count in kinds.items() if count]
+    if results.get("tool_errors"):
+        said.append(f"tool errors {results['tool_errors']}")
+    return f"failed: {', '.join(said) or 'nothing'}"
+
+
+def _resampled(evaluation: Evaluation) -> str:
+    return f"bootstrap over {'sentences' if evaluation.pictures is None else 'pictures'}"
+
+
+def _unreadable(results: Mapping[str, Any]) -> list[Html]:
+    """What was left out, by name."""
+    if not (unreadable := results.get("unreadable")):
+        return []
+    head = tag("h2", f"{len(unreadable)} samples could not be read and are in no figure")
+    return [head, table(["sample", "why"], [[id, why] for id, why in unreadable.items()], text_columns=2)]
 
 
 def _by_turn(results: Mapping[str, Any]) -> list[Html]:
@@ -212,14 +244,15 @@ def save(text: str, workdir: pathlib.Path) -> pathlib.Path:
 
 def _headline(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     results, rows = evaluation.results, evaluation.predictions
+    of = None if evaluation.pictures is None else list(evaluation.pictures.values())
     found = [float(p.iou >= GOOD_IOU) for p in rows]
     finished = [float(p.status is Status.FINISHED) for p in rows]
     figures = [
         ("gIoU", f"{results['giou']:.3f}", span(results["giou_ci95"])),
-        ("cIoU", f"{results['ciou']:.3f}", span(_ciou_ci(rows))),
-        (f"P@{GOOD_IOU}", f"{np.mean(found):.1%}", span(metrics.bootstrap_ci(found), percent=True)),
-        ("finished", f"{np.mean(finished):.1%}", span(metrics.bootstrap_ci(finished), percent=True)),
-        ("turns", f"{results['mean_turns']:.2f}", span(metrics.bootstrap_ci([p.turns for p in rows]), digits=2)),
+        ("cIoU", f"{results['ciou']:.3f}", span(_ciou_ci(rows, of))),
+        (f"P@{GOOD_IOU}", f"{np.mean(found):.1%}", span(metrics.bootstrap_ci(found, of), percent=True)),
+        ("finished", f"{np.mean(finished):.1%}", span(metrics.bootstrap_ci(finished, of), percent=True)),
+        ("turns", f"{results['mean_turns']:.2f}", span(metrics.bootstrap_ci([p.turns for p in rows], of), digits=2)),
     ]
     if results.get("tool_error_rate") is not None:
         figures.append(("tool errors", f"{results['tool_error_rate']:.1%}", "of turns malformed or refused"))
@@ -234,13 +267,10 @@ def span(bounds: Sequence[float], digits: int = 3, percent: bool = False, sign: 
     return " to ".join(format(float(v), form) for v in bounds)
 
 
-def _ciou_ci(rows: Sequence[Prediction], n: int = 2000) -> tuple[float, float]:
-    """95% percentile interval of cIoU from resamples of sentences; a ratio of sums, so no mean of anything."""
-    intersection, union = (np.array([getattr(p, name) for p in rows], np.float64) for name in ("intersection", "union"))
-    rng = np.random.default_rng(0)
-    picks = (rng.integers(0, len(rows), len(rows)) for _ in range(n))
-    low, high = np.percentile([intersection[i].sum() / (union[i].sum() + 1e-10) for i in picks], [2.5, 97.5])
-    return float(low), float(high)
+def _ciou_ci(rows: Sequence[Prediction], pictures: Sequence[str] | None) -> tuple[float, float]:
+    """95% percentile interval of cIoU; a ratio of sums, so no mean of anything."""
+    counts = np.array([[p.intersection, p.union] for p in rows], np.float64)
+    return metrics.cluster_bootstrap_ci(counts, lambda sums: sums[:, 0] / (sums[:, 1] + 1e-10), pictures)
 
 
 def endings_table(evaluation: Evaluation) -> Html:

@@ -88,7 +88,7 @@ def summarize(train: pathlib.Path, evaluations: dict[str, pathlib.Path], started
 def _gain(after: Evaluation, before: Evaluation) -> Gain:
     a, b = after.ious, before.ious
     try:
-        ci95 = metrics.paired_bootstrap_ci(a, b)
+        ci95 = metrics.paired_bootstrap_ci(a, b, after.pictures)
     except DataError as e:
         raise DataError(f"{after.workdir} and {before.workdir} cannot be compared: {e}") from e
     return Gain(float(np.mean([a[key] - b[key] for key in a])), ci95)

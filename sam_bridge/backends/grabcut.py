@@ -48,6 +48,12 @@ class GrabCut:
     def __init__(self):
         cv2.setNumThreads(1)  # parallelism is across calls; OpenCV's own threads would only fight over the cores
 
+    @property
+    def identity(self) -> str:
+        """Masks depend on OpenCV's own code and on the constants above."""
+        constants = (MAX_SIDE, ITERATIONS, BOX_MARGIN, CORE_RADIUS, DISC_SHARE, BLUR, TOLERANCE)
+        return f"{self.name} opencv {cv2.__version__} {'-'.join(map(str, constants))}"
+
     def encode(self, image: np.ndarray) -> tuple[Encoding, int]:
         """u8[h, w, 3] -> working copy with a longer side of at most MAX_SIDE."""
         height, width = image.shape[:2]
