@@ -182,11 +182,6 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         done = int(state.step) // updates
         print(f"{stage}: goes on after step {done} of {steps}")
     log.rewind(stage, done)
-    rollouts = processes.own_directory(workdir) / "rollouts.jsonl"
-    if stage == "grpo" and rollouts.exists():  # steps that are run again stand there once
-        lines = rollouts.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= done]
-        rollouts.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     ############################## Train loop ##############################
     for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=stage, unit="step", mininterval=2.0):
@@ -215,8 +210,7 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         )
         log.write(stage, step, values)
         if stage == "grpo":
-            with rollouts.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **source.examples}) + "\n")
+            log.examples(step, source.examples)
         every = settings.checkpoint_every
         if step == steps or (every and step % every == 0):
             checkpoints.save(state, source.state(), base)

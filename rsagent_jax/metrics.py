@@ -1,11 +1,14 @@
-"""metrics.jsonl (one object per step) and TensorBoard events, side by side."""
+"""What a run logs: metrics.jsonl (one object per step) beside TensorBoard events, and rollouts.jsonl."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -23,19 +26,20 @@ finally:
 
 
 class MetricsLog:
-    """On resume, lines at or after the step that is run again are dropped, so each step stands once."""
+    """metrics.jsonl and TensorBoard's events; rollouts.jsonl, one group of trajectories per GRPO step, for people.
+
+    On resume, lines after the step that is gone on from are dropped, so that each step stands once.
+    """
 
     def __init__(self, workdir: pathlib.Path):
-        self.path = workdir / "metrics.jsonl"
+        self.path, self.rollouts = workdir / "metrics.jsonl", workdir / "rollouts.jsonl"
         self.events = SummaryWriter(str(workdir / "tensorboard"))
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forgets lines of `stage` after `step`."""
-        if not self.path.exists():
-            return
-        lines = [line for line in self.path.read_text().splitlines() if line.strip()]
-        kept = [line for line in lines if not ((r := json.loads(line))["stage"] == stage and r["step"] > step)]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        """Forgets what `stage` logged after `step`. DataError naming the line if one cannot be read."""
+        keep_lines(self.path, lambda row: row["stage"] != stage or row["step"] <= step)
+        if stage == "grpo":
+            keep_lines(self.rollouts, lambda row: row["step"] <= step)
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
         """DataError naming the step when the loss is not finite: training on would only lose time."""
@@ -50,9 +54,47 @@ class MetricsLog:
                 f"{stage} step {step}: the loss is {values['loss']}; lower the learning rate or see l2_grads"
             )
 
+    def examples(self, step: int, examples: dict[str, Any]) -> None:
+        """What a GRPO step's first group said and got, as JSON values."""
+        with self.rollouts.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **examples}) + "\n")
+
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """u8[h, w, 3], for TensorBoard."""
         self.events.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         self.events.close()
+
+
+def keep_lines(path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drops the lines of a file of JSON objects that `keep` does not want, and a last one that was half written.
+
+    The file changes as a whole or not at all; one that is not there is left so. DataError naming a damaged line.
+    """
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    *lines, rest = content.split(b"\n")
+    if _is_object(rest):  # whole but for its newline
+        lines.append(rest)
+    elif rest:
+        print(f"{path}: the last line was half written, by a run that was killed, and is cut off")
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip() and keep(json.loads(line)):
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}, line {number} is damaged ({error!r}); remove that line and run again") from None
+    if (whole := b"".join(kept)) != content:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_bytes(whole)
+        os.replace(partial, path)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

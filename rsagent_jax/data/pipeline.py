@@ -45,15 +45,17 @@ class Pipeline:
         threads: int = 4,
         workers: int = 0,
         ahead: int = 16,
+        what: str = "sample",
     ):
         """`transform` turns an element of `source` into what is taken; both must be picklable where `workers` > 0.
 
+        what: what an element is called in messages, before its index in the source, and its id if the source has ids.
         threads: elements decoded at a time per process. workers: processes beside this one; 0 = threads only.
         ahead: elements decoded before they are asked for.
         """
         if not len(source):
             raise DataError("a pipeline over no samples: the data set is empty")
-        self.read = _Read(source, transform)
+        self.read = _Read(source, transform, what)
         self.order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
         self.share, self.threads, self.workers, self.ahead = share, threads, workers, ahead
         self.position = 0
@@ -104,16 +106,26 @@ class Pipeline:
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """Place in the source -> element, or Unreadable where the user's files are to blame."""
+    """Place in the source -> element, or Unreadable where the user's files are to blame.
+
+    Whatever else goes wrong in a reader is a RuntimeError that names the element: its thread does not say.
+    """
 
     source: Sequence[Any]
     transform: Callable[[Any], Any]
+    what: str
 
     def __call__(self, index: int) -> Any:
         try:
             return self.transform(self.source[int(index)])
         except DataError as error:
-            return Unreadable(int(index), str(error))
+            return Unreadable(int(index), f"{self._name(int(index))}: {error}")
+        except Exception as error:
+            raise RuntimeError(f"reading {self._name(int(index))}: {type(error).__name__}: {error}") from error
+
+    def _name(self, index: int) -> str:
+        ids = getattr(self.source, "ids", None)
+        return f"{self.what} {index}" + (f" ({ids[index]})" if ids else "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import pathlib
-import zipfile
 from collections.abc import Sequence
 
 import grain
@@ -25,6 +24,7 @@ from rsagent_jax.agent.environment import EnvState, opening_observation, reset
 from rsagent_jax.agent.replay import replay, to_json
 from rsagent_jax.data.index import decode_image, read_image
 from rsagent_jax.data.journal import write_whole
+from rsagent_jax.data.npz import read_arrays
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor, image_patches
 from rsagent_jax.models.qwen25_vl.config import read_json
@@ -119,7 +119,7 @@ def checksum(image: np.ndarray) -> str:
 
 def _source(header: dict, arrays) -> np.ndarray:
     """The picture of a record, known by its checksum; stored upright or turned by its EXIF orientation."""
-    if "source" in arrays.files:
+    if "source" in arrays:
         return decode_image(arrays["source"].tobytes(), "the picture in a stored trajectory")
     path, wanted = header["picture"]["path"], header["picture"]["sha256"]
     remedy = "stored trajectories refer to it; put it back, or name its new place: rsagent_jax.refilter --root"
@@ -133,18 +133,18 @@ def _source(header: dict, arrays) -> np.ndarray:
 def decode(record: bytes, processor: Processor) -> Item:
     """The training item of a record. DataError when it is broken, or made with another tokenizer or image settings."""
     try:
-        with np.load(io.BytesIO(record), allow_pickle=False) as arrays:
-            count = sum(name.startswith("image_") for name in arrays.files)
-            images = [
-                np.asarray(Image.open(io.BytesIO(arrays[f"image_{i}"].tobytes())).convert("RGB")) for i in range(count)
-            ]
-            header = json.loads(arrays["header"].tobytes())
-            if "picture" in header:
-                images = shown_images(replay(header["replay"], _source(header, arrays)))
-            tokens, positions, sampled = arrays["tokens"], arrays["positions"], arrays["sampled"]
+        arrays = read_arrays(record)
+        count = sum(name.startswith("image_") for name in arrays)
+        images = [
+            np.asarray(Image.open(io.BytesIO(arrays[f"image_{i}"].tobytes())).convert("RGB")) for i in range(count)
+        ]
+        header = json.loads(arrays["header"].tobytes())
+        if "picture" in header:
+            images = shown_images(replay(header["replay"], _source(header, arrays)))
+        tokens, positions, sampled = arrays["tokens"], arrays["positions"], arrays["sampled"]
     except DataError:
         raise
-    except (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"a stored trajectory cannot be read ({error}); collect the set again") from error
     patched = [image_patches(image, processor.images) for image in images]
     grids = tuple(grid for _, grid in patched)
@@ -166,8 +166,11 @@ def decode(record: bytes, processor: Processor) -> Item:
 
 
 def header(record: bytes) -> dict:
-    with np.load(io.BytesIO(record), allow_pickle=False) as arrays:
-        return json.loads(arrays["header"].tobytes())
+    """DataError for a damaged record."""
+    try:
+        return json.loads(read_arrays(record)["header"].tobytes())
+    except (KeyError, ValueError) as error:
+        raise DataError(f"a stored trajectory cannot be read ({error}); collect the set again") from error
 
 
 class Writer:

@@ -15,6 +15,7 @@ import numpy as np
 
 from rsagent_jax.config import FilterConfig, to_dict
 from rsagent_jax.data import journal, trajectories
+from rsagent_jax.data.npz import read_arrays
 from rsagent_jax.evals.html import histogram, join, page, table, tag, tiles
 from rsagent_jax.evals.report import Evaluation, Example, card, save
 from rsagent_jax.rollout.failures import UNREADABLE
@@ -137,8 +138,7 @@ def write(
 
 def _moved(record: bytes, old: str, new: str) -> bytes:
     """The record with its picture's path below `new` where it was below `old`."""
-    with np.load(io.BytesIO(record), allow_pickle=False) as arrays:
-        values = {name: arrays[name] for name in arrays.files}
+    values = read_arrays(record)
     header = json.loads(values["header"].tobytes())
     path = header["picture"]["path"]
     if path.startswith(old):

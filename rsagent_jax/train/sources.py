@@ -49,7 +49,8 @@ class SftSource:
         self.config, self.processor, self.share = config, processor, share
         self.records = trajectories.open_records(config.trajectories)
         decode = functools.partial(trajectories.decode, processor=processor)
-        self.pipeline = _pipeline(self.records, decode, config.read, seed, share)
+        what = f"{config.trajectories}, record"
+        self.pipeline = _pipeline(self.records, decode, config.read, seed, share, what)
         self.dropped = 0
 
     @property
@@ -181,8 +182,8 @@ class GrpoSource:
         self.pipeline.restore(state)
 
 
-def _pipeline(source: Sequence[Any], transform, read: ReadConfig, seed: int, share: Share) -> Pipeline:
-    settings = {"threads": read.threads, "workers": read.workers, "ahead": read.ahead}
+def _pipeline(source: Sequence[Any], transform, read: ReadConfig, seed: int, share: Share, what="sample") -> Pipeline:
+    settings = {"threads": read.threads, "workers": read.workers, "ahead": read.ahead, "what": what}
     return Pipeline(source, transform, seed=seed, share=share, **settings)
 
 

@@ -194,20 +194,21 @@ def grpo_objective(config: GrpoConfig) -> Objective:
         else:
             length = float(config.sampling.context)
             weights, denominator = losses.constant_weights(batch.loss_mask, batch.segment_ids, length=length)
-        old, metrics = batch.old_logprobs, {}
+        # KL is to the reference, not to the engine: it keeps the weights without the correction (as TRL).
+        policy_weights, old, metrics = weights, batch.old_logprobs, {}
         if config.tis_clip > 0:
             old = jax.lax.stop_gradient(logprobs)
             correction, metrics = losses.truncated_importance_weights(
                 old, batch.old_logprobs, batch.loss_mask, cap=config.tis_clip
             )
-            weights = weights * correction
+            policy_weights = weights * correction
         loss, more = losses.OBJECTIVES[config.ratio](
             logprobs,
             old,
             batch.advantages,
             batch.loss_mask,
             batch.segment_ids,
-            weights,
+            policy_weights,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
         )

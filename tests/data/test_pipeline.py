@@ -85,12 +85,31 @@ def test_what_cannot_be_read_is_counted_and_the_rest_is_kept():
         assert pipeline.take(6) == [x for x in drawn if x % 2]
         assert pipeline.skipped - before == len(pipeline.problems) == sum(x % 2 == 0 for x in drawn)
     assert pipeline.state() == {"position": 54, "skipped": sum(x % 2 == 0 for x in itertools.chain(*whole))}
-    with pytest.raises(DataError, match="none of the 1 samples drawn could be read; the first: picture 0 is missing"):
+    with pytest.raises(DataError, match="none of the 1 samples drawn could be read; the first: sample 0: picture 0"):
         Pipeline([0], odd_only, seed=0).take(1)
     with pytest.raises(DataError, match="empty"):
         Pipeline([], seed=0)
-    with pytest.raises(ValueError, match="a bug"):  # only bad input is skipped
-        Pipeline([0], lambda _: (_ for _ in ()).throw(ValueError("a bug")), seed=0).take(1)
+
+
+class Named(list):
+    ids = ["a", "b", "c"]
+
+
+def odd(x):
+    if x == 2:
+        raise SystemError("AST constructor recursion depth mismatch")
+    return x
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_any_other_exception_of_a_reader_is_no_skipped_sample_and_says_which_element_it_was(threads):
+    for source, what, name in (
+        (Named([0, 1, 2]), "sample", r"sample 2 \(c\)"),
+        (range(3), "runs/x, record", "runs/x, re"),
+    ):
+        with pytest.raises(RuntimeError, match=f"reading {name}.*: SystemError: AST constructor") as error:
+            Pipeline(source, odd, seed=5, threads=threads, what=what).take(3)
+        assert isinstance(error.value.__cause__, SystemError)
 
 
 def test_opening_prompts_are_those_of_the_driver(dataset):

@@ -74,6 +74,31 @@ def test_switches_that_do_not_exist_are_data_errors(make, match):
         make()
 
 
+@pytest.mark.parametrize(
+    ("estimator", "value", "slope"),
+    [("k2", lambda d: d**2 / 2, lambda d: -d), ("k3", lambda d: np.expm1(d) - d, lambda d: -np.expm1(d))],
+)
+def test_the_correction_for_the_engine_weighs_the_surrogate_and_not_the_kl(estimator, value, slope):
+    """p_trainer / p_engine is 4, 0.5 and 1 at three trained tokens, capped at 2; d = log p_ref - log p. By hand."""
+    mask = np.array([[False, True, True, False, True, False]])
+    row = lambda values: np.zeros((1, 6), np.float32) + np.insert(np.float32(values), [0, 2, 3], 0.0)  # noqa: E731
+    logprobs, advantage, d = row([-1.0, -2.0, -0.5]), row([2.0, 2.0, -1.0]), np.array([0.3, -0.2, 0.1])
+    empty = packing.empty(BatchConfig(rows=1, tokens=6, patches=16), small.processor().config)
+    batch = dataclasses.replace(
+        empty,
+        segment_ids=np.array([[1, 1, 1, 2, 2, 0]]),
+        loss_mask=mask,
+        advantages=advantage,
+        old_logprobs=logprobs - row(np.log([4.0, 0.5, 1.0])),
+    )
+    objective = grpo_objective(GrpoConfig(kl=0.1, kl_estimator=estimator, tis_clip=2.0))
+    loss_fn = lambda lp: objective(lp, batch, logprobs + row(d))[0]  # noqa: E731
+    loss, grads = jax.value_and_grad(loss_fn)(jnp.asarray(logprobs))
+    assert float(loss) == pytest.approx(-(2 * 2.0 + 0.5 * 2.0 - 1.0) + 0.1 * value(d).sum(), rel=1e-6)
+    np.testing.assert_allclose(grads[mask], [-4.0, -1.0, 1.0] + 0.1 * slope(d), rtol=1e-5)
+    assert not np.asarray(grads)[~mask].any()
+
+
 def test_offloaded_moments_train_the_same_and_stay_in_host_memory(tmp_path):
     """Two updates with the moments in host memory against two without, and once more from a checkpoint."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
