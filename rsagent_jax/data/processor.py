@@ -5,7 +5,6 @@ Text is encoded once, piece by piece, and never decoded and encoded again: train
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Sequence
 
@@ -13,48 +12,15 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from rsagent_jax.agent.views import PixelLimits, smart_resize
-from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, read_json
+from rsagent_jax.agent.views import smart_resize
+from rsagent_jax.data.image_config import ImageConfig
+from rsagent_jax.downloads import impostor
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config
 from rsagent_jax.models.qwen25_vl.positions import Grid, merged_tokens, mrope_positions
 from rsagent_jax.types import DataError, Prompt
 
 IMAGE_PAD = "<|image_pad|>"
 TERMINATOR = "<|im_end|>"
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageConfig:
-    """preprocessor_config.json: sizes in pixels, mean and std per channel of 0..1 values."""
-
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
-    limits: PixelLimits
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def load(cls, directory: str | pathlib.Path) -> ImageConfig:
-        path = pathlib.Path(directory) / "preprocessor_config.json"
-        raw = read_json(path)
-        size = raw.get("size") or {}
-        patch, merge = raw.get("patch_size", 14), raw.get("merge_size", 2)
-        try:
-            limits = PixelLimits(
-                factor=patch * merge,
-                min_pixels=int(raw.get("min_pixels") or size["shortest_edge"]),
-                max_pixels=int(raw.get("max_pixels") or size["longest_edge"]),
-            )
-            return cls(
-                patch,
-                raw.get("temporal_patch_size", 2),
-                merge,
-                limits,
-                tuple(raw["image_mean"]),
-                tuple(raw["image_std"]),
-            )
-        except KeyError as error:
-            raise DataError(f"{path} lacks {error}") from error
 
 
 class Processor:
@@ -77,8 +43,9 @@ class Processor:
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for a missing or a broken file
-            raise DataError(f"{path} cannot be read as a tokenizer: {error}") from error
-        return cls(tokenizer, ImageConfig.load(directory), config)
+            problem = impostor(path.read_bytes()) if path.is_file() else None
+            raise DataError(f"{path} {problem or f'cannot be read as a tokenizer: {error}'}") from error
+        return cls(tokenizer, ImageConfig.load(directory, config.vision), config)
 
     def encode(self, text: str) -> np.ndarray:
         """i32[T]; special tokens in the text count as such, nothing is added."""

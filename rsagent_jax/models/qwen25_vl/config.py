@@ -7,6 +7,7 @@ import json
 import pathlib
 from typing import Any
 
+from rsagent_jax.downloads import impostor
 from rsagent_jax.types import DataError
 
 SIZES = pathlib.Path(__file__).parents[3] / "assets" / "configs"
@@ -154,12 +155,14 @@ def size_config(name: str) -> Qwen25VLConfig:
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object from a file, or one DataError."""
+    data = b""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        value = json.loads(data.decode("utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing; give a Hugging Face directory of Qwen2.5-VL weights") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:  # errors of UTF-8 and JSON are ValueErrors
+        raise DataError(f"{path} {impostor(data) or f'cannot be read as JSON: {error}'}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} must hold a JSON object, it holds a {type(value).__name__}")
     return value
