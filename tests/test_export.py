@@ -96,7 +96,7 @@ def test_what_transformers_5_saved_is_read_exported_and_read_by_transformers_aga
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
     assert Processor.load(tmp_path / "hf").images == Processor.load(TINY).images
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
-    assert processor.chat_template == transformers.AutoProcessor.from_pretrained(TINY).chat_template
+    assert processor.chat_template == json.loads((TINY / "tokenizer_config.json").read_text())["chat_template"]
     assert processor.image_processor.size.longest_edge == Processor.load(TINY).images.limits.max_pixels
     again = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "hf")
     assert all(a.equal(b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
