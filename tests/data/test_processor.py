@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.views import PixelLimits
+from rsagent_jax.config import SamplingConfig
 from rsagent_jax.data import tiny_vocab
 from rsagent_jax.data.processor import ImageConfig, Processor, image_patches, pictures
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, mrope_positions
@@ -215,6 +216,31 @@ def test_sizes_that_contradict_config_json_and_steps_that_are_not_implemented_ar
         *(f"{name} is {value!r}, only" for name, value in bad.items()),
     ):
         assert problem in str(error.value)
+
+
+def test_eos_of_generation_config_ends_a_turn_and_that_of_config_json_where_there_is_none(tmp_path):
+    end, raw = small.processor().terminator_id, json.loads((small.weights() / "config.json").read_text())
+    for path in small.weights().glob("*.json"):
+        shutil.copyfile(path, tmp_path / path.name)
+
+    def ends(generation=None, config=end):
+        (tmp_path / "generation_config.json").unlink(missing_ok=True)
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        (tmp_path / "config.json").write_text(json.dumps(raw | {"eos_token_id": config}))
+        return Processor.load(tmp_path).end_ids
+
+    assert ends() == {end} and ends(config=[end, 3]) == {end, 3} and ends(config=3) == {end, 3}
+    assert ends({"eos_token_id": [end, 4]}, config=3) == {end, 4} and ends({"eos_token_id": 4}) == {end, 4}
+    assert ends({"temperature": 1e-6}, config=3) == {end, 3}
+    ends({"eos_token_id": [end, 4]})
+    sampling = Processor.load(tmp_path).with_ends(SamplingConfig(stop_ids=(7, 4)))
+    assert sampling == SamplingConfig(stop_ids=tuple(sorted({4, 7, end})))
+    for bad in ("<|im_end|>", [end, "x"], -1, [True], 2.0):
+        with pytest.raises(DataError, match=r"generation_config\.json: eos_token_id = .* is neither a token id nor"):
+            ends({"eos_token_id": bad})
+        with pytest.raises(DataError, match=r"/config\.json: eos_token_id = .* is neither a token id nor"):
+            ends(config=bad)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ class Qwen25VLConfig:
     video_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
-    eos_token_id: int
+    eos_token_ids: tuple[int, ...]
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any], where: str = "config.json") -> Qwen25VLConfig:
@@ -110,11 +110,13 @@ class Qwen25VLConfig:
         if isinstance(vision_raw.get("fullatt_block_indexes"), list):
             vision_raw = {**vision_raw, "fullatt_block_indexes": tuple(vision_raw["fullatt_block_indexes"])}
         vision = _take(VisionConfig, vision_raw, {}, "vision_config.", problems)
-        ids = _take(cls, raw, {"text", "vision", "eos_token_id"}, "", problems)
+        ids = _take(cls, raw, {"text", "vision", "eos_token_ids"}, "", problems)
         eos = next((s["eos_token_id"] for s in (text_raw, raw) if s.get("eos_token_id") not in (None, [])), None)
-        ids["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
+        ids["eos_token_ids"] = token_ids(eos)
         if eos is None:
             problems.append("eos_token_id is missing")
+        elif not ids["eos_token_ids"]:
+            problems.append(f"eos_token_id = {eos!r} is neither a token id nor a list of them")
         if problems:
             raise DataError(f"{where}: " + "; ".join(problems))
         config = cls(text=TextConfig(**text), vision=VisionConfig(**vision), **ids)
@@ -151,6 +153,12 @@ def size_config(name: str) -> Qwen25VLConfig:
         raise DataError(f"no Qwen2.5-VL of size {name!r} is known; there are: {', '.join(known) or f'none in {SIZES}'}")
     path = SIZES / f"{name}.json"
     return Qwen25VLConfig.from_hf(read_json(path), str(path))
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """What a file names as an id or as a list of ids; () for anything else."""
+    ids = value if isinstance(value, list) else [value]
+    return tuple(ids) if all(type(i) is int and i >= 0 for i in ids) else ()
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
