@@ -146,7 +146,8 @@ def policy_player(config: EvalConfig, workdir: pathlib.Path) -> Player:
     mesh = processes.local_mesh(config.sampling.tensor)
     key = jax.random.key(config.seed)
     overlay = processor.square(config.agent.history_size)
-    engine = Engine(model, config.sampling, processor.terminator_id, config.policy.dtype, key, mesh, overlay)
+    sampling = processor.with_ends(config.sampling)
+    engine = Engine(model, sampling, processor.terminator_id, config.policy.dtype, key, mesh, overlay)
     engine.warm_up()
 
     def play(segmenter, tasks):

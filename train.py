@@ -140,7 +140,8 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         dtype, here = config.policy.dtype, processes.local_mesh(c.sampling.tensor)
         model = nnx.merge(graphdef, processes.local_copy(params, mesh, dtype))
         overlay = processor.square(config.agent.history_size)
-        engine = Engine(model, c.sampling, processor.terminator_id, dtype, key, here, overlay)
+        sampling = processor.with_ends(c.sampling)
+        engine = Engine(model, sampling, processor.terminator_id, dtype, key, here, overlay)
         del model  # with several processes a copy of the parameters
         engine.warm_up()
         engine.rest()  # the state below is made beside nothing of the engine's

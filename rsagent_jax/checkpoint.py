@@ -37,6 +37,12 @@ POLICY_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "preprocessor_config.json",
+    "processor_config.json",  # transformers 5 saves image settings there
+    "video_preprocessor_config.json",
+    "special_tokens_map.json",  # these four beside tokenizer.json by transformers 4
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
     "chat_template.json",
     "chat_template.jinja",
     "generation_config.json",
@@ -141,6 +147,8 @@ def copy_policy_files(weights: pathlib.Path, target: pathlib.Path) -> None:
     for name in POLICY_FILES:
         if (weights / name).exists():
             shutil.copyfile(weights / name, target / name)
+        else:  # of other weights: image settings in two files would contradict each other
+            (target / name).unlink(missing_ok=True)
 
 
 def policy_directory(weights: str) -> pathlib.Path:

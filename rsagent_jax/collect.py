@@ -138,7 +138,7 @@ def open_policy(config: CollectConfig, processor: Processor, workdir: pathlib.Pa
     mesh = processes.local_mesh(own.sampling.tensor)
     key = jax.random.key(config.seed)
     overlay = processor.square(config.agent.history_size)
-    engine = Engine(model, own.sampling, processor.terminator_id, own.dtype, key, mesh, overlay)
+    engine = Engine(model, processor.with_ends(own.sampling), processor.terminator_id, own.dtype, key, mesh, overlay)
     engine.warm_up()
     return engine, checksum
 

@@ -161,7 +161,7 @@ class SamplingConfig:
     patches: int = 4096  # patches of new images per slot and turn
     top_k: int = 0  # draw from the k likeliest tokens; 0 = from all
     top_p: float = 1.0  # draw from the likeliest tokens of this mass
-    stop_ids: tuple[int, ...] = ()  # tokens that end a turn, besides the terminator
+    stop_ids: tuple[int, ...] = ()  # tokens that end a turn, besides those of the weights' generation_config.json
     chunk: int = 8  # decode steps per compiled call
     prefill: int = 64  # prompt tokens per lane and compiled call
     lanes: int = 0  # slots that append a prompt at a time; 0 = a quarter of the slots

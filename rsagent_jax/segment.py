@@ -54,7 +54,8 @@ def main(config: SegmentConfig, image_path: str, query: str) -> None:
         print("      Give a checkpoint, such as --weights=runs/quickstart/train/checkpoints/grpo of `make quickstart`")
     key = jax.random.key(config.seed)
     dtype, overlay = config.policy.dtype, processor.square(config.agent.history_size)
-    engine = Engine(load_policy(weights), config.sampling, processor.terminator_id, dtype, key, overlay=overlay)
+    sampling = processor.with_ends(config.sampling)
+    engine = Engine(load_policy(weights), sampling, processor.terminator_id, dtype, key, overlay=overlay)
     h, w = image.shape[:2]
     print(f'{image_path}: {w} x {h} pixels, "{query}"')
     with open_segmenter(config.segmenter) as segmenter:

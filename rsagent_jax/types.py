@@ -70,7 +70,7 @@ class Completion:
 
     tokens: np.ndarray  # i32[n]
     logprobs: np.ndarray  # f32[n], of the distribution sampled from
-    finished: bool  # False: the token budget ended the turn
+    finished: bool  # False: the token budget ended the turn, or another stop id, which is the last of `tokens` then
 
 
 # --- Arrow 4: text -> call. Coordinates here are view pixels exactly as the model said them. ---

@@ -38,7 +38,7 @@ _OPTIONS = (
     # Without so_reuseport=0 a second server would share the port in silence and get half of the calls.
     ("grpc.so_reuseport", 0),
     # Clients ping every wire.KEEPALIVE_S, also while nothing is under way; gRPC's own limit would hang up on them.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000 * wire.KEEPALIVE_S // 2),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000 * wire.KEEPALIVE_S // 2),
     ("grpc.keepalive_permit_without_calls", 1),
     # And a client that is gone without a word gives its place back.
     ("grpc.keepalive_time_ms", 6 * 1000 * wire.KEEPALIVE_S),

@@ -83,6 +83,25 @@ def test_a_stage_is_exported_exactly_in_float32_and_rounded_once_in_bfloat16(sta
     Processor.load(tmp_path / "narrow")
 
 
+def test_what_transformers_5_saved_is_read_exported_and_read_by_transformers_again(tmp_path):
+    """It saves image settings in processor_config.json, and the chat template in a file of its own."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY)
+    model.save_pretrained(tmp_path / "saved")
+    transformers.AutoProcessor.from_pretrained(TINY).save_pretrained(tmp_path / "saved")
+    assert run(f"--checkpoint={tmp_path / 'saved'}", f"--out={tmp_path / 'hf'}") == 0
+    before, after = tensors(TINY), tensors(tmp_path / "hf")
+    assert before.keys() == after.keys()
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    assert Processor.load(tmp_path / "hf").images == Processor.load(TINY).images
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
+    assert processor.chat_template == json.loads((TINY / "tokenizer_config.json").read_text())["chat_template"]
+    assert processor.image_processor.size.longest_edge == Processor.load(TINY).images.limits.max_pixels
+    again = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "hf")
+    assert all(a.equal(b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
 def test_transformers_reads_an_export(stage, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")

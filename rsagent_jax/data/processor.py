@@ -13,8 +13,11 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from rsagent_jax.agent.views import PixelLimits, smart_resize
-from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, read_json
+from rsagent_jax.agent.views import smart_resize
+from rsagent_jax.config import SamplingConfig
+from rsagent_jax.data.image_config import ImageConfig
+from rsagent_jax.downloads import impostor
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, read_json, token_ids
 from rsagent_jax.models.qwen25_vl.positions import Grid, merged_tokens, mrope_positions
 from rsagent_jax.types import DataError, Prompt
 
@@ -22,48 +25,20 @@ IMAGE_PAD = "<|image_pad|>"
 TERMINATOR = "<|im_end|>"
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageConfig:
-    """preprocessor_config.json: sizes in pixels, mean and std per channel of 0..1 values."""
-
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
-    limits: PixelLimits
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def load(cls, directory: str | pathlib.Path) -> ImageConfig:
-        path = pathlib.Path(directory) / "preprocessor_config.json"
-        raw = read_json(path)
-        size = raw.get("size") or {}
-        patch, merge = raw.get("patch_size", 14), raw.get("merge_size", 2)
-        try:
-            limits = PixelLimits(
-                factor=patch * merge,
-                min_pixels=int(raw.get("min_pixels") or size["shortest_edge"]),
-                max_pixels=int(raw.get("max_pixels") or size["longest_edge"]),
-            )
-            return cls(
-                patch,
-                raw.get("temporal_patch_size", 2),
-                merge,
-                limits,
-                tuple(raw["image_mean"]),
-                tuple(raw["image_std"]),
-            )
-        except KeyError as error:
-            raise DataError(f"{path} lacks {error}") from error
-
-
 class Processor:
-    """Tokenizer, image settings and special ids of one weights directory. Thread-safe."""
+    """Tokenizer, image settings and special ids of one weights directory. Thread-safe.
 
-    def __init__(self, tokenizer: Tokenizer, images: ImageConfig, config: Qwen25VLConfig):
+    `terminator_id` ends a turn as the chat template writes it; `end_ids` are all tokens with which the model ends one:
+    the terminator, and what generation_config.json (else config.json) has as eos_token_id.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, images: ImageConfig, config: Qwen25VLConfig, eos_ids: Sequence[int] | None = None
+    ):
         self.tokenizer, self.images, self.config = tokenizer, images, config
         self.image_id = self._special(IMAGE_PAD)
         self.terminator_id = self._special(TERMINATOR)
+        self.end_ids = frozenset({self.terminator_id, *(config.eos_token_ids if eos_ids is None else eos_ids)})
         if self.image_id != config.image_token_id:
             raise DataError(
                 f"the tokenizer's {IMAGE_PAD} is id {self.image_id}, config.json says {config.image_token_id}:"
@@ -77,8 +52,13 @@ class Processor:
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for a missing or a broken file
-            raise DataError(f"{path} cannot be read as a tokenizer: {error}") from error
-        return cls(tokenizer, ImageConfig.load(directory), config)
+            problem = impostor(path.read_bytes()) if path.is_file() else None
+            raise DataError(f"{path} {problem or f'cannot be read as a tokenizer: {error}'}") from error
+        return cls(tokenizer, ImageConfig.load(directory, config.vision), config, _generation_eos(directory))
+
+    def with_ends(self, sampling: SamplingConfig) -> SamplingConfig:
+        """The same sampling, which also stops at the model's own `end_ids`."""
+        return dataclasses.replace(sampling, stop_ids=tuple(sorted(self.end_ids.union(sampling.stop_ids))))
 
     def encode(self, text: str) -> np.ndarray:
         """i32[T]; special tokens in the text count as such, nothing is added."""
@@ -118,6 +98,15 @@ class Processor:
         if index is None:
             raise DataError(f"the tokenizer has no {token}: this is not a Qwen2.5-VL tokenizer")
         return index
+
+
+def _generation_eos(directory: str | pathlib.Path) -> tuple[int, ...] | None:
+    """eos_token_id of generation_config.json: Qwen2.5-VL has [<|im_end|>, <|endoftext|>]. None where it names none."""
+    path = pathlib.Path(directory) / "generation_config.json"
+    value = read_json(path).get("eos_token_id") if path.exists() else None
+    if value is not None and not token_ids(value):
+        raise DataError(f"{path}: eos_token_id = {value!r} is neither a token id nor a list of them")
+    return None if value is None else token_ids(value)
 
 
 def image_patches(image: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, Grid]:

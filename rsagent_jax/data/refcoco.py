@@ -22,6 +22,7 @@ import numpy as np
 from rsagent_jax.data import unpickle
 from rsagent_jax.data.coco_masks import decode_segmentation
 from rsagent_jax.data.index import Inputs, SampleIndex, coco_key, read_image
+from rsagent_jax.downloads import impostor
 from rsagent_jax.types import DataError, Sample
 
 IMAGES = pathlib.PurePath("images/mscoco/images/train2014")
@@ -183,12 +184,15 @@ def _select_split(refs: list[dict], split: str, path: pathlib.Path) -> list[dict
 
 
 def _read_json(path: pathlib.Path) -> Any:
+    data = b""
     try:
-        return json.loads(path.read_bytes())
+        data = path.read_bytes()
+        return json.loads(data)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
-        raise DataError(f"{path} is not valid JSON ({error}): cut short? Download it again") from None
+        why = impostor(data) or f"is not valid JSON ({error}): cut short? Download it again"
+        raise DataError(f"{path} {why}") from None
 
 
 def _read_instances(path: pathlib.Path, images: pathlib.Path) -> tuple[dict[int, _Picture], dict[int, dict]]:

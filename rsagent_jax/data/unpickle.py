@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from rsagent_jax.downloads import impostor
 from rsagent_jax.types import DataError
 
 # Opcodes that make objects from classes, ask the host program for objects, or reserve memory by a number in the file.
@@ -124,6 +125,8 @@ class _DataUnpickler(pickle._Unpickler):
 
 def loads_data(data: bytes, source: str) -> object:
     """Pickle bytes -> plain data. `source` names the file in messages. Raises DataError, and nothing else."""
+    if problem := impostor(data):
+        raise DataError(f"{source} {problem}")
     again = "Download it again from a source you trust."
     try:
         # latin1: python-2 pickles hold byte strings, and this maps every byte to a character.

@@ -270,7 +270,8 @@ class Driver:
         run.length += len(forced) + n
         run.drawn += n
         run.policy_seconds += time.perf_counter() - run.asked
-        return self.processor.decode(completion.tokens[:-1] if completion.finished else completion.tokens)
+        ended = n > 0 and int(completion.tokens[-1]) in self.processor.end_ids  # which is no text
+        return self.processor.decode(completion.tokens[:-1] if ended else completion.tokens)
 
     def _finish(self, run: _Run) -> Trajectory:
         mask, mask_id = environment.final_mask(run.state)

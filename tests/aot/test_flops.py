@@ -18,7 +18,7 @@ VISION = VisionConfig(
 )
 CONFIG = Qwen25VLConfig(
     text=TEXT, vision=VISION, image_token_id=1, video_token_id=2, vision_start_token_id=3, vision_end_token_id=4,
-    eos_token_id=5,
+    eos_token_ids=(5,),
 )  # fmt: skip
 WORK = Workload(rows=2, tokens=60, segments=(30, 20), images=((10, 6), (4, 4)), trained=False, vision_trained=False)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jinja2
 import numpy as np
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.views import PixelLimits
+from rsagent_jax.config import SamplingConfig
 from rsagent_jax.data import tiny_vocab
 from rsagent_jax.data.processor import ImageConfig, Processor, image_patches, pictures
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, mrope_positions
@@ -121,13 +123,140 @@ def test_files_that_are_missing_or_broken_are_one_data_error_each(tmp_path):
             (tmp_path / name).write_bytes(good)
 
 
-def test_pixel_limits_are_read_in_both_of_the_hubs_spellings(tmp_path):
-    raw = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    for sizes in ({"min_pixels": 3136, "max_pixels": 50176}, {"size": {"shortest_edge": 3136, "longest_edge": 50176}}):
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(raw | sizes))
-        config = ImageConfig.load(tmp_path)
-        assert config.limits == PixelLimits(28, 3136, 50176)
-        assert (config.patch_size, config.temporal_patch_size, config.merge_size) == (14, 2, 2)
+SETTINGS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_pixels": 3136, "max_pixels": 50176}
+NEITHER = {"min_pixels": None, "max_pixels": None}
+
+
+def images_of(directory, vision=None, **settings):
+    (directory / "preprocessor_config.json").write_text(json.dumps(SETTINGS | settings))
+    return ImageConfig.load(directory, vision)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"min_pixels": 3136.0},
+        NEITHER | {"size": {"shortest_edge": 3136, "longest_edge": 50176}},
+        NEITHER | {"size": {"min_pixels": 3136, "max_pixels": 50176}},
+        {"min_pixels": None, "size": {"shortest_edge": 3136, "longest_edge": 12544}},  # max_pixels goes before size
+        {"size": {"shortest_edge": 1, "longest_edge": 12544}},
+    ],
+)
+def test_pixel_limits_are_read_in_all_of_the_hubs_spellings_as_transformers_does(sizes, tmp_path):
+    config = images_of(tmp_path, **sizes)
+    assert config.limits == PixelLimits(28, 3136, 50176)
+    assert (config.patch_size, config.temporal_patch_size, config.merge_size) == (14, 2, 2)
+    pytest.importorskip("torch")
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(tmp_path).size
+    edges = (theirs.shortest_edge or theirs.min_pixels, theirs.longest_edge or theirs.max_pixels)
+    assert edges == (config.limits.min_pixels, config.limits.max_pixels)
+
+
+def test_what_transformers_5_saves_is_read_and_goes_before_an_older_file(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    for path in small.weights().glob("*.json"):
+        shutil.copyfile(path, tmp_path / path.name)
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    processor.image_processor.size = {"shortest_edge": 3136, "longest_edge": 200704}
+    processor.save_pretrained(tmp_path / "saved")
+    shutil.copyfile(tmp_path / "config.json", tmp_path / "saved" / "config.json")
+    assert not (tmp_path / "saved" / "preprocessor_config.json").exists()
+    want = dataclasses.replace(small.processor().images, limits=PixelLimits(28, 3136, 200704))
+    assert Processor.load(tmp_path / "saved").images == want
+    images_of(tmp_path / "saved")
+    assert Processor.load(tmp_path / "saved").images == want
+    assert transformers.AutoImageProcessor.from_pretrained(tmp_path / "saved").size.longest_edge == 200704
+    (tmp_path / "saved" / "processor_config.json").write_text('{"processor_class": "Qwen2_5_VLProcessor"}')  # as by 4
+    assert Processor.load(tmp_path / "saved").images.limits.max_pixels == 50176
+
+
+def test_image_settings_that_make_no_sense_are_one_error_that_lists_them(tmp_path):
+    bad = {
+        "min_pixels": "abc",
+        "max_pixels": 50176.5,
+        "image_mean": 0.5,
+        "image_std": [0.5, 0, 0.5],
+        "patch_size": 0,
+        "temporal_patch_size": True,
+    }
+    with pytest.raises(DataError) as error:
+        images_of(tmp_path, **bad)
+    said = str(error.value)
+    assert said.startswith(str(tmp_path / "preprocessor_config.json"))
+    for name, value in (bad | {"image_mean": 0.5, "image_std": [0.5, 0.0, 0.5]}).items():
+        assert f"{name} is {value!r}, it must be" in said or f"{name} is {value!r}," in said, name
+    for settings, problem in (
+        ({"min_pixels": 50177}, "need 1 <= min_pixels <= max_pixels"),
+        (NEITHER | {"size": 448}, "size is 448"),
+        (NEITHER | {"size": {"height": 448, "width": 448}}, r"lacks min_pixels \(or size.shortest_edge\); lacks max"),
+        (NEITHER | {"size": {"shortest_edge": 1, "min_pixels": 2, "longest_edge": 3}}, "has both size.shortest_edge"),
+        ({"min_pixels": 0}, "min_pixels is 0"),
+        ({"max_pixels": "50176"}, "max_pixels is '50176'"),  # transformers reads it, and cannot compare it
+    ):
+        with pytest.raises(DataError, match=problem):
+            images_of(tmp_path, **settings)
+
+
+def test_sizes_that_contradict_config_json_and_steps_that_are_not_implemented_are_one_error(tmp_path):
+    vision = dataclasses.replace(small.processor().config.vision, temporal_patch_size=1)
+    ours = {"do_resize": True, "do_convert_rgb": True, "resample": 3, "rescale_factor": 0.003921568859368563}
+    assert images_of(tmp_path, small.processor().config.vision, **ours).patch_size == 14  # 1 / 255 of a float32
+    bad = {"do_resize": False, "do_normalize": None, "do_rescale": False, "do_convert_rgb": False, "resample": 2}
+    with pytest.raises(DataError) as error:
+        images_of(tmp_path, vision, patch_size=16, merge_size=1, rescale_factor=1 / 127.5, **bad)
+    for problem in (
+        "patch_size is 16, config.json's vision_config.patch_size is 14",
+        "merge_size is 1, config.json's vision_config.spatial_merge_size is 2",
+        "temporal_patch_size is 2, config.json's vision_config.temporal_patch_size is 1",
+        "rescale_factor is 0.00784",
+        *(f"{name} is {value!r}, only" for name, value in bad.items()),
+    ):
+        assert problem in str(error.value)
+
+
+def test_eos_of_generation_config_ends_a_turn_and_that_of_config_json_where_there_is_none(tmp_path):
+    end, raw = small.processor().terminator_id, json.loads((small.weights() / "config.json").read_text())
+    for path in small.weights().glob("*.json"):
+        shutil.copyfile(path, tmp_path / path.name)
+
+    def ends(generation=None, config=end):
+        (tmp_path / "generation_config.json").unlink(missing_ok=True)
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        (tmp_path / "config.json").write_text(json.dumps(raw | {"eos_token_id": config}))
+        return Processor.load(tmp_path).end_ids
+
+    assert ends() == {end} and ends(config=[end, 3]) == {end, 3} and ends(config=3) == {end, 3}
+    assert ends({"eos_token_id": [end, 4]}, config=3) == {end, 4} and ends({"eos_token_id": 4}) == {end, 4}
+    assert ends({"temperature": 1e-6}, config=3) == {end, 3}
+    ends({"eos_token_id": [end, 4]})
+    sampling = Processor.load(tmp_path).with_ends(SamplingConfig(stop_ids=(7, 4)))
+    assert sampling == SamplingConfig(stop_ids=tuple(sorted({4, 7, end})))
+    for bad in ("<|im_end|>", [end, "x"], -1, [True], 2.0):
+        with pytest.raises(DataError, match=r"generation_config\.json: eos_token_id = .* is neither a token id nor"):
+            ends({"eos_token_id": bad})
+        with pytest.raises(DataError, match=r"/config\.json: eos_token_id = .* is neither a token id nor"):
+            ends(config=bad)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n", "is a Git-LFS pointer.*git lfs pull"),
+        (b"\n<!DOCTYPE html><html>Log in</html>", "is a web page"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json"])
+def test_what_a_download_left_in_a_files_place_is_called_what_it_is(name, content, said, tmp_path):
+    for path in small.weights().glob("*.json"):
+        shutil.copyfile(path, tmp_path / path.name)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name} {said}"):
+        Processor.load(tmp_path)
 
 
 def test_the_chat_template_writes_what_the_prompts_module_writes():

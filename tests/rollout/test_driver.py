@@ -9,6 +9,7 @@ import pytest
 from agent_fakes import DiscSegmenter
 
 from rsagent_jax.agent import environment, prompts
+from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import TextPolicy
@@ -120,6 +121,35 @@ def test_a_turn_that_the_budget_cut_is_closed_by_a_forced_terminator():
     np.testing.assert_array_equal(trajectory.positions, positions)
     forced = np.concatenate([expected([p])[0] for p in parts if not p[2]])
     np.testing.assert_array_equal(trajectory.tokens[~trajectory.sampled], forced)
+
+
+def test_another_end_of_a_turn_is_no_text_and_is_closed_by_a_forced_terminator():
+    """generation_config.json of Qwen2.5-VL also names <|endoftext|>; the turn before it counts as any other."""
+    small_one = small.processor()
+    other_end = small_one.tokenizer.token_to_id("<|endoftext|>")
+    processor = Processor(small_one.tokenizer, small_one.images, small_one.config, (small_one.terminator_id, other_end))
+
+    class Ending(Policy):
+        def _complete(self, text, budget):
+            whole = super()._complete(text, budget)
+            tokens = np.append(whole.tokens[:-1], other_end).astype(np.int32)
+            return dataclasses.replace(whole, tokens=tokens, finished=False)
+
+    driver = Driver(Ending({"s0": THREE_IMAGES}), DiscSegmenter(), processor, AGENT)
+    ((trajectory, _),) = driver.run([task(0)])
+    usual, _ = one(*THREE_IMAGES)
+    assert trajectory.status is Status.FINISHED
+    assert [t.text for t in trajectory.turns] == [t.text for t in usual.turns] == list(THREE_IMAGES)
+    np.testing.assert_array_equal(trajectory.final_mask, usual.final_mask)
+    # The usual context, with the other end before each terminator that ends a turn; only the ends are sampled.
+    ends = np.flatnonzero(usual.sampled & (usual.tokens == small_one.terminator_id))
+    wanted = np.insert(usual.tokens, ends, other_end)[:-1]  # the last turn is followed by nothing
+    np.testing.assert_array_equal(trajectory.tokens, wanted)
+    sampled = np.insert(usual.sampled, ends, True)[:-1]
+    sampled[np.flatnonzero(wanted == other_end)[:-1] + 1] = False
+    np.testing.assert_array_equal(trajectory.sampled, sampled)
+    positions, _ = mrope_positions(trajectory.tokens, trajectory.grids, small_one.image_id)
+    np.testing.assert_array_equal(trajectory.positions, positions)
 
 
 @pytest.mark.parametrize(

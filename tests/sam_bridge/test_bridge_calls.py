@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco
 
 from sam_bridge import bridge_pb2 as pb
-from sam_bridge import wire
+from sam_bridge import fleet, server, wire
 from sam_bridge.backends import Decoded
 from sam_bridge.fleet import rank
 from sam_bridge.local import LocalSegmenter
@@ -293,3 +293,32 @@ def test_port_in_use(fake, serve):
     server = serve(LocalSegmenter(fake()))
     with pytest.raises(AddressError, match="Address already in use"):
         Server(LocalSegmenter(fake()), server.address)
+
+
+def test_a_server_bears_its_own_clients_keep_alive_pings(fake, serve, monkeypatch):
+    """Both ends' options, a hundred times as quick, on a connection without calls: every ping is answered.
+
+    gRPC ignores an option that it does not know, and then its own limit holds: a ping in five minutes, the third that
+    is too early ends the connection (GOAWAY, ENHANCE_YOUR_CALM). A plain socket, since gRPC's client sends one ping a
+    second at most.
+    """
+    option = "grpc.http2.min_ping_interval_without_data_ms"
+    quick = [(key, value // 100 if key == option else value) for key, value in server._OPTIONS]
+    monkeypatch.setattr(server, "_OPTIONS", quick)
+    every_s = dict(fleet._CHANNEL_OPTIONS)["grpc.keepalive_time_ms"] / 1000 / 100
+    host, _, port = serve(LocalSegmenter(fake())).address.rpartition(":")
+
+    def frame(kind, flags=0, payload=b""):
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + bytes(4) + payload
+
+    settings, ping, goaway, ack = 4, 6, 7, 1
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(settings) + frame(settings, ack))
+        stream, kinds = connection.makefile("rb"), []
+        for number in range(6):
+            time.sleep(every_s)
+            connection.sendall(frame(ping, payload=number.to_bytes(8, "big")))
+        while kinds.count((ping, ack)) < 6 and (goaway, 0) not in kinds and (head := stream.read(9)):
+            kinds.append((head[3], head[4]))
+            stream.read(int.from_bytes(head[:3], "big"))
+    assert kinds.count((ping, ack)) == 6 and (goaway, 0) not in kinds

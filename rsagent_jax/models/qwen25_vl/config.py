@@ -7,6 +7,7 @@ import json
 import pathlib
 from typing import Any
 
+from rsagent_jax.downloads import impostor
 from rsagent_jax.types import DataError
 
 SIZES = pathlib.Path(__file__).parents[3] / "assets" / "configs"
@@ -75,7 +76,7 @@ class Qwen25VLConfig:
     video_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
-    eos_token_id: int
+    eos_token_ids: tuple[int, ...]
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any], where: str = "config.json") -> Qwen25VLConfig:
@@ -109,11 +110,13 @@ class Qwen25VLConfig:
         if isinstance(vision_raw.get("fullatt_block_indexes"), list):
             vision_raw = {**vision_raw, "fullatt_block_indexes": tuple(vision_raw["fullatt_block_indexes"])}
         vision = _take(VisionConfig, vision_raw, {}, "vision_config.", problems)
-        ids = _take(cls, raw, {"text", "vision", "eos_token_id"}, "", problems)
+        ids = _take(cls, raw, {"text", "vision", "eos_token_ids"}, "", problems)
         eos = next((s["eos_token_id"] for s in (text_raw, raw) if s.get("eos_token_id") not in (None, [])), None)
-        ids["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
+        ids["eos_token_ids"] = token_ids(eos)
         if eos is None:
             problems.append("eos_token_id is missing")
+        elif not ids["eos_token_ids"]:
+            problems.append(f"eos_token_id = {eos!r} is neither a token id nor a list of them")
         if problems:
             raise DataError(f"{where}: " + "; ".join(problems))
         config = cls(text=TextConfig(**text), vision=VisionConfig(**vision), **ids)
@@ -152,14 +155,22 @@ def size_config(name: str) -> Qwen25VLConfig:
     return Qwen25VLConfig.from_hf(read_json(path), str(path))
 
 
+def token_ids(value: Any) -> tuple[int, ...]:
+    """What a file names as an id or as a list of ids; () for anything else."""
+    ids = value if isinstance(value, list) else [value]
+    return tuple(ids) if all(type(i) is int and i >= 0 for i in ids) else ()
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object from a file, or one DataError."""
+    data = b""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        value = json.loads(data.decode("utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing; give a Hugging Face directory of Qwen2.5-VL weights") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:  # errors of UTF-8 and JSON are ValueErrors
+        raise DataError(f"{path} {impostor(data) or f'cannot be read as JSON: {error}'}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} must hold a JSON object, it holds a {type(value).__name__}")
     return value

@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from rsagent_jax.downloads import impostor
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.types import DataError
 
@@ -77,12 +78,15 @@ def header(file: pathlib.Path) -> list[Tensor]:
 
     The library checks the header against the file (lengths, overlaps, holes, shape times dtype) without reading data.
     """
+    head = b""
     try:
+        with file.open("rb") as stream:
+            head = stream.read(64)
         with safe_open(file, framework="np"), file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             pairs = json.loads(stream.read(length), object_pairs_hook=list)
     except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{file} is not a readable safetensors file: {error}") from error
+        raise DataError(f"{file} {impostor(head) or f'is not a readable safetensors file: {error}'}") from error
     entries = [(name, dict(entry)) for name, entry in pairs if name != "__metadata__"]
     return [Tensor(n, file, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0]) for n, e in entries]
 
