@@ -48,6 +48,7 @@ class Form:
 
 
 Finite = Annotated[float, Range()]
+Weight = Annotated[float, Range(low=-1e6, high=1e6)]  # products of a few of them stay finite in float32
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(low=0)]
 Fraction = Annotated[float, Range(low=0, high=1)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from rsagent_jax.config_ranges import Arguments, Finite, Function, Text
+from rsagent_jax.config_ranges import Arguments, Finite, Function, Text, Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class RewardTerm:
     """One term of the reward: function(trajectory, sample, **arguments) -> float."""
 
     function: Function  # module:function or file.py:function
-    weight: Finite = 1.0  # inside its group; negative for a cost
+    weight: Weight = 1.0  # inside its group; negative for a cost
     arguments: Arguments = ()  # (name, value) pairs
     # Its name in the config. It is logged under its function's name, or this where two of a group share a function's.
     name: str = dataclasses.field(default="", compare=False)
@@ -31,7 +31,7 @@ class RewardGroup:
     """Terms weighted and added up, clipped to a range, then weighted in the total."""
 
     name: Text
-    weight: Finite  # in the total
+    weight: Weight  # in the total
     terms: tuple[RewardTerm, ...]
     clip: tuple[Finite, ...] = ()  # (low, high) of the sum of the terms; () = no clip
 

@@ -1,7 +1,7 @@
 """What fields of a config ask of each other: a class names its rules as `conflicts`, and config_files.build lists them.
 
-Each function is a method of one class of config.py, `c`. It yields what is wrong, beginning with a field's name inside its class. What takes data, weights or devices to know
-is rsagent_jax/startup.py's.
+Each function is a method of one class of config.py, `c`. It yields what is wrong, beginning with the name of a field of
+that class. What takes data, weights or devices to know is rsagent_jax/startup.py's.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ import pathlib
 import re
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict
 
 from rsagent_jax import config as config_lib
 from rsagent_jax import config_overrides
+from rsagent_jax.resolve import first_line, place
 from rsagent_jax.types import DataError
 from sam_bridge.types import SegmenterError
 
@@ -140,23 +140,9 @@ def load_config_file(path: str) -> ConfigDict:
         get_config = getattr(module, "get_config", None)
         config = get_config and (get_config(word) if colon else get_config())
     except Exception as error:  # whatever the user's file raises is the user's to mend
-        raise DataError(f"{_place(error, file)}: {type(error).__name__}: {_first_line(error)}") from error
+        raise DataError(f"{place(error, file)}: {type(error).__name__}: {first_line(error)}") from error
     if get_config is None:
         raise DataError(f"config file {file} has no function get_config()")
     if not isinstance(config, ConfigDict):
         raise DataError(f"{file}: get_config() must return a ConfigDict, got {type(config).__name__}")
     return config
-
-
-def _place(error: Exception, file: str) -> str:
-    """Where in the user's file an error arose; in another file only if that one does not parse."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}, line {error.lineno}"
-    here = pathlib.Path(file).resolve()
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename).resolve() == here]
-    return f"{file}, line {lines[-1]}" if lines else file
-
-
-def _first_line(error: Exception) -> str:
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
-    return text.strip().splitlines()[0] if text and text.strip() else "no message"

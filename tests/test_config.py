@@ -310,7 +310,10 @@ BAD = [
     ("mesh.data=0", "mesh.data must be -1 or at least 1, got 0"),
     ("mesh.data=-1", "mesh.data and fsdp are both -1"),
     ("profiler_port=70000", "profiler_port must be at least 0 and at most 65535, got 70000"),
-    ("grpo.reward.final.weight=nan", "grpo.reward.final.weight must be a finite number, got nan"),
+    (
+        "grpo.reward.final.weight=nan",
+        "grpo.reward.final.weight must be at least -1000000.0 and at most 1000000.0, got nan",
+    ),
     ("grpo.reward.final.clip=(1.0,-1.0)", "grpo.reward.final.clip must be (low, high) with low <= high"),
     ("grpo.reward.final.terms.final_iou=None", "grpo.reward.final.terms has no term"),
 ]
