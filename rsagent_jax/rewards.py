@@ -4,7 +4,7 @@ From the paper (arXiv 2512.24023): R = 1.0 * R_final + 0.5 * R_process + 0.2 * R
 of the final mask, and the names of what R_process holds (step-wise IoU improvement, tool cost, novelty, point
 sparsity). Ours: the definition of every other term, every coefficient inside R_process, and its clip range.
 
-A researcher's own term is a function in any importable module:
+A researcher's own term is a function in a file or in any importable module (docs/rewards.md):
 
     def small_mask(trajectory: Trajectory, sample: Sample) -> float:
         return float(trajectory.final_mask.mean() < 0.5)
@@ -12,15 +12,20 @@ A researcher's own term is a function in any importable module:
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import functools
 import numbers
+import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from rsagent_jax.config import RewardGroup, RewardTerm
-from rsagent_jax.resolve import resolve
+from rsagent_jax.resolve import first_line, place, resolve
 from rsagent_jax.types import DataError, Finish, ResetView, Reward, Rotate, Sample, Segment, Status, Trajectory, Zoom
+
+LARGEST = 1e6  # a term's value; beyond, sums and their float32 are not exact any more
 
 # --- IoU ---
 
@@ -118,22 +123,30 @@ def format_ok(trajectory: Trajectory, sample: Sample) -> float:
 # --- Composition ---
 
 
+class RewardError(DataError):
+    """A term raised, or returned what is no reward; the message names the term, the sample and the user's line."""
+
+
 def make_reward(groups: Sequence[RewardGroup]) -> Callable[[Trajectory, Sample], Reward]:
     """The reward that `grpo.reward` of the config describes.
 
     total = sum over groups of weight * clip(sum over terms of weight * term).
 
-    Functions are resolved here, once, so that a misspelt path fails before the first rollout. `Reward.parts` holds each
-    term unweighted under `group/function` and each clipped group, before its weight, under `group`.
+    Functions are resolved here, once, so that a misspelt path, or one that cannot be called as it will be, fails before
+    the first rollout. `Reward.parts` holds each term unweighted under `group/function` and each clipped group, before
+    its weight, under `group`. Terms get arrays that they cannot write into.
 
     Raises:
-      DataError: here, for a path that does not resolve or a config that contradicts itself; from the reward, for a
-        term that is not a finite number, naming the function.
+      DataError: here, for a path that does not resolve.
+      RewardError: from the reward, for a term that raises, or that returns anything but a number of at most LARGEST.
       ValueError: from the reward, for an ENV_FAILED trajectory (a broken tool is never scored; drop it from its
         group), or for a sample that is not the trajectory's own.
     """
-    _check(groups)
-    functions = {term.function: resolve(term.function) for group in groups for term in group.terms}
+    functions = {
+        term: resolve(term.function, "trajectory", "sample", **dict(term.arguments))
+        for group in groups
+        for term in group.terms
+    }
 
     def reward(trajectory: Trajectory, sample: Sample) -> Reward:
         if not trajectory.status.judged:
@@ -141,11 +154,12 @@ def make_reward(groups: Sequence[RewardGroup]) -> Callable[[Trajectory, Sample],
         if trajectory.sample_id != sample.id:
             raise ValueError(f"trajectory of sample {trajectory.sample_id} scored against sample {sample.id}")
         total, parts = 0.0, {}
+        shown = read_only(trajectory), read_only(sample)
         for group in groups:
             value = 0.0
-            for term in group.terms:
-                raw = _number(functions[term.function](trajectory, sample), term.function, sample.id)
-                parts[f"{group.name}/{_short(term)}"] = raw
+            for term, label in zip(group.terms, group.labels(), strict=True):
+                raw = _value(functions[term], term, f"{group.name}/{label}", *shown)
+                parts[f"{group.name}/{label}"] = raw
                 value += term.weight * raw
             if group.clip:
                 value = min(max(value, group.clip[0]), group.clip[1])
@@ -156,30 +170,34 @@ def make_reward(groups: Sequence[RewardGroup]) -> Callable[[Trajectory, Sample],
     return reward
 
 
-def _short(term: RewardTerm) -> str:
-    return term.function.rpartition(":")[2]
+def read_only(value: Any) -> Any:
+    """The same with every array, of nested dataclasses and tuples as well, as a view that cannot be written into."""
+    if isinstance(value, np.ndarray):
+        view = value.view()
+        view.flags.writeable = False
+        return view
+    if isinstance(value, tuple):
+        return type(value)(map(read_only, value)) if type(value) is tuple else value
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **{f.name: read_only(getattr(value, f.name)) for f in _fields(type(value))})
+    return value
 
 
-def _number(value: object, function: str, sample_id: str) -> float:
+_fields = functools.cache(dataclasses.fields)
+
+
+def _value(function, term: RewardTerm, label: str, trajectory: Trajectory, sample: Sample) -> float:
+    what = f"reward term {label} ({term.function})"
+    try:
+        value = function(trajectory, sample, **dict(term.arguments))
+    except Exception as error:  # whatever the user's function raises is the user's to mend
+        frames = traceback.extract_tb(error.__traceback__)  # ours, then the user's
+        at, kind = place(error, frames[1].filename if len(frames) > 1 else term.function), type(error).__name__
+        raise RewardError(f"{what} raised {kind} for sample {sample.id}: {at}: {first_line(error)}") from error
     # A bool is refused: `iou > 0.5` is a Python or a numpy bool by accident, and only one of them is a number.
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise DataError(f"reward term {function} returned {value!r} for sample {sample_id}; it must be a finite float")
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not abs(value) <= LARGEST:
+        raise RewardError(
+            f"{what} returned {repr(value)[:80]} for sample {sample.id};"
+            f" it must be a float between {-LARGEST:.0f} and {LARGEST:.0f}"
+        )
     return float(value)
-
-
-def _check(groups: Sequence[RewardGroup]) -> None:
-    """All faults in one message."""
-    faults = [] if groups else ["there are no groups"]
-    names = [group.name for group in groups]
-    faults += [f"group {name!r} appears more than once" for name in sorted({n for n in names if names.count(n) > 1})]
-    for group in groups:
-        shorts = [_short(term) for term in group.terms]
-        faults += [] if shorts else [f"group {group.name!r} has no terms"]
-        if len(set(shorts)) < len(shorts):
-            faults.append(f"group {group.name!r} has two terms of one name: {', '.join(sorted(shorts))}")
-        if not all(math.isfinite(weight) for weight in (group.weight, *(term.weight for term in group.terms))):
-            faults.append(f"group {group.name!r} has a weight that is not finite")
-        if group.clip and not (len(group.clip) == 2 and group.clip[0] <= group.clip[1]):
-            faults.append(f"group {group.name!r} clips to {group.clip}, which is empty")
-    if faults:
-        raise DataError("reward config: " + "; ".join(faults))

@@ -29,12 +29,27 @@ MAX_LINES = 450
 # Lower rungs first. A unit may import those below it and, on the first rung only, its neighbours. The longest prefix
 # names the unit: rsagent_jax.evals.summary is an entry point, the rest of rsagent_jax.evals is not.
 RUNGS = (
-    ("types", "downloads", "resolve", "config_files", "config", "sharding", "processes", "slices", "metrics"),
+    (
+        "types",
+        "downloads",
+        "resolve",
+        "config_ranges",
+        "config_reward",
+        "config_rules",
+        "config_files",
+        "config_overrides",
+        "config",
+        "sharding",
+        "processes",
+        "slices",
+        "metrics",
+    ),
     ("models", "rewards", "agent"),
     ("data",),
     ("rollout",),
     ("train", "evals", "aot"),
     ("checkpoint", "entry", "aot.stages"),  # what the entry points share
+    ("startup",),  # what they check first
     (
         "collect",
         "compare",

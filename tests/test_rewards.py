@@ -1,6 +1,8 @@
 """Reward terms against hand arithmetic, their composition, and `module:function` resolution."""
 
 import dataclasses
+import json
+import pickle
 import sys
 
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from rsagent_jax import rewards
 from rsagent_jax.config import DEFAULT_REWARD, RewardGroup, RewardTerm
 from rsagent_jax.resolve import resolve
-from rsagent_jax.rewards import make_reward
+from rsagent_jax.rewards import RewardError, make_reward, read_only
 from rsagent_jax.types import (
     DataError,
     Finish,
@@ -64,16 +66,49 @@ def trajectory(turns=(), masks=(), final=None, status=Status.FINISHED):
     )
 
 
+OWN = """import numpy as np
+
+def three_term(trajectory, sample): return np.float32(3)
+def nan_term(trajectory, sample): return float('nan')
+def inf_term(trajectory, sample): return float('inf')
+def huge_term(trajectory, sample): return 1e300
+def bool_term(trajectory, sample): return True
+def none_term(trajectory, sample): return None
+def text_term(trajectory, sample): return '0.5'
+def array_term(trajectory, sample): return np.zeros(1000)
+def scaled(trajectory, sample, by, words=()): return by * (1 + len(words))
+def positional(trajectory): return 0.0
+def divides(trajectory, sample):
+    nothing = len(trajectory.turns)
+    return 1 / nothing
+def writes_mask(trajectory, sample):
+    sample.gt_mask[:] = trajectory.final_mask
+    return 1.0
+def writes_record(trajectory, sample):
+    trajectory.masks[0].mask[:] = True
+    return 1.0
+"""
+
+
 @pytest.fixture
 def own_terms(tmp_path, monkeypatch):
     """A researcher's module beside train.py."""
-    lines = ["import numpy as np"]
-    for name, value in (("three", "np.float32(3)"), ("nan", "float('nan')"), ("bool", "True"), ("none", "None")):
-        lines.append(f"def {name}_term(trajectory, sample): return {value}")
-    (tmp_path / "own_reward_terms.py").write_text("\n".join(lines))
+    (tmp_path / "own_reward_terms.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     yield "own_reward_terms"
     sys.modules.pop("own_reward_terms", None)
+
+
+@pytest.fixture
+def own_file(tmp_path):
+    """The same in a file somewhere else."""
+    path = tmp_path / "my_rewards.py"
+    path.write_text(OWN)
+    modules, places = dict(sys.modules), list(sys.path)
+    yield path
+    sys.modules.clear()
+    sys.modules.update(modules)
+    sys.path[:] = places
 
 
 def test_final_iou_is_intersection_over_union():
@@ -207,10 +242,74 @@ def test_own_term_weight_and_clip(own_terms, weight, clip, value):
     assert type(reward.total) is float and all(type(part) is float for part in reward.parts.values())
 
 
-@pytest.mark.parametrize("function", ["nan_term", "bool_term", "none_term"])
-def test_a_term_that_is_no_finite_number_is_named(own_terms, function):
-    with pytest.raises(DataError, match=f"{own_terms}:{function} returned"):
+@pytest.mark.parametrize(
+    ("function", "value"),
+    [
+        ("nan_term", "nan"),
+        ("inf_term", "inf"),
+        ("huge_term", "1e+300"),
+        ("bool_term", "True"),
+        ("none_term", "None"),
+        ("text_term", "'0.5'"),
+        ("array_term", "array([0., 0.,"),
+    ],
+)
+def test_a_term_that_is_no_reward_is_named_with_what_it_returned(own_terms, function, value):
+    with pytest.raises(RewardError) as error:
         make_reward(one_term(f"{own_terms}:{function}"))(trajectory(), sample(row(8)))
+    message = str(error.value)
+    assert f"reward term own/{function} ({own_terms}:{function}) returned {value}" in message and len(message) < 300
+    assert "for sample s" in message and "between -1000000 and 1000000" in message
+
+
+def test_a_term_that_raises_is_named_with_the_sample_and_the_line(own_file):
+    with pytest.raises(RewardError) as error:
+        make_reward(one_term(f"{own_file}:divides"))(trajectory(), sample(row(8)))
+    line = OWN.splitlines().index("    return 1 / nothing") + 1
+    assert str(error.value) == (
+        f"reward term own/divides ({own_file}:divides) raised ZeroDivisionError for sample s:"
+        f" {own_file}, line {line}: division by zero"
+    )
+
+
+@pytest.mark.parametrize("function", ["writes_mask", "writes_record"])
+def test_a_term_cannot_write_into_what_it_is_given(own_terms, function):
+    t, s = trajectory(masks=[row(2)], final=row(2)), sample(row(8))
+    groups = (RewardGroup("own", 1.0, (RewardTerm(f"{own_terms}:{function}"), *DEFAULT_REWARD[0].terms)),)
+    with pytest.raises(RewardError, match=f"{function}.*read-only"):
+        make_reward(groups)(t, s)
+    assert s.gt_mask.sum() == 8 and t.masks[0].mask.sum() == 2
+    assert s.gt_mask.flags.writeable and t.final_mask.flags.writeable  # the caller's own are as they were
+
+
+def test_what_a_term_is_given_is_no_copy():
+    s = sample(row(8))
+    assert np.shares_memory(read_only(s).gt_mask, s.gt_mask) and read_only(s).id == "s"
+
+
+def test_arguments_of_the_config_reach_the_term(own_file):
+    terms = (
+        RewardTerm(f"{own_file}:scaled", 1.0, (("by", 2),), name="small"),
+        RewardTerm(f"{own_file}:scaled", 10.0, (("by", 2), ("words", ("a", "b"))), name="large"),
+    )
+    reward = make_reward((RewardGroup("own", 1.0, terms),))(trajectory(), sample(row(8)))
+    # two of one function are told apart by their names in the config: 2 + 10 * 2 * 3
+    assert reward.parts == {"own/small": 2.0, "own/large": 6.0, "own": 62.0}
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        ("scaled", (), "missing a required argument: 'by'"),
+        ("scaled", (("by", 1), ("to", 2)), "called with (trajectory, sample, by=1, to=2): got an unexpected keyword"),
+        ("positional", (), "takes (trajectory), but is called with (trajectory, sample)"),
+    ],
+)
+def test_a_term_that_cannot_be_called_so_is_refused_before_the_first_rollout(own_file, function, arguments, message):
+    groups = (RewardGroup("own", 1.0, (RewardTerm(f"{own_file}:{function}", 1.0, arguments),)),)
+    with pytest.raises(DataError) as error:
+        make_reward(groups)
+    assert message in str(error.value)
 
 
 def test_env_failed_and_foreign_samples_have_no_reward():
@@ -219,21 +318,6 @@ def test_env_failed_and_foreign_samples_have_no_reward():
         reward(trajectory(status=Status.ENV_FAILED), sample(row(8)))
     with pytest.raises(ValueError, match="against sample other"):
         reward(trajectory(), dataclasses.replace(sample(row(8)), id="other"))
-
-
-def test_config_faults_come_in_one_message():
-    term = RewardTerm("rsagent_jax.rewards:final_iou", 1.0)
-    groups = (
-        RewardGroup("a", 1.0, (term, term)),
-        RewardGroup("a", float("nan"), (term,), clip=(1.0, -1.0)),
-        RewardGroup("b", 1.0, ()),
-    )
-    with pytest.raises(DataError) as error:
-        make_reward(tuple(groups))
-    for fault in ("'a' appears more than once", "two terms of one name", "not finite", "is empty", "'b' has no terms"):
-        assert fault in str(error.value)
-    with pytest.raises(DataError, match="no groups"):
-        make_reward(())
 
 
 @pytest.mark.parametrize(
@@ -246,6 +330,9 @@ def test_config_faults_come_in_one_message():
         ("rsagent_jax.rewards.x:final_iou", "no module named 'rsagent_jax.rewards.x'"),
         ("rsagent_jax.rewards:final_iuo", "has no 'final_iuo'; did you mean 'final_iou'"),
         ("rsagent_jax.config:DEFAULT_REWARD", "is a tuple, not a function"),
+        ("configs/quikstart.py:get_config", "file configs/quikstart.py does not exist; did you mean 'configs/quickst"),
+        ("configs/quickstart.py:get_confg", "configs/quickstart.py has no 'get_confg'; did you mean 'get_config'"),
+        ("nowhere.py:f", "file nowhere.py does not exist (looked for from "),
     ],
 )
 def test_resolve_names_the_closest_match(path, message):
@@ -254,9 +341,30 @@ def test_resolve_names_the_closest_match(path, message):
     assert message in str(error.value)
 
 
-def test_resolve_returns_the_function_and_keeps_errors_of_the_users_module(tmp_path, monkeypatch):
+def test_resolve_returns_the_function_of_a_module_and_of_a_file(own_file, monkeypatch):
     assert resolve("rsagent_jax.rewards:final_iou") is rewards.final_iou
-    (tmp_path / "broken_reward_module.py").write_text("import a_module_that_is_not_there\n")
+    monkeypatch.chdir(own_file.parent)
+    (own_file.parent / "beside_it.py").write_text("VALUE = 7\n")
+    (own_file.parent / "json.py").write_text("from beside_it import VALUE\ndef f(): return VALUE\n")
+    assert resolve("my_rewards.py:three_term") is resolve(f"{own_file}:three_term")
+    assert resolve("json.py:f")() == 7 and json.loads("1") == 1  # a file may have the name of a module
+    assert pickle.loads(pickle.dumps(resolve("my_rewards.py:three_term"))) is resolve("my_rewards.py:three_term")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import a_module_that_is_not_there\n", "line 1: ModuleNotFoundError: No module named 'a_module_that_is"),
+        ("x = 1\ndef f(:\n", "line 2: SyntaxError"),
+        ("def g(): return 1 / 0\n\n\ng()\n", "line 1: ZeroDivisionError: division by zero"),
+        ("import sys\nsys.exit('bye')\n", "line 2: SystemExit: bye"),
+    ],
+)
+@pytest.mark.parametrize("by_path", [True, False])
+def test_an_error_inside_the_users_module_is_one_message_with_its_line(tmp_path, monkeypatch, text, said, by_path):
+    file = tmp_path / "broken_reward_module.py"
+    file.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
-        resolve("broken_reward_module:f")
+    with pytest.raises(DataError) as error:
+        resolve(f"{file}:f" if by_path else "broken_reward_module:f")
+    assert f"broken_reward_module.py, {said}" in str(error.value)

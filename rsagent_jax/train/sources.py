@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,13 +13,15 @@ import jax
 import numpy as np
 from flax import nnx
 
+from rsagent_jax.agent.environment import EnvState
+from rsagent_jax.agent.replay import to_json
 from rsagent_jax.config import GrpoConfig, ReadConfig, SftConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item, fits, pack_evenly
 from rsagent_jax.data.pipeline import Pipeline, Unreadable
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.processes import Share
-from rsagent_jax.rewards import make_reward, mask_iou
+from rsagent_jax.rewards import RewardError, make_reward, mask_iou
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task
@@ -26,6 +29,7 @@ from rsagent_jax.train.advantages import ADVANTAGES, zero_variance
 from rsagent_jax.types import Batch, DataError, Sample, Status, Trajectory
 
 ALONE = Share()
+REWARD_ERROR = "reward_error.json"  # in the work directory: the trajectory that a reward failed on
 
 
 class BatchSource(Protocol):
@@ -94,13 +98,12 @@ class GrpoSource:
         processor: Processor,
         seed: int,
         share: Share = ALONE,
+        workdir: pathlib.Path | None = None,
     ):
+        """`workdir`: where a trajectory that a reward fails on is left."""
         share.of(config.prompts, "grpo.prompts")  # a group never crosses a process
         name = {"zscore": "zscore" if config.ddof else "zscore_ddof0", "mean": "mean_only", "loo": "leave_one_out"}
-        if config.advantage not in name:
-            raise DataError(f"grpo.advantage must be one of {', '.join(name)}, got {config.advantage!r}")
-        if config.sampling.context > config.batch.tokens:
-            raise DataError("grpo.batch.tokens must be at least grpo.sampling.context: a trajectory never spans rows")
+        self.workdir = workdir
         self.config, self.driver, self.engine, self.processor = config, driver, engine, processor
         self.share = share
         self.pipeline = _pipeline(samples, _as_it_is, config.read, seed, share)
@@ -117,9 +120,10 @@ class GrpoSource:
         chosen = [s for _, s in drawn]
         # uids count over all processes: who plays a trajectory does not change its random numbers.
         tasks = [Task(s, g, i * c.group + k) for g, (i, s) in enumerate(drawn) for k in range(c.group)]
-        played = [t for t, _ in self.driver.run(tasks)]
+        outcomes = self.driver.run(tasks)
+        played, states = [t for t, _ in outcomes], [state for _, state in outcomes]
         rollout_seconds = time.perf_counter() - start
-        items, metrics = self._judge(played, chosen)
+        items, metrics = self._judge(played, chosen, states)
         batches = pack_evenly(items, c.batch, self.processor.config, self.share)
         tokens = sum(int(t.sampled.sum()) for t in played)
         metrics |= {
@@ -131,13 +135,20 @@ class GrpoSource:
         }
         return batches, metrics
 
-    def _judge(self, played: list[Trajectory], chosen: list[Sample]) -> tuple[list[Item], dict[str, float]]:
+    def _judge(
+        self, played: list[Trajectory], chosen: list[Sample], states: list[EnvState]
+    ) -> tuple[list[Item], dict[str, float]]:
         """Rewards, advantages and the trained items. A broken tool's trajectory has no reward and no advantage."""
         c = self.config
         valid = np.array([t.status.judged for t in played])
         if not valid.any():
             raise DataError("every trajectory of this step ended with a broken segmenter; see the side-car's log")
-        rewards = [self.reward(t, chosen[t.group_id]) if ok else None for t, ok in zip(played, valid, strict=True)]
+        rewards = [None] * len(played)
+        for i in np.flatnonzero(valid):
+            try:
+                rewards[i] = self.reward(played[i], chosen[played[i].group_id])
+            except RewardError as error:
+                raise self._kept(error, states[i], chosen[played[i].group_id]) from error
         totals = np.array([0.0 if r is None else r.total for r in rewards], np.float32).reshape(-1, c.group)
         valid_G = valid.reshape(-1, c.group)
         advantages = self.advantage(totals, valid_G).reshape(-1)
@@ -170,6 +181,14 @@ class GrpoSource:
             ],
         }
         return items, _summary(played, chosen, rewards, flat) | {"dropped": float(np.mean(valid & ~usable))}
+
+    def _kept(self, error: RewardError, state: EnvState, sample: Sample) -> RewardError:
+        """The same error, which says where the trajectory is now."""
+        if self.workdir is None:
+            return error
+        path = self.workdir / REWARD_ERROR
+        path.write_text(to_json(state, sample.path) + "\n", encoding="utf-8")
+        return RewardError(f"{error}\n  The trajectory is in {path}; rsagent_jax.agent.replay.replay reads it.")
 
     def _usable(self, t: Trajectory) -> bool:
         """Whether it took a turn and fits a row: its images together may need more patches than a row has."""
