@@ -128,5 +128,5 @@ class OpeningPrompt:
         state = environment.reset(sample.image, sample.query, self.agent, self.limits)
         opening = environment.opening_observation(state)
         text = prompts.opening(prompts.system_prompt(self.agent.prompt), opening.text)
-        prompt, _ = self.processor.prompt(text, [opening.image])
+        prompt, _ = self.processor.prompt(text, [opening.image], limits=state.limits)
         return sample, prompt

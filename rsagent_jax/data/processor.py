@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from rsagent_jax.agent.views import PixelLimits, smart_resize
+from rsagent_jax.agent.views import PixelLimits, round_size, smart_resize
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, read_json
 from rsagent_jax.models.qwen25_vl.positions import Grid, merged_tokens, mrope_positions
 from rsagent_jax.types import DataError, Prompt
@@ -87,13 +87,15 @@ class Processor:
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return self.tokenizer.decode([int(t) for t in tokens], skip_special_tokens=False)
 
-    def prompt(self, text: str, images: Sequence[np.ndarray], start: int = 0) -> tuple[Prompt, int]:
+    def prompt(
+        self, text: str, images: Sequence[np.ndarray], start: int = 0, limits: PixelLimits | None = None
+    ) -> tuple[Prompt, int]:
         """Arrows 2 and 8: one IMAGE_PAD in `text` per image u8[h, w, 3]; positions go on from `start`.
 
-        Returns the prompt and the position of the next token.
+        limits: those of the trajectory that shows the images, see `image_patches`. Returns the prompt and the position of the next token.
         """
         ids = self.encode(text)
-        patched = [image_patches(image, self.images) for image in images]
+        patched = [image_patches(image, self.images, limits) for image in images]
         grids = tuple(grid for _, grid in patched)
         if int((ids == self.image_id).sum()) != len(images):
             raise ValueError(f"{int((ids == self.image_id).sum())} image placeholders for {len(images)} images")
@@ -120,12 +122,17 @@ class Processor:
         return index
 
 
-def image_patches(image: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, Grid]:
+def image_patches(
+    image: np.ndarray, config: ImageConfig, limits: PixelLimits | None = None
+) -> tuple[np.ndarray, Grid]:
     """u8[h, w, 3] -> (f32[P, C*2*14*14], grid): smart resize (bicubic), rescale, normalise, merge-block order.
 
-    A picture that already has its smart-resized size is not resampled.
+    A picture that already has its smart-resized size is not resampled. limits: of the trajectory that shows it
+    (EnvState.limits); their minimum may be below the processor's own (views.fit), and such a view keeps its size, too.
     """
-    h, w = smart_resize(*image.shape[:2], config.limits.factor, config.limits.min_pixels, config.limits.max_pixels)
+    own = config.limits
+    low = own.min_pixels if limits is None else min(own.min_pixels, limits.min_pixels)
+    h, w = round_size(*image.shape[:2], own.factor, low, own.max_pixels)
     if (h, w) != image.shape[:2]:
         image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
     mean, std = (np.asarray(v, np.float32) for v in (config.mean, config.std))
