@@ -92,7 +92,8 @@ class Processor:
     ) -> tuple[Prompt, int]:
         """Arrows 2 and 8: one IMAGE_PAD in `text` per image u8[h, w, 3]; positions go on from `start`.
 
-        limits: those of the trajectory that shows the images, see `image_patches`. Returns the prompt and the position of the next token.
+        limits: those of the trajectory that shows the images, see `image_patches`. Returns the prompt and the position
+        of the next token.
         """
         ids = self.encode(text)
         patched = [image_patches(image, self.images, limits) for image in images]
@@ -122,9 +123,7 @@ class Processor:
         return index
 
 
-def image_patches(
-    image: np.ndarray, config: ImageConfig, limits: PixelLimits | None = None
-) -> tuple[np.ndarray, Grid]:
+def image_patches(image: np.ndarray, config: ImageConfig, limits: PixelLimits | None = None) -> tuple[np.ndarray, Grid]:
     """u8[h, w, 3] -> (f32[P, C*2*14*14], grid): smart resize (bicubic), rescale, normalise, merge-block order.
 
     A picture that already has its smart-resized size is not resampled. limits: of the trajectory that shows it
