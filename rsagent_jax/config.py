@@ -66,6 +66,7 @@ class DataConfig:
     exclude: tuple[str, ...] = ()  # refcoco/unc/val, reasonseg/test, …: samples on their pictures are left out
     exclude_root: str = ""  # where those are; "" = root
     mix: tuple[MixPart, ...] = ()  # several sets by weight, in place of the one above
+    unreadable: str = "skip"  # a sample that cannot be read or shown: skip (counted and named) | stop the command
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,6 +184,7 @@ class SftConfig:
     epochs: float = 2.0  # (paper)
     steps: int = 0  # 0 = as many as `epochs` gives
     trajectories_per_step: int = 128  # (paper) batch size
+    unreadable: str = "skip"  # a trajectory that cannot be read, as data.unreadable: skip | stop
     read: ReadConfig = ReadConfig()
     batch: BatchConfig = BatchConfig()  # of one micro-batch
     optim: OptimConfig = OptimConfig(lr=2e-5)  # (paper)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from rsagent_jax.agent.views import check_shape
 from rsagent_jax.config import GrpoConfig, ReadConfig, SftConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item, fits, pack_evenly
@@ -49,7 +50,7 @@ class SftSource:
         self.config, self.processor, self.share = config, processor, share
         self.records = trajectories.open_records(config.trajectories)
         decode = functools.partial(trajectories.decode, processor=processor)
-        self.pipeline = _pipeline(self.records, decode, config.read, seed, share)
+        self.pipeline = _pipeline(self.records, decode, config.read, seed, share, config.unreadable)
         self.dropped = 0
 
     @property
@@ -102,7 +103,7 @@ class GrpoSource:
             raise DataError("grpo.batch.tokens must be at least grpo.sampling.context: a trajectory never spans rows")
         self.config, self.driver, self.engine, self.processor = config, driver, engine, processor
         self.share = share
-        self.pipeline = _pipeline(samples, _as_it_is, config.read, seed, share)
+        self.pipeline = _pipeline(samples, _showable, config.read, seed, share, config.data.unreadable)
         self.advantage = ADVANTAGES[name[config.advantage]]
         self.reward = make_reward(config.reward)
         self.examples: dict[str, Any] = {}  # the first group of the last step, for people
@@ -181,12 +182,16 @@ class GrpoSource:
         self.pipeline.restore(state)
 
 
-def _pipeline(source: Sequence[Any], transform, read: ReadConfig, seed: int, share: Share) -> Pipeline:
-    settings = {"threads": read.threads, "workers": read.workers, "ahead": read.ahead}
+def _pipeline(
+    source: Sequence[Any], transform, read: ReadConfig, seed: int, share: Share, unreadable: str
+) -> Pipeline:
+    settings = {"threads": read.threads, "workers": read.workers, "ahead": read.ahead, "unreadable": unreadable}
     return Pipeline(source, transform, seed=seed, share=share, **settings)
 
 
-def _as_it_is(sample: Sample) -> Sample:
+def _showable(sample: Sample) -> Sample:
+    """DataError for a picture that no view can show: to be skipped like one that cannot be decoded."""
+    check_shape(*sample.image.shape[:2])
     return sample
 
 
