@@ -188,6 +188,7 @@ class SftConfig:
     epochs: Positive = 2.0  # (paper)
     steps: CountOrZero = 0  # 0 = as many as `epochs` gives
     trajectories_per_step: Count = 128  # (paper) batch size
+    unreadable: Literal["skip", "stop"] = "skip"  # a trajectory that cannot be read, as data.unreadable
     read: ReadConfig = ReadConfig()
     batch: BatchConfig = BatchConfig()  # of one micro-batch
     optim: OptimConfig = OptimConfig(lr=2e-5)  # (paper)

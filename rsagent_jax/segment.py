@@ -8,7 +8,6 @@ trajectory.json, which agent/replay.py plays again.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -24,11 +23,10 @@ from rsagent_jax.agent.environment import EnvState, final_mask
 from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.replay import to_json
 from rsagent_jax.agent.tools import call_json
-from rsagent_jax.agent.views import View
 from rsagent_jax.checkpoint import load_policy, policy_directory
-from rsagent_jax.config import AgentConfig, SegmentConfig
+from rsagent_jax.config import SegmentConfig
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.rollout.driver import Driver, pixel_limits
+from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Policy, Task
 from rsagent_jax.rollout.segmenter import open_segmenter
@@ -74,7 +72,6 @@ def segment(
     """Plays one trajectory on image u8[h, w, 3], prints its turns, writes FILES into `out`."""
     for name in FILES:  # a mask of an earlier question must not stand beside a failure of this one
         (out / name).unlink(missing_ok=True)
-    agent, processor = fit(*image.shape[:2], config.agent, processor)
     since = time.perf_counter()
 
     def show(task: Task, state: EnvState) -> None:
@@ -85,7 +82,7 @@ def segment(
 
     unknown = np.zeros(image.shape[:2], bool)  # nobody knows the true mask, and playing does not look at it
     task = Task(Sample("image", image, query, unknown, path=str(out / "image.png")), 0, 0)
-    driver = Driver(policy, segmenter, processor, agent, workers=1, on_turn=show)
+    driver = Driver(policy, segmenter, processor, config.agent, workers=1, on_turn=show)
     ((_, state),) = driver.run([task])
 
     # Saved, not referred to: plain readers would not turn and flatten the user's file as read_photo did.
@@ -99,23 +96,6 @@ def segment(
     print(ending(state, mask, mask_id))
     print(f"{out / 'mask.png'}  {out / 'overlay.png'}  {out / 'trajectory.json'}")
     return state
-
-
-def fit(h: int, w: int, agent: AgentConfig, processor: Processor) -> tuple[AgentConfig, Processor]:
-    """The pixel limits for a picture of h x w, the same ones for views and for the image processor.
-
-    Weights whose limits leave no room (the tiny base: min == max, so that only squares fit) may show less than their
-    minimum: sides are rounded to `factor`, and a quarter of the maximum is low enough for every shape.
-    """
-    limits = pixel_limits(agent, processor)
-    try:
-        View.whole(h, w, limits)
-    except DataError:
-        limits = dataclasses.replace(limits, min_pixels=max(1, limits.max_pixels // 4))
-        View.whole(h, w, limits)
-    images = dataclasses.replace(processor.images, limits=limits)
-    agent = dataclasses.replace(agent, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels)
-    return agent, Processor(processor.tokenizer, images, processor.config)
 
 
 def read_photo(path: str) -> np.ndarray:

@@ -23,7 +23,7 @@ import numpy as np
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.tools import call_json, parse
-from rsagent_jax.agent.views import PixelLimits, View
+from rsagent_jax.agent.views import PixelLimits, View, fit
 from rsagent_jax.config import AgentConfig
 from rsagent_jax.types import (
     DataError,
@@ -75,7 +75,7 @@ class EnvState:
     image: np.ndarray  # u8[h, w, 3]
     query: str
     config: AgentConfig
-    limits: PixelLimits
+    limits: PixelLimits  # of this picture's views
     view: View
     turns: tuple[Turn, ...] = ()
     masks: tuple[MaskRecord, ...] = ()
@@ -89,13 +89,17 @@ class EnvState:
 
 
 def reset(image: np.ndarray, query: str, config: AgentConfig, limits: PixelLimits) -> EnvState:
-    """The state before the first turn; `image` is u8[h, w, 3]. `limits` are the processor's, after config overrides."""
+    """The state before the first turn; `image` is u8[h, w, 3]. `limits` are the processor's, after config overrides.
+
+    The state's own limits are those for its picture (views.fit). DataError for one that cannot be shown.
+    """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise DataError(f"image must be u8[h, w, 3], got {image.dtype}{list(image.shape)}")
     for name in ("max_turns", "max_invalid", "max_repeats", "history_size"):
         if getattr(config, name) < 1:
             raise DataError(f"agent.{name} must be at least 1, got {getattr(config, name)}")
     prompts.system_prompt(config.prompt)  # raises on an unknown style
+    limits = fit(*image.shape[:2], limits)
     return EnvState(image, query, config, limits, View.whole(*image.shape[:2], limits))
 
 

@@ -21,6 +21,7 @@ from rsagent_jax.types import DataError, ParseError
 MIN_ZOOM_SIDE = 16  # original pixels: below this a crop shows nothing new
 MAX_ZOOM_ASPECT = 20.0  # far inside the processor's limit of 200
 MAX_ASPECT = 200.0  # Qwen2.5-VL's own limit
+MAX_PASSES = 16  # of rounding; the excess of a very thin size is about halved by each
 
 Box = tuple[float, float, float, float]
 
@@ -41,14 +42,25 @@ class PixelLimits:
             )
 
 
-def smart_resize(h: int, w: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Qwen2.5-VL's target size (h', w') of an h x w image; `round` is Python's, half to even, as in Hugging Face."""
+def check_shape(h: int, w: int) -> None:
+    """DataError for an h x w image that cannot be shown under any limits."""
     if min(h, w) < 1:
         raise DataError(f"image of {h}x{w} pixels (h x w) is empty")
     if max(h, w) / min(h, w) > MAX_ASPECT:
         raise DataError(
-            f"image of {h}x{w} pixels (h x w): the longer side is more than {MAX_ASPECT:.0f} times the shorter"
+            f"image of {h}x{w} pixels (h x w): the longer side is more than {MAX_ASPECT:.0f} times the shorter;"
+            " crop it, or cut it into parts"
         )
+
+
+def smart_resize(h: int, w: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Qwen2.5-VL's target size (h', w') of an h x w image; `round` is Python's, half to even, as in Hugging Face."""
+    check_shape(h, w)
+    return round_size(h, w, factor, min_pixels, max_pixels)
+
+
+def round_size(h: int, w: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """smart_resize of a size that need not be a picture's own: 29 x 5700 (197:1) is shown as 28 x 5712 (204:1)."""
     h_bar, w_bar = round(h / factor) * factor, round(w / factor) * factor
     if h_bar * w_bar > max_pixels:
         beta = math.sqrt(h * w / max_pixels)
@@ -62,19 +74,34 @@ def smart_resize(h: int, w: int, factor: int, min_pixels: int, max_pixels: int) 
 
 
 def fixed_size(h: int, w: int, limits: PixelLimits) -> tuple[int, int]:
-    """Size (h', w') that smart_resize gives and then gives back unchanged.
+    """Size (h', w') that smart_resize gives and that `round_size` then gives back unchanged.
 
     One pass is enough for ordinary pictures. A very thin one may need more; were it shown after one pass, the processor
     would resize it again and the policy's pixels would no longer be the view's.
     """
+    check_shape(h, w)
     size = (h, w)
-    for _ in range(8):
-        h_bar, w_bar = smart_resize(*size, limits.factor, limits.min_pixels, limits.max_pixels)
-        h_bar, w_bar = max(h_bar, limits.factor), max(w_bar, limits.factor)
-        if (h_bar, w_bar) == size:
+    for _ in range(MAX_PASSES):
+        rounded = round_size(*size, limits.factor, limits.min_pixels, limits.max_pixels)
+        if rounded == size:
             return size
-        size = (h_bar, w_bar)
+        size = rounded
     raise DataError(f"image of {h}x{w} pixels (h x w) fits no size between the pixel limits {limits}")
+
+
+def fit(h: int, w: int, limits: PixelLimits) -> PixelLimits:
+    """The limits under which an h x w picture is shown: `limits`, with a lower minimum where they leave it no size.
+
+    Of weights whose limits leave little room (the tiny base: min == max, so that only squares fit), less than their
+    minimum may be shown: sides are rounded to `factor`, and a quarter of the maximum is low enough for every shape.
+    DataError for a picture that cannot be shown at all, see check_shape.
+    """
+    check_shape(h, w)
+    try:
+        fixed_size(h, w, limits)
+    except DataError:
+        return dataclasses.replace(limits, min_pixels=max(1, limits.max_pixels // 4))
+    return limits
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ elements that all hosts together have taken; starting at it costs nothing, as an
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from rsagent_jax.processes import Share
 from rsagent_jax.types import DataError, Prompt, Sample
 
 ALONE = Share()
+NAMED = 5  # unreadable elements that are named on the terminal, of one start; all are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +48,12 @@ class Pipeline:
         workers: int = 0,
         ahead: int = 16,
         what: str = "sample",
+        unreadable: str = "skip",
     ):
         """`transform` turns an element of `source` into what is taken; both must be picklable where `workers` > 0.
 
         what: what an element is called in messages, before its index in the source, and its id if the source has ids.
+        unreadable: skip = elements that cannot be read are left out, counted and named; stop = the first is a DataError.
         threads: elements decoded at a time per process. workers: processes beside this one; 0 = threads only.
         ahead: elements decoded before they are asked for.
         """
@@ -58,9 +62,11 @@ class Pipeline:
         self.read = _Read(source, transform, what)
         self.order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
         self.share, self.threads, self.workers, self.ahead = share, threads, workers, ahead
+        self.unreadable = unreadable
         self.position = 0
         self.skipped = 0  # elements of this host that could not be read
         self.problems: list[Unreadable] = []  # the latest of them
+        self.named = 0  # of them, on the terminal
         self._elements: Iterator[Any] | None = None
 
     def take(self, n: int) -> list[Any]:
@@ -79,10 +85,25 @@ class Pipeline:
         taken = [next(self._elements) for _ in range(mine)]
         self.position += n
         self.problems = [element for element in taken if isinstance(element, Unreadable)]
+        self._tell()
         self.skipped += len(self.problems)
         if len(self.problems) == mine:
             raise DataError(f"none of the {mine} samples drawn could be read; the first: {self.problems[0].problem}")
         return taken
+
+    def _tell(self) -> None:
+        """Names the latest problems, or stops at the first."""
+        for problem in self.problems:
+            if self.unreadable == "stop":
+                raise DataError(f"{self._name(problem)} cannot be read: {problem.problem}")
+            if self.named < NAMED:
+                self.named += 1
+                rest = "; what follows is only counted" * (self.named == NAMED)
+                print(f"skipped {self._name(problem)}: {problem.problem}{rest}", file=sys.stderr)
+
+    def _name(self, problem: Unreadable) -> str:
+        ids = getattr(self.read.source, "ids", None)  # of samples; stored trajectories are known by number
+        return f"record {problem.index}" if ids is None else f"sample {ids[problem.index]}"
 
     def state(self) -> dict[str, int]:
         """The same on every host but for `skipped`."""
@@ -140,5 +161,5 @@ class OpeningPrompt:
         state = environment.reset(sample.image, sample.query, self.agent, self.limits)
         opening = environment.opening_observation(state)
         text = prompts.opening(prompts.system_prompt(self.agent.prompt), opening.text)
-        prompt, _ = self.processor.prompt(text, [opening.image])
+        prompt, _ = self.processor.prompt(text, [opening.image], limits=state.limits)
         return sample, prompt

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from rsagent_jax.agent.views import smart_resize
+from rsagent_jax.agent.views import PixelLimits, round_size, smart_resize
 from rsagent_jax.config import SamplingConfig
 from rsagent_jax.data.image_config import ImageConfig
 from rsagent_jax.downloads import impostor
@@ -67,13 +67,16 @@ class Processor:
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return self.tokenizer.decode([int(t) for t in tokens], skip_special_tokens=False)
 
-    def prompt(self, text: str, images: Sequence[np.ndarray], start: int = 0) -> tuple[Prompt, int]:
+    def prompt(
+        self, text: str, images: Sequence[np.ndarray], start: int = 0, limits: PixelLimits | None = None
+    ) -> tuple[Prompt, int]:
         """Arrows 2 and 8: one IMAGE_PAD in `text` per image u8[h, w, 3]; positions go on from `start`.
 
-        Returns the prompt and the position of the next token.
+        limits: those of the trajectory that shows the images, see `image_patches`. Returns the prompt and the position
+        of the next token.
         """
         ids = self.encode(text)
-        patched = [image_patches(image, self.images) for image in images]
+        patched = [image_patches(image, self.images, limits) for image in images]
         grids = tuple(grid for _, grid in patched)
         if int((ids == self.image_id).sum()) != len(images):
             raise ValueError(f"{int((ids == self.image_id).sum())} image placeholders for {len(images)} images")
@@ -109,12 +112,15 @@ def _generation_eos(directory: str | pathlib.Path) -> tuple[int, ...] | None:
     return None if value is None else token_ids(value)
 
 
-def image_patches(image: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, Grid]:
+def image_patches(image: np.ndarray, config: ImageConfig, limits: PixelLimits | None = None) -> tuple[np.ndarray, Grid]:
     """u8[h, w, 3] -> (f32[P, C*2*14*14], grid): smart resize (bicubic), rescale, normalise, merge-block order.
 
-    A picture that already has its smart-resized size is not resampled.
+    A picture that already has its smart-resized size is not resampled. limits: of the trajectory that shows it
+    (EnvState.limits); their minimum may be below the processor's own (views.fit), and such a view keeps its size, too.
     """
-    h, w = smart_resize(*image.shape[:2], config.limits.factor, config.limits.min_pixels, config.limits.max_pixels)
+    own = config.limits
+    low = own.min_pixels if limits is None else min(own.min_pixels, limits.min_pixels)
+    h, w = round_size(*image.shape[:2], own.factor, low, own.max_pixels)
     if (h, w) != image.shape[:2]:
         image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
     mean, std = (np.asarray(v, np.float32) for v in (config.mean, config.std))

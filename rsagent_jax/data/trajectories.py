@@ -80,7 +80,7 @@ def context_of(state: EnvState, processor: Processor) -> tuple[np.ndarray, np.nd
     """
     images, style = shown_images(state), state.config.prompt
     text = prompts.opening(prompts.system_prompt(style), opening_observation(_start(state)).text)
-    prompt, position = processor.prompt(text, images[:1])
+    prompt, position = processor.prompt(text, images[:1], limits=state.limits)
     parts: list[tuple[np.ndarray, np.ndarray, bool]] = []
     grids, shown, skip = prompt.grids, 1, 0
     for turn in state.turns:
@@ -94,7 +94,8 @@ def context_of(state: EnvState, processor: Processor) -> tuple[np.ndarray, np.nd
         text = prompts.TERMINATOR + prompts.observation_turn(turn.observation.text, bool(count))
         skip = 1  # the terminator is there already, as a sampled token
         if turn is not state.turns[-1]:
-            prompt, position = processor.prompt(text, images[shown : shown + count], position - skip)
+            shows = images[shown : shown + count]
+            prompt, position = processor.prompt(text, shows, position - skip, state.limits)
             grids, shown = (*grids, *prompt.grids), shown + count
     if not parts:
         raise ValueError("a trajectory without a turn has nothing to store")
@@ -138,15 +139,16 @@ def decode(record: bytes, processor: Processor) -> Item:
         images = [
             np.asarray(Image.open(io.BytesIO(arrays[f"image_{i}"].tobytes())).convert("RGB")) for i in range(count)
         ]
-        header = json.loads(arrays["header"].tobytes())
+        header, limits = json.loads(arrays["header"].tobytes()), None
         if "picture" in header:
-            images = shown_images(replay(header["replay"], _source(header, arrays)))
+            state = replay(header["replay"], _source(header, arrays))
+            images, limits = shown_images(state), state.limits
         tokens, positions, sampled = arrays["tokens"], arrays["positions"], arrays["sampled"]
     except DataError:
         raise
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"a stored trajectory cannot be read ({error}); collect the set again") from error
-    patched = [image_patches(image, processor.images) for image in images]
+    patched = [image_patches(image, processor.images, limits) for image in images]
     grids = tuple(grid for _, grid in patched)
     wanted = sum(merged_tokens(grid, processor.images.merge_size) for grid in grids)
     found = int(((tokens == processor.image_id) & ~sampled).sum())

@@ -197,7 +197,7 @@ class Driver:
     def _opening(self, state: EnvState) -> tuple[Prompt, int]:
         opening = environment.opening_observation(state)
         text = prompts.opening(prompts.system_prompt(self.agent.prompt), opening.text)
-        return self.processor.prompt(text, [opening.image])
+        return self.processor.prompt(text, [opening.image], limits=state.limits)
 
     def _act(self, state: EnvState, text: str, position: int, completion: Completion) -> _Next:
         """Runs the turn's tool and prepares what is appended next: the turn's end, then the observation.
@@ -219,7 +219,7 @@ class Driver:
         text = prompts.TERMINATOR + prompts.observation_turn(observation.text, observation.image is not None)
         images = [] if observation.image is None else [observation.image]
         skip = int(completion.finished)
-        prompt, position = self.processor.prompt(text, images, position - skip)
+        prompt, position = self.processor.prompt(text, images, position - skip, state.limits)
         return _Next(state, prompt, position, skip)
 
     ############################## On the driver's thread ##############################

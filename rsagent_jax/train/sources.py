@@ -15,6 +15,7 @@ from flax import nnx
 
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import to_json
+from rsagent_jax.agent.views import check_shape
 from rsagent_jax.config import GrpoConfig, ReadConfig, SftConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item, fits, pack_evenly
@@ -54,7 +55,7 @@ class SftSource:
         self.records = trajectories.open_records(config.trajectories)
         decode = functools.partial(trajectories.decode, processor=processor)
         what = f"{config.trajectories}, record"
-        self.pipeline = _pipeline(self.records, decode, config.read, seed, share, what)
+        self.pipeline = _pipeline(self.records, decode, config.read, seed, share, config.unreadable, what)
         self.dropped = 0
 
     @property
@@ -106,7 +107,7 @@ class GrpoSource:
         self.workdir = workdir
         self.config, self.driver, self.engine, self.processor = config, driver, engine, processor
         self.share = share
-        self.pipeline = _pipeline(samples, _as_it_is, config.read, seed, share)
+        self.pipeline = _pipeline(samples, _showable, config.read, seed, share, config.data.unreadable)
         self.advantage = ADVANTAGES[name[config.advantage]]
         self.reward = make_reward(config.reward)
         self.examples: dict[str, Any] = {}  # the first group of the last step, for people
@@ -201,12 +202,17 @@ class GrpoSource:
         self.pipeline.restore(state)
 
 
-def _pipeline(source: Sequence[Any], transform, read: ReadConfig, seed: int, share: Share, what="sample") -> Pipeline:
-    settings = {"threads": read.threads, "workers": read.workers, "ahead": read.ahead, "what": what}
+def _pipeline(
+    source: Sequence[Any], transform, read: ReadConfig, seed: int, share: Share, unreadable: str, what: str = "sample"
+) -> Pipeline:
+    settings = {"threads": read.threads, "workers": read.workers, "ahead": read.ahead}
+    settings |= {"unreadable": unreadable, "what": what}
     return Pipeline(source, transform, seed=seed, share=share, **settings)
 
 
-def _as_it_is(sample: Sample) -> Sample:
+def _showable(sample: Sample) -> Sample:
+    """DataError for a picture that no view can show: to be skipped like one that cannot be decoded."""
+    check_shape(*sample.image.shape[:2])
     return sample
 
 

@@ -6,7 +6,7 @@ from agent_fakes import LIMITS, picture
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rsagent_jax.agent.views import MIN_ZOOM_SIDE, PixelLimits, View, fixed_size, smart_resize
+from rsagent_jax.agent.views import MIN_ZOOM_SIDE, PixelLimits, View, fit, fixed_size, round_size, smart_resize
 from rsagent_jax.types import DataError, ParseError
 
 QWEN = PixelLimits()
@@ -45,8 +45,49 @@ def test_smart_resize_properties(h, w, limits):
         assert h_bar * w_bar <= high
         assert smart_resize(h_bar, w_bar, *limits) == (h_bar, w_bar)
     h_fix, w_fix = fixed_size(h, w, PixelLimits(*limits))
-    assert smart_resize(h_fix, w_fix, *limits) == (h_fix, w_fix)
+    assert round_size(h_fix, w_fix, *limits) == (h_fix, w_fix)
     assert fixed_size(w, h, PixelLimits(*limits)) == (w_fix, h_fix)
+
+
+def test_a_picture_of_nearly_200_to_1_is_shown_as_transformers_shows_it():
+    """29 x 5700 is 197:1, and the size that Hugging Face's smart_resize gives for it 204:1."""
+    assert smart_resize(29, 5700, 28, 3136, 12_845_056) == (28, 5712)
+    assert fit(29, 5700, QWEN) is QWEN
+    view = View.whole(29, 5700, QWEN)
+    assert view.size_view == (5712, 28) and view.rotate(1).size_view == (28, 5712)
+    assert view.render(picture(29, 5700)).shape == (28, 5712, 3)
+
+
+@settings(max_examples=500)
+@given(
+    st.integers(1, 3000),
+    st.floats(1, 200),
+    st.booleans(),
+    st.integers(1, 30),
+    st.floats(1, 400),
+    st.floats(0, 1),
+)
+def test_every_picture_up_to_200_to_1_has_a_view_under_any_limits(short, ratio, turned, factor, most, least):
+    """`most`: the largest area in cells of factor x factor; `least`: the smallest as a share of it."""
+    h, w = short, int(short * ratio)
+    h, w = (w, h) if turned else (h, w)
+    high = int(most * factor**2)
+    limits = PixelLimits(factor, max(1, int(high * least)), high)
+    lowered = fit(h, w, limits)
+    assert lowered == fit(h, w, lowered) and lowered.max_pixels == high
+    w_view, h_view = View.whole(h, w, lowered).size_view
+    assert w_view % factor == h_view % factor == 0 and min(w_view, h_view) > 0
+    assert lowered.min_pixels <= w_view * h_view <= high
+    if lowered != limits:
+        assert lowered.min_pixels == max(1, high // 4) < limits.min_pixels
+        with pytest.raises(DataError, match="fits no size"):
+            View.whole(h, w, limits)
+
+
+@pytest.mark.parametrize("size", [(10, 2010), (2001, 10), (1, 201)])
+def test_a_picture_beyond_200_to_1_is_refused_with_the_remedy(size):
+    with pytest.raises(DataError, match=rf"{size[0]}x{size[1]} pixels .* more than 200 times the shorter; crop it"):
+        fit(*size, QWEN)
 
 
 @pytest.mark.parametrize("bad", [(28, 0, 100), (28, 3136, 783), (28, 1000, 900), (0, 1, 1)])

@@ -112,6 +112,35 @@ def test_any_other_exception_of_a_reader_is_no_skipped_sample_and_says_which_ele
         assert isinstance(error.value.__cause__, SystemError)
 
 
+class Named(list):
+    """A source whose elements have ids, as data sets have."""
+
+    @property
+    def ids(self):
+        return [f"s{x}" for x in self]
+
+
+def test_what_cannot_be_read_is_named_and_may_stop_the_command(capfd):
+    pipeline = Pipeline(Named(range(23)), odd_only, seed=5)
+    even = [x for x in itertools.chain(*draw()) if x % 2 == 0]
+    for _ in range(9):
+        pipeline.take(6)
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 5 < pipeline.skipped
+    assert [line.partition(";")[0] for line in said] == [
+        f"skipped sample s{x}: picture {x} is missing" for x in even[:5]
+    ]
+    assert said[-1].endswith("; what follows is only counted")
+    good = next(i for i, x in enumerate(itertools.chain(*draw())) if x % 2 == 0)  # elements before the first bad one
+    pipeline = Pipeline(Named(range(23)), odd_only, seed=5, unreadable="stop")
+    for _ in range(good):
+        pipeline.take(1)
+    with pytest.raises(DataError, match=f"^sample s{even[0]} cannot be read: picture {even[0]} is missing$"):
+        pipeline.take(1)
+    with pytest.raises(DataError, match="^record 0 cannot be read"):
+        Pipeline([0], odd_only, seed=0, unreadable="stop").take(1)
+
+
 def test_opening_prompts_are_those_of_the_driver(dataset):
     samples, processor = open_samples(DataConfig(root=str(dataset), split="val")), Processor.load(BASE)
     limits = PixelLimits(**dataclasses.asdict(processor.images.limits))

@@ -10,9 +10,9 @@ import pytest
 from agent_fakes import picture
 from tokenizers import Tokenizer
 
-from rsagent_jax.agent import prompts
+from rsagent_jax.agent import environment, prompts
 from rsagent_jax.agent.views import PixelLimits
-from rsagent_jax.config import SamplingConfig
+from rsagent_jax.config import AgentConfig, SamplingConfig
 from rsagent_jax.data import tiny_vocab
 from rsagent_jax.data.processor import ImageConfig, Processor, image_patches, pictures
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, mrope_positions
@@ -64,6 +64,24 @@ def test_a_picture_of_the_right_size_is_not_resampled():
         block = x[14 * row : 14 * row + 14, 14 * column : 14 * column + 14].transpose(2, 0, 1)
         wanted = np.stack([block, block], axis=1).reshape(-1)  # both frames of a still image are the same
         np.testing.assert_allclose(patches[index], wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(29, 5700), (40, 300), (7, 1400), (60, 100)])
+@pytest.mark.parametrize("limits", [(3136, 12_845_056), (12544, 12544), (3136, 12544)])
+def test_a_view_is_never_resized_on_its_way_to_the_model(size, limits):
+    """Also where its picture fits no size between the weights' limits and is shown below their minimum."""
+    processor = small.processor()
+    config = dataclasses.replace(processor.images, limits=PixelLimits(28, *limits))
+    state = environment.reset(picture(*size), "it", AgentConfig(), config.limits)
+    shown = environment.opening_observation(state).image
+    processor = Processor(processor.tokenizer, config, processor.config)
+    prompt, _ = processor.prompt(prompts.IMAGE, [shown], limits=state.limits)
+    assert prompt.grids == ((1, shown.shape[0] // 14, shown.shape[1] // 14),)
+    assert shown.shape[1::-1] == state.view.size_view
+    buffer = fill_patch_buffer(
+        prompt.patches, prompt.grids, np.ones(len(prompt.patches) // 4, bool), 8192, processor.config.vision
+    )
+    np.testing.assert_array_equal(pictures(buffer.patches, buffer.segment_ids, buffer.positions, config)[0], shown)
 
 
 def test_a_text_with_two_images_has_each_placeholder_widened_to_its_own_image():

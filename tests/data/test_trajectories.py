@@ -50,6 +50,28 @@ def test_a_record_gives_back_ids_positions_marks_and_bit_equal_patches():
     assert trajectories.header(record()) == {"id": "s0", "iou": 0.5, "query": "größe"}
 
 
+@pytest.mark.parametrize(("h", "w"), [(29, 5700), (1400, 7), (40, 100), (96, 120)])
+@pytest.mark.parametrize("lowest", [3136, 12544])
+def test_a_picture_of_any_shape_is_played_stored_and_read_with_the_same_grids(h, w, lowest):
+    """`lowest` 12544 leaves room for squares alone, as the tiny base's limits do."""
+    p = small.processor()
+    images = dataclasses.replace(p.images, limits=dataclasses.replace(p.images.limits, min_pixels=lowest))
+    processor = Processor(p.tokenizer, images, p.config)
+    turns = (small.click(w / 2, h / 2), small.zoom(0, 0, 30, 30), small.finish(1))
+    policy = TextPolicy(small.scripted({"s0": turns}), processor)
+    ((t, state),) = Driver(policy, DiscSegmenter(), processor, small.AGENT).run([small.task(0, h=h, w=w)])
+    assert t.status.value == "finished"
+    shown = trajectories.shown_images(state)
+    rows, columns = t.grids[0][1:]
+    assert shown[0].shape == (14 * rows, 14 * columns, 3)  # the model was given the view, pixel for pixel
+    for played_or_not in (t, None):
+        stored = trajectories.encode_by_reference(state, processor, "", {}, played_or_not)
+        item = trajectories.decode(stored, processor)
+        assert item.grids == t.grids
+        for name in ("tokens", "positions", "sampled", "patches"):
+            np.testing.assert_array_equal(getattr(item, name), getattr(t, name), err_msg=name)
+
+
 def test_as_many_images_as_grids_are_needed():
     t, shown = played()
     with pytest.raises(ValueError, match="2 images for 3 grids"):

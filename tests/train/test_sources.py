@@ -260,6 +260,21 @@ def test_a_sample_that_cannot_be_read_leaves_its_place_empty_and_is_counted():
     assert s.next(None, None)[1]["unreadable"] == 1.0
 
 
+def test_a_sample_that_cannot_be_shown_is_one_that_cannot_be_read():
+    groups = [[trajectory(i, 20), trajectory(i, 10)] for i in range(3)]
+    played, samples = Played(groups), [sample(i) for i in range(3)]
+    thin = {"image": np.zeros((10, 2010, 3), np.uint8), "gt_mask": np.zeros((10, 2010), bool)}  # 201:1
+    samples[1] = dataclasses.replace(samples[1], **thin)
+    settings = source(groups).config
+    s = GrpoSource(settings, samples, played, played, small.processor(), seed=0)
+    batches, metrics = s.next(None, None)
+    assert sorted(trained(batches)) == [11, 13] and metrics["unreadable"] == 1.0
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, unreadable="stop"))
+    s = GrpoSource(settings, samples, played, played, small.processor(), seed=0)
+    with pytest.raises(DataError, match="record 1 cannot be read: image of 10x2010 pixels .* crop it"):
+        s.next(None, None)
+
+
 # --- SFT ---
 
 
@@ -272,6 +287,8 @@ def test_a_stored_trajectory_that_cannot_be_read_is_counted_and_the_others_are_l
     s = sft(tmp_path, trajectories_per_step=4)
     batches, metrics = s.next(None, None)
     assert ids(batches) == [0, 1, 3] and metrics["unreadable"] == 1.0 and metrics["trajectories"] == 3.0
+    with pytest.raises(DataError, match="record 2 cannot be read: a stored trajectory cannot be read"):
+        sft(tmp_path, trajectories_per_step=4, unreadable="stop").next(None, None)
 
 
 @pytest.fixture(scope="module")
