@@ -252,7 +252,7 @@ def test_summary_shows_accuracies_where_targets_are_absent(runs, tmp_path, capsy
     assert summary.ABSENT_NOTE in lines
     text = (tmp_path / "out" / "report" / "index.html").read_text(encoding="utf-8")
     check_page(text)
-    assert "<th>N-acc</th>" in text and "<td>87.5%</td>" in text and summary.ABSENT_NOTE in text
+    assert ">N-acc</th>" in text and ">87.5%</td>" in text and summary.ABSENT_NOTE in text
 
 
 def test_choose_takes_no_sample_twice():
