@@ -69,7 +69,7 @@ quickstart: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
 quickstart: setup-runtime
 	@if [ -e $(RUN) ]; then echo "== starting over: removing $(RUN)"; rm -rf $(RUN); fi
-	@echo "== 1/5 a synthetic data set in the RefCOCO format"
+	@echo "== 1/5 a synthetic data set in the gRefCOCO format"
 	$(PY) -m rsagent_jax.data.synthetic --out=$(RUN)/data --train=1500 --val=200 --test=200 --seed=$(SEED)
 	@echo "== 2/5 trajectories of the oracle teacher"
 	$(PY) -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=$(RUN)/collect \

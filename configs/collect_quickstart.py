@@ -10,7 +10,8 @@ from rsagent_jax.config import CollectConfig, template
 def get_config():
     config = template(CollectConfig)
     config.processor = "assets/tiny-base"
-    config.limit = 600
+    config.data.dataset, config.data.split_by = "grefcoco", "unc"  # the scenes with absent targets
+    config.limit = 700
     config.filter.repeats = True  # the recipe was measured with them
     config.teacher.box = 0.6
     config.teacher.wrong_first = 0.06

@@ -16,6 +16,7 @@ def get_config():
     config.cache_dir = "runs/compiled"  # the three evaluations share their programs
     config.agent.prompt = "brief"
     config.agent.history_size = 112
+    config.data.dataset, config.data.split_by = "grefcoco", "unc"  # the scenes with absent targets
     config.data.split = "test"
     config.data.unit = "reference"
     config.sampling.temperature = 0.0

@@ -25,6 +25,7 @@ def get_config():
     config.sft.optim.schedule = "cosine"
     config.sft.checkpoint_every = 200
 
+    config.grpo.data.dataset, config.grpo.data.split_by = "grefcoco", "unc"  # the scenes with absent targets
     config.grpo.steps = 60
     config.grpo.min_spread = 0.05  # masks that differ by a few pixels teach nothing, but a z-score would blow them up
     config.grpo.batch = dict(rows=6, tokens=448, patches=384)

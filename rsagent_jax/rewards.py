@@ -60,7 +60,13 @@ def _ious(trajectory: Trajectory, sample: Sample) -> list[float]:
 
 
 def final_iou(trajectory: Trajectory, sample: Sample) -> float:
-    """IoU of the final mask, in [0, 1]. The paper's R_final."""
+    """IoU of the final mask, in [0, 1]. The paper's R_final.
+
+    Silence is no answer (ours): without `finish` an empty mask earns 0, also where the target is absent and the empty
+    mask is right. Else a policy would be paid for broken turns on every absent target.
+    """
+    if trajectory.status is not Status.FINISHED and not trajectory.final_mask.any():
+        return 0.0
     return mask_iou(trajectory.final_mask, sample)
 
 

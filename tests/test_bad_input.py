@@ -220,7 +220,7 @@ def test_a_missing_data_root(run, tmp_path):
 
 
 def test_a_truncated_reference_file(run, broken, tmp_path):
-    refs = broken / "refcocog" / "refs(umd).p"
+    refs = broken / "grefcoco" / "grefs(unc).p"
     refs.write_bytes(refs.read_bytes()[:-40])
     said(run(*collect(broken, tmp_path / "w")), refs, "Download it again")
 
@@ -234,7 +234,7 @@ class Evil:
 
 
 def test_a_pickle_that_wants_to_run_something_runs_nothing(broken, tmp_path):
-    refs = broken / "refcocog" / "refs(umd).p"
+    refs = broken / "grefcoco" / "grefs(unc).p"
     refs.write_bytes(pickle.dumps([Evil(tmp_path / "ran")], protocol=2))
     said(fresh(*collect(broken, tmp_path / "w")), refs, "is refused", "system", "Nothing of it was run")
     assert not (tmp_path / "ran").exists()
@@ -260,12 +260,13 @@ def test_a_picture_of_another_size_than_its_annotations(run, broken, tmp_path):
 
 
 def test_a_mask_of_another_size_than_its_picture(run, broken, tmp_path):
-    file = broken / "refcocog" / "instances.json"
+    file = broken / "refcocog" / "instances.json"  # where every sample has a mask
     instances = json.loads(file.read_text())
     for annotation in instances["annotations"]:
         annotation["segmentation"] = {"size": [10, 10], "counts": [50, 50]}
     file.write_text(json.dumps(instances))
-    said(run(*collect(broken, tmp_path / "w")), "annotation", "[10, 10]", "[112, 112]")
+    refcocog = ("--config.data.dataset=refcocog", "--config.data.split_by=umd")
+    said(run(*collect(broken, tmp_path / "w", *refcocog)), "annotation", "[10, 10]", "[112, 112]")
 
 
 def test_missing_trajectories(run, tmp_path):

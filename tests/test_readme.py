@@ -9,6 +9,7 @@ import sys
 import numpy as np
 
 from rsagent_jax.config import TrainConfig, build
+from rsagent_jax.data import scenes, synthetic
 from rsagent_jax.rewards import make_reward
 from rsagent_jax.types import Sample, Status, Trajectory
 
@@ -58,6 +59,32 @@ def test_the_pasted_reward_of_the_readme_is_what_the_named_override_trains_with(
     far = np.arange(100).reshape(10, 10) < 40  # IoU 0.8
     assert reward(trajectory(near), sample).parts["final"] == 1.0
     assert reward(trajectory(far), sample).parts["final"] == 0.0
+
+
+def test_the_segment_examples_ask_for_what_is_there_and_for_what_is_not():
+    """By the scene's own truth: the first names one object, alone, and the second nothing."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    command = block("### Try it on a picture", "").replace("\\\n", " ")
+    asked = [shlex.split(line)[3:5] for line in command.splitlines()]
+    (present, absent), (image_id,) = [q for _, q in asked], {int(re.search(r"(\d+)\.jpg$", p)[1]) for p, _ in asked}
+    number, index = divmod(image_id - 1, 10_000_000)
+    split = synthetic.SPLITS[number]
+    assert split != "train" and index < int(re.search(rf"--{split}=(\d+)", makefile)[1])
+    assert re.search(r"^SEED \?= 0$", makefile, re.MULTILINE) and "scene of seed 0" in README
+    config = scenes.SceneConfig()
+    scene, references = synthetic.scene_at(0, split, index, 1, config, scenes.load_photos())
+    texts = {text: reference.object_index for reference in references for text in reference.texts}
+    assert scenes.resolve(scene.objects, present) == [texts[present]]
+    assert scenes.resolve(scene.objects, absent) == [] and texts[absent] is None
+
+
+def test_the_words_that_the_readme_lists_are_those_of_the_scenes():
+    text = " ".join(README.split())
+    assert f"six colours ({', '.join(scenes.COLORS)}), four shapes ({', '.join(scenes.SHAPES)})" in text
+    assert (len(scenes.COLORS), len(scenes.SHAPES), tuple(scenes.SIZES)) == (6, 4, ("small", "large"))
+    assert f"({', '.join(scenes.RELATIONS)}; {', '.join(scenes.SUPERLATIVES)})" in text
+    config = scenes.SceneConfig()
+    assert f"{config.size} x {config.size} pixels with {config.min_objects} to {config.max_objects} flat shapes" in text
 
 
 def test_every_config_and_module_that_the_readme_names_exists():

@@ -131,6 +131,20 @@ def test_absent_target():
     assert (rewards.iou_gain(kept, absent), rewards.overshoot(kept, absent)) == (0.0, 1.0)
 
 
+def test_silence_is_no_answer_to_an_absent_target():
+    absent, reward = sample(row(0)), make_reward(DEFAULT_REWARD)
+    said = trajectory([turn(Finish(None))])
+    masked = trajectory([turn(BOX), turn(Finish(1))], masks=[row(3)], final=row(3))
+    # 1 x 1 + 0.5 x 0 + 0.2 x 1; 1 x 0 + 0.5 x (0.1 - 0.02 - 1) + 0.2 x 1
+    assert reward(said, absent).total == pytest.approx(1.2)
+    assert reward(masked, absent).total == pytest.approx(-0.26)
+    for status in (Status.INVALID, Status.MAX_TURNS, Status.MAX_CONTEXT, Status.REPEATED):
+        silent = trajectory([turn(None, ERROR)], status=status)
+        assert rewards.final_iou(silent, absent) == 0.0
+        assert reward(silent, absent).total == pytest.approx(-0.5)  # it had the right mask, and did not say so
+        assert rewards.final_iou(dataclasses.replace(silent, final_mask=row(3)), sample(row(3))) == 1.0
+
+
 def test_masks_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"bool\[1, 10\]"):
         rewards.final_iou(trajectory(final=row(4, size=9)), sample(row(8)))

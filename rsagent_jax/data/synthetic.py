@@ -2,6 +2,9 @@
 
     python -m rsagent_jax.data.synthetic --out=DIR --train=200 --val=50 --test=50 --seed=0
 
+The references stand there twice: as RefCOCOg (`refcocog/refs(umd).p`), and as gRefCOCO (`grefcoco/grefs(unc).p`) with
+further ones about things that are not in the picture, which only that layout can say.
+
 Scene `index` of a split depends on (seed, split, index) only: asking for more keeps the earlier ones, ids included.
 The directory appears whole or not at all.
 """
@@ -24,35 +27,40 @@ import tqdm
 from pycocotools import mask as coco_mask
 
 from rsagent_jax.data import scenes
+from rsagent_jax.data.refcoco import IMAGES, NO_TARGET
 from rsagent_jax.types import DataError
 
-DATASET, SPLIT_BY = "refcocog", "umd"
+REFS = {"refcocog": "refs(umd).p", "grefcoco": "grefs(unc).p"}  # data set: its file of references
 SPLITS = ("train", "val", "test")
 REFS_PER_IMAGE = {"train": 2, "val": 1, "test": 1}
-IMAGES = pathlib.PurePath("images/mscoco/images/train2014")
+ABSENT = 0.2  # references about nothing for each of the others, so a sixth of gRefCOCO's
 STAMP = "synthetic.json"
-_FORMAT = 1  # raised whenever the same arguments would write other bytes
+_FORMAT = 2  # raised whenever the same arguments would write other bytes
 _MAX_PER_SPLIT = 10_000_000  # room for image ids: split s holds s * 10^7 + 1 ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    object_index: int
+    object_index: int | None  # None: nothing in the scene is meant
     texts: tuple[str, ...]  # one or two different sentences
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
     scenes: int
-    references: int
-    sentences: int
+    references: int  # to objects
+    absent: int  # references to nothing, in gRefCOCO only
+    sentences: int  # of both
     already_there: bool
 
 
 def scene_at(
     seed: int, split: str, index: int, refs_per_image: int, config: scenes.SceneConfig, photos: tuple[np.ndarray, ...]
 ) -> tuple[scenes.Scene, tuple[Reference, ...]]:
-    """Scene `index` of a split with its references, as the dataset on disk has it (before JPEG)."""
+    """Scene `index` of a split with its references, as the dataset on disk has it (before JPEG).
+
+    A reference to nothing comes last, and in every few scenes only.
+    """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene = scenes.make_scene(rng, config, photos)
     named = sorted({e.object_index for e in scene.expressions})
@@ -61,6 +69,11 @@ def scene_at(
         count = 1 + int(rng.random() < 0.5)
         drawn = [scenes.sample_expression(rng, scene, config, k).text for _ in range(count)]
         references.append(Reference(k, tuple(dict.fromkeys(drawn))))
+    if rng.random() < ABSENT * len(references):
+        count = 1 + int(rng.random() < 0.5)
+        drawn = [scenes.sample_absent(rng, scene, config) for _ in range(count)]
+        texts = tuple(dict.fromkeys(text for text in drawn if text))
+        references += [Reference(None, texts)] if texts else []
     return scene, tuple(references)
 
 
@@ -129,7 +142,7 @@ def _check_target(out: pathlib.Path, stamp: dict) -> Written | None:
             f"{out} holds synthetic scenes made with other settings ({', '.join(differing)}):"
             " choose another --out, or delete it first"
         )
-    files = (out / DATASET / f"refs({SPLIT_BY}).p", out / DATASET / "instances.json")
+    files = [out / dataset / name for dataset, refs in REFS.items() for name in (refs, "instances.json")]
     pictures = sum(1 for _ in (out / IMAGES).glob("*.jpg"))
     if pictures == wrote.scenes and all(f.is_file() for f in files):
         return wrote
@@ -139,7 +152,6 @@ def _check_target(out: pathlib.Path, stamp: dict) -> Written | None:
 def _write(folder: pathlib.Path, stamp: dict, config: scenes.SceneConfig, progress: bool) -> Written:
     photos = scenes.load_photos()
     (folder / IMAGES).mkdir(parents=True)
-    (folder / DATASET).mkdir()
     refs, images, annotations = [], [], []
     jobs = [(split, index) for split in SPLITS for index in range(stamp["scenes"][split])]
     for split, index in tqdm.tqdm(jobs, desc="scenes", unit="scene", disable=not progress):
@@ -153,15 +165,20 @@ def _write(folder: pathlib.Path, stamp: dict, config: scenes.SceneConfig, progre
         refs += [_ref(r, scene, split, image_id, n) for n, r in enumerate(chosen)]
     categories = [{"id": k + 1, "name": name, "supercategory": "shape"} for k, name in enumerate(scenes.SHAPES)]
     instances = {
-        "info": {"description": "synthetic scenes of RSAgent-JAX, in the layout of RefCOCOg"},
+        "info": {"description": "synthetic scenes of RSAgent-JAX, in the layout of RefCOCO"},
         "images": images,
         "annotations": annotations,
         "categories": categories,
     }
-    (folder / DATASET / "instances.json").write_text(json.dumps(instances))
-    # Protocol 2, as in the files that refer ships.
-    (folder / DATASET / f"refs({SPLIT_BY}).p").write_bytes(pickle.dumps(refs, protocol=2))
-    wrote = {"scenes": len(images), "references": len(refs), "sentences": sum(len(r["sentences"]) for r in refs)}
+    present = [r for r in refs if r["ann_id"] != NO_TARGET]
+    several = [r | {key: [r[key]] for key in ("ann_id", "category_id")} for r in refs]
+    for (dataset, name), content in zip(REFS.items(), (present, several), strict=True):
+        (folder / dataset).mkdir()
+        (folder / dataset / "instances.json").write_text(json.dumps(instances))
+        # Protocol 2, as in the files that refer ships.
+        (folder / dataset / name).write_bytes(pickle.dumps(content, protocol=2))
+    counts = {"references": len(present), "absent": len(refs) - len(present)}
+    wrote = {"scenes": len(images), **counts, "sentences": sum(len(r["sentences"]) for r in refs)}
     (folder / STAMP).write_text(json.dumps({**stamp, "wrote": wrote}, indent=2) + "\n")
     return Written(**wrote, already_there=False)
 
@@ -180,7 +197,10 @@ def _annotation(obj: scenes.SceneObject, image_id: int, object_index: int) -> di
 
 
 def _ref(reference: Reference, scene: scenes.Scene, split: str, image_id: int, number: int) -> dict:
-    ann_id, ref_id = image_id * 10 + reference.object_index, image_id * 10 + number
+    ref_id, ann_id, category_id = image_id * 10 + number, NO_TARGET, NO_TARGET
+    if reference.object_index is not None:
+        ann_id = image_id * 10 + reference.object_index
+        category_id = scenes.SHAPES.index(scene.objects[reference.object_index].shape) + 1
     sentences = [
         {"raw": f"{text[0].upper()}{text[1:]}.", "sent": text, "sent_id": ref_id * 10 + k, "tokens": text.split()}
         for k, text in enumerate(reference.texts)
@@ -188,7 +208,7 @@ def _ref(reference: Reference, scene: scenes.Scene, split: str, image_id: int, n
     return {
         "ref_id": ref_id,
         "ann_id": ann_id,
-        "category_id": scenes.SHAPES.index(scene.objects[reference.object_index].shape) + 1,
+        "category_id": category_id,
         "image_id": image_id,
         # As in the real files, with the annotation's id at the end: it names no file, and loaders must not use it.
         "file_name": f"COCO_train2014_{image_id:012d}_{ann_id}.jpg",
@@ -230,7 +250,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     head = "already there: " if wrote.already_there else ""
     print(
-        f"{head}{wrote.scenes} scenes, {wrote.references} references, {wrote.sentences} sentences in {options['out']}"
+        f"{head}{wrote.scenes} scenes, {wrote.references} references and {wrote.absent} to what is absent,"
+        f" {wrote.sentences} sentences in {options['out']}"
     )
     return 0
 

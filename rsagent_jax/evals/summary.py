@@ -36,7 +36,12 @@ from rsagent_jax.evals.report import (
 from rsagent_jax.types import DataError
 
 KEYS = ("giou", "ciou", "mean_turns", "tool_error_rate", "n", "giou_ci95")  # of results.json, kept per policy
+ABSENT_KEYS = ("n_acc", "t_acc", "giou_target")  # kept as well where some samples have no target
 NAMES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
+ABSENT_NOTE = (
+    "N-acc: absent targets answered by an empty mask; T-acc: present ones answered by a mask. A policy that never makes"
+    " a mask has N-acc 100% and IoU 1 on every absent target."
+)
 SHOWN = 4  # samples shown among the best of GRPO, and as many among the worst
 
 # (stage, key of metrics.jsonl, title, label of the y axis); rewards' own parts are added as they come
@@ -70,7 +75,10 @@ class Summary:
 
     def to_json(self) -> dict[str, Any]:
         """What summary.json holds."""
-        policies = {name: {key: e.results.get(key) for key in KEYS} for name, e in self.evaluations.items()}
+        policies = {}
+        for name, e in self.evaluations.items():
+            keys = (*KEYS, *(key for key in ABSENT_KEYS if key in e.results))
+            policies[name] = {key: e.results.get(key) for key in keys}
         return policies | {"gain_ci95": list(self.gain.ci95), "gain": self.gain.mean, "seconds": self.seconds}
 
 
@@ -110,15 +118,29 @@ def _read_steps(path: pathlib.Path) -> tuple[dict[str, Any], ...]:
 
 def terminal(summary: Summary) -> str:
     """An aligned table in plain text."""
-    rows = [["", "gIoU", "95% interval", "cIoU", "turns", "tool errors", "samples"]]
+    head, figures = _figures(summary)
+    rows = [["", "gIoU", "95% interval", *head]]
     for name, evaluation in summary.evaluations.items():
         r = evaluation.results
-        cells = [f"{r['giou']:.3f}", span(r["giou_ci95"]), f"{r['ciou']:.3f}", f"{r['mean_turns']:.2f}"]
-        rows.append([NAMES[name], *cells, _percent(r.get("tool_error_rate")), str(r["n"])])
+        rows.append([NAMES[name], f"{r['giou']:.3f}", span(r["giou_ci95"]), *figures[name]])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows]
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*lines, "", _verdict("GRPO", "SFT", summary.gain), _verdict("SFT", "base", summary.sft_gain)])
+    verdicts = [_verdict("GRPO", "SFT", summary.gain), _verdict("SFT", "base", summary.sft_gain)]
+    return "\n".join([*lines, "", *([ABSENT_NOTE, ""] if "N-acc" in head else []), *verdicts])
+
+
+def _figures(summary: Summary) -> tuple[list[str], dict[str, list[str]]]:
+    """The columns beside gIoU: their heads, and the cells of each policy. Accuracies only where targets are absent."""
+    absent = any("n_acc" in e.results for e in summary.evaluations.values())
+    head = ["cIoU", *(["N-acc", "T-acc"] if absent else []), "turns", "tool errors", "samples"]
+    cells = {}
+    for name, evaluation in summary.evaluations.items():
+        r = evaluation.results
+        accuracies = [_percent(r.get("n_acc")), _percent(r.get("t_acc"))] if absent else []
+        rest = [f"{r['mean_turns']:.2f}", _percent(r.get("tool_error_rate")), str(r["n"])]
+        cells[name] = [f"{r['ciou']:.3f}", *accuracies, *rest]
+    return head, cells
 
 
 def _verdict(after: str, before: str, gain: Gain) -> str:
@@ -177,16 +199,16 @@ def render(summary: Summary) -> str:
 def _results_table(summary: Summary) -> Html:
     bounds = [e.results["giou_ci95"] for e in summary.evaluations.values()]
     axis = (min(0.0, *(b[0] for b in bounds)), max(b[1] for b in bounds))
+    head, figures = _figures(summary)
     rows: list[list[object]] = []
     for name, evaluation in summary.evaluations.items():
         r = evaluation.results
         plot = interval(r["giou"], *r["giou_ci95"], axis)
-        cells = [f"{r['ciou']:.3f}", f"{r['mean_turns']:.2f}", _percent(r.get("tool_error_rate")), r["n"]]
-        rows.append([NAMES[name], plot, tag("b", f"{r['giou']:.3f}"), span(r["giou_ci95"]), *cells])
+        rows.append([NAMES[name], plot, tag("b", f"{r['giou']:.3f}"), span(r["giou_ci95"]), *figures[name]])
     for name, gain in (("SFT − base", summary.sft_gain), ("GRPO − SFT", summary.gain)):
-        rows.append([name, "", tag("b", f"{gain.mean:+.3f}"), span(gain.ci95, sign=True), "", "", "", ""])
-    head = ["policy", "gIoU and its interval", "gIoU", "95% interval", "cIoU", "turns", "tool errors", "samples"]
-    return table(head, rows, text_columns=2)
+        rows.append([name, "", tag("b", f"{gain.mean:+.3f}"), span(gain.ci95, sign=True), *[""] * len(head)])
+    shown = table(["policy", "gIoU and its interval", "gIoU", "95% interval", *head], rows, text_columns=2)
+    return join([shown, tag("p", ABSENT_NOTE, class_="note")]) if "N-acc" in head else shown
 
 
 def curves(steps: Sequence[dict[str, Any]]) -> list[Html]:

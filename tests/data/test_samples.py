@@ -137,7 +137,8 @@ def test_check_reports_broken_pictures_and_draws_the_rest(copied, tmp_path):
     picture = sorted((copied / "images/mscoco/images/train2014").glob("*.jpg"))[-1]
     picture.write_bytes(picture.read_bytes()[:400])
     (copied / "synthetic.json").unlink()
-    done = run_check(copied, tmp_path / "out", "--samples=0")
+    refcocog = ("--config.data.dataset=refcocog", "--config.data.split_by=umd")
+    done = run_check(copied, tmp_path / "out", "--samples=0", *refcocog)
     assert done.returncode == 1, done.stderr
     assert "3 of 4 samples looked at were read" in done.stdout and f"{picture} is not a readable picture" in done.stdout
     assert "DIFFERS" in done.stdout  # four synthetic samples are not RefCOCOg's 5023 references

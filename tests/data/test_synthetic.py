@@ -27,7 +27,7 @@ def test_write_then_read_gives_the_scene_back(dataset, photos):
         for index in range(count):
             scene, references = synthetic.scene_at(5, split, index, 2 if split == "train" else 1, config, photos)
             pixels = scenes.jpeg_roundtrip(scene.image, config.jpeg_quality)
-            for reference in references:
+            for reference in (r for r in references if r.object_index is not None):
                 drawn = scene.objects[reference.object_index].mask
                 for text in reference.texts:
                     sample = next(read)
@@ -37,6 +37,40 @@ def test_write_then_read_gives_the_scene_back(dataset, photos):
                     assert iou >= 0.97
                     assert scenes.resolve(scene.objects, text) == [reference.object_index]
         assert next(read, None) is None
+
+
+def test_grefcoco_holds_the_same_references_and_absent_ones(dataset, photos):
+    config, absent, total = scenes.SceneConfig(), 0, 0
+    for split, count in COUNTS.items():
+        read = iter(refcoco.load_refcoco(dataset, "grefcoco", "unc", split))
+        present = refcoco.load_refcoco(dataset, split=split)
+        by_text = {(sample.path, sample.query): sample for sample in present}
+        for index in range(count):
+            scene, references = synthetic.scene_at(5, split, index, 2 if split == "train" else 1, config, photos)
+            assert [r.object_index for r in references[:-1]].count(None) == 0  # at most one, and last
+            total += len(references)
+            for reference in references:
+                for text in reference.texts:
+                    sample = next(read)
+                    assert sample.query == text
+                    if reference.object_index is not None:
+                        assert (sample.gt_mask == by_text.pop((sample.path, text)).gt_mask).all()
+                    else:
+                        assert not sample.gt_mask.any() and scenes.resolve(scene.objects, text) == []
+            absent += references[-1].object_index is None
+        assert next(read, None) is None and not by_text
+    assert 0.08 < absent / total < 0.25  # a sixth is meant
+    refs = pickle.loads((dataset / "grefcoco/grefs(unc).p").read_bytes())
+    assert sum(r["ann_id"] == [-1] and r["category_id"] == [-1] for r in refs) == absent
+    assert len({r["ref_id"] for r in refs}) == len(refs) == total
+
+
+def test_a_sixth_of_the_references_is_absent(photos):
+    """Over many scenes, without writing them."""
+    config = scenes.SceneConfig()
+    drawn = [r for i in range(400) for r in synthetic.scene_at(0, "train", i, 2, config, photos)[1]]
+    assert np.mean([r.object_index is None for r in drawn]) == pytest.approx(1 / 6, abs=0.03)
+    assert all(1 <= len(r.texts) == len(set(r.texts)) <= 2 for r in drawn)
 
 
 def test_masks_equal_pycocotools_on_the_same_file(dataset):
@@ -108,7 +142,9 @@ def test_second_run_finds_it_there(copied):
     assert {p: p.stat().st_mtime_ns for p in copied.rglob("*")} == before
 
 
-@pytest.mark.parametrize("lost", ["refcocog/instances.json", "refcocog/refs(umd).p", "picture"])
+@pytest.mark.parametrize(
+    "lost", ["refcocog/instances.json", "refcocog/refs(umd).p", "grefcoco/grefs(unc).p", "picture"]
+)
 def test_a_damaged_copy_is_rebuilt(copied, dataset, lost):
     lost = next(copied.rglob("*.jpg")) if lost == "picture" else copied / lost
     whole = lost.read_bytes()
@@ -176,7 +212,7 @@ def test_bad_numbers(tmp_path, wrong):
 def test_command_line(tmp_path, capsys):
     arguments = [f"--out={tmp_path / 'out'}", "--train=2", "--val=1", "--test=0", "--seed=3", "--size=96"]
     assert synthetic.main([*arguments, "--refs_per_image=3"]) == 0
-    assert capsys.readouterr().out.startswith("3 scenes, 9 references, ")
+    assert capsys.readouterr().out.startswith("3 scenes, 9 references and ")
     assert refcoco.load_refcoco(tmp_path / "out", split="val")[0].image.shape == (96, 96, 3)
     assert synthetic.main([*arguments, "--refs_per_image=3"]) == 0
     assert capsys.readouterr().out.startswith("already there: 3 scenes")

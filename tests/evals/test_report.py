@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 import time
 
 import cv2
@@ -233,6 +234,25 @@ def test_summary(runs, tmp_path, capsys):
     assert all(f"<b>{title}</b>" in text for title in TITLES) and "Tool errors</b>" not in text
     assert text.count('<article class="card">') == 8 and text.count('class="policy"') == 24
     assert "3 → 3.33" in text  # the later object of a step that was done again
+
+
+def test_summary_shows_accuracies_where_targets_are_absent(runs, tmp_path, capsys):
+    for name, accuracies in (("base", (1.0, 0.0)), ("sft", (0.5, 0.75)), ("grpo", (0.875, None))):
+        shutil.copytree(runs / name, tmp_path / name)
+        path = tmp_path / name / "results.json"
+        figures = json.loads(path.read_text()) | dict(zip(("n_acc", "t_acc"), accuracies, strict=True))
+        path.write_text(json.dumps(figures | {"giou_target": 0.25}))
+    assert summary.main(arguments(tmp_path, tmp_path / "out", train=runs / "train")) == 0
+    value = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (value["sft"]["n_acc"], value["sft"]["t_acc"], value["sft"]["giou_target"]) == (0.5, 0.75, 0.25)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[3:] == ["cIoU", "N-acc", "T-acc", "turns", "tool", "errors", "samples"]
+    shares = [re.findall(r"(\S+%|-) ", line)[:2] for line in lines[2:5]]
+    assert shares == [["100.0%", "0.0%"], ["50.0%", "75.0%"], ["87.5%", "-"]]
+    assert summary.ABSENT_NOTE in lines
+    text = (tmp_path / "out" / "report" / "index.html").read_text(encoding="utf-8")
+    check_page(text)
+    assert ">N-acc</th>" in text and ">87.5%</td>" in text and summary.ABSENT_NOTE in text
 
 
 def test_choose_takes_no_sample_twice():
