@@ -31,7 +31,7 @@ class Unreadable:
     """Stands for an element that could not be read, so that the ones after it keep their places."""
 
     index: int  # in the source
-    problem: str
+    problem: str  # which element, and what is wrong with it
 
 
 class Pipeline:
@@ -53,7 +53,7 @@ class Pipeline:
         """`transform` turns an element of `source` into what is taken; both must be picklable where `workers` > 0.
 
         what: what an element is called in messages, before its index in the source, and its id if the source has ids.
-        unreadable: skip = elements that cannot be read are left out, counted and named; stop = the first is a DataError.
+        unreadable: skip = elements that cannot be read are counted and named; stop = the first is a DataError.
         threads: elements decoded at a time per process. workers: processes beside this one; 0 = threads only.
         ahead: elements decoded before they are asked for.
         """
@@ -95,15 +95,11 @@ class Pipeline:
         """Names the latest problems, or stops at the first."""
         for problem in self.problems:
             if self.unreadable == "stop":
-                raise DataError(f"{self._name(problem)} cannot be read: {problem.problem}")
+                raise DataError(f"cannot be read: {problem.problem}")
             if self.named < NAMED:
                 self.named += 1
                 rest = "; what follows is only counted" * (self.named == NAMED)
-                print(f"skipped {self._name(problem)}: {problem.problem}{rest}", file=sys.stderr)
-
-    def _name(self, problem: Unreadable) -> str:
-        ids = getattr(self.read.source, "ids", None)  # of samples; stored trajectories are known by number
-        return f"record {problem.index}" if ids is None else f"sample {ids[problem.index]}"
+                print(f"skipped {problem.problem}{rest}", file=sys.stderr)
 
     def state(self) -> dict[str, int]:
         """The same on every host but for `skipped`."""

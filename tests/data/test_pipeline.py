@@ -92,7 +92,11 @@ def test_what_cannot_be_read_is_counted_and_the_rest_is_kept():
 
 
 class Named(list):
-    ids = ["a", "b", "c"]
+    """A source whose elements have ids, as data sets have."""
+
+    @property
+    def ids(self):
+        return [f"s{x}" for x in self]
 
 
 def odd(x):
@@ -104,20 +108,12 @@ def odd(x):
 @pytest.mark.parametrize("threads", [1, 4])
 def test_any_other_exception_of_a_reader_is_no_skipped_sample_and_says_which_element_it_was(threads):
     for source, what, name in (
-        (Named([0, 1, 2]), "sample", r"sample 2 \(c\)"),
+        (Named([0, 1, 2]), "sample", r"sample 2 \(s2\)"),
         (range(3), "runs/x, record", "runs/x, re"),
     ):
         with pytest.raises(RuntimeError, match=f"reading {name}.*: SystemError: AST constructor") as error:
             Pipeline(source, odd, seed=5, threads=threads, what=what).take(3)
         assert isinstance(error.value.__cause__, SystemError)
-
-
-class Named(list):
-    """A source whose elements have ids, as data sets have."""
-
-    @property
-    def ids(self):
-        return [f"s{x}" for x in self]
 
 
 def test_what_cannot_be_read_is_named_and_may_stop_the_command(capfd):
@@ -128,17 +124,19 @@ def test_what_cannot_be_read_is_named_and_may_stop_the_command(capfd):
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 5 < pipeline.skipped
     assert [line.partition(";")[0] for line in said] == [
-        f"skipped sample s{x}: picture {x} is missing" for x in even[:5]
+        f"skipped sample {x} (s{x}): picture {x} is missing" for x in even[:5]
     ]
     assert said[-1].endswith("; what follows is only counted")
     good = next(i for i, x in enumerate(itertools.chain(*draw())) if x % 2 == 0)  # elements before the first bad one
     pipeline = Pipeline(Named(range(23)), odd_only, seed=5, unreadable="stop")
     for _ in range(good):
         pipeline.take(1)
-    with pytest.raises(DataError, match=f"^sample s{even[0]} cannot be read: picture {even[0]} is missing$"):
+    with pytest.raises(
+        DataError, match=rf"^cannot be read: sample {even[0]} \(s{even[0]}\): picture {even[0]} is missing$"
+    ):
         pipeline.take(1)
-    with pytest.raises(DataError, match="^record 0 cannot be read"):
-        Pipeline([0], odd_only, seed=0, unreadable="stop").take(1)
+    with pytest.raises(DataError, match="^cannot be read: record 0: picture 0"):
+        Pipeline([0], odd_only, seed=0, unreadable="stop", what="record").take(1)
 
 
 def test_opening_prompts_are_those_of_the_driver(dataset):
