@@ -22,8 +22,10 @@ RESTART_IOU = 0.5  # below this the guess was wrong: a new prompt is shorter tha
 PATIENCE = 2  # masks without a better IoU before it gives up and commits the best one
 MAX_NAME_CHARS = 60  # longer queries are called "the target" in thoughts
 
-_CLICK = ("{Name} is here; I click on it.", "I see {name}; I click on its middle.", "A click on {name}.")
-_BOX = ("{Name} is here; I draw a box.", "I see {name}; I box it.", "A box around {name}.")
+# Whether it is there is said right after its name: a small policy decides where it has just looked for these words.
+_CLICK = ("{Name} is here; I click on it.", "{Name} is here; I click on its middle.")
+_BOX = ("{Name} is here; I draw a box.", "{Name} is here; I box it.")
+_ABSENT = ("{Name} is not here.", "{Name} is not here; I finish.")
 # A wrong guess is announced as a guess, so that what is learnt from it does not blur the sure first actions.
 _GUESS = ("Perhaps this is {name}; I try.", "Maybe {name} is here; I try.")
 _AGAIN = ("That is not {name}; I try again.", "The mask is wrong; I look for {name} again.")
@@ -31,7 +33,6 @@ _MISSING = ("The mask misses a part; I add a click.", "A part of {name} is missi
 _EXTRA = ("The mask covers too much; I mark the background.", "This part is not {name}; I remove it.")
 _DONE = ("The mask fits {name}; I finish.", "The mask covers {name}. Done.")
 _BEST = ("It does not get better; I take the best mask.", "This is the best mask of {name}; I finish.")
-_ABSENT = ("There is nothing like {name} here.", "I do not see {name}; there is no mask to give.")
 
 
 class Oracle:

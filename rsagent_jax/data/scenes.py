@@ -29,7 +29,6 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle", "star")
 SIZES = {"small": (20.0, 26.0), "large": (34.0, 44.0)}  # extent of the longer side, px at size 112
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # direction from the anchor
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SUPERLATIVES = {"leftmost": (-1, 0), "rightmost": (1, 0), "topmost": (0, -1), "bottommost": (0, 1)}
 
 # Photographs inside the scikit-image wheel. Reading them by path, and not through skimage.data, can never download.
@@ -156,16 +155,6 @@ def sample_expression(
     wanted = relations if rng.random() < config.relation_share else attributes
     pool = wanted or mine
     return pool[rng.integers(len(pool))] if pool else None
-
-
-def sample_absent(rng: np.random.Generator, scene: Scene, config: SceneConfig) -> str | None:
-    """A sentence about nothing in the scene, one word away from one about an object; None where none was found."""
-    for _ in range(20):  # nearly every sentence has near misses; those of a scene full of twins may not
-        expression = sample_expression(rng, scene, config)
-        misses = near_misses(scene.objects, expression.text) if expression else []
-        if misses:
-            return misses[rng.integers(len(misses))]
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------- drawing
@@ -419,28 +408,7 @@ def _relations(
     return out
 
 
-def near_misses(objects: tuple[SceneObject, ...], text: str) -> list[str]:
-    """A true sentence with one word changed so that it is certainly about nothing.
-
-    Either no object has the colour and shape of the new sentence, whatever its size and place (sizes and places never
-    decide: a large object that is half hidden may look small), or a relation is turned into its opposite, which is
-    false by the margin that the relation is true by.
-    """
-    match = _SENTENCE.fullmatch(text)
-    head, relation, misses = match["head"], match["relation"], []
-    words = head.split()
-    for k, word in enumerate(words):
-        for other in next((group for group in (COLORS, SHAPES) if word in group), ()):
-            changed = [*words[:k], other, *words[k + 1 :]]
-            if not resolve(objects, " ".join(["the", *(w for w in changed if w not in SIZES)])):
-                misses.append(text.replace(head, " ".join(changed), 1))
-    if relation:
-        turned = text.replace(relation, OPPOSITE[relation])
-        misses += [] if resolve(objects, turned) else [turned]
-    return misses
-
-
-_SENTENCE = re.compile(
+SENTENCE = re.compile(
     r"the (?:(?P<extreme>\w+most) )?(?P<head>[a-z]+(?: [a-z]+){0,2}?)"
     rf"(?: (?P<relation>{'|'.join(RELATIONS)}) the (?P<anchor>\w+ \w+))?"
 )
@@ -451,7 +419,7 @@ def resolve(objects: tuple[SceneObject, ...], text: str) -> list[int]:
 
     Independent of `expressions_of` on purpose: tests hold one against the other. Raises DataError for other sentences.
     """
-    match = _SENTENCE.fullmatch(text.strip().lower())
+    match = SENTENCE.fullmatch(text.strip().lower())
     words = set() if match is None else {*match["head"].split(), *(match["anchor"] or "").split()}
     if match is None or words - {*COLORS, *SHAPES, *SIZES, "one", "object"}:
         raise DataError(f"not a sentence about a scene: {text!r}")

@@ -26,7 +26,7 @@ import numpy as np
 import tqdm
 from pycocotools import mask as coco_mask
 
-from rsagent_jax.data import scenes
+from rsagent_jax.data import absent, scenes
 from rsagent_jax.data.refcoco import IMAGES, NO_TARGET
 from rsagent_jax.types import DataError
 
@@ -71,7 +71,7 @@ def scene_at(
         references.append(Reference(k, tuple(dict.fromkeys(drawn))))
     if rng.random() < ABSENT * len(references):
         count = 1 + int(rng.random() < 0.5)
-        drawn = [scenes.sample_absent(rng, scene, config) for _ in range(count)]
+        drawn = [absent.sample_absent(rng, scene, config) for _ in range(count)]
         texts = tuple(dict.fromkeys(text for text in drawn if text))
         references += [Reference(None, texts)] if texts else []
     return scene, tuple(references)
