@@ -51,7 +51,7 @@ class Pipeline:
     ):
         """`transform` turns an element of `source` into what is taken; both must be picklable where `workers` > 0.
 
-        unreadable: skip = elements that cannot be read are left out, counted and named; stop = the first is a DataError.
+        unreadable: skip = what cannot be read is left out, counted and named; stop = the first one is a DataError.
         threads: elements decoded at a time per process. workers: processes beside this one; 0 = threads only.
         ahead: elements decoded before they are asked for.
         """

@@ -182,9 +182,7 @@ class GrpoSource:
         self.pipeline.restore(state)
 
 
-def _pipeline(
-    source: Sequence[Any], transform, read: ReadConfig, seed: int, share: Share, unreadable: str
-) -> Pipeline:
+def _pipeline(source: Sequence[Any], transform, read: ReadConfig, seed: int, share: Share, unreadable: str) -> Pipeline:
     settings = {"threads": read.threads, "workers": read.workers, "ahead": read.ahead, "unreadable": unreadable}
     return Pipeline(source, transform, seed=seed, share=share, **settings)
 

@@ -108,7 +108,9 @@ def test_what_cannot_be_read_is_named_and_may_stop_the_command(capfd):
         pipeline.take(6)
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 5 < pipeline.skipped
-    assert [line.partition(";")[0] for line in said] == [f"skipped sample s{x}: picture {x} is missing" for x in even[:5]]
+    assert [line.partition(";")[0] for line in said] == [
+        f"skipped sample s{x}: picture {x} is missing" for x in even[:5]
+    ]
     assert said[-1].endswith("; what follows is only counted")
     good = next(i for i, x in enumerate(itertools.chain(*draw())) if x % 2 == 0)  # elements before the first bad one
     pipeline = Pipeline(Named(range(23)), odd_only, seed=5, unreadable="stop")

@@ -143,7 +143,7 @@ BAD_IMAGES = [
     np.zeros((5, 5, 4), np.uint8),
     np.zeros((5, 5, 3), np.float32),
     np.zeros((0, 5, 3), np.uint8),
-    np.broadcast_to(np.uint8(0), (5000, 5000, 3)),  # 75 MB without using them
+    np.broadcast_to(np.uint8(0), (20000, 20000, 3)),  # 1.2 GB without using them
     None,
 ]
 
