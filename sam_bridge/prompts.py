@@ -71,7 +71,7 @@ def _check_box(box: tuple[float, ...], height: int, width: int) -> None:
 
 def _numbers(values: tuple[float, ...], count: int, name: str) -> list[float]:
     try:
-        numbers = [float(v) for v in values]
+        numbers = [float(v) for v in values if not isinstance(v, str)]  # a back end would not take "5" for 5
     except (TypeError, ValueError):
         _refuse(f"{name} {values!r} is not {count} numbers")
     if len(numbers) != count or not all(math.isfinite(v) for v in numbers):

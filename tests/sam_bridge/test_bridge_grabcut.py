@@ -111,6 +111,7 @@ BAD_PROMPTS = [
     SegmentRequest(box=(500.0, 0.0, 600.0, 50.0)),
     SegmentRequest(box=(-9.0, -9.0, -1.0, -1.0)),
     SegmentRequest(box=(1.0, 2.0, 3.0)),
+    SegmentRequest(box=("1", "2", "3", "4")),
     SegmentRequest(points=((1.0, NAN),), labels=(1,)),
     SegmentRequest(points=((1.0, 500.0),), labels=(1,)),
     SegmentRequest(points=((1.0, 5.0),), labels=()),
