@@ -17,7 +17,7 @@ from sam_bridge import bridge_pb2 as pb
 from sam_bridge import security, wire
 from sam_bridge.fleet import Fleet, Slot, rank
 from sam_bridge.local import image_hash
-from sam_bridge.prompts import check_image, check_request
+from sam_bridge.shrink import ask_shrunk
 from sam_bridge.types import About, FailureKind, SegmenterError, SegmentReply, SegmentRequest
 
 T = TypeVar("T")
@@ -66,10 +66,18 @@ class SamClient:
         self._about: About | None = None  # the first side-car that answered; the others must give the same masks
 
     def segment(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
-        """See types.Segmenter. `timings_s` gains `transport`: what the caller waited beyond the side-car's own work."""
+        """See types.Segmenter. `timings_s` gains `transport`: what the caller waited beyond the side-car's own work.
+
+        A picture larger than segmenters look at is shrunk first, see shrink.py.
+        """
         start = time.perf_counter()
-        check_image(image)
-        check_request(request, *image.shape[:2])
+        reply = ask_shrunk(image, request, self._ask)
+        total = time.perf_counter() - start
+        served = reply.timings_s.get("total", 0.0)
+        return dataclasses.replace(reply, timings_s={**reply.timings_s, "total": total, "transport": total - served})
+
+    def _ask(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
+        """About the picture as it is sent; a mask to refine that a side-car has forgotten is made again first."""
         key = image_hash(image)
         try:
             reply = self._segment(key, image, request)
@@ -78,9 +86,7 @@ class SamClient:
                 raise
             reply = self._segment(key, image, request)
         self._remember(key, reply.logits_id, request)
-        total = time.perf_counter() - start
-        served = reply.timings_s.get("total", 0.0)
-        return dataclasses.replace(reply, timings_s={**reply.timings_s, "total": total, "transport": total - served})
+        return reply
 
     def info(self) -> list[pb.InfoReply]:
         """Who answers at each address, in order, with counts. Waits up to `wait_s` for each; the connection check."""
@@ -270,7 +276,7 @@ class SamClient:
         if recipe_key != key:
             return False
         self._count("remade")
-        return self.segment(image, recipe).logits_id == logits_id
+        return self._ask(image, recipe).logits_id == logits_id
 
 
 def _reason(error: grpc.RpcError) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 
 from sam_bridge.backends import Backend, DeadDevice
 from sam_bridge.cache import ByteLRU
-from sam_bridge.prompts import check_image, check_request
+from sam_bridge.prompts import check_request
+from sam_bridge.shrink import ask_shrunk
 from sam_bridge.types import About, FailureKind, SegmenterError, SegmentReply, SegmentRequest
 
 log = logging.getLogger(__name__)
@@ -79,13 +80,16 @@ class LocalSegmenter:
         self._lock = threading.Lock()
 
     def segment(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
+        """See types.Segmenter. A picture larger than segmenters look at is shrunk first, see shrink.py."""
         start = time.perf_counter()
-        check_image(image)
+        reply = ask_shrunk(image, request, self._ask)
+        return dataclasses.replace(reply, timings_s={**reply.timings_s, "total": time.perf_counter() - start})
+
+    def _ask(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
         key = image_hash(image)
         encoded, encode_s = self.put(key, image)
         reply = self._decode(key, encoded, request)
-        timings = {**reply.timings_s, "encode": encode_s, "total": time.perf_counter() - start}
-        return dataclasses.replace(reply, timings_s=timings)
+        return dataclasses.replace(reply, timings_s={**reply.timings_s, "encode": encode_s})
 
     def put(self, key: str, image: np.ndarray) -> tuple[_Encoded, float]:
         """(encoding, seconds spent or waited for it). `key` must be image_hash(image)."""

@@ -8,17 +8,29 @@ import numpy as np
 
 from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
 
-MAX_IMAGE_BYTES = 64 << 20  # about 4700 x 4700 pixels
+MAX_IMAGE_BYTES = 64 << 20  # of a picture on the wire; about 4700 x 4700 pixels
+MAX_PIXELS = 1 << 28  # of a picture before it is shrunk (shrink.py): 268 megapixels
 MAX_POINTS = 64
 
 
-def check_image(image: np.ndarray) -> None:
-    """Requires u8[h, w, 3] with at least one pixel and at most MAX_IMAGE_BYTES."""
+def check_pixels(image: np.ndarray) -> None:
+    """Requires u8[h, w, 3] with at least one pixel and at most MAX_PIXELS."""
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         what = f"{image.dtype}{list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
         raise SegmenterError(FailureKind.INVALID_IMAGE, f"image must be u8[h, w, 3] RGB, got {what}")
     if image.size == 0:
         raise SegmenterError(FailureKind.INVALID_IMAGE, f"image has no pixels: {list(image.shape)}")
+    if image.shape[0] * image.shape[1] > MAX_PIXELS:
+        size = f"{image.shape[1]} x {image.shape[0]} pixels"
+        raise SegmenterError(
+            FailureKind.INVALID_IMAGE,
+            f"image of {size} is above the limit of {MAX_PIXELS / 1e6:.0f} megapixels: shrink it",
+        )
+
+
+def check_image(image: np.ndarray) -> None:
+    """Requires what is sent: check_pixels, and at most MAX_IMAGE_BYTES."""
+    check_pixels(image)
     if image.nbytes > MAX_IMAGE_BYTES:
         limit = f"{MAX_IMAGE_BYTES >> 20} MiB"
         raise SegmenterError(
@@ -59,7 +71,7 @@ def _check_box(box: tuple[float, ...], height: int, width: int) -> None:
 
 def _numbers(values: tuple[float, ...], count: int, name: str) -> list[float]:
     try:
-        numbers = [float(v) for v in values]
+        numbers = [float(v) for v in values if not isinstance(v, str)]  # a back end would not take "5" for 5
     except (TypeError, ValueError):
         _refuse(f"{name} {values!r} is not {count} numbers")
     if len(numbers) != count or not all(math.isfinite(v) for v in numbers):

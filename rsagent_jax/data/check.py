@@ -4,7 +4,7 @@
 
 Takes the config of train.py (grpo.data), evaluate.py, collect or problems (data). Opens the set, holds the counts
 against the published ones, decodes pictures and masks, and draws a contact sheet. Exit status 1 if a sample cannot be
-read or a count differs, 2 if the set cannot be opened.
+read, or shown to a policy, or a count differs; 2 if the set cannot be opened.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 
 from rsagent_jax import entry
 from rsagent_jax.agent.overlay import draw_overlay
+from rsagent_jax.agent.views import check_shape
 from rsagent_jax.config import CollectConfig, DataConfig, EvalConfig, ProblemsConfig, TrainConfig
 from rsagent_jax.data.index import SampleIndex, spread
 from rsagent_jax.data.samples import Mixture, open_samples
@@ -107,12 +108,13 @@ def count_row(samples: SampleIndex, data: DataConfig) -> dict:
 
 
 def examine(samples: SampleIndex | Mixture, chosen: list[int]) -> Found:
-    """Decodes the pictures and masks at these places."""
+    """Decodes the pictures and masks at these places; bad is what evaluate, collect and train call unreadable."""
     found, ids = Found(), samples.ids
 
     def look(i: int) -> tuple[str, str | tuple[bool, bool, float]]:
         try:
             sample = samples[i]
+            check_shape(*sample.image.shape[:2])  # the shape alone decides whether a view can show it (views.fit)
         except DataError as error:
             return ids[i], str(error)
         return ids[i], (sample.ignore_mask is not None and bool(sample.ignore_mask.any()), *_area(sample))

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -146,6 +147,22 @@ def test_check_reports_broken_pictures_and_draws_the_rest(copied, tmp_path):
     assert len(report["unreadable"]) == 1 and report["read"] == 3
     with Image.open(tmp_path / "out/contact_sheet.png") as sheet:
         assert sheet.size == (4 * 288, 328) and len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 1000
+
+
+def test_check_finds_what_cannot_be_shown_and_keeps_its_place_in_the_exit_status(tmp_path, monkeypatch, capsys):
+    root = lines(tmp_path / "mine", ["a.png", "thin.png", "limit.png"])
+    Image.new("RGB", (2010, 10)).save(root / "thin.png")  # 201:1
+    Image.new("RGB", (2000, 10)).save(root / "limit.png")  # 200:1 is shown
+    samples = open_samples(DataConfig(root=str(root), dataset="folder"))
+    found = check.examine(samples, [0, 1, 2])
+    assert found.read == 2 and list(found.bad) == ["folder/train/2"]
+    assert "image of 10x2010 pixels" in found.bad["folder/train/2"] and "crop it" in found.bad["folder/train/2"]
+    config = template(EvalConfig)
+    config.policy.weights, config.data.root, config.data.dataset, config.data.split = "x", str(root), "folder", "train"
+    monkeypatch.setattr(check.entry, "workdir", lambda name: tmp_path)
+    monkeypatch.setattr(check.flags, "FLAGS", types.SimpleNamespace(samples=0))
+    assert check.main(build(EvalConfig, config)) == 1
+    assert "UNREADABLE folder/train/2: image of 10x2010 pixels" in capsys.readouterr().out
 
 
 def test_published_counts_are_compared_for_whole_splits_only(copied, monkeypatch):

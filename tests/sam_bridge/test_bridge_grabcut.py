@@ -111,6 +111,7 @@ BAD_PROMPTS = [
     SegmentRequest(box=(500.0, 0.0, 600.0, 50.0)),
     SegmentRequest(box=(-9.0, -9.0, -1.0, -1.0)),
     SegmentRequest(box=(1.0, 2.0, 3.0)),
+    SegmentRequest(box=("1", "2", "3", "4")),
     SegmentRequest(points=((1.0, NAN),), labels=(1,)),
     SegmentRequest(points=((1.0, 500.0),), labels=(1,)),
     SegmentRequest(points=((1.0, 5.0),), labels=()),
@@ -143,7 +144,7 @@ BAD_IMAGES = [
     np.zeros((5, 5, 4), np.uint8),
     np.zeros((5, 5, 3), np.float32),
     np.zeros((0, 5, 3), np.uint8),
-    np.broadcast_to(np.uint8(0), (5000, 5000, 3)),  # 75 MB without using them
+    np.broadcast_to(np.uint8(0), (20000, 20000, 3)),  # 1.2 GB without using them
     None,
 ]
 

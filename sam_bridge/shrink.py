@@ -1,0 +1,72 @@
+"""Pictures larger than a segmenter looks at: shrunk before they are hashed, sent and encoded, masks enlarged again.
+
+SAM 2 stretches every picture to 1024 x 1024 and GrabCut works on 512 pixels, so a photograph of 24 megapixels loses
+nothing that they would see. Client and LocalSegmenter both go through `ask_shrunk`, so their masks are the same; what
+is behind it (caches, wire, server, back ends) knows the shrunk picture only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from sam_bridge.prompts import check_image, check_pixels, check_request
+from sam_bridge.types import SegmentReply, SegmentRequest
+
+LARGEST_AS_IT_IS = 4096 * 4096  # pixels: up to here a picture is not touched
+SHRUNK = 2048 * 2048  # pixels of what larger ones are shrunk to, twice what SAM 2 looks at in each direction
+
+Ask = Callable[[np.ndarray, SegmentRequest], SegmentReply]
+
+
+def ask_shrunk(image: np.ndarray, request: SegmentRequest, ask: Ask) -> SegmentReply:
+    """`ask` about u8[h, w, 3], or about a smaller copy of it; the reply's masks are bool[h, w] either way.
+
+    Raises INVALID_IMAGE and INVALID_PROMPT in terms of the caller's own picture.
+    """
+    check_pixels(image)
+    height, width = image.shape[:2]
+    check_request(request, height, width)
+    sent = shrink(image)
+    if sent is image:
+        check_image(image)
+        return ask(image, request)
+    reply = ask(sent, scale(request, (height, width), sent.shape[:2]))
+    enlarged = [enlarge(mask, height, width) for mask in (reply.mask, *reply.candidates)]
+    return dataclasses.replace(reply, mask=enlarged[0], candidates=tuple(enlarged[1:]))
+
+
+def shrink(image: np.ndarray) -> np.ndarray:
+    """u8[h, w, 3] -> the same array up to LARGEST_AS_IT_IS pixels, else one of its shape with about SHRUNK pixels."""
+    height, width = image.shape[:2]
+    if height * width <= LARGEST_AS_IT_IS:
+        return image
+    import PIL.Image  # not above: few clients meet such a picture
+
+    factor = (SHRUNK / (height * width)) ** 0.5
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    # bilinear in Pillow is a tent over all the pixels that shrink into one: no aliasing
+    return np.asarray(PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.BILINEAR))
+
+
+def scale(request: SegmentRequest, original: tuple[int, int], shrunk: tuple[int, int]) -> SegmentRequest:
+    """The prompt in pixels of the shrunk picture; sizes are (h, w). A place on an edge stays on that edge."""
+
+    def x(value: float) -> float:
+        return float(value) * shrunk[1] / original[1]
+
+    def y(value: float) -> float:
+        return float(value) * shrunk[0] / original[0]
+
+    box = request.box and (x(request.box[0]), y(request.box[1]), x(request.box[2]), y(request.box[3]))
+    return dataclasses.replace(request, box=box, points=tuple((x(px), y(py)) for px, py in request.points))
+
+
+def enlarge(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """bool[h', w'] -> bool[height, width], smooth along its edge: bilinear, then more than half."""
+    import PIL.Image
+
+    levels = PIL.Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
+    return np.asarray(levels.resize((width, height), PIL.Image.Resampling.BILINEAR)) > 127
