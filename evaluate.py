@@ -26,7 +26,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from rsagent_jax import entry, processes
+from rsagent_jax import entry, processes, startup
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import to_json
 from rsagent_jax.checkpoint import load_policy, policy_directory, weights_checksum
@@ -57,6 +57,7 @@ def main(config: EvalConfig) -> None:
     if oracle:
         config = bounds.settled(config)
     share = processes.parse_share(flags.FLAGS.shard, "--shard")
+    startup.evaluate(config, workdir)
     samples = open_samples(config.data)
     if isinstance(samples, Mixture):
         raise DataError("a mix cannot be evaluated, its samples come up more than once; evaluate its parts")
