@@ -30,7 +30,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from rsagent_jax import entry, processes
+from rsagent_jax import entry, processes, startup
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import to_json
 from rsagent_jax.agent.views import PixelLimits
@@ -66,6 +66,7 @@ def main(config: EvalConfig) -> None:
     ############################## Data, who plays ##############################
     workdir, share = entry.workdir(), processes.parse_share(flags.FLAGS.shard, "--shard")
     config = fill_defaults(config)
+    startup.evaluate(config, workdir)
     samples = open_benchmark(config.data)
     ids = samples.ids
     current = fingerprints(samples, {id: k for k, id in enumerate(ids)})

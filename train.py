@@ -23,17 +23,13 @@ from flax import nnx
 from PIL import Image
 from tqdm import tqdm
 
-from rsagent_jax import entry, processes, sharding, slices
+from rsagent_jax import entry, processes, sharding, startup
 from rsagent_jax.checkpoint import Checkpoints, load_policy, policy_directory
 from rsagent_jax.config import TrainConfig, to_dict
 from rsagent_jax.data.processor import Processor, pictures
 from rsagent_jax.data.samples import open_samples
-from rsagent_jax.data.trajectories import open_records
 from rsagent_jax.metrics import MetricsLog
-from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.compute import Compute
-from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config
-from rsagent_jax.rewards import make_reward
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.segmenter import counters, open_segmenter
@@ -49,14 +45,12 @@ from rsagent_jax.train.state import (
     state_shardings,
 )
 from rsagent_jax.train.step import grpo_objective, make_programs, sft_objective
-from rsagent_jax.types import Batch, DataError
+from rsagent_jax.types import Batch
 
 STAGES = ("sft", "grpo")
 
 
 def main(config: TrainConfig) -> int | None:
-    if unknown := set(config.stages) - set(STAGES):
-        raise DataError(f"stages: unknown {sorted(unknown)}; known are {', '.join(STAGES)}")
     if flags.FLAGS.aot:
         return compile_ahead(config, flags.FLAGS.aot, flags.FLAGS.aot_quick, flags.FLAGS.aot_only)
 
@@ -64,12 +58,10 @@ def main(config: TrainConfig) -> int | None:
     processes.join()
     workdir = entry.workdir()
     entry.use_compilation_cache(config.cache_dir, workdir / "compiled")
+    config = startup.train(config, workdir)
     weights = policy_directory(config.policy.weights)
-    shape = load_config(weights)
-    config = slices.settle(config, shape.text.hidden_size, len(jax.devices()))
     if processes.is_lead():
         (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    check(config, shape)
     if config.profiler_port:
         jax.profiler.start_server(config.profiler_port)
     log = MetricsLog(processes.own_directory(workdir))
@@ -107,24 +99,6 @@ def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int
     return 0 if all(r.fits for r in reports) else 3
 
 
-def check(config: TrainConfig, shape: Qwen25VLConfig) -> None:
-    """Meets the mistakes of every stage before the first one has cost any time."""
-    for stage in config.stages:
-        split = nnx.split(convert.abstract_model(shape), nnx.Param)
-        divide(*split, config.policy.lora, getattr(config, stage).optim.freeze)
-    if "sft" in config.stages:
-        open_records(config.sft.trajectories)
-        make_optimizer(config.sft.optim, 1)
-    if "grpo" in config.stages:
-        make_reward(config.grpo.reward)
-        grpo_objective(config.grpo)
-        make_optimizer(config.grpo.optim, 1)
-        for note in open_samples(config.grpo.data).notes:  # what was left out, and why
-            print(note)
-        with open_segmenter(config.segmenter):
-            pass
-
-
 def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, weights, processor, stack):
     """Trains one stage to its end, from its newest checkpoint if it has one. Returns the plain parameters."""
     ############################## Source of batches ##############################
@@ -147,7 +121,7 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         engine.rest()  # the state below is made beside nothing of the engine's
         driver = Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
         samples = open_samples(c.data)
-        source = GrpoSource(c, samples, driver, engine, processor, config.seed, share)
+        source = GrpoSource(c, samples, driver, engine, processor, config.seed, share, processes.own_directory(workdir))
         settings, steps, updates, objective = c, c.steps, c.updates, grpo_objective(c)
         temperature, kl = c.sampling.temperature or 1.0, c.kl
 

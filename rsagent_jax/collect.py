@@ -35,7 +35,7 @@ from absl import flags
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from rsagent_jax import entry, processes
+from rsagent_jax import entry, processes, startup
 from rsagent_jax.agent import environment
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.remote import Endpoint, EndpointError
@@ -64,6 +64,7 @@ from sam_bridge.types import About
 
 def main(config: CollectConfig) -> None:
     workdir, share = entry.workdir(), parse_share(flags.FLAGS.shard, "--shard")
+    startup.collect(config, workdir)
     processor = Processor.load(policy_directory(config.teacher.own.weights or config.processor))
     samples = open_samples(config.data)
     if isinstance(samples, Mixture):
@@ -128,10 +129,6 @@ def fingerprints(samples: SampleIndex, order: list[int], tries: int) -> dict[str
 def open_policy(config: CollectConfig, processor: Processor, workdir: pathlib.Path) -> tuple[Engine, str]:
     """The engine with the weights of teacher.own, and their checksum."""
     own = config.teacher.own
-    if own.tries < 1:
-        raise DataError(f"teacher.own.tries must be at least 1, got {own.tries}")
-    if own.tries > 1 and not own.sampling.temperature:
-        raise DataError("teacher.own: at sampling.temperature=0 all tries are the same; raise it, or tries=1")
     entry.use_compilation_cache("", workdir / "compiled")
     model = load_policy(own.weights)
     checksum = weights_checksum(model)

@@ -378,6 +378,7 @@ class CollectConfig:
     segmenter: SegmenterConfig = SegmenterConfig()
     data: DataConfig = DataConfig()
     workers: Count = 2
+    conflicts = config_rules.collect
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,14 +29,14 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from rsagent_jax import entry
+from rsagent_jax import entry, startup
 from rsagent_jax.agent import questions
 from rsagent_jax.agent.remote import Endpoint, EndpointError
 from rsagent_jax.config import ProblemsConfig, to_dict
 from rsagent_jax.data import journal
 from rsagent_jax.data.index import read_image
 from rsagent_jax.data.journal import Journal
-from rsagent_jax.data.samples import Mixture, open_samples
+from rsagent_jax.data.samples import open_samples
 from rsagent_jax.processes import parse_share
 from rsagent_jax.types import DataError, Sample
 
@@ -46,11 +46,8 @@ EXAMPLES = 5  # failures told on the terminal
 
 def main(config: ProblemsConfig) -> None:
     workdir, share = entry.workdir(), parse_share(flags.FLAGS.shard, "--shard")
-    if config.queries < 1 or not 1 <= config.min_words <= config.max_words:
-        raise DataError("queries must be at least 1, and 1 <= min_words <= max_words")
+    startup.problems(config, workdir)
     samples = open_samples(config.data)
-    if isinstance(samples, Mixture):
-        raise DataError("problems cannot be written for a mix, its samples come up more than once; write for its parts")
     order = np.random.default_rng(config.seed).permutation(len(samples))[: config.limit or None].tolist()
     ids, settings = samples.ids, what_decides(config) | {"planned": len(order)}
     current = journal.fingerprints(samples, {ids[k]: k for k in order})

@@ -11,21 +11,23 @@ import pathlib
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable
-from types import ModuleType
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from rsagent_jax.types import DataError
 
+NONE: Mapping[str, Any] = MappingProxyType({})
 
-def resolve(path: str, *arguments: str, **keywords: Any) -> Callable[..., Any]:
+
+def resolve(path: str, call: Sequence[str] | None = None, keywords: Mapping[str, Any] = NONE) -> Callable[..., Any]:
     """The callable that `path` names, such as `rsagent_jax.rewards:final_iou` or `my_rewards.py:boundary_bonus`.
 
     A module is found on `sys.path`, where the folder of `train.py` is; a file by its path, which may be absolute or
     relative to the current directory, and what it imports may stand beside it.
 
-    `arguments` are the names of what it will be called with by position, `keywords` by name; without either, how it
-    can be called is not looked at.
+    `call` names what it will be called with by position, `keywords` what by name; with None it is not looked at how it
+    can be called.
 
     Raises:
       DataError: the path has another form, there is no such file, module or function (the message names the closest
@@ -47,8 +49,8 @@ def resolve(path: str, *arguments: str, **keywords: Any) -> Callable[..., Any]:
         raise DataError(f"{path!r}: {module_name} has no {function_name!r}{_closest(function_name, public)}") from None
     if not callable(function):
         raise DataError(f"{path!r} is a {type(function).__name__}, not a function")
-    if arguments or keywords:
-        _check_call(path, function, arguments, keywords)
+    if call is not None:
+        _check_call(path, function, call, keywords)
     return function
 
 
@@ -66,16 +68,16 @@ def first_line(error: BaseException) -> str:
     return text.strip().splitlines()[0] if text and text.strip() else "no message"
 
 
-def _check_call(path: str, function: Callable[..., Any], arguments: tuple[str, ...], keywords: dict[str, Any]) -> None:
+def _check_call(path: str, function: Callable[..., Any], call: Sequence[str], keywords: Mapping[str, Any]) -> None:
     try:
         signature = inspect.signature(function)
     except ValueError:  # of a function of C, which does not tell
         return
     try:
-        signature.bind(*arguments, **keywords)
+        signature.bind(*call, **keywords)
     except TypeError as error:
-        call = ", ".join([*arguments, *(f"{name}={value!r}" for name, value in keywords.items())])
-        raise DataError(f"{path!r} takes {signature}, but is called with ({call}): {error}") from None
+        given = ", ".join([*call, *(f"{name}={value!r}" for name, value in keywords.items())])
+        raise DataError(f"{path!r} takes {signature}, but is called with ({given}): {error}") from None
 
 
 def _import(name: str, path: str) -> ModuleType:

@@ -149,7 +149,7 @@ def make_reward(groups: Sequence[RewardGroup]) -> Callable[[Trajectory, Sample],
         group), or for a sample that is not the trajectory's own.
     """
     functions = {
-        term: resolve(term.function, "trajectory", "sample", **dict(term.arguments))
+        term: resolve(term.function, ("trajectory", "sample"), dict(term.arguments))
         for group in groups
         for term in group.terms
     }

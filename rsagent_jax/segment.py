@@ -18,7 +18,7 @@ import numpy as np
 import PIL.Image
 from absl import flags
 
-from rsagent_jax import entry
+from rsagent_jax import entry, startup
 from rsagent_jax.agent.environment import EnvState, final_mask
 from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.replay import to_json
@@ -46,6 +46,7 @@ def main(config: SegmentConfig, image_path: str, query: str) -> None:
     out = entry.workdir("out")
     entry.use_compilation_cache(config.cache_dir, out / "compiled")
     weights = flags.FLAGS.weights or config.policy.weights
+    startup.segment(config, weights, out)
     processor = Processor.load(policy_directory(weights))
     if pathlib.Path(weights).resolve().parts[-2:] == ("assets", "tiny-base"):
         print("note: assets/tiny-base does not know the tools: expect malformed calls and an empty mask.")

@@ -61,9 +61,7 @@ class SftSource:
     @property
     def steps(self) -> int:
         """Optimiser steps of the stage."""
-        return self.config.steps or max(
-            1, round(self.config.epochs * len(self.records) / self.config.trajectories_per_step)
-        )
+        return steps_of(self.config, len(self.records))
 
     def next(self, params: nnx.State, key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         del params, key  # what is read next depends on the position only
@@ -85,6 +83,11 @@ class SftSource:
     def restore(self, state: dict[str, Any]) -> None:
         self.pipeline.restore(state)
         self.dropped = state["dropped"]
+
+
+def steps_of(config: SftConfig, records: int) -> int:
+    """Optimiser steps of SFT on that many stored trajectories."""
+    return config.steps or max(1, round(config.epochs * records / config.trajectories_per_step))
 
 
 class GrpoSource:

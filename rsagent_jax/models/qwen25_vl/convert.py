@@ -120,6 +120,11 @@ def load_model(
     return with_params(model, values)
 
 
+def check_files(directory: str | pathlib.Path, config: Qwen25VLConfig) -> None:
+    """The DataError of `load_model` for what the headers of the files tell, without reading a value."""
+    _match(directory, abstract_model(config))
+
+
 def _match(directory: str | pathlib.Path, model: Qwen25VL) -> tuple[dict[str, list[Tensor]], Tensor | None]:
     """Our path -> its tensors in the files, layer by layer; and the head of a tied model, if the files have one."""
     slots, tied = hub_slots(model), model.config.text.tie_word_embeddings
