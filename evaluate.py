@@ -36,6 +36,7 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.samples import Mixture, open_samples
 from rsagent_jax.evals import bounds, by_turn, metrics, records, report
 from rsagent_jax.rewards import mask_iou
+from rsagent_jax.rollout.budget_check import check_budget
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task
@@ -117,6 +118,7 @@ def policy_player(config: EvalConfig, workdir: pathlib.Path) -> tuple[Player, st
         raise DataError(f"bound.row is {bounds.UNTRAINED}, but {weights} is a checkpoint of train.py; give the weights")
     model = load_policy(weights)
     processor = Processor.load(directory)
+    print(check_budget(config.agent, processor, config.sampling))
     mesh = processes.local_mesh(config.sampling.tensor)
     key = jax.random.key(config.seed)
     overlay = processor.square(config.agent.history_size)

@@ -34,6 +34,7 @@ from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config
 from rsagent_jax.rewards import make_reward
+from rsagent_jax.rollout.budget_check import check_budget
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.segmenter import counters, open_segmenter
@@ -109,13 +110,16 @@ def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int
 
 def check(config: TrainConfig, shape: Qwen25VLConfig) -> None:
     """Meets the mistakes of every stage before the first one has cost any time."""
+    processor = Processor.load(policy_directory(config.policy.weights))
     for stage in config.stages:
         split = nnx.split(convert.abstract_model(shape), nnx.Param)
         divide(*split, config.policy.lora, getattr(config, stage).optim.freeze)
     if "sft" in config.stages:
+        print(check_budget(config.agent, processor, batch=config.sft.batch, name="sft"))
         open_records(config.sft.trajectories)
         make_optimizer(config.sft.optim, 1)
     if "grpo" in config.stages:
+        print(check_budget(config.agent, processor, config.grpo.sampling, config.grpo.batch, "grpo"))
         make_reward(config.grpo.reward)
         grpo_objective(config.grpo)
         make_optimizer(config.grpo.optim, 1)

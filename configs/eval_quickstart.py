@@ -16,10 +16,11 @@ def get_config():
     config.cache_dir = "runs/compiled"  # the three evaluations share their programs
     config.agent.prompt = "brief"
     config.agent.history_size = 112
+    config.agent.typical_turn = 48
     config.data.split = "test"
     config.data.unit = "reference"
     config.sampling.temperature = 0.0
-    config.sampling.context = 768
+    config.sampling.context = 896  # as in training
     config.sampling.max_new_tokens = 64
     config.sampling.slots = 24
     config.sampling.patches = 64

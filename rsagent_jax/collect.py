@@ -46,6 +46,7 @@ from rsagent_jax.evals import filtering
 from rsagent_jax.processes import parse_share
 from rsagent_jax.resolve import resolve
 from rsagent_jax.rewards import mask_iou
+from rsagent_jax.rollout.budget_check import check_budget
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Policy, Task
@@ -105,6 +106,7 @@ def open_policy(config: CollectConfig, processor: Processor, workdir: pathlib.Pa
         raise DataError(f"teacher.own.tries must be at least 1, got {own.tries}")
     if own.tries > 1 and not own.sampling.temperature:
         raise DataError("teacher.own: at sampling.temperature=0 all tries are the same; raise it, or tries=1")
+    print(check_budget(config.agent, processor, own.sampling, name="teacher.own"))
     entry.use_compilation_cache("", workdir / "compiled")
     model = load_policy(own.weights)
     checksum = weights_checksum(model)

@@ -28,6 +28,7 @@ from rsagent_jax.agent.views import View
 from rsagent_jax.checkpoint import load_policy, policy_directory
 from rsagent_jax.config import AgentConfig, SegmentConfig
 from rsagent_jax.data.processor import Processor
+from rsagent_jax.rollout.budget_check import check_budget
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Policy, Task
@@ -49,6 +50,7 @@ def main(config: SegmentConfig, image_path: str, query: str) -> None:
     entry.use_compilation_cache(config.cache_dir, out / "compiled")
     weights = flags.FLAGS.weights or config.policy.weights
     processor = Processor.load(policy_directory(weights))
+    check_budget(config.agent, processor, config.sampling)
     if pathlib.Path(weights).resolve().parts[-2:] == ("assets", "tiny-base"):
         print("note: assets/tiny-base does not know the tools: expect malformed calls and an empty mask.")
         print("      Give a checkpoint, such as --weights=runs/quickstart/train/checkpoints/grpo of `make quickstart`")
