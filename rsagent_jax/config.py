@@ -25,8 +25,8 @@ class AgentConfig:
     max_invalid: int = 3  # malformed calls in a row that end a trajectory
     max_repeats: int = 3  # same action in a row that ends a trajectory
     max_tokens: int = 0  # sampled tokens of a trajectory; 0 = as many as fit its context
-    # Tokens of an ordinary turn, where max_new_tokens is not less (ours). A config in which a typical trajectory of such
-    # turns does not reach max_turns is refused, and a turn that would be left with less is the last one.
+    # Tokens of an ordinary turn, where max_new_tokens is not less (ours). A config in which a typical trajectory of
+    # such turns cannot reach max_turns is refused, and a turn that would be left with less is the last one.
     typical_turn: int = 150
     announce_last: bool = True  # the observation before the last turn says so, and names the best mask so far (ours)
     tool_deadline_s: float = 120.0  # a tool call that takes longer ends its trajectory as env_failed

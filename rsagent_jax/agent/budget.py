@@ -98,7 +98,8 @@ class Budget:
     typical_turn: int  # at most max_new_tokens
 
     def needs(self, turn: int, turns: int | None = None, views: int = 0) -> int:
-        """Tokens of a trajectory whose turns take `turn` each and make a mask, `views` of them a view, the last none."""
+        """Tokens of a trajectory whose turns take `turn` each and make a mask, or a view (`views` of them); the last
+        turn makes none."""
         turns = self.max_turns if turns is None else turns
         told = self.announcement if turns > 1 else 0
         return self.opening + turns * turn + (turns - 1 - views) * self.mask + views * self.view + told

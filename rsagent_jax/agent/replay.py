@@ -1,8 +1,8 @@
 """A trajectory as JSON, and back: the same states and observations without a model or a segmenter.
 
-Only what cannot be computed is stored: the policy's texts, the segmenter's replies, which turn was the last one and
-which view was refused for want of room, and an ending that came from outside. Everything else (calls, errors, views, overlays, counters, endings) is done again by the environment, and the
-ending must come out the same.
+Only what cannot be computed is stored: the policy's texts, the segmenter's replies, which turn was the last one, which
+view was refused for want of room, and an ending that came from outside. Everything else (calls, errors, views,
+overlays, counters, endings) is done again by the environment, and the ending must come out the same.
 """
 
 from __future__ import annotations

@@ -32,20 +32,23 @@ def check_budget(
     budget = trajectory_budget(agent, room, texts, size, views, images)
     turn, turns = budget.typical_turn, budget.max_turns
     needed = budget.needs(turn)
-    typical = f"a typical trajectory ({size[1]}x{size[0]} picture, {turns} turns of {turn} tokens, the last one finish)"
+    picture = f"{size[1]}x{size[0]} picture"
+    typical = f"a typical trajectory ({picture}, {turns} turns of {turn} tokens, the last one finish)"
     takes = (
-        f"the opening takes {budget.opening} tokens, a mask's overlay {budget.mask}, a view at most {budget.view}, finish"
-        f" {budget.finish}"
+        f"the opening takes {budget.opening} tokens, a mask's overlay {budget.mask}, a view at most {budget.view},"
+        f" finish {budget.finish}"
     )
     if budget.max_new_tokens < budget.finish:
         raise DataError(f"{prefix}sampling.max_new_tokens = {budget.max_new_tokens}, but {takes}")
     if budget.longest_turn < turn:
+        field = "sampling.context" if sampling else "batch.tokens"
         raise DataError(
-            f"{prefix}{'sampling.context' if sampling else 'batch.tokens'} = {room.context}: {typical} would end in turn"
-            f" {budget.turns_that_fit(turn) + 1}; {takes}. {_advice(budget, needed)}"
+            f"{prefix}{field} = {room.context}: {typical} would end in turn {budget.turns_that_fit(turn) + 1};"
+            f" {takes}. {_advice(budget, needed)}"
         )
-    view, overlay = (padded_patches(((1, *(side // processor.images.patch_size for side in image)),),
-        processor.config.vision) for image in image_sizes(agent, size, views, images))  # fmt: skip
+    patch = processor.images.patch_size
+    shown = [(1, h // patch, w // patch) for h, w in image_sizes(agent, size, views, images)]
+    view, overlay = (padded_patches((grid,), processor.config.vision) for grid in shown)
     for field, have, need in (
         ("sampling.patches", sampling and sampling.patches, max(view, overlay)),
         ("batch.patches", batch and batch.patches, view + (turns - 1) * overlay),

@@ -154,8 +154,8 @@ def grpo_line(config: TrainConfig, processor) -> str:
 def test_every_preset_of_full_size_passes_its_own_check_with_one_limit():
     line = sft_line(preset("sft_tpu", TrainConfig), Real())
     lines = [grpo_line(preset(name, TrainConfig), Real()) for name in ("grpo_tpu", "grpo_mix_tpu")]
-    for config in (preset("eval", EvalConfig), preset("segment", SegmentConfig, "full")):
-        lines.append(check_budget(config.agent, Real(), config.sampling))
+    played = (preset("eval", EvalConfig), preset("segment", SegmentConfig, "full"))
+    lines += [check_budget(config.agent, Real(), config.sampling) for config in played]
     assert "opening takes 2060 tokens" in line and "1 views" in line
     assert len({text.split("budget of ")[1] for text in [line, *lines]}) == 1
     assert "budget of 6144 tokens" in line and "turns of up to 358 tokens" in line

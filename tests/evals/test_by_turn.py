@@ -1,4 +1,7 @@
-"""The curve over turns of one run equals runs with so many turns to a policy that is not told which is the last, and the best mask so far by hand."""
+"""The curve over turns of one run equals runs with so many turns, and the best mask so far by hand.
+
+The policy is not told which turn is its last.
+"""
 
 import dataclasses
 

@@ -9,6 +9,7 @@ tokens. Only counts are kept here: the vocabulary is not a part of this reposito
 
 import base64
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -34,7 +35,7 @@ def main(path: str) -> None:
     def count_word(word: bytes) -> int:
         parts = [bytes([byte]) for byte in word]
         while len(parts) > 1:
-            pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+            pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
             best = pairs.index(min(pairs))
             if pairs[best] == len(ranks):
                 break
