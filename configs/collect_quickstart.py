@@ -17,4 +17,5 @@ def get_config():
     config.teacher.wrong_first = 0.06
     config.agent.prompt = "brief"
     config.agent.history_size = 112
+    config.agent.typical_turn = 48
     return config

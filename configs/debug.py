@@ -15,11 +15,11 @@ def get_config():
     config.sft.steps = 4
     config.sft.optim.warmup_steps = 2
     config.sft.trajectories_per_step = 4
-    config.sft.batch.rows = 4
+    config.sft.batch.rows = 2
     config.grpo.data.root = "runs/debug/data"
     config.grpo.steps = 2
     config.grpo.optim.warmup_steps = 1
     config.grpo.prompts = 2
-    config.grpo.batch.rows = 4
+    config.grpo.batch.rows = 2
     config.grpo.sampling.slots = 8
     return config

@@ -42,6 +42,6 @@ def get_config(benchmark: str = "refcocog-val"):
     config.segmenter.mode = "connect"
     config.segmenter.addresses = ("127.0.0.1:50051",)
     config.segmenter.workers = 8
-    config.sampling.context = 8192
+    config.sampling.context = 6144  # as in training
     config.sampling.patches = 6144
     return config

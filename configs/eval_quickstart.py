@@ -17,10 +17,11 @@ def get_config():
     config.agent.prompt = "brief"
     config.agent.history_size = 112
     config.data.dataset, config.data.split_by = "grefcoco", "unc"  # the scenes with absent targets
+    config.agent.typical_turn = 48
     config.data.split = "test"
     config.data.unit = "reference"
     config.sampling.temperature = 0.0
-    config.sampling.context = 768
+    config.sampling.context = 896  # as in training
     config.sampling.max_new_tokens = 64
     config.sampling.slots = 24
     config.sampling.patches = 64

@@ -24,8 +24,10 @@ def get_config():
     config.grpo.steps = 1000
     config.grpo.kl = 5e-3
     config.grpo.data.root = "refer"
-    config.grpo.batch = dict(rows=0, tokens=4096, patches=14336)  # one view and eight overlays, with text
-    config.grpo.sampling.context = 4096
+    # Eight turns of up to 358 tokens about a 1920x1080 picture, or of 150 with one zoom (agent/budget.py; ours), and as
+    # many in configs/sft_tpu.py, eval.py and segment.py:full. A row holds the images of a view, a zoom and six masks.
+    config.grpo.batch = dict(rows=0, tokens=6144, patches=16384)
+    config.grpo.sampling.context = 6144
     config.grpo.sampling.patches = 6144
     config.grpo.sampling.tensor = 0  # this and the slots of a host: as the slice's preset says
     config.grpo.sampling.slots = 0

@@ -15,10 +15,11 @@ def get_config():
     config.cache_dir = "runs/compiled"
     config.agent.prompt = "brief"
     config.agent.history_size = 112
+    config.agent.typical_turn = 48  # the oracle's take 36 to 64
 
     config.sft.trajectories_per_step = 3
     config.sft.epochs = 2.0
-    config.sft.batch = dict(rows=2, tokens=448, patches=384)
+    config.sft.batch = dict(rows=1, tokens=896, patches=768)  # eight turns of 48 tokens take 879
     config.sft.optim.freeze = ("vision", "merger")
     config.sft.optim.lr = 8e-4
     config.sft.optim.warmup_steps = 30
@@ -28,13 +29,13 @@ def get_config():
     config.grpo.data.dataset, config.grpo.data.split_by = "grefcoco", "unc"  # the scenes with absent targets
     config.grpo.steps = 60
     config.grpo.min_spread = 0.05  # masks that differ by a few pixels teach nothing, but a z-score would blow them up
-    config.grpo.batch = dict(rows=6, tokens=448, patches=384)
+    config.grpo.batch = dict(rows=3, tokens=896, patches=768)
     config.grpo.optim.freeze = ("vision", "merger", "embed")  # words that drift lose the format first
     config.grpo.optim.lr = 2e-4
     config.grpo.optim.warmup_steps = 10
     config.grpo.optim.schedule = "cosine"
     config.grpo.sampling.temperature = 0.75
-    config.grpo.sampling.context = 448
+    config.grpo.sampling.context = 896
     config.grpo.sampling.max_new_tokens = 64
     config.grpo.sampling.slots = 24
     config.grpo.sampling.patches = 64

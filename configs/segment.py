@@ -16,6 +16,7 @@ def get_config(policy: str = "tiny"):
     config.policy.remat = "none"
     if policy == "full":
         config.agent.max_pixels = 1_003_520
+        config.sampling.context = 6144  # as in training
         config.sampling.patches = 5632  # such a picture, its left-over windows in bins
         return config
     if policy != "tiny":
@@ -23,7 +24,8 @@ def get_config(policy: str = "tiny"):
     config.policy.dtype = "float32"
     config.agent.prompt = "brief"
     config.agent.history_size = 112
-    config.sampling.context = 768
+    config.agent.typical_turn = 48
+    config.sampling.context = 896
     config.sampling.max_new_tokens = 64
     config.sampling.patches = 256  # a square takes 64; the rest is for long, narrow pictures
     return config

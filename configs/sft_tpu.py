@@ -20,9 +20,10 @@ def get_config():
     config.mesh.tensor = 0
     config.agent.max_pixels = 1_003_520  # 1,280 tokens for the first view (ours)
     config.sft.trajectories = "trajectories"
-    # One view and eight overlays, with text, in a row (ours). An overlay takes 832 places for its 784 patches, a view
-    # up to 5,440 (sides of 1 to 4); the rest is room for a shorter trajectory. What does not fit is counted.
-    config.sft.batch = dict(rows=0, tokens=4096, patches=14336)
+    # As many tokens as configs/grpo_tpu.py plays with. Patches for two views and six overlays, or one and eight (ours):
+    # an overlay takes 832 places for its 784 patches, a view up to 5,440 (sides of 1 to 4). What does not fit is
+    # counted.
+    config.sft.batch = dict(rows=0, tokens=6144, patches=16384)
     config.sft.optim.warmup_steps = 20
     config.sft.optim.schedule = "cosine"
     config.sft.checkpoint_every = 50

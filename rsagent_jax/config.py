@@ -54,6 +54,10 @@ class AgentConfig:
     max_invalid: Count = 3  # malformed calls in a row that end a trajectory
     max_repeats: Annotated[int, Range(low=2)] = 3  # same action in a row that ends a trajectory
     max_tokens: CountOrZero = 0  # sampled tokens of a trajectory; 0 = as many as fit its context
+    # Tokens of an ordinary turn, where max_new_tokens is not less (ours). A config in which a typical trajectory of
+    # such turns cannot reach max_turns is refused, and a turn that would be left with less is the last one.
+    typical_turn: Count = 150
+    announce_last: bool = True  # the observation before the last turn says so, and names the best mask so far (ours)
     tool_deadline_s: Positive = 120.0  # a tool call that takes longer ends its trajectory as env_failed
     min_pixels: CountOrZero = 0  # smart-resize limits of a view; 0 = those of the weights' preprocessor_config.json
     max_pixels: CountOrZero = 0
@@ -214,7 +218,7 @@ class GrpoConfig:
     tis_clip: NotNegative = 2.0  # truncated importance sampling between engine and trainer; 0 = off
     drop_zero_variance: bool = True  # groups that have nothing to teach are not trained on
     min_spread: NotNegative = 0.0  # of a group's rewards; with less it counts as one of those
-    mask_overlong: bool = False  # MAX_CONTEXT trajectories are not trained on
+    mask_overlong: bool = True  # trajectories that ended by their budget of tokens are not trained on
     reward: tuple[RewardGroup, ...] = DEFAULT_REWARD
     data: DataConfig = DataConfig()
     read: ReadConfig = ReadConfig()

@@ -19,14 +19,14 @@ class Preset:
     tensor: int = 1
     remat: str = "full"
     rollout_tensor: int = 1  # of a host's devices, to hold the engine's weights and slots beside the training state
-    slots: int = 64  # per host, of 8k tokens
+    slots: int = 64  # per host, of 6k tokens
 
 
 SIZES = {2048: "3b", 3584: "7b", 5120: "32b", 8192: "72b"}  # hidden size -> name
 # 3B has those of 7B, which need more.
 _SMALL = {
     "v5e-8": Preset(rollout_tensor=4, slots=32),  # 7B with policy.lora only
-    "v5e-16": Preset(rollout_tensor=4, slots=32),
+    "v5e-16": Preset(tensor=2, rollout_tensor=4, slots=32),  # rows of 6k tokens on a device each would not fit
     "v5e-64": Preset(rollout_tensor=4, slots=32),
     "v5e-256": Preset(tensor=2, remat="selective", rollout_tensor=4, slots=32),
     "v5p-8": Preset(remat="selective"),

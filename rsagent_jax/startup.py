@@ -19,6 +19,7 @@ from rsagent_jax import processes, sharding, slices
 from rsagent_jax.checkpoint import policy_directory
 from rsagent_jax.config import (
     AgentConfig,
+    BatchConfig,
     CollectConfig,
     EvalConfig,
     ProblemsConfig,
@@ -36,6 +37,7 @@ from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config
 from rsagent_jax.resolve import resolve
 from rsagent_jax.rewards import make_reward
+from rsagent_jax.rollout.budget_check import check_budget
 from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.engine import settled
 from rsagent_jax.rollout.segmenter import open_segmenter
@@ -65,13 +67,14 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
         # fp32 parameters with both moments, and the base in the dtype of the activations
         needed += 12 * _numbers(trained) + jnp.dtype(config.policy.dtype).itemsize * _numbers(base)
     check_disk(workdir, needed)
+    processor = Processor.load(policy_directory(config.policy.weights))
     if "sft" in config.stages:
         share.of(config.sft.trajectories_per_step, "sft.trajectories_per_step")
+        print(check_budget(config.agent, processor, batch=config.sft.batch, name="sft"))
         _check_trajectories(config.sft)
     if "grpo" in config.stages:
         share.of(config.grpo.prompts, "grpo.prompts")
-        processor = Processor.load(policy_directory(config.policy.weights))
-        _check_rollout(config.agent, config.grpo.sampling, shape, processor, "grpo.sampling")
+        print(_check_rollout(config.agent, config.grpo.sampling, shape, processor, "grpo", config.grpo.batch))
         for note in open_samples(config.grpo.data).notes:  # what was left out, and why
             print(note)
         check_segmenter(config.segmenter)
@@ -85,7 +88,7 @@ def evaluate(config: EvalConfig, workdir: pathlib.Path) -> None:
     """`config.policy.weights` are those that will be played, --weights included. Data is evaluate.py's to open."""
     check_disk(workdir)
     if config.bound.row not in bounds.ORACLES:
-        _check_policy(config.policy.weights, config.agent, config.sampling, "sampling")
+        print(_check_policy(config.policy.weights, config.agent, config.sampling))
     check_segmenter(config.segmenter)
 
 
@@ -93,7 +96,7 @@ def collect(config: CollectConfig, workdir: pathlib.Path) -> None:
     """The same of collect, with its teacher."""
     own = config.teacher.own
     if own.weights:
-        _check_policy(own.weights, config.agent, own.sampling, "teacher.own.sampling")
+        print(_check_policy(own.weights, config.agent, own.sampling, "teacher.own"))
     else:
         resolve(config.teacher.function, ("config", "rng"))
         pixel_limits(config.agent, Processor.load(policy_directory(config.processor)))
@@ -103,7 +106,7 @@ def collect(config: CollectConfig, workdir: pathlib.Path) -> None:
 
 def segment(config: SegmentConfig, weights: str, out: pathlib.Path) -> None:
     """`weights`: those that will be played, --weights included."""
-    _check_policy(weights, config.agent, config.sampling, "sampling")
+    _check_policy(weights, config.agent, config.sampling)
     check_disk(out)
     check_segmenter(config.segmenter)
 
@@ -151,21 +154,30 @@ def check_segmenter(config: SegmenterConfig) -> None:
         resolve(config.backend, ())
 
 
-def _check_policy(weights: str, agent: AgentConfig, sampling: SamplingConfig, where: str) -> None:
+def _check_policy(weights: str, agent: AgentConfig, sampling: SamplingConfig, group: str = "") -> str:
     shape = check_weights(weights)
-    _check_rollout(agent, sampling, shape, Processor.load(policy_directory(weights)), where)
+    return _check_rollout(agent, sampling, shape, Processor.load(policy_directory(weights)), group)
 
 
 def _check_rollout(
-    agent: AgentConfig, sampling: SamplingConfig, shape: Qwen25VLConfig, processor: Processor, where: str
-) -> None:
-    """That this process's devices can play such trajectories. `where`: the config group of `sampling`."""
-    pixel_limits(agent, processor)
+    agent: AgentConfig,
+    sampling: SamplingConfig,
+    shape: Qwen25VLConfig,
+    processor: Processor,
+    group: str,
+    batch: BatchConfig | None = None,
+) -> str:
+    """The budget of a trajectory as a line for people, where this process's devices can play such ones.
+
+    group: of the config that holds `sampling`, and `batch` where they are trained on; "" where they stand at its root.
+    """
+    where, budget = f"{group}.sampling".lstrip("."), check_budget(agent, processor, sampling, batch, group)
     mesh = processes.local_mesh(sampling.tensor)
     if shape.text.num_key_value_heads % sampling.tensor:
         heads = shape.text.num_key_value_heads
         raise DataError(f"{where}.tensor = {sampling.tensor} must divide the policy's {heads} key-value heads")
     settled(sampling, shape.vision.window_patches, sharding.parts("rows", mesh))
+    return budget
 
 
 def _check_trajectories(config: SftConfig) -> None:

@@ -130,7 +130,7 @@ class Status(enum.StrEnum):
 
     FINISHED = "finished"
     MAX_TURNS = "max_turns"
-    MAX_CONTEXT = "max_context"
+    MAX_CONTEXT = "max_context"  # not finished in the last turn that its budget of tokens allowed
     INVALID = "invalid"  # k malformed calls in a row
     REPEATED = "repeated"  # the same action three times
     ENV_FAILED = "env_failed"  # the tool is broken, not the policy: dropped from its group
@@ -163,6 +163,7 @@ class Turn:
     mask_id: int | None = None  # the mask this turn made
     clipped: int = 0  # coordinates that were outside the view and were clipped
     repeated: bool = False  # same action as the turn before
+    last: bool = False  # it was known to be the last one when it was asked for
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,13 +85,15 @@ class EnvState:
     invalid: int = 0  # malformed turns in a row
     status: Status | None = None
     failure: SegmentFailure | None = None  # why ENV_FAILED
+    last: bool = False  # the turn to come is the last one
     tool_seconds: float = 0.0
 
 
-def reset(image: np.ndarray, query: str, config: AgentConfig, limits: PixelLimits) -> EnvState:
+def reset(image: np.ndarray, query: str, config: AgentConfig, limits: PixelLimits, last: bool = False) -> EnvState:
     """The state before the first turn; `image` is u8[h, w, 3]. `limits` are the processor's, after config overrides.
 
     The state's own limits are those for its picture (views.fit). DataError for one that cannot be shown.
+    last: the first turn is the only one, for reasons outside of the environment; it knows `max_turns` itself.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise DataError(f"image must be u8[h, w, 3], got {image.dtype}{list(image.shape)}")
@@ -100,13 +102,14 @@ def reset(image: np.ndarray, query: str, config: AgentConfig, limits: PixelLimit
             raise DataError(f"agent.{name} must be at least 1, got {getattr(config, name)}")
     prompts.system_prompt(config.prompt)  # raises on an unknown style
     limits = fit(*image.shape[:2], limits)
-    return EnvState(image, query, config, limits, View.whole(*image.shape[:2], limits))
+    view = View.whole(*image.shape[:2], limits)
+    return EnvState(image, query, config, limits, view, last=last or config.max_turns == 1)
 
 
 def opening_observation(state: EnvState) -> Observation:
     """What the policy sees before its first turn: the question and the whole image. Call it before any turn."""
     text = prompts.user_text(state.query, state.view.size_view, state.config.prompt)
-    return Observation(text, state.view.render(state.image))
+    return _announce(state, Observation(text, state.view.render(state.image)))
 
 
 def propose(state: EnvState, text: str) -> Proposal:
@@ -133,6 +136,12 @@ def propose(state: EnvState, text: str) -> Proposal:
     return proposal
 
 
+def refuse_view(proposal: Proposal) -> Proposal:
+    """The proposal when whoever plays has no room for the view that it asks for."""
+    error = ParseError("no_room", "there is no room left for another view; go on in this one, or finish.")
+    return dataclasses.replace(proposal, view=None, error=error, action=("refused", call_json(proposal.call)))
+
+
 def run_tool(segmenter: Segmenter, state: EnvState, proposal: Proposal) -> SegmentReply | SegmentFailure | None:
     """Runs the proposal's request, if it has one. A SegmenterError becomes a value; other exceptions are bugs."""
     if proposal.request is None:
@@ -148,8 +157,13 @@ def run_tool(segmenter: Segmenter, state: EnvState, proposal: Proposal) -> Segme
     return dataclasses.replace(reply, timings_s={**reply.timings_s, "call": time.perf_counter() - start})
 
 
-def resolve(state: EnvState, proposal: Proposal, reply: SegmentReply | SegmentFailure | None) -> EnvState:
-    """The state after the turn. `turns[-1].observation` is what the policy sees next; None when `status` is set."""
+def resolve(
+    state: EnvState, proposal: Proposal, reply: SegmentReply | SegmentFailure | None, last: bool = False
+) -> EnvState:
+    """The state after the turn. `turns[-1].observation` is what the policy sees next; None when `status` is set.
+
+    last: the next turn is the last one for reasons outside of the environment, such as a context that is nearly full.
+    """
     _check_open(state)
     if (proposal.request is None) != (reply is None):
         raise ValueError("resolve: a reply belongs to a proposal with a request, and only to one")
@@ -172,11 +186,12 @@ def resolve(state: EnvState, proposal: Proposal, reply: SegmentReply | SegmentFa
         repeats=repeats,
         invalid=state.invalid + 1 if proposal.call is None else 0,
         failure=failure,
+        last=last or len(state.turns) + 2 >= state.config.max_turns,
         tool_seconds=state.tool_seconds + _seconds(reply),
     )
     status = _ending(after, proposal, error)
-    observation = _observe(after, proposal, error) if status is None else None
-    turn = Turn(proposal.text, proposal.call, error, observation, mask_id, proposal.clipped, repeats > 1)
+    observation = _announce(after, _observe(after, proposal, error)) if status is None else None
+    turn = Turn(proposal.text, proposal.call, error, observation, mask_id, proposal.clipped, repeats > 1, state.last)
     return dataclasses.replace(after, turns=(*state.turns, turn), status=status)
 
 
@@ -274,6 +289,14 @@ def _observe(after: EnvState, proposal: Proposal, error: ParseError | None) -> O
         after.image, record.mask, after.config.history_size, request.points, request.labels, request.box
     )
     return Observation(text, picture)
+
+
+def _announce(state: EnvState, observation: Observation) -> Observation:
+    if not (state.last and state.config.announce_last):
+        return observation
+    best = max(state.masks, key=lambda record: (record.score, record.id), default=None)
+    text = prompts.last_turn_text(best and best.id, state.config.prompt)
+    return dataclasses.replace(observation, text=f"{observation.text} {text}")
 
 
 def _seconds(reply: SegmentReply | SegmentFailure | None) -> float:

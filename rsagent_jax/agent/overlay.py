@@ -14,6 +14,12 @@ NEGATIVE = (255, 0, 0)
 ALPHA = 0.5
 
 
+def overlay_size(h: int, w: int, size: int) -> tuple[int, int]:
+    """(rows, columns) of the overlay of an h x w image: its aspect, the longer side `size` pixels."""
+    scale = size / max(h, w)
+    return max(1, round(h * scale)), max(1, round(w * scale))
+
+
 def draw_overlay(
     image: np.ndarray,
     mask: np.ndarray,
@@ -30,7 +36,7 @@ def draw_overlay(
     """
     h, w = mask.shape
     scale = size / max(h, w)
-    fit = (max(1, round(w * scale)), max(1, round(h * scale)))
+    fit = overlay_size(h, w, size)[::-1]
     picture = cv2.resize(image, fit, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     # share of each small pixel that the mask covers: a thin mask fades but does not vanish
     cover = cv2.resize(mask.astype(np.float32), fit, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)

@@ -91,6 +91,16 @@ def view_text(size_view: tuple[int, int], style: str) -> str:
     return f"The current view has {w}x{h} pixels. Coordinates now refer to it."
 
 
+def last_turn_text(best_mask: int | None, style: str) -> str:
+    """Stands at the end of what comes before the last turn; `best_mask` is the id with the highest score so far."""
+    _check(style)
+    if best_mask is None:
+        return "Last turn." if style == "brief" else "This is your last turn."
+    if style == "brief":
+        return f"Last turn: finish, best mask {best_mask}."
+    return f"This is your last turn: call finish, with mask {best_mask} if you have no better one."
+
+
 def error_text(error: ParseError, style: str) -> str:
     """The answer to a malformed or refused call."""
     _check(style)

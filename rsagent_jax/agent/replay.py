@@ -1,8 +1,8 @@
 """A trajectory as JSON, and back: the same states and observations without a model or a segmenter.
 
-Only what cannot be computed is stored: the policy's texts, the segmenter's replies, and an ending that came from
-outside. Everything else (calls, errors, views, overlays, counters, endings) is done again by the environment, and the
-ending must come out the same.
+Only what cannot be computed is stored: the policy's texts, the segmenter's replies, which turn was the last one, which
+view was refused for want of room, and an ending that came from outside. Everything else (calls, errors, views,
+overlays, counters, endings) is done again by the environment, and the ending must come out the same.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from rsagent_jax.agent.environment import EnvState, SegmentFailure, abort, propose, reset, resolve
+from rsagent_jax.agent.environment import EnvState, SegmentFailure, abort, propose, refuse_view, reset, resolve
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config import AgentConfig, build, to_dict
-from rsagent_jax.types import DataError, Status
+from rsagent_jax.types import DataError, Status, Turn
 from sam_bridge.types import FailureKind, SegmentReply
 
 VERSION = 1
@@ -34,10 +34,8 @@ def to_json(state: EnvState, image_path: str = "") -> str:
             "query": state.query,
             "config": to_dict(state.config),
             "limits": dataclasses.asdict(state.limits),
-            "turns": [
-                {"text": turn.text, "reply": _reply_to_json(reply)}
-                for turn, reply in zip(state.turns, state.replies, strict=True)
-            ],
+            "turns": [_turn_to_json(turn, reply) for turn, reply in zip(state.turns, state.replies, strict=True)],
+            "last": state.last,
             "status": state.status,
         }
     )
@@ -54,9 +52,15 @@ def replay(text: str, image: np.ndarray | None = None) -> EnvState:
         size = (record["image"]["height"], record["image"]["width"])
         if image.shape[:2] != size:
             raise DataError(f"trajectory: made on an image of {size} pixels (h, w), given one of {image.shape[:2]}")
-        state = reset(image, record["query"], build(AgentConfig, record["config"]), PixelLimits(**record["limits"]))
-        for turn in record["turns"]:
-            state = resolve(state, propose(state, turn["text"]), _reply_from_json(turn["reply"]))
+        # Records made before the last turn was announced do not say so.
+        config = build(AgentConfig, {"announce_last": False} | record["config"])
+        turns = record["turns"]
+        lasts = [turn.get("last", False) for turn in turns] + [record.get("last", False)]
+        state = reset(image, record["query"], config, PixelLimits(**record["limits"]), lasts[0])
+        for turn, last in zip(turns, lasts[1:], strict=True):
+            proposal = propose(state, turn["text"])
+            proposal = refuse_view(proposal) if turn.get("no_room") else proposal
+            state = resolve(state, proposal, _reply_from_json(turn["reply"]), last)
         status = None if record["status"] is None else Status(record["status"])
         if state.status is None and status is not None:
             state = abort(state, status)
@@ -67,6 +71,15 @@ def replay(text: str, image: np.ndarray | None = None) -> EnvState:
     if state.status != status:
         raise DataError(f"trajectory: ended as {status}, replayed to {state.status}; the environment has changed")
     return state
+
+
+def _turn_to_json(turn: Turn, reply: SegmentReply | SegmentFailure | None) -> dict[str, Any]:
+    value = {"text": turn.text, "reply": _reply_to_json(reply)}
+    if turn.last:
+        value["last"] = True
+    if turn.error is not None and turn.error.reason == "no_room":
+        value["no_room"] = True
+    return value
 
 
 def _reply_to_json(reply: SegmentReply | SegmentFailure | None) -> dict[str, Any] | None:

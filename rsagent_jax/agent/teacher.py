@@ -50,8 +50,7 @@ class Oracle:
         best = int(np.argmax(ious)) if ious else -1
         if ious and ious[best] >= GOOD_IOU:
             return self._say(_DONE, state, Finish(state.masks[best].id))
-        last_turn = len(state.turns) + 1 >= state.config.max_turns
-        if ious and (last_turn or len(ious) - 1 - best >= PATIENCE):
+        if ious and (state.last or len(ious) - 1 - best >= PATIENCE):
             return self._say(_BEST, state, Finish(state.masks[best].id))
         if state.view != View.whole(*gt_mask.shape, state.limits):
             return self._say(("I need the whole image.",), state, ResetView())

@@ -43,6 +43,7 @@ REFUSALS = (
     "empty_box",  # no area left inside the view
     "zoom_too_small",
     "zoom_too_thin",
+    "no_room",  # the driver has no tokens left for another view
     "invalid_prompt",  # the segmenter's own refusals, see FailureKind
     "unknown_logits",
 )

@@ -3,7 +3,7 @@
   python -m rsagent_jax.aot.scaling --results=docs/scaling.jsonl --out=docs/scaling.md [--only=7b:v5e]
 
 Every line of the table is one call of `train.py --aot`, so that anybody can repeat it. A call takes minutes; its report
-is appended to --results, and what stands there is not compiled again. Interrupt and go on as you like.
+is added to --results, and what stands there for rows of TOKENS is not compiled again. Interrupt and go on as you like.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from collections.abc import Iterator
 from absl import app, flags
 
 from rsagent_jax.aot.topology import GIB, TABLE, parse_topology
+from rsagent_jax.data.journal import write_whole
 
-RESULTS = flags.DEFINE_string("results", "docs/scaling.jsonl", "One report per line; read, and appended to.")
+RESULTS = flags.DEFINE_string("results", "docs/scaling.jsonl", "One report per line; read, and added to.")
 OUT = flags.DEFINE_string("out", "docs/scaling.md", "The page to write.")
 ONLY = flags.DEFINE_string("only", "", "Compile only what has this in its name (size:slice:stage:remat).")
 COMPILE = flags.DEFINE_bool("compile", True, "False: only write the page from what is there.")
 
 FULLY = ":fully"  # ends the name of a line that was compiled without --aot_quick
-SLOTS = {"v5e-16": 32, "v6e-8": 128, "v5p-8": 256}  # of a host at 8k tokens, beside the training state of the 7B
+TOKENS = 6144  # of a row and of a slot: configs/sft_tpu.py and grpo_tpu.py; lines of other lengths are compiled again
+EARLIER = 4096  # of lines that do not say
+SLOTS = {"v5e-16": 32, "v6e-8": 128, "v5p-8": 256}  # of a host, beside the training state of the 7B
 WEIGHTS = {"3b": "Qwen2.5-VL-3B-Instruct", "7b": "Qwen2.5-VL-7B-Instruct", "72b": "Qwen2.5-VL-72B-Instruct"}
 
 
@@ -58,12 +61,13 @@ def _call(size: str, name: str, stage: str, remat: str, quick: bool = True) -> t
 
 def _rollout_call(size: str, name: str, slots: int) -> tuple[str, list[str]]:
     arguments = [a for a in _call(size, name, "grpo", "full")[1] if not a.startswith("--aot_only")]
-    arguments += ["--config.grpo.sampling.context=8192", f"--config.grpo.sampling.slots={slots}"]
+    arguments += [f"--config.grpo.sampling.slots={slots}"]
     return f"{size}:{name}:rollout:{slots}", [*arguments, "--aot_only=rollout"]
 
 
 def compile_missing(results: pathlib.Path, only: str) -> None:
-    have = {json.loads(line)["name"] for line in results.read_text().splitlines()} if results.exists() else set()
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    have = {line["name"] for line in lines if line.get("tokens") == TOKENS}
     for name, arguments in calls():
         if name in have or only not in name:
             continue
@@ -74,8 +78,9 @@ def compile_missing(results: pathlib.Path, only: str) -> None:
             )
             continue
         reports = json.loads(done.stdout.splitlines()[-1])
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"name": name, "arguments": arguments, "reports": reports}) + "\n")
+        lines = [line for line in lines if line["name"] != name]
+        lines.append({"name": name, "tokens": TOKENS, "arguments": arguments, "reports": reports})
+        write_whole(results, "".join(json.dumps(line) + "\n" for line in lines))
         print(f"{name}: peak {max(r['peak_hbm_bytes'] for r in reports) / GIB:.2f} GiB", flush=True)
 
 
@@ -91,20 +96,23 @@ def page(lines: list[dict]) -> str:
                 out += [f"## {title}, {size.upper()}", "", *COLUMNS, *rows, ""]
     rollouts = [_rollout_row(name, by[name]) for name, _ in calls() if ":rollout:" in name and name in by]
     if rollouts:
-        out += ["## Rollouts, 7B, 8k tokens to a slot", "", ROLLOUT_HEAD.strip(), "", *ROLLOUT_COLUMNS, *rollouts, ""]
+        out += ["## Rollouts, 7B", "", ROLLOUT_HEAD.strip(), "", *ROLLOUT_COLUMNS, *rollouts, ""]
     fully = [name for name in by if name.endswith(FULLY) and name.removesuffix(FULLY) in by]
     if fully:
         pairs = [_row(n, by[n], how) for f in fully for n, how in ((f, "fully"), (f.removesuffix(FULLY), "quick"))]
         out += ["## Compiled fully and with --aot_quick: SFT, 7B", "", *COLUMNS, *pairs, ""]
-    missing = [name for name, _ in calls() if name not in by]
+    missing = [name for name, _ in calls() if by.get(name, {}).get("tokens") != TOKENS]
     if missing:
-        out += ["## Not compiled yet", "", ", ".join(f"`{name}`" for name in missing), ""]
+        out += [f"## Not compiled yet with {TOKENS:,} tokens", "", ", ".join(f"`{name}`" for name in missing), ""]
     return "\n".join(out)
 
 
 COLUMNS = (
-    "| slice | remat | peak GiB | of | fits | compiled / model FLOPs | ICI GiB | projected s | MFU | bound by |",
-    "|---|---|---|---|---|---|---|---|---|---|",
+    (
+        "| slice | remat | tokens | peak GiB | of | fits | compiled / model FLOPs | ICI GiB | projected s | MFU"
+        " | bound by |"
+    ),
+    "|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -113,7 +121,15 @@ def _row(name: str, line: dict, how: str = "") -> str:
     first = line["reports"][0]
     peak = max(r["peak_hbm_bytes"] for r in line["reports"])
     fits = "yes" if all(r["fits"] for r in line["reports"]) else "**no**"
-    cells = [where, f"{remat}, {how}" if how else remat, f"{peak / GIB:.2f}", f"{first['hbm_bytes'] / GIB:.2f}", fits]
+    tokens = f"{line.get('tokens', EARLIER):,}"
+    cells = [
+        where,
+        f"{remat}, {how}" if how else remat,
+        tokens,
+        f"{peak / GIB:.2f}",
+        f"{first['hbm_bytes'] / GIB:.2f}",
+        fits,
+    ]
     if first["projected_step_s"]:
         cells += [
             f"{first['hlo_to_model_flops']:.2f}",
@@ -129,10 +145,10 @@ def _row(name: str, line: dict, how: str = "") -> str:
 
 ROLLOUT_COLUMNS = (
     (
-        "| slice | tensor | slots a host (a device) | weights | cache | training | peak GiB | of | fits | GiB a step"
-        " | ratio | projected tokens/s a host | a slice |"
+        "| slice | tensor | tokens a slot | slots a host (a device) | weights | cache | training | peak GiB | of | fits"
+        " | GiB a step | ratio | projected tokens/s a host | a slice |"
     ),
-    "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -142,7 +158,7 @@ def _rollout_row(name: str, line: dict) -> str:
     decode, fullest = reports["decode"], max(line["reports"], key=lambda r: r["peak_hbm_bytes"])
     d, topology = decode["decoding"], parse_topology(where)
     a_device = d["slots"] * d["tensor"] // d["devices"]
-    cells = [where, str(d["tensor"]), f"{d['slots']} ({d['slots'] / d['devices']:g})"]
+    cells = [where, str(d["tensor"]), f"{d['places']:,}", f"{d['slots']} ({d['slots'] / d['devices']:g})"]
     sizes = (d["weight_bytes"], a_device * d["slot_bytes"], d["training_bytes"])
     cells += [f"{size / GIB:.2f}" for size in sizes]
     peak = f"{fullest['peak_hbm_bytes'] / GIB:.2f} ({fullest['program'].removeprefix('rollout ')})"
@@ -162,18 +178,17 @@ Every process runs the engine of `rsagent_jax/rollout` on the devices of its own
 for one host: 4 devices of v5e-16, 8 of v6e-8, 4 of v5p-8. All figures are per device unless said otherwise.
 
 - Tensor: devices that share a slot's heads, the smallest power of two at which weights and the slots for a step's
-  trajectories fit (16 prompts x 4 samples, shared by the hosts). Slots a host: compiled at this number; a slot holds
-  8,192 tokens, with room for a piece 9,216 places of bf16 cache.
+  trajectories fit (16 prompts x 4 samples, shared by the hosts). Tokens a slot: of live context, as many as a
+  trajectory may have. Slots a host: compiled at this number; room for a piece of a prompt is added.
 - Weights and cache: the engine's, bf16. Training: what train.py holds on the device meanwhile: fp32 parameters, AdamW
   moments and the reference policy in bf16. It gives the engine's memory back before the update, and the batches and the
   copy that the weights were made from before the rollout.
 - Peak: the fullest of four programs, training included: the weights from the training parameters, the vision tower on a
   full buffer of every lane, a macro-step with a piece of prompt in every lane, one without. (A fifth program appends a
   piece and samples nothing; it is the first part of the third.)
-- GiB a step: HBM traffic of a decode step, reads and writes, with 8,192 live tokens in every slot. Ratio: that over
+- GiB a step: HBM traffic of a decode step, reads and writes, with every slot full of live tokens. Ratio: that over
   what must be read: the decoder's weights and head once, and the live cache. The target is 1.15 at most.
-  On v5p-8 384 slots fit as well (peak 92.9 GiB), at a ratio of 1.16.
-- Projected tokens/s: slots over the time of a decode step by the bound below, at full slots of 8,192 live tokens, tools
+- Projected tokens/s: slots over the time of a decode step by the bound below, at full slots of live tokens, tools
   and prompts left out. **No device ran it.** Shorter contexts read less, prompts and waiting for tools take more.
 """
 
@@ -189,11 +204,11 @@ and these are its figures.
   are those of the full compilation. HBM traffic is higher, and with it the projected time where that bounds it; peak
   memory is lower by up to a tenth. Lines compiled both ways stand in the last section: leave that much room.
   The tightest, GRPO of the 7B on v5e-16, compiled fully: 15.20 of 15.75 GiB.
-- The lines were compiled while the project grew; those of the rollouts and, for the 7B, of v6e-8 and v5e-16 (SFT with
-  `full`; on v6e-8 `selective` and GRPO too) are of the newest version. Between the versions the peak of a line moved by
-  less than 1 GiB and its time by less than 2%; repeat a line before you rent by it.
-- A row is one sequence of 4,096 tokens that fills it: a view, eight overlays, text, 14,336 patches. A micro-batch has
-  one row per device, or per pair of devices on slices of 256 (`mesh.tensor = 2`).
+- A row is one sequence that fills it. `tokens` says of how many: those of 6,144 (text, images of 16,384 patches) are
+  what configs/sft_tpu.py and grpo_tpu.py ask for now; those of 4,096 (14,336 patches) stand from earlier versions, and
+  ask for 0.4 to 1.1 GiB less than now (GRPO of the 7B on v5e-16, one row per device: 14.14 and 15.22). Repeat a line
+  before you rent by it: `python -m rsagent_jax.aot.scaling --only=7b:v5e-64`.
+- A micro-batch has one row per device, or per pair of devices on v5e-16 and slices of 256 (`mesh.tensor = 2`).
 - Peak: the fullest of the stage's programs (gradients of a micro-batch, log-probabilities of the reference policy,
   update), with what stays on the device meanwhile. fp32 parameters and AdamW moments, bf16 activations, all parameters
   trained. The rollout's programs have a section of their own: the engine's weights and cache are gone by the update.

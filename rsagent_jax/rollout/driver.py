@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from rsagent_jax.agent import environment, prompts
+from rsagent_jax.agent import budget, environment, prompts
 from rsagent_jax.agent.environment import EnvState, SegmentFailure
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config import AgentConfig
@@ -37,6 +37,7 @@ class _Next:
     pending: Prompt | None = None  # None when the trajectory has ended
     position: int = 0  # of the token after `pending`
     skip: int = 0  # tokens at the head of `pending` that are in the context already: a sampled terminator
+    budget: int = 0  # tokens that the next turn may have
 
 
 @dataclasses.dataclass
@@ -76,6 +77,7 @@ class Driver:
         """`on_turn` is told of every finished turn; `workers` tool calls run at a time."""
         self.policy, self.segmenter, self.processor, self.agent = policy, segmenter, processor, agent
         self.limits = pixel_limits(agent, processor)
+        self.texts, self.budgets = budget.Texts.of(agent, processor.encode), {}  # budgets by a picture's size
         self.workers, self.on_turn = workers, on_turn
         self.cancelled: set[int] = set()
         # By the sample's id(), with the sample: were it gone, another one could get its id, and its opening.
@@ -120,7 +122,8 @@ class Driver:
                     run = runs[slot]
                     stats["tokens"] += len(completion.tokens)
                     run.text = self._add(run, completion)
-                    jobs.submit(slot, functools.partial(self._act, run.state, run.text, run.position, completion))
+                    so_far = run.position, run.length, run.drawn, int(completion.finished)
+                    jobs.submit(slot, functools.partial(self._act, run.state, run.text, *so_far))
                 stats["device"] += time.perf_counter() - before
                 before, idle = time.perf_counter(), not asked and any(r.state is not None for r in runs.values())
                 ended = jobs.take(wait=not asked)
@@ -177,7 +180,6 @@ class Driver:
     def _open(self, task: Task) -> _Next:
         """The state before the first turn, and the opening, which the tasks of a sample share."""
         sample = task.sample
-        state = environment.reset(sample.image, sample.query, self.agent, self.limits)
         with self.lock:
             _, future = self.openings.get(id(sample), (None, None))
             first = future is None
@@ -188,22 +190,26 @@ class Driver:
                     self.openings.popitem(last=False)
         if first:
             try:
-                future.set_result(self._opening(state))
+                future.set_result(self._opening(sample))
             except BaseException as error:  # noqa: BLE001 - for those who wait for it
                 future.set_exception(error)
-        prompt, position = future.result()
-        return self._if_room(_Next(state, prompt, position), 0, 0)
+        return future.result()
 
-    def _opening(self, state: EnvState) -> tuple[Prompt, int]:
-        opening = environment.opening_observation(state)
-        text = prompts.opening(prompts.system_prompt(self.agent.prompt), opening.text)
-        return self.processor.prompt(text, [opening.image], limits=state.limits)
+    def _opening(self, sample: Sample) -> _Next:
+        start = functools.partial(environment.reset, sample.image, sample.query, self.agent, self.limits)
 
-    def _act(self, state: EnvState, text: str, position: int, completion: Completion) -> _Next:
+        def read(state: EnvState) -> tuple[Prompt, int]:
+            opening = environment.opening_observation(state)
+            text = prompts.opening(prompts.system_prompt(self.agent.prompt), opening.text)
+            return self.processor.prompt(text, [opening.image], limits=state.limits)
+
+        return self._ahead(start(), lambda: start(last=True), read, 0, 0, 0)
+
+    def _act(self, state: EnvState, text: str, position: int, length: int, drawn: int, skip: int) -> _Next:
         """Runs the turn's tool and prepares what is appended next: the turn's end, then the observation.
 
         A policy leaves a sampled terminator out of its cache, so that both kinds of turn are continued in the same way:
-        by a terminator. After a finished turn it is already part of the trajectory, as a sampled token.
+        by a terminator. After a finished turn (skip = 1) it is already part of the trajectory, as a sampled token.
         """
         proposal = environment.propose(state, text)
         start = time.perf_counter()
@@ -212,34 +218,60 @@ class Driver:
         except Exception as error:  # noqa: BLE001 - a segmenter that breaks its promise fails the trajectory, not the run
             detail = f"{type(error).__name__}: {error}"
             reply = SegmentFailure(FailureKind.INTERNAL, detail, time.perf_counter() - start)
-        state = environment.resolve(state, proposal, reply)
+
+        def read(after: EnvState) -> tuple[Prompt, int]:
+            seen = after.turns[-1].observation
+            text = prompts.TERMINATOR + prompts.observation_turn(seen.text, seen.image is not None)
+            images = [] if seen.image is None else [seen.image]
+            return self.processor.prompt(text, images, position - skip, after.limits)
+
+        def after(proposal: environment.Proposal) -> _Next:
+            step = functools.partial(environment.resolve, state, proposal, reply)
+            result = step()
+            if state.last and result.status is None:  # said to be the last for want of room, and not finished
+                return _Next(environment.abort(result, Status.MAX_CONTEXT))
+            return self._ahead(result, lambda: step(last=True), read, length, drawn, skip)
+
+        result = after(proposal)
+        if proposal.view is not None and result.state.status is Status.MAX_CONTEXT and not state.last:
+            result = after(environment.refuse_view(proposal))
+        return result
+
+    def _ahead(
+        self, state: EnvState, as_last: Callable[[], EnvState], read, length: int, drawn: int, skip: int
+    ) -> _Next:
+        """What the policy reads before its next turn, and how many tokens that may have.
+
+        as_last: the same state with the next turn announced as the last. It ends here when not even a finish fits, or
+        when an image has more patches than the policy takes.
+        """
         if state.status is not None:
             return _Next(state)
-        observation = state.turns[-1].observation
-        text = prompts.TERMINATOR + prompts.observation_turn(observation.text, observation.image is not None)
-        images = [] if observation.image is None else [observation.image]
-        skip = int(completion.finished)
-        prompt, position = self.processor.prompt(text, images, position - skip, state.limits)
-        return _Next(state, prompt, position, skip)
+        (prompt, position), bounds = read(state), self._budget(state)
+        tokens, last = bounds.next_turn(length - skip + len(prompt.tokens), drawn, state.last)
+        if tokens and last and self.agent.announce_last and not state.last:
+            state = as_last()
+            prompt, position = read(state)
+            tokens, _ = bounds.next_turn(length - skip + len(prompt.tokens), drawn, last)
+        if not tokens or padded_patches(prompt.grids, self.processor.config.vision) > self.policy.patches:
+            return _Next(environment.abort(state, Status.MAX_CONTEXT))
+        return _Next(state, prompt, position, skip, tokens)
+
+    def _budget(self, state: EnvState) -> budget.Budget:
+        size = state.image.shape[:2]
+        if size not in self.budgets:
+            images = self.processor.images.limits
+            self.budgets[size] = budget.trajectory_budget(
+                self.agent, self.policy, self.texts, size, self.limits, images
+            )
+        return self.budgets[size]
 
     ############################## On the driver's thread ##############################
 
     def _advance(self, run: _Run, result: _Next) -> None:
-        first, run.next = run.state is None, self._if_room(result, run.length, run.drawn)
-        run.state = run.next.state
+        first, run.next, run.state = run.state is None, result, result.state
         if not first:
             self.on_turn(run.task, result.state)
-
-    def _if_room(self, result: _Next, length: int, drawn: int) -> _Next:
-        """Ends a trajectory whose next turn may not fit its slot or its budget, or whose images are too large."""
-        if result.pending is None or result.state.status is not None:
-            return result
-        need = length + len(result.pending.tokens) + self.policy.max_new_tokens + 1
-        patches = padded_patches(result.pending.grids, self.processor.config.vision)
-        spent = self.agent.max_tokens and drawn >= self.agent.max_tokens
-        if need > self.policy.context or patches > self.policy.patches or spent:
-            return _Next(environment.abort(result.state, Status.MAX_CONTEXT))
-        return result
 
     def _overdue(self, run: _Run, detail: str) -> _Next:
         proposal = environment.propose(run.state, run.text)
@@ -249,11 +281,9 @@ class Driver:
         return _Next(environment.resolve(run.state, proposal, failure))
 
     def _request(self, run: _Run) -> Request:
-        budget = self.policy.max_new_tokens
-        if self.agent.max_tokens:
-            budget = min(budget, self.agent.max_tokens - run.drawn)
         run.asked, run.position = time.perf_counter(), run.next.position
-        return Request(run.slot, run.next.pending, run.position, run.state, run.task, len(run.state.turns), budget)
+        turn = len(run.state.turns)
+        return Request(run.slot, run.next.pending, run.position, run.state, run.task, turn, run.next.budget)
 
     def _add(self, run: _Run, completion: Completion) -> str:
         """Appends the pending prompt and the sampled turn to the context; returns the turn's text."""

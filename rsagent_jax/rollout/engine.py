@@ -166,7 +166,8 @@ class Engine:
         prompt, vision = request.prompt, self.config.vision
         length = self.used[request.slot].length if request.slot in self.used else 0
         patches = padded_patches(prompt.grids, vision)
-        if patches > self.patches or length + len(prompt.tokens) + self.max_new_tokens > self.context:
+        budget = min(request.budget or self.max_new_tokens, self.max_new_tokens)
+        if patches > self.patches or length + len(prompt.tokens) + budget > self.context:
             raise ValueError(
                 f"slot {request.slot} has {length} of {self.context} tokens: no room for {len(prompt.tokens)} more and"
                 f" a turn, or {patches} patches are more than {self.patches}"

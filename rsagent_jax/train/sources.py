@@ -158,8 +158,9 @@ class GrpoSource:
         advantages = self.advantage(totals, valid_G).reshape(-1)
         flat = np.repeat(zero_variance(totals, valid_G, c.min_spread), c.group)
         trained = valid & ~(flat & c.drop_zero_variance)
+        overlong = np.array([t.status is Status.MAX_CONTEXT for t in played])
         if c.mask_overlong:
-            trained &= np.array([t.status is not Status.MAX_CONTEXT for t in played])
+            trained &= ~overlong
         usable = np.array([self._usable(t) for t in played])
         trained &= usable
         items = [_item(t, float(a)) for t, a, ok in zip(played, advantages, trained, strict=True) if ok]
@@ -184,7 +185,13 @@ class GrpoSource:
                 for t, a, r in zip(played[: c.group], advantages, rewards, strict=False)
             ],
         }
-        return items, _summary(played, chosen, rewards, flat) | {"dropped": float(np.mean(valid & ~usable))}
+        ends = (self.processor.terminator_id, *c.sampling.stop_ids)
+        counts = {
+            "dropped": float(np.mean(valid & ~usable)),
+            "overlong": float(np.mean(valid & overlong)),  # not trained on, by grpo.mask_overlong
+            "cut": sum(_cut(t, ends).sum() for t in played) / max(sum(len(t.turns) for t in played), 1),  # of the turns
+        }
+        return items, _summary(played, chosen, rewards, flat) | counts
 
     def _kept(self, error: RewardError, state: EnvState, sample: Sample) -> RewardError:
         """The same error, which says where the trajectory is now."""
@@ -225,6 +232,12 @@ def _unreadable(element: Any) -> bool:
 
 def _item(t: Trajectory, advantage: float) -> Item:
     return Item(t.tokens, t.positions, t.sampled, t.logprobs, t.patches, t.grids, advantage)
+
+
+def _cut(t: Trajectory, ends: tuple[int, ...]) -> np.ndarray:
+    """bool[turns]: which were ended by their budget of tokens rather than by one of `ends`."""
+    last = t.sampled & ~np.append(t.sampled[1:], False)  # something is forced between any two turns
+    return ~np.isin(t.tokens[last], ends)
 
 
 def _fill(items: list[Item], batches: list[Batch]) -> dict[str, float]:

@@ -93,6 +93,7 @@ def same_states(a: EnvState, b: EnvState) -> None:
         "invalid",
         "status",
         "failure",
+        "last",
         "tool_seconds",
     ):
         assert getattr(a, name) == getattr(b, name), name
@@ -101,7 +102,7 @@ def same_states(a: EnvState, b: EnvState) -> None:
         assert (x.id, x.score, x.logits_id) == (y.id, y.score, y.logits_id)
         np.testing.assert_array_equal(x.mask, y.mask)
     for x, y in zip(a.turns, b.turns, strict=True):
-        for name in ("text", "call", "error", "mask_id", "clipped", "repeated"):
+        for name in ("text", "call", "error", "mask_id", "clipped", "repeated", "last"):
             assert getattr(x, name) == getattr(y, name), name
         assert (x.observation is None) == (y.observation is None)
         if x.observation is not None:

@@ -25,6 +25,8 @@ def strings() -> dict[str, str]:
         result[f"segment_text {style}"] = prompts.segment_text(1, 0.926, 0.1234, (112, 56), style)
         result[f"segment_text tiny area {style}"] = prompts.segment_text(12, 1.5, 0.0012, (112, 56), style)
         result[f"view_text {style}"] = prompts.view_text((140, 56), style)
+        result[f"last_turn_text {style}"] = prompts.last_turn_text(3, style)
+        result[f"last_turn_text without a mask {style}"] = prompts.last_turn_text(None, style)
         result[f"error_text {style}"] = prompts.error_text(ERROR, style)
     result["turn"] = render_call(Segment(points=((45, 60),), labels=(1,)), "The red circle is here; I click on it.")
     result["opening"] = prompts.opening("SYSTEM", "USER")

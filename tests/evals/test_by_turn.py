@@ -1,4 +1,7 @@
-"""The curve over turns of one run equals runs with so many turns, and the best mask so far by hand."""
+"""The curve over turns of one run equals runs with so many turns, and the best mask so far by hand.
+
+The policy is not told which turn is its last.
+"""
 
 import dataclasses
 
@@ -26,7 +29,7 @@ def play(max_turns, rules=metrics.LISA):
     found = []
     for i, name in enumerate(SCRIPTS):
         fail = [None, FailureKind.INTERNAL] if name == "s3" else None
-        agent = dataclasses.replace(small.AGENT, max_turns=max_turns)
+        agent = dataclasses.replace(small.AGENT, max_turns=max_turns, announce_last=False)
         policy = TextPolicy(small.scripted(SCRIPTS), small.processor())
         ((t, _),) = Driver(policy, DiscSegmenter(14.0, fail=fail), small.processor(), agent).run([small.task(i)])
         found.append((metrics.count(t, small.sample(i)), by_turn.mask_pixels(t, small.sample(i))))

@@ -6,9 +6,12 @@ import threading
 
 import numpy as np
 import pytest
-from agent_fakes import DiscSegmenter
+from agent_fakes import LIMITS, DiscSegmenter, same_states
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rsagent_jax.agent import environment, prompts
+from rsagent_jax.agent.replay import replay, to_json
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
 from rsagent_jax.rollout.driver import Driver
@@ -36,6 +39,21 @@ class Policy(TextPolicy):
 
     def _complete(self, text, budget):
         return super()._complete(text, min(budget, self.cut or budget))
+
+
+def tokens_of(text):
+    return len(small.processor().encode(text))
+
+
+FINISH = max(tokens_of(finish(9)), tokens_of(finish(None))) + 1  # what is kept back for it, and the terminator
+
+
+def announcement(mask_id, agent):
+    return " " + prompts.last_turn_text(mask_id, "brief") if agent.announce_last else ""
+
+
+def seen(trajectory):
+    return [turn.observation for turn in trajectory.turns if turn.observation is not None]
 
 
 def play(scripts, tasks, *, segmenter=None, agent=AGENT, workers=2, **policy):
@@ -172,9 +190,11 @@ def test_every_ending_of_the_environment_reaches_the_trajectory(turns, agent, st
     check_context(trajectory, pieces(trajectory))
 
 
-def test_a_prompt_that_leaves_no_room_for_a_turn_ends_before_the_policy_is_asked():
-    need = len(one(finish(None))[0].tokens) - len(small.processor().encode(finish(None))) - 1  # the opening
-    for context, status in ((need + 4096 + 1, Status.FINISHED), (need + 4096, Status.MAX_CONTEXT)):
+def test_a_prompt_that_leaves_no_room_for_a_finish_ends_before_the_policy_is_asked():
+    only = dataclasses.replace(AGENT, max_turns=1)  # so that the opening says that this is the last turn
+    need = len(one(finish(None), agent=only)[0].tokens)  # finish(null) is the longest
+    assert need == int(one(finish(None), agent=only)[0].sampled.argmax()) + FINISH
+    for context, status in ((need, Status.FINISHED), (need - 1, Status.MAX_CONTEXT)):
         trajectory, _ = one(finish(None), context=context)
         assert trajectory.status is status
     assert trajectory.turns == () and len(trajectory.tokens) == 0 and trajectory.positions.shape == (3, 0)
@@ -186,19 +206,102 @@ def test_an_image_with_more_patches_than_a_slot_takes_ends_the_trajectory():
     assert one(finish(None), patches=63)[0].status is Status.MAX_CONTEXT
 
 
-def test_a_trajectory_ends_between_turns_when_the_next_one_may_not_fit():
-    whole = one(click(30, 40), click(50, 40), finish(1))[0]
-    starts = np.flatnonzero(np.diff(whole.sampled.astype(int)) == 1) + 1  # where turns begin
-    budget = len(small.processor().encode(click(50, 40))) + 8
-    context = int(starts[1]) + budget + 2  # room for turn 2 but not for turn 3
-    trajectory, state = one(click(30, 40), click(50, 40), finish(1), context=context, max_new_tokens=budget)
-    assert trajectory.status is Status.MAX_CONTEXT and len(trajectory.turns) == 2
-    end = len(trajectory.tokens)
-    assert end <= context
-    np.testing.assert_array_equal(trajectory.tokens, whole.tokens[:end])
-    assert trajectory.sampled[-1] and trajectory.turns[-1].observation is not None
-    assert len(trajectory.grids) == 2  # the second overlay was never appended
-    np.testing.assert_array_equal(trajectory.final_mask, state.masks[1].mask)
+TIGHT = dataclasses.replace(AGENT, typical_turn=30)
+
+
+def tight(*turns, spare=20, agent=TIGHT, **policy):
+    """Two clicks and a finish in a context in which the third turn is the last, with `spare` tokens to choose from."""
+    whole, _ = one(click(30, 40), click(50, 40), finish(1), agent=agent)
+    start = int(np.flatnonzero(np.diff(whole.sampled.astype(int)) == 1)[2]) + 1  # of the third turn
+    last = tokens_of(announcement(1, agent))
+    return one(*turns, context=start + last + FINISH + spare, agent=agent, max_new_tokens=100, **policy)
+
+
+def test_the_last_turn_that_fits_is_announced_with_the_best_mask_and_finish_fits():
+    trajectory, state = tight(click(30, 40), click(50, 40), finish(1))
+    assert trajectory.status is Status.FINISHED and trajectory.final_mask_id == 1
+    texts = [turn.observation.text for turn in trajectory.turns[:2]]
+    assert [text.endswith(" Last turn: finish, best mask 2.") for text in texts] == [False, True]
+    assert [turn.last for turn in trajectory.turns] == [False, False, True]
+    check_context(trajectory, pieces(trajectory))
+    same_states(state, replay(to_json(state), state.image))
+
+
+def test_a_trajectory_that_does_not_finish_in_its_announced_last_turn_ends_there():
+    trajectory, state = tight(click(30, 40), click(50, 40), click(60, 40))
+    assert trajectory.status is Status.MAX_CONTEXT and len(trajectory.turns) == 3
+    assert trajectory.sampled[-1] and len(trajectory.grids) == 3  # the third overlay was never appended
+    np.testing.assert_array_equal(trajectory.final_mask, state.masks[2].mask)
+    same_states(state, replay(to_json(state), state.image))
+
+
+def test_without_the_announcement_a_trajectory_goes_on_until_not_even_a_finish_fits():
+    silent = dataclasses.replace(TIGHT, announce_last=False)
+    trajectory, _ = tight(click(30, 40), click(50, 40), finish(1), agent=silent)
+    assert trajectory.status is Status.FINISHED and not any("Last" in t.text for t in seen(trajectory))
+    trajectory, _ = tight(click(30, 40), click(50, 40), click(60, 40), agent=silent)
+    assert trajectory.status is Status.MAX_CONTEXT and len(trajectory.turns) == 3 and not trajectory.turns[2].last
+
+
+def test_turns_get_the_room_that_is_left_beside_a_mask_and_a_finish():
+    turns = click(30, 40), click(50, 40), finish(1)
+    starts = np.flatnonzero(np.diff(one(*turns)[0].sampled.astype(int)) == 1) + 1
+    policy, budgets = Policy({"s0": turns}, max_new_tokens=150), []
+    driver = Driver(policy, DiscSegmenter(), small.processor(), TIGHT)
+    bounds = driver._budget(environment.reset(small.sample(0).image, "q", TIGHT, driver.limits))
+    reserve = 1 + bounds.mask + bounds.announcement + FINISH
+    policy.context = int(starts[1]) + reserve + 60
+    submit, driver.budgets = policy.submit, {}
+    policy.submit = lambda request: (budgets.append(request.budget), submit(request))
+    ((trajectory, _),) = driver.run([task(0)])
+    end = (
+        int(np.flatnonzero(np.diff(trajectory.sampled.astype(int)) == 1)[2]) + 1
+    )  # where the third, announced turn begins
+    assert budgets == [min(150, policy.context - int(starts[0]) - reserve), 60, policy.context - end]
+    assert budgets[0] > 60 > FINISH and trajectory.turns[2].last
+
+
+def test_a_view_that_leaves_no_room_for_a_finish_is_refused_and_the_trajectory_goes_on():
+    images = dataclasses.replace(small.processor().images, limits=LIMITS)  # views of up to 256 tokens
+    processor = Processor(small.processor().tokenizer, images, small.processor().config)
+    look, answer = zoom(0, 0, 224, 200), finish(None)
+
+    def run(context):
+        policy = Policy({"s0": (look, answer)}, context=context)
+        driver = Driver(policy, DiscSegmenter(), processor, TIGHT)
+        return *driver.run([task(0, h=224, w=224)])[0], driver.budgets[224, 224]
+
+    whole, _, bounds = run(1000)
+    assert whole.grids == ((1, 16, 16), (1, 14, 16)) and whole.status is Status.FINISHED
+    opening = int(whole.sampled.argmax())
+    context = opening + tokens_of(look) + 1 + bounds.mask + bounds.announcement + FINISH
+    for more, reason in ((1, "no_room"), (60, None)):
+        trajectory, state, _ = run(context + more)
+        first = trajectory.turns[0]
+        assert trajectory.status is Status.FINISHED and first.last is False and state.turns[1].last
+        assert (first.error and first.error.reason) == reason
+        assert len(trajectory.grids) == 1 + (reason is None)
+        same_states(state, replay(to_json(state), state.image))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(120, 700), st.lists(st.integers(0, 4), min_size=8, max_size=8), st.integers(FINISH, 120))
+def test_whatever_the_context_a_policy_that_finishes_when_told_always_finishes(context, kinds, most):
+    """Clicks, zooms and nonsense in any order; `finish` is said in the turn that is announced as the last."""
+
+    def act(task, state):
+        if state.last:
+            return finish(1 if state.masks else None)
+        n = len(state.turns)
+        turns = [click(30 + n, 40), zoom(0, 0, 60 + n, 60), BAD, click(99, 40 + n), zoom(9, 9, 90, 90 + n)]
+        return turns[kinds[n]]
+
+    policy = Policy({}, context=context, max_new_tokens=most)
+    policy.act = act
+    agent = dataclasses.replace(TIGHT, max_invalid=9)
+    ((t, _),) = Driver(policy, DiscSegmenter(), small.processor(), agent).run([task(0)])
+    assert len(t.tokens) <= context
+    assert t.status in (Status.FINISHED, Status.REPEATED) or (t.status is Status.MAX_CONTEXT and not t.turns)
 
 
 def test_a_segmenter_that_dies_in_turn_2_fails_that_trajectory_alone():
@@ -317,13 +420,13 @@ def test_closing_the_iterator_drops_what_is_under_way():
     assert policy.requests == {} and len(driver.run([task(2)])) == 1
 
 
-def test_a_budget_of_tokens_for_the_whole_trajectory_cuts_the_last_turn_and_ends_it():
-    whole, _ = one(click(30, 40), click(50, 40), finish(1))
-    first = len(small.processor().encode(click(30, 40))) + 1
-    agent = dataclasses.replace(AGENT, max_tokens=first + 5)
+def test_a_budget_of_sampled_tokens_keeps_a_finish_back_and_ends_the_trajectory():
+    first = tokens_of(click(30, 40)) + 1
+    agent = dataclasses.replace(TIGHT, max_tokens=first + FINISH + 5, typical_turn=20)
+    t, _ = one(click(30, 40), finish(1), agent=agent)
+    assert t.status is Status.FINISHED and t.turns[0].observation.text.endswith("Last turn: finish, best mask 1.")
     t, _ = one(click(30, 40), click(50, 40), finish(1), agent=agent)
-    assert t.status is Status.MAX_CONTEXT and t.sampled.sum() == first + 5
-    np.testing.assert_array_equal(t.tokens, whole.tokens[: len(t.tokens)])
+    assert t.status is Status.MAX_CONTEXT and t.sampled.sum() == first + FINISH + 5  # the second turn was cut
 
 
 def test_no_tasks_give_no_trajectories():

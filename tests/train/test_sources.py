@@ -185,8 +185,10 @@ def test_a_step_without_any_signal_still_gives_one_batch_that_teaches_nothing():
 
 def test_overlong_trajectories_are_trained_or_masked_as_the_config_says():
     group = [trajectory(0, 20, n=20), trajectory(0, 10, n=21, status=Status.MAX_CONTEXT)]
-    assert len(trained(source([group]).next(None, None)[0])[11]) == 2
-    kept = trained(source([group], mask_overlong=True).next(None, None)[0])
+    assert len(trained(source([group], mask_overlong=False).next(None, None)[0])[11]) == 2
+    batches, metrics = source([group]).next(None, None)
+    assert metrics["overlong"] == 0.5 and metrics["cut"] == 1.0  # no turn of these ends with a terminator
+    kept = trained(batches)
     assert kept == {11: [round((1 - iou(10)) / 2, 5)]}  # its reward still counts in the mean
 
 
