@@ -29,7 +29,7 @@ MAX_LINES = 450
 # Lower rungs first. A unit may import those below it and, on the first rung only, its neighbours. The longest prefix
 # names the unit: rsagent_jax.evals.summary is an entry point, the rest of rsagent_jax.evals is not.
 RUNGS = (
-    ("types", "resolve", "config_files", "config", "sharding", "processes", "slices", "metrics"),
+    ("types", "resolve", "config_files", "config", "image_files", "sharding", "processes", "slices", "metrics"),
     ("models", "rewards", "agent"),
     ("data",),
     ("rollout",),

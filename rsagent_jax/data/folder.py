@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 
 from rsagent_jax.data.coco_masks import decode_segmentation
-from rsagent_jax.data.index import Inputs, SampleIndex, picture_key, read_image
+from rsagent_jax.data.index import Inputs, SampleIndex, picture_key
+from rsagent_jax.data.mask_files import IGNORED, OBJECT, read_mask
+from rsagent_jax.image_files import read_image
 from rsagent_jax.types import DataError, Sample
 
 _KEYS = ("image", "query", "mask", "segmentation", "ignore", "id")
@@ -101,21 +103,30 @@ def _entry(line: bytes, root: pathlib.Path, where: str, name: str, number: int) 
 
 
 def _load(entry: _Entry) -> Sample:
-    image = read_image(entry.picture, f"it is named in {entry.line}", upright=True)
+    image = read_image(entry.picture, _remedy(entry), upright=True)
     h, w = image.shape[:2]
+    ignore = None
     if entry.mask is not None:
-        mask = _mask(entry.mask, h, w, entry)
+        labels = _labels(entry.mask, h, w, entry)
+        mask, border = labels == OBJECT, labels == IGNORED
+        ignore = border if border.any() else None
     else:
         mask = decode_segmentation(entry.segmentation or [], h, w, f"{entry.line} (sample {entry.id})")
-    ignore = None if entry.ignore is None else _mask(entry.ignore, h, w, entry)
+    if entry.ignore is not None:
+        named = _labels(entry.ignore, h, w, entry) != 0
+        ignore = named if ignore is None else named | ignore
     return Sample(entry.id, image, entry.query, mask, ignore, entry.picture)
 
 
-def _mask(path: str, height: int, width: int, entry: _Entry) -> np.ndarray:
-    mask = read_image(path, f"it is named in {entry.line}").any(axis=2)
-    if mask.shape != (height, width):
+def _labels(path: str, height: int, width: int, entry: _Entry) -> np.ndarray:
+    labels = read_mask(path, path, _remedy(entry))
+    if labels.shape != (height, width):
         raise DataError(
-            f"{path} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {entry.picture} {width} x {height}"
+            f"{path} is {labels.shape[1]} x {labels.shape[0]} pixels, its image {entry.picture} {width} x {height}"
             f" ({entry.line}): a mask is as large as its image, turned upright"
         )
-    return mask
+    return labels
+
+
+def _remedy(entry: _Entry) -> str:
+    return f"it is named in {entry.line}"

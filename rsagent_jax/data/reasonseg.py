@@ -20,7 +20,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from rsagent_jax.data.index import Inputs, SampleIndex, picture_key, read_image
+from rsagent_jax.data.index import Inputs, SampleIndex, picture_key
+from rsagent_jax.image_files import read_image
 from rsagent_jax.types import DataError, Sample
 
 TEXTS = ("first", "all")

@@ -21,7 +21,8 @@ import numpy as np
 
 from rsagent_jax.data import unpickle
 from rsagent_jax.data.coco_masks import decode_segmentation
-from rsagent_jax.data.index import Inputs, SampleIndex, coco_key, read_image
+from rsagent_jax.data.index import Inputs, SampleIndex, coco_key
+from rsagent_jax.image_files import read_image
 from rsagent_jax.types import DataError, Sample
 
 IMAGES = pathlib.PurePath("images/mscoco/images/train2014")

@@ -21,8 +21,9 @@ from collections.abc import Iterator
 
 from array_record.python.array_record_module import ArrayRecordReader
 
-from rsagent_jax.data.index import Inputs, SampleIndex, coco_key, decode_image
+from rsagent_jax.data.index import Inputs, SampleIndex, coco_key
 from rsagent_jax.data.refcoco import UNITS
+from rsagent_jax.image_files import decode_image
 from rsagent_jax.types import DataError, Sample
 
 _SPLITS = {"val": "validation"}  # TFDS's word for it
@@ -81,6 +82,7 @@ def _load(entry: _Entry) -> Sample:
     where = f"{path}, picture {entry.image_id}"
     fields = _example(_record(path, entry.record), where)
     image = decode_image(bytes(fields["image"][0]), where)
+    # not 0, whatever it is: TFDS's own rule; it writes PNGs of 8 bits
     mask = decode_image(bytes(fields["objects/mask"][entry.target]), f"{where}, mask {entry.target}")[..., 0] > 0
     if mask.shape != image.shape[:2]:
         raise DataError(f"{where}: its mask {entry.target} has {mask.shape} pixels (h, w), it has {image.shape[:2]}")

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from rsagent_jax.data import coco_masks, index, refcoco
+from rsagent_jax import image_files
+from rsagent_jax.data import coco_masks, refcoco
 from rsagent_jax.types import DataError
 
 REFS, INSTANCES = "refcocog/refs(umd).p", "refcocog/instances.json"
@@ -163,7 +164,7 @@ def _save_exif_rotated(path, image):
 def test_other_colour_modes_become_rgb(tmp_path, mode):
     path = tmp_path / "x.jpg"
     PIL.Image.new("RGB", (30, 20), (200, 100, 50)).convert(mode).save(path, quality=95)
-    image = index.read_image(path)
+    image = image_files.read_image(path)
     assert image.shape == (20, 30, 3) and image.dtype == np.uint8 and image.flags.writeable
     expected = (124, 124, 124) if mode == "L" else (200, 100, 50)  # 0.299 * 200 + 0.587 * 100 + 0.114 * 50 = 124.2
     assert np.abs(image.astype(int) - expected).max() <= 6
@@ -176,7 +177,7 @@ def test_exif_rotation_is_not_applied(copied):
     picture.load()
     wide = picture.resize((140, 112))
     _save_exif_rotated(path, wide)
-    assert index.read_image(path).shape == (112, 140, 3)  # as stored, not 140 x 112
+    assert image_files.read_image(path).shape == (112, 140, 3)  # as stored, not 140 x 112
     _save_exif_rotated(path, picture)
     after = refcoco.load_refcoco(copied)[0]
     assert np.abs(after.image.astype(int) - before.image).mean() < 10  # saved again, not turned
