@@ -76,7 +76,10 @@ class SampleIndex(Sequence):
         return len(self.entries)
 
     def __getitem__(self, i: int) -> Sample:
-        return self.load(self.entries[i])
+        entry = self.entries[i]
+        if not entry.query.strip():
+            raise DataError(f"sample {entry.id} asks nothing: its text is blank")
+        return self.load(entry)
 
     @property
     def ids(self) -> list[str]:

@@ -25,6 +25,7 @@ from rsagent_jax.agent.replay import replay, to_json
 from rsagent_jax.data.journal import write_whole
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor, image_patches
+from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.image_files import checksum, decode_image, picture_by_checksum
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.positions import Grid, merged_tokens
@@ -204,6 +205,8 @@ def open_records(directory: str | pathlib.Path) -> grain.sources.ArrayRecordData
         source = grain.sources.ArrayRecordDataSource(sorted(map(str, directory.glob("*.array_record"))))
         count = len(source)
     except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
+        for shard in sorted(directory.glob("*.array_record")):
+            open_array_record(shard, "collect the set again, or refilter it")
         raise DataError(f"{directory}: the set cannot be read ({error!r}); collect the set again") from error
     if count != stated or stated == 0:
         raise DataError(f"{directory}: {count} trajectories on disk, {STAMP} says {stated}; collect the set again")
