@@ -6,7 +6,7 @@
 | 1 bit, bool | 0 and 255 |
 | 16 bits | v / 257, rounded; colour files of 16 bits: their high bytes |
 | 32-bit grey, files only | as 16 bits; a value outside 0 … 65535 is refused |
-| floating point | 0 … 1 is black to white; a value outside, or nan, is refused |
+| floating point | refused: its range is anybody's guess |
 | grey or colour with alpha, a transparent colour | blended with white |
 | palette, CMYK, YCbCr | their RGB |
 | several frames or pages | the first |
@@ -49,12 +49,8 @@ def to_rgb(image: np.ndarray) -> np.ndarray:
         image = image.astype(np.uint8) * np.uint8(255)
     elif image.dtype == np.uint16:
         image = ((image.astype(np.uint32) * 2 + 257) // 514).astype(np.uint8)  # v / 257, rounded, in whole numbers
-    elif image.dtype.kind == "f":
-        if image.size and not (image.min() >= 0 and image.max() <= 1):  # nan is neither
-            raise ImageError("floating-point values outside 0 … 1 have no known range: save 8 or 16 bits")
-        image = np.round(image.astype(np.float32) * 255).astype(np.uint8)
     elif image.dtype != np.uint8:
-        raise ImageError(f"a picture of {image.dtype} has no known range: give 8 or 16 bits, or floats in 0 … 1")
+        raise ImageError(f"a picture of {image.dtype} has no known range: give 8 or 16 bits")
     if image.ndim == 2:
         image = image[..., None]
     channels = image.shape[2]
@@ -146,7 +142,7 @@ def _rgb(picture: PIL.Image.Image) -> np.ndarray:
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return np.array(picture)
     if picture.mode == "F":
-        return to_rgb(np.asarray(picture))
+        raise ImageError("holds floating-point values, which have no known range; save it as an 8-bit PNG first")
     if picture.mode.startswith("I"):  # 16 or 32 bits of grey, which convert("RGB") would clip at 255
         values = np.asarray(picture)
         if values.min() < 0 or values.max() > 65535:
