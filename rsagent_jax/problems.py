@@ -34,9 +34,9 @@ from rsagent_jax.agent import questions
 from rsagent_jax.agent.remote import Endpoint, EndpointError
 from rsagent_jax.config import ProblemsConfig, to_dict
 from rsagent_jax.data import journal
-from rsagent_jax.data.index import read_image
 from rsagent_jax.data.journal import Journal
 from rsagent_jax.data.samples import open_samples
+from rsagent_jax.image_files import read_image
 from rsagent_jax.processes import parse_share
 from rsagent_jax.types import DataError, Sample
 

@@ -1,22 +1,39 @@
-"""Any picture -> u8[h, w, 3] RGB, the one form that crosses the bridge. Done once, before the first call.
+"""Any picture -> u8[h, w, 3] RGB, the one form that crosses the bridge. The only place that decodes a picture.
 
 | input | becomes |
 |---|---|
 | grey [h, w] or [h, w, 1] | three equal channels |
-| grey and alpha [h, w, 2], RGBA [h, w, 4] | blended with white |
-| bool | 0 and 255 |
-| 16 bits | v / 257, rounded |
-| files: EXIF orientation | applied, so a mask lies as the photograph is seen; palette and CMYK to RGB |
+| 1 bit, bool | 0 and 255 |
+| 16 bits | v / 257, rounded; colour files of 16 bits: their high bytes |
+| 32-bit grey, files only | as 16 bits; a value outside 0 … 65535 is refused |
+| floating point | refused: its range is anybody's guess |
+| grey or colour with alpha, a transparent colour | blended with white |
+| palette, CMYK, YCbCr | their RGB |
+| several frames or pages | the first |
+| EXIF orientation | applied (`upright`), so a mask lies as the photograph is seen |
 
-Floating point is refused: its range is anybody's guess. COCO's own files keep their stored orientation, because its
-annotations are drawn on the pixels as stored (rsagent_jax/data/refcoco.py).
+COCO's own files keep their stored orientation, because its annotations are drawn on the pixels as stored
+(rsagent_jax/data/refcoco.py). Thumbnails in a camera's raw file (DNG, NEF, …) are not taken for the photograph.
 """
 
 from __future__ import annotations
 
+import io
 import pathlib
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from sam_bridge.file_kinds import HEAD, kind_of
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+_ORIENTATION, _SUBFILE_TYPE = 0x0112, 254  # tags of EXIF and TIFF
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # fmt: skip
 
 
 class ImageError(ValueError):
@@ -45,24 +62,95 @@ def to_rgb(image: np.ndarray) -> np.ndarray:
     return image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)
 
 
-def read(path: str | pathlib.Path) -> np.ndarray:
-    """A picture file -> u8[h, w, 3] RGB, upright. FileNotFoundError, or ImageError naming the file."""
+def read(path: str | pathlib.Path, upright: bool = True) -> np.ndarray:
+    """A picture file -> u8[h, w, 3] RGB. FileNotFoundError, or ImageError naming the file."""
+    return _named(str(path), _rgb, load(path, upright=upright))
+
+
+def decode(data: bytes, where: str, upright: bool = True) -> np.ndarray:
+    """A picture file's bytes -> u8[h, w, 3] RGB; `where` names it in the ImageError."""
+    return _named(where, _rgb, load(data, where, upright))
+
+
+def load(
+    source: str | pathlib.Path | bytes, where: str = "", upright: bool = True, exact: bool = False
+) -> PIL.Image.Image:
+    """A picture file, or its bytes, as a PIL.Image.Image in its own mode, pixels decoded; for readers of masks.
+
+    exact: refuse what would be read in part: several frames, colour of 16 bits. Raises as `read` does.
+    """
+    where = where or str(source)
+    if not isinstance(source, bytes):
+        try:
+            source = pathlib.Path(source).read_bytes()
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            raise ImageError(f"{where} cannot be opened ({getattr(error, 'strerror', None) or error})") from None
+    try:
+        return _named(where, lambda data: _load(data, upright, exact), source)
+    except ImageError as error:
+        kind = kind_of(source[:HEAD])
+        raise (ImageError(f"{where} is not a readable picture: {kind}") if kind else error) from None
+
+
+def _load(data: bytes, upright: bool, exact: bool) -> PIL.Image.Image:
     import PIL.Image
-    import PIL.ImageOps
+
+    picture = PIL.Image.open(io.BytesIO(data))
+    if picture.format == "TIFF" and (picture.tag_v2.get(_SUBFILE_TYPE, 0) & 1 or kind_of(data[:HEAD])):
+        raise ImageError("its first picture is a thumbnail, as in a camera's raw file: convert it to JPEG or PNG")
+    if exact and getattr(picture, "n_frames", 1) > 1:
+        raise ImageError(f"holds {picture.n_frames} frames or pages; save one alone")
+    if exact and any(";16" in str(tile[3]) for tile in picture.tile) and not picture.mode.startswith("I"):
+        raise ImageError("holds colour or alpha of 16 bits; save it with 8 bits, or as grey of 16")
+    picture.load()
+    return _turned(picture) if upright else picture
+
+
+def _named(where: str, step, argument):
+    """`step(argument)`; whatever a decoder raises becomes an ImageError that names the picture."""
+    import PIL
+    import PIL.Image
 
     try:
-        with PIL.Image.open(path) as picture:
-            picture = PIL.ImageOps.exif_transpose(picture)
-            if picture.mode == "F":
-                raise ImageError(f"{path} holds floating-point values; save it as an 8-bit PNG first")
-            if picture.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255
-                return to_rgb(np.asarray(picture).clip(0, 65535).astype(np.uint16))
-            if picture.has_transparency_data:
-                return to_rgb(np.asarray(picture.convert("RGBA")))
-            return np.array(picture.convert("RGB"))
-    except FileNotFoundError:
-        raise
+        return step(argument)
+    except (ImageError, PIL.Image.DecompressionBombError) as error:
+        raise ImageError(f"{where}: {error}") from None
     except PIL.UnidentifiedImageError:
-        raise ImageError(f"{path} is not a picture that can be read (JPEG, PNG, WebP, …), or is cut short") from None
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise ImageError(f"{path} cannot be read as a picture: {getattr(error, 'strerror', None) or error}") from None
+        raise ImageError(f"{where} is not a readable picture (JPEG, PNG, WebP, TIFF, …), or is cut short") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 damaged bytes raise nearly anything: struct.error, SyntaxError, zlib.error
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ImageError(f"{where} is not a readable picture ({why})") from None
+
+
+def _turned(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """By its EXIF orientation, as every viewer shows it."""
+    from PIL.Image import Transpose
+
+    turn = _TURNS.get(picture.getexif().get(_ORIENTATION))
+    if turn is None:
+        return picture
+    turned = picture.transpose(Transpose[turn])
+    turned.format = picture.format
+    return turned
+
+
+def _rgb(picture: PIL.Image.Image) -> np.ndarray:
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return np.array(picture)
+    if picture.mode == "F":
+        raise ImageError("holds floating-point values, which have no known range; save it as an 8-bit PNG first")
+    if picture.mode.startswith("I"):  # 16 or 32 bits of grey, which convert("RGB") would clip at 255
+        values = np.asarray(picture)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError("32-bit grey outside 0 … 65535 has no known range: save 8 or 16 bits")
+        values = values.astype(np.uint16)
+        if "transparency" in picture.info:
+            values[values == picture.info["transparency"]] = 65535
+        return to_rgb(values)
+    if picture.has_transparency_data:
+        return to_rgb(np.asarray(picture.convert("RGBA")))
+    return np.array(picture.convert("RGB"))

@@ -31,7 +31,6 @@ MAX_LINES = 450
 RUNGS = (
     (
         "types",
-        "downloads",
         "resolve",
         "config_ranges",
         "config_reward",
@@ -39,6 +38,7 @@ RUNGS = (
         "config_files",
         "config_overrides",
         "config",
+        "image_files",
         "sharding",
         "processes",
         "slices",

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as coco
 
 from rsagent_jax.agent.environment import EnvState, SegmentFailure, abort, propose, refuse_view, reset, resolve
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config import AgentConfig, build, to_dict
+from rsagent_jax.image_files import checksum, picture_by_checksum, read_image
 from rsagent_jax.types import DataError, Status, Turn
 from sam_bridge.types import FailureKind, SegmentReply
 
@@ -25,12 +26,12 @@ VERSION = 1
 
 
 def to_json(state: EnvState, image_path: str = "") -> str:
-    """One line of JSON; masks are COCO RLE. The image is not inside, only its path (if given) and size."""
+    """One line of JSON; masks are COCO RLE. The image is not inside, only its path (if given), size and checksum."""
     h, w = state.image.shape[:2]
     return json.dumps(
         {
             "version": VERSION,
-            "image": {"path": image_path, "width": w, "height": h},
+            "image": {"path": image_path, "width": w, "height": h, "sha256": checksum(state.image)},
             "query": state.query,
             "config": to_dict(state.config),
             "limits": dataclasses.asdict(state.limits),
@@ -42,13 +43,13 @@ def to_json(state: EnvState, image_path: str = "") -> str:
 
 
 def replay(text: str, image: np.ndarray | None = None) -> EnvState:
-    """The state that `to_json` was given; `image` u8[h, w, 3], read from the stored path when None."""
+    """The state that `to_json` was given; `image` u8[h, w, 3] by `read_source` when None."""
     try:
         record = json.loads(text)
         if record["version"] != VERSION:
             raise DataError(f"trajectory: version {record['version']} cannot be read, only {VERSION}")
         if image is None:
-            image = np.asarray(Image.open(record["image"]["path"]).convert("RGB"))
+            image = read_source(text)
         size = (record["image"]["height"], record["image"]["width"])
         if image.shape[:2] != size:
             raise DataError(f"trajectory: made on an image of {size} pixels (h, w), given one of {image.shape[:2]}")
@@ -80,6 +81,20 @@ def _turn_to_json(turn: Turn, reply: SegmentReply | SegmentFailure | None) -> di
     if turn.error is not None and turn.error.reason == "no_room":
         value["no_room"] = True
     return value
+
+
+def read_source(text: str, path: str | pathlib.Path | None = None) -> np.ndarray:
+    """The picture u8[h, w, 3] that the record was made on, turned as it was then; `path` is its place by now.
+
+    DataError if it is gone or has changed. A record without a checksum (before there were any) takes it as stored.
+    """
+    try:
+        image = json.loads(text)["image"]
+        path, size, wanted = path or image["path"], (image["height"], image["width"]), image.get("sha256")
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise DataError(f"trajectory: not a record of replay.to_json ({type(e).__name__}: {e})") from e
+    remedy = "a trajectory was made on it: put it back"
+    return read_image(path, remedy) if wanted is None else picture_by_checksum(path, wanted, size, remedy)
 
 
 def _reply_to_json(reply: SegmentReply | SegmentFailure | None) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import io
 import os
 import pathlib
 import re
@@ -14,8 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 
 from rsagent_jax.types import DataError, Sample
 
@@ -79,7 +76,10 @@ class SampleIndex(Sequence):
         return len(self.entries)
 
     def __getitem__(self, i: int) -> Sample:
-        return self.load(self.entries[i])
+        entry = self.entries[i]
+        if not entry.query.strip():
+            raise DataError(f"sample {entry.id} asks nothing: its text is blank")
+        return self.load(entry)
 
     @property
     def ids(self) -> list[str]:
@@ -157,36 +157,6 @@ def picture_key(path: str | pathlib.Path) -> str:
 
 def coco_key(image_id: int) -> str:
     return f"coco/{image_id}"
-
-
-def read_image(path: str | pathlib.Path, remedy: str = "put it back", upright: bool = False) -> np.ndarray:
-    """A picture file -> u8[h, w, 3] RGB, whatever it holds (grey, CMYK, palette). DataError naming the file.
-
-    `upright` applies the EXIF orientation. COCO's annotations are drawn on the pixels as stored, so not there.
-    """
-    try:
-        with open(path, "rb") as file:
-            return _decode(file, upright)
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: {remedy}") from None
-    except _UNREADABLE as error:
-        raise DataError(f"{path} is not a readable picture ({error}): delete it and download it again") from None
-
-
-def decode_image(data: bytes, where: str) -> np.ndarray:
-    """A picture's bytes -> u8[h, w, 3] RGB; `where` names it in the DataError."""
-    try:
-        return _decode(io.BytesIO(data), upright=False)
-    except _UNREADABLE as error:
-        raise DataError(f"{where} is not a readable picture ({error})") from None
-
-
-def _decode(file: Any, upright: bool) -> np.ndarray:
-    with PIL.Image.open(file) as picture:
-        return np.array((PIL.ImageOps.exif_transpose(picture) if upright else picture).convert("RGB"))
-
-
-_UNREADABLE = (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)
 
 
 def spread(total: int, wanted: int) -> list[int]:

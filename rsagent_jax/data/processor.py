@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 from rsagent_jax.agent.views import PixelLimits, round_size, smart_resize
 from rsagent_jax.config import SamplingConfig
 from rsagent_jax.data.image_config import ImageConfig
-from rsagent_jax.downloads import impostor
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, read_json, token_ids
 from rsagent_jax.models.qwen25_vl.positions import Grid, merged_tokens, mrope_positions
 from rsagent_jax.types import DataError, Prompt
+from sam_bridge.file_kinds import kind_of_file
 
 IMAGE_PAD = "<|image_pad|>"
 TERMINATOR = "<|im_end|>"
@@ -52,8 +52,8 @@ class Processor:
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for a missing or a broken file
-            problem = impostor(path.read_bytes()) if path.is_file() else None
-            raise DataError(f"{path} {problem or f'cannot be read as a tokenizer: {error}'}") from error
+            kind = kind_of_file(path)
+            raise DataError(f"{path} {f'is {kind}' if kind else f'cannot be read as a tokenizer: {error}'}") from error
         return cls(tokenizer, ImageConfig.load(directory, config.vision), config, _generation_eos(directory))
 
     def with_ends(self, sampling: SamplingConfig) -> SamplingConfig:

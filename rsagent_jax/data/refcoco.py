@@ -21,9 +21,10 @@ import numpy as np
 
 from rsagent_jax.data import unpickle
 from rsagent_jax.data.coco_masks import decode_segmentation
-from rsagent_jax.data.index import Inputs, SampleIndex, coco_key, read_image
-from rsagent_jax.downloads import impostor
+from rsagent_jax.data.index import Inputs, SampleIndex, coco_key
+from rsagent_jax.image_files import read_image
 from rsagent_jax.types import DataError, Sample
+from sam_bridge.file_kinds import kind_of_file
 
 IMAGES = pathlib.PurePath("images/mscoco/images/train2014")
 GENERALIZED = "grefcoco"  # several targets, or none
@@ -98,7 +99,7 @@ def load_refcoco(
                 )
             targets.append((ann_id, annotation["segmentation"]))
         for sentence in ref["sentences"] if unit == "sentence" else ref["sentences"][:1]:
-            query = sentence["raw"].strip() if raw else sentence["sent"].strip().lower()
+            query = _text(sentence["raw"]) if raw else _text(sentence["sent"]).lower()
             sample_id = f"{name}/{ref['ref_id']}/{sentence['sent_id']}"
             entries.append(_Entry(sample_id, query, picture, tuple(targets)))
     return SampleIndex(name, entries[:limit], _load)
@@ -117,6 +118,14 @@ def _load(entry: _Entry) -> Sample:
     for ann_id, segmentation in entry.targets:
         mask |= decode_segmentation(segmentation, h, w, f"annotation {ann_id} (sample {entry.id})")
     return Sample(id=entry.id, image=image, query=entry.query, gt_mask=mask, path=picture.path)
+
+
+def _text(text: str) -> str:
+    """Of a python-2 pickle, whose byte strings come in as latin1: where the bytes are UTF-8, that was meant."""
+    try:
+        return text.encode("latin1").decode("utf-8").strip()
+    except UnicodeError:
+        return text.strip()
 
 
 def _ann_ids(ref: dict) -> list[int]:
@@ -184,15 +193,13 @@ def _select_split(refs: list[dict], split: str, path: pathlib.Path) -> list[dict
 
 
 def _read_json(path: pathlib.Path) -> Any:
-    data = b""
     try:
-        data = path.read_bytes()
-        return json.loads(data)
+        return json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
-        why = impostor(data) or f"is not valid JSON ({error}): cut short? Download it again"
-        raise DataError(f"{path} {why}") from None
+        why = kind_of_file(path) or "cut short?"
+        raise DataError(f"{path} is not valid JSON ({error}): {why} Download it again") from None
 
 
 def _read_instances(path: pathlib.Path, images: pathlib.Path) -> tuple[dict[int, _Picture], dict[int, dict]]:
@@ -208,7 +215,21 @@ def _read_instances(path: pathlib.Path, images: pathlib.Path) -> tuple[dict[int,
         annotations = {a["id"]: {f: a[f] for f in ("image_id", "segmentation")} for a in instances["annotations"]}
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is not a COCO instances file: missing or ill-typed {error}") from None
+    for rows in (instances["images"], instances["annotations"]):
+        _refuse_ambiguous(rows, path)
     return pictures, annotations
+
+
+def _refuse_ambiguous(rows: list[dict], path: pathlib.Path) -> None:
+    """DataError where two rows share an id and say different things; whole copies do no harm."""
+    first = {}
+    for number, row in enumerate(rows):
+        if first.setdefault(row["id"], row) != row:
+            kind = "annotation" if "segmentation" in row else "picture"
+            raise DataError(
+                f"{path}: {kind} id {row['id']} stands twice, the second time in row {number}, for different"
+                f" {kind}s: give each an id of its own, or take the file from one download"
+            )
 
 
 def _look_up(table: dict, key: int, what: str, where: str, instances_path: pathlib.Path):

@@ -21,9 +21,12 @@ from collections.abc import Iterator
 
 from array_record.python.array_record_module import ArrayRecordReader
 
-from rsagent_jax.data.index import Inputs, SampleIndex, coco_key, decode_image
+from rsagent_jax.data.index import Inputs, SampleIndex, coco_key
 from rsagent_jax.data.refcoco import UNITS
+from rsagent_jax.data.shards import open_array_record
+from rsagent_jax.image_files import decode_image
 from rsagent_jax.types import DataError, Sample
+from sam_bridge.file_kinds import kind_of_file
 
 _SPLITS = {"val": "validation"}  # TFDS's word for it
 _FIELDS = {
@@ -31,6 +34,7 @@ _FIELDS = {
     "objects/refexp/raw/ragged_flat_values": bytes, "objects/refexp/raw/ragged_row_lengths_0": int,
     "objects/refexp/refexp_id/ragged_flat_values": int,
 }  # fmt: skip
+_AGAIN = "copy it again or prepare the data set again"
 _FILE = re.compile(r"ref_coco-(?P<split>\w+)\.(?P<format>tfrecord|array_record)-(?P<shard>\d{5})-of-(?P<count>\d{5})")
 
 
@@ -81,6 +85,7 @@ def _load(entry: _Entry) -> Sample:
     where = f"{path}, picture {entry.image_id}"
     fields = _example(_record(path, entry.record), where)
     image = decode_image(bytes(fields["image"][0]), where)
+    # not 0, whatever it is: TFDS's own rule; it writes PNGs of 8 bits
     mask = decode_image(bytes(fields["objects/mask"][entry.target]), f"{where}, mask {entry.target}")[..., 0] > 0
     if mask.shape != image.shape[:2]:
         raise DataError(f"{where}: its mask {entry.target} has {mask.shape} pixels (h, w), it has {image.shape[:2]}")
@@ -164,27 +169,23 @@ def _mapped(file: pathlib.Path) -> memoryview:
         with file.open("rb") as f:
             return memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
-        raise DataError(f"cannot read {file}: {error}") from None
+        raise DataError(f"cannot read {file}: {kind_of_file(file) or error}; {_AGAIN}") from None
 
 
 @functools.lru_cache(maxsize=64)
 def _array_record(file: pathlib.Path) -> ArrayRecordReader:
-    try:
-        return ArrayRecordReader(str(file))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"{file} is not a readable ArrayRecord file ({error}); prepare the data set again") from None
+    return open_array_record(file, _AGAIN)
 
 
 def _tf_record(view: memoryview, offset: int, file: pathlib.Path) -> memoryview:
     """A TFRecord is length (8 bytes), its checksum (4), the data, the data's checksum (4). The first one is checked;
     the data's would cost more than reading it, and broken pictures are noticed when they are decoded."""
-    damaged = f"{file} is damaged or cut short at byte {offset}; copy it again or prepare the data set again"
-    if offset + 12 > len(view):
-        raise DataError(damaged)
-    length, checksum = struct.unpack("<QI", view[offset : offset + 12])
-    if checksum != _masked_crc(bytes(view[offset : offset + 8])) or offset + 16 + length > len(view):
-        raise DataError(damaged)
-    return view[offset + 12 : offset + 12 + length]
+    if offset + 12 <= len(view):
+        length, checksum = struct.unpack("<QI", view[offset : offset + 12])
+        if checksum == _masked_crc(bytes(view[offset : offset + 8])) and offset + 16 + length <= len(view):
+            return view[offset + 12 : offset + 12 + length]
+    what = kind_of_file(file) or f"damaged or cut short at byte {offset}"
+    raise DataError(f"{file} is not a whole TFRecord file: {what}; {_AGAIN}")
 
 
 @functools.cache

@@ -8,7 +8,6 @@ is in the record. Patches are made when read. (`encode` stores the images themse
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import pathlib
@@ -22,11 +21,12 @@ from PIL import Image
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.environment import EnvState, opening_observation, reset
 from rsagent_jax.agent.replay import replay, to_json
-from rsagent_jax.data.index import decode_image, read_image
 from rsagent_jax.data.journal import write_whole
 from rsagent_jax.data.npz import read_arrays
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor, image_patches
+from rsagent_jax.data.shards import open_array_record
+from rsagent_jax.image_files import checksum, decode_image, picture_by_checksum
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.positions import Grid, merged_tokens
 from rsagent_jax.types import DataError, Trajectory
@@ -114,21 +114,14 @@ def _start(state: EnvState) -> EnvState:
     return reset(state.image, state.query, state.config, state.limits)
 
 
-def checksum(image: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()[:16]
-
-
 def _source(header: dict, arrays) -> np.ndarray:
     """The picture of a record, known by its checksum; stored upright or turned by its EXIF orientation."""
     if "source" in arrays:
         return decode_image(arrays["source"].tobytes(), "the picture in a stored trajectory")
     path, wanted = header["picture"]["path"], header["picture"]["sha256"]
     remedy = "stored trajectories refer to it; put it back, or name its new place: rsagent_jax.refilter --root"
-    for upright in (False, True):
-        image = read_image(path, remedy, upright)
-        if checksum(image) == wanted:
-            return image
-    raise DataError(f"{path} is not the picture that a stored trajectory was made on: its pixels have changed")
+    image = json.loads(header["replay"])["image"]
+    return picture_by_checksum(path, wanted, (image["height"], image["width"]), remedy)
 
 
 def decode(record: bytes, processor: Processor) -> Item:
@@ -136,9 +129,7 @@ def decode(record: bytes, processor: Processor) -> Item:
     try:
         arrays = read_arrays(record)
         count = sum(name.startswith("image_") for name in arrays)
-        images = [
-            np.asarray(Image.open(io.BytesIO(arrays[f"image_{i}"].tobytes())).convert("RGB")) for i in range(count)
-        ]
+        images = [decode_image(arrays[f"image_{i}"].tobytes(), "an image of a stored trajectory") for i in range(count)]
         header, limits = json.loads(arrays["header"].tobytes()), None
         if "picture" in header:
             state = replay(header["replay"], _source(header, arrays))
@@ -217,6 +208,8 @@ def open_records(directory: str | pathlib.Path) -> grain.sources.ArrayRecordData
         source = grain.sources.ArrayRecordDataSource(sorted(map(str, directory.glob("*.array_record"))))
         count = len(source)
     except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
+        for shard in sorted(directory.glob("*.array_record")):
+            open_array_record(shard, "collect the set again, or refilter it")
         raise DataError(f"{directory}: the set cannot be read ({error!r}); collect the set again") from error
     if count != stated or stated == 0:
         raise DataError(f"{directory}: {count} trajectories on disk, {STAMP} says {stated}; collect the set again")

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from rsagent_jax.downloads import impostor
 from rsagent_jax.types import DataError
+from sam_bridge.file_kinds import HEAD, kind_of
 
 # Opcodes that make objects from classes, ask the host program for objects, or reserve memory by a number in the file.
 _REFUSED = {
@@ -125,8 +125,6 @@ class _DataUnpickler(pickle._Unpickler):
 
 def loads_data(data: bytes, source: str) -> object:
     """Pickle bytes -> plain data. `source` names the file in messages. Raises DataError, and nothing else."""
-    if problem := impostor(data):
-        raise DataError(f"{source} {problem}")
     again = "Download it again from a source you trust."
     try:
         # latin1: python-2 pickles hold byte strings, and this maps every byte to a character.
@@ -141,6 +139,8 @@ def loads_data(data: bytes, source: str) -> object:
             why = f"it uses the pickle instruction {_REFUSED_CODES[code]}, which plain data never does"
         else:
             why = f"it starts with {data[:24]!r} ({type(error).__name__})"
+        if kind := kind_of(data[:HEAD]):
+            why = f"it starts with {data[:24]!r}, so it is {kind}"
         raise DataError(f"{source} is not a readable pickle: {why}. {again}") from None
 
 

@@ -17,12 +17,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 from pycocotools import mask as coco
 
 from rsagent_jax.agent.environment import EnvState, final_mask
 from rsagent_jax.agent.overlay import draw_overlay
-from rsagent_jax.agent.replay import replay
+from rsagent_jax.agent.replay import read_source, replay
 from rsagent_jax.agent.tools import call_json
 from rsagent_jax.evals import metrics
 from rsagent_jax.evals.html import LARGEST, SMALLEST, Html, histogram, join, page, picture, table, tag, tiles
@@ -339,7 +338,7 @@ def _status_badge(status: Status) -> Html:
 def strip(evaluation: Evaluation, example: Example) -> Html:
     """The image, every turn, and the answer. A trajectory that cannot be played again says why in its place."""
     try:
-        image = _load_image(evaluation.workdir, example.image)
+        image = read_source(example.record, _find_image(evaluation.workdir, example.image))
         state = replay(example.record, image)
         truth = _decode(example, image.shape[:2])
     except DataError as e:
@@ -401,15 +400,12 @@ def _outlined(image: np.ndarray, mask: np.ndarray, truth: np.ndarray) -> np.ndar
     return shown
 
 
-def _load_image(workdir: pathlib.Path, path: str) -> np.ndarray:
-    """u8[h, w, 3]; a relative path counts from where the command runs, else from the work directory."""
+def _find_image(workdir: pathlib.Path, path: str) -> pathlib.Path:
+    """A relative path counts from where the command runs, else from the work directory."""
     found = next((p for p in (pathlib.Path(path), workdir / path) if p.is_file()), None)
     if found is None:
         raise DataError(f"image {path} is missing")
-    try:
-        return np.asarray(Image.open(found).convert("RGB"))
-    except OSError as e:
-        raise DataError(f"image {path}: {e}") from e
+    return found
 
 
 def _decode(example: Example, size: tuple[int, int]) -> np.ndarray:

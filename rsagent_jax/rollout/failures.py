@@ -18,7 +18,7 @@ def readable_sample(samples: Sequence[Sample], place: int, limits: PixelLimits) 
     """DataError for a sample that cannot be read, or whose picture no view can show."""
     sample = samples[place]
     try:
-        View.whole(*sample.image.shape[:2], limits)
+        check_shape(*sample.image.shape[:2])
     except DataError as error:
         raise DataError(f"{sample.path or sample.id}: {error}") from None
     return sample

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rsagent_jax.agent.environment import abort
-from rsagent_jax.agent.replay import replay, to_json
+from rsagent_jax.agent.replay import read_source, replay, to_json
 from rsagent_jax.agent.tools import render_call
 from rsagent_jax.types import DataError, Finish, ResetView, Rotate, Segment, Status, Zoom
 from sam_bridge.types import FailureKind
@@ -54,6 +54,29 @@ def test_outside_ending_and_image_path(tmp_path):
     again = replay(to_json(state, str(path)))
     same_states(state, again)
     np.testing.assert_array_equal(again.image, IMAGE)
+
+
+def test_the_picture_is_known_by_its_checksum_however_it_is_turned(tmp_path):
+    """The file lies on its side and says so by EXIF; records made on either form find theirs, and no other."""
+    path, exif = tmp_path / "image.png", Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(IMAGE).save(path, exif=exif)
+    for image in (IMAGE, np.rot90(IMAGE, -1)):
+        text = to_json(run([render_call(Segment(box=(10, 10, 60, 60)))], image=image), str(path))
+        np.testing.assert_array_equal(replay(text).image, image)
+        np.testing.assert_array_equal(read_source(text, path), image)
+    square = np.full((90, 90, 3), 7, np.uint8)
+    for changed in (255 - IMAGE, IMAGE[:, :-1], np.rot90(IMAGE, 2), square):
+        Image.fromarray(np.ascontiguousarray(changed)).save(path, exif=exif)
+        with pytest.raises(DataError, match=r"image\.png is not the picture that the record was made on"):
+            replay(text)
+    record = json.loads(text)
+    del record["image"]["sha256"]  # as records were before: read as stored
+    Image.fromarray(np.ascontiguousarray(np.rot90(IMAGE, -1))).save(path)
+    assert replay(json.dumps(record)).image.shape == (130, 90, 3)
+    path.unlink()
+    with pytest.raises(DataError, match=r"image\.png is missing"):
+        replay(text)
 
 
 def test_a_record_that_does_not_fit_is_a_data_error():

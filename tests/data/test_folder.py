@@ -1,6 +1,7 @@
 """A folder of pictures with JSON lines: every kind of mask, and all bad lines in one message."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -69,8 +70,74 @@ def test_all_bad_lines_stand_in_one_message(root):
 
 
 def test_ids_must_be_unique(root):
-    with pytest.raises(DataError, match=r"1 sample ids occur more than once, such as \['folder/train/x'\]"):
+    with pytest.raises(DataError, match=r"line 2: its id 'x' is that of line 1; .*every id must be unique"):
         write(root, *[LINE | {"mask": None, "id": "x"}] * 2)
+    with pytest.raises(DataError, match=r"line 2: its id '2' is that of line 1; a line without an id has its number"):
+        write(root, LINE | {"mask": None, "id": 2}, LINE | {"mask": None})
+    assert write(root, *[LINE | {"mask": None, "id": None}] * 2).ids == ["folder/train/1", "folder/train/2"]
+
+
+GOOD = LINE | {"mask": "m.png"}
+FORM = 'the form is one JSON object per line: {"image": "a.jpg"'
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (json.dumps([GOOD], indent=1), f"holds one JSON array; {FORM}"),
+        (json.dumps([GOOD, GOOD]), f"holds one JSON array; {FORM}"),
+        (json.dumps(GOOD, indent=2), f"holds one JSON object over several lines; {FORM}"),
+        (json.dumps(GOOD).encode("utf-16"), "holds no records: UTF-16: save it as UTF-8"),
+        (json.dumps(GOOD).encode("utf-16-le"), "holds no records: UTF-16: save it as UTF-8"),
+        ("", "train.jsonl holds no records: an empty file"),
+        ("<!DOCTYPE html><html>404", "holds no records: an HTML page"),
+        ("version https://git-lfs.github.com/spec/v1", "holds no records: a Git-LFS pointer"),
+        (json.dumps(GOOD) + ",", f"line 1: not one JSON object (no comma after it)\n{FORM}"),
+        (str(GOOD), "line 1: not one JSON object (JSON takes double quotes)"),
+        ("# mine\n" + json.dumps(GOOD), "line 1: not one JSON object (JSON has no comments)"),
+        (json.dumps(GOOD)[:-9], "line 1: not one JSON object"),
+        ("[" * 100_000, "line 1: not one JSON object (nested too deep)"),
+        ('{"image": "a.png", "query": "a", "query": "b", "mask": null}', "line 1: field query stands twice"),
+    ],
+)
+def test_a_file_that_is_no_json_lines_says_what_it_is(root, data, says):
+    (root / "train.jsonl").write_bytes(data.encode() if isinstance(data, str) else data)
+    with pytest.raises(DataError, match=re.escape(says)):
+        load_folder(root)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"mask": ""}, "mask must be text, the path of a picture, or null for none"),
+        ({"ignore": " "}, "ignore must be text, the path of a picture, or null for none"),
+        ({"image": None}, "image must be text, the path of a picture"),
+        ({"image": "https://example.org/a.jpg"}, "image must be the path of a file on this machine"),
+        ({"image": "a\0.png"}, "image must be the path of a file"),
+        ({"query": " \n"}, "query must be text, not blank"),
+        ({"query": "\ud800"}, "query holds half a character"),
+        ({"id": [1]}, "id must be text or a whole number; null, or no id, for the number of the line"),
+        ({"id": float("nan")}, "id must be text or a whole number"),
+        ({"id": True}, "id must be text or a whole number"),
+        ({"id": ""}, "id must be text or a whole number"),
+        ({"segmentation": []}, "there must be either mask or segmentation"),
+        ({"mask": ..., "segmentation": []}, "segmentation must be polygons [[x1, y1, x2, y2, x3, y3, …], …] in pixels"),
+        ({"mask": ..., "segmentation": {}}, "segmentation must be polygons"),
+        ({"mask": ..., "segmentation": None}, "segmentation must be polygons"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_line_and_form(root, change, says):
+    record = {key: value for key, value in (GOOD | change).items() if value is not ...}
+    with pytest.raises(DataError, match=f"line 1: {re.escape(says)}"):
+        write(root, record)
+
+
+def test_lines_may_end_in_any_way(root):
+    for end in ("\n", "\r\n", "\r"):
+        (root / "train.jsonl").write_bytes(end.join([json.dumps(GOOD), "", json.dumps(GOOD)]).encode())
+        assert load_folder(root).ids == ["folder/train/1", "folder/train/3"]
+    with pytest.raises(DataError, match=r"data.split is the file's name without .jsonl"):
+        load_folder(root, "train.jsonl")
 
 
 def test_what_cannot_be_read_names_its_line(root):

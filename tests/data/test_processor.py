@@ -265,7 +265,7 @@ def test_eos_of_generation_config_ends_a_turn_and_that_of_config_json_where_ther
     ("content", "said"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n", "is a Git-LFS pointer.*git lfs pull"),
-        (b"\n<!DOCTYPE html><html>Log in</html>", "is a web page"),
+        (b"\n<!DOCTYPE html><html>Log in</html>", "is an HTML page"),
     ],
 )
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json"])

@@ -109,3 +109,44 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(DataError, match="neither UTF-8 nor cp1252"):
         reasonseg.load_reasonseg(tmp_path)
     assert np.array_equal(reasonseg.draw_shapes([], 2, 3, "x"), np.zeros((2, 3)))
+
+
+def shape(kind, *points):
+    return {"label": "target", "shape_type": kind, "points": [list(p) for p in points]}
+
+
+def test_labelmes_rectangles_and_circles_are_drawn_as_such(tmp_path):
+    write(tmp_path / "val", "a", [shape("rectangle", (4, 5), (20, 12))])
+    mask = only(tmp_path).gt_mask
+    assert mask.sum() == 17 * 8 and mask[5:13, 4:21].all()
+    write(tmp_path / "val", "a", [shape("rectangle", (20, 12), (4, 5))])  # from any corner to the opposite one
+    assert (only(tmp_path).gt_mask == mask).all()
+    write(tmp_path / "val", "a", [shape("circle", (20, 15), (24, 15))])
+    mask = only(tmp_path).gt_mask
+    # lattice points within 4 of the origin: Gauss's circle problem, N(4) = 49
+    assert mask.sum() == 49 and mask[15, 16:25].all() and mask[11:20, 20].all() and not mask[12, 17]
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (shape("rectangle", (4, 5), (8, 9), (7, 7)), "is a rectangle of 3 points; what is drawn: a polygon, a rect"),
+        (shape("circle", (4, 5)), "is a circle of 1 points"),
+        (shape("mask", (4, 5), (20, 12)), "is a mask of 2 points"),
+        (shape("polygon", (100, 100), (120, 100), (120, 120)), "covers no pixel of the 40 x 30 picture"),
+        (shape("polygon", (0.1, 0.1), (0.5, 0.1), (0.5, 0.9)), "shares of the sides.*multiply by width and height"),
+    ],
+)
+def test_shapes_that_cannot_be_drawn_are_named(tmp_path, bad, says):
+    write(tmp_path / "val", "a", [bad])
+    with pytest.raises(DataError, match=rf"a\.json, shape 0 \(target\) .*{says}"):
+        only(tmp_path)
+
+
+def test_what_finder_leaves_behind_is_no_annotation(tmp_path):
+    write(tmp_path / "val", "a", [square(1, 1, 3)])
+    (tmp_path / "val/._a.json").write_bytes(b"\0\5\x16\x07")
+    assert only(tmp_path).gt_mask.sum() == 16
+    (tmp_path / "val/a.json").write_bytes((tmp_path / "val/a.json").read_text().encode("utf-16"))
+    with pytest.raises(DataError, match=r"a\.json .*UTF-16"):
+        only(tmp_path)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from rsagent_jax.data import coco_masks, index, refcoco
+from rsagent_jax import image_files
+from rsagent_jax.data import coco_masks, refcoco
 from rsagent_jax.types import DataError
 
 REFS, INSTANCES = "refcocog/refs(umd).p", "refcocog/instances.json"
@@ -109,14 +110,42 @@ def test_long_runs_in_compressed_rle():
     assert (coco_masks.decode_segmentation(rle, 900, 1100, "it") == mask).all()
 
 
-def test_overlapping_polygons_are_united_and_empty_is_empty():
+def test_overlapping_polygons_are_united():
     square, other = [1, 1, 6, 1, 6, 6, 1, 6], [4, 4, 9, 4, 9, 9, 4, 9]
     mask = coco_masks.decode_segmentation([square, other], 10, 12, "it")
     # 5 x 5 pixels twice, 2 x 2 of them shared
     assert mask.dtype == bool and mask.shape == (10, 12) and mask.sum() == 25 + 25 - 4
     assert (coco_mask.decode(coco_mask.frPyObjects([square, other], 10, 12)).sum(2).max()) == 2
-    assert coco_masks.decode_segmentation([], 3, 4, "it").shape == (3, 4)
-    assert not coco_masks.decode_segmentation([], 3, 4, "it").any()
+
+
+def test_a_polygon_that_covers_no_pixel_is_a_fault_and_an_rle_may_be_empty():
+    for polygon in ([4, 5, 20, 5, 10, 5], [4.1, 5.1, 4.3, 5.1, 4.3, 5.3]):
+        with pytest.raises(DataError, match="the segmentation of it covers no pixel of its 30 x 20 image"):
+            coco_masks.decode_segmentation([polygon], 20, 30, "it")
+    assert not coco_masks.decode_segmentation({"size": [20, 30], "counts": [600]}, 20, 30, "it").any()
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "says"),
+    [
+        ([], "it is empty.*polygons .*x3, y3.* or RLE"),
+        ([10, 5, 20, 5, 20, 15], r"one flat list of numbers.*The form is polygons \[\[x1"),
+        ([10, 5, 20, 15], "4 numbers are a box"),
+        ([[10, 5, 20, 15]], "4 numbers: a box is no outline"),
+        ([[[10, 5], [20, 5], [20, 15]]], "a list of pairs, where a flat list is due"),
+        ([{"size": [20, 30], "counts": [600]}], "a list of RLE"),
+        ([[0.1, 0.1, 0.5, 0.1, 0.5, 1]], "shares of the sides.*multiply by width and height"),
+        ("[[1, 2]]", "it is text"),
+        ({"counts": [600]}, "RLE without size.*height, width"),
+        ({"size": [30, 20], "counts": [600]}, "width and height are swapped"),
+        ({"size": [20, 30], "counts": [300.4, 299.6]}, "whole numbers"),
+        ({"size": [20, 30], "counts": [True, 599]}, "whole numbers"),
+        ({"size": [20, 30], "counts": "10 20 570"}, "neither COCO's compressed text"),
+    ],
+)
+def test_the_form_that_is_right_is_named(segmentation, says):
+    with pytest.raises(DataError, match=f"the segmentation of line 3 is malformed: .*{says}"):
+        coco_masks.decode_segmentation(segmentation, 20, 30, "line 3")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +192,7 @@ def _save_exif_rotated(path, image):
 def test_other_colour_modes_become_rgb(tmp_path, mode):
     path = tmp_path / "x.jpg"
     PIL.Image.new("RGB", (30, 20), (200, 100, 50)).convert(mode).save(path, quality=95)
-    image = index.read_image(path)
+    image = image_files.read_image(path)
     assert image.shape == (20, 30, 3) and image.dtype == np.uint8 and image.flags.writeable
     expected = (124, 124, 124) if mode == "L" else (200, 100, 50)  # 0.299 * 200 + 0.587 * 100 + 0.114 * 50 = 124.2
     assert np.abs(image.astype(int) - expected).max() <= 6
@@ -176,7 +205,7 @@ def test_exif_rotation_is_not_applied(copied):
     picture.load()
     wide = picture.resize((140, 112))
     _save_exif_rotated(path, wide)
-    assert index.read_image(path).shape == (112, 140, 3)  # as stored, not 140 x 112
+    assert image_files.read_image(path).shape == (112, 140, 3)  # as stored, not 140 x 112
     _save_exif_rotated(path, picture)
     after = refcoco.load_refcoco(copied)[0]
     assert np.abs(after.image.astype(int) - before.image).mean() < 10  # saved again, not turned
@@ -338,3 +367,32 @@ def test_importing_the_loader_leaves_torch_and_jax_out():
         "sys.exit(bool({'torch', 'jax', 'skimage'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_ids_that_stand_twice_for_different_things(copied):
+    def twice(key, **change):
+        return lambda instances: instances[key].append(instances[key][0] | change)
+
+    _edit_instances(copied, twice("annotations"))  # a copy does no harm
+    assert len(refcoco.load_refcoco(copied))
+    whole = (copied / INSTANCES).read_bytes()
+    _edit_instances(copied, twice("images", file_name="other.jpg"))
+    with pytest.raises(DataError, match=r"instances\.json: picture id \d+ stands twice, .* for different pictures"):
+        refcoco.load_refcoco(copied)
+    (copied / INSTANCES).write_bytes(whole)
+    _edit_instances(copied, twice("annotations", segmentation=[[1, 1, 5, 1, 5, 5]]))
+    with pytest.raises(DataError, match=r"annotation id \d+ stands twice"):
+        refcoco.load_refcoco(copied)
+
+
+def test_blank_sentences_are_faults_of_their_samples_and_utf8_of_python_2_is_read(copied):
+    def change(refs):
+        first, second = [ref["sentences"][0] for ref in refs if ref["split"] == "val"][:2]
+        first |= {"sent": " ", "raw": " "}
+        second["sent"] = "café".encode().decode("latin1")  # as unpickled from a byte string
+
+    _edit_refs(copied, change)
+    samples = refcoco.load_refcoco(copied, split="val", unit="reference")
+    with pytest.raises(DataError, match=r"sample refcocog/umd/val/\S+ asks nothing: its text is blank"):
+        samples[0]
+    assert samples[1].query == "café"

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import pickle
+import re
 import shutil
 
 import hypothesis
@@ -88,6 +89,23 @@ def test_a_file_cut_inside_a_record_is_one_data_error(tmp_path_factory, cut):
     hypothesis.assume(cut % size not in ends)  # a file that lacks whole records cannot be told from a short one
     with pytest.raises(DataError, match="damaged or cut short|cannot read"):
         list(refcoco_tfds._records(path))
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda data: b"", "an empty file"),
+        (lambda data: data[: len(data) // 2], "cut short"),
+        (lambda data: b"<!DOCTYPE html><html>404</html>", "an HTML page"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "a Git-LFS pointer"),
+    ],
+)
+def test_a_shard_that_is_none_is_a_fault_by_name(tmp_path, kind, damage, says):
+    name = f"ref_coco-validation.{kind}-00000-of-00001"
+    (tmp_path / name).write_bytes(damage((GOLDEN / kind / VERSION / name).read_bytes()))
+    with pytest.raises(DataError, match=rf"{re.escape(name)}.*{says}.*; copy it again or prepare the data set again"):
+        load_refcoco_tfds(tmp_path)
 
 
 @settings(max_examples=60)

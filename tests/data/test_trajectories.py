@@ -164,9 +164,16 @@ def test_an_empty_set_and_lost_or_cut_shards_are_data_errors(tmp_path):
     write(tmp_path)
     (shard,) = tmp_path.glob("*.array_record")
     content = shard.read_bytes()
-    shard.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match="collect the set again"):
-        trajectories.open_records(tmp_path)
+    for damaged, says in (
+        (content[: len(content) // 2], "cut short"),
+        (b"", "an empty file"),
+        (b"<html>", "an HTML page"),
+    ):
+        shard.write_bytes(damaged)
+        with pytest.raises(
+            DataError, match=rf"{shard.name} is not a readable ArrayRecord file: .*{says}.*collect the set"
+        ):
+            trajectories.open_records(tmp_path)
     shard.unlink()
     with pytest.raises(DataError, match="collect the set again"):
         trajectories.open_records(tmp_path)

@@ -152,7 +152,7 @@ def test_nested_keys_cannot_make_hashing_take_for_ever():
 
 
 def test_other_files_are_described():
-    with pytest.raises(DataError, match="x is a web page"):  # what a dead mirror sends
+    with pytest.raises(DataError, match="so it is an HTML page"):  # what a dead mirror sends
         unpickle.loads_data(b"<!DOCTYPE html><title>404</title>", "x")
     with pytest.raises(DataError, match="cut short: it ends after 0 bytes"):
         unpickle.loads_data(b"", "x")

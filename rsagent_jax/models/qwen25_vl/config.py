@@ -7,8 +7,8 @@ import json
 import pathlib
 from typing import Any
 
-from rsagent_jax.downloads import impostor
 from rsagent_jax.types import DataError
+from sam_bridge.file_kinds import HEAD, kind_of
 
 SIZES = pathlib.Path(__file__).parents[3] / "assets" / "configs"
 
@@ -170,7 +170,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing; give a Hugging Face directory of Qwen2.5-VL weights") from error
     except (OSError, ValueError, RecursionError) as error:  # errors of UTF-8 and JSON are ValueErrors
-        raise DataError(f"{path} {impostor(data) or f'cannot be read as JSON: {error}'}") from error
+        kind = data and kind_of(data[:HEAD])
+        raise DataError(f"{path} {f'is {kind}' if kind else f'cannot be read as JSON: {error}'}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} must hold a JSON object, it holds a {type(value).__name__}")
     return value

@@ -22,9 +22,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from rsagent_jax.downloads import impostor
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.types import DataError
+from sam_bridge.file_kinds import HEAD, kind_of
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -81,12 +81,13 @@ def header(file: pathlib.Path) -> list[Tensor]:
     head = b""
     try:
         with file.open("rb") as stream:
-            head = stream.read(64)
+            head = stream.read(HEAD)
         with safe_open(file, framework="np"), file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             pairs = json.loads(stream.read(length), object_pairs_hook=list)
     except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{file} {impostor(head) or f'is not a readable safetensors file: {error}'}") from error
+        kind = head and kind_of(head)
+        raise DataError(f"{file} is {kind or f'not a readable safetensors file: {error}'}") from error
     entries = [(name, dict(entry)) for name, entry in pairs if name != "__metadata__"]
     return [Tensor(n, file, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0]) for n, e in entries]
 

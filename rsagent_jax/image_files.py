@@ -1,0 +1,55 @@
+"""Picture files of samples and records, read by `sam_bridge.images`; what is wrong is a DataError with the remedy."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+
+import numpy as np
+
+from rsagent_jax.types import DataError
+from sam_bridge import images
+
+
+def read_image(path: str | pathlib.Path, remedy: str = "put it back", upright: bool = False) -> np.ndarray:
+    """A picture file -> u8[h, w, 3] RGB, whatever it holds; see the table in sam_bridge/images.py.
+
+    `upright` applies the EXIF orientation. COCO's annotations are drawn on the pixels as stored, so not there.
+    `remedy` is what the owner of this file can do where it is missing or cannot be read.
+    """
+    try:
+        return images.read(path, upright)
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: {remedy}") from None
+    except images.ImageError as error:
+        raise DataError(f"{error}; {remedy}") from None
+
+
+def decode_image(data: bytes, where: str) -> np.ndarray:
+    """A picture's bytes -> u8[h, w, 3] RGB as stored; `where` names it in the DataError."""
+    try:
+        return images.decode(data, where, upright=False)
+    except images.ImageError as error:
+        raise DataError(str(error)) from None
+
+
+def checksum(image: np.ndarray) -> str:
+    """16 hex digits of a picture's pixels."""
+    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()[:16]
+
+
+def picture_by_checksum(
+    path: str | pathlib.Path, sha256: str, size: tuple[int, int], remedy: str = "put it back"
+) -> np.ndarray:
+    """The picture of a record: as stored or turned upright, whichever has these pixels and this size (h, w).
+
+    The record's masks and points belong to those pixels alone, so a DataError where neither has them.
+    """
+    for upright in (False, True):
+        image = read_image(path, remedy, upright)
+        if image.shape[:2] == tuple(size) and checksum(image) == sha256:
+            return image
+    raise DataError(
+        f"{path} is not the picture that the record was made on: its pixels have changed, or are read by another rule"
+        f" than then; {remedy}"
+    )
