@@ -64,7 +64,7 @@ class DataConfig:
     texts: str = "first"  # ReasonSeg: first | all paraphrases
     raw: bool = False  # RefCOCO family: the annotator's own text, not in lower case
     limit: int = 0  # 0 = all
-    unreadable: str = "skip"  # samples that cannot be read or shown: skip (counted and named) | stop at the first
+    unreadable: str = "skip"  # a sample that cannot be read or shown: skip (counted and named) | stop the command
     fingerprint: str = "content"  # what tells a changed picture file: content (its bytes) | stat (size, time of change)
     exclude: tuple[str, ...] = ()  # refcoco/unc/val, reasonseg/test, …: samples on their pictures are left out
     exclude_root: str = ""  # where those are; "" = root
