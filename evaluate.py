@@ -174,7 +174,7 @@ def measure(
     skips = failures.skips_unreadable(config.data)
     lost = failures.Failures(config.segmenter.give_up_after)
     bar = tqdm(total=total, initial=total - len(left), desc="evaluate", unit="sample", mininterval=2.0)
-    under_way, last = {}, time.perf_counter()
+    ids, under_way, last = samples.ids, {}, time.perf_counter()
 
     def tasks():
         number = itertools.count()
@@ -184,8 +184,8 @@ def measure(
             except DataError as error:
                 if not skips:
                     raise
-                shard.add_unreadable(samples.ids[k], failures.UNREADABLE, str(error))
-                lost.add(failures.UNREADABLE, samples.ids[k], str(error))
+                shard.add_unreadable(ids[k], failures.UNREADABLE, str(error))
+                lost.add(failures.UNREADABLE, ids[k], str(error))
                 bar.update()
                 continue
             under_way[next(number)] = sample

@@ -11,23 +11,34 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 from agent_fakes import DiscSegmenter
 from PIL import Image
 
+from rsagent_jax import collect as command
 from rsagent_jax import refilter
 from rsagent_jax.collect import Collector, attempt_id, what_decides
-from rsagent_jax.config import CollectConfig, FilterConfig, OwnConfig, RemoteConfig, TeacherConfig
+from rsagent_jax.config import (
+    CollectConfig,
+    DataConfig,
+    FilterConfig,
+    OwnConfig,
+    RemoteConfig,
+    SegmenterConfig,
+    TeacherConfig,
+)
+from rsagent_jax.data import journal as journals
 from rsagent_jax.data import synthetic, trajectories
 from rsagent_jax.data.journal import Journal
 from rsagent_jax.evals import filtering
 from rsagent_jax.processes import Share
-from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.types import DataError
-from sam_bridge.types import FailureKind
+from sam_bridge.types import About, FailureKind
 from tests.agent.test_remote import Server, good
 from tests.rollout import small
 
@@ -66,15 +77,32 @@ ALONE = Share()
 CONFIG = CollectConfig(processor="x", agent=small.AGENT, workers=3, concurrent=4)
 
 
+CURRENT = {f"s{i}{attempt}": f"sample {i}" for i in range(6) for attempt in ("", "#0", "#1")}
+DISCS = About("discs", "discs of one size")
+
+
+def decisive(config, checksum=""):
+    return what_decides(config, DISCS, pixel_limits(config.agent, small.processor()), checksum)
+
+
 def collect(workdir, samples, share=ALONE, make=Scripted, config=CONFIG, segmenter=None):
     """One run of a shard over what is left; returns the collector."""
-    journal = Journal(workdir / filtering.ATTEMPTS, share, what_decides(config))
+    journal = Journal(workdir / filtering.ATTEMPTS, share, decisive(config), CURRENT)
     mine = range(share.index, len(samples), share.count)
     left = [(i, i) for i in mine if f"s{i}" not in journal.done]
     collector = Collector(config, small.processor(), samples, make, segmenter or DiscSegmenter(14.0), journal)
     with contextlib.closing(journal):
-        asyncio.run(collector.run(left, len(left)))
+        collector.collect(left, len(left), None)
+    filtering.write_rules(workdir, config.filter)
     return collector
+
+
+def done(workdir):
+    return {id for id, failed in journals.survey(workdir / filtering.ATTEMPTS).items() if not failed}
+
+
+def wide(h, w):
+    return {"image": np.zeros((h, w, 3), np.uint8), "gt_mask": np.zeros((h, w), bool)}
 
 
 def lines(path):
@@ -83,7 +111,7 @@ def lines(path):
 
 def test_the_filter_keeps_drops_and_counts(tmp_path, samples):
     workdir = tmp_path / "w"
-    assert collect(workdir, samples).failed == {}
+    assert collect(workdir, samples).failures.counts == {}
     found = filtering.write(workdir, workdir, FilterConfig())
     kept = lines(workdir / "trajectories.jsonl")
     assert [row["id"] for row in kept] == ["s0", "s5"] and set(kept[0]) == {"id", "iou", "turns", "status"}
@@ -138,7 +166,75 @@ def test_pictures_may_move_or_be_inside_the_record(tmp_path, samples, capsys):
         assert len(trajectories.decode(record, small.processor()).patches)
     assert refilter.main([*arguments, "--min_iou=high"]) == 2
     assert refilter.main([f"--collected={tmp_path / 'none'}", f"--out={tmp_path / 'x'}"]) == 2
-    assert "holds nothing" in capsys.readouterr().err
+    assert "says what filter the collection had" in capsys.readouterr().err
+    for wrong in ("nan", "1.5", "0.901,0.904"):
+        assert refilter.main([*arguments, f"--min_iou={wrong}"]) == 2
+
+
+def test_refilter_takes_the_collections_own_filter_where_nothing_else_is_said(tmp_path, samples, capsys):
+    own = FilterConfig(min_iou=0.5, max_turns=4, repeats=True)
+    collect(tmp_path / "w", samples, config=dataclasses.replace(CONFIG, filter=own))
+    kept = {}
+    for name, said in {"own": [], "strict": ["--no-repeats", "--min_iou=0.9"], "short": ["--max_turns=2"]}.items():
+        assert refilter.main([f"--collected={tmp_path / 'w'}", f"--out={tmp_path / name}", *said]) == 0
+        folder = next((tmp_path / name).iterdir())
+        kept[folder.name, name] = [row["id"] for row in lines(folder / "trajectories.jsonl")]
+    assert kept == {
+        ("iou-0.50", "own"): ["s0", "s3", "s5"],
+        ("iou-0.90", "strict"): ["s0", "s5"],
+        ("iou-0.50", "short"): ["s0"],
+    }
+    assert json.loads((tmp_path / "own/iou-0.50/collect.json").read_text())["filter"] == dataclasses.asdict(own)
+
+
+def test_the_segmenters_failures_leave_no_set_and_a_changed_sample_is_played_again(
+    tmp_path, samples, monkeypatch, capsys
+):
+    class Samples(list):
+        ids = [f"s{i}" for i in range(6)]
+        notes = ()
+        queries = dict.fromkeys(range(6), "as ever")
+
+        def fingerprint(self, i):
+            return f"{i} {self.queries[i]}"
+
+    away = DiscSegmenter(14.0, fail=[FailureKind.UNAVAILABLE] * 100)
+    back = DiscSegmenter(14.0)
+    away.about = back.about = DISCS
+    data, workdir = Samples(samples), tmp_path / "w"
+    workdir.mkdir()
+    config = dataclasses.replace(CONFIG, processor=str(small.weights()), segmenter=SegmenterConfig(give_up_after=2))
+
+    def run(segmenter, config=config):
+        monkeypatch.setattr(command.entry, "workdir", lambda: workdir)
+        monkeypatch.setattr(command, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(shard="0/1")))
+        monkeypatch.setattr(command, "open_samples", lambda _: data)
+        monkeypatch.setattr(command, "open_segmenter", lambda _: contextlib.nullcontext(segmenter))
+        monkeypatch.setattr(command, "resolve", lambda _: Scripted)
+        command.main(config)
+
+    patient = dataclasses.replace(config, segmenter=SegmenterConfig(give_up_after=0))
+    with pytest.raises(DataError, match=r"5 of 6 samples are not measured \(segmenter, unavailable 5\)"):
+        run(away, patient)  # s4 never asks it
+    with pytest.raises(DataError, match="failed 2 trajectories in a row"):
+        run(away)
+    assert not (workdir / "collect.json").exists() and done(workdir) == {"s4"}
+    run(back)
+    assert len(done(workdir)) == 6 and json.loads((workdir / "collect.json").read_text())["records"] == 2
+    data.queries[0] = "another question"
+    capsys.readouterr()
+    asked = len(back.requests)
+    run(back)
+    assert len(back.requests) == asked + 1 and "changed since, done again: 1 (s0)" in capsys.readouterr().out
+    data.ids = ["other", *data.ids[1:]]
+    with pytest.raises(DataError, match=r"samples that the data no longer has, such as \['s0'\]"):
+        run(back)
+    data.ids, data.queries[3] = ["s0", *data.ids[1:]], "changed"
+    data[3] = dataclasses.replace(samples[3], **wide(10, 2010))
+    with pytest.raises(DataError, match=r"3\.png: image of 10x2010 pixels"):
+        run(back, dataclasses.replace(config, data=DataConfig(unreadable="stop")))
+    run(back)
+    assert json.loads((workdir / "collect.json").read_text())["not_collected"] == {"unreadable sample": 1}
 
 
 def test_kills_and_shards_leave_the_same_set(tmp_path, samples):
@@ -146,22 +242,26 @@ def test_kills_and_shards_leave_the_same_set(tmp_path, samples):
     collect(whole, samples)
     filtering.write(whole, whole, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
     wanted = (whole / "trajectories.jsonl").read_text()
-    journal = next((whole / filtering.ATTEMPTS).iterdir()).read_bytes()
+    journal = next((whole / filtering.ATTEMPTS).glob("*.jsonl")).read_bytes()
+    first = journal.index(b"\n") + 1
     for n, cut in enumerate(np.linspace(0, len(journal), 9).astype(int)):
         workdir = tmp_path / str(n)
         (workdir / filtering.ATTEMPTS).mkdir(parents=True)
-        (workdir / filtering.ATTEMPTS / "00000-of-00001.jsonl").write_bytes(journal[:cut])
+        # the file begins to exist with its first line whole
+        (workdir / filtering.ATTEMPTS / "00000-of-00001.jsonl").write_bytes(journal[: max(cut, first)])
         for index in range(1 + n % 2):  # alone, or two machines one after the other
             collect(workdir, samples, Share(index, 1 + n % 2))
         filtering.write(workdir, workdir, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
         assert (workdir / "trajectories.jsonl").read_text() == wanted
-        whole_lines = [p.read_bytes().split(b"\n")[1:-1] for p in (workdir / filtering.ATTEMPTS).iterdir()]
+        whole_lines = [p.read_bytes().split(b"\n")[1:-1] for p in (workdir / filtering.ATTEMPTS).glob("*.jsonl")]
         ids = [json.loads(line)["id"] for part in whole_lines for line in part]
         assert sorted(ids) == sorted(set(ids)) == [f"s{i}" for i in range(6)]
 
 
 def test_what_fails_is_counted_and_tried_again(tmp_path, samples):
     class Broken(list):
+        ids = [f"s{i}" for i in range(6)]
+
         def __getitem__(self, i):
             if i == 2:
                 raise DataError("picture 2 is missing")
@@ -169,16 +269,20 @@ def test_what_fails_is_counted_and_tried_again(tmp_path, samples):
 
     workdir = tmp_path / "w"
     broken = Broken(samples)
-    journal = Journal(workdir / filtering.ATTEMPTS, Share(), what_decides(CONFIG))
+    journal = Journal(workdir / filtering.ATTEMPTS, Share(), decisive(CONFIG), CURRENT)
     failing = DiscSegmenter(14.0, fail=[FailureKind.UNAVAILABLE])
     one = dataclasses.replace(CONFIG, concurrent=1, workers=1)
     collector = Collector(one, small.processor(), broken, Scripted, failing, journal)
     asyncio.run(collector.run([(i, i) for i in range(6)], 6))
     journal.close()
-    assert collector.failed == {"unreadable sample": 1, "segmenter, unavailable": 1}
-    assert filtering.done(workdir) == {"s1", "s3", "s4", "s5"}
-    assert collect(workdir, samples).failed == {} and len(filtering.done(workdir)) == 6
-    full = Journal(tmp_path / "full", Share(), {})
+    assert collector.failures.counts == {"unreadable sample": 1, "segmenter, unavailable": 1}
+    assert done(workdir) == {"s1", "s3", "s4", "s5"}
+    filtering.write(workdir, tmp_path / "part", FilterConfig())
+    stamp = json.loads((tmp_path / "part/collect.json").read_text())
+    assert stamp["not_collected"] == dict(collector.failures.counts)
+    assert stamp["unreadable"] == {"s2": "picture 2 is missing"}
+    assert collect(workdir, samples).failures.counts == {} and len(done(workdir)) == 6
+    full = Journal(tmp_path / "full", Share(), decisive(CONFIG), CURRENT)
     full.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     collector = Collector(CONFIG, small.processor(), samples, Scripted, DiscSegmenter(14.0), full)
     with pytest.raises(DataError, match="No space left on device"):
@@ -200,7 +304,8 @@ def test_a_remote_teacher_is_asked_side_by_side_and_counted(tmp_path, samples):
         teacher = RemoteConfig(url=server.url, model="m", backoff_s=0.001, retries=20, price_out=1e6)
         config = dataclasses.replace(CONFIG, teacher=TeacherConfig(remote=teacher))
         collector = collect(tmp_path / "w", samples, make=Remote, config=config)
-    assert collector.failed == {"endpoint, refused": 1} and "too long" in collector.examples[0]
+    assert collector.failures.counts == {"endpoint, refused": 1}
+    assert "too long" in collector.failures.examples["endpoint, refused"][0]
     turns = sum(len(script) for id, script in SCRIPTS.items() if id != "s1")
     assert collector.usage["tokens_out"] == 10 * turns == collector.usage["cost"]
     assert collector.usage["requests"] == turns + collector.usage["retries"] + 1 and collector.usage["retries"] > 0
@@ -212,12 +317,13 @@ OWN = dataclasses.replace(CONFIG, teacher=TeacherConfig(own=OwnConfig(weights="w
 
 def resample(workdir, samples, policy, config=OWN):
     """One run of our own policy over what is left."""
-    journal = Journal(workdir / filtering.ATTEMPTS, ALONE, what_decides(config, "abc"))
+    journal = Journal(workdir / filtering.ATTEMPTS, ALONE, decisive(config, "abc"), CURRENT)
     every = [(2 * i + t, i) for i in range(len(samples)) for t in (0, 1)]
     left = [(uid, i) for uid, i in every if attempt_id(f"s{i}", uid % 2, 2) not in journal.done]
     collector = Collector(config, small.processor(), samples, None, DiscSegmenter(14.0), journal, "abc")
     with contextlib.closing(journal):
-        collector.sample(left, len(every), policy)
+        collector.collect(left, len(every), policy)
+    filtering.write_rules(workdir, config.filter)
     return collector, len(left)
 
 
@@ -230,7 +336,7 @@ def test_our_own_policy_tries_each_sample_and_the_first_good_try_is_kept(tmp_pat
         return [small.click(*((56, 56) if good[number][attempt] else (80, 56))), small.finish(1)][len(state.turns)]
 
     collector, played = resample(tmp_path, samples[:3], TextPolicy(act, small.processor(), slots=3))
-    assert collector.failed == {} and played == 6
+    assert collector.failures.counts == {} and played == 6
     found = filtering.write(tmp_path, tmp_path / "one", FilterConfig())
     assert [row["id"] for row in lines(tmp_path / "one/trajectories.jsonl")] == ["s0#0", "s2#1"]
     assert found.dropped == {"1 of the sample kept already": 1, "final IoU below 0.9": 3}
@@ -241,7 +347,7 @@ def test_our_own_policy_tries_each_sample_and_the_first_good_try_is_kept(tmp_pat
     header = trajectories.header(trajectories.open_records(tmp_path / "one")[0])
     assert header["provenance"]["teacher"] == "own policy" and header["provenance"]["weights_sha256"] == "abc"
     with pytest.raises(DataError, match="results of other settings"):
-        Journal(tmp_path / filtering.ATTEMPTS, ALONE, what_decides(OWN, "other weights"))
+        Journal(tmp_path / filtering.ATTEMPTS, ALONE, decisive(OWN, "other weights"), CURRENT)
 
 
 @pytest.mark.timeout(900)
@@ -249,7 +355,7 @@ def test_sampled_ids_are_stored_as_they_were_and_a_kill_changes_nothing(tmp_path
     """The engine with random weights: what it says is no call, but its ids must come back bit for bit."""
     engine, whole, cut = small.engine(seed=3), tmp_path / "whole", tmp_path / "cut"
     resample(whole, samples[:2], engine)
-    path = next((whole / filtering.ATTEMPTS).iterdir())
+    path = next((whole / filtering.ATTEMPTS).glob("*.jsonl"))
     rows = {row["id"]: row for row in lines(path)[1:]}
     assert set(rows) == {"s0#0", "s0#1", "s1#0", "s1#1"} and all(row["sampled_tokens"] for row in rows.values())
     tasks = [small.Task(samples[i], i, 2 * i + t) for i in (0, 1) for t in (0, 1)]

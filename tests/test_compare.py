@@ -10,7 +10,7 @@ from rsagent_jax.evals.metrics import SampleResult, summarize
 from rsagent_jax.types import DataError, Status
 
 
-def write(workdir, ious, union=1000, turns=2, **settings):
+def write(workdir, ious, union=1000, turns=2, sentences=0, **settings):
     """A work directory of evaluate.py with these IoUs; no trajectories but for queries."""
     workdir.mkdir(parents=True)
     results = [SampleResult(f"s{i}", round(v * union), union, Status.FINISHED, turns, 0) for i, v in enumerate(ious)]
@@ -19,7 +19,8 @@ def write(workdir, ious, union=1000, turns=2, **settings):
     rows = [
         {"id": r.id, "mask": None, "intersection": r.intersection, "union": r.union, "iou": r.iou, "status": "finished"}
         | {"turns": r.turns}
-        for r in results
+        | ({"picture": f"p{i // sentences}"} if sentences else {})
+        for i, r in enumerate(results)
     ]
     (workdir / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     example = {"id": "s0", "query": "the | one\nhere", "iou": 0.0, "status": "finished", "ious": [], "gt": {}}
@@ -61,6 +62,28 @@ def test_intervals_are_paired(tmp_path):
         assert difference.ci95[0] < 0.1 < difference.ci95[1]
     again = compare.compare(compare.load_evaluation(a), compare.load_evaluation(a), "a")
     assert (again.giou.value, again.giou.ci95, again.same) == (0.0, (0.0, 0.0), 200)
+
+
+def test_intervals_are_resampled_by_picture_where_the_files_name_them(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    base, gain = np.repeat(rng.uniform(0.1, 0.5, 40), 3), np.repeat(rng.normal(0.1, 0.1, 40), 3)
+    a = write(tmp_path / "a", base, union=10**6, sentences=3)
+    b = write(tmp_path / "b", base + gain, union=10**6, sentences=3)
+    old = write(tmp_path / "old", base + gain, union=10**6)
+    first, second, unnamed = map(compare.load_evaluation, (a, b, old))
+    found = compare.compare(first, second, "b")
+    width = lambda d: d.ci95[1] - d.ci95[0]  # noqa: E731
+    # three sentences that gain alike are one: sqrt(3) times the width of 120 of their own
+    by_sample = compare.compare(unnamed, unnamed, "old"), compare.compare(compare.load_evaluation(old), second, "b")
+    assert found.unit == "picture" and by_sample[0].unit == "sample" and by_sample[1].unit == "picture"
+    alone = compare.ciou_difference(first.predictions, second.predictions)
+    assert width(found.ciou) == pytest.approx(3**0.5 * width(alone), rel=0.15)
+    assert width(found.giou) == pytest.approx(2 * 1.96 * gain.std() / 40**0.5, rel=0.15)
+    assert compare.main([str(a), str(b)]) == 0
+    assert "paired bootstrap over pictures." in capsys.readouterr().out
+    older = write(tmp_path / "older", base, union=10**6)
+    assert compare.main([str(older), str(old)]) == 0
+    assert "over samples for old, whose predictions name no pictures" in capsys.readouterr().out
 
 
 def test_several_against_the_first_are_told_apart_by_their_paths(tmp_path, capsys):

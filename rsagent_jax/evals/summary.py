@@ -182,7 +182,7 @@ def render(summary: Summary) -> str:
         tag("p", what),
         tag("p", tag("b", _verdict("GRPO", "SFT", summary.gain) + "."), class_="lead"),
         _results_table(summary),
-        tag("p", f"Intervals: 95%, bootstrap over samples; gains are paired by sample. {took}", class_="note"),
+        tag("p", f"Intervals: 95%, bootstrap over pictures; gains are paired by sample. {took}", class_="note"),
         *folded,
         tag("h2", "Learning curves"),
         tag("p", "Dots are single steps, lines a moving mean; the figures are its two ends.", class_="note"),

@@ -38,7 +38,7 @@ def trajectory(final, status=Status.FINISHED, id="s"):
 
 
 def rules(**changes):
-    return MetricConfig(**{"epsilon": 0.0} | changes)
+    return MetricConfig(**{"epsilon": 0.0, "failure_policy": "zero"} | changes)
 
 
 TRUTH, IGNORED, SAID = pixels(0, 1, 2, 3), pixels(4, 5), pixels(2, 3, 4, 8)
@@ -110,6 +110,22 @@ def test_n_acc_and_t_acc():
     # intersections 0 0 0 2 0 1 0; unions 0 2 0 2 2 3 2
     assert summary["ciou"] == pytest.approx(3 / 11)
     assert "n_acc" not in summarize(results[3:], {}, benchmark="toy")
+    for policy in ("one", "zero", "dropped"):  # of IoU; who was right is the same
+        results = [
+            score(trajectory(said, s, i), sample(gt, id=i), rules(empty_policy=policy)) for i, gt, said, s in cases
+        ]
+        again = summarize(results, {}, benchmark="toy")
+        assert [again[key] for key in ("n_acc", "t_acc", "giou_target")] == [
+            summary[key] for key in ("n_acc", "t_acc", "giou_target")
+        ]
+
+
+def test_a_failure_gives_no_figures_unless_the_user_accepts_it():
+    broken = score(trajectory(TRUTH, Status.ENV_FAILED), sample(TRUTH), MetricConfig())
+    fine = score(trajectory(SAID, id="t"), sample(TRUTH, id="t"), MetricConfig())
+    with pytest.raises(DataError, match="1 of 2 samples are not measured"):
+        summarize([broken, fine], {}, benchmark="toy")
+    assert summarize([fine], {}, benchmark="toy")["n"] == 1
 
 
 def test_what_is_dropped_is_counted_and_the_rules_are_saved():
@@ -138,5 +154,8 @@ def test_unknown_conventions_are_refused():
     for wrong in ({"ignore_policy": "drop"}, {"empty_policy": ""}, {"failure_policy": "x"}, {"ending_policy": "y"}):
         with pytest.raises(DataError, match=r"metric\.\w+ must be one of"):
             check_rules(rules(**wrong))
-    with pytest.raises(DataError, match="must not be negative"):
+    with pytest.raises(DataError, match="empty_below must be at least 0 pixels, not -1"):
         check_rules(rules(empty_below=-1))
+    for value in (float("nan"), float("inf"), -1e-5):
+        with pytest.raises(DataError, match="epsilon must be a finite number of at least 0"):
+            check_rules(rules(epsilon=value))

@@ -1,6 +1,7 @@
 """LISA's metrics by hand, failures, exact merging and bootstrap intervals."""
 
 import functools
+import itertools
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ from rsagent_jax.evals.metrics import (
     SampleResult,
     Totals,
     bootstrap_ci,
+    cluster_bootstrap_ci,
     failed,
     ious,
     merge,
@@ -180,6 +182,40 @@ def test_bootstrap_is_seeded_and_has_the_width_of_the_normal_interval():
     assert bootstrap_ci([0.5]) == (0.5, 0.5)
     with pytest.raises(DataError, match="no results"):
         bootstrap_ci([])
+
+
+def test_a_picture_comes_into_a_resample_with_all_of_its_sentences():
+    rng = np.random.default_rng(0)
+    values, names = rng.random(60), [f"p{i:02d}" for i in range(60)]
+    thrice = [name for name in names for _ in range(3)]
+    # three equal sentences say no more than one
+    assert bootstrap_ci(np.repeat(values, 3), thrice) == pytest.approx(bootstrap_ci(values, names), abs=1e-12)
+    assert bootstrap_ci(values, names) == pytest.approx(bootstrap_ci(values), abs=1e-12)
+    # The standard error of a mean of clusters: sqrt(sum of squared sums of residuals) / N.
+    values = np.repeat(values, 3) + rng.normal(0, 0.1, 180)
+    sums = (values - values.mean()).reshape(60, 3).sum(axis=1)
+    wanted = 2 * 1.96 * np.sqrt((sums**2).sum()) / 180
+    low, high = bootstrap_ci(values, thrice)
+    assert high - low == pytest.approx(wanted, rel=0.1)
+    shuffled = rng.permutation(180)
+    again = bootstrap_ci(values[shuffled], [thrice[i] for i in shuffled])
+    assert again == pytest.approx((low, high), abs=1e-12)
+
+
+def test_a_ratio_of_sums_is_formed_anew_from_each_resample():
+    rows = np.array([[1, 2], [3, 4], [0, 6], [2, 2], [5, 9]], float)
+    draws = [rows[list(d)].sum(axis=0) for d in itertools.product(range(5), repeat=5)]  # every one there is
+    wanted = np.percentile([a / b for a, b in draws], [2.5, 97.5])
+    found = cluster_bootstrap_ci(rows, lambda sums: sums[:, 0] / sums[:, 1], n=20000)
+    assert found == pytest.approx(wanted, abs=0.02)
+
+
+def test_results_say_what_they_were_resampled_by():
+    results = [result(str(i), i % 7, 7) for i in range(12)]
+    by_picture = summarize(results, {}, benchmark="toy", pictures={str(i): f"p{i // 3}" for i in range(12)})
+    assert (by_picture["ci_unit"], by_picture["pictures"]) == ("picture", 4)
+    alone = summarize(results, {}, benchmark="toy")
+    assert (alone["ci_unit"], alone["pictures"]) == ("sample", None) and alone["giou"] == by_picture["giou"]
 
 
 def test_pairing_removes_what_the_samples_share():

@@ -1,5 +1,6 @@
 """Results survive a kill at any byte, add up the same whatever the sharding, and do not mix settings."""
 
+import dataclasses
 import json
 import os
 
@@ -14,6 +15,7 @@ from rsagent_jax.processes import Share, parse_share
 from rsagent_jax.types import DataError, Status
 
 SETTINGS = {"weights_sha256": "abc", "seed": 0, "agent": {"max_turns": 8}, "stages": (1, 2)}
+CURRENT = {f"s{i}": f"print {i}" for i in range(11)}
 
 
 def record(i):
@@ -22,18 +24,18 @@ def record(i):
     return records.Record(counts, {"size": [2, 2], "counts": "04"}, 0.25, {"id": f"s{i}", "query": "größe\u2028\x85"})
 
 
-def write(workdir, share, samples, chunk=3, settings=SETTINGS):
+def write(workdir, share, samples, settings=SETTINGS):
     """Evaluates this shard's part of the samples that are not done."""
-    shard = records.Shard(workdir, share, settings)
+    shard = records.Shard(workdir, share, settings, CURRENT)
     left = [i for i in samples[share.index :: share.count] if f"s{i}" not in shard.done]
-    for k in range(0, len(left), chunk):
-        shard.add([record(i) for i in left[k : k + chunk]])
+    for i in left:
+        shard.add(record(i))
     shard.close()
     return left
 
 
 def summary(workdir, n):
-    found = records.read(workdir, SETTINGS)
+    found = records.read(workdir, SETTINGS, CURRENT).measured
     assert set(found) == {f"s{i}" for i in range(n)}
     return summarize([judge(r.counts) for r in found.values()], {}, benchmark="toy")
 
@@ -45,7 +47,7 @@ def test_records_come_back_and_the_sum_does_not_depend_on_the_shards(tmp_path):
         for index in range(count):
             write(workdir, Share(index, count), range(11))
         sums.append(summary(workdir, 11))
-        assert records.read(workdir, SETTINGS)["s7"] == record(7)
+        assert records.read(workdir, SETTINGS, CURRENT).measured["s7"] == record(7)
     assert sums[0] == sums[1] == sums[2]
 
 
@@ -56,7 +58,8 @@ def test_a_kill_at_any_byte_leaves_no_hole_and_no_duplicate(tmp_path_factory, sh
     write(workdir, Share(0, 1), range(8))
     path = next((workdir / records.FOLDER).iterdir())
     data = path.read_bytes()
-    path.write_bytes(data[: int(share * len(data))])
+    first = data.index(b"\n") + 1  # the file begins to exist with this line whole
+    path.write_bytes(data[: first + int(share * (len(data) - first))])
     for index in range(count):  # it may go on with other shards
         write(workdir, Share(index, count), range(8))
     assert summary(workdir, 8)["n"] == 8
@@ -84,13 +87,27 @@ def test_a_damaged_line_is_named(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 def test_a_full_disk_is_said_and_what_was_written_is_kept(tmp_path):
-    shard = records.Shard(tmp_path, Share(), SETTINGS)
-    shard.add([record(0), record(2)])
+    shard = records.Shard(tmp_path, Share(), SETTINGS, CURRENT)
+    shard.add(record(0))
+    shard.add(record(2))
     shard.close()
     shard.journal.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     with pytest.raises(DataError, match="No space left on device.*What was written is kept"):
-        shard.add([record(1)])
-    assert set(records.read(tmp_path, SETTINGS)) == {"s0", "s2"}
+        shard.add(record(1))
+    assert set(records.read(tmp_path, SETTINGS, CURRENT).measured) == {"s0", "s2"}
+
+
+def test_what_was_not_measured_comes_back_apart(tmp_path):
+    lost = dataclasses.replace(record(1), failure=("segmenter, timeout", "late"))
+    shard = records.Shard(tmp_path, Share(), SETTINGS, CURRENT)
+    shard.add(record(0))
+    shard.add(lost)
+    shard.add_unreadable("s2", "unreadable sample", "a.jpg is cut")
+    shard.close()
+    assert shard.done == {"s0"}
+    assert records.read(tmp_path, SETTINGS, CURRENT) == records.Found(
+        {"s0": record(0)}, {"s1": lost}, {"s2": "a.jpg is cut"}
+    )
 
 
 def test_whole_files_replace_whole_files(tmp_path):

@@ -209,7 +209,8 @@ def test_a_trajectory_that_cannot_be_shown_says_why(runs, damage):
 
 def test_ciou_interval_of_equal_rows_has_no_width():
     row = report.Prediction("a", 30, 40, 0.75, Status.FINISHED, 2)
-    assert report._ciou_ci([row] * 5) == pytest.approx((0.75, 0.75))
+    for pictures in (None, list("aabbb")):
+        assert report._ciou_ci([row] * 5, pictures) == pytest.approx((0.75, 0.75))
 
 
 # --- Three policies ---

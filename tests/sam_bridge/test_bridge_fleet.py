@@ -6,11 +6,13 @@ import concurrent.futures
 import threading
 import time
 
+import cv2
 import numpy as np
 import pytest
 
 from sam_bridge import fleet
 from sam_bridge.backends import DeadDevice
+from sam_bridge.backends.grabcut import GrabCut
 from sam_bridge.local import LocalSegmenter
 from sam_bridge.server import Server
 from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
@@ -118,6 +120,18 @@ def test_side_cars_that_give_other_masks_are_refused(fake, serve, connect):
     with pytest.raises(SegmenterError, match="other weights") as caught:
         client.info()
     assert caught.value.kind is FailureKind.INTERNAL
+
+
+def test_who_answers_is_said_alike_through_the_bridge_and_without_it(fake, serve, connect):
+    for backend in (fake(), GrabCut()):
+        local = LocalSegmenter(backend)
+        assert connect(serve(local).address).about == local.about  # asked before any mask
+    assert local.about.backend == "grabcut" and cv2.__version__ in local.about.identity
+
+    class Other(GrabCut):  # a back end of somebody's own, built upon ours
+        name = "other"
+
+    assert LocalSegmenter(Other()).about.identity != local.about.identity
 
 
 def test_a_dead_device_is_told_and_the_call_goes_elsewhere(fake, serve, connect):

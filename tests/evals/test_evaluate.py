@@ -1,0 +1,173 @@
+"""evaluate.py's main in this process, with an oracle and a segmenter that is away when the test says so."""
+
+import contextlib
+import json
+import types
+
+import numpy as np
+import PIL.Image
+import pytest
+from agent_fakes import DiscSegmenter, disc
+
+import evaluate
+from configs import eval as eval_configs
+from rsagent_jax import entry
+from rsagent_jax.config import EvalConfig, build
+from rsagent_jax.types import DataError
+from sam_bridge.types import About, FailureKind, SegmenterError
+
+N = 6
+QUERIES = [f"disc {i}" for i in range(N)]
+
+
+class Away(DiscSegmenter):
+    """Answers but for the objects of these pictures, told apart by their size."""
+
+    def __init__(self, lost=(), backend="discs"):
+        super().__init__()
+        self.lost, self.about, self.asked = set(lost), About(backend, f"{backend} of one size"), 0
+
+    def segment(self, image, request):
+        self.asked += 1
+        if image.shape[0] - 100 in self.lost:
+            raise SegmenterError(FailureKind.UNAVAILABLE, "nobody there")
+        return super().segment(image, request)
+
+
+def truth(i, x=50):
+    return disc(100 + i, 100, x, 40, 20)
+
+
+def write_mask(root, i, x=50):
+    PIL.Image.fromarray(truth(i, x).astype(np.uint8) * 255).save(root / f"m{i}.png")
+
+
+def write_lines(root, queries=QUERIES):
+    rows = [{"id": f"s{i}", "image": f"{i}.png", "mask": f"m{i}.png", "query": q} for i, q in enumerate(queries)]
+    (root / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    for i in range(N):
+        PIL.Image.fromarray(np.full((100 + i, 100, 3), 90, np.uint8)).save(root / f"{i}.png")
+        write_mask(root, i)
+    write_lines(root)
+    return root
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, root):
+    """run(segmenter, shard) -> results.json, or None where there is none."""
+
+    def call(segmenter=None, shard="0/1", workdir=tmp_path / "w", **changes):
+        segmenter = segmenter or Away()
+        config = eval_configs.get_config("folder-mine")
+        config.data.root = str(root)
+        config.bound.row = "box"
+        config.segmenter.update(mode="inprocess", addresses=(), workers=1)
+        for path, value in changes.items():
+            section, name = path.split("__")
+            config[section][name] = value
+        workdir.mkdir(exist_ok=True)
+        monkeypatch.setattr(entry, "workdir", lambda: workdir)
+        monkeypatch.setattr(evaluate, "open_segmenter", lambda _: contextlib.nullcontext(segmenter))
+        given = types.SimpleNamespace(weights=None, shard=shard)
+        monkeypatch.setattr(evaluate, "flags", types.SimpleNamespace(FLAGS=given))
+        evaluate.main(build(EvalConfig, config))
+        path = workdir / "results.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    return call
+
+
+def test_a_sample_that_the_segmenter_failed_is_played_again_and_counts_for_nothing(run, tmp_path, capsys):
+    whole = run(workdir=tmp_path / "whole")
+    with pytest.raises(DataError, match=r"2 of 6 samples are not measured \(segmenter, unavailable 2\).*run the same"):
+        run(Away([1, 4]))
+    assert not (tmp_path / "w/results.json").exists()
+    assert "not done 2: segmenter, unavailable\n    folder/mine/s1: nobody there" in capsys.readouterr().out
+    back = Away()
+    results = run(back)
+    assert back.asked == 2 and "goes on: 4 of 6 samples are done" in capsys.readouterr().out
+    for key in ("n", "giou", "ciou", "giou_ci95", "failures", "by_turn"):
+        assert results[key] == whole[key]
+    assert results["giou"] > 0.9 and results["failures"]["env_failed"] == 0
+
+
+def test_failures_in_a_row_end_the_command_and_what_was_done_is_kept(run, tmp_path):
+    away = Away(range(1, N))
+    with pytest.raises(DataError, match="failed 2 trajectories in a row.*What was done is kept"):
+        run(away, segmenter__give_up_after=2)
+    assert away.asked <= 4  # one that answers, two that fail, and what was under way
+    assert run(Away(), segmenter__give_up_after=2)["n"] == N
+
+
+def test_a_user_may_accept_failures_by_one_switch(run, capsys):
+    results = run(Away([1, 4]), metric__failure_policy="zero")
+    assert (results["n"], results["failures"]["env_failed"]) == (6, 2)
+    assert results["segmenter_failures"] == {"segmenter, unavailable": 2}
+    assert "failed: segmenter, unavailable 2" in capsys.readouterr().out
+    dropped = run(Away([4]), metric__failure_policy="dropped")  # tried again each time
+    assert (dropped["n"], dropped["dropped"]["failure"]) == (5, 1) and dropped["giou"] > 0.9
+
+
+def test_what_has_changed_is_measured_again(run, root, tmp_path, capsys):
+    assert run()["giou"] > 0.9
+    segmenter = Away()
+    assert run(segmenter)["n"] == N and segmenter.asked == 0
+    for i in range(N):
+        write_mask(root, i, x=20)
+    capsys.readouterr()
+    moved = run(segmenter)
+    assert segmenter.asked == N and "changed since, done again: 6 (folder/mine/s0, " in capsys.readouterr().out
+    fresh = run(workdir=tmp_path / "other")
+    assert (moved["giou"], moved["ciou"]) == (fresh["giou"], fresh["ciou"]) and moved["giou"] > 0.9
+    write_lines(root, ["another question", *QUERIES[1:4]])
+    assert run(segmenter)["n"] == 4 and segmenter.asked == N + 1
+    assert "no longer in the data, left out: 2" in capsys.readouterr().out
+    write_lines(root, ["yet another", *QUERIES[1:4]])
+    with pytest.raises(DataError, match="1 of 4 samples are not measured"):
+        run(Away([0]))
+    # and no old figure stands in its place
+    assert not (tmp_path / "w/results.json").exists()
+
+
+def test_unreadable_samples_are_named_counted_and_in_no_figure(run, root, capsys):
+    (root / "1.png").write_bytes((root / "1.png").read_bytes()[:60])
+    (root / "2.png").unlink()
+    results = run()
+    assert (
+        results["n"] == 4
+        and results["giou"] > 0.9
+        and set(results["unreadable"])
+        == {
+            "folder/mine/s1",
+            "folder/mine/s2",
+        }
+    )
+    out = capsys.readouterr().out
+    assert "n 4 " in out and "failed: unreadable 2" in out and "1.png is not a readable picture" in out
+    with pytest.raises(DataError, match="1.png is not a readable picture"):
+        run(data__unreadable="stop")
+    for i in range(N):
+        (root / f"{i}.png").unlink(missing_ok=True)
+    with pytest.raises(DataError, match="none of the 6 samples can be read"):
+        run()
+
+
+def test_shards_join_and_those_of_two_back_ends_do_not(run, tmp_path, capsys):
+    assert run(shard="0/2") is None and "3 samples are left to the others" in capsys.readouterr().out
+    with pytest.raises(DataError, match="segmenter.backend: 'discs' there, 'boxes' now"):
+        run(Away(backend="boxes"), shard="1/2")
+    with pytest.raises(DataError, match="1 of 3 samples are not measured"):
+        run(Away([3]), shard="1/2")
+    assert run(shard="0/2") is None and "1 samples are left to the others" in capsys.readouterr().out
+    results = run(shard="1/2")
+    assert results["n"] == N and results["segmenter"] == {"backend": "discs", "identity": "discs of one size"}
+    assert results["settings"]["segmenter"]["backend"] == "discs"  # not grabcut, the config's default
+    assert (results["ci_unit"], results["pictures"]) == ("picture", N)
+    predictions = [json.loads(line) for line in (tmp_path / "w/predictions.jsonl").read_text().splitlines()]
+    assert [p["picture"].rsplit("/", 1)[1] for p in predictions] == [f"{i}.png" for i in range(N)]

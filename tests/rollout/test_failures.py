@@ -1,0 +1,67 @@
+"""Failures are counted by kind and named; the segmenter's in a row end the command."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from agent_fakes import LIMITS, DiscSegmenter, run
+
+from rsagent_jax.agent.environment import abort
+from rsagent_jax.config import DataConfig
+from rsagent_jax.rollout.failures import (
+    UNREADABLE,
+    Failures,
+    is_segmenters,
+    readable_sample,
+    segmenter_failure,
+    skips_unreadable,
+    unmeasured,
+)
+from rsagent_jax.types import DataError, Sample, Status
+from sam_bridge.types import FailureKind
+from tests.rollout import small
+
+AWAY = ("segmenter, unavailable", "nobody there")
+
+
+def test_a_run_of_failures_ends_the_command_and_one_answer_breaks_it(capsys):
+    failures = Failures(3)
+    for failure in (AWAY, AWAY, None, AWAY, AWAY):
+        failures.played("s1", failure)
+    with pytest.raises(
+        DataError, match="failed 3 trajectories in a row, the last with: segmenter, unavailable: nobody"
+    ):
+        failures.played("s9", AWAY)
+    failures.add(UNREADABLE, "s4", "a.jpg is cut")
+    failures.tell()
+    out = capsys.readouterr().out
+    assert "not done 5: segmenter, unavailable\n" in out and out.count("s1: nobody there") == 3  # the first few
+    assert "not done 1: unreadable sample\n    s4: a.jpg is cut" in out
+    patient = Failures(0)
+    for _ in range(50):
+        patient.played("s1", AWAY)
+    assert patient.counts == {AWAY[0]: 50} and is_segmenters(AWAY[0]) and not is_segmenters(UNREADABLE)
+
+
+def test_only_the_segmenters_endings_are_its_failures():
+    broken = run([small.click(5, 5)], DiscSegmenter(fail=[FailureKind.TIMEOUT]))
+    assert segmenter_failure(broken) == ("segmenter, timeout", "as the test asked")
+    fine = run([small.click(5, 5), small.finish(1)])
+    assert segmenter_failure(fine) is None and segmenter_failure(run(["x"] * 3)) is None
+    late = abort(dataclasses.replace(fine, status=None), Status.ENV_FAILED)
+    assert segmenter_failure(late) == ("segmenter, timeout", "a tool call went past its deadline")
+
+
+def test_a_picture_that_no_view_can_show_is_unreadable_by_name():
+    thin = Sample("s", np.zeros((10, 2010, 3), np.uint8), "q", np.zeros((10, 2010), bool), path="thin.png")
+    with pytest.raises(DataError, match="thin.png: image of 10x2010 pixels"):
+        readable_sample([thin], 0, LIMITS)
+    assert readable_sample([small.sample(0)], 0, LIMITS).id == "s0"
+    assert skips_unreadable(DataConfig()) and not skips_unreadable(DataConfig(unreadable="stop"))
+    with pytest.raises(DataError, match="data.unreadable must be skip or stop"):
+        skips_unreadable(DataConfig(unreadable="ignore"))
+
+
+def test_the_count_is_by_kind():
+    said = str(unmeasured([AWAY[0], AWAY[0], "segmenter, timeout"], 400))
+    assert said.startswith("3 of 400 samples are not measured (segmenter, timeout 1, segmenter, unavailable 2)")
