@@ -33,7 +33,6 @@ from tqdm import tqdm
 from rsagent_jax import entry, processes, startup
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import to_json
-from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.checkpoint import load_policy, policy_directory, weights_checksum
 from rsagent_jax.config import DataConfig, EvalConfig, to_dict
 from rsagent_jax.data.index import SampleIndex
@@ -43,7 +42,7 @@ from rsagent_jax.data.samples import Mixture, open_samples
 from rsagent_jax.evals import bounds, by_turn, metrics, records, report
 from rsagent_jax.rewards import mask_iou
 from rsagent_jax.rollout import failures
-from rsagent_jax.rollout.driver import Driver, pixel_limits
+from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.rollout.segmenter import open_segmenter
@@ -58,7 +57,6 @@ class Player:
     """The policy, or an oracle in its place."""
 
     play: Play
-    limits: PixelLimits  # of the views that it is shown
     checksum: str | None  # of its weights
 
 
@@ -132,7 +130,7 @@ def open_benchmark(config: DataConfig) -> SampleIndex:
 
 
 def oracle_player(config: EvalConfig) -> Player:
-    return Player(functools.partial(bounds.play, config), bounds.EXACT, None)
+    return Player(functools.partial(bounds.play, config), None)
 
 
 def policy_player(config: EvalConfig, workdir: pathlib.Path) -> Player:
@@ -154,7 +152,7 @@ def policy_player(config: EvalConfig, workdir: pathlib.Path) -> Player:
     def play(segmenter, tasks):
         return Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers).play(tasks)
 
-    return Player(play, pixel_limits(config.agent, processor), weights_checksum(model))
+    return Player(play, weights_checksum(model))
 
 
 def measure(
@@ -171,7 +169,7 @@ def measure(
 
     DataError where the segmenter fails too many in a row, or at a sample that cannot be read (data.unreadable=stop).
     """
-    skips = failures.skips_unreadable(config.data)
+    skips = config.data.unreadable == "skip"
     lost = failures.Failures(config.segmenter.give_up_after)
     bar = tqdm(total=total, initial=total - len(left), desc="evaluate", unit="sample", mininterval=2.0)
     ids, under_way, last = samples.ids, {}, time.perf_counter()
@@ -180,7 +178,7 @@ def measure(
         number = itertools.count()
         for k in left:
             try:
-                sample = failures.readable_sample(samples, k, player.limits)
+                sample = failures.readable_sample(samples, k)
             except DataError as error:
                 if not skips:
                     raise

@@ -175,7 +175,7 @@ class Collector:
         self.tries = config.teacher.own.tries if config.teacher.own.weights else 1
         self.make_teacher, self.segmenter, self.journal = make_teacher, segmenter, journal
         self.limits = pixel_limits(config.agent, processor)
-        self.skips = failures.skips_unreadable(config.data)
+        self.skips = config.data.unreadable == "skip"
         self.failures = failures.Failures(config.segmenter.give_up_after)
         self.usage: dict[str, float] = {}
 
@@ -224,7 +224,7 @@ class Collector:
             for k, tries in places:
                 uids = [uid for uid, _ in tries]
                 try:
-                    sample = failures.readable_sample(self.samples, k, self.limits)
+                    sample = failures.readable_sample(self.samples, k)
                 except DataError as error:
                     self._unreadable(uids, k, error)
                     bar.update(len(uids))
@@ -248,7 +248,7 @@ class Collector:
     async def _work(self, todo, bar) -> None:
         for uid, k in todo:
             try:
-                sample = await self._in_thread(failures.readable_sample, self.samples, k, self.limits)
+                sample = await self._in_thread(failures.readable_sample, self.samples, k)
             except DataError as error:
                 self._unreadable([uid], k, error)
             else:

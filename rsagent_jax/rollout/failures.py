@@ -6,15 +6,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from rsagent_jax.agent.environment import EnvState
-from rsagent_jax.agent.views import PixelLimits, View
-from rsagent_jax.config import DataConfig
+from rsagent_jax.agent.views import check_shape
 from rsagent_jax.types import DataError, Sample, Status
 
 UNREADABLE = "unreadable sample"
 SHOWN = 3  # of each kind, on the terminal
 
 
-def readable_sample(samples: Sequence[Sample], place: int, limits: PixelLimits) -> Sample:
+def readable_sample(samples: Sequence[Sample], place: int) -> Sample:
     """DataError for a sample that cannot be read, or whose picture no view can show."""
     sample = samples[place]
     try:
@@ -22,13 +21,6 @@ def readable_sample(samples: Sequence[Sample], place: int, limits: PixelLimits) 
     except DataError as error:
         raise DataError(f"{sample.path or sample.id}: {error}") from None
     return sample
-
-
-def skips_unreadable(config: DataConfig) -> bool:
-    """Whether a sample that cannot be read is left out and counted, or ends the command."""
-    if config.unreadable not in ("skip", "stop"):
-        raise DataError(f"data.unreadable must be skip or stop, not {config.unreadable!r}")
-    return config.unreadable == "skip"
 
 
 def segmenter_failure(state: EnvState) -> tuple[str, str] | None:

@@ -4,17 +4,15 @@ import dataclasses
 
 import numpy as np
 import pytest
-from agent_fakes import LIMITS, DiscSegmenter, run
+from agent_fakes import DiscSegmenter, run
 
 from rsagent_jax.agent.environment import abort
-from rsagent_jax.config import DataConfig
 from rsagent_jax.rollout.failures import (
     UNREADABLE,
     Failures,
     is_segmenters,
     readable_sample,
     segmenter_failure,
-    skips_unreadable,
     unmeasured,
 )
 from rsagent_jax.types import DataError, Sample, Status
@@ -55,11 +53,8 @@ def test_only_the_segmenters_endings_are_its_failures():
 def test_a_picture_that_no_view_can_show_is_unreadable_by_name():
     thin = Sample("s", np.zeros((10, 2010, 3), np.uint8), "q", np.zeros((10, 2010), bool), path="thin.png")
     with pytest.raises(DataError, match="thin.png: image of 10x2010 pixels"):
-        readable_sample([thin], 0, LIMITS)
-    assert readable_sample([small.sample(0)], 0, LIMITS).id == "s0"
-    assert skips_unreadable(DataConfig()) and not skips_unreadable(DataConfig(unreadable="stop"))
-    with pytest.raises(DataError, match="data.unreadable must be skip or stop"):
-        skips_unreadable(DataConfig(unreadable="ignore"))
+        readable_sample([thin], 0)
+    assert readable_sample([small.sample(0)], 0).id == "s0"
 
 
 def test_the_count_is_by_kind():
