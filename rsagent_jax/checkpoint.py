@@ -152,15 +152,25 @@ def copy_policy_files(weights: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def policy_directory(weights: str) -> pathlib.Path:
-    """Where config.json, tokenizer and image settings are: the Hugging Face directory, or a checkpoint's `policy/`."""
+    """Where config.json, tokenizer and image settings are: the Hugging Face directory, or a checkpoint's `policy/`.
+
+    What the directory itself holds decides, whatever else is in it or beside it: config.json and weights make a Hugging
+    Face directory (train.py writes a config.json of its own into a workdir), then `policy/config.json` a stage. Only
+    for one that is neither is it asked whether a workdir or a step was given in place of a stage.
+    """
     path = pathlib.Path(weights)
-    if not path.exists():
-        raise DataError(f"{path} does not exist; give a Hugging Face directory or checkpoints/<stage> of train.py")
-    for nested in (path / "checkpoints", path.parent / "policy"):
-        if nested.is_dir() and not (path / "policy").is_dir():
-            stages = path / "checkpoints/<stage>" if nested.name == "checkpoints" else path.parent
-            raise DataError(f"{path} holds no weights itself; give {stages}")
-    return path / "policy" if (path / "policy").is_dir() else path
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise DataError(f"{path} {what}; give a Hugging Face directory or checkpoints/<stage> of train.py")
+    if (path / "config.json").exists() and any(path.glob("*.safetensors*")):
+        return path
+    if (path / "policy" / "config.json").exists():
+        return path / "policy"
+    if any(path.glob("checkpoints/*/policy/config.json")):
+        raise DataError(f"{path} holds no weights itself; give {path}/checkpoints/<stage>")
+    if path.name.isdigit() and (path.parent / "policy" / "config.json").exists():
+        raise DataError(f"{path} holds no weights itself; give {path.parent}")
+    return path
 
 
 def load_policy(weights: str, mesh: Mesh | None = None) -> Qwen25VL:

@@ -337,3 +337,52 @@ def test_policy_files_travel_with_the_checkpoints(saved):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         assert (saved / "policy" / name).read_bytes() == (small.weights() / name).read_bytes()
     assert not list((saved / "policy").glob("*.safetensors"))
+
+
+def files(directory, *names):
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text("{}")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("given", "holds", "found"),
+    [
+        ("7b", ("7b/config.json", "7b/model.safetensors"), "7b"),
+        ("7b", ("7b/config.json", "7b/model.safetensors.index.json"), "7b"),
+        # neighbours and contents of whatever name change nothing
+        ("7b", ("7b/config.json", "7b/model.safetensors", "policy/config.json"), "7b"),
+        ("7b", ("7b/config.json", "7b/model.safetensors", "7b/checkpoints/a.txt"), "7b"),
+        ("7b", ("7b/config.json", "7b/model.safetensors", "7b/checkpoints/sft/policy/config.json"), "7b"),
+        ("7b", ("7b/config.json", "7b/model.safetensors", "7b/policy/config.json"), "7b"),
+        ("policy", ("policy/config.json", "policy/model.safetensors"), "policy"),
+        ("7", ("7/config.json", "7/model.safetensors", "policy/config.json"), "7"),
+        (
+            "tokens",
+            ("tokens/config.json", "tokens/tokenizer.json", "policy/config.json"),
+            "tokens",
+        ),  # no weights needed
+        ("sft", ("sft/policy/config.json", "sft/7/params/a"), "sft/policy"),
+        ("sft", ("sft/policy/config.json", "sft/7/params/a", "policy/config.json"), "sft/policy"),
+        # what was meant is said
+        ("x", ("x/checkpoints/sft/policy/config.json", "x/config.json"), r"holds no weights itself; give .*/<stage>"),
+        ("sft/7", ("sft/policy/config.json", "sft/7/params/a"), "holds no weights itself; give .*/sft"),
+        ("a.json", ("a.json",), "is a file; give a Hugging Face directory"),
+        ("nowhere", ("a.json",), "does not exist; give a Hugging Face directory"),
+    ],
+)
+def test_what_a_folder_holds_says_what_it_is_and_not_its_neighbours(given, holds, found, tmp_path):
+    files(tmp_path, *holds)
+    if (tmp_path / found).exists():
+        assert policy_directory(str(tmp_path / given)) == tmp_path / found
+    else:
+        with pytest.raises(DataError, match=found):
+            policy_directory(str(tmp_path / given))
+
+
+def test_other_weights_leave_no_file_of_the_former_ones_in_a_stage(saved, tmp_path):
+    directory = shutil.copytree(saved, tmp_path / "sft")
+    (directory / "policy" / "processor_config.json").write_text("{}")
+    Checkpoints(directory, small.weights()).close()
+    assert not (directory / "policy" / "processor_config.json").exists()

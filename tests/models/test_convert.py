@@ -20,6 +20,7 @@ from . import tiny
 SMALL = tiny.Case("small", ((1, 4, 6),), depth=2, fullatt=(0,), layers=2)
 TIED = dataclasses.replace(SMALL, name="small tied", tied=True)
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
+QKV_BIAS = "visual.blocks.1.attn.qkv.bias"
 
 
 def load(directory):
@@ -255,7 +256,62 @@ def test_a_truncated_file_is_one_readable_error(keep, tmp_path):
 
 def test_a_file_that_is_no_safetensors_is_one_readable_error(tmp_path):
     (saved(tmp_path) / "model.safetensors").write_bytes(b"<html>not found</html>" * 20)
-    assert "is not a readable safetensors file" in refusal(tmp_path)
+    assert "model.safetensors is a web page" in refusal(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    assert "model.safetensors is a Git-LFS pointer" in refusal(tmp_path) and "git lfs pull" in refusal(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"weights" * 20)
+    assert "model.safetensors is not a readable safetensors file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_value_that_is_not_finite_is_refused_with_the_names_of_tensor_and_file(dtype, bad, tmp_path):
+    names = ["model.layers.1.mlp.up_proj.weight", "visual.blocks.0.attn.qkv.bias", EMBED]
+    for name in names:
+
+        def spoil(tensors, name=name):
+            tensors[name].reshape(-1)[-3] = bad
+
+        said = refusal(saved(tmp_path, TIED, spoil, dtype))
+        assert said.startswith(f"{name} in {tmp_path / 'model.safetensors'} holds NaN or infinite values"), said
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_largest_the_smallest_and_both_zeros_are_finite(dtype, tmp_path):
+    limits = ml_dtypes.finfo(dtype)
+    values = [limits.max, limits.min, limits.smallest_subnormal, -0.0, 0.0]
+
+    def change(tensors):
+        tensors["model.norm.weight"][:5] = values
+
+    got = np.asarray(load(saved(tmp_path, SMALL, change, dtype)).decoder.norm.scale.get_value())
+    np.testing.assert_array_equal(got[:5], np.array(values).astype(limits.dtype).astype(np.float32))
+
+
+@pytest.mark.parametrize("zeros", [4100, 10_000, 32_768, 65_536, 123_456, "all"])
+def test_a_file_whose_end_was_never_downloaded_is_refused(zeros, tmp_path):
+    file = saved(tmp_path) / "model.safetensors"
+    data = file.read_bytes()
+    count = len(data) - 8 - int.from_bytes(data[:8], "little") if zeros == "all" else zeros
+    file.write_bytes(data[:-count] + bytes(count))
+    assert f"model.safetensors ends in {count} zero bytes" in (said := refusal(tmp_path)), said
+    assert "its download was not finished" in said
+
+
+def test_weights_that_are_zero_on_purpose_are_read(tmp_path):
+    """At the very end of a file: padding rows of the vocabulary, a new layer's projection, a bias."""
+    for name, rows in ((HEAD, 200), (EMBED, 200), ("model.layers.1.self_attn.o_proj.weight", 0), (QKV_BIAS, 0)):
+        tiny.write(SMALL, tmp_path, dtype="float32")
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors[name][rows:] = 0
+        shapes = {n: v.shape for n, v in tensors.items() if n != name} | {name: tensors[name].shape}  # it is the last
+        tensor_files.write(tmp_path / "model.safetensors", "F32", shapes, [tensors[n] for n in shapes])
+        np.testing.assert_array_equal(convert.to_hub(load(tmp_path), "float32")[name], tensors[name])
+    tensors[QKV_BIAS][:] = 1
+    shapes = {n: v.shape for n, v in tensors.items() if n != HEAD} | {HEAD: tensors[HEAD].shape}
+    tensors[HEAD][:] = 0
+    tensor_files.write(tmp_path / "model.safetensors", "F32", shapes, [tensors[n] for n in shapes])
+    assert f"{HEAD} among them" in refusal(tmp_path)  # a head without a row that is not zero
 
 
 def test_missing_files_are_all_named(tmp_path):

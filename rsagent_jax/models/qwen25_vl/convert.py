@@ -29,6 +29,8 @@ from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.tensor_files import Tensor, Window
 from rsagent_jax.types import DataError
 
+# What a new layer starts with that is to change nothing at first, and biases.
+ZERO_ON_PURPOSE = re.compile(r"(\.bias|\.o_proj\.weight|\.down_proj\.weight|\.attn\.proj\.weight)$")
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 Box = tuple[tuple[int, int], ...]  # a piece of an array: (start, stop) per axis
 
@@ -101,7 +103,8 @@ def load_model(
     takes these shards over as its arrays.
 
     All headers are checked before any value is read: one DataError lists every unknown, missing, duplicate, misshapen
-    or ill-typed tensor, and every tensor that is not in the file which the index names.
+    or ill-typed tensor, every tensor that is not in the file which the index names, and every file whose end was never
+    downloaded. A value that is not finite is an error of its own when it is read.
     """
     model = abstract_model(config)
     wanted = flat_params(model)
@@ -132,7 +135,9 @@ def _match(directory: str | pathlib.Path, model: Qwen25VL) -> tuple[dict[str, li
     problems: list[str] = []
     seen: dict[str, Tensor] = {}
     repeated = set()
-    for tensor in itertools.chain.from_iterable(map(tensor_files.header, files)):
+    headers = {file: tensor_files.header(file) for file in files}
+    problems += [problem for file, tensors in headers.items() if (problem := _unfinished(file, tensors))]
+    for tensor in itertools.chain.from_iterable(headers.values()):
         name, file = _hub_name(tensor.name), tensor.file.name
         is_tied_head = name == HEAD and tied
         if name in seen:
@@ -160,6 +165,29 @@ def _match(directory: str | pathlib.Path, model: Qwen25VL) -> tuple[dict[str, li
     for hub, (path, _, _) in slots.items():  # in the order of the layers
         sources.setdefault(path, []).append(seen[hub])
     return sources, seen.get(HEAD) if tied else None
+
+
+def _unfinished(file: pathlib.Path, tensors: list[Tensor]) -> str | None:
+    """What is wrong with a file whose end was never downloaded: its size and header are right, its end is zeros.
+
+    Weights can be zero on purpose by whole rows (padding of the vocabulary, pruned rows), as a bias, and as a whole
+    matrix that writes into the residual stream (ZERO_ON_PURPOSE). So zeros at the end of a file mean that it is not
+    finished if they cover any other tensor whole, or if they begin within a row and are at least 4096 bytes.
+    """
+    if not (tensors := [t for t in tensors if t.dtype in tensor_files.DTYPES and t.end > t.offset]):
+        return None
+    start, end = tensor_files.zero_tail(file, tensors), max(t.end for t in tensors)
+    for tensor in sorted((t for t in tensors if t.end > start), key=lambda t: t.offset):
+        if tensor.offset >= start:
+            wrong = not ZERO_ON_PURPOSE.search(tensor.name)
+        else:
+            element = tensor_files.DTYPES[tensor.dtype].itemsize
+            number = -(-(start - tensor.offset) // element)  # of the first zero
+            wrong = number % math.prod(tensor.shape[1:]) > 0 and end - start >= 4096
+        if wrong:
+            zeros = f"{file.name} ends in {end - start} zero bytes, {tensor.name} among them"
+            return f"{zeros}: its download was not finished; download it again"
+    return None
 
 
 def _refusal(directory: str | pathlib.Path, problems: list[str]) -> DataError:

@@ -27,6 +27,7 @@ from rsagent_jax.types import DataError
 from sam_bridge.file_kinds import HEAD, kind_of
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+INFINITY = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}  # bits: all above are NaN; the sign is one bit more
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 BLOCK_BYTES = 16 << 20  # of a file, held at a time
@@ -42,6 +43,10 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + size(self.dtype, self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +97,28 @@ def header(file: pathlib.Path) -> list[Tensor]:
     return [Tensor(n, file, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0]) for n, e in entries]
 
 
+def zero_tail(file: pathlib.Path, tensors: Sequence[Tensor]) -> int:
+    """The byte of a file from which on its tensors are zero to the end; the end itself where the last byte is not."""
+    first, end = min(t.offset for t in tensors), max(t.end for t in tensors)
+    step = 4096  # of a file that is whole no more is read
+    with file.open("rb") as stream:
+        while end > first:
+            start = max(first, end - step)
+            stream.seek(start)
+            data = stream.read(end - start)
+            if len(data) < end - start:  # cut since its header was checked: the reader says so
+                return max(t.end for t in tensors)
+            if kept := len(data.rstrip(b"\0")):
+                return start + kept
+            end, step = start, BLOCK_BYTES
+    return first
+
+
 class Reader:
-    """Reads rectangles of tensors, seen as matrices of `width` columns. Close it, or use it in a `with`."""
+    """Reads rectangles of tensors, seen as matrices of `width` columns. Close it, or use it in a `with`.
+
+    A value that is read and is not finite is a DataError with the tensor's name.
+    """
 
     def __init__(self):
         self._stack = contextlib.ExitStack()
@@ -149,6 +174,7 @@ class Reader:
                 view = memoryview(data)
                 for i in range(count):
                     read_exactly(file, view[i * wanted : (i + 1) * wanted], first + i * stride, tensor)
+            _check_finite(data, tensor)
             yield start, data.view(dtype).reshape(count, -1)
 
     def _open(self, file: pathlib.Path) -> int:
@@ -172,6 +198,19 @@ def read_exactly(file: int, buffer: memoryview, offset: int, tensor: Tensor) -> 
         if count == 0:
             raise DataError(f"{tensor.file} ends within {tensor.name}: it was cut while it was read")
         done += count
+
+
+def _check_finite(data: np.ndarray, tensor: Tensor) -> None:
+    """Two maxima of the bits, as unsigned and as signed numbers, find what is not below either infinity.
+
+    They make no copy: a small part of what reading costs.
+    """
+    width, infinity = DTYPES[tensor.dtype].itemsize, INFINITY[tensor.dtype]
+    bits = data.view(f"u{width}")
+    if bits.size and (bits.max() >= infinity | 1 << 8 * width - 1 or bits.view(f"i{width}").max() >= infinity):
+        raise DataError(
+            f"{tensor.name} in {tensor.file} holds NaN or infinite values; download it again, or take other weights"
+        )
 
 
 def _rectangles(windows: Sequence[Window]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
