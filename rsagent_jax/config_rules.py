@@ -72,17 +72,11 @@ def own(c) -> Iterator[str]:
 
 
 def collect(c) -> Iterator[str]:
-    remote = c.teacher.remote
-    asks = not c.teacher.own.weights and c.teacher.function == "rsagent_jax.agent.remote:Remote"
-    if asks and not (remote.url and remote.model):
-        yield "teacher.remote.url and teacher.remote.model are needed, such as http://host:8000/v1"
     if c.data.mix:
         yield "data.mix: samples of a mix come up more than once; collect from its parts"
 
 
 def problems(c) -> Iterator[str]:
-    if not (c.writer.url and c.writer.model):
-        yield "writer.url and writer.model are needed, such as http://host:8000/v1"
     if c.data.mix:
         yield "data.mix: samples of a mix come up more than once; write for its parts"
     if c.min_words > c.max_words:

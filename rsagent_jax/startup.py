@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rsagent_jax import processes, sharding, slices
+from rsagent_jax.agent import remote
 from rsagent_jax.checkpoint import policy_directory
 from rsagent_jax.config import (
     AgentConfig,
@@ -98,7 +99,8 @@ def collect(config: CollectConfig, workdir: pathlib.Path) -> None:
     if own.weights:
         print(_check_policy(own.weights, config.agent, own.sampling, "teacher.own"))
     else:
-        resolve(config.teacher.function, ("config", "rng"))
+        if resolve(config.teacher.function, ("config", "rng")) is remote.Remote:
+            remote.check(config.teacher.remote)
         pixel_limits(config.agent, Processor.load(policy_directory(config.processor)))
     check_disk(workdir)
     check_segmenter(config.segmenter)
@@ -112,6 +114,7 @@ def segment(config: SegmentConfig, weights: str, out: pathlib.Path) -> None:
 
 
 def problems(config: ProblemsConfig, workdir: pathlib.Path) -> None:
+    remote.check(config.writer, "writer")
     check_disk(workdir)
 
 

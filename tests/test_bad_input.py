@@ -15,11 +15,15 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import PIL.Image
 import pytest
 
+from rsagent_jax import startup
+from rsagent_jax.config import OptimConfig, SftConfig
 from rsagent_jax.data import synthetic
+from rsagent_jax.types import DataError
 from sam_bridge.wire import READY
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -209,7 +213,7 @@ def test_the_work_directory(run, tmp_path):
 
 
 def test_an_unknown_stage(run, tmp_path):
-    said(run(*train(tmp_path, "--config.stages=('sft', 'grop')")), "'grop'", "sft, grpo")
+    said(run(*train(tmp_path, "--config.stages=('sft', 'grop')")), "stages[1]", "'grop'", "sft, grpo")
 
 
 # -------------------------------------------------------------------------------------------------------- data
@@ -278,11 +282,11 @@ def test_missing_trajectories(run, tmp_path):
     ("settings", "needles"),
     [
         (("lora.rank=-1",), ("policy.lora.rank", "-1")),
-        (("lora.rank=8", "lora.targets=('q','gat')"), ("unknown gat", "gate, up, down")),
-        (
+        (("lora.rank=8", "lora.targets=('q','gat')"), ("'gat'", "gate, up, down", "did you mean gate?")),
+        (  # the quickstart freezes parts
             ("lora.rank=8",),
-            ("optim.freeze and policy.lora", "leave optim.freeze empty"),
-        ),  # the quickstart freezes parts
+            ("sft.optim.freeze and policy.lora", "grpo.optim.freeze and policy.lora", "leave optim.freeze empty"),
+        ),
     ],
 )
 def test_adapters_that_cannot_be(run, tmp_path, settings, needles):
@@ -329,8 +333,10 @@ def test_a_stage_without_a_checkpoint(run, data, tmp_path):
 def test_an_unknown_back_end(run, data, tmp_path):
     wrong = "--config.segmenter.backend=grabcat"
     said(run(*collect(data, tmp_path / "w", wrong)), "grabcat", "grabcut")
-    spawned = run(*collect(data, tmp_path / "w", wrong, "--config.segmenter.mode=spawn"))
-    said(spawned, "'grabcat'", "options: grabcut")
+    sam2 = ("--config.segmenter.backend=sam2", f"--config.segmenter.checkpoint={tmp_path / 'none.pt'}")
+    for mode in ("spawn", "inprocess"):  # torch is not loaded to learn that a file is missing
+        done = run(*collect(data, tmp_path / "w", *sam2, f"--config.segmenter.mode={mode}"))
+        said(done, tmp_path / "none.pt", "does not exist")
 
 
 def test_a_side_car_that_is_not_there(run, data, tmp_path):
@@ -381,11 +387,38 @@ def test_a_teacher_that_does_not_exist(run, data, tmp_path):
     wrong = "--config.teacher.function=rsagent_jax.agent.teacher:Oracel"
     said(run(*collect(data, tmp_path / "w", wrong)), "'Oracel'", "'Oracle'")
     said(run(*collect(data, tmp_path / "w", "--config.teacher.function=Oracle")), "module:function")
+    teacher = tmp_path / "mine.py"
+    teacher.write_text("class Mine:\n    def __init__(self, config): pass\n")
+    done = run(*collect(data, tmp_path / "w", f"--config.teacher.function={teacher}:Mine"))
+    said(done, f"{teacher}:Mine", "takes (config)", "called with (config, rng)")
 
 
 def test_a_reward_that_does_not_exist(run, data, tmp_path):
     wrong = "--config.grpo.reward.final.terms.final_iou.function=rsagent_jax.rewards:final_iuo"
     said(run(*grpo(data, tmp_path / "w", wrong)), "'final_iuo'", "'final_iou'")
+    # before SFT, too, whose trajectories are not even looked for
+    both = (f"--config.sft.trajectories={tmp_path / 'none'}", f"--config.grpo.data.root={data}")
+    said(run(*train(tmp_path / "w", *both, wrong)), "'final_iuo'")
+    assert not (tmp_path / "w" / "config.json").exists()
+
+
+def test_what_is_left_to_a_slice_that_is_not_named(run, tmp_path):
+    left = run(*train(tmp_path / "w", "--config.grpo.batch.rows=0", "--config.policy.remat="))
+    said(left, "policy.remat, grpo.batch.rows: left to the slice's preset, and no slice is named")
+
+
+def test_a_full_disk(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=70 << 20))
+    startup.check_disk(tmp_path)
+    with pytest.raises(DataError, match=r"0\.07 GiB of free space, and 0\.08 are needed"):
+        startup.check_disk(tmp_path, more=20 << 20)
+
+
+def test_a_warm_up_that_is_longer_than_the_epochs(tmp_path, monkeypatch):
+    monkeypatch.setattr(startup, "open_records", lambda directory: range(100))
+    config = dataclasses.replace(SftConfig(trajectories_per_step=10), optim=OptimConfig(warmup_steps=21))
+    with pytest.raises(DataError, match=r"sft\.optim\.warmup_steps must be at most the stage's 20 updates, got 21"):
+        startup._check_trajectories(config)
 
 
 # ------------------------------------------------------------------------------------------ segment, interruption

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
+from rsagent_jax import config_overrides, entry
 from rsagent_jax.config import TrainConfig, build
 from rsagent_jax.data import scenes, synthetic
 from rsagent_jax.rewards import make_reward
@@ -17,9 +19,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def block(after: str, language: str) -> str:
+def block(after: str, language: str, page: str = README) -> str:
     """The first fenced block of `language` after a heading."""
-    fences = re.findall(r"^```(\w*)\n(.*?)^```", README.split(after, 1)[1], re.DOTALL | re.MULTILINE)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", page.split(after, 1)[1], re.DOTALL | re.MULTILINE)
     return next(text for found, text in fences if found == language)
 
 
@@ -85,6 +87,33 @@ def test_the_words_that_the_readme_lists_are_those_of_the_scenes():
     assert f"({', '.join(scenes.RELATIONS)}; {', '.join(scenes.SUPERLATIVES)})" in text
     config = scenes.SceneConfig()
     assert f"{config.size} x {config.size} pixels with {config.min_objects} to {config.max_objects} flat shapes" in text
+
+
+REWARDS = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+COMMANDS = [
+    shlex.split(text.replace("\\\n", " "))
+    for text in re.findall(r"^```\n(python train.py.*?)^```", REWARDS, re.DOTALL | re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=[command[-1] for command in COMMANDS])
+def test_the_commands_of_the_rewards_page_make_a_reward(command, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(block("## A term of your own", "python", REWARDS))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    path = next(a.partition("=")[2] for a in command if a.startswith("--config="))
+    values = entry.load_config_file(str(ROOT / path)).to_dict()
+    rest, problems = config_overrides.apply(command[2:], TrainConfig, values)
+    groups = build(TrainConfig, values, problems).grpo.reward
+    assert len(rest) == 2 and "my_rewards.py:boundary_bonus" in str(groups)  # --config and --workdir
+    gt = np.arange(100).reshape(10, 10) < 50
+    sample = Sample("s", np.zeros((10, 10, 3), np.uint8), "it", gt)
+    parts = make_reward(groups)(trajectory(gt), sample).parts
+    assert [value for name, value in parts.items() if name.endswith("/boundary_bonus")] == [1.0]
+
+
+def test_there_are_commands_on_the_rewards_page():
+    assert len(COMMANDS) == 3
 
 
 def test_every_config_and_module_that_the_readme_names_exists():

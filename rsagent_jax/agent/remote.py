@@ -54,6 +54,12 @@ class Usage:
         return (self.tokens_in * config.price_in + self.tokens_out * config.price_out) / 1e6
 
 
+def check(config: RemoteConfig, name: str = TEACHER) -> None:
+    """DataError for a config without an endpoint. `name`: of the config group."""
+    if not config.url or not config.model:
+        raise DataError(f"{name}.url and {name}.model are needed, such as http://host:8000/v1")
+
+
 class Endpoint:
     """One client for all trajectories of an event loop."""
 
@@ -61,10 +67,7 @@ class Endpoint:
 
     def __init__(self, config: RemoteConfig, name: str = TEACHER):
         """`name`: of the config group, for messages."""
-        if not config.url or not config.model:
-            raise DataError(f"{name}.url and {name}.model are needed, such as http://host:8000/v1")
-        if config.concurrent < 1 or config.retries < 0 or config.timeout_s <= 0:
-            raise DataError(f"{name}: concurrent must be at least 1, retries 0, timeout_s above 0")
+        check(config, name)
         self.name = name
         key = os.environ.get(config.key_variable) or "none"
         # Retries are ours, so that they are counted.

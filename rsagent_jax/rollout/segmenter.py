@@ -6,24 +6,16 @@ import contextlib
 from collections.abc import Iterator
 
 from rsagent_jax.config import SegmenterConfig
+from rsagent_jax.config_rules import SECURITY, SIDE_CAR
 from rsagent_jax.types import DataError
 from sam_bridge import spawn
 from sam_bridge.backends import BackendError, Options
 from sam_bridge.types import Segmenter, SegmenterError
 
-_OPTIONS = ("checkpoint", "model", "device", "dtype", "multimask")  # of a side-car of our own
-_SECURITY = ("token_file", "tls", "tls_ca")
-
 
 @contextlib.contextmanager
 def open_segmenter(config: SegmenterConfig) -> Iterator[Segmenter]:
     """For as long as the block lasts. DataError when it cannot be opened."""
-    if config.mode == "connect" and not config.addresses:
-        raise DataError("segmenter.mode is connect, but segmenter.addresses is empty")
-    unused = _OPTIONS if config.mode == "connect" else _SECURITY
-    if given := [name for name in unused if getattr(config, name) != getattr(SegmenterConfig, name)]:
-        what = "the side-car's own command line decides" if config.mode == "connect" else "only connect uses"
-        raise DataError(f"segmenter.mode is {config.mode}: {what} {', '.join(given)}")
     with contextlib.ExitStack() as stack:
         try:
             segmenter = stack.enter_context(
@@ -33,8 +25,8 @@ def open_segmenter(config: SegmenterConfig) -> Iterator[Segmenter]:
                     config.addresses,
                     timeout_s=config.timeout_s,
                     wait_s=config.wait_s,
-                    options=Options(**{name: getattr(config, name) for name in _OPTIONS}),
-                    **{name: getattr(config, name) for name in _SECURITY},
+                    options=Options(**{name: getattr(config, name) for name in SIDE_CAR}),
+                    **{name: getattr(config, name) for name in SECURITY},
                 )
             )
         except (SegmenterError, BackendError, ValueError, OSError) as error:

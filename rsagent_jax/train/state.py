@@ -70,13 +70,12 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
     warmup = optax.linear_schedule(0.0, config.lr, max(config.warmup_steps, 1))
     if config.schedule == "cosine":
         rest = optax.cosine_decay_schedule(config.lr, max(steps - config.warmup_steps, 1))
-    elif config.schedule == "constant":
-        rest = optax.constant_schedule(config.lr)
     else:
-        raise DataError(f"optim.schedule must be constant or cosine, got {config.schedule!r}")
+        rest = optax.constant_schedule(config.lr)
     schedule = optax.join_schedules([warmup, rest], [config.warmup_steps]) if config.warmup_steps else rest
     adam = optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
-    tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    tx = optax.chain(clip, adam)
     return tx, schedule
 
 
@@ -84,15 +83,10 @@ def divide(graphdef, params: nnx.State, adapters: LoraConfig, freeze: tuple[str,
     """(graph of the trained model, what is trained, the base) of a plain policy; for arrays or for shapes.
 
     Without adapters all is trained but the parts `freeze` (PARTS) and the graph is the plain one. With adapters they
-    alone are trained; they come as shapes, for `init_adapters`. DataError for settings that contradict each other.
+    alone are trained; they come as shapes, for `init_adapters`. DataError for parts that this policy does not have, or
+    that are all of it.
     """
-    lora.check(adapters)
     if adapters.rank:
-        if freeze:
-            raise DataError(
-                "optim.freeze and policy.lora: adapters are trained alone, everything else is frozen anyway;"
-                " leave optim.freeze empty, or set policy.lora.rank = 0"
-            )
         model = nnx.merge(graphdef, params)
         lora.declare(model, adapters)
         return nnx.split(model, LoraParam, nnx.Param)
@@ -106,8 +100,6 @@ def divide(graphdef, params: nnx.State, adapters: LoraConfig, freeze: tuple[str,
 
 def frozen_paths(params: nnx.State, parts: tuple[str, ...]) -> set[tuple]:
     """Paths of the parameters that belong to one of `parts` (PARTS)."""
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise DataError(f"optim.freeze: unknown {', '.join(unknown)}; parts are {', '.join(PARTS)}")
     paths = {path: ".".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
     if absent := [part for part in parts if not any(name.startswith(PARTS[part]) for name in paths.values())]:
         raise DataError(f"optim.freeze: this policy has no {', '.join(absent)} (a tied head is frozen with embed)")

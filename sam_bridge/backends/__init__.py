@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
+import pathlib
+import sys
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,7 +77,7 @@ DEFAULTS = Options()
 
 
 def load(name: str, options: Options = DEFAULTS) -> Backend:
-    """A built-in name, or `module:factory` for one of your own (the factory takes no arguments)."""
+    """A built-in name, or `module:factory` or `file.py:factory` for one of your own, which takes no arguments."""
     if name == "sam2":
         if not options.checkpoint:  # before torch is imported
             raise BackendError(f"sam2 needs --checkpoint=FILE.pt, or --checkpoint={RANDOM} for a test")
@@ -89,10 +93,22 @@ def load(name: str, options: Options = DEFAULTS) -> Backend:
         from sam_bridge.backends.grabcut import GrabCut
 
         return GrabCut()
-    module, colon, attribute = name.partition(":")
+    module, colon, attribute = name.rpartition(":")
     if not colon:
         raise BackendError(f"unknown back end {name!r}; options: {', '.join(NAMES)}, or module:factory")
     try:
-        return getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
+        return getattr(_import(module), attribute)()
+    except (ImportError, AttributeError, OSError) as error:
         raise BackendError(f"back end {name!r} cannot be imported: {error}") from error
+
+
+def _import(module: str) -> ModuleType:
+    """By its name or, with `.py` at the end, its path; what such a file imports may stand beside it."""
+    if not module.endswith(".py"):
+        return importlib.import_module(module)
+    file = pathlib.Path(module).expanduser().resolve()
+    sys.path.append(str(file.parent))
+    spec = importlib.util.spec_from_file_location(f"back_end_{file.stem}", file)
+    loaded = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded

@@ -168,6 +168,37 @@ def test_mutated_calls_give_a_value(call, data):
         assert parse(render_call(result)) == result
 
 
+WORDS = st.sampled_from(["name", "arguments", "box", "points", "labels", "refine", "mask_id", "quarter_turns"])
+LEAVES = st.none() | st.booleans() | st.integers() | st.integers(10**300, 10**320) | st.floats() | st.text()
+VALUES = st.recursive(
+    LEAVES, lambda v: st.lists(v, max_size=4) | st.dictionaries(WORDS | st.text(), v, max_size=4), max_leaves=12
+)
+BODIES = VALUES | st.builds(
+    lambda name, arguments: {"name": name, "arguments": arguments},
+    st.sampled_from(["segment", "zoom", "rotate", "reset_view", "finish"]) | VALUES,
+    st.dictionaries(WORDS | st.text(), VALUES, max_size=4),
+)
+
+
+@settings(max_examples=300)
+@given(BODIES, st.booleans())
+def test_any_json_gives_a_value_that_can_be_counted_stored_and_shown(body, ascii_only):
+    result = parse(turn(json.dumps(body, ensure_ascii=ascii_only)))
+    if isinstance(result, ParseError):
+        assert result.reason in REASONS and result.detail.isascii()
+    else:
+        hash(result)  # novel_action keeps calls in a set
+        assert parse(render_call(result)) == result
+
+
+@pytest.mark.parametrize(
+    "deep", ["[" * 3900, "[" * 1900 + "]" * 1900, '{"a":' * 700 + "1" + "}" * 700, "-" + "1" * 3990]
+)
+@pytest.mark.parametrize("form", ["{}", '{{"name": "finish", "arguments": {{"mask_id": {}}}}}', '{{"name": {}}}'])
+def test_nothing_nested_or_long_raises(deep, form):
+    assert isinstance(parse(turn(form.format(deep))), ParseError)
+
+
 def test_schema_agrees_with_the_parser():
     assert [s["function"]["name"] for s in TOOL_SCHEMAS] == ["segment", "zoom", "rotate", "reset_view", "finish"]
     for schema in TOOL_SCHEMAS:

@@ -52,14 +52,14 @@ def test_every_layout_is_opened_by_its_config(dataset, tmp_path):
     assert open_samples(DataConfig(root=path, dataset="folder")).ids == ["folder/train/1"]
     for wrong, message in [
         ({"dataset": "refcocoo"}, "data.dataset must be one of refcoco, "),
-        ({"layout": "tfsd"}, "data.layout must be refer or"),
-        ({"dataset": "grefcoco", "layout": "tfds"}, "data.layout must be refer or"),
+        ({"layout": "tfsd"}, "data.layout must be one of refer, tfds"),
+        ({"dataset": "grefcoco", "layout": "tfds"}, "data.layout tfds has no grefcoco"),
         ({"limit": -1}, "data.limit must be at least 0"),
-        ({"unit": "image"}, "unit must be 'sentence' or 'reference'"),
+        ({"unit": "image"}, "data.unit must be one of sentence, reference"),
         ({"exclude": ("refcocog/val",)}, "is not of the form refcoco/unc/val"),
     ]:
         with pytest.raises(DataError, match=message):
-            open_samples(DataConfig(**{"root": root} | wrong))
+            build(CollectConfig, {"processor": "p", "data": {"root": root} | wrong})
 
 
 def test_pictures_of_other_sets_are_left_out_and_counted(copied, tmp_path):
@@ -117,11 +117,12 @@ def test_a_mix_in_a_config_file_is_a_group_by_name(tmp_path):
     assert [(p.name, p.weight, p.data.dataset) for p in data.mix] == [("a", 2.0, "folder"), ("b", 1.0, "folder")]
     assert len(open_samples(data)) == 6
     config.grpo.data.mix.a.weight = -1.0
-    with pytest.raises(DataError, match="weights must be positive"):
-        open_samples(build(TrainConfig, config).grpo.data)
+    with pytest.raises(DataError, match=r"grpo.data.mix.a.weight must be above 0, got -1.0"):
+        build(TrainConfig, config)
+    config.grpo.data.mix.a.weight = 1.0
     config.grpo.data.limit = 3
     with pytest.raises(DataError, match="data.limit does not reach into a mix"):
-        open_samples(build(TrainConfig, config).grpo.data)
+        build(TrainConfig, config)
 
 
 # ------------------------------------------------------------------------------------------------ data.check

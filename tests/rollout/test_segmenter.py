@@ -36,9 +36,6 @@ def test_all_modes_give_the_same_mask_and_count():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (dict(mode="connect"), "segmenter.addresses is empty"),
-        (dict(mode="connect", addresses=("127.0.0.1:9",), device="cuda"), "side-car's own command line decides device"),
-        (dict(mode="spawn", tls_ca="ca.pem"), "only connect uses tls_ca"),
         (dict(mode="inprocess", backend="sam2"), "sam2 needs --checkpoint"),
         (dict(mode="inprocess", checkpoint="x.pt"), "checkpoint: only the sam2 back end"),
         (

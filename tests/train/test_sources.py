@@ -7,9 +7,21 @@ import numpy as np
 import pytest
 from agent_fakes import disc
 
-from rsagent_jax.config import BatchConfig, GrpoConfig, ReadConfig, RewardGroup, RewardTerm, SamplingConfig, SftConfig
+from rsagent_jax.agent import environment
+from rsagent_jax.agent.replay import replay
+from rsagent_jax.config import (
+    AgentConfig,
+    BatchConfig,
+    GrpoConfig,
+    ReadConfig,
+    RewardGroup,
+    RewardTerm,
+    SamplingConfig,
+    SftConfig,
+)
 from rsagent_jax.data import trajectories
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
+from rsagent_jax.rewards import RewardError
 from rsagent_jax.train.sources import GrpoSource, SftSource
 from rsagent_jax.types import DataError, Finish, Status, Trajectory, Turn
 from tests.rollout import small
@@ -223,17 +235,28 @@ def test_samples_are_visited_in_a_shuffled_order_that_continues_from_a_saved_pos
     }
 
 
-@pytest.mark.parametrize(
-    ("wrong", "match"),
-    [
-        ({"advantage": "zscor"}, r"grpo\.advantage must be one of zscore, mean, loo"),
-        ({"sampling": SamplingConfig(context=65)}, r"grpo\.batch\.tokens"),
-        ({"reward": (RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_io"),)),)}, "final_iou"),
-    ],
-)
-def test_settings_that_cannot_work_are_said_before_the_first_rollout(wrong, match):
-    with pytest.raises(DataError, match=match):
-        source([[trajectory(0, 20)]], **wrong)
+def test_a_reward_that_does_not_exist_is_said_before_the_first_rollout():
+    with pytest.raises(DataError, match="final_iou"):
+        source(
+            [[trajectory(0, 20)]], reward=(RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_io"),)),)
+        )
+
+
+def test_the_trajectory_that_a_reward_fails_on_is_kept(tmp_path):
+    (tmp_path / "bad_reward.py").write_text("def f(trajectory, sample):\n    return trajectory.nothing\n")
+    reward = (RewardGroup("own", 1.0, (RewardTerm(f"{tmp_path}/bad_reward.py:f"),)),)
+    s = source([[trajectory(0, 20), trajectory(0, 10)]], reward=reward)
+    picture = sample(0)
+    state = environment.reset(picture.image, picture.query, AgentConfig(), small.processor().images.limits)
+    state = environment.abort(state, Status.MAX_CONTEXT)
+    run, s.workdir = s.driver.run, tmp_path
+    s.driver.run = lambda tasks: [(t, state) for t, _ in run(tasks)]
+    with pytest.raises(
+        RewardError, match=r"own/f .*AttributeError for sample s0: .*bad_reward.py, line 2.*\n.*reward_err"
+    ):
+        s.next(None, None)
+    kept = replay((tmp_path / "reward_error.json").read_text(), picture.image)
+    assert (kept.query, kept.status) == (picture.query, Status.MAX_CONTEXT)
 
 
 class Broken(list):

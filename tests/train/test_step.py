@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -12,12 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from rsagent_jax import sharding
 from rsagent_jax.checkpoint import Checkpoints
-from rsagent_jax.config import BatchConfig, GrpoConfig, LoraConfig, MeshConfig, OptimConfig
+from rsagent_jax.config import BatchConfig, LoraConfig, MeshConfig, OptimConfig
 from rsagent_jax.data import packing
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.train.state import create_state, divide, make_optimizer, state_shardings
-from rsagent_jax.train.step import grpo_objective, make_programs
-from rsagent_jax.types import DataError
+from rsagent_jax.train.step import make_programs
 from tests.rollout import small
 
 
@@ -59,19 +59,15 @@ def test_schedules_warm_up_linearly_and_then_hold_or_fall(config, values):
         assert float(schedule(step)) == pytest.approx(2.0 * share, abs=1e-6), step
 
 
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda: make_optimizer(OptimConfig(schedule="linear"), 1), r"optim\.schedule must be constant or cosine"),
-        (lambda: grpo_objective(GrpoConfig(ratio="ppo")), r"grpo\.ratio must be one of grpo, gspo, cispo"),
-        (lambda: grpo_objective(GrpoConfig(kl_estimator="k4")), r"grpo\.kl_estimator must be one of k1, k2, k3"),
-        (lambda: grpo_objective(GrpoConfig(normalize="no")), r"grpo\.normalize must be one of token"),
-        (lambda: grpo_objective(GrpoConfig(updates=2)), r"grpo\.tis_clip needs updates = 1"),
-    ],
-)
-def test_switches_that_do_not_exist_are_data_errors(make, match):
-    with pytest.raises(DataError, match=match):
-        make()
+def test_a_clip_norm_of_0_is_off():
+    """A gradient of norm 5 at 0 and at a bound that it never meets moves SGD-like moments alike; at 1 it is scaled."""
+    gradient = {"w": jnp.array([3.0, 4.0])}
+    moments = {}
+    for bound in (0.0, 100.0, 1.0):
+        tx, _ = make_optimizer(OptimConfig(lr=1.0, b1=0.5, clip_norm=bound), 1)
+        _, state = tx.update(gradient, tx.init(gradient), gradient)
+        moments[bound] = optax.tree.get(state, "mu")["w"].tolist()
+    assert moments == {0.0: [1.5, 2.0], 100.0: [1.5, 2.0], 1.0: pytest.approx([0.3, 0.4])}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rsagent_jax import sharding
 from rsagent_jax.config import PolicyConfig
-from rsagent_jax.types import DataError
 
 # Activations that a block names, in the order in which it makes them.
 NAMES = ("qkv", "attention", "attention_out", "mlp_gate", "mlp_up")
@@ -39,11 +38,6 @@ class Compute:
     mesh: jax.sharding.Mesh | None = None
     scan_layers: bool = True  # False: one layer after the other, each compiled; nothing is stacked for a loop
 
-    def __post_init__(self):
-        checkpoint_policy(self.remat)
-        if self.attention not in ATTENTION:
-            raise DataError(f"policy.attention must be one of {', '.join(ATTENTION)}, got {self.attention!r}")
-
     @classmethod
     def of(cls, policy: PolicyConfig, mesh: jax.sharding.Mesh | None = None) -> Compute:
         """What the config asks for, on this mesh."""
@@ -62,14 +56,9 @@ class Compute:
 
 
 def checkpoint_policy(remat: str):
-    """None for "none", else (a jax.checkpoint policy,); DataError for anything that is not a policy."""
+    """None for "none", else (a jax.checkpoint policy,). `remat`: as config_ranges.Remat has it."""
     kind, colon, names = remat.partition(":")
-    wanted = tuple(n.strip() for n in names.split(",")) if colon else REMAT.get(kind)
-    if (colon and kind not in ("save", "offload")) or (not colon and kind not in REMAT) or set(wanted or ()) - {*NAMES}:
-        raise DataError(
-            f"policy.remat {remat!r}: use {', '.join(REMAT)}, or save:NAMES or offload:NAMES with names of"
-            f" {','.join(NAMES)}"
-        )
+    wanted = tuple(n.strip() for n in names.split(",")) if colon else REMAT[kind]
     policies = jax.checkpoint_policies
     if wanted is None:
         return None
