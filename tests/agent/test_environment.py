@@ -94,6 +94,41 @@ def test_max_turns_keeps_the_latest_mask():
     assert state.turns[-1].observation is None and state.turns[-2].observation is not None
 
 
+class Scores(DiscSegmenter):
+    """Answers with one score after the other."""
+
+    def __init__(self, *scores):
+        super().__init__()
+        self.scores = iter(scores)
+
+    def segment(self, image, request):
+        return dataclasses.replace(super().segment(image, request), score=next(self.scores))
+
+
+def test_the_last_turn_is_announced_with_the_best_mask_whatever_came_before_it():
+    texts = [click(10, 50), click(40, 50), click(70, 50)]
+    state = run(texts, Scores(0.5, 0.9, 0.7), max_turns=4)
+    assert [turn.observation.text.partition(". ")[2] for turn in state.turns] == [
+        "",
+        "",
+        "Last turn: finish, best mask 2.",
+    ]
+    assert state.last and [turn.last for turn in state.turns] == [False, False, False]
+    assert run([*texts, finish(2)], max_turns=4).turns[-1].last
+    for text in (BAD, render_call(Zoom((0, 0, 56, 56)))):
+        state = run([text], max_turns=2)
+        assert state.turns[0].observation.text.endswith(" Last turn.")  # no mask to name
+    full = run([click(10, 50), click(40, 50)], Scores(0.5, 0.5), max_turns=3, prompt="full").turns[1].observation.text
+    assert full.endswith("This is your last turn: call finish, with mask 2 if you have no better one.")
+    only = reset(picture(100, 100), "the disc", AgentConfig(prompt="full", max_turns=1), LIMITS)
+    assert opening_observation(only).text.endswith(" This is your last turn.") and only.last
+
+
+def test_the_announcement_can_be_switched_off():
+    state = run([click(10, 50)], max_turns=2, announce_last=False)
+    assert state.turns[0].observation.text == "Mask 1: score 0.88, area 3%." and state.last
+
+
 def test_finish_on_the_last_turn_is_finished():
     assert run([click(9, 9), finish(1)], max_turns=2).status is Status.FINISHED
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rsagent_jax.agent.environment import abort
+from rsagent_jax.agent.environment import abort, propose, refuse_view, resolve
 from rsagent_jax.agent.replay import read_source, replay, to_json
 from rsagent_jax.agent.tools import render_call
 from rsagent_jax.types import DataError, Finish, ResetView, Rotate, Segment, Status, Zoom
@@ -77,6 +77,27 @@ def test_the_picture_is_known_by_its_checksum_however_it_is_turned(tmp_path):
     path.unlink()
     with pytest.raises(DataError, match=r"image\.png is missing"):
         replay(text)
+
+
+def test_a_last_turn_and_a_refused_view_that_came_from_outside_are_stored():
+    state = run([render_call(Segment(box=(10, 10, 60, 60)))], image=IMAGE)
+    state = resolve(state, refuse_view(propose(state, render_call(Zoom((0, 0, 50, 50))))), None, last=True)
+    assert state.turns[-1].error.reason == "no_room" and state.turns[-1].observation.text.endswith("best mask 1.")
+    same_states(state, replay(to_json(state), IMAGE))
+    state = resolve(state, propose(state, "no call"), None)
+    assert state.turns[-1].last and not state.last
+    same_states(abort(state, Status.MAX_CONTEXT), replay(to_json(abort(state, Status.MAX_CONTEXT)), IMAGE))
+
+
+def test_records_from_before_the_announcement_replay_without_it():
+    texts = [render_call(Segment(box=(10, 10, 60, 60 + i))) for i in range(2)]
+    record = json.loads(to_json(run(texts, image=IMAGE, max_turns=3)))
+    record.pop("last")
+    for name in ("announce_last", "typical_turn"):
+        record["config"].pop(name)
+    same = run(texts, image=IMAGE, max_turns=3, announce_last=False)
+    for turn, wanted in zip(replay(json.dumps(record), IMAGE).turns, same.turns, strict=True):
+        assert turn.observation.text == wanted.observation.text and "ast turn" not in turn.observation.text
 
 
 def test_a_record_that_does_not_fit_is_a_data_error():

@@ -13,11 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from rsagent_jax import sharding
 from rsagent_jax.checkpoint import Checkpoints
-from rsagent_jax.config import BatchConfig, LoraConfig, MeshConfig, OptimConfig
+from rsagent_jax.config import BatchConfig, GrpoConfig, LoraConfig, MeshConfig, OptimConfig
 from rsagent_jax.data import packing
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.train.state import create_state, divide, make_optimizer, state_shardings
-from rsagent_jax.train.step import make_programs
+from rsagent_jax.train.step import grpo_objective, make_programs
 from tests.rollout import small
 
 
