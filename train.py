@@ -46,7 +46,9 @@ from rsagent_jax.train.state import (
     make_optimizer,
     make_plain,
     narrow,
+    skip,
     state_shardings,
+    updates_made,
 )
 from rsagent_jax.train.step import grpo_objective, make_programs, sft_objective
 from rsagent_jax.types import Batch, DataError
@@ -184,6 +186,7 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
     log.rewind(stage, done)
 
     ############################## Train loop ##############################
+    made = updates_made(state)
     for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=stage, unit="step", mininterval=2.0):
         start = time.perf_counter()
         batches = refs = None  # the last step's give their memory to the rollouts
@@ -195,20 +198,19 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         )
         if rolls:
             engine.rest()  # weights and cache give their memory to the gradients
-        if step == 1:
+        if batches and not made:
             save_first_batch(processes.own_directory(workdir), stage, batches[0], processor, log)
-        zeros = processes.put_rows(np.zeros(batches[0].tokens.shape, np.float32), mesh)
-        batches = [programs.embed(base, processes.put_rows(batch, mesh)) for batch in batches]
-        refs = [programs.logprobs(reference, base, batch) if kl > 0 else zeros for batch in batches]
-        for _ in range(updates):
-            state, update = programs.train_step(state, base, batches, refs)
-        values = (
-            metrics
-            | jax.device_get(update)
-            | {"lr": schedule(step * updates - 1), "seconds": time.perf_counter() - start}
-            | counters(segmenter)
-        )
-        log.write(stage, step, values)
+        if batches:
+            zeros = processes.put_rows(np.zeros(batches[0].tokens.shape, np.float32), mesh)
+            batches = [programs.embed(base, processes.put_rows(batch, mesh)) for batch in batches]
+            refs = [programs.logprobs(reference, base, batch) if kl > 0 else zeros for batch in batches]
+            for _ in range(updates):
+                state, update = programs.train_step(state, base, batches, refs)
+            made += updates
+            metrics |= jax.device_get(update) | {"lr": schedule(made - 1)}
+        else:  # nothing teaches, on no process
+            state = skip(state, updates)
+        log.write(stage, step, metrics | {"seconds": time.perf_counter() - start} | counters(segmenter))
         if stage == "grpo":
             log.examples(step, source.examples)
         every = settings.checkpoint_every

@@ -209,6 +209,8 @@ class GrpoConfig:
     drop_zero_variance: bool = True  # groups that have nothing to teach are not trained on
     min_spread: float = 0.0  # of a group's rewards; with less it counts as one of those
     mask_overlong: bool = False  # MAX_CONTEXT trajectories are not trained on
+    # Of a step's trajectories that called the segmenter: where a larger share failed because of it, the run stops.
+    max_env_failed: float = 0.5
     reward: tuple[RewardGroup, ...] = DEFAULT_REWARD
     data: DataConfig = DataConfig()
     read: ReadConfig = ReadConfig()
