@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import sys
 import time
@@ -25,10 +24,10 @@ from tqdm import tqdm
 
 from rsagent_jax import entry, processes, sharding, slices
 from rsagent_jax.checkpoint import Checkpoints, load_policy, policy_directory
-from rsagent_jax.config import TrainConfig, to_dict
+from rsagent_jax.config import TrainConfig
 from rsagent_jax.data.processor import Processor, pictures
 from rsagent_jax.data.samples import open_samples
-from rsagent_jax.data.trajectories import open_records
+from rsagent_jax.data.trajectories import check_collected, open_records
 from rsagent_jax.metrics import MetricsLog
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.compute import Compute
@@ -37,6 +36,8 @@ from rsagent_jax.rewards import make_reward
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.segmenter import counters, open_segmenter
+from rsagent_jax.train import run_identity
+from rsagent_jax.train.run_identity import STAGES
 from rsagent_jax.train.sources import GrpoSource, SftSource
 from rsagent_jax.train.state import (
     EMPTY,
@@ -53,8 +54,6 @@ from rsagent_jax.train.state import (
 from rsagent_jax.train.step import grpo_objective, make_programs, sft_objective
 from rsagent_jax.types import Batch, DataError
 
-STAGES = ("sft", "grpo")
-
 
 def main(config: TrainConfig) -> int | None:
     if unknown := set(config.stages) - set(STAGES):
@@ -62,23 +61,29 @@ def main(config: TrainConfig) -> int | None:
     if flags.FLAGS.aot:
         return compile_ahead(config, flags.FLAGS.aot, flags.FLAGS.aot_quick, flags.FLAGS.aot_only)
 
-    ############################## Work directory, log ##############################
+    ############################## Checks, before a file is touched ##############################
     processes.join()
     workdir = entry.workdir()
-    entry.use_compilation_cache(config.cache_dir, workdir / "compiled")
     weights = policy_directory(config.policy.weights)
     shape = load_config(weights)
     config = slices.settle(config, shape.text.hidden_size, len(jax.devices()))
+    processes.all_or_none(lambda: run_identity.check_config(workdir, config))
+    entry.use_compilation_cache(config.cache_dir, workdir / "compiled")
+    processes.all_or_none(lambda: check(config, shape))
+    processor = Processor.load(weights)
+    inputs = processes.all_or_none(lambda: check_inputs(config, workdir, processor))
+
+    ############################## Work directory, log ##############################
     if processes.is_lead():
-        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    check(config, shape)
+        run_identity.record(workdir, config, inputs)
     if config.profiler_port:
         jax.profiler.start_server(config.profiler_port)
     log = MetricsLog(processes.own_directory(workdir))
+    for stage in set(STAGES) - run_identity.saved_steps(workdir).keys():  # of a start that left no checkpoint
+        log.rewind(stage, 0)
 
     ############################## Mesh, policy ##############################
     mesh = sharding.make_mesh(config.mesh)
-    processor = Processor.load(weights)
     graphdef, params = nnx.split(load_policy(config.policy.weights, mesh), nnx.Param)
 
     ############################## Stages ##############################
@@ -86,6 +91,8 @@ def main(config: TrainConfig) -> int | None:
         with contextlib.ExitStack() as stack:
             params = run_stage(stage, config, workdir, log, mesh, graphdef, params, weights, processor, stack)
     log.close()
+    if not log.steps:
+        print(f"nothing was trained: {' and '.join(config.stages)} had been done before; see {workdir}/checkpoints")
 
 
 def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int:
@@ -125,6 +132,18 @@ def check(config: TrainConfig, shape: Qwen25VLConfig) -> None:
             print(note)
         with open_segmenter(config.segmenter):
             pass
+
+
+def check_inputs(config: TrainConfig, workdir: pathlib.Path, processor: Processor) -> dict[str, str]:
+    """Fingerprints of what the run is given, once it is known to be what the run in `workdir` was given."""
+    inputs = {"policy.weights": run_identity.weights_fingerprint(config.policy.weights)}
+    if "sft" in config.stages:
+        check_collected(config.sft.trajectories, config.agent, processor.images.limits)
+        inputs["sft.trajectories"] = run_identity.trajectories_fingerprint(config.sft.trajectories)
+    if "grpo" in config.stages:
+        inputs["grpo.data"] = run_identity.samples_fingerprint(open_samples(config.grpo.data).ids)
+    run_identity.check_inputs(workdir, inputs)
+    return inputs
 
 
 def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, weights, processor, stack):
@@ -182,7 +201,10 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         base = checkpoints.restore_base(base)
         source.restore(position)
         done = int(state.step) // updates
-        print(f"{stage}: goes on after step {done} of {steps}")
+        if done < steps:
+            print(f"{stage}: goes on after step {done} of {steps}")
+        else:
+            print(f"{stage}: done, {done} of {steps} steps; nothing to do")
     log.rewind(stage, done)
 
     ############################## Train loop ##############################

@@ -34,6 +34,7 @@ class MetricsLog:
     def __init__(self, workdir: pathlib.Path):
         self.path, self.rollouts = workdir / "metrics.jsonl", workdir / "rollouts.jsonl"
         self.events = SummaryWriter(str(workdir / "tensorboard"))
+        self.steps = 0  # logged since the start
 
     def rewind(self, stage: str, step: int) -> None:
         """Forgets what `stage` logged after `step`. DataError naming the line if one cannot be read."""
@@ -43,6 +44,7 @@ class MetricsLog:
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
         """DataError naming the step when the loss is not finite: training on would only lose time."""
+        self.steps += 1
         values = {name: float(value) for name, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
             finite = {k: v if math.isfinite(v) else None for k, v in values.items()}

@@ -22,6 +22,8 @@ from PIL import Image
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.environment import EnvState, opening_observation, reset
 from rsagent_jax.agent.replay import replay, to_json
+from rsagent_jax.agent.views import PixelLimits
+from rsagent_jax.config import AgentConfig
 from rsagent_jax.data.index import decode_image, read_image
 from rsagent_jax.data.journal import write_whole
 from rsagent_jax.data.npz import read_arrays
@@ -200,6 +202,25 @@ class Writer:
     def close(self, stamp: dict) -> None:
         self.writer.close()
         write_whole(self.directory / STAMP, json.dumps({"records": self.records, **stamp}, indent=2) + "\n")
+
+
+def check_collected(directory: str | pathlib.Path, agent: AgentConfig, limits: PixelLimits) -> None:
+    """DataError unless the set was collected with the prompt, overlays and views that training shows: `agent`'s, with
+    the weights' own `limits` where a bound is 0. A set that does not say is let through with a note."""
+    collected = read_json(pathlib.Path(directory) / STAMP).get("config", {}).get("agent")
+    names = ("prompt", "history_size", "min_pixels", "max_pixels")
+    if not isinstance(collected, dict) or not collected.keys() >= set(names):
+        print(f"note: {directory}/{STAMP} does not say with which prompt and sizes its trajectories were collected")
+        return
+    own = {"min_pixels": limits.min_pixels, "max_pixels": limits.max_pixels}
+    pairs = {name: (collected[name] or own.get(name), getattr(agent, name) or own.get(name)) for name in names}
+    if differ := [
+        f"agent.{name}: {there!r} there, {here!r} here" for name, (there, here) in pairs.items() if there != here
+    ]:
+        raise DataError(
+            f"{directory} was collected with other settings than this run's ({'; '.join(differ)}): the policy would be"
+            " trained on what it will not be shown. Set these fields as there, or collect the set again"
+        )
 
 
 def open_records(directory: str | pathlib.Path) -> grain.sources.ArrayRecordDataSource:
