@@ -91,7 +91,9 @@ def main(config: TrainConfig) -> int | None:
         with contextlib.ExitStack() as stack:
             params = run_stage(stage, config, workdir, log, mesh, graphdef, params, weights, processor, stack)
     log.close()
-    if not log.steps:
+    for line in log.failures():
+        print(line)
+    if not log.counts["steps"]:
         print(f"nothing was trained: {' and '.join(config.stages)} had been done before; see {workdir}/checkpoints")
 
 
