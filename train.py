@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import sys
 import time
@@ -25,14 +24,17 @@ from tqdm import tqdm
 
 from rsagent_jax import entry, processes, sharding, startup
 from rsagent_jax.checkpoint import Checkpoints, load_policy, policy_directory
-from rsagent_jax.config import TrainConfig, to_dict
+from rsagent_jax.config import TrainConfig
 from rsagent_jax.data.processor import Processor, pictures
 from rsagent_jax.data.samples import open_samples
+from rsagent_jax.data.trajectories import check_collected
 from rsagent_jax.metrics import MetricsLog
 from rsagent_jax.models.qwen25_vl.compute import Compute
-from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.segmenter import counters, open_segmenter
+from rsagent_jax.train import run_identity
+from rsagent_jax.train.run_identity import STAGES
 from rsagent_jax.train.sources import GrpoSource, SftSource
 from rsagent_jax.train.state import (
     EMPTY,
@@ -42,33 +44,39 @@ from rsagent_jax.train.state import (
     make_optimizer,
     make_plain,
     narrow,
+    skip,
     state_shardings,
+    updates_made,
 )
 from rsagent_jax.train.step import grpo_objective, make_programs, sft_objective
 from rsagent_jax.types import Batch
-
-STAGES = ("sft", "grpo")
 
 
 def main(config: TrainConfig) -> int | None:
     if flags.FLAGS.aot:
         return compile_ahead(config, flags.FLAGS.aot, flags.FLAGS.aot_quick, flags.FLAGS.aot_only)
 
-    ############################## Work directory, log ##############################
+    ############################## Checks, before a file is touched ##############################
     processes.join()
     workdir = entry.workdir()
+    config = processes.all_or_none(lambda: startup.train(config, workdir))
+    processes.all_or_none(lambda: run_identity.check_config(workdir, config))
     entry.use_compilation_cache(config.cache_dir, workdir / "compiled")
-    config = startup.train(config, workdir)
     weights = policy_directory(config.policy.weights)
+    processor = Processor.load(weights)
+    inputs = processes.all_or_none(lambda: check_inputs(config, workdir, processor))
+
+    ############################## Work directory, log ##############################
     if processes.is_lead():
-        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        run_identity.record(workdir, config, inputs)
     if config.profiler_port:
         jax.profiler.start_server(config.profiler_port)
     log = MetricsLog(processes.own_directory(workdir))
+    for stage in set(STAGES) - run_identity.saved_steps(workdir).keys():  # of a start that left no checkpoint
+        log.rewind(stage, 0)
 
     ############################## Mesh, policy ##############################
     mesh = sharding.make_mesh(config.mesh)
-    processor = Processor.load(weights)
     graphdef, params = nnx.split(load_policy(config.policy.weights, mesh), nnx.Param)
 
     ############################## Stages ##############################
@@ -76,6 +84,10 @@ def main(config: TrainConfig) -> int | None:
         with contextlib.ExitStack() as stack:
             params = run_stage(stage, config, workdir, log, mesh, graphdef, params, weights, processor, stack)
     log.close()
+    for line in log.failures():
+        print(line)
+    if not log.counts["steps"]:
+        print(f"nothing was trained: {' and '.join(config.stages)} had been done before; see {workdir}/checkpoints")
 
 
 def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int:
@@ -97,6 +109,18 @@ def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int
     print(report.table(reports))
     print(report.to_json(reports))
     return 0 if all(r.fits for r in reports) else 3
+
+
+def check_inputs(config: TrainConfig, workdir: pathlib.Path, processor: Processor) -> dict[str, str]:
+    """Fingerprints of what the run is given, once it is known to be what the run in `workdir` was given."""
+    inputs = {"policy.weights": run_identity.weights_fingerprint(config.policy.weights)}
+    if "sft" in config.stages:
+        check_collected(config.sft.trajectories, config.agent, pixel_limits(config.agent, processor))
+        inputs["sft.trajectories"] = run_identity.trajectories_fingerprint(config.sft.trajectories)
+    if "grpo" in config.stages:
+        inputs["grpo.data"] = run_identity.samples_fingerprint(open_samples(config.grpo.data).ids)
+    run_identity.check_inputs(workdir, inputs)
+    return inputs
 
 
 def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, weights, processor, stack):
@@ -155,10 +179,14 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         base = checkpoints.restore_base(base)
         source.restore(position)
         done = int(state.step) // updates
-        print(f"{stage}: goes on after step {done} of {steps}")
+        if done < steps:
+            print(f"{stage}: goes on after step {done} of {steps}")
+        else:
+            print(f"{stage}: done, {done} of {steps} steps; nothing to do")
     log.rewind(stage, done)
 
     ############################## Train loop ##############################
+    made = updates_made(state)
     for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=stage, unit="step", mininterval=2.0):
         start = time.perf_counter()
         batches = refs = None  # the last step's give their memory to the rollouts
@@ -170,20 +198,19 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         )
         if rolls:
             engine.rest()  # weights and cache give their memory to the gradients
-        if step == 1:
+        if batches and not made:
             save_first_batch(processes.own_directory(workdir), stage, batches[0], processor, log)
-        zeros = processes.put_rows(np.zeros(batches[0].tokens.shape, np.float32), mesh)
-        batches = [programs.embed(base, processes.put_rows(batch, mesh)) for batch in batches]
-        refs = [programs.logprobs(reference, base, batch) if kl > 0 else zeros for batch in batches]
-        for _ in range(updates):
-            state, update = programs.train_step(state, base, batches, refs)
-        values = (
-            metrics
-            | jax.device_get(update)
-            | {"lr": schedule(step * updates - 1), "seconds": time.perf_counter() - start}
-            | counters(segmenter)
-        )
-        log.write(stage, step, values)
+        if batches:
+            zeros = processes.put_rows(np.zeros(batches[0].tokens.shape, np.float32), mesh)
+            batches = [programs.embed(base, processes.put_rows(batch, mesh)) for batch in batches]
+            refs = [programs.logprobs(reference, base, batch) if kl > 0 else zeros for batch in batches]
+            for _ in range(updates):
+                state, update = programs.train_step(state, base, batches, refs)
+            made += updates
+            metrics |= jax.device_get(update) | {"lr": schedule(made - 1)}
+        else:  # nothing teaches, on no process
+            state = skip(state, updates)
+        log.write(stage, step, metrics | {"seconds": time.perf_counter() - start} | counters(segmenter))
         if stage == "grpo":
             log.examples(step, source.examples)
         every = settings.checkpoint_every

@@ -219,6 +219,8 @@ class GrpoConfig:
     drop_zero_variance: bool = True  # groups that have nothing to teach are not trained on
     min_spread: NotNegative = 0.0  # of a group's rewards; with less it counts as one of those
     mask_overlong: bool = True  # trajectories that ended by their budget of tokens are not trained on
+    # Of a step's trajectories that called the segmenter: where a larger share failed because of it, the run stops.
+    max_env_failed: Fraction = 0.5
     reward: tuple[RewardGroup, ...] = DEFAULT_REWARD
     data: DataConfig = DataConfig()
     read: ReadConfig = ReadConfig()

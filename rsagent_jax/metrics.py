@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ class MetricsLog:
     def __init__(self, workdir: pathlib.Path):
         self.path, self.rollouts = workdir / "metrics.jsonl", workdir / "rollouts.jsonl"
         self.events = SummaryWriter(str(workdir / "tensorboard"))
+        self.counts: Counter[str] = Counter()  # since the start: steps, and what is to be said of them at the end
 
     def rewind(self, stage: str, step: int) -> None:
         """Forgets what `stage` logged after `step`. DataError naming the line if one cannot be read."""
@@ -44,6 +46,8 @@ class MetricsLog:
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
         """DataError naming the step when the loss is not finite: training on would only lose time."""
         values = {name: float(value) for name, value in values.items()}
+        self.counts["steps"] += 1
+        self.counts.update({k: int(v) for k, v in values.items() if k == "no_update" or k.startswith("env_failed/")})
         with self.path.open("a", encoding="utf-8") as file:
             finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
             file.write(json.dumps({"step": step, "stage": stage, **finite}) + "\n")
@@ -58,6 +62,17 @@ class MetricsLog:
         """What a GRPO step's first group said and got, as JSON values."""
         with self.rollouts.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **examples}) + "\n")
+
+    def failures(self) -> list[str]:
+        """For the terminal: what was logged since the start and taught nothing, or was lost to a broken tool."""
+        lost = {k.removeprefix("env_failed/"): n for k, n in self.counts.items() if k.startswith("env_failed/") and n}
+        said = []
+        if n := self.counts["no_update"]:
+            said.append(f"{n} of {self.counts['steps']} steps made no update: nothing in them taught anything")
+        if lost:
+            by_kind = ", ".join(f"{kind} {n}" for kind, n in lost.items())
+            said.append(f"{sum(lost.values())} trajectories ended because the segmenter failed: {by_kind}")
+        return said
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """u8[h, w, 3], for TensorBoard."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from rsagent_jax import sharding
 from rsagent_jax.types import DataError
 
+T = TypeVar("T")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -108,6 +110,30 @@ def most(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def total(counts: Sequence[int]) -> list[int]:
+    """Element by element the sum over all processes: what all of them decide by alike."""
+    if jax.process_count() == 1:
+        return list(counts)
+    return np.sum(multihost_utils.process_allgather(np.asarray(counts, np.int32)), axis=0).tolist()
+
+
+def all_or_none(check: Callable[[], T]) -> T:
+    """What `check` returns, once it has passed on every process; a DataError on all where it fails on one.
+
+    Without it, those where it passes would go on and wait for the others.
+    """
+    try:
+        result, problem = check(), None
+    except DataError as error:
+        result, problem = None, error
+    (failed,) = total([problem is not None])
+    if problem is not None:
+        raise problem
+    if failed:
+        raise DataError(f"{failed} of {jax.process_count()} processes could not start; what they said is in their logs")
+    return result
 
 
 def local_mesh(tensor: int) -> Mesh | None:

@@ -187,6 +187,29 @@ def test_run_4_equals_run_2_and_resume_2(stage, part, go, tmp_path):
         assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
 
 
+def test_a_step_in_which_nothing_teaches_moves_no_bit_of_the_state_and_is_counted(go, tmp_path, monkeypatch):
+    """Steps 3 and 4, with weight decay, KL and the momentum of steps 1 and 2; the checkpoints are those of 2 and 4."""
+    teaches = iter([True, True, False, False])
+    monkeypatch.setattr(train.GrpoSource, "_all_agree", lambda *_: next(teaches))
+    go("grpo", tmp_path)
+    rows = lines(tmp_path)
+    assert [row["no_update"] for row in rows] == [0.0, 0.0, 1.0, 1.0]
+    _, schedule = make_optimizer(OPTIM, 2 * STEPS)
+    assert [row.get("lr") for row in rows] == [pytest.approx(float(schedule(n))) for n in (1, 3)] + [None, None]
+    assert ["loss" in row for row in rows] == [True, True, False, False] and all("reward" in row for row in rows)
+    before, after = (state_in(tmp_path / "checkpoints" / "grpo" / step) for step in ("4", "8"))
+    assert before.pop("optimizer.leaf_00000") == 4 and after.pop("optimizer.leaf_00000") == 8  # state.step
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(value, after[name], err_msg=name)
+
+
+def state_in(directory) -> dict[str, np.ndarray]:
+    with ocp.StandardCheckpointer() as reader:
+        parts = {part: reader.restore(directory / part) for part in ("params", "optimizer")}
+    return {f"{part}.{name}": np.asarray(value) for part, tree in parts.items() for name, value in tree.items()}
+
+
 def state_of(hidden: int = 32, layers: int = 2, optim: OptimConfig = OPTIM):
     path = small.weights(hidden, layers)
     graphdef, params = small.split(convert.load_model(path, load_config(path)))

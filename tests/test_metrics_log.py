@@ -36,6 +36,16 @@ def test_a_rewound_log_has_each_step_once(log):
     assert steps(log.path) == [("grpo", 1), ("grpo", 2)] and steps(log.rollouts) == [("grpo", 1)]
 
 
+def test_what_failed_is_said_with_its_number_and_kind(log):
+    assert log.failures() == [] and log.counts["steps"] == 5
+    for no_update in (1.0, 0.0):
+        log.write("grpo", 4, {"no_update": no_update, "env_failed/timeout": 2.0, "env_failed/internal": 0.0})
+    assert log.failures() == [
+        "1 of 7 steps made no update: nothing in them taught anything",
+        "4 trajectories ended because the segmenter failed: timeout 4",
+    ]
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl"])
 def test_half_a_line_is_cut_off_with_a_word(log, tmp_path, name, capsys):
     path = tmp_path / name

@@ -219,6 +219,26 @@ def test_what_does_not_divide_among_the_processes_is_a_data_error():
         Share(0, 4).of(6, "batch.rows")
 
 
+def test_all_processes_start_or_none_does(monkeypatch):
+    """One that could go on must not wait in a collective for another that refused."""
+
+    def refuse():
+        raise DataError("seed: 0 there, 1 now")
+
+    assert processes.total([1, 2]) == [1, 2] and processes.all_or_none(lambda: "ready") == "ready"
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for failed_elsewhere in (0, 1):
+        gather = lambda mine, other=failed_elsewhere: np.stack([mine, np.full_like(mine, other)])  # noqa: E731
+        monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+        assert processes.total([3, 0]) == [3 + failed_elsewhere, failed_elsewhere]
+        with pytest.raises(DataError, match="seed"):
+            processes.all_or_none(refuse)
+        if not failed_elsewhere:
+            assert processes.all_or_none(lambda: "ready") == "ready"
+    with pytest.raises(DataError, match="1 of 2 processes could not start"):
+        processes.all_or_none(lambda: "ready")
+
+
 @pytest.mark.parametrize("given", [{"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}, {"JAX_PROCESS_ID": "0"}])
 def test_half_told_processes_are_a_data_error(given, monkeypatch):
     for name in processes.VARIABLES:

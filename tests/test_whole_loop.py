@@ -90,9 +90,10 @@ def test_a_finished_run_started_again_has_nothing_to_do(work):
         "train.py", "--config=configs/debug.py", f"--workdir={work}/train", f"--config.sft.trajectories={work}/collect",
         f"--config.grpo.data.root={work}/data", f"--config.cache_dir={work}/compiled",
     )  # fmt: skip
-    assert "goes on after step 4 of 4" in out
-    assert "goes on after step 2 of 2" in out
+    assert "sft: done, 4 of 4 steps; nothing to do" in out and "grpo: done, 2 of 2 steps; nothing to do" in out
+    assert "nothing was trained: sft and grpo had been done before" in out
     assert (work / "train/metrics.jsonl").read_text() == before
+    assert len((work / "train/config_history.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.timeout(600)
@@ -109,7 +110,7 @@ def test_adapters_through_both_stages_then_exported(work):
     # apart by their tokens.
     (work / "varied.py").write_text(VARIED)
     run(*command, modules=str(work))
-    assert "goes on after step 2 of 2" in run(*command, modules=str(work))
+    assert "grpo: done, 2 of 2 steps" in run(*command, modules=str(work))
     lines = [json.loads(line) for line in (work / "lora/metrics.jsonl").read_text().splitlines()]
     first = next(line for line in lines if line["stage"] == "grpo")
     assert abs(first["kl_ref"]) < 1e-6  # the reference is what the fresh adapters stand on

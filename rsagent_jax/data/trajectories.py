@@ -21,6 +21,8 @@ from PIL import Image
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.environment import EnvState, opening_observation, reset
 from rsagent_jax.agent.replay import replay, to_json
+from rsagent_jax.agent.views import PixelLimits
+from rsagent_jax.config import AgentConfig
 from rsagent_jax.data.journal import write_whole
 from rsagent_jax.data.npz import read_arrays
 from rsagent_jax.data.packing import Item
@@ -193,6 +195,25 @@ class Writer:
     def close(self, stamp: dict) -> None:
         self.writer.close()
         write_whole(self.directory / STAMP, json.dumps({"records": self.records, **stamp}, indent=2) + "\n")
+
+
+def check_collected(directory: str | pathlib.Path, agent: AgentConfig, limits: PixelLimits) -> None:
+    """DataError unless the set was collected with the prompt, overlays and views that training shows: those of `agent`,
+    under the pixel `limits` of the run's weights and config. A set that does not say is let through with a note."""
+    collected = read_json(pathlib.Path(directory) / STAMP).get("config", {})
+    here = {"agent.prompt": agent.prompt, "agent.history_size": agent.history_size}
+    here |= {name: getattr(limits, name) for name in ("min_pixels", "max_pixels")}
+    try:
+        there = {f"agent.{name}": collected["agent"][name] for name in ("prompt", "history_size")}
+        there |= {name: collected["pixel_limits"][name] for name in ("min_pixels", "max_pixels")}
+    except (KeyError, TypeError):
+        print(f"note: {directory}/{STAMP} does not say with which prompt and sizes its trajectories were collected")
+        return
+    if differ := [f"{name}: {there[name]!r} there, {here[name]!r} here" for name in here if there[name] != here[name]]:
+        raise DataError(
+            f"{directory} was collected with other settings than this run's ({'; '.join(differ)}): the policy would be"
+            " trained on what it will not be shown. Set these fields as there, or collect the set again"
+        )
 
 
 def open_records(directory: str | pathlib.Path) -> grain.sources.ArrayRecordDataSource:

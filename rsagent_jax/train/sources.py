@@ -21,23 +21,25 @@ from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item, fits, pack_evenly
 from rsagent_jax.data.pipeline import Pipeline, Unreadable
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.processes import Share
+from rsagent_jax.processes import Share, total
 from rsagent_jax.rewards import RewardError, make_reward, mask_iou
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.train.advantages import ADVANTAGES, zero_variance
 from rsagent_jax.types import Batch, DataError, Sample, Status, Trajectory
+from sam_bridge.types import FailureKind, SegmenterError
 
 ALONE = Share()
 REWARD_ERROR = "reward_error.json"  # in the work directory: the trajectory that a reward failed on
+TOOL_FAILURES = tuple(kind.value for kind in FailureKind if not SegmenterError(kind, "").callers_fault)
 
 
 class BatchSource(Protocol):
     def next(self, params: nnx.State, key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         """This process's rows of one optimiser step's micro-batches, and what there is to log of them.
 
-        All of one shape, equally many on every process, at least one.
+        All of one shape, equally many on every process; none where nothing teaches, and then there is no update.
         """
 
     def state(self) -> dict[str, Any]:
@@ -125,13 +127,18 @@ class GrpoSource:
         # uids count over all processes: who plays a trajectory does not change its random numbers.
         tasks = [Task(s, g, i * c.group + k) for g, (i, s) in enumerate(drawn) for k in range(c.group)]
         outcomes = self.driver.run(tasks)
-        played, states = [t for t, _ in outcomes], [state for _, state in outcomes]
         rollout_seconds = time.perf_counter() - start
+        played, states = [t for t, _ in outcomes], [state for _, state in outcomes]
         items, metrics = self._judge(played, chosen, states)
-        batches = pack_evenly(items, c.batch, self.processor.config, self.share)
+        broken = Counter(_failure(state) for t, state in outcomes if t.status is Status.ENV_FAILED)
+        teaches = self._all_agree(outcomes, broken, items)
+        # Where nothing teaches on any process no batch is made on any, and no update.
+        batches = pack_evenly(items, c.batch, self.processor.config, self.share) if teaches else []
         tokens = sum(int(t.sampled.sum()) for t in played)
         metrics |= {
+            "no_update": float(not teaches),
             "unreadable": float(self.pipeline.skipped),  # samples, since the start of the stage
+            **{f"env_failed/{kind}": float(broken[kind]) for kind in TOOL_FAILURES},
             "rollout_seconds": rollout_seconds,
             "tokens_per_s": tokens / rollout_seconds,
             **self.driver.metrics(),
@@ -139,14 +146,41 @@ class GrpoSource:
         }
         return batches, metrics
 
+    def _all_agree(self, outcomes: list[tuple[Trajectory, EnvState]], broken: Counter, items: list[Item]) -> bool:
+        """Whether the step teaches anything: on all processes together, so that all of them update or none does.
+
+        DataError, on all of them, if the segmenter is broken or no trajectory can be trained on.
+        """
+        kinds = [broken[kind] for kind in TOOL_FAILURES]
+        # Those that never called it, malformed ones above all, say nothing of the segmenter.
+        called = sum(
+            t.status is Status.ENV_FAILED or any(r is not None for r in state.replies) for t, state in outcomes
+        )
+        usable = sum(t.status.judged and self._usable(t) for t, _ in outcomes)
+        teaching = sum(item.advantage != 0 for item in items)
+        called, usable, teaching, *kinds = total([called, usable, teaching, *kinds])
+        failed, bound = sum(kinds), self.config.max_env_failed
+        if failed and (failed > bound * called or not usable):
+            named = ", ".join(f"{kind} {n}" for kind, n in zip(TOOL_FAILURES, kinds, strict=True) if n)
+            raise DataError(
+                f"grpo: {failed} of this step's {called} trajectories that called the segmenter ended because it failed"
+                f" ({named}); grpo.max_env_failed = {bound} allows {bound:.0%}. No update was made of this step, and"
+                " the last checkpoint is as it was: see the side-car's log, bring it back, and run the same command"
+                " again to go on from there"
+            )
+        if not usable:
+            raise DataError(
+                "grpo: no trajectory of this step took a turn and fits a row; raise grpo.sampling.context or"
+                " grpo.sampling.patches if prompts do not fit a slot, or grpo.batch.patches"
+            )
+        return teaching > 0
+
     def _judge(
         self, played: list[Trajectory], chosen: list[Sample], states: list[EnvState]
     ) -> tuple[list[Item], dict[str, float]]:
         """Rewards, advantages and the trained items. A broken tool's trajectory has no reward and no advantage."""
         c = self.config
         valid = np.array([t.status.judged for t in played])
-        if not valid.any():
-            raise DataError("every trajectory of this step ended with a broken segmenter; see the side-car's log")
         rewards = [None] * len(played)
         for i in np.flatnonzero(valid):
             try:
@@ -164,14 +198,6 @@ class GrpoSource:
         usable = np.array([self._usable(t) for t in played])
         trained &= usable
         items = [_item(t, float(a)) for t, a, ok in zip(played, advantages, trained, strict=True) if ok]
-        if not items:  # nothing to learn from this step: one trajectory with advantage 0 keeps every host in step
-            spare = [t for t, ok in zip(played, valid & usable, strict=True) if ok]
-            if not spare:
-                raise DataError(
-                    "grpo: no trajectory of this step took a turn and fits a row; raise grpo.sampling.context or"
-                    " grpo.sampling.patches if prompts do not fit a slot, or grpo.batch.patches"
-                )
-            items = [_item(spare[0], 0.0)]
         self.examples = {
             "id": chosen[0].id,
             "query": chosen[0].query,
@@ -230,6 +256,11 @@ def _unreadable(element: Any) -> bool:
     return isinstance(element, Unreadable)
 
 
+def _failure(state: EnvState) -> str:
+    """The kind of failure that ended a trajectory; a call past the tool's deadline may have left none."""
+    return (state.failure.kind if state.failure else FailureKind.TIMEOUT).value
+
+
 def _item(t: Trajectory, advantage: float) -> Item:
     return Item(t.tokens, t.positions, t.sampled, t.logprobs, t.patches, t.grids, advantage)
 
@@ -243,18 +274,23 @@ def _cut(t: Trajectory, ends: tuple[int, ...]) -> np.ndarray:
 def _fill(items: list[Item], batches: list[Batch]) -> dict[str, float]:
     """How many trajectories, and the share of the rows' places that they take."""
     places = sum(b.tokens.size for b in batches)
-    return {"trajectories": float(len(items)), "fill": sum(len(i.tokens) for i in items) / places}
+    used = sum(len(i.tokens) for i in items) if batches else 0
+    return {"trajectories": float(len(items) if batches else 0), "fill": used / max(places, 1)}
 
 
 def _summary(played, chosen, rewards, flat) -> dict[str, float]:
-    """Means over the step's trajectories: every reward part, IoU, turns, errors, endings, seconds."""
-    kept = [r for r in rewards if r is not None]
-    out = {"reward": float(np.mean([r.total for r in kept]))}
-    out |= {f"reward/{part}": float(np.mean([r.parts[part] for r in kept])) for part in kept[0].parts}
+    """Means over the step's trajectories: every reward part, IoU, turns, errors, endings, seconds.
+
+    Rewards and IoU are left out where all of this process's trajectories ended with a broken tool.
+    """
+    out, kept = {}, [r for r in rewards if r is not None]
+    if kept:
+        out = {"reward": float(np.mean([r.total for r in kept]))}
+        out |= {f"reward/{part}": float(np.mean([r.parts[part] for r in kept])) for part in kept[0].parts}
+        out["giou"] = float(np.mean([mask_iou(t.final_mask, chosen[t.group_id]) for t in played if t.status.judged]))
     turns = [turn for t in played for turn in t.turns]
     endings = Counter(t.status for t in played)
     out |= {
-        "giou": float(np.mean([mask_iou(t.final_mask, chosen[t.group_id]) for t in played if t.status.judged])),
         "turns": len(turns) / len(played),
         "tool_errors": sum(turn.error is not None for turn in turns) / max(len(turns), 1),
         "clipped": sum(turn.clipped for turn in turns) / len(played),

@@ -34,13 +34,31 @@ EMPTY = nnx.State({})  # the base of a policy that is trained whole
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    step: jax.Array  # i32[]
+    # i32[]: updates that the steps so far had room for. It names the checkpoints and says which step is next, so it
+    # counts a step in which nothing taught, too; the optimiser's own count, which the schedule follows, does not.
+    step: jax.Array
     params: nnx.State  # fp32, the trained ones
     opt_state: Any
 
 
 def create_state(params: nnx.State, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.int32(0), params, tx.init(params))
+
+
+def skip(state: TrainState, updates: int) -> TrainState:
+    """The state after a step in which nothing taught: not a bit of parameters and moments moves, not by momentum, nor
+    by weight decay or KL; warm-up and schedule wait, as they are the optimiser's."""
+    return dataclasses.replace(state, step=state.step + updates)
+
+
+def updates_made(state: TrainState) -> int:
+    """How many updates the optimiser has made."""
+    return int(optax.tree_utils.tree_get(state.opt_state, "count", filtering=_is_of_schedule))
+
+
+def _is_of_schedule(path: tuple, _: Any) -> bool:
+    """Whether a leaf of the optimiser's state is the schedule's; Adam has a count as well, for its bias."""
+    return any(getattr(key, "tuple_name", "") == "ScaleByScheduleState" for key in path)
 
 
 def state_shardings(

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsagent_jax.agent.environment import opening_observation, reset
+from rsagent_jax.config import AgentConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.rollout.driver import Driver
@@ -136,6 +137,41 @@ def test_a_written_set_is_read_back_record_by_record(tmp_path):
     assert [trajectories.header(records[i])["id"] for i in (2, 0, 1)] == ["s2", "s0", "s1"]
     stamp = json.loads((tmp_path / "collect.json").read_text())
     assert stamp == {"records": 3, "verdicts": {"kept": 3}}
+
+
+COLLECTED = {"agent": {"prompt": "full", "history_size": 384, "max_turns": 8}}
+LIMITS = {"factor": 28, "min_pixels": 100, "max_pixels": 9000}
+
+
+@pytest.mark.parametrize(
+    ("agent", "limits", "problem"),
+    [
+        ({}, {}, None),
+        ({"max_turns": 4}, {}, None),  # decides when it ends, not what is shown
+        ({"prompt": "brief"}, {}, "agent.prompt: 'full' there, 'brief' here"),
+        ({"history_size": 112}, {}, "agent.history_size: 384 there, 112 here"),
+        ({}, {"max_pixels": 8000}, "max_pixels: 9000 there, 8000 here"),
+        ({}, {"min_pixels": 200}, "min_pixels: 100 there, 200 here"),
+    ],
+)
+def test_a_set_is_refused_where_it_was_collected_with_another_prompt_or_other_sizes(tmp_path, agent, limits, problem):
+    """`limits` are those of the weights under the config, on both sides."""
+    stamp = {"records": 1, "config": COLLECTED | {"pixel_limits": LIMITS}}
+    (tmp_path / "collect.json").write_text(json.dumps(stamp))
+    here = (AgentConfig(**agent), PixelLimits(**LIMITS | limits))
+    if problem is None:
+        trajectories.check_collected(tmp_path, *here)
+    else:
+        with pytest.raises(DataError, match="was collected with other settings") as error:
+            trajectories.check_collected(tmp_path, *here)
+        assert problem in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("stamp", [{}, {"config": {}}, {"config": COLLECTED}])
+def test_a_set_that_does_not_say_how_it_was_collected_is_noted(tmp_path, stamp, capsys):
+    (tmp_path / "collect.json").write_text(json.dumps(stamp))
+    trajectories.check_collected(tmp_path, AgentConfig(), small.processor().images.limits)
+    assert f"note: {tmp_path}/collect.json does not say" in capsys.readouterr().out
 
 
 def test_a_set_that_is_not_complete_is_not_taken_for_one(tmp_path):

@@ -1,6 +1,7 @@
 """What each source of batches keeps, drops and counts."""
 
 import dataclasses
+import types
 import weakref
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from agent_fakes import disc
 
 from rsagent_jax.agent import environment
+from rsagent_jax.agent.environment import SegmentFailure
 from rsagent_jax.agent.replay import replay
 from rsagent_jax.config import (
     AgentConfig,
@@ -19,11 +21,13 @@ from rsagent_jax.config import (
     SamplingConfig,
     SftConfig,
 )
-from rsagent_jax.data import trajectories
+from rsagent_jax.data import packing, trajectories
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
 from rsagent_jax.rewards import RewardError
+from rsagent_jax.train import sources
 from rsagent_jax.train.sources import GrpoSource, SftSource
 from rsagent_jax.types import DataError, Finish, Status, Trajectory, Turn
+from sam_bridge.types import FailureKind
 from tests.rollout import small
 
 BATCH = BatchConfig(rows=2, tokens=64, patches=64)
@@ -60,6 +64,17 @@ def trajectory(
     )
 
 
+def state_of(t: Trajectory):
+    """What the driver would know of it: the segmenter answered where there is a mask, and failed where the tool did."""
+    broken = t.status is Status.ENV_FAILED
+    replies = (object(),) if broken or t.final_mask.any() else (None,)
+    return types.SimpleNamespace(replies=replies, failure=failure(t.seconds.get("kind", "timeout")) if broken else None)
+
+
+def failure(kind: str) -> SegmentFailure | None:
+    return SegmentFailure(FailureKind(kind), "") if kind else None
+
+
 class Played:
     """A driver that has the trajectories already, and an engine that only notes what it is given."""
 
@@ -72,7 +87,7 @@ class Played:
         for t in tasks:
             number = int(t.sample.id[1:])
             made = groups[number][t.uid % len(groups[number])]
-            out.append((dataclasses.replace(made, group_id=t.group_id), None))
+            out.append((dataclasses.replace(made, group_id=t.group_id), state_of(made)))
         return out
 
     def metrics(self):
@@ -166,10 +181,79 @@ def test_a_group_with_one_sound_member_teaches_nothing():
     assert list(trained(batches)) == [12] and metrics["zero_variance"] == 0.5
 
 
-def test_a_step_in_which_every_tool_broke_stops_the_training():
-    broken = [trajectory(0, 0, status=Status.ENV_FAILED)] * 2
-    with pytest.raises(DataError, match="broken segmenter"):
-        source([broken]).next(None, None)
+def broken(i: int, kind: str = "timeout") -> Trajectory:
+    return dataclasses.replace(trajectory(i, 0, status=Status.ENV_FAILED), seconds={"tool": 0.5, "kind": kind})
+
+
+def malformed(i: int, n: int) -> Trajectory:
+    """One that never called a tool, so that it has no mask."""
+    t = trajectory(i, 0, n=n, status=Status.INVALID)
+    return dataclasses.replace(t, final_mask=np.zeros_like(t.final_mask))
+
+
+def test_a_step_in_which_too_many_tools_broke_stops_before_the_update_and_counts_them_by_kind():
+    groups = [[broken(0, "unavailable"), broken(0, "internal")], [broken(1, ""), trajectory(1, 10)]]
+    with pytest.raises(DataError, match=r"3 of this step's 4 .*\(unavailable 1, timeout 1, internal 1\)") as error:
+        source(groups).next(None, None)
+    for words in (
+        "grpo.max_env_failed = 0.5",
+        "No update",
+        "checkpoint is as it was",
+        "side-car's log",
+        "same command",
+    ):
+        assert words in str(error.value)
+    with pytest.raises(DataError, match=r"2 of this step's 2 .* segmenter"):  # nothing is left to judge
+        source([[broken(0), broken(0)]], max_env_failed=1.0).next(None, None)
+
+
+@pytest.mark.parametrize(("bound", "stops"), [(0.0, True), (0.4, True), (0.5, False), (1.0, False)])
+def test_only_a_share_above_the_bound_stops_the_training(bound, stops):
+    groups = [[broken(0, "unavailable"), trajectory(0, 15)], [broken(1), trajectory(1, 10)]]
+    s = source(groups, max_env_failed=bound)
+    if stops:
+        with pytest.raises(DataError, match=r"2 of this step's 4"):
+            s.next(None, None)
+    else:
+        _, metrics = s.next(None, None)
+        assert {k: v for k, v in metrics.items() if k.startswith("env_failed/") and v} == {
+            "env_failed/unavailable": 1.0,
+            "env_failed/timeout": 1.0,
+        }
+    sound = source([[trajectory(0, 20), trajectory(0, 10)]], max_env_failed=0.0)
+    assert sound.next(None, None)[1]["env_failed/timeout"] == 0.0
+
+
+def test_trajectories_that_never_called_the_segmenter_do_not_speak_for_it():
+    """A side-car that is gone: what is left are the malformed ones, and their rewards could still differ."""
+    with pytest.raises(DataError, match=r"1 of this step's 1 trajectories that called the segmenter"):
+        source([[broken(0), malformed(0, 18), malformed(0, 19), malformed(0, 20)]]).next(None, None)
+
+
+def several_processes(monkeypatch, others: dict[str, int], batches: int) -> None:
+    """Lets this process meet others that counted `others` and made `batches`."""
+
+    def total(counts):
+        names = ("called", "usable", "teaching", *sources.TOOL_FAILURES)
+        return [n + others.get(name, 0) for name, n in zip(names, counts, strict=True)]
+
+    monkeypatch.setattr(sources, "total", total)
+    monkeypatch.setattr(packing, "most", lambda n: max(n, batches))
+
+
+def test_processes_stop_together_or_go_on_together_whatever_happened_on_one(monkeypatch):
+    alone = source([[broken(0), broken(0)]])
+    several_processes(monkeypatch, {"called": 6, "usable": 6, "teaching": 4}, batches=2)
+    batches, metrics = alone.next(None, None)  # 2 of 8 failed: here nothing is left, and two micro-batches are needed
+    assert trained(batches) == {} and len(batches) == 2 and not any(b.segment_ids.any() for b in batches)
+    assert metrics["no_update"] == 0.0 and metrics["endings/env_failed"] == 1.0 and "reward" not in metrics
+    fine = source([[trajectory(0, 20), trajectory(0, 10)]])
+    several_processes(monkeypatch, {"called": 6, "unavailable": 5}, batches=0)
+    with pytest.raises(DataError, match=r"5 of this step's 8 .*unavailable 5"):
+        fine.next(None, None)
+    flat = source([[trajectory(0, 15), trajectory(0, 15)]], drop_zero_variance=False)
+    several_processes(monkeypatch, {"usable": 4, "teaching": 2}, batches=1)
+    assert trained(flat.next(None, None)[0]) == {11: [0.0, 0.0]}  # kept, as the step teaches elsewhere
 
 
 def test_groups_of_equal_rewards_are_dropped_or_kept_with_advantage_0_as_the_config_says():
@@ -189,10 +273,14 @@ def test_groups_within_the_least_spread_are_dropped_however_large_their_z_scores
     assert trained(batches)[11] == pytest.approx([-0.70711, 0.70711], abs=1e-4) and metrics["zero_variance"] == 0.0
 
 
-def test_a_step_without_any_signal_still_gives_one_batch_that_teaches_nothing():
-    broken = trajectory(0, 20, status=Status.ENV_FAILED)
-    batches, metrics = source([[broken, trajectory(0, 15), trajectory(0, 15)]]).next(None, None)
-    assert trained(batches) == {11: [0.0]} and metrics["trajectories"] == 1.0 and metrics["zero_variance"] == 1.0
+@pytest.mark.parametrize("settings", [{}, {"drop_zero_variance": False}, {"min_spread": 2.0}])
+def test_a_step_in_which_nothing_teaches_has_no_batch_and_is_counted(settings):
+    last = trajectory(0, 10 if "min_spread" in settings else 15)
+    batches, metrics = source([[broken(0), trajectory(0, 15), last]], **settings).next(None, None)
+    assert batches == [] and metrics["no_update"] == 1.0 and metrics["zero_variance"] == 1.0
+    assert (metrics["trajectories"], metrics["fill"], metrics["env_failed/timeout"]) == (0.0, 0.0, 1.0)
+    _, metrics = source([[trajectory(0, 20), trajectory(0, 10)]]).next(None, None)
+    assert metrics["no_update"] == 0.0
 
 
 def test_overlong_trajectories_are_trained_or_masked_as_the_config_says():

@@ -16,7 +16,7 @@ from rsagent_jax.checkpoint import Checkpoints
 from rsagent_jax.config import BatchConfig, GrpoConfig, LoraConfig, MeshConfig, OptimConfig
 from rsagent_jax.data import packing
 from rsagent_jax.models.qwen25_vl import convert
-from rsagent_jax.train.state import create_state, divide, make_optimizer, state_shardings
+from rsagent_jax.train.state import create_state, divide, make_optimizer, skip, state_shardings, updates_made
 from rsagent_jax.train.step import grpo_objective, make_programs
 from tests.rollout import small
 
@@ -68,6 +68,17 @@ def test_a_clip_norm_of_0_is_off():
         _, state = tx.update(gradient, tx.init(gradient), gradient)
         moments[bound] = optax.tree.get(state, "mu")["w"].tolist()
     assert moments == {0.0: [1.5, 2.0], 100.0: [1.5, 2.0], 1.0: pytest.approx([0.3, 0.4])}
+
+
+def test_a_skipped_step_counts_for_the_run_and_not_for_the_optimiser(params):
+    tx, _ = make_optimizer(OptimConfig(schedule="cosine", warmup_steps=1), 10)
+    state = create_state(params, tx)
+    _, opt_state = tx.update(params, state.opt_state, params)
+    state = dataclasses.replace(state, step=state.step + 1, opt_state=opt_state)
+    after = skip(state, 3)
+    assert (int(state.step), int(after.step), updates_made(state), updates_made(after)) == (1, 4, 1, 1)
+    assert after.step.dtype == state.step.dtype and jax.tree.structure(after) == jax.tree.structure(state)
+    assert after.params is state.params and after.opt_state is state.opt_state
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,250 @@
+"""A work directory belongs to one run: what may differ from one start to the next, and what is refused.
+
+    <workdir>/config_history.jsonl    a line per start: time, config, inputs, steps done, versions
+    <workdir>/config.json             the config of the last line, for people
+
+Both are written only when everything has been checked, so they always describe what made the checkpoints. A setting
+counts from the first checkpoint that it had a part in: before there is one, anything may change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import fnmatch
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from rsagent_jax.config import PolicyConfig, TrainConfig, to_dict
+from rsagent_jax.data.journal import cannot_write, write_whole
+from rsagent_jax.metrics import keep_lines
+from rsagent_jax.models.qwen25_vl.config import read_json
+from rsagent_jax.types import DataError
+
+HISTORY = "config_history.jsonl"
+STAGES = ("sft", "grpo")
+# What may differ between two starts: where and how fast it runs, not what is learnt. Paths are here because what they
+# lead to is compared instead (`check_inputs`).
+FREE = (
+    *("cache_dir", "profiler_port", "slice", "mesh.*"),
+    *("policy.weights", "policy.remat", "policy.attention", "policy.scan_layers"),
+    *("sft.trajectories", "grpo.data.root", "grpo.data.exclude_root"),
+    *("grpo.data.mix*.data.root", "grpo.data.mix*.data.exclude_root"),
+    *(f"{stage}.{name}" for stage in STAGES for name in ("checkpoint_every", "read.*", "batch.rows", "optim.offload")),
+    *(f"grpo.sampling.{name}" for name in ("slots", "chunk", "prefill", "lanes", "tensor")),
+    *("grpo.max_env_failed", "agent.tool_deadline_s"),
+    *(f"segmenter.{name}" for name in ("addresses", "token_file", "tls", "tls_ca", "timeout_s", "wait_s", "workers")),
+    "segmenter.device",
+)
+LENGTHS = ("sft.steps", "sft.epochs", "grpo.steps")  # may grow, where nothing depends on them yet
+ROLLOUTS = ("agent.", "segmenter.")  # SFT has its own check of what its trajectories were collected with
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    field: str
+    old: Any
+    new: Any
+    why: str = ""
+
+    def __str__(self) -> str:
+        old, new = (text if len(text := json.dumps(v)) < 100 else text[:97] + "..." for v in (self.old, self.new))
+        return f"{self.field}: {old} there, {new} now{f' ({self.why})' if self.why else ''}"
+
+
+def saved_steps(workdir: pathlib.Path) -> dict[str, int]:
+    """Stage -> TrainState.step of its newest finished checkpoint, for stages that have one."""
+    steps = {}
+    for stage in STAGES:
+        names = [p.name for p in (workdir / "checkpoints" / stage).glob("*") if p.name.isdecimal()]
+        if names:
+            steps[stage] = max(map(int, names))
+    return steps
+
+
+def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) -> list[Difference]:
+    """What differs between two resolved configs and must not, as the stages `saved` have checkpoints."""
+    if not saved:
+        return []
+    last = max(map(STAGES.index, saved))
+    counts = {stage for stage in STAGES[: last + 1] if stage in old["stages"]} | set(saved)
+    differ = []
+    if len({tuple(s for s in config["stages"] if s in STAGES[: last + 1]) for config in (old, new)}) > 1:
+        differ.append(Difference("stages", old["stages"], new["stages"], f"{STAGES[last]} has checkpoints"))
+    defaults, was, now = flatten(_DEFAULTS), flatten(old), flatten(new)
+    for name in sorted({*was, *now} - {"stages"}):
+        if name not in now and "[" not in name:
+            continue  # a field that this version does not have
+        there, here = was.get(name, None if "[" in name else defaults.get(name)), now.get(name)
+        stage = name.partition(".")[0]
+        if there == here or any(fnmatch.fnmatchcase(name, pattern) for pattern in FREE):
+            continue
+        if (stage in STAGES and stage not in counts) or (name.startswith(ROLLOUTS) and "grpo" not in counts):
+            continue
+        why = _why_not_longer(name, old, new, last) if name in LENGTHS else ""
+        if why is not None:
+            differ.append(Difference(name.replace("[", ".").replace("]", ""), there, here, why))
+    return differ
+
+
+def _why_not_longer(name: str, old: dict[str, Any], new: dict[str, Any], last: int) -> str | None:
+    """Why a stage's length may not change so, or None."""
+    stage, field = name.split(".")
+    there, here = old[stage], new[stage]
+    if field == "epochs" and there["steps"] and here["steps"]:
+        return None  # steps count instead
+    if stage != STAGES[last]:
+        return f"{STAGES[last]} was trained from what {stage} had become"
+    if there["optim"]["schedule"] != "constant":
+        return f"the {there['optim']['schedule']} schedule follows from it"
+    if here[field] < there[field] or bool(there.get("steps")) != bool(here.get("steps")):
+        return "it can only grow"
+    return None
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value. Items of a group (reward terms, parts of a mix) are `group[name].field`, in any order."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            out |= flatten(value, f"{name}.")
+        elif isinstance(value, list | tuple) and value and isinstance(value[0], dict):
+            for item in value:
+                where = f"{name}[{item.get('name') or item.get('function')}]"
+                while f"{where}.weight" in out:  # one function as two terms
+                    where += "'"
+                out |= flatten(item, f"{where}.")
+        else:
+            out[name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+_DEFAULTS = json.loads(json.dumps(to_dict(TrainConfig(policy=PolicyConfig(weights="")))))
+
+
+# --- What the run was given, by content: users move it ---
+
+_POLICY = ("config", "tokenizer", "tokenizer_config", "preprocessor_config", "model.safetensors.index")
+
+
+def weights_fingerprint(weights: str) -> str:
+    """Of the files that load_policy reads: a Hugging Face directory's, or those of a stage's newest checkpoint."""
+    path = pathlib.Path(weights)
+    if not (path / "policy").is_dir():
+        return fingerprint([*path.glob("*.safetensors"), *(path / f"{name}.json" for name in _POLICY)])
+    newest = max((int(p.name) for p in path.glob("*") if p.name.isdecimal()), default=0)
+    return fingerprint(q for part in ("policy", "base", f"{newest}/params") for q in (path / part).rglob("*"))
+
+
+def trajectories_fingerprint(directory: str) -> str:
+    path = pathlib.Path(directory)
+    return fingerprint([path / "collect.json", *path.glob("*.array_record")])
+
+
+def samples_fingerprint(ids: Iterable[str]) -> str:
+    """Which samples in which order: the position in the data is a place among them."""
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+
+
+def fingerprint(files: Iterable[pathlib.Path], piece: int = 1 << 16) -> str:
+    """Of names, sizes and 64 KiB each at the beginning, the middle and the end: other weights differ everywhere."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in files if p.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for offset in (0, size // 2, max(0, size - piece)):
+                file.seek(offset)
+                digest.update(file.read(piece))
+    return digest.hexdigest()[:16]
+
+
+# --- The history ---
+
+
+def check_config(workdir: pathlib.Path, config: TrainConfig) -> None:
+    """DataError if the directory holds checkpoints of other settings. Nothing is written."""
+    saved, last = saved_steps(workdir), last_start(workdir)
+    if saved and last is None:
+        raise DataError(
+            f"{workdir}/checkpoints is there, but not what made it: {HISTORY} and config.json are missing; put them"
+            " back, or give another --workdir"
+        )
+    if saved:
+        _refuse(workdir, saved, refused(last["config"], _plain(config), saved))
+
+
+def check_inputs(workdir: pathlib.Path, inputs: dict[str, str]) -> None:
+    """The same for what the paths lead to: field -> fingerprint. Those of a start before there was a history pass."""
+    saved, last = saved_steps(workdir), last_start(workdir)
+    there = (last or {}).get("inputs", {})
+    used = {"policy.weights": bool(saved), "sft.trajectories": bool(saved), "grpo.data": "grpo" in saved}
+    why = "other content; the path alone may change"
+    differ = [Difference(name, there[name], new, why) for name, new in inputs.items() if name in there and used[name]]
+    _refuse(workdir, saved, [d for d in differ if d.old != d.new])
+
+
+def _refuse(workdir: pathlib.Path, saved: dict[str, int], differ: list[Difference]) -> None:
+    if differ:
+        have = ", ".join(f"{stage} after update {step}" for stage, step in saved.items())
+        raise DataError(
+            f"{workdir} holds checkpoints of a run with other settings ({have}): {'; '.join(map(str, differ))}. Nothing"
+            " was touched. Give another --workdir (to train on from these weights there:"
+            f" --config.policy.weights={workdir}/checkpoints/{list(saved)[-1]}), or the settings in"
+            f" {workdir}/config.json; docs/tpu.md lists what may change"
+        )
+
+
+def last_start(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The last whole line of the history; of a run from before there was one, what config.json says. DataError."""
+    history, config = workdir / HISTORY, workdir / "config.json"
+    lines = history.read_bytes().split(b"\n")[:-1] if history.exists() else []
+    if not lines:
+        return {"config": read_json(config)} if config.exists() else None
+    try:
+        start = json.loads(lines[-1])
+        if not isinstance(start["config"]["stages"], list):
+            raise TypeError("stages")
+        return start
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{history}, line {len(lines)} is damaged ({error!r}); remove that line and run again"
+        ) from None
+
+
+def record(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, str]) -> None:
+    """Writes this start down. The lead alone calls it, when nothing can be refused any more."""
+    entry = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "saved": saved_steps(workdir),  # updates, by stage, that it goes on from
+        "versions": {name: _version(name) for name in ("rsagent_jax", "jax", "flax", "optax", "orbax-checkpoint")},
+        "inputs": inputs,
+        "config": _plain(config),
+    }
+    keep_lines(workdir / HISTORY, lambda _: True)
+    try:
+        with (workdir / HISTORY).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise cannot_write(workdir / HISTORY, error) from None
+    write_whole(workdir / "config.json", json.dumps(entry["config"], indent=2) + "\n")
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """As it comes back from a file: tuples are lists."""
+    return json.loads(json.dumps(to_dict(config)))
