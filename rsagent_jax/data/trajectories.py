@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import pathlib
+import tokenize
 import zipfile
 from collections.abc import Sequence
 
@@ -144,7 +145,16 @@ def decode(record: bytes, processor: Processor) -> Item:
             tokens, positions, sampled = arrays["tokens"], arrays["positions"], arrays["sampled"]
     except DataError:
         raise
-    except (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+        tokenize.TokenError,
+    ) as error:
         raise DataError(f"a stored trajectory cannot be read ({error}); collect the set again") from error
     patched = [image_patches(image, processor.images) for image in images]
     grids = tuple(grid for _, grid in patched)
