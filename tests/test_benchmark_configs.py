@@ -157,7 +157,7 @@ def test_a_policy_and_the_untrained_row(monkeypatch, tmp_path, root):
     def tiny(config):
         config.policy.update(weights=str(small.weights()), dtype="float32")
         config.agent.update(prompt="brief", history_size=84, max_pixels=0, max_turns=2)
-        config.sampling.update(context=512, patches=128, slots=2, max_new_tokens=6)
+        config.sampling.update(context=512, patches=128, slots=2, max_new_tokens=40)
         config.bound.row = "untrained"
 
     results = run(monkeypatch, tmp_path / "w", "folder-mine", root, tiny)

@@ -180,7 +180,11 @@ def test_the_command_with_the_tiny_base(tmp_path):
         "the red circle",
         f"--out={out}",
     ]
-    command += ["--config.sampling.max_new_tokens=4", "--config.agent.max_turns=2", "--config.segmenter.mode=inprocess"]
+    command += [
+        "--config.sampling.max_new_tokens=28",
+        "--config.agent.max_turns=2",
+        "--config.segmenter.mode=inprocess",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert "does not know the tools" in done.stdout and "checkpoints/grpo" in done.stdout

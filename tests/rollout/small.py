@@ -234,7 +234,10 @@ def word_count(trajectory: Trajectory, sample: Sample) -> float:
 def engine_trajectories(
     tasks, scripts, seed: int = 0, eng: Engine | None = None, segmenter=None, **sampling
 ) -> list[Trajectory]:
-    """Trajectories of the random policy in an environment that hears `scripts`."""
-    eng = eng or engine(seed, **sampling)
-    driver = EchoDriver(eng, segmenter or DiscSegmenter(), processor(), AGENT, workers=2, script=scripted(scripts))
+    """Trajectories of the random policy in an environment that hears `scripts`.
+
+    No last turn is announced, so that a larger context changes nothing of them.
+    """
+    eng, agent = eng or engine(seed, **sampling), dataclasses.replace(AGENT, announce_last=False)
+    driver = EchoDriver(eng, segmenter or DiscSegmenter(), processor(), agent, workers=2, script=scripted(scripts))
     return [t for t, _ in driver.run(tasks)]
