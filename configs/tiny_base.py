@@ -12,8 +12,8 @@ assets/tiny-base-training.jsonl). What it can do, by free decoding on 256 unseen
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
-    return ConfigDict(
+def get_config(part: str = "") -> ConfigDict:
+    config = ConfigDict(
         dict(
             seed=0,
             init="",  # a Hugging Face directory to go on from
@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
             vision_layers=4,
             vision_mlp=256,
             relation_share=0.4,
+            absent_share=0.0,
             all_share=0.25,
             look_weight=1.0,
             corner_weight=0.5,
@@ -42,3 +43,10 @@ def get_config() -> ConfigDict:
             ground=dict(steps=1800, rows=24, lr=1.5e-3, warmup=100, tokens=208, list_share=0.5),
         )
     )
+    if part == "absent":  # the heads of the auxiliary losses are gone by now, so those stay out
+        config.update(init="runs/tiny_base/base", absent_share=0.4, aux_weight=0.0, corner_weight=0.0)
+        config.see.steps = 0
+        config.ground.update(steps=300, lr=6e-4, warmup=30, list_share=0.1)
+    elif part:
+        raise ValueError(f"{part!r} is unknown; use configs/tiny_base.py or configs/tiny_base.py:absent")
+    return config

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import multiprocessing
 import pathlib
@@ -30,7 +31,7 @@ from flax import nnx
 
 from rsagent_jax import entry
 from rsagent_jax.agent import prompts
-from rsagent_jax.data import grounding, tiny_vocab
+from rsagent_jax.data import absent, grounding, scenes, tiny_vocab
 from rsagent_jax.data.grounding import COLORS, MAX_OBJECTS, SHAPES, SIDE, SIZES, Rows, SceneRows
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
@@ -68,6 +69,7 @@ class PretrainConfig:
     vision_hidden: int
     vision_layers: int
     vision_mlp: int
+    absent_share: float  # of the questions (lists and all objects apart) are about nothing in the scene
     relation_share: float  # of the questions about objects that have such a sentence
     all_share: float  # of the scenes whose first question is for all objects
     look_weight: float  # of the two attention losses, at coordinates and at words
@@ -155,7 +157,8 @@ _WORKER: SceneRows
 
 def _start_worker(config: PretrainConfig, list_share: float, directory: str) -> None:
     global _WORKER
-    _WORKER = SceneRows(Processor.load(directory), config.relation_share, config.all_share, list_share)
+    shares = (config.relation_share, config.all_share, list_share, config.absent_share)
+    _WORKER = SceneRows(Processor.load(directory), *shares)
 
 
 def _work(args) -> Rows:
@@ -284,7 +287,7 @@ def optimizer(stage: StageConfig, weight_decay: float) -> optax.GradientTransfor
 
 
 def evaluate(model: Qwen25VL, maker: SceneRows, seed: int, count: int) -> dict[str, float]:
-    """Greedy answers on unseen scenes: box IoU, and clicks that hit, by kind of sentence.
+    """Greedy answers on unseen scenes: box IoU and clicks that hit, by kind of sentence, and what is said to be there.
 
     The answer's format is given; every coordinate is read with the policy's own earlier ones before it.
     """
@@ -296,7 +299,8 @@ def evaluate(model: Qwen25VL, maker: SceneRows, seed: int, count: int) -> dict[s
         maker.row(scene, [grounding.question(s.text, scene, s.object_index, point)], 128)
         for (scene, point), s in zip(cases, said, strict=True)
     ]
-    forward = nnx.jit(lambda m, r: jnp.argmax(m.logits(_hidden(m, r)[0]), axis=-1))
+    compiled = nnx.jit(lambda m, r: jnp.argmax(m.logits(_hidden(m, r)[0]), axis=-1))
+    forward = functools.partial(compiled, model)
     results = collections.defaultdict(list)
     for i in range(0, len(rows), 64):
         batch = jax.tree.map(lambda *a: np.stack(a), *rows[i : i + 64])
@@ -304,12 +308,33 @@ def evaluate(model: Qwen25VL, maker: SceneRows, seed: int, count: int) -> dict[s
             [t for t in np.flatnonzero(mask) if int(row[t]) in lookup][-2 if point else -4 :]
             for row, mask, (_, point) in zip(batch.tokens, batch.loss_mask, cases[i : i + 64], strict=True)
         ]
-        tokens = fill_in(lambda rows: forward(model, rows), batch, at)
+        tokens = fill_in(forward, batch, at)
         for row, places, (scene, point), s in zip(tokens, at, cases[i : i + 64], said[i : i + 64], strict=True):
             guess, thing = [lookup.get(int(row[t]), 0) for t in places], scene.objects[s.object_index]
             value = float(thing.mask[guess[1], guess[0]]) if point else _box_iou(guess, thing.box)
             results[f"{'click' if point else 'iou'}_{s.kind}"].append(value)
+    results |= _presence(forward, maker, rng, [scene for scene, point in cases if point])
     return {k: round(float(np.mean(v)), 4) for k, v in sorted(results.items())}
+
+
+def _presence(forward, maker: SceneRows, rng: np.random.Generator, seen: Sequence[scenes.Scene]) -> dict[str, list]:
+    """How often the word after "The red star is" says rightly whether it is there; each scene is asked both ways."""
+    results, rows, asked = {"absent_told": [], "present_told": []}, [], []
+    for scene in seen:
+        text = absent.sample_absent(rng, scene, maker.scene_config)
+        true = scenes.sample_expression(rng, scene, maker.scene_config).text
+        for key, name in (("absent_told", text), ("present_told", true)):
+            if name:
+                ask, no = grounding.presence_question(name)
+                rows.append(maker.row(scene, [ask], 128))
+                asked.append((key, maker.processor.encode(no)[0]))
+    for i in range(0, len(rows), 64):
+        batch = jax.tree.map(lambda *a: np.stack(a), *rows[i : i + 64])
+        said = np.asarray(forward(batch))
+        for b, (key, no) in enumerate(asked[i : i + 64]):
+            at = np.flatnonzero(batch.loss_mask[b])[-1] - 1  # before the terminator that `row` puts after the answer
+            results[key].append(float((said[b, at] == no) == (key == "absent_told")))
+    return results
 
 
 def fill_in(forward: Callable[[Rows], jax.Array], rows: Rows, at: Sequence[Sequence[int]]) -> np.ndarray:

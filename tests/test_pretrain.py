@@ -10,6 +10,7 @@ from configs import tiny_base
 from rsagent_jax import pretrain
 from rsagent_jax.checkpoint import load_policy
 from rsagent_jax.config import build
+from rsagent_jax.data import grounding
 from rsagent_jax.data.grounding import MAX_OBJECTS, WORDS, SceneRows
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.types import DataError
@@ -35,7 +36,8 @@ def test_a_run_leaves_its_log_and_a_policy_in_the_hub_format(trained):
     see, ground, end = (json.loads(line) for line in (trained / "pretrain.jsonl").read_text().splitlines())
     assert (see["stage"], see["step"], ground["stage"], ground["step"]) == ("see", 50, "ground", 50)
     assert {"aux", "corners", "names"} <= set(see)
-    assert {"lm", "look", "words"} <= set(ground) and {"stage", "click_attribute", "iou_attribute"} <= set(end)
+    assert {"lm", "look", "words"} <= set(ground)
+    assert {"stage", "click_attribute", "iou_attribute", "absent_told", "present_told"} <= set(end)
     assert all(np.isfinite(v) for r in (see, ground, end) for k, v in r.items() if k != "stage")
     assert load_policy(trained / "out").config.text.hidden_size == 32
 
@@ -99,3 +101,27 @@ def test_no_steps_only_evaluate(trained, tmp_path, capsys):
 def test_a_stage_without_room_for_its_warm_up_is_one_error():
     with pytest.raises(DataError, match="lower warmup"):
         pretrain.optimizer(pretrain.StageConfig(steps=5, rows=1, lr=1e-3, warmup=5), 0.0)
+
+
+def test_what_is_there_is_told_by_the_word_after_is(trained):
+    """A policy that always says " not" is right of all that is absent and of nothing else."""
+    maker = SceneRows(Processor.load(trained / "out"), 0.4, 0.25)
+    no = maker.processor.encode(" not here.")[0]
+    rng = np.random.default_rng(0)
+    seen = [maker.scene(rng) for _ in range(6)]
+    for word, absent, present in ((no, 1.0, 0.0), (no + 1, 0.0, 1.0)):
+        told = pretrain._presence(lambda rows, word=word: np.full_like(rows.tokens, word), maker, rng, seen)
+        assert set(told["absent_told"]) == {absent} and set(told["present_told"]) == {present}
+        assert len(told["absent_told"]) == len(told["present_told"]) == 6
+    # and it is the word after "is" that is read, of the answer and not of the question
+    row = maker.row(seen[0], [grounding.presence_question("the star")[0]], 128)
+    at = np.flatnonzero(row.loss_mask)[-1] - 1
+    assert maker.processor.decode(row.tokens[at : at + 2]) == " is<|im_end|>"
+
+
+def test_the_part_on_absent_things_goes_on_from_the_base():
+    first, then = (build(pretrain.PretrainConfig, tiny_base.get_config(part)) for part in ("", "absent"))
+    assert (first.absent_share, first.init, then.see.steps) == (0.0, "", 0) and then.absent_share > 0 and then.init
+    assert dataclasses.asdict(first)["hidden"] == then.hidden
+    with pytest.raises(ValueError, match="tiny_base.py:absent"):
+        tiny_base.get_config("absnt")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from rsagent_jax.agent import prompts
-from rsagent_jax.data import scenes
+from rsagent_jax.data import absent, scenes
 from rsagent_jax.data.processor import Processor, image_patches
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, mrope_positions
 
@@ -31,6 +31,7 @@ _SAY = (
     '{Name} is here.\n{{"label": "object", "value": {{"{key}": {at}}}}}',
     'I look for {name}; here it is.\n{{"label": "one", "value": {{"{key}": [{at}]}}}}',
 )  # fmt: skip
+_SAY_ABSENT = ("{Name} is not here.", "{Name} is not in the image.")
 _KEYS = {4: ("bbox", "bbox_2d", "xyxy", "at"), 2: ("point", "point_2d", "xy", "at")}
 
 
@@ -71,9 +72,16 @@ class Question:
 class SceneRows:
     """Turns random scenes into rows."""
 
-    def __init__(self, processor: Processor, relation_share: float, all_share: float, list_share: float = 0.0):
+    def __init__(
+        self,
+        processor: Processor,
+        relation_share: float,
+        all_share: float,
+        list_share: float = 0.0,
+        absent_share: float = 0.0,
+    ):
         self.processor, self.relation_share = processor, relation_share
-        self.all_share, self.list_share = all_share, list_share
+        self.all_share, self.list_share, self.absent_share = all_share, list_share, absent_share
         self.words = np.array([processor.encode(f" {word}") for word in WORDS]).reshape(-1)  # one token each
         self.numbers = np.array([processor.encode(str(n))[0] for n in range(SIDE + 1)])
         self.photos = scenes.load_photos()
@@ -193,6 +201,8 @@ class SceneRows:
         return str(rng.choice([e.text for e in mine if e.kind == wanted] or [e.text for e in mine]))
 
     def _question(self, rng, scene: scenes.Scene) -> Question:
+        if rng.random() < self.absent_share and (text := absent.sample_absent(rng, scene, self.scene_config)):
+            return absent_question(rng, text)
         wanted = "relation" if rng.random() < self.relation_share else "attribute"
         pool = [e for e in scene.expressions if e.kind == wanted] or scene.expressions
         index = int(rng.choice(sorted({e.object_index for e in pool})))
@@ -220,6 +230,23 @@ def free_question(rng: np.random.Generator, text: str, scene: scenes.Scene, inde
     say = _SAY[rng.integers(len(_SAY))]
     answer = say.format(name=text, Name=text[0].upper() + text[1:], key=key, at=values)
     return Question(ask.format(name=text, side=SIDE), answer, (index,), len(values))
+
+
+def absent_question(rng: np.random.Generator, text: str) -> Question:
+    """A question about nothing: Qwen2.5-VL's own with an empty list, or free words that say so."""
+    point = rng.random() < 0.5
+    if rng.random() >= FREE_SHARE:
+        if point:
+            return Question(prompts.ground_point_question(text), prompts.ground_point_answer([], []))
+        return Question(prompts.ground_box_question(text), prompts.ground_box_answer([], []))
+    ask = _ASK[rng.integers(len(_ASK))] + (" point" if point else " bbox")
+    say = _SAY_ABSENT[rng.integers(len(_SAY_ABSENT))]
+    return Question(ask.format(name=text, side=SIDE), say.format(Name=text[0].upper() + text[1:]))
+
+
+def presence_question(text: str) -> tuple[Question, str]:
+    """A question whose answer is given up to the word that decides, and how it goes on where nothing is meant."""
+    return Question(_ASK[0].format(name=text, side=SIDE) + " point", f"{text[0].upper()}{text[1:]} is"), " not here."
 
 
 def _values(thing: scenes.SceneObject, point: bool) -> list[int]:

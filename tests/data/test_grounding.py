@@ -98,3 +98,26 @@ def test_free_questions_name_the_object_and_its_place(processor):
             values = [round(float(v)) for v in (thing.point if point else thing.box)]
             assert said.text in q.ask and str(values) in q.answer and q.coordinates == len(values)
             assert not {"segment", "finish", "tool"} & set(re.findall(r"\w+", q.ask + q.answer))
+
+
+def test_questions_about_nothing_are_answered_by_nothing(processor):
+    """By name: no object is meant, and the answer holds no place."""
+    maker = SceneRows(processor, 0.4, 0.25, absent_share=1.0)
+    rng, kinds = np.random.default_rng(3), set()
+    for _ in range(40):
+        scene = maker.scene(rng)
+        q = maker._question(rng, scene)
+        text = re.search(r'"(the [^"]+)"', q.ask)[1]
+        assert scenes.resolve(scene.objects, text) == [] and not q.objects
+        free = f"{text[0].upper()}{text[1:]}"
+        assert q.answer in ("```json\n[\n\n]\n```", f"{free} is not here.", f"{free} is not in the image.")
+        kinds.add(q.answer[-6:])
+    assert len(kinds) == 3
+
+
+def test_the_word_that_decides_comes_next(processor):
+    asked, no = grounding.presence_question("the red star")
+    whole = processor.encode("The red star is not here.")
+    given = processor.encode(asked.answer)
+    assert whole[: len(given)].tolist() == given.tolist() and whole[len(given)] == processor.encode(no)[0]
+    assert processor.encode("The red star is here; I click on it.")[len(given)] != whole[len(given)]
