@@ -138,8 +138,6 @@ def policy_player(config: EvalConfig, workdir: pathlib.Path) -> Player:
     entry.use_compilation_cache(config.cache_dir, workdir / "compiled")
     weights = config.policy.weights
     directory = policy_directory(weights)
-    if config.bound.row == bounds.UNTRAINED and directory != pathlib.Path(weights):
-        raise DataError(f"bound.row is {bounds.UNTRAINED}, but {weights} is a checkpoint of train.py; give the weights")
     model = load_policy(weights)
     processor = Processor.load(directory)
     mesh = processes.local_mesh(config.sampling.tensor)

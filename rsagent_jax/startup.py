@@ -88,8 +88,11 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
 def evaluate(config: EvalConfig, workdir: pathlib.Path) -> None:
     """`config.policy.weights` are those that will be played, --weights included. Data is evaluate.py's to open."""
     check_disk(workdir)
+    weights = config.policy.weights
+    if config.bound.row == bounds.UNTRAINED and policy_directory(weights) != pathlib.Path(weights):
+        raise DataError(f"bound.row is {bounds.UNTRAINED}, but {weights} is a checkpoint of train.py; give the weights")
     if config.bound.row not in bounds.ORACLES:
-        print(_check_policy(config.policy.weights, config.agent, config.sampling))
+        print(_check_policy(weights, config.agent, config.sampling))
     check_segmenter(config.segmenter)
 
 

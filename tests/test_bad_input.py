@@ -15,15 +15,11 @@ import socket
 import subprocess
 import sys
 import time
-import types
 
 import PIL.Image
 import pytest
 
-from rsagent_jax import startup
-from rsagent_jax.config import OptimConfig, SftConfig
 from rsagent_jax.data import synthetic
-from rsagent_jax.types import DataError
 from sam_bridge.wire import READY
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -405,20 +401,6 @@ def test_a_reward_that_does_not_exist(run, data, tmp_path):
 def test_what_is_left_to_a_slice_that_is_not_named(run, tmp_path):
     left = run(*train(tmp_path / "w", "--config.grpo.batch.rows=0", "--config.policy.remat="))
     said(left, "policy.remat, grpo.batch.rows: left to the slice's preset, and no slice is named")
-
-
-def test_a_full_disk(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=70 << 20))
-    startup.check_disk(tmp_path)
-    with pytest.raises(DataError, match=r"0\.07 GiB of free space, and 0\.08 are needed"):
-        startup.check_disk(tmp_path, more=20 << 20)
-
-
-def test_a_warm_up_that_is_longer_than_the_epochs(tmp_path, monkeypatch):
-    monkeypatch.setattr(startup, "open_records", lambda directory: range(100))
-    config = dataclasses.replace(SftConfig(trajectories_per_step=10), optim=OptimConfig(warmup_steps=21))
-    with pytest.raises(DataError, match=r"sft\.optim\.warmup_steps must be at most the stage's 20 updates, got 21"):
-        startup._check_trajectories(config)
 
 
 # ------------------------------------------------------------------------------------------ segment, interruption
