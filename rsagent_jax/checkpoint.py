@@ -10,6 +10,7 @@ than what is trained. Whoever loads the policy gets adapters merged.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import pathlib
@@ -184,7 +185,7 @@ def load_policy(weights: str, mesh: Mesh | None = None) -> Qwen25VL:
     shardings = None if mesh is None else sharding.param_shardings(model, mesh)
     if policy_directory(weights) == path:
         return convert.load_model(path, config, shardings)
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+    options = ocp.CheckpointManagerOptions(create=False)  # nothing is written; read_only=True would warn that it is
     with ocp.CheckpointManager(path.absolute(), options=options) as manager:
         step = manager.latest_step()
         if step is None:
@@ -213,10 +214,11 @@ def load_policy(weights: str, mesh: Mesh | None = None) -> Qwen25VL:
 
 def _read(directory: pathlib.Path, place: Callable[[str], jax.sharding.Sharding]) -> dict[str, jax.Array]:
     """The arrays saved in `directory`, by name, as fp32 where `place` says."""
-    with ocp.StandardCheckpointer() as reader:
-        found = reader.metadata(directory).item_metadata.tree
+    # The handler itself: a Checkpointer warns of metadata that a part of a step does not have.
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+        found = reader.metadata(directory).tree
         like = {n: jax.ShapeDtypeStruct(v.shape, jnp.float32, sharding=place(n)) for n, v in found.items()}
-        return reader.restore(directory, like)
+        return reader.restore(directory, args=ocp.args.StandardRestore(like))
 
 
 def weights_checksum(model: nnx.Module) -> str:

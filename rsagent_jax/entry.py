@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import itertools
 import pathlib
@@ -46,7 +47,7 @@ def run(
         return rest
 
     def start(argv: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
+        quieten()
         given = argv[1:]
         if len(given) > len(arguments):
             hint = "; an override starts with --config." if "=" in given[-1] else ""
@@ -67,6 +68,16 @@ def run(
         hint = "; run the same command again to go on from the last checkpoint" if resumes else ""
         print(f"stopped{hint}", file=sys.stderr)
         sys.exit(130)
+
+
+def quieten() -> None:
+    """Nothing on the terminal that a user can do nothing about; before the first use of a device."""
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
+    # Importing JAX names the platforms on a TPU VM. Elsewhere it would try libtpu, which is there for its compiler, and
+    # that complains about a TPU that it cannot find. A plugin of another accelerator is left to JAX.
+    plugins = importlib.util.find_spec("jax_plugins") or importlib.metadata.entry_points(group="jax_plugins")
+    if jax.config.jax_platforms is None and not plugins:
+        jax.config.update("jax_platforms", "cpu")
 
 
 def workdir(flag: str = "workdir") -> pathlib.Path:

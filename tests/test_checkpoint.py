@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import shutil
 
 import jax
@@ -409,3 +410,10 @@ def test_other_weights_leave_no_file_of_the_former_ones_in_a_stage(saved, tmp_pa
     (directory / "policy" / "processor_config.json").write_text("{}")
     Checkpoints(directory, small.weights()).close()
     assert not (directory / "policy" / "processor_config.json").exists()
+
+
+def test_reading_a_checkpoint_warns_of_nothing_and_writes_nothing(saved, caplog):
+    before = sorted(saved.rglob("*"))
+    load_policy(str(saved))
+    assert not [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert sorted(saved.rglob("*")) == before

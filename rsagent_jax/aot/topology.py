@@ -175,9 +175,15 @@ def devices(topology: Topology) -> list:
     The shape of a host is the common one of 2x2 chips, fewer where the slice is smaller.
     """
     # Read when libtpu loads. Without the first it asks a metadata server that only a TPU VM has; without the second
-    # two processes on one machine cannot compile at once.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # two processes on one machine cannot compile at once; the others stand for that server's answers, for want of which
+    # it complains on the terminal. The topology is the one asked for below, whatever they say.
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+    ):
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     bounds = (*(min(2, n) for n in topology.shape[:2]), 1)
