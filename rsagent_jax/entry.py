@@ -72,6 +72,8 @@ def run(
 
 def quieten() -> None:
     """Nothing on the terminal that a user can do nothing about; before the first use of a device."""
+    import jax
+
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
     # Importing JAX names the platforms on a TPU VM. Elsewhere it would try libtpu, which is there for its compiler, and
     # that complains about a TPU that it cannot find. A plugin of another accelerator is left to JAX.
