@@ -5,8 +5,8 @@
       --config.data.root=runs/debug/data --config.limit=16
   python train.py --config=configs/debug.py --workdir=runs/debug/train
 
-Four steps of SFT make a policy that still fails: GRPO's groups are flat, and its two steps mostly make no update (counted
-as `no_update`).
+Four steps of SFT make a policy that still fails: GRPO's groups are flat, and its two steps mostly make no update
+(counted as `no_update`).
 """
 
 from configs import quickstart

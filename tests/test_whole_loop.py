@@ -18,8 +18,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 BASE = "assets/tiny-base"
 
 
-# Four steps of SFT make a policy that nearly always fails, from which GRPO has nothing to learn: so that it has, samples
-# are told apart by their tokens.
+# Four steps of SFT make a policy that nearly always fails, from which GRPO has nothing to learn: so that it has,
+# samples are told apart by their tokens.
 VARIED = """
 def by_tokens(trajectory, sample):
     return float(trajectory.tokens.sum() % 97) / 97
