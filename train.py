@@ -208,8 +208,9 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
                 state, update = programs.train_step(state, base, batches, refs)
             made += updates
             metrics |= jax.device_get(update) | {"lr": schedule(made - 1)}
-        else:  # nothing teaches, on no process
+        else:  # nothing teaches, on no process: sums over nothing
             state = skip(state, updates)
+            metrics |= dict.fromkeys(("loss", "l2_grads", "l2_updates"), 0.0)
         log.write(stage, step, metrics | {"seconds": time.perf_counter() - start} | counters(segmenter))
         if stage == "grpo":
             log.examples(step, source.examples)

@@ -4,6 +4,9 @@
   python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/debug/collect \
       --config.data.root=runs/debug/data --config.limit=16
   python train.py --config=configs/debug.py --workdir=runs/debug/train
+
+Four steps of SFT make a policy that still fails: GRPO's groups are flat, and its two steps mostly make no update
+(counted as `no_update`).
 """
 
 from configs import quickstart

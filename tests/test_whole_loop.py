@@ -18,10 +18,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 BASE = "assets/tiny-base"
 
 
+# Four steps of SFT make a policy that nearly always fails, from which GRPO has nothing to learn: so that it has,
+# samples are told apart by their tokens.
 VARIED = """
 def by_tokens(trajectory, sample):
     return float(trajectory.tokens.sum() % 97) / 97
 """
+
+
+TELLS_APART = (
+    "--config.grpo.min_spread=0", "--config.grpo.reward.final.terms.final_iou.function=varied:by_tokens",
+)  # fmt: skip
 
 
 def run(*command: str, modules: str = "") -> str:
@@ -40,18 +47,23 @@ def work(tmp_path_factory) -> pathlib.Path:
     data = f"--config.data.root={work}/data"
     collect = ("-m", "rsagent_jax.collect", "--config=configs/collect_quickstart.py", f"--workdir={work}/collect", data)
     run(*collect, "--config.limit=16", "--config.segmenter.mode=inprocess")
-    run(
-        "train.py", "--config=configs/debug.py", f"--workdir={work}/train", f"--config.sft.trajectories={work}/collect",
-        f"--config.grpo.data.root={work}/data", f"--config.cache_dir={work}/compiled",
-    )  # fmt: skip
+    (work / "varied.py").write_text(VARIED)
+    train(work)
     return work
+
+
+def train(work: pathlib.Path) -> str:
+    return run(
+        "train.py", "--config=configs/debug.py", f"--workdir={work}/train", f"--config.sft.trajectories={work}/collect",
+        f"--config.grpo.data.root={work}/data", f"--config.cache_dir={work}/compiled", *TELLS_APART, modules=str(work),
+    )  # fmt: skip
 
 
 @pytest.mark.timeout(600)
 def test_training_leaves_metrics_of_both_stages_and_checkpoints(work):
     lines = [json.loads(line) for line in (work / "train/metrics.jsonl").read_text().splitlines()]
     assert [(r["stage"], r["step"]) for r in lines] == [("sft", i) for i in (1, 2, 3, 4)] + [("grpo", 1), ("grpo", 2)]
-    assert all(r["loss"] is not None for r in lines)
+    assert all(r["loss"] is not None for r in lines) and not any(r.get("no_update") for r in lines)
     assert {"reward", "reward/final", "reward/process", "reward/format", "giou", "turns", "tool_errors"} <= set(
         lines[-1]
     )
@@ -86,10 +98,7 @@ def test_evaluation_leaves_results_predictions_and_a_report_and_a_trajectory_rep
 
 def test_a_finished_run_started_again_has_nothing_to_do(work):
     before = (work / "train/metrics.jsonl").read_text()
-    out = run(
-        "train.py", "--config=configs/debug.py", f"--workdir={work}/train", f"--config.sft.trajectories={work}/collect",
-        f"--config.grpo.data.root={work}/data", f"--config.cache_dir={work}/compiled",
-    )  # fmt: skip
+    out = train(work)
     assert "sft: done, 4 of 4 steps; nothing to do" in out and "grpo: done, 2 of 2 steps; nothing to do" in out
     assert "nothing was trained: sft and grpo had been done before" in out
     assert (work / "train/metrics.jsonl").read_text() == before
@@ -103,12 +112,8 @@ def test_adapters_through_both_stages_then_exported(work):
         "train.py", "--config=configs/debug.py", f"--workdir={work}/lora", f"--config.sft.trajectories={work}/collect",
         f"--config.grpo.data.root={work}/data", f"--config.cache_dir={work}/compiled", "--config.policy.lora.rank=4",
         "--config.sft.optim.freeze=()", "--config.grpo.optim.freeze=()", "--config.grpo.kl=0.01",
-        "--config.sft.optim.warmup_steps=0", "--config.grpo.optim.warmup_steps=0", "--config.grpo.min_spread=0",
-        "--config.grpo.reward.final.terms.final_iou.function=varied:by_tokens",
+        "--config.sft.optim.warmup_steps=0", "--config.grpo.optim.warmup_steps=0", *TELLS_APART,
     )  # fmt: skip
-    # Four steps of SFT make a policy that nearly always fails: so that there is something to learn, samples are told
-    # apart by their tokens.
-    (work / "varied.py").write_text(VARIED)
     run(*command, modules=str(work))
     assert "grpo: done, 2 of 2 steps" in run(*command, modules=str(work))
     lines = [json.loads(line) for line in (work / "lora/metrics.jsonl").read_text().splitlines()]
