@@ -203,11 +203,12 @@ and these are its figures.
 - `--aot_quick` leaves out what the compiler does for speed alone, and takes a fifth of the time. FLOPs and bytes sent
   are those of the full compilation. HBM traffic is higher, and with it the projected time where that bounds it; peak
   memory is lower by up to a tenth. Lines compiled both ways stand in the last section: leave that much room.
-  The tightest, GRPO of the 7B on v5e-16, compiled fully: 15.20 of 15.75 GiB.
+  The tightest, gradients of GRPO for the 7B on v5e-16, compiled fully: 15.54 of 15.75 GiB.
 - A row is one sequence that fills it. `tokens` says of how many: those of 6,144 (text, images of 16,384 patches) are
-  what configs/sft_tpu.py and grpo_tpu.py ask for now; those of 4,096 (14,336 patches) stand from earlier versions, and
-  ask for 0.4 to 1.1 GiB less than now (GRPO of the 7B on v5e-16, one row per device: 14.14 and 15.22). Repeat a line
-  before you rent by it: `python -m rsagent_jax.aot.scaling --only=7b:v5e-64`.
+  what configs/sft_tpu.py and grpo_tpu.py ask for now; those of 4,096 (14,336 patches; of rollouts, 8,192) stand from
+  earlier versions of the project. A longer row needs more: GRPO of the 7B on v5e-16, with one row per device, went from
+  14.14 to 15.22 GiB, so there a pair of devices shares a row now. Repeat a line before you rent by it:
+  `python -m rsagent_jax.aot.scaling --only=7b:v5e-64`.
 - A micro-batch has one row per device, or per pair of devices on v5e-16 and slices of 256 (`mesh.tensor = 2`).
 - Peak: the fullest of the stage's programs (gradients of a micro-batch, log-probabilities of the reference policy,
   update), with what stays on the device meanwhile. fp32 parameters and AdamW moments, bf16 activations, all parameters
