@@ -28,6 +28,7 @@ def get_config(part: str = "") -> ConfigDict:
             vision_mlp=256,
             relation_share=0.4,
             absent_share=0.0,
+            presence_share=0.0,
             all_share=0.25,
             look_weight=1.0,
             corner_weight=0.5,
@@ -44,9 +45,11 @@ def get_config(part: str = "") -> ConfigDict:
         )
     )
     if part == "absent":  # the heads of the auxiliary losses are gone by now, so those stay out
-        config.update(init="runs/tiny_base/base", absent_share=0.4, aux_weight=0.0, corner_weight=0.0)
+        config.update(
+            init="runs/tiny_base/base", absent_share=0.2, presence_share=0.6, aux_weight=0.0, corner_weight=0.0
+        )
         config.see.steps = 0
-        config.ground.update(steps=300, lr=6e-4, warmup=30, list_share=0.1)
+        config.ground.update(steps=400, rows=16, lr=1e-3, warmup=30, list_share=0.2)
     elif part:
         raise ValueError(f"{part!r} is unknown; use configs/tiny_base.py or configs/tiny_base.py:absent")
     return config

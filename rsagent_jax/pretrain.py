@@ -70,6 +70,7 @@ class PretrainConfig:
     vision_layers: int
     vision_mlp: int
     absent_share: float  # of the questions (lists and all objects apart) are about nothing in the scene
+    presence_share: float  # of the rows that are one list of names, each with the word that says whether it is there
     relation_share: float  # of the questions about objects that have such a sentence
     all_share: float  # of the scenes whose first question is for all objects
     look_weight: float  # of the two attention losses, at coordinates and at words
@@ -157,7 +158,7 @@ _WORKER: SceneRows
 
 def _start_worker(config: PretrainConfig, list_share: float, directory: str) -> None:
     global _WORKER
-    shares = (config.relation_share, config.all_share, list_share, config.absent_share)
+    shares = (config.relation_share, config.all_share, list_share, config.absent_share, config.presence_share)
     _WORKER = SceneRows(Processor.load(directory), *shares)
 
 

@@ -121,3 +121,20 @@ def test_the_word_that_decides_comes_next(processor):
     given = processor.encode(asked.answer)
     assert whole[: len(given)].tolist() == given.tolist() and whole[len(given)] == processor.encode(no)[0]
     assert processor.encode("The red star is here; I click on it.")[len(given)] != whole[len(given)]
+
+
+def test_a_list_of_presences_trains_the_deciding_words_only(processor):
+    maker = SceneRows(processor, 0.4, 0.25, presence_share=1.0)
+    rng, told = np.random.default_rng(4), []
+    for _ in range(8):
+        scene = maker.scene(rng)
+        asked = maker._presences(rng, scene, 208)
+        row = maker.row(scene, [asked], 208)
+        for line in asked.lines:
+            name, is_not = re.fullmatch(r"(The .+) is (not )?here\.\n", line.answer).groups()
+            assert bool(scenes.resolve(scene.objects, name)) != bool(is_not)
+            told.append(not is_not)
+        trained = [processor.decode([t]) for t in row.tokens[row.loss_mask]]
+        assert trained == [" here" if line.answer.endswith(" is here.\n") else " n" for line in asked.lines]
+        assert not ((row.target > 0) & (row.target <= MAX_OBJECTS)).any()  # no coordinates
+    assert 0.35 < np.mean(told) < 0.65 and len(told) > 80
