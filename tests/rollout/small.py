@@ -33,7 +33,7 @@ from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_position
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task, TextPolicy
-from rsagent_jax.types import Completion, Finish, Sample, Segment, Trajectory, Zoom
+from rsagent_jax.types import Completion, Finish, Sample, Segment, Status, Trajectory, Turn, Zoom
 
 # Programs are compiled fast rather than well: compiling is most of the time of these tests.
 jax.config.update("jax_disable_most_optimizations", True)
@@ -42,6 +42,7 @@ VOCAB = 512
 AGENT = AgentConfig(prompt="brief", history_size=84)
 COMPUTE = Compute()
 BATCH = BatchConfig(rows=2, tokens=640, patches=320)
+IMAGE = (1, 4, 4)  # the grid of the images of `trajectory`
 SAMPLING = SamplingConfig(temperature=1.0, max_new_tokens=6, context=512, slots=3, patches=128)
 
 _keep: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
@@ -241,3 +242,29 @@ def engine_trajectories(
     eng, agent = eng or engine(seed, **sampling), dataclasses.replace(AGENT, announce_last=False)
     driver = EchoDriver(eng, segmenter or DiscSegmenter(), processor(), agent, workers=2, script=scripted(scripts))
     return [t for t, _ in driver.run(tasks)]
+
+
+def trajectory(
+    i: int, radius: float, n: int = 20, status=Status.FINISHED, group: int = 0, images: int = 1
+) -> Trajectory:
+    """One turn of `n` sampled tokens after `images` images of 16 patches; the mask is a disc of `radius`."""
+    image_id = processor().image_id
+    tokens = np.array([7] + [image_id] * images * merged_tokens(IMAGE) + [11 + i] * n, np.int32)
+    mask = disc(56, 56, 28, 28, radius)
+    return Trajectory(
+        sample_id=f"s{i}",
+        group_id=group,
+        query="q",
+        turns=(Turn("", Finish(None), None, None),) if n else (),
+        masks=(),
+        final_mask=mask,
+        final_mask_id=None,
+        status=status,
+        tokens=tokens if n else np.zeros(0, np.int32),
+        positions=mrope_positions(tokens, (IMAGE,) * images, image_id)[0] if n else np.zeros((3, 0), np.int32),
+        sampled=tokens == 11 + i if n else np.zeros(0, bool),
+        logprobs=np.where(tokens == 11 + i, -1.5, 0).astype(np.float32) if n else np.zeros(0, np.float32),
+        patches=np.ones((16 * images, 1176), np.float32) if n else np.zeros((0, 1176), np.float32),
+        grids=(IMAGE,) * images if n else (),
+        seconds={"tool": 0.5, "policy": 0.1},
+    )

@@ -16,7 +16,7 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import TextPolicy
-from rsagent_jax.types import DataError, Status
+from rsagent_jax.types import Status
 from sam_bridge.types import FailureKind, SegmentReply
 from tests.rollout import small
 from tests.rollout.small import AGENT, THREE_IMAGES, SlowSegmenter, click, finish, scripted, task, zoom
@@ -431,18 +431,6 @@ def test_a_budget_of_sampled_tokens_keeps_a_finish_back_and_ends_the_trajectory(
 
 def test_no_tasks_give_no_trajectories():
     assert play({}, []) == []
-
-
-def test_views_larger_than_the_weights_accept_are_refused_since_they_would_be_resized_twice():
-    for limits in ({"max_pixels": 448 * 448}, {"min_pixels": 28 * 28}):
-        with pytest.raises(DataError, match=next(iter(limits))):
-            one(finish(None), agent=dataclasses.replace(AGENT, **limits))
-
-
-def test_narrower_limits_make_smaller_views_with_matching_patches():
-    trajectory, state = one(zoom(0, 0, 60, 60), finish(None), agent=dataclasses.replace(AGENT, max_pixels=84 * 84))
-    assert state.view.size_view == (84, 84)
-    assert trajectory.grids == ((1, 6, 6), (1, 6, 6))  # 84 / 14 patches a side
 
 
 def test_samples_that_are_gone_when_they_have_been_played_keep_their_openings_to_themselves():
