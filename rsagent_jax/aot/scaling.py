@@ -97,7 +97,8 @@ def page(lines: list[dict]) -> str:
     rollouts = [_rollout_row(name, by[name]) for name, _ in calls() if ":rollout:" in name and name in by]
     if rollouts:
         out += ["## Rollouts, 7B", "", ROLLOUT_HEAD.strip(), "", *ROLLOUT_COLUMNS, *rollouts, ""]
-    fully = [name for name in by if name.endswith(FULLY) and name.removesuffix(FULLY) in by]
+    pairs = [(name, name.removesuffix(FULLY)) for name in by if name.endswith(FULLY)]
+    fully = [f for f, quick in pairs if quick in by and by[f].get("tokens") == by[quick].get("tokens")]
     if fully:
         pairs = [_row(n, by[n], how) for f in fully for n, how in ((f, "fully"), (f.removesuffix(FULLY), "quick"))]
         out += ["## Compiled fully and with --aot_quick: SFT, 7B", "", *COLUMNS, *pairs, ""]
