@@ -22,6 +22,7 @@ import pathlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +43,7 @@ from rsagent_jax.data.samples import Mixture, open_samples
 from rsagent_jax.evals import bounds, by_turn, metrics, records, report
 from rsagent_jax.rewards import mask_iou
 from rsagent_jax.rollout import failures
-from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.rollout.segmenter import open_segmenter
@@ -57,7 +58,11 @@ class Player:
     """The policy, or an oracle in its place."""
 
     play: Play
-    checksum: str | None  # of its weights
+    decides: dict[str, Any]  # what its trajectories depend on beside the config: weights, ends, sizes; {} of an oracle
+
+    @property
+    def checksum(self) -> str | None:
+        return self.decides.get("weights_sha256")
 
 
 def main(config: EvalConfig) -> None:
@@ -78,7 +83,7 @@ def main(config: EvalConfig) -> None:
         row["segmenter"] = dataclasses.asdict(segmenter.about)  # what answers, not what a config calls it
         if config.bound.row == "best_of_three":
             row["three_masks"] = bounds.masks_of(segmenter)
-        settings = what_decides(config, row, player.checksum)
+        settings = what_decides(config, row, player.decides)
         shard = stack.enter_context(contextlib.closing(records.Shard(workdir, share, settings, current)))
         for note in shard.notes:
             print(note)
@@ -130,7 +135,7 @@ def open_benchmark(config: DataConfig) -> SampleIndex:
 
 
 def oracle_player(config: EvalConfig) -> Player:
-    return Player(functools.partial(bounds.play, config), None)
+    return Player(functools.partial(bounds.play, config), {})
 
 
 def policy_player(config: EvalConfig, workdir: pathlib.Path) -> Player:
@@ -150,7 +155,9 @@ def policy_player(config: EvalConfig, workdir: pathlib.Path) -> Player:
     def play(segmenter, tasks):
         return Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers).play(tasks)
 
-    return Player(play, weights_checksum(model))
+    sizes = dataclasses.asdict(pixel_limits(config.agent, processor))
+    decides = {"weights_sha256": weights_checksum(model), "stop_ids": sampling.stop_ids, "pixel_limits": sizes}
+    return Player(play, decides)
 
 
 def measure(
@@ -200,19 +207,22 @@ def measure(
         lost.tell()
 
 
-def what_decides(config: EvalConfig, row: dict, checksum: str | None) -> dict:
+def what_decides(config: EvalConfig, row: dict, player: dict) -> dict:
     """Everything but the samples that a trajectory depends on: a run that is taken up again must agree in it."""
     resolved = to_dict(config)
     common = row | {"data": data_settings(config.data), "agent": resolved["agent"]}
-    if checksum is None:
+    if not player:
         return common
     free = {"slots", "chunk", "patches"}  # how many at a time, not what
-    return common | {
-        "weights_sha256": checksum,
-        "dtype": config.policy.dtype,
-        "seed": config.seed,
-        "sampling": {key: value for key, value in resolved["sampling"].items() if key not in free},
-    }
+    return (
+        common
+        | player
+        | {
+            "dtype": config.policy.dtype,
+            "seed": config.seed,
+            "sampling": {key: value for key, value in resolved["sampling"].items() if key not in free},
+        }
+    )
 
 
 def write_results(

@@ -70,7 +70,8 @@ def main(config: CollectConfig) -> None:
     if isinstance(samples, Mixture):
         raise DataError("a mix cannot be collected from, its samples come up more than once; collect from its parts")
     order = np.random.default_rng(config.seed).permutation(len(samples))[: config.limit or None].tolist()
-    own = config.teacher.own
+    own = dataclasses.replace(config.teacher.own, sampling=processor.with_ends(config.teacher.own.sampling))
+    config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, own=own))
     engine, checksum = open_policy(config, processor, workdir) if own.weights else (None, "")
     tries = own.tries if own.weights else 1
     make_teacher = None if engine else resolve(config.teacher.function)
@@ -135,7 +136,7 @@ def open_policy(config: CollectConfig, processor: Processor, workdir: pathlib.Pa
     mesh = processes.local_mesh(own.sampling.tensor)
     key = jax.random.key(config.seed)
     overlay = processor.square(config.agent.history_size)
-    engine = Engine(model, processor.with_ends(own.sampling), processor.terminator_id, own.dtype, key, mesh, overlay)
+    engine = Engine(model, own.sampling, processor.terminator_id, own.dtype, key, mesh, overlay)
     engine.warm_up()
     return engine, checksum
 
