@@ -7,8 +7,10 @@ shape, size, box) through a head that is thrown away, spells its object's box an
 and says its colour, shape and size in the decoder's own words. `ground`: the whole policy on Qwen2.5-VL's grounding
 questions (all objects; one by box; one by point), on the same in free words, and on lists of names and places, with
 the losses of `see` as auxiliary ones and one attention head told where to look: at a coordinate its object, at a
-colour, shape or size all that has it. It never sees the tools. Coordinates are trained towards a narrow bell over
-neighbouring numbers, so that near misses are told from far ones. With --config.init=DIR and no steps it only evaluates.
+colour, shape or size all that has it. With `presence_share` also on lists of names, each followed by the word that
+tells whether such a thing is there (configs/tiny_base.py:absent). It never sees the tools. Coordinates are trained
+towards a narrow bell over neighbouring numbers, so that near misses are told from far ones. With --config.init=DIR and
+no steps it only evaluates.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import numpy as np
 import optax
 from absl import flags
 from flax import nnx
+from tokenizers import Tokenizer
 
 from rsagent_jax import entry
 from rsagent_jax.agent import prompts
@@ -364,7 +367,10 @@ def _create(shape: Qwen25VLConfig, hidden: int, rngs: nnx.Rngs) -> tuple[Qwen25V
 
 def run(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer = tiny_vocab.build_tokenizer(config.vocab_size)
+    if config.init:  # the weights' own: one built anew follows today's prompts
+        tokenizer = Tokenizer.from_file(str(pathlib.Path(config.init) / "tokenizer.json"))
+    else:
+        tokenizer = tiny_vocab.build_tokenizer(config.vocab_size)
     tiny_vocab.save_tokenizer(tokenizer, out, SIDE * SIDE, SIDE * SIDE)
     raw = hf_config(config, tokenizer.get_vocab())
     shape = Qwen25VLConfig.from_hf(raw)
