@@ -130,7 +130,8 @@ _DEFAULTS = json.loads(json.dumps(to_dict(TrainConfig(policy=PolicyConfig(weight
 
 # --- What the run was given, by content: users move it ---
 
-_POLICY = ("config", "tokenizer", "tokenizer_config", "preprocessor_config", "model.safetensors.index")
+_POLICY = ("config", "tokenizer", "tokenizer_config", "preprocessor_config", "processor_config", "generation_config")
+_POLICY += ("model.safetensors.index",)
 
 
 def weights_fingerprint(weights: str) -> str:

@@ -256,7 +256,7 @@ def test_a_truncated_file_is_one_readable_error(keep, tmp_path):
 
 def test_a_file_that_is_no_safetensors_is_one_readable_error(tmp_path):
     (saved(tmp_path) / "model.safetensors").write_bytes(b"<html>not found</html>" * 20)
-    assert "model.safetensors is a web page" in refusal(tmp_path)
+    assert "model.safetensors is an HTML page" in refusal(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
     assert "model.safetensors is a Git-LFS pointer" in refusal(tmp_path) and "git lfs pull" in refusal(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"weights" * 20)

@@ -107,9 +107,9 @@ def test_terms_of_the_reward_are_compared_by_name_whatever_their_order():
     fewer = with_field(BASE, "grpo.reward", (final, dataclasses.replace(process, terms=process.terms[:-1]), form))
     term = "grpo.reward.process.terms.rsagent_jax.rewards:overshoot"
     for old, new in ((BASE, fewer), (fewer, BASE)):
-        assert refused(old, new, "grpo") == [f"{term}.function", f"{term}.weight"]
+        assert refused(old, new, "grpo") == [f"{term}.{field}" for field in ("arguments", "function", "name", "weight")]
     twice = with_field(BASE, "grpo.reward", (dataclasses.replace(final, terms=final.terms * 2), process, form))
-    assert len(refused(BASE, twice, "grpo")) == 2
+    assert len(refused(BASE, twice, "grpo")) == 4
     heavier = with_field(BASE, "grpo.reward", (dataclasses.replace(final, weight=2.0), process, form))
     assert refused(BASE, heavier, "grpo") == ["grpo.reward.final.weight"]
 
