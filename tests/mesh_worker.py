@@ -41,7 +41,8 @@ def config(stage: str, stored: str, mesh: dict, steps: int, small, rank: int, fr
         seed=3,
         stages=(stage,),
         policy=PolicyConfig(weights="", dtype="float32", remat="full", lora=LoraConfig(rank=rank)),
-        agent=small.AGENT,
+        # A context this short would end most trajectories in an announced last turn, which is masked by default.
+        agent=dataclasses.replace(small.AGENT, announce_last=False),
         mesh=MeshConfig(**mesh),
         sft=SftConfig(trajectories=stored, steps=steps, trajectories_per_step=6, batch=batch, optim=optim),
         grpo=GrpoConfig(
@@ -49,6 +50,7 @@ def config(stage: str, stored: str, mesh: dict, steps: int, small, rank: int, fr
             prompts=4,
             group=2,
             kl=0.05,
+            mask_overlong=False,
             reward=(RewardGroup("words", 1.0, (RewardTerm("tests.rollout.small:word_count"),)),),
             batch=batch,
             optim=optim,

@@ -101,7 +101,8 @@ class SampleResult:
 
     @property
     def iou(self) -> float:
-        if self.status is Status.ENV_FAILED:
+        unjudged = self.rules.ending_policy == "zero" and self.status is not Status.FINISHED
+        if self.status is Status.ENV_FAILED or unjudged:
             return 0.0
         if not self.union:
             return float(self.rules.empty_policy == "one")

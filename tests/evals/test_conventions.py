@@ -80,6 +80,9 @@ def test_failures_and_endings():
     unjudged = score(late, sample(TRUTH), rules(ending_policy="zero"))
     assert (unjudged.iou, unjudged.intersection, unjudged.union, unjudged.said_empty) == (0.0, 0, 4, False)
     assert score(trajectory(TRUTH), sample(TRUTH), rules(ending_policy="zero")).iou == 1.0
+    lucky = trajectory(pixels(), Status.INVALID)  # an empty mask that nobody committed, where nothing is meant
+    assert score(lucky, sample(pixels()), rules()).iou == 1.0
+    assert score(lucky, sample(pixels()), rules(ending_policy="zero")).iou == 0.0
 
 
 def test_epsilon_and_small_predictions():
