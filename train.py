@@ -67,13 +67,12 @@ def main(config: TrainConfig) -> int | None:
     inputs = processes.all_or_none(lambda: check_inputs(config, workdir, processor))
 
     ############################## Work directory, log ##############################
-    if processes.is_lead():
-        run_identity.record(workdir, config, inputs)
+    processes.all_or_none(lambda: run_identity.record(workdir, config, inputs) if processes.is_lead() else None)
     if config.profiler_port:
         jax.profiler.start_server(config.profiler_port)
     log = MetricsLog(processes.own_directory(workdir))
     for stage in set(STAGES) - run_identity.saved_steps(workdir).keys():  # of a start that left no checkpoint
-        log.rewind(stage, 0)
+        processes.all_or_none(lambda stage=stage: log.rewind(stage, 0))
 
     ############################## Mesh, policy ##############################
     mesh = sharding.make_mesh(config.mesh)
@@ -183,7 +182,7 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
             print(f"{stage}: goes on after step {done} of {steps}")
         else:
             print(f"{stage}: done, {done} of {steps} steps; nothing to do")
-    log.rewind(stage, done)
+    processes.all_or_none(lambda: log.rewind(stage, done))
 
     ############################## Train loop ##############################
     made = updates_made(state)

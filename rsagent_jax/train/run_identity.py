@@ -137,7 +137,7 @@ _POLICY += ("model.safetensors.index",)
 def weights_fingerprint(weights: str) -> str:
     """Of the files that load_policy reads: a Hugging Face directory's, or those of a stage's newest checkpoint."""
     path = pathlib.Path(weights)
-    if not (path / "policy").is_dir():
+    if any(path.glob("*.safetensors")):  # as checkpoint.policy_directory tells the two apart
         return fingerprint([*path.glob("*.safetensors"), *(path / f"{name}.json" for name in _POLICY)])
     newest = max((int(p.name) for p in path.glob("*") if p.name.isdecimal()), default=0)
     return fingerprint(q for part in ("policy", "base", f"{newest}/params") for q in (path / part).rglob("*"))

@@ -21,7 +21,7 @@ from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item, fits, pack_evenly
 from rsagent_jax.data.pipeline import Pipeline, Unreadable
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.processes import Share, total
+from rsagent_jax.processes import Share, all_or_none, total
 from rsagent_jax.rewards import RewardError, make_reward, mask_iou
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
@@ -68,7 +68,7 @@ class SftSource:
     def next(self, params: nnx.State, key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         del params, key  # what is read next depends on the position only
         count = self.config.trajectories_per_step
-        items = self.pipeline.take(count)
+        items = all_or_none(lambda: self.pipeline.take(count))
         kept = [i for i in items if fits(i, self.config.batch, self.processor.config)]
         self.dropped += len(items) - len(kept)
         batches = pack_evenly(kept, self.config.batch, self.processor.config, self.share)
@@ -122,23 +122,24 @@ class GrpoSource:
         self.engine.load(params, key)
         del params  # a copy that was made for this gives its memory to the cache
         mine = range(self.share.index, c.prompts, self.share.count)
-        drawn = [(i, s) for i, s in zip(mine, self.pipeline.draw(c.prompts), strict=True) if not _unreadable(s)]
+        elements = all_or_none(lambda: self.pipeline.draw(c.prompts))
+        drawn = [(i, s) for i, s in zip(mine, elements, strict=True) if not _unreadable(s)]
         chosen = [s for _, s in drawn]
         # uids count over all processes: who plays a trajectory does not change its random numbers.
         tasks = [Task(s, g, i * c.group + k) for g, (i, s) in enumerate(drawn) for k in range(c.group)]
         outcomes = self.driver.run(tasks)
         rollout_seconds = time.perf_counter() - start
         played, states = [t for t, _ in outcomes], [state for _, state in outcomes]
-        items, metrics = self._judge(played, chosen, states)
+        items, metrics = all_or_none(lambda: self._judge(played, chosen, states))
         broken = Counter(_failure(state) for t, state in outcomes if t.status is Status.ENV_FAILED)
-        teaches = self._all_agree(outcomes, broken, items)
+        teaches, failures = self._all_agree(outcomes, broken, items)
         # Where nothing teaches on any process no batch is made on any, and no update.
         batches = pack_evenly(items, c.batch, self.processor.config, self.share) if teaches else []
         tokens = sum(int(t.sampled.sum()) for t in played)
         metrics |= {
             "no_update": float(not teaches),
             "unreadable": float(self.pipeline.skipped),  # samples, since the start of the stage
-            **{f"env_failed/{kind}": float(broken[kind]) for kind in TOOL_FAILURES},
+            **{f"env_failed/{kind}": float(n) for kind, n in failures.items()},  # of all processes
             "rollout_seconds": rollout_seconds,
             "tokens_per_s": tokens / rollout_seconds,
             **self.driver.metrics(),
@@ -146,8 +147,11 @@ class GrpoSource:
         }
         return batches, metrics
 
-    def _all_agree(self, outcomes: list[tuple[Trajectory, EnvState]], broken: Counter, items: list[Item]) -> bool:
-        """Whether the step teaches anything: on all processes together, so that all of them update or none does.
+    def _all_agree(
+        self, outcomes: list[tuple[Trajectory, EnvState]], broken: Counter, items: list[Item]
+    ) -> tuple[bool, dict[str, int]]:
+        """Whether the step teaches anything, and the segmenter's failures by kind: on all processes together, so that
+        all of them update or none does.
 
         DataError, on all of them, if the segmenter is broken or no trajectory can be trained on.
         """
@@ -173,7 +177,7 @@ class GrpoSource:
                 "grpo: no trajectory of this step took a turn and fits a row; raise grpo.sampling.context or"
                 " grpo.sampling.patches if prompts do not fit a slot, or grpo.batch.patches"
             )
-        return teaching > 0
+        return teaching > 0, dict(zip(TOOL_FAILURES, kinds, strict=True))
 
     def _judge(
         self, played: list[Trajectory], chosen: list[Sample], states: list[EnvState]
@@ -211,7 +215,7 @@ class GrpoSource:
                 for t, a, r in zip(played[: c.group], advantages, rewards, strict=False)
             ],
         }
-        ends = (self.processor.terminator_id, *c.sampling.stop_ids)
+        ends = (*self.processor.end_ids, *c.sampling.stop_ids)
         counts = {
             "dropped": float(np.mean(valid & ~usable)),
             "overlong": float(np.mean(valid & overlong)),  # not trained on, by grpo.mask_overlong
