@@ -37,7 +37,7 @@ from rsagent_jax.agent.replay import to_json
 from rsagent_jax.checkpoint import load_policy, policy_directory, weights_checksum
 from rsagent_jax.config import DataConfig, EvalConfig, to_dict
 from rsagent_jax.data.index import SampleIndex
-from rsagent_jax.data.journal import data_settings, fingerprints, write_whole
+from rsagent_jax.data.journal import agent_settings, data_settings, fingerprints, sampling_settings, write_whole
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.samples import Mixture, open_samples
 from rsagent_jax.evals import bounds, by_turn, metrics, records, report
@@ -91,9 +91,10 @@ def main(config: EvalConfig) -> None:
         left = [k for k in mine if ids[k] not in shard.done]
         if len(left) < len(mine):
             print(f"goes on: {len(mine) - len(left)} of {len(mine)} samples are done")
-        if left:  # what an earlier start said is not the result of these samples
+        if not shard.done.issuperset(ids):  # what an earlier start said is not the result of these samples
             (workdir / "results.json").unlink(missing_ok=True)
-        measure(config, workdir, samples, left, len(mine), player, segmenter, shard)
+        if left:
+            measure(config, workdir, samples, left, len(mine), player, segmenter, shard)
 
     ############################## Results ##############################
     found = records.read(workdir, settings, current)
@@ -150,9 +151,9 @@ def policy_player(config: EvalConfig, workdir: pathlib.Path) -> Player:
     overlay = processor.square(config.agent.history_size)
     sampling = processor.with_ends(config.sampling)
     engine = Engine(model, sampling, processor.terminator_id, config.policy.dtype, key, mesh, overlay)
-    engine.warm_up()
 
     def play(segmenter, tasks):
+        engine.warm_up()  # not before the work directory is known to be of this run
         return Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers).play(tasks)
 
     sizes = dataclasses.asdict(pixel_limits(config.agent, processor))
@@ -209,18 +210,16 @@ def measure(
 
 def what_decides(config: EvalConfig, row: dict, player: dict) -> dict:
     """Everything but the samples that a trajectory depends on: a run that is taken up again must agree in it."""
-    resolved = to_dict(config)
-    common = row | {"data": data_settings(config.data), "agent": resolved["agent"]}
+    common = row | {"data": data_settings(config.data), "agent": agent_settings(config.agent)}
     if not player:
         return common
-    free = {"slots", "chunk", "patches"}  # how many at a time, not what
     return (
         common
         | player
         | {
             "dtype": config.policy.dtype,
             "seed": config.seed,
-            "sampling": {key: value for key, value in resolved["sampling"].items() if key not in free},
+            "sampling": sampling_settings(config.sampling),
         }
     )
 
@@ -304,6 +303,7 @@ def prediction(result: metrics.SampleResult, mask: dict, picture: str) -> dict:
         "iou": result.iou,
         "status": result.status.value,
         "turns": result.turns,
+        "dropped": result.dropped or "",
     }
 
 

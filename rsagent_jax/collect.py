@@ -84,6 +84,8 @@ def main(config: CollectConfig) -> None:
         settings["planned"] = len(order) * tries
         with contextlib.closing(Journal(workdir / filtering.ATTEMPTS, share, settings, current)) as journal:
             left = begin(workdir, config, journal, mine, samples.ids, tries)
+            if engine and left:
+                engine.warm_up()
             collector = Collector(config, processor, samples, make_teacher, segmenter, journal, checksum)
             collector.collect(left, len(mine), engine)
     state = journals.survey(workdir / filtering.ATTEMPTS, settings, current)
@@ -114,7 +116,7 @@ def begin(
     left = [(uid, k) for uid, k in mine if attempt_id(ids[k], uid % tries, tries) not in journal.done]
     if len(left) < len(mine):
         print(f"goes on: {len(mine) - len(left)} of {len(mine)} trajectories are there")
-    if left:  # what an earlier start kept is not the set of these samples
+    if journal.current.keys() - journal.done:  # what an earlier start kept is not the set of these samples
         (workdir / trajectories.STAMP).unlink(missing_ok=True)
     filtering.write_rules(workdir, config.filter)
     return left
@@ -137,7 +139,6 @@ def open_policy(config: CollectConfig, processor: Processor, workdir: pathlib.Pa
     key = jax.random.key(config.seed)
     overlay = processor.square(config.agent.history_size)
     engine = Engine(model, own.sampling, processor.terminator_id, own.dtype, key, mesh, overlay)
-    engine.warm_up()
     return engine, checksum
 
 
@@ -149,7 +150,8 @@ def attempt_id(sample_id: str, attempt: int, tries: int) -> str:
 def what_decides(config: CollectConfig, about: About, limits: PixelLimits, weights_sha256: str = "") -> dict:
     """What a trajectory depends on beside its sample: a collection that is taken up again must agree in it."""
     resolved = to_dict(config)
-    decisive = {key: resolved[key] for key in ("seed", "limit", "processor", "agent")}
+    decisive = {key: resolved[key] for key in ("seed", "limit", "processor")}
+    decisive["agent"] = journals.agent_settings(config.agent)
     decisive["data"] = journals.data_settings(config.data)
     decisive["segmenter"] = dataclasses.asdict(about)  # what answers, not what a config calls it
     decisive["pixel_limits"] = dataclasses.asdict(limits)
@@ -159,7 +161,7 @@ def what_decides(config: CollectConfig, about: About, limits: PixelLimits, weigh
     del decisive["teacher"]["own"]
     if config.teacher.own.weights:  # by what they are, not where; slots, chunk and patches: how many at a time
         own = teacher["own"]
-        sampling = {key: value for key, value in own["sampling"].items() if key not in ("slots", "chunk", "patches")}
+        sampling = journals.sampling_settings(config.teacher.own.sampling)
         decisive["teacher"] = {"tries": own["tries"], "dtype": own["dtype"], "sampling": sampling}
         decisive["teacher"]["weights_sha256"] = weights_sha256
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]

@@ -71,7 +71,7 @@ def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
     order = sorted(range(len(ids)), key=lambda i: (-abs(gaps[i]), ids[i]))
     return Comparison(
         name,
-        _paired(gaps, pictures),
+        giou_difference([p for p, _ in pairs], [q for _, q in pairs], pictures),
         ciou_difference([p for p, _ in pairs], [q for _, q in pairs], pictures),
         _paired([float(q.turns - p.turns) for p, q in pairs], pictures),
         int((gaps > 0).sum()),
@@ -90,7 +90,21 @@ def ciou_difference(
     a: Sequence[Prediction], b: Sequence[Prediction], pictures: Sequence[str] | None = None
 ) -> Difference:
     """cIoU is a ratio of sums: both are formed anew from each resample."""
-    rows = np.array([[p.intersection, p.union, q.intersection, q.union] for p, q in zip(a, b, strict=True)], np.float64)
+    pixels = [[[p.intersection, p.union] for p in side] for side in (a, b)]
+    return _ratios(a, b, pixels, pictures)
+
+
+def giou_difference(
+    a: Sequence[Prediction], b: Sequence[Prediction], pictures: Sequence[str] | None = None
+) -> Difference:
+    """Of the means over what either run's convention counts, which need not be the same samples."""
+    return _ratios(a, b, [[[p.iou, 1] for p in side] for side in (a, b)], pictures)
+
+
+def _ratios(a: Sequence[Prediction], b: Sequence[Prediction], parts, pictures: Sequence[str] | None) -> Difference:
+    """The difference of two ratios of sums over what each run counts; `parts` are (numerator, denominator)."""
+    counted = [[[not p.dropped] for p in side] for side in (a, b)]
+    rows = np.concatenate(np.array(parts, np.float64) * np.array(counted), axis=1)
 
     def gap(sums: np.ndarray) -> np.ndarray:
         i, u, j, v = sums.T

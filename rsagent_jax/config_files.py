@@ -178,7 +178,10 @@ def _leaf(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
 
 def _arguments(values: Any, where: str, problems: list[str]) -> tuple[tuple[str, Any], ...]:
     """Keyword arguments by name (a dict), or their (name, value) pairs as `to_dict` writes them; None takes one out."""
-    pairs = list(values.items() if hasattr(values, "items") else values)
+    pairs = list(values.items()) if hasattr(values, "items") else values
+    if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+        problems.append(f"{where} are given by name, as in {where}.NAME=value, got {values!r}")
+        return ()
     kept = []
     for name, value in pairs:
         if value is None:

@@ -24,6 +24,10 @@ class Range:
     also: tuple[float, ...] = ()
 
     def __contains__(self, value: float) -> bool:
+        try:
+            value = float(value)
+        except OverflowError:  # of a whole number with hundreds of digits
+            return False
         inside = self.low <= value <= self.high and self.above < value < self.below
         return value in self.also or (math.isfinite(value) and inside)
 

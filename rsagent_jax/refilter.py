@@ -16,7 +16,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from rsagent_jax.config import to_dict
+from rsagent_jax.config import FilterConfig, build, to_dict
 from rsagent_jax.evals import filtering
 from rsagent_jax.types import DataError
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         names = ("max_turns", "malformed", "repeats", "per_sample")
         said = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-        own = dataclasses.replace(filtering.read_rules(options.collected), **said)
+        own = build(FilterConfig, to_dict(filtering.read_rules(options.collected)) | said)
         thresholds = [own.min_iou] if options.min_iou is None else read_thresholds(options.min_iou)
         moved = tuple(options.root.split("=", 1)) if options.root else None
         if moved is not None and len(moved) != 2:
@@ -67,7 +67,7 @@ def read_thresholds(text: str) -> list[float]:
         values = [float(value) for value in text.split(",")]
     except ValueError:
         raise DataError(f"--min_iou={text} must be numbers, such as 0.8,0.9") from None
-    if not all(0 <= value <= 1 for value in values) or len({*map(folder_of, values)}) < len(values):
+    if not all(0 <= v <= 1 and round(v, 2) == v for v in values) or len({*values}) < len(values):
         raise DataError(f"--min_iou={text} must be numbers from 0 to 1, each once and with two digits")
     return values
 

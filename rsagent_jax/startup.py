@@ -65,6 +65,8 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
         settings = getattr(config, stage)
         _, trained, base = divide(*nnx.split(model, nnx.Param), config.policy.lora, settings.optim.freeze)
         share.of(settings.batch.rows, f"{stage}.batch.rows")
+        if any(p.name.isdecimal() for p in (workdir / "checkpoints" / stage).glob("*")):
+            continue  # its room is taken already
         # fp32 parameters with both moments, and the base in the dtype of the activations
         needed += 12 * _numbers(trained) + jnp.dtype(config.policy.dtype).itemsize * _numbers(base)
     check_disk(workdir, needed)
@@ -156,8 +158,12 @@ def check_segmenter(config: SegmenterConfig) -> None:
             raise DataError(f"segmenter.checkpoint {config.checkpoint} does not exist; give sam2's .pt file")
         if missing := [name for name in ("torch", "sam2") if importlib.util.find_spec(name) is None]:
             raise DataError(f"segmenter.backend sam2 needs {' and '.join(missing)}: see docs/sidecar.md")
-    elif config.backend not in NAMES and config.mode == "inprocess":
-        resolve(config.backend, ())
+    elif config.backend not in NAMES:
+        module, _, name = config.backend.rpartition(":")
+        if config.mode == "inprocess":
+            resolve(config.backend, ())
+        elif not (pathlib.Path(module).is_file() if module.endswith(".py") else _is_module(module)):
+            raise DataError(f"segmenter.backend {config.backend!r}: there is no {module}, whose {name} is to be called")
 
 
 def _check_policy(weights: str, agent: AgentConfig, sampling: SamplingConfig, group: str = "") -> str:
@@ -202,6 +208,14 @@ def _nothing_left_open(config: TrainConfig) -> None:
         left |= {f"grpo.sampling.{name}": getattr(config.grpo.sampling, name) for name in ("tensor", "slots")}
     if not config.slice and (names := [name for name, value in left.items() if not value]):
         raise DataError(f"{', '.join(names)}: left to the slice's preset, and no slice is named; give them, or slice")
+
+
+def _is_module(name: str) -> bool:
+    """Whether the side-car will find it; its package is imported for that, the module itself is not."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _numbers(tree: nnx.State) -> int:

@@ -49,6 +49,21 @@ def test_differences_by_hand(tmp_path, capsys):
     assert bars == [{10}, {6}]  # nine and five columns in every row
 
 
+def test_what_a_convention_drops_is_in_no_figure(tmp_path):
+    """Ten samples count, ten do not and have IoU 0: their means are 0.5 and 0.6, so the difference is 0.1."""
+    found = {}
+    for name, iou in (("a", 0.5), ("b", 0.6)):
+        workdir = write(tmp_path / name, [iou] * 10 + [0.0] * 10)
+        rows = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
+        rows = [row | {"dropped": "empty" * (i >= 10)} for i, row in enumerate(rows)]
+        (workdir / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found[name] = compare.load_evaluation(workdir)
+        assert len(found[name].ious) == 10
+    gap = compare.compare(found["a"], found["b"], "b")
+    assert gap.giou.value == pytest.approx(0.1, abs=1e-6) and gap.ciou.value == pytest.approx(0.1, abs=1e-9)
+    assert gap.giou.ci95 == pytest.approx((0.1, 0.1), abs=1e-6)
+
+
 def test_intervals_are_paired(tmp_path):
     rng = np.random.default_rng(0)
     hard = rng.uniform(0, 0.8, 200)

@@ -143,8 +143,9 @@ def _entry(line: bytes, root: pathlib.Path, where: str, name: str, number: int) 
     query = record.get("query")
     if not isinstance(query, str) or not query.strip():
         raise ValueError("query must be text, not blank")
-    if any("\ud800" <= c <= "\udfff" for c in query):
-        raise ValueError("query holds half a character (a lone surrogate)")
+    for key, value in record.items():
+        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError(f"{key} holds half a character (a lone surrogate)")
     if ("mask" in record) == ("segmentation" in record):
         raise ValueError("there must be either mask or segmentation (mask: null where nothing is meant)")
     if "segmentation" in record and not (isinstance(record["segmentation"], list | dict) and record["segmentation"]):

@@ -128,7 +128,7 @@ def _content(source: pathlib.Path | bytes) -> bytes:
     try:
         stat = source.stat()
         return _file_checksum(source, stat.st_size, stat.st_mtime_ns)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # of a name that no file can have
         return type(error).__name__.encode()
 
 
@@ -137,7 +137,7 @@ def _stat(source: pathlib.Path | bytes) -> bytes:
         return source
     try:
         stat = source.stat()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # of a name that no file can have
         return type(error).__name__.encode()
     return f"{source} {stat.st_size} {stat.st_mtime_ns}".encode("utf-8", "surrogateescape")
 

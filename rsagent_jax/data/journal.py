@@ -18,10 +18,11 @@ import json
 import os
 import pathlib
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from rsagent_jax.config import DataConfig, to_dict
+from rsagent_jax.config import AgentConfig, DataConfig, SamplingConfig, to_dict
 from rsagent_jax.processes import Share
 from rsagent_jax.types import DataError
 
@@ -51,6 +52,17 @@ def data_settings(config: DataConfig) -> dict[str, Any]:
     return {k: v for k, v in to_dict(config).items() if k not in ("root", "exclude_root", "limit", "unreadable")}
 
 
+def agent_settings(config: AgentConfig) -> dict[str, Any]:
+    """What the policy sees and may do; how long a tool is waited for is no part of it."""
+    return {k: v for k, v in to_dict(config).items() if k != "tool_deadline_s"}
+
+
+def sampling_settings(config: SamplingConfig) -> dict[str, Any]:
+    """How turns are drawn; how many at a time, and on which devices, is no part of it."""
+    free = ("slots", "chunk", "patches", "prefill", "lanes", "tensor")
+    return {k: v for k, v in to_dict(config).items() if k not in free}
+
+
 class Journal:
     """Appends this shard's lines; `done` holds the ids that need not be done again.
 
@@ -63,6 +75,7 @@ class Journal:
         self.path = folder / f"{share.index:05d}-of-{share.count:05d}.jsonl"
         self.settings, self.current, self.notes = settings, current, []
         rows = {line.id: line for line in _latest(folder, settings)}
+        self.times = {id: line.at for id, line in rows.items()}
         self.done = {id for id, line in rows.items() if not line.failed and line.fingerprint == current.get(id)}
         worked = [id for id, line in rows.items() if not line.failed and id not in self.done]
         self.gone = [id for id in worked if id not in current]
@@ -86,9 +99,13 @@ class Journal:
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """On the disk when this returns. DataError if the disk is full."""
         if rows:
-            marks = [{"fingerprint": self.current[row["id"]], "at": time.time()} for row in rows]
+            marks = [{"fingerprint": self.current[row["id"]], "at": self._after(row["id"])} for row in rows]
             self._append("\n".join(json.dumps(row | mark) for row, mark in zip(rows, marks, strict=True)))
             self.done |= {row["id"] for row in rows if "failed" not in row}
+
+    def _after(self, id: str) -> float:
+        """The time, but later than the row that this one takes the place of: clocks of machines differ."""
+        return max(time.time(), self.times.get(id, 0.0) + 1e-3)
 
     def close(self) -> None:
         try:
@@ -238,7 +255,7 @@ def damaged(where: str, error: Exception) -> DataError:
 
 def write_whole(path: pathlib.Path, text: str) -> None:
     """The file as a whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # other shards write it, too
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)

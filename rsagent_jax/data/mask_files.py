@@ -25,6 +25,7 @@ from sam_bridge import images
 OBJECT, IGNORED = 1, 255  # as in data/reasonseg.py; 0 is neither
 _LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
 _BORDER = 255  # index of a palette
+FEW_COLOURS = 16  # of a drawing; a cut-out of a photograph has more
 
 
 def read_mask(source: str | pathlib.Path | bytes, where: str, remedy: str, upright: bool = True) -> np.ndarray:
@@ -40,11 +41,13 @@ def read_mask(source: str | pathlib.Path | bytes, where: str, remedy: str, uprig
 
 
 def _labels(picture: PIL.Image.Image) -> np.ndarray:
+    if picture.mode == "P":
+        return _by_index(picture)
     if picture.has_transparency_data:
         alpha = np.asarray(picture.convert("RGBA").getchannel("A"))
         if (alpha != alpha.flat[0]).any() or not alpha.flat[0]:
             return _by_alpha(picture, alpha)
-    if picture.mode in ("P", "PA"):
+    if picture.mode == "PA":
         return _by_index(picture)
     return _one_level(_levels(picture), _is_lossy(picture)).astype(np.uint8) * OBJECT
 
@@ -93,9 +96,17 @@ def _name(value) -> str:
 def _by_index(picture: PIL.Image.Image) -> np.ndarray:
     index = np.asarray(picture.getchannel("P") if picture.mode == "PA" else picture)
     used = np.flatnonzero(np.bincount(index.ravel(), minlength=256))
+    if clear := _transparent(picture, used):
+        if 0 in used and 0 not in clear:
+            raise ValueError(
+                f"has index {min(clear)} for what is transparent and index 0 beside it: which of them is the object?"
+                " Save the mask in grey"
+            )
+        index = np.where(np.isin(index, sorted(clear)), 0, index)
+        used = np.flatnonzero(np.bincount(index.ravel(), minlength=256))
     palette = np.asarray(picture.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
     black = [i for i in used if i < len(palette) and not palette[i].any()]
-    if black and palette[0].any():
+    if black and palette[0].any() and not clear:
         raise ValueError(
             f"has a palette in which index 0 is not black, but index {black[0]} is: which of them is the object? By"
             " index the latter, by colour the former; save the mask in grey"
@@ -107,6 +118,13 @@ def _by_index(picture: PIL.Image.Image) -> np.ndarray:
     return _one_level(index, lossy=False).astype(np.uint8) * OBJECT
 
 
+def _transparent(picture: PIL.Image.Image, used: np.ndarray) -> set[int]:
+    """Indices of a palette that show nothing, of those in use."""
+    said = picture.info.get("transparency")
+    clear = [said] if isinstance(said, int) else [i for i, alpha in enumerate(said or b"") if not alpha]
+    return set(clear) & set(used.tolist())
+
+
 def _by_alpha(picture: PIL.Image.Image, alpha: np.ndarray) -> np.ndarray:
     """Of a cut-out: what is opaque. Colours that are all one, or many (a photograph), say nothing; a mask in them must
     agree."""
@@ -114,6 +132,9 @@ def _by_alpha(picture: PIL.Image.Image, alpha: np.ndarray) -> np.ndarray:
     try:
         colours = _one_level(_levels(picture), _is_lossy(picture))
     except ValueError:
+        shown = np.asarray(picture.convert("RGB"))[opaque]
+        if len(np.unique(shown, axis=0)) <= min(FEW_COLOURS, len(shown) // 4):  # several objects, not a photograph
+            raise
         return opaque.astype(np.uint8) * OBJECT
     if colours.any() and not colours.all() and (colours != opaque).any():
         raise ValueError("holds one mask in its colours and another in its transparency; save it without the latter")

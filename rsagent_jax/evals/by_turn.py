@@ -1,8 +1,9 @@
 """What a trajectory would have been worth had it ended after k turns: the one-turn against k-turns curve of one run.
 
-A policy is not told how many turns it has, so its first k turns are those it would have taken with
-`agent.max_turns = k`, and what counts then is the latest mask: under greedy sampling the figures are those of such a
-run, without running it. Beside them the best mask so far, which only an oracle could have chosen.
+What counts after k turns is the latest mask. With `agent.announce_last` off a policy is not told how many turns it has:
+under greedy sampling the figures are then those of runs with `agent.max_turns = k`, without running them; with it, such
+a run may end better, since its policy is told its last turn. Beside them the best mask so far, which only an oracle
+could have chosen.
 """
 
 from __future__ import annotations

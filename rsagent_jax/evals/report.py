@@ -47,6 +47,7 @@ class Prediction:
     status: Status
     turns: int
     picture: str = ""  # its name; files of earlier versions have none
+    dropped: str = ""  # why the convention does not count it; "" = it does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,13 @@ class Evaluation:
     examples: tuple[Example, ...]
 
     @property
+    def counted(self) -> tuple[Prediction, ...]:
+        """Those that the convention counts."""
+        return tuple(p for p in self.predictions if not p.dropped)
+
+    @property
     def ious(self) -> dict[str, float]:
-        return {p.id: p.iou for p in self.predictions}
+        return {p.id: p.iou for p in self.counted}
 
     @property
     def pictures(self) -> dict[str, str] | None:
@@ -155,7 +161,7 @@ def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:
         tag("h2", "How trajectories ended"),
         endings_table(evaluation),
         tag("h2", "IoU of the final masks"),
-        tag("div", histogram([p.iou for p in evaluation.predictions], bad_below=GOOD_IOU), class_="plot"),
+        tag("div", histogram([p.iou for p in evaluation.counted], bad_below=GOOD_IOU), class_="plot"),
         *_by_turn(results),
         *_conventions(results),
         tag("h2", "Settings"),
@@ -242,8 +248,8 @@ def save(text: str, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _headline(evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    results, rows = evaluation.results, evaluation.predictions
-    of = None if evaluation.pictures is None else list(evaluation.pictures.values())
+    results, rows, pictures = evaluation.results, evaluation.counted, evaluation.pictures
+    of = pictures and [pictures[p.id] for p in rows]
     found = [float(p.iou >= GOOD_IOU) for p in rows]
     finished = [float(p.status is Status.FINISHED) for p in rows]
     figures = [

@@ -53,6 +53,15 @@ def test_what_is_no_longer_in_the_data_is_left_out_with_a_word(tmp_path):
     assert values(tmp_path, {"b": "1", "c": "1"}) == {"b": 11}
 
 
+def test_a_row_takes_the_place_of_an_earlier_one_whatever_the_clock_of_its_machine_says(tmp_path, monkeypatch):
+    current = {"a": "1"}
+    add(tmp_path, current, [("a", 0, "timeout")], Share(0, 2))
+    now = time.time()
+    monkeypatch.setattr(journal.time, "time", lambda: now - 300)
+    assert add(tmp_path, current, [("a", 2)], Share(1, 2)).done == {"a"}
+    assert journal.survey(tmp_path, SETTINGS, current) == {"a": None} and values(tmp_path, current) == {"a": 2}
+
+
 def test_a_failure_is_told_of_and_is_not_done(tmp_path):
     current = {"a": "1", "b": "1"}
     assert add(tmp_path, current, [("a", 0, "timeout"), ("b", 1)]).done == {"b"}

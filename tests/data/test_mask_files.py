@@ -19,6 +19,7 @@ BORDER[4:21, 9:31] = True
 BORDER &= ~OBJECT
 BLANK = np.full((H, W), 255, np.uint8)
 ALPHA = OBJECT.astype(np.uint8) * 255
+HALF = ALPHA * (np.arange(W) > 20).astype(np.uint8)  # of the object
 SOFT = np.where(BORDER, 100, ALPHA).astype(np.uint8)
 PHOTO = np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)
 VOC = [0, 0, 0, 128, 0, 0, *[0] * 759, 224, 224, 192]  # a palette
@@ -93,11 +94,26 @@ def test_what_says_300_is_300(picture, kind, options):
         (palette(OBJECT + 2 * BORDER, VOC), "PNG", "2 levels or colours"),
         (coloured(BLANK, BLANK, BLANK, SOFT), "PNG", "such as 100, 255"),
         (coloured(ALPHA, ALPHA, ALPHA, 255 - ALPHA), "PNG", "one mask in its colours and another"),
+        (coloured(ALPHA, HALF, ALPHA * 0, ALPHA), "PNG", "2 levels or colours"),  # a red and a yellow one, cut out
     ],
 )
 def test_what_says_two_things_is_refused(picture, kind, says):
     with pytest.raises(DataError, match=rf"m\.png.*{says}.*; it is named in line 3"):
         labels(picture, kind)
+
+
+def test_a_transparent_background_of_a_palette_is_index_0_and_changes_nothing_else():
+    border = np.where(BORDER, 255, OBJECT)
+    np.testing.assert_array_equal(labels(palette(border, VOC), transparency=0), labels(palette(border, VOC)))
+    white = [255, 255, 255, 0, 0, 0]  # background white and transparent, object black
+    np.testing.assert_array_equal(labels(palette(OBJECT, white), transparency=0), OBJECT)
+    np.testing.assert_array_equal(labels(palette(2 - OBJECT, VOC), transparency=2), OBJECT)
+    for picture, clear, says in (
+        (OBJECT + 2 * BORDER, 0, "2 levels or colours"),
+        (OBJECT, 1, "index 1 for what is tra"),
+    ):
+        with pytest.raises(DataError, match=says):
+            labels(palette(picture, VOC), transparency=clear)
 
 
 def test_empty_and_full_masks():
