@@ -431,3 +431,15 @@ def test_the_words_of_the_config_are_those_of_the_code():
         policy in remat for policy in (*REMAT, *(f"save:{name}" for name in NAMES), f"offload:{','.join(NAMES)}")
     )
     assert "save:" not in remat and "save:nothing" not in remat
+
+
+def test_arguments_are_given_by_name_and_no_number_is_too_long_to_be_refused():
+    for wrong in (5, (1, 2)):
+        config = filled(TrainConfig).to_dict()
+        config["grpo"]["reward"]["final"]["terms"]["final_iou"]["arguments"] = wrong
+        with pytest.raises(DataError, match=r"arguments are given by name, as in .*arguments\.NAME=value"):
+            build(TrainConfig, config)
+    config = filled(TrainConfig).to_dict()
+    config["seed"] = 10**400
+    with pytest.raises(DataError, match=r"seed must be at least 0 and at most 4294967295"):
+        build(TrainConfig, config)
