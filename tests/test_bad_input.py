@@ -422,7 +422,7 @@ def test_segment(run, tmp_path):
     photo.write_bytes(photo.read_bytes()[:-300])
     said(run(*segment, photo, "it", out), photo, "truncated")
     photo.write_text("no picture")
-    said(run(*segment, photo, "it", out), photo, "not a picture")
+    said(run(*segment, photo, "it", out), photo, "not a readable picture")
 
 
 def test_an_interrupted_training_says_how_to_go_on(data, tmp_path):
