@@ -191,7 +191,7 @@ def test_run_4_equals_run_2_and_resume_2(stage, part, go, tmp_path):
 def test_a_step_in_which_nothing_teaches_moves_no_bit_of_the_state_and_is_counted(go, tmp_path, monkeypatch):
     """Steps 3 and 4, with weight decay, KL and the momentum of steps 1 and 2; the checkpoints are those of 2 and 4."""
     teaches = iter([True, True, False, False])
-    monkeypatch.setattr(train.GrpoSource, "_all_agree", lambda *_: next(teaches))
+    monkeypatch.setattr(train.GrpoSource, "_all_agree", lambda *_: (next(teaches), {}))
     go("grpo", tmp_path)
     rows = lines(tmp_path)
     assert [row["no_update"] for row in rows] == [0.0, 0.0, 1.0, 1.0]
