@@ -11,7 +11,7 @@ def get_config():
     config = template(CollectConfig)
     config.processor = "assets/tiny-base"
     config.data.dataset, config.data.split_by = "grefcoco", "unc"  # the scenes with absent targets
-    config.limit = 700
+    config.limit = 600
     config.filter.repeats = True  # the recipe was measured with them
     config.teacher.box = 0.6
     config.teacher.wrong_first = 0.06
