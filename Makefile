@@ -70,7 +70,7 @@ quickstart: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 quickstart: setup-runtime
 	@if [ -e $(RUN) ]; then echo "== starting over: removing $(RUN)"; rm -rf $(RUN); fi
 	@echo "== 1/5 a synthetic data set in the gRefCOCO format"
-	$(PY) -m rsagent_jax.data.synthetic --out=$(RUN)/data --train=1500 --val=200 --test=200 --seed=$(SEED)
+	$(PY) -m rsagent_jax.tiny.synthetic --out=$(RUN)/data --train=1500 --val=200 --test=200 --seed=$(SEED)
 	@echo "== 2/5 trajectories of the oracle teacher"
 	$(PY) -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=$(RUN)/collect \
 	  --config.data.root=$(RUN)/data --config.seed=$(SEED)
@@ -85,7 +85,7 @@ quickstart: setup-runtime
 	$(PY) evaluate.py --config=configs/eval_quickstart.py --workdir=$(RUN)/eval-grpo \
 	  --weights=$(RUN)/train/checkpoints/grpo --config.data.root=$(RUN)/data
 	@echo "== 5/5 the summary"
-	$(PY) -m rsagent_jax.evals.summary --train=$(RUN)/train --base=$(RUN)/eval-base --sft=$(RUN)/eval-sft \
+	$(PY) -m rsagent_jax.report.quickstart --train=$(RUN)/train --base=$(RUN)/eval-base --sft=$(RUN)/eval-sft \
 	  --grpo=$(RUN)/eval-grpo --out=$(RUN) --started=$(STARTED)
 
 # All tests: two files at a time. ARGS: one process, as pytest's own options want it.

@@ -31,22 +31,33 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from rsagent_jax import entry, processes, startup
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import to_json
-from rsagent_jax.checkpoint import load_policy, policy_directory, weights_checksum
-from rsagent_jax.config import DataConfig, EvalConfig, to_dict
-from rsagent_jax.data.index import SampleIndex
-from rsagent_jax.data.journal import agent_settings, data_settings, fingerprints, sampling_settings, write_whole
+from rsagent_jax.agent.segmenter import open_segmenter
+from rsagent_jax.config.build import to_dict
+from rsagent_jax.config.schema import (
+    DataConfig,
+    EvalConfig,
+)
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.data.samples import Mixture, open_samples
-from rsagent_jax.evals import bounds, by_turn, metrics, records, report
-from rsagent_jax.rewards import mask_iou
+from rsagent_jax.data.sets.index import SampleIndex
+from rsagent_jax.data.sets.open import Mixture, open_samples
+from rsagent_jax.evals import bounds, by_turn, metrics, records, startup
+from rsagent_jax.masks import mask_iou
+from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory, weights_checksum
+from rsagent_jax.report import evaluation
 from rsagent_jax.rollout import failures
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task
-from rsagent_jax.rollout.segmenter import open_segmenter
+from rsagent_jax.runtime import command, processes
+from rsagent_jax.runtime.journal import (
+    agent_settings,
+    data_settings,
+    fingerprints,
+    sampling_settings,
+    write_whole,
+)
 from rsagent_jax.types import DataError, Trajectory
 from sam_bridge.types import Segmenter
 
@@ -67,7 +78,7 @@ class Player:
 
 def main(config: EvalConfig) -> None:
     ############################## Data, who plays ##############################
-    workdir, share = entry.workdir(), processes.parse_share(flags.FLAGS.shard, "--shard")
+    workdir, share = command.workdir(), processes.parse_share(flags.FLAGS.shard, "--shard")
     config = fill_defaults(config)
     startup.evaluate(config, workdir)
     samples = open_benchmark(config.data)
@@ -113,7 +124,7 @@ def main(config: EvalConfig) -> None:
     pictures = {id: key for id, key in zip(ids, samples.picture_keys, strict=True) if id in kept}
     summary = write_results(workdir, config, row, [kept[id] for id in pictures], pictures, found, player.checksum)
     print(headline(summary))
-    print(report.what_failed(summary))
+    print(evaluation.what_failed(summary))
     print(f"{pathlib.Path(workdir) / 'report' / 'index.html'}")
 
 
@@ -141,7 +152,7 @@ def oracle_player(config: EvalConfig) -> Player:
 
 def policy_player(config: EvalConfig, workdir: pathlib.Path) -> Player:
     """The policy on this process's devices."""
-    entry.use_compilation_cache(config.cache_dir, workdir / "compiled")
+    command.use_compilation_cache(config.cache_dir, workdir / "compiled")
     weights = config.policy.weights
     directory = policy_directory(weights)
     model = load_policy(weights)
@@ -252,7 +263,7 @@ def write_results(
     write_whole(workdir / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
     write_whole(workdir / "trajectories.jsonl", "".join(json.dumps(r.example) + "\n" for r in kept))
     write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
-    report.write_evaluation(workdir)
+    evaluation.write_evaluation(workdir)
     return summary
 
 
@@ -313,7 +324,7 @@ def _rle(mask: np.ndarray) -> dict:
 
 
 if __name__ == "__main__":
-    entry.define_flags()
+    command.define_flags()
     flags.DEFINE_string("weights", None, "Hugging Face directory, or checkpoints/<stage>; overrides policy.weights.")
     flags.DEFINE_string("shard", "0/1", "i/n: evaluate every n-th sample from the i-th on, counted from 0.")
-    entry.run(main, EvalConfig)
+    command.run(main, EvalConfig)

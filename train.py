@@ -22,20 +22,21 @@ from flax import nnx
 from PIL import Image
 from tqdm import tqdm
 
-from rsagent_jax import entry, processes, sharding, startup
-from rsagent_jax.checkpoint import Checkpoints, load_policy, policy_directory
-from rsagent_jax.config import TrainConfig
+from rsagent_jax.agent.segmenter import counters, open_segmenter
+from rsagent_jax.config.schema import TrainConfig
 from rsagent_jax.data.processor import Processor, pictures
-from rsagent_jax.data.samples import open_samples
+from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.data.trajectories import check_collected
-from rsagent_jax.metrics import MetricsLog
 from rsagent_jax.models.qwen25_vl.compute import Compute
+from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.engine import Engine
-from rsagent_jax.rollout.segmenter import counters, open_segmenter
-from rsagent_jax.train import run_identity
+from rsagent_jax.runtime import command, processes, sharding
+from rsagent_jax.runtime.train_log import MetricsLog
+from rsagent_jax.train import run_identity, startup
+from rsagent_jax.train.batch_source import GrpoSource, SftSource
+from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.run_identity import STAGES
-from rsagent_jax.train.sources import GrpoSource, SftSource
 from rsagent_jax.train.state import (
     EMPTY,
     create_state,
@@ -58,10 +59,10 @@ def main(config: TrainConfig) -> int | None:
 
     ############################## Checks, before a file is touched ##############################
     processes.join()
-    workdir = entry.workdir()
+    workdir = command.workdir()
     config = processes.all_or_none(lambda: startup.train(config, workdir))
     processes.all_or_none(lambda: run_identity.check_config(workdir, config))
-    entry.use_compilation_cache(config.cache_dir, workdir / "compiled")
+    command.use_compilation_cache(config.cache_dir, workdir / "compiled")
     weights = policy_directory(config.policy.weights)
     processor = Processor.load(weights)
     inputs = processes.all_or_none(lambda: check_inputs(config, workdir, processor))
@@ -240,8 +241,8 @@ def save_first_batch(workdir: pathlib.Path, stage: str, batch: Batch, processor:
 
 
 if __name__ == "__main__":
-    entry.define_flags()
+    command.define_flags()
     flags.DEFINE_string("aot", None, "A TPU slice or topology to compile for instead of training, or all.")
     flags.DEFINE_bool("aot_quick", False, "With --aot: a fifth of the time, by leaving out what only makes it fast.")
     flags.DEFINE_string("aot_only", "", "With --aot: only programs with this in their name, such as rollout.")
-    entry.run(main, TrainConfig)
+    command.run(main, TrainConfig)

@@ -137,10 +137,10 @@ def ours(directory: pathlib.Path, dtype: np.dtype, fsdp: int, address: str, numb
     import jax
     from flax import nnx
 
-    from rsagent_jax import sharding
-    from rsagent_jax.config import MeshConfig
+    from rsagent_jax.config.schema import MeshConfig
     from rsagent_jax.models.qwen25_vl import convert
     from rsagent_jax.models.qwen25_vl.config import load_config
+    from rsagent_jax.runtime import sharding
 
     if address:
         jax.distributed.initialize(address, PROCESSES, number)

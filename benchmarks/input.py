@@ -27,10 +27,10 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from rsagent_jax.config import AgentConfig  # noqa: E402
-from rsagent_jax.data.folder import load_folder  # noqa: E402
+from rsagent_jax.config.schema import AgentConfig  # noqa: E402
 from rsagent_jax.data.pipeline import OpeningPrompt, Pipeline  # noqa: E402
 from rsagent_jax.data.processor import Processor, image_patches  # noqa: E402
+from rsagent_jax.data.sets.folder import load_folder  # noqa: E402
 
 BASE = ROOT / "assets/tiny-base"
 PIXELS = 1_003_520  # the limit of configs/grpo_tpu.py

@@ -34,12 +34,12 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import train_step  # noqa: E402
 
-from rsagent_jax import sharding  # noqa: E402
 from rsagent_jax.aot import stages, topology  # noqa: E402
-from rsagent_jax.config import BatchConfig, MeshConfig, PolicyConfig, SftConfig, TrainConfig  # noqa: E402
+from rsagent_jax.config.schema import BatchConfig, MeshConfig, PolicyConfig, SftConfig, TrainConfig  # noqa: E402
 from rsagent_jax.data.packing import pack  # noqa: E402
 from rsagent_jax.models.qwen25_vl import convert  # noqa: E402
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig  # noqa: E402
+from rsagent_jax.runtime import sharding  # noqa: E402
 from rsagent_jax.train.state import EMPTY  # noqa: E402
 
 GRID = (1, 32, 32)  # of the one image: 256 tokens

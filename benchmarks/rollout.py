@@ -90,12 +90,12 @@ class Work:
 
 def write(directory: pathlib.Path, work: Work, *, toy: bool) -> int:
     """A Hugging Face directory whose policy never samples a special token; returns its parameters."""
-    from rsagent_jax.data import tiny_vocab
     from rsagent_jax.models.qwen25_vl import convert
     from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
+    from rsagent_jax.tiny import vocab
 
-    tokenizer = tiny_vocab.build_tokenizer(512)
-    tiny_vocab.save_tokenizer(tokenizer, directory, 56 * 56, work.view**2)
+    tokenizer = vocab.build_tokenizer(512)
+    vocab.save_tokenizer(tokenizer, directory, 56 * 56, work.view**2)
     ids = tokenizer.get_vocab()
     names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
     pads = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
@@ -104,7 +104,7 @@ def write(directory: pathlib.Path, work: Work, *, toy: bool) -> int:
     model = random_model(Qwen25VLConfig.from_hf(raw))
     values = convert.flat_params(model)
     embedding = "decoder.embed"
-    special = np.array(sorted(ids[token] for token in tiny_vocab.SPECIAL))
+    special = np.array(sorted(ids[token] for token in vocab.SPECIAL))
     # The head is the embedding's: a row of zeros gives a logit of 0, far below the largest of 32,000.
     values[embedding] = values[embedding].at[special].set(0.0)
     convert.save_model(convert.with_params(model, values), directory, raw)
@@ -129,7 +129,7 @@ class Discs:
 def play(policy, processor, work: Work, delay_s: float = 0.0, tasks: int = 0) -> dict:
     """Seconds, processor seconds, and the sampled ids i32[N, T] of all trajectories."""
     from rsagent_jax.agent.tools import render_call
-    from rsagent_jax.config import AgentConfig
+    from rsagent_jax.config.schema import AgentConfig
     from rsagent_jax.rollout.driver import Driver
     from rsagent_jax.rollout.policy import Task
     from rsagent_jax.types import Finish, Sample, Segment
@@ -172,7 +172,7 @@ def play(policy, processor, work: Work, delay_s: float = 0.0, tasks: int = 0) ->
 def engine(directory: pathlib.Path, processor, work: Work, **changes):
     import jax
 
-    from rsagent_jax.config import SamplingConfig
+    from rsagent_jax.config.schema import SamplingConfig
     from rsagent_jax.models.qwen25_vl import convert
     from rsagent_jax.rollout.engine import Engine
 

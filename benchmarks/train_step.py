@@ -188,13 +188,13 @@ def ours(directory: pathlib.Path):
     import jax
     from flax import nnx
 
-    from rsagent_jax import processes, sharding
-    from rsagent_jax.config import BatchConfig, MeshConfig, OptimConfig, PolicyConfig
+    from rsagent_jax.config.schema import BatchConfig, MeshConfig, OptimConfig, PolicyConfig
     from rsagent_jax.data.packing import pack
     from rsagent_jax.models.qwen25_vl import convert
     from rsagent_jax.models.qwen25_vl.compute import Compute
     from rsagent_jax.models.qwen25_vl.config import load_config
     from rsagent_jax.models.qwen25_vl.positions import padded_patches
+    from rsagent_jax.runtime import processes, sharding
     from rsagent_jax.train.state import EMPTY, create_state, make_optimizer, state_shardings
     from rsagent_jax.train.step import make_programs, sft_objective
 

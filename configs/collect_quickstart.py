@@ -4,7 +4,10 @@
       --config.data.root=runs/x/data
 """
 
-from rsagent_jax.config import CollectConfig, template
+from rsagent_jax.config.build import template
+from rsagent_jax.config.schema import (
+    CollectConfig,
+)
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """The whole loop in under a minute: 4 SFT steps and 2 GRPO steps of the tiny base on a handful of scenes.
 
-  python -m rsagent_jax.data.synthetic --out=runs/debug/data --train=24 --val=4 --test=4
+  python -m rsagent_jax.tiny.synthetic --out=runs/debug/data --train=24 --val=4 --test=4
   python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/debug/collect \
       --config.data.root=runs/debug/data --config.limit=16
   python train.py --config=configs/debug.py --workdir=runs/debug/train

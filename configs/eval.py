@@ -13,7 +13,10 @@ Rows that bound the truth, on the same samples: --config.bound.row=box|best_of_t
 Not run here on the real files, which could not be had; on small ones in their formats (tests/test_benchmark_configs).
 """
 
-from rsagent_jax.config import EvalConfig, template
+from rsagent_jax.config.build import template
+from rsagent_jax.config.schema import (
+    EvalConfig,
+)
 
 # name -> (what results.json calls it, dataset, split_by, splits)
 SETS = {

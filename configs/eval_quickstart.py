@@ -4,7 +4,10 @@
       --weights=runs/x/train/checkpoints/sft --config.data.root=runs/x/data
 """
 
-from rsagent_jax.config import EvalConfig, template
+from rsagent_jax.config.build import template
+from rsagent_jax.config.schema import (
+    EvalConfig,
+)
 
 
 def get_config():

@@ -1,7 +1,7 @@
 """GRPO as configs/grpo_tpu.py on a mix: the train splits of RefCOCO, RefCOCO+, RefCOCOg and ReasonSeg, without the
 pictures of any of RefCOCO's validation and test splits (all of them are COCO train2014, so they overlap).
 
-  python -m rsagent_jax.data.check --config=configs/grpo_mix_tpu.py --config.grpo.data.root=REFER \
+  python -m rsagent_jax.data_check --config=configs/grpo_mix_tpu.py --config.grpo.data.root=REFER \
       --config.grpo.data.mix.reasonseg.data.root=REASONSEG --out=runs/check
   python train.py --config=configs/grpo_mix_tpu.py --config.slice=v6e-8 --workdir=DIR \
       --config.policy.weights=DIR/of/sft/checkpoints/sft --config.grpo.data.root=REFER \

@@ -9,7 +9,10 @@ Not run here: it needs weights and a TPU. Whether it fits a slice is for --aot t
 Clip range, KL (Seg-Zero's 5e-3, k3) and every reward sub-term are ours; the paper does not give them.
 """
 
-from rsagent_jax.config import TrainConfig, template
+from rsagent_jax.config.build import template
+from rsagent_jax.config.schema import (
+    TrainConfig,
+)
 
 
 def get_config():

@@ -4,7 +4,10 @@
       --config.sft.trajectories=runs/x/collect --config.grpo.data.root=runs/x/data
 """
 
-from rsagent_jax.config import TrainConfig, template
+from rsagent_jax.config.build import template
+from rsagent_jax.config.schema import (
+    TrainConfig,
+)
 
 
 def get_config():

@@ -7,7 +7,10 @@ on pictures of 112 x 112 pixels; larger ones are shown to it at that size. `--co
 policies of full size: the prompt with the tools' schema, the paper's 384 px overlays, bfloat16.
 """
 
-from rsagent_jax.config import SegmentConfig, template
+from rsagent_jax.config.build import template
+from rsagent_jax.config.schema import (
+    SegmentConfig,
+)
 
 
 def get_config(policy: str = "tiny"):

@@ -9,7 +9,10 @@ Not run here: it needs weights and a TPU. Whether it fits a slice is for --aot t
 With adapters the 7B goes on a v5e-8 (docs/tpu.md): add --config.slice=v5e-8 --config.policy.lora.rank=16.
 """
 
-from rsagent_jax.config import TrainConfig, template
+from rsagent_jax.config.build import template
+from rsagent_jax.config.schema import (
+    TrainConfig,
+)
 
 
 def get_config():

@@ -1,13 +1,13 @@
 """The tiny base of the quickstart (assets/tiny-base): 2 million parameters, able to ground. An hour on 2 cores.
 
-  python -m rsagent_jax.pretrain --config=configs/tiny_base.py --workdir=runs/tiny_base --out=runs/tiny_base/base
-  python -m rsagent_jax.pretrain --config=configs/tiny_base.py:absent --workdir=runs/tiny_absent --out=assets/tiny-base
+  python -m rsagent_jax.tiny.pretrain --config=configs/tiny_base.py --workdir=runs/tiny_base --out=runs/tiny_base/base
+  python -m rsagent_jax.tiny.pretrain --config=configs/tiny_base.py:absent --workdir=runs/tiny --out=assets/tiny-base
 
 The second goes on from the first and teaches what is not there. The file that ships is what these made (seed 0, 57 and
 11 minutes on 2 cores that did other work as well; assets/tiny-base-training.jsonl is the log of both). What it can
 do, by free decoding on 256 unseen scenes, a minute:
 
-  python -m rsagent_jax.pretrain --config=configs/tiny_base.py --config.init=assets/tiny-base \
+  python -m rsagent_jax.tiny.pretrain --config=configs/tiny_base.py --config.init=assets/tiny-base \
       --config.see.steps=0 --config.ground.steps=0 --workdir=runs/x --out=runs/x/out
 """
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rsagent_jax.evals.metrics import bootstrap_ci, cluster_bootstrap_ci
-from rsagent_jax.evals.report import Evaluation, Prediction, load_evaluation
+from rsagent_jax.report.evaluation import Evaluation, Prediction, load_evaluation
 from rsagent_jax.types import DataError
 
 DECISIVE = ("benchmark", "settings.metric", "settings.data")  # must agree, or the figures are of different things

@@ -19,10 +19,10 @@ import sys
 import tempfile
 from typing import Any
 
-from rsagent_jax import entry
-from rsagent_jax.checkpoint import copy_policy_files, load_policy, policy_directory
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
 from rsagent_jax.models.qwen25_vl.config import read_json
+from rsagent_jax.models.qwen25_vl.load import copy_policy_files, load_policy, policy_directory
+from rsagent_jax.runtime import command
 from rsagent_jax.types import DataError
 
 
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=list(convert.DTYPES), help="instead of the one in config.json")
     parser.add_argument("--max_shard_gb", type=_positive, default=5.0, help="10^9 bytes per file at most (default 5)")
     options = parser.parse_args(argv)
-    entry.quieten()
+    command.quieten()
     try:
         out = pathlib.Path(options.out).expanduser()
         print(export(options.checkpoint, out, options.dtype, options.max_shard_gb))

@@ -16,8 +16,11 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from rsagent_jax.config import FilterConfig, build, to_dict
-from rsagent_jax.evals import filtering
+from rsagent_jax.collecting import filter
+from rsagent_jax.config.build import build_config, to_dict
+from rsagent_jax.config.schema import (
+    FilterConfig,
+)
 from rsagent_jax.types import DataError
 
 
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         names = ("max_turns", "malformed", "repeats", "per_sample")
         said = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-        own = build(FilterConfig, to_dict(filtering.read_rules(options.collected)) | said)
+        own = build_config(FilterConfig, to_dict(filter.read_rules(options.collected)) | said)
         thresholds = [own.min_iou] if options.min_iou is None else read_thresholds(options.min_iou)
         moved = tuple(options.root.split("=", 1)) if options.root else None
         if moved is not None and len(moved) != 2:
@@ -48,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for threshold in thresholds:
             rules = dataclasses.replace(own, min_iou=threshold)
             out = options.out / folder_of(threshold)
-            found = filtering.write(options.collected, out, rules, moved=moved)
+            found = filter.write(options.collected, out, rules, moved=moved)
             rows.append((threshold, found, out))
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -21,33 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from rsagent_jax.config import RewardGroup, RewardTerm
-from rsagent_jax.resolve import first_line, place, resolve
+from rsagent_jax.config.import_path import first_line, import_path, place
+from rsagent_jax.config.reward import RewardGroup, RewardTerm
+from rsagent_jax.masks import mask_iou
 from rsagent_jax.types import DataError, Finish, ResetView, Reward, Rotate, Sample, Segment, Status, Trajectory, Zoom
 
 LARGEST = 1e6  # a term's value; beyond, sums and their float32 are not exact any more
 
 # --- IoU ---
-
-
-def intersection_union(predicted: np.ndarray, target: np.ndarray, ignore: np.ndarray | None) -> tuple[int, int]:
-    """Number of pixels in both masks and in either, outside `ignore`. Masks are bool[h, w] in original pixels.
-
-    Raises ValueError if a mask is not bool or the shapes differ: masks are compared at original resolution only.
-    """
-    for mask in (predicted, target) if ignore is None else (predicted, target, ignore):
-        if mask.dtype != bool or mask.shape != target.shape:
-            raise ValueError(f"masks must be bool{list(target.shape)}, got {mask.dtype}{list(mask.shape)}")
-    if ignore is not None:
-        predicted, target = predicted & ~ignore, target & ~ignore
-    intersection = int(np.count_nonzero(predicted & target))
-    return intersection, int(np.count_nonzero(predicted)) + int(np.count_nonzero(target)) - intersection
-
-
-def mask_iou(mask: np.ndarray, sample: Sample) -> float:
-    """IoU in [0, 1] of `mask` (bool[h, w]) with the ground truth outside the ignore mask; 1 where both are empty."""
-    intersection, union = intersection_union(mask, sample.gt_mask, sample.ignore_mask)
-    return intersection / union if union else 1.0
 
 
 def _ious(trajectory: Trajectory, sample: Sample) -> list[float]:
@@ -149,7 +130,7 @@ def make_reward(groups: Sequence[RewardGroup]) -> Callable[[Trajectory, Sample],
         group), or for a sample that is not the trajectory's own.
     """
     functions = {
-        term: resolve(term.function, ("trajectory", "sample"), dict(term.arguments))
+        term: import_path(term.function, ("trajectory", "sample"), dict(term.arguments))
         for group in groups
         for term in group.terms
     }

@@ -18,18 +18,19 @@ import numpy as np
 import PIL.Image
 from absl import flags
 
-from rsagent_jax import entry, startup
 from rsagent_jax.agent.environment import EnvState, final_mask
 from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.replay import to_json
+from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.agent.tools import call_json
-from rsagent_jax.checkpoint import load_policy, policy_directory
-from rsagent_jax.config import SegmentConfig
+from rsagent_jax.config.schema import SegmentConfig
 from rsagent_jax.data.processor import Processor
+from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
+from rsagent_jax.rollout import startup
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Policy, Task
-from rsagent_jax.rollout.segmenter import open_segmenter
+from rsagent_jax.runtime import command
 from rsagent_jax.types import DataError, Finish, Sample, Status
 from sam_bridge import images
 from sam_bridge.types import Segmenter
@@ -43,8 +44,8 @@ def main(config: SegmentConfig, image_path: str, query: str) -> None:
     image, query = read_photo(image_path), query.strip()
     if not query:
         raise DataError("the query is empty; say what to segment, such as 'the red circle'")
-    out = entry.workdir("out")
-    entry.use_compilation_cache(config.cache_dir, out / "compiled")
+    out = command.workdir("out")
+    command.use_compilation_cache(config.cache_dir, out / "compiled")
     weights = flags.FLAGS.weights or config.policy.weights
     startup.segment(config, weights, out)
     processor = Processor.load(policy_directory(weights))
@@ -102,7 +103,7 @@ def segment(
 def read_photo(path: str) -> np.ndarray:
     """Any picture file of a user's own -> u8[h, w, 3] RGB, upright; see sam_bridge/images.py.
 
-    The EXIF orientation is applied, unlike for COCO (data/refcoco.py), whose annotations are drawn on the pixels as
+    The EXIF orientation is applied, unlike for COCO (sets/refcoco.py), whose annotations are drawn on the pixels as
     stored: a mask of a photograph should lie as its owner sees it.
     """
     try:
@@ -163,6 +164,6 @@ def _plain(text: str) -> str:
 
 
 if __name__ == "__main__":
-    entry.define_flags("out")
+    command.define_flags("out")
     flags.DEFINE_string("weights", None, "Hugging Face directory, or checkpoints/<stage>; overrides policy.weights.")
-    entry.run(main, SegmentConfig, ("IMAGE", "QUERY"), str(ROOT / "configs" / "segment.py"))
+    command.run(main, SegmentConfig, ("IMAGE", "QUERY"), str(ROOT / "configs" / "segment.py"))

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from rsagent_jax.checkpoint import policy_directory
 from rsagent_jax.data import trajectories
-from rsagent_jax.data.index import spread
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor, pictures
-from rsagent_jax.evals.html import Html, page, picture, tag
+from rsagent_jax.data.sets.index import spread
+from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens
+from rsagent_jax.report.html import Html, page, picture, tag
 from rsagent_jax.types import DataError
 
 TRAINED = "background: var(--good-ground); color: var(--good); border-bottom: 2px solid var(--good);"

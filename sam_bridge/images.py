@@ -13,7 +13,7 @@
 | EXIF orientation | applied (`upright`), so a mask lies as the photograph is seen |
 
 COCO's own files keep their stored orientation, because its annotations are drawn on the pixels as stored
-(rsagent_jax/data/refcoco.py). Thumbnails in a camera's raw file (DNG, NEF, …) are not taken for the photograph.
+(rsagent_jax/data/sets/refcoco.py). Thumbnails in a camera's raw file (DNG, NEF, …) are not taken for the photograph.
 """
 
 from __future__ import annotations

@@ -17,20 +17,19 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 import train
-from rsagent_jax import processes, sharding
-from rsagent_jax.config import (
+from rsagent_jax.config.reward import RewardGroup, RewardTerm
+from rsagent_jax.config.schema import (
     BatchConfig,
     GrpoConfig,
     LoraConfig,
     MeshConfig,
     OptimConfig,
     PolicyConfig,
-    RewardGroup,
-    RewardTerm,
     SftConfig,
     TrainConfig,
 )
-from rsagent_jax.metrics import MetricsLog
+from rsagent_jax.runtime import processes, sharding
+from rsagent_jax.runtime.train_log import MetricsLog
 
 
 def config(stage: str, stored: str, mesh: dict, steps: int, small, rank: int, freeze: list[str]) -> TrainConfig:

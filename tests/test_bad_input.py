@@ -19,7 +19,7 @@ import time
 import PIL.Image
 import pytest
 
-from rsagent_jax.data import synthetic
+from rsagent_jax.tiny import synthetic
 from sam_bridge.wire import READY
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -216,7 +216,7 @@ def test_an_unknown_stage(run, tmp_path):
 
 
 def test_a_missing_data_root(run, tmp_path):
-    said(run(*collect(tmp_path / "none", tmp_path / "w")), tmp_path / "none", "MISSING", "rsagent_jax.data.synthetic")
+    said(run(*collect(tmp_path / "none", tmp_path / "w")), tmp_path / "none", "MISSING", "rsagent_jax.tiny.synthetic")
 
 
 def test_a_truncated_reference_file(run, broken, tmp_path):
@@ -380,7 +380,7 @@ def test_two_side_cars_on_one_address():
 
 
 def test_a_teacher_that_does_not_exist(run, data, tmp_path):
-    wrong = "--config.teacher.function=rsagent_jax.agent.teacher:Oracel"
+    wrong = "--config.teacher.function=rsagent_jax.collecting.oracle:Oracel"
     said(run(*collect(data, tmp_path / "w", wrong)), "'Oracel'", "'Oracle'")
     said(run(*collect(data, tmp_path / "w", "--config.teacher.function=Oracle")), "module:function")
     teacher = tmp_path / "mine.py"

@@ -12,10 +12,16 @@ from PIL import Image
 import evaluate
 from configs import eval as eval_configs
 from configs import grpo_mix_tpu
-from rsagent_jax import compare, entry
-from rsagent_jax.config import DataConfig, EvalConfig, TrainConfig, build
-from rsagent_jax.data import refcoco
-from rsagent_jax.data.samples import open_samples
+from rsagent_jax import compare
+from rsagent_jax.config.build import build_config
+from rsagent_jax.config.schema import (
+    DataConfig,
+    EvalConfig,
+    TrainConfig,
+)
+from rsagent_jax.data.sets import refcoco
+from rsagent_jax.data.sets.open import open_samples
+from rsagent_jax.runtime import command
 from rsagent_jax.types import DataError
 from tests.rollout import small
 
@@ -89,11 +95,11 @@ def run(monkeypatch, workdir, benchmark, root, change=lambda config: None) -> di
     change(config)
     workdir.mkdir(exist_ok=True)
     with monkeypatch.context() as patch:
-        patch.setattr(entry, "workdir", lambda: workdir)
-        patch.setattr(entry, "use_compilation_cache", lambda *_: None)
+        patch.setattr(command, "workdir", lambda: workdir)
+        patch.setattr(command, "use_compilation_cache", lambda *_: None)
         given = types.SimpleNamespace(weights=None, shard="0/1")
         patch.setattr(evaluate, "flags", types.SimpleNamespace(FLAGS=given))
-        evaluate.main(build(EvalConfig, config))
+        evaluate.main(build_config(EvalConfig, config))
     return json.loads((workdir / "results.json").read_text())
 
 
@@ -101,7 +107,7 @@ def test_the_training_mix_leaves_held_out_pictures_out(root, capsys):
     config = grpo_mix_tpu.get_config()
     config.grpo.data.root = str(root)
     config.policy.weights = "x"
-    samples = open_samples(build(TrainConfig, config).grpo.data)
+    samples = open_samples(build_config(TrainConfig, config).grpo.data)
     shares = collections.Counter(id.split("/")[0] for id in samples.ids)
     # one reference of each set is left, with two sentences; ReasonSeg has two texts for its picture
     assert {p.name: len(p) for p in samples.parts} == {
@@ -112,7 +118,7 @@ def test_the_training_mix_leaves_held_out_pictures_out(root, capsys):
     assert not set(held_out.picture_keys) & {key for part in samples.parts for key in part.picture_keys}
     assert "2 of 4 samples are on pictures of refcoco/unc/val and were left out" in "\n".join(samples.notes)
     config.grpo.data.mix.reasonseg = None
-    assert len(open_samples(build(TrainConfig, config).grpo.data).parts) == 3
+    assert len(open_samples(build_config(TrainConfig, config).grpo.data).parts) == 3
 
 
 def oracle(row, **more):
@@ -193,4 +199,4 @@ def test_a_benchmark_that_is_not_known_is_said():
     with pytest.raises(ValueError, match="refcocog-val, refcocog-test"):
         eval_configs.get_config("refcocog-testA")
     with pytest.raises(DataError, match=r"'refcoco' is unknown; there are refcoco-val"):
-        entry.load_config_file(str(ROOT / "configs/eval.py:refcoco"))
+        command.load_config_file(str(ROOT / "configs/eval.py:refcoco"))

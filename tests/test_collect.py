@@ -20,8 +20,9 @@ from PIL import Image
 
 from rsagent_jax import collect as command
 from rsagent_jax import refilter
-from rsagent_jax.collect import Collector, attempt_id, what_decides
-from rsagent_jax.config import (
+from rsagent_jax.collecting import filter
+from rsagent_jax.collecting.collector import Collector, attempt_id, what_decides
+from rsagent_jax.config.schema import (
     CollectConfig,
     DataConfig,
     FilterConfig,
@@ -30,16 +31,16 @@ from rsagent_jax.config import (
     SegmenterConfig,
     TeacherConfig,
 )
-from rsagent_jax.data import journal as journals
-from rsagent_jax.data import synthetic, trajectories
-from rsagent_jax.data.journal import Journal
-from rsagent_jax.evals import filtering
-from rsagent_jax.processes import Share
+from rsagent_jax.data import trajectories
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.runtime import journal as journals
+from rsagent_jax.runtime.journal import Journal
+from rsagent_jax.runtime.processes import Share
+from rsagent_jax.tiny import synthetic
 from rsagent_jax.types import DataError
 from sam_bridge.types import About, FailureKind
-from tests.agent.test_remote import Server, good
+from tests.collecting.test_endpoint import Server, good
 from tests.rollout import small
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -87,18 +88,18 @@ def decisive(config, checksum=""):
 
 def collect(workdir, samples, share=ALONE, make=Scripted, config=CONFIG, segmenter=None):
     """One run of a shard over what is left; returns the collector."""
-    journal = Journal(workdir / filtering.ATTEMPTS, share, decisive(config), CURRENT)
+    journal = Journal(workdir / filter.ATTEMPTS, share, decisive(config), CURRENT)
     mine = range(share.index, len(samples), share.count)
     left = [(i, i) for i in mine if f"s{i}" not in journal.done]
     collector = Collector(config, small.processor(), samples, make, segmenter or DiscSegmenter(14.0), journal)
     with contextlib.closing(journal):
         collector.collect(left, len(left), None)
-    filtering.write_rules(workdir, config.filter)
+    filter.write_rules(workdir, config.filter)
     return collector
 
 
 def done(workdir):
-    return {id for id, failed in journals.survey(workdir / filtering.ATTEMPTS).items() if not failed}
+    return {id for id, failed in journals.survey(workdir / filter.ATTEMPTS).items() if not failed}
 
 
 def wide(h, w):
@@ -112,7 +113,7 @@ def lines(path):
 def test_the_filter_keeps_drops_and_counts(tmp_path, samples):
     workdir = tmp_path / "w"
     assert collect(workdir, samples).failures.counts == {}
-    found = filtering.write(workdir, workdir, FilterConfig())
+    found = filter.write(workdir, workdir, FilterConfig())
     kept = lines(workdir / "trajectories.jsonl")
     assert [row["id"] for row in kept] == ["s0", "s5"] and set(kept[0]) == {"id", "iou", "turns", "status"}
     assert kept[1] == {"id": "s5", "iou": pytest.approx(1.0), "turns": 3, "status": "finished"}
@@ -120,9 +121,9 @@ def test_the_filter_keeps_drops_and_counts(tmp_path, samples):
     assert found.dropped == wanted and found.kept == 2
     stamp = json.loads((workdir / "collect.json").read_text())
     assert stamp["records"] == 2 and stamp["verdicts"] == wanted | {"kept": 2} and stamp["filter"]["min_iou"] == 0.9
-    every = filtering.write(workdir, tmp_path / "all", FilterConfig(min_iou=0.0, malformed=True, repeats=True))
+    every = filter.write(workdir, tmp_path / "all", FilterConfig(min_iou=0.0, malformed=True, repeats=True))
     assert every.kept == 5 and every.dropped == {"invalid": 1}
-    assert filtering.write(workdir, tmp_path / "short", FilterConfig(max_turns=2)).dropped["more than 2 turns"] == 1
+    assert filter.write(workdir, tmp_path / "short", FilterConfig(max_turns=2)).dropped["more than 2 turns"] == 1
     page = (workdir / "report/index.html").read_text()
     assert "malformed or refused call" in page and page.count("<article") == 6 and "Cannot be shown" not in page
 
@@ -130,7 +131,7 @@ def test_the_filter_keeps_drops_and_counts(tmp_path, samples):
 def test_records_are_what_the_driver_makes_with_images_by_reference(tmp_path, samples):
     workdir = tmp_path / "w"
     collect(workdir, samples)
-    filtering.write(workdir, workdir, FilterConfig(), per_file=1)
+    filter.write(workdir, workdir, FilterConfig(), per_file=1)
     assert sorted(p.name for p in workdir.glob("*.array_record")) == [
         f"trajectories-0000{i}.array_record" for i in (0, 1)
     ]
@@ -240,20 +241,20 @@ def test_the_segmenters_failures_leave_no_set_and_a_changed_sample_is_played_aga
 def test_kills_and_shards_leave_the_same_set(tmp_path, samples):
     whole = tmp_path / "whole"
     collect(whole, samples)
-    filtering.write(whole, whole, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
+    filter.write(whole, whole, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
     wanted = (whole / "trajectories.jsonl").read_text()
-    journal = next((whole / filtering.ATTEMPTS).glob("*.jsonl")).read_bytes()
+    journal = next((whole / filter.ATTEMPTS).glob("*.jsonl")).read_bytes()
     first = journal.index(b"\n") + 1
     for n, cut in enumerate(np.linspace(0, len(journal), 9).astype(int)):
         workdir = tmp_path / str(n)
-        (workdir / filtering.ATTEMPTS).mkdir(parents=True)
+        (workdir / filter.ATTEMPTS).mkdir(parents=True)
         # the file begins to exist with its first line whole
-        (workdir / filtering.ATTEMPTS / "00000-of-00001.jsonl").write_bytes(journal[: max(cut, first)])
+        (workdir / filter.ATTEMPTS / "00000-of-00001.jsonl").write_bytes(journal[: max(cut, first)])
         for index in range(1 + n % 2):  # alone, or two machines one after the other
             collect(workdir, samples, Share(index, 1 + n % 2))
-        filtering.write(workdir, workdir, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
+        filter.write(workdir, workdir, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
         assert (workdir / "trajectories.jsonl").read_text() == wanted
-        whole_lines = [p.read_bytes().split(b"\n")[1:-1] for p in (workdir / filtering.ATTEMPTS).glob("*.jsonl")]
+        whole_lines = [p.read_bytes().split(b"\n")[1:-1] for p in (workdir / filter.ATTEMPTS).glob("*.jsonl")]
         ids = [json.loads(line)["id"] for part in whole_lines for line in part]
         assert sorted(ids) == sorted(set(ids)) == [f"s{i}" for i in range(6)]
 
@@ -269,7 +270,7 @@ def test_what_fails_is_counted_and_tried_again(tmp_path, samples):
 
     workdir = tmp_path / "w"
     broken = Broken(samples)
-    journal = Journal(workdir / filtering.ATTEMPTS, Share(), decisive(CONFIG), CURRENT)
+    journal = Journal(workdir / filter.ATTEMPTS, Share(), decisive(CONFIG), CURRENT)
     failing = DiscSegmenter(14.0, fail=[FailureKind.UNAVAILABLE])
     one = dataclasses.replace(CONFIG, concurrent=1, workers=1)
     collector = Collector(one, small.processor(), broken, Scripted, failing, journal)
@@ -277,7 +278,7 @@ def test_what_fails_is_counted_and_tried_again(tmp_path, samples):
     journal.close()
     assert collector.failures.counts == {"unreadable sample": 1, "segmenter, unavailable": 1}
     assert done(workdir) == {"s1", "s3", "s4", "s5"}
-    filtering.write(workdir, tmp_path / "part", FilterConfig())
+    filter.write(workdir, tmp_path / "part", FilterConfig())
     stamp = json.loads((tmp_path / "part/collect.json").read_text())
     assert stamp["not_collected"] == dict(collector.failures.counts)
     assert stamp["unreadable"] == {"s2": "picture 2 is missing"}
@@ -290,7 +291,7 @@ def test_what_fails_is_counted_and_tried_again(tmp_path, samples):
 
 
 def test_a_remote_teacher_is_asked_side_by_side_and_counted(tmp_path, samples):
-    from rsagent_jax.agent.remote import Remote
+    from rsagent_jax.collecting.endpoint import Remote
 
     def answer(body):
         text = body["messages"][1]["content"][1]["text"]
@@ -309,7 +310,7 @@ def test_a_remote_teacher_is_asked_side_by_side_and_counted(tmp_path, samples):
     turns = sum(len(script) for id, script in SCRIPTS.items() if id != "s1")
     assert collector.usage["tokens_out"] == 10 * turns == collector.usage["cost"]
     assert collector.usage["requests"] == turns + collector.usage["retries"] + 1 and collector.usage["retries"] > 0
-    assert filtering.write(tmp_path / "w", tmp_path / "w", FilterConfig()).kept == 2
+    assert filter.write(tmp_path / "w", tmp_path / "w", FilterConfig()).kept == 2
 
 
 OWN = dataclasses.replace(CONFIG, teacher=TeacherConfig(own=OwnConfig(weights="w", tries=2)))
@@ -317,13 +318,13 @@ OWN = dataclasses.replace(CONFIG, teacher=TeacherConfig(own=OwnConfig(weights="w
 
 def resample(workdir, samples, policy, config=OWN):
     """One run of our own policy over what is left."""
-    journal = Journal(workdir / filtering.ATTEMPTS, ALONE, decisive(config, "abc"), CURRENT)
+    journal = Journal(workdir / filter.ATTEMPTS, ALONE, decisive(config, "abc"), CURRENT)
     every = [(2 * i + t, i) for i in range(len(samples)) for t in (0, 1)]
     left = [(uid, i) for uid, i in every if attempt_id(f"s{i}", uid % 2, 2) not in journal.done]
     collector = Collector(config, small.processor(), samples, None, DiscSegmenter(14.0), journal, "abc")
     with contextlib.closing(journal):
         collector.collect(left, len(every), policy)
-    filtering.write_rules(workdir, config.filter)
+    filter.write_rules(workdir, config.filter)
     return collector, len(left)
 
 
@@ -337,7 +338,7 @@ def test_our_own_policy_tries_each_sample_and_the_first_good_try_is_kept(tmp_pat
 
     collector, played = resample(tmp_path, samples[:3], TextPolicy(act, small.processor(), slots=3))
     assert collector.failures.counts == {} and played == 6
-    found = filtering.write(tmp_path, tmp_path / "one", FilterConfig())
+    found = filter.write(tmp_path, tmp_path / "one", FilterConfig())
     assert [row["id"] for row in lines(tmp_path / "one/trajectories.jsonl")] == ["s0#0", "s2#1"]
     assert found.dropped == {"1 of the sample kept already": 1, "final IoU below 0.9": 3}
     arguments = [f"--collected={tmp_path}", f"--out={tmp_path / 'study'}", "--min_iou=0.9", "--per_sample=2"]
@@ -347,7 +348,7 @@ def test_our_own_policy_tries_each_sample_and_the_first_good_try_is_kept(tmp_pat
     header = trajectories.header(trajectories.open_records(tmp_path / "one")[0])
     assert header["provenance"]["teacher"] == "own policy" and header["provenance"]["weights_sha256"] == "abc"
     with pytest.raises(DataError, match="results of other settings"):
-        Journal(tmp_path / filtering.ATTEMPTS, ALONE, decisive(OWN, "other weights"), CURRENT)
+        Journal(tmp_path / filter.ATTEMPTS, ALONE, decisive(OWN, "other weights"), CURRENT)
 
 
 @pytest.mark.timeout(900)
@@ -355,7 +356,7 @@ def test_sampled_ids_are_stored_as_they_were_and_a_kill_changes_nothing(tmp_path
     """The engine with random weights: what it says is no call, but its ids must come back bit for bit."""
     engine, whole, cut = small.engine(seed=3), tmp_path / "whole", tmp_path / "cut"
     resample(whole, samples[:2], engine)
-    path = next((whole / filtering.ATTEMPTS).glob("*.jsonl"))
+    path = next((whole / filter.ATTEMPTS).glob("*.jsonl"))
     rows = {row["id"]: row for row in lines(path)[1:]}
     assert set(rows) == {"s0#0", "s0#1", "s1#0", "s1#1"} and all(row["sampled_tokens"] for row in rows.values())
     tasks = [small.Task(samples[i], i, 2 * i + t) for i in (0, 1) for t in (0, 1)]
@@ -367,10 +368,10 @@ def test_sampled_ids_are_stored_as_they_were_and_a_kill_changes_nothing(tmp_path
         np.testing.assert_array_equal(item.positions, trajectory.positions)
         np.testing.assert_array_equal(item.patches, trajectory.patches)
     assert len({tuple(t.tokens[t.sampled].tolist()) for t in played}) == 4  # tries differ
-    (cut / filtering.ATTEMPTS).mkdir(parents=True)
-    (cut / filtering.ATTEMPTS / path.name).write_bytes(b"\n".join(path.read_bytes().split(b"\n")[:3]) + b"\n")
+    (cut / filter.ATTEMPTS).mkdir(parents=True)
+    (cut / filter.ATTEMPTS / path.name).write_bytes(b"\n".join(path.read_bytes().split(b"\n")[:3]) + b"\n")
     _, left = resample(cut, samples[:2], engine)
-    again = {row["id"]: row for row in lines(cut / filtering.ATTEMPTS / path.name)[1:]}
+    again = {row["id"]: row for row in lines(cut / filter.ATTEMPTS / path.name)[1:]}
     assert left == 2 and {i: r["record"] for i, r in again.items()} == {i: r["record"] for i, r in rows.items()}
 
 
@@ -382,7 +383,7 @@ def test_a_real_kill_of_the_command(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     workdir = f"--workdir={tmp_path / 'w'}"
     killed = subprocess.Popen([*command, workdir], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    journal = tmp_path / "w" / filtering.ATTEMPTS / "00000-of-00001.jsonl"
+    journal = tmp_path / "w" / filter.ATTEMPTS / "00000-of-00001.jsonl"
     while killed.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
@@ -395,7 +396,7 @@ def test_a_real_kill_of_the_command(tmp_path):
     kept = [
         row["id"]
         for row in sorted(rows, key=lambda row: row["uid"])
-        if filtering.verdict(row, FilterConfig(repeats=True)) == "kept"
+        if filter.verdict(row, FilterConfig(repeats=True)) == "kept"
     ]
     assert [row["id"] for row in lines(tmp_path / "w" / "trajectories.jsonl")] == kept
     assert len(trajectories.open_records(tmp_path / "w")) == len(kept) > 10

@@ -14,9 +14,10 @@ from flax import nnx
 from safetensors import safe_open
 
 from rsagent_jax import export
-from rsagent_jax.checkpoint import Checkpoints, load_policy
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.load import load_policy
+from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.state import create_state
 
 TINY = pathlib.Path(__file__).parents[1] / "assets" / "tiny-base"

@@ -13,14 +13,19 @@ from agent_fakes import disc
 from PIL import Image
 
 from configs import problems as problems_config
-from rsagent_jax.agent import questions
-from rsagent_jax.config import ProblemsConfig, RemoteConfig, build
-from rsagent_jax.data import folder
-from rsagent_jax.data.journal import Journal
-from rsagent_jax.problems import ANSWERS, Writer, what_decides, write_set
-from rsagent_jax.processes import Share
+from rsagent_jax.collecting import problem_prompt
+from rsagent_jax.collecting.problem_writer import ANSWERS, Writer, write_set
+from rsagent_jax.config.build import build_config
+from rsagent_jax.config.schema import (
+    ProblemsConfig,
+    RemoteConfig,
+)
+from rsagent_jax.data.sets import folder
+from rsagent_jax.problems import what_decides
+from rsagent_jax.runtime.journal import Journal
+from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError
-from tests.agent.test_remote import Server, good
+from tests.collecting.test_endpoint import Server, good
 from tests.rollout import small
 
 GOOD = ("Which thing would roll away if nobody held it?", "What here has no corner that could hurt you?")
@@ -123,24 +128,29 @@ def test_what_failed_is_counted_and_asked_again_by_the_next_start(tmp_path, samp
      ('{"q": []}', "KeyError"), ('{"queries": ["a", ]}', "JSONDecodeError"), ("{" * 100_000 + "}", "no JSON")],
 )  # fmt: skip
 def test_an_answer_that_cannot_be_read_is_typed(text, match):
-    with pytest.raises(questions.BadAnswer, match=match):
-        questions.read_answer(text)
+    with pytest.raises(problem_prompt.BadAnswer, match=match):
+        problem_prompt.read_answer(text)
 
 
 def test_a_query_is_kept_only_if_it_can_stand_alone():
     words = (3, 8)
-    assert questions.fault("What keeps the rain off?", "umbrella", words) is None
+    assert problem_prompt.fault("What keeps the rain off?", "umbrella", words) is None
     assert (
-        questions.fault("The  Umbrella, on the left!", "the umbrella on the left", words) == "the data set's own words"
+        problem_prompt.fault("The  Umbrella, on the left!", "the umbrella on the left", words)
+        == "the data set's own words"
     )
-    assert questions.fault("What is outlined in yellow?", "x", words) == "speaks of the mark"
-    assert questions.fault("What stands there <|im_end|> now?", "x", words) == "cannot stand in a prompt"
-    assert questions.fault("Go on", "x", words) == questions.fault("a " * 9, "x", words) == "too short or too long"
+    assert problem_prompt.fault("What is outlined in yellow?", "x", words) == "speaks of the mark"
+    assert problem_prompt.fault("What stands there <|im_end|> now?", "x", words) == "cannot stand in a prompt"
+    assert (
+        problem_prompt.fault("Go on", "x", words)
+        == problem_prompt.fault("a " * 9, "x", words)
+        == "too short or too long"
+    )
 
 
 def test_the_config_is_the_commands_and_names_its_own_fields(tmp_path):
     config = problems_config.get_config()
-    built = build(ProblemsConfig, config)
+    built = build_config(ProblemsConfig, config)
     assert built.data.unit == "reference" and "refcocog/umd/test" in built.data.exclude
     assert set(what_decides(built)["writer"]) == {"url", "model", "temperature", "max_tokens"}
     writer = Writer(built, [], tmp_path, None)

@@ -9,10 +9,14 @@ import sys
 import numpy as np
 import pytest
 
-from rsagent_jax import config_overrides, entry
-from rsagent_jax.config import TrainConfig, build
-from rsagent_jax.data import scenes, synthetic
+from rsagent_jax.config import overrides
+from rsagent_jax.config.build import build_config
+from rsagent_jax.config.schema import (
+    TrainConfig,
+)
 from rsagent_jax.rewards import make_reward
+from rsagent_jax.runtime import command
+from rsagent_jax.tiny import scenes, synthetic
 from rsagent_jax.types import Sample, Status, Trajectory
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -35,13 +39,15 @@ def test_the_pasted_reward_of_the_readme_is_what_the_named_override_trains_with(
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     (tmp_path / "my_rewards.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    command = shlex.split(block("### Swap a reward", "").replace("\\\n", " "))
-    override = next(a for a in command if a.startswith("--config.grpo.reward"))
+    argv = shlex.split(block("### Swap a reward", "").replace("\\\n", " "))
+    override = next(a for a in argv if a.startswith("--config.grpo.reward"))
     script = (
         "import json\n"
-        "from rsagent_jax import entry, config\n"
-        "entry.define_flags()\n"
-        "entry.run(lambda c: print(json.dumps(config.to_dict(c.grpo.reward))), config.TrainConfig)\n"
+        "from rsagent_jax.config.build import to_dict\n"
+        "from rsagent_jax.config.schema import TrainConfig\n"
+        "from rsagent_jax.runtime import command\n"
+        "command.define_flags()\n"
+        "command.run(lambda c: print(json.dumps(to_dict(c.grpo.reward))), TrainConfig)\n"
     )
     out = subprocess.run(
         [sys.executable, "-c", script, "--config=configs/quickstart.py", override],
@@ -53,7 +59,7 @@ def test_the_pasted_reward_of_the_readme_is_what_the_named_override_trains_with(
 
     config = configs.quickstart.get_config()
     config.grpo.reward.final.terms.final_iou.function = "my_rewards:boundary_bonus"
-    reward = make_reward(build(TrainConfig, config).grpo.reward)
+    reward = make_reward(build_config(TrainConfig, config).grpo.reward)
     gt = np.arange(100).reshape(10, 10) < 50
     sample = Sample("s", np.zeros((10, 10, 3), np.uint8), "it", gt)
     near = gt.copy()
@@ -96,15 +102,15 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=[command[-1] for command in COMMANDS])
-def test_the_commands_of_the_rewards_page_make_a_reward(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("argv", COMMANDS, ids=[argv[-1] for argv in COMMANDS])
+def test_the_commands_of_the_rewards_page_make_a_reward(argv, tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(block("## A term of your own", "python", REWARDS))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
-    path = next(a.partition("=")[2] for a in command if a.startswith("--config="))
-    values = entry.load_config_file(str(ROOT / path)).to_dict()
-    rest, problems = config_overrides.apply(command[2:], TrainConfig, values)
-    groups = build(TrainConfig, values, problems).grpo.reward
+    path = next(a.partition("=")[2] for a in argv if a.startswith("--config="))
+    values = command.load_config_file(str(ROOT / path)).to_dict()
+    rest, problems = overrides.apply(argv[2:], TrainConfig, values)
+    groups = build_config(TrainConfig, values, problems).grpo.reward
     assert len(rest) == 2 and "my_rewards.py:boundary_bonus" in str(groups)  # --config and --workdir
     gt = np.arange(100).reshape(10, 10) < 50
     sample = Sample("s", np.zeros((10, 10, 3), np.uint8), "it", gt)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsagent_jax import rewards
-from rsagent_jax.config import DEFAULT_REWARD, RewardGroup, RewardTerm
-from rsagent_jax.resolve import resolve
+from rsagent_jax.config.import_path import import_path
+from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
 from rsagent_jax.rewards import RewardError, make_reward, read_only
 from rsagent_jax.types import (
     DataError,
@@ -343,7 +343,7 @@ def test_env_failed_and_foreign_samples_have_no_reward():
         ("rsagent_jx.rewards:final_iou", "no module named 'rsagent_jx'; did you mean 'rsagent_jax'"),
         ("rsagent_jax.rewards.x:final_iou", "no module named 'rsagent_jax.rewards.x'"),
         ("rsagent_jax.rewards:final_iuo", "has no 'final_iuo'; did you mean 'final_iou'"),
-        ("rsagent_jax.config:DEFAULT_REWARD", "is a tuple, not a function"),
+        ("rsagent_jax.config.schema:DEFAULT_REWARD", "is a tuple, not a function"),
         ("configs/quikstart.py:get_config", "file configs/quikstart.py does not exist; did you mean 'configs/quickst"),
         ("configs/quickstart.py:get_confg", "configs/quickstart.py has no 'get_confg'; did you mean 'get_config'"),
         ("nowhere.py:f", "file nowhere.py does not exist (looked for from "),
@@ -351,18 +351,20 @@ def test_env_failed_and_foreign_samples_have_no_reward():
 )
 def test_resolve_names_the_closest_match(path, message):
     with pytest.raises(DataError) as error:
-        resolve(path)
+        import_path(path)
     assert message in str(error.value)
 
 
 def test_resolve_returns_the_function_of_a_module_and_of_a_file(own_file, monkeypatch):
-    assert resolve("rsagent_jax.rewards:final_iou") is rewards.final_iou
+    assert import_path("rsagent_jax.rewards:final_iou") is rewards.final_iou
     monkeypatch.chdir(own_file.parent)
     (own_file.parent / "beside_it.py").write_text("VALUE = 7\n")
     (own_file.parent / "json.py").write_text("from beside_it import VALUE\ndef f(): return VALUE\n")
-    assert resolve("my_rewards.py:three_term") is resolve(f"{own_file}:three_term")
-    assert resolve("json.py:f")() == 7 and json.loads("1") == 1  # a file may have the name of a module
-    assert pickle.loads(pickle.dumps(resolve("my_rewards.py:three_term"))) is resolve("my_rewards.py:three_term")
+    assert import_path("my_rewards.py:three_term") is import_path(f"{own_file}:three_term")
+    assert import_path("json.py:f")() == 7 and json.loads("1") == 1  # a file may have the name of a module
+    assert pickle.loads(pickle.dumps(import_path("my_rewards.py:three_term"))) is import_path(
+        "my_rewards.py:three_term"
+    )
 
 
 @pytest.mark.parametrize(
@@ -380,5 +382,5 @@ def test_an_error_inside_the_users_module_is_one_message_with_its_line(tmp_path,
     file.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(DataError) as error:
-        resolve(f"{file}:f" if by_path else "broken_reward_module:f")
+        import_path(f"{file}:f" if by_path else "broken_reward_module:f")
     assert f"broken_reward_module.py, {said}" in str(error.value)

@@ -12,10 +12,13 @@ from agent_fakes import DiscSegmenter, picture, same_states
 
 from rsagent_jax.agent.replay import replay
 from rsagent_jax.agent.tools import render_call
-from rsagent_jax.config import SegmentConfig, build
+from rsagent_jax.config.build import build_config
+from rsagent_jax.config.schema import (
+    SegmentConfig,
+)
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.entry import load_config_file
 from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.runtime.command import load_config_file
 from rsagent_jax.segment import read_photo, segment
 from rsagent_jax.types import DataError, Finish, Segment, Status, Zoom
 from sam_bridge.types import FailureKind
@@ -34,7 +37,7 @@ def play(turns, processor, out, image=None, segmenter=None):
     """The command's own function with scripted turns for the policy."""
     script = iter(turns)
     policy = TextPolicy(lambda task, state: next(script), processor, slots=1)
-    config = build(SegmentConfig, load_config_file(str(ROOT / "configs" / "segment.py")))
+    config = build_config(SegmentConfig, load_config_file(str(ROOT / "configs" / "segment.py")))
     image = picture(60, 90) if image is None else image
     return segment(policy, segmenter or DiscSegmenter(), processor, config, image, "the disc", out)
 

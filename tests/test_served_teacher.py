@@ -19,9 +19,9 @@ pytest.importorskip("torch")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
-from rsagent_jax.agent.remote import Remote
-from rsagent_jax.config import RemoteConfig, TeacherConfig
-from rsagent_jax.evals import filtering
+from rsagent_jax.collecting import filter
+from rsagent_jax.collecting.endpoint import Remote
+from rsagent_jax.config.schema import RemoteConfig, TeacherConfig
 from tests.test_collect import CONFIG, collect, dataclasses, lines, samples  # noqa: F401 - a fixture
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def test_trajectories_come_from_a_real_server(served, tmp_path, samples):  # noq
     collector = collect(tmp_path / "w", samples[:3], make=Remote, config=config)
     log = (tmp_path / "server.log").read_text()[-3000:]
     assert collector.failed == {}, (collector.examples, log)
-    (journal,) = (tmp_path / "w" / filtering.ATTEMPTS).iterdir()
+    (journal,) = (tmp_path / "w" / filter.ATTEMPTS).iterdir()
     rows = lines(journal)[1:]
     # The base has never seen a tool: three malformed turns in a row end a trajectory.
     assert [row["status"] for row in rows] == ["invalid"] * 3 and {row["turns"] for row in rows} == {3}

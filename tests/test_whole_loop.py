@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from rsagent_jax.agent.replay import replay
-from rsagent_jax.checkpoint import load_policy
 from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.load import load_policy
 
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = "assets/tiny-base"
@@ -43,7 +43,7 @@ def run(*command: str, modules: str = "") -> str:
 def work(tmp_path_factory) -> pathlib.Path:
     """Data, trajectories, and a policy trained by configs/debug.py."""
     work = tmp_path_factory.mktemp("loop")
-    run("-m", "rsagent_jax.data.synthetic", f"--out={work}/data", "--train=24", "--val=2", "--test=6")
+    run("-m", "rsagent_jax.tiny.synthetic", f"--out={work}/data", "--train=24", "--val=2", "--test=6")
     data = f"--config.data.root={work}/data"
     collect = ("-m", "rsagent_jax.collect", "--config=configs/collect_quickstart.py", f"--workdir={work}/collect", data)
     run(*collect, "--config.limit=16", "--config.segmenter.mode=inprocess")

@@ -16,7 +16,7 @@ from rsagent_jax.agent import prompts
 from rsagent_jax.agent.overlay import overlay_size
 from rsagent_jax.agent.tools import TOOL_SCHEMAS, render_call
 from rsagent_jax.agent.views import PixelLimits, fit, fixed_size, round_size
-from rsagent_jax.config import AgentConfig
+from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.types import DataError, Finish, ParseError
 
 # The typical trajectory, for checking a config (ours): this question about a picture of this size, a mask in every

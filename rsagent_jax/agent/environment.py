@@ -24,7 +24,7 @@ from rsagent_jax.agent import prompts
 from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.tools import call_json, parse
 from rsagent_jax.agent.views import PixelLimits, View, fit
-from rsagent_jax.config import AgentConfig
+from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.types import (
     DataError,
     Finish,

@@ -17,8 +17,11 @@ from pycocotools import mask as coco
 
 from rsagent_jax.agent.environment import EnvState, SegmentFailure, abort, propose, refuse_view, reset, resolve
 from rsagent_jax.agent.views import PixelLimits
-from rsagent_jax.config import AgentConfig, build, to_dict
-from rsagent_jax.image_files import checksum, picture_by_checksum, read_image
+from rsagent_jax.config.build import build_config, to_dict
+from rsagent_jax.config.schema import (
+    AgentConfig,
+)
+from rsagent_jax.runtime.image_files import checksum, picture_by_checksum, read_image
 from rsagent_jax.types import DataError, Status, Turn
 from sam_bridge.types import FailureKind, SegmentReply
 
@@ -54,7 +57,7 @@ def replay(text: str, image: np.ndarray | None = None) -> EnvState:
         if image.shape[:2] != size:
             raise DataError(f"trajectory: made on an image of {size} pixels (h, w), given one of {image.shape[:2]}")
         # Records made before the last turn was announced do not say so.
-        config = build(AgentConfig, {"announce_last": False} | record["config"])
+        config = build_config(AgentConfig, {"announce_last": False} | record["config"])
         turns = record["turns"]
         lasts = [turn.get("last", False) for turn in turns] + [record.get("last", False)]
         state = reset(image, record["query"], config, PixelLimits(**record["limits"]), lasts[0])

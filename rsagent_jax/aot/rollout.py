@@ -17,16 +17,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from rsagent_jax import processes, sharding
 from rsagent_jax.aot.flops import Workload, model_flops
 from rsagent_jax.aot.report import Decoding, Job
-from rsagent_jax.config import SamplingConfig
-from rsagent_jax.models.qwen25_vl import cache as kv
+from rsagent_jax.config.schema import SamplingConfig
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, TextConfig
+from rsagent_jax.rollout import kv_cache as kv
 from rsagent_jax.rollout.engine import settled
 from rsagent_jax.rollout.programs import Images, Piece, Programs, Slots, Turns, Weights, weight_shardings
+from rsagent_jax.runtime import processes, sharding
 
 
 def host_mesh(devices: list, tensor: int) -> Mesh:

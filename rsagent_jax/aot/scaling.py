@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from absl import app, flags
 
 from rsagent_jax.aot.topology import GIB, TABLE, parse_topology
-from rsagent_jax.data.journal import write_whole
+from rsagent_jax.runtime.journal import write_whole
 
 RESULTS = flags.DEFINE_string("results", "docs/scaling.jsonl", "One report per line; read, and added to.")
 OUT = flags.DEFINE_string("out", "docs/scaling.md", "The page to write.")

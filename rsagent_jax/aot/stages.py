@@ -19,18 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rsagent_jax import sharding, slices
 from rsagent_jax.aot import rollout
 from rsagent_jax.aot.flops import Workload, model_flops
 from rsagent_jax.aot.report import Job, ProgramReport, analyse, out_of_memory
 from rsagent_jax.aot.rollout import device_bytes
 from rsagent_jax.aot.topology import Topology, devices
-from rsagent_jax.config import BatchConfig, TrainConfig
+from rsagent_jax.config import slices
+from rsagent_jax.config.schema import BatchConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.attention import LANES, is_fused, tile, tiles_between
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, size_config
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
+from rsagent_jax.runtime import sharding
 from rsagent_jax.train.state import EMPTY, create_state, divide, make_optimizer, sees_once, state_shardings
 from rsagent_jax.train.step import Sums, grpo_objective, make_programs, sft_objective
 from rsagent_jax.types import Batch, DataError

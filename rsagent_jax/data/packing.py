@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rsagent_jax.config import BatchConfig
+from rsagent_jax.config.schema import BatchConfig
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.positions import Grid, fill_patch_buffer, padded_patches
-from rsagent_jax.processes import Share, most
+from rsagent_jax.runtime.processes import Share, most
 from rsagent_jax.types import Batch
 
 

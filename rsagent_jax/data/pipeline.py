@@ -17,9 +17,9 @@ from absl import flags
 
 from rsagent_jax.agent import environment, prompts
 from rsagent_jax.agent.views import PixelLimits
-from rsagent_jax.config import AgentConfig
+from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.processes import Share
+from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError, Prompt, Sample
 
 ALONE = Share()

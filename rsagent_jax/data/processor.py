@@ -14,7 +14,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from rsagent_jax.agent.views import PixelLimits, round_size, smart_resize
-from rsagent_jax.config import SamplingConfig
+from rsagent_jax.config.schema import SamplingConfig
 from rsagent_jax.data.image_config import ImageConfig
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, read_json, token_ids
 from rsagent_jax.models.qwen25_vl.positions import Grid, merged_tokens, mrope_positions

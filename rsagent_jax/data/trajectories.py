@@ -22,15 +22,15 @@ from rsagent_jax.agent import prompts
 from rsagent_jax.agent.environment import EnvState, opening_observation, reset
 from rsagent_jax.agent.replay import replay, to_json
 from rsagent_jax.agent.views import PixelLimits
-from rsagent_jax.config import AgentConfig
-from rsagent_jax.data.journal import write_whole
+from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.data.npz import read_arrays
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor, image_patches
 from rsagent_jax.data.shards import open_array_record
-from rsagent_jax.image_files import checksum, decode_image, picture_by_checksum
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.positions import Grid, merged_tokens
+from rsagent_jax.runtime.image_files import checksum, decode_image, picture_by_checksum
+from rsagent_jax.runtime.journal import write_whole
 from rsagent_jax.types import DataError, Trajectory
 
 STAMP = "collect.json"  # written last: a directory without it is not complete

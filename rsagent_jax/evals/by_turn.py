@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rsagent_jax.config import MetricConfig
+from rsagent_jax.config.schema import MetricConfig
 from rsagent_jax.evals import metrics
 from rsagent_jax.evals.metrics import Counts, SampleResult
 from rsagent_jax.types import Sample, Status, Trajectory

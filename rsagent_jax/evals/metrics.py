@@ -36,8 +36,11 @@ from typing import Any
 
 import numpy as np
 
-from rsagent_jax.config import MetricConfig, to_dict
-from rsagent_jax.rewards import intersection_union
+from rsagent_jax.config.build import to_dict
+from rsagent_jax.config.schema import (
+    MetricConfig,
+)
+from rsagent_jax.masks import intersection_union
 from rsagent_jax.types import DataError, Sample, Status, Trajectory
 
 # IoU is summed in units of 2^-40, as integers: exact whatever the order, and within 1e-12 of the float mean.

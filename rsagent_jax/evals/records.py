@@ -1,4 +1,4 @@
-"""The results of an evaluation under way, in a journal (data/journal.py): one line per evaluated sample."""
+"""The results of an evaluation under way, in a journal (runtime/journal.py): one line per evaluated sample."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from rsagent_jax.data import journal
 from rsagent_jax.evals.by_turn import Pixels
 from rsagent_jax.evals.metrics import Counts
-from rsagent_jax.processes import Share
+from rsagent_jax.runtime import journal
+from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import Status
 
 FOLDER = "shards"

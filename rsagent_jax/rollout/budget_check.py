@@ -6,7 +6,7 @@ import dataclasses
 
 from rsagent_jax.agent.budget import Budget, Texts, image_sizes, trajectory_budget, typical_size
 from rsagent_jax.agent.views import fixed_size
-from rsagent_jax.config import AgentConfig, BatchConfig, SamplingConfig
+from rsagent_jax.config.schema import AgentConfig, BatchConfig, SamplingConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.rollout.driver import pixel_limits

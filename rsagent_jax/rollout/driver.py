@@ -20,7 +20,7 @@ import numpy as np
 from rsagent_jax.agent import budget, environment, prompts
 from rsagent_jax.agent.environment import EnvState, SegmentFailure
 from rsagent_jax.agent.views import PixelLimits
-from rsagent_jax.config import AgentConfig
+from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.rollout.jobs import Jobs, Overdue

@@ -22,14 +22,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from rsagent_jax import sharding
-from rsagent_jax.config import SamplingConfig
+from rsagent_jax.config.schema import SamplingConfig
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import VisionConfig
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import Grid, fill_patch_buffer, padded_patches
 from rsagent_jax.rollout.policy import Request, Task
 from rsagent_jax.rollout.programs import LAYERS, Images, Piece, Programs, Turns, Weights, weight_shardings
+from rsagent_jax.runtime import sharding
 from rsagent_jax.types import Completion, DataError, Prompt
 
 RUNGS = 3  # of the ladder of patch buffers: all of sampling.patches, a quarter, a sixteenth; one more for overlays

@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rsagent_jax import sharding
-from rsagent_jax.config import SamplingConfig
-from rsagent_jax.models.qwen25_vl import cache as kv
-from rsagent_jax.models.qwen25_vl.cache import LayerCache, Part, Rows
+from rsagent_jax.config.schema import SamplingConfig
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.language import mrope_angles
 from rsagent_jax.models.qwen25_vl.layers import Linear
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
+from rsagent_jax.rollout import kv_cache as kv
+from rsagent_jax.rollout.kv_cache import LayerCache, Part, Rows
 from rsagent_jax.rollout.sampling import draw
+from rsagent_jax.runtime import sharding
 
 LAYERS = ("decoder", "layers")  # where the decoder's stacked layers stand among the parameters
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rsagent_jax.config import SamplingConfig
+from rsagent_jax.config.schema import SamplingConfig
 
 
 def draw(logits_SV: jax.Array, sampling: SamplingConfig, keys: jax.Array, steps: jax.Array):

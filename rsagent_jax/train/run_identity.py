@@ -20,10 +20,14 @@ import pathlib
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from rsagent_jax.config import PolicyConfig, TrainConfig, to_dict
-from rsagent_jax.data.journal import cannot_write, write_whole
-from rsagent_jax.metrics import keep_lines
+from rsagent_jax.config.build import to_dict
+from rsagent_jax.config.schema import (
+    PolicyConfig,
+    TrainConfig,
+)
 from rsagent_jax.models.qwen25_vl.config import read_json
+from rsagent_jax.runtime.journal import cannot_write, write_whole
+from rsagent_jax.runtime.train_log import keep_lines
 from rsagent_jax.types import DataError
 
 HISTORY = "config_history.jsonl"

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from rsagent_jax import sharding
-from rsagent_jax.config import LoraConfig, OptimConfig
+from rsagent_jax.config.schema import LoraConfig, OptimConfig
 from rsagent_jax.models.qwen25_vl import convert, lora
 from rsagent_jax.models.qwen25_vl.layers import LoraParam
+from rsagent_jax.runtime import sharding
 from rsagent_jax.types import DataError
 
 PARTS = {  # what `optim.freeze` may name -> the parameters' dotted prefixes

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from rsagent_jax.config import GrpoConfig
+from rsagent_jax.config.schema import GrpoConfig
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.logprobs import token_logprobs
 from rsagent_jax.train import losses

@@ -6,7 +6,7 @@ import numpy as np
 
 from rsagent_jax.agent.environment import EnvState, propose, reset, resolve, run_tool
 from rsagent_jax.agent.views import PixelLimits
-from rsagent_jax.config import AgentConfig
+from rsagent_jax.config.schema import AgentConfig
 from sam_bridge.types import FailureKind, SegmenterError, SegmentReply, SegmentRequest
 
 LIMITS = PixelLimits(28, 56 * 56, 448 * 448)

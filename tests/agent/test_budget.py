@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from rsagent_jax.agent import budget, prompts
 from rsagent_jax.agent.budget import Budget, Texts
 from rsagent_jax.agent.views import PixelLimits
-from rsagent_jax.config import AgentConfig, BatchConfig, CollectConfig, EvalConfig, SegmentConfig, TrainConfig, build
+from rsagent_jax.config.build import build_config
+from rsagent_jax.config.schema import (
+    AgentConfig,
+    BatchConfig,
+    CollectConfig,
+    EvalConfig,
+    SegmentConfig,
+    TrainConfig,
+)
 from rsagent_jax.data.processor import ImageConfig, Processor
 from rsagent_jax.models.qwen25_vl.config import size_config
 from rsagent_jax.rollout.budget_check import check_budget
@@ -140,7 +148,7 @@ class Real:
 
 
 def preset(name: str, schema, *arguments):
-    return build(schema, importlib.import_module(f"configs.{name}").get_config(*arguments))
+    return build_config(schema, importlib.import_module(f"configs.{name}").get_config(*arguments))
 
 
 def sft_line(config: TrainConfig, processor) -> str:

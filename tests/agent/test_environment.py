@@ -17,7 +17,7 @@ from rsagent_jax.agent.environment import (
     run_tool,
 )
 from rsagent_jax.agent.tools import REFUSALS, render_call
-from rsagent_jax.config import AgentConfig
+from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.types import DataError, Finish, ResetView, Rotate, Segment, Status, Zoom
 from sam_bridge.types import FailureKind, SegmentReply
 

@@ -9,13 +9,22 @@ import subprocess
 
 import pytest
 
-from rsagent_jax import sharding, slices
 from rsagent_jax.aot import rollout, scaling, stages
 from rsagent_jax.aot.report import Decoding, analyse, table, to_json
 from rsagent_jax.aot.topology import devices, parse_topology
-from rsagent_jax.config import BatchConfig, GrpoConfig, MeshConfig, PolicyConfig, SamplingConfig, SftConfig, TrainConfig
+from rsagent_jax.config import slices
+from rsagent_jax.config.schema import (
+    BatchConfig,
+    GrpoConfig,
+    MeshConfig,
+    PolicyConfig,
+    SamplingConfig,
+    SftConfig,
+    TrainConfig,
+)
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import size_config
+from rsagent_jax.runtime import sharding
 
 ROOT = pathlib.Path(__file__).parents[2]
 SLOTS, CONTEXT, CHUNK, PATCHES = 32, 4096, 4, 256

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rsagent_jax import sharding, slices
 from rsagent_jax.aot import stages
 from rsagent_jax.aot.flops import model_flops
 from rsagent_jax.aot.topology import TABLE, devices, parse_topology
-from rsagent_jax.config import (
+from rsagent_jax.config import slices
+from rsagent_jax.config.schema import (
     BatchConfig,
     GrpoConfig,
     LoraConfig,
@@ -28,6 +28,7 @@ from rsagent_jax.config import (
 )
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import size_config
+from rsagent_jax.runtime import sharding
 from rsagent_jax.types import DataError
 
 ROOT = pathlib.Path(__file__).parents[2]

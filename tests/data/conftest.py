@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from rsagent_jax.data import scenes, synthetic
+from rsagent_jax.tiny import scenes, synthetic
 
 
 @pytest.fixture(scope="session")

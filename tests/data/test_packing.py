@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsagent_jax.config import BatchConfig, GrpoConfig
+from rsagent_jax.config.schema import BatchConfig, GrpoConfig
 from rsagent_jax.data.packing import Item, fits, pack
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.train import step

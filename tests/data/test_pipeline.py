@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from rsagent_jax.agent import environment, prompts
 from rsagent_jax.agent.views import PixelLimits
-from rsagent_jax.config import AgentConfig, DataConfig
+from rsagent_jax.config.schema import AgentConfig, DataConfig
 from rsagent_jax.data.pipeline import OpeningPrompt, Pipeline
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.data.samples import open_samples
-from rsagent_jax.processes import Share
+from rsagent_jax.data.sets.open import open_samples
+from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError
 
 BASE = "assets/tiny-base"

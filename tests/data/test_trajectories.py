@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rsagent_jax.agent.environment import opening_observation, reset
 from rsagent_jax.agent.views import PixelLimits
-from rsagent_jax.config import AgentConfig
+from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.rollout.driver import Driver

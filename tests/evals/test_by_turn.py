@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 from agent_fakes import DiscSegmenter
 
-from rsagent_jax.config import MetricConfig
+from rsagent_jax.config.schema import MetricConfig
 from rsagent_jax.evals import by_turn, metrics
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import TextPolicy

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from rsagent_jax.config import MetricConfig
+from rsagent_jax.config.schema import MetricConfig
 from rsagent_jax.evals.metrics import (
     CONVENTIONS,
     check_rules,

@@ -11,8 +11,11 @@ from agent_fakes import DiscSegmenter, disc
 
 import evaluate
 from configs import eval as eval_configs
-from rsagent_jax import entry
-from rsagent_jax.config import EvalConfig, build
+from rsagent_jax.config.build import build_config
+from rsagent_jax.config.schema import (
+    EvalConfig,
+)
+from rsagent_jax.runtime import command
 from rsagent_jax.types import DataError
 from sam_bridge.types import About, FailureKind, SegmenterError
 
@@ -72,11 +75,11 @@ def run(monkeypatch, tmp_path, root):
             section, name = path.split("__")
             config[section][name] = value
         workdir.mkdir(exist_ok=True)
-        monkeypatch.setattr(entry, "workdir", lambda: workdir)
+        monkeypatch.setattr(command, "workdir", lambda: workdir)
         monkeypatch.setattr(evaluate, "open_segmenter", lambda _: contextlib.nullcontext(segmenter))
         given = types.SimpleNamespace(weights=None, shard=shard)
         monkeypatch.setattr(evaluate, "flags", types.SimpleNamespace(FLAGS=given))
-        evaluate.main(build(EvalConfig, config))
+        evaluate.main(build_config(EvalConfig, config))
         path = workdir / "results.json"
         return json.loads(path.read_text()) if path.exists() else None
 

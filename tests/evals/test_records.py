@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsagent_jax.data import journal
 from rsagent_jax.evals import records
 from rsagent_jax.evals.metrics import Counts, judge, summarize
-from rsagent_jax.processes import Share, parse_share
+from rsagent_jax.runtime import journal
+from rsagent_jax.runtime.processes import Share, parse_share
 from rsagent_jax.types import DataError, Status
 
 SETTINGS = {"weights_sha256": "abc", "seed": 0, "agent": {"max_turns": 8}, "stages": (1, 2)}
@@ -58,7 +58,7 @@ def test_a_kill_at_any_byte_leaves_no_hole_and_no_duplicate(tmp_path_factory, sh
     write(workdir, Share(0, 1), range(8))
     path = next((workdir / records.FOLDER).iterdir())
     data = path.read_bytes()
-    first = data.index(b"\n") + 1  # the file begins to exist with this line whole
+    first = data.sets.index(b"\n") + 1  # the file begins to exist with this line whole
     path.write_bytes(data[: first + int(share * (len(data) - first))])
     for index in range(count):  # it may go on with other shards
         write(workdir, Share(index, count), range(8))

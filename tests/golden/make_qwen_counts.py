@@ -18,7 +18,7 @@ import sys
 from tokenizers import Regex, pre_tokenizers
 
 from rsagent_jax.agent.budget import Texts
-from rsagent_jax.config import AgentConfig
+from rsagent_jax.config.schema import AgentConfig
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

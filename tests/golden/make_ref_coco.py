@@ -2,7 +2,7 @@
 
 Needs an environment of its own (pip install tensorflow-cpu tensorflow-datasets==4.9.10 pillow pycocotools):
 
-  python -m rsagent_jax.data.synthetic --out=/tmp/scenes --train=1 --val=3 --test=1 --seed=5
+  python -m rsagent_jax.tiny.synthetic --out=/tmp/scenes --train=1 --val=3 --test=1 --seed=5
   python tests/golden/make_ref_coco.py /tmp/scenes tests/golden/ref_coco
 """
 

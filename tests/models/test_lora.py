@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rsagent_jax.config import LoraConfig
+from rsagent_jax.config.schema import LoraConfig
 from rsagent_jax.models.qwen25_vl import convert, lora
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.layers import LoraParam

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from rsagent_jax.checkpoint import load_policy
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
 from rsagent_jax.models.qwen25_vl.config import load_config
+from rsagent_jax.models.qwen25_vl.load import load_policy
 
 from . import tiny
 
@@ -103,9 +103,9 @@ import pathlib, sys
 import jax, numpy as np
 from flax import nnx
 from rsagent_jax import sharding
-from rsagent_jax.checkpoint import load_policy
+from rsagent_jax.train.checkpoint import load_policy
 from rsagent_jax.config import MeshConfig
-from rsagent_jax.checkpoint import load_policy
+from rsagent_jax.train.checkpoint import load_policy
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
 from rsagent_jax.models.qwen25_vl.config import load_config
 
@@ -185,9 +185,9 @@ number, address, directory = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.arg
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, 2, number)
 from rsagent_jax import sharding
-from rsagent_jax.checkpoint import load_policy
+from rsagent_jax.train.checkpoint import load_policy
 from rsagent_jax.config import MeshConfig
-from rsagent_jax.checkpoint import load_policy
+from rsagent_jax.train.checkpoint import load_policy
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
 
 assert jax.device_count() == 4 and jax.local_device_count() == 2
@@ -242,7 +242,7 @@ import json, pathlib, sys
 import jax, numpy as np, optax
 from flax import nnx
 from rsagent_jax import sharding
-from rsagent_jax.checkpoint import Checkpoints, load_policy
+from rsagent_jax.train.checkpoint import Checkpoints, load_policy
 from rsagent_jax.config import MeshConfig
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.train.state import create_state

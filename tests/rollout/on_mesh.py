@@ -11,11 +11,11 @@ import sys
 import jax
 import numpy as np
 
-from rsagent_jax import sharding
 from rsagent_jax.aot import collectives, hlo
-from rsagent_jax.config import MeshConfig
+from rsagent_jax.config.schema import MeshConfig
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.programs import Images, Piece
+from rsagent_jax.runtime import sharding
 from rsagent_jax.types import DataError
 from tests.rollout import small
 from tests.rollout.small import THREE_IMAGES, Task, click, finish, task, zoom

@@ -21,8 +21,8 @@ from flax import nnx
 
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.tools import render_call
-from rsagent_jax.config import AgentConfig, BatchConfig, SamplingConfig
-from rsagent_jax.data import tiny_vocab, trajectories
+from rsagent_jax.config.schema import AgentConfig, BatchConfig, SamplingConfig
+from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
@@ -33,6 +33,7 @@ from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_position
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task, TextPolicy
+from rsagent_jax.tiny import vocab
 from rsagent_jax.types import Completion, Finish, Sample, Segment, Status, Trajectory, Turn, Zoom
 
 # Programs are compiled fast rather than well: compiling is most of the time of these tests.
@@ -85,7 +86,7 @@ def raw_config(hidden: int = 32, layers: int = 2, heads: int = 2, kv_heads: int 
 
 @functools.cache
 def tokenizer():
-    return tiny_vocab.build_tokenizer(VOCAB)
+    return vocab.build_tokenizer(VOCAB)
 
 
 @functools.cache
@@ -93,7 +94,7 @@ def weights(hidden: int = 32, layers: int = 2, heads: int = 2, kv_heads: int = 2
     """A Hugging Face directory with random weights that now and then end a turn."""
     _keep.append(folder := tempfile.TemporaryDirectory())
     path = pathlib.Path(folder.name)
-    tiny_vocab.save_tokenizer(tokenizer(), path, 56 * 56, 112 * 112)
+    vocab.save_tokenizer(tokenizer(), path, 56 * 56, 112 * 112)
     raw = raw_config(hidden, layers, heads, kv_heads)
     model, rng = convert.abstract_model(Qwen25VLConfig.from_hf(raw)), np.random.default_rng(0)
     values = {k: rng.normal(k.endswith("scale"), 0.2, v.shape) for k, v in convert.flat_params(model).items()}

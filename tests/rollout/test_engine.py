@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from agent_fakes import DiscSegmenter
 
-from rsagent_jax.config import SamplingConfig
+from rsagent_jax.config.schema import SamplingConfig
 from rsagent_jax.data.packing import pack
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Request

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from rsagent_jax.config import SamplingConfig
+from rsagent_jax.config.schema import SamplingConfig
 from rsagent_jax.models.qwen25_vl.positions import mrope_positions
 from rsagent_jax.rollout import programs
 from rsagent_jax.rollout.engine import Engine

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsagent_jax.data import scenes
+from rsagent_jax.tiny import scenes
 from sam_bridge.backends import load
 from sam_bridge.backends.grabcut import MAX_SIDE
 from sam_bridge.local import LocalSegmenter

@@ -190,4 +190,4 @@ def test_no_other_module_decodes_pictures():
     opens = re.compile(r"Image\.open\(|imread\(|imdecode\(")
     sources = [*(ROOT / "rsagent_jax").rglob("*.py"), *(ROOT / "sam_bridge").rglob("*.py"), *ROOT.glob("*.py")]
     found = {path.relative_to(ROOT).as_posix() for path in sources if opens.search(path.read_text())}
-    assert found == {"sam_bridge/images.py", "rsagent_jax/data/scenes.py"}
+    assert found == {"sam_bridge/images.py", "rsagent_jax/tiny/scenes.py"}

@@ -10,10 +10,10 @@ import optax
 import pytest
 from flax import nnx
 
-from rsagent_jax import sharding
-from rsagent_jax.config import BatchConfig, GrpoConfig, LoraConfig, MeshConfig, OptimConfig
+from rsagent_jax.config.schema import BatchConfig, GrpoConfig, LoraConfig, MeshConfig, OptimConfig
 from rsagent_jax.data.packing import pack
 from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.runtime import sharding
 from rsagent_jax.train.state import (
     EMPTY,
     PARTS,

@@ -2,9 +2,9 @@
 
 import pytest
 
-from rsagent_jax.config import BatchConfig, SftConfig
+from rsagent_jax.config.schema import BatchConfig, SftConfig
 from rsagent_jax.data import trajectories
-from rsagent_jax.train.sources import SftSource
+from rsagent_jax.train.batch_source import SftSource
 from rsagent_jax.types import DataError
 from tests.rollout import small
 from tests.rollout.small import trajectory

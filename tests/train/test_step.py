@@ -11,11 +11,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rsagent_jax import sharding
-from rsagent_jax.checkpoint import Checkpoints
-from rsagent_jax.config import BatchConfig, GrpoConfig, LoraConfig, MeshConfig, OptimConfig
+from rsagent_jax.config.schema import BatchConfig, GrpoConfig, LoraConfig, MeshConfig, OptimConfig
 from rsagent_jax.data import packing
 from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.runtime import sharding
+from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.state import create_state, divide, make_optimizer, skip, state_shardings, updates_made
 from rsagent_jax.train.step import grpo_objective, make_programs
 from tests.rollout import small

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask_info
 
-from rsagent_jax import sharding
 from rsagent_jax.models.qwen25_vl.compute import Compute
+from rsagent_jax.runtime import sharding
 from rsagent_jax.types import DataError
 
 PLAIN_MAX = 1024  # longest row that "auto" attends to at once

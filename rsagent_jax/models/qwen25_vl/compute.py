@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from rsagent_jax import sharding
-from rsagent_jax.config import PolicyConfig
+from rsagent_jax.config.schema import PolicyConfig
+from rsagent_jax.runtime import sharding
 
 # Activations that a block names, in the order in which it makes them.
 NAMES = ("qkv", "attention", "attention_out", "mlp_gate", "mlp_up")
@@ -56,7 +56,7 @@ class Compute:
 
 
 def checkpoint_policy(remat: str):
-    """None for "none", else (a jax.checkpoint policy,). `remat`: as config_ranges.Remat has it."""
+    """None for "none", else (a jax.checkpoint policy,). `remat`: as config.ranges.Remat has it."""
     kind, colon, names = remat.partition(":")
     wanted = tuple(n.strip() for n in names.split(",")) if colon else REMAT[kind]
     policies = jax.checkpoint_policies

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rsagent_jax import sharding
 from rsagent_jax.models.qwen25_vl.attention import in_segments
 from rsagent_jax.models.qwen25_vl.compute import PLAIN, Compute, scan_layers
 from rsagent_jax.models.qwen25_vl.config import TextConfig
 from rsagent_jax.models.qwen25_vl.layers import Linear, RMSNorm, SwiGLU, param, rotate
+from rsagent_jax.runtime import sharding
 
 
 class DecoderLayer(nnx.Module):

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from rsagent_jax import sharding
+from rsagent_jax.runtime import sharding
 
 PIECE = 1 << 26  # logits per device at a time: 256 MiB in fp32
 SHARES = (0.25, 0.375, 0.5, 0.75, 1.0)  # of the places of a row, in round numbers: what is computed

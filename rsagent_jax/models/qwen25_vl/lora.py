@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rsagent_jax.config import LoraConfig
+from rsagent_jax.config.schema import LoraConfig
 from rsagent_jax.models.qwen25_vl.layers import Linear, LoraParam
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 

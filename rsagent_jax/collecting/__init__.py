@@ -1,0 +1,1 @@
+"""Trajectories and problems made by teachers: played, filtered, kept."""

@@ -1,0 +1,192 @@
+"""A teacher behind an OpenAI-compatible endpoint: it reads what the policy reads, and its text is taken as a turn.
+
+Requests run side by side on the event loop, at most `concurrent` at a time and `per_minute` a minute. What the server
+refuses for now, fails at, answers too slowly or by half is asked again with growing pauses; tokens, retries and costs
+are counted. What is never going to work (a wrong key, an unknown model) ends the command with one clear error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import io
+import os
+import time
+import weakref
+from typing import ClassVar
+
+import numpy as np
+import openai
+from PIL import Image
+
+from rsagent_jax.agent import prompts
+from rsagent_jax.agent.environment import EnvState, opening_observation, reset
+from rsagent_jax.config.schema import RemoteConfig, TeacherConfig
+from rsagent_jax.types import DataError
+
+_FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+_AGAIN = (openai.RateLimitError, openai.APITimeoutError, openai.APIConnectionError, openai.InternalServerError)
+
+
+TEACHER = "teacher.remote"  # the config group
+
+
+class EndpointError(Exception):
+    """A request that was given up on. `kind` is a word that can be counted."""
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(f"{kind}: {detail}")
+        self.kind = kind
+
+
+@dataclasses.dataclass
+class Usage:
+    """What the endpoint was asked so far, failed requests included."""
+
+    requests: int = 0
+    retries: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    waited_s: float = 0.0  # for our own limit and between retries
+
+    def cost(self, config: RemoteConfig) -> float:
+        return (self.tokens_in * config.price_in + self.tokens_out * config.price_out) / 1e6
+
+
+def check(config: RemoteConfig, name: str = TEACHER) -> None:
+    """DataError for a config without an endpoint. `name`: of the config group."""
+    if not config.url or not config.model:
+        raise DataError(f"{name}.url and {name}.model are needed, such as http://host:8000/v1")
+
+
+class Endpoint:
+    """One client for all trajectories of an event loop."""
+
+    _of_loop: ClassVar[weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
+
+    def __init__(self, config: RemoteConfig, name: str = TEACHER):
+        """`name`: of the config group, for messages."""
+        check(config, name)
+        self.name = name
+        key = os.environ.get(config.key_variable) or "none"
+        # Retries are ours, so that they are counted.
+        self.client = openai.AsyncOpenAI(base_url=config.url, api_key=key, timeout=config.timeout_s, max_retries=0)
+        self.config, self.usage = config, Usage()
+        self.slots, self.next_start = asyncio.Semaphore(config.concurrent), 0.0
+
+    @classmethod
+    def shared(cls, config: RemoteConfig, name: str = TEACHER) -> Endpoint:
+        """The endpoint of the running event loop."""
+        of_config = cls._of_loop.setdefault(asyncio.get_running_loop(), {})
+        if config not in of_config:
+            of_config[config] = cls(config, name)
+        return of_config[config]
+
+    async def complete(self, messages: list[dict]) -> str:
+        """The answer's text. EndpointError when it is given up on, DataError where asking again is of no use."""
+        for attempt in range(self.config.retries + 1):
+            try:
+                return await self._ask(messages)
+            except _FATAL as error:
+                c = self.config
+                raise DataError(f"{c.url} refuses {c.model!r} ({_reason(error)}); see {self.name}") from None
+            except _AGAIN as error:
+                kind, detail, pause = _kind(error), _reason(error), _retry_after(error)
+            except TimeoutError:
+                kind, detail, pause = "timeout", f"no whole answer within {self.config.timeout_s} s", None
+            except openai.APIStatusError as error:  # 400, 422: this request is at fault, such as a context too long
+                raise EndpointError("refused", _reason(error)) from None
+            except (openai.OpenAIError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+                kind, detail, pause = "malformed", _reason(error), None
+            if attempt < self.config.retries:
+                self.usage.retries += 1
+                await self._wait(self.config.backoff_s * 2**attempt if pause is None else pause)
+        raise EndpointError(kind, f"{detail}, after {self.config.retries + 1} tries")
+
+    async def _ask(self, messages: list[dict]) -> str:
+        c = self.config
+        async with self.slots:
+            if c.per_minute:
+                now = time.monotonic()
+                start = self.next_start = max(now, self.next_start + 60 / c.per_minute)
+                await self._wait(start - now)
+            self.usage.requests += 1
+            asked = self.client.chat.completions.create(
+                model=c.model, messages=messages, temperature=c.temperature, max_tokens=c.max_tokens
+            )
+            answer = await asyncio.wait_for(asked, c.timeout_s)  # the client's own limit is per chunk of bytes
+        if answer.usage is not None:
+            self.usage.tokens_in += answer.usage.prompt_tokens
+            self.usage.tokens_out += answer.usage.completion_tokens
+        text = answer.choices[0].message.content
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("an answer without text")
+        return text
+
+    async def _wait(self, seconds: float) -> None:
+        self.usage.waited_s += max(0.0, seconds)
+        await asyncio.sleep(max(0.0, seconds))
+
+
+class Remote:
+    """One per trajectory, as `Oracle`; the true mask is not shown to it."""
+
+    def __init__(self, config: TeacherConfig, rng: np.random.Generator):
+        del rng  # the endpoint draws its own random numbers
+        self.config = config.remote
+
+    async def act(self, state: EnvState, gt_mask: np.ndarray) -> str:
+        del gt_mask
+        return clean(await Endpoint.shared(self.config).complete(messages_of(state)))
+
+
+def messages_of(state: EnvState) -> list[dict]:
+    """The conversation so far, as the policy has it, in the endpoint's form."""
+    style = state.config.prompt
+    opening = opening_observation(reset(state.image, state.query, state.config, state.limits))
+    messages = [
+        {"role": "system", "content": prompts.system_prompt(style)},
+        {"role": "user", "content": [picture_part(opening.image), {"type": "text", "text": opening.text}]},
+    ]
+    for turn in state.turns:
+        messages.append({"role": "assistant", "content": turn.text})
+        content = [{"type": "text", "text": f"<tool_response>\n{turn.observation.text}"}]
+        content += [] if turn.observation.image is None else [picture_part(turn.observation.image)]
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": "\n</tool_response>"}]})
+    return messages
+
+
+def clean(text: str) -> str:
+    """A turn as it is stored: without its terminator, and without anything that would be read as a special token."""
+    text = text.removesuffix(prompts.TERMINATOR).strip()
+    return text.replace("<|", "(|")
+
+
+def picture_part(image: np.ndarray) -> dict:
+    """u8[h, w, 3] as a part of a message."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _kind(error: openai.OpenAIError) -> str:
+    if isinstance(error, openai.RateLimitError):
+        return "rate_limit"
+    if isinstance(error, openai.APITimeoutError):
+        return "timeout"
+    return "server" if isinstance(error, openai.InternalServerError) else "connection"
+
+
+def _retry_after(error: openai.OpenAIError) -> float | None:
+    """Seconds that the server asks to wait, at most a minute."""
+    response = getattr(error, "response", None)
+    try:
+        return min(60.0, max(0.0, float(response.headers["retry-after"])))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,200 @@
+"""The filter of collected trajectories: what is kept, what is dropped and why, and the page that shows both."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import pathlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rsagent_jax.config.build import to_dict
+from rsagent_jax.config.schema import (
+    FilterConfig,
+)
+from rsagent_jax.data import trajectories
+from rsagent_jax.data.npz import read_arrays
+from rsagent_jax.report.evaluation import Evaluation, Example, card, save
+from rsagent_jax.report.html import histogram, join, page, table, tag, tiles
+from rsagent_jax.rollout.failures import UNREADABLE
+from rsagent_jax.runtime import journal
+from rsagent_jax.types import DataError, Status
+
+ATTEMPTS = "attempts"  # the journal's folder in a work directory of collect
+RULES = "filter.json"  # in it: the collection's own filter
+SHOWN = 6  # kept, and as many dropped trajectories on the page
+
+
+@dataclasses.dataclass(frozen=True)
+class Filtered:
+    """What the filter did."""
+
+    kept: int
+    dropped: dict[str, int]  # by reason
+    iou: float  # means over what was kept
+    turns: float
+    tokens: float
+
+    @property
+    def total(self) -> int:
+        return self.kept + sum(self.dropped.values())
+
+
+def write_rules(workdir: pathlib.Path, rules: FilterConfig) -> None:
+    """Keeps a collection's own filter, for `rsagent_jax.refilter`."""
+    journal.write_whole(workdir / ATTEMPTS / RULES, json.dumps(to_dict(rules), indent=2) + "\n")
+
+
+def read_rules(workdir: pathlib.Path) -> FilterConfig:
+    """The filter of the collection's last start. DataError where there is none."""
+    path = workdir / ATTEMPTS / RULES
+    try:
+        return FilterConfig(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:  # a collection of an earlier version said it at its end
+        stamp = workdir / trajectories.STAMP
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} cannot be read ({error!r}); run the collection's command again") from None
+    try:
+        return FilterConfig(**json.loads(stamp.read_text(encoding="utf-8"))["filter"])
+    except (OSError, ValueError, TypeError, KeyError):
+        raise DataError(f"neither {path} nor {stamp} says what filter the collection had; run it again") from None
+
+
+def verdict(row: dict[str, Any], rules: FilterConfig) -> str:
+    """ "kept", or the first reason why not."""
+    if row["status"] != Status.FINISHED.value:
+        return row["status"]
+    if row["malformed"] and not rules.malformed:
+        return "malformed or refused call"
+    if row["repeats"] and not rules.repeats:
+        return "repeated action"
+    if row["turns"] > rules.max_turns:
+        return f"more than {rules.max_turns} turns"
+    if row["iou"] < rules.min_iou:
+        return f"final IoU below {rules.min_iou}"
+    return "kept"
+
+
+def write(
+    workdir: pathlib.Path,
+    out: pathlib.Path,
+    rules: FilterConfig,
+    per_file: int = 1000,
+    *,
+    settings: dict[str, Any] | None = None,
+    current: Mapping[str, str] | None = None,
+    moved: tuple[str, str] | None = None,
+) -> Filtered:
+    """Writes the kept set of a collection to `out`; the journal stays as it is. `settings`, `current`: of
+    `journal.read`; what was not collected is counted with the rest."""
+    described = settings or journal.settings_of(workdir / ATTEMPTS)
+    counts: Counter[str] = Counter()
+    failed: Counter[str] = Counter()  # what was not collected, by kind
+    unreadable: dict[str, str] = {}  # why, by sample
+    kept_of: Counter[str] = Counter()  # by sample
+    kept: list[dict] = []
+    shown: dict[bool, list[tuple[dict, str]]] = {True: [], False: []}
+    lines = []
+    try:
+        writer = trajectories.Writer(out, per_file)
+        for where, row in journal.read(workdir / ATTEMPTS, settings, current, by="uid"):
+            try:
+                if lost := row.get("failed"):
+                    failed[lost["kind"]] += 1
+                    if lost["kind"] == UNREADABLE:
+                        unreadable[row["sample"]] = lost["why"]
+                    continue
+                why, sample = verdict(row, rules), row.get("sample", row["id"])
+                if why == "kept" and kept_of[sample] >= rules.per_sample:
+                    why = f"{rules.per_sample} of the sample kept already"
+                kept_of[sample] += why == "kept"
+                record = base64.b64decode(row["record"], validate=True)
+            except (KeyError, TypeError, ValueError) as error:
+                raise journal.damaged(where, error) from None
+            counts[why] += 1
+            if len(shown[why == "kept"]) < SHOWN:
+                shown[why == "kept"].append((row, why))
+            if why == "kept":
+                writer.write(_moved(record, *moved) if moved else record)
+                kept.append({key: value for key, value in row.items() if key not in ("record", "gt", "ious", "query")})
+                lines.append(json.dumps({key: row[key] for key in ("id", "iou", "turns", "status")}) + "\n")
+        journal.write_whole(out / "trajectories.jsonl", "".join(lines))
+        dropped = {why: count for why, count in sorted(counts.items()) if why != "kept"}
+        means = [float(np.mean([row[key] for row in kept])) if kept else 0.0 for key in ("iou", "turns", "tokens")]
+        found = Filtered(len(kept), dropped, *means)
+        save(render(found, kept, shown, rules, described, failed, workdir), out)
+        stamp = {"verdicts": dict(counts), "not_collected": dict(failed), "unreadable": unreadable}
+        writer.close(stamp | {"filter": to_dict(rules), "config": described})
+    except OSError as error:
+        raise journal.cannot_write(out, error) from None
+    print(f"kept {found.kept} of {found.total} trajectories: mean IoU {found.iou:.3f}, {found.turns:.2f} turns")
+    for why, count in dropped.items():
+        print(f"  dropped {count}: {why}")
+    for why, count in sorted(failed.items()):
+        print(f"  not collected {count}: {why}")
+    return found
+
+
+def _moved(record: bytes, old: str, new: str) -> bytes:
+    """The record with its picture's path below `new` where it was below `old`."""
+    values = read_arrays(record)
+    header = json.loads(values["header"].tobytes())
+    path = header["picture"]["path"]
+    if path.startswith(old):
+        header["picture"]["path"] = new + path.removeprefix(old)
+    values["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    out = io.BytesIO()
+    np.savez(out, **values)
+    return out.getvalue()
+
+
+# --- The page ---
+
+
+def render(found: Filtered, kept, shown, rules: FilterConfig, settings, failed: dict[str, int], workdir) -> str:
+    tools: Counter[str] = Counter()
+    for row in kept:
+        tools.update(row["tools"])
+    turns = Counter(row["turns"] for row in kept)
+    figures = [
+        ("kept", str(found.kept), f"of {found.total} trajectories"),
+        ("IoU", f"{found.iou:.3f}", "mean of the final masks"),
+        ("turns", f"{found.turns:.2f}", "mean"),
+        ("tokens", f"{found.tokens:.0f}", "mean of a whole trajectory"),
+        ("trained tokens", str(sum(row["sampled_tokens"] for row in kept)), "in all"),
+    ]
+    reasons = [[why, n, f"{n / max(found.total, 1):.1%}"] for why, n in found.dropped.items()]
+    reasons += [[f"not collected: {why}", n, ""] for why, n in failed.items()]
+    return page(
+        "Collected trajectories",
+        tiles(figures),
+        tag("h2", "Dropped, by the first reason"),
+        table(["reason", "trajectories", "share"], reasons) if reasons else tag("p", "None.", class_="note"),
+        tag("h2", "Kept"),
+        tag("div", histogram([row["iou"] for row in kept], bad_below=rules.min_iou), class_="plot") if kept else None,
+        table(["turns", "trajectories"], [[str(n), turns[n]] for n in sorted(turns)]),
+        table(["tool", "calls"], [[name, n] for name, n in tools.most_common()]),
+        tag("h2", "Filter and provenance"),
+        table(["", ""], [[k, json.dumps(v)] for k, v in {**to_dict(rules), **settings}.items()], text_columns=2),
+        tag("h2", "Some that were kept"),
+        _cards(shown[True], workdir),
+        tag("h2", "Some that were dropped"),
+        _cards(shown[False], workdir),
+    )
+
+
+def _cards(rows: Sequence[tuple[dict, str]], workdir: pathlib.Path):
+    place = Evaluation(workdir, {}, (), ())
+    cards = []
+    for row, why in rows:
+        header = trajectories.header(base64.b64decode(row["record"]))
+        names = {name: row[name] for name in ("id", "query", "iou", "gt")}
+        picture, status = header["picture"]["path"], Status(row["status"])
+        example = Example(**names, status=status, ious=tuple(row["ious"]), image=picture, record=header["replay"])
+        cards.append(join([tag("p", why, class_="note"), card(example, [(None, place, example)])]))
+    return join(cards) if cards else tag("p", "None.", class_="note")

@@ -1,0 +1,181 @@
+"""Writes problems (question and answer) about pictures with a remote model."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
+
+from rsagent_jax.collecting import problem_prompt
+from rsagent_jax.collecting.endpoint import Endpoint, EndpointError
+from rsagent_jax.config.build import to_dict
+from rsagent_jax.config.schema import (
+    ProblemsConfig,
+)
+from rsagent_jax.runtime import journal
+from rsagent_jax.runtime.image_files import read_image
+from rsagent_jax.runtime.journal import Journal
+from rsagent_jax.types import DataError, Sample
+
+ANSWERS = "answers"  # the journal's folder
+
+
+class Writer:
+    """Asks side by side; what fails is counted in `failed` and asked again by the next start."""
+
+    def __init__(self, config: ProblemsConfig, samples, workdir: pathlib.Path, answers: Journal):
+        self.config, self.samples, self.workdir, self.answers = config, samples, workdir, answers
+        self.words = (config.min_words, config.max_words)
+        self.failed: Counter[str] = Counter()
+        self.examples: list[str] = []
+        self.usage: dict[str, float] = {}
+
+    async def run(self, left: list[tuple[int, int]], total: int) -> None:
+        """`left`: (uid, place in the samples). DataError where going on is of no use."""
+        todo, endpoint = iter(left), Endpoint.shared(self.config.writer, "writer")
+        with (
+            concurrent.futures.ThreadPoolExecutor(self.config.workers) as self.pool,
+            tqdm(total=total, initial=total - len(left), desc="problems", unit="object", mininterval=2.0) as bar,
+        ):
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(self.config.writer.concurrent, len(left))):
+                        group.create_task(self._work(todo, endpoint, bar))
+            except* DataError as errors:
+                raise errors.exceptions[0] from None
+        await endpoint.client.close()
+        self.usage = vars(endpoint.usage) | {"cost": endpoint.usage.cost(endpoint.config)}
+
+    async def _work(self, todo, endpoint: Endpoint, bar) -> None:
+        for uid, k in todo:
+            try:
+                sample = await self._in_thread(self.samples.__getitem__, k)
+            except DataError as error:
+                self._fail("unreadable sample", str(error))
+            else:
+                try:
+                    queries, rejected = await self._ask(endpoint, sample)
+                    self.answers.add([await self._in_thread(self._row, uid, sample, queries, rejected)])
+                except EndpointError as error:
+                    self._fail(f"endpoint, {error.kind}", f"{sample.id}: {error}")
+                except problem_prompt.BadAnswer as error:
+                    self._fail("malformed answer", f"{sample.id}: {error}")
+            bar.update()
+
+    async def _ask(self, endpoint: Endpoint, sample: Sample) -> tuple[list[str], Counter[str]]:
+        """Usable queries, and how many could not be used, by reason. BadAnswer after `tries` answers of no use."""
+        c, rejected = self.config, Counter()
+        if not sample.gt_mask.any():
+            return [], Counter({"no target to ask for": 1})
+        messages = await self._in_thread(
+            problem_prompt.question, sample.image, sample.gt_mask, sample.query, c.queries, self.words, c.picture_size
+        )
+        for attempt in range(c.tries):
+            try:
+                said = problem_prompt.read_answer(await endpoint.complete(messages))
+            except problem_prompt.BadAnswer:
+                rejected["malformed answer"] += 1
+                if attempt + 1 == c.tries:
+                    raise
+                continue
+            kept: dict[str, str] = {}
+            for query in said[: c.queries]:
+                reason = problem_prompt.fault(query, sample.query, self.words)
+                if reason is None and problem_prompt.normal(query) in kept:
+                    reason = "said twice"
+                if reason:
+                    rejected[reason] += 1
+                else:
+                    kept[problem_prompt.normal(query)] = " ".join(query.split())
+            if kept or attempt + 1 == c.tries:
+                return list(kept.values()), rejected
+        raise problem_prompt.BadAnswer(f"tries must be at least 1, not {c.tries}")
+
+    def _fail(self, kind: str, detail: str) -> None:
+        self.failed[kind] += 1
+        self.examples.append(detail)
+
+    def _row(self, uid: int, sample: Sample, queries: list[str], rejected: Counter[str]) -> dict[str, Any]:
+        row = {"id": sample.id, "uid": uid, "name": sample.query, "queries": queries, "rejected": dict(rejected)}
+        rle = coco_mask.encode(np.asfortranarray(sample.gt_mask.astype(np.uint8)))
+        row["image"] = self._picture(sample)
+        row["segmentation"] = {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")}
+        if sample.ignore_mask is not None and sample.ignore_mask.any():
+            row["ignore"] = self._keep(sample.ignore_mask.astype(np.uint8) * 255)
+        return row
+
+    def _picture(self, sample: Sample) -> str:
+        """The picture's own file; a copy where it is none, or where an EXIF orientation would turn it."""
+        if sample.path and np.array_equal(read_image(sample.path, upright=True), sample.image):
+            return os.path.abspath(sample.path)
+        return self._keep(sample.image)
+
+    def _keep(self, pixels: np.ndarray) -> str:
+        name = hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
+        path = self.workdir / "pictures" / f"{name}.png"
+        try:
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                partial = path.with_name(f".{name}.{os.urandom(4).hex()}")
+                Image.fromarray(pixels).save(partial, "PNG")
+                os.replace(partial, path)
+        except OSError as error:
+            raise journal.cannot_write(path, error) from None
+        return str(path.absolute())
+
+    async def _in_thread(self, function, *arguments):
+        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
+
+
+def write_set(
+    workdir: pathlib.Path,
+    config: ProblemsConfig,
+    failed: dict[str, int],
+    settings: dict[str, Any] | None = None,
+    current: dict[str, str] | None = None,
+) -> int:
+    """<split>.jsonl in the order of the uids, and problems.json with what was left out. Returns the number of lines.
+
+    Words that were said of one object twice stand there once; words that were said of two objects of a picture mean
+    neither of them and are left out.
+    """
+    rows, left_out, objects = [], Counter(), collections.defaultdict(set)
+    for where, row in journal.read(workdir / ANSWERS, settings, current, by="uid"):
+        try:
+            left_out.update(row["rejected"])
+            for query in row["queries"]:
+                objects[row["image"], problem_prompt.normal(query)].add(row["segmentation"]["counts"])
+            rows.append(({key: row[key] for key in ("id", "image", "segmentation")}, row["queries"], row.get("ignore")))
+        except (KeyError, TypeError, ValueError) as error:
+            raise journal.damaged(where, error) from None
+    lines, said = [], set()
+    for row, queries, ignore in rows:
+        for n, query in enumerate(queries):
+            key = row["image"], problem_prompt.normal(query)
+            if len(objects[key]) > 1 or key in said:
+                left_out["said of two objects" if len(objects[key]) > 1 else "said of the object before"] += 1
+                continue
+            said.add(key)
+            line = row | {"id": f"{row['id']}/{n}", "query": query} | ({"ignore": ignore} if ignore else {})
+            lines.append(json.dumps(line) + "\n")
+    if not lines:
+        raise DataError(f"none of the queries can be used: {dict(left_out)}; see {workdir / ANSWERS}")
+    path = workdir / f"{config.data.split}.jsonl"
+    journal.write_whole(path, "".join(lines))
+    report = {"problems": len(lines), "left_out": dict(left_out), "not_answered": failed, "config": to_dict(config)}
+    journal.write_whole(workdir / "problems.json", json.dumps(report, indent=2) + "\n")
+    print(f"{len(lines)} problems in {path}")
+    for reason, count in sorted(left_out.items()):
+        print(f"  left out {count}: {reason}")
+    return len(lines)

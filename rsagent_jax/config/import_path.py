@@ -1,0 +1,141 @@
+"""`module:function` and `file.py:function` in configs: the one place that turns the string into the callable."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import pathlib
+import pkgutil
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from rsagent_jax.types import DataError
+
+NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+def import_path(path: str, call: Sequence[str] | None = None, keywords: Mapping[str, Any] = NONE) -> Callable[..., Any]:
+    """The callable that `path` names, such as `rsagent_jax.rewards:final_iou` or `my_rewards.py:boundary_bonus`.
+
+    A module is found on `sys.path`, where the folder of `train.py` is; a file by its path, which may be absolute or
+    relative to the current directory, and what it imports may stand beside it.
+
+    `call` names what it will be called with by position, `keywords` what by name; with None it is not looked at how it
+    can be called.
+
+    Raises:
+      DataError: the path has another form, there is no such file, module or function (the message names the closest
+        match), what is named cannot be called, or not in that way; or the user's own file raises while it is imported
+        (the message names the line).
+    """
+    module_name, colon, function_name = path.rpartition(":")
+    is_file = module_name.endswith(".py")
+    parts = (function_name,) if is_file else (*module_name.split("."), function_name)
+    if not colon or not all(part.isidentifier() for part in parts):
+        raise DataError(
+            f"{path!r} is not of the form module:function, such as rsagent_jax.rewards:final_iou, or file.py:function"
+        )
+    module = _import_file(pathlib.Path(module_name).expanduser(), path) if is_file else _import(module_name, path)
+    try:
+        function = getattr(module, function_name)
+    except AttributeError:
+        public = [name for name in dir(module) if not name.startswith("_") and callable(getattr(module, name))]
+        raise DataError(f"{path!r}: {module_name} has no {function_name!r}{_closest(function_name, public)}") from None
+    if not callable(function):
+        raise DataError(f"{path!r} is a {type(function).__name__}, not a function")
+    if call is not None:
+        _check_call(path, function, call, keywords)
+    return function
+
+
+def place(error: BaseException, file: str) -> str:
+    """`FILE, line N`: where in the user's file an error arose; in another file only if that one does not parse."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    here = pathlib.Path(file).resolve()
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename).resolve() == here]
+    return f"{file}, line {lines[-1]}" if lines else file
+
+
+def first_line(error: BaseException) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return text.strip().splitlines()[0] if text and text.strip() else "no message"
+
+
+def _check_call(path: str, function: Callable[..., Any], call: Sequence[str], keywords: Mapping[str, Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of a function of C, which does not tell
+        return
+    try:
+        signature.bind(*call, **keywords)
+    except TypeError as error:
+        given = ", ".join([*call, *(f"{name}={value!r}" for name, value in keywords.items())])
+        raise DataError(f"{path!r} takes {signature}, but is called with ({given}): {error}") from None
+
+
+def _import(name: str, path: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if name != missing and not name.startswith(missing + "."):  # the module exists, one of its own imports does not
+            raise _fault(error, _origin(name), path) from error
+    except (Exception, SystemExit) as error:  # whatever the user's module raises is the user's to mend
+        raise _fault(error, _origin(name), path) from error
+    parent, _, leaf = missing.rpartition(".")
+    places = getattr(importlib.import_module(parent), "__path__", ()) if parent else None
+    siblings = [] if places == () else [info.name for info in pkgutil.iter_modules(places)]
+    hint = _closest(leaf, siblings, prefix=f"{parent}." if parent else "")
+    raise DataError(f"{path!r}: no module named {missing!r}{hint}; a file is named by its path, as in my_file.py:f")
+
+
+def _import_file(file: pathlib.Path, path: str) -> ModuleType:
+    if not file.is_file():
+        siblings = sorted(str(f) for f in file.parent.glob("*.py"))
+        hint = _closest(str(file), siblings) or f" (looked for from {pathlib.Path.cwd()})"
+        raise DataError(f"{path!r}: file {file} does not exist{hint}")
+    try:
+        return _load_file(file.resolve())
+    except (Exception, SystemExit) as error:
+        raise _fault(error, str(file.resolve()), path) from error
+
+
+@functools.cache
+def _load_file(file: pathlib.Path) -> ModuleType:
+    """Once per file. Its name is that of the file, so that a process that was given this one's sys.path finds it."""
+    name = file.stem
+    if name in sys.modules or not name.isidentifier():  # a module of another file has it
+        name = f"{name}_{abs(hash(str(file.parent))):x}"
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _origin(name: str) -> str:
+    try:
+        return getattr(importlib.util.find_spec(name), "origin", None) or name
+    except (ImportError, ValueError):  # of a package that does not load itself
+        return name
+
+
+def _fault(error: BaseException, file: str, path: str) -> DataError:
+    return DataError(f"{path!r} cannot be imported: {place(error, file)}: {type(error).__name__}: {first_line(error)}")
+
+
+def _closest(word: str, candidates: Iterable[str], prefix: str = "") -> str:
+    match = difflib.get_close_matches(word, list(candidates), n=1)
+    return f"; did you mean {prefix + match[0]!r}?" if match else ""

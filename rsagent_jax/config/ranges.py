@@ -1,0 +1,83 @@
+"""What a field of a config may hold, declared as the field's type: `lr: Positive = 1e-6`. config/build.py checks it.
+
+A check answers `value in check` and says in words what is right; words of a fixed set are a plain `Literal`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from sam_bridge.backends import NAMES
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Finite numbers with low <= x <= high and above < x < below; and `also`, which mean something of their own."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    also: tuple[float, ...] = ()
+
+    def __contains__(self, value: float) -> bool:
+        try:
+            value = float(value)
+        except OverflowError:  # of a whole number with hundreds of digits
+            return False
+        inside = self.low <= value <= self.high and self.above < value < self.below
+        return value in self.also or (math.isfinite(value) and inside)
+
+    def __str__(self) -> str:
+        bounds = (("at least", self.low), ("above", self.above), ("at most", self.high), ("below", self.below))
+        said = " and ".join(f"{word} {bound}" for word, bound in bounds if math.isfinite(bound))
+        return " or ".join([*map(str, self.also), said or "a finite number"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Text that matches `pattern` as a whole; `said` tells people what that is."""
+
+    pattern: str
+    said: str
+
+    def __contains__(self, value: str) -> bool:
+        return re.fullmatch(self.pattern, value) is not None
+
+    def __str__(self) -> str:
+        return self.said
+
+
+Finite = Annotated[float, Range()]
+Weight = Annotated[float, Range(low=-1e6, high=1e6)]  # products of a few of them stay finite in float32
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(low=0)]
+Fraction = Annotated[float, Range(low=0, high=1)]
+BelowOne = Annotated[float, Range(low=0, below=1)]
+Mass = Annotated[float, Range(above=0, high=1)]  # of probability
+Count = Annotated[int, Range(low=1)]
+CountOrZero = Annotated[int, Range(low=0)]
+Seed = Annotated[int, Range(low=0, high=2**32 - 1)]  # what grain's shuffle and jax's keys both take
+Port = Annotated[int, Range(low=0, high=65535)]
+
+Text = Annotated[str, Form(r"(?s).*\S.*", "a text that is not empty")]
+FUNCTION = r"[\w.]+:\w+|.+\.py:\w+"
+Function = Annotated[str, Form(FUNCTION, "module:function or file.py:function, such as rsagent_jax.rewards:final_iou")]
+Backend = Annotated[str, Form(f"{'|'.join(NAMES)}|{FUNCTION}", f"{', '.join(NAMES)} or module:factory of your own")]
+_DEVICE = r"(cpu|cuda(:\d+)?)"
+Devices = Annotated[str, Form(rf"{_DEVICE}(,\s*{_DEVICE})*", "cpu, cuda, cuda:1, or several with commas")]
+MeshAxis = Annotated[int, Range(low=1, also=(-1,))]
+Activations = Literal["float32", "bfloat16"]
+_KEPT = ("qkv", "attention", "attention_out", "mlp_gate", "mlp_up")  # models/qwen25_vl/compute.py names them
+_NAMES = rf"\s*({'|'.join(_KEPT)})\s*"
+Remat = Annotated[
+    str,
+    Form(
+        rf"|none|full|attention|selective|dots|(save|offload):{_NAMES}(,{_NAMES})*",
+        f"none, full, attention, selective, dots, save:NAMES or offload:NAMES with names of {','.join(_KEPT)}",
+    ),
+]
+Arguments = tuple[tuple[str, Any], ...]  # keyword arguments of a user's function: (name, value) pairs

@@ -1,0 +1,133 @@
+"""What fields of a config ask of each other: a class names its rules as `conflicts`, and config/build.py lists them.
+
+Each function is a method of one class of config.py, `c`. It yields what is wrong, beginning with the name of a field of
+that class. What takes data, weights or devices to know is rsagent_jax/rollout/startup.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+ORDER = ("sft", "grpo")
+SIDE_CAR = ("checkpoint", "model", "device", "dtype", "multimask")  # options of a back end of our own
+SECURITY = ("token_file", "tls", "tls_ca")  # of a connection
+REFER = ("refcoco", "refcoco+", "refcocog", "grefcoco")
+
+
+def agent(c) -> Iterator[str]:
+    if 0 < c.max_pixels < c.min_pixels:
+        yield f"max_pixels must be at least min_pixels = {c.min_pixels}, got {c.max_pixels}"
+
+
+def segmenter(c) -> Iterator[str]:
+    connect = c.mode == "connect"
+    if connect and not c.addresses:
+        yield "addresses is empty, but mode is connect"
+    if given := [name for name in (SIDE_CAR if connect else SECURITY) if getattr(c, name) != getattr(type(c), name)]:
+        why = "the side-car's own command line decides" if connect else "only connect uses"
+        yield f"mode is {c.mode}: {why} {', '.join(given)}"
+    elif not connect and c.backend != "sam2":
+        if given := [name for name in SIDE_CAR if getattr(c, name) != getattr(type(c), name)]:
+            yield f"backend is {c.backend}: only sam2 has {', '.join(given)}"
+    elif not connect and not c.checkpoint:
+        yield "checkpoint is empty, but backend is sam2: give its .pt file (docs/sidecar.md), or random for a test"
+
+
+def data(c) -> Iterator[str]:
+    if c.layout == "tfds" and c.dataset == "grefcoco":
+        yield "layout tfds has no grefcoco; use refer"
+    if c.mix and c.limit:
+        yield "limit does not reach into a mix; give its parts their own: mix.NAME.data.limit"
+    for part in c.mix:
+        if part.data.mix:
+            yield f"mix.{part.name}: a mix inside a mix is not read; list its parts in the outer one"
+    for name in c.exclude:
+        first, *words = name.split("/")
+        if first not in (*REFER, "reasonseg", "folder") or len(words) != (2 if first in REFER else 1) or not all(words):
+            yield f"exclude: {name!r} is not of the form refcoco/unc/val, reasonseg/test or folder/test"
+
+
+def mesh(c) -> Iterator[str]:
+    if c.data == c.fsdp == -1:
+        yield "data and fsdp are both -1; one of them takes what is left"
+
+
+def sampling(c) -> Iterator[str]:
+    if c.max_new_tokens >= c.context:
+        yield f"context must be above max_new_tokens = {c.max_new_tokens}, got {c.context}"
+    if c.lanes and c.slots % c.lanes:
+        yield f"lanes must divide slots = {c.slots}, got {c.lanes}"
+
+
+def lora(c) -> Iterator[str]:
+    if c.rank and not c.targets:
+        yield "targets names nothing to adapt; name some, or set rank = 0"
+
+
+def own(c) -> Iterator[str]:
+    if c.weights:
+        yield from _slots("sampling", c.sampling)
+        if c.tries > 1 and not c.sampling.temperature:
+            yield "sampling.temperature is 0, so all tries are the same; raise it, or set tries = 1"
+
+
+def collect(c) -> Iterator[str]:
+    if c.data.mix:
+        yield "data.mix: samples of a mix come up more than once; collect from its parts"
+
+
+def problems(c) -> Iterator[str]:
+    if c.data.mix:
+        yield "data.mix: samples of a mix come up more than once; write for its parts"
+    if c.min_words > c.max_words:
+        yield f"max_words must be at least min_words = {c.min_words}, got {c.max_words}"
+
+
+def evaluation(c) -> Iterator[str]:
+    if c.bound.row in ("", "untrained"):
+        yield from _slots("sampling", c.sampling)
+    if c.data.mix:
+        yield "data.mix: samples of a mix come up more than once; evaluate its parts"
+
+
+def train(c) -> Iterator[str]:
+    if not c.stages:
+        yield f"stages is empty; known are {', '.join(ORDER)}"
+    if list(c.stages) != sorted(set(c.stages), key=ORDER.index):
+        yield f"stages must be in the order {', '.join(ORDER)}, each once; got {', '.join(c.stages)}"
+    for stage in dict.fromkeys(c.stages):
+        settings = getattr(c, stage)
+        if c.policy.lora.rank and settings.optim.freeze:
+            yield (
+                f"{stage}.optim.freeze and policy.lora: adapters are trained alone, everything else is frozen anyway;"
+                " leave optim.freeze empty, or set policy.lora.rank = 0"
+            )
+        updates = settings.steps * (settings.updates if stage == "grpo" else 1)
+        if 0 < updates < settings.optim.warmup_steps:
+            warmup = settings.optim.warmup_steps
+            yield f"{stage}.optim.warmup_steps must be at most the stage's {updates} updates, got {warmup}"
+    if "grpo" in c.stages:
+        yield from _grpo(c.grpo)
+
+
+def _grpo(c) -> Iterator[str]:
+    if not c.reward:
+        yield "grpo.reward has no groups"
+    names = [group.name for group in c.reward]
+    for name in dict.fromkeys(n for n in names if names.count(n) > 1):
+        yield f"grpo.reward: group {name!r} appears more than once"
+    if not c.sampling.temperature:
+        yield "grpo.sampling.temperature must be above 0, got 0.0: the samples of a group would all be the same"
+    if c.updates > 1 and c.tis_clip:
+        yield "grpo.tis_clip needs updates = 1: with more, the ratio is taken to the engine's log-probs; set it to 0"
+    if c.sampling.context > c.batch.tokens:
+        yield (
+            f"grpo.batch.tokens must be at least grpo.sampling.context = {c.sampling.context}, got {c.batch.tokens}:"
+            " a trajectory never spans rows"
+        )
+
+
+def _slots(where: str, c) -> Iterator[str]:
+    for name in ("slots", "tensor"):
+        if not getattr(c, name):
+            yield f"{where}.{name} must be at least 1, got 0 (only training has slices that decide it)"

@@ -1,0 +1,408 @@
+"""Every field a user can set, and the one function that turns a config file into these dataclasses.
+
+A config file is Python with `get_config() -> ml_collections.ConfigDict`; `--config.a.b=v` overrides a leaf. `build`
+checks the whole tree at once: a single DataError lists every unknown, missing or ill-typed field with the closest
+match.
+Fields marked (paper) carry the numbers of arXiv 2512.24023; every other default is ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal
+
+from rsagent_jax.config import rules
+from rsagent_jax.config.ranges import (
+    Activations,
+    Backend,
+    BelowOne,
+    Count,
+    CountOrZero,
+    Devices,
+    Fraction,
+    Function,
+    Mass,
+    MeshAxis,
+    NotNegative,
+    Port,
+    Positive,
+    Range,
+    Remat,
+    Seed,
+    Text,
+)
+from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup
+from sam_bridge.backends import DTYPES, MULTIMASK, SAM2_MODELS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """The environment: what the policy may do and when it ends."""
+
+    max_turns: Count = 8  # (paper)
+    history_size: Count = 384  # (paper) overlays of the history pool fit into this square, pixels
+    # System prompt: "full" carries the JSON schema of every tool, "brief" is for tiny policies.
+    prompt: Literal["full", "brief"] = "full"
+    max_invalid: Count = 3  # malformed calls in a row that end a trajectory
+    max_repeats: Annotated[int, Range(low=2)] = 3  # same action in a row that ends a trajectory
+    max_tokens: CountOrZero = 0  # sampled tokens of a trajectory; 0 = as many as fit its context
+    # Tokens of an ordinary turn, where max_new_tokens is not less (ours). A config in which a typical trajectory of
+    # such turns cannot reach max_turns is refused, and a turn that would be left with less is the last one.
+    typical_turn: Count = 150
+    announce_last: bool = True  # the observation before the last turn says so, and names the best mask so far (ours)
+    tool_deadline_s: Positive = 120.0  # a tool call that takes longer ends its trajectory as env_failed
+    min_pixels: CountOrZero = 0  # smart-resize limits of a view; 0 = those of the weights' preprocessor_config.json
+    max_pixels: CountOrZero = 0
+    conflicts = rules.agent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmenterConfig:
+    """Where masks come from."""
+
+    # spawn: start and supervise a side-car; connect: use `addresses`; inprocess: no bridge
+    mode: Literal["spawn", "connect", "inprocess"] = "spawn"
+    backend: Backend = "grabcut"  # sam2: with `checkpoint` (spawn, inprocess); docs/sidecar.md
+    checkpoint: str = ""  # sam2's .pt file, or "random" for a test
+    model: Literal["", *SAM2_MODELS] = ""  # sam2.1_large, sam2_tiny, …; "" = as the checkpoint's file name says
+    device: Devices = "cpu"  # of sam2: cpu, cuda, cuda:0,cuda:1
+    dtype: Literal[*DTYPES] = "float32"  # of sam2: or bfloat16
+    multimask: Literal[*MULTIMASK] = "point"  # sam2's best of three masks for: a single click (point), never, always
+    addresses: tuple[Text, ...] = ()  # for connect; an image belongs to one of them while that one answers
+    token_file: str = ""  # for connect: the file with the side-cars' token
+    tls: bool = False  # for connect: encrypt, trusting the system's certificates
+    tls_ca: str = ""  # for connect: encrypt, trusting the certificates in this PEM file
+    timeout_s: Positive = 120.0  # deadline of one call
+    wait_s: NotNegative = 60.0  # how long an unreachable side-car is waited for
+    workers: Count = 2  # tool calls at a time
+    give_up_after: CountOrZero = 16  # trajectories in a row that the segmenter failed end the command; 0 = never
+    conflicts = rules.segmenter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which samples; rsagent_jax.data.sets.open.open_samples opens them for every command."""
+
+    root: str = ""
+    dataset: Literal["refcoco", "refcoco+", "refcocog", "grefcoco", "reasonseg", "folder"] = "refcocog"
+    layout: Literal["refer", "tfds"] = "refer"  # RefCOCO family: refer (refs(*).p), tfds (prepared TFDS ref_coco)
+    split_by: str = "umd"  # of the RefCOCO family
+    split: Text = "train"
+    # RefCOCO family: sentence = every expression is a sample; reference = the first of each
+    unit: Literal["sentence", "reference"] = "sentence"
+    texts: Literal["first", "all"] = "first"  # of ReasonSeg's paraphrases
+    raw: bool = False  # RefCOCO family: the annotator's own text, not in lower case
+    limit: CountOrZero = 0  # 0 = all
+    unreadable: Literal["skip", "stop"] = "skip"  # samples that cannot be read or shown: counted and named, or stop
+    # What tells a changed picture file: its bytes, or size and time of change.
+    fingerprint: Literal["content", "stat"] = "content"
+    exclude: tuple[Text, ...] = ()  # refcoco/unc/val, reasonseg/test, …: samples on their pictures are left out
+    exclude_root: str = ""  # where those are; "" = root
+    mix: tuple[MixPart, ...] = ()  # several sets by weight, in place of the one above
+    conflicts = rules.data
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixPart:
+    """One set of a mix; its `data` without a root is under the mix's own."""
+
+    name: Text
+    weight: Positive = 1.0  # share of the samples drawn, after division by the sum
+    data: DataConfig = DataConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Device mesh; -1 takes what is left."""
+
+    data: MeshAxis = 1
+    fsdp: MeshAxis = -1
+    tensor: CountOrZero = 1  # 0 = as the slice's preset says
+    conflicts = rules.mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up, then a constant or cosine schedule."""
+
+    lr: Positive = 1e-6
+    warmup_steps: CountOrZero = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    b1: BelowOne = 0.9
+    b2: BelowOne = 0.999
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
+    clip_norm: NotNegative = 1.0  # of the whole gradient; 0 = off
+    offload: bool = False  # AdamW's moments stay in host memory between updates
+    freeze: tuple[Literal["vision", "merger", "decoder", "embed", "head"], ...] = ()  # parts that are not trained
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """The fixed shapes of a training batch."""
+
+    rows: CountOrZero = 16  # over the whole mesh; 0 = as the slice's preset says
+    tokens: Count = 1024  # T per row
+    patches: Count = 1024  # P per row, before merging
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How turns are sampled."""
+
+    temperature: NotNegative = 1.0  # 0 = greedy
+    max_new_tokens: Count = 512  # per turn
+    context: Count = 8192  # tokens of a whole trajectory, images included
+    slots: CountOrZero = 64  # trajectories at a time
+    patches: Count = 4096  # patches of new images per slot and turn
+    top_k: CountOrZero = 0  # draw from the k likeliest tokens; 0 = from all
+    top_p: Mass = 1.0  # draw from the likeliest tokens of this mass
+    # Tokens that end a turn, besides those of the weights' generation_config.json.
+    stop_ids: tuple[CountOrZero, ...] = ()
+    chunk: Count = 8  # decode steps per compiled call
+    prefill: Count = 64  # prompt tokens per lane and compiled call
+    lanes: CountOrZero = 0  # slots that append a prompt at a time; 0 = a quarter of the slots
+    kv_dtype: Literal["", "int8", "bfloat16", "float32"] = ""  # of the cache: int8 halves it; "" = as the activations
+    tensor: CountOrZero = 1  # devices that share a slot's heads; must divide the devices of a process
+    conflicts = rules.sampling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadConfig:
+    """How training reads what comes next (rsagent_jax/data/pipeline.py); changes nothing of what that is."""
+
+    threads: Count = 4  # samples decoded at a time, per process
+    workers: CountOrZero = 0  # processes that decode, beside each of train.py; 0 = threads only
+    ahead: Count = 16  # samples decoded before they are asked for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """Supervised fine-tuning on stored trajectories."""
+
+    trajectories: str = ""  # directory written by rsagent_jax.collect
+    epochs: Positive = 2.0  # (paper)
+    steps: CountOrZero = 0  # 0 = as many as `epochs` gives
+    trajectories_per_step: Count = 128  # (paper) batch size
+    unreadable: Literal["skip", "stop"] = "skip"  # a trajectory that cannot be read, as data.unreadable
+    read: ReadConfig = ReadConfig()
+    batch: BatchConfig = BatchConfig()  # of one micro-batch
+    optim: OptimConfig = OptimConfig(lr=2e-5)  # (paper)
+    checkpoint_every: CountOrZero = 0  # steps; 0 = only at the end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GrpoConfig:
+    """Group-relative policy optimisation."""
+
+    steps: Count = 100
+    prompts: Count = 16  # (paper) per step
+    group: Annotated[int, Range(low=2)] = 4  # (paper) samples per prompt
+    updates: Count = 1  # optimiser steps per rollout
+    advantage: Literal["zscore", "mean", "loo"] = "zscore"
+    ddof: Annotated[int, Range(low=0, high=1)] = 1
+    ratio: Literal["grpo", "gspo", "cispo"] = "grpo"
+    clip_low: BelowOne = 0.2
+    clip_high: NotNegative = 0.2
+    kl: NotNegative = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    normalize: Literal["token", "sequence", "constant"] = "token"
+    tis_clip: NotNegative = 2.0  # truncated importance sampling between engine and trainer; 0 = off
+    drop_zero_variance: bool = True  # groups that have nothing to teach are not trained on
+    min_spread: NotNegative = 0.0  # of a group's rewards; with less it counts as one of those
+    mask_overlong: bool = True  # trajectories that ended by their budget of tokens are not trained on
+    # Of a step's trajectories that called the segmenter: where a larger share failed because of it, the run stops.
+    max_env_failed: Fraction = 0.5
+    reward: tuple[RewardGroup, ...] = DEFAULT_REWARD
+    data: DataConfig = DataConfig()
+    read: ReadConfig = ReadConfig()
+    batch: BatchConfig = BatchConfig(tokens=8192)  # a row holds at least a whole trajectory: sampling.context
+    optim: OptimConfig = OptimConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    checkpoint_every: CountOrZero = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on the decoder's linear maps, trained in place of all other parameters (ours; paper: none)."""
+
+    rank: CountOrZero = 0  # 0 = no adapters
+    alpha: Positive = 32.0  # an adapter's product counts alpha / rank times
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    conflicts = rules.lora
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """The policy's weights and numerics."""
+
+    weights: Text  # a Hugging Face directory, or a checkpoint directory of train.py
+    dtype: Activations = "bfloat16"  # of activations; parameters stay fp32 in training
+    # What the backward pass keeps: none (no remat) | full | attention | selective | dots | save:NAMES | offload:NAMES
+    remat: Remat = "full"  # "" = as the slice's preset says
+    attention: Literal["auto", "plain", "blocks", "splash", "cudnn"] = "auto"  # splash: TPU; cudnn: GPU
+    # Of training: layers in a loop, compiled once. False compiles each of them: for a small policy on a CPU a faster
+    # step (a seventh in benchmarks/train_step.py), since nothing is copied into and out of the loop's stacks.
+    scan_layers: bool = True
+    lora: LoraConfig = LoraConfig()  # of training; whoever loads its checkpoints gets merged weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """configs/*.py of train.py."""
+
+    seed: Seed = 0
+    stages: tuple[Literal["sft", "grpo"], ...] = ("sft", "grpo")
+    policy: PolicyConfig
+    agent: AgentConfig = AgentConfig()
+    segmenter: SegmenterConfig = SegmenterConfig()
+    slice: str = ""  # v5e-16, v6e-64, …: decides what mesh.tensor, policy.remat and batch.rows leave open
+    mesh: MeshConfig = MeshConfig()
+    sft: SftConfig = SftConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    cache_dir: str = ""  # compiled programs are kept here; "" = in the work directory
+    profiler_port: Port = 0  # every process serves jax.profiler on it (docs/tpu.md); 0 = none
+    conflicts = rules.train
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetricConfig:
+    """Conventions in which papers differ, beside data.unit and data.texts. The defaults are LISA's."""
+
+    # Ignored pixels: excluded (LISA), target (Seg-Zero), background (LENS).
+    ignore_policy: Literal["excluded", "target", "background"] = "excluded"
+    # IoU where prediction and truth are empty: one (LISA), zero, dropped (Seg-Zero).
+    empty_policy: Literal["one", "zero", "dropped"] = "one"
+    # A sample that the segmenter failed: refuse = no figures until it is measured (ours); zero, with the whole truth as
+    # union; dropped (Seg-Zero).
+    failure_policy: Literal["refuse", "zero", "dropped"] = "refuse"
+    ending_policy: Literal["mask", "zero"] = "mask"  # any other ending than finish: mask = its last one is judged
+    epsilon: Fraction = 1e-5  # IoU = I / (U + epsilon); LISA's
+    empty_below: CountOrZero = 0  # a prediction of fewer pixels counts as empty
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BoundConfig:
+    """A row that bounds the truth in place of the policy's own (rsagent_jax/evals/bounds.py)."""
+
+    # box, best_of_three, clicks: oracles, without a policy; untrained: the policy; "" = the policy
+    row: Literal["", "box", "best_of_three", "clicks", "untrained"] = ""
+    prompt: Literal["box", "click"] = "box"  # of best_of_three: the true box, or a click in its middle
+    clicks: Annotated[int, Range(low=1, high=16)] = 8  # of clicks: tool calls before the best mask is taken
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """configs/eval_*.py of evaluate.py."""
+
+    benchmark: Text = "refcocog"
+    seed: Seed = 0
+    policy: PolicyConfig
+    agent: AgentConfig = AgentConfig()
+    segmenter: SegmenterConfig = SegmenterConfig()
+    data: DataConfig = DataConfig(split="val")
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    metric: MetricConfig = MetricConfig()
+    bound: BoundConfig = BoundConfig()
+    cache_dir: str = ""
+    examples: CountOrZero = 12  # trajectories shown in the report
+    conflicts = rules.evaluation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RemoteConfig:
+    """An OpenAI-compatible endpoint, such as Qwen2.5-VL-72B behind vLLM."""
+
+    url: str = ""  # such as http://host:8000/v1
+    model: str = ""
+    key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key; may be unset
+    temperature: NotNegative = 0.7
+    max_tokens: Count = 512  # per turn
+    timeout_s: Positive = 120.0  # of one request, however slowly it trickles in
+    retries: CountOrZero = 5  # after a refusal, an error of the server, a time-out or half an answer
+    backoff_s: NotNegative = 1.0  # before the first retry, doubled for each; a Retry-After of the server counts instead
+    concurrent: Count = 16  # requests at a time
+    per_minute: NotNegative = 0.0  # requests; 0 = no limit of our own
+    price_in: NotNegative = 0.0  # per million tokens, for the count of costs
+    price_out: NotNegative = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnConfig:
+    """A policy of our own as the teacher, through the rollout engine: rejection sampling."""
+
+    weights: str = ""  # a Hugging Face directory or checkpoints/<stage> of train.py; "" = teacher.function acts
+    tries: Count = 4  # trajectories per sample; filter.per_sample says how many of the good ones are kept
+    dtype: Activations = "bfloat16"
+    sampling: SamplingConfig = SamplingConfig()  # at temperature 0 all tries are the same
+    conflicts = rules.own
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Who acts: the oracle, which looks at the true mask; rsagent_jax.collecting.endpoint:Remote, which asks `remote`;
+    or `own`."""
+
+    function: Function = "rsagent_jax.collecting.oracle:Oracle"
+    remote: RemoteConfig = RemoteConfig()
+    own: OwnConfig = OwnConfig()
+    box: Fraction = 0.5  # share of first prompts that are boxes; the rest are clicks
+    wrong_first: Fraction = 0.25  # share of trajectories whose first guess is wrong on purpose
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Which trajectories are kept; all are stored, so that rsagent_jax.refilter can choose again."""
+
+    min_iou: Fraction = 0.9  # (paper) of the final mask
+    max_turns: Count = 8  # (paper)
+    malformed: bool = False  # turns that could not be read or done are kept
+    repeats: bool = False  # turns that do the same as the one before are kept
+    per_sample: Count = 1  # where a sample was tried several times: good trajectories that are kept, first tries first
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """configs/collect_*.py of rsagent_jax.collect."""
+
+    seed: Seed = 0
+    limit: CountOrZero = 0  # samples to try; 0 = all
+    filter: FilterConfig = FilterConfig()
+    concurrent: Count = 32  # trajectories under way at a time
+    records_per_file: Count = 1000
+    processor: Text  # Hugging Face directory with the tokenizer and the image processor
+    teacher: TeacherConfig = TeacherConfig()
+    agent: AgentConfig = AgentConfig()
+    segmenter: SegmenterConfig = SegmenterConfig()
+    data: DataConfig = DataConfig()
+    workers: Count = 2
+    conflicts = rules.collect
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProblemsConfig:
+    """configs/problems.py of rsagent_jax.problems."""
+
+    seed: Seed = 0
+    limit: CountOrZero = 0  # objects to ask about; 0 = all
+    writer: RemoteConfig = RemoteConfig(temperature=1.0)
+    queries: Count = 2  # for an object
+    min_words: Count = 5
+    max_words: Count = 40
+    tries: Count = 2  # answers of no use before an object is given up
+    picture_size: Count = 1024  # longer side of what the writer is shown, pixels
+    data: DataConfig = DataConfig()
+    workers: Count = 2
+    conflicts = rules.problems
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentConfig:
+    """configs/segment.py of rsagent_jax.segment: one picture, one sentence."""
+
+    seed: Seed = 0
+    policy: PolicyConfig
+    agent: AgentConfig = AgentConfig()
+    segmenter: SegmenterConfig = SegmenterConfig(workers=1)
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0, slots=1)
+    cache_dir: str = ""  # compiled programs are kept here; "" = in the output directory

@@ -1,0 +1,76 @@
+"""What a config leaves open and a slice decides: tensor parallelism, rows per micro-batch, remat policy, slots.
+
+`mesh.tensor = 0`, `batch.rows = 0`, `policy.remat = ""`, and for GRPO `sampling.tensor = 0` and `sampling.slots = 0`
+mean: as the slice's preset says. The presets follow
+docs/scaling.md: `selective` where SFT of the 7B fits with it and its projected time is shorter. GRPO was compiled
+with `full` only; it needs up to 4 GiB more than SFT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rsagent_jax.config.schema import TrainConfig
+from rsagent_jax.types import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    tensor: int = 1
+    remat: str = "full"
+    rollout_tensor: int = 1  # of a host's devices, to hold the engine's weights and slots beside the training state
+    slots: int = 64  # per host, of 6k tokens
+
+
+SIZES = {2048: "3b", 3584: "7b", 5120: "32b", 8192: "72b"}  # hidden size -> name
+# 3B has those of 7B, which need more.
+_SMALL = {
+    "v5e-8": Preset(rollout_tensor=4, slots=32),  # 7B with policy.lora only
+    "v5e-16": Preset(tensor=2, rollout_tensor=4, slots=32),  # rows of 6k tokens on a device each would not fit
+    "v5e-64": Preset(rollout_tensor=4, slots=32),
+    "v5e-256": Preset(tensor=2, remat="selective", rollout_tensor=4, slots=32),
+    "v5p-8": Preset(remat="selective"),
+    "v5p-64": Preset(remat="selective"),
+    "v6e-8": Preset(rollout_tensor=2),
+    "v6e-64": Preset(rollout_tensor=2),
+    "v6e-256": Preset(tensor=2, rollout_tensor=2),
+    "v4-16": Preset(rollout_tensor=2),
+    "tpu7x-8": Preset(),
+}
+PRESETS: dict[str, dict[str, Preset]] = {
+    "3b": _SMALL,
+    "7b": _SMALL,
+    "72b": {"v5p-256": Preset(rollout_tensor=4, slots=32), "v6e-256": Preset(tensor=2, rollout_tensor=4, slots=4)},
+}
+
+
+def settle(config: TrainConfig, hidden_size: int, devices: int) -> TrainConfig:
+    """The config with nothing left open. DataError for a slice without a preset, or one of another size."""
+    size = SIZES.get(hidden_size, f"hidden size {hidden_size}")
+    known = PRESETS.get(size, {})
+    if config.slice and config.slice not in known:
+        raise DataError(
+            f"slice {config.slice!r} has no preset for {size}; there are {', '.join(known) or 'none'}."
+            ' Without one, leave slice = "" and set mesh.tensor, policy.remat and the batches\' rows'
+        )
+    preset = known.get(config.slice, Preset())
+    mesh = dataclasses.replace(config.mesh, tensor=config.mesh.tensor or preset.tensor)
+    if devices % mesh.tensor:
+        raise DataError(f"mesh.tensor = {mesh.tensor} does not divide {devices} devices")
+    groups = devices // mesh.tensor  # a row of a micro-batch each, unless the config says otherwise
+
+    def filled(stage):
+        return dataclasses.replace(stage, batch=dataclasses.replace(stage.batch, rows=stage.batch.rows or groups))
+
+    policy = dataclasses.replace(config.policy, remat=config.policy.remat or preset.remat)
+    given = config.grpo.sampling
+    sampling = dataclasses.replace(
+        given, tensor=given.tensor or preset.rollout_tensor, slots=given.slots or preset.slots
+    )
+    grpo = dataclasses.replace(filled(config.grpo), sampling=sampling)
+    config = dataclasses.replace(config, mesh=mesh, policy=policy, sft=filled(config.sft), grpo=grpo)
+    for stage in config.stages:
+        have = getattr(config, stage).batch.rows
+        if have % groups:
+            raise DataError(f"{stage}.batch.rows = {have} must be a multiple of the mesh's {groups} groups of devices")
+    return config

@@ -1,0 +1,99 @@
+"""The one way to samples: train.py, evaluate.py and collect all open what their `data` names here."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from rsagent_jax.config.schema import DataConfig, MixPart
+from rsagent_jax.data.sets.folder import load_folder
+from rsagent_jax.data.sets.index import SampleIndex
+from rsagent_jax.data.sets.reasonseg import load_reasonseg
+from rsagent_jax.data.sets.refcoco import GENERALIZED, load_refcoco
+from rsagent_jax.data.sets.refcoco_tfds import load_refcoco_tfds
+from rsagent_jax.types import DataError, Sample
+
+REFER = ("refcoco", "refcoco+", "refcocog", GENERALIZED)
+DATASETS = (*REFER, "reasonseg", "folder")
+
+
+def open_samples(config: DataConfig) -> SampleIndex | Mixture:
+    """What the config names, lazily. DataError where it names nothing, or files are missing or broken."""
+    if not config.mix:
+        return _excluding(_open(config), config).hashing_pictures(config.fingerprint)
+    parts = []
+    for part in config.mix:
+        inherited = dataclasses.replace(part.data, root=part.data.root or config.root)
+        samples = _excluding(_excluding(_open(inherited), inherited), config)
+        parts.append((part, samples.hashing_pictures(part.data.fingerprint)))
+    return Mixture(parts)
+
+
+def _open(c: DataConfig) -> SampleIndex:
+    # Pictures are excluded before samples are counted, so `limit` waits until then.
+    limit = None if c.exclude else c.limit or None
+    if c.dataset in REFER:
+        load = load_refcoco if c.layout == "refer" else load_refcoco_tfds
+        return load(c.root, c.dataset, c.split_by, c.split, c.unit, limit, c.raw)
+    if c.dataset == "reasonseg":
+        return load_reasonseg(c.root, c.split, c.texts, limit)
+    return load_folder(c.root, c.split, limit)
+
+
+def _excluding(samples: SampleIndex, c: DataConfig) -> SampleIndex:
+    """Without the samples on pictures of the sets that `c.exclude` names; what was left out stands in `notes`."""
+    for name in c.exclude:
+        held_out = set(open_samples(_named(name, c)).picture_keys)
+        kept = [i for i, key in enumerate(samples.picture_keys) if key not in held_out]
+        if not kept:
+            raise DataError(f"data.exclude: nothing of {samples.name} is left without the pictures of {name}")
+        note = f"{len(samples) - len(kept)} of {len(samples)} samples are on pictures of {name} and were left out"
+        samples = samples.keep(kept, note)
+    return samples.keep(range(min(c.limit, len(samples)))) if c.exclude and c.limit else samples
+
+
+def _named(name: str, c: DataConfig) -> DataConfig:
+    """dataset/split or dataset/split_by/split."""
+    words = name.split("/")
+    split_by = words[1] if len(words) == 3 else c.split_by
+    layout = "refer" if words[0] == GENERALIZED else c.layout
+    root = c.exclude_root or c.root
+    return DataConfig(root=root, dataset=words[0], layout=layout, split_by=split_by, split=words[-1])
+
+
+class Mixture(Sequence):
+    """Several sets in one: drawn from evenly, part p comes up with its share of the weights.
+
+    Its length is the shortest at which every sample stands in it once and the shares hold: parts that are small for
+    their weight are repeated. So whatever shuffles or divides a plain sequence does the same for a mix.
+    """
+
+    def __init__(self, parts: Sequence[tuple[MixPart, SampleIndex]]):
+        total = sum(part.weight for part, _ in parts)
+        self.parts = tuple(samples for _, samples in parts)
+        length = max(len(samples) * total / part.weight for part, samples in parts)
+        self.counts = tuple(max(len(s), round(length * part.weight / total)) for part, s in parts)
+        self.ends = tuple(itertools.accumulate(self.counts))
+        self.name = " + ".join(f"{c} of {s.name}" for c, s in zip(self.counts, self.parts, strict=True))
+        self.notes = tuple(f"{s.name}: {note}" for s in self.parts for note in s.notes)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, i: int) -> Sample:
+        part, k = self._place(i)
+        return self.parts[part][k]
+
+    @property
+    def ids(self) -> list[str]:
+        """In order; samples of repeated parts stand there as often as they are drawn."""
+        return [self.parts[p].entries[k].id for p, k in map(self._place, range(len(self)))]
+
+    def _place(self, i: int) -> tuple[int, int]:
+        i = i + len(self) if i < 0 else i
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        part = bisect.bisect_right(self.ends, i)
+        return part, int(i - (self.ends[part] - self.counts[part])) % len(self.parts[part])

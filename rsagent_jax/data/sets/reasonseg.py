@@ -1,0 +1,195 @@
+"""ReasonSeg as `Sample`s, as LISA ships it (dvlab-research/LISA: utils/data_processing.py gives the rules).
+
+    <root>/val/<id>.jpg
+    <root>/val/<id>.json                         {"text": [...], "is_sentence": bool, "shapes": [{label, points}]}
+
+<root>/ReasonSeg/val and <root>/reason_seg/ReasonSeg/val are found as well.
+
+A shape's polygon is truncated to whole pixels and drawn filled, with its outline; shapes are drawn from the largest
+to the smallest, so that small ones lie on top. labelme's rectangles and circles are drawn as such. "target" is the
+mask, a label with "ignore" in it is neither right nor wrong, "flag" is left out. JSON is UTF-8, or cp1252 where it is
+not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+
+from rsagent_jax.data.sets.index import Inputs, SampleIndex, picture_key
+from rsagent_jax.runtime.image_files import read_image
+from rsagent_jax.types import DataError, Sample
+from sam_bridge.file_kinds import HEAD, kind_of
+
+TEXTS = ("first", "all")
+SHAPES = {"polygon": range(1, 1 << 30), "rectangle": (2, 4), "circle": (2,)}  # labelme's, numbers of points
+_DRAWN = "a polygon, a rectangle (two opposite corners), a circle (its centre and a point on it)"
+_REACH = 4  # a polygon may not reach farther outside its picture than so many of its sides
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    id: str
+    query: str
+    picture: str
+    annotation: str
+    shapes: list[dict]
+
+    @property
+    def picture_key(self) -> str:
+        return picture_key(self.picture)
+
+    def inputs(self) -> Inputs:
+        return Inputs(pathlib.Path(self.picture), json.dumps(self.shapes, sort_keys=True).encode())
+
+
+def load_reasonseg(
+    root: str | pathlib.Path, split: str = "val", texts: str = "first", limit: int | None = None
+) -> SampleIndex:
+    """Indexes one split.
+
+    texts: "first", one sample per picture (the benchmark's rule), or "all", one per paraphrase (train has up to five).
+    Sample ids read "reasonseg/<split>/<file>/<number of the text>". DataError where files are missing or broken.
+    """
+    if texts not in TEXTS:
+        raise DataError(f"texts must be 'first' or 'all', not {texts!r}")
+    folder = _folder(pathlib.Path(root).expanduser(), split)
+    entries: list[_Entry] = []
+    for path in sorted(_real(folder, "*.json")):
+        if limit is not None and len(entries) >= limit:
+            break
+        record = _read(path)
+        picture = path.with_suffix(".jpg")
+        for n, text in enumerate(record["text"] if texts == "all" else record["text"][:1]):
+            query = text.strip()
+            id = f"reasonseg/{split}/{path.stem}/{n}"
+            entries.append(_Entry(id, query, str(picture), str(path), record["shapes"]))
+    pictures, annotations = ({p.stem for p in _real(folder, pattern)} for pattern in ("*.jpg", "*.json"))
+    if lost := sorted(pictures ^ annotations):
+        raise DataError(
+            f"{folder}: {len(lost)} files lack their other half, such as {lost[:3]}; each <id>.jpg needs its <id>.json:"
+            " unpack the data set again"
+        )
+    return SampleIndex(f"reasonseg/{split}", entries[:limit], _load)
+
+
+def _real(folder: pathlib.Path, pattern: str) -> Iterator[pathlib.Path]:
+    """Without macOS's "._" files, which hold a Finder window's settings and no data."""
+    return (path for path in folder.glob(pattern) if not path.name.startswith("._"))
+
+
+def _load(entry: _Entry) -> Sample:
+    # LISA reads pictures with OpenCV, which turns them upright.
+    image = read_image(entry.picture, "unpack the data set again", upright=True)
+    labels = draw_shapes(entry.shapes, *image.shape[:2], entry.annotation)
+    return Sample(entry.id, image, entry.query, labels == 1, labels == 255, entry.picture)
+
+
+def draw_shapes(shapes: list[dict], height: int, width: int, where: str) -> np.ndarray:
+    """u8[height, width]: 1 target, 255 ignored, 0 neither. `where` names the file in a DataError."""
+    drawn = []
+    for number, shape in enumerate(shapes):
+        label = shape["label"].lower()
+        if label == "flag":
+            continue
+        region = _region(shape, height, width, f"{where}, shape {number} ({shape['label']})")
+        drawn.append((region, 255 if "ignore" in label else 1))
+    labels = np.zeros((height, width), np.uint8)
+    # numpy's own order among equals, reversed, as LISA has it
+    for i in np.argsort([int(region.sum()) for region, _ in drawn])[::-1]:
+        region, value = drawn[int(i)]
+        labels[region] = value
+    return labels
+
+
+def _region(shape: dict, height: int, width: int, where: str) -> np.ndarray:
+    """bool[height, width]. DataError where nothing of it lies in the picture."""
+    kind, points = shape.get("shape_type") or "polygon", _points(shape["points"], height, width, where)
+    if kind not in SHAPES or len(points) not in SHAPES[kind]:
+        raise DataError(f"{where} is a {kind} of {len(points)} points; what is drawn: {_DRAWN}")
+    if kind == "circle":
+        (x, y), (edge_x, edge_y) = points
+        rows, columns = np.ogrid[:height, :width]
+        region = (columns - x) ** 2 + (rows - y) ** 2 <= (edge_x - x) ** 2 + (edge_y - y) ** 2
+    else:
+        if kind == "rectangle" and len(points) == 2:
+            (x1, y1), (x2, y2) = points[0], points[-1]
+            points = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
+        outline, region = points.astype(np.int32)[:, None], np.zeros((height, width), np.uint8)
+        cv2.polylines(region, [outline], isClosed=True, color=1, thickness=1)
+        cv2.fillPoly(region, [outline], color=1)
+        region = region.astype(bool)
+    if not region.any():
+        raise DataError(f"{where} covers no pixel of the {width} x {height} picture")
+    return region
+
+
+def _points(points: Any, height: int, width: int, where: str) -> np.ndarray:
+    """f64[N, 2] in pixels."""
+    try:
+        array = np.asarray(points, np.float64)
+        if array.ndim != 2 or array.shape[1] != 2 or not len(array) or not np.isfinite(array).all():
+            raise ValueError("points must be a list of finite [x, y]")
+        if array.min() < -_REACH * max(height, width) or array.max() > (1 + _REACH) * max(height, width):
+            raise ValueError(f"points lie far outside the {width} x {height} picture")
+        if 0 < array.max() <= 1 < min(height, width) and array.min() >= 0 and (array % 1).any():
+            raise ValueError("all points lie in 0 … 1, as shares of the sides do; multiply by width and height")
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where} is malformed: {error}") from None
+    return array
+
+
+def _folder(root: pathlib.Path, split: str) -> pathlib.Path:
+    places = [root / below / split for below in ("", "ReasonSeg", "reason_seg/ReasonSeg")]
+    found = next((place for place in places if place.is_dir() and any(place.glob("*.json"))), None)
+    if found is None:
+        there = sorted({p.parent.name for place in places for p in place.parent.glob("*/*.json")})
+        have = f" There are: {', '.join(there)}." if there else ""
+        raise DataError(
+            f"no ReasonSeg split {split!r} under {root}. Expected {places[0]}/<id>.jpg with <id>.json.{have}"
+        )
+    return found
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+        if b"\0" in data[:HEAD]:
+            raise ValueError("UTF-16, or no text at all")
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:  # some files were written on Windows
+            text = data.decode("cp1252")
+        record = json.loads(text)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        why = kind_of(data[:HEAD]) or error
+        raise DataError(f"{path} is neither UTF-8 nor cp1252 JSON ({why}); unpack the data set again") from None
+    problem = _problem(record)
+    if problem:
+        raise DataError(f"{path}: {problem}; this is not a file of ReasonSeg")
+    return record
+
+
+def _problem(record: Any) -> str | None:
+    if not isinstance(record, dict):
+        return "not an object"
+    texts, shapes = record.get("text"), record.get("shapes")
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        return 'text is not a list of sentences, ["…"]'
+    if blank := [n for n, text in enumerate(texts) if not text.strip()]:
+        return f"text is not a list of sentences: number {blank[0] + 1} is blank"
+    if not isinstance(shapes, list) or not all(isinstance(s, dict) and isinstance(s.get("label"), str) for s in shapes):
+        return "shapes is not a list of labelled polygons"
+    if not all("points" in s for s in shapes):
+        return "a shape has no points"
+    if not isinstance(record.get("is_sentence"), bool):
+        return "is_sentence is not true or false"
+    return None

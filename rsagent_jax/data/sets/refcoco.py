@@ -1,0 +1,241 @@
+"""RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO as `Sample`s, in the layout of github.com/lichengunc/refer.
+
+    <root>/refcocog/refs(umd).p                  references: which annotation, which sentences, which split
+    <root>/refcocog/instances.json               COCO style: images and annotations
+    <root>/grefcoco/grefs(unc).p                 or .json; its references name several annotations, or none (-1)
+    <root>/images/mscoco/images/train2014/       the pictures
+
+Nothing but text is held in memory: pictures and masks are decoded when a sample is asked for. Every problem with the
+files is a DataError that names the path and the remedy.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from rsagent_jax.data.sets import unpickle
+from rsagent_jax.data.sets.index import Inputs, SampleIndex, coco_key
+from rsagent_jax.masks import decode_segmentation
+from rsagent_jax.runtime.image_files import read_image
+from rsagent_jax.types import DataError, Sample
+from sam_bridge.file_kinds import kind_of_file
+
+IMAGES = pathlib.PurePath("images/mscoco/images/train2014")
+GENERALIZED = "grefcoco"  # several targets, or none
+NO_TARGET = -1  # its ann_id where nothing in the picture is meant
+UNITS = ("sentence", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picture:
+    path: str
+    image_id: int
+    height: int  # as instances.json says; held against the file when it is read
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    id: str
+    query: str
+    picture: _Picture
+    targets: tuple[tuple[int, list | dict], ...]  # (annotation id, COCO segmentation); the mask is their union
+
+    @property
+    def picture_key(self) -> str:
+        return coco_key(self.picture.image_id)
+
+    def inputs(self) -> Inputs:
+        target = json.dumps([segmentation for _, segmentation in self.targets], sort_keys=True)
+        return Inputs(pathlib.Path(self.picture.path), target.encode())
+
+
+def load_refcoco(
+    root: str | pathlib.Path,
+    dataset: str = "refcocog",
+    split_by: str = "umd",
+    split: str = "val",
+    unit: str = "sentence",
+    limit: int | None = None,
+    raw: bool = False,
+) -> SampleIndex:
+    """Indexes one split.
+
+    unit: "sentence", every sentence of every reference is a sample (LISA's rule); or "reference", only its first one.
+    limit: keep the first so many samples. raw: the annotator's own text (`raw`, stripped) for the query, not the
+    normalised `sent` (stripped, lower case). Sample ids read "<dataset>/<split_by>/<split>/<ref_id>/<sent_id>".
+    Raises DataError where files are missing or broken, or where the split does not exist.
+    """
+    if unit not in UNITS:
+        raise DataError(f"unit must be 'sentence' or 'reference', not {unit!r}")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit must be at least 1 (or None for all samples), not {limit}")
+    root = pathlib.Path(root).expanduser()
+    refs_path, instances_path = _check_layout(root, dataset, split_by)
+    refs = _select_split(_read_refs(refs_path, several=dataset == GENERALIZED), split, refs_path)
+    pictures, annotations = _read_instances(instances_path, root / IMAGES)
+
+    name = f"{dataset}/{split_by}/{split}"
+    entries: list[_Entry] = []
+    for ref in refs:
+        if limit is not None and len(entries) >= limit:
+            break
+        # ref["file_name"] carries an annotation suffix and names no file: the picture comes from its image_id.
+        where = f"reference {ref['ref_id']} in {refs_path}"
+        picture = _look_up(pictures, ref["image_id"], "image", where, instances_path)
+        targets = []
+        for ann_id in _ann_ids(ref):
+            annotation = _look_up(annotations, ann_id, "annotation", where, instances_path)
+            if annotation["image_id"] != ref["image_id"]:
+                raise DataError(
+                    f"{where} is about image {ref['image_id']}, but its annotation {ann_id} is on image"
+                    f" {annotation['image_id']}: {refs_path.name} and {instances_path.name} are not from one download"
+                )
+            targets.append((ann_id, annotation["segmentation"]))
+        for sentence in ref["sentences"] if unit == "sentence" else ref["sentences"][:1]:
+            query = _text(sentence["raw"]) if raw else _text(sentence["sent"]).lower()
+            sample_id = f"{name}/{ref['ref_id']}/{sentence['sent_id']}"
+            entries.append(_Entry(sample_id, query, picture, tuple(targets)))
+    return SampleIndex(name, entries[:limit], _load)
+
+
+def _load(entry: _Entry) -> Sample:
+    picture = entry.picture
+    image = read_image(picture.path, "unpack all of COCO train2014 (train2014.zip) into its folder")
+    h, w = picture.height, picture.width
+    if image.shape[:2] != (h, w):
+        raise DataError(
+            f"{picture.path} is {image.shape[1]} x {image.shape[0]} pixels, but its annotations are drawn for"
+            f" {w} x {h} (sample {entry.id}): use the original COCO train2014 pictures, not resized or rotated ones"
+        )
+    mask = np.zeros((h, w), bool)
+    for ann_id, segmentation in entry.targets:
+        mask |= decode_segmentation(segmentation, h, w, f"annotation {ann_id} (sample {entry.id})")
+    return Sample(id=entry.id, image=image, query=entry.query, gt_mask=mask, path=picture.path)
+
+
+def _text(text: str) -> str:
+    """Of a python-2 pickle, whose byte strings come in as latin1: where the bytes are UTF-8, that was meant."""
+    try:
+        return text.encode("latin1").decode("utf-8").strip()
+    except UnicodeError:
+        return text.strip()
+
+
+def _ann_ids(ref: dict) -> list[int]:
+    if isinstance(ref["ann_id"], int):
+        return [ref["ann_id"]]
+    return [ann_id for ann_id in ref["ann_id"] if ann_id != NO_TARGET]
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def _check_layout(root: pathlib.Path, dataset: str, split_by: str) -> tuple[pathlib.Path, pathlib.Path]:
+    """Paths of the reference file and of instances.json; one DataError lists everything that is missing."""
+    folder, kind = root / dataset, "grefs" if dataset == GENERALIZED else "refs"
+    refs_path, instances_path = folder / f"{kind}({split_by}).p", folder / "instances.json"
+    if kind == "grefs" and not refs_path.exists() and refs_path.with_suffix(".json").exists():
+        refs_path = refs_path.with_suffix(".json")
+    expected = (refs_path, instances_path, root / IMAGES)
+    if all(path.exists() for path in expected):
+        return refs_path, instances_path
+    lines = [f"  {'found  ' if path.exists() else 'MISSING'}  {path}" for path in expected]
+    others = [path.name[len(kind) + 1 : -len(").p")] for path in sorted(folder.glob(f"{kind}(*).p"))]
+    hint = f"This folder has split_by = {' or '.join(others)}. " if others and not refs_path.exists() else ""
+    raise DataError(
+        f"no {dataset} under {root}. Expected:\n" + "\n".join(lines) + f"\n{hint}Get the data as README.md says"
+        f" (section Data), or make a stand-in: python -m rsagent_jax.tiny.synthetic --out={root} --train=200 --val=50"
+    )
+
+
+def _read_refs(path: pathlib.Path, several: bool) -> list[dict]:
+    """References as they stand in the file; with `several`, ann_id is a list (gRefCOCO)."""
+    refs = _read_json(path) if path.suffix == ".json" else unpickle.load_data(path)
+    ann_id: Any = (list, tuple) if several else int
+    kinds = {"ref_id": int, "ann_id": ann_id, "image_id": int, "split": str, "sentences": list}
+    if not isinstance(refs, list) or not refs:
+        raise DataError(f"{path} must hold a list of references, not {type(refs).__name__} (or an empty one)")
+    for k, ref in enumerate(refs):
+        wrong = not isinstance(ref, dict) or [f for f, kind in kinds.items() if not isinstance(ref.get(f), kind)]
+        if wrong:
+            fields = "a dict" if wrong is True else f"with proper {', '.join(wrong)}"
+            raise DataError(f"{path}: reference number {k} is not {fields}: this is not a file of the refer layout")
+        if several and not all(isinstance(a, int) for a in ref["ann_id"]):
+            raise DataError(f"{path}: reference {ref['ref_id']} has an ann_id that is no list of numbers")
+        for s in ref["sentences"]:
+            if not isinstance(s, dict) or not all(isinstance(s.get(f), str) for f in ("sent", "raw")):
+                raise DataError(f"{path}: reference {ref['ref_id']} has a sentence without 'sent' and 'raw' text")
+            if "sent_id" not in s:
+                raise DataError(f"{path}: reference {ref['ref_id']} has a sentence without 'sent_id'")
+    return refs
+
+
+def _select_split(refs: list[dict], split: str, path: pathlib.Path) -> list[dict]:
+    """refer's rules: "testA" takes every split with an A in it ("testA", "testAB"), "test" all tests, others exact."""
+    if split in ("testA", "testB", "testC"):
+        chosen = [ref for ref in refs if split[-1] in ref["split"]]
+    elif split == "test":
+        chosen = [ref for ref in refs if "test" in ref["split"]]
+    else:
+        chosen = [ref for ref in refs if ref["split"] == split]
+    if not chosen:
+        counts = collections.Counter(ref["split"] for ref in refs)
+        there = ", ".join(f"{name} ({counts[name]} references)" for name in sorted(counts))
+        raise DataError(f"{path} has nothing in split {split!r}. It has: {there}")
+    return chosen
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
+        why = kind_of_file(path) or "cut short?"
+        raise DataError(f"{path} is not valid JSON ({error}): {why} Download it again") from None
+
+
+def _read_instances(path: pathlib.Path, images: pathlib.Path) -> tuple[dict[int, _Picture], dict[int, dict]]:
+    """instances.json -> pictures by image id, annotations by id. Raises DataError."""
+    instances = _read_json(path)
+    try:
+        pictures = {
+            image["id"]: _Picture(
+                str(images / image["file_name"]), image["id"], int(image["height"]), int(image["width"])
+            )
+            for image in instances["images"]
+        }
+        annotations = {a["id"]: {f: a[f] for f in ("image_id", "segmentation")} for a in instances["annotations"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is not a COCO instances file: missing or ill-typed {error}") from None
+    for rows in (instances["images"], instances["annotations"]):
+        _refuse_ambiguous(rows, path)
+    return pictures, annotations
+
+
+def _refuse_ambiguous(rows: list[dict], path: pathlib.Path) -> None:
+    """DataError where two rows share an id and say different things; whole copies do no harm."""
+    first = {}
+    for number, row in enumerate(rows):
+        if first.setdefault(row["id"], row) != row:
+            kind = "annotation" if "segmentation" in row else "picture"
+            raise DataError(
+                f"{path}: {kind} id {row['id']} stands twice, the second time in row {number}, for different"
+                f" {kind}s: give each an id of its own, or take the file from one download"
+            )
+
+
+def _look_up(table: dict, key: int, what: str, where: str, instances_path: pathlib.Path):
+    try:
+        return table[key]
+    except KeyError:
+        raise DataError(
+            f"{where} names {what} {key}, which {instances_path} does not have: take both files from one download"
+        ) from None

@@ -1,0 +1,182 @@
+"""Verifies the data that a config names, before anybody burns an hour on it.
+
+  python -m rsagent_jax.data_check --config=configs/grpo_tpu.py --out=DIR [--samples=200] [--config.grpo.data.root=…]
+
+Takes the config of train.py (grpo.data), evaluate.py, collect or problems (data). Opens the set, holds the counts
+against the published ones, decodes pictures and masks, and draws a contact sheet. Exit status 1 if a sample cannot be
+read, or shown to a policy, or a count differs; 2 if the set cannot be opened.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+
+import numpy as np
+import tqdm
+from absl import flags
+from PIL import Image, ImageDraw
+
+from rsagent_jax.agent.overlay import draw_overlay
+from rsagent_jax.agent.views import check_shape
+from rsagent_jax.config.schema import CollectConfig, DataConfig, EvalConfig, ProblemsConfig, TrainConfig
+from rsagent_jax.data.sets.index import SampleIndex, spread
+from rsagent_jax.data.sets.open import Mixture, open_samples
+from rsagent_jax.runtime import command
+from rsagent_jax.tiny.synthetic import STAMP
+from rsagent_jax.types import DataError, Sample
+
+# (references, pictures, sentences) of the files that refer's authors distribute. References and pictures:
+# tensorflow-datasets' table; sentences: the papers' totals (RefCOCO 142,210, RefCOCO+ 141,564, RefCOCOg/umd 95,010).
+# They were not counted here.
+PUBLISHED = {
+    "refcoco/unc/train": (42404, 16994, 120624), "refcoco/unc/val": (3811, 1500, 10834),
+    "refcoco/unc/testA": (1975, 750, 5657), "refcoco/unc/testB": (1810, 750, 5095),
+    "refcoco+/unc/train": (42278, 16992, 120191), "refcoco+/unc/val": (3805, 1500, 10758),
+    "refcoco+/unc/testA": (1975, 750, 5726), "refcoco+/unc/testB": (1798, 750, 4889),
+    "refcocog/umd/train": (42226, 21899, 80512), "refcocog/umd/val": (2573, 1300, 4896),
+    "refcocog/umd/test": (5023, 2600, 9602),
+    "refcocog/google/train": (44822, 24698, None), "refcocog/google/val": (5000, 4650, None),
+    "reasonseg/train": (239, 239, None), "reasonseg/val": (200, 200, None), "reasonseg/test": (779, 779, None),
+}  # fmt: skip
+SHOWN, SIDE, TEXT = 24, 280, 48  # pictures of the contact sheet, and pixels of one with its text
+LISTED = 20  # unreadable samples named on the terminal; all of them stand in check.json
+
+
+@dataclasses.dataclass
+class Found:
+    """What decoding has shown; every sample that was looked at is in exactly one of `read` and `bad`."""
+
+    read: int = 0
+    empty: int = 0  # samples whose mask is empty
+    ignored: int = 0  # samples with an ignored pixel
+    areas: list[float] = dataclasses.field(default_factory=list)  # share of the picture, of masks that are not empty
+    bad: dict[str, str] = dataclasses.field(default_factory=dict)  # sample id -> what is wrong
+
+
+def main(config: TrainConfig | EvalConfig | CollectConfig | ProblemsConfig) -> int:
+    out = command.workdir("out")
+    data = config.grpo.data if isinstance(config, TrainConfig) else config.data
+    samples = open_samples(data)
+    print(f"{samples.name}: {len(samples)} samples")
+    for note in samples.notes:
+        print(f"  {note}")
+    rows = [count_row(index, data) for index in (samples.parts if isinstance(samples, Mixture) else (samples,))]
+    differs = [row for row in rows if row["verdict"] == "DIFFERS"]
+    for row in rows:
+        print("  " + "  ".join(f"{key} {value}" for key, value in row.items()))
+    if flags.FLAGS.samples < 0:
+        raise DataError(f"--samples must be at least 0 (0 = all), not {flags.FLAGS.samples}")
+    chosen = spread(len(samples), flags.FLAGS.samples)
+    found = examine(samples, chosen)
+    contact_sheet([samples[i] for i in readable(samples, chosen, found)], out / "contact_sheet.png")
+    report = {"name": samples.name, "samples": len(samples), "notes": list(samples.notes), "counts": rows}
+    report |= {"looked_at": len(chosen), "read": found.read, "empty_masks": found.empty, "with_ignore": found.ignored}
+    report |= {"unreadable": found.bad}
+    (out / "check.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(
+        f"  {found.read} of {len(chosen)} samples looked at were read; {found.empty} have an empty mask,"
+        f" {found.ignored} ignored pixels; a mask covers {np.mean(found.areas) if found.areas else 0:.1%} of its"
+        " picture on average"
+    )
+    for id, problem in list(found.bad.items())[:LISTED]:
+        print(f"  UNREADABLE {id}: {problem}")
+    print(f"  {out / 'contact_sheet.png'}")
+    return 1 if found.bad or differs else 0
+
+
+def count_row(samples: SampleIndex, data: DataConfig) -> dict:
+    """Counted and published numbers of one set. They are compared only where the whole split was opened."""
+    pictures = len(set(samples.picture_keys))
+    row: dict = {"set": samples.name, "samples": len(samples), "pictures": pictures}
+    refs, images, sentences = PUBLISHED.get(samples.name, (None, None, None))
+    part = next((p.data for p in data.mix if p.data.dataset == samples.name.split("/")[0]), data)
+    wanted = sentences if part.unit == "sentence" and samples.name.startswith("refcoco") else refs
+    if (pathlib.Path(part.root or data.root) / STAMP).exists():
+        return row | {"verdict": "synthetic scenes: not compared"}
+    if part.limit or data.limit or samples.notes or part.texts != "first":
+        return row | {"verdict": "part of the split: not compared"}
+    if wanted is None:
+        return row | {"verdict": "no published number known here"}
+    same = len(samples) == wanted and pictures == images
+    return row | {"published": f"{wanted} samples, {images} pictures", "verdict": "ok" if same else "DIFFERS"}
+
+
+def examine(samples: SampleIndex | Mixture, chosen: list[int]) -> Found:
+    """Decodes the pictures and masks at these places; bad is what evaluate, collect and train call unreadable."""
+    found, ids = Found(), samples.ids
+
+    def look(i: int) -> tuple[str, str | tuple[bool, bool, float]]:
+        try:
+            sample = samples[i]
+            check_shape(*sample.image.shape[:2])  # the shape alone decides whether a view can show it (views.fit)
+        except DataError as error:
+            return ids[i], str(error)
+        return ids[i], (sample.ignore_mask is not None and bool(sample.ignore_mask.any()), *_area(sample))
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for id, result in tqdm.tqdm(pool.map(look, chosen), total=len(chosen), desc="check", unit="sample"):
+            if isinstance(result, str):
+                found.bad[id] = result
+                continue
+            found.read += 1
+            found.ignored += result[0]
+            found.empty += result[1]
+            found.areas += [] if result[1] else [result[2]]
+    return found
+
+
+def _area(sample: Sample) -> tuple[bool, float]:
+    share = float(sample.gt_mask.mean())
+    return share == 0, share
+
+
+def readable(samples: SampleIndex | Mixture, chosen: list[int], found: Found) -> list[int]:
+    """SHOWN of the samples that could be read, evenly spread."""
+    ids = samples.ids
+    good = [i for i in chosen if ids[i] not in found.bad]
+    return [good[k] for k in spread(len(good), SHOWN)] if good else []
+
+
+def contact_sheet(samples: list[Sample], path: pathlib.Path, columns: int = 4) -> None:
+    """Pictures with their masks (blue, outlined yellow), ignored pixels in grey, and the text below each."""
+    rows = max(1, -(-len(samples) // columns))
+    sheet = Image.new("RGB", (columns * (SIDE + 8), rows * (SIDE + TEXT)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, sample in enumerate(samples):
+        x, y = n % columns * (SIDE + 8), n // columns * (SIDE + TEXT)
+        image = sample.image
+        if sample.ignore_mask is not None:
+            image = np.where(sample.ignore_mask[..., None], image // 4 + 96, image)
+        sheet.paste(Image.fromarray(draw_overlay(image, sample.gt_mask, SIDE)), (x, y))
+        text = sample.query.encode("latin-1", "replace").decode("latin-1")
+        for line, start in enumerate(range(0, min(len(text), 120), 40)):
+            draw.text((x, y + SIDE + 2 + 14 * line), text[start : start + 40], fill="black", font_size=12)
+    sheet.save(path)
+
+
+def config_class(argv: list[str]) -> type:
+    """Whose config file it is, by the groups that it has."""
+    path = command.config_path(argv)
+    if path is None:
+        raise DataError("--config=configs/X.py is required: a config of train.py, evaluate.py or collect")
+    has = collections.Counter(command.load_config_file(path).keys())
+    if has["stages"]:
+        return TrainConfig
+    return CollectConfig if has["teacher"] else ProblemsConfig if has["writer"] else EvalConfig
+
+
+if __name__ == "__main__":
+    command.define_flags("out")
+    flags.DEFINE_integer("samples", 200, "How many samples to decode, evenly spread; 0 = all.")
+    try:
+        kind = config_class(sys.argv)
+    except DataError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    command.run(main, kind)

@@ -1,0 +1,127 @@
+"""Opens a policy: a Hugging Face directory, or a stage's newest checkpoint with its adapters merged."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from rsagent_jax.config.import_path import first_line
+from rsagent_jax.models.qwen25_vl import convert, lora
+from rsagent_jax.models.qwen25_vl.config import load_config
+from rsagent_jax.models.qwen25_vl.model import Qwen25VL
+from rsagent_jax.runtime import sharding
+from rsagent_jax.types import DataError
+
+POLICY_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",  # transformers 5 saves image settings there
+    "video_preprocessor_config.json",
+    "special_tokens_map.json",  # these four beside tokenizer.json by transformers 4
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def copy_policy_files(weights: pathlib.Path, target: pathlib.Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in POLICY_FILES:
+        if (weights / name).exists():
+            shutil.copyfile(weights / name, target / name)
+        else:  # of other weights: image settings in two files would contradict each other
+            (target / name).unlink(missing_ok=True)
+
+
+def policy_directory(weights: str) -> pathlib.Path:
+    """Where config.json, tokenizer and image settings are: the Hugging Face directory, or a checkpoint's `policy/`.
+
+    What the directory itself holds decides, whatever else is in it or beside it: config.json and weights make a Hugging
+    Face directory (train.py writes a config.json of its own into a workdir), then `policy/config.json` a stage. Only
+    for one that is neither is it asked whether a workdir or a step was given in place of a stage.
+    """
+    path = pathlib.Path(weights)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise DataError(f"{path} {what}; give a Hugging Face directory or checkpoints/<stage> of train.py")
+    if (path / "config.json").exists() and any(path.glob("*.safetensors*")):
+        return path
+    if (path / "policy" / "config.json").exists():
+        return path / "policy"
+    if any(path.glob("checkpoints/*/policy/config.json")):
+        raise DataError(f"{path} holds no weights itself; give {path}/checkpoints/<stage>")
+    if path.name.isdigit() and (path.parent / "policy" / "config.json").exists():
+        raise DataError(f"{path} holds no weights itself; give {path.parent}")
+    return path
+
+
+def load_policy(weights: str, mesh: Mesh | None = None) -> Qwen25VL:
+    """The model of a Hugging Face directory, or of the newest checkpoint of a stage, with fp32 parameters.
+
+    With a mesh each process reads what its own devices hold (sharding.param_shardings); without one everything goes to
+    the default device.
+    """
+    path, config = pathlib.Path(weights), load_config(policy_directory(weights))
+    model = convert.abstract_model(config)
+    shardings = None if mesh is None else sharding.param_shardings(model, mesh)
+    if policy_directory(weights) == path:
+        return convert.load_model(path, config, shardings)
+    options = ocp.CheckpointManagerOptions(create=False)  # nothing is written; read_only=True would warn that it is
+    with ocp.CheckpointManager(path.absolute(), options=options) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise DataError(f"{path} holds no finished checkpoint; run train.py until one is saved")
+        wanted = convert.flat_params(model)
+        # Orbax would ask for the devices that saved the checkpoint: always say where the arrays are to go.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = dict.fromkeys(wanted, here) if shardings is None else convert.flat_state(shardings)
+        elsewhere = here if mesh is None else sharding.replicated(mesh)  # adapters are small
+        values: dict[str, jax.Array] = {}
+        try:
+            for part in (path / str(step) / "params", path / "base"):
+                if part.exists():
+                    values |= _read(part.absolute(), lambda name: places.get(name, elsewhere))
+            adapters = {name: values.pop(name) for name in list(values) if name.endswith((".lora_a", ".lora_b"))}
+            if {n: v.shape for n, v in values.items()} != {n: v.shape for n, v in wanted.items()}:
+                raise ValueError("other parameters, or other shapes")
+            if adapters:
+                said = manager.restore(step, args=ocp.args.Composite(lora=ocp.args.JsonRestore()))["lora"]
+                merge = functools.partial(lora.merge, scale=said["alpha"] / said["rank"], dtype=jnp.float32)
+                values = jax.jit(merge, donate_argnums=0, out_shardings=places)(values, adapters)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise DataError(f"{path}/{step} is not of the model in {path}/policy ({first_line(error)})") from error
+    return convert.with_params(model, values)
+
+
+def _read(directory: pathlib.Path, place: Callable[[str], jax.sharding.Sharding]) -> dict[str, jax.Array]:
+    """The arrays saved in `directory`, by name, as fp32 where `place` says."""
+    # The handler itself: a Checkpointer warns of metadata that a part of a step does not have.
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+        found = reader.metadata(directory).tree
+        like = {n: jax.ShapeDtypeStruct(v.shape, jnp.float32, sharding=place(n)) for n, v in found.items()}
+        return reader.restore(directory, args=ocp.args.StandardRestore(like))
+
+
+def weights_checksum(model: nnx.Module) -> str:
+    """sha256 over names, shapes and values: two runs with the same figure had the same weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(convert.flat_params(model).items()):
+        array = np.asarray(value)
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What every command runs on: flags and errors, processes, meshes, journals, logs."""

@@ -1,0 +1,276 @@
+"""Work under way, kept line by line: what is done is found again after a kill at any point, and joined over shards.
+
+    <folder>/00001-of-00004.jsonl        a line of settings, then one JSON object with an `id` per piece of work
+
+A row carries the fingerprint of what its work was made of, and the latest row of an id is the one that counts. So work
+on inputs that have changed since is done again, and its new row stands in place of the old one. A row with `failed`
+({"kind": …, "why": …}) is no work done: it is kept to be counted, and the next start tries again.
+
+Every line is whole or (the last one, after a kill) cut off at the next start. What is done is what any file holds, so
+work may go on with another number of shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from rsagent_jax.config.build import to_dict
+from rsagent_jax.config.schema import (
+    AgentConfig,
+    DataConfig,
+    SamplingConfig,
+)
+from rsagent_jax.runtime.processes import Share
+from rsagent_jax.types import DataError
+
+FORMAT = 2  # 1 had no fingerprints
+SHOWN = 3  # ids named on the terminal
+
+
+class Fingerprinted(Protocol):
+    """A sequence of samples, such as data.sets.index.SampleIndex."""
+
+    def fingerprint(self, i: int) -> str: ...
+
+
+def fingerprints(samples: Fingerprinted, places: Mapping[str, int]) -> dict[str, str]:
+    """By id: what the sample at its place is made of now; "" for one whose record cannot even be found."""
+    out = {}
+    for id, place in places.items():
+        try:
+            out[id] = samples.fingerprint(place)
+        except DataError:  # reading the sample says it again, by name
+            out[id] = ""
+    return out
+
+
+def data_settings(config: DataConfig) -> dict[str, Any]:
+    """Which samples, as settings that must agree: without where they are, how many and what to do with bad ones."""
+    return {k: v for k, v in to_dict(config).items() if k not in ("root", "exclude_root", "limit", "unreadable")}
+
+
+def agent_settings(config: AgentConfig) -> dict[str, Any]:
+    """What the policy sees and may do; how long a tool is waited for is no part of it."""
+    return {k: v for k, v in to_dict(config).items() if k != "tool_deadline_s"}
+
+
+def sampling_settings(config: SamplingConfig) -> dict[str, Any]:
+    """How turns are drawn; how many at a time, and on which devices, is no part of it."""
+    free = ("slots", "chunk", "patches", "prefill", "lanes", "tensor")
+    return {k: v for k, v in to_dict(config).items() if k not in free}
+
+
+class Journal:
+    """Appends this shard's lines; `done` holds the ids that need not be done again.
+
+    `current` are the fingerprints by id of all the work there is, not of this shard's alone. `notes` are for the
+    terminal: what was cut off, what has changed and what is no longer there.
+    """
+
+    def __init__(self, folder: pathlib.Path, share: Share, settings: dict[str, Any], current: Mapping[str, str]):
+        """DataError if the folder holds work of other settings, a damaged file, or cannot be written to."""
+        self.path = folder / f"{share.index:05d}-of-{share.count:05d}.jsonl"
+        self.settings, self.current, self.notes = settings, current, []
+        rows = {line.id: line for line in _latest(folder, settings)}
+        self.times = {id: line.at for id, line in rows.items()}
+        self.done = {id for id, line in rows.items() if not line.failed and line.fingerprint == current.get(id)}
+        worked = [id for id, line in rows.items() if not line.failed and id not in self.done]
+        self.gone = [id for id in worked if id not in current]
+        self.changed = [id for id in worked if id in current]
+        for ids, what in (
+            (self.changed, "changed since, done again"),
+            (self.gone, "no longer in the data, left out"),
+        ):
+            if ids:
+                more = ", …" if len(ids) > SHOWN else ""
+                self.notes.append(f"{what}: {len(ids)} ({', '.join(ids[:SHOWN])}{more})")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():  # as a whole, so that no other shard ever sees it empty
+                write_whole(self.path, json.dumps({"format": FORMAT, "settings": settings}) + "\n")
+            self.file = self.path.open("ab")
+            self._cut()
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """On the disk when this returns. DataError if the disk is full."""
+        if rows:
+            marks = [{"fingerprint": self.current[row["id"]], "at": self._after(row["id"])} for row in rows]
+            self._append("\n".join(json.dumps(row | mark) for row, mark in zip(rows, marks, strict=True)))
+            self.done |= {row["id"] for row in rows if "failed" not in row}
+
+    def _after(self, id: str) -> float:
+        """The time, but later than the row that this one takes the place of: clocks of machines differ."""
+        return max(time.time(), self.times.get(id, 0.0) + 1e-3)
+
+    def close(self) -> None:
+        try:
+            self.file.close()
+        except OSError as error:  # what is still buffered does not fit either
+            raise cannot_write(self.path, error) from None
+
+    def _append(self, text: str) -> None:
+        try:
+            self.file.write(text.encode() + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+
+    def _cut(self) -> None:
+        """Takes off what a kill left of the last line."""
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            self.file.truncate(whole)
+            self.notes.append(f"{self.path}: a half-written line at its end ({len(data) - whole} bytes) was cut off")
+
+
+def read(
+    folder: pathlib.Path,
+    settings: dict[str, Any] | None = None,
+    current: Mapping[str, str] | None = None,
+    by: str = "at",
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of every id, ordered by the rows' `by`; one row in memory at a time.
+
+    With `current` only of ids in it, and of rows made of the same. DataError if a line is damaged, or made with other
+    settings (None = whatever they are).
+    """
+    lines = [line for line in _latest(folder, settings, by) if _is_of(line, current)]
+    with contextlib.ExitStack() as stack:
+        files = {path: stack.enter_context(path.open("rb")) for path in sorted({line.path for line in lines})}
+        for line in sorted(lines, key=lambda line: (line.key, line.where)):
+            files[line.path].seek(line.offset)
+            yield line.where, json.loads(files[line.path].readline())
+
+
+def survey(
+    folder: pathlib.Path, settings: dict[str, Any] | None = None, current: Mapping[str, str] | None = None
+) -> dict[str, dict[str, str] | None]:
+    """By id: None where the work is done, else the `failed` of its row. As `read` in all else."""
+    return {line.id: line.failed for line in _latest(folder, settings) if _is_of(line, current)}
+
+
+def settings_of(folder: pathlib.Path) -> dict[str, Any]:
+    """What the work was done with. DataError if there is none."""
+    for path in sorted(folder.glob("*-of-*.jsonl")):
+        with path.open("rb") as file:
+            return _head(path, file.readline())["settings"]
+    raise DataError(f"{folder} holds nothing: there is no <i>-of-<n>.jsonl in it")
+
+
+# --- Lines ---
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """What is needed of a row to choose among those of its id, and where it is."""
+
+    id: str
+    at: float  # when it was written, seconds of the epoch
+    fingerprint: str | None
+    failed: dict[str, str] | None
+    key: Any  # what it is ordered by
+    where: str
+    path: pathlib.Path
+    offset: int  # bytes
+
+
+def _latest(folder: pathlib.Path, settings: dict[str, Any] | None, by: str = "at") -> list[_Line]:
+    latest: dict[str, _Line] = {}
+    for path in sorted(folder.glob("*-of-*.jsonl")):
+        for line in _lines(path, folder, settings, by):
+            if line.id not in latest or line.at >= latest[line.id].at:
+                latest[line.id] = line
+    return list(latest.values())
+
+
+def _lines(path: pathlib.Path, folder: pathlib.Path, settings: dict[str, Any] | None, by: str) -> Iterator[_Line]:
+    with path.open("rb") as file:
+        offset = len(head := file.readline())
+        _check_head(_head(path, head), settings, folder)
+        for number, line in enumerate(file, start=2):
+            if not line.endswith(b"\n"):
+                return  # of a kill, or being written at this moment
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+                key = row.get("at", 0.0) if by == "at" else row[by]
+                id, failed = row["id"], row.get("failed")
+                yield _Line(id, row.get("at", 0.0), row.get("fingerprint"), failed, key, where, path, offset)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise damaged(where, error) from None
+            offset += len(line)
+
+
+def _is_of(line: _Line, current: Mapping[str, str] | None) -> bool:
+    return current is None or (line.id in current and line.fingerprint == current[line.id])
+
+
+def _head(path: pathlib.Path, line: bytes) -> dict[str, Any]:
+    """The first line. DataError where it is none: an empty file, a page of HTML, half a line."""
+    try:
+        head = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        head = None
+    if not isinstance(head, dict) or not isinstance(head.get("settings"), dict):
+        begins = f"it begins with {line[:40]!r}" if line else "it is empty"
+        raise DataError(f"{path} is no journal of this command ({begins}); remove it, or put back the file as it was")
+    return head
+
+
+def _check_head(head: dict[str, Any], settings: dict[str, Any] | None, folder: pathlib.Path) -> None:
+    if settings is None:
+        return
+    remedy = f"Give another --workdir, or remove {folder} to start over"
+    if head.get("format") != FORMAT:
+        raise DataError(
+            f"{folder} was written by an earlier version, which did not keep what its samples were made of: nobody can"
+            f" tell whether they are still the same. {remedy}"
+        )
+    there, here = _flat(head["settings"]), _flat(json.loads(json.dumps(settings)))
+    differ = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+    if differ:
+        said = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} now" for key in differ)
+        raise DataError(f"{folder} holds results of other settings ({said[:600]}). {remedy}")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """By dotted name."""
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = isinstance(value, Mapping) and value
+        out |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return out
+
+
+def damaged(where: str, error: Exception) -> DataError:
+    return DataError(f"{where} is damaged ({error!r}); remove that line and run again")
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """The file as a whole or not at all."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # other shards write it, too
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: pathlib.Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path} cannot be written ({error.strerror or error}). What was written is kept: make room and run the same"
+        " command again"
+    )

@@ -1,0 +1,180 @@
+"""Several processes of one program, as on the hosts of a slice: who holds which rows, and what all must agree on.
+
+Every process issues the same compiled programs in the same order. With one process all of this is the identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rsagent_jax.runtime import sharding
+from rsagent_jax.types import DataError
+
+T = TypeVar("T")
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def join() -> None:
+    """Meets the other processes, before anything asks for devices. Does nothing where there are none.
+
+    On a TPU VM jax finds the other hosts of the slice itself; elsewhere VARIABLES say who is who: host:port, n, 0..n-1.
+    """
+    given = [os.environ.get(name) for name in VARIABLES]
+    if any(given):
+        if not all(given) or not (given[1].isdigit() and given[2].isdigit() and int(given[2]) < int(given[1])):
+            state = ", ".join(f"{name}={value or ''}" for name, value in zip(VARIABLES, given, strict=True))
+            raise DataError(f"several processes need all of host:port, their number and one's own from 0: {state}")
+        jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
+    elif _has_tpu():
+        jax.distributed.initialize()
+
+
+def _has_tpu() -> bool:
+    """Whether this host has TPU chips, by their device files (accel on v4, vfio on later ones), and may use them."""
+    files = (file for pattern in ("accel[0-9]*", "vfio/[0-9]*") for file in pathlib.Path("/dev").glob(pattern))
+    return "tpu" in os.environ.get("JAX_PLATFORMS", "tpu") and any(files)
+
+
+def is_lead() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def own_directory(workdir: pathlib.Path) -> pathlib.Path:
+    """Where this process keeps its log and examples: the lead in `workdir` itself, others beside them."""
+    path = workdir if is_lead() else workdir / f"process_{jax.process_index()}"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Part `index` of `count` equal parts of every batch."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, total: int, what: str) -> int:
+        """How many of `total` come here; DataError unless they divide evenly."""
+        if total % self.count:
+            raise DataError(f"{what} = {total} must be a multiple of the {self.count} processes that share it")
+        return total // self.count
+
+
+def parse_share(text: str, what: str) -> Share:
+    """ "2/8" -> Share(2, 8). DataError, naming `what`, unless 0 <= 2 < 8."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise DataError(f"{what}={text} must be i/n with 0 <= i < n, such as 0/4 for the first of four")
+    return Share(int(index), int(count))
+
+
+def row_share(mesh: Mesh) -> Share:
+    """Which part of a batch's rows this process's devices hold. Processes of one tensor group hold the same part."""
+    groups = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    held: dict[int, list[int]] = {}
+    for i, group in enumerate(groups):
+        for process in {d.process_index for d in group}:
+            held.setdefault(process, []).append(i)
+    n = len(held[jax.process_index()])
+    if any(len(h) != n or h != list(range(h[0], h[0] + n)) or h[0] % n for h in held.values()) or len(groups) % n:
+        raise DataError(
+            f"mesh {dict(mesh.shape)}: processes hold the row groups {held}, not even parts;"
+            " let mesh.tensor divide the devices of a process, or be a multiple of them"
+        )
+    return Share(held[jax.process_index()][0] // n, len(groups) // n)
+
+
+def put_rows(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays with this process's rows -> global arrays over the mesh's rows."""
+    where = sharding.rows(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, where)
+    count = row_share(mesh).count
+    whole = lambda x: (x.shape[0] * count, *x.shape[1:])  # noqa: E731
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, np.asarray(x), whole(x)), tree)
+
+
+def most(value: int) -> int:
+    """The largest of all processes' values: how often all of them must issue a program."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def total(counts: Sequence[int]) -> list[int]:
+    """Element by element the sum over all processes: what all of them decide by alike."""
+    if jax.process_count() == 1:
+        return list(counts)
+    return np.sum(multihost_utils.process_allgather(np.asarray(counts, np.int32)), axis=0).tolist()
+
+
+def all_or_none(check: Callable[[], T]) -> T:
+    """What `check` returns, once it has passed on every process; a DataError on all where it fails on one.
+
+    Without it, those where it passes would go on and wait for the others.
+    """
+    try:
+        result, problem = check(), None
+    except DataError as error:
+        result, problem = None, error
+    (failed,) = total([problem is not None])
+    if problem is not None:
+        raise problem
+    if failed:
+        raise DataError(f"{failed} of {jax.process_count()} processes could not start; what they said is in their logs")
+    return result
+
+
+def local_mesh(tensor: int) -> Mesh | None:
+    """This process's devices, `tensor` of them to a row; None for a single device. For programs that it runs alone."""
+    mine = sorted(jax.local_devices(), key=lambda d: d.id)
+    if tensor < 1 or len(mine) % tensor:
+        raise DataError(f"sampling.tensor = {tensor} must divide the {len(mine)} devices of a process")
+    return None if len(mine) == 1 else Mesh(np.array(mine).reshape(-1, 1, tensor), sharding.AXES)
+
+
+def local_copy(params: Any, mesh: Mesh, dtype: str) -> Any:
+    """The same parameters, whole inside every process: split over its own devices, for programs it runs alone.
+
+    One resharding over the interconnect, in `dtype`. With one process, the parameters themselves.
+    """
+    if jax.process_count() == 1:
+        return params
+    flat = sorted(mesh.devices.flat, key=lambda d: (d.process_index, d.id))
+    mine = [d for d in flat if d.process_index == jax.process_index()]
+    both = Mesh(np.array(flat).reshape(-1, len(mine)), ("host", "chip"))
+    here = Mesh(np.array(mine), ("chip",))
+    specs = jax.tree.map(lambda p: split_once(p.shape, len(mine)), params)
+    target = jax.tree.map(lambda s: NamedSharding(both, s), specs, is_leaf=lambda s: isinstance(s, P))
+    spread = jax.jit(_cast, static_argnames="dtype", out_shardings=target)(params, dtype=dtype)  # before they travel
+
+    def gather(array, spec):
+        shards = [s.data for s in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(array.shape, NamedSharding(here, spec), shards)
+
+    return jax.tree.map(gather, spread, specs)
+
+
+def _cast(tree: Any, *, dtype: str) -> Any:
+    """Named, and not a lambda of the call: jax finds what it compiled for a function by the function."""
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def split_once(shape: tuple[int, ...], parts: int) -> P:
+    """How a local copy lies: the longest axis that divides goes over the process's devices, the mesh axis "chip"."""
+    sizes = [(n, i) for i, n in enumerate(shape) if n % parts == 0]
+    if not sizes:
+        return P()
+    axis = max(sizes)[1]
+    return P(*(None,) * axis, "chip")

@@ -1,0 +1,334 @@
+"""Grounding conversations about fresh scenes, in Qwen2.5-VL's own formats: what the tiny base is pre-trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from rsagent_jax.agent import prompts
+from rsagent_jax.data.processor import Processor, image_patches
+from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, mrope_positions
+from rsagent_jax.tiny import absent, scenes
+
+SIDE = 112  # scenes are one window of the tower: 8 x 8 patches, 4 x 4 tokens
+PATCHES = 64
+MAX_OBJECTS = 6
+COLORS, SHAPES, SIZES = tuple(scenes.COLORS), scenes.SHAPES, tuple(scenes.SIZES)
+WORDS = (*COLORS, *SHAPES, *SIZES)
+
+# Grounding in other words than Qwen's, so that the skill does not hang on one template. None is a tool's.
+FREE_SHARE = 0.6
+_ASK = (
+    'Where is "{name}"?', 'Find "{name}".', 'Look at "{name}" in this {side}x{side} image.', 'I look for "{name}".',
+    'Show "{name}" in the image.', '"{name}": where is it?',
+)  # fmt: skip
+_SAY = (
+    "{Name} is here; {at}", "I see {name}; it is at {at}.", "It is here: {at}", '{{"label": "{name}", "{key}": {at}}}',
+    '{{"{key}": {at}}}', "{name} {at}", "{at}", "I look at {name}.\n{at}", "{Name} is in the image.\n{{{key}: {at}}}",
+    "Here it is.\n[{at}]", '{{"{key}": [{at}]}}', 'I see {name} here.\n{{"{key}": [{at}], "label": "one"}}',
+    '{Name} is here.\n{{"label": "object", "value": {{"{key}": {at}}}}}',
+    'I look for {name}; here it is.\n{{"label": "one", "value": {{"{key}": [{at}]}}}}',
+)  # fmt: skip
+_SAY_ABSENT = ("{Name} is not here.", "{Name} is not in the image.")
+_KEYS = {4: ("bbox", "bbox_2d", "xyxy", "at"), 2: ("point", "point_2d", "xy", "at")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A pre-training batch; arrays as in types.Batch, plus what the head and the bell need."""
+
+    tokens: np.ndarray  # i32[B, T]
+    positions: np.ndarray  # i32[B, 3, T]
+    segment_ids: np.ndarray  # i32[B, T]
+    loss_mask: np.ndarray  # bool[B, T]
+    patches: np.ndarray  # f32[B, P, C]
+    patch_segment_ids: np.ndarray
+    patch_positions: np.ndarray
+    image_slots: np.ndarray
+    labels: np.ndarray  # i32[B, P, 3]
+    boxes: np.ndarray  # f32[B, P, 4], in units of the image side
+    target: np.ndarray  # i32[B, T]; 1 + the row of `cells` that the position before should look at; 0 none
+    corners: np.ndarray  # i32[B, M, 6]; box and point of what covers the most of each merged token, pixels; -1 nothing
+    names: np.ndarray  # i32[B, M, 3]; indices into WORDS of what covers the most of each merged token; -1 nothing
+    cells: np.ndarray  # f32[B, O + W, M]; which merged tokens are each object's, and each of WORDS'; sums to 1 or 0
+
+
+jax.tree_util.register_dataclass(Rows, [f.name for f in dataclasses.fields(Rows)], [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question and its answer, with the objects that the answer's coordinates are of, in order."""
+
+    ask: str
+    answer: str
+    objects: tuple[int, ...] = ()
+    coordinates: int = 4  # of each object: the last numbers of its part of the answer
+    lines: tuple[Question, ...] = ()  # a list in place of `answer`; only coordinates and `decides` are trained
+    decides: int = -1  # of a line: the place of the token that says whether the thing is there
+
+
+class SceneRows:
+    """Turns random scenes into rows."""
+
+    def __init__(
+        self,
+        processor: Processor,
+        relation_share: float,
+        all_share: float,
+        list_share: float = 0.0,
+        absent_share: float = 0.0,
+        presence_share: float = 0.0,
+    ):
+        self.processor, self.relation_share = processor, relation_share
+        self.all_share, self.list_share = all_share, list_share
+        self.absent_share, self.presence_share = absent_share, presence_share
+        self.words = np.array([processor.encode(f" {word}") for word in WORDS]).reshape(-1)  # one token each
+        self.numbers = np.array([processor.encode(str(n))[0] for n in range(SIDE + 1)])
+        self.photos = scenes.load_photos()
+        self.scene_config = scenes.SceneConfig(size=SIDE)
+
+    def make(self, seed: tuple[int, ...], rows: int, tokens: int, talk: bool = True) -> Rows:
+        """`rows` fresh scenes; without `talk` only their pictures and labels."""
+        rng = np.random.default_rng(seed)
+        return jax.tree.map(lambda *a: np.stack(a), *[self._row(rng, tokens, talk) for _ in range(rows)])
+
+    def _row(self, rng: np.random.Generator, length: int, talk: bool) -> Rows:
+        scene = self.scene(rng)
+        turns = [self._question(rng, scene) for _ in range(8)] if talk else [Question("", "")]
+        if talk and rng.random() < self.presence_share:
+            turns = [self._presences(rng, scene, length)]
+        elif talk and self.list_share and rng.random() < self.list_share:
+            turns = [self._list(rng, scene, length)]
+        elif talk and rng.random() < self.all_share:
+            turns.insert(0, _all_objects(scene))
+        return self.row(scene, turns, length)
+
+    def scene(self, rng: np.random.Generator) -> scenes.Scene:
+        scene = scenes.make_scene(rng, self.scene_config, self.photos)
+        return dataclasses.replace(scene, image=scenes.jpeg_roundtrip(scene.image, self.scene_config.jpeg_quality))
+
+    def row(self, scene: scenes.Scene, turns: list[Question], length: int) -> Rows:
+        """One scene and as many of the turns as fit into `length` tokens."""
+        ids, mask, target = self._conversation(turns, length)
+        cells = _cells(scene)
+        self._look_at_words(ids, target, cells)
+        patches, grid = image_patches(scene.image, self.processor.images)
+        is_image = ids == self.processor.image_id
+        positions, _ = mrope_positions(ids, (grid,), self.processor.image_id)
+        pad = length - len(ids)
+        buffer = fill_patch_buffer(patches, (grid,), np.pad(is_image, (0, pad)), PATCHES, self.processor.config.vision)
+        labels, boxes = _patch_labels(scene, buffer.positions)
+        return Rows(
+            np.pad(ids, (0, pad)),
+            np.pad(positions, ((0, 0), (0, pad))),
+            np.pad(np.ones(len(ids), np.int32), (0, pad)),
+            np.pad(mask, (0, pad)),
+            buffer.patches,
+            buffer.segment_ids,
+            buffer.positions,
+            buffer.image_slots,
+            labels,
+            boxes,
+            np.pad(target, (0, pad)),
+            *_corners(scene),
+            cells,
+        )
+
+    def _look_at_words(self, ids: np.ndarray, target: np.ndarray, cells: np.ndarray) -> None:
+        """A colour, shape or size looks at all that has it: matching whole names is not found without this."""
+        for k, word in enumerate(self.words):
+            after = np.flatnonzero(ids[:-1] == word) + 1
+            if cells[MAX_OBJECTS + k].any():
+                target[after[target[after] == 0]] = 1 + MAX_OBJECTS + k
+
+    def _conversation(self, turns: list[Question], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Question after question about one image, as many as fit: ids i32[T], trained bool[T], target i32[T]."""
+        ids, mask, target = [], [], []
+        for i, turn in enumerate(turns):
+            head = (
+                prompts.opening(prompts.BASE_SYSTEM, turn.ask)
+                if i == 0
+                else (f"\n<|im_start|>user\n{turn.ask}<|im_end|>\n<|im_start|>assistant\n")
+            )
+            asked, said, trained, marked = self.processor.encode(head), *self._answer(turn)
+            if i == 0:
+                asked = np.repeat(asked, np.where(asked == self.processor.image_id, PATCHES // 4, 1))
+            if sum(map(len, ids)) + len(asked) + len(said) > length:
+                break
+            ids += [asked, said]
+            mask += [np.zeros(len(asked), bool), trained]
+            target += [np.zeros(len(asked), np.int32), marked]
+        return np.concatenate(ids), np.concatenate(mask), np.concatenate(target)
+
+    def _answer(self, turn: Question) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ids i32[N], trained bool[N], target i32[N] of what the assistant says."""
+        if turn.lines:
+            said = [self.processor.encode(line.answer) for line in turn.lines]
+            marked = np.concatenate([self._targets(*pair) for pair in zip(said, turn.lines, strict=True)])
+            decides = [np.arange(len(ids)) == line.decides for ids, line in zip(said, turn.lines, strict=True)]
+            return np.concatenate(said), (marked > 0) | np.concatenate(decides), marked
+        said = self.processor.encode(turn.answer + "<|im_end|>")
+        return said, np.ones(len(said), bool), self._targets(said, turn)
+
+    def _list(self, rng, scene: scenes.Scene, length: int) -> Question:
+        """Every object's point and box once, each under a name of its own, as many as fit.
+
+        The most choices of an object that a row can hold; no place stands there twice, which could be copied.
+        """
+        ask, lines = "List them.", []
+        room = length - len(self.processor.encode(prompts.opening(prompts.BASE_SYSTEM, ask))) - PATCHES // 4 + 1
+        places = [(i, point) for i in sorted({e.object_index for e in scene.expressions}) for point in (True, False)]
+        for k in rng.permutation(len(places)):
+            index, point = places[k]
+            values = _values(scene.objects[index], point)
+            key = _KEYS[len(values)][rng.integers(3)]
+            line = Question("", f"{self._name(rng, scene, index)}: {key} {values}\n", (index,), len(values))
+            room -= len(self.processor.encode(line.answer))
+            if room < 0:
+                break
+            lines.append(line)
+        return Question(ask, "", lines=tuple(lines))
+
+    def _presences(self, rng, scene: scenes.Scene, length: int) -> Question:
+        """Names of things that are there and, as often, of what is not, each with the word that tells; as many as fit.
+
+        One question has one such word among some forty; no policy of this size was seen to learn it from those.
+        """
+        ask, lines = "List them.", []
+        room = length - len(self.processor.encode(prompts.opening(prompts.BASE_SYSTEM, ask))) - PATCHES // 4 + 1
+        while True:
+            there = bool(rng.random() < 0.5)
+            text = self._any_name(rng, scene) if there else absent.sample_absent(rng, scene, self.scene_config)
+            name = presence_question(text or "")[0].answer
+            line = Question(
+                "", f"{name} {'here' if there else 'not here'}.\n", decides=len(self.processor.encode(name))
+            )
+            room -= len(self.processor.encode(line.answer))
+            if room < 0 or text is None:
+                return Question(ask, "", lines=tuple(lines))
+            lines.append(line)
+
+    def _targets(self, said: np.ndarray, turn: Question) -> np.ndarray:
+        """Marks each object's coordinates; numbers before them (the 2 of bbox_2d) are not."""
+        out = np.zeros(len(said), np.int32)
+        if turn.objects:
+            at = np.flatnonzero(np.isin(said, self.numbers)).reshape(len(turn.objects), -1)[:, -turn.coordinates :]
+            out[at] = 1 + np.array(turn.objects)[:, None]
+        return out
+
+    def _name(self, rng, scene: scenes.Scene, index: int) -> str:
+        """A sentence that names an object, a relation with probability `relation_share` where it has both kinds."""
+        mine = [e for e in scene.expressions if e.object_index == index]
+        wanted = "relation" if rng.random() < self.relation_share else "attribute"
+        return str(rng.choice([e.text for e in mine if e.kind == wanted] or [e.text for e in mine]))
+
+    def _any_name(self, rng, scene: scenes.Scene) -> str:
+        return self._name(rng, scene, int(rng.choice(sorted({e.object_index for e in scene.expressions}))))
+
+    def _question(self, rng, scene: scenes.Scene) -> Question:
+        if rng.random() < self.absent_share and (text := absent.sample_absent(rng, scene, self.scene_config)):
+            return absent_question(rng, text)
+        wanted = "relation" if rng.random() < self.relation_share else "attribute"
+        pool = [e for e in scene.expressions if e.kind == wanted] or scene.expressions
+        index = int(rng.choice(sorted({e.object_index for e in pool})))
+        text = str(rng.choice([e.text for e in pool if e.object_index == index]))
+        point = rng.random() < 0.5
+        if rng.random() < FREE_SHARE:
+            return free_question(rng, text, scene, index, point)
+        return question(text, scene, index, point)
+
+
+def question(text: str, scene: scenes.Scene, index: int, point: bool) -> Question:
+    """Qwen2.5-VL's grounding question about one object, and its answer."""
+    thing = scene.objects[index]
+    if point:
+        answer = prompts.ground_point_answer([thing.point], [text])
+        return Question(prompts.ground_point_question(text), answer, (index,), 2)
+    return Question(prompts.ground_box_question(text), prompts.ground_box_answer([thing.box], [text]), (index,))
+
+
+def free_question(rng: np.random.Generator, text: str, scene: scenes.Scene, index: int, point: bool) -> Question:
+    """The same in free words, drawn at random. The answer's shape is asked for by nothing but the word for it."""
+    values = _values(scene.objects[index], point)
+    ask = _ASK[rng.integers(len(_ASK))] + (" point" if point else " bbox")
+    key = _KEYS[len(values)][rng.integers(4)]
+    say = _SAY[rng.integers(len(_SAY))]
+    answer = say.format(name=text, Name=text[0].upper() + text[1:], key=key, at=values)
+    return Question(ask.format(name=text, side=SIDE), answer, (index,), len(values))
+
+
+def absent_question(rng: np.random.Generator, text: str) -> Question:
+    """A question about nothing: Qwen2.5-VL's own with an empty list, or free words that say so."""
+    point = rng.random() < 0.5
+    if rng.random() >= FREE_SHARE:
+        if point:
+            return Question(prompts.ground_point_question(text), prompts.ground_point_answer([], []))
+        return Question(prompts.ground_box_question(text), prompts.ground_box_answer([], []))
+    ask = _ASK[rng.integers(len(_ASK))] + (" point" if point else " bbox")
+    say = _SAY_ABSENT[rng.integers(len(_SAY_ABSENT))]
+    return Question(ask.format(name=text, side=SIDE), say.format(Name=text[0].upper() + text[1:]))
+
+
+def presence_question(text: str) -> tuple[Question, str]:
+    """A question whose answer is given up to the word that decides, and how it goes on where nothing is meant."""
+    return Question(_ASK[0].format(name=text, side=SIDE) + " point", f"{text[:1].upper()}{text[1:]} is"), " not here."
+
+
+def _values(thing: scenes.SceneObject, point: bool) -> list[int]:
+    return [round(float(v)) for v in (thing.point if point else thing.box)]
+
+
+def _all_objects(scene: scenes.Scene) -> Question:
+    order = sorted(range(len(scene.objects)), key=lambda i: scene.objects[i].center[0])
+    things = [scene.objects[i] for i in order]
+    names = [f"{o.size} {o.color} {o.shape}" for o in things]
+    ask = "Detect all objects, output their bbox coordinates in JSON format."
+    return Question(ask, prompts.ground_box_answer([o.box for o in things], names), tuple(order))
+
+
+def _shares(scene: scenes.Scene) -> np.ndarray:
+    """f64[O, M]: how much of each merged token every object covers, row-major."""
+    masks = np.stack([o.mask for o in scene.objects])
+    return masks.reshape(len(masks), 4, SIDE // 4, 4, SIDE // 4).mean((2, 4)).reshape(len(masks), -1)
+
+
+def _cells(scene: scenes.Scene) -> np.ndarray:
+    """Where to look for each object: the merged tokens that are more its own than another's, the fullest most.
+
+    Tokens that speak of another object (`_corners`) are left out, or their coordinates would blend into the answer.
+    """
+    shares = _shares(scene)
+    own = np.where(shares == shares.max(0), shares, 0.0) ** 2
+    own = np.where(own.sum(1, keepdims=True) > 0, own, shares)  # an object that is nowhere the largest
+    out = np.zeros((MAX_OBJECTS + len(WORDS), PATCHES // 4), np.float32)
+    out[: len(own)] = own / own.sum(1, keepdims=True)
+    for k, word in enumerate(WORDS):
+        mine = [i for i, o in enumerate(scene.objects) if word in (o.color, o.shape, o.size)]
+        if mine:
+            out[MAX_OBJECTS + k] = own[mine].sum(0) / own[mine].sum()
+    return out
+
+
+def _corners(scene: scenes.Scene) -> tuple[np.ndarray, np.ndarray]:
+    """`corners` and `names` of the merged tokens."""
+    shares = _shares(scene)
+    values = np.array([np.round([*o.box, *o.point]) for o in scene.objects], np.int32)
+    names = np.array([[WORDS.index(word) for word in (o.color, o.shape, o.size)] for o in scene.objects], np.int32)
+    there, most = shares.max(0)[:, None] > 0.05, shares.argmax(0)
+    return np.where(there, values[most], -1), np.where(there, names[most], -1)
+
+
+def _patch_labels(scene: scenes.Scene, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What covers the most of each patch, if it covers a fifth of it."""
+    labels, boxes = np.zeros((PATCHES, 3), np.int32), np.zeros((PATCHES, 4), np.float32)
+    best = np.full(PATCHES, 0.2)
+    for o in scene.objects:
+        share = o.mask.reshape(8, 14, 8, 14).mean((1, 3))[positions[:, 0], positions[:, 1]]
+        here = share > best
+        best[here] = share[here]
+        labels[here] = 1 + COLORS.index(o.color), 1 + SHAPES.index(o.shape), 1 + SIZES.index(o.size)
+        boxes[here] = np.asarray(o.box) / SIDE
+    return labels, boxes

@@ -1,0 +1,440 @@
+"""Makes the tiny base: a few-megabyte Qwen2.5-VL that grounds sentences in scenes, in the Hugging Face format.
+
+  python -m rsagent_jax.tiny.pretrain --config=configs/tiny_base.py --workdir=runs/tiny_base --out=assets/tiny-base
+
+Two stages on fresh scenes. `see`: the vision tower alone. Each merged token tells what stands on its patches (colour,
+shape, size, box) through a head that is thrown away, spells its object's box and point in the decoder's own numbers,
+and says its colour, shape and size in the decoder's own words. `ground`: the whole policy on Qwen2.5-VL's grounding
+questions (all objects; one by box; one by point), on the same in free words, and on lists of names and places, with
+the losses of `see` as auxiliary ones and one attention head told where to look: at a coordinate its object, at a
+colour, shape or size all that has it. With `presence_share` also on lists of names, each followed by the word that
+tells whether such a thing is there (configs/tiny_base.py:absent). It never sees the tools. Coordinates are trained
+towards a narrow bell over neighbouring numbers, so that near misses are told from far ones. With --config.init=DIR and
+no steps it only evaluates.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import multiprocessing
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from flax import nnx
+from tokenizers import Tokenizer
+
+from rsagent_jax.agent import prompts
+from rsagent_jax.data.processor import Processor
+from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.attention import attention
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
+from rsagent_jax.models.qwen25_vl.language import mrope_angles
+from rsagent_jax.models.qwen25_vl.layers import Linear, layer_at
+from rsagent_jax.models.qwen25_vl.model import Qwen25VL
+from rsagent_jax.runtime import command
+from rsagent_jax.tiny import absent, grounding, scenes, vocab
+from rsagent_jax.tiny.grounding import COLORS, MAX_OBJECTS, SHAPES, SIDE, SIZES, Rows, SceneRows
+from rsagent_jax.types import DataError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    steps: int
+    rows: int
+    lr: float
+    warmup: int = 200
+    final_lr: float = 0.05  # share of `lr` at the end
+    tokens: int = 288  # per row
+    list_share: float = 0.0  # of the rows that are one list of names and places
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    seed: int
+    init: str  # a Hugging Face directory to go on from; "" = random weights
+    see: StageConfig
+    ground: StageConfig
+    vocab_size: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vision_hidden: int
+    vision_layers: int
+    vision_mlp: int
+    absent_share: float  # of the questions (lists and all objects apart) are about nothing in the scene
+    presence_share: float  # of the rows that are one list of names, each with the word that says whether it is there
+    relation_share: float  # of the questions about objects that have such a sentence
+    all_share: float  # of the scenes whose first question is for all objects
+    look_weight: float  # of the two attention losses, at coordinates and at words
+    name_weight: float  # of the loss on words in merged tokens
+    corner_weight: float  # of the loss on coordinates in merged tokens
+    look_layer: int  # the decoder layer whose first head is told where to look
+    sigma: float  # width of the bell over numbers, pixels
+    aux_weight: float
+    weight_decay: float
+    eval_every: int
+    eval_scenes: int
+    workers: int
+
+
+def hf_config(c: PretrainConfig, ids: dict[str, int]) -> dict:
+    """config.json as Qwen2.5-VL has it on the hub."""
+    half = c.hidden // c.heads // 2
+    section = (half // 4, (half - half // 4) // 2, half - half // 4 - (half - half // 4) // 2)
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "torch_dtype": "bfloat16",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden,
+        "intermediate_size": c.mlp,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(section)},
+        "max_position_embeddings": 4096,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "vision_config": {
+            "model_type": "qwen2_5_vl",
+            "depth": c.vision_layers,
+            "hidden_size": c.vision_hidden,
+            "intermediate_size": c.vision_mlp,
+            "num_heads": c.heads,
+            "out_hidden_size": c.hidden,
+            "fullatt_block_indexes": [c.vision_layers - 1],
+            "hidden_act": "silu",
+            "patch_size": 14,
+            "spatial_patch_size": 14,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "window_size": 112,
+            "in_chans": 3,
+        },
+    }
+
+
+class Head(nnx.Module):
+    """From a merged token to what stands on its four patches; used in pre-training only."""
+
+    OUT = (len(COLORS) + 1, len(SHAPES) + 1, len(SIZES) + 1, 4)
+
+    def __init__(self, dim: int, rngs: nnx.Rngs):
+        self.linear = Linear(dim, 4 * sum(self.OUT), ("embed", None), rngs, bias=True)
+        self.corners = Linear(dim, 6 * dim, ("embed", None), rngs, bias=False)
+
+    def loss(self, merged_BMD, labels_BP3, boxes_BP4):
+        """Cross-entropy of colour, shape and size (0 = nothing) plus the L1 of the box, patches in buffer order."""
+        b, m, _ = merged_BMD.shape
+        out = jnp.split(self.linear(merged_BMD).reshape(b, m * 4, -1), np.cumsum(self.OUT)[:-1].tolist(), axis=-1)
+        ce = sum(
+            optax.softmax_cross_entropy_with_integer_labels(logits, labels_BP3[..., i]).mean()
+            for i, logits in enumerate(out[:3])
+        )
+        on = labels_BP3[..., 0] > 0
+        l1 = jnp.abs(out[3] - boxes_BP4).sum(-1)
+        return ce + 2.0 * jnp.sum(l1 * on) / jnp.maximum(on.sum(), 1)
+
+
+_WORKER: SceneRows
+
+
+def _start_worker(config: PretrainConfig, list_share: float, directory: str) -> None:
+    global _WORKER
+    shares = (config.relation_share, config.all_share, list_share, config.absent_share, config.presence_share)
+    _WORKER = SceneRows(Processor.load(directory), *shares)
+
+
+def _work(args) -> Rows:
+    return _WORKER.make(*args)
+
+
+def number_targets(processor: Processor, vocab: int, sigma: float) -> np.ndarray:
+    """f32[V, V]: row v is the target distribution for token v: itself, or a bell when v is a number below SIDE."""
+    table = np.eye(vocab, dtype=np.float32)
+    ids = np.array([processor.encode(str(n))[0] for n in range(SIDE + 1)])
+    bell = np.exp(-0.5 * ((np.arange(SIDE + 1)[:, None] - np.arange(SIDE + 1)[None]) / sigma) ** 2)
+    table[np.ix_(ids, ids)] = bell / bell.sum(1, keepdims=True)
+    return table
+
+
+def ground_loss(
+    model: Qwen25VL, head: Head, rows: Rows, targets_VV, config: PretrainConfig, image_at: int, numbers, words
+):
+    """Cross-entropy of the answers, plus the head's loss, plus how far the look is from the object asked for."""
+    hidden, merged, look = _hidden(model, rows, config.look_layer, image_at)
+    logits = model.logits(hidden[:, :-1])
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    mask = rows.loss_mask[:, 1:]
+    ce = -jnp.sum(targets_VV[rows.tokens[:, 1:]] * logp, axis=-1)
+    lm = jnp.sum(ce * mask) / jnp.maximum(mask.sum(), 1)
+    aux = head.loss(merged, rows.labels, rows.boxes)
+    cells = jnp.take_along_axis(rows.cells, jnp.maximum(rows.target[:, 1:] - 1, 0)[..., None], axis=1)
+    off = -jnp.sum(cells * look[:, :-1], axis=-1)
+    at = rows.target[:, 1:]
+    looked, said = (
+        jnp.sum(off * on) / jnp.maximum(on.sum(), 1) for on in ((at > 0) & (at <= MAX_OBJECTS), at > MAX_OBJECTS)
+    )
+    corners = corner_loss(model, head, merged, rows, targets_VV, numbers)
+    names = name_loss(model, merged, rows, words)
+    loss = (
+        lm
+        + config.name_weight * names
+        + config.aux_weight * aux
+        + config.look_weight * (looked + said)
+        + config.corner_weight * corners
+    )
+    return loss, {"lm": lm, "aux": aux, "look": looked, "words": said, "names": names, "corners": corners}
+
+
+def _hidden(model: Qwen25VL, rows: Rows, look_layer: int = -1, image_at: int = 0):
+    """Hidden states [B, T, D], the merged image tokens [B, M, D] that the head reads, and the look.
+
+    The look is log-softmax over the image's M tokens of one layer's first head, [B, T, M]: where each position looks.
+    """
+    merged = model.vision(rows.patches, rows.patch_segment_ids, rows.patch_positions)
+    x, decoder = model.place(rows.tokens, merged, rows.image_slots), model.decoder
+    cos, sin = mrope_angles(rows.positions, decoder.config)
+    t, m = rows.tokens.shape[1], merged.shape[1]
+    mask = (rows.segment_ids[:, :, None] == rows.segment_ids[:, None, :]) & jnp.tril(jnp.ones((t, t), bool))
+    look = []
+    for i in range(decoder.config.num_hidden_layers):
+
+        def attend(q_BTNH, k_BKTH, v_BKTH, i=i):
+            if i == look_layer:
+                scores = jnp.einsum("BTH,BMH->BTM", q_BTNH[:, :, 0], k_BKTH[:, 0, image_at : image_at + m])
+                look.append(jax.nn.log_softmax(scores * q_BTNH.shape[-1] ** -0.5, axis=-1))
+            return attention(q_BTNH, k_BKTH, v_BKTH, mask)
+
+        x = layer_at(decoder.layers, i)(x, cos, sin, attend)
+    return decoder.norm(x), merged, look[0] if look else None
+
+
+def see_loss(model: Qwen25VL, head: Head, rows: Rows, targets_VV, config: PretrainConfig, numbers, words):
+    merged = model.vision(rows.patches, rows.patch_segment_ids, rows.patch_positions)
+    aux = head.loss(merged, rows.labels, rows.boxes)
+    corners = corner_loss(model, head, merged, rows, targets_VV, numbers)
+    names = name_loss(model, merged, rows, words)
+    loss = config.aux_weight * aux + config.corner_weight * corners + config.name_weight * names
+    return loss, {"aux": aux, "corners": corners, "names": names}
+
+
+def corner_loss(model: Qwen25VL, head: Head, merged_BMD, rows: Rows, targets_VV, numbers) -> jax.Array:
+    """Each merged token says its object's box and point in the decoder's own numbers, by a linear map per coordinate.
+
+    So the tower puts coordinates where one attention of the decoder can pick them up with just such a map.
+    """
+    b, m, d = merged_BMD.shape
+    said = model.decoder.norm(head.corners(merged_BMD).reshape(b, m, 6, d))
+    logp = jax.nn.log_softmax(said @ model.decoder.head_VD[numbers].T, axis=-1)
+    wanted = targets_VV[numbers[jnp.maximum(rows.corners, 0)]][..., numbers]
+    on = rows.corners[..., 0] >= 0
+    return -jnp.sum(jnp.sum(wanted * logp, axis=-1).mean(-1) * on) / jnp.maximum(on.sum(), 1)
+
+
+def name_loss(model: Qwen25VL, merged_BMD, rows: Rows, words) -> jax.Array:
+    """Each merged token says its object's colour, shape and size as it stands, in the decoder's own words.
+
+    Without it these are a few per cent of a token's variance, which is mostly coordinates, and no attention learns to
+    match names by them.
+    """
+    logits = model.decoder.norm(merged_BMD) @ model.decoder.head_VD[words].T
+    groups, at, loss = (len(COLORS), len(SHAPES), len(SIZES)), 0, 0.0
+    on = rows.names[..., 0] >= 0
+    for k, n in enumerate(groups):
+        label = jnp.maximum(rows.names[..., k] - at, 0)
+        ce = optax.softmax_cross_entropy_with_integer_labels(logits[..., at : at + n], label)
+        loss, at = loss + jnp.sum(ce * on) / jnp.maximum(on.sum(), 1), at + n
+    return loss
+
+
+def make_step(stage: str, tx, graphdef, targets, config: PretrainConfig, image_at: int, numbers, words):
+    def step(params, opt_state, rows):
+        def loss_fn(p):
+            model, head = nnx.merge(graphdef, p)
+            if stage == "see":
+                return see_loss(model, head, rows, targets, config, numbers, words)
+            return ground_loss(model, head, rows, targets, config, image_at, numbers, words)
+
+        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, metrics
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def optimizer(stage: StageConfig, weight_decay: float) -> optax.GradientTransformation:
+    if stage.steps <= stage.warmup:
+        raise DataError(f"a stage of {stage.steps} steps has no room for {stage.warmup} of warm-up; lower warmup")
+    schedule = optax.warmup_cosine_decay_schedule(0.0, stage.lr, stage.warmup, stage.steps, stage.lr * stage.final_lr)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=weight_decay))
+
+
+def evaluate(model: Qwen25VL, maker: SceneRows, seed: int, count: int) -> dict[str, float]:
+    """Greedy answers on unseen scenes: box IoU and clicks that hit, by kind of sentence, and what is said to be there.
+
+    The answer's format is given; every coordinate is read with the policy's own earlier ones before it.
+    """
+    lookup = {int(maker.processor.encode(str(n))[0]): n for n in range(SIDE)}
+    rng = np.random.default_rng((seed, 999))
+    cases = [(maker.scene(rng), point) for point in (False, True) for _ in range(count)]
+    said = [scene.expressions[rng.integers(len(scene.expressions))] for scene, _ in cases]
+    rows = [
+        maker.row(scene, [grounding.question(s.text, scene, s.object_index, point)], 128)
+        for (scene, point), s in zip(cases, said, strict=True)
+    ]
+    compiled = nnx.jit(lambda m, r: jnp.argmax(m.logits(_hidden(m, r)[0]), axis=-1))
+    forward = functools.partial(compiled, model)
+    results = collections.defaultdict(list)
+    for i in range(0, len(rows), 64):
+        batch = jax.tree.map(lambda *a: np.stack(a), *rows[i : i + 64])
+        at = [
+            [t for t in np.flatnonzero(mask) if int(row[t]) in lookup][-2 if point else -4 :]
+            for row, mask, (_, point) in zip(batch.tokens, batch.loss_mask, cases[i : i + 64], strict=True)
+        ]
+        tokens = fill_in(forward, batch, at)
+        for row, places, (scene, point), s in zip(tokens, at, cases[i : i + 64], said[i : i + 64], strict=True):
+            guess, thing = [lookup.get(int(row[t]), 0) for t in places], scene.objects[s.object_index]
+            value = float(thing.mask[guess[1], guess[0]]) if point else _box_iou(guess, thing.box)
+            results[f"{'click' if point else 'iou'}_{s.kind}"].append(value)
+    results |= _presence(forward, maker, rng, [scene for scene, point in cases if point])
+    return {k: round(float(np.mean(v)), 4) for k, v in sorted(results.items())}
+
+
+def _presence(forward, maker: SceneRows, rng: np.random.Generator, seen: Sequence[scenes.Scene]) -> dict[str, list]:
+    """How often the word after "The red star is" says rightly whether it is there; each scene is asked both ways."""
+    results, rows, asked = {"absent_told": [], "present_told": []}, [], []
+    for scene in seen:
+        text = absent.sample_absent(rng, scene, maker.scene_config)
+        true = scenes.sample_expression(rng, scene, maker.scene_config).text
+        for key, name in (("absent_told", text), ("present_told", true)):
+            if name:
+                ask, no = grounding.presence_question(name)
+                rows.append(maker.row(scene, [ask], 128))
+                asked.append((key, maker.processor.encode(no)[0]))
+    for i in range(0, len(rows), 64):
+        batch = jax.tree.map(lambda *a: np.stack(a), *rows[i : i + 64])
+        said = np.asarray(forward(batch))
+        for b, (key, no) in enumerate(asked[i : i + 64]):
+            at = np.flatnonzero(batch.loss_mask[b])[-1] - 1  # before the terminator that `row` puts after the answer
+            results[key].append(float((said[b, at] == no) == (key == "absent_told")))
+    return results
+
+
+def fill_in(forward: Callable[[Rows], jax.Array], rows: Rows, at: Sequence[Sequence[int]]) -> np.ndarray:
+    """i32[B, T]: the tokens of `rows` with places `at[b]` replaced, first to last, by what the policy says there.
+
+    `forward` gives the token that the policy predicts after each place.
+    """
+    tokens = np.array(rows.tokens)
+    for k in range(max(map(len, at))):
+        said = np.asarray(forward(dataclasses.replace(rows, tokens=tokens)))
+        for b, places in enumerate(at):
+            if k < len(places):
+                tokens[b, places[k]] = said[b, places[k] - 1]
+    return tokens
+
+
+def _box_iou(a, b) -> float:
+    inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    area = [max(0.0, x[2] - x[0]) * max(0.0, x[3] - x[1]) for x in (a, b)]
+    return inter / max(area[0] + area[1] - inter, 1e-9)
+
+
+def _create(shape: Qwen25VLConfig, hidden: int, rngs: nnx.Rngs) -> tuple[Qwen25VL, Head]:
+    return Qwen25VL(shape, rngs), Head(hidden, rngs)
+
+
+def run(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if config.init:  # the weights' own: one built anew follows today's prompts
+        tokenizer = Tokenizer.from_file(str(pathlib.Path(config.init) / "tokenizer.json"))
+    else:
+        tokenizer = vocab.build_tokenizer(config.vocab_size)
+    vocab.save_tokenizer(tokenizer, out, SIDE * SIDE, SIDE * SIDE)
+    raw = hf_config(config, tokenizer.get_vocab())
+    shape = Qwen25VLConfig.from_hf(raw)
+    model, head = nnx.jit(lambda key: _create(shape, config.hidden, nnx.Rngs(key)))(jax.random.key(config.seed))
+    if config.init:
+        model = convert.load_model(config.init, shape)
+    convert.save_model(model, out, raw)
+    processor = Processor.load(out)
+    maker = SceneRows(processor, config.relation_share, config.all_share)
+    opening = processor.encode(prompts.opening(prompts.BASE_SYSTEM, ""))
+    image_at = int(np.flatnonzero(opening == processor.image_id)[0])
+    targets = jnp.asarray(number_targets(processor, config.vocab_size, config.sigma))
+    log = (workdir / "pretrain.jsonl").open("a", encoding="utf-8", buffering=1)
+
+    def write(record: dict) -> None:
+        print(json.dumps(record), flush=True)
+        log.write(json.dumps(record) + "\n")
+
+    for number, (name, stage) in enumerate((("see", config.see), ("ground", config.ground))):
+        if stage.steps == 0:
+            continue
+        graphdef, params = nnx.split((model, head))
+        tx = optimizer(stage, config.weight_decay)
+        opt_state, start = jax.jit(tx.init)(params), time.time()
+        step_fn = make_step(
+            name, tx, graphdef, targets, config, image_at, jnp.asarray(maker.numbers), jnp.asarray(maker.words)
+        )
+        jobs = (((config.seed, number, i), stage.rows, stage.tokens, name == "ground") for i in range(stage.steps))
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(config.workers, _start_worker, (config, stage.list_share, str(out))) as pool:
+            for step, rows in enumerate(_ahead(pool, jobs), start=1):
+                params, opt_state, metrics = step_fn(params, opt_state, rows)
+                if step % 50 == 0:
+                    record = {"stage": name, "step": step, "seconds": round(time.time() - start, 1)}
+                    record |= {k: round(float(v), 4) for k, v in metrics.items()}
+                    if name == "ground" and step % config.eval_every == 0 and step < stage.steps:
+                        model, head = nnx.merge(graphdef, params)
+                        record |= evaluate(model, maker, config.seed, config.eval_scenes)
+                        convert.save_model(model, out, raw)
+                    write(record)
+        model, head = nnx.merge(graphdef, params)
+    convert.save_model(model, out, raw)
+    write({"stage": "end", **evaluate(model, maker, config.seed, config.eval_scenes)})
+    log.close()
+
+
+def _ahead(pool, jobs, n: int = 16):
+    """Results in order, with at most `n` batches under way so that the queue does not outgrow memory."""
+    pending = collections.deque()
+    for job in jobs:
+        pending.append(pool.apply_async(_work, (job,)))
+        if len(pending) == n:
+            yield pending.popleft().get()
+    while pending:
+        yield pending.popleft().get()
+
+
+def main(config: PretrainConfig) -> None:
+    if not flags.FLAGS.out:
+        raise DataError("--out=DIR is required")
+    run(config, command.workdir(), pathlib.Path(flags.FLAGS.out))
+
+
+if __name__ == "__main__":
+    command.define_flags()
+    flags.DEFINE_string("out", None, "Where the Hugging Face directory goes.")
+    command.run(main, PretrainConfig)

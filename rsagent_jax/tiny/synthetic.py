@@ -1,0 +1,260 @@
+"""Writes synthetic scenes to disk in the exact RefCOCO layout, so that the same loader reads both.
+
+    python -m rsagent_jax.tiny.synthetic --out=DIR --train=200 --val=50 --test=50 --seed=0
+
+The references stand there twice: as RefCOCOg (`refcocog/refs(umd).p`), and as gRefCOCO (`grefcoco/grefs(unc).p`) with
+further ones about things that are not in the picture, which only that layout can say.
+
+Scene `index` of a split depends on (seed, split, index) only: asking for more keeps the earlier ones, ids included.
+The directory appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import sys
+import tempfile
+
+import cv2
+import numpy as np
+import tqdm
+from pycocotools import mask as coco_mask
+
+from rsagent_jax.data.sets.refcoco import IMAGES, NO_TARGET
+from rsagent_jax.tiny import absent, scenes
+from rsagent_jax.types import DataError
+
+REFS = {"refcocog": "refs(umd).p", "grefcoco": "grefs(unc).p"}  # data set: its file of references
+SPLITS = ("train", "val", "test")
+REFS_PER_IMAGE = {"train": 2, "val": 1, "test": 1}
+ABSENT = 0.2  # references about nothing for each of the others, so a sixth of gRefCOCO's
+STAMP = "synthetic.json"
+_FORMAT = 2  # raised whenever the same arguments would write other bytes
+_MAX_PER_SPLIT = 10_000_000  # room for image ids: split s holds s * 10^7 + 1 ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    object_index: int | None  # None: nothing in the scene is meant
+    texts: tuple[str, ...]  # one or two different sentences
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    scenes: int
+    references: int  # to objects
+    absent: int  # references to nothing, in gRefCOCO only
+    sentences: int  # of both
+    already_there: bool
+
+
+def scene_at(
+    seed: int, split: str, index: int, refs_per_image: int, config: scenes.SceneConfig, photos: tuple[np.ndarray, ...]
+) -> tuple[scenes.Scene, tuple[Reference, ...]]:
+    """Scene `index` of a split with its references, as the dataset on disk has it (before JPEG).
+
+    A reference to nothing comes last, and in every few scenes only.
+    """
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    scene = scenes.make_scene(rng, config, photos)
+    named = sorted({e.object_index for e in scene.expressions})
+    references = []
+    for k in rng.permutation(named)[:refs_per_image].tolist():
+        count = 1 + int(rng.random() < 0.5)
+        drawn = [scenes.sample_expression(rng, scene, config, k).text for _ in range(count)]
+        references.append(Reference(k, tuple(dict.fromkeys(drawn))))
+    if rng.random() < ABSENT * len(references):
+        count = 1 + int(rng.random() < 0.5)
+        drawn = [absent.sample_absent(rng, scene, config) for _ in range(count)]
+        texts = tuple(dict.fromkeys(text for text in drawn if text))
+        references += [Reference(None, texts)] if texts else []
+    return scene, tuple(references)
+
+
+def write_dataset(
+    out: str | pathlib.Path,
+    train: int,
+    val: int,
+    test: int,
+    seed: int = 0,
+    size: int = 112,
+    refs_per_image: int | None = None,
+    progress: bool = True,
+) -> Written:
+    """Writes `train` + `val` + `test` scenes of `size` px under `out`; does nothing if they are there already.
+
+    refs_per_image: for every split; None means 2 in train, 1 in val and test. A scene with fewer nameable objects has
+    fewer. Raises DataError for bad numbers, or where `out` holds anything else than this very data set.
+    """
+    out, counts = pathlib.Path(out).expanduser().resolve(), {"train": train, "val": val, "test": test}
+    per_image = {s: REFS_PER_IMAGE[s] if refs_per_image is None else refs_per_image for s in SPLITS}
+    if min(counts.values()) < 0 or max(counts.values()) >= _MAX_PER_SPLIT or sum(counts.values()) == 0:
+        raise DataError(f"ask for at least one scene, and 0 to 9999999 per split; got {counts}")
+    if seed < 0 or min(per_image.values()) < 1:
+        raise DataError(f"seed must be >= 0 and refs_per_image >= 1; got {seed} and {refs_per_image}")
+    config = scenes.SceneConfig(size=size)
+    stamp = {"format": _FORMAT, "seed": seed, "scenes": counts, "refs_per_image": per_image}
+    stamp["config"] = dataclasses.asdict(config)
+    found = _check_target(out, stamp)
+    if found is not None:
+        return found
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        try:
+            written = _write(partial, stamp, config, progress)
+            partial.chmod(0o755)  # mkdtemp makes private directories
+            if (out / STAMP).exists():  # damaged, or another process was faster
+                found = _check_target(out, stamp)
+                if found is not None:
+                    return found
+                shutil.rmtree(out)
+            os.rename(partial, out)  # fails where somebody else has put files meanwhile
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # also after Ctrl-C
+    except OSError as error:
+        raise DataError(f"cannot write {out}: {error.strerror or error} ({error.filename})") from None
+    return written
+
+
+def _check_target(out: pathlib.Path, stamp: dict) -> Written | None:
+    """What `out` already holds, if it is this data set; None if it may be (re)written; DataError if it is not ours."""
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise DataError(f"{out} is a file: --out must name a directory")
+    if not any(out.iterdir()):
+        return None
+    try:
+        there = json.loads((out / STAMP).read_text())
+        wrote = Written(**there.pop("wrote"), already_there=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{out} is not empty and was not written by this command: choose another --out") from None
+    if there != stamp:
+        differing = [key for key in stamp if there.get(key) != stamp[key]]
+        raise DataError(
+            f"{out} holds synthetic scenes made with other settings ({', '.join(differing)}):"
+            " choose another --out, or delete it first"
+        )
+    files = [out / dataset / name for dataset, refs in REFS.items() for name in (refs, "instances.json")]
+    pictures = sum(1 for _ in (out / IMAGES).glob("*.jpg"))
+    if pictures == wrote.scenes and all(f.is_file() for f in files):
+        return wrote
+    return None  # ours, but files are gone: written again
+
+
+def _write(folder: pathlib.Path, stamp: dict, config: scenes.SceneConfig, progress: bool) -> Written:
+    photos = scenes.load_photos()
+    (folder / IMAGES).mkdir(parents=True)
+    refs, images, annotations = [], [], []
+    jobs = [(split, index) for split in SPLITS for index in range(stamp["scenes"][split])]
+    for split, index in tqdm.tqdm(jobs, desc="scenes", unit="scene", disable=not progress):
+        scene, chosen = scene_at(stamp["seed"], split, index, stamp["refs_per_image"][split], config, photos)
+        image_id = SPLITS.index(split) * _MAX_PER_SPLIT + index + 1
+        file_name = f"COCO_train2014_{image_id:012d}.jpg"
+        (folder / IMAGES / file_name).write_bytes(scenes.encode_jpeg(scene.image, config.jpeg_quality))
+        height, width = scene.image.shape[:2]
+        images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
+        annotations += [_annotation(o, image_id, k) for k, o in enumerate(scene.objects)]
+        refs += [_ref(r, scene, split, image_id, n) for n, r in enumerate(chosen)]
+    categories = [{"id": k + 1, "name": name, "supercategory": "shape"} for k, name in enumerate(scenes.SHAPES)]
+    instances = {
+        "info": {"description": "synthetic scenes of RSAgent-JAX, in the layout of RefCOCO"},
+        "images": images,
+        "annotations": annotations,
+        "categories": categories,
+    }
+    present = [r for r in refs if r["ann_id"] != NO_TARGET]
+    several = [r | {key: [r[key]] for key in ("ann_id", "category_id")} for r in refs]
+    for (dataset, name), content in zip(REFS.items(), (present, several), strict=True):
+        (folder / dataset).mkdir()
+        (folder / dataset / "instances.json").write_text(json.dumps(instances))
+        # Protocol 2, as in the files that refer ships.
+        (folder / dataset / name).write_bytes(pickle.dumps(content, protocol=2))
+    counts = {"references": len(present), "absent": len(refs) - len(present)}
+    wrote = {"scenes": len(images), **counts, "sentences": sum(len(r["sentences"]) for r in refs)}
+    (folder / STAMP).write_text(json.dumps({**stamp, "wrote": wrote}, indent=2) + "\n")
+    return Written(**wrote, already_there=False)
+
+
+def _annotation(obj: scenes.SceneObject, image_id: int, object_index: int) -> dict:
+    x1, y1, x2, y2 = obj.box
+    return {
+        "id": image_id * 10 + object_index,  # an image has fewer than ten objects
+        "image_id": image_id,
+        "category_id": scenes.SHAPES.index(obj.shape) + 1,
+        "segmentation": segmentation_of(obj.mask),
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "area": float(np.count_nonzero(obj.mask)),
+        "iscrowd": 0,
+    }
+
+
+def _ref(reference: Reference, scene: scenes.Scene, split: str, image_id: int, number: int) -> dict:
+    ref_id, ann_id, category_id = image_id * 10 + number, NO_TARGET, NO_TARGET
+    if reference.object_index is not None:
+        ann_id = image_id * 10 + reference.object_index
+        category_id = scenes.SHAPES.index(scene.objects[reference.object_index].shape) + 1
+    sentences = [
+        {"raw": f"{text[0].upper()}{text[1:]}.", "sent": text, "sent_id": ref_id * 10 + k, "tokens": text.split()}
+        for k, text in enumerate(reference.texts)
+    ]
+    return {
+        "ref_id": ref_id,
+        "ann_id": ann_id,
+        "category_id": category_id,
+        "image_id": image_id,
+        # As in the real files, with the annotation's id at the end: it names no file, and loaders must not use it.
+        "file_name": f"COCO_train2014_{image_id:012d}_{ann_id}.jpg",
+        "split": split,
+        "sent_ids": [s["sent_id"] for s in sentences],
+        "sentences": sentences,
+    }
+
+
+def segmentation_of(mask: np.ndarray) -> list[list[float]] | dict:
+    """bool[h, w] -> COCO polygons, or uncompressed RLE where polygons cannot say it (holes, or more than 2% lost)."""
+    # Each pixel becomes 3 x 3, so that contours run 1/6 px inside its edge and not through its centre.
+    fine = np.repeat(np.repeat(mask.view(np.uint8), 3, 0), 3, 1)
+    contours, hierarchy = cv2.findContours(fine, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    if len(contours) and (hierarchy[0, :, 3] < 0).all():
+        polygons = [np.round((c.reshape(-1) + 0.5) / 3, 2).tolist() for c in contours]
+        decoded = coco_mask.decode(coco_mask.frPyObjects(polygons, *mask.shape)).sum(axis=2) > 0
+        if np.count_nonzero(decoded & mask) >= 0.98 * np.count_nonzero(decoded | mask):
+            return polygons
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}  # counts start with zeros
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rsagent_jax.tiny.synthetic", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="directory to make")
+    for split, default in zip(SPLITS, (200, 50, 50), strict=True):
+        parser.add_argument(f"--{split}", type=int, default=default, help=f"scenes in {split} (default {default})")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, default=112, help="side of the square images, px")
+    parser.add_argument("--refs_per_image", type=int, help="default: 2 in train, 1 in val and test")
+    options = vars(parser.parse_args(argv))
+    try:
+        wrote = write_dataset(**options)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    head = "already there: " if wrote.already_there else ""
+    print(
+        f"{head}{wrote.scenes} scenes, {wrote.references} references and {wrote.absent} to what is absent,"
+        f" {wrote.sentences} sentences in {options['out']}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Checkpoints of a stage: Orbax, asynchronous. State and the batch source's position; and how to use them later.
+
+<workdir>/checkpoints/<stage>/policy/      config.json, tokenizer and image settings, copied from the weights
+<workdir>/checkpoints/<stage>/base/        what the stage does not train (LoRA, frozen parts): arrays, written once
+<workdir>/checkpoints/<stage>/<step>/      arrays of what it trains and of the optimiser; source.json; lora.json
+
+So a stage's directory is a whole policy wherever the weights it started from have gone, and a step costs no more disk
+than what is trained. Whoever loads the policy gets adapters merged.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from rsagent_jax.config.import_path import first_line
+from rsagent_jax.config.schema import LoraConfig
+from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.load import copy_policy_files
+from rsagent_jax.train.state import EMPTY, TrainState
+from rsagent_jax.types import DataError
+
+NO_ADAPTERS = LoraConfig()
+
+
+class Checkpoints:
+    """One stage's checkpoints; the newest two are kept."""
+
+    def __init__(self, directory: pathlib.Path, weights: pathlib.Path, adapters: LoraConfig = NO_ADAPTERS):
+        self.directory = directory.absolute()
+        self.adapters = {"rank": adapters.rank, "alpha": adapters.alpha} if adapters.rank else None
+        self.has_base = False  # the one on disk is that of this run
+        copy_policy_files(weights, self.directory / "policy")
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, state: TrainState, source: dict[str, Any], base: nnx.State = EMPTY) -> None:
+        """Starts writing in the background. The stage's first save writes the base as well, and waits for that."""
+        if jax.tree.leaves(base) and not self.has_base:
+            with ocp.StandardCheckpointer() as writer:  # over one that no finished step belongs to
+                writer.save(self.directory / "base", convert.flat_state(base), force=True)
+            self.has_base = True
+        args = {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()}
+        if self.adapters:
+            args["lora"] = ocp.args.JsonSave(self.adapters)
+        self.manager.save(int(state.step), args=ocp.args.Composite(source=ocp.args.JsonSave(source), **args))
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state with the shapes and shardings of `like`, and the source's position; None without one."""
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        trees = jax.tree.map(_abstract, _trees(like))
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+        if self.adapters:
+            args["lora"] = ocp.args.JsonRestore()
+        try:
+            restored = self.manager.restore(step, args=ocp.args.Composite(source=ocp.args.JsonRestore(), **args))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.directory}/{step} does not fit the model and optimiser of this config ({first_line(error)});"
+                " use another --workdir, or the config it was made with"
+            ) from error
+        if self.adapters and restored["lora"] != self.adapters:
+            raise DataError(
+                f"{self.directory}/{step} has adapters with {restored['lora']}, this config has {self.adapters};"
+                " use another --workdir, or the config it was made with"
+            )
+        leaves = [*restored["params"].values(), *restored["optimizer"].values()]
+        order = [*trees["params"], *trees["optimizer"]]
+        by_name = dict(zip([*restored["params"], *restored["optimizer"]], leaves, strict=True))
+        params, rest = order[: len(trees["params"])], order[len(trees["params"]) :]
+        state = TrainState(
+            step=by_name[rest[0]],
+            params=jax.tree.unflatten(jax.tree.structure(like.params), [by_name[n] for n in params]),
+            opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), [by_name[n] for n in rest[1:]]),
+        )
+        return state, restored["source"]
+
+    def restore_base(self, like: nnx.State) -> nnx.State:
+        """The base that the stage started with, where that of `like` is: the weights may not be the same any more."""
+        if not jax.tree.leaves(like):
+            return like
+        tree = convert.flat_state(like)
+        try:
+            with ocp.StandardCheckpointer() as reader:
+                values = reader.restore(self.directory / "base", jax.tree.map(_abstract, tree))
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            raise DataError(
+                f"{self.directory}/base does not fit the parameters that this config leaves untrained"
+                f" ({first_line(error)}); use another --workdir, or the config it was made with"
+            ) from error
+        self.has_base = True
+        return convert.with_values(like, values)
+
+    def close(self) -> None:
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def _trees(state: TrainState) -> dict[str, dict[str, jax.Array]]:
+    """The state as plain dicts, so that files do not depend on the version of flax or optax."""
+    rest = [state.step, *jax.tree.leaves(state.opt_state)]
+    return {
+        "params": {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state.params)},
+        "optimizer": {f"leaf_{i:05d}": leaf for i, leaf in enumerate(rest)},
+    }
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

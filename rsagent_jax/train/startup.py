@@ -1,0 +1,87 @@
+"""What train.py needs, looked at before weights are loaded and programs compiled; the cheapest first."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rsagent_jax.agent.segmenter import open_segmenter
+from rsagent_jax.config import slices
+from rsagent_jax.config.schema import (
+    SftConfig,
+    TrainConfig,
+)
+from rsagent_jax.data.processor import Processor
+from rsagent_jax.data.sets.open import open_samples
+from rsagent_jax.data.trajectories import open_records
+from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl.load import policy_directory
+from rsagent_jax.rewards import make_reward
+from rsagent_jax.rollout.budget_check import check_budget
+from rsagent_jax.rollout.startup import check_disk, check_rollout, check_segmenter, check_weights
+from rsagent_jax.runtime import processes, sharding
+from rsagent_jax.train.batch_source import steps_of
+from rsagent_jax.train.state import divide
+from rsagent_jax.types import DataError
+
+
+def train(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
+    """Everything that the stages need. Returns the config with what it leaves to the slice filled in."""
+    if "grpo" in config.stages:
+        make_reward(config.grpo.reward)
+    _nothing_left_open(config)
+    shape = check_weights(config.policy.weights)
+    config = slices.settle(config, shape.text.hidden_size, len(jax.devices()))
+    mesh, model = sharding.make_mesh(config.mesh), convert.abstract_model(shape)
+    sharding.param_shardings(model, mesh)
+    share, needed = processes.row_share(mesh), 0
+    for stage in config.stages:
+        settings = getattr(config, stage)
+        _, trained, base = divide(*nnx.split(model, nnx.Param), config.policy.lora, settings.optim.freeze)
+        share.of(settings.batch.rows, f"{stage}.batch.rows")
+        if any(p.name.isdecimal() for p in (workdir / "checkpoints" / stage).glob("*")):
+            continue  # its room is taken already
+        # fp32 parameters with both moments, and the base in the dtype of the activations
+        needed += 12 * _numbers(trained) + jnp.dtype(config.policy.dtype).itemsize * _numbers(base)
+    check_disk(workdir, needed)
+    processor = Processor.load(policy_directory(config.policy.weights))
+    if "sft" in config.stages:
+        share.of(config.sft.trajectories_per_step, "sft.trajectories_per_step")
+        print(check_budget(config.agent, processor, batch=config.sft.batch, name="sft"))
+        _check_trajectories(config.sft)
+    if "grpo" in config.stages:
+        share.of(config.grpo.prompts, "grpo.prompts")
+        print(check_rollout(config.agent, config.grpo.sampling, shape, processor, "grpo", config.grpo.batch))
+        for note in open_samples(config.grpo.data).notes:  # what was left out, and why
+            print(note)
+        check_segmenter(config.segmenter)
+        if config.segmenter.mode != "connect":  # seconds; a stage of SFT may come before it is opened again
+            with open_segmenter(config.segmenter):
+                pass
+    return config
+
+
+def _check_trajectories(config: SftConfig) -> None:
+    steps = steps_of(config, len(open_records(config.trajectories)))
+    if steps < config.optim.warmup_steps:
+        raise DataError(
+            f"sft.optim.warmup_steps must be at most the stage's {steps} updates, got {config.optim.warmup_steps}"
+        )
+
+
+def _nothing_left_open(config: TrainConfig) -> None:
+    """What a slice's preset decides has to be said where no slice is named."""
+    left = {"mesh.tensor": config.mesh.tensor, "policy.remat": config.policy.remat}
+    left |= {f"{stage}.batch.rows": getattr(config, stage).batch.rows for stage in config.stages}
+    if "grpo" in config.stages:
+        left |= {f"grpo.sampling.{name}": getattr(config.grpo.sampling, name) for name in ("tensor", "slots")}
+    if not config.slice and (names := [name for name, value in left.items() if not value]):
+        raise DataError(f"{', '.join(names)}: left to the slice's preset, and no slice is named; give them, or slice")
+
+
+def _numbers(tree: nnx.State) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,213 @@
+"""The remote teacher against a local HTTP server that plays good, malformed, slow and failing answers."""
+
+import asyncio
+import http.server
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from agent_fakes import DiscSegmenter
+
+from rsagent_jax.agent import environment
+from rsagent_jax.agent.tools import render_call
+from rsagent_jax.agent.views import PixelLimits
+from rsagent_jax.collecting import endpoint
+from rsagent_jax.config.schema import AgentConfig, RemoteConfig, TeacherConfig
+from rsagent_jax.types import DataError, Finish, Segment, Status
+
+LIMITS = PixelLimits(28, 56 * 56, 560 * 560)
+CLICK = render_call(Segment(points=((30.0, 30.0),), labels=(1,)), "here")
+DONE = render_call(Finish(1), "done")
+
+
+def good(text, usage=True):
+    answer = {"id": "x", "object": "chat.completion", "created": 0, "model": "m"}
+    answer["choices"] = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]
+    if usage:
+        answer["usage"] = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+    return 200, {}, json.dumps(answer)
+
+
+class Server:
+    """Answers request after request from a list of (status, headers, body) or ("slow", seconds); remembers them."""
+
+    def __init__(self, answers):
+        self.answers, self.asked, self.times, self.most, self.now = list(answers), [], [], 0, 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with outer.lock:
+                    outer.asked.append(body)
+                    outer.times.append(time.monotonic())
+                    outer.now += 1
+                    outer.most = max(outer.most, outer.now)
+                    answer = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
+                if callable(answer):
+                    answer = answer(body)
+                if answer[0] == "trickle":  # a byte now and then, for ever
+                    self.send_response(200)
+                    self.send_header("content-length", "1000")
+                    self.end_headers()
+                    for _ in range(int(answer[1] / 0.05)):
+                        try:
+                            self.wfile.write(b" ")
+                            self.wfile.flush()
+                        except OSError:
+                            break
+                        time.sleep(0.05)
+                else:
+                    status, headers, text = answer
+                    time.sleep(float(headers.pop("sleep", 0)))
+                    data = text.encode()
+                    self.send_response(status)
+                    for name, value in {"content-type": "application/json", **headers}.items():
+                        self.send_header(name, value)
+                    self.send_header("content-length", str(len(data) + int(headers.get("x-lie", 0))))
+                    self.end_headers()
+                    self.wfile.write(data)
+                    if "x-lie" in headers:
+                        self.close_connection = True
+                with outer.lock:
+                    outer.now -= 1
+
+            def log_message(self, *_):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def config(server, **options):
+    return RemoteConfig(
+        **{"url": server.url, "model": "m", "backoff_s": 0.01, "retries": 2, "timeout_s": 5.0} | options
+    )
+
+
+def ask(c, n=1):
+    """(answers or errors of n requests at a time, usage)."""
+
+    async def run():
+        shared = endpoint.Endpoint.shared(c)
+        assert endpoint.Endpoint.shared(c) is shared
+        message = [{"role": "user", "content": "?"}]
+        got = await asyncio.gather(*(shared.complete(message) for _ in range(n)), return_exceptions=True)
+        await shared.client.close()
+        return got, shared.usage
+
+    return asyncio.run(run())
+
+
+def test_a_trajectory_is_played_and_the_teacher_sees_what_the_policy_sees():
+    image = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
+    with Server([good(CLICK + "<|im_end|>"), good("<|im_start|> nonsense"), good(DONE)]) as server:
+        teacher = endpoint.Remote(TeacherConfig(remote=config(server)), None)
+        state = environment.reset(image, "the disc", AgentConfig(prompt="brief", history_size=56), LIMITS)
+
+        async def play(state):
+            while state.status is None:
+                proposal = environment.propose(state, await teacher.act(state, None))
+                reply = environment.run_tool(DiscSegmenter(), state, proposal)
+                state = environment.resolve(state, proposal, reply)
+            usage = endpoint.Endpoint.shared(teacher.config).usage
+            await endpoint.Endpoint.shared(teacher.config).client.close()
+            return state, usage
+
+        state, usage = asyncio.run(play(state))
+    assert state.status is Status.FINISHED and [t.text for t in state.turns] == [CLICK, "(|im_start|> nonsense", DONE]
+    assert (usage.requests, usage.retries, usage.tokens_in, usage.tokens_out) == (3, 0, 300, 30)
+    assert usage.cost(RemoteConfig(price_in=2.0, price_out=10.0)) == pytest.approx((300 * 2 + 30 * 10) / 1e6)
+    roles = [[m["role"] for m in body["messages"]] for body in server.asked]
+    assert roles == [["system", "user"] + ["assistant", "user"] * n for n in range(3)]
+    last = server.asked[-1]["messages"]
+    kinds = [[part["type"] for part in m["content"]] for m in last if m["role"] == "user"]
+    assert kinds == [["image_url", "text"], ["text", "image_url", "text"], ["text", "text"]]  # an error has no picture
+    assert last[1]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert state.turns[0].observation.text in last[3]["content"][0]["text"] and last[2]["content"] == CLICK
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        (429, {"retry-after": "0.01"}, '{"error": {"message": "slow down"}}'),
+        (500, {}, '{"error": {"message": "oops"}}'),
+        (503, {}, "<html>"),
+        (200, {}, '{"choices": [{"mess'),  # half a JSON
+        (200, {}, '{"choices": []}'),
+        (200, {}, "[]"),
+        good("   "),
+        (200, {"x-lie": "50"}, '{"cho'),  # the connection ends before the answer does
+    ],
+    ids=["rate limit", "server", "html", "half json", "no choices", "list", "no text", "cut connection"],
+)
+def test_what_may_pass_is_asked_again_and_counted(bad):
+    with Server([bad, good("yes")]) as server:
+        got, usage = ask(config(server))
+    assert got == ["yes"] and usage.retries == 1 and usage.requests == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "tries"),
+    [
+        ((429, {"retry-after": "0"}, "{}"), "rate_limit", 3),
+        ((500, {}, "{}"), "server", 3),
+        ((200, {}, "{"), "malformed", 3),
+        ((400, {}, '{"error": {"message": "too long"}}'), "refused", 1),
+        (("trickle", 3.0), "timeout", 3),
+    ],
+)
+def test_what_does_not_pass_is_given_up_with_a_kind(answer, kind, tries):
+    with Server([answer]) as server:
+        (error,), _ = ask(config(server, timeout_s=0.6 if kind == "timeout" else 5.0))
+    assert isinstance(error, endpoint.EndpointError) and error.kind == kind and len(server.asked) == tries
+
+
+def test_nobody_there_is_given_up_and_a_wrong_key_ends_the_command():
+    with Server([good("x")]) as server:
+        gone = config(server)
+    (error,), _ = ask(gone)
+    assert isinstance(error, endpoint.EndpointError) and error.kind == "connection"
+    for status in (401, 403, 404):
+        with Server([(status, {}, '{"error": {"message": "no such model"}}')]) as server:
+            (error,), _ = ask(config(server))
+        assert isinstance(error, DataError) and "no such model" in str(error) and len(server.asked) == 1
+    (error,), _ = ask_invalid(RemoteConfig())
+    assert "teacher.remote.url" in str(error)
+
+
+def ask_invalid(c):
+    async def run():
+        return endpoint.Endpoint.shared(c)
+
+    try:
+        asyncio.run(run())
+    except DataError as error:
+        return (error,), None
+
+
+def test_requests_run_side_by_side_within_both_limits():
+    def slowly(_):
+        return 200, {"sleep": "0.1"}, good("x")[2]
+
+    with Server([slowly]) as server:
+        got, _ = ask(config(server, concurrent=4), n=8)
+        assert got == ["x"] * 8 and 2 <= server.most <= 4
+    with Server([good("x")]) as server:
+        _, usage = ask(config(server, per_minute=600.0), n=5)
+        # one each 0.1 s; the first at once
+        assert server.times[-1] - server.times[0] >= 0.35 and usage.waited_s >= 0.35

@@ -1,0 +1,441 @@
+"""The one function that turns a config file into dataclasses: everything that is wrong, in one message."""
+
+import dataclasses
+import json
+import typing
+
+import pytest
+from ml_collections import ConfigDict
+
+from rsagent_jax.config import overrides, ranges
+from rsagent_jax.config.build import build_config, template, to_dict
+from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
+from rsagent_jax.config.schema import (
+    AgentConfig,
+    BatchConfig,
+    CollectConfig,
+    DataConfig,
+    EvalConfig,
+    MeshConfig,
+    MixPart,
+    PolicyConfig,
+    ProblemsConfig,
+    SegmentConfig,
+    TrainConfig,
+)
+from rsagent_jax.types import DataError
+
+ALL = [TrainConfig, EvalConfig, CollectConfig, SegmentConfig]
+
+
+def filled(cls):
+    """The template with its required fields set."""
+    config = template(cls)
+    if "policy" in config:
+        config.policy.weights = "w"
+    if "processor" in config:
+        config.processor = "p"
+    return config
+
+
+def ordered(config):
+    """Reward groups and terms by name: a ConfigDict lists its fields in alphabetical order."""
+    if not isinstance(config, TrainConfig):
+        return config
+    groups = [dataclasses.replace(g, terms=tuple(sorted(g.terms, key=str))) for g in config.grpo.reward]
+    reward = tuple(sorted(groups, key=lambda g: g.name))
+    return dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, reward=reward))
+
+
+def messages(cls, values) -> list[str]:
+    with pytest.raises(DataError) as error:
+        build_config(cls, values)
+    return str(error.value).split("\n  - ")
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_a_template_with_its_required_fields_set_builds_the_defaults(cls):
+    required = {"policy": {"weights": "w"}} if cls is not CollectConfig else {"processor": "p"}
+    assert ordered(build_config(cls, filled(cls))) == ordered(build_config(cls, required))
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_a_saved_config_builds_itself_again(cls):
+    config = build_config(cls, filled(cls))
+    assert build_config(cls, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_the_papers_numbers_are_the_defaults():
+    c = build_config(TrainConfig, filled(TrainConfig))
+    assert (c.sft.epochs, c.sft.optim.lr, c.sft.trajectories_per_step) == (2.0, 2e-5, 128)
+    assert (c.grpo.prompts, c.grpo.group, c.grpo.optim.lr, c.agent.max_turns, c.agent.history_size) == (
+        16,
+        4,
+        1e-6,
+        8,
+        384,
+    )
+    assert {g.name: g.weight for g in c.grpo.reward} == {"final": 1.0, "process": 0.5, "format": 0.2}
+    assert build_config(CollectConfig, filled(CollectConfig)).filter.min_iou == 0.9
+
+
+def test_what_a_config_file_sets_arrives_with_its_type():
+    config = filled(TrainConfig)
+    config.grpo.steps = 7
+    config.grpo.batch = dict(rows=1, tokens=8192, patches=32)
+    config.sft.optim.lr = 1  # a whole number where a fraction is wanted
+    config.sft.optim.freeze = ["vision", "merger"]
+    config.mesh.tensor = 2
+    c = build_config(TrainConfig, config)
+    assert c.grpo.steps == 7 and c.grpo.batch == BatchConfig(rows=1, tokens=8192, patches=32)
+    assert c.sft.optim.lr == 1.0 and isinstance(c.sft.optim.lr, float)
+    assert c.sft.optim.freeze == ("vision", "merger") and c.mesh == MeshConfig(tensor=2)
+    assert c.sft.batch == BatchConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        c.seed = 1
+
+
+def test_every_error_is_in_one_message_with_the_closest_field():
+    found = messages(
+        TrainConfig,
+        {
+            "polcy": {},
+            "policy": {"weigths": "w", "dtype": 3},
+            "grpo": {"stepz": 1, "batch": {"rows": "two"}, "sampling": 5},
+            "agent": {"max_turns": True},
+            "stages": "sft",
+            "mesh": {"data": 1.5},
+            "sft": {"optim": {"freeze": [1]}},
+        },
+    )
+    wanted = [
+        "unknown field polcy; did you mean policy?",
+        "unknown field policy.weigths; did you mean policy.weights?",
+        "missing field policy.weights (str)",
+        "policy.dtype must be str, got 3 (int)",
+        "unknown field grpo.stepz; did you mean grpo.steps?",
+        "grpo.batch.rows must be int, got 'two' (str)",
+        "grpo.sampling must be a group of fields (SamplingConfig), got 5",
+        "agent.max_turns must be int, got True (bool)",
+        "stages must be a list (tuple[str, ...]), got 'sft'; write ('sft',)",
+        "mesh.data must be int, got 1.5 (float)",
+        "sft.optim.freeze[0] must be str, got 1 (int)",
+    ]
+    assert found[0] == f"config has {len(wanted)} problems:" and sorted(found[1:]) == sorted(wanted)
+
+
+def test_one_error_alone_is_one_line_and_a_field_without_relatives_lists_the_known_ones():
+    assert messages(CollectConfig, {}) == ["config: missing field processor (str)"]
+    (message,) = messages(MeshConfig, {"qqq": 1})
+    assert message == "config: unknown field qqq; known fields: data, fsdp, tensor"
+
+
+def test_problems_found_before_are_listed_with_the_rest():
+    with pytest.raises(DataError) as error:
+        build_config(MeshConfig, {"data": "x"}, ["unknown field --config.q"])
+    assert str(error.value).split("\n  - ") == [
+        "config has 2 problems:",
+        "unknown field --config.q",
+        "data must be int, got 'x' (str)",
+    ]
+
+
+def test_reward_terms_are_reached_and_removed_by_name():
+    config = filled(TrainConfig)
+    config.grpo.reward.final.terms.final_iou.function = "mine:better"
+    config.grpo.reward.process.weight = 2.0
+    config.grpo.reward.process.terms.overshoot = None
+    config.grpo.reward.format = None
+    final, process = ordered(build_config(TrainConfig, config)).grpo.reward
+    assert final == RewardGroup("final", 1.0, (RewardTerm("mine:better"),))
+    assert process.weight == 2.0 and process.clip == (-1.0, 1.0)
+    kept = {t.function: t.weight for t in DEFAULT_REWARD[1].terms if "overshoot" not in t.function}
+    assert {t.function: t.weight for t in process.terms} == kept and len(kept) == 4
+
+
+def test_a_new_reward_term_is_added_by_name():
+    config = filled(TrainConfig)
+    config.grpo.reward.format.terms.short = ConfigDict({"function": "mine:short", "weight": -1})
+    (group,) = (g for g in build_config(TrainConfig, config).grpo.reward if g.name == "format")
+    assert sorted(group.terms, key=str) == [RewardTerm("mine:short", -1.0), RewardTerm("rsagent_jax.rewards:format_ok")]
+
+
+def test_what_is_wrong_in_a_reward_term_is_named_by_its_path():
+    config = filled(TrainConfig)
+    config.grpo.reward.final.terms.final_iou = ConfigDict({"weight": "heavy"})
+    found = messages(TrainConfig, config)
+    assert found[0] == "config has 2 problems:"
+    assert sorted(found[1:]) == [
+        "grpo.reward.final.terms.final_iou.weight must be float, got 'heavy' (str)",
+        "missing field grpo.reward.final.terms.final_iou.function (str)",
+    ]
+
+
+def test_none_is_the_default_and_a_missing_value_is_said():
+    config = filled(EvalConfig)
+    config.policy.weights = None
+    assert messages(EvalConfig, config) == ["config: missing field policy.weights (str)"]
+    assert build_config(AgentConfig, {"max_turns": None}).max_turns == 8
+
+
+def test_every_default_of_every_field_is_overridable_from_the_template():
+    def leaves(values, prefix=""):
+        for key, value in values.items():
+            yield from leaves(value, f"{prefix}{key}.") if hasattr(value, "items") else [f"{prefix}{key}"]
+
+    def fields(config, prefix=""):
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            if dataclasses.is_dataclass(value):
+                yield from fields(value, f"{prefix}{f.name}.")
+            elif f.name not in ("reward", "mix"):  # reached by the names of their items
+                yield prefix + f.name
+
+    names = set(leaves(template(TrainConfig)))
+    assert set(fields(build_config(TrainConfig, filled(TrainConfig)))) <= names
+    assert "grpo.reward.process.terms.call_cost.weight" in names
+
+
+def command_line(*argv: str, cls: type = TrainConfig, **fields):
+    """The config of a template with `fields`, and the overrides of a command line."""
+    config = filled(cls)
+    config.update(fields)
+    values = config.to_dict()
+    rest, problems = overrides.apply([f"--config.{a}" for a in argv], cls, values)
+    assert not rest
+    return build_config(cls, values, problems)
+
+
+# What was accepted, or met after hours, and what is said of it now: (overrides, the message).
+BAD = [
+    ("grpo.optim.learning_rate=1e-5", "unknown field --config.grpo.optim.learning_rate; known fields: b1, b2,"),
+    ("lr=1e-5", "unknown field --config.lr; did you mean"),
+    ("sft.optim.lr=abc", "sft.optim.lr must be a number, got 'abc'"),
+    ('sft.optim.lr="1e-5"', "sft.optim.lr must be a number"),
+    ("sft.optim.lr=-1e-3", "sft.optim.lr must be above 0, got -0.001"),
+    ("sft.optim.lr=nan", "sft.optim.lr must be above 0, got nan"),
+    ("sft.optim.lr=inf", "sft.optim.lr must be above 0, got inf"),
+    ("sft.optim.lr=0.0", "sft.optim.lr must be above 0, got 0.0"),
+    ("grpo.steps=2.5", "grpo.steps must be a whole number, got '2.5'"),
+    ("grpo.steps=-1", "grpo.steps must be at least 1, got -1"),
+    ("grpo.steps=0", "grpo.steps must be at least 1, got 0"),
+    ("sft.steps=-3", "sft.steps must be at least 0, got -3"),
+    ("sft.epochs=-1.0", "sft.epochs must be above 0, got -1.0"),
+    ("sft.epochs=nan", "sft.epochs must be above 0, got nan"),
+    ("sft.trajectories_per_step=0", "sft.trajectories_per_step must be at least 1, got 0"),
+    ("sft.trajectories_per_step=-4", "sft.trajectories_per_step must be at least 1, got -4"),
+    ("grpo.group=1", "grpo.group must be at least 2, got 1"),
+    ("grpo.prompts=0", "grpo.prompts must be at least 1, got 0"),
+    ("grpo.updates=0", "grpo.updates must be at least 1, got 0"),
+    ("grpo.updates=2", "grpo.tis_clip needs updates = 1"),
+    ("grpo.sampling.temperature=-1.0", "grpo.sampling.temperature must be at least 0, got -1.0"),
+    ("grpo.sampling.temperature=0.0", "grpo.sampling.temperature must be above 0, got 0.0"),
+    ("grpo.sampling.top_p=0.0", "grpo.sampling.top_p must be above 0 and at most 1, got 0.0"),
+    ("grpo.sampling.top_p=2.0", "grpo.sampling.top_p must be above 0 and at most 1, got 2.0"),
+    ("grpo.sampling.top_k=-3", "grpo.sampling.top_k must be at least 0, got -3"),
+    ("grpo.batch.rows=-1", "grpo.batch.rows must be at least 0, got -1"),
+    ("grpo.batch.tokens=400", "grpo.batch.tokens must be at least grpo.sampling.context = 8192, got 400"),
+    ("grpo.clip_low=-0.2", "grpo.clip_low must be at least 0 and below 1, got -0.2"),
+    ("grpo.clip_low=2.0", "grpo.clip_low must be at least 0 and below 1, got 2.0"),
+    ("grpo.clip_high=-0.2", "grpo.clip_high must be at least 0, got -0.2"),
+    ("grpo.kl=-0.1", "grpo.kl must be at least 0, got -0.1"),
+    ("grpo.kl=nan", "grpo.kl must be at least 0, got nan"),
+    ("grpo.kl_estimator=k9", "grpo.kl_estimator must be one of k1, k2, k3, got 'k9'"),
+    ("grpo.normalize=batch", "grpo.normalize must be one of token, sequence, constant, got 'batch'"),
+    ("grpo.advantage=gae", "grpo.advantage must be one of zscore, mean, loo, got 'gae'"),
+    ("grpo.ratio=ppo", "grpo.ratio must be one of grpo, gspo, cispo, got 'ppo'"),
+    ("grpo.ddof=5", "grpo.ddof must be at least 0 and at most 1, got 5"),
+    ("sft.optim.schedule=linear", "sft.optim.schedule must be one of constant, cosine, got 'linear'"),
+    ("sft.optim.warmup_steps=-5", "sft.optim.warmup_steps must be at least 0, got -5"),
+    ("sft.optim.warmup_steps=9 sft.steps=4", "sft.optim.warmup_steps must be at most the stage's 4 updates, got 9"),
+    ("grpo.optim.warmup_steps=101", "grpo.optim.warmup_steps must be at most the stage's 100 updates, got 101"),
+    ("sft.optim.b1=1.0", "sft.optim.b1 must be at least 0 and below 1, got 1.0"),
+    ("sft.optim.b2=2.0", "sft.optim.b2 must be at least 0 and below 1, got 2.0"),
+    ("sft.optim.eps=0", "sft.optim.eps must be above 0, got 0.0"),
+    ("sft.optim.clip_norm=-1.0", "sft.optim.clip_norm must be at least 0, got -1.0"),
+    ("sft.optim.weight_decay=-0.1", "sft.optim.weight_decay must be at least 0, got -0.1"),
+    ("sft.checkpoint_every=-1", "sft.checkpoint_every must be at least 0, got -1"),
+    ("grpo.checkpoint_every=-5", "grpo.checkpoint_every must be at least 0, got -5"),
+    ("agent.max_turns=0", "agent.max_turns must be at least 1, got 0"),
+    ("agent.max_repeats=1", "agent.max_repeats must be at least 2, got 1"),
+    ("agent.max_tokens=-5", "agent.max_tokens must be at least 0, got -5"),
+    ("agent.tool_deadline_s=0.0", "agent.tool_deadline_s must be above 0, got 0.0"),
+    ("agent.min_pixels=9 agent.max_pixels=8", "agent.max_pixels must be at least min_pixels = 9, got 8"),
+    ("segmenter.workers=0", "segmenter.workers must be at least 1, got 0"),
+    ("segmenter.timeout_s=0.0", "segmenter.timeout_s must be above 0, got 0.0"),
+    ("segmenter.backend=grabcat", "segmenter.backend must be grabcut, sam2 or module:factory"),
+    ("segmenter.backend=sam2", "segmenter.checkpoint is empty, but backend is sam2"),
+    ("segmenter.backend=sam2 segmenter.checkpoint=random segmenter.multimask=some", "segmenter.multimask must be one"),
+    ("segmenter.checkpoint=x.pt", "segmenter.backend is grabcut: only sam2 has checkpoint"),
+    ("segmenter.mode=connect", "segmenter.addresses is empty, but mode is connect"),
+    ("segmenter.device=gpu", "segmenter.device must be cpu, cuda, cuda:1"),
+    ("seed=-1", "seed must be at least 0 and at most 4294967295, got -1"),
+    ("seed=99999999999999", "seed must be at least 0 and at most 4294967295"),  # jax folds it to 32 bits in silence
+    ("stages=()", "stages is empty"),
+    ("stages=sft", "stages must be a list, such as ('sft',)"),
+    ("stages=('grpo','sft')", "stages must be in the order sft, grpo, each once; got grpo, sft"),
+    ("stages=('sft','sft')", "stages must be in the order sft, grpo, each once; got sft, sft"),
+    ("stages=('sft','dpo')", "stages[1] must be one of sft, grpo, got 'dpo'"),
+    ("policy.dtype=float8", "policy.dtype must be one of float32, bfloat16, got 'float8'"),
+    ("policy.remat=maybe", "policy.remat must be none, full, attention, selective, dots, save:NAMES or offload:NAMES"),
+    ("policy.remat=save:qkv,mlp", "policy.remat must be"),
+    ("policy.attention=flash", "policy.attention must be one of auto, plain, blocks, splash, cudnn, got 'flash'"),
+    ("policy.weights=", "policy.weights must be a text that is not empty, got ''"),
+    ("agent.prompt=ful", "agent.prompt must be one of full, brief, got 'ful'; did you mean full?"),
+    ("sft.optim.freeze=('visual',)", "sft.optim.freeze[0] must be one of vision, merger, decoder, embed, head"),
+    ("sft.optim.freeze=vision", "sft.optim.freeze must be a list, such as ('vision',)"),
+    ("sft.read.threads=0", "sft.read.threads must be at least 1, got 0"),
+    ("policy.lora.rank=-1", "policy.lora.rank must be at least 0, got -1"),
+    ("policy.lora.rank=2 policy.lora.targets=('qq',)", "policy.lora.targets[0] must be one of q, k, v, o, gate"),
+    ("policy.lora.rank=2 policy.lora.targets=()", "policy.lora.targets names nothing to adapt"),
+    ("policy.lora.alpha=0.0", "policy.lora.alpha must be above 0, got 0.0"),
+    ("policy.lora.rank=2 grpo.optim.freeze=('vision',)", "grpo.optim.freeze and policy.lora"),
+    ("grpo.min_spread=nan", "grpo.min_spread must be at least 0, got nan"),
+    ("grpo.tis_clip=-1.0", "grpo.tis_clip must be at least 0, got -1.0"),
+    ("grpo.sampling.chunk=0", "grpo.sampling.chunk must be at least 1, got 0"),
+    ("grpo.sampling.slots=-4", "grpo.sampling.slots must be at least 0, got -4"),
+    ("grpo.sampling.lanes=5", "grpo.sampling.lanes must divide slots = 64, got 5"),
+    ("grpo.sampling.max_new_tokens=0", "grpo.sampling.max_new_tokens must be at least 1, got 0"),
+    ("grpo.sampling.context=8", "grpo.sampling.context must be above max_new_tokens = 512, got 8"),
+    ("grpo.sampling.kv_dtype=int3", "grpo.sampling.kv_dtype must be one of \"\", int8, bfloat16, float32, got 'int3'"),
+    ("grpo.mask_overlong=yes", "grpo.mask_overlong must be true or false, got 'yes'"),
+    ("grpo.data.dataset=refcoco2", "grpo.data.dataset must be one of refcoco,"),
+    ("grpo.data.dataset=grefcoco grpo.data.layout=tfds", "grpo.data.layout tfds has no grefcoco"),
+    ("grpo.data.exclude=('refcoco/val',)", "grpo.data.exclude: 'refcoco/val' is not of the form refcoco/unc/val"),
+    ("grpo.data.limit=-5", "grpo.data.limit must be at least 0, got -5"),
+    ("mesh.data=0", "mesh.data must be -1 or at least 1, got 0"),
+    ("mesh.data=-1", "mesh.data and fsdp are both -1"),
+    ("profiler_port=70000", "profiler_port must be at least 0 and at most 65535, got 70000"),
+    (
+        "grpo.reward.final.weight=nan",
+        "grpo.reward.final.weight must be at least -1000000.0 and at most 1000000.0, got nan",
+    ),
+    ("grpo.reward.final.clip=(1.0,-1.0)", "grpo.reward.final.clip must be (low, high) with low <= high"),
+    ("grpo.reward.final.terms.final_iou=None", "grpo.reward.final.terms has no term"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD, ids=[overrides for overrides, _ in BAD])
+def test_what_cannot_be_right_is_refused_with_its_field_and_range(overrides, message):
+    with pytest.raises(DataError) as error:
+        command_line(*overrides.split(" "))
+    assert message in str(error.value) and "problems" not in str(error.value)
+
+
+def test_what_is_right_is_taken():
+    c = command_line("sft.optim.lr=1e-5", "grpo.steps=1e3", "grpo.mask_overlong", "policy.remat=offload:qkv, mlp_up")
+    assert (c.sft.optim.lr, c.grpo.steps, c.grpo.mask_overlong) == (1e-5, 1000, True)
+    c = command_line(
+        "policy.scan_layers=false", "stages=('grpo',)", "sft.optim.clip_norm=0", "mesh.fsdp=4", "mesh.data=-1"
+    )
+    assert (c.policy.scan_layers, c.stages, c.sft.optim.clip_norm, c.mesh.fsdp) == (False, ("grpo",), 0.0, 4)
+    # what only a stage that is not run would mind
+    assert command_line("stages=('sft',)", "grpo.updates=2").grpo.updates == 2
+    assert command_line("agent.max_turns=None").agent.max_turns == 8
+
+
+def test_all_problems_of_a_command_line_and_its_file_are_one_message():
+    with pytest.raises(DataError) as error:
+        command_line("grpo.stpes=3", "sft.optim.lr=abc", "grpo.group=1", agent=dict(max_turns=0))
+    assert sorted(str(error.value).split("\n  - ")) == [
+        "--config.sft.optim.lr=abc: sft.optim.lr must be a number, got 'abc'",
+        "agent.max_turns must be at least 1, got 0",
+        "config has 4 problems:",
+        "grpo.group must be at least 2, got 1",
+        "unknown field --config.grpo.stpes; did you mean --config.grpo.steps?",
+    ]
+
+
+def test_reward_terms_and_parts_of_a_mix_are_added_and_removed_on_the_command_line():
+    terms = "grpo.reward.process.terms"
+    c = command_line(
+        f"{terms}.mine.function=my_rewards.py:f", f"{terms}.mine.weight=0.3", f"{terms}.mine.arguments.low=1",
+        f"{terms}.mine.arguments.words=('a','b')", f"{terms}.call_cost=None", "grpo.reward.format=None",
+        "grpo.reward.bonus.weight=2", "grpo.reward.bonus.terms.b.function=m:b",
+        "grpo.data.mix.one.data.dataset=reasonseg", "grpo.data.mix.one.weight=2",
+    )  # fmt: skip
+    groups = {g.name: g for g in c.grpo.reward}
+    assert set(groups) == {"final", "process", "bonus"}
+    process = {t.name: t for t in groups["process"].terms}
+    mine = RewardTerm("my_rewards.py:f", 0.3, (("low", 1), ("words", ("a", "b"))))
+    assert process["mine"] == mine and "call_cost" not in process and len(process) == 5
+    assert groups["bonus"] == RewardGroup("bonus", 2.0, (RewardTerm("m:b"),))
+    assert [(p.name, p.weight, p.data.dataset, p.data.split) for p in c.grpo.data.mix] == [
+        ("one", 2.0, "reasonseg", "train")
+    ]
+    assert build_config(TrainConfig, json.loads(json.dumps(to_dict(c)))) == c
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("final.terms.final_iuo.weight=2", "did you mean grpo.reward.final.terms.final_iou?"),
+        ("final.terms.final_iuo=None", "unknown field --config.grpo.reward.final.terms.final_iuo; did you mean"),
+        ("proces.weight=2", "did you mean grpo.reward.process?"),
+        ("final.terms.mine.functon=m:f", "did you mean --config.grpo.reward.final.terms.mine.function?"),
+        ("final.terms.final_iou.arguments.x={}", "final_iou.arguments.x must be a number, text, bool or a list"),
+        ("final.terms.final_iou.function=mine", "must be module:function or file.py:function"),
+    ],
+)
+def test_a_misspelt_item_is_no_new_one(override, message):
+    with pytest.raises(DataError) as error:
+        command_line(f"grpo.reward.{override}")
+    assert message in str(error.value)
+
+
+def test_every_number_and_word_of_every_config_has_its_range():
+    """A field that is declared as a bare int or float has none. Free texts are paths, names and addresses."""
+    free = {"str", "bool"}
+
+    def bare(cls):
+        for name, hint in build_config.hints(cls).items():
+            item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+            if dataclasses.is_dataclass(item):
+                yield from bare(item) if item is not cls and (cls, item) != (MixPart, DataConfig) else ()
+            elif hint != ranges.Arguments and item in (int, float):
+                yield f"{cls.__name__}.{name}"
+            else:
+                assert typing.get_origin(item) or item.__name__ in free or hint == ranges.Arguments, name
+
+    assert [name for cls in (*ALL, ProblemsConfig) for name in bare(cls)] == []
+
+
+def test_the_words_of_the_config_are_those_of_the_code():
+    from rsagent_jax.agent.prompts import STYLES
+    from rsagent_jax.data.sets.open import DATASETS
+    from rsagent_jax.evals import bounds
+    from rsagent_jax.models.qwen25_vl.compute import ATTENTION, NAMES, REMAT
+    from rsagent_jax.train.losses import KL_ESTIMATORS, OBJECTIVES
+    from rsagent_jax.train.state import PARTS
+    from sam_bridge.spawn import MODES
+
+    def words(path: str) -> set[str]:
+        hint = TrainConfig if not path.startswith("bound") else EvalConfig
+        for part in path.split("."):
+            hint = build_config.hints(hint)[part]
+        hint = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+        return set(typing.get_args(hint))
+
+    for path, known in {
+        "agent.prompt": STYLES, "policy.attention": ATTENTION, "grpo.data.dataset": DATASETS, "sft.optim.freeze": PARTS,
+        "grpo.ratio": OBJECTIVES, "grpo.kl_estimator": KL_ESTIMATORS, "segmenter.mode": MODES,
+        "bound.row": ("", *bounds.ORACLES, bounds.UNTRAINED), "bound.prompt": bounds.PROMPTS,
+    }.items():  # fmt: skip
+        assert words(path) == set(known), path
+    (remat,) = typing.get_type_hints(PolicyConfig, include_extras=True)["remat"].__metadata__
+    assert all(
+        policy in remat for policy in (*REMAT, *(f"save:{name}" for name in NAMES), f"offload:{','.join(NAMES)}")
+    )
+    assert "save:" not in remat and "save:nothing" not in remat
+
+
+def test_arguments_are_given_by_name_and_no_number_is_too_long_to_be_refused():
+    for wrong in (5, (1, 2)):
+        config = filled(TrainConfig).to_dict()
+        config["grpo"]["reward"]["final"]["terms"]["final_iou"]["arguments"] = wrong
+        with pytest.raises(DataError, match=r"arguments are given by name, as in .*arguments\.NAME=value"):
+            build_config(TrainConfig, config)
+    config = filled(TrainConfig).to_dict()
+    config["seed"] = 10**400
+    with pytest.raises(DataError, match=r"seed must be at least 0 and at most 4294967295"):
+        build_config(TrainConfig, config)

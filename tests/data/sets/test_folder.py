@@ -1,0 +1,167 @@
+"""A folder of pictures with JSON lines: every kind of mask, and all bad lines in one message."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from rsagent_jax.data.sets.folder import load_folder
+from rsagent_jax.types import DataError
+
+SHAPE = (20, 30)
+
+
+@pytest.fixture
+def root(tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (*SHAPE, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[2:7, 3:9] = 7  # any value but black
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    return tmp_path
+
+
+def write(root, *records):
+    (root / "train.jsonl").write_text("\n".join(json.dumps(r) for r in records) + "\n\n")
+    return load_folder(root)
+
+
+LINE = {"image": "a.png", "query": " The mug "}
+
+
+def test_every_kind_of_mask(root):
+    rle = {"size": list(SHAPE), "counts": [0, 40, 560]}
+    lines = [{"mask": "m.png"}, {"mask": None}, {"segmentation": [[0, 0, 10, 0, 10, 10, 0, 10]]}, {"segmentation": rle}]
+    samples = write(root, *(LINE | x for x in lines), LINE | {"mask": None, "ignore": "m.png", "id": "mine"})
+    # 5 rows of 6; nothing; 10 x 10; the first two columns of 20
+    assert [s.gt_mask.sum() for s in samples] == [30, 0, 100, 40, 0]
+    assert samples[3].gt_mask[:, :2].all() and samples[4].ignore_mask.sum() == 30 and samples[0].ignore_mask is None
+    assert samples.ids == [f"folder/train/{x}" for x in (1, 2, 3, 4, "mine")]
+    assert {s.query for s in samples} == {"The mug"} and len(load_folder(root, limit=2)) == 2
+
+
+def test_copies_of_coco_pictures_are_known_as_such(root):
+    names = ["COCO_train2014_000000000042.jpg", "000000000042.jpg", "other.jpg"]
+    for name in names:
+        Image.new("RGB", (4, 4)).save(root / name)
+    samples = write(root, *({"image": n, "query": "x", "mask": None} for n in names))
+    assert samples.picture_keys == ["coco/42", "coco/42", str(root / "other.jpg")]
+
+
+def test_all_bad_lines_stand_in_one_message(root):
+    good = json.dumps(LINE | {"mask": None})
+    bad = ["{", "[]", json.dumps({"image": "a.png"}), json.dumps(LINE), json.dumps(LINE | {"mask": 3})]
+    bad += [json.dumps(LINE | {"mask": None, "maks": 1}), json.dumps(LINE | {"segmentation": "x"})]
+    (root / "train.jsonl").write_text("\n".join([good, *bad]))
+    with pytest.raises(DataError) as caught:
+        load_folder(root)
+    text = str(caught.value)
+    assert "7 bad lines" in text and "line 2:" in text and "and 2 more" in text
+    assert "line 4: query must be text" in text and "line 5: there must be either mask or segmentation" in text
+    (root / "train.jsonl").write_bytes('{"image": "a.png", "query": "café", "mask": null}'.encode("cp1252"))
+    with pytest.raises(DataError, match=r"line 1: 'utf-8' codec can't decode"):
+        load_folder(root)
+    with pytest.raises(DataError, match=r"cannot read .*val\.jsonl .* has: train\.jsonl"):
+        load_folder(root, "val")
+
+
+def test_ids_must_be_unique(root):
+    with pytest.raises(DataError, match=r"line 2: its id 'x' is that of line 1; .*every id must be unique"):
+        write(root, *[LINE | {"mask": None, "id": "x"}] * 2)
+    with pytest.raises(DataError, match=r"line 2: its id '2' is that of line 1; a line without an id has its number"):
+        write(root, LINE | {"mask": None, "id": 2}, LINE | {"mask": None})
+    assert write(root, *[LINE | {"mask": None, "id": None}] * 2).ids == ["folder/train/1", "folder/train/2"]
+
+
+GOOD = LINE | {"mask": "m.png"}
+FORM = 'the form is one JSON object per line: {"image": "a.jpg"'
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (json.dumps([GOOD], indent=1), f"holds one JSON array; {FORM}"),
+        (json.dumps([GOOD, GOOD]), f"holds one JSON array; {FORM}"),
+        (json.dumps(GOOD, indent=2), f"holds one JSON object over several lines; {FORM}"),
+        (json.dumps(GOOD).encode("utf-16"), "holds no records: UTF-16: save it as UTF-8"),
+        (json.dumps(GOOD).encode("utf-16-le"), "holds no records: UTF-16: save it as UTF-8"),
+        ("", "train.jsonl holds no records: an empty file"),
+        ("<!DOCTYPE html><html>404", "holds no records: an HTML page"),
+        ("version https://git-lfs.github.com/spec/v1", "holds no records: a Git-LFS pointer"),
+        (json.dumps(GOOD) + ",", f"line 1: not one JSON object (no comma after it)\n{FORM}"),
+        (str(GOOD), "line 1: not one JSON object (JSON takes double quotes)"),
+        ("# mine\n" + json.dumps(GOOD), "line 1: not one JSON object (JSON has no comments)"),
+        (json.dumps(GOOD)[:-9], "line 1: not one JSON object"),
+        ("[" * 100_000, "line 1: not one JSON object (nested too deep)"),
+        ('{"image": "a.png", "query": "a", "query": "b", "mask": null}', "line 1: field query stands twice"),
+    ],
+)
+def test_a_file_that_is_no_json_lines_says_what_it_is(root, data, says):
+    (root / "train.jsonl").write_bytes(data.encode() if isinstance(data, str) else data)
+    with pytest.raises(DataError, match=re.escape(says)):
+        load_folder(root)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"mask": ""}, "mask must be text, the path of a picture, or null for none"),
+        ({"ignore": " "}, "ignore must be text, the path of a picture, or null for none"),
+        ({"image": None}, "image must be text, the path of a picture"),
+        ({"image": "https://example.org/a.jpg"}, "image must be the path of a file on this machine"),
+        ({"image": "a\0.png"}, "image must be the path of a file"),
+        ({"query": " \n"}, "query must be text, not blank"),
+        ({"query": "\ud800"}, "query holds half a character"),
+        ({"id": [1]}, "id must be text or a whole number; null, or no id, for the number of the line"),
+        ({"id": float("nan")}, "id must be text or a whole number"),
+        ({"id": True}, "id must be text or a whole number"),
+        ({"id": ""}, "id must be text or a whole number"),
+        ({"segmentation": []}, "there must be either mask or segmentation"),
+        ({"mask": ..., "segmentation": []}, "segmentation must be polygons [[x1, y1, x2, y2, x3, y3, …], …] in pixels"),
+        ({"mask": ..., "segmentation": {}}, "segmentation must be polygons"),
+        ({"mask": ..., "segmentation": None}, "segmentation must be polygons"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_line_and_form(root, change, says):
+    record = {key: value for key, value in (GOOD | change).items() if value is not ...}
+    with pytest.raises(DataError, match=f"line 1: {re.escape(says)}"):
+        write(root, record)
+
+
+def test_lines_may_end_in_any_way(root):
+    for end in ("\n", "\r\n", "\r"):
+        (root / "train.jsonl").write_bytes(end.join([json.dumps(GOOD), "", json.dumps(GOOD)]).encode())
+        assert load_folder(root).ids == ["folder/train/1", "folder/train/3"]
+    with pytest.raises(DataError, match=r"data.split is the file's name without .jsonl"):
+        load_folder(root, "train.jsonl")
+
+
+def test_what_cannot_be_read_names_its_line(root):
+    samples = write(
+        root,
+        {"image": "none.png", "query": "x", "mask": None},
+        LINE | {"mask": "none.png"},
+        LINE | {"mask": "small.png"},
+        LINE | {"segmentation": {"size": [3, 3], "counts": [9]}},
+        LINE | {"mask": "m.png"},
+    )
+    Image.new("L", (5, 5)).save(root / "small.png")
+    for i, message in enumerate(
+        ["none.png is missing", "none.png is missing", "is 5 x 5 pixels, its image .* 30 x 20", r"RLE of size \[3, 3\]"]
+    ):
+        with pytest.raises(DataError, match=rf"{message}.*line {i + 1}|line {i + 1}.*{message}"):
+            samples[i]
+    assert samples[4].gt_mask.sum() == 30  # the good part is kept
+
+
+@settings(max_examples=80)
+@given(st.binary(max_size=60))
+def test_any_bytes_are_read_or_a_data_error(tmp_path_factory, data):
+    root = tmp_path_factory.mktemp("bytes")
+    (root / "train.jsonl").write_bytes(data)
+    with pytest.raises(DataError):
+        load_folder(root)

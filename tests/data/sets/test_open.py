@@ -1,0 +1,203 @@
+"""The seam: every layout by its config, pictures of other sets left out, mixes by weight."""
+
+import collections
+import json
+import pathlib
+import pickle
+import shutil
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rsagent_jax import data_check
+from rsagent_jax.config.build import build_config, template
+from rsagent_jax.config.schema import (
+    CollectConfig,
+    DataConfig,
+    EvalConfig,
+    MixPart,
+    TrainConfig,
+)
+from rsagent_jax.data.sets.open import Mixture, open_samples
+from rsagent_jax.types import DataError
+
+ROOT = pathlib.Path(__file__).parents[3]
+TFDS = ROOT / "tests/golden/ref_coco/tfrecord"
+
+
+def reasonseg(root, names):
+    folder = root / "val"
+    folder.mkdir(parents=True)
+    for name in names:
+        Image.new("RGB", (20, 20)).save(folder / f"{name}.jpg")
+        square = {"label": "target", "points": [[2, 2], [8, 2], [8, 8], [2, 8]]}
+        (folder / f"{name}.json").write_text(json.dumps({"text": ["it"], "is_sentence": False, "shapes": [square]}))
+    return root
+
+
+def lines(root, names, split="train"):
+    root.mkdir(exist_ok=True)
+    for name in names:
+        Image.new("RGB", (20, 20)).save(root / name)
+    records = [{"image": n, "query": "it", "mask": None} for n in names]
+    (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return root
+
+
+def test_every_layout_is_opened_by_its_config(dataset, tmp_path):
+    root = str(dataset)
+    assert open_samples(DataConfig(root=root, split="val", limit=2)).name == "refcocog/umd/val"
+    assert len(open_samples(DataConfig(root=root, split="val", limit=2))) == 2
+    assert len(open_samples(DataConfig(root=str(TFDS), layout="tfds", split="val", unit="reference"))) == 3
+    path = str(reasonseg(tmp_path / "rs", ["a", "b"]))
+    assert len(open_samples(DataConfig(root=path, dataset="reasonseg", split="val"))) == 2
+    path = str(lines(tmp_path / "mine", ["a.png"]))
+    assert open_samples(DataConfig(root=path, dataset="folder")).ids == ["folder/train/1"]
+    for wrong, message in [
+        ({"dataset": "refcocoo"}, "data.dataset must be one of refcoco, "),
+        ({"layout": "tfsd"}, "data.layout must be one of refer, tfds"),
+        ({"dataset": "grefcoco", "layout": "tfds"}, "data.layout tfds has no grefcoco"),
+        ({"limit": -1}, "data.limit must be at least 0"),
+        ({"unit": "image"}, "data.unit must be one of sentence, reference"),
+        ({"exclude": ("refcocog/val",)}, "is not of the form refcoco/unc/val"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            build_config(CollectConfig, {"processor": "p", "data": {"root": root} | wrong})
+
+
+def test_pictures_of_other_sets_are_left_out_and_counted(copied, tmp_path):
+    path = copied / "refcocog/refs(umd).p"
+    refs = pickle.loads(path.read_bytes())
+    shared = [r | {"split": "val", "ref_id": 7} for r in refs if r["split"] == "train"][:1]
+    path.write_bytes(pickle.dumps(refs + shared, protocol=2))
+    whole = open_samples(DataConfig(root=str(copied)))
+    left = open_samples(DataConfig(root=str(copied), exclude=("refcocog/umd/val", "refcocog/umd/test")))
+    key = f"coco/{shared[0]['image_id']}"
+    gone = [i for i, k in zip(whole.ids, whole.picture_keys, strict=True) if k == key]
+    assert gone and left.ids == [i for i in whole.ids if i not in gone]
+    assert left.notes == (
+        f"{len(gone)} of {len(whole)} samples are on pictures of refcocog/umd/val and were left out",
+        f"0 of {len(left)} samples are on pictures of refcocog/umd/test and were left out",
+    )
+    assert open_samples(DataConfig(root=str(copied), exclude=("refcocog/umd/val",), limit=3)).ids == left.ids[:3]
+    # a user's copy of a COCO picture is the same picture
+    mine = lines(tmp_path / "mine", [f"{shared[0]['image_id']:012d}.jpg", "other.jpg"])
+    config = DataConfig(root=str(mine), dataset="folder", exclude=("refcocog/umd/val",), exclude_root=str(copied))
+    assert open_samples(config).ids == ["folder/train/2"]
+    with pytest.raises(DataError, match="nothing of refcocog/umd/val is left"):
+        open_samples(DataConfig(root=str(copied), split="val", exclude=("refcocog/umd/val",)))
+
+
+def mixed(tmp_path, weights, sizes):
+    parts = []
+    for n, (weight, size) in enumerate(zip(weights, sizes, strict=True)):
+        root = lines(tmp_path / f"part{n}", [f"{i}.png" for i in range(size)])
+        parts.append(MixPart(name=str(n), weight=weight, data=DataConfig(root=str(root), dataset="folder")))
+    return open_samples(DataConfig(mix=tuple(parts)))
+
+
+def test_a_mix_holds_every_sample_and_the_shares_of_the_weights(tmp_path):
+    mix = mixed(tmp_path, (3.0, 1.0), (6, 4))
+    # 4 samples at a quarter take 16 in all, so 12 of the 6: each of them twice
+    assert isinstance(mix, Mixture) and len(mix) == 16 and mix.counts == (12, 4)
+    part = collections.Counter(pathlib.Path(mix[i].path).parent.name for i in range(len(mix)))
+    assert part == {"part0": 12, "part1": 4}
+    assert sorted(collections.Counter(s.path for s in mix).values()) == [1] * 4 + [2] * 6
+    assert mix[-1].path == mix[15].path and len(mix.ids) == 16
+    with pytest.raises(IndexError):
+        mix[16]
+    again = pickle.loads(pickle.dumps(mix))
+    assert [again[i].path for i in range(16)] == [mix[i].path for i in range(16)]
+
+
+def test_a_mix_in_a_config_file_is_a_group_by_name(tmp_path):
+    root = lines(tmp_path / "mine", ["a.png", "b.png"])
+    config = template(TrainConfig)
+    config.policy.weights = "x"
+    config.grpo.data.root = str(root)
+    config.grpo.data.mix = {"a": {"weight": 2.0, "data": {"dataset": "folder"}}, "b": {"data": {"dataset": "folder"}}}
+    data = build_config(TrainConfig, config).grpo.data
+    assert [(p.name, p.weight, p.data.dataset) for p in data.mix] == [("a", 2.0, "folder"), ("b", 1.0, "folder")]
+    assert len(open_samples(data)) == 6
+    config.grpo.data.mix.a.weight = -1.0
+    with pytest.raises(DataError, match=r"grpo.data.mix.a.weight must be above 0, got -1.0"):
+        build_config(TrainConfig, config)
+    config.grpo.data.mix.a.weight = 1.0
+    config.grpo.data.limit = 3
+    with pytest.raises(DataError, match="data.limit does not reach into a mix"):
+        build_config(TrainConfig, config)
+
+
+# ------------------------------------------------------------------------------------------------ data_check
+
+
+def run_check(root, out, *more):
+    command = [sys.executable, "-m", "rsagent_jax.data_check", "--config=configs/eval_quickstart.py", f"--out={out}"]
+    return subprocess.run(
+        [*command, f"--config.data.root={root}", *more], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_check_reports_broken_pictures_and_draws_the_rest(copied, tmp_path):
+    picture = sorted((copied / "images/mscoco/images/train2014").glob("*.jpg"))[-1]
+    picture.write_bytes(picture.read_bytes()[:400])
+    (copied / "synthetic.json").unlink()
+    refcocog = ("--config.data.dataset=refcocog", "--config.data.split_by=umd")
+    done = run_check(copied, tmp_path / "out", "--samples=0", *refcocog)
+    assert done.returncode == 1, done.stderr
+    assert "3 of 4 samples looked at were read" in done.stdout and f"{picture} is not a readable picture" in done.stdout
+    assert "DIFFERS" in done.stdout  # four synthetic samples are not RefCOCOg's 5023 references
+    report = json.loads((tmp_path / "out/check.json").read_text())
+    assert len(report["unreadable"]) == 1 and report["read"] == 3
+    with Image.open(tmp_path / "out/contact_sheet.png") as sheet:
+        assert sheet.size == (4 * 288, 328) and len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 1000
+
+
+def test_check_finds_what_cannot_be_shown_and_keeps_its_place_in_the_exit_status(tmp_path, monkeypatch, capsys):
+    root = lines(tmp_path / "mine", ["a.png", "thin.png", "limit.png"])
+    Image.new("RGB", (2010, 10)).save(root / "thin.png")  # 201:1
+    Image.new("RGB", (2000, 10)).save(root / "limit.png")  # 200:1 is shown
+    samples = open_samples(DataConfig(root=str(root), dataset="folder"))
+    found = data_check.examine(samples, [0, 1, 2])
+    assert found.read == 2 and list(found.bad) == ["folder/train/2"]
+    assert "image of 10x2010 pixels" in found.bad["folder/train/2"] and "crop it" in found.bad["folder/train/2"]
+    config = template(EvalConfig)
+    config.policy.weights, config.data.root, config.data.dataset, config.data.split = "x", str(root), "folder", "train"
+    monkeypatch.setattr(data_check.entry, "workdir", lambda name: tmp_path)
+    monkeypatch.setattr(data_check.flags, "FLAGS", types.SimpleNamespace(samples=0))
+    assert data_check.main(build_config(EvalConfig, config)) == 1
+    assert "UNREADABLE folder/train/2: image of 10x2010 pixels" in capsys.readouterr().out
+
+
+def test_published_counts_are_compared_for_whole_splits_only(copied, monkeypatch):
+    data = DataConfig(root=str(copied), split="val")
+    samples = open_samples(data)
+    pictures = len(set(samples.picture_keys))
+    assert "synthetic" in data_check.count_row(samples, data)["verdict"]
+    (copied / "synthetic.json").unlink()
+    for published, verdict in [((6, pictures, len(samples)), "ok"), ((6, pictures, 4896), "DIFFERS")]:
+        monkeypatch.setitem(data_check.PUBLISHED, "refcocog/umd/val", published)
+        assert data_check.count_row(samples, data)["verdict"] == verdict
+    limited = DataConfig(root=str(copied), split="val", limit=2)
+    assert "not compared" in data_check.count_row(open_samples(limited), limited)["verdict"]
+    # the papers' totals of sentences
+    totals = {"refcoco/unc": 142_210, "refcoco+/unc": 141_564, "refcocog/umd": 95_010}
+    for name, total in totals.items():
+        assert sum(n[2] for key, n in data_check.PUBLISHED.items() if key.startswith(name)) == total
+
+
+def test_the_config_file_says_whose_it_is(tmp_path):
+    for file, kind in [
+        ("grpo_tpu", TrainConfig),
+        ("eval_quickstart", EvalConfig),
+        ("collect_quickstart", CollectConfig),
+    ]:
+        assert data_check.config_class(["x", f"--config={ROOT}/configs/{file}.py"]) is kind
+    with pytest.raises(DataError, match="--config=configs/X.py is required"):
+        data_check.config_class(["x"])
+    shutil.rmtree(tmp_path)
+    assert run_check("/nowhere", "/dev/null/x").returncode == 2

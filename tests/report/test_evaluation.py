@@ -1,0 +1,350 @@
+"""The pages: figures by hand, pictures that are the policy's own observations, and no markup from a model."""
+
+import base64
+import html.parser
+import io
+import json
+import math
+import re
+import shutil
+import time
+
+import cv2
+import numpy as np
+import pytest
+from agent_fakes import DiscSegmenter, disc, run
+from PIL import Image
+from pycocotools import mask as coco
+
+from rsagent_jax.agent.environment import abort, final_mask
+from rsagent_jax.agent.replay import to_json
+from rsagent_jax.agent.tools import render_call
+from rsagent_jax.evals import metrics
+from rsagent_jax.masks import intersection_union
+from rsagent_jax.report import evaluation as report
+from rsagent_jax.report import html as parts
+from rsagent_jax.report import quickstart
+from rsagent_jax.types import DataError, Finish, Segment, Status, Zoom
+from sam_bridge.types import FailureKind
+
+SIDE = 112
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> \"' </style>"
+TITLES = ["SFT loss", "GRPO reward", "reward: final", "reward: process", "process: gain", "Turns"]
+
+
+def scene(seed):
+    """u8[h, w, 3] and the disc that is meant."""
+    rng = np.random.default_rng(seed)
+    truth = disc(SIDE, SIDE, *rng.integers(30, 80, 2).tolist(), 18)
+    image = cv2.resize(rng.integers(60, 200, (5, 5, 3), dtype=np.uint8), (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
+    image[truth] = rng.integers(0, 256, 3)
+    return image, truth
+
+
+def script(truth, skill, rng):
+    """Turns of a policy; skill 0 mostly says nonsense, skill 1 clicks into the middle."""
+    rows, columns = np.nonzero(truth)
+    x, y = columns.mean() + (1 - skill) * rng.normal(0, 25), rows.mean() + (1 - skill) * rng.normal(0, 25)
+    place = tuple(float(round(v)) for v in np.clip((x, y), 20, SIDE - 21))
+    box = tuple(float(v) for v in (place[0] - 18, place[1] - 18, place[0] + 18, place[1] + 18))
+    if rng.random() > skill + 0.4:
+        return [EVIL, "I cannot do that.", "\ud800 <think>"]
+    thought = "Is it <b>this</b> one? " + EVIL
+    calls = [Zoom(box), Segment(points=(place,), labels=(1,)), Segment(box=box), Finish(2)]
+    return [render_call(call, thought) for call in (calls[1:] if skill else calls)]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_run(workdir, skill, n=12, kept=10, seed=0):
+    """What evaluate.py leaves behind, with real trajectories of a scripted policy."""
+    workdir.mkdir(parents=True)
+    rng, results, predictions, examples = np.random.default_rng(seed), [], [], []
+    for i in range(n):
+        image, truth = scene(i)
+        path = workdir.parent / f"{i}.png"
+        Image.fromarray(image).save(path)
+        state = run(script(truth, skill, rng), DiscSegmenter(18), image, f"disc {i} {EVIL}", history_size=SIDE)
+        state = state if state.status else abort(state, Status.MAX_CONTEXT)
+        counts = intersection_union(final_mask(state)[0], truth, None)
+        errors = sum(turn.error is not None for turn in state.turns)
+        result = metrics.SampleResult(f"s{i:02d}", *counts, state.status, len(state.turns), errors)
+        results.append(result)
+        row = {"id": result.id, "mask": None, "iou": result.iou, "status": result.status, "turns": result.turns}
+        predictions.append(row | {"intersection": result.intersection, "union": result.union})
+        rle = coco.encode(np.asfortranarray(truth.astype(np.uint8)))
+        ious = [a / (b + 1e-5) for a, b in (intersection_union(m.mask, truth, None) for m in state.masks)]
+        row = {"id": result.id, "query": state.query, "iou": result.iou, "status": result.status, "ious": ious}
+        gt = {"size": rle["size"], "counts": rle["counts"].decode()}
+        examples.append(row | {"gt": gt, "image": str(path), "record": to_json(state, str(path))})
+    figures = metrics.summarize(results, {"agent": {"max_turns": 8, "prompt": EVIL}}, benchmark=f"discs {EVIL}")
+    figures |= {"seconds_per_sample": 0.25, "weights_sha256": "abc"}
+    (workdir / "results.json").write_text(json.dumps(figures))
+    write_lines(workdir / "predictions.jsonl", predictions)
+    write_lines(workdir / "trajectories.jsonl", examples[:kept])
+    return workdir
+
+
+def write_train(workdir):
+    """What train.py leaves behind: a falling loss, and rewards that rise."""
+    workdir.mkdir()
+    rows = [{"step": i, "stage": "sft", "loss": 3 * math.exp(-i / 20), "logprob": -1.0} for i in range(1, 61)]
+    for i in range(1, 41):
+        keys = {"reward": i / 40, "reward/final": i / 50, "reward/process": 0.1, "reward/process/gain": 0.2, EVIL: 1.0}
+        rows.append(keys | {"step": i, "stage": "grpo", "giou": i / 50, "turns": 3.0, "kl_old": float("nan")})
+    write_lines(workdir / "metrics.jsonl", [*rows, rows[-1] | {"turns": 4.0}])
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    for name, skill in (("base", 0.0), ("sft", 0.4), ("grpo", 0.9)):
+        write_run(root / name, skill)
+    write_train(root / "train")
+    return root
+
+
+def arguments(runs, out, **other):
+    paths = {name: runs / name for name in ("train", "base", "sft", "grpo")} | {"out": out} | other
+    return [f"--{name}={path}" for name, path in paths.items()] + [f"--started={time.time() - 75}"]
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects elements and attributes, and that every element is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.found = [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def check_page(text):
+    """Well-formed, on its own, and with no markup but ours. Returns its pictures."""
+    found = Reader(text).found
+    assert {tag for tag, _ in found}.isdisjoint({"script", "link", "iframe", "b onerror"})
+    for _, attributes in found:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert "<script" not in text and "url(" not in text and "&lt;script&gt;" in text
+    policy = next(a["content"] for t, a in found if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy
+    return [Image.open(io.BytesIO(base64.b64decode(a["src"].partition(",")[2]))) for t, a in found if t == "img"]
+
+
+# --- One evaluation ---
+
+
+def test_page_of_an_evaluation(runs):
+    path = report.write_evaluation(runs / "grpo")
+    assert path == runs / "grpo" / "report" / "index.html"
+    text = path.read_text(encoding="utf-8")
+    figures = json.loads((runs / "grpo" / "results.json").read_text())
+    assert f"{figures['giou']:.3f}" in text and "{:.3f} to {:.3f}".format(*figures["giou_ci95"]) in text
+    assert "agent.max_turns" in text and "weights_sha256" in text and "0.25 s" in text
+    evaluation = report.load_evaluation(runs / "grpo")
+    pictures = check_page(text)
+    observed = sum(t.observation is not None and t.observation.image is not None for e in evaluation.examples
+                   for t in report.replay(e.record).turns)  # fmt: skip
+    assert len(pictures) == observed + 2 * len(evaluation.examples)  # and question and answer of each
+    assert all(max(p.size) >= parts.SMALLEST for p in pictures)
+
+
+def test_sections_are_sorted(runs):
+    text = report.write_evaluation(runs / "sft").read_text(encoding="utf-8")
+    good, bad = (re.findall(r'class="badge \w+">IoU ([\d.]+)</span><span class="badge \w+">', part)
+                 for part in text.partition("<h2>Good")[2].split("<h2>Bad"))  # fmt: skip
+    good, bad = [float(v) for v in good], [float(v) for v in bad]
+    assert len(good) + len(bad) == 10 and good and bad
+    assert good == sorted(good, reverse=True) and min(good) >= 0.5
+    assert bad == sorted(bad) and max(bad) < 0.5
+
+
+def test_pictures_are_what_the_policy_saw(runs):
+    evaluation = report.load_evaluation(runs / "grpo")
+    example = next(e for e in evaluation.examples if e.status is Status.FINISHED)
+    turn = report.replay(example.record).turns[0]
+    seen = Image.fromarray(turn.observation.image)
+    shown = check_page(parts.page("x", report.strip(evaluation, example), EVIL))[1]
+    assert shown.size == (3 * SIDE, 3 * SIDE)  # a whole factor
+    expected = np.asarray(seen.resize(shown.size, Image.Resampling.BICUBIC), float)
+    assert np.abs(np.asarray(shown, float) - expected).mean() < 4  # JPEG
+
+
+def test_errors_and_failures_are_shown(tmp_path):
+    image, truth = scene(0)
+    texts = [EVIL, render_call(Finish(7), "<done>"), render_call(Segment(box=(-9, 0, 50, 50)), "try")]
+    state = run(texts, DiscSegmenter(fail=[FailureKind.TIMEOUT]), image, EVIL)
+    assert state.status is Status.ENV_FAILED
+    Image.fromarray(image).save(tmp_path / "image.png")
+    rle = coco.encode(np.asfortranarray(truth.astype(np.uint8)))
+    gt = {"size": rle["size"], "counts": rle["counts"].decode()}
+    example = report.Example("s", EVIL, 0.0, state.status, (), gt, "image.png", to_json(state))
+    evaluation = report.Evaluation(tmp_path, {}, (), (example,))
+    text = report.card(example, [(None, evaluation, example)])
+    check_page(parts.page("x", text))
+    for words in ("malformed, no_call", "refused, unknown_mask", "tool failed, timeout", "1 clipped", "env failed"):
+        assert words in text, words
+
+
+@pytest.mark.parametrize("damage", ["image", "record", "gt"])
+def test_a_trajectory_that_cannot_be_shown_says_why(runs, damage):
+    evaluation = report.load_evaluation(runs / "grpo")
+    values = {"image": "nowhere/<b>.png", "record": "{}", "gt": {"size": [1, 2]}}
+    example = report.dataclasses.replace(evaluation.examples[0], **{damage: values[damage]})
+    text = report.strip(evaluation, example)
+    assert text.startswith('<p class="fault">Cannot be shown: ') and "<b>" not in text
+
+
+def test_ciou_interval_of_equal_rows_has_no_width():
+    row = report.Prediction("a", 30, 40, 0.75, Status.FINISHED, 2)
+    for pictures in (None, list("aabbb")):
+        assert report._ciou_ci([row] * 5, pictures) == pytest.approx((0.75, 0.75))
+
+
+# --- Three policies ---
+
+
+def test_summary(runs, tmp_path, capsys):
+    assert quickstart.main(arguments(runs, tmp_path / "out")) == 0
+    value = json.loads((tmp_path / "out" / "summary.json").read_text())
+    figures = {name: json.loads((runs / name / "results.json").read_text()) for name in ("base", "sft", "grpo")}
+    for name, expected in figures.items():
+        assert value[name] == {key: expected[key] for key in quickstart.KEYS}
+    assert value["gain"] == pytest.approx(figures["grpo"]["giou"] - figures["sft"]["giou"], abs=1e-9)
+    after, before = (report.load_evaluation(runs / name).ious for name in ("grpo", "sft"))
+    assert value["gain_ci95"] == list(metrics.paired_bootstrap_ci(after, before))
+    assert value["gain_ci95"][0] <= value["gain"] <= value["gain_ci95"][1]
+    assert 75 <= value["seconds"] < 300
+    lines = capsys.readouterr().out.splitlines()
+    assert len({len(line) for line in lines[:5]}) == 1  # aligned
+    assert lines[4].split()[:3] == ["after", "GRPO", f"{figures['grpo']['giou']:.3f}"]
+    text = (tmp_path / "out" / "report" / "index.html").read_text(encoding="utf-8")
+    check_page(text)
+    assert all(f"<b>{title}</b>" in text for title in TITLES) and "Tool errors</b>" not in text
+    assert text.count('<article class="card">') == 8 and text.count('class="policy"') == 24
+    assert "3 → 3.33" in text  # the later object of a step that was done again
+
+
+def test_summary_shows_accuracies_where_targets_are_absent(runs, tmp_path, capsys):
+    for name, accuracies in (("base", (1.0, 0.0)), ("sft", (0.5, 0.75)), ("grpo", (0.875, None))):
+        shutil.copytree(runs / name, tmp_path / name)
+        path = tmp_path / name / "results.json"
+        figures = json.loads(path.read_text()) | dict(zip(("n_acc", "t_acc"), accuracies, strict=True))
+        path.write_text(json.dumps(figures | {"giou_target": 0.25}))
+    assert quickstart.main(arguments(tmp_path, tmp_path / "out", train=runs / "train")) == 0
+    value = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (value["sft"]["n_acc"], value["sft"]["t_acc"], value["sft"]["giou_target"]) == (0.5, 0.75, 0.25)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[3:] == ["cIoU", "N-acc", "T-acc", "turns", "tool", "errors", "samples"]
+    shares = [re.findall(r"(\S+%|-) ", line)[:2] for line in lines[2:5]]
+    assert shares == [["100.0%", "0.0%"], ["50.0%", "75.0%"], ["87.5%", "-"]]
+    assert quickstart.ABSENT_NOTE in lines
+    text = (tmp_path / "out" / "report" / "index.html").read_text(encoding="utf-8")
+    check_page(text)
+    assert ">N-acc</th>" in text and ">87.5%</td>" in text and quickstart.ABSENT_NOTE in text
+
+
+def test_choose_takes_no_sample_twice():
+    rows = [report.Example(str(i), "", i / 10, Status.FINISHED, (), {}, "", "") for i in range(10)]
+    good, bad = quickstart.choose(rows)
+    assert [e.id for e in good] == ["9", "8", "7", "6"] and [e.id for e in bad] == ["0", "1", "2", "3"]
+    good, bad = quickstart.choose(rows[:3])
+    assert [e.id for e in good] == ["2", "1"] and [e.id for e in bad] == ["0"]
+    assert quickstart.choose([]) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["train", "base", "sft", "grpo"])
+def test_a_missing_directory_is_one_line_and_status_2(runs, tmp_path, capsys, name):
+    assert quickstart.main(arguments(runs, tmp_path / "out", **{name: tmp_path / "none"})) == 2
+    said = capsys.readouterr()
+    script_name, file = ("train.py", "metrics.jsonl") if name == "train" else ("evaluate.py", "results.json")
+    assert said.out == "" and said.err.count("\n") == 1
+    assert f"{tmp_path / 'none' / file} is missing" in said.err and f"python {script_name} " in said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_samples_are_not_compared(runs, tmp_path, capsys):
+    write_run(tmp_path / "small", 0.9, n=5)
+    assert quickstart.main(arguments(runs, tmp_path / "out", grpo=tmp_path / "small")) == 2
+    assert "do not cover the same samples" in capsys.readouterr().err
+
+
+def test_examples_may_be_none(tmp_path):
+    for name in ("base", "sft", "grpo"):
+        write_run(tmp_path / name, 0.9, n=3, kept=0)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "metrics.jsonl").write_text("")
+    assert quickstart.main(arguments(tmp_path, tmp_path / "out")) == 0
+    assert "None of the 0 examples kept" in report.write_evaluation(tmp_path / "sft").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("results.json", "[1]", "not a JSON object"),
+        ("results.json", '{"n": 1}', "has no benchmark"),
+        ("predictions.jsonl", "", "is empty"),
+        ("predictions.jsonl", '\n{"id": 1', "line 2: not JSON"),
+        ("predictions.jsonl", '{"id": "a"}', "line 1: KeyError"),
+        ("trajectories.jsonl", None, "is missing"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, file, text, words):
+    workdir = write_run(tmp_path / "run", 0.9, n=2)
+    (workdir / file).unlink()
+    if text is not None:
+        (workdir / file).write_text(text)
+    with pytest.raises(DataError, match=rf"(?s){re.escape(str(workdir / file))}.*{words}.*evaluate.py"):
+        report.load_evaluation(workdir)
+
+
+# --- Parts ---
+
+
+def test_escape():
+    text = parts.tag("p", "<i> &", parts.tag("br"), None, title='a"b', class_="x", hidden=None)
+    assert text == '<p title="a&quot;b" class="x">&lt;i&gt; &amp;<br></p>'
+    assert parts.escape("a\ud800\x00b") == "a\ufffd\ufffdb"
+
+
+def test_smoothing_keeps_a_straight_line_and_halves_noise():
+    line = [2.0 * i for i in range(100)]
+    assert parts.smoothed(line)[6:-6] == pytest.approx(line[6:-6])
+    assert parts.smoothed(line)[0] == pytest.approx(np.mean(line[:7]))
+    noise = np.random.default_rng(0).normal(size=100)
+    assert np.std(parts.smoothed(noise)) < 0.5 * np.std(noise)
+    assert parts.smoothed([1.0, 5.0]) == [1.0, 5.0]
+
+
+def test_ticks_are_round_and_cover():
+    assert parts._ticks(0, 7, whole=True) == [0, 2, 4, 6, 8]
+    assert parts._ticks(0, 1, whole=True) == [0, 1]
+    assert parts._ticks(-0.3, 0.55) == pytest.approx([-0.4, -0.2, 0, 0.2, 0.4, 0.6])
+
+
+@pytest.mark.parametrize("y", [[0.5], [0.0, 0.0], [1e6, -1e6, 3.0], [1e-9, 2e-9]])
+def test_charts_of_odd_curves_are_drawn(y):
+    text = parts.line_chart("t", list(range(len(y))), y, "step", "y")
+    Reader(text)
+    numbers = [float(v) for v in re.findall(r"-?\d+\.?\d*", "".join(re.findall(r'points="([^"]*)"', text)))]
+    assert len(numbers) == 2 * len(y) and all(0 <= v <= parts._WIDTH for v in numbers)
+
+
+def test_histogram_counts():
+    text = parts.histogram([0.0, 0.01, 0.5, 1.0], bins=4)
+    assert re.findall(r"<title>IoU (.*?)</title>", text) == ["0.00 to 0.25: 2", "0.25 to 0.50: 0", "0.50 to 0.75: 1", "0.75 to 1.00: 1"]  # fmt: skip # noqa: E501
+    assert re.findall(r'<rect class="(\w+)"', text) == ["bad", "bad", "good", "good"]

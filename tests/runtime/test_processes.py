@@ -1,0 +1,254 @@
+"""The same training on one device, on 8 simulated ones in several meshes, and on 2 processes with 4 each.
+
+Each run is its own process, or two, since the number of devices is set before jax starts. Everything runs through
+train.run_stage: sources, rollouts, programs, checkpoints.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from rsagent_jax.config.schema import BatchConfig
+from rsagent_jax.data import packing
+from rsagent_jax.runtime import processes, sharding
+from rsagent_jax.runtime.processes import Share
+from rsagent_jax.types import DataError
+from tests.rollout import small
+
+ROOT = pathlib.Path(__file__).parents[2]
+MESHES = {
+    "fsdp": {"fsdp": 8},
+    "data, fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "data": {"data": 8, "fsdp": 1},
+}
+COMPARED = ("loss", "l2_grads", "tokens")
+# Of every rollout, under rollout/; besides tokens_per_s, turns and endings/<status>.
+LOGGED = """seconds tokens_per_s weights_seconds device tool_wait prefill decode prefill_tokens copied_tokens
+    decode_tokens occupancy kv_mib""".split()
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Trajectories of different lengths: processes get different numbers of rows."""
+    directory = tmp_path_factory.mktemp("set")
+    tasks = [small.task(i, h=56, w=56) for i in range(9)]
+    scripts = {f"s{i}": (*(small.click(20 + i + n, 30) for n in range(1 + i % 3)), small.finish(1)) for i in range(9)}
+    return small.store(directory, tasks, scripts)
+
+
+class Run:
+    def __init__(self, workdir):
+        self.params = dict(np.load(workdir / "params.npz"))
+        self.metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def train_on(stored, tmp_path_factory):
+    """train_on(stage, mesh, n processes, devices of each, steps, from_run, …) -> Run; each is done once."""
+    done, compiled = {}, tmp_path_factory.mktemp("compiled")
+
+    def go(stage, mesh, n=1, devices=8, steps=2, start=None, name=None, rank=0, freeze=(), delays=()):
+        key = (stage, json.dumps(mesh), n, devices, steps, start, rank, freeze, delays)
+        if key not in done:
+            workdir = tmp_path_factory.mktemp(name or "run")
+            if start:
+                shutil.copytree(start / "checkpoints", workdir / "checkpoints")
+                shutil.copy(start / "metrics.jsonl", workdir)
+            job = dict(stage=stage, mesh=mesh, devices=n * devices, steps=steps, workdir=str(workdir))
+            job |= dict(rank=rank, freeze=freeze, delays=delays)
+            job |= dict(stored=str(stored), weights=str(small.weights()), out=str(workdir / "params.npz"))
+            launch(job, n, devices, compiled)
+            done[key] = workdir
+        return done[key]
+
+    return go
+
+
+def launch(job, n, devices, compiled):
+    """Starts the processes of one run and waits for all; what one says on stderr is shown if it fails."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "agent")])
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # most of the time is compilation
+    env = os.environ | {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {quick} --xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": path,
+    }
+    if n == 1:
+        env["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
+    running = []
+    for i in range(n):
+        who = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(n), "JAX_PROCESS_ID": str(i)}
+        command = [sys.executable, "-m", "tests.mesh_worker", json.dumps(job)]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running.append(subprocess.Popen(command, cwd=ROOT, env=env | (who if n > 1 else {}), **pipes))
+    try:
+        said = [p.communicate(timeout=400)[1] for p in running]
+    finally:
+        for p in running:
+            p.kill()
+    assert all(p.returncode == 0 for p in running), "\n".join(s[-3000:] for s in said)
+
+
+def assert_same(got: Run, want: Run):
+    assert len(got.metrics) == len(want.metrics)
+    for a, b in zip(got.metrics, want.metrics, strict=True):
+        for name in COMPARED:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
+    for name, value in want.params.items():
+        assert np.abs(got.params[name] - value).max() <= 2e-5, name
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_one_device_eight_devices_and_two_processes_train_the_same(train_on, stage):
+    want = Run(train_on(stage, {}, devices=1))
+    start = dict(np.load(train_on(stage, {}, devices=1, steps=1) / "params.npz"))
+    assert max(np.abs(start[k] - v).max() for k, v in want.params.items()) > 1e-4  # a step does something
+    for mesh in MESHES.values() if stage == "sft" else [MESHES["data, fsdp, tensor"]]:
+        assert_same(Run(train_on(stage, mesh)), want)
+    for mesh in (MESHES["fsdp"], MESHES["data, fsdp, tensor"]) if stage == "sft" else [MESHES["fsdp"]]:
+        assert_same(Run(train_on(stage, mesh, n=2, devices=4)), want)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_checkpoint_of_one_mesh_is_continued_on_another(train_on, stage):
+    """Step 1 on 8 devices of one process, step 2 on 2 processes with another mesh."""
+    want = Run(train_on(stage, {}, devices=1))
+    first = train_on(stage, MESHES["data, fsdp, tensor"], steps=1)
+    assert_same(Run(train_on(stage, MESHES["fsdp"], n=2, devices=4, start=first)), want)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("stage", "part", "mesh", "n"),
+    [
+        ("sft", dict(rank=4), "data, fsdp, tensor", 1),
+        ("grpo", dict(rank=4), "fsdp", 2),
+        ("grpo", dict(freeze=("vision", "merger")), "data, fsdp, tensor", 1),
+    ],
+)
+def test_adapters_and_frozen_parts_train_the_same_on_every_mesh(train_on, stage, part, mesh, n):
+    """KL to the base, the tower's work done once, and merged rollouts are in the GRPO runs."""
+    want = Run(train_on(stage, {}, devices=1, **part))
+    start = jax.tree_util.tree_leaves_with_path(small.split(small.model())[1])
+    moved = {jax.tree_util.keystr(k): np.abs(want.params[jax.tree_util.keystr(k)] - v).max() for k, v in start}
+    assert all((change > 0) == ("rank" not in part or "kernel" in k) for k, change in moved.items() if "layers" in k)
+    assert not any(change for k, change in moved.items() if "vision" in k)
+    assert_same(Run(train_on(stage, MESHES[mesh], n=n, devices=8 // n, **part)), want)
+
+
+@pytest.mark.timeout(900)
+def test_slow_tools_on_one_process_neither_change_nor_stop_what_two_of_them_play(train_on):
+    """Process 0 waits for every tool call, process 1 for none: they meet at the train step and not before."""
+    one, two = (
+        train_on("grpo", {"fsdp": 2 * len(delays)}, n=len(delays), devices=2, steps=3, delays=delays)
+        for delays in ((0.0,), (0.7, 0.0))
+    )
+    (whole,), parts = ([json.loads(p.read_text()) for p in sorted(d.glob("played_*.json"))] for d in (one, two))
+    for step in range(3):
+        want = {t["uid"]: t for t in whole[step]["trajectories"]}
+        shares = [part[step]["trajectories"] for part in parts]
+        # Four groups of two: a group stays where it began, and every other one is here.
+        assert [[t["uid"] // 2 for t in share] for share in shares] == [[0, 0, 2, 2], [1, 1, 3, 3]]
+        assert {t["turns"] for t in want.values()} <= {2, 3}
+        for t in (t for share in shares for t in share):
+            assert t["tokens"] == want[t["uid"]]["tokens"]
+            if step == 0:  # the same weights, and as many slots per process: to the last bit
+                assert t["logprobs"] == want[t["uid"]]["logprobs"]
+            np.testing.assert_allclose(t["logprobs"], want[t["uid"]]["logprobs"], rtol=0, atol=1e-4)
+    assert_same(Run(two), Run(one))
+    fast = json.loads((two / "process_1" / "metrics.jsonl").read_text().splitlines()[-1])
+    slow = Run(two).metrics[-1]
+    assert slow["rollout_seconds"] > 1.4 and fast["rollout_seconds"] < slow["rollout_seconds"] - 0.35
+    assert slow["rollout/tool_wait"] > 0.4
+    assert {name for name in slow if name.startswith("rollout/")} == {f"rollout/{name}" for name in LOGGED}
+    assert {"tokens_per_s", "turns", "endings/finished"} <= {*slow}
+    # Between the rollouts of steps 2 and 3: a train step and the weights' way to every process, all compiled before.
+    assert [part[2]["compiled"] - part[1]["compiled"] for part in (whole, *parts)] == [0, 0, 0]
+
+
+# ------------------------------------------------------------------------------------------------- who holds what
+
+
+class FakeDevice:
+    platform = "cpu"
+
+    def __init__(self, i, process):
+        self.id, self.process_index = i, process
+
+    def __hash__(self):
+        return hash(self.id)
+
+
+def share_of(process, per_process, sizes, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    devices = np.array([FakeDevice(i, i // per_process) for i in range(int(np.prod(sizes)))])
+    mesh = type("Mesh", (), {"devices": devices.reshape(sizes), "shape": dict(zip(sharding.AXES, sizes, strict=True))})
+    return processes.row_share(mesh)
+
+
+def test_rows_are_shared_by_who_holds_them(monkeypatch):
+    assert [share_of(p, 4, (1, 8, 1), monkeypatch) for p in (0, 1)] == [Share(0, 2), Share(1, 2)]
+    assert [share_of(p, 4, (2, 2, 2), monkeypatch) for p in (0, 1)] == [Share(0, 2), Share(1, 2)]
+    # a tensor group over two processes: both hold the same rows
+    assert [share_of(p, 2, (1, 2, 4), monkeypatch) for p in range(4)] == [Share(i // 2, 2) for i in range(4)]
+    assert share_of(0, 8, (2, 2, 2), monkeypatch) == Share(0, 1)
+
+
+def test_rows_that_no_process_holds_evenly_are_a_data_error(monkeypatch):
+    for process in range(3):  # the second one has devices of both groups
+        with pytest.raises(DataError, match=r"hold the row groups \{0: \[0\], 1: \[0, 1\], 2: \[1\]\}.*mesh.tensor"):
+            share_of(process, 2, (1, 2, 3), monkeypatch)
+
+
+def test_what_does_not_divide_among_the_processes_is_a_data_error():
+    assert Share(1, 4).of(64, "batch.rows") == 16
+    with pytest.raises(DataError, match="batch.rows = 6 must be a multiple of the 4 processes"):
+        Share(0, 4).of(6, "batch.rows")
+
+
+def test_all_processes_start_or_none_does(monkeypatch):
+    """One that could go on must not wait in a collective for another that refused."""
+
+    def refuse():
+        raise DataError("seed: 0 there, 1 now")
+
+    assert processes.total([1, 2]) == [1, 2] and processes.all_or_none(lambda: "ready") == "ready"
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for failed_elsewhere in (0, 1):
+        gather = lambda mine, other=failed_elsewhere: np.stack([mine, np.full_like(mine, other)])  # noqa: E731
+        monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+        assert processes.total([3, 0]) == [3 + failed_elsewhere, failed_elsewhere]
+        with pytest.raises(DataError, match="seed"):
+            processes.all_or_none(refuse)
+        if not failed_elsewhere:
+            assert processes.all_or_none(lambda: "ready") == "ready"
+    with pytest.raises(DataError, match="1 of 2 processes could not start"):
+        processes.all_or_none(lambda: "ready")
+
+
+@pytest.mark.parametrize("given", [{"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}, {"JAX_PROCESS_ID": "0"}])
+def test_half_told_processes_are_a_data_error(given, monkeypatch):
+    for name in processes.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DataError, match="JAX_COORDINATOR_ADDRESS=.*JAX_NUM_PROCESSES=, JAX_PROCESS_ID="):
+        processes.join()
+
+
+def test_a_batch_of_padding_trains_nothing():
+    batch = packing.empty(BatchConfig(rows=2, tokens=64, patches=32), small.processor().config)
+    assert batch.tokens.shape == (2, 64) and not batch.loss_mask.any() and not batch.segment_ids.any()

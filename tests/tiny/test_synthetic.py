@@ -1,0 +1,240 @@
+"""The writer: what is read back is what was drawn, runs are repeatable, and nobody's files are overwritten."""
+
+import json
+import pickle
+import pickletools
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from rsagent_jax import masks
+from rsagent_jax.data.sets import refcoco
+from rsagent_jax.tiny import scenes, synthetic
+from rsagent_jax.types import DataError
+
+COUNTS = {"train": 24, "val": 6, "test": 4}  # of the `dataset` fixture, seed 5
+
+
+def _read(root):
+    refs = pickle.loads((root / "refcocog/refs(umd).p").read_bytes())
+    return refs, json.loads((root / "refcocog/instances.json").read_text())
+
+
+def test_write_then_read_gives_the_scene_back(dataset, photos):
+    config = scenes.SceneConfig()
+    for split, count in COUNTS.items():
+        read = iter(refcoco.load_refcoco(dataset, split=split))
+        for index in range(count):
+            scene, references = synthetic.scene_at(5, split, index, 2 if split == "train" else 1, config, photos)
+            pixels = scenes.jpeg_roundtrip(scene.image, config.jpeg_quality)
+            for reference in (r for r in references if r.object_index is not None):
+                drawn = scene.objects[reference.object_index].mask
+                for text in reference.texts:
+                    sample = next(read)
+                    assert sample.query == text
+                    assert (sample.image == pixels).all()
+                    iou = (sample.gt_mask & drawn).sum() / (sample.gt_mask | drawn).sum()
+                    assert iou >= 0.97
+                    assert scenes.resolve(scene.objects, text) == [reference.object_index]
+        assert next(read, None) is None
+
+
+def test_grefcoco_holds_the_same_references_and_absent_ones(dataset, photos):
+    config, absent, total = scenes.SceneConfig(), 0, 0
+    for split, count in COUNTS.items():
+        read = iter(refcoco.load_refcoco(dataset, "grefcoco", "unc", split))
+        present = refcoco.load_refcoco(dataset, split=split)
+        by_text = {(sample.path, sample.query): sample for sample in present}
+        for index in range(count):
+            scene, references = synthetic.scene_at(5, split, index, 2 if split == "train" else 1, config, photos)
+            assert [r.object_index for r in references[:-1]].count(None) == 0  # at most one, and last
+            total += len(references)
+            for reference in references:
+                for text in reference.texts:
+                    sample = next(read)
+                    assert sample.query == text
+                    if reference.object_index is not None:
+                        assert (sample.gt_mask == by_text.pop((sample.path, text)).gt_mask).all()
+                    else:
+                        assert not sample.gt_mask.any() and scenes.resolve(scene.objects, text) == []
+            absent += references[-1].object_index is None
+        assert next(read, None) is None and not by_text
+    assert 0.08 < absent / total < 0.25  # a sixth is meant
+    refs = pickle.loads((dataset / "grefcoco/grefs(unc).p").read_bytes())
+    assert sum(r["ann_id"] == [-1] and r["category_id"] == [-1] for r in refs) == absent
+    assert len({r["ref_id"] for r in refs}) == len(refs) == total
+
+
+def test_a_sixth_of_the_references_is_absent(photos):
+    """Over many scenes, without writing them."""
+    config = scenes.SceneConfig()
+    drawn = [r for i in range(400) for r in synthetic.scene_at(0, "train", i, 2, config, photos)[1]]
+    assert np.mean([r.object_index is None for r in drawn]) == pytest.approx(1 / 6, abs=0.03)
+    assert all(1 <= len(r.texts) == len(set(r.texts)) <= 2 for r in drawn)
+
+
+def test_masks_equal_pycocotools_on_the_same_file(dataset):
+    coco = COCO(dataset / "refcocog/instances.json")
+    checked = 0
+    for split in COUNTS:
+        index = refcoco.load_refcoco(dataset, split=split)
+        refs = {ref["ref_id"]: ref for ref in _read(dataset)[0]}
+        for sample in index:
+            ann = coco.anns[refs[int(sample.id.split("/")[3])]["ann_id"]]
+            assert (coco.annToMask(ann).astype(bool) == sample.gt_mask).all()
+            assert ann["area"] == np.count_nonzero(sample.gt_mask)
+            x, y, w, h = ann["bbox"]
+            rows, columns = np.nonzero(sample.gt_mask)
+            assert (x, y, x + w, y + h) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            checked += 1
+    assert checked > 40
+
+
+def test_layout_is_that_of_refer(dataset):
+    refs, instances = _read(dataset)
+    raw = (dataset / "refcocog/refs(umd).p").read_bytes()
+    assert next(pickletools.genops(raw))[:2][1] == 2  # PROTO 2
+    assert set(instances) >= {"images", "annotations", "categories"}
+    images = {i["id"]: i for i in instances["images"]}
+    annotations = {a["id"]: a for a in instances["annotations"]}
+    assert len(images) == sum(COUNTS.values()) and len(annotations) == len(instances["annotations"])
+    for ref in refs:
+        assert set(ref) == {
+            *("ref_id", "ann_id", "category_id", "file_name", "image_id", "sent_ids", "sentences", "split"),
+        }
+        annotation, image = annotations[ref["ann_id"]], images[ref["image_id"]]
+        assert annotation["image_id"] == image["id"] and annotation["category_id"] == ref["category_id"]
+        assert image["file_name"] == f"COCO_train2014_{image['id']:012d}.jpg"
+        assert (dataset / refcoco.IMAGES / image["file_name"]).is_file()
+        assert not (dataset / refcoco.IMAGES / ref["file_name"]).exists()  # the trap of the real files
+        assert ref["sent_ids"] == [s["sent_id"] for s in ref["sentences"]] and 1 <= len(ref["sentences"]) <= 2
+        for s in ref["sentences"]:
+            assert s["tokens"] == s["sent"].split() and s["raw"].lower().rstrip(".") == s["sent"]
+    for key in ("ref_id",):
+        assert len({r[key] for r in refs}) == len(refs)
+    sent_ids = [s for r in refs for s in r["sent_ids"]]
+    assert len(set(sent_ids)) == len(sent_ids)
+    per_image = {s: len([r for r in refs if r["split"] == s]) / n for s, n in COUNTS.items()}
+    assert per_image == {"train": 2, "val": 1, "test": 1}
+
+
+def test_more_scenes_keep_the_earlier_ones(dataset, tmp_path):
+    synthetic.write_dataset(tmp_path / "more", train=30, val=2, test=0, seed=5, progress=False)
+    few, many = _read(dataset), _read(tmp_path / "more")
+    assert [r for r in few[0] if r["split"] == "train"] == [r for r in many[0] if r["split"] == "train"][:48]
+    kept = {a["id"]: a for a in few[1]["annotations"]}
+    assert sum(kept.get(a["id"]) == a for a in many[1]["annotations"]) > 70
+    for image in few[1]["images"][:24]:
+        name = refcoco.IMAGES / image["file_name"]
+        assert (dataset / name).read_bytes() == (tmp_path / "more" / name).read_bytes()
+
+
+def test_splits_and_seeds_differ(dataset, tmp_path):
+    synthetic.write_dataset(tmp_path / "other", train=24, val=6, test=4, seed=6, progress=False)
+    pictures = [p.read_bytes() for root in (dataset, tmp_path / "other") for p in sorted(root.rglob("*.jpg"))]
+    assert len(set(pictures)) == len(pictures) == 2 * sum(COUNTS.values())
+
+
+def test_second_run_finds_it_there(copied):
+    before = {p: p.stat().st_mtime_ns for p in copied.rglob("*")}
+    wrote = synthetic.write_dataset(copied, **COUNTS, seed=5, progress=False)
+    assert wrote.already_there and wrote.scenes == 34 and wrote.references == 58
+    assert {p: p.stat().st_mtime_ns for p in copied.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "lost", ["refcocog/instances.json", "refcocog/refs(umd).p", "grefcoco/grefs(unc).p", "picture"]
+)
+def test_a_damaged_copy_is_rebuilt(copied, dataset, lost):
+    lost = next(copied.rglob("*.jpg")) if lost == "picture" else copied / lost
+    whole = lost.read_bytes()
+    lost.unlink()
+    assert not synthetic.write_dataset(copied, **COUNTS, seed=5, progress=False).already_there
+    assert lost.read_bytes() == whole
+    assert [p.name for p in copied.parent.iterdir()] == [copied.name]  # no temporary directory stays
+
+
+def test_other_settings_are_refused(copied):
+    with pytest.raises(DataError, match=r"other settings \(seed, scenes\): choose another --out"):
+        synthetic.write_dataset(copied, train=1, val=1, test=1, seed=1, progress=False)
+
+
+def test_foreign_directories_and_files_are_left_alone(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("x")
+    with pytest.raises(DataError, match="not empty and was not written by this command"):
+        synthetic.write_dataset(home, train=1, val=0, test=0, progress=False)
+    for stamp in ("", "[]", "{}", '{"wrote": 5}'):
+        (home / "synthetic.json").write_text(stamp)
+        with pytest.raises(DataError, match="was not written by this command"):
+            synthetic.write_dataset(home, train=1, val=0, test=0, progress=False)
+    (home / "synthetic.json").unlink()
+    with pytest.raises(DataError, match="is a file"):
+        synthetic.write_dataset(home / "thesis.tex", train=1, val=0, test=0, progress=False)
+    with pytest.raises(DataError, match="cannot write"):
+        synthetic.write_dataset(home / "thesis.tex" / "sub", train=1, val=0, test=0, progress=False)
+    assert [p.name for p in tmp_path.rglob("*")] == ["home", "thesis.tex"]
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(synthetic, "_annotation", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        synthetic.write_dataset(tmp_path / "out", train=1, val=0, test=0, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_equal_run_that_was_faster_wins(tmp_path, monkeypatch):
+    write, out = synthetic._write, tmp_path / "out"
+
+    def slower(*args):
+        monkeypatch.setattr(synthetic, "_write", write)
+        synthetic.write_dataset(out, train=1, val=0, test=0, progress=False)
+        return write(*args)
+
+    monkeypatch.setattr(synthetic, "_write", slower)
+    assert synthetic.write_dataset(out, train=1, val=0, test=0, progress=False).already_there
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"train": -1}, {"train": 0}, {"seed": -1}, {"refs_per_image": 0}, {"size": 8}, {"train": 10**7}]
+)
+def test_bad_numbers(tmp_path, wrong):
+    with pytest.raises(DataError):
+        synthetic.write_dataset(tmp_path / "out", **{"train": 1, "val": 0, "test": 0, **wrong}, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_line(tmp_path, capsys):
+    arguments = [f"--out={tmp_path / 'out'}", "--train=2", "--val=1", "--test=0", "--seed=3", "--size=96"]
+    assert synthetic.main([*arguments, "--refs_per_image=3"]) == 0
+    assert capsys.readouterr().out.startswith("3 scenes, 9 references and ")
+    assert refcoco.load_refcoco(tmp_path / "out", split="val")[0].image.shape == (96, 96, 3)
+    assert synthetic.main([*arguments, "--refs_per_image=3"]) == 0
+    assert capsys.readouterr().out.startswith("already there: 3 scenes")
+    assert synthetic.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and "refs_per_image" in captured.err and not captured.out
+
+
+def test_segmentation_says_holes_and_parts_exactly():
+    ring = np.zeros((40, 60), bool)
+    ring[5:30, 10:50] = True
+    ring[10:20, 20:30] = False
+    parts = np.zeros((40, 60), bool)
+    parts[0:4, 0:6] = parts[20:40, 30:60] = True
+    parts[10, 10] = True  # a single pixel is a part too
+    for mask, kind in ((ring, dict), (parts, list), (np.zeros((4, 5), bool), dict), (np.ones((4, 5), bool), list)):
+        segmentation = json.loads(json.dumps(synthetic.segmentation_of(mask)))
+        assert isinstance(segmentation, kind)
+        assert (masks.decode_segmentation(segmentation, *mask.shape, "it") == mask).all()
+        theirs = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, *mask.shape))
+                                  if kind is list else coco_mask.frPyObjects(segmentation, *mask.shape))  # fmt: skip
+        assert (theirs == mask).all()
+    assert len(synthetic.segmentation_of(parts)) == 3

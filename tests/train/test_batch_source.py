@@ -1,0 +1,359 @@
+"""What each source of batches keeps, drops and counts."""
+
+import dataclasses
+import types
+import weakref
+
+import numpy as np
+import pytest
+from agent_fakes import disc
+
+from rsagent_jax.agent import environment
+from rsagent_jax.agent.environment import SegmentFailure
+from rsagent_jax.agent.replay import replay
+from rsagent_jax.config.reward import RewardGroup, RewardTerm
+from rsagent_jax.config.schema import (
+    AgentConfig,
+    BatchConfig,
+    GrpoConfig,
+    ReadConfig,
+    SamplingConfig,
+)
+from rsagent_jax.data import packing
+from rsagent_jax.rewards import RewardError
+from rsagent_jax.train import batch_source
+from rsagent_jax.train.batch_source import GrpoSource
+from rsagent_jax.types import DataError, Status, Trajectory
+from sam_bridge.types import FailureKind
+from tests.rollout import small
+from tests.rollout.small import trajectory
+
+BATCH = BatchConfig(rows=2, tokens=64, patches=64)
+
+
+def sample(i: int):
+    return dataclasses.replace(small.sample(i, 56, 56), gt_mask=disc(56, 56, 28, 28, 20))
+
+
+def state_of(t: Trajectory):
+    """What the driver would know of it: the segmenter answered where there is a mask, and failed where the tool did."""
+    broken = t.status is Status.ENV_FAILED
+    replies = (object(),) if broken or t.final_mask.any() else (None,)
+    return types.SimpleNamespace(replies=replies, failure=failure(t.seconds.get("kind", "timeout")) if broken else None)
+
+
+def failure(kind: str) -> SegmentFailure | None:
+    return SegmentFailure(FailureKind(kind), "") if kind else None
+
+
+class Played:
+    """A driver that has the trajectories already, and an engine that only notes what it is given."""
+
+    def __init__(self, groups):
+        self.groups, self.tasks, self.loaded = groups, [], []
+
+    def run(self, tasks):
+        self.tasks += tasks
+        out, groups = [], list(self.groups)
+        for t in tasks:
+            number = int(t.sample.id[1:])
+            made = groups[number][t.uid % len(groups[number])]
+            out.append((dataclasses.replace(made, group_id=t.group_id), state_of(made)))
+        return out
+
+    def metrics(self):
+        return {}
+
+    def load(self, params, key):
+        self.loaded.append((params, key))
+
+
+def source(groups, **config) -> GrpoSource:
+    """Every step plays all groups; `groups[i]` are the trajectories of sample i."""
+    settings = GrpoConfig(
+        **{
+            "prompts": len(groups),
+            "group": len(groups[0]),
+            "batch": BATCH,
+            "sampling": SamplingConfig(context=64, max_new_tokens=20, patches=64),
+            "reward": (RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_iou"),)),),
+            "advantage": "mean",
+        }
+        | config
+    )
+    played = Played(groups)
+    return GrpoSource(settings, [sample(i) for i in range(len(groups))], played, played, small.processor(), seed=0)
+
+
+def trained(batches) -> dict[int, list[float]]:
+    """Sampled token -> the advantages of the trajectories that were made of it."""
+    out = {}
+    for b in batches:
+        for row in range(len(b.tokens)):
+            for s in range(1, b.segment_ids[row].max() + 1):
+                at = (b.segment_ids[row] == s) & b.loss_mask[row]
+                (token,), (advantage,) = set(b.tokens[row][at].tolist()), set(b.advantages[row][at].tolist())
+                assert (b.old_logprobs[row][at] == -1.5).all()
+                out.setdefault(token, []).append(round(advantage, 5))
+    return {k: sorted(v) for k, v in out.items()}
+
+
+def iou(radius: float) -> float:
+    mask, gt = disc(56, 56, 28, 28, radius), sample(0).gt_mask
+    return (mask & gt).sum() / (mask | gt).sum()
+
+
+def test_advantages_are_taken_inside_groups_and_reach_every_token_of_their_trajectory():
+    s = source([[trajectory(0, 20), trajectory(0, 10)], [trajectory(1, 14), trajectory(1, 18)]])
+    batches, metrics = s.next("params", "key")
+    half = [round(abs(iou(a) - iou(b)) / 2, 5) for a, b in ((20, 10), (14, 18))]
+    assert trained(batches) == {11: [-half[0], half[0]], 12: [-half[1], half[1]]}
+    assert metrics["reward"] == pytest.approx(np.mean([iou(r) for r in (20, 10, 14, 18)]))
+    assert metrics["giou"] == metrics["reward/final"] == pytest.approx(metrics["reward"])
+    assert (metrics["trajectories"], metrics["zero_variance"], metrics["dropped"]) == (4.0, 0.0, 0.0)
+    assert (metrics["turns"], metrics["endings/finished"], metrics["tool_seconds"]) == (1.0, 1.0, 2.0)
+    assert metrics["fill"] == pytest.approx(4 * 25 / (len(batches) * 2 * 64))
+    played = s.driver
+    assert played.loaded == [("params", "key")]
+    assert [t.uid for t in played.tasks] == [0, 1, 2, 3] and [t.group_id for t in played.tasks] == [0, 0, 1, 1]
+
+
+def test_a_copy_of_the_policy_is_gone_when_the_rollouts_start(monkeypatch):
+    """train.py hands it over without keeping a name: on a pod it is as large as the engine's weights."""
+
+    class Copy:
+        pass
+
+    s, alive = source([[trajectory(0, 20), trajectory(0, 10)]]), []
+    run = s.driver.run
+    monkeypatch.setattr(s.engine, "load", lambda params, key: alive.append(weakref.ref(params)))
+    monkeypatch.setattr(s.driver, "run", lambda tasks: alive.append(alive[0]() is not None) or run(tasks))
+    s.next(Copy(), None)
+    assert alive[1] is False
+
+
+def test_a_broken_tool_is_dropped_from_its_group_and_enters_no_mean():
+    broken = trajectory(0, 0, status=Status.ENV_FAILED)
+    s = source([[trajectory(0, 20), broken, trajectory(0, 10)]])
+    batches, metrics = s.next(None, None)
+    half = round((1 - iou(10)) / 2, 5)  # of the two others, as if the group had two members
+    assert trained(batches) == {11: [-half, half]}
+    assert metrics["reward"] == metrics["giou"] == pytest.approx((1 + iou(10)) / 2)
+    assert metrics["endings/env_failed"] == pytest.approx(1 / 3)
+    assert [t["reward"] is None for t in s.examples["trajectories"]] == [False, True, False]
+
+
+def test_a_group_with_one_sound_member_teaches_nothing():
+    groups = [
+        [trajectory(0, 20), trajectory(0, 0, status=Status.ENV_FAILED)],
+        [trajectory(1, 20), trajectory(1, 10)],
+    ]
+    batches, metrics = source(groups).next(None, None)
+    assert list(trained(batches)) == [12] and metrics["zero_variance"] == 0.5
+
+
+def broken(i: int, kind: str = "timeout") -> Trajectory:
+    return dataclasses.replace(trajectory(i, 0, status=Status.ENV_FAILED), seconds={"tool": 0.5, "kind": kind})
+
+
+def malformed(i: int, n: int) -> Trajectory:
+    """One that never called a tool, so that it has no mask."""
+    t = trajectory(i, 0, n=n, status=Status.INVALID)
+    return dataclasses.replace(t, final_mask=np.zeros_like(t.final_mask))
+
+
+def test_a_step_in_which_too_many_tools_broke_stops_before_the_update_and_counts_them_by_kind():
+    groups = [[broken(0, "unavailable"), broken(0, "internal")], [broken(1, ""), trajectory(1, 10)]]
+    with pytest.raises(DataError, match=r"3 of this step's 4 .*\(unavailable 1, timeout 1, internal 1\)") as error:
+        source(groups).next(None, None)
+    for words in (
+        "grpo.max_env_failed = 0.5",
+        "No update",
+        "checkpoint is as it was",
+        "side-car's log",
+        "same command",
+    ):
+        assert words in str(error.value)
+    with pytest.raises(DataError, match=r"2 of this step's 2 .* segmenter"):  # nothing is left to judge
+        source([[broken(0), broken(0)]], max_env_failed=1.0).next(None, None)
+
+
+@pytest.mark.parametrize(("bound", "stops"), [(0.0, True), (0.4, True), (0.5, False), (1.0, False)])
+def test_only_a_share_above_the_bound_stops_the_training(bound, stops):
+    groups = [[broken(0, "unavailable"), trajectory(0, 15)], [broken(1), trajectory(1, 10)]]
+    s = source(groups, max_env_failed=bound)
+    if stops:
+        with pytest.raises(DataError, match=r"2 of this step's 4"):
+            s.next(None, None)
+    else:
+        _, metrics = s.next(None, None)
+        assert {k: v for k, v in metrics.items() if k.startswith("env_failed/") and v} == {
+            "env_failed/unavailable": 1.0,
+            "env_failed/timeout": 1.0,
+        }
+    sound = source([[trajectory(0, 20), trajectory(0, 10)]], max_env_failed=0.0)
+    assert sound.next(None, None)[1]["env_failed/timeout"] == 0.0
+
+
+def test_trajectories_that_never_called_the_segmenter_do_not_speak_for_it():
+    """A side-car that is gone: what is left are the malformed ones, and their rewards could still differ."""
+    with pytest.raises(DataError, match=r"1 of this step's 1 trajectories that called the segmenter"):
+        source([[broken(0), malformed(0, 18), malformed(0, 19), malformed(0, 20)]]).next(None, None)
+
+
+def several_processes(monkeypatch, others: dict[str, int], batches: int) -> None:
+    """Lets this process meet others that counted `others` and made `batches`."""
+
+    def total(counts):
+        names = ("called", "usable", "teaching", *batch_source.TOOL_FAILURES)
+        return [n + others.get(name, 0) for name, n in zip(names, counts, strict=True)]
+
+    monkeypatch.setattr(batch_source, "total", total)
+    monkeypatch.setattr(packing, "most", lambda n: max(n, batches))
+
+
+def test_processes_stop_together_or_go_on_together_whatever_happened_on_one(monkeypatch):
+    alone = source([[broken(0), broken(0)]])
+    several_processes(monkeypatch, {"called": 6, "usable": 6, "teaching": 4}, batches=2)
+    batches, metrics = alone.next(None, None)  # 2 of 8 failed: here nothing is left, and two micro-batches are needed
+    assert trained(batches) == {} and len(batches) == 2 and not any(b.segment_ids.any() for b in batches)
+    assert metrics["no_update"] == 0.0 and metrics["endings/env_failed"] == 1.0 and "reward" not in metrics
+    fine = source([[trajectory(0, 20), trajectory(0, 10)]])
+    several_processes(monkeypatch, {"called": 6, "unavailable": 5}, batches=0)
+    with pytest.raises(DataError, match=r"5 of this step's 8 .*unavailable 5"):
+        fine.next(None, None)
+    flat = source([[trajectory(0, 15), trajectory(0, 15)]], drop_zero_variance=False)
+    several_processes(monkeypatch, {"usable": 4, "teaching": 2}, batches=1)
+    assert trained(flat.next(None, None)[0]) == {11: [0.0, 0.0]}  # kept, as the step teaches elsewhere
+
+
+def test_groups_of_equal_rewards_are_dropped_or_kept_with_advantage_0_as_the_config_says():
+    groups = [[trajectory(0, 15), trajectory(0, 15)], [trajectory(1, 20), trajectory(1, 10)]]
+    batches, metrics = source(groups).next(None, None)
+    assert list(trained(batches)) == [12] and metrics["zero_variance"] == 0.5
+    batches, _ = source(groups, drop_zero_variance=False).next(None, None)
+    assert trained(batches)[11] == [0.0, 0.0]
+
+
+def test_groups_within_the_least_spread_are_dropped_however_large_their_z_scores():
+    groups = [[trajectory(0, 20), trajectory(0, 19)], [trajectory(1, 20), trajectory(1, 10)]]
+    spread = float(abs(iou(20) - iou(19)))
+    batches, metrics = source(groups, advantage="zscore", min_spread=spread + 0.01).next(None, None)
+    assert list(trained(batches)) == [12] and metrics["zero_variance"] == 0.5
+    batches, metrics = source(groups, advantage="zscore", min_spread=spread - 0.01).next(None, None)
+    assert trained(batches)[11] == pytest.approx([-0.70711, 0.70711], abs=1e-4) and metrics["zero_variance"] == 0.0
+
+
+@pytest.mark.parametrize("settings", [{}, {"drop_zero_variance": False}, {"min_spread": 2.0}])
+def test_a_step_in_which_nothing_teaches_has_no_batch_and_is_counted(settings):
+    last = trajectory(0, 10 if "min_spread" in settings else 15)
+    batches, metrics = source([[broken(0), trajectory(0, 15), last]], **settings).next(None, None)
+    assert batches == [] and metrics["no_update"] == 1.0 and metrics["zero_variance"] == 1.0
+    assert (metrics["trajectories"], metrics["fill"], metrics["env_failed/timeout"]) == (0.0, 0.0, 1.0)
+    _, metrics = source([[trajectory(0, 20), trajectory(0, 10)]]).next(None, None)
+    assert metrics["no_update"] == 0.0
+
+
+def test_overlong_trajectories_are_trained_or_masked_as_the_config_says():
+    group = [trajectory(0, 20, n=20), trajectory(0, 10, n=21, status=Status.MAX_CONTEXT)]
+    assert len(trained(source([group], mask_overlong=False).next(None, None)[0])[11]) == 2
+    batches, metrics = source([group]).next(None, None)
+    assert metrics["overlong"] == 0.5 and metrics["cut"] == 1.0  # no turn of these ends with a terminator
+    kept = trained(batches)
+    assert kept == {11: [round((1 - iou(10)) / 2, 5)]}  # its reward still counts in the mean
+
+
+def test_a_trajectory_that_never_took_a_turn_has_a_reward_but_nothing_to_train():
+    nothing = trajectory(0, 0, n=0, status=Status.MAX_CONTEXT)
+    batches, metrics = source([[trajectory(0, 20), nothing]]).next(None, None)
+    assert trained(batches) == {11: [round((1 - iou(0)) / 2, 5)]} and metrics["dropped"] == 0.5
+    with pytest.raises(DataError, match=r"grpo\.sampling\.context"):
+        source([[nothing, nothing]]).next(None, None)
+
+
+def test_a_trajectory_with_more_images_than_a_row_holds_is_dropped_and_counted():
+    many = trajectory(0, 10, images=5)  # 5 windows of 16 patches, a row has 64
+    batches, metrics = source([[trajectory(0, 20), many]]).next(None, None)
+    assert trained(batches) == {11: [round((1 - iou(10)) / 2, 5)]} and metrics["dropped"] == 0.5
+
+
+def test_samples_are_visited_in_a_shuffled_order_that_continues_from_a_saved_position():
+    groups = [[trajectory(i, 20), trajectory(i, 10)] for i in range(6)]
+    s = source(groups, prompts=2)
+    for _ in range(6):
+        s.next(None, None)
+    seen = [t.sample.id for t in s.driver.tasks[::2]]
+    assert sorted(seen[:6]) == sorted(seen[6:]) == [f"s{i}" for i in range(6)]
+    assert seen[:6] != seen[6:]  # each epoch has its own order
+    again = source(groups, prompts=2)
+    again.restore({"position": 4})
+    again.next(None, None)
+    assert [t.sample.id for t in again.driver.tasks[::2]] == seen[4:6] and again.state() == {
+        "position": 6,
+        "skipped": 0,
+    }
+
+
+def test_a_reward_that_does_not_exist_is_said_before_the_first_rollout():
+    with pytest.raises(DataError, match="final_iou"):
+        source(
+            [[trajectory(0, 20)]], reward=(RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_io"),)),)
+        )
+
+
+def test_the_trajectory_that_a_reward_fails_on_is_kept(tmp_path):
+    (tmp_path / "bad_reward.py").write_text("def f(trajectory, sample):\n    return trajectory.nothing\n")
+    reward = (RewardGroup("own", 1.0, (RewardTerm(f"{tmp_path}/bad_reward.py:f"),)),)
+    s = source([[trajectory(0, 20), trajectory(0, 10)]], reward=reward)
+    picture = sample(0)
+    state = environment.reset(picture.image, picture.query, AgentConfig(), small.processor().images.limits)
+    state = environment.abort(state, Status.MAX_CONTEXT)
+    run, s.workdir = s.driver.run, tmp_path
+    s.driver.run = lambda tasks: [(t, state) for t, _ in run(tasks)]
+    with pytest.raises(
+        RewardError, match=r"own/f .*AttributeError for sample s0: .*bad_reward.py, line 2.*\n.*reward_err"
+    ):
+        s.next(None, None)
+    kept = replay((tmp_path / "reward_error.json").read_text(), picture.image)
+    assert (kept.query, kept.status) == (picture.query, Status.MAX_CONTEXT)
+
+
+class Broken(list):
+    """Samples of which number 1 cannot be read."""
+
+    def __getitem__(self, i):
+        if i == 1:
+            raise DataError("picture 1 is missing")
+        return super().__getitem__(i)
+
+
+def test_a_sample_that_cannot_be_read_leaves_its_place_empty_and_is_counted():
+    groups = [[trajectory(i, 20), trajectory(i, 10)] for i in range(3)]
+    whole = source(groups)
+    whole.next(None, None)
+    uids = {t.sample.id: t.uid for t in whole.driver.tasks}
+    s = source(groups)
+    settings = dataclasses.replace(s.config, read=ReadConfig(threads=1, ahead=1))
+    played = Played(groups)
+    s = GrpoSource(settings, Broken(sample(i) for i in range(3)), played, played, small.processor(), seed=0)
+    batches, metrics = s.next(None, None)
+    assert sorted(trained(batches)) == [11, 13] and metrics["unreadable"] == 1.0
+    assert {t.sample.id: t.uid for t in played.tasks} == {id: uid for id, uid in uids.items() if id != "s1"}
+    assert [t.group_id for t in played.tasks] == [0, 0, 1, 1] and s.state() == {"position": 3, "skipped": 1}
+    s.restore({"position": 3})  # of a checkpoint from before they were counted
+    assert s.next(None, None)[1]["unreadable"] == 1.0
+
+
+def test_a_sample_that_cannot_be_shown_is_one_that_cannot_be_read():
+    groups = [[trajectory(i, 20), trajectory(i, 10)] for i in range(3)]
+    played, samples = Played(groups), [sample(i) for i in range(3)]
+    thin = {"image": np.zeros((10, 2010, 3), np.uint8), "gt_mask": np.zeros((10, 2010), bool)}  # 201:1
+    samples[1] = dataclasses.replace(samples[1], **thin)
+    settings = source(groups).config
+    s = GrpoSource(settings, samples, played, played, small.processor(), seed=0)
+    batches, metrics = s.next(None, None)
+    assert sorted(trained(batches)) == [11, 13] and metrics["unreadable"] == 1.0
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, unreadable="stop"))
+    s = GrpoSource(settings, samples, played, played, small.processor(), seed=0)
+    with pytest.raises(DataError, match="cannot be read: sample 1: image of 10x2010 pixels .* crop it"):
+        s.next(None, None)

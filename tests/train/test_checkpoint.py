@@ -1,0 +1,419 @@
+"""Interrupted and resumed training equals uninterrupted training, and what does not fit is refused in one message."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from agent_fakes import DiscSegmenter
+from flax import nnx
+
+import train
+from rsagent_jax.config.reward import RewardGroup, RewardTerm
+from rsagent_jax.config.schema import (
+    BatchConfig,
+    GrpoConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimConfig,
+    PolicyConfig,
+    SftConfig,
+    TrainConfig,
+)
+from rsagent_jax.models.qwen25_vl import convert, lora
+from rsagent_jax.models.qwen25_vl.config import load_config
+from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
+from rsagent_jax.runtime import sharding
+from rsagent_jax.runtime.train_log import MetricsLog
+from rsagent_jax.train.checkpoint import NO_ADAPTERS, Checkpoints
+from rsagent_jax.train.state import create_state, divide, make_optimizer, narrow
+from rsagent_jax.types import DataError
+from tests.rollout import small
+
+STEPS = 4
+OPTIM = OptimConfig(lr=3e-3, warmup_steps=1, schedule="cosine", weight_decay=0.01)
+TIMES = ("seconds", "rollout_seconds", "tokens_per_s", "tool_seconds")
+
+
+class Stopped(Exception):
+    """What stands for Ctrl-C, or for a machine that was taken away."""
+
+
+class StoppingLog(MetricsLog):
+    """Stops the training when step 3 has been logged but not saved: the newest checkpoint is that of step 2."""
+
+    def write(self, stage, step, values):
+        super().write(stage, step, values)
+        if step == 3:
+            raise Stopped
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Five short trajectories, so that an epoch ends inside the run and the next one is shuffled anew."""
+    directory = tmp_path_factory.mktemp("set")
+    tasks = [small.task(i, h=56, w=56) for i in range(5)]
+    scripts = {f"s{i}": (small.click(20 + i, 30), small.finish(1)) for i in range(5)}
+    return small.store(directory, tasks, scripts)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Programs that several runs share are compiled once, as on a user's machine."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def go(stored, compiled, monkeypatch):
+    """go(stage, workdir, log_class, …) trains the stage; returns its parameters by name."""
+    monkeypatch.setattr(train, "open_samples", lambda _: [small.sample(i, 56, 56) for i in range(5)])
+    monkeypatch.setattr(train, "open_segmenter", lambda _: contextlib.nullcontext(DiscSegmenter()))
+    monkeypatch.setattr(train, "tqdm", lambda steps, **_: steps)
+    base = TrainConfig(
+        seed=3,
+        policy=PolicyConfig(weights=str(small.weights()), dtype="float32", remat="none"),
+        agent=small.AGENT,
+        sft=SftConfig(
+            trajectories=str(stored),
+            steps=STEPS,
+            trajectories_per_step=3,
+            batch=BatchConfig(rows=1, tokens=400, patches=128),
+            optim=OPTIM,
+            checkpoint_every=2,
+        ),
+        grpo=GrpoConfig(
+            steps=STEPS,
+            prompts=2,
+            group=2,
+            updates=2,
+            tis_clip=0.0,
+            kl=0.05,
+            reward=(RewardGroup("words", 1.0, (RewardTerm("tests.rollout.small:word_count"),)),),
+            batch=BatchConfig(rows=1, tokens=400, patches=128),
+            optim=OPTIM,
+            sampling=dataclasses.replace(small.SAMPLING, context=400, patches=64),
+            checkpoint_every=2,
+        ),
+    )
+
+    def run(stage, workdir, log_class=MetricsLog, lora=NO_ADAPTERS, freeze=(), weights=None):
+        part = dict(optim=dataclasses.replace(OPTIM, freeze=freeze))
+        config = dataclasses.replace(
+            base,
+            policy=dataclasses.replace(base.policy, lora=lora),
+            **{name: dataclasses.replace(getattr(base, name), **part) for name in ("sft", "grpo")},
+        )
+        workdir.mkdir(exist_ok=True)
+        log = log_class(workdir)
+        graphdef, params = small.split(small.model())
+        if weights is not None:  # instead of the file's
+            params = convert.with_values(params, {name: jnp.asarray(value) for name, value in weights.items()})
+        params = jax.device_put(params, sharding.param_shardings(small.model(), sharding.make_mesh(MeshConfig())))
+        mesh = sharding.make_mesh(config.mesh)
+        try:
+            with contextlib.ExitStack() as stack:
+                out = train.run_stage(
+                    stage, config, workdir, log, mesh, graphdef, params, small.weights(), small.processor(), stack
+                )
+                return flat(out)
+        finally:
+            log.close()
+
+    return run
+
+
+def flat(params) -> dict[str, np.ndarray]:
+    return {".".join(map(str, k)): np.asarray(v.get_value()) for k, v in nnx.to_flat_state(params)}
+
+
+def lines(workdir) -> list[dict]:
+    """Without times, and without how the engine's work fell together: that depends on when a tool's thread is done."""
+    out = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES and not k.startswith("rollout/")} for line in out]
+
+
+def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("stage", "part"),
+    [
+        ("sft", {}),
+        ("grpo", {}),
+        ("grpo", dict(lora=LoraConfig(rank=4))),
+        ("sft", dict(freeze=("vision", "merger"))),
+    ],
+)
+def test_run_4_equals_run_2_and_resume_2(stage, part, go, tmp_path):
+    go = functools.partial(go, **part)
+    whole = go(stage, tmp_path / "whole")
+    start = {k: np.asarray(v) for k, v in convert.flat_params(small.model()).items()}
+    assert max(np.abs(whole[k] - start[k]).max() for k in whole) > 1e-3  # it did learn something
+    with pytest.raises(Stopped):
+        go(stage, tmp_path / "parts", StoppingLog)
+    assert [line["step"] for line in lines(tmp_path / "parts")] == [1, 2, 3]
+    # The base comes from the checkpoint as well: other weights than those the stage began with change nothing.
+    other = {name: value + 0.5 for name, value in start.items()} if part else None
+    resumed = go(stage, tmp_path / "parts", weights=other)
+    assert_same(resumed, whole)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")  # every number but the times
+    assert [(line["step"], line["stage"]) for line in lines(tmp_path / "whole")] == [(s, stage) for s in (1, 2, 3, 4)]
+
+    # the stage's directory is a policy of its own, and a third start has nothing left to do
+    loaded = convert.flat_params(load_policy(str(tmp_path / "parts" / "checkpoints" / stage)))
+    for name in whole:
+        np.testing.assert_array_equal(loaded[name], resumed[name], err_msg=name)
+    assert (tmp_path / "parts" / "checkpoints" / stage / "base").exists() == bool(part)
+    if stage == "sft":
+        assert_same(go(stage, tmp_path / "parts"), whole)
+        assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_a_step_in_which_nothing_teaches_moves_no_bit_of_the_state_and_is_counted(go, tmp_path, monkeypatch):
+    """Steps 3 and 4, with weight decay, KL and the momentum of steps 1 and 2; the checkpoints are those of 2 and 4."""
+    teaches = iter([True, True, False, False])
+    monkeypatch.setattr(train.GrpoSource, "_all_agree", lambda *_: (next(teaches), {}))
+    go("grpo", tmp_path)
+    rows = lines(tmp_path)
+    assert [row["no_update"] for row in rows] == [0.0, 0.0, 1.0, 1.0]
+    _, schedule = make_optimizer(OPTIM, 2 * STEPS)
+    assert [row.get("lr") for row in rows] == [pytest.approx(float(schedule(n))) for n in (1, 3)] + [None, None]
+    assert [row["l2_updates"] > 0 for row in rows] == [True, True, False, False] and all("reward" in r for r in rows)
+    before, after = (state_in(tmp_path / "checkpoints" / "grpo" / step) for step in ("4", "8"))
+    assert before.pop("optimizer.leaf_00000") == 4 and after.pop("optimizer.leaf_00000") == 8  # state.step
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(value, after[name], err_msg=name)
+
+
+def state_in(directory) -> dict[str, np.ndarray]:
+    with ocp.StandardCheckpointer() as reader:
+        parts = {part: reader.restore(directory / part) for part in ("params", "optimizer")}
+    return {f"{part}.{name}": np.asarray(value) for part, tree in parts.items() for name, value in tree.items()}
+
+
+def state_of(hidden: int = 32, layers: int = 2, optim: OptimConfig = OPTIM):
+    path = small.weights(hidden, layers)
+    graphdef, params = small.split(convert.load_model(path, load_config(path)))
+    _, params, _ = divide(graphdef, params, LoraConfig(), optim.freeze)
+    tx, _ = make_optimizer(optim, 4)
+    return jax.jit(lambda p: create_state(p, tx))(params)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A stage's directory with a checkpoint of step 0."""
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints" / "sft"
+    checkpoints = Checkpoints(directory, small.weights())
+    checkpoints.save(state_of(), {"position": 5, "dropped": 1})
+    checkpoints.close()
+    return directory
+
+
+def test_a_state_and_the_position_of_its_source_come_back_as_they_were(saved):
+    checkpoints = Checkpoints(saved, small.weights())
+    like = state_of()
+    state, source = checkpoints.restore(like)
+    assert source == {"position": 5, "dropped": 1} and int(state.step) == 0
+    assert jax.tree.structure(state) == jax.tree.structure(like)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.sharding == b.sharding and a.dtype == b.dtype
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "layers", "optim"),
+    [(48, 2, OPTIM), (32, 3, OPTIM), (32, 2, dataclasses.replace(OPTIM, freeze=("vision",)))],
+)
+def test_a_checkpoint_of_another_model_or_optimiser_is_one_data_error(saved, tmp_path, hidden, layers, optim):
+    directory = shutil.copytree(saved, tmp_path / "sft")
+    checkpoints = Checkpoints(directory, small.weights(hidden, layers))
+    with pytest.raises(DataError, match="does not fit the model and optimiser of this config") as error:
+        checkpoints.restore(state_of(hidden, layers, optim))
+    assert str(directory) in str(error.value) and "--workdir" in str(error.value)
+    checkpoints.close()
+
+
+ADAPTERS = LoraConfig(rank=4, alpha=8.0)
+
+
+def state_and_base(adapters: LoraConfig):
+    """A state of adapters that do something, and the base under them in bfloat16."""
+    graphdef, params = small.split(small.model())
+    _, declared, base = divide(graphdef, params, adapters, ())
+    values = jax.tree.map(lambda v: v + 0.01, lora.init(declared, jax.random.key(1)))
+    tx, _ = make_optimizer(OPTIM, 4)
+    return jax.jit(lambda p: create_state(p, tx))(values), narrow(base, "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A checkpoint of adapters, in a directory where a first try left another base and no finished step."""
+    directory = tmp_path_factory.mktemp("adapted") / "checkpoints" / "grpo"
+    state, base = state_and_base(ADAPTERS)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(directory / "base", {"decoder.embed": jnp.zeros(3)})
+    checkpoints = Checkpoints(directory, small.weights(), ADAPTERS)
+    checkpoints.save(state, {}, base)
+    checkpoints.close()
+    return directory
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig()])
+def test_a_policy_with_adapters_is_loaded_merged(adapted, mesh):
+    state, base = state_and_base(ADAPTERS)
+    want = {name: value.astype(np.float32) for name, value in flat(base).items()}
+    values = flat(state.params)
+    for linear in {name.rsplit(".", 1)[0] for name in values}:
+        want[f"{linear}.kernel"] += 2.0 * values[f"{linear}.lora_a"] @ values[f"{linear}.lora_b"]
+    loaded = convert.flat_params(load_policy(str(adapted), None if mesh is None else sharding.make_mesh(mesh)))
+    assert loaded.keys() == want.keys()
+    for name, value in loaded.items():
+        assert value.dtype == np.float32
+        np.testing.assert_allclose(value, want[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (LoraConfig(rank=4, alpha=9.0), r"has adapters with \{'rank': 4, 'alpha': 8.0\}, this config has .*9.0"),
+        (LoraConfig(rank=2, alpha=8.0), "does not fit the model and optimiser of this config"),
+        (LoraConfig(rank=4, alpha=8.0, targets=("q",)), "does not fit the model and optimiser of this config"),
+        (NO_ADAPTERS, "does not fit the model and optimiser of this config"),
+    ],
+)
+def test_a_checkpoint_of_other_adapters_is_one_data_error(adapted, other, match):
+    checkpoints = Checkpoints(adapted, small.weights(), other)
+    with pytest.raises(DataError, match=match):
+        checkpoints.restore(state_and_base(other)[0] if other.rank else state_of())
+    checkpoints.close()
+
+
+def test_adapters_do_not_continue_a_run_that_trained_everything(saved):
+    checkpoints = Checkpoints(saved, small.weights(), ADAPTERS)
+    with pytest.raises(DataError, match="does not fit the model and optimiser of this config"):
+        checkpoints.restore(state_and_base(ADAPTERS)[0])
+    checkpoints.close()
+
+
+def test_a_lost_base_is_a_data_error(adapted, tmp_path):
+    directory = shutil.copytree(adapted, tmp_path / "grpo")
+    shutil.rmtree(directory / "base")
+    with pytest.raises(DataError, match="is not of the model in"):
+        load_policy(str(directory))
+    checkpoints = Checkpoints(directory, small.weights(), ADAPTERS)
+    with pytest.raises(DataError, match="base does not fit the parameters that this config leaves untrained"):
+        checkpoints.restore_base(state_and_base(ADAPTERS)[1])
+    checkpoints.close()
+
+
+def test_the_policy_files_beside_a_checkpoint_must_be_those_of_its_model(saved, tmp_path):
+    directory = shutil.copytree(saved, tmp_path / "sft")
+    shutil.copyfile(small.weights(48, 2) / "config.json", directory / "policy" / "config.json")
+    with pytest.raises(DataError, match="is not of the model in"):
+        load_policy(str(directory))
+
+
+def test_a_stage_without_a_finished_checkpoint_is_a_data_error(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "sft", small.weights())
+    assert checkpoints.restore(state_of()) is None
+    checkpoints.close()
+    with pytest.raises(DataError, match="holds no finished checkpoint"):
+        load_policy(str(tmp_path / "sft"))
+    with pytest.raises(DataError, match="does not exist"):
+        load_policy(str(tmp_path / "nowhere"))
+
+
+def test_a_checkpoint_that_lost_a_part_is_a_data_error(saved, tmp_path):
+    directory = shutil.copytree(saved, tmp_path / "sft")
+    shutil.rmtree(directory / "0" / "params")
+    with pytest.raises(DataError):
+        load_policy(str(directory))
+    checkpoints = Checkpoints(directory, small.weights())
+    with pytest.raises(DataError):
+        checkpoints.restore(state_of())
+    checkpoints.close()
+
+
+def test_policy_files_travel_with_the_checkpoints(saved):
+    assert policy_directory(str(saved)) == saved / "policy"
+    assert policy_directory(str(small.weights())) == small.weights()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        assert (saved / "policy" / name).read_bytes() == (small.weights() / name).read_bytes()
+    assert not list((saved / "policy").glob("*.safetensors"))
+
+
+def files(directory, *names):
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text("{}")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("given", "holds", "found"),
+    [
+        ("7b", ("7b/config.json", "7b/model.safetensors"), "7b"),
+        ("7b", ("7b/config.json", "7b/model.safetensors.index.json"), "7b"),
+        # neighbours and contents of whatever name change nothing
+        ("7b", ("7b/config.json", "7b/model.safetensors", "policy/config.json"), "7b"),
+        ("7b", ("7b/config.json", "7b/model.safetensors", "7b/checkpoints/a.txt"), "7b"),
+        ("7b", ("7b/config.json", "7b/model.safetensors", "7b/checkpoints/sft/policy/config.json"), "7b"),
+        ("7b", ("7b/config.json", "7b/model.safetensors", "7b/policy/config.json"), "7b"),
+        ("policy", ("policy/config.json", "policy/model.safetensors"), "policy"),
+        ("7", ("7/config.json", "7/model.safetensors", "policy/config.json"), "7"),
+        (
+            "tokens",
+            ("tokens/config.json", "tokens/tokenizer.json", "policy/config.json"),
+            "tokens",
+        ),  # no weights needed
+        ("sft", ("sft/policy/config.json", "sft/7/params/a"), "sft/policy"),
+        ("sft", ("sft/policy/config.json", "sft/7/params/a", "policy/config.json"), "sft/policy"),
+        # what was meant is said
+        ("x", ("x/checkpoints/sft/policy/config.json", "x/config.json"), r"holds no weights itself; give .*/<stage>"),
+        ("sft/7", ("sft/policy/config.json", "sft/7/params/a"), "holds no weights itself; give .*/sft"),
+        ("a.json", ("a.json",), "is a file; give a Hugging Face directory"),
+        ("nowhere", ("a.json",), "does not exist; give a Hugging Face directory"),
+    ],
+)
+def test_what_a_folder_holds_says_what_it_is_and_not_its_neighbours(given, holds, found, tmp_path):
+    files(tmp_path, *holds)
+    if (tmp_path / found).exists():
+        assert policy_directory(str(tmp_path / given)) == tmp_path / found
+    else:
+        with pytest.raises(DataError, match=found):
+            policy_directory(str(tmp_path / given))
+
+
+def test_other_weights_leave_no_file_of_the_former_ones_in_a_stage(saved, tmp_path):
+    directory = shutil.copytree(saved, tmp_path / "sft")
+    (directory / "policy" / "processor_config.json").write_text("{}")
+    Checkpoints(directory, small.weights()).close()
+    assert not (directory / "policy" / "processor_config.json").exists()
+
+
+def test_reading_a_checkpoint_warns_of_nothing_and_writes_nothing(saved, caplog):
+    before = sorted(saved.rglob("*"))
+    load_policy(str(saved))
+    assert not [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert sorted(saved.rglob("*")) == before
