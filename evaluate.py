@@ -32,7 +32,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from rsagent_jax.agent.environment import EnvState
-from rsagent_jax.agent.replay import to_json
+from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import (
@@ -80,7 +80,7 @@ def main(config: EvalConfig) -> None:
     ############################## Data, who plays ##############################
     workdir, share = command.workdir(), processes.parse_share(flags.FLAGS.shard, "--shard")
     config = fill_defaults(config)
-    startup.evaluate(config, workdir)
+    startup.check_evaluate(config, workdir)
     samples = open_benchmark(config.data)
     ids = samples.ids
     current = fingerprints(samples, {id: k for k, id in enumerate(ids)})
@@ -94,7 +94,7 @@ def main(config: EvalConfig) -> None:
         row["segmenter"] = dataclasses.asdict(segmenter.about)  # what answers, not what a config calls it
         if config.bound.row == "best_of_three":
             row["three_masks"] = bounds.masks_of(segmenter)
-        settings = what_decides(config, row, player.decides)
+        settings = evaluation_resume_fingerprint(config, row, player.decides)
         shard = stack.enter_context(contextlib.closing(records.Shard(workdir, share, settings, current)))
         for note in shard.notes:
             print(note)
@@ -108,7 +108,7 @@ def main(config: EvalConfig) -> None:
             measure(config, workdir, samples, left, len(mine), player, segmenter, shard)
 
     ############################## Results ##############################
-    found = records.read(workdir, settings, current)
+    found = records.read_records(workdir, settings, current)
     kept = found.measured
     if config.metric.failure_policy != "refuse":
         kept = kept | found.failed
@@ -133,8 +133,8 @@ def fill_defaults(config: EvalConfig) -> EvalConfig:
     if flags.FLAGS.weights:
         config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=flags.FLAGS.weights))
     metrics.check_rules(config.metric)
-    bounds.check(config.bound)
-    return bounds.settled(config) if config.bound.row in bounds.ORACLES else config
+    bounds.check_bound(config.bound)
+    return bounds.fill_bound_defaults(config) if config.bound.row in bounds.ORACLES else config
 
 
 def open_benchmark(config: DataConfig) -> SampleIndex:
@@ -209,7 +209,7 @@ def measure(
     try:
         for number, trajectory, state in player.play(segmenter, tasks()):
             now = time.perf_counter()
-            kept = record(workdir, under_way.pop(number), trajectory, state, now - last)
+            kept = make_record(workdir, under_way.pop(number), trajectory, state, now - last)
             shard.add(kept)
             last = now
             bar.update()
@@ -219,7 +219,7 @@ def measure(
         lost.tell()
 
 
-def what_decides(config: EvalConfig, row: dict, player: dict) -> dict:
+def evaluation_resume_fingerprint(config: EvalConfig, row: dict, player: dict) -> dict:
     """Everything but the samples that a trajectory depends on: a run that is taken up again must agree in it."""
     common = row | {"data": data_settings(config.data), "agent": agent_settings(config.agent)}
     if not player:
@@ -241,7 +241,7 @@ def write_results(
     row: dict,
     kept: list[records.Record],
     pictures: dict[str, str],
-    found: records.Found,
+    found: records.FoundRecords,
     checksum: str | None,
 ) -> dict:
     """results.json, predictions.jsonl, trajectories.jsonl and the report of all samples, in the order of the data."""
@@ -250,7 +250,7 @@ def write_results(
     # the unit belongs to the conventions as well
     settings["metric"] |= {"unit": config.data.unit, "texts": config.data.texts, "split": config.data.split}
     settings["segmenter"] |= row["segmenter"]
-    summary = metrics.summarize(results, settings, benchmark=config.benchmark, pictures=pictures) | {
+    summary = metrics.summarize_results(results, settings, benchmark=config.benchmark, pictures=pictures) | {
         "seconds_per_sample": sum(r.seconds for r in kept) / len(kept),
         **row,
         "weights_sha256": checksum,
@@ -277,7 +277,7 @@ def headline(summary: dict) -> str:
     )
 
 
-def record(workdir: pathlib.Path, sample, trajectory, state, seconds: float) -> records.Record:
+def make_record(workdir: pathlib.Path, sample, trajectory, state, seconds: float) -> records.Record:
     counts = metrics.count(trajectory, sample)
     path = sample.path or _kept_picture(workdir, sample)
     example = {
@@ -288,7 +288,7 @@ def record(workdir: pathlib.Path, sample, trajectory, state, seconds: float) -> 
         "ious": [mask_iou(m.mask, sample) for m in trajectory.masks],
         "gt": _rle(sample.gt_mask),
         "image": path,
-        "record": to_json(state, path),
+        "record": state_to_json(state, path),
     }
     masks = by_turn.mask_pixels(trajectory, sample)
     failure = failures.segmenter_failure(state)
@@ -327,4 +327,4 @@ if __name__ == "__main__":
     command.define_flags()
     flags.DEFINE_string("weights", None, "Hugging Face directory, or checkpoints/<stage>; overrides policy.weights.")
     flags.DEFINE_string("shard", "0/1", "i/n: evaluate every n-th sample from the i-th on, counted from 0.")
-    command.run(main, EvalConfig)
+    command.run_command(main, EvalConfig)

@@ -39,12 +39,12 @@ from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.run_identity import STAGES
 from rsagent_jax.train.state import (
     EMPTY,
+    cast_frozen,
     create_state,
-    divide,
     init_adapters,
     make_optimizer,
     make_plain,
-    narrow,
+    partition_params,
     skip,
     state_shardings,
     updates_made,
@@ -58,9 +58,9 @@ def main(config: TrainConfig) -> int | None:
         return compile_ahead(config, flags.FLAGS.aot, flags.FLAGS.aot_quick, flags.FLAGS.aot_only)
 
     ############################## Checks, before a file is touched ##############################
-    processes.join()
+    processes.initialize_distributed()
     workdir = command.workdir()
-    config = processes.all_or_none(lambda: startup.train(config, workdir))
+    config = processes.all_or_none(lambda: startup.check_train(config, workdir))
     processes.all_or_none(lambda: run_identity.check_config(workdir, config))
     command.use_compilation_cache(config.cache_dir, workdir / "compiled")
     weights = policy_directory(config.policy.weights)
@@ -68,7 +68,7 @@ def main(config: TrainConfig) -> int | None:
     inputs = processes.all_or_none(lambda: check_inputs(config, workdir, processor))
 
     ############################## Work directory, log ##############################
-    processes.all_or_none(lambda: run_identity.record(workdir, config, inputs) if processes.is_lead() else None)
+    processes.all_or_none(lambda: run_identity.record_start(workdir, config, inputs) if processes.is_lead() else None)
     if config.profiler_port:
         jax.profiler.start_server(config.profiler_port)
     log = MetricsLog(processes.own_directory(workdir))
@@ -102,12 +102,12 @@ def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int
     names = topology.TABLE if name == "all" else (name,)
     reports = []
     for target in map(topology.parse_topology, names):
-        settled = stages.settled(config, target, policy)
+        settled = stages.fill_topology_defaults(config, target, policy)
         for stage in config.stages:
             found = stages.report_stage(settled, stage, target, lambda line: print(line, file=sys.stderr), only)
             reports += [dataclasses.replace(report, quick=quick) for report in found]
-    print(report.table(reports))
-    print(report.to_json(reports))
+    print(report.reports_table(reports))
+    print(report.reports_to_json(reports))
     return 0 if all(r.fits for r in reports) else 3
 
 
@@ -119,7 +119,7 @@ def check_inputs(config: TrainConfig, workdir: pathlib.Path, processor: Processo
         inputs["sft.trajectories"] = run_identity.trajectories_fingerprint(config.sft.trajectories)
     if "grpo" in config.stages:
         inputs["grpo.data"] = run_identity.samples_fingerprint(open_samples(config.grpo.data).ids)
-    run_identity.check_inputs(workdir, inputs)
+    run_identity.check_same_inputs(workdir, inputs)
     return inputs
 
 
@@ -142,7 +142,7 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         engine = Engine(model, sampling, processor.terminator_id, dtype, key, here, overlay)
         del model  # with several processes a copy of the parameters
         engine.warm_up()
-        engine.rest()  # the state below is made beside nothing of the engine's
+        engine.release_memory()  # the state below is made beside nothing of the engine's
         driver = Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
         samples = open_samples(c.data)
         source = GrpoSource(c, samples, driver, engine, processor, config.seed, share, processes.own_directory(workdir))
@@ -153,20 +153,20 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
     compute = Compute.of(config.policy, mesh)
     lora = config.policy.lora
     plain = graphdef
-    graphdef, params, base = divide(plain, params, lora, settings.optim.freeze)
+    graphdef, params, base = partition_params(plain, params, lora, settings.optim.freeze)
     # In the dtype of the activations: the parameters are cast to it wherever they are used. With adapters the base
     # alone is the reference.
     copied = EMPTY if lora.rank else params
     reference = jax.tree.map(lambda p: jnp.array(p, compute.dtype, copy=True), copied) if kl > 0 else None
-    base = narrow(base, compute.dtype)
+    base = cast_frozen(base, compute.dtype)
     if lora.rank:
         params = init_adapters(graphdef, params, base, jax.random.fold_in(key, 0), mesh)
 
     ############################## State, programs ##############################
     tx, schedule = make_optimizer(settings.optim, steps * updates)
-    whole = sharding.replicated(mesh)
-    where = state_shardings(params, tx, whole, offload=settings.optim.offload)
-    shardings = (where, sharding.rows(mesh), whole)
+    replicated = sharding.replicated(mesh)
+    where = state_shardings(params, tx, replicated, offload=settings.optim.offload)
+    shardings = (where, sharding.rows(mesh), replicated)
     state = jax.jit(lambda p: create_state(p, tx), out_shardings=shardings[0], donate_argnums=0)(params)
     compared = plain if lora.rank else None
     programs = make_programs(graphdef, tx, objective, compute, temperature, shardings, base, compared)
@@ -197,7 +197,7 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
             jax.random.fold_in(key, step),
         )
         if rolls:
-            engine.rest()  # weights and cache give their memory to the gradients
+            engine.release_memory()  # weights and cache give their memory to the gradients
         if batches and not made:
             save_first_batch(processes.own_directory(workdir), stage, batches[0], processor, log)
         if batches:
@@ -245,4 +245,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("aot", None, "A TPU slice or topology to compile for instead of training, or all.")
     flags.DEFINE_bool("aot_quick", False, "With --aot: a fifth of the time, by leaving out what only makes it fast.")
     flags.DEFINE_string("aot_only", "", "With --aot: only programs with this in their name, such as rollout.")
-    command.run(main, TrainConfig)
+    command.run_command(main, TrainConfig)

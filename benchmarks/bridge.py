@@ -38,7 +38,7 @@ import numpy as np
 
 from benchmarks._bridge_quick import object_mask
 from sam_bridge import wire
-from sam_bridge.backends import RANDOM, Options, load
+from sam_bridge.backends import RANDOM, Options, load_backend
 from sam_bridge.client import SamClient
 from sam_bridge.local import LocalSegmenter, image_hash
 from sam_bridge.spawn import SideCar
@@ -94,7 +94,7 @@ def turn(step: int, seed: int, height: int, width: int, refine: str) -> SegmentR
         case 1:
             return SegmentRequest(points=((x, y),), labels=(1,))
         case 2:
-            return SegmentRequest(points=((x + 9, y),), labels=(0,), refine=refine)
+            return SegmentRequest(points=((x + 9, y),), labels=(0,), refine_logits_id=refine)
         case _:
             return SegmentRequest(box=box, points=((x, y), (x + 5, y - 5)), labels=(1, 0))
 
@@ -339,7 +339,11 @@ def killed(args, backend: str) -> dict:
     every = seconds / 4 if backend == "sam2" else (2.0 if args.toy else 5.0)
     height, width = (112, 112) if backend == "grabcut" else (HEIGHT, WIDTH)
     images = [picture(i, height, width) for i in range(8 if backend == "grabcut" else 2)]
-    own = own_sam2(args, sam2_options(args, encode_batch=1, decode_batch=1)) if backend == "sam2" else load("grabcut")
+    own = (
+        own_sam2(args, sam2_options(args, encode_batch=1, decode_batch=1))
+        if backend == "sam2"
+        else load_backend("grabcut")
+    )
     local = LocalSegmenter(own)
     wanted = {i: trajectory(local, images[i % len(images)], i) for i in range(8)}
     local.close()

@@ -72,7 +72,7 @@ def write_checkpoint(directory: pathlib.Path, gb: float) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     for file, names in files.items():
         blocks = (block for name in names for block in random_blocks(rng, math.prod(shapes[name])))
-        tensor_files.write(directory / file, "BF16", {name: shapes[name] for name in names}, blocks)
+        tensor_files.write_safetensors(directory / file, "BF16", {name: shapes[name] for name in names}, blocks)
     tensor_files.write_index(directory / tensor_files.INDEX, "BF16", shapes, files)
     (directory / "config.json").write_text(json.dumps(raw))
     total = sum(tensor_files.size("BF16", shape) for shape in shapes.values())

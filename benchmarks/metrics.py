@@ -51,7 +51,7 @@ def ours(masks, count: int) -> tuple[float, float]:
         parts = (nothing,) * 5
         trajectory = Trajectory(str(i), 0, "", (), (), said, None, Status.FINISHED, *parts, ())
         results.append(metrics.score(trajectory, sample))
-    totals = metrics.total(results)
+    totals = metrics.total_results(results)
     return totals.giou, totals.ciou
 
 

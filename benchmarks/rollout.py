@@ -157,7 +157,7 @@ def play(policy, processor, work: Work, delay_s: float = 0.0, tasks: int = 0) ->
     start, cpu = time.perf_counter(), time.process_time()
     trajectories = [t for t, _ in driver.run(samples)]
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    ids = [t.tokens[t.sampled] for t in trajectories]
+    ids = [t.tokens[t.loss_mask] for t in trajectories]
     if any(len(t.turns) != work.turns for t in trajectories):
         raise SystemExit(f"a trajectory ended early: {[(len(t.turns), t.status.name) for t in trajectories]}")
     tokens = sum(map(len, ids))

@@ -25,7 +25,14 @@ from absl import flags
 
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.collecting import filter, startup
-from rsagent_jax.collecting.collector import Collector, attempt_id, begin, fingerprints, open_policy, what_decides
+from rsagent_jax.collecting.collector import (
+    Collector,
+    attempt_fingerprints,
+    attempt_id,
+    begin,
+    collection_resume_fingerprint,
+    open_policy,
+)
 from rsagent_jax.config.import_path import import_path
 from rsagent_jax.config.schema import CollectConfig
 from rsagent_jax.data.processor import Processor
@@ -42,7 +49,7 @@ from rsagent_jax.types import DataError
 
 def main(config: CollectConfig) -> None:
     workdir, share = command.workdir(), parse_share(flags.FLAGS.shard, "--shard")
-    startup.collect(config, workdir)
+    startup.check_collect(config, workdir)
     processor = Processor.load(policy_directory(config.teacher.own.weights or config.processor))
     samples = open_samples(config.data)
     if isinstance(samples, Mixture):
@@ -56,9 +63,11 @@ def main(config: CollectConfig) -> None:
     # All tries of a sample are one machine's, so that they share its opening.
     places = list(enumerate(order))[share.index :: share.count]
     mine = [(n * tries + t, k) for n, k in places for t in range(tries)]
-    current = fingerprints(samples, order, tries)
+    current = attempt_fingerprints(samples, order, tries)
     with open_segmenter(config.segmenter) as segmenter:
-        settings = what_decides(config, segmenter.about, pixel_limits(config.agent, processor), checksum)
+        settings = collection_resume_fingerprint(
+            config, segmenter.about, pixel_limits(config.agent, processor), checksum
+        )
         settings["planned"] = len(order) * tries
         with contextlib.closing(Journal(workdir / filter.ATTEMPTS, share, settings, current)) as journal:
             left = begin(workdir, config, journal, mine, samples.ids, tries)
@@ -77,10 +86,10 @@ def main(config: CollectConfig) -> None:
         return
     if len(kinds) == len(state):
         raise DataError(f"nothing could be collected: {next(failed for failed in state.values())}")
-    filter.write(workdir, workdir, config.filter, config.records_per_file, settings=settings, current=current)
+    filter.write_kept_set(workdir, workdir, config.filter, config.records_per_file, settings=settings, current=current)
 
 
 if __name__ == "__main__":
     command.define_flags()
     flags.DEFINE_string("shard", "0/1", "i/n: collect every n-th trajectory from the i-th on, counted from 0.")
-    command.run(main, CollectConfig)
+    command.run_command(main, CollectConfig)

@@ -25,7 +25,7 @@ DECISIVE = ("benchmark", "settings.metric", "settings.data")  # must agree, or t
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
+class GainInterval:
     """`b` minus `a`, with its 95% interval over resampled pictures."""
 
     value: float
@@ -44,9 +44,9 @@ class Comparison:
     """One evaluation against the first."""
 
     name: str
-    giou: Difference
-    ciou: Difference
-    turns: Difference
+    giou: GainInterval
+    ciou: GainInterval
+    turns: GainInterval
     better: int  # samples with a higher IoU, a lower one, the same
     worse: int
     same: int
@@ -82,13 +82,13 @@ def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
     )
 
 
-def _paired(values: Sequence[float], pictures: Sequence[str] | None) -> Difference:
-    return Difference(float(np.mean(values)), bootstrap_ci(values, pictures))
+def _paired(values: Sequence[float], pictures: Sequence[str] | None) -> GainInterval:
+    return GainInterval(float(np.mean(values)), bootstrap_ci(values, pictures))
 
 
 def ciou_difference(
     a: Sequence[Prediction], b: Sequence[Prediction], pictures: Sequence[str] | None = None
-) -> Difference:
+) -> GainInterval:
     """cIoU is a ratio of sums: both are formed anew from each resample."""
     pixels = [[[p.intersection, p.union] for p in side] for side in (a, b)]
     return _ratios(a, b, pixels, pictures)
@@ -96,12 +96,12 @@ def ciou_difference(
 
 def giou_difference(
     a: Sequence[Prediction], b: Sequence[Prediction], pictures: Sequence[str] | None = None
-) -> Difference:
+) -> GainInterval:
     """Of the means over what either run's convention counts, which need not be the same samples."""
     return _ratios(a, b, [[[p.iou, 1] for p in side] for side in (a, b)], pictures)
 
 
-def _ratios(a: Sequence[Prediction], b: Sequence[Prediction], parts, pictures: Sequence[str] | None) -> Difference:
+def _ratios(a: Sequence[Prediction], b: Sequence[Prediction], parts, pictures: Sequence[str] | None) -> GainInterval:
     """The difference of two ratios of sums over what each run counts; `parts` are (numerator, denominator)."""
     counted = [[[not p.dropped] for p in side] for side in (a, b)]
     rows = np.concatenate(np.array(parts, np.float64) * np.array(counted), axis=1)
@@ -110,10 +110,10 @@ def _ratios(a: Sequence[Prediction], b: Sequence[Prediction], parts, pictures: S
         i, u, j, v = sums.T
         return j / (v + 1e-10) - i / (u + 1e-10)
 
-    return Difference(float(gap(rows.sum(axis=0, keepdims=True))[0]), cluster_bootstrap_ci(rows, gap, pictures))
+    return GainInterval(float(gap(rows.sum(axis=0, keepdims=True))[0]), cluster_bootstrap_ci(rows, gap, pictures))
 
 
-def check(evaluations: Sequence[Evaluation]) -> None:
+def check_comparable(evaluations: Sequence[Evaluation]) -> None:
     """DataError where they were counted by different rules."""
     for other in evaluations[1:]:
         for key in DECISIVE:
@@ -143,7 +143,9 @@ def _differs(a, b) -> str:
 # --- Tables ---
 
 
-def table(evaluations: Sequence[Evaluation], names: Sequence[str], found: Sequence[Comparison]) -> list[list[str]]:
+def comparison_table(
+    evaluations: Sequence[Evaluation], names: Sequence[str], found: Sequence[Comparison]
+) -> list[list[str]]:
     """Rows of cells; the first row is the head."""
     differ = f"minus {names[0]}, 95% interval"
     rows = [["", "gIoU", differ, "cIoU", differ, "turns", differ, "better / worse / same", "n"]]
@@ -156,7 +158,7 @@ def table(evaluations: Sequence[Evaluation], names: Sequence[str], found: Sequen
     return rows
 
 
-def _marked(difference: Difference) -> str:
+def _marked(difference: GainInterval) -> str:
     return f"{difference} *" if difference.clear else str(difference)
 
 
@@ -218,10 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = names_of(options.workdirs)
         evaluations = [load_evaluation(path) for path in options.workdirs]
         names = [marked(name, e) for name, e in zip(names, evaluations, strict=True)]
-        check(evaluations)
+        check_comparable(evaluations)
         found = [compare(evaluations[0], e, n) for e, n in zip(evaluations[1:], names[1:], strict=True)]
         queries = {example.id: example.query for e in evaluations for example in e.examples}
-        main_table = table(evaluations, names, found)
+        main_table = comparison_table(evaluations, names, found)
         print(f"{aligned(main_table)}\n{note(found)}")
         text = [f"# {names[0]} and {', '.join(names[1:])}", markdown(main_table), note(found).replace("*", "\\*", 1)]
         for comparison in found:

@@ -49,7 +49,7 @@ LISTED = 20  # unreadable samples named on the terminal; all of them stand in ch
 
 
 @dataclasses.dataclass
-class Found:
+class DataFaults:
     """What decoding has shown; every sample that was looked at is in exactly one of `read` and `bad`."""
 
     read: int = 0
@@ -107,9 +107,9 @@ def count_row(samples: SampleIndex, data: DataConfig) -> dict:
     return row | {"published": f"{wanted} samples, {images} pictures", "verdict": "ok" if same else "DIFFERS"}
 
 
-def examine(samples: SampleIndex | Mixture, chosen: list[int]) -> Found:
+def examine(samples: SampleIndex | Mixture, chosen: list[int]) -> DataFaults:
     """Decodes the pictures and masks at these places; bad is what evaluate, collect and train call unreadable."""
-    found, ids = Found(), samples.ids
+    found, ids = DataFaults(), samples.ids
 
     def look(i: int) -> tuple[str, str | tuple[bool, bool, float]]:
         try:
@@ -136,7 +136,7 @@ def _area(sample: Sample) -> tuple[bool, float]:
     return share == 0, share
 
 
-def readable(samples: SampleIndex | Mixture, chosen: list[int], found: Found) -> list[int]:
+def readable(samples: SampleIndex | Mixture, chosen: list[int], found: DataFaults) -> list[int]:
     """SHOWN of the samples that could be read, evenly spread."""
     ids = samples.ids
     good = [i for i in chosen if ids[i] not in found.bad]
@@ -179,4 +179,4 @@ if __name__ == "__main__":
     except DataError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
-    command.run(main, kind)
+    command.run_command(main, kind)

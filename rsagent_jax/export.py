@@ -46,7 +46,7 @@ def export(checkpoint: str, out: pathlib.Path, dtype: str | None = None, max_sha
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         files, _ = tensor_files.find(out)
-        count = sum(len(tensor_files.header(file)) for file in files)
+        count = sum(len(tensor_files.safetensors_header(file)) for file in files)
         digests = [f"{file.stat().st_size} bytes, sha256 {_sha256(file)} ({file.name})" for file in files]
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}") from error

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from rsagent_jax.collecting import startup
-from rsagent_jax.collecting.problem_writer import ANSWERS, Writer, write_set
+from rsagent_jax.collecting.problem_writer import ANSWERS, ProblemWriter, write_set
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import (
     ProblemsConfig,
@@ -35,10 +35,10 @@ EXAMPLES = 5  # failures told on the terminal
 
 def main(config: ProblemsConfig) -> None:
     workdir, share = command.workdir(), parse_share(flags.FLAGS.shard, "--shard")
-    startup.problems(config, workdir)
+    startup.check_problems(config, workdir)
     samples = open_samples(config.data)
     order = np.random.default_rng(config.seed).permutation(len(samples))[: config.limit or None].tolist()
-    ids, settings = samples.ids, what_decides(config) | {"planned": len(order)}
+    ids, settings = samples.ids, problems_resume_fingerprint(config) | {"planned": len(order)}
     current = journal.fingerprints(samples, {ids[k]: k for k in order})
     with contextlib.closing(Journal(workdir / ANSWERS, share, settings, current)) as answers:
         for note in answers.notes:
@@ -47,7 +47,7 @@ def main(config: ProblemsConfig) -> None:
         left = [(uid, k) for uid, k in mine if ids[k] not in answers.done]
         if len(left) < len(mine):
             print(f"goes on: {len(mine) - len(left)} of {len(mine)} objects are done")
-        writer = Writer(config, samples, workdir, answers)
+        writer = ProblemWriter(config, samples, workdir, answers)
         asyncio.run(writer.run(left, len(mine)))
     for problem, count in sorted(writer.failed.items()):
         print(f"  no answer for {count}: {problem}")
@@ -63,7 +63,7 @@ def main(config: ProblemsConfig) -> None:
     write_set(workdir, config, dict(writer.failed), settings, current)
 
 
-def what_decides(config: ProblemsConfig) -> dict:
+def problems_resume_fingerprint(config: ProblemsConfig) -> dict:
     """What an answer depends on: work that is taken up again must agree in it."""
     resolved = to_dict(config)
     names = ("seed", "limit", "queries", "min_words", "max_words", "picture_size")
@@ -74,4 +74,4 @@ def what_decides(config: ProblemsConfig) -> dict:
 if __name__ == "__main__":
     command.define_flags()
     flags.DEFINE_string("shard", "0/1", "i/n: every n-th object from the i-th on, counted from 0.")
-    command.run(main, ProblemsConfig)
+    command.run_command(main, ProblemsConfig)

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for threshold in thresholds:
             rules = dataclasses.replace(own, min_iou=threshold)
             out = options.out / folder_of(threshold)
-            found = filter.write(options.collected, out, rules, moved=moved)
+            found = filter.write_kept_set(options.collected, out, rules, moved=moved)
             rows.append((threshold, found, out))
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

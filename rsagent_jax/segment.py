@@ -20,7 +20,7 @@ from absl import flags
 
 from rsagent_jax.agent.environment import EnvState, final_mask
 from rsagent_jax.agent.overlay import draw_overlay
-from rsagent_jax.agent.replay import to_json
+from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.agent.tools import call_json
 from rsagent_jax.config.schema import SegmentConfig
@@ -47,7 +47,7 @@ def main(config: SegmentConfig, image_path: str, query: str) -> None:
     out = command.workdir("out")
     command.use_compilation_cache(config.cache_dir, out / "compiled")
     weights = flags.FLAGS.weights or config.policy.weights
-    startup.segment(config, weights, out)
+    startup.check_segment(config, weights, out)
     processor = Processor.load(policy_directory(weights))
     if pathlib.Path(weights).resolve().parts[-2:] == ("assets", "tiny-base"):
         print("note: assets/tiny-base does not know the tools: expect malformed calls and an empty mask.")
@@ -89,7 +89,7 @@ def segment(
 
     # Saved, not referred to: plain readers would not turn and flatten the user's file as read_photo did.
     PIL.Image.fromarray(image).save(out / "image.png", compress_level=1)
-    (out / "trajectory.json").write_text(to_json(state, task.sample.path) + "\n", encoding="utf-8")
+    (out / "trajectory.json").write_text(state_to_json(state, task.sample.path) + "\n", encoding="utf-8")
     if state.status is Status.ENV_FAILED:
         raise DataError(f"segmenter: {state.failure.kind}: {state.failure.detail}; no mask is written")
     mask, mask_id = final_mask(state)
@@ -107,7 +107,7 @@ def read_photo(path: str) -> np.ndarray:
     stored: a mask of a photograph should lie as its owner sees it.
     """
     try:
-        return images.read(path)
+        return images.read_image_file(path)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except images.ImageError as error:
@@ -166,4 +166,4 @@ def _plain(text: str) -> str:
 if __name__ == "__main__":
     command.define_flags("out")
     flags.DEFINE_string("weights", None, "Hugging Face directory, or checkpoints/<stage>; overrides policy.weights.")
-    command.run(main, SegmentConfig, ("IMAGE", "QUERY"), str(ROOT / "configs" / "segment.py"))
+    command.run_command(main, SegmentConfig, ("IMAGE", "QUERY"), str(ROOT / "configs" / "segment.py"))

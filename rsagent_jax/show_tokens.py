@@ -21,7 +21,7 @@ from rsagent_jax.data.processor import Processor, pictures
 from rsagent_jax.data.sets.index import spread
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens
-from rsagent_jax.report.html import Html, page, picture, tag
+from rsagent_jax.report.html import Html, html_page, picture, tag
 from rsagent_jax.types import DataError
 
 TRAINED = "background: var(--good-ground); color: var(--good); border-bottom: 2px solid var(--good);"
@@ -33,13 +33,13 @@ def runs(item: Item, processor: Processor) -> Iterator[tuple[str, list[int]]]:
     grids = iter(item.grids)
     at = 0
     while at < len(item.tokens):
-        if item.tokens[at] == processor.image_id and not item.sampled[at]:
+        if item.tokens[at] == processor.image_id and not item.loss_mask[at]:
             count = merged_tokens(next(grids), processor.images.merge_size)
             yield "image", item.tokens[at : at + count].tolist()
         else:
-            count, here = 1, bool(item.sampled[at])
-            is_image = (item.tokens == processor.image_id) & ~item.sampled
-            while at + count < len(item.tokens) and item.sampled[at + count] == here and not is_image[at + count]:
+            count, here = 1, bool(item.loss_mask[at])
+            is_image = (item.tokens == processor.image_id) & ~item.loss_mask
+            while at + count < len(item.tokens) and item.loss_mask[at + count] == here and not is_image[at + count]:
                 count += 1
             yield "trained" if here else "context", item.tokens[at : at + count].tolist()
         at += count
@@ -71,23 +71,23 @@ def render_item(item: Item, header: dict, processor: Processor) -> Html:
             text = processor.decode([id])
             shown = text.replace("\n", "⏎\n") if text.strip(" ") else text.replace(" ", "␣")
             parts.append(tag("span", shown, style=style, title=f"{id}, {kind}"))
-    trained = int(item.sampled.sum())
+    trained = int(item.loss_mask.sum())
     head = f"{header.get('id', '')}: {trained} of {len(item.tokens)} tokens are trained"
     body = tag("div", *parts, style="white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.9 monospace")
     return tag("article", tag("header", tag("h3", head)), body, class_="card")
 
 
-def render(directory: pathlib.Path, processor: Processor, samples: int) -> str:
+def tokens_page(directory: pathlib.Path, processor: Processor, samples: int) -> str:
     records = trajectories.open_records(directory)
     cards, trained, total = [], 0, 0
     for i in spread(len(records), samples):
         record = records[i]
-        item = trajectories.decode(record, processor)
-        cards.append(render_item(item, trajectories.header(record), processor))
-        trained, total = trained + int(item.sampled.sum()), total + len(item.tokens)
+        item = trajectories.decode_record(record, processor)
+        cards.append(render_item(item, trajectories.record_header(record), processor))
+        trained, total = trained + int(item.loss_mask.sum()), total + len(item.tokens)
     share = f"{trained} of {total} tokens of these {len(cards)} trajectories are trained ({trained / total:.1%})."
     legend = tag("p", tag("span", "trained", style=TRAINED), " ", tag("span", "context", style=CONTEXT), f"  {share}")
-    return page("What SFT is trained on", legend, *cards)
+    return html_page("What SFT is trained on", legend, *cards)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.samples < 0:
             raise DataError(f"--samples must be at least 0 (0 = all), not {options.samples}")
         processor = Processor.load(policy_directory(options.processor))
-        text = render(options.trajectories, processor, options.samples)
+        text = tokens_page(options.trajectories, processor, options.samples)
         try:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(text, encoding="utf-8")

@@ -170,7 +170,7 @@ class Turn:
 class Trajectory:
     """Arrow 9. `tokens` is the whole context as the engine saw it: prompt, turns and observations.
 
-    `sampled` is True exactly on ids the policy sampled (terminators included); log-probs are 0 elsewhere.
+    `loss_mask` is True exactly on ids the policy sampled (terminators included); log-probs are 0 elsewhere.
     """
 
     sample_id: str
@@ -183,7 +183,7 @@ class Trajectory:
     status: Status
     tokens: np.ndarray  # i32[T]
     positions: np.ndarray  # i32[3, T]
-    sampled: np.ndarray  # bool[T]
+    loss_mask: np.ndarray  # bool[T]
     logprobs: np.ndarray  # f32[T]
     patches: np.ndarray  # f32[P, ·]
     grids: tuple[tuple[int, int, int], ...]

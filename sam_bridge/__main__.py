@@ -44,7 +44,7 @@ def main() -> int:
         # Before a checkpoint is read, which takes a while; the server looks again.
         check_address(args.address, token=token, tls=bool(args.tls_cert), insecure=args.insecure)
         options = {f.name: getattr(args, f.name) for f in dataclasses.fields(backends.Options)}
-        backend = backends.load(args.backend, backends.Options(**options))
+        backend = backends.load_backend(args.backend, backends.Options(**options))
         segmenter = LocalSegmenter(backend, image_bytes=args.cache_mb << 20, logits_bytes=args.logits_mb << 20)
         segmenter.on_dead = lambda: (dead.set(), stop.set())
         server = Server(

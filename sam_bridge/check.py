@@ -43,7 +43,7 @@ def main() -> int:
     args = _arguments()
     address = [part.strip() for part in args.address.split(",") if part.strip()]
     try:
-        image, box = (images.read(args.image), args.box) if args.image else (own_picture(), None)
+        image, box = (images.read_image_file(args.image), args.box) if args.image else (own_picture(), None)
         secure = dict(token_file=args.token_file, tls_ca=args.tls_ca, tls=args.tls)
         with SamClient(address, timeout_s=args.timeout_s, wait_s=args.wait_s, **secure) as client:
             identity = _connect(client)
@@ -52,7 +52,7 @@ def main() -> int:
     except (SegmenterError, ValueError, OSError) as error:
         print(f"check failed: {error}", file=sys.stderr)
         return 2
-    draw(image, panels).save(args.out)
+    draw_panels(image, panels).save(args.out)
     print(f"{'all held' if held else 'SOMETHING DID NOT HOLD'}; the masks: {args.out}")
     return int(not held)
 
@@ -97,7 +97,7 @@ def _exercise(client: SamClient, image: np.ndarray, box, judged: bool) -> tuple[
     by_box = ask("box, picture is new", SegmentRequest(box=box))
     ask("click", SegmentRequest(points=(middle,), labels=(1,)))
     ask("box and background", SegmentRequest(box=box, points=(corner,), labels=(0,)))
-    ask("refined with a click", SegmentRequest(points=(middle,), labels=(1,), refine=by_box.logits_id))
+    ask("refined with a click", SegmentRequest(points=(middle,), labels=(1,), refine_logits_id=by_box.logits_id))
 
     def hold(what: str, true: bool) -> None:
         nonlocal held
@@ -112,7 +112,7 @@ def _exercise(client: SamClient, image: np.ndarray, box, judged: bool) -> tuple[
     hold(f"{CALLS} equal prompts give equal masks", same)
     hold("the picture is not encoded again", all(t["encode"] == 0.0 for t in times))
     try:
-        client.segment(image, SegmentRequest(box=box, refine="no such mask"))
+        client.segment(image, SegmentRequest(box=box, refine_logits_id="no such mask"))
         hold("an unknown mask to refine is refused", False)
     except SegmenterError as error:
         hold("an unknown mask to refine is refused", error.kind is FailureKind.UNKNOWN_LOGITS)
@@ -125,7 +125,7 @@ def _exercise(client: SamClient, image: np.ndarray, box, judged: bool) -> tuple[
     return panels, lines, held
 
 
-def draw(image: np.ndarray, panels: list[Panel]) -> PIL.Image.Image:
+def draw_panels(image: np.ndarray, panels: list[Panel]) -> PIL.Image.Image:
     """Side by side: the picture with the mask in red, the box in yellow, clicks in green (object) and blue."""
     height, width = image.shape[:2]
     scale, bar = PANEL / width, 18

@@ -82,7 +82,7 @@ class SamClient:
         try:
             reply = self._segment(key, image, request)
         except SegmenterError as error:
-            if error.kind is not FailureKind.UNKNOWN_LOGITS or not self._remake(key, image, request.refine):
+            if error.kind is not FailureKind.UNKNOWN_LOGITS or not self._remake(key, image, request.refine_logits_id):
                 raise
             reply = self._segment(key, image, request)
         self._remember(key, reply.logits_id, request)

@@ -62,12 +62,12 @@ def to_rgb(image: np.ndarray) -> np.ndarray:
     return image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)
 
 
-def read(path: str | pathlib.Path, upright: bool = True) -> np.ndarray:
+def read_image_file(path: str | pathlib.Path, upright: bool = True) -> np.ndarray:
     """A picture file -> u8[h, w, 3] RGB. FileNotFoundError, or ImageError naming the file."""
     return _named(str(path), _rgb, load(path, upright=upright))
 
 
-def decode(data: bytes, where: str, upright: bool = True) -> np.ndarray:
+def decode_image_bytes(data: bytes, where: str, upright: bool = True) -> np.ndarray:
     """A picture file's bytes -> u8[h, w, 3] RGB; `where` names it in the ImageError."""
     return _named(where, _rgb, load(data, where, upright))
 

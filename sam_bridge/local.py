@@ -39,7 +39,7 @@ def logits_id(key: str, request: SegmentRequest) -> str:
     """Names a mask by how it was made, so a repeated call, even to a restarted side-car, gives the same id."""
     box = None if request.box is None else tuple(map(float, request.box))
     points = tuple(tuple(map(float, point)) for point in request.points)
-    recipe = (key, box, points, tuple(map(int, request.labels)), request.refine)
+    recipe = (key, box, points, tuple(map(int, request.labels)), request.refine_logits_id)
     if request.candidates:  # the mask is then chosen among others
         recipe += ("candidates",)
     return hashlib.sha256(repr(recipe).encode()).hexdigest()[:32]
@@ -144,10 +144,10 @@ class LocalSegmenter:
         check_request(request, encoded.height, encoded.width)
         start = time.perf_counter()
         logits = None
-        if request.refine:
-            logits = self.logits.get(f"{key}/{request.refine}")
+        if request.refine_logits_id:
+            logits = self.logits.get(f"{key}/{request.refine_logits_id}")
             if logits is None:
-                detail = f"refine={request.refine!r} names no mask of this image that is still kept"
+                detail = f"refine={request.refine_logits_id!r} names no mask of this image that is still kept"
                 raise SegmenterError(FailureKind.UNKNOWN_LOGITS, detail)
         with _typed_failures(f"decoding {request}", self.on_dead):
             decoded = self.backend.decode(encoded.encoding, request, logits)

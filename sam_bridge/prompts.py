@@ -44,13 +44,17 @@ def check_request(request: SegmentRequest, height: int, width: int) -> None:
         _refuse(f"{len(request.points)} points but {len(request.labels)} labels")
     if len(request.points) > MAX_POINTS:
         _refuse(f"{len(request.points)} points, at most {MAX_POINTS}")
-    if request.box is None and not request.points and not request.refine:
+    if request.box is None and not request.points and not request.refine_logits_id:
         _refuse("no prompt: give a box, a point, or a mask to refine")
-    if not isinstance(request.refine, str) or not request.refine.isascii() or len(request.refine) > 64:
-        _refuse(f"refine must be a logits id of an earlier reply, got {request.refine!r:.80}")
+    if (
+        not isinstance(request.refine_logits_id, str)
+        or not request.refine_logits_id.isascii()
+        or len(request.refine_logits_id) > 64
+    ):
+        _refuse(f"refine must be a logits id of an earlier reply, got {request.refine_logits_id!r:.80}")
     if any(label not in (0, 1) for label in request.labels):
         _refuse(f"labels must be 0 or 1, got {list(request.labels)}")
-    if request.box is None and not request.refine and 1 not in request.labels:
+    if request.box is None and not request.refine_logits_id and 1 not in request.labels:
         _refuse("background points alone name no object: add a box or a point with label 1")
     if request.box is not None:
         _check_box(request.box, height, width)

@@ -21,7 +21,7 @@ from sam_bridge import wire
 from sam_bridge.local import LocalSegmenter, UnknownImage, image_hash
 from sam_bridge.prompts import check_image
 from sam_bridge.security import AddressError, TokenCheck, check_address, server_credentials
-from sam_bridge.telemetry import Metrics
+from sam_bridge.telemetry import BridgeMetrics
 from sam_bridge.types import FailureKind, SegmenterError
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Gate:
 class Servicer:
     """The rpcs of bridge.proto. All are idempotent, so a client may repeat any of them."""
 
-    def __init__(self, segmenter: LocalSegmenter, gate: Gate, metrics: Metrics):
+    def __init__(self, segmenter: LocalSegmenter, gate: Gate, metrics: BridgeMetrics):
         self._segmenter, self._gate, self._metrics = segmenter, gate, metrics
         self._instance = uuid.uuid4().hex[:16]
 
@@ -243,7 +243,7 @@ class Server:
         threads = workers + queue + SPARE_THREADS
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="sam_bridge")
         self.gate = Gate(workers, queue)
-        self.metrics = Metrics(lambda: {**segmenter.counters(), "waiting": self.gate.waiting})
+        self.metrics = BridgeMetrics(lambda: {**segmenter.counters(), "waiting": self.gate.waiting})
         refused = lambda: self.metrics.called("any", wire.UNAUTHENTICATED, {})  # noqa: E731
         self._server = grpc.server(
             self._pool,

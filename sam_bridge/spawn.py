@@ -217,7 +217,7 @@ def _end(child: subprocess.Popen) -> None:
 
 
 @contextlib.contextmanager
-def open_segmenter(
+def spawn_segmenter(
     mode: str = "spawn",
     backend: str = "grabcut",
     addresses: Sequence[str] = (),
@@ -239,7 +239,7 @@ def open_segmenter(
     if mode not in MODES:
         raise ValueError(f"unknown segmenter mode {mode!r}; options: {', '.join(MODES)}")
     if mode == "inprocess":
-        with contextlib.closing(LocalSegmenter(backends.load(backend, options))) as segmenter:
+        with contextlib.closing(LocalSegmenter(backends.load_backend(backend, options))) as segmenter:
             yield segmenter
     elif mode == "connect":
         secure = dict(token_file=token_file, tls_ca=tls_ca, tls=tls)

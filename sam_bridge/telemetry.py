@@ -16,7 +16,7 @@ GAUGES = ("image_bytes", "logits_bytes", "waiting")  # the other counts of a sid
 BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
-class Metrics:
+class BridgeMetrics:
     """`sam_bridge_calls_total{rpc,status}`, `sam_bridge_seconds{rpc,stage}`, and `sam_bridge_<name>` for `counts()`."""
 
     def __init__(self, counts: Callable[[], dict[str, float]] = dict):

@@ -14,12 +14,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class SegmentRequest:
-    """One prompt on one image. At least a box, a point, or `refine`."""
+    """One prompt on one image. At least a box, a point, or `refine_logits_id`."""
 
     box: tuple[float, float, float, float] | None = None
     points: tuple[tuple[float, float], ...] = ()
     labels: tuple[int, ...] = ()  # 1 object, 0 background; as many as points
-    refine: str = ""  # logits id of an earlier reply on the same image; "" = none
+    refine_logits_id: str = ""  # logits id of an earlier reply on the same image; "" = none
     candidates: bool = False  # all masks that the back end has for the prompt are wanted (SAM 2: three), not one
 
 

@@ -92,7 +92,7 @@ def _runs(counts: bytes) -> np.ndarray:
 
 def request_to_proto(key: str, request: SegmentRequest) -> pb.SegmentRequest:
     """`request` has passed check_request."""
-    message = pb.SegmentRequest(image_hash=key, refine=request.refine, candidates=request.candidates)
+    message = pb.SegmentRequest(image_hash=key, refine=request.refine_logits_id, candidates=request.candidates)
     if request.box is not None:
         x0, y0, x1, y1 = map(float, request.box)
         message.box.CopyFrom(pb.Box(x0=x0, y0=y0, x1=x1, y1=y1))
@@ -107,7 +107,7 @@ def request_from_proto(message: pb.SegmentRequest) -> SegmentRequest:
         box=(box.x0, box.y0, box.x1, box.y1) if message.HasField("box") else None,
         points=tuple((p.x, p.y) for p in message.points),
         labels=tuple(p.label for p in message.points),
-        refine=message.refine,
+        refine_logits_id=message.refine,
         candidates=message.candidates,
     )
 

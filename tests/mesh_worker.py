@@ -83,7 +83,7 @@ def with_tools(delay_s: float, played: pathlib.Path, small) -> None:
 
 
 def main(job: dict) -> None:
-    processes.join()
+    processes.initialize_distributed()
     from agent_fakes import DiscSegmenter
 
     from tests.rollout import small

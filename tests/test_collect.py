@@ -21,7 +21,7 @@ from PIL import Image
 from rsagent_jax import collect as command
 from rsagent_jax import refilter
 from rsagent_jax.collecting import filter
-from rsagent_jax.collecting.collector import Collector, attempt_id, what_decides
+from rsagent_jax.collecting.collector import Collector, attempt_id, collection_resume_fingerprint
 from rsagent_jax.config.schema import (
     CollectConfig,
     DataConfig,
@@ -83,7 +83,7 @@ DISCS = About("discs", "discs of one size")
 
 
 def decisive(config, checksum=""):
-    return what_decides(config, DISCS, pixel_limits(config.agent, small.processor()), checksum)
+    return collection_resume_fingerprint(config, DISCS, pixel_limits(config.agent, small.processor()), checksum)
 
 
 def collect(workdir, samples, share=ALONE, make=Scripted, config=CONFIG, segmenter=None):
@@ -113,7 +113,7 @@ def lines(path):
 def test_the_filter_keeps_drops_and_counts(tmp_path, samples):
     workdir = tmp_path / "w"
     assert collect(workdir, samples).failures.counts == {}
-    found = filter.write(workdir, workdir, FilterConfig())
+    found = filter.write_kept_set(workdir, workdir, FilterConfig())
     kept = lines(workdir / "trajectories.jsonl")
     assert [row["id"] for row in kept] == ["s0", "s5"] and set(kept[0]) == {"id", "iou", "turns", "status"}
     assert kept[1] == {"id": "s5", "iou": pytest.approx(1.0), "turns": 3, "status": "finished"}
@@ -121,9 +121,11 @@ def test_the_filter_keeps_drops_and_counts(tmp_path, samples):
     assert found.dropped == wanted and found.kept == 2
     stamp = json.loads((workdir / "collect.json").read_text())
     assert stamp["records"] == 2 and stamp["verdicts"] == wanted | {"kept": 2} and stamp["filter"]["min_iou"] == 0.9
-    every = filter.write(workdir, tmp_path / "all", FilterConfig(min_iou=0.0, malformed=True, repeats=True))
+    every = filter.write_kept_set(workdir, tmp_path / "all", FilterConfig(min_iou=0.0, malformed=True, repeats=True))
     assert every.kept == 5 and every.dropped == {"invalid": 1}
-    assert filter.write(workdir, tmp_path / "short", FilterConfig(max_turns=2)).dropped["more than 2 turns"] == 1
+    assert (
+        filter.write_kept_set(workdir, tmp_path / "short", FilterConfig(max_turns=2)).dropped["more than 2 turns"] == 1
+    )
     page = (workdir / "report/index.html").read_text()
     assert "malformed or refused call" in page and page.count("<article") == 6 and "Cannot be shown" not in page
 
@@ -131,26 +133,26 @@ def test_the_filter_keeps_drops_and_counts(tmp_path, samples):
 def test_records_are_what_the_driver_makes_with_images_by_reference(tmp_path, samples):
     workdir = tmp_path / "w"
     collect(workdir, samples)
-    filter.write(workdir, workdir, FilterConfig(), per_file=1)
+    filter.write_kept_set(workdir, workdir, FilterConfig(), per_file=1)
     assert sorted(p.name for p in workdir.glob("*.array_record")) == [
         f"trajectories-0000{i}.array_record" for i in (0, 1)
     ]
     records = trajectories.open_records(workdir)
     policy = TextPolicy(small.scripted(SCRIPTS), small.processor())
     ((wanted, _),) = Driver(policy, DiscSegmenter(14.0), small.processor(), small.AGENT).run([small.task(5)])
-    item = trajectories.decode(records[1], small.processor())
+    item = trajectories.decode_record(records[1], small.processor())
     for field in ("tokens", "positions", "sampled", "patches"):
         np.testing.assert_array_equal(getattr(item, field), getattr(wanted, field))
     assert item.grids == wanted.grids and len(item.grids) == 3
-    header = trajectories.header(records[1])
+    header = trajectories.record_header(records[1])
     assert header["provenance"]["seed"] == 0 and len(header["provenance"]["config_sha256"]) == 16
     assert len(records[1]) < 40_000  # no picture of 112 x 112 x 3 in it
     Image.fromarray(samples[0].image).save(samples[5].path)
     with pytest.raises(DataError, match=r"5\.png is not the picture .* its pixels have changed"):
-        trajectories.decode(records[1], small.processor())
+        trajectories.decode_record(records[1], small.processor())
     pathlib.Path(samples[5].path).unlink()
     with pytest.raises(DataError, match=r"5\.png is missing: .*rsagent_jax.refilter --root"):
-        trajectories.decode(records[1], small.processor())
+        trajectories.decode_record(records[1], small.processor())
 
 
 def test_pictures_may_move_or_be_inside_the_record(tmp_path, samples, capsys):
@@ -164,7 +166,7 @@ def test_pictures_may_move_or_be_inside_the_record(tmp_path, samples, capsys):
     table = capsys.readouterr().out.splitlines()[-2:]
     assert [line.split()[:2] for line in table] == [["0.50", "2"], ["0.90", "2"]]
     for record in trajectories.open_records(tmp_path / "study/iou-0.90"):
-        assert len(trajectories.decode(record, small.processor()).patches)
+        assert len(trajectories.decode_record(record, small.processor()).patches)
     assert refilter.main([*arguments, "--min_iou=high"]) == 2
     assert refilter.main([f"--collected={tmp_path / 'none'}", f"--out={tmp_path / 'x'}"]) == 2
     assert "says what filter the collection had" in capsys.readouterr().err
@@ -207,7 +209,7 @@ def test_the_segmenters_failures_leave_no_set_and_a_changed_sample_is_played_aga
     config = dataclasses.replace(CONFIG, processor=str(small.weights()), segmenter=SegmenterConfig(give_up_after=2))
 
     def run(segmenter, config=config):
-        monkeypatch.setattr(command.entry, "workdir", lambda: workdir)
+        monkeypatch.setattr(command.command, "workdir", lambda: workdir)
         monkeypatch.setattr(command, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(shard="0/1")))
         monkeypatch.setattr(command, "open_samples", lambda _: data)
         monkeypatch.setattr(command, "open_segmenter", lambda _: contextlib.nullcontext(segmenter))
@@ -241,7 +243,7 @@ def test_the_segmenters_failures_leave_no_set_and_a_changed_sample_is_played_aga
 def test_kills_and_shards_leave_the_same_set(tmp_path, samples):
     whole = tmp_path / "whole"
     collect(whole, samples)
-    filter.write(whole, whole, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
+    filter.write_kept_set(whole, whole, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
     wanted = (whole / "trajectories.jsonl").read_text()
     journal = next((whole / filter.ATTEMPTS).glob("*.jsonl")).read_bytes()
     first = journal.index(b"\n") + 1
@@ -252,7 +254,7 @@ def test_kills_and_shards_leave_the_same_set(tmp_path, samples):
         (workdir / filter.ATTEMPTS / "00000-of-00001.jsonl").write_bytes(journal[: max(cut, first)])
         for index in range(1 + n % 2):  # alone, or two machines one after the other
             collect(workdir, samples, Share(index, 1 + n % 2))
-        filter.write(workdir, workdir, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
+        filter.write_kept_set(workdir, workdir, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
         assert (workdir / "trajectories.jsonl").read_text() == wanted
         whole_lines = [p.read_bytes().split(b"\n")[1:-1] for p in (workdir / filter.ATTEMPTS).glob("*.jsonl")]
         ids = [json.loads(line)["id"] for part in whole_lines for line in part]
@@ -278,7 +280,7 @@ def test_what_fails_is_counted_and_tried_again(tmp_path, samples):
     journal.close()
     assert collector.failures.counts == {"unreadable sample": 1, "segmenter, unavailable": 1}
     assert done(workdir) == {"s1", "s3", "s4", "s5"}
-    filter.write(workdir, tmp_path / "part", FilterConfig())
+    filter.write_kept_set(workdir, tmp_path / "part", FilterConfig())
     stamp = json.loads((tmp_path / "part/collect.json").read_text())
     assert stamp["not_collected"] == dict(collector.failures.counts)
     assert stamp["unreadable"] == {"s2": "picture 2 is missing"}
@@ -310,7 +312,7 @@ def test_a_remote_teacher_is_asked_side_by_side_and_counted(tmp_path, samples):
     turns = sum(len(script) for id, script in SCRIPTS.items() if id != "s1")
     assert collector.usage["tokens_out"] == 10 * turns == collector.usage["cost"]
     assert collector.usage["requests"] == turns + collector.usage["retries"] + 1 and collector.usage["retries"] > 0
-    assert filter.write(tmp_path / "w", tmp_path / "w", FilterConfig()).kept == 2
+    assert filter.write_kept_set(tmp_path / "w", tmp_path / "w", FilterConfig()).kept == 2
 
 
 OWN = dataclasses.replace(CONFIG, teacher=TeacherConfig(own=OwnConfig(weights="w", tries=2)))
@@ -338,14 +340,14 @@ def test_our_own_policy_tries_each_sample_and_the_first_good_try_is_kept(tmp_pat
 
     collector, played = resample(tmp_path, samples[:3], TextPolicy(act, small.processor(), slots=3))
     assert collector.failures.counts == {} and played == 6
-    found = filter.write(tmp_path, tmp_path / "one", FilterConfig())
+    found = filter.write_kept_set(tmp_path, tmp_path / "one", FilterConfig())
     assert [row["id"] for row in lines(tmp_path / "one/trajectories.jsonl")] == ["s0#0", "s2#1"]
     assert found.dropped == {"1 of the sample kept already": 1, "final IoU below 0.9": 3}
     arguments = [f"--collected={tmp_path}", f"--out={tmp_path / 'study'}", "--min_iou=0.9", "--per_sample=2"]
     assert refilter.main(arguments) == 0
     both = [row["id"] for row in lines(tmp_path / "study/iou-0.90/trajectories.jsonl")]
     assert both == ["s0#0", "s0#1", "s2#1"]
-    header = trajectories.header(trajectories.open_records(tmp_path / "one")[0])
+    header = trajectories.record_header(trajectories.open_records(tmp_path / "one")[0])
     assert header["provenance"]["teacher"] == "own policy" and header["provenance"]["weights_sha256"] == "abc"
     with pytest.raises(DataError, match="results of other settings"):
         Journal(tmp_path / filter.ATTEMPTS, ALONE, decisive(OWN, "other weights"), CURRENT)
@@ -362,12 +364,12 @@ def test_sampled_ids_are_stored_as_they_were_and_a_kill_changes_nothing(tmp_path
     tasks = [small.Task(samples[i], i, 2 * i + t) for i in (0, 1) for t in (0, 1)]
     played = [t for t, _ in Driver(engine, DiscSegmenter(14.0), small.processor(), small.AGENT).run(tasks)]
     for uid, trajectory in enumerate(played):
-        item = trajectories.decode(base64.b64decode(rows[f"s{uid // 2}#{uid % 2}"]["record"]), small.processor())
+        item = trajectories.decode_record(base64.b64decode(rows[f"s{uid // 2}#{uid % 2}"]["record"]), small.processor())
         np.testing.assert_array_equal(item.tokens, trajectory.tokens)
-        np.testing.assert_array_equal(item.sampled, trajectory.sampled)
+        np.testing.assert_array_equal(item.loss_mask, trajectory.loss_mask)
         np.testing.assert_array_equal(item.positions, trajectory.positions)
         np.testing.assert_array_equal(item.patches, trajectory.patches)
-    assert len({tuple(t.tokens[t.sampled].tolist()) for t in played}) == 4  # tries differ
+    assert len({tuple(t.tokens[t.loss_mask].tolist()) for t in played}) == 4  # tries differ
     (cut / filter.ATTEMPTS).mkdir(parents=True)
     (cut / filter.ATTEMPTS / path.name).write_bytes(b"\n".join(path.read_bytes().split(b"\n")[:3]) + b"\n")
     _, left = resample(cut, samples[:2], engine)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rsagent_jax import compare
-from rsagent_jax.evals.metrics import SampleResult, summarize
+from rsagent_jax.evals.metrics import SampleResult, summarize_results
 from rsagent_jax.types import DataError, Status
 
 
@@ -15,7 +15,7 @@ def write(workdir, ious, union=1000, turns=2, sentences=0, **settings):
     workdir.mkdir(parents=True)
     results = [SampleResult(f"s{i}", round(v * union), union, Status.FINISHED, turns, 0) for i, v in enumerate(ious)]
     settings = {"data": {"root": str(workdir), "split": "val"}} | settings
-    (workdir / "results.json").write_text(json.dumps(summarize(results, settings, benchmark="toy")))
+    (workdir / "results.json").write_text(json.dumps(summarize_results(results, settings, benchmark="toy")))
     rows = [
         {"id": r.id, "mask": None, "intersection": r.intersection, "union": r.union, "iou": r.iou, "status": "finished"}
         | {"turns": r.turns}

@@ -14,14 +14,14 @@ from PIL import Image
 
 from configs import problems as problems_config
 from rsagent_jax.collecting import problem_prompt
-from rsagent_jax.collecting.problem_writer import ANSWERS, Writer, write_set
+from rsagent_jax.collecting.problem_writer import ANSWERS, ProblemWriter, write_set
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import (
     ProblemsConfig,
     RemoteConfig,
 )
 from rsagent_jax.data.sets import folder
-from rsagent_jax.problems import what_decides
+from rsagent_jax.problems import problems_resume_fingerprint
 from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError
@@ -55,7 +55,7 @@ def write(workdir, samples, server, **more):
     config = ProblemsConfig(**{"writer": remote, "picture_size": 80} | more)
     answers = Journal(workdir / ANSWERS, Share(), {}, {f"o{i}": "as ever" for i in range(len(samples))})
     left = [(i, i) for i in range(len(samples)) if f"o{i}" not in answers.done]
-    writer = Writer(config, samples, workdir, answers)
+    writer = ProblemWriter(config, samples, workdir, answers)
     with contextlib.closing(answers):
         asyncio.run(writer.run(left, len(samples)))
     return writer, config
@@ -152,7 +152,7 @@ def test_the_config_is_the_commands_and_names_its_own_fields(tmp_path):
     config = problems_config.get_config()
     built = build_config(ProblemsConfig, config)
     assert built.data.unit == "reference" and "refcocog/umd/test" in built.data.exclude
-    assert set(what_decides(built)["writer"]) == {"url", "model", "temperature", "max_tokens"}
-    writer = Writer(built, [], tmp_path, None)
+    assert set(problems_resume_fingerprint(built)["writer"]) == {"url", "model", "temperature", "max_tokens"}
+    writer = ProblemWriter(built, [], tmp_path, None)
     with pytest.raises(DataError, match=r"writer.url and writer.model are needed"):
         asyncio.run(writer.run([], 0))

@@ -47,7 +47,7 @@ def test_the_pasted_reward_of_the_readme_is_what_the_named_override_trains_with(
         "from rsagent_jax.config.schema import TrainConfig\n"
         "from rsagent_jax.runtime import command\n"
         "command.define_flags()\n"
-        "command.run(lambda c: print(json.dumps(to_dict(c.grpo.reward))), TrainConfig)\n"
+        "command.run_command(lambda c: print(json.dumps(to_dict(c.grpo.reward))), TrainConfig)\n"
     )
     out = subprocess.run(
         [sys.executable, "-c", script, "--config=configs/quickstart.py", override],
@@ -82,8 +82,8 @@ def test_the_segment_examples_ask_for_what_is_there_and_for_what_is_not():
     config = scenes.SceneConfig()
     scene, references = synthetic.scene_at(0, split, index, 1, config, scenes.load_photos())
     texts = {text: reference.object_index for reference in references for text in reference.texts}
-    assert scenes.resolve(scene.objects, present) == [texts[present]]
-    assert scenes.resolve(scene.objects, absent) == [] and texts[absent] is None
+    assert scenes.objects_described(scene.objects, present) == [texts[present]]
+    assert scenes.objects_described(scene.objects, absent) == [] and texts[absent] is None
 
 
 def test_the_words_that_the_readme_lists_are_those_of_the_scenes():
@@ -109,7 +109,7 @@ def test_the_commands_of_the_rewards_page_make_a_reward(argv, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     path = next(a.partition("=")[2] for a in argv if a.startswith("--config="))
     values = command.load_config_file(str(ROOT / path)).to_dict()
-    rest, problems = overrides.apply(argv[2:], TrainConfig, values)
+    rest, problems = overrides.apply_overrides(argv[2:], TrainConfig, values)
     groups = build_config(TrainConfig, values, problems).grpo.reward
     assert len(rest) == 2 and "my_rewards.py:boundary_bonus" in str(groups)  # --config and --workdir
     gt = np.arange(100).reshape(10, 10) < 50

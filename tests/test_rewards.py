@@ -59,7 +59,7 @@ def trajectory(turns=(), masks=(), final=None, status=Status.FINISHED):
         status=status,
         tokens=empty,
         positions=empty,
-        sampled=empty,
+        loss_mask=empty,
         logprobs=empty,
         patches=empty,
         grids=(),

@@ -18,7 +18,7 @@ SCRIPT = {"s0": [small.click(30, 40), "nonsense", small.click(50, 40), small.fin
 def store(directory):
     policy = TextPolicy(small.scripted(SCRIPT), small.processor())
     ((_, state),) = Driver(policy, DiscSegmenter(), small.processor(), small.AGENT).run([small.task(0)])
-    writer = trajectories.Writer(directory)
+    writer = trajectories.RecordWriter(directory)
     writer.write(trajectories.encode_by_reference(state, small.processor(), "", {"id": "s0"}))
     writer.close({})
     return directory
@@ -29,21 +29,21 @@ def test_colours_are_the_loss_mask_and_no_token_is_lost(tmp_path, capsys):
     arguments = [f"--trajectories={directory}", f"--processor={small.weights()}", f"--out={tmp_path / 'a/page.html'}"]
     assert show_tokens.main(arguments) == 0
     page = (tmp_path / "a/page.html").read_text()
-    item = trajectories.decode(trajectories.open_records(directory)[0], small.processor())
+    item = trajectories.decode_record(trajectories.open_records(directory)[0], small.processor())
     spans = re.findall(r'<span style="[^"]*" title="(\d+), (\w+)">(.*?)</span>', page, flags=re.DOTALL)
-    is_image = (item.tokens == small.processor().image_id) & ~item.sampled
+    is_image = (item.tokens == small.processor().image_id) & ~item.loss_mask
     assert [int(i) for i, _, _ in spans] == item.tokens[~is_image].tolist()
-    assert [kind == "trained" for _, kind, _ in spans] == item.sampled[~is_image].tolist()
+    assert [kind == "trained" for _, kind, _ in spans] == item.loss_mask[~is_image].tolist()
     said = "".join(html.unescape(text) for _, kind, text in spans if kind == "trained")
     for turn in SCRIPT["s0"]:
         assert turn + "<|im_end|>" in said.replace("⏎\n", "\n").replace("␣", " ")
-    assert page.count("<img") == len(item.grids) == 3 and f"{item.sampled.sum()} of {len(item.tokens)} tokens" in page
+    assert page.count("<img") == len(item.grids) == 3 and f"{item.loss_mask.sum()} of {len(item.tokens)} tokens" in page
     assert show_tokens.main([*arguments, f"--trajectories={tmp_path / 'none'}"]) == 2
     assert "no complete set" in capsys.readouterr().err
 
 
 def test_pictures_are_those_that_were_shown(tmp_path):
     directory = store(tmp_path / "set")
-    item = trajectories.decode(trajectories.open_records(directory)[0], small.processor())
+    item = trajectories.decode_record(trajectories.open_records(directory)[0], small.processor())
     first = show_tokens.shown_pictures(item, small.processor())[0]
     np.testing.assert_allclose(first, small.sample(0).image, atol=1)  # 112 x 112 is not resized; rounded once

@@ -157,7 +157,7 @@ def run_tool(segmenter: Segmenter, state: EnvState, proposal: Proposal) -> Segme
     return dataclasses.replace(reply, timings_s={**reply.timings_s, "call": time.perf_counter() - start})
 
 
-def resolve(
+def apply_reply(
     state: EnvState, proposal: Proposal, reply: SegmentReply | SegmentFailure | None, last: bool = False
 ) -> EnvState:
     """The state after the turn. `turns[-1].observation` is what the policy sees next; None when `status` is set.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco
 
-from rsagent_jax.agent.environment import EnvState, SegmentFailure, abort, propose, refuse_view, reset, resolve
+from rsagent_jax.agent.environment import EnvState, SegmentFailure, abort, apply_reply, propose, refuse_view, reset
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.build import build_config, to_dict
 from rsagent_jax.config.schema import (
@@ -28,7 +28,7 @@ from sam_bridge.types import FailureKind, SegmentReply
 VERSION = 1
 
 
-def to_json(state: EnvState, image_path: str = "") -> str:
+def state_to_json(state: EnvState, image_path: str = "") -> str:
     """One line of JSON; masks are COCO RLE. The image is not inside, only its path (if given), size and checksum."""
     h, w = state.image.shape[:2]
     return json.dumps(
@@ -64,14 +64,14 @@ def replay(text: str, image: np.ndarray | None = None) -> EnvState:
         for turn, last in zip(turns, lasts[1:], strict=True):
             proposal = propose(state, turn["text"])
             proposal = refuse_view(proposal) if turn.get("no_room") else proposal
-            state = resolve(state, proposal, _reply_from_json(turn["reply"]), last)
+            state = apply_reply(state, proposal, _reply_from_json(turn["reply"]), last)
         status = None if record["status"] is None else Status(record["status"])
         if state.status is None and status is not None:
             state = abort(state, status)
     except DataError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as e:
-        raise DataError(f"trajectory: not a record of replay.to_json ({type(e).__name__}: {e})") from e
+        raise DataError(f"trajectory: not a record of replay.state_to_json ({type(e).__name__}: {e})") from e
     if state.status != status:
         raise DataError(f"trajectory: ended as {status}, replayed to {state.status}; the environment has changed")
     return state
@@ -95,7 +95,7 @@ def read_source(text: str, path: str | pathlib.Path | None = None) -> np.ndarray
         image = json.loads(text)["image"]
         path, size, wanted = path or image["path"], (image["height"], image["width"]), image.get("sha256")
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise DataError(f"trajectory: not a record of replay.to_json ({type(e).__name__}: {e})") from e
+        raise DataError(f"trajectory: not a record of replay.state_to_json ({type(e).__name__}: {e})") from e
     remedy = "a trajectory was made on it: put it back"
     return read_image(path, remedy) if wanted is None else picture_by_checksum(path, wanted, size, remedy)
 

@@ -19,7 +19,7 @@ def open_segmenter(config: SegmenterConfig) -> Iterator[Segmenter]:
     with contextlib.ExitStack() as stack:
         try:
             segmenter = stack.enter_context(
-                spawn.open_segmenter(
+                spawn.spawn_segmenter(
                     config.mode,
                     config.backend,
                     config.addresses,

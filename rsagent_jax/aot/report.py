@@ -210,14 +210,14 @@ def _allocations(message: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def to_json(reports: ProgramReport | Sequence[ProgramReport]) -> str:
+def reports_to_json(reports: ProgramReport | Sequence[ProgramReport]) -> str:
     """One JSON object, or a list for several programs, on one line."""
     if isinstance(reports, ProgramReport):
         return json.dumps(dataclasses.asdict(reports))
     return json.dumps([dataclasses.asdict(report) for report in reports])
 
 
-def table(reports: Sequence[ProgramReport]) -> str:
+def reports_table(reports: Sequence[ProgramReport]) -> str:
     """One line per program for a terminal, memory and traffic per device in GiB, then what the numbers leave out."""
     head = ("program", "on", "peak GiB", "of", "fits", "traffic GiB", "sent GiB", "model TF", "hlo/model", "step s",
             "MFU", "bound by")  # fmt: skip

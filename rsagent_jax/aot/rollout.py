@@ -24,8 +24,8 @@ from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, TextConfig
 from rsagent_jax.rollout import kv_cache as kv
-from rsagent_jax.rollout.engine import settled
-from rsagent_jax.rollout.programs import Images, Piece, Programs, Slots, Turns, Weights, weight_shardings
+from rsagent_jax.rollout.engine import fill_sampling_defaults
+from rsagent_jax.rollout.programs import Images, Piece, RolloutPrograms, Slots, Turns, Weights, weight_shardings
 from rsagent_jax.runtime import processes, sharding
 
 
@@ -34,7 +34,7 @@ def host_mesh(devices: list, tensor: int) -> Mesh:
     return Mesh(np.array(devices).reshape(-1, 1, tensor), sharding.AXES)
 
 
-def jobs(
+def rollout_jobs(
     sampling: SamplingConfig, policy: Qwen25VLConfig, dtype: str, mesh: Mesh, resident: int, given: Any = None
 ) -> Iterator[Job]:
     """Weights from the policy, the tower on its longest buffer, a macro-step with and without a piece of a prompt.
@@ -54,14 +54,14 @@ def jobs(
     text = dataclasses.replace(view, images=())
     seen = model_flops(policy, view).total - model_flops(policy, text).total
     # What a program does not read is no argument of the compiled one, and stays on the device all the same.
-    tower = device_bytes(weights.rest["vision"])
+    tower = device_bytes(weights.unstacked["vision"])
     beside = resident + device_bytes(weights) - tower
     yield Job("rollout encode", lambda: programs.encode.lower(weights, slots, engine.images()), seen, beside, view)
 
     whole = programs.blocks
     blocks = max(n for n in programs.buckets if n == 1 or n * programs.block <= s.context)
     live = device_bytes(slots.cache) * blocks // whole
-    head = weights.rest["decoder"]["lm_head" if "lm_head" in weights.rest["decoder"] else "embed"]
+    head = weights.unstacked["decoder"]["lm_head" if "lm_head" in weights.unstacked["decoder"] else "embed"]
     decoding = Decoding(
         slots=s.slots,
         devices=mesh.size,
@@ -102,11 +102,11 @@ class AbstractEngine:
 
     def __init__(self, sampling: SamplingConfig, policy: Qwen25VLConfig, dtype: str, mesh: Mesh):
         rows = sharding.parts("rows", mesh)
-        self.sampling = settled(sampling, policy.vision.window_patches, rows)
+        self.sampling = fill_sampling_defaults(sampling, policy.vision.window_patches, rows)
         self.policy, self.mesh = policy, mesh
         model = convert.abstract_model(policy)
         self.params = nnx.state(model, nnx.Param)
-        self.programs = Programs(model, self.sampling, 0, Compute(dtype, mesh=mesh))
+        self.programs = RolloutPrograms(model, self.sampling, 0, Compute(dtype, mesh=mesh))
         self.where = weight_shardings(self.programs, self.params, mesh)
 
     def weights(self) -> Weights:

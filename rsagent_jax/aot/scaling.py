@@ -84,7 +84,7 @@ def compile_missing(results: pathlib.Path, only: str) -> None:
         print(f"{name}: peak {max(r['peak_hbm_bytes'] for r in reports) / GIB:.2f} GiB", flush=True)
 
 
-def page(lines: list[dict]) -> str:
+def scaling_page(lines: list[dict]) -> str:
     """The Markdown of the whole page from the results' lines."""
     out = [HEAD.strip(), ""]
     by = {line["name"]: line for line in lines}
@@ -228,7 +228,7 @@ def main(argv: list[str]) -> None:
     if COMPILE.value:
         compile_missing(results, ONLY.value)
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    out.write_text(page(lines) + "\n", encoding="utf-8")
+    out.write_text(scaling_page(lines) + "\n", encoding="utf-8")
     print(f"wrote {out}: {len(lines)} of {len(list(calls()))} lines")
 
 

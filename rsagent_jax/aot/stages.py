@@ -32,7 +32,14 @@ from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, size_config
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.runtime import sharding
-from rsagent_jax.train.state import EMPTY, create_state, divide, make_optimizer, sees_once, state_shardings
+from rsagent_jax.train.state import (
+    EMPTY,
+    create_state,
+    make_optimizer,
+    partition_params,
+    state_shardings,
+    vision_frozen,
+)
 from rsagent_jax.train.step import Sums, grpo_objective, make_programs, sft_objective
 from rsagent_jax.types import Batch, DataError
 
@@ -66,7 +73,7 @@ def report_stage(
         alone = topology.host == topology  # then the policy lies on the same devices as the engine
         host = rollout.host_mesh(found if alone else devices(topology.host), config.grpo.sampling.tensor)
     reports = []
-    for job in jobs(config, stage, policy, mesh, host):
+    for job in stage_jobs(config, stage, policy, mesh, host):
         if only not in job.program:
             continue
         fields = ("program", "model_flops", "resident_bytes", "decoding")
@@ -84,7 +91,7 @@ def report_stage(
     return reports
 
 
-def jobs(
+def stage_jobs(
     config: TrainConfig,
     stage: str,
     policy: Qwen25VLConfig,
@@ -98,7 +105,7 @@ def jobs(
     objective = sft_objective if stage == "sft" else grpo_objective(config.grpo)
     plain, params = nnx.split(convert.abstract_model(policy), nnx.Param)
     lora, frozen = config.policy.lora, settings.optim.freeze
-    graphdef, params, base = divide(plain, params, lora, frozen)
+    graphdef, params, base = partition_params(plain, params, lora, frozen)
     placed = sharding.param_shardings(nnx.merge(graphdef, params, base), mesh)
     compute = Compute.of(config.policy, mesh)
 
@@ -129,7 +136,7 @@ def jobs(
     reference = device_bytes(half) if compares else 0
     trained = step_workload(settings, policy, params, adapted=lora.rank > 0)
     forward = dataclasses.replace(trained, trained=False, vision_trained=False, embed_trained=False, adapters=0)
-    if sees_once(params):  # the tower has a program of its own
+    if vision_frozen(params):  # the tower has a program of its own
         seen = model_flops(policy, forward).total
         trained, forward = (dataclasses.replace(work, images=()) for work in (trained, forward))
         tower = device_bytes(base["vision"])  # the compiler drops arguments that a program does not read
@@ -152,13 +159,13 @@ def jobs(
     spread = jax.tree.broadcast(where, sums)
     sums = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), sums, spread)
     held = reference + device_bytes(base) + count * device_bytes(batch)
-    yield Job(f"{stage} update", lambda: programs.apply.lower(state, sums), 0.0, held)
+    yield Job(f"{stage} update", lambda: programs.apply_gradients.lower(state, sums), 0.0, held)
     if host is not None:
         # While the engine plays, train.py holds the state, the reference and the base. A single process without
         # adapters hands over the parameters themselves, else a copy is made.
         held = moments + device_bytes(params) + reference + device_bytes(base)
         given = nnx.merge_state(params, base) if host.size == mesh.size and not lora.rank else None
-        yield from rollout.jobs(config.grpo.sampling, policy, compute.dtype, host, held, given)
+        yield from rollout.rollout_jobs(config.grpo.sampling, policy, compute.dtype, host, held, given)
 
 
 def micro_batches(config: TrainConfig, stage: str) -> int:
@@ -239,7 +246,7 @@ def _padded(grid: tuple[int, int], policy: Qwen25VLConfig) -> int:
     return padded_patches(((1, *grid),), policy.vision)
 
 
-def settled(config: TrainConfig, topology: Topology, policy: Qwen25VLConfig) -> TrainConfig:
+def fill_topology_defaults(config: TrainConfig, topology: Topology, policy: Qwen25VLConfig) -> TrainConfig:
     """The config with what it leaves to the slice filled in for this topology."""
     named = config if config.slice else dataclasses.replace(config, slice=topology.name if "-" in topology.name else "")
-    return slices.settle(named, policy.text.hidden_size, topology.devices)
+    return slices.fill_slice_defaults(named, policy.text.hidden_size, topology.devices)

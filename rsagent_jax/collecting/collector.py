@@ -64,7 +64,7 @@ def begin(
     return left
 
 
-def fingerprints(samples: SampleIndex, order: list[int], tries: int) -> dict[str, str]:
+def attempt_fingerprints(samples: SampleIndex, order: list[int], tries: int) -> dict[str, str]:
     """By attempt: what its sample is made of."""
     ids = samples.ids
     of = journals.fingerprints(samples, {ids[k]: k for k in order})
@@ -89,7 +89,9 @@ def attempt_id(sample_id: str, attempt: int, tries: int) -> str:
     return sample_id if tries == 1 else f"{sample_id}#{attempt}"
 
 
-def what_decides(config: CollectConfig, about: About, limits: PixelLimits, weights_sha256: str = "") -> dict:
+def collection_resume_fingerprint(
+    config: CollectConfig, about: About, limits: PixelLimits, weights_sha256: str = ""
+) -> dict:
     """What a trajectory depends on beside its sample: a collection that is taken up again must agree in it."""
     resolved = to_dict(config)
     decisive = {key: resolved[key] for key in ("seed", "limit", "processor")}
@@ -184,7 +186,7 @@ class Collector:
                 bar.update()
                 if failure := failures.segmenter_failure(state):
                     self._keep_failure(uid, sample.id, *failure)
-                elif not trajectory.sampled.any():
+                elif not trajectory.loss_mask.any():
                     self._fail(uid, sample.id, "no room", "its prompt does not fit teacher.own.sampling's limits")
                 else:
                     self.journal.add([self._row(uid, sample, state, trajectory)])
@@ -235,7 +237,7 @@ class Collector:
 
     def _turn(self, state: EnvState, text: str) -> EnvState:
         proposal = environment.propose(state, text)
-        return environment.resolve(state, proposal, environment.run_tool(self.segmenter, state, proposal))
+        return environment.apply_reply(state, proposal, environment.run_tool(self.segmenter, state, proposal))
 
     async def _in_thread(self, function, *arguments):
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
@@ -245,9 +247,9 @@ class Collector:
         mask, _ = environment.final_mask(state)
         iou = mask_iou(mask, sample)
         if played is None:
-            tokens, _, sampled, _ = trajectories.context_of(state, self.processor)
+            tokens, _, loss_mask, _ = trajectories.context_of(state, self.processor)
         else:
-            tokens, sampled = played.tokens, played.sampled
+            tokens, loss_mask = played.tokens, played.loss_mask
         calls = Counter(json.loads(call_json(turn.call))["name"] for turn in state.turns if turn.call is not None)
         row = {
             "id": attempt_id(sample.id, uid % self.tries, self.tries),
@@ -260,7 +262,7 @@ class Collector:
             "repeats": sum(turn.repeated for turn in state.turns),
             "tools": dict(calls),
             "tokens": len(tokens),
-            "sampled_tokens": int(sampled.sum()),
+            "sampled_tokens": int(loss_mask.sum()),
         }
         teacher = self.config.teacher
         provenance = {

@@ -54,7 +54,7 @@ class Usage:
         return (self.tokens_in * config.price_in + self.tokens_out * config.price_out) / 1e6
 
 
-def check(config: RemoteConfig, name: str = TEACHER) -> None:
+def check_endpoint(config: RemoteConfig, name: str = TEACHER) -> None:
     """DataError for a config without an endpoint. `name`: of the config group."""
     if not config.url or not config.model:
         raise DataError(f"{name}.url and {name}.model are needed, such as http://host:8000/v1")
@@ -67,7 +67,7 @@ class Endpoint:
 
     def __init__(self, config: RemoteConfig, name: str = TEACHER):
         """`name`: of the config group, for messages."""
-        check(config, name)
+        check_endpoint(config, name)
         self.name = name
         key = os.environ.get(config.key_variable) or "none"
         # Retries are ours, so that they are counted.

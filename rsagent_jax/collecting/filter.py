@@ -20,7 +20,7 @@ from rsagent_jax.config.schema import (
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.npz import read_arrays
 from rsagent_jax.report.evaluation import Evaluation, Example, card, save
-from rsagent_jax.report.html import histogram, join, page, table, tag, tiles
+from rsagent_jax.report.html import histogram, html_join, html_page, html_table, tag, tiles
 from rsagent_jax.rollout.failures import UNREADABLE
 from rsagent_jax.runtime import journal
 from rsagent_jax.types import DataError, Status
@@ -80,7 +80,7 @@ def verdict(row: dict[str, Any], rules: FilterConfig) -> str:
     return "kept"
 
 
-def write(
+def write_kept_set(
     workdir: pathlib.Path,
     out: pathlib.Path,
     rules: FilterConfig,
@@ -91,7 +91,7 @@ def write(
     moved: tuple[str, str] | None = None,
 ) -> Filtered:
     """Writes the kept set of a collection to `out`; the journal stays as it is. `settings`, `current`: of
-    `journal.read`; what was not collected is counted with the rest."""
+    `journal.read_journal`; what was not collected is counted with the rest."""
     described = settings or journal.settings_of(workdir / ATTEMPTS)
     counts: Counter[str] = Counter()
     failed: Counter[str] = Counter()  # what was not collected, by kind
@@ -101,8 +101,8 @@ def write(
     shown: dict[bool, list[tuple[dict, str]]] = {True: [], False: []}
     lines = []
     try:
-        writer = trajectories.Writer(out, per_file)
-        for where, row in journal.read(workdir / ATTEMPTS, settings, current, by="uid"):
+        writer = trajectories.RecordWriter(out, per_file)
+        for where, row in journal.read_journal(workdir / ATTEMPTS, settings, current, by="uid"):
             try:
                 if lost := row.get("failed"):
                     failed[lost["kind"]] += 1
@@ -127,7 +127,7 @@ def write(
         dropped = {why: count for why, count in sorted(counts.items()) if why != "kept"}
         means = [float(np.mean([row[key] for row in kept])) if kept else 0.0 for key in ("iou", "turns", "tokens")]
         found = Filtered(len(kept), dropped, *means)
-        save(render(found, kept, shown, rules, described, failed, workdir), out)
+        save(filter_page(found, kept, shown, rules, described, failed, workdir), out)
         stamp = {"verdicts": dict(counts), "not_collected": dict(failed), "unreadable": unreadable}
         writer.close(stamp | {"filter": to_dict(rules), "config": described})
     except OSError as error:
@@ -156,7 +156,7 @@ def _moved(record: bytes, old: str, new: str) -> bytes:
 # --- The page ---
 
 
-def render(found: Filtered, kept, shown, rules: FilterConfig, settings, failed: dict[str, int], workdir) -> str:
+def filter_page(found: Filtered, kept, shown, rules: FilterConfig, settings, failed: dict[str, int], workdir) -> str:
     tools: Counter[str] = Counter()
     for row in kept:
         tools.update(row["tools"])
@@ -170,17 +170,17 @@ def render(found: Filtered, kept, shown, rules: FilterConfig, settings, failed: 
     ]
     reasons = [[why, n, f"{n / max(found.total, 1):.1%}"] for why, n in found.dropped.items()]
     reasons += [[f"not collected: {why}", n, ""] for why, n in failed.items()]
-    return page(
+    return html_page(
         "Collected trajectories",
         tiles(figures),
         tag("h2", "Dropped, by the first reason"),
-        table(["reason", "trajectories", "share"], reasons) if reasons else tag("p", "None.", class_="note"),
+        html_table(["reason", "trajectories", "share"], reasons) if reasons else tag("p", "None.", class_="note"),
         tag("h2", "Kept"),
         tag("div", histogram([row["iou"] for row in kept], bad_below=rules.min_iou), class_="plot") if kept else None,
-        table(["turns", "trajectories"], [[str(n), turns[n]] for n in sorted(turns)]),
-        table(["tool", "calls"], [[name, n] for name, n in tools.most_common()]),
+        html_table(["turns", "trajectories"], [[str(n), turns[n]] for n in sorted(turns)]),
+        html_table(["tool", "calls"], [[name, n] for name, n in tools.most_common()]),
         tag("h2", "Filter and provenance"),
-        table(["", ""], [[k, json.dumps(v)] for k, v in {**to_dict(rules), **settings}.items()], text_columns=2),
+        html_table(["", ""], [[k, json.dumps(v)] for k, v in {**to_dict(rules), **settings}.items()], text_columns=2),
         tag("h2", "Some that were kept"),
         _cards(shown[True], workdir),
         tag("h2", "Some that were dropped"),
@@ -192,9 +192,9 @@ def _cards(rows: Sequence[tuple[dict, str]], workdir: pathlib.Path):
     place = Evaluation(workdir, {}, (), ())
     cards = []
     for row, why in rows:
-        header = trajectories.header(base64.b64decode(row["record"]))
+        header = trajectories.record_header(base64.b64decode(row["record"]))
         names = {name: row[name] for name in ("id", "query", "iou", "gt")}
         picture, status = header["picture"]["path"], Status(row["status"])
         example = Example(**names, status=status, ious=tuple(row["ious"]), image=picture, record=header["replay"])
-        cards.append(join([tag("p", why, class_="note"), card(example, [(None, place, example)])]))
-    return join(cards) if cards else tag("p", "None.", class_="note")
+        cards.append(html_join([tag("p", why, class_="note"), card(example, [(None, place, example)])]))
+    return html_join(cards) if cards else tag("p", "None.", class_="note")

@@ -39,7 +39,7 @@ class BadAnswer(ValueError):
     """The answer as a whole cannot be read."""
 
 
-def question(
+def problem_question(
     image: np.ndarray, mask: np.ndarray, name: str, count: int, words: tuple[int, int], size: int
 ) -> list[dict]:
     """Messages for an OpenAI-compatible endpoint. u8[h, w, 3], bool[h, w]; both pictures at most `size` pixels long."""

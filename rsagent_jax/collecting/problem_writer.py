@@ -31,7 +31,7 @@ from rsagent_jax.types import DataError, Sample
 ANSWERS = "answers"  # the journal's folder
 
 
-class Writer:
+class ProblemWriter:
     """Asks side by side; what fails is counted in `failed` and asked again by the next start."""
 
     def __init__(self, config: ProblemsConfig, samples, workdir: pathlib.Path, answers: Journal):
@@ -79,7 +79,13 @@ class Writer:
         if not sample.gt_mask.any():
             return [], Counter({"no target to ask for": 1})
         messages = await self._in_thread(
-            problem_prompt.question, sample.image, sample.gt_mask, sample.query, c.queries, self.words, c.picture_size
+            problem_prompt.problem_question,
+            sample.image,
+            sample.gt_mask,
+            sample.query,
+            c.queries,
+            self.words,
+            c.picture_size,
         )
         for attempt in range(c.tries):
             try:
@@ -151,7 +157,7 @@ def write_set(
     neither of them and are left out.
     """
     rows, left_out, objects = [], Counter(), collections.defaultdict(set)
-    for where, row in journal.read(workdir / ANSWERS, settings, current, by="uid"):
+    for where, row in journal.read_journal(workdir / ANSWERS, settings, current, by="uid"):
         try:
             left_out.update(row["rejected"])
             for query in row["queries"]:

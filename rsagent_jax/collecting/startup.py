@@ -16,19 +16,19 @@ from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
 
 
-def collect(config: CollectConfig, workdir: pathlib.Path) -> None:
+def check_collect(config: CollectConfig, workdir: pathlib.Path) -> None:
     """The same of collect, with its teacher."""
     own = config.teacher.own
     if own.weights:
         print(check_policy(own.weights, config.agent, own.sampling, "teacher.own"))
     else:
         if import_path(config.teacher.function, ("config", "rng")) is endpoint.Remote:
-            endpoint.check(config.teacher.remote)
+            endpoint.check_endpoint(config.teacher.remote)
         pixel_limits(config.agent, Processor.load(policy_directory(config.processor)))
     check_disk(workdir)
     check_segmenter(config.segmenter)
 
 
-def problems(config: ProblemsConfig, workdir: pathlib.Path) -> None:
-    endpoint.check(config.writer, "writer")
+def check_problems(config: ProblemsConfig, workdir: pathlib.Path) -> None:
+    endpoint.check_endpoint(config.writer, "writer")
     check_disk(workdir)

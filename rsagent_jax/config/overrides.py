@@ -21,7 +21,7 @@ from rsagent_jax.config.ranges import Arguments
 BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
-def apply(argv: list[str], cls: type, values: dict) -> tuple[list[str], list[str]]:
+def apply_overrides(argv: list[str], cls: type, values: dict) -> tuple[list[str], list[str]]:
     """Puts the overrides among `argv` into `values`; returns the arguments that are none, and what is wrong."""
     rest, problems, todo = [], [], collections.deque(argv)
     while todo:

@@ -71,12 +71,12 @@ def own(c) -> Iterator[str]:
             yield "sampling.temperature is 0, so all tries are the same; raise it, or set tries = 1"
 
 
-def collect(c) -> Iterator[str]:
+def collect_rules(c) -> Iterator[str]:
     if c.data.mix:
         yield "data.mix: samples of a mix come up more than once; collect from its parts"
 
 
-def problems(c) -> Iterator[str]:
+def problems_rules(c) -> Iterator[str]:
     if c.data.mix:
         yield "data.mix: samples of a mix come up more than once; write for its parts"
     if c.min_words > c.max_words:
@@ -90,7 +90,7 @@ def evaluation(c) -> Iterator[str]:
         yield "data.mix: samples of a mix come up more than once; evaluate its parts"
 
 
-def train(c) -> Iterator[str]:
+def train_rules(c) -> Iterator[str]:
     if not c.stages:
         yield f"stages is empty; known are {', '.join(ORDER)}"
     if list(c.stages) != sorted(set(c.stages), key=ORDER.index):

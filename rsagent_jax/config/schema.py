@@ -262,7 +262,7 @@ class TrainConfig:
     grpo: GrpoConfig = GrpoConfig()
     cache_dir: str = ""  # compiled programs are kept here; "" = in the work directory
     profiler_port: Port = 0  # every process serves jax.profiler on it (docs/tpu.md); 0 = none
-    conflicts = rules.train
+    conflicts = rules.train_rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -376,7 +376,7 @@ class CollectConfig:
     segmenter: SegmenterConfig = SegmenterConfig()
     data: DataConfig = DataConfig()
     workers: Count = 2
-    conflicts = rules.collect
+    conflicts = rules.collect_rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -393,7 +393,7 @@ class ProblemsConfig:
     picture_size: Count = 1024  # longer side of what the writer is shown, pixels
     data: DataConfig = DataConfig()
     workers: Count = 2
-    conflicts = rules.problems
+    conflicts = rules.problems_rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
 }
 
 
-def settle(config: TrainConfig, hidden_size: int, devices: int) -> TrainConfig:
+def fill_slice_defaults(config: TrainConfig, hidden_size: int, devices: int) -> TrainConfig:
     """The config with nothing left open. DataError for a slice without a preset, or one of another size."""
     size = SIZES.get(hidden_size, f"hidden size {hidden_size}")
     known = PRESETS.get(size, {})

@@ -10,17 +10,17 @@ import numpy as np
 from rsagent_jax.config.schema import BatchConfig
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.positions import Grid, fill_patch_buffer, padded_patches
-from rsagent_jax.runtime.processes import Share, most
+from rsagent_jax.runtime.processes import Share, allgather_max
 from rsagent_jax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One trajectory as training sees it. `sampled` marks the ids that are trained."""
+    """One trajectory as training sees it. `loss_mask` marks the ids that are trained."""
 
     tokens: np.ndarray  # i32[T]
     positions: np.ndarray  # i32[3, T]
-    sampled: np.ndarray  # bool[T]
+    loss_mask: np.ndarray  # bool[T]
     logprobs: np.ndarray  # f32[T]
     patches: np.ndarray  # f32[P, C]
     grids: tuple[Grid, ...]
@@ -61,7 +61,7 @@ def pack(items: Sequence[Item], batch: BatchConfig, config: Qwen25VLConfig) -> l
     ]
 
 
-def empty(batch: BatchConfig, config: Qwen25VLConfig) -> Batch:
+def empty_batch(batch: BatchConfig, config: Qwen25VLConfig) -> Batch:
     """A batch of padding only: what a process with nothing left feeds to a program that the others still need."""
     row = _row([], batch, config)
     return Batch(**{f.name: np.stack([getattr(row, f.name)] * batch.rows) for f in dataclasses.fields(Batch)})
@@ -71,7 +71,7 @@ def pack_evenly(items: Sequence[Item], batch: BatchConfig, config: Qwen25VLConfi
     """This process's part of every micro-batch: `batch.rows` / share.count rows each, equally many on every process."""
     own = dataclasses.replace(batch, rows=share.of(batch.rows, "batch.rows"))
     batches = pack(items, own, config)
-    return batches + [empty(own, config)] * (most(len(batches)) - len(batches))
+    return batches + [empty_batch(own, config)] * (allgather_max(len(batches)) - len(batches))
 
 
 def _row(items: list[Item], batch: BatchConfig, config: Qwen25VLConfig) -> Batch:
@@ -86,15 +86,15 @@ def _row(items: list[Item], batch: BatchConfig, config: Qwen25VLConfig) -> Batch
     positions = np.concatenate([*[i.positions for i in items], np.zeros((3, pad))], axis=1).astype(np.int32)
     patches = np.concatenate([*[i.patches for i in items], np.zeros((0, config.vision.patch_dim), np.float32)])
     grids = tuple(grid for i in items for grid in i.grids)
-    sampled = join([i.sampled for i in items], bool)
+    loss_mask = join([i.loss_mask for i in items], bool)
     # A policy may sample the image token: that is text to the engine, and must be text here.
-    is_image = (tokens == config.image_token_id) & (segments > 0) & ~sampled
+    is_image = (tokens == config.image_token_id) & (segments > 0) & ~loss_mask
     buffer = fill_patch_buffer(patches, grids, is_image, batch.patches, config.vision)
     return Batch(
         tokens=tokens,
         positions=positions,
         segment_ids=segments,
-        loss_mask=sampled,
+        loss_mask=loss_mask,
         advantages=join([np.full(len(i.tokens), i.advantage) for i in items], np.float32),
         old_logprobs=join([i.logprobs for i in items], np.float32),
         patches=buffer.patches,

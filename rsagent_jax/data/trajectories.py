@@ -20,7 +20,7 @@ from PIL import Image
 
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.environment import EnvState, opening_observation, reset
-from rsagent_jax.agent.replay import replay, to_json
+from rsagent_jax.agent.replay import replay, state_to_json
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.data.npz import read_arrays
@@ -40,7 +40,7 @@ def encode(trajectory: Trajectory, images: Sequence[np.ndarray], header: dict) -
     """`images` u8[h, w, 3] are what the policy was shown, in order, one per grid."""
     if len(images) != len(trajectory.grids):
         raise ValueError(f"{len(images)} images for {len(trajectory.grids)} grids")
-    arrays = {"tokens": trajectory.tokens, "positions": trajectory.positions, "sampled": trajectory.sampled}
+    arrays = {"tokens": trajectory.tokens, "positions": trajectory.positions, "sampled": trajectory.loss_mask}
     for i, image in enumerate(images):
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG", compress_level=1)
@@ -59,11 +59,14 @@ def encode_by_reference(
     `played`: the driver's, whose ids are stored as they were sampled. Without it the turns are text and encoded here.
     """
     if played is None:
-        tokens, positions, sampled, _ = context_of(state, processor)
+        tokens, positions, loss_mask, _ = context_of(state, processor)
     else:
-        tokens, positions, sampled = played.tokens, played.positions, played.sampled
-    arrays = {"tokens": tokens, "positions": positions, "sampled": sampled}
-    header = header | {"picture": {"path": path, "sha256": checksum(state.image)}, "replay": to_json(state, path)}
+        tokens, positions, loss_mask = played.tokens, played.positions, played.loss_mask
+    arrays = {"tokens": tokens, "positions": positions, "sampled": loss_mask}
+    header = header | {
+        "picture": {"path": path, "sha256": checksum(state.image)},
+        "replay": state_to_json(state, path),
+    }
     if not path:
         buffer = io.BytesIO()
         Image.fromarray(state.image).save(buffer, "PNG", compress_level=1)
@@ -75,7 +78,7 @@ def encode_by_reference(
 
 
 def context_of(state: EnvState, processor: Processor) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[Grid, ...]]:
-    """tokens i32[T], positions i32[3, T], sampled bool[T] and grids of a trajectory whose turns are text.
+    """tokens i32[T], positions i32[3, T], loss_mask bool[T] and grids of a trajectory whose turns are text.
 
     Token for token what the driver makes of the same turns: each is encoded by itself, its terminator counts as
     sampled.
@@ -126,7 +129,7 @@ def _source(header: dict, arrays) -> np.ndarray:
     return picture_by_checksum(path, wanted, (image["height"], image["width"]), remedy)
 
 
-def decode(record: bytes, processor: Processor) -> Item:
+def decode_record(record: bytes, processor: Processor) -> Item:
     """The training item of a record. DataError when it is broken, or made with another tokenizer or image settings."""
     try:
         arrays = read_arrays(record)
@@ -136,7 +139,7 @@ def decode(record: bytes, processor: Processor) -> Item:
         if "picture" in header:
             state = replay(header["replay"], _source(header, arrays))
             images, limits = shown_images(state), state.limits
-        tokens, positions, sampled = arrays["tokens"], arrays["positions"], arrays["sampled"]
+        tokens, positions, loss_mask = arrays["tokens"], arrays["positions"], arrays["sampled"]
     except DataError:
         raise
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
@@ -144,7 +147,7 @@ def decode(record: bytes, processor: Processor) -> Item:
     patched = [image_patches(image, processor.images, limits) for image in images]
     grids = tuple(grid for _, grid in patched)
     wanted = sum(merged_tokens(grid, processor.images.merge_size) for grid in grids)
-    found = int(((tokens == processor.image_id) & ~sampled).sum())
+    found = int(((tokens == processor.image_id) & ~loss_mask).sum())
     if found != wanted or tokens.max(initial=0) >= processor.config.text.vocab_size:
         raise DataError(
             f"a stored trajectory has {found} image tokens where its pictures take {wanted}, or ids beyond the"
@@ -153,14 +156,14 @@ def decode(record: bytes, processor: Processor) -> Item:
     return Item(
         tokens=tokens,
         positions=positions,
-        sampled=sampled,
+        loss_mask=loss_mask,
         logprobs=np.zeros(len(tokens), np.float32),
         patches=np.concatenate([p for p, _ in patched]) if patched else processor.no_patches(),
         grids=grids,
     )
 
 
-def header(record: bytes) -> dict:
+def record_header(record: bytes) -> dict:
     """DataError for a damaged record."""
     try:
         return json.loads(read_arrays(record)["header"].tobytes())
@@ -168,7 +171,7 @@ def header(record: bytes) -> dict:
         raise DataError(f"a stored trajectory cannot be read ({error}); collect the set again") from error
 
 
-class Writer:
+class RecordWriter:
     """Writes a set. The stamp is written by `close`, so an interrupted set is not taken for a complete one."""
 
     def __init__(self, directory: pathlib.Path, per_file: int = 1 << 30):

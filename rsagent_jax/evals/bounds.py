@@ -36,7 +36,7 @@ PROMPTS = ("box", "click")
 EXACT = PixelLimits(factor=1, min_pixels=1, max_pixels=1 << 40)
 
 
-def check(bound: BoundConfig) -> None:
+def check_bound(bound: BoundConfig) -> None:
     """DataError for a row that is not known."""
     if bound.row not in ("", *ORACLES, UNTRAINED):
         raise DataError(f"bound.row must be one of {', '.join((*ORACLES, UNTRAINED))} or empty; got {bound.row!r}")
@@ -57,7 +57,7 @@ def title(bound: BoundConfig) -> str:
     }[bound.row]
 
 
-def settled(config: EvalConfig) -> EvalConfig:
+def fill_bound_defaults(config: EvalConfig) -> EvalConfig:
     """With as many turns as the oracle takes, the one that commits included."""
     turns = config.bound.clicks + 1 if config.bound.row == "clicks" else 2
     return dataclasses.replace(config, agent=dataclasses.replace(config.agent, max_turns=turns))
@@ -100,7 +100,7 @@ def _play(config: EvalConfig, segmenter: Segmenter, sample: Sample) -> EnvState:
     state = environment.reset(sample.image, sample.query, config.agent, EXACT)
     while state.status is None:
         proposal = environment.propose(state, act(state, sample, bound))
-        state = environment.resolve(state, proposal, environment.run_tool(segmenter, state, proposal))
+        state = environment.apply_reply(state, proposal, environment.run_tool(segmenter, state, proposal))
     return state
 
 

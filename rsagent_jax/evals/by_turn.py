@@ -50,7 +50,7 @@ def curve(
     rows = []
     for k in range(1, max_turns + 1):
         results = [metrics.judge(after(counts, masks, k), rules) for counts, masks in found]
-        totals = metrics.total(results)
+        totals = metrics.total_results(results)
         counted = [r.iou for r in results if not r.dropped]
         of = None if pictures is None else [pictures[r.id] for r in results if not r.dropped]
         best = [_best(counts, masks, k, r, rules) for (counts, masks), r in zip(found, results, strict=True)]

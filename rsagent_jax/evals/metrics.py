@@ -208,10 +208,10 @@ class Totals:
         return self.intersection / (self.union + 1e-10)
 
 
-def total(results: Iterable[SampleResult]) -> Totals:
+def total_results(results: Iterable[SampleResult]) -> Totals:
     totals = Totals()
     for r in results:
-        totals = merge(totals, _one(r))
+        totals = merge_totals(totals, _one(r))
     return totals
 
 
@@ -236,7 +236,7 @@ def _one(r: SampleResult) -> Totals:
     )
 
 
-def merge(a: Totals, b: Totals) -> Totals:
+def merge_totals(a: Totals, b: Totals) -> Totals:
     """Totals of two disjoint sets of results, exactly: associative and commutative, with Totals() neutral."""
     endings = tuple(x + y for x, y in zip(a.endings, b.endings, strict=True))
     sums = {f.name: getattr(a, f.name) + getattr(b, f.name) for f in dataclasses.fields(Totals) if f.name != "endings"}
@@ -324,7 +324,7 @@ def paired_bootstrap_ci(
 # --- results.json ---
 
 
-def summarize(
+def summarize_results(
     results: Iterable[SampleResult],
     settings: Mapping[str, Any],
     *,
@@ -344,7 +344,7 @@ def summarize(
     values = ious(results)
     if not values:
         raise DataError(f"benchmark {benchmark!r}: the rules drop all of its {len(results)} samples")
-    totals = total(results)
+    totals = total_results(results)
     lost = sum(r.status is Status.ENV_FAILED for r in results)
     if lost and results[0].rules.failure_policy == "refuse":
         raise DataError(f"benchmark {benchmark!r}: {lost} of {len(results)} samples are not measured (env_failed)")
@@ -377,7 +377,7 @@ def other_conventions(counts: Sequence[Counts]) -> dict[str, dict[str, Any]]:
     """The same trajectories under each of CONVENTIONS: n, what was dropped, gIoU, cIoU."""
     out = {}
     for name, rules in CONVENTIONS.items():
-        t = total(judge(c, rules) for c in counts)
+        t = total_results(judge(c, rules) for c in counts)
         dropped = {"failure": t.dropped_failures, "empty": t.dropped_empty}
         out[name] = {"n": t.n, "dropped": dropped, "giou": t.giou, "ciou": t.ciou, "rules": to_dict(rules)}
     return out

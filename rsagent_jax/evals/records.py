@@ -69,7 +69,7 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class FoundRecords:
     """What the shards hold of the samples as they are now, by id."""
 
     measured: dict[str, Record]
@@ -77,10 +77,10 @@ class Found:
     unreadable: dict[str, str]  # why
 
 
-def read(workdir: pathlib.Path, settings: dict[str, Any], current: Mapping[str, str]) -> Found:
+def read_records(workdir: pathlib.Path, settings: dict[str, Any], current: Mapping[str, str]) -> FoundRecords:
     """Of all shards. DataError if they were made with other settings or are damaged."""
-    found = Found({}, {}, {})
-    for where, row in journal.read(workdir / FOLDER, settings, current):
+    found = FoundRecords({}, {}, {})
+    for where, row in journal.read_journal(workdir / FOLDER, settings, current):
         try:
             if "counts" in row:
                 record = Record.from_row(row)

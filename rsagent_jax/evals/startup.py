@@ -13,7 +13,7 @@ from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmente
 from rsagent_jax.types import DataError
 
 
-def evaluate(config: EvalConfig, workdir: pathlib.Path) -> None:
+def check_evaluate(config: EvalConfig, workdir: pathlib.Path) -> None:
     """`config.policy.weights` are those that will be played, --weights included. Data is evaluate.py's to open."""
     check_disk(workdir)
     weights = config.policy.weights

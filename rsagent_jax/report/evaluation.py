@@ -24,7 +24,18 @@ from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.replay import read_source, replay
 from rsagent_jax.agent.tools import call_json
 from rsagent_jax.evals import metrics
-from rsagent_jax.report.html import LARGEST, SMALLEST, Html, histogram, join, page, picture, table, tag, tiles
+from rsagent_jax.report.html import (
+    LARGEST,
+    SMALLEST,
+    Html,
+    histogram,
+    html_join,
+    html_page,
+    html_table,
+    picture,
+    tag,
+    tiles,
+)
 from rsagent_jax.types import DataError, Finish, Status, Turn
 
 NEEDED = ("benchmark", "n", "giou", "ciou", "giou_ci95", "mean_turns")  # keys of results.json
@@ -61,7 +72,7 @@ class Example:
     ious: tuple[float, ...]  # of each mask, in the order of their ids
     gt: dict[str, Any]  # COCO RLE
     image: str  # path
-    record: str  # of agent.replay.to_json
+    record: str  # of agent.replay.state_to_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +161,7 @@ def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:
     shown = results.get("settings", {}).get("examples") or len(evaluation.examples)
     good = sorted((e for e in evaluation.examples if e.iou >= GOOD_IOU), key=lambda e: (-e.iou, e.id))
     bad = sorted((e for e in evaluation.examples if e.iou < GOOD_IOU), key=lambda e: (e.iou, e.id))
-    text = page(
+    text = html_page(
         f"Evaluation: {results['benchmark']}{'' if row == 'policy' else f' ({row})'}",
         tag("p", tag("b", "This row looks at the truth: it bounds what a policy can reach and is none itself."))
         if results.get("sees_the_truth")
@@ -195,7 +206,7 @@ def _unreadable(results: Mapping[str, Any]) -> list[Html]:
     if not (unreadable := results.get("unreadable")):
         return []
     head = tag("h2", f"{len(unreadable)} samples could not be read and are in no figure")
-    return [head, table(["sample", "why"], [[id, why] for id, why in unreadable.items()], text_columns=2)]
+    return [head, html_table(["sample", "why"], [[id, why] for id, why in unreadable.items()], text_columns=2)]
 
 
 def _by_turn(results: Mapping[str, Any]) -> list[Html]:
@@ -214,7 +225,7 @@ def _by_turn(results: Mapping[str, Any]) -> list[Html]:
         ]
         for r in curve
     ]
-    return [tag("h2", "Had it ended after so many turns"), table(head, rows, text_columns=0)]
+    return [tag("h2", "Had it ended after so many turns"), html_table(head, rows, text_columns=0)]
 
 
 def _conventions(results: Mapping[str, Any]) -> list[Html]:
@@ -224,14 +235,17 @@ def _conventions(results: Mapping[str, Any]) -> list[Html]:
         figures = [
             f"{results[k]:.1%}" if results.get(k) is not None else "-" for k in ("n_acc", "t_acc", "giou_target")
         ]
-        parts += [tag("h2", "Absent targets"), table(["N-acc", "T-acc", "gIoU of targets"], [figures], text_columns=0)]
+        parts += [
+            tag("h2", "Absent targets"),
+            html_table(["N-acc", "T-acc", "gIoU of targets"], [figures], text_columns=0),
+        ]
     if conventions := results.get("conventions"):
         head = ["convention", "ignored pixels", "empty union", "failures", "counted", "dropped", "gIoU", "cIoU"]
         rows = []
         for name, r in conventions.items():
             rules = [r["rules"][k] for k in ("ignore_policy", "empty_policy", "failure_policy")]
             rows.append([name, *rules, r["n"], sum(r["dropped"].values()), f"{r['giou']:.3f}", f"{r['ciou']:.3f}"])
-        parts += [tag("h2", "The same trajectories by other papers' rules"), table(head, rows, text_columns=4)]
+        parts += [tag("h2", "The same trajectories by other papers' rules"), html_table(head, rows, text_columns=4)]
     return parts
 
 
@@ -287,13 +301,13 @@ def endings_table(evaluation: Evaluation) -> Html:
             share = len(ious) / len(evaluation.predictions)
             rows.append([_status_badge(status), len(ious), f"{share:.1%}", f"{np.mean(ious):.3f}"])
     note = "Only “finished” is the policy's own decision; every other ending is counted as a failure to stop."
-    return join([table(["ending", "samples", "share", "mean IoU"], rows), tag("p", note, class_="note")])
+    return html_join([html_table(["ending", "samples", "share", "mean IoU"], rows), tag("p", note, class_="note")])
 
 
 def settings_table(*groups: Mapping[str, Any]) -> Html:
     """Nested settings as dotted names, folded away when there are many."""
     rows = [(name, value) for group in groups for name, value in _flat("", group) if value is not None]
-    shown = table(["setting", "value"], rows, text_columns=2)
+    shown = html_table(["setting", "value"], rows, text_columns=2)
     return tag("details", tag("summary", f"{len(rows)} settings"), shown, open="open" if len(rows) <= 12 else None)
 
 
@@ -308,7 +322,7 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _cards(evaluation: Evaluation, examples: Sequence[Example]) -> Html:
     if not examples:
         return tag("p", f"None of the {len(evaluation.examples)} examples kept.", class_="note")
-    return join([card(e, [(None, evaluation, e)]) for e in examples])
+    return html_join([card(e, [(None, evaluation, e)]) for e in examples])
 
 
 # --- Trajectories ---
@@ -323,7 +337,7 @@ def card(sample: Example, tries: Sequence[tuple[str | None, Evaluation, Example 
             known = badges(example) if example else [tag("span", "this trajectory was not kept", class_="note")]
             parts.append(tag("div", tag("b", name), *known, class_="policy"))
         if example is not None:
-            parts.append(strip(evaluation, example))
+            parts.append(filmstrip(evaluation, example))
     return tag("article", *parts, class_="card")
 
 
@@ -341,7 +355,7 @@ def _status_badge(status: Status) -> Html:
     return tag("span", status.value.replace("_", " "), class_=f"badge {kind}")
 
 
-def strip(evaluation: Evaluation, example: Example) -> Html:
+def filmstrip(evaluation: Evaluation, example: Example) -> Html:
     """The image, every turn, and the answer. A trajectory that cannot be played again says why in its place."""
     try:
         image = read_source(example.record, _find_image(evaluation.workdir, example.image))

@@ -37,7 +37,7 @@ def escape(value: object) -> Html:
     return Html(html.escape(text, quote=True))
 
 
-def join(parts: Sequence[object]) -> Html:
+def html_join(parts: Sequence[object]) -> Html:
     return Html("".join(escape(part) for part in parts if part is not None))
 
 
@@ -45,10 +45,10 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
     """One element. `class_` stands for class, `_` for `-` in attribute names; what is None is left out."""
     named = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
     given = "".join(f' {key}="{escape(value)}"' for key, value in named.items())
-    return Html(f"<{name}{given}>" if name in _VOID else f"<{name}{given}>{join(children)}</{name}>")
+    return Html(f"<{name}{given}>" if name in _VOID else f"<{name}{given}>{html_join(children)}</{name}>")
 
 
-def page(title: str, *body: object) -> str:
+def html_page(title: str, *body: object) -> str:
     """A whole document."""
     view_box = tag("meta", name="viewport", content="width=device-width, initial-scale=1")
     policy = tag("meta", http_equiv="Content-Security-Policy", content=_CSP)
@@ -56,7 +56,7 @@ def page(title: str, *body: object) -> str:
     return "<!doctype html>\n" + tag("html", head, tag("body", tag("main", tag("h1", title), *body)), lang="en") + "\n"
 
 
-def table(head: Sequence[object], rows: Sequence[Sequence[object]], text_columns: int = 1) -> Html:
+def html_table(head: Sequence[object], rows: Sequence[Sequence[object]], text_columns: int = 1) -> Html:
     """The first `text_columns` columns are words, the rest are numbers."""
 
     def row(kind: str, cells: Sequence[object]) -> Html:

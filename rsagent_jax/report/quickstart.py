@@ -33,7 +33,7 @@ from rsagent_jax.report.evaluation import (
     settings_table,
     span,
 )
-from rsagent_jax.report.html import Html, interval, join, line_chart, page, table, tag
+from rsagent_jax.report.html import Html, html_join, html_page, html_table, interval, line_chart, tag
 from rsagent_jax.types import DataError
 
 KEYS = ("giou", "ciou", "mean_turns", "tool_error_rate", "n", "giou_ci95")  # of results.json, kept per policy
@@ -86,7 +86,7 @@ class Summary:
 # --- Reading ---
 
 
-def summarize(train: pathlib.Path, evaluations: dict[str, pathlib.Path], started: float) -> Summary:
+def summarize_run(train: pathlib.Path, evaluations: dict[str, pathlib.Path], started: float) -> Summary:
     """Reads the four directories, or raises a DataError that names a missing file and the command that makes it."""
     steps = _read_steps(train / "metrics.jsonl")
     loaded = {name: load_evaluation(evaluations[name]) for name in NAMES}
@@ -163,7 +163,7 @@ def _duration(seconds: float) -> str:
 # --- On the page ---
 
 
-def render(summary: Summary) -> str:
+def summary_page(summary: Summary) -> str:
     """The page of the three policies."""
     grpo = summary.evaluations["grpo"]
     what = (
@@ -178,7 +178,7 @@ def render(summary: Summary) -> str:
         tag("details", tag("summary", f"How trajectories ended: {NAMES[name]}"), endings_table(e))
         for name, e in summary.evaluations.items()
     ]
-    return page(
+    return html_page(
         "RSAgent-JAX: base, SFT, GRPO",
         tag("p", what),
         tag("p", tag("b", _verdict("GRPO", "SFT", summary.gain) + "."), class_="lead"),
@@ -208,8 +208,8 @@ def _results_table(summary: Summary) -> Html:
         rows.append([NAMES[name], plot, tag("b", f"{r['giou']:.3f}"), span(r["giou_ci95"]), *figures[name]])
     for name, gain in (("SFT − base", summary.sft_gain), ("GRPO − SFT", summary.gain)):
         rows.append([name, "", tag("b", f"{gain.mean:+.3f}"), span(gain.ci95, sign=True), *[""] * len(head)])
-    shown = table(["policy", "gIoU and its interval", "gIoU", "95% interval", *head], rows, text_columns=2)
-    return join([shown, tag("p", ABSENT_NOTE, class_="note")]) if "N-acc" in head else shown
+    shown = html_table(["policy", "gIoU and its interval", "gIoU", "95% interval", *head], rows, text_columns=2)
+    return html_join([shown, tag("p", ABSENT_NOTE, class_="note")]) if "N-acc" in head else shown
 
 
 def curves(steps: Sequence[dict[str, Any]]) -> list[Html]:
@@ -247,7 +247,7 @@ def _tries(summary: Summary, samples: Sequence[Example]) -> Html:
         card(sample, [(NAMES[name], e, kept[name].get(sample.id)) for name, e in summary.evaluations.items()])
         for sample in samples
     ]
-    return join(cards) if cards else tag("p", "No examples were kept.", class_="note")
+    return html_join(cards) if cards else tag("p", "No examples were kept.", class_="note")
 
 
 # --- Command line ---
@@ -264,11 +264,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--started", type=float, required=True, metavar="SECONDS", help="its start, as date +%%s")
     flags = parser.parse_args(arguments)
     try:
-        summary = summarize(flags.train, {name: getattr(flags, name) for name in NAMES}, flags.started)
+        summary = summarize_run(flags.train, {name: getattr(flags, name) for name in NAMES}, flags.started)
         flags.out.mkdir(parents=True, exist_ok=True)
         path = flags.out / "summary.json"
         path.write_text(json.dumps(summary.to_json(), indent=2) + "\n", encoding="utf-8")
-        shown = save(render(summary), flags.out)
+        shown = save(summary_page(summary), flags.out)
     except DataError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

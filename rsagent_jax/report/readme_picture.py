@@ -22,7 +22,7 @@ from rsagent_jax.types import DataError, Turn
 SIDE, TEXT, LINE = 280, 92, 14  # pixels: a picture, the text below it, a line of text
 
 
-def strip(state) -> Image.Image:
+def draw_readme_picture(state) -> Image.Image:
     """`state` is the final EnvState of a trajectory."""
     start = reset(state.image, state.query, state.config, state.limits)
     frames = [(opening_observation(start).image, f'"{state.query}"')]
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
         examples = {example.id: example for example in load_evaluation(options.evaluation).examples}
         if options.id not in examples:
             raise DataError(f"{options.evaluation} has no trajectory of {options.id!r}")
-        strip(replay(examples[options.id].record)).save(options.out)
+        draw_readme_picture(replay(examples[options.id].record)).save(options.out)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

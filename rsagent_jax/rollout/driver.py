@@ -23,8 +23,8 @@ from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
-from rsagent_jax.rollout.jobs import Jobs, Overdue
 from rsagent_jax.rollout.policy import Policy, Request, Task
+from rsagent_jax.rollout.jobs import Jobs, Overdue
 from rsagent_jax.types import Completion, DataError, Prompt, Sample, Status, Trajectory
 from sam_bridge.types import FailureKind, Segmenter
 
@@ -55,7 +55,7 @@ class _Run:
     drawn: int = 0  # of them sampled
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     positions: list[np.ndarray] = dataclasses.field(default_factory=list)
-    sampled: list[np.ndarray] = dataclasses.field(default_factory=list)
+    loss_mask: list[np.ndarray] = dataclasses.field(default_factory=list)
     logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
     patches: list[np.ndarray] = dataclasses.field(default_factory=list)
     grids: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
@@ -226,7 +226,7 @@ class Driver:
             return self.processor.prompt(text, images, position - skip, after.limits)
 
         def after(proposal: environment.Proposal) -> _Next:
-            step = functools.partial(environment.resolve, state, proposal, reply)
+            step = functools.partial(environment.apply_reply, state, proposal, reply)
             result = step()
             if state.last and result.status is None:  # said to be the last for want of room, and not finished
                 return _Next(environment.abort(result, Status.MAX_CONTEXT))
@@ -278,7 +278,7 @@ class Driver:
         if proposal.request is None:
             return _Next(environment.abort(run.state, Status.ENV_FAILED))
         failure = SegmentFailure(FailureKind.TIMEOUT, detail, self.agent.tool_deadline_s)
-        return _Next(environment.resolve(run.state, proposal, failure))
+        return _Next(environment.apply_reply(run.state, proposal, failure))
 
     def _request(self, run: _Run) -> Request:
         run.asked, run.position = time.perf_counter(), run.next.position
@@ -292,7 +292,7 @@ class Driver:
         turn_positions = np.broadcast_to(run.position + np.arange(n), (3, n)).astype(np.int32)
         run.tokens += [pending.tokens[skip:], completion.tokens]
         run.positions += [pending.positions[:, skip:], turn_positions]
-        run.sampled += [forced.astype(bool), np.ones(n, bool)]
+        run.loss_mask += [forced.astype(bool), np.ones(n, bool)]
         run.logprobs += [forced.astype(np.float32), completion.logprobs]
         run.patches.append(pending.patches)
         run.grids += pending.grids
@@ -317,7 +317,7 @@ class Driver:
             status=run.state.status,
             tokens=join(run.tokens, np.zeros(0, np.int32)),
             positions=join(run.positions, np.zeros((3, 0), np.int32), 1),
-            sampled=join(run.sampled, np.zeros(0, bool)),
+            loss_mask=join(run.loss_mask, np.zeros(0, bool)),
             logprobs=join(run.logprobs, np.zeros(0, np.float32)),
             patches=join(run.patches, self.processor.no_patches()),
             grids=tuple(run.grids),

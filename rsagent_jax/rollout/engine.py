@@ -28,7 +28,7 @@ from rsagent_jax.models.qwen25_vl.config import VisionConfig
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import Grid, fill_patch_buffer, padded_patches
 from rsagent_jax.rollout.policy import Request, Task
-from rsagent_jax.rollout.programs import LAYERS, Images, Piece, Programs, Turns, Weights, weight_shardings
+from rsagent_jax.rollout.programs import LAYERS, Images, Piece, RolloutPrograms, Turns, Weights, weight_shardings
 from rsagent_jax.runtime import sharding
 from rsagent_jax.types import Completion, DataError, Prompt
 
@@ -79,12 +79,12 @@ class Engine:
                 f"sampling.tensor = {tensor} must divide the policy's {model.config.text.num_key_value_heads} key-value"
                 " heads: the devices of a row share them"
             )
-        sampling = settled(sampling, model.config.vision.window_patches, rows)
+        sampling = fill_sampling_defaults(sampling, model.config.vision.window_patches, rows)
         self.config, self.sampling, self.mesh = model.config, sampling, mesh
         self.slots, self.context = sampling.slots, sampling.context
         self.max_new_tokens, self.patches = sampling.max_new_tokens, sampling.patches
         self.rungs = ladder(self.patches, overlay, model.config.vision)
-        self.programs = Programs(model, sampling, terminator_id, Compute(dtype, mesh=mesh))
+        self.programs = RolloutPrograms(model, sampling, terminator_id, Compute(dtype, mesh=mesh))
         params = nnx.state(model, nnx.Param)
         self.device = min(jax.tree.leaves(params)[0].sharding.device_set, key=lambda d: d.id)  # without a mesh
         self.where = None if mesh is None else weight_shardings(self.programs, params, mesh)
@@ -99,8 +99,9 @@ class Engine:
 
         One resharding, from whatever layout `params` have. Of the parts outside of the decoder's layers, those whose
         dtype and layout agree already are not copied: they share their memory with `params`, so whoever donates these
-        calls `rest` or `load` before the next step. The rest is new: a layer is cut out of its stack, and parameters
-        in fp32 are cast for activations in bf16; neither can take over the old one's memory, so nothing is donated.
+        calls `release_memory` or `load` before the next step. Everything else is new: a layer is cut out of its stack,
+        and parameters in fp32 are cast for activations in bf16; neither can take over the old one's memory, so nothing
+        is donated.
         `seconds["weights"]` includes the wait for a computation of `params` that is still under way.
         """
         start = time.perf_counter()
@@ -112,16 +113,16 @@ class Engine:
         shared = self._shared(params)
         left = nnx.from_flat_state([(path, v) for path, v in _flat(params) if path not in shared])
         if (split := self._split.get(frozenset(shared))) is None:
-            where = self.where and dataclasses.replace(self.where, rest=_without(self.where.rest, shared))
+            where = self.where and dataclasses.replace(self.where, unstacked=_without(self.where.unstacked, shared))
             split = self._split[frozenset(shared)] = jax.jit(self.programs.split, out_shardings=where)
         made = split(left)
-        rest = nnx.from_flat_state([*_flat(made.rest), *shared.items()])
-        whole = dataclasses.replace(made, rest=rest)
+        unstacked = nnx.from_flat_state([*_flat(made.unstacked), *shared.items()])
+        whole = dataclasses.replace(made, unstacked=unstacked)
         return whole if self.mesh else jax.device_put(whole, self.device)
 
     def _shared(self, params: nnx.State) -> dict[tuple, nnx.Variable]:
         """By path, the parameters that the programs can take as they are, without a copy."""
-        where = {} if self.where is None else dict(_flat(self.where.rest))
+        where = {} if self.where is None else dict(_flat(self.where.unstacked))
         dtype, found = jax.numpy.dtype(self.programs.compute.dtype), {}
         for path, variable in _flat(params):
             x = variable.get_value()
@@ -140,7 +141,7 @@ class Engine:
                 found[path] = variable.replace(array)
         return found
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """Gives the memory of weights and cache away, until the next `load` and `begin`."""
         self.weights = self.state = None
 
@@ -421,7 +422,7 @@ def ladder(patches: int, overlay: Grid | None, vision: VisionConfig) -> list[int
     return sorted(sizes)
 
 
-def settled(sampling: SamplingConfig, window: int, rows: int) -> SamplingConfig:
+def fill_sampling_defaults(sampling: SamplingConfig, window: int, rows: int) -> SamplingConfig:
     """With lanes = 0 filled in: one for four slots, but one for each row of the mesh. DataError for nonsense."""
     lanes = sampling.lanes or max(rows, sampling.slots // 4 if sampling.slots % 4 == 0 else 1)
     for ok, message in (

@@ -88,7 +88,7 @@ def block_size(context: int) -> int:
     return SMALL if context <= 2048 else LARGE
 
 
-def empty(config: TextConfig, slots: int, capacity: int, dtype: str, mesh=None) -> tuple[LayerCache, ...]:
+def empty_cache(config: TextConfig, slots: int, capacity: int, dtype: str, mesh=None) -> tuple[LayerCache, ...]:
     """One LayerCache per layer. dtype int8 adds the scales."""
     s, k, h, c = slots, config.num_key_value_heads, config.head_dim, capacity
 
@@ -102,7 +102,7 @@ def empty(config: TextConfig, slots: int, capacity: int, dtype: str, mesh=None) 
     return tuple(layer() for _ in range(config.num_hidden_layers))
 
 
-def write(cache: LayerCache, rows: Rows, new: Part, places: jax.Array) -> LayerCache:
+def write_cache(cache: LayerCache, rows: Rows, new: Part, places: jax.Array) -> LayerCache:
     """Tokens t of row r at places[r] + t of its slot. The caller leaves room for all T, real or padding."""
     return LayerCache(
         rows.write(cache.keys, new.keys, 3, places),

@@ -23,7 +23,7 @@ from rsagent_jax.models.qwen25_vl.layers import Linear
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.rollout import kv_cache as kv
 from rsagent_jax.rollout.kv_cache import LayerCache, Part, Rows
-from rsagent_jax.rollout.sampling import draw
+from rsagent_jax.rollout.sampling import sample_tokens
 from rsagent_jax.runtime import sharding
 
 LAYERS = ("decoder", "layers")  # where the decoder's stacked layers stand among the parameters
@@ -36,7 +36,7 @@ class Weights:
     at every token."""
 
     layers: tuple[nnx.State, ...]
-    rest: nnx.State
+    unstacked: nnx.State
 
 
 @jax.tree_util.register_dataclass
@@ -102,7 +102,7 @@ class Sampled:
 jax.tree_util.register_dataclass(Sampled, [f.name for f in dataclasses.fields(Sampled)], [])
 
 
-class Programs:
+class RolloutPrograms:
     """`sampling.lanes` lanes share the slots evenly. A mesh's rows hold lanes and slots, its tensor axis heads."""
 
     def __init__(self, model: Qwen25VL, sampling: SamplingConfig, terminator: int, compute: Compute):
@@ -118,7 +118,7 @@ class Programs:
                 module.out_first = self.out_first
         self.layer_def, _ = nnx.split(shell.decoder.layers)
         shell.decoder.layers = None
-        self.rest_def, _ = nnx.split(shell, nnx.Param)
+        self.unstacked_def, _ = nnx.split(shell, nnx.Param)
         self.block = kv.block_size(sampling.context)
         self.encode = jax.jit(self._encode, donate_argnums=1)
         self.copy = jax.jit(self._copy, donate_argnums=0)
@@ -138,7 +138,7 @@ class Programs:
     def empty(self) -> Slots:
         c, s = self.config, self.sampling
         dtype, mesh = jnp.dtype(self.compute.dtype), self.compute.mesh
-        cache = kv.empty(c.text, s.slots, self.blocks * self.block, s.kv_dtype or self.compute.dtype, mesh)
+        cache = kv.empty_cache(c.text, s.slots, self.blocks * self.block, s.kv_dtype or self.compute.dtype, mesh)
         images = jnp.zeros((s.lanes, s.patches // c.vision.merge_unit, c.text.hidden_size), dtype)
         hidden = jnp.zeros((s.slots, c.text.hidden_size), dtype)
         return Slots(cache, self.compute.rows(hidden), self.compute.rows(images))
@@ -155,28 +155,28 @@ class Programs:
                 if path[:2] == LAYERS
             ]
         )
-        rest = nnx.from_flat_state([(path, v) for path, v in flat if path[:2] != LAYERS])
+        unstacked = nnx.from_flat_state([(path, v) for path, v in flat if path[:2] != LAYERS])
         count = self.config.text.num_hidden_layers
-        return Weights(tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)), rest)
+        return Weights(tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)), unstacked)
 
     def _encode(self, weights: Weights, slots: Slots, images: Images) -> Slots:
         """A lane of every row of the mesh at a time, and none that nobody wants: all lanes' activations together take
         more memory than the cache can spare."""
-        model = nnx.merge(self.rest_def, weights.rest)
+        model = nnx.merge(self.unstacked_def, weights.unstacked)
         rows = sharding.parts("rows", self.compute.mesh)
         old = slots.images[:, : images.patches.shape[1] // self.config.vision.merge_unit]
 
-        def look(lanes):
+        def encode_lanes(lanes):
             new, old = lanes
 
-            def see():
+            def encode():
                 merged = model.vision(new.patches, new.segment_ids, new.positions, self.compute)
                 return jnp.where(new.wanted[:, None, None], merged.astype(old.dtype), old)
 
-            return jax.lax.cond(jnp.any(new.wanted), see, lambda: old)
+            return jax.lax.cond(jnp.any(new.wanted), encode, lambda: old)
 
         by_turn = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1), (images, old))
-        merged = jax.lax.map(look, by_turn).swapaxes(0, 1).reshape(old.shape)
+        merged = jax.lax.map(encode_lanes, by_turn).swapaxes(0, 1).reshape(old.shape)
         return dataclasses.replace(slots, images=slots.images.at[:, : merged.shape[1]].set(merged))
 
     def _copy(self, slots: Slots, source, target, wanted, count: jax.Array) -> Slots:
@@ -199,7 +199,7 @@ class Programs:
         `steps`: so many without looking whether a slot is still open, for a program with loops of known length; with 0
         nothing is sampled.
         """
-        model = nnx.merge(self.rest_def, weights.rest)
+        model = nnx.merge(self.unstacked_def, weights.unstacked)
         if piece is not None:
             slots = self._append(model, weights, slots, piece, blocks)
         if steps == 0:
@@ -213,7 +213,7 @@ class Programs:
         cache = []
 
         def attend(layer, q, k, v):
-            cache.append(kv.write(slots.cache[layer], rows, Part.of(k, v, slots.cache[layer]), piece.lengths))
+            cache.append(kv.write_cache(slots.cache[layer], rows, Part.of(k, v, slots.cache[layer]), piece.lengths))
             parts = kv.blocks(cache[-1], rows, blocks, self.block)
             starts = range(0, blocks * self.block, self.block)
             seen = [(at + jnp.arange(self.block)) <= places[:, :, None] for at in starts]
@@ -240,7 +240,7 @@ class Programs:
             i, recent, hidden, open_, out = carry
             # Split like the head: a row of logits is nothing beside the head that would have to be gathered for it.
             logits = sharding.constrain(model.logits(hidden[:, None])[:, 0], ("rows", "vocab"), self.compute.mesh)
-            token, logprob = draw(logits, self.sampling, keys, turns.done + out.counts)
+            token, logprob = sample_tokens(logits, self.sampling, keys, turns.done + out.counts)
             finished, stopped = token == self.terminator, jnp.isin(token, self.stops)
             out = Sampled(
                 # An open slot has drawn in every step before: its count is i.
@@ -277,7 +277,7 @@ class Programs:
         _, recent, hidden, _, out = carry
         # What is behind a slot's last token is overwritten by its next ones, and never seen.
         cache = tuple(
-            kv.write(layer, kv.ALL, part, turns.lengths) for layer, part in zip(slots.cache, recent, strict=True)
+            kv.write_cache(layer, kv.ALL, part, turns.lengths) for layer, part in zip(slots.cache, recent, strict=True)
         )
         return dataclasses.replace(slots, cache=cache, hidden=hidden), out
 
@@ -292,7 +292,7 @@ class Programs:
         return model.decoder.norm(x)
 
 
-def weight_shardings(programs: Programs, params: Any, mesh: jax.sharding.Mesh) -> Weights:
+def weight_shardings(programs: RolloutPrograms, params: Any, mesh: jax.sharding.Mesh) -> Weights:
     """Where the engine's weights live: split over tensor, whole in every row of the mesh."""
     abstract = jax.eval_shape(programs.split, params)
 

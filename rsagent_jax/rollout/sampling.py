@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from rsagent_jax.config.schema import SamplingConfig
 
 
-def draw(logits_SV: jax.Array, sampling: SamplingConfig, keys: jax.Array, steps: jax.Array):
+def sample_tokens(logits_SV: jax.Array, sampling: SamplingConfig, keys: jax.Array, steps: jax.Array):
     """(tokens i32[S], log-probs f32[S]); greedy at temperature 0. The draw of step n of a key depends on these alone.
 
     Log-probs are of softmax(logits / temperature), as the trainer computes them: without top-k and top-p, which change

@@ -24,7 +24,7 @@ from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.rollout.budget_check import check_budget
-from rsagent_jax.rollout.engine import settled
+from rsagent_jax.rollout.engine import fill_sampling_defaults
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.types import DataError
 from sam_bridge.backends import NAMES, RANDOM
@@ -33,7 +33,7 @@ SPACE = 64 << 20  # bytes for logs, reports and compiled programs
 GIB = 1 << 30
 
 
-def segment(config: SegmentConfig, weights: str, out: pathlib.Path) -> None:
+def check_segment(config: SegmentConfig, weights: str, out: pathlib.Path) -> None:
     """`weights`: those that will be played, --weights included."""
     check_policy(weights, config.agent, config.sampling)
     check_disk(out)
@@ -105,7 +105,7 @@ def check_rollout(
     if shape.text.num_key_value_heads % sampling.tensor:
         heads = shape.text.num_key_value_heads
         raise DataError(f"{where}.tensor = {sampling.tensor} must divide the policy's {heads} key-value heads")
-    settled(sampling, shape.vision.window_patches, sharding.parts("rows", mesh))
+    fill_sampling_defaults(sampling, shape.vision.window_patches, sharding.parts("rows", mesh))
     return budget
 
 

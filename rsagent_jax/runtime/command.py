@@ -31,7 +31,7 @@ def define_flags(directory: str = "workdir") -> None:
     flags.DEFINE_string(directory, None, "Directory for everything this command leaves behind.")
 
 
-def run(
+def run_command(
     main: Callable[..., Any], config_class: type, arguments: tuple[str, ...] = (), default_config: str | None = None
 ) -> None:
     """Parses the flags, builds the config, calls `main(config, *arguments)`.
@@ -119,7 +119,7 @@ def _parse(argv: list[str], config_class: type, default_config: str | None) -> t
         raise DataError("--config=configs/X.py is required")
     if path is not None:
         values = load_config_file(path).to_dict()
-        argv, problems = overrides.apply(argv, config_class, values)
+        argv, problems = overrides.apply_overrides(argv, config_class, values)
         config = build_config(config_class, values, problems)
     try:
         return config, flags.FLAGS(argv)

@@ -18,7 +18,7 @@ def read_image(path: str | pathlib.Path, remedy: str = "put it back", upright: b
     `remedy` is what the owner of this file can do where it is missing or cannot be read.
     """
     try:
-        return images.read(path, upright)
+        return images.read_image_file(path, upright)
     except FileNotFoundError:
         raise DataError(f"{path} is missing: {remedy}") from None
     except images.ImageError as error:
@@ -28,7 +28,7 @@ def read_image(path: str | pathlib.Path, remedy: str = "put it back", upright: b
 def decode_image(data: bytes, where: str) -> np.ndarray:
     """A picture's bytes -> u8[h, w, 3] RGB as stored; `where` names it in the DataError."""
     try:
-        return images.decode(data, where, upright=False)
+        return images.decode_image_bytes(data, where, upright=False)
     except images.ImageError as error:
         raise DataError(str(error)) from None
 

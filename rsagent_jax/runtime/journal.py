@@ -135,7 +135,7 @@ class Journal:
             self.notes.append(f"{self.path}: a half-written line at its end ({len(data) - whole} bytes) was cut off")
 
 
-def read(
+def read_journal(
     folder: pathlib.Path,
     settings: dict[str, Any] | None = None,
     current: Mapping[str, str] | None = None,

@@ -24,7 +24,7 @@ T = TypeVar("T")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def join() -> None:
+def initialize_distributed() -> None:
     """Meets the other processes, before anything asks for devices. Does nothing where there are none.
 
     On a TPU VM jax finds the other hosts of the slice itself; elsewhere VARIABLES say who is who: host:port, n, 0..n-1.
@@ -105,14 +105,14 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, np.asarray(x), whole(x)), tree)
 
 
-def most(value: int) -> int:
+def allgather_max(value: int) -> int:
     """The largest of all processes' values: how often all of them must issue a program."""
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
-def total(counts: Sequence[int]) -> list[int]:
+def allgather_sum(counts: Sequence[int]) -> list[int]:
     """Element by element the sum over all processes: what all of them decide by alike."""
     if jax.process_count() == 1:
         return list(counts)
@@ -128,7 +128,7 @@ def all_or_none(check: Callable[[], T]) -> T:
         result, problem = check(), None
     except DataError as error:
         result, problem = None, error
-    (failed,) = total([problem is not None])
+    (failed,) = allgather_sum([problem is not None])
     if problem is not None:
         raise problem
     if failed:

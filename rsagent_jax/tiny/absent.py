@@ -22,11 +22,11 @@ def near_misses(objects: tuple[scenes.SceneObject, ...], text: str) -> list[str]
     for k, word in enumerate(words):
         for other in next((group for group in (scenes.COLORS, scenes.SHAPES) if word in group), ()):
             changed = [*words[:k], other, *words[k + 1 :]]
-            if not scenes.resolve(objects, " ".join(["the", *(w for w in changed if w not in scenes.SIZES)])):
+            if not scenes.objects_described(objects, " ".join(["the", *(w for w in changed if w not in scenes.SIZES)])):
                 misses.append(text.replace(head, " ".join(changed), 1))
     if relation:
         turned = text.replace(relation, OPPOSITE[relation])
-        misses += [] if scenes.resolve(objects, turned) else [turned]
+        misses += [] if scenes.objects_described(objects, turned) else [turned]
     return misses
 
 

@@ -238,10 +238,10 @@ class SceneRows:
         point = rng.random() < 0.5
         if rng.random() < FREE_SHARE:
             return free_question(rng, text, scene, index, point)
-        return question(text, scene, index, point)
+        return grounding_question(text, scene, index, point)
 
 
-def question(text: str, scene: scenes.Scene, index: int, point: bool) -> Question:
+def grounding_question(text: str, scene: scenes.Scene, index: int, point: bool) -> Question:
     """Qwen2.5-VL's grounding question about one object, and its answer."""
     thing = scene.objects[index]
     if point:

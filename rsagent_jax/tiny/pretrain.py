@@ -290,7 +290,7 @@ def optimizer(stage: StageConfig, weight_decay: float) -> optax.GradientTransfor
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=weight_decay))
 
 
-def evaluate(model: Qwen25VL, maker: SceneRows, seed: int, count: int) -> dict[str, float]:
+def evaluate_grounding(model: Qwen25VL, maker: SceneRows, seed: int, count: int) -> dict[str, float]:
     """Greedy answers on unseen scenes: box IoU and clicks that hit, by kind of sentence, and what is said to be there.
 
     The answer's format is given; every coordinate is read with the policy's own earlier ones before it.
@@ -300,7 +300,7 @@ def evaluate(model: Qwen25VL, maker: SceneRows, seed: int, count: int) -> dict[s
     cases = [(maker.scene(rng), point) for point in (False, True) for _ in range(count)]
     said = [scene.expressions[rng.integers(len(scene.expressions))] for scene, _ in cases]
     rows = [
-        maker.row(scene, [grounding.question(s.text, scene, s.object_index, point)], 128)
+        maker.row(scene, [grounding.grounding_question(s.text, scene, s.object_index, point)], 128)
         for (scene, point), s in zip(cases, said, strict=True)
     ]
     compiled = nnx.jit(lambda m, r: jnp.argmax(m.logits(_hidden(m, r)[0]), axis=-1))
@@ -365,7 +365,7 @@ def _create(shape: Qwen25VLConfig, hidden: int, rngs: nnx.Rngs) -> tuple[Qwen25V
     return Qwen25VL(shape, rngs), Head(hidden, rngs)
 
 
-def run(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -> None:
+def pretrain(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if config.init:  # the weights' own: one built anew follows today's prompts
         tokenizer = Tokenizer.from_file(str(pathlib.Path(config.init) / "tokenizer.json"))
@@ -408,12 +408,12 @@ def run(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -> Non
                     record |= {k: round(float(v), 4) for k, v in metrics.items()}
                     if name == "ground" and step % config.eval_every == 0 and step < stage.steps:
                         model, head = nnx.merge(graphdef, params)
-                        record |= evaluate(model, maker, config.seed, config.eval_scenes)
+                        record |= evaluate_grounding(model, maker, config.seed, config.eval_scenes)
                         convert.save_model(model, out, raw)
                     write(record)
         model, head = nnx.merge(graphdef, params)
     convert.save_model(model, out, raw)
-    write({"stage": "end", **evaluate(model, maker, config.seed, config.eval_scenes)})
+    write({"stage": "end", **evaluate_grounding(model, maker, config.seed, config.eval_scenes)})
     log.close()
 
 
@@ -431,10 +431,10 @@ def _ahead(pool, jobs, n: int = 16):
 def main(config: PretrainConfig) -> None:
     if not flags.FLAGS.out:
         raise DataError("--out=DIR is required")
-    run(config, command.workdir(), pathlib.Path(flags.FLAGS.out))
+    pretrain(config, command.workdir(), pathlib.Path(flags.FLAGS.out))
 
 
 if __name__ == "__main__":
     command.define_flags()
     flags.DEFINE_string("out", None, "Where the Hugging Face directory goes.")
-    command.run(main, PretrainConfig)
+    command.run_command(main, PretrainConfig)

@@ -414,7 +414,7 @@ SENTENCE = re.compile(
 )
 
 
-def resolve(objects: tuple[SceneObject, ...], text: str) -> list[int]:
+def objects_described(objects: tuple[SceneObject, ...], text: str) -> list[int]:
     """Indices of the objects that a sentence may mean, read word by word and with the widest meaning of each relation.
 
     Independent of `expressions_of` on purpose: tests hold one against the other. Raises DataError for other sentences.

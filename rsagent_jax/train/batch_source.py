@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from rsagent_jax.agent.environment import EnvState
-from rsagent_jax.agent.replay import to_json
+from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.views import check_shape
 from rsagent_jax.config.schema import GrpoConfig, ReadConfig, SftConfig
 from rsagent_jax.data import trajectories
@@ -26,7 +26,7 @@ from rsagent_jax.rewards import RewardError, make_reward
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task
-from rsagent_jax.runtime.processes import Share, all_or_none, total
+from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum
 from rsagent_jax.train.advantages import ADVANTAGES, zero_variance
 from rsagent_jax.types import Batch, DataError, Sample, Status, Trajectory
 from sam_bridge.types import FailureKind, SegmenterError
@@ -56,7 +56,7 @@ class SftSource:
         share.of(config.trajectories_per_step, "sft.trajectories_per_step")
         self.config, self.processor, self.share = config, processor, share
         self.records = trajectories.open_records(config.trajectories)
-        decode = functools.partial(trajectories.decode, processor=processor)
+        decode = functools.partial(trajectories.decode_record, processor=processor)
         what = f"{config.trajectories}, record"
         self.pipeline = _pipeline(self.records, decode, config.read, seed, share, config.unreadable, what)
         self.dropped = 0
@@ -136,7 +136,7 @@ class GrpoSource:
         teaches, failures = self._all_agree(outcomes, broken, items)
         # Where nothing teaches on any process no batch is made on any, and no update.
         batches = pack_evenly(items, c.batch, self.processor.config, self.share) if teaches else []
-        tokens = sum(int(t.sampled.sum()) for t in played)
+        tokens = sum(int(t.loss_mask.sum()) for t in played)
         metrics |= {
             "no_update": float(not teaches),
             "unreadable": float(self.pipeline.skipped),  # samples, since the start of the stage
@@ -163,7 +163,7 @@ class GrpoSource:
         )
         usable = sum(t.status.judged and self._usable(t) for t, _ in outcomes)
         teaching = sum(item.advantage != 0 for item in items)
-        called, usable, teaching, *kinds = total([called, usable, teaching, *kinds])
+        called, usable, teaching, *kinds = allgather_sum([called, usable, teaching, *kinds])
         failed, bound = sum(kinds), self.config.max_env_failed
         if failed and (failed > bound * called or not usable):
             named = ", ".join(f"{kind} {n}" for kind, n in zip(TOOL_FAILURES, kinds, strict=True) if n)
@@ -229,12 +229,12 @@ class GrpoSource:
         if self.workdir is None:
             return error
         path = self.workdir / REWARD_ERROR
-        path.write_text(to_json(state, sample.path) + "\n", encoding="utf-8")
+        path.write_text(state_to_json(state, sample.path) + "\n", encoding="utf-8")
         return RewardError(f"{error}\n  The trajectory is in {path}; rsagent_jax.agent.replay.replay reads it.")
 
     def _usable(self, t: Trajectory) -> bool:
         """Whether it took a turn and fits a row: its images together may need more patches than a row has."""
-        return bool(t.sampled.any()) and fits(_item(t, 0.0), self.config.batch, self.processor.config)
+        return bool(t.loss_mask.any()) and fits(_item(t, 0.0), self.config.batch, self.processor.config)
 
     def state(self) -> dict[str, Any]:
         return self.pipeline.state()
@@ -267,12 +267,12 @@ def _failure(state: EnvState) -> str:
 
 
 def _item(t: Trajectory, advantage: float) -> Item:
-    return Item(t.tokens, t.positions, t.sampled, t.logprobs, t.patches, t.grids, advantage)
+    return Item(t.tokens, t.positions, t.loss_mask, t.logprobs, t.patches, t.grids, advantage)
 
 
 def _cut(t: Trajectory, ends: tuple[int, ...]) -> np.ndarray:
     """bool[turns]: which were ended by their budget of tokens rather than by one of `ends`."""
-    last = t.sampled & ~np.append(t.sampled[1:], False)  # something is forced between any two turns
+    last = t.loss_mask & ~np.append(t.loss_mask[1:], False)  # something is forced between any two turns
     return ~np.isin(t.tokens[last], ends)
 
 

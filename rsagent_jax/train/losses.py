@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 # name -> f32[]: sum over trained tokens, maximum where the name ends in _max; "tokens" counts them.
-Metrics = dict[str, jax.Array]
+LossMetrics = dict[str, jax.Array]
 
 # Beyond e^20 a ratio is a fault, not a measurement; the bound keeps inf and NaN out of the other tokens' gradients.
 _MAX_LOG_RATIO = 20.0
@@ -78,7 +78,7 @@ def grpo_loss(
     *,
     clip_low: float,
     clip_high: float,
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[jax.Array, LossMetrics]:
     """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with each token's own ratio r: GRPO, and DAPO's clip-higher."""
     del segment_ids  # the ratio is the token's own
     log_ratio = _log_ratio(logprobs, old_logprobs, loss_mask)
@@ -95,7 +95,7 @@ def gspo_loss(
     *,
     clip_low: float,
     clip_high: float,
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[jax.Array, LossMetrics]:
     """GSPO (arXiv 2507.18071): as GRPO with one ratio per trajectory, the geometric mean of its tokens' ratios.
 
     The published objective is this with `sequence_weights`. Ratios are near 1: its clip range is about 3e-4 and 4e-4.
@@ -117,7 +117,7 @@ def cispo_loss(
     *,
     clip_low: float,
     clip_high: float,
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[jax.Array, LossMetrics]:
     """CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE with a clipped, constant weight, -stop(clip(r)) A log p.
 
     Every token keeps a gradient, clipped or not. clip_low = 1 leaves the lower side open, as published.
@@ -131,7 +131,7 @@ def cispo_loss(
     return loss, _policy_metrics(log_ratio, logprobs, clipped, loss_mask)
 
 
-OBJECTIVES: dict[str, Callable[..., tuple[jax.Array, Metrics]]] = {
+OBJECTIVES: dict[str, Callable[..., tuple[jax.Array, LossMetrics]]] = {
     "grpo": grpo_loss,
     "gspo": gspo_loss,
     "cispo": cispo_loss,
@@ -167,7 +167,7 @@ def kl_loss(
     *,
     estimator: Callable[[jax.Array], jax.Array],
     coefficient: float,
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[jax.Array, LossMetrics]:
     """coefficient * sum of weights * KL, to add to an objective's sum; metric `kl_ref` without the coefficient."""
     kl = estimator(_log_ratio(ref_logprobs, logprobs, loss_mask))
     return coefficient * jnp.sum(weights * kl), _sums(loss_mask, kl_ref=kl)
@@ -178,7 +178,7 @@ def kl_loss(
 
 def truncated_importance_weights(
     trainer_logprobs: jax.Array, engine_logprobs: jax.Array, loss_mask: jax.Array, *, cap: float
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[jax.Array, LossMetrics]:
     """f32[B, T] min(p_trainer / p_engine, cap) without gradient, 1 off the mask; multiply the weights by it.
 
     Both are log-probs of the policy that sampled, before the update: the engine's as sampled, the trainer's
@@ -195,14 +195,14 @@ def truncated_importance_weights(
 # --- Metrics ---
 
 
-def merge_metrics(a: Metrics, b: Metrics) -> Metrics:
+def merge_metrics(a: LossMetrics, b: LossMetrics) -> LossMetrics:
     """Metrics of two micro-batches together. The keys must be the same (KeyError)."""
     if a.keys() != b.keys():
         raise KeyError(f"metrics differ: {sorted(a.keys() ^ b.keys())}")
     return {name: jnp.maximum(a[name], b[name]) if name.endswith("_max") else a[name] + b[name] for name in a}
 
 
-def mean_metrics(metrics: Metrics) -> Metrics:
+def mean_metrics(metrics: LossMetrics) -> LossMetrics:
     """Sums -> means per trained token; maxima and `tokens` as they are."""
     tokens = jnp.maximum(metrics["tokens"], 1.0)
     return {name: x if name == "tokens" or name.endswith("_max") else x / tokens for name, x in metrics.items()}
@@ -226,14 +226,14 @@ def _clipped_surrogate(log_ratio, logprobs, advantages, loss_mask, weights, clip
     return loss, _policy_metrics(log_ratio, logprobs, clipped, loss_mask)
 
 
-def _policy_metrics(log_ratio, logprobs, clipped, loss_mask) -> Metrics:
+def _policy_metrics(log_ratio, logprobs, clipped, loss_mask) -> LossMetrics:
     """Tokens are the old policy's: `kl_old` estimates KL(old || policy), k3; `entropy_sampled`, -log p, the entropy."""
     ratio, entropy = jnp.exp(log_ratio), -logprobs.astype(jnp.float32)
     sums = _sums(loss_mask, ratio=ratio, clip_fraction=clipped, kl_old=kl_k3(log_ratio), entropy_sampled=entropy)
     return sums | {"ratio_max": jax.lax.stop_gradient(jnp.max(jnp.where(loss_mask, ratio, 0.0)))}
 
 
-def _sums(loss_mask: jax.Array, **per_token: jax.Array) -> Metrics:
+def _sums(loss_mask: jax.Array, **per_token: jax.Array) -> LossMetrics:
     sums = {name: jnp.sum(jnp.where(loss_mask, x, 0.0), dtype=jnp.float32) for name, x in per_token.items()}
     return jax.lax.stop_gradient(sums | {"tokens": loss_mask.sum(dtype=jnp.float32)})
 

@@ -50,7 +50,7 @@ ROLLOUTS = ("agent.", "segmenter.")  # SFT has its own check of what its traject
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
+class ChangedField:
     field: str
     old: Any
     new: Any
@@ -71,7 +71,7 @@ def saved_steps(workdir: pathlib.Path) -> dict[str, int]:
     return steps
 
 
-def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) -> list[Difference]:
+def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) -> list[ChangedField]:
     """What differs between two resolved configs and must not, as the stages `saved` have checkpoints."""
     if not saved:
         return []
@@ -79,7 +79,7 @@ def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) ->
     counts = {stage for stage in STAGES[: last + 1] if stage in old["stages"]} | set(saved)
     differ = []
     if len({tuple(s for s in config["stages"] if s in STAGES[: last + 1]) for config in (old, new)}) > 1:
-        differ.append(Difference("stages", old["stages"], new["stages"], f"{STAGES[last]} has checkpoints"))
+        differ.append(ChangedField("stages", old["stages"], new["stages"], f"{STAGES[last]} has checkpoints"))
     defaults, was, now = flatten(_DEFAULTS), flatten(old), flatten(new)
     for name in sorted({*was, *now} - {"stages"}):
         if name not in now and "[" not in name:
@@ -92,7 +92,7 @@ def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) ->
             continue
         why = _why_not_longer(name, old, new, last) if name in LENGTHS else ""
         if why is not None:
-            differ.append(Difference(name.replace("[", ".").replace("]", ""), there, here, why))
+            differ.append(ChangedField(name.replace("[", ".").replace("]", ""), there, here, why))
     return differ
 
 
@@ -185,17 +185,17 @@ def check_config(workdir: pathlib.Path, config: TrainConfig) -> None:
         _refuse(workdir, saved, refused(last["config"], _plain(config), saved))
 
 
-def check_inputs(workdir: pathlib.Path, inputs: dict[str, str]) -> None:
+def check_same_inputs(workdir: pathlib.Path, inputs: dict[str, str]) -> None:
     """The same for what the paths lead to: field -> fingerprint. Those of a start before there was a history pass."""
     saved, last = saved_steps(workdir), last_start(workdir)
     there = (last or {}).get("inputs", {})
     used = {"policy.weights": bool(saved), "sft.trajectories": bool(saved), "grpo.data": "grpo" in saved}
     why = "other content; the path alone may change"
-    differ = [Difference(name, there[name], new, why) for name, new in inputs.items() if name in there and used[name]]
+    differ = [ChangedField(name, there[name], new, why) for name, new in inputs.items() if name in there and used[name]]
     _refuse(workdir, saved, [d for d in differ if d.old != d.new])
 
 
-def _refuse(workdir: pathlib.Path, saved: dict[str, int], differ: list[Difference]) -> None:
+def _refuse(workdir: pathlib.Path, saved: dict[str, int], differ: list[ChangedField]) -> None:
     if differ:
         have = ", ".join(f"{stage} after update {step}" for stage, step in saved.items())
         raise DataError(
@@ -223,7 +223,7 @@ def last_start(workdir: pathlib.Path) -> dict[str, Any] | None:
         ) from None
 
 
-def record(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, str]) -> None:
+def record_start(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, str]) -> None:
     """Writes this start down. The lead alone calls it, when nothing can be refused any more."""
     entry = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

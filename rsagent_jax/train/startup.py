@@ -25,23 +25,23 @@ from rsagent_jax.rollout.budget_check import check_budget
 from rsagent_jax.rollout.startup import check_disk, check_rollout, check_segmenter, check_weights
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.train.batch_source import steps_of
-from rsagent_jax.train.state import divide
+from rsagent_jax.train.state import partition_params
 from rsagent_jax.types import DataError
 
 
-def train(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
+def check_train(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
     """Everything that the stages need. Returns the config with what it leaves to the slice filled in."""
     if "grpo" in config.stages:
         make_reward(config.grpo.reward)
     _nothing_left_open(config)
     shape = check_weights(config.policy.weights)
-    config = slices.settle(config, shape.text.hidden_size, len(jax.devices()))
+    config = slices.fill_slice_defaults(config, shape.text.hidden_size, len(jax.devices()))
     mesh, model = sharding.make_mesh(config.mesh), convert.abstract_model(shape)
     sharding.param_shardings(model, mesh)
     share, needed = processes.row_share(mesh), 0
     for stage in config.stages:
         settings = getattr(config, stage)
-        _, trained, base = divide(*nnx.split(model, nnx.Param), config.policy.lora, settings.optim.freeze)
+        _, trained, base = partition_params(*nnx.split(model, nnx.Param), config.policy.lora, settings.optim.freeze)
         share.of(settings.batch.rows, f"{stage}.batch.rows")
         if any(p.name.isdecimal() for p in (workdir / "checkpoints" / stage).glob("*")):
             continue  # its room is taken already

@@ -97,7 +97,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
     return tx, schedule
 
 
-def divide(graphdef, params: nnx.State, adapters: LoraConfig, freeze: tuple[str, ...]):
+def partition_params(graphdef, params: nnx.State, adapters: LoraConfig, freeze: tuple[str, ...]):
     """(graph of the trained model, what is trained, the base) of a plain policy; for arrays or for shapes.
 
     Without adapters all is trained but the parts `freeze` (PARTS) and the graph is the plain one. With adapters they
@@ -125,7 +125,7 @@ def frozen_paths(params: nnx.State, parts: tuple[str, ...]) -> set[tuple]:
     return {path for path, name in paths.items() if name.startswith(prefixes)}
 
 
-def sees_once(trained: nnx.State) -> bool:
+def vision_frozen(trained: nnx.State) -> bool:
     """Whether the whole tower, merger included, is only read: a batch's images need to be embedded only once."""
     return "vision" not in trained
 
@@ -136,7 +136,7 @@ def init_adapters(graphdef, adapters: nnx.State, base: nnx.State, key: jax.Array
     return jax.jit(lambda k: lora.init(adapters, k), out_shardings=nnx.filter_state(where, LoraParam))(key)
 
 
-def narrow(base: nnx.State, dtype: str) -> nnx.State:
+def cast_frozen(base: nnx.State, dtype: str) -> nnx.State:
     """The base in the dtype of the activations. What is cast here is deleted: two copies would not fit."""
 
     def one(value):
@@ -159,7 +159,7 @@ def make_plain(base: nnx.State, adapters: LoraConfig, dtype: str) -> Callable[[n
     scale = adapters.alpha / adapters.rank
 
     def merge(trained, base):
-        merged = lora.merge(convert.flat_state(base), convert.flat_state(trained), scale, dtype)
+        merged = lora.merge_adapters(convert.flat_state(base), convert.flat_state(trained), scale, dtype)
         return convert.with_values(base, merged)
 
     return jax.jit(merge, out_shardings=jax.tree.map(lambda p: p.sharding, base))

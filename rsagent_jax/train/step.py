@@ -17,11 +17,11 @@ from rsagent_jax.config.schema import GrpoConfig
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.logprobs import token_logprobs
 from rsagent_jax.train import losses
-from rsagent_jax.train.state import EMPTY, TrainState, sees_once
+from rsagent_jax.train.state import EMPTY, TrainState, vision_frozen
 from rsagent_jax.types import Batch
 
 # (log-probs f32[B, T] aligned to their own token, batch, reference log-probs) -> (loss sum, denominator, metric sums)
-Objective = Callable[[jax.Array, Batch, jax.Array], tuple[jax.Array, jax.Array, losses.Metrics]]
+Objective = Callable[[jax.Array, Batch, jax.Array], tuple[jax.Array, jax.Array, losses.LossMetrics]]
 
 jax.tree_util.register_dataclass(Batch, [f.name for f in dataclasses.fields(Batch)], [])
 
@@ -34,7 +34,7 @@ class Sums:
     grads: nnx.State
     loss: jax.Array
     denominator: jax.Array
-    metrics: losses.Metrics
+    metrics: losses.LossMetrics
 
 
 def batch_logprobs(
@@ -45,7 +45,7 @@ def batch_logprobs(
     `params` are all of the model's. `embedded`: the batch has the tower's merged tokens in place of its patches.
     """
     model = nnx.merge(graphdef, params)
-    merged = batch.patches if embedded else look(model.vision, batch, compute)
+    merged = batch.patches if embedded else encode_images(model.vision, batch, compute)
     x = model.place(batch.tokens, merged, batch.image_slots, compute)
     hidden = model.decoder(x, batch.positions, batch.segment_ids, compute)
     # Every place predicts the next token; the last one's is nobody's. Shifting the targets keeps T a round number.
@@ -55,7 +55,7 @@ def batch_logprobs(
     return jnp.roll(token_logprobs(hidden, head, targets, wanted, temperature=temperature, mesh=mesh), 1, axis=1)
 
 
-def look(tower, batch: Batch, compute: Compute) -> jax.Array:
+def encode_images(tower, batch: Batch, compute: Compute) -> jax.Array:
     """The tower's merged tokens [B, P / merge_unit, D], in the dtype of the activations."""
     return tower(batch.patches, batch.patch_segment_ids, batch.patch_positions, compute)
 
@@ -66,8 +66,8 @@ def micro_step(
     """Gradient sums of one micro-batch for `params`; the parameters of `base` are only read."""
 
     def loss_fn(p):
-        whole = nnx.merge_state(p, base)
-        logprobs = batch_logprobs(graphdef, whole, batch, compute, temperature, embedded=embedded)
+        replicated = nnx.merge_state(p, base)
+        logprobs = batch_logprobs(graphdef, replicated, batch, compute, temperature, embedded=embedded)
         loss, denominator, metrics = objective(logprobs, batch, ref)
         return loss, (denominator, metrics)
 
@@ -84,7 +84,9 @@ def add(a: Sums, b: Sums) -> Sums:
     )
 
 
-def apply(tx: optax.GradientTransformation, state: TrainState, sums: Sums) -> tuple[TrainState, losses.Metrics]:
+def apply_gradients(
+    tx: optax.GradientTransformation, state: TrainState, sums: Sums
+) -> tuple[TrainState, losses.LossMetrics]:
     """The update and the step's metrics: means over trained tokens, and norms."""
     scale = 1.0 / jnp.maximum(sums.denominator, 1.0)
     grads = jax.tree.map(lambda g: g * scale, sums.grads)
@@ -99,13 +101,13 @@ def apply(tx: optax.GradientTransformation, state: TrainState, sums: Sums) -> tu
 
 
 @dataclasses.dataclass(frozen=True)
-class Programs:
-    """The jitted programs of a stage; `train_step` is the whole of a step. `base` is what is not trained."""
+class TrainPrograms:
+    """The jitted programs of a stage; `train_step` is the replicated of a step. `base` is what is not trained."""
 
     embed: Callable  # (base, batch) -> batch for all that follows; the tower's work done, if it is not trained
     micro: Callable  # (params, base, batch, ref) -> Sums
     add: Callable
-    apply: Callable
+    apply_gradients: Callable
     logprobs: Callable  # (params, base, batch) -> f32[B, T], of the reference, without gradients
 
     def train_step(self, state: TrainState, base: nnx.State, batches: Sequence[Batch], refs: Sequence[jax.Array]):
@@ -114,7 +116,7 @@ class Programs:
         for batch, ref in zip(batches, refs, strict=True):
             sums = self.micro(state.params, base, batch, ref)
             total = sums if total is None else self.add(total, sums)
-        return self.apply(state, total)
+        return self.apply_gradients(state, total)
 
 
 def make_programs(
@@ -126,42 +128,46 @@ def make_programs(
     shardings,
     base: nnx.State = EMPTY,
     reference=None,
-) -> Programs:
+) -> TrainPrograms:
     """`shardings` is (state, rows, replicated) of sharding.py. The gradients have the parameters' shardings.
 
-    `base` (arrays or shapes, with shardings) is what state.divide leaves untrained. `reference` is the graph of a
+    `base` (arrays or shapes, with shardings) is what partition_params does not train. `reference` is the graph of a
     reference policy that is the base alone, the plain one under fresh adapters; without it `logprobs` takes parameters
     as the state has them.
     """
-    state, rows, whole = shardings
+    state, rows, replicated = shardings
     base = jax.tree.map(lambda x: x.sharding, base)
-    once = sees_once(state.params)
+    frozen_vision = vision_frozen(state.params)
     tower = nnx.graphdef(nnx.merge(graphdef, nnx.merge_state(state.params, base)).vision)
 
     def embed(base, batch):
-        merged = look(nnx.merge(tower, base["vision"]), batch, compute)
+        merged = encode_images(nnx.merge(tower, base["vision"]), batch, compute)
         return dataclasses.replace(batch, patches=merged)
 
     def micro(params, base, batch, ref):
-        return micro_step(graphdef, objective, compute, temperature, params, base, batch, ref, embedded=once)
+        return micro_step(graphdef, objective, compute, temperature, params, base, batch, ref, embedded=frozen_vision)
 
     def logprobs(params, base, batch):
         params = nnx.merge_state(params, base)
-        return batch_logprobs(reference or graphdef, params, batch, compute, temperature, embedded=once)
+        return batch_logprobs(reference or graphdef, params, batch, compute, temperature, embedded=frozen_vision)
 
     def update(old, sums):
         if any(s.memory_kind == "pinned_host" for s in jax.tree.leaves(state.opt_state)):
             here = jax.tree.map(lambda s: s.with_memory_kind("device"), state.opt_state)
             old = dataclasses.replace(old, opt_state=jax.device_put(old.opt_state, here))
-        return apply(tx, old, sums)
+        return apply_gradients(tx, old, sums)
 
-    sums = Sums(state.params, whole, whole, whole)
+    sums = Sums(state.params, replicated, replicated, replicated)
     compared = EMPTY if reference else state.params
-    return Programs(
-        embed=jax.jit(embed, in_shardings=(base, rows), out_shardings=rows) if once else lambda base, batch: batch,
+    return TrainPrograms(
+        embed=jax.jit(embed, in_shardings=(base, rows), out_shardings=rows)
+        if frozen_vision
+        else lambda base, batch: batch,
         micro=jax.jit(micro, in_shardings=(state.params, base, rows, rows), out_shardings=sums),
         add=jax.jit(add, donate_argnums=0),
-        apply=jax.jit(update, in_shardings=(state, sums), out_shardings=(state, whole), donate_argnums=0),
+        apply_gradients=jax.jit(
+            update, in_shardings=(state, sums), out_shardings=(state, replicated), donate_argnums=0
+        ),
         logprobs=jax.jit(logprobs, in_shardings=(compared, base, rows), out_shardings=rows),
     )
 

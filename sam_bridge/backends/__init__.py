@@ -76,7 +76,7 @@ class Backend(Protocol):
 DEFAULTS = Options()
 
 
-def load(name: str, options: Options = DEFAULTS) -> Backend:
+def load_backend(name: str, options: Options = DEFAULTS) -> Backend:
     """A built-in name, or `module:factory` or `file.py:factory` for one of your own, which takes no arguments."""
     if name == "sam2":
         if not options.checkpoint:  # before torch is imported

@@ -30,7 +30,7 @@ RING = 6  # working pixels around the mask that the score compares it with
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoding:
+class GrabCutEncoding:
     """The working copy, and the size it came from."""
 
     pixels: np.ndarray  # u8[h', w', 3]
@@ -54,7 +54,7 @@ class GrabCut:
         constants = (MAX_SIDE, ITERATIONS, BOX_MARGIN, CORE_RADIUS, DISC_SHARE, BLUR, TOLERANCE)
         return f"{self.name} opencv {cv2.__version__} {'-'.join(map(str, constants))}"
 
-    def encode(self, image: np.ndarray) -> tuple[Encoding, int]:
+    def encode(self, image: np.ndarray) -> tuple[GrabCutEncoding, int]:
         """u8[h, w, 3] -> working copy with a longer side of at most MAX_SIDE."""
         height, width = image.shape[:2]
         shrink = min(1.0, MAX_SIDE / max(height, width))
@@ -64,9 +64,9 @@ class GrabCut:
         else:
             pixels = np.array(image, order="C")  # a copy: the caller may change theirs, or it views a message's bytes
         flat = bool((pixels == pixels[0, 0]).all())
-        return Encoding(pixels, cv2.medianBlur(pixels, BLUR), height, width, flat), 2 * pixels.nbytes
+        return GrabCutEncoding(pixels, cv2.medianBlur(pixels, BLUR), height, width, flat), 2 * pixels.nbytes
 
-    def decode(self, encoding: Encoding, request: SegmentRequest, logits: np.ndarray | None) -> Decoded:
+    def decode(self, encoding: GrabCutEncoding, request: SegmentRequest, logits: np.ndarray | None) -> Decoded:
         """`logits` are the working mask packed to bits, u8[ceil(h' * w' / 8)]."""
         shape = encoding.pixels.shape[:2]
         start = None
@@ -94,7 +94,7 @@ class _Prompt:
     refine: bool
 
 
-def _to_working(request: SegmentRequest, encoding: Encoding) -> _Prompt:
+def _to_working(request: SegmentRequest, encoding: GrabCutEncoding) -> _Prompt:
     """Original pixels -> working pixels; pixel i covers [i, i + 1)."""
     rows, columns = encoding.pixels.shape[:2]
     sx, sy = columns / encoding.width, rows / encoding.height
@@ -110,7 +110,7 @@ def _to_working(request: SegmentRequest, encoding: Encoding) -> _Prompt:
     clicks = [(min(int(x * sx), columns - 1), min(int(y * sy), rows - 1)) for x, y in request.points]
     objects = [c for c, label in zip(clicks, request.labels, strict=True) if label]
     backgrounds = [c for c, label in zip(clicks, request.labels, strict=True) if not label]
-    return _Prompt(box, objects, backgrounds, bool(request.refine))
+    return _Prompt(box, objects, backgrounds, bool(request.refine_logits_id))
 
 
 def _trimap(prompt: _Prompt, shape: tuple[int, int], start: np.ndarray | None, reached: np.ndarray | None):
@@ -140,7 +140,7 @@ def _trimap(prompt: _Prompt, shape: tuple[int, int], start: np.ndarray | None, r
     return trimap
 
 
-def _reached(prompt: _Prompt, encoding: Encoding) -> np.ndarray | None:
+def _reached(prompt: _Prompt, encoding: GrabCutEncoding) -> np.ndarray | None:
     """bool[h', w']: what the object clicks' colours reach. None if there is no click, or a box says how far to look."""
     if prompt.box is not None or not prompt.objects:
         return None
@@ -153,7 +153,7 @@ def _bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
 
 
-def _same_colour(encoding: Encoding, click: tuple[int, int]) -> np.ndarray:
+def _same_colour(encoding: GrabCutEncoding, click: tuple[int, int]) -> np.ndarray:
     """bool[h', w']: what is joined to the click by pixels within TOLERANCE of its colour."""
     shape = encoding.pixels.shape[:2]
     reached, within = np.zeros((shape[0] + 2, shape[1] + 2), np.uint8), (TOLERANCE,) * 3
@@ -162,7 +162,7 @@ def _same_colour(encoding: Encoding, click: tuple[int, int]) -> np.ndarray:
     return reached[1:-1, 1:-1].astype(bool)
 
 
-def _cut(encoding: Encoding, trimap: np.ndarray, prompt: _Prompt, region) -> tuple[np.ndarray, float]:
+def _cut(encoding: GrabCutEncoding, trimap: np.ndarray, prompt: _Prompt, region) -> tuple[np.ndarray, float]:
     """(bool[h', w'], score). Where there is nothing to cut (one colour, no background) the prompt itself, score 0.
 
     Nothing outside `region` (x0, y0, x1, y1) is looked at or found.
@@ -202,7 +202,7 @@ def _under_clicks(found: np.ndarray, guess: np.ndarray, prompt: _Prompt, origin:
         return found
     _, parts = cv2.connectedComponents(found.astype(np.uint8), connectivity=4)
     wanted = {int(parts[y - origin[1], x - origin[0]]) for x, y in prompt.objects}
-    if prompt.refine:
+    if prompt.refine_logits_id:
         wanted.update(np.unique(parts[guess]).tolist())
     return np.isin(parts, [part for part in wanted if part])  # part 0 is the background
 

@@ -60,7 +60,7 @@ LOGIT_CLAMP = 32.0  # the predictor's, of the logits that refine a mask
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoding:
+class Sam2Encoding:
     """An image's features, [1, C, H, W] each, where the lane's device is: 16 MB in fp32."""
 
     embed: torch.Tensor
@@ -72,7 +72,7 @@ class Encoding:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    encoding: Encoding
+    encoding: Sam2Encoding
     request: SegmentRequest
     logits: np.ndarray | None
 
@@ -112,7 +112,7 @@ class Sam2:
                 encoding = lane.call("encode", np.zeros((8, 8, 3), np.uint8))
                 lane.call("decode", _Job(encoding, SegmentRequest(points=((4.0, 4.0),), labels=(1,)), None))
 
-    def encode(self, image: np.ndarray) -> tuple[Encoding, int]:
+    def encode(self, image: np.ndarray) -> tuple[Sam2Encoding, int]:
         """u8[h, w, 3] -> features on the device that has least to do."""
         if self._preparers is not None:  # before a lane is chosen: what is being prepared is nobody's load yet
             image = self._preparers.submit(self._models[0].prepare, image).result()
@@ -121,7 +121,7 @@ class Sam2:
         tensors = (encoding.embed, *encoding.high_res)
         return encoding, sum(t.numel() * t.element_size() for t in tensors)
 
-    def decode(self, encoding: Encoding, request: SegmentRequest, logits: np.ndarray | None) -> Decoded:
+    def decode(self, encoding: Sam2Encoding, request: SegmentRequest, logits: np.ndarray | None) -> Decoded:
         """`logits` f32[1, H, W] of the mask to refine, at a quarter of the model's resolution."""
         return self._lanes[encoding.lane].call("decode", _Job(encoding, request, logits))
 
@@ -168,7 +168,7 @@ class _Model:
         with torch.inference_mode():
             return self._transforms(np.array(image)), image.shape[0], image.shape[1]
 
-    def encode(self, images: list[np.ndarray | Prepared], lane: int) -> list[Encoding]:
+    def encode(self, images: list[np.ndarray | Prepared], lane: int) -> list[Sam2Encoding]:
         """Of pictures u8[h, w, 3], or of what `prepare` made of them."""
         prepared = [self.prepare(image) if isinstance(image, np.ndarray) else image for image in images]
         with self._context():
@@ -183,7 +183,7 @@ class _Model:
             for i, (_, height, width) in enumerate(prepared):
                 # A view into a batch would keep all of it alive.
                 s0, s1, embed = (x if n == 1 else x[i : i + 1].clone() for x in levels)
-                encodings.append(Encoding(embed, (s0, s1), height, width, lane))
+                encodings.append(Sam2Encoding(embed, (s0, s1), height, width, lane))
             return encodings
 
     def decode(self, jobs: list[_Job]) -> list[Decoded]:
@@ -197,7 +197,7 @@ class _Model:
 
     def _wants_three(self, request: SegmentRequest) -> bool:
         """Whether the prompt is ambiguous (a click alone may mean a shirt or the person in it), or all are wanted."""
-        alone = len(request.points) == 1 and request.box is None and not request.refine
+        alone = len(request.points) == 1 and request.box is None and not request.refine_logits_id
         return request.candidates or self.multimask == "always" or (self.multimask == "point" and alone)
 
     def _decode_one(self, job: _Job, three: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rsagent_jax.agent.environment import EnvState, propose, reset, resolve, run_tool
+from rsagent_jax.agent.environment import EnvState, apply_reply, propose, reset, run_tool
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import AgentConfig
 from sam_bridge.types import FailureKind, SegmenterError, SegmentReply, SegmentRequest
@@ -34,7 +34,7 @@ class DiscSegmenter:
         if self.fail and (kind := self.fail.pop(0)) is not None:
             raise SegmenterError(kind, "as the test asked")
         h, w = image.shape[:2]
-        mask = self.kept[request.refine].copy() if request.refine else np.zeros((h, w), bool)
+        mask = self.kept[request.refine_logits_id].copy() if request.refine_logits_id else np.zeros((h, w), bool)
         if request.box is not None:
             x1, y1, x2, y2 = request.box
             mask |= disc(h, w, (x1 + x2 - 1) / 2, (y1 + y2 - 1) / 2, min(x2 - x1, y2 - y1) / 2)
@@ -54,7 +54,7 @@ class IdealSegmenter:
 
     def segment(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
         self.calls += 1
-        first = not request.refine and len(request.points) + (request.box is not None) == 1
+        first = not request.refine_logits_id and len(request.points) + (request.box is not None) == 1
         if request.box is not None:
             x1, y1, x2, y2 = (int(v) for v in request.box)
             inside = [o[y1:y2, x1:x2].sum() / o.sum() for o in self.objects]
@@ -77,7 +77,7 @@ def run(texts, segmenter=None, image=None, query="the disc", **config) -> EnvSta
         if state.status is not None:
             break
         proposal = propose(state, text)
-        state = resolve(state, proposal, run_tool(segmenter, state, proposal))
+        state = apply_reply(state, proposal, run_tool(segmenter, state, proposal))
     return state
 
 

@@ -84,7 +84,7 @@ def test_a_real_trajectory_is_as_long_as_predicted(style):
     trajectory, bounds = play(turns, agent, (150, 300), LIMITS)
     assert trajectory.status is Status.FINISHED
     said = sum(len(small.processor().encode(turn)) + 1 for turn in turns)
-    assert trajectory.sampled.sum() == said
+    assert trajectory.loss_mask.sum() == said
     digits = 0 if style == "brief" else 2  # of 308x140 in each of two masks, where five-digit sides are allowed for
     wide = trajectory_texts(agent, (308, 140))
     assert len(trajectory.tokens) == bounds.needs(0) + said - (bounds.opening - wide[0]) - 2 * (bounds.mask - wide[1])
@@ -109,7 +109,7 @@ def test_nothing_a_policy_does_takes_more_than_predicted(kinds, size, style, his
     h, w = size
     turns = [[click(w / 2, h / 2 + i), zoom(0, 0, w - i, h), "nothing", click(1, 1, 9)][k] for i, k in enumerate(kinds)]
     trajectory, bounds = play([*turns, finish(None)], agent, size, LIMITS)
-    said, views = int(trajectory.sampled.sum()), sum(k == 1 for k in kinds)
+    said, views = int(trajectory.loss_mask.sum()), sum(k == 1 for k in kinds)
     assert len(trajectory.tokens) <= bounds.needs(0, views=views) + said
 
 

@@ -9,11 +9,11 @@ from agent_fakes import LIMITS, DiscSegmenter, disc, picture, run
 from rsagent_jax.agent.environment import (
     SegmentFailure,
     abort,
+    apply_reply,
     final_mask,
     opening_observation,
     propose,
     reset,
-    resolve,
     run_tool,
 )
 from rsagent_jax.agent.tools import REFUSALS, render_call
@@ -240,7 +240,7 @@ def test_refusals_run_no_tool():
 def test_refine_starts_from_the_named_mask():
     segmenter = DiscSegmenter(radius=10)
     state = run([click(30, 30), click(80, 80), click(50, 30, refine=1), finish(3)], segmenter)
-    assert segmenter.requests[2].refine == state.masks[0].logits_id == "logits-1"
+    assert segmenter.requests[2].refine_logits_id == state.masks[0].logits_id == "logits-1"
     expected = disc(112, 112, 30, 30, 10) | disc(112, 112, 50, 30, 10)
     np.testing.assert_array_equal(final_mask(state)[0], expected)
 
@@ -270,9 +270,9 @@ def test_abort_and_misuse():
             call()
     going = run([])
     with pytest.raises(ValueError, match="reply"):
-        resolve(going, propose(going, click(1, 1)), None)
+        apply_reply(going, propose(going, click(1, 1)), None)
     with pytest.raises(ValueError, match="reply"):
-        resolve(going, propose(going, BAD), SegmentFailure(FailureKind.TIMEOUT, ""))
+        apply_reply(going, propose(going, BAD), SegmentFailure(FailureKind.TIMEOUT, ""))
     assert run_tool(DiscSegmenter(), going, propose(going, BAD)) is None
 
 
@@ -280,7 +280,7 @@ def test_states_are_not_changed_by_later_turns():
     before = run([click(30, 30)])
     kept = dataclasses.replace(before)
     proposal = propose(before, click(60, 60))
-    after = resolve(before, proposal, run_tool(DiscSegmenter(), before, proposal))
+    after = apply_reply(before, proposal, run_tool(DiscSegmenter(), before, proposal))
     assert len(before.turns) == 1 and len(after.turns) == 2
     assert all(getattr(before, f.name) is getattr(kept, f.name) for f in dataclasses.fields(before))
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rsagent_jax.agent.environment import abort, propose, refuse_view, resolve
-from rsagent_jax.agent.replay import read_source, replay, to_json
+from rsagent_jax.agent.environment import abort, apply_reply, propose, refuse_view
+from rsagent_jax.agent.replay import read_source, replay, state_to_json
 from rsagent_jax.agent.tools import render_call
 from rsagent_jax.types import DataError, Finish, ResetView, Rotate, Segment, Status, Zoom
 from sam_bridge.types import FailureKind
@@ -41,17 +41,17 @@ texts = st.one_of(actions.map(render_call), st.sampled_from(["no call", "<think>
 )
 def test_replay_is_identical(script, fail, logits, prompt):
     state = run(script, DiscSegmenter(logits=logits, fail=fail), IMAGE, "a <|im_end|> cup", prompt=prompt, max_turns=6)
-    text = to_json(state)
+    text = state_to_json(state)
     again = replay(text, IMAGE)
     same_states(state, again)
-    assert to_json(again) == text
+    assert state_to_json(again) == text
 
 
 def test_outside_ending_and_image_path(tmp_path):
     path = tmp_path / "image.png"
     Image.fromarray(IMAGE).save(path)
     state = abort(run([render_call(Segment(box=(10, 10, 60, 60)))], image=IMAGE), Status.MAX_CONTEXT)
-    again = replay(to_json(state, str(path)))
+    again = replay(state_to_json(state, str(path)))
     same_states(state, again)
     np.testing.assert_array_equal(again.image, IMAGE)
 
@@ -62,7 +62,7 @@ def test_the_picture_is_known_by_its_checksum_however_it_is_turned(tmp_path):
     exif[0x0112] = 6
     Image.fromarray(IMAGE).save(path, exif=exif)
     for image in (IMAGE, np.rot90(IMAGE, -1)):
-        text = to_json(run([render_call(Segment(box=(10, 10, 60, 60)))], image=image), str(path))
+        text = state_to_json(run([render_call(Segment(box=(10, 10, 60, 60)))], image=image), str(path))
         np.testing.assert_array_equal(replay(text).image, image)
         np.testing.assert_array_equal(read_source(text, path), image)
     square = np.full((90, 90, 3), 7, np.uint8)
@@ -81,17 +81,17 @@ def test_the_picture_is_known_by_its_checksum_however_it_is_turned(tmp_path):
 
 def test_a_last_turn_and_a_refused_view_that_came_from_outside_are_stored():
     state = run([render_call(Segment(box=(10, 10, 60, 60)))], image=IMAGE)
-    state = resolve(state, refuse_view(propose(state, render_call(Zoom((0, 0, 50, 50))))), None, last=True)
+    state = apply_reply(state, refuse_view(propose(state, render_call(Zoom((0, 0, 50, 50))))), None, last=True)
     assert state.turns[-1].error.reason == "no_room" and state.turns[-1].observation.text.endswith("best mask 1.")
-    same_states(state, replay(to_json(state), IMAGE))
-    state = resolve(state, propose(state, "no call"), None)
+    same_states(state, replay(state_to_json(state), IMAGE))
+    state = apply_reply(state, propose(state, "no call"), None)
     assert state.turns[-1].last and not state.last
-    same_states(abort(state, Status.MAX_CONTEXT), replay(to_json(abort(state, Status.MAX_CONTEXT)), IMAGE))
+    same_states(abort(state, Status.MAX_CONTEXT), replay(state_to_json(abort(state, Status.MAX_CONTEXT)), IMAGE))
 
 
 def test_records_from_before_the_announcement_replay_without_it():
     texts = [render_call(Segment(box=(10, 10, 60, 60 + i))) for i in range(2)]
-    record = json.loads(to_json(run(texts, image=IMAGE, max_turns=3)))
+    record = json.loads(state_to_json(run(texts, image=IMAGE, max_turns=3)))
     record.pop("last")
     for name in ("announce_last", "typical_turn"):
         record["config"].pop(name)
@@ -101,7 +101,7 @@ def test_records_from_before_the_announcement_replay_without_it():
 
 
 def test_a_record_that_does_not_fit_is_a_data_error():
-    text = to_json(run([render_call(Segment(box=(10, 10, 60, 60))), render_call(Finish(1))], image=IMAGE))
+    text = state_to_json(run([render_call(Segment(box=(10, 10, 60, 60))), render_call(Finish(1))], image=IMAGE))
     record = json.loads(text)
     with pytest.raises(DataError, match="image of"):
         replay(text, picture(91, 130))

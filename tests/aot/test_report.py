@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rsagent_jax.aot.report import analyse, out_of_memory, table, to_json
+from rsagent_jax.aot.report import analyse, out_of_memory, reports_table, reports_to_json
 from rsagent_jax.aot.topology import GIB, devices, parse_topology
 
 DESIGN = (
@@ -90,11 +90,11 @@ def test_residents_take_memory(report, compiled, topology, model_flops):
 
 
 def test_json_and_table(report):
-    alone = json.loads(to_json(report))
+    alone = json.loads(reports_to_json(report))
     assert set(DESIGN) <= set(alone) and alone["fits"] is True and alone["collective_bytes"].keys() >= {"all-gather"}
-    assert json.loads(to_json([report, report])) == [alone, alone] and "\n" not in to_json([report])
+    assert json.loads(reports_to_json([report, report])) == [alone, alone] and "\n" not in reports_to_json([report])
     looped = dataclasses.replace(report, program="rollout", unknown_trip_counts=("while.1",))
-    lines = table([report, looped]).splitlines()
+    lines = reports_table([report, looped]).splitlines()
     assert lines[0].startswith("program") and lines[1].split()[:2] == ["train", "v5e:2x2"] and len({*lines[:3]}) == 3
     assert "rollout: counted as run once, not known how often: while.1" in lines
     assert any(line.startswith("train: hlo FLOPs leave out splash") for line in lines)
@@ -132,15 +132,15 @@ def test_the_compilers_refusal():
     # 64 GiB in, as much out, and the residents; the compiler rounds to 10 MiB.
     assert report.peak_hbm_bytes == pytest.approx(129 * GIB, rel=0.01)
     assert report.hbm_bytes == int(15.75 * GIB) and report.devices == 16 and report.model_flops == 1e12
-    assert set(DESIGN) <= set(json.loads(to_json(report)))
-    assert " NO " in table([report])
+    assert set(DESIGN) <= set(json.loads(reports_to_json(report)))
+    assert " NO " in reports_table([report])
 
 
 def test_the_longer_refusal():
     report = out_of_memory(RuntimeError(LONG), parse_topology("v5e-8"), program="train")
     assert (report.peak_hbm_bytes, report.hbm_bytes) == (int(17.44 * GIB), int(15.75 * GIB))
     assert report.largest_allocations == ("4.00G bf16[8,4096,65536] jit(step)/dot_general", "512.0M f32[128,1048576]")
-    assert "train: holds 4.00G bf16[8,4096,65536] jit(step)/dot_general" in table([report])
+    assert "train: holds 4.00G bf16[8,4096,65536] jit(step)/dot_general" in reports_table([report])
 
 
 def test_another_error_is_not_swallowed():

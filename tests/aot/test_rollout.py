@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from rsagent_jax.aot import rollout, scaling, stages
-from rsagent_jax.aot.report import Decoding, analyse, table, to_json
+from rsagent_jax.aot.report import Decoding, analyse, reports_table, reports_to_json
 from rsagent_jax.aot.topology import devices, parse_topology
 from rsagent_jax.config import slices
 from rsagent_jax.config.schema import (
@@ -43,7 +43,7 @@ def shape():
 @pytest.fixture(scope="module")
 def jobs():
     mesh = rollout.host_mesh(devices(parse_topology("v5e:2x2")), tensor=2)
-    return {job.program: job for job in rollout.jobs(SAMPLING, shape(), "bfloat16", mesh, resident=1000)}
+    return {job.program: job for job in rollout.rollout_jobs(SAMPLING, shape(), "bfloat16", mesh, resident=1000)}
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +124,9 @@ def test_what_a_program_does_not_read_stays_on_the_device(jobs, decode):
 
 
 def test_the_report_says_slots_and_rate(decode):
-    line = table([decode]).splitlines()[-1]
+    line = reports_table([decode]).splitlines()[-1]
     assert line.startswith("rollout decode: 32 slots on 4 devices, 2 to a slot;") and "tokens/s" in line
-    assert '"slots_fit"' in to_json(decode)
+    assert '"slots_fit"' in reports_to_json(decode)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_training_stays_on_the_device_and_the_policy_is_read_in_place_by_a_singl
     policy = stages.policy_config(TRAINED.policy.weights)
     found = devices(parse_topology("v5e:2x2"))
     mesh = sharding.make_mesh(MeshConfig(), found)
-    alone = {j.program: j for j in stages.jobs(TRAINED, "grpo", policy, mesh, rollout.host_mesh(found, 1))}
+    alone = {j.program: j for j in stages.stage_jobs(TRAINED, "grpo", policy, mesh, rollout.host_mesh(found, 1))}
     assert list(alone)[-4:] == ["rollout weights", "rollout encode", "rollout append", "rollout decode"]
     params = sum(v.size for v in convert.flat_params(convert.abstract_model(policy)).values())
     assert alone["rollout decode"].decoding.training_bytes == pytest.approx(params * (4 + 8 + 2) / 4, rel=0.05)
@@ -166,7 +166,7 @@ def test_training_stays_on_the_device_and_the_policy_is_read_in_place_by_a_singl
     held = alone["rollout decode"].decoding.training_bytes - alone["rollout weights"].resident_bytes
     assert held == pytest.approx(one_of_four, rel=0.05)
     host = rollout.host_mesh(devices(parse_topology("v5e:1x1")), 1)
-    several = {j.program: j for j in stages.jobs(TRAINED, "grpo", policy, mesh, host)}
+    several = {j.program: j for j in stages.stage_jobs(TRAINED, "grpo", policy, mesh, host)}
     assert several["rollout weights"].resident_bytes == several["rollout decode"].decoding.training_bytes
 
 
@@ -177,10 +177,10 @@ def test_slots_and_their_devices_come_from_the_slice_unless_the_config_says():
         mesh=MeshConfig(tensor=0),
         grpo=dataclasses.replace(TRAINED.grpo, batch=BatchConfig(rows=16), sampling=SamplingConfig(slots=0, tensor=0)),
     )
-    sampling = slices.settle(open_, 3584, 16).grpo.sampling
+    sampling = slices.fill_slice_defaults(open_, 3584, 16).grpo.sampling
     assert (sampling.slots, sampling.tensor) == (32, 4)
     said = dataclasses.replace(open_.grpo, sampling=SamplingConfig(slots=8, tensor=2))
-    sampling = slices.settle(dataclasses.replace(open_, grpo=said), 3584, 16).grpo.sampling
+    sampling = slices.fill_slice_defaults(dataclasses.replace(open_, grpo=said), 3584, 16).grpo.sampling
     assert (sampling.slots, sampling.tensor) == (8, 2)
 
 
@@ -196,7 +196,7 @@ def test_the_page_has_a_row_for_a_host_and_its_slice():
     encode = dict(common, program="rollout encode", peak_hbm_bytes=30 * gib)
     decode = dict(common, program="rollout decode", peak_hbm_bytes=29 * gib, decoding=decoding)
     name = next(name for name, _ in scaling.calls() if name.startswith("7b:v6e-8:rollout:"))
-    page = scaling.page([{"name": name, "reports": [encode, decode]}])
+    page = scaling.scaling_page([{"name": name, "reports": [encode, decode]}])
     row = next(line for line in page.splitlines() if line.startswith("| v6e-8 | 2 |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2:7] == ["8,192", "128 (16)", "8.00", "8.00", "13.00"]

@@ -45,7 +45,7 @@ OPEN = TrainConfig(
 def test_every_preset_of_the_table_gives_a_mesh_that_splits_the_policy(size, name):
     """Every large parameter divides over the mesh, and the tensor axis divides the heads."""
     policy, topology = size_config(size), parse_topology(name)
-    config = stages.settled(OPEN, topology, policy)
+    config = stages.fill_topology_defaults(OPEN, topology, policy)
     assert config.mesh.tensor >= 1 and config.policy.remat and config.sft.batch.rows == config.grpo.batch.rows > 0
     fake = np.array([None] * topology.devices, object)
     sizes = (config.mesh.data, topology.devices // config.mesh.tensor, config.mesh.tensor)
@@ -61,9 +61,9 @@ def test_every_preset_of_the_table_gives_a_mesh_that_splits_the_policy(size, nam
 
 def test_what_the_config_says_goes_before_the_preset():
     topology, policy = parse_topology("v5e-256"), size_config("7b")
-    assert stages.settled(OPEN, topology, policy).mesh.tensor == 2
+    assert stages.fill_topology_defaults(OPEN, topology, policy).mesh.tensor == 2
     said = dataclasses.replace(OPEN, mesh=MeshConfig(tensor=4), policy=PolicyConfig(weights="7b", remat="dots"))
-    said = stages.settled(said, topology, policy)
+    said = stages.fill_topology_defaults(said, topology, policy)
     assert (said.mesh.tensor, said.policy.remat, said.sft.batch.rows) == (4, "dots", 64)
 
 
@@ -78,7 +78,7 @@ def test_what_the_config_says_goes_before_the_preset():
 )
 def test_what_cannot_be_settled_is_one_error(change, devices_, hidden, match):
     with pytest.raises(DataError, match=match):
-        slices.settle(dataclasses.replace(OPEN, **change), hidden, devices_)
+        slices.fill_slice_defaults(dataclasses.replace(OPEN, **change), hidden, devices_)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_what_stays_on_the_device_counts(monkeypatch):
     model = convert.abstract_model(policy)
     leaves = jax.tree.leaves(nnx.state(model, nnx.Param)), jax.tree.leaves(sharding.param_shardings(model, mesh))
     split = sum(4 * leaf.size // (4 if "fsdp" in where.spec else 1) for leaf, where in zip(*leaves, strict=True))
-    sft = list(stages.jobs(TINY, "sft", policy, mesh))
-    grpo = list(stages.jobs(TINY, "grpo", policy, mesh))
+    sft = list(stages.stage_jobs(TINY, "sft", policy, mesh))
+    grpo = list(stages.stage_jobs(TINY, "grpo", policy, mesh))
     assert [j.program for j in sft] == ["sft gradients", "sft update"]
     assert [j.program for j in grpo] == ["grpo gradients", "grpo log-probs", "grpo update"]
     # A row per device. Per token 4 bytes of each: id, segment, advantage, log-prob, image slot, three positions; a mask
@@ -136,7 +136,7 @@ def test_what_stays_on_the_device_counts(monkeypatch):
     assert grpo[1].resident_bytes == pytest.approx(3 * split, abs=counts)
     assert grpo[2].resident_bytes == pytest.approx(0.5 * split + batch, abs=counts)
     frozen = dataclasses.replace(TINY, sft=dataclasses.replace(TINY.sft, optim=OptimConfig(freeze=("vision",))))
-    assert next(stages.jobs(frozen, "sft", policy, mesh)).resident_bytes < sft[0].resident_bytes
+    assert next(stages.stage_jobs(frozen, "sft", policy, mesh)).resident_bytes < sft[0].resident_bytes
 
 
 def test_with_adapters_the_base_is_an_argument_and_its_tower_a_program():
@@ -155,13 +155,13 @@ def test_with_adapters_the_base_is_an_argument_and_its_tower_a_program():
     split, whole = 7 * d // 4, d + 2 * kv + d + 3 * ff
     adapters = 4 * 8 * text.num_hidden_layers * (split + whole)
     seen = 256 * (8 * 4 + 1) + 128 * 3 * 4 + 32 * d * 2
-    tower_job, gradients, update = stages.jobs(config, "sft", policy, mesh)
+    tower_job, gradients, update = stages.stage_jobs(config, "sft", policy, mesh)
     counts = 3 * 4
     assert [j.program for j in (tower_job, gradients, update)] == ["sft tower", "sft gradients", "sft update"]
     assert tower_job.resident_bytes == pytest.approx(3 * adapters + base - tower + seen, abs=counts)
     assert gradients.resident_bytes == pytest.approx(3 * adapters + tower + seen, abs=counts)
     assert update.resident_bytes == base + 2 * seen
-    grpo = list(stages.jobs(config, "grpo", policy, mesh))
+    grpo = list(stages.stage_jobs(config, "grpo", policy, mesh))
     assert [j.program for j in grpo] == ["grpo tower", "grpo gradients", "grpo log-probs", "grpo update"]
     assert grpo[2].resident_bytes == pytest.approx(3 * adapters + tower, abs=counts)
     (read, *_), _ = grpo[1].lower().args_info

@@ -123,7 +123,7 @@ def test_a_trajectory_is_played_and_the_teacher_sees_what_the_policy_sees():
             while state.status is None:
                 proposal = environment.propose(state, await teacher.act(state, None))
                 reply = environment.run_tool(DiscSegmenter(), state, proposal)
-                state = environment.resolve(state, proposal, reply)
+                state = environment.apply_reply(state, proposal, reply)
             usage = endpoint.Endpoint.shared(teacher.config).usage
             await endpoint.Endpoint.shared(teacher.config).client.close()
             return state, usage

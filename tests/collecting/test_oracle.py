@@ -5,7 +5,7 @@ import pytest
 from agent_fakes import LIMITS, DiscSegmenter, IdealSegmenter, disc
 
 from rsagent_jax.agent.clicks import largest_part, middle
-from rsagent_jax.agent.environment import final_mask, propose, reset, resolve, run_tool
+from rsagent_jax.agent.environment import apply_reply, final_mask, propose, reset, run_tool
 from rsagent_jax.agent.tools import parse, render_call
 from rsagent_jax.agent.views import View
 from rsagent_jax.collecting.oracle import GOOD_IOU, Oracle, _name
@@ -26,7 +26,7 @@ def play(segmenter, config=None, seed=0, gt=TARGET, query="the red circle", imag
     while state.status is None:
         proposal = propose(state, oracle.act(state, gt))
         assert proposal.error is None, proposal.error
-        state = resolve(state, proposal, run_tool(segmenter, state, proposal))
+        state = apply_reply(state, proposal, run_tool(segmenter, state, proposal))
     return state
 
 
@@ -114,9 +114,9 @@ def test_target_that_fills_the_image():
 def test_returns_to_the_whole_view_before_it_points():
     oracle = Oracle(TeacherConfig(wrong_first=0.0), np.random.default_rng(0))
     state = reset(IMAGE, "q", AgentConfig(prompt="brief"), LIMITS)
-    state = resolve(state, propose(state, render_call(Rotate(1))), None)
+    state = apply_reply(state, propose(state, render_call(Rotate(1))), None)
     assert parse(oracle.act(state, TARGET)) == ResetView()
-    state = resolve(state, propose(state, oracle.act(state, TARGET)), None)
+    state = apply_reply(state, propose(state, oracle.act(state, TARGET)), None)
     assert isinstance(parse(oracle.act(state, TARGET)), Segment)
 
 

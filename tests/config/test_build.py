@@ -201,7 +201,7 @@ def command_line(*argv: str, cls: type = TrainConfig, **fields):
     config = filled(cls)
     config.update(fields)
     values = config.to_dict()
-    rest, problems = overrides.apply([f"--config.{a}" for a in argv], cls, values)
+    rest, problems = overrides.apply_overrides([f"--config.{a}" for a in argv], cls, values)
     assert not rest
     return build_config(cls, values, problems)
 

@@ -69,7 +69,7 @@ def test_every_item_appears_exactly_once_and_unchanged(given_items):
         item = next(i for i in given_items if i.advantage == advantage)
         np.testing.assert_array_equal(batch.tokens[row][at], item.tokens)
         np.testing.assert_array_equal(batch.positions[row][:, at], item.positions)
-        np.testing.assert_array_equal(batch.loss_mask[row][at], item.sampled)
+        np.testing.assert_array_equal(batch.loss_mask[row][at], item.loss_mask)
         np.testing.assert_array_equal(batch.old_logprobs[row][at], item.logprobs)
         np.testing.assert_array_equal(patches, item.patches)  # merged tokens stand in the processor's order
         is_image = item.tokens == config().image_token_id
@@ -129,9 +129,9 @@ def test_image_tokens_that_are_not_the_merged_patches_are_an_error(wrong):
 
 def test_an_image_token_that_the_policy_sampled_is_a_word():
     good = make(0, (5, 6, 7), ((1, 4, 4), (1, 4, 4)))
-    tokens, sampled = good.tokens.copy(), good.sampled.copy()
+    tokens, sampled = good.tokens.copy(), good.loss_mask.copy()
     tokens[-2:], sampled[-2:] = config().image_token_id, True
-    (batch,) = pack([dataclasses.replace(good, tokens=tokens, sampled=sampled)], SHAPE, config())
+    (batch,) = pack([dataclasses.replace(good, tokens=tokens, loss_mask=sampled)], SHAPE, config())
     assert batch.loss_mask[0][: len(tokens)].tolist() == sampled.tolist()
     assert (batch.image_slots[0] > 0).sum() == 8 and not batch.image_slots[0][len(tokens) - 2 :].any()
 

@@ -41,7 +41,7 @@ def record() -> bytes:
 
 def test_a_record_gives_back_ids_positions_marks_and_bit_equal_patches():
     t, shown = played()
-    item = trajectories.decode(record(), small.processor())
+    item = trajectories.decode_record(record(), small.processor())
     assert len(shown) == len(t.grids) == 3
     for name in ("tokens", "positions", "sampled", "patches"):
         got, wanted = getattr(item, name), getattr(t, name)
@@ -49,7 +49,7 @@ def test_a_record_gives_back_ids_positions_marks_and_bit_equal_patches():
         assert got.dtype == wanted.dtype, name
     assert item.grids == t.grids and item.advantage == 0.0
     np.testing.assert_array_equal(item.logprobs, np.zeros(len(t.tokens), np.float32))
-    assert trajectories.header(record()) == {"id": "s0", "iou": 0.5, "query": "größe"}
+    assert trajectories.record_header(record()) == {"id": "s0", "iou": 0.5, "query": "größe"}
 
 
 @pytest.mark.parametrize(("h", "w"), [(29, 5700), (1400, 7), (40, 100), (96, 120)])
@@ -68,7 +68,7 @@ def test_a_picture_of_any_shape_is_played_stored_and_read_with_the_same_grids(h,
     assert shown[0].shape == (14 * rows, 14 * columns, 3)  # the model was given the view, pixel for pixel
     for played_or_not in (t, None):
         stored = trajectories.encode_by_reference(state, processor, "", {}, played_or_not)
-        item = trajectories.decode(stored, processor)
+        item = trajectories.decode_record(stored, processor)
         assert item.grids == t.grids
         for name in ("tokens", "positions", "sampled", "patches"):
             np.testing.assert_array_equal(getattr(item, name), getattr(t, name), err_msg=name)
@@ -84,7 +84,7 @@ def test_as_many_images_as_grids_are_needed():
 @given(st.floats(0, 1, exclude_max=True))
 def test_a_record_cut_anywhere_is_one_data_error(share):
     cut = record()[: int(share * len(record()))]
-    for read in (trajectories.header, lambda r: trajectories.decode(r, small.processor())):
+    for read in (trajectories.record_header, lambda r: trajectories.decode_record(r, small.processor())):
         with pytest.raises(DataError, match="cannot be read"):
             read(cut)
 
@@ -95,7 +95,7 @@ def test_a_flipped_byte_is_a_data_error_or_harmless(where, change):
     broken = bytearray(record())
     broken[where % len(broken)] ^= change
     try:
-        item = trajectories.decode(bytes(broken), small.processor())
+        item = trajectories.decode_record(bytes(broken), small.processor())
     except DataError:
         return
     np.testing.assert_array_equal(item.tokens, played()[0].tokens)
@@ -109,7 +109,7 @@ def test_a_record_without_one_of_its_arrays_is_a_data_error():
         out = io.BytesIO()
         np.savez(out, **{k: v for k, v in rest.items() if k != name})
         with pytest.raises(DataError):
-            trajectories.decode(out.getvalue(), small.processor())
+            trajectories.decode_record(out.getvalue(), small.processor())
 
 
 def test_a_set_made_with_other_image_settings_or_another_vocabulary_is_a_data_error():
@@ -118,15 +118,15 @@ def test_a_set_made_with_other_image_settings_or_another_vocabulary_is_a_data_er
     )
     other = Processor(small.tokenizer(), images, small.processor().config)
     with pytest.raises(DataError, match="image tokens"):
-        trajectories.decode(record(), other)
+        trajectories.decode_record(record(), other)
     config = small.processor().config
     fewer = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=300))
     with pytest.raises(DataError, match="vocabulary"):
-        trajectories.decode(record(), Processor(small.tokenizer(), small.processor().images, fewer))
+        trajectories.decode_record(record(), Processor(small.tokenizer(), small.processor().images, fewer))
 
 
 def write(directory, n=3):
-    writer = trajectories.Writer(directory)
+    writer = trajectories.RecordWriter(directory)
     for i in range(n):
         writer.write(trajectories.encode(*played(), {"id": f"s{i}"}))
     writer.close({"verdicts": {"kept": n}})
@@ -135,7 +135,7 @@ def write(directory, n=3):
 def test_a_written_set_is_read_back_record_by_record(tmp_path):
     write(tmp_path)
     records = trajectories.open_records(tmp_path)
-    assert [trajectories.header(records[i])["id"] for i in (2, 0, 1)] == ["s2", "s0", "s1"]
+    assert [trajectories.record_header(records[i])["id"] for i in (2, 0, 1)] == ["s2", "s0", "s1"]
     stamp = json.loads((tmp_path / "collect.json").read_text())
     assert stamp == {"records": 3, "verdicts": {"kept": 3}}
 
@@ -179,7 +179,7 @@ def test_a_set_that_is_not_complete_is_not_taken_for_one(tmp_path):
     with pytest.raises(DataError, match="no complete set"):
         trajectories.open_records(tmp_path / "nowhere")
     write(tmp_path)
-    writer = trajectories.Writer(tmp_path)  # a second collection into the same place begins, and is interrupted
+    writer = trajectories.RecordWriter(tmp_path)  # a second collection into the same place begins, and is interrupted
     writer.write(record())
     writer.writer.close()
     with pytest.raises(DataError, match=r"collect\.json is missing"):

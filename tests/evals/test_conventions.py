@@ -14,7 +14,7 @@ from rsagent_jax.evals.metrics import (
     judge,
     other_conventions,
     score,
-    summarize,
+    summarize_results,
 )
 from rsagent_jax.types import DataError, Sample, Status, Trajectory, Turn
 
@@ -106,18 +106,18 @@ def test_n_acc_and_t_acc():
         ("g", some, nothing, Status.ENV_FAILED),  # there, failed
     ]
     results = [score(trajectory(said, s, i), sample(gt, id=i), rules()) for i, gt, said, s in cases]
-    summary = summarize(results, {}, benchmark="toy")
+    summary = summarize_results(results, {}, benchmark="toy")
     assert summary["n_acc"] == 1 / 3 and summary["t_acc"] == 2 / 4
     assert summary["giou"] == pytest.approx((1 + 0 + 0 + 1 + 0 + 1 / 3 + 0) / 7)
     assert summary["giou_target"] == pytest.approx((1 + 0 + 1 / 3 + 0) / 4)
     # intersections 0 0 0 2 0 1 0; unions 0 2 0 2 2 3 2
     assert summary["ciou"] == pytest.approx(3 / 11)
-    assert "n_acc" not in summarize(results[3:], {}, benchmark="toy")
+    assert "n_acc" not in summarize_results(results[3:], {}, benchmark="toy")
     for policy in ("one", "zero", "dropped"):  # of IoU; who was right is the same
         results = [
             score(trajectory(said, s, i), sample(gt, id=i), rules(empty_policy=policy)) for i, gt, said, s in cases
         ]
-        again = summarize(results, {}, benchmark="toy")
+        again = summarize_results(results, {}, benchmark="toy")
         assert [again[key] for key in ("n_acc", "t_acc", "giou_target")] == [
             summary[key] for key in ("n_acc", "t_acc", "giou_target")
         ]
@@ -127,8 +127,8 @@ def test_a_failure_gives_no_figures_unless_the_user_accepts_it():
     broken = score(trajectory(TRUTH, Status.ENV_FAILED), sample(TRUTH), MetricConfig())
     fine = score(trajectory(SAID, id="t"), sample(TRUTH, id="t"), MetricConfig())
     with pytest.raises(DataError, match="1 of 2 samples are not measured"):
-        summarize([broken, fine], {}, benchmark="toy")
-    assert summarize([fine], {}, benchmark="toy")["n"] == 1
+        summarize_results([broken, fine], {}, benchmark="toy")
+    assert summarize_results([fine], {}, benchmark="toy")["n"] == 1
 
 
 def test_what_is_dropped_is_counted_and_the_rules_are_saved():
@@ -137,7 +137,7 @@ def test_what_is_dropped_is_counted_and_the_rules_are_saved():
     cases = [("a", nothing, nothing, Status.FINISHED), ("b", some, some, Status.ENV_FAILED)]
     cases += [("c", some, some, Status.FINISHED), ("d", some, pixels(1, 2), Status.MAX_TURNS)]
     counts = [count(trajectory(said, s, i), sample(gt, id=i)) for i, gt, said, s in cases]
-    summary = summarize([judge(c, dropping) for c in counts], {"metric": {"unit": "sentence"}}, benchmark="toy")
+    summary = summarize_results([judge(c, dropping) for c in counts], {"metric": {"unit": "sentence"}}, benchmark="toy")
     assert summary["n"] == 2 and summary["dropped"] == {"failure": 1, "empty": 1}
     assert summary["giou"] == pytest.approx((1 + 1 / 3) / 2) and summary["failures"]["env_failed"] == 1
     saved = summary["settings"]["metric"]
@@ -148,7 +148,7 @@ def test_what_is_dropped_is_counted_and_the_rules_are_saved():
     assert others["lisa"]["giou"] == pytest.approx((1 + 0 + 1 + 1 / 3) / 4, abs=1e-5)
     assert others["seg_zero"]["giou"] == pytest.approx((1 + 1 / 3) / 2) and others["seg_zero"]["n"] == 2
     with pytest.raises(DataError, match="the rules drop all of its 2 samples"):
-        summarize([judge(c, dropping) for c in counts[:2]], {}, benchmark="toy")
+        summarize_results([judge(c, dropping) for c in counts[:2]], {}, benchmark="toy")
 
 
 def test_unknown_conventions_are_refused():

@@ -16,11 +16,11 @@ from rsagent_jax.evals.metrics import (
     cluster_bootstrap_ci,
     failed,
     ious,
-    merge,
+    merge_totals,
     paired_bootstrap_ci,
     score,
-    summarize,
-    total,
+    summarize_results,
+    total_results,
 )
 from rsagent_jax.types import DataError, ParseError, Sample, Status, Trajectory, Turn
 
@@ -47,7 +47,7 @@ def trajectory(final, status=Status.FINISHED, turns=3, errors=1):
         status=status,
         tokens=empty,
         positions=empty,
-        sampled=empty,
+        loss_mask=empty,
         logprobs=empty,
         patches=empty,
         grids=(),
@@ -93,7 +93,7 @@ def test_equal_to_lisa(seed):
         predicted, gt, ignore = (rng.random(shape) < d for d in density)
         results.append(score(trajectory(predicted), sample(gt, ignore)))
         pairs.append((predicted, np.where(ignore, 255, gt)))
-    totals = total(results)
+    totals = total_results(results)
     np.testing.assert_allclose((totals.giou, totals.ciou), lisa(pairs), atol=1e-12)
 
 
@@ -128,7 +128,7 @@ def test_summary_by_hand():
         result("b", 0, 10, Status.ENV_FAILED, turns=0),
         result("d", 0, 0, turns=2),
     ]
-    summary = summarize(results, {"weights": "w"}, benchmark="toy")
+    summary = summarize_results(results, {"weights": "w"}, benchmark="toy")
     # gIoU: (0.9 + 0.5 + 0 + 1) / 4 = 0.6, less the 1e-5; cIoU: 91 / 112.
     assert summary["giou"] == pytest.approx((90 / 100.00001 + 1 / 2.00001 + 0 + 1) / 4, abs=1e-12)
     assert summary["ciou"] == pytest.approx(91 / 112)
@@ -145,14 +145,14 @@ def test_summary_by_hand():
     low, high = summary["giou_ci95"]
     assert 0 <= low < summary["giou"] < high <= 1
     assert json.loads(json.dumps(summary)) == summary
-    assert summarize(results[::-1], {"weights": "w"}, benchmark="toy") == summary
+    assert summarize_results(results[::-1], {"weights": "w"}, benchmark="toy") == summary
 
 
 def test_bad_results():
     with pytest.raises(DataError, match="no results"):
-        summarize([], {}, benchmark="toy")
+        summarize_results([], {}, benchmark="toy")
     with pytest.raises(DataError, match="'a' has more than one result"):
-        summarize([result("a", 1, 2), result("a", 1, 2)], {}, benchmark="toy")
+        summarize_results([result("a", 1, 2), result("a", 1, 2)], {}, benchmark="toy")
 
 
 results_strategy = st.lists(
@@ -163,10 +163,14 @@ results_strategy = st.lists(
 @given(results_strategy, st.integers(1, 4), st.randoms(use_true_random=False))
 @settings(max_examples=50, deadline=None)
 def test_merging_is_exact_in_any_order(results, hosts, random):
-    whole = total(results)
-    parts = [total(results[i::hosts]) for i in range(hosts)]
+    whole = total_results(results)
+    parts = [total_results(results[i::hosts]) for i in range(hosts)]
     random.shuffle(parts)
-    assert functools.reduce(merge, parts) == whole == functools.reduce(lambda a, b: merge(b, a), parts, Totals())
+    assert (
+        functools.reduce(merge_totals, parts)
+        == whole
+        == functools.reduce(lambda a, b: merge_totals(b, a), parts, Totals())
+    )
     assert sum(whole.endings) == whole.n == len(results)
     if results:
         assert whole.giou == pytest.approx(np.mean([r.iou for r in results]), abs=1e-12)
@@ -212,9 +216,9 @@ def test_a_ratio_of_sums_is_formed_anew_from_each_resample():
 
 def test_results_say_what_they_were_resampled_by():
     results = [result(str(i), i % 7, 7) for i in range(12)]
-    by_picture = summarize(results, {}, benchmark="toy", pictures={str(i): f"p{i // 3}" for i in range(12)})
+    by_picture = summarize_results(results, {}, benchmark="toy", pictures={str(i): f"p{i // 3}" for i in range(12)})
     assert (by_picture["ci_unit"], by_picture["pictures"]) == ("picture", 4)
-    alone = summarize(results, {}, benchmark="toy")
+    alone = summarize_results(results, {}, benchmark="toy")
     assert (alone["ci_unit"], alone["pictures"]) == ("sample", None) and alone["giou"] == by_picture["giou"]
 
 

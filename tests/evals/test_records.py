@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsagent_jax.evals import records
-from rsagent_jax.evals.metrics import Counts, judge, summarize
+from rsagent_jax.evals.metrics import Counts, judge, summarize_results
 from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.processes import Share, parse_share
 from rsagent_jax.types import DataError, Status
@@ -35,9 +35,9 @@ def write(workdir, share, samples, settings=SETTINGS):
 
 
 def summary(workdir, n):
-    found = records.read(workdir, SETTINGS, CURRENT).measured
+    found = records.read_records(workdir, SETTINGS, CURRENT).measured
     assert set(found) == {f"s{i}" for i in range(n)}
-    return summarize([judge(r.counts) for r in found.values()], {}, benchmark="toy")
+    return summarize_results([judge(r.counts) for r in found.values()], {}, benchmark="toy")
 
 
 def test_records_come_back_and_the_sum_does_not_depend_on_the_shards(tmp_path):
@@ -47,7 +47,7 @@ def test_records_come_back_and_the_sum_does_not_depend_on_the_shards(tmp_path):
         for index in range(count):
             write(workdir, Share(index, count), range(11))
         sums.append(summary(workdir, 11))
-        assert records.read(workdir, SETTINGS, CURRENT).measured["s7"] == record(7)
+        assert records.read_records(workdir, SETTINGS, CURRENT).measured["s7"] == record(7)
     assert sums[0] == sums[1] == sums[2]
 
 
@@ -94,7 +94,7 @@ def test_a_full_disk_is_said_and_what_was_written_is_kept(tmp_path):
     shard.journal.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     with pytest.raises(DataError, match="No space left on device.*What was written is kept"):
         shard.add(record(1))
-    assert set(records.read(tmp_path, SETTINGS, CURRENT).measured) == {"s0", "s2"}
+    assert set(records.read_records(tmp_path, SETTINGS, CURRENT).measured) == {"s0", "s2"}
 
 
 def test_what_was_not_measured_comes_back_apart(tmp_path):
@@ -105,7 +105,7 @@ def test_what_was_not_measured_comes_back_apart(tmp_path):
     shard.add_unreadable("s2", "unreadable sample", "a.jpg is cut")
     shard.close()
     assert shard.done == {"s0"}
-    assert records.read(tmp_path, SETTINGS, CURRENT) == records.Found(
+    assert records.read_records(tmp_path, SETTINGS, CURRENT) == records.FoundRecords(
         {"s0": record(0)}, {"s1": lost}, {"s2": "a.jpg is cut"}
     )
 

@@ -155,7 +155,7 @@ def test_an_export_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(tensor_files, "write", full_disk)
+    monkeypatch.setattr(tensor_files, "write_safetensors", full_disk)
     with pytest.raises(OSError, match="no space"):
         tiny.write(SMALL, tmp_path, seed=1)
     assert (tmp_path / "model.safetensors").read_bytes() == before
@@ -305,12 +305,12 @@ def test_weights_that_are_zero_on_purpose_are_read(tmp_path):
         tensors = load_file(tmp_path / "model.safetensors")
         tensors[name][rows:] = 0
         shapes = {n: v.shape for n, v in tensors.items() if n != name} | {name: tensors[name].shape}  # it is the last
-        tensor_files.write(tmp_path / "model.safetensors", "F32", shapes, [tensors[n] for n in shapes])
+        tensor_files.write_safetensors(tmp_path / "model.safetensors", "F32", shapes, [tensors[n] for n in shapes])
         np.testing.assert_array_equal(convert.to_hub(load(tmp_path), "float32")[name], tensors[name])
     tensors[QKV_BIAS][:] = 1
     shapes = {n: v.shape for n, v in tensors.items() if n != HEAD} | {HEAD: tensors[HEAD].shape}
     tensors[HEAD][:] = 0
-    tensor_files.write(tmp_path / "model.safetensors", "F32", shapes, [tensors[n] for n in shapes])
+    tensor_files.write_safetensors(tmp_path / "model.safetensors", "F32", shapes, [tensors[n] for n in shapes])
     assert f"{HEAD} among them" in refusal(tmp_path)  # a head without a row that is not zero
 
 

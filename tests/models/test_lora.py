@@ -94,7 +94,7 @@ def test_merging_adds_the_product_in_fp32_and_rounds_once():
     _, adapters, plain = adapted(ALL)
     want = added(ALL, adapters, plain)
     for dtype, ulp in ((jnp.float32, 2.0**-23), (jnp.bfloat16, 2.0**-7)):
-        merged = lora.merge(convert.flat_state(plain), convert.flat_state(adapters), 2.0, dtype)
+        merged = lora.merge_adapters(convert.flat_state(plain), convert.flat_state(adapters), 2.0, dtype)
         assert merged.keys() == want.keys() and all(v.dtype == dtype for v in merged.values())
         for name, value in merged.items():
             # half a unit in the last place, and the product's own rounding in fp32

@@ -39,8 +39,8 @@ def random_matrix(tmp_path, rows, cols, dtype="BF16"):
     values = bits.view(ml_dtypes.bfloat16) if dtype == "BF16" else bits.astype(np.float32)
     path = tmp_path / "m.safetensors"
     shapes = {"before": (3,), "m": (rows, cols)}
-    tensor_files.write(path, dtype, shapes, [np.zeros(3, values.dtype), values])
-    return values, tensor_files.header(path)[1]
+    tensor_files.write_safetensors(path, dtype, shapes, [np.zeros(3, values.dtype), values])
+    return values, tensor_files.safetensors_header(path)[1]
 
 
 def test_overlapping_and_scattered_windows_are_filled_and_each_byte_is_read_once(tmp_path, counted, monkeypatch):
@@ -67,11 +67,11 @@ def test_overlapping_and_scattered_windows_are_filled_and_each_byte_is_read_once
 def test_values_are_widened_exactly_kept_or_rounded_to_nearest(dtype, target, tmp_path):
     source = tensor_files.DTYPES[dtype]
     values = (np.random.default_rng(1).normal(size=(300, 280)) * 10).astype(source)
-    tensor_files.write(tmp_path / "m.safetensors", dtype, {"m": values.shape}, [values])
+    tensor_files.write_safetensors(tmp_path / "m.safetensors", dtype, {"m": values.shape}, [values])
     out = np.empty(values.shape, target)
     with tensor_files.Reader() as reader:
         window = tensor_files.Window((0, 300), (0, 280), out)
-        reader.fill(tensor_files.header(tmp_path / "m.safetensors")[0], 280, [window])
+        reader.fill(tensor_files.safetensors_header(tmp_path / "m.safetensors")[0], 280, [window])
     np.testing.assert_array_equal(out.view(np.uint8), values.astype(np.float32).astype(target).view(np.uint8))
     if dtype != "F32" and target == np.float32:
         np.testing.assert_array_equal(out.astype(source).view(np.uint8), values.view(np.uint8))

@@ -100,7 +100,7 @@ def test_transformers_reads_the_shards_as_it_reads_the_single_file(dtype, tmp_pa
 
 def test_the_writer_holds_its_promise(tmp_path):
     with pytest.raises(ValueError, match="4 bytes of data, the header promises 8"):
-        tensor_files.write(tmp_path / "x", "F32", {"a": (2,)}, [np.zeros(1, np.float32)])
+        tensor_files.write_safetensors(tmp_path / "x", "F32", {"a": (2,)}, [np.zeros(1, np.float32)])
 
 
 # --- what stood there before ---
@@ -150,7 +150,7 @@ def test_an_export_stopped_anywhere_leaves_the_old_the_new_or_a_refusal_never_a_
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", limited(os.replace))
             patch.setattr(type(folder), "unlink", limited(type(folder).unlink))
-            patch.setattr(tensor_files, "write", limited(tensor_files.write))
+            patch.setattr(tensor_files, "write_safetensors", limited(tensor_files.write_safetensors))
             try:
                 convert.save_model(model, folder, raw, second)
                 finished = True
@@ -249,14 +249,14 @@ def test_a_header_of_an_impossible_length_is_one_readable_error(length, tmp_path
 
 def test_a_file_cut_after_its_header_was_checked_is_one_readable_error(tmp_path, monkeypatch):
     save(tmp_path, limit=10**9)
-    path, real = tmp_path / "model.safetensors", tensor_files.header
+    path, real = tmp_path / "model.safetensors", tensor_files.safetensors_header
 
     def cut_afterwards(file):
         found = real(file)
         os.truncate(path, path.stat().st_size // 2)
         return found
 
-    monkeypatch.setattr(tensor_files, "header", cut_afterwards)
+    monkeypatch.setattr(tensor_files, "safetensors_header", cut_afterwards)
     assert "it was cut while it was read" in refusal(tmp_path)
 
 

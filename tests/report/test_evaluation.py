@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from rsagent_jax.agent.environment import abort, final_mask
-from rsagent_jax.agent.replay import to_json
+from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.tools import render_call
 from rsagent_jax.evals import metrics
 from rsagent_jax.masks import intersection_union
@@ -78,8 +78,8 @@ def write_run(workdir, skill, n=12, kept=10, seed=0):
         ious = [a / (b + 1e-5) for a, b in (intersection_union(m.mask, truth, None) for m in state.masks)]
         row = {"id": result.id, "query": state.query, "iou": result.iou, "status": result.status, "ious": ious}
         gt = {"size": rle["size"], "counts": rle["counts"].decode()}
-        examples.append(row | {"gt": gt, "image": str(path), "record": to_json(state, str(path))})
-    figures = metrics.summarize(results, {"agent": {"max_turns": 8, "prompt": EVIL}}, benchmark=f"discs {EVIL}")
+        examples.append(row | {"gt": gt, "image": str(path), "record": state_to_json(state, str(path))})
+    figures = metrics.summarize_results(results, {"agent": {"max_turns": 8, "prompt": EVIL}}, benchmark=f"discs {EVIL}")
     figures |= {"seconds_per_sample": 0.25, "weights_sha256": "abc"}
     (workdir / "results.json").write_text(json.dumps(figures))
     write_lines(workdir / "predictions.jsonl", predictions)
@@ -178,7 +178,7 @@ def test_pictures_are_what_the_policy_saw(runs):
     example = next(e for e in evaluation.examples if e.status is Status.FINISHED)
     turn = report.replay(example.record).turns[0]
     seen = Image.fromarray(turn.observation.image)
-    shown = check_page(parts.page("x", report.strip(evaluation, example), EVIL))[1]
+    shown = check_page(parts.html_page("x", report.filmstrip(evaluation, example), EVIL))[1]
     assert shown.size == (3 * SIDE, 3 * SIDE)  # a whole factor
     expected = np.asarray(seen.resize(shown.size, Image.Resampling.BICUBIC), float)
     assert np.abs(np.asarray(shown, float) - expected).mean() < 4  # JPEG
@@ -192,10 +192,10 @@ def test_errors_and_failures_are_shown(tmp_path):
     Image.fromarray(image).save(tmp_path / "image.png")
     rle = coco.encode(np.asfortranarray(truth.astype(np.uint8)))
     gt = {"size": rle["size"], "counts": rle["counts"].decode()}
-    example = report.Example("s", EVIL, 0.0, state.status, (), gt, "image.png", to_json(state))
+    example = report.Example("s", EVIL, 0.0, state.status, (), gt, "image.png", state_to_json(state))
     evaluation = report.Evaluation(tmp_path, {}, (), (example,))
     text = report.card(example, [(None, evaluation, example)])
-    check_page(parts.page("x", text))
+    check_page(parts.html_page("x", text))
     for words in ("malformed, no_call", "refused, unknown_mask", "tool failed, timeout", "1 clipped", "env failed"):
         assert words in text, words
 
@@ -205,7 +205,7 @@ def test_a_trajectory_that_cannot_be_shown_says_why(runs, damage):
     evaluation = report.load_evaluation(runs / "grpo")
     values = {"image": "nowhere/<b>.png", "record": "{}", "gt": {"size": [1, 2]}}
     example = report.dataclasses.replace(evaluation.examples[0], **{damage: values[damage]})
-    text = report.strip(evaluation, example)
+    text = report.filmstrip(evaluation, example)
     assert text.startswith('<p class="fault">Cannot be shown: ') and "<b>" not in text
 
 

@@ -121,7 +121,7 @@ def load(train: dict, data: int, tensor: int, dtype: str) -> dict:
     placed = jax.device_put(params, sharding.param_shardings(model, sharding.make_mesh(MeshConfig(**train))))
     engine.load(placed, engine.key)
     compiled = count_compiles()
-    engine.rest()
+    engine.release_memory()
     resting = live()
     engine.load(placed, engine.key)
     loaded = live() - resting
@@ -134,7 +134,7 @@ def load(train: dict, data: int, tensor: int, dtype: str) -> dict:
     shared = {k: x for k, x in flat.items() if set(addresses(x)) & of_params}
     where = dict(jax.tree_util.tree_leaves_with_path(engine.where))
     bytes_of = lambda x: len(x.addressable_shards) * x.addressable_shards[0].data.nbytes  # noqa: E731
-    engine.rest()
+    engine.release_memory()
     return {
         "equal": all(np.array_equal(np.asarray(x), np.asarray(theirs[k])) for k, x in flat.items()),
         "placed": all(x.sharding == where[k] for k, x in flat.items()),
@@ -142,7 +142,7 @@ def load(train: dict, data: int, tensor: int, dtype: str) -> dict:
         "seconds": engine.seconds["weights"],
         "shared": len(shared),
         "shared_layers": sum(".layers" in jax.tree_util.keystr(k) for k in shared),
-        "rest": sum(".rest" in jax.tree_util.keystr(k) for k in flat),
+        "unstacked": sum(".unstacked" in jax.tree_util.keystr(k) for k in flat),
         "loaded": loaded,
         "new": sum(bytes_of(x) for k, x in flat.items() if k not in shared),
     }

@@ -138,7 +138,7 @@ def task(i: int, uid: int | None = None, h: int = 112, w: int = 112) -> Task:
 
 def store(directory: pathlib.Path, tasks: list[Task], scripts: dict) -> pathlib.Path:
     """Plays the scripts and stores the trajectories as SFT reads them."""
-    policy, writer = TextPolicy(scripted(scripts), processor()), trajectories.Writer(directory)
+    policy, writer = TextPolicy(scripted(scripts), processor()), trajectories.RecordWriter(directory)
     for t, state in Driver(policy, DiscSegmenter(), processor(), AGENT).run(tasks):
         writer.write(trajectories.encode(t, trajectories.shown_images(state), {}))
     writer.close({})
@@ -204,7 +204,7 @@ class SlowSegmenter(DiscSegmenter):
 
 def item(trajectory: Trajectory, advantage: float = 0.0) -> Item:
     t = trajectory
-    return Item(t.tokens, t.positions, t.sampled, t.logprobs, t.patches, t.grids, advantage)
+    return Item(t.tokens, t.positions, t.loss_mask, t.logprobs, t.patches, t.grids, advantage)
 
 
 def random_item(seed: int, texts: tuple[int, ...], grids=(), advantage: float = 0.0) -> Item:
@@ -230,7 +230,7 @@ def split(network: Qwen25VL):
 
 def word_count(trajectory: Trajectory, sample: Sample) -> float:
     """A reward that differs between any two trajectories: a stand-in named in configs."""
-    return float(np.mean(trajectory.tokens[trajectory.sampled])) / VOCAB
+    return float(np.mean(trajectory.tokens[trajectory.loss_mask])) / VOCAB
 
 
 def engine_trajectories(
@@ -263,7 +263,7 @@ def trajectory(
         status=status,
         tokens=tokens if n else np.zeros(0, np.int32),
         positions=mrope_positions(tokens, (IMAGE,) * images, image_id)[0] if n else np.zeros((3, 0), np.int32),
-        sampled=tokens == 11 + i if n else np.zeros(0, bool),
+        loss_mask=tokens == 11 + i if n else np.zeros(0, bool),
         logprobs=np.where(tokens == 11 + i, -1.5, 0).astype(np.float32) if n else np.zeros(0, np.float32),
         patches=np.ones((16 * images, 1176), np.float32) if n else np.zeros((0, 1176), np.float32),
         grids=(IMAGE,) * images if n else (),

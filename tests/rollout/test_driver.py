@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsagent_jax.agent import environment, prompts
-from rsagent_jax.agent.replay import replay, to_json
+from rsagent_jax.agent.replay import replay, state_to_json
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
 from rsagent_jax.rollout.driver import Driver
@@ -101,7 +101,7 @@ def expected(parts):
 def check_context(trajectory, parts):
     tokens, sampled, patches, grids = expected(parts)
     np.testing.assert_array_equal(trajectory.tokens, tokens)
-    np.testing.assert_array_equal(trajectory.sampled, sampled)
+    np.testing.assert_array_equal(trajectory.loss_mask, sampled)
     np.testing.assert_array_equal(trajectory.patches, patches)
     assert trajectory.grids == grids
     positions, _ = mrope_positions(tokens, grids, small.processor().image_id)
@@ -117,8 +117,8 @@ def test_the_context_is_the_pieces_encoded_one_by_one_with_exactly_the_turns_mar
     check_context(trajectory, pieces(trajectory))
     terminators = trajectory.tokens == small.processor().terminator_id
     # four turns end with a sampled terminator; system, user and three observations with a forced one
-    assert [int((terminators & mark).sum()) for mark in (trajectory.sampled, ~trajectory.sampled)] == [4, 5]
-    assert (trajectory.logprobs[~trajectory.sampled] == 0).all()
+    assert [int((terminators & mark).sum()) for mark in (trajectory.loss_mask, ~trajectory.loss_mask)] == [4, 5]
+    assert (trajectory.logprobs[~trajectory.loss_mask] == 0).all()
 
 
 def test_a_turn_that_the_budget_cut_is_closed_by_a_forced_terminator():
@@ -130,15 +130,15 @@ def test_a_turn_that_the_budget_cut_is_closed_by_a_forced_terminator():
     parts = pieces(trajectory, cut)
     # the cut turns decode to text that may encode differently: compare with the ids themselves
     ids = small.processor().encode(long)[:cut]
-    turns = np.split(trajectory.tokens[trajectory.sampled], [cut, 2 * cut])
+    turns = np.split(trajectory.tokens[trajectory.loss_mask], [cut, 2 * cut])
     np.testing.assert_array_equal(turns[0], ids)
     np.testing.assert_array_equal(turns[1], ids)
-    starts = np.flatnonzero(np.diff(trajectory.sampled.astype(int)) == -1) + 1
+    starts = np.flatnonzero(np.diff(trajectory.loss_mask.astype(int)) == -1) + 1
     assert (trajectory.tokens[starts] == small.processor().terminator_id).all() and len(starts) == 2
     positions, _ = mrope_positions(trajectory.tokens, trajectory.grids, small.processor().image_id)
     np.testing.assert_array_equal(trajectory.positions, positions)
     forced = np.concatenate([expected([p])[0] for p in parts if not p[2]])
-    np.testing.assert_array_equal(trajectory.tokens[~trajectory.sampled], forced)
+    np.testing.assert_array_equal(trajectory.tokens[~trajectory.loss_mask], forced)
 
 
 def test_another_end_of_a_turn_is_no_text_and_is_closed_by_a_forced_terminator():
@@ -160,12 +160,12 @@ def test_another_end_of_a_turn_is_no_text_and_is_closed_by_a_forced_terminator()
     assert [t.text for t in trajectory.turns] == [t.text for t in usual.turns] == list(THREE_IMAGES)
     np.testing.assert_array_equal(trajectory.final_mask, usual.final_mask)
     # The usual context, with the other end before each terminator that ends a turn; only the ends are sampled.
-    ends = np.flatnonzero(usual.sampled & (usual.tokens == small_one.terminator_id))
+    ends = np.flatnonzero(usual.loss_mask & (usual.tokens == small_one.terminator_id))
     wanted = np.insert(usual.tokens, ends, other_end)[:-1]  # the last turn is followed by nothing
     np.testing.assert_array_equal(trajectory.tokens, wanted)
-    sampled = np.insert(usual.sampled, ends, True)[:-1]
+    sampled = np.insert(usual.loss_mask, ends, True)[:-1]
     sampled[np.flatnonzero(wanted == other_end)[:-1] + 1] = False
-    np.testing.assert_array_equal(trajectory.sampled, sampled)
+    np.testing.assert_array_equal(trajectory.loss_mask, sampled)
     positions, _ = mrope_positions(trajectory.tokens, trajectory.grids, small_one.image_id)
     np.testing.assert_array_equal(trajectory.positions, positions)
 
@@ -186,14 +186,14 @@ def test_every_ending_of_the_environment_reaches_the_trajectory(turns, agent, st
     assert len(trajectory.turns) == len(turns) and trajectory.turns == state.turns
     wanted = np.zeros((112, 112), bool) if final_id is None else state.masks[final_id - 1].mask
     np.testing.assert_array_equal(trajectory.final_mask, wanted)
-    assert trajectory.sampled[-1]  # nothing is appended after the last turn
+    assert trajectory.loss_mask[-1]  # nothing is appended after the last turn
     check_context(trajectory, pieces(trajectory))
 
 
 def test_a_prompt_that_leaves_no_room_for_a_finish_ends_before_the_policy_is_asked():
     only = dataclasses.replace(AGENT, max_turns=1)  # so that the opening says that this is the last turn
     need = len(one(finish(None), agent=only)[0].tokens)  # finish(null) is the longest
-    assert need == int(one(finish(None), agent=only)[0].sampled.argmax()) + FINISH
+    assert need == int(one(finish(None), agent=only)[0].loss_mask.argmax()) + FINISH
     for context, status in ((need, Status.FINISHED), (need - 1, Status.MAX_CONTEXT)):
         trajectory, _ = one(finish(None), context=context)
         assert trajectory.status is status
@@ -212,7 +212,7 @@ TIGHT = dataclasses.replace(AGENT, typical_turn=30)
 def tight(*turns, spare=20, agent=TIGHT, **policy):
     """Two clicks and a finish in a context in which the third turn is the last, with `spare` tokens to choose from."""
     whole, _ = one(click(30, 40), click(50, 40), finish(1), agent=agent)
-    start = int(np.flatnonzero(np.diff(whole.sampled.astype(int)) == 1)[2]) + 1  # of the third turn
+    start = int(np.flatnonzero(np.diff(whole.loss_mask.astype(int)) == 1)[2]) + 1  # of the third turn
     last = tokens_of(announcement(1, agent))
     return one(*turns, context=start + last + FINISH + spare, agent=agent, max_new_tokens=100, **policy)
 
@@ -224,15 +224,15 @@ def test_the_last_turn_that_fits_is_announced_with_the_best_mask_and_finish_fits
     assert [text.endswith(" Last turn: finish, best mask 2.") for text in texts] == [False, True]
     assert [turn.last for turn in trajectory.turns] == [False, False, True]
     check_context(trajectory, pieces(trajectory))
-    same_states(state, replay(to_json(state), state.image))
+    same_states(state, replay(state_to_json(state), state.image))
 
 
 def test_a_trajectory_that_does_not_finish_in_its_announced_last_turn_ends_there():
     trajectory, state = tight(click(30, 40), click(50, 40), click(60, 40))
     assert trajectory.status is Status.MAX_CONTEXT and len(trajectory.turns) == 3
-    assert trajectory.sampled[-1] and len(trajectory.grids) == 3  # the third overlay was never appended
+    assert trajectory.loss_mask[-1] and len(trajectory.grids) == 3  # the third overlay was never appended
     np.testing.assert_array_equal(trajectory.final_mask, state.masks[2].mask)
-    same_states(state, replay(to_json(state), state.image))
+    same_states(state, replay(state_to_json(state), state.image))
 
 
 def test_without_the_announcement_a_trajectory_goes_on_until_not_even_a_finish_fits():
@@ -245,7 +245,7 @@ def test_without_the_announcement_a_trajectory_goes_on_until_not_even_a_finish_f
 
 def test_turns_get_the_room_that_is_left_beside_a_mask_and_a_finish():
     turns = click(30, 40), click(50, 40), finish(1)
-    starts = np.flatnonzero(np.diff(one(*turns)[0].sampled.astype(int)) == 1) + 1
+    starts = np.flatnonzero(np.diff(one(*turns)[0].loss_mask.astype(int)) == 1) + 1
     policy, budgets = Policy({"s0": turns}, max_new_tokens=150), []
     driver = Driver(policy, DiscSegmenter(), small.processor(), TIGHT)
     bounds = driver._budget(environment.reset(small.sample(0).image, "q", TIGHT, driver.limits))
@@ -255,7 +255,7 @@ def test_turns_get_the_room_that_is_left_beside_a_mask_and_a_finish():
     policy.submit = lambda request: (budgets.append(request.budget), submit(request))
     ((trajectory, _),) = driver.run([task(0)])
     end = (
-        int(np.flatnonzero(np.diff(trajectory.sampled.astype(int)) == 1)[2]) + 1
+        int(np.flatnonzero(np.diff(trajectory.loss_mask.astype(int)) == 1)[2]) + 1
     )  # where the third, announced turn begins
     assert budgets == [min(150, policy.context - int(starts[0]) - reserve), 60, policy.context - end]
     assert budgets[0] > 60 > FINISH and trajectory.turns[2].last
@@ -273,7 +273,7 @@ def test_a_view_that_leaves_no_room_for_a_finish_is_refused_and_the_trajectory_g
 
     whole, _, bounds = run(1000)
     assert whole.grids == ((1, 16, 16), (1, 14, 16)) and whole.status is Status.FINISHED
-    opening = int(whole.sampled.argmax())
+    opening = int(whole.loss_mask.argmax())
     context = opening + tokens_of(look) + 1 + bounds.mask + bounds.announcement + FINISH
     for more, reason in ((1, "no_room"), (60, None)):
         trajectory, state, _ = run(context + more)
@@ -281,7 +281,7 @@ def test_a_view_that_leaves_no_room_for_a_finish_is_refused_and_the_trajectory_g
         assert trajectory.status is Status.FINISHED and first.last is False and state.turns[1].last
         assert (first.error and first.error.reason) == reason
         assert len(trajectory.grids) == 1 + (reason is None)
-        same_states(state, replay(to_json(state), state.image))
+        same_states(state, replay(state_to_json(state), state.image))
 
 
 @settings(max_examples=40, deadline=None)
@@ -312,7 +312,7 @@ def test_a_segmenter_that_dies_in_turn_2_fails_that_trajectory_alone():
     assert broken.status is Status.ENV_FAILED and state.failure.kind is FailureKind.UNAVAILABLE
     assert len(broken.turns) == 2 and len(broken.masks) == 1
     assert fine.status is Status.FINISHED and fine.final_mask_id == 2
-    assert broken.sampled.sum() == 2 * (len(small.processor().encode(click(30, 40))) + 1)
+    assert broken.loss_mask.sum() == 2 * (len(small.processor().encode(click(30, 40))) + 1)
 
 
 def test_one_slow_tool_changes_nothing_but_the_time():
@@ -426,7 +426,7 @@ def test_a_budget_of_sampled_tokens_keeps_a_finish_back_and_ends_the_trajectory(
     t, _ = one(click(30, 40), finish(1), agent=agent)
     assert t.status is Status.FINISHED and t.turns[0].observation.text.endswith("Last turn: finish, best mask 1.")
     t, _ = one(click(30, 40), click(50, 40), finish(1), agent=agent)
-    assert t.status is Status.MAX_CONTEXT and t.sampled.sum() == first + FINISH + 5  # the second turn was cut
+    assert t.status is Status.MAX_CONTEXT and t.loss_mask.sum() == first + FINISH + 5  # the second turn was cut
 
 
 def test_no_tasks_give_no_trajectories():

@@ -67,7 +67,7 @@ def trainer_logprobs(trajectories, params, temperature=1.0):
 
 
 def turn_starts(trajectory):
-    marks = np.concatenate([[0], trajectory.sampled.astype(int), [0]])
+    marks = np.concatenate([[0], trajectory.loss_mask.astype(int), [0]])
     return np.flatnonzero(np.diff(marks) == 1), np.flatnonzero(np.diff(marks) == -1)
 
 
@@ -88,18 +88,18 @@ def test_trainer_and_engine_agree_on_the_log_prob_of_every_sampled_token(traject
     ended = [t.tokens[end - 1] == eos for t in trajectories for end in turn_starts(t)[1]]
     assert any(ended) and not all(ended)  # finished turns, and turns that the budget cut
     # the policy may even say the image token: to both it is a word then, and no image
-    assert any((t.tokens[t.sampled] == small.processor().image_id).any() for t in trajectories)
+    assert any((t.tokens[t.loss_mask] == small.processor().image_id).any() for t in trajectories)
     for t, theirs in zip(trajectories, trainer_logprobs(trajectories, small.eager_params()), strict=True):
-        assert t.sampled.sum() >= 2 * len(t.turns) and (t.logprobs[t.sampled] < 0).all()
-        np.testing.assert_allclose(theirs[t.sampled], t.logprobs[t.sampled], rtol=0, atol=1e-4)
+        assert t.loss_mask.sum() >= 2 * len(t.turns) and (t.logprobs[t.loss_mask] < 0).all()
+        np.testing.assert_allclose(theirs[t.loss_mask], t.logprobs[t.loss_mask], rtol=0, atol=1e-4)
 
 
 def test_log_probs_are_those_of_the_distribution_at_the_sampling_temperature():
     t = engine_trajectories(TASKS[:1], SCRIPTS, temperature=0.5)[0]
     params = small.split(small.model())[1]
     cold, warm = trainer_logprobs([t], params, 0.5)[0], trainer_logprobs([t], params, 1.0)[0]
-    np.testing.assert_allclose(cold[t.sampled], t.logprobs[t.sampled], rtol=0, atol=1e-4)
-    assert np.abs(warm[t.sampled] - t.logprobs[t.sampled]).max() > 0.1
+    np.testing.assert_allclose(cold[t.loss_mask], t.logprobs[t.loss_mask], rtol=0, atol=1e-4)
+    assert np.abs(warm[t.loss_mask] - t.logprobs[t.loss_mask]).max() > 0.1
 
 
 def test_a_trajectory_does_not_depend_on_its_slot_or_on_its_neighbours(engine, trajectories):
@@ -147,7 +147,7 @@ def test_the_members_of_a_group_read_its_opening_once_and_are_bit_for_bit_what_e
     engine = small.engine(slots=4, lanes=1)
     group = [Task(TASKS[0].sample, 0, uid) for uid in range(4)]
     together = engine_trajectories(group, SCRIPTS, eng=engine)
-    opening = int(np.flatnonzero(together[0].sampled)[0])
+    opening = int(np.flatnonzero(together[0].loss_mask)[0])
     assert engine.stats["copied_tokens"] == 3 * (opening - 1)
     encoded = engine.stats["patches"]
     for mine, t in zip(group, together, strict=True):
@@ -164,7 +164,7 @@ def test_a_cache_of_int8_takes_a_third_of_the_bytes_and_changes_log_probs_little
     engine.load(small.eager_params(), engine.key)
     whole = small.engine()
     assert engine.cache_bytes < 0.35 * whole.cache_bytes  # of fp32: a quarter, and a scale per 16 numbers here
-    first = [t.sampled.argmax() for t in trajectories]
+    first = [t.loss_mask.argmax() for t in trajectories]
     got = engine_trajectories(TASKS, SCRIPTS, eng=engine)
     for a, b, i in zip(got, trajectories, first, strict=True):
         assert 0 < abs(a.logprobs[i] - b.logprobs[i]) < 0.05
@@ -177,9 +177,9 @@ def test_a_stop_id_ends_the_turn_and_stays_in_the_context(trajectories):
     (t,) = engine_trajectories(TASKS[:1], SCRIPTS, eng=engine)
     starts, ends = turn_starts(t)
     assert ends[0] == starts[0] + 2 and t.tokens[ends[0] - 1] == stop
-    assert t.tokens[ends[0]] == small.processor().terminator_id and not t.sampled[ends[0]]  # closed by a forced one
+    assert t.tokens[ends[0]] == small.processor().terminator_id and not t.loss_mask[ends[0]]  # closed by a forced one
     theirs = trainer_logprobs([t], small.eager_params())[0]
-    np.testing.assert_allclose(theirs[t.sampled], t.logprobs[t.sampled], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(theirs[t.loss_mask], t.logprobs[t.loss_mask], rtol=0, atol=1e-4)
 
 
 def test_randomness_follows_the_uid_and_the_key_and_nothing_else(engine, trajectories):
@@ -216,7 +216,7 @@ def test_greedy_turns_from_the_cache_equal_those_after_reading_the_whole_context
         np.testing.assert_allclose(again.logprobs, t.logprobs[start:end], rtol=0, atol=1e-4)
         assert again.finished == (again.tokens[-1] == small.processor().terminator_id)
     theirs = trainer_logprobs([t], small.split(small.model())[1])[0]
-    np.testing.assert_allclose(theirs[t.sampled], t.logprobs[t.sampled], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(theirs[t.loss_mask], t.logprobs[t.loss_mask], rtol=0, atol=1e-4)
 
 
 def test_greedy_does_not_depend_on_the_uid_or_the_key(greedy):

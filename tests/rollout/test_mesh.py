@@ -59,7 +59,7 @@ def test_trajectories_on_a_mesh_are_those_of_one_device(played):
     assert [len(t.turns) for t in want] == [2, 2, 2, 1, 4, 3][: 6 if job["most_turns"] == 4 else 4]
     assert len(want) == 4 or max(len(t.tokens) for t in want) > 256  # into a second block of the cache
     # The group's opening was read once in each lane that it is in: eight lanes have two slots each.
-    assert got["copied"] == (1 if job["data"] == 8 else 2) * (int(want[0].sampled.argmax()) - 1)
+    assert got["copied"] == (1 if job["data"] == 8 else 2) * (int(want[0].loss_mask.argmax()) - 1)
     for tokens, logprobs, t in zip(got["tokens"], got["logprobs"], want, strict=True):
         np.testing.assert_array_equal(tokens, t.tokens)
         np.testing.assert_allclose(logprobs, t.logprobs, rtol=0, atol=1e-4)
@@ -139,7 +139,7 @@ def test_weights_of_a_training_mesh_reach_the_rollout_mesh_without_needless_copi
         assert case["equal"] and case["placed"] and case["compiled"] == 0 and case["seconds"] > 0
         assert case["loaded"] == case["new"] > 0 and case["shared_layers"] == 0
     other, cast, same, same_but_cast = (case["shared"] for case in got)
-    assert same == got[0]["rest"] > 20 and cast == same_but_cast == 0
+    assert same == got[0]["unstacked"] > 20 and cast == same_but_cast == 0
     assert 0 < other < same  # norms and biases are whole on every device in training, too
 
 

@@ -32,13 +32,13 @@ def appended(t) -> int:
 
     A sampled terminator is drawn but not fed back; it is read as the first token of what follows.
     """
-    ends = np.flatnonzero(np.diff(t.sampled.astype(int)) == -1)
-    return int((~t.sampled).sum() + (t.tokens[ends] == small.processor().terminator_id).sum())
+    ends = np.flatnonzero(np.diff(t.loss_mask.astype(int)) == -1)
+    return int((~t.loss_mask).sum() + (t.tokens[ends] == small.processor().terminator_id).sum())
 
 
 def test_one_trajectory_on_four_slots_by_hand(engine):
     (t,), got, seconds = play(engine, [task(0)])
-    tokens = int(t.sampled.sum())
+    tokens = int(t.loss_mask.sum())
     assert tokens > len(t.turns) == 4
     assert got["decode_tokens"] == tokens and got["occupancy"] == 1 / SLOTS  # a step for every token, three slots idle
     assert got["prefill_tokens"] == appended(t) and got["copied_tokens"] == 0
@@ -50,13 +50,13 @@ def test_one_trajectory_on_four_slots_by_hand(engine):
 
 def test_a_group_reads_its_opening_once_and_fills_more_slots(engine):
     played, got, _ = play(engine, [Task(small.sample(i), i, uid) for i, uid in ((0, 0), (0, 1), (1, 2))])
-    opening = int(played[0].sampled.argmax())
+    opening = int(played[0].loss_mask.argmax())
     assert got["copied_tokens"] == opening - 1  # its last token is read again, for the first sampled one
     assert got["prefill_tokens"] + got["copied_tokens"] == sum(map(appended, played))
-    assert got["decode_tokens"] == sum(int(t.sampled.sum()) for t in played)
+    assert got["decode_tokens"] == sum(int(t.loss_mask.sum()) for t in played)
     steps = engine.stats["decode_steps"]
     assert got["occupancy"] == got["decode_tokens"] / (steps * SLOTS) > 1 / SLOTS
-    assert max(int(t.sampled.sum()) for t in played) <= steps < got["decode_tokens"]
+    assert max(int(t.loss_mask.sum()) for t in played) <= steps < got["decode_tokens"]
 
 
 def test_the_time_is_split_into_tools_prompts_and_sampling(engine):
@@ -84,5 +84,5 @@ def test_a_policy_that_counts_nothing_has_the_driver_s_numbers():
     driver = small.Driver(small.TextPolicy(scripts, small.processor()), DiscSegmenter(), small.processor(), AGENT)
     ((t, _),) = driver.run([task(0)])
     got = driver.metrics()
-    assert got["rollout/tokens_per_s"] * got["rollout/seconds"] == pytest.approx(int(t.sampled.sum()))
+    assert got["rollout/tokens_per_s"] * got["rollout/seconds"] == pytest.approx(int(t.loss_mask.sum()))
     assert got.keys() == {f"rollout/{name}" for name in ("seconds", "tokens_per_s", "tool_wait", "device")}

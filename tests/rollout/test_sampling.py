@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rsagent_jax.config.schema import SamplingConfig
-from rsagent_jax.rollout.sampling import draw, filtered
+from rsagent_jax.rollout.sampling import filtered, sample_tokens
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0, 1, 3, 17, 60]), st.sampled_from([1.0, 0.95, 0.5, 0.1, 1e-3]))
@@ -38,7 +38,7 @@ def test_draws_follow_the_filtered_distribution_and_log_probs_the_whole_one():
     logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
     sampling, count = SamplingConfig(temperature=1.0, top_k=2), 4000
     keys = jax.random.split(jax.random.key(0), count)
-    tokens, logprobs = draw(jnp.tile(logits, (count, 1)), sampling, keys, jnp.zeros(count, jnp.int32))
+    tokens, logprobs = sample_tokens(jnp.tile(logits, (count, 1)), sampling, keys, jnp.zeros(count, jnp.int32))
     shares = np.bincount(tokens, minlength=4) / count
     np.testing.assert_allclose(shares, [2 / 3, 1 / 3, 0, 0], atol=4 * np.sqrt(2 / 9 / count))  # four sigma
     np.testing.assert_allclose(logprobs, np.asarray(logits)[tokens], atol=1e-6)

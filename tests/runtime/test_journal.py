@@ -28,7 +28,7 @@ def add(folder, current, rows, share=Share(), settings=SETTINGS):  # noqa: B008
 
 
 def values(folder, current=None):
-    return {row["id"]: row["value"] for _, row in journal.read(folder, SETTINGS, current)}
+    return {row["id"]: row["value"] for _, row in journal.read_journal(folder, SETTINGS, current)}
 
 
 def test_what_has_changed_is_done_again_and_its_new_row_counts(tmp_path):
@@ -90,7 +90,9 @@ def test_the_latest_row_decides_whatever_file_it_is_in(tmp_path_factory, steps, 
     assert values(folder, current) == of
     done = {id for id in of if not wanted[id][2]}
     assert Journal(folder, Share(2, 3), SETTINGS, current).done == done
-    assert [row["value"] for _, row in journal.read(folder, by="value")] == sorted(n for n, _, _ in wanted.values())
+    assert [row["value"] for _, row in journal.read_journal(folder, by="value")] == sorted(
+        n for n, _, _ in wanted.values()
+    )
 
 
 def test_a_half_written_line_is_cut_off_with_a_word(tmp_path):
@@ -133,7 +135,7 @@ def test_other_settings_are_named_by_field_and_old_formats_refused(tmp_path):
     path.write_text(json.dumps({"settings": SETTINGS}) + "\n" + json.dumps({"id": "a", "value": 1}) + "\n")
     with pytest.raises(DataError, match="written by an earlier version.*Give another --workdir"):
         add(tmp_path, {"a": "1"}, [])
-    assert [row["value"] for _, row in journal.read(tmp_path)] == [1]  # refilter can still choose from it
+    assert [row["value"] for _, row in journal.read_journal(tmp_path)] == [1]  # refilter can still choose from it
 
 
 def test_fingerprints_are_asked_for_by_place():

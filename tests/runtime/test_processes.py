@@ -225,12 +225,12 @@ def test_all_processes_start_or_none_does(monkeypatch):
     def refuse():
         raise DataError("seed: 0 there, 1 now")
 
-    assert processes.total([1, 2]) == [1, 2] and processes.all_or_none(lambda: "ready") == "ready"
+    assert processes.allgather_sum([1, 2]) == [1, 2] and processes.all_or_none(lambda: "ready") == "ready"
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for failed_elsewhere in (0, 1):
         gather = lambda mine, other=failed_elsewhere: np.stack([mine, np.full_like(mine, other)])  # noqa: E731
         monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
-        assert processes.total([3, 0]) == [3 + failed_elsewhere, failed_elsewhere]
+        assert processes.allgather_sum([3, 0]) == [3 + failed_elsewhere, failed_elsewhere]
         with pytest.raises(DataError, match="seed"):
             processes.all_or_none(refuse)
         if not failed_elsewhere:
@@ -246,9 +246,9 @@ def test_half_told_processes_are_a_data_error(given, monkeypatch):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(DataError, match="JAX_COORDINATOR_ADDRESS=.*JAX_NUM_PROCESSES=, JAX_PROCESS_ID="):
-        processes.join()
+        processes.initialize_distributed()
 
 
 def test_a_batch_of_padding_trains_nothing():
-    batch = packing.empty(BatchConfig(rows=2, tokens=64, patches=32), small.processor().config)
+    batch = packing.empty_batch(BatchConfig(rows=2, tokens=64, patches=32), small.processor().config)
     assert batch.tokens.shape == (2, 64) and not batch.loss_mask.any() and not batch.segment_ids.any()

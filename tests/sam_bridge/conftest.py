@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from sam_bridge.backends import Decoded, load
+from sam_bridge.backends import Decoded, load_backend
 from sam_bridge.client import SamClient
 from sam_bridge.local import LocalSegmenter
 from sam_bridge.server import Server
@@ -42,7 +42,7 @@ def disc(picture: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def local() -> LocalSegmenter:
-    return LocalSegmenter(load("grabcut"))
+    return LocalSegmenter(load_backend("grabcut"))
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_masks_equal_the_back_ends_own(local, serve, connect, picture, request_)
         theirs, ours = client.segment(image, request_), own.segment(image, request_)
         np.testing.assert_array_equal(theirs.mask, ours.mask)
         assert (theirs.score, theirs.logits_id) == (ours.score, ours.logits_id)
-        click = SegmentRequest(points=((60.0, 20.0),), labels=(0,), refine=theirs.logits_id)
+        click = SegmentRequest(points=((60.0, 20.0),), labels=(0,), refine_logits_id=theirs.logits_id)
         np.testing.assert_array_equal(client.segment(image, click).mask, own.segment(image, click).mask)
 
 
@@ -159,7 +159,7 @@ def test_bad_input_is_typed_on_both_ends(local, serve, connect, picture):
     empty = SegmentRequest(box=(5.0, 5.0, 5.0, 9.0))
     assert failure(client.segment, picture, empty).kind is FailureKind.INVALID_PROMPT
     assert failure(client.segment, picture[..., 0], BOX).kind is FailureKind.INVALID_IMAGE
-    assert failure(client.segment, picture, SegmentRequest(refine="x")).kind is FailureKind.UNKNOWN_LOGITS
+    assert failure(client.segment, picture, SegmentRequest(refine_logits_id="x")).kind is FailureKind.UNKNOWN_LOGITS
     # A client that does not check is answered by the server's own checks.
     client.segment(picture, BOX)
     slot = client._fleet.slots[0]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsagent_jax.tiny import scenes
-from sam_bridge.backends import load
+from sam_bridge.backends import load_backend
 from sam_bridge.backends.grabcut import MAX_SIDE
 from sam_bridge.local import LocalSegmenter
 from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
@@ -59,13 +59,13 @@ def test_two_objects_by_two_clicks_and_one_taken_away_by_refining(local, picture
     square[20:49, 85:116] = True
     assert iou(both.mask, disc | square) > 0.95
     # Box outside = certain background, start = the earlier mask: only the disc's part of it is left.
-    one = local.segment(picture, SegmentRequest(box=BOX, refine=both.logits_id))
+    one = local.segment(picture, SegmentRequest(box=BOX, refine_logits_id=both.logits_id))
     assert iou(one.mask, disc) > 0.95
 
 
 def test_refining_with_a_click_adds_an_object(local, picture, disc):
     first = local.segment(picture, SegmentRequest(points=CLICK, labels=(1,)))
-    request = SegmentRequest(points=((100.0, 34.0),), labels=(1,), refine=first.logits_id)
+    request = SegmentRequest(points=((100.0, 34.0),), labels=(1,), refine_logits_id=first.logits_id)
     square = np.zeros_like(disc)
     square[20:49, 85:116] = True
     assert iou(local.segment(picture, request).mask, disc | square) > 0.95
@@ -118,8 +118,8 @@ BAD_PROMPTS = [
     SegmentRequest(points=(), labels=(1,)),
     SegmentRequest(points=((1.0, 5.0),), labels=(2,)),
     SegmentRequest(points=((1.0, 5.0),), labels=(0,)),
-    SegmentRequest(refine=7),
-    SegmentRequest(refine="é"),
+    SegmentRequest(refine_logits_id=7),
+    SegmentRequest(refine_logits_id="é"),
     SegmentRequest(points=((1.0, 5.0),) * 65, labels=(1,) * 65),
 ]
 
@@ -134,7 +134,7 @@ def test_bad_prompt(local, picture, request_):
 def test_unknown_logits_and_logits_of_another_image(local, picture):
     for image, refine in ((picture, "nothing"), (picture[::-1], local.segment(picture, BOX_REQUEST).logits_id)):
         with pytest.raises(SegmenterError) as caught:
-            local.segment(image, SegmentRequest(refine=refine))
+            local.segment(image, SegmentRequest(refine_logits_id=refine))
         assert caught.value.kind is FailureKind.UNKNOWN_LOGITS
 
 
@@ -177,9 +177,9 @@ def test_any_small_picture_and_prompt_gives_a_mask(data):
     xy = st.tuples(st.floats(0, width), st.floats(0, height))
     points = tuple(data.draw(st.lists(xy, min_size=1, max_size=3)))
     labels = (1,) + tuple(data.draw(st.integers(0, 1)) for _ in points[1:])
-    local = LocalSegmenter(load("grabcut"))
+    local = LocalSegmenter(load_backend("grabcut"))
     request = SegmentRequest(box=box, points=points, labels=labels)
     reply = local.segment(image, request)
     assert reply.mask.shape == (height, width) and 0.0 <= reply.score <= 1.0
-    again = local.segment(image, SegmentRequest(refine=reply.logits_id))
+    again = local.segment(image, SegmentRequest(refine_logits_id=reply.logits_id))
     assert again.mask.shape == (height, width)

@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sam_bridge.client import SamClient
 from sam_bridge.local import LocalSegmenter
-from sam_bridge.spawn import SideCar, open_segmenter
+from sam_bridge.spawn import SideCar, spawn_segmenter
 from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +59,7 @@ def test_spawned_side_car_serves_and_gives_the_same_masks(side_car, local, pictu
             request = health_pb2.HealthCheckRequest(service=service)
             reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
-    with open_segmenter("connect", addresses=[side_car.address]) as client:
+    with spawn_segmenter("connect", addresses=[side_car.address]) as client:
         np.testing.assert_array_equal(client.segment(picture, BOX).mask, local.segment(picture, BOX).mask)
 
 
@@ -98,7 +98,7 @@ def test_sigterm_ends_it_with_status_0():
 
 def test_killed_in_use_no_call_is_lost_and_masks_stay_the_same(picture, local):
     first = local.segment(picture, BOX)
-    refined = SegmentRequest(points=((100.0, 34.0),), labels=(1,), refine=first.logits_id)
+    refined = SegmentRequest(points=((100.0, 34.0),), labels=(1,), refine_logits_id=first.logits_id)
     expected = [first.mask, local.segment(picture, refined).mask]
     with SideCar("grabcut") as side_car, SamClient([side_car.address]) as client:
         name = side_car.address
@@ -240,15 +240,15 @@ def test_side_car_that_cannot_start_says_why():
 
 
 def test_open_segmenter_modes(picture):
-    with open_segmenter("inprocess") as own:
+    with spawn_segmenter("inprocess") as own:
         assert isinstance(own, LocalSegmenter)
         expected = own.segment(picture, BOX).mask
-    with open_segmenter("spawn", workers=1) as spawned:
+    with spawn_segmenter("spawn", workers=1) as spawned:
         np.testing.assert_array_equal(spawned.segment(picture, BOX).mask, expected)
     with pytest.raises(ValueError, match="options: spawn, connect, inprocess"):
-        open_segmenter("magic").__enter__()
+        spawn_segmenter("magic").__enter__()
     start = time.monotonic()
-    with pytest.raises(SegmenterError) as caught, open_segmenter("connect", addresses=["127.0.0.1:9"], wait_s=0.5):
+    with pytest.raises(SegmenterError) as caught, spawn_segmenter("connect", addresses=["127.0.0.1:9"], wait_s=0.5):
         pass
     assert caught.value.kind is FailureKind.UNAVAILABLE and time.monotonic() - start < 2
 

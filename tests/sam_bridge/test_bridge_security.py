@@ -108,7 +108,7 @@ def test_metrics_count_calls_images_and_seconds(fake, serve, connect, picture):
     client = connect(server.address)
     for x in (30.0, 40.0):
         client.segment(picture, SegmentRequest(box=(10.0, 10.0, x, 40.0)))
-    failure(client.segment, picture, SegmentRequest(box=(10.0, 10.0, 20.0, 20.0), refine="nothing"))
+    failure(client.segment, picture, SegmentRequest(box=(10.0, 10.0, 20.0, 20.0), refine_logits_id="nothing"))
     stop = server.metrics.serve("127.0.0.1", port := free_port())
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
         lines = page.read().decode().splitlines()

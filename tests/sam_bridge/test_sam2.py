@@ -19,7 +19,7 @@ import torch
 from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
 
 from benchmarks import bridge_exact
-from sam_bridge.backends import RANDOM, SAM2_MODELS, BackendError, Options, load
+from sam_bridge.backends import RANDOM, SAM2_MODELS, BackendError, Options, load_backend
 from sam_bridge.backends import sam2 as backend
 from sam_bridge.local import LocalSegmenter
 from sam_bridge.types import SegmentRequest
@@ -175,6 +175,6 @@ def test_what_cannot_be_had_is_one_clear_error(reference, tmp_path):
         (Options(checkpoint=RANDOM, multimask="maybe"), "point, never, always"),
     ):
         with pytest.raises(BackendError, match=says):
-            load("sam2", options)
+            load_backend("sam2", options)
     with pytest.raises(BackendError, match="checkpoint: only the sam2 back end"):
-        load("grabcut", Options(checkpoint=RANDOM))
+        load_backend("grabcut", Options(checkpoint=RANDOM))

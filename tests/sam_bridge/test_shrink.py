@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sam_bridge import shrink
-from sam_bridge.backends import Decoded, load
+from sam_bridge.backends import Decoded, load_backend
 from sam_bridge.local import LocalSegmenter, image_hash
 from sam_bridge.prompts import check_request
 from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
@@ -50,7 +50,7 @@ def test_client_and_local_agree_on_boxes_clicks_and_refined_masks(small_limits, 
         SegmentRequest(points=((40.2, 50.9), (128.0, 96.0)), labels=(1, 0)),
     ):
         ours, theirs = own.segment(picture, request), client.segment(picture, request)
-        click = SegmentRequest(points=((60.0, 20.0),), labels=(0,), refine=ours.logits_id)
+        click = SegmentRequest(points=((60.0, 20.0),), labels=(0,), refine_logits_id=ours.logits_id)
         for one, other in ((ours, theirs), (own.segment(picture, click), client.segment(picture, click))):
             np.testing.assert_array_equal(one.mask, other.mask)
             assert one.mask.shape == picture.shape[:2] and 0 < one.mask.sum() < one.mask.size
@@ -60,10 +60,10 @@ def test_client_and_local_agree_on_boxes_clicks_and_refined_masks(small_limits, 
 
 
 def test_a_forgotten_mask_of_a_large_picture_is_made_again(small_limits, serve, connect, picture):
-    local = LocalSegmenter(load("grabcut"))
+    local = LocalSegmenter(load_backend("grabcut"))
     client = connect(serve(local).address)
     first = client.segment(picture, SegmentRequest(box=(22.0, 32.0, 59.0, 69.0)))
-    refine = SegmentRequest(points=((60.0, 20.0),), labels=(0,), refine=first.logits_id)
+    refine = SegmentRequest(points=((60.0, 20.0),), labels=(0,), refine_logits_id=first.logits_id)
     wanted = client.segment(picture, refine)
     local.logits._values.clear()
     np.testing.assert_array_equal(client.segment(picture, refine).mask, wanted.mask)

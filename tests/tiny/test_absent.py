@@ -20,7 +20,7 @@ def test_what_is_absent_is_certainly_absent(photos):
     for i in range(200):
         scene = scenes.make_scene(np.random.default_rng([1, i]), CONFIG, photos)
         text = absent.sample_absent(rng, scene, CONFIG)
-        assert text is not None and scenes.resolve(scene.objects, text) == []
+        assert text is not None and scenes.objects_described(scene.objects, text) == []
         total += 1
         relation = next((word for word in along if f" {word} the " in text), None)
         head, _, anchor = text.partition(f" {relation} the ")

@@ -108,7 +108,7 @@ def test_questions_about_nothing_are_answered_by_nothing(processor):
         scene = maker.scene(rng)
         q = maker._question(rng, scene)
         text = re.search(r'"(the [^"]+)"', q.ask)[1]
-        assert scenes.resolve(scene.objects, text) == [] and not q.objects
+        assert scenes.objects_described(scene.objects, text) == [] and not q.objects
         free = f"{text[0].upper()}{text[1:]}"
         assert q.answer in ("```json\n[\n\n]\n```", f"{free} is not here.", f"{free} is not in the image.")
         kinds.add(q.answer[-6:])
@@ -132,7 +132,7 @@ def test_a_list_of_presences_trains_the_deciding_words_only(processor):
         row = maker.row(scene, [asked], 208)
         for line in asked.lines:
             name, is_not = re.fullmatch(r"(The .+) is (not )?here\.\n", line.answer).groups()
-            assert bool(scenes.resolve(scene.objects, name)) != bool(is_not)
+            assert bool(scenes.objects_described(scene.objects, name)) != bool(is_not)
             told.append(not is_not)
         trained = [processor.decode([t]) for t in row.tokens[row.loss_mask]]
         assert trained == [" here" if line.answer.endswith(" is here.\n") else " n" for line in asked.lines]

@@ -27,7 +27,7 @@ def small_config() -> pretrain.PretrainConfig:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     work = tmp_path_factory.mktemp("pretrain")
-    pretrain.run(small_config(), work, work / "out")
+    pretrain.pretrain(small_config(), work, work / "out")
     return work
 
 
@@ -89,7 +89,7 @@ def test_coordinates_are_read_with_the_policys_own_before_them(trained):
 def test_no_steps_only_evaluate(trained, tmp_path, capsys):
     config = small_config()
     none = dict(init=str(trained / "out"), see=dataclasses.replace(config.see, steps=0))
-    pretrain.run(dataclasses.replace(config, ground=none["see"], **none), tmp_path, tmp_path / "out")
+    pretrain.pretrain(dataclasses.replace(config, ground=none["see"], **none), tmp_path, tmp_path / "out")
     printed = json.loads(capsys.readouterr().out)
     assert printed.pop("stage") == "end" and set(printed) >= {"click_attribute", "iou_attribute"}
     assert all(0 <= v <= 1 for v in printed.values())

@@ -20,7 +20,7 @@ def test_every_sentence_names_its_object_alone(many):
         texts = [e.text for e in scene.expressions]
         assert len(set(texts)) == len(texts)
         for e in scene.expressions:
-            assert scenes.resolve(scene.objects, e.text) == [e.object_index], e.text
+            assert scenes.objects_described(scene.objects, e.text) == [e.object_index], e.text
             assert e.text == e.text.strip().lower()
 
 
@@ -178,7 +178,7 @@ def test_resolve_by_hand():
         "the red one below the blue square": [3],
         "the green star": [],
     }.items():
-        assert scenes.resolve(objects, text) == indices, text
+        assert scenes.objects_described(objects, text) == indices, text
     texts = {e.text for e in scenes.expressions_of(objects, scenes.SceneConfig(size=100))}
     assert {"the large red circle", "the star", "the circle left of the blue square"} <= texts
     assert not {"the red circle", "the circle above the blue square"} & texts
@@ -187,7 +187,7 @@ def test_resolve_by_hand():
 @pytest.mark.parametrize("text", ["", "red circle", "the pink circle", "the circle near the blue square", "the"])
 def test_resolve_refuses_other_sentences(text):
     with pytest.raises(DataError, match="not a sentence"):
-        scenes.resolve((), text)
+        scenes.objects_described((), text)
 
 
 @pytest.mark.parametrize("wrong", [{"size": 20}, {"min_objects": 1}, {"min_objects": 4, "max_objects": 3}])

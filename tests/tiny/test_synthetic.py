@@ -37,7 +37,7 @@ def test_write_then_read_gives_the_scene_back(dataset, photos):
                     assert (sample.image == pixels).all()
                     iou = (sample.gt_mask & drawn).sum() / (sample.gt_mask | drawn).sum()
                     assert iou >= 0.97
-                    assert scenes.resolve(scene.objects, text) == [reference.object_index]
+                    assert scenes.objects_described(scene.objects, text) == [reference.object_index]
         assert next(read, None) is None
 
 
@@ -58,7 +58,7 @@ def test_grefcoco_holds_the_same_references_and_absent_ones(dataset, photos):
                     if reference.object_index is not None:
                         assert (sample.gt_mask == by_text.pop((sample.path, text)).gt_mask).all()
                     else:
-                        assert not sample.gt_mask.any() and scenes.resolve(scene.objects, text) == []
+                        assert not sample.gt_mask.any() and scenes.objects_described(scene.objects, text) == []
             absent += references[-1].object_index is None
         assert next(read, None) is None and not by_text
     assert 0.08 < absent / total < 0.25  # a sixth is meant

@@ -17,14 +17,14 @@ from rsagent_jax.runtime import sharding
 from rsagent_jax.train.state import (
     EMPTY,
     PARTS,
+    cast_frozen,
     create_state,
-    divide,
     init_adapters,
     make_optimizer,
     make_plain,
-    narrow,
-    sees_once,
+    partition_params,
     state_shardings,
+    vision_frozen,
 )
 from rsagent_jax.train.step import batch_logprobs, grpo_objective, make_programs, micro_step
 from rsagent_jax.types import DataError
@@ -40,7 +40,7 @@ def flat(state) -> dict[str, np.ndarray]:
 
 
 def parts(freeze=(), adapters=OFF):
-    return divide(*small.split(small.model()), adapters, freeze)
+    return partition_params(*small.split(small.model()), adapters, freeze)
 
 
 @functools.cache
@@ -68,8 +68,8 @@ class Stage:
         plain, params = small.split(small.model())
         params = jax.device_put(params, sharding.param_shardings(small.model(), mesh()))
         self.compute = dataclasses.replace(small.COMPUTE, dtype=dtype)
-        self.graphdef, params, base = divide(plain, params, adapters, freeze)
-        self.base = narrow(base, dtype)
+        self.graphdef, params, base = partition_params(plain, params, adapters, freeze)
+        self.base = cast_frozen(base, dtype)
         if adapters.rank:
             params = init_adapters(self.graphdef, params, self.base, jax.random.key(0), mesh())
         tx, _ = make_optimizer(OPTIM, 4)
@@ -112,7 +112,7 @@ def masked_steps(freeze: tuple[str, ...]):
 @pytest.mark.parametrize("freeze", [("vision", "merger", "embed"), ("vision",)])
 def test_frozen_parts_stay_bit_for_bit_and_the_rest_trains_as_if_their_gradients_were_thrown_away(freeze):
     stage = Stage(freeze)
-    assert sees_once(stage.state.params) == ("merger" in freeze)
+    assert vision_frozen(stage.state.params) == ("merger" in freeze)
     before = flat(stage.base)
     got = stage.steps(2)
     want, metrics = masked_steps(freeze)
@@ -194,4 +194,4 @@ def test_settings_that_contradict_each_other_are_one_error():
     graphdef, params = small.split(small.model())
     tied = nnx.from_flat_state([(k, v) for k, v in nnx.to_flat_state(params) if k[-1] != "lm_head"])
     with pytest.raises(DataError, match="this policy has no head"):
-        divide(graphdef, tied, OFF, ("vision", "head"))
+        partition_params(graphdef, tied, OFF, ("vision", "head"))

@@ -33,7 +33,7 @@ from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
 from rsagent_jax.runtime import sharding
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train.checkpoint import NO_ADAPTERS, Checkpoints
-from rsagent_jax.train.state import create_state, divide, make_optimizer, narrow
+from rsagent_jax.train.state import cast_frozen, create_state, make_optimizer, partition_params
 from rsagent_jax.types import DataError
 from tests.rollout import small
 
@@ -214,7 +214,7 @@ def state_in(directory) -> dict[str, np.ndarray]:
 def state_of(hidden: int = 32, layers: int = 2, optim: OptimConfig = OPTIM):
     path = small.weights(hidden, layers)
     graphdef, params = small.split(convert.load_model(path, load_config(path)))
-    _, params, _ = divide(graphdef, params, LoraConfig(), optim.freeze)
+    _, params, _ = partition_params(graphdef, params, LoraConfig(), optim.freeze)
     tx, _ = make_optimizer(optim, 4)
     return jax.jit(lambda p: create_state(p, tx))(params)
 
@@ -260,10 +260,10 @@ ADAPTERS = LoraConfig(rank=4, alpha=8.0)
 def state_and_base(adapters: LoraConfig):
     """A state of adapters that do something, and the base under them in bfloat16."""
     graphdef, params = small.split(small.model())
-    _, declared, base = divide(graphdef, params, adapters, ())
+    _, declared, base = partition_params(graphdef, params, adapters, ())
     values = jax.tree.map(lambda v: v + 0.01, lora.init(declared, jax.random.key(1)))
     tx, _ = make_optimizer(OPTIM, 4)
-    return jax.jit(lambda p: create_state(p, tx))(values), narrow(base, "bfloat16")
+    return jax.jit(lambda p: create_state(p, tx))(values), cast_frozen(base, "bfloat16")
 
 
 @pytest.fixture(scope="module")

@@ -146,7 +146,7 @@ def test_fields_that_came_or_went_with_a_version_count_only_where_they_do_someth
 @pytest.fixture
 def workdir(tmp_path):
     """A run that was started once and has checkpoints of both stages."""
-    run_identity.record(tmp_path, BASE, INPUTS)
+    run_identity.record_start(tmp_path, BASE, INPUTS)
     for stage, steps in (("sft", (4, 8)), ("grpo", (2, 4))):
         for name in (*map(str, steps), "policy", "12.orbax-checkpoint-tmp"):
             (tmp_path / "checkpoints" / stage / name).mkdir(parents=True)
@@ -169,10 +169,10 @@ def test_a_refusal_names_field_old_and_new_value_and_touches_nothing(workdir):
     assert f"--config.policy.weights={workdir}/checkpoints/grpo" in str(error.value)
     for name in INPUTS:
         with pytest.raises(DataError, match=rf'{name}: "{INPUTS[name]}" there, "other" now \(other content'):
-            run_identity.check_inputs(workdir, INPUTS | {name: "other"})
+            run_identity.check_same_inputs(workdir, INPUTS | {name: "other"})
     assert contents(workdir) == before
     run_identity.check_config(workdir, BASE)
-    run_identity.check_inputs(workdir, INPUTS)
+    run_identity.check_same_inputs(workdir, INPUTS)
 
 
 def test_every_start_is_a_line_and_config_json_is_the_last(workdir, capsys):
@@ -181,7 +181,7 @@ def test_every_start_is_a_line_and_config_json_is_the_last(workdir, capsys):
     with (workdir / run_identity.HISTORY).open("a") as file:
         file.write('{"time": "2026-')  # killed while it wrote
     run_identity.check_config(workdir, more)
-    run_identity.record(workdir, more, INPUTS)
+    run_identity.record_start(workdir, more, INPUTS)
     assert "half written" in capsys.readouterr().out
     first, second = map(json.loads, (workdir / run_identity.HISTORY).read_text().splitlines())
     assert (first["saved"], second["saved"]) == ({}, {"sft": 8, "grpo": 4})
@@ -192,17 +192,17 @@ def test_every_start_is_a_line_and_config_json_is_the_last(workdir, capsys):
 
 
 def test_before_the_first_checkpoint_anything_may_change(tmp_path):
-    run_identity.record(tmp_path, BASE, INPUTS)
+    run_identity.record_start(tmp_path, BASE, INPUTS)
     (tmp_path / "checkpoints" / "sft" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
     run_identity.check_config(tmp_path, with_field(BASE, "seed", 3))
-    run_identity.check_inputs(tmp_path, dict.fromkeys(INPUTS, "other"))
+    run_identity.check_same_inputs(tmp_path, dict.fromkeys(INPUTS, "other"))
 
 
 def test_a_run_from_before_there_was_a_history_is_known_by_its_config(workdir):
     (workdir / run_identity.HISTORY).unlink()
     with pytest.raises(DataError, match="seed: 0 there, 1 now"):
         run_identity.check_config(workdir, with_field(BASE, "seed", 1))
-    run_identity.check_inputs(workdir, dict.fromkeys(INPUTS, "unknown"))
+    run_identity.check_same_inputs(workdir, dict.fromkeys(INPUTS, "unknown"))
     (workdir / "config.json").unlink()
     with pytest.raises(DataError, match=r"not what made it.*--workdir"):
         run_identity.check_config(workdir, BASE)

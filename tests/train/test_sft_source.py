@@ -13,7 +13,7 @@ BATCH = BatchConfig(rows=2, tokens=64, patches=64)
 
 
 def test_a_stored_trajectory_that_cannot_be_read_is_counted_and_the_others_are_learnt_from(tmp_path):
-    writer = trajectories.Writer(tmp_path)
+    writer = trajectories.RecordWriter(tmp_path)
     for i in range(4):
         t = trajectory(i, 10, n=12, images=0)
         writer.write(b"nonsense" if i == 2 else trajectories.encode(t, [], {"id": t.sample_id}))
@@ -29,7 +29,7 @@ def test_a_stored_trajectory_that_cannot_be_read_is_counted_and_the_others_are_l
 def stored(tmp_path_factory):
     """Ten trajectories without images; number 3 is longer than a row."""
     directory = tmp_path_factory.mktemp("set")
-    writer = trajectories.Writer(directory)
+    writer = trajectories.RecordWriter(directory)
     for i in range(10):
         t = trajectory(i, 10, n=70 if i == 3 else 12, images=0)
         writer.write(trajectories.encode(t, [], {"id": t.sample_id}))

@@ -16,7 +16,7 @@ from rsagent_jax.data import packing
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.runtime import sharding
 from rsagent_jax.train.checkpoint import Checkpoints
-from rsagent_jax.train.state import create_state, divide, make_optimizer, skip, state_shardings, updates_made
+from rsagent_jax.train.state import create_state, make_optimizer, partition_params, skip, state_shardings, updates_made
 from rsagent_jax.train.step import grpo_objective, make_programs
 from tests.rollout import small
 
@@ -37,7 +37,7 @@ def test_moments_live_where_their_parameters_do_and_all_else_everywhere(params, 
     named = {name: NamedSharding(mesh, P(None, "x") if v.ndim > 1 else P("x")) for name, v in names(params).items()}
     placed = convert.with_params(small.model(), {k: jax.device_put(v, named[k]) for k, v in names(params).items()})
     whole = NamedSharding(mesh, P())
-    _, trained, base = divide(*small.split(placed), LoraConfig(), freeze)
+    _, trained, base = partition_params(*small.split(placed), LoraConfig(), freeze)
     where = state_shardings(trained, tx, whole)
     assert jax.tree.structure(where) == jax.tree.structure(create_state(trained, tx)) and where.step == whole
     assert names(where.params) == {name: named[name] for name in names(trained)}
@@ -90,7 +90,7 @@ def test_the_correction_for_the_engine_weighs_the_surrogate_and_not_the_kl(estim
     mask = np.array([[False, True, True, False, True, False]])
     row = lambda values: np.zeros((1, 6), np.float32) + np.insert(np.float32(values), [0, 2, 3], 0.0)  # noqa: E731
     logprobs, advantage, d = row([-1.0, -2.0, -0.5]), row([2.0, 2.0, -1.0]), np.array([0.3, -0.2, 0.1])
-    empty = packing.empty(BatchConfig(rows=1, tokens=6, patches=16), small.processor().config)
+    empty = packing.empty_batch(BatchConfig(rows=1, tokens=6, patches=16), small.processor().config)
     batch = dataclasses.replace(
         empty,
         segment_ids=np.array([[1, 1, 1, 2, 2, 0]]),
@@ -119,7 +119,7 @@ def test_offloaded_moments_train_the_same_and_stay_in_host_memory(tmp_path):
     def start(offload):
         graphdef, params = small.split(small.model())
         params = jax.device_put(params, sharding.param_shardings(small.model(), mesh))
-        graphdef, params, base = divide(graphdef, params, LoraConfig(), ("vision",))
+        graphdef, params, base = partition_params(graphdef, params, LoraConfig(), ("vision",))
         where = state_shardings(params, tx, whole, offload=offload)
         shardings = (where, sharding.rows(mesh), whole)
         programs = make_programs(graphdef, tx, objective, small.COMPUTE, 1.0, shardings, base)
@@ -127,7 +127,7 @@ def test_offloaded_moments_train_the_same_and_stay_in_host_memory(tmp_path):
         return programs, state, base
 
     shape = BatchConfig(rows=1, tokens=64, patches=32)
-    batch = packing.empty(shape, small.processor().config)
+    batch = packing.empty_batch(shape, small.processor().config)
     batch = dataclasses.replace(batch, tokens=batch.tokens + 3, segment_ids=batch.segment_ids + 1)
     batch = jax.device_put(dataclasses.replace(batch, loss_mask=~batch.loss_mask), sharding.rows(mesh))
     ref = jnp.zeros((1, 64))

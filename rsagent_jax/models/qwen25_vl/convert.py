@@ -32,7 +32,7 @@ from rsagent_jax.types import DataError
 # What a new layer starts with that is to change nothing at first, and biases.
 ZERO_ON_PURPOSE = re.compile(r"(\.bias|\.o_proj\.weight|\.down_proj\.weight|\.attn\.proj\.weight)$")
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
-Box = tuple[tuple[int, int], ...]  # a piece of an array: (start, stop) per axis
+Slice = tuple[tuple[int, int], ...]  # a piece of an array: (start, stop) per axis
 
 # our path -> (hub name, transposed?). "*" stands for the layer number; our arrays stack layers on axis 0.
 TABLE: dict[str, tuple[str, bool]] = {
@@ -135,7 +135,7 @@ def _match(directory: str | pathlib.Path, model: Qwen25VL) -> tuple[dict[str, li
     problems: list[str] = []
     seen: dict[str, Tensor] = {}
     repeated = set()
-    headers = {file: tensor_files.header(file) for file in files}
+    headers = {file: tensor_files.safetensors_header(file) for file in files}
     problems += [problem for file, tensors in headers.items() if (problem := _unfinished(file, tensors))]
     for tensor in itertools.chain.from_iterable(headers.values()):
         name, file = _hub_name(tensor.name), tensor.file.name
@@ -217,22 +217,22 @@ def _load_param(
     return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, shards))
 
 
-def _boxes(shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> dict[Box, list[Any]]:
+def _boxes(shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> dict[Slice, list[Any]]:
     """The distinct pieces of an array that this process holds, and on which devices."""
     if sharding is None:
         return {tuple((0, n) for n in shape): []}
-    holders: dict[Box, list[Any]] = {}
+    holders: dict[Slice, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         box = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         holders.setdefault(box, []).append(device)
     return holders
 
 
-def _sizes(box: Box) -> tuple[int, ...]:
+def _sizes(box: Slice) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in box)
 
 
-def _windows(path: str, boxes: dict[Box, np.ndarray], layer: int | None) -> list[Window]:
+def _windows(path: str, boxes: dict[Slice, np.ndarray], layer: int | None) -> list[Window]:
     """What the pieces want of one hub tensor: all of it, or that of one layer if the pieces have an axis of layers."""
     windows = []
     for box, piece in boxes.items():
@@ -303,7 +303,9 @@ def save_model(
             if writes:
                 blocks = (_blocks(value, DTYPES[dtype]) for value in values)
                 own = {name: shapes[name] for name in names}
-                tensor_files.write(partial / file, FILE_DTYPE[dtype], own, itertools.chain.from_iterable(blocks))
+                tensor_files.write_safetensors(
+                    partial / file, FILE_DTYPE[dtype], own, itertools.chain.from_iterable(blocks)
+                )
             else:
                 for _ in values:
                     pass

@@ -102,7 +102,7 @@ def load_policy(weights: str, mesh: Mesh | None = None) -> Qwen25VL:
                 raise ValueError("other parameters, or other shapes")
             if adapters:
                 said = manager.restore(step, args=ocp.args.Composite(lora=ocp.args.JsonRestore()))["lora"]
-                merge = functools.partial(lora.merge, scale=said["alpha"] / said["rank"], dtype=jnp.float32)
+                merge = functools.partial(lora.merge_adapters, scale=said["alpha"] / said["rank"], dtype=jnp.float32)
                 values = jax.jit(merge, donate_argnums=0, out_shardings=places)(values, adapters)
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise DataError(f"{path}/{step} is not of the model in {path}/policy ({first_line(error)})") from error

@@ -46,7 +46,7 @@ def init(adapters: nnx.State, key: jax.Array) -> nnx.State:
     return nnx.from_flat_state(flat)
 
 
-def merge(plain: dict[str, Any], adapters: dict[str, Any], scale: float, dtype: Any) -> dict[str, Any]:
+def merge_adapters(plain: dict[str, Any], adapters: dict[str, Any], scale: float, dtype: Any) -> dict[str, Any]:
     """Parameters of the plain model, W + A B * scale, computed in fp32 and rounded to `dtype` once.
 
     Both by dotted path, as convert.flat_state has them; adapters are "….lora_a" and "….lora_b" beside "….kernel".

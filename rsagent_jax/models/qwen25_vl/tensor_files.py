@@ -78,7 +78,7 @@ def find(directory: str | pathlib.Path) -> tuple[list[pathlib.Path], dict[str, s
     return files, weight_map
 
 
-def header(file: pathlib.Path) -> list[Tensor]:
+def safetensors_header(file: pathlib.Path) -> list[Tensor]:
     """Its tensors in the header's order; a name written twice comes twice.
 
     The library checks the header against the file (lengths, overlaps, holes, shape times dtype) without reading data.
@@ -247,7 +247,9 @@ def _convert(source: np.ndarray, target: np.ndarray) -> None:
             target[row : row + TILE, col : col + step] = tile
 
 
-def write(path: pathlib.Path, dtype: str, shapes: dict[str, tuple[int, ...]], blocks: Iterable[np.ndarray]) -> None:
+def write_safetensors(
+    path: pathlib.Path, dtype: str, shapes: dict[str, tuple[int, ...]], blocks: Iterable[np.ndarray]
+) -> None:
     """A file of tensors whose shapes are known before their values: `blocks` are all values in order, C-contiguous.
 
     On the disk when this returns; ValueError if the blocks are not as long as the shapes say.
