@@ -134,12 +134,13 @@ class Status(enum.StrEnum):
     INVALID = "invalid"  # k malformed calls in a row
     REPEATED = "repeated"  # the same action three times
     ENV_FAILED = "env_failed"  # the tool is broken, not the policy: dropped from its group
+    POLICY_FAILED = "policy_failed"  # no turn could be had, as from an endpoint that is away: dropped as well
     CANCELLED = "cancelled"  # by the caller: dropped as well
 
     @property
     def judged(self) -> bool:
         """Whether the policy is to answer for the trajectory: it gets a reward and an advantage."""
-        return self not in (Status.ENV_FAILED, Status.CANCELLED)
+        return self not in (Status.ENV_FAILED, Status.POLICY_FAILED, Status.CANCELLED)
 
 
 @dataclasses.dataclass(frozen=True)

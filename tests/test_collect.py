@@ -33,7 +33,7 @@ from rsagent_jax.config.schema import (
 )
 from rsagent_jax.data import trajectories
 from rsagent_jax.rollout.driver import Driver, pixel_limits
-from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.rollout.text_policy import TextPolicy
 from rsagent_jax.runtime import journal as journals
 from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.runtime.processes import Share
@@ -141,7 +141,7 @@ def test_records_are_what_the_driver_makes_with_images_by_reference(tmp_path, sa
     policy = TextPolicy(small.scripted(SCRIPTS), small.processor())
     ((wanted, _),) = Driver(policy, DiscSegmenter(14.0), small.processor(), small.AGENT).run([small.task(5)])
     item = trajectories.decode_record(records[1], small.processor())
-    for field in ("tokens", "positions", "sampled", "patches"):
+    for field in ("tokens", "positions", "loss_mask", "patches"):
         np.testing.assert_array_equal(getattr(item, field), getattr(wanted, field))
     assert item.grids == wanted.grids and len(item.grids) == 3
     header = trajectories.record_header(records[1])
@@ -213,7 +213,7 @@ def test_the_segmenters_failures_leave_no_set_and_a_changed_sample_is_played_aga
         monkeypatch.setattr(command, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(shard="0/1")))
         monkeypatch.setattr(command, "open_samples", lambda _: data)
         monkeypatch.setattr(command, "open_segmenter", lambda _: contextlib.nullcontext(segmenter))
-        monkeypatch.setattr(command, "resolve", lambda _: Scripted)
+        monkeypatch.setattr(command, "import_path", lambda _: Scripted)
         command.main(config)
 
     patient = dataclasses.replace(config, segmenter=SegmenterConfig(give_up_after=0))

@@ -17,7 +17,7 @@ from rsagent_jax.config.schema import (
     SegmentConfig,
 )
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.rollout.text_policy import TextPolicy
 from rsagent_jax.runtime.command import load_config_file
 from rsagent_jax.segment import read_photo, segment
 from rsagent_jax.types import DataError, Finish, Segment, Status, Zoom

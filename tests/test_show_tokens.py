@@ -9,7 +9,7 @@ from agent_fakes import DiscSegmenter
 from rsagent_jax import show_tokens
 from rsagent_jax.data import trajectories
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.rollout.text_policy import TextPolicy
 from tests.rollout import small
 
 SCRIPT = {"s0": [small.click(30, 40), "nonsense", small.click(50, 40), small.finish(2)]}

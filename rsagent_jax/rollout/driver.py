@@ -23,8 +23,8 @@ from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
-from rsagent_jax.rollout.policy import Policy, Request, Task
 from rsagent_jax.rollout.jobs import Jobs, Overdue
+from rsagent_jax.rollout.policy import Policy, PolicyFailure, Request, Task
 from rsagent_jax.types import Completion, DataError, Prompt, Sample, Status, Trajectory
 from sam_bridge.types import FailureKind, Segmenter
 
@@ -120,6 +120,9 @@ class Driver:
                 for slot, completion in self.policy.step() if asked else ():
                     asked.remove(slot)
                     run = runs[slot]
+                    if isinstance(completion, PolicyFailure):
+                        run.state = dataclasses.replace(run.state, status=Status.POLICY_FAILED, failure=completion)
+                        continue
                     stats["tokens"] += len(completion.tokens)
                     run.text = self._add(run, completion)
                     so_far = run.position, run.length, run.drawn, int(completion.finished)

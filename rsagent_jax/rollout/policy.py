@@ -1,6 +1,6 @@
 """The seam between the driver and whatever writes the assistant's turns: the engine, a teacher, a script.
 
-Another engine, in this process or behind a socket, is one more class with these four methods and four numbers.
+Another engine, in this process or behind a socket, is one more class with these five methods and four numbers.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-
 from rsagent_jax.agent.environment import EnvState
-from rsagent_jax.data.processor import Processor
 from rsagent_jax.types import Completion, Prompt, Sample
 
 
@@ -38,6 +35,17 @@ class Request:
     budget: int = 0  # tokens that the turn may have, at most max_new_tokens; 0 = max_new_tokens
 
 
+class PolicyFailure(Exception):
+    """A turn that could not be had, such as one of an endpoint that is away: nobody's answer, so nobody's fault.
+
+    kind: a word that failures are counted by, such as "endpoint, timeout".
+    """
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(f"{kind}: {detail}")
+        self.kind, self.detail = kind, detail
+
+
 class Policy(Protocol):
     slots: int  # trajectories at a time
     context: int  # tokens a slot can hold
@@ -53,39 +61,8 @@ class Policy(Protocol):
     def submit(self, request: Request) -> None:
         """Takes on a turn: appends the prompt to the slot and writes one assistant turn there, in the steps to come."""
 
-    def step(self) -> list[tuple[int, Completion]]:
+    def step(self) -> list[tuple[int, Completion | PolicyFailure]]:
         """Works for a while on the turns it has; returns those that ended, by slot. None under way: returns at once."""
 
     def release(self, slot: int) -> None:
         """The slot's trajectory is over; a turn under way is dropped."""
-
-
-class TextPolicy:
-    """Turns written by a function of (task, state): the oracle teacher, or a script in a test. Log-probs are 0."""
-
-    def __init__(self, act, processor: Processor, *, slots: int = 64, context: int = 1 << 20):
-        self.act, self.processor = act, processor
-        self.slots, self.context, self.max_new_tokens, self.patches = slots, context, 4096, 1 << 30
-        self.begin()
-
-    def begin(self) -> None:
-        self.requests: dict[int, Request] = {}
-
-    def pick(self, task: Task, free: Sequence[int]) -> int:
-        return min(free)
-
-    def submit(self, request: Request) -> None:
-        self.requests[request.slot] = request
-
-    def step(self) -> list[tuple[int, Completion]]:
-        requests, self.requests = self.requests, {}
-        return [(slot, self._complete(self.act(r.task, r.state), r.budget)) for slot, r in requests.items()]
-
-    def release(self, slot: int) -> None:
-        self.requests.pop(slot, None)
-
-    def _complete(self, text: str, budget: int) -> Completion:
-        tokens = np.append(self.processor.encode(text), self.processor.terminator_id).astype(np.int32)
-        cut = budget and len(tokens) > budget
-        tokens = tokens[:budget] if cut else tokens
-        return Completion(tokens, np.zeros(len(tokens), np.float32), not cut)

@@ -15,7 +15,7 @@ from rsagent_jax.agent.replay import replay, state_to_json
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.rollout.text_policy import TextPolicy
 from rsagent_jax.types import Status
 from sam_bridge.types import FailureKind, SegmentReply
 from tests.rollout import small

@@ -54,12 +54,12 @@ def hf_generate(hf, seq, use_cache=True):
 @pytest.fixture
 def never(monkeypatch):
     """The engine does not draw NEVER either; it has no such setting."""
-    draw = programs.draw
+    draw = programs.sample_tokens
 
     def without(logits, *rest):
         return draw(logits.at[:, np.array(NEVER)].set(-1e30), *rest)
 
-    monkeypatch.setattr(programs, "draw", without)
+    monkeypatch.setattr(programs, "sample_tokens", without)
 
 
 @pytest.mark.parametrize("case", [UNTIED, TIED], ids=lambda case: case.name)

@@ -6,7 +6,7 @@ import pytest
 from agent_fakes import DiscSegmenter
 
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.rollout.text_policy import TextPolicy
 from rsagent_jax.types import DataError
 from tests.rollout import small
 from tests.rollout.small import AGENT, finish, scripted, task, zoom

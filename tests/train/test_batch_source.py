@@ -208,8 +208,8 @@ def several_processes(monkeypatch, others: dict[str, int], batches: int) -> None
         names = ("called", "usable", "teaching", *batch_source.TOOL_FAILURES)
         return [n + others.get(name, 0) for name, n in zip(names, counts, strict=True)]
 
-    monkeypatch.setattr(batch_source, "total", total)
-    monkeypatch.setattr(packing, "most", lambda n: max(n, batches))
+    monkeypatch.setattr(batch_source, "allgather_sum", total)
+    monkeypatch.setattr(packing, "allgather_max", lambda n: max(n, batches))
 
 
 def test_processes_stop_together_or_go_on_together_whatever_happened_on_one(monkeypatch):
