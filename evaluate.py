@@ -14,22 +14,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
-import itertools
 import json
 import pathlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tqdm import tqdm
 
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import state_to_json
@@ -44,12 +40,12 @@ from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.data.sets.open import Mixture, open_samples
 from rsagent_jax.evals import bounds, by_turn, metrics, records, startup
 from rsagent_jax.masks import mask_iou
-from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory, weights_checksum
+from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
 from rsagent_jax.report import evaluation
 from rsagent_jax.rollout import failures
 from rsagent_jax.rollout.driver import Driver, pixel_limits
-from rsagent_jax.rollout.engine import Engine
-from rsagent_jax.rollout.policy import Task
+from rsagent_jax.rollout.open import open_engine
+from rsagent_jax.rollout.play import play_samples
 from rsagent_jax.runtime import command, processes
 from rsagent_jax.runtime.journal import (
     agent_settings,
@@ -58,22 +54,8 @@ from rsagent_jax.runtime.journal import (
     sampling_settings,
     write_whole,
 )
-from rsagent_jax.types import DataError, Trajectory
+from rsagent_jax.types import DataError, Sample, Trajectory
 from sam_bridge.types import Segmenter
-
-Play = Callable[[Segmenter, Iterable[Task]], Iterator[tuple[int, Trajectory, EnvState]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Player:
-    """The policy, or an oracle in its place."""
-
-    play: Play
-    decides: dict[str, Any]  # what its trajectories depend on beside the config: weights, ends, sizes; {} of an oracle
-
-    @property
-    def checksum(self) -> str | None:
-        return self.decides.get("weights_sha256")
 
 
 def main(config: EvalConfig) -> None:
@@ -85,7 +67,7 @@ def main(config: EvalConfig) -> None:
     ids = samples.ids
     current = fingerprints(samples, {id: k for k, id in enumerate(ids)})
     oracle = config.bound.row in bounds.ORACLES
-    player = oracle_player(config) if oracle else policy_player(config, workdir)
+    policy = {} if oracle else policy_fingerprint(config)
 
     ############################## Trajectories ##############################
     with contextlib.ExitStack() as stack:
@@ -94,7 +76,7 @@ def main(config: EvalConfig) -> None:
         row["segmenter"] = dataclasses.asdict(segmenter.about)  # what answers, not what a config calls it
         if config.bound.row == "best_of_three":
             row["three_masks"] = bounds.masks_of(segmenter)
-        settings = evaluation_resume_fingerprint(config, row, player.decides)
+        settings = evaluation_resume_fingerprint(config, row, policy)
         shard = stack.enter_context(contextlib.closing(records.Shard(workdir, share, settings, current)))
         for note in shard.notes:
             print(note)
@@ -105,7 +87,8 @@ def main(config: EvalConfig) -> None:
         if not shard.done.issuperset(ids):  # what an earlier start said is not the result of these samples
             (workdir / "results.json").unlink(missing_ok=True)
         if left:
-            measure(config, workdir, samples, left, len(mine), player, segmenter, shard)
+            driver = bounds.oracle_driver(config, segmenter) if oracle else policy_driver(config, segmenter, workdir)
+            measure(config, workdir, samples, left, len(mine), driver, shard)
 
     ############################## Results ##############################
     found = records.read_records(workdir, settings, current)
@@ -122,7 +105,9 @@ def main(config: EvalConfig) -> None:
             f"none of the {len(ids)} samples can be read; the first: {next(iter(found.unreadable.values()))}"
         )
     pictures = {id: key for id, key in zip(ids, samples.picture_keys, strict=True) if id in kept}
-    summary = write_results(workdir, config, row, [kept[id] for id in pictures], pictures, found, player.checksum)
+    summary = write_results(
+        workdir, config, row, [kept[id] for id in pictures], pictures, found, policy.get("weights_sha256")
+    )
     print(headline(summary))
     print(evaluation.what_failed(summary))
     print(f"{pathlib.Path(workdir) / 'report' / 'index.html'}")
@@ -146,30 +131,24 @@ def open_benchmark(config: DataConfig) -> SampleIndex:
     return samples
 
 
-def oracle_player(config: EvalConfig) -> Player:
-    return Player(functools.partial(bounds.play, config), {})
+def policy_fingerprint(config: EvalConfig) -> dict[str, Any]:
+    """What the policy's trajectories depend on beside the config: weights, ends of a turn, sizes."""
+    processor = Processor.load(policy_directory(config.policy.weights))
+    return {
+        "weights_sha256": weights_checksum(config.policy.weights),
+        "stop_ids": processor.with_ends(config.sampling).stop_ids,
+        "pixel_limits": dataclasses.asdict(pixel_limits(config.agent, processor)),
+    }
 
 
-def policy_player(config: EvalConfig, workdir: pathlib.Path) -> Player:
+def policy_driver(config: EvalConfig, segmenter: Segmenter, workdir: pathlib.Path) -> Driver:
     """The policy on this process's devices."""
     command.use_compilation_cache(config.cache_dir, workdir / "compiled")
-    weights = config.policy.weights
-    directory = policy_directory(weights)
-    model = load_policy(weights)
-    processor = Processor.load(directory)
-    mesh = processes.local_mesh(config.sampling.tensor)
-    key = jax.random.key(config.seed)
-    overlay = processor.square(config.agent.history_size)
-    sampling = processor.with_ends(config.sampling)
-    engine = Engine(model, sampling, processor.terminator_id, config.policy.dtype, key, mesh, overlay)
-
-    def play(segmenter, tasks):
-        engine.warm_up()  # not before the work directory is known to be of this run
-        return Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers).play(tasks)
-
-    sizes = dataclasses.asdict(pixel_limits(config.agent, processor))
-    decides = {"weights_sha256": weights_checksum(model), "stop_ids": sampling.stop_ids, "pixel_limits": sizes}
-    return Player(play, decides)
+    policy = config.policy
+    processor = Processor.load(policy_directory(policy.weights))
+    engine = open_engine(policy.weights, processor, config.sampling, config.agent, policy.dtype, config.seed)
+    engine.warm_up()
+    return Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
 
 
 def measure(
@@ -178,61 +157,38 @@ def measure(
     samples: SampleIndex,
     left: Sequence[int],
     total: int,
-    player: Player,
-    segmenter: Segmenter,
+    driver: Driver,
     shard: records.Shard,
 ) -> None:
     """A trajectory for each of the samples at `left`, into the shard as it ends.
 
     DataError where the segmenter fails too many in a row, or at a sample that cannot be read (data.unreadable=stop).
     """
-    skips = config.data.unreadable == "skip"
-    lost = failures.Failures(config.segmenter.give_up_after)
-    bar = tqdm(total=total, initial=total - len(left), desc="evaluate", unit="sample", mininterval=2.0)
-    ids, under_way, last = samples.ids, {}, time.perf_counter()
+    last = time.perf_counter()
 
-    def tasks():
-        number = itertools.count()
-        for k in left:
-            try:
-                sample = failures.readable_sample(samples, k)
-            except DataError as error:
-                if not skips:
-                    raise
-                shard.add_unreadable(ids[k], failures.UNREADABLE, str(error))
-                lost.add(failures.UNREADABLE, ids[k], str(error))
-                bar.update()
-                continue
-            under_way[next(number)] = sample
-            yield Task(sample, k, k)
+    def keep(uid: int, sample: Sample, trajectory: Trajectory, state: EnvState) -> failures.Failure | None:
+        nonlocal last
+        now = time.perf_counter()
+        kept = make_record(workdir, sample, trajectory, state, now - last)
+        shard.add(kept)
+        last = now
+        return kept.failure
 
-    try:
-        for number, trajectory, state in player.play(segmenter, tasks()):
-            now = time.perf_counter()
-            kept = make_record(workdir, under_way.pop(number), trajectory, state, now - last)
-            shard.add(kept)
-            last = now
-            bar.update()
-            lost.played(kept.counts.id, kept.failure)
-    finally:
-        bar.close()
-        lost.tell()
+    def keep_unreadable(uid: int, place: int, why: str) -> None:
+        shard.add_unreadable(samples.ids[place], failures.UNREADABLE, why)
+
+    unreadable = keep_unreadable if config.data.unreadable == "skip" else None
+    options = {"total": total, "label": "evaluate", "give_up_after": config.segmenter.give_up_after}
+    play_samples(driver, samples, [(k, k) for k in left], keep, unreadable, **options)
 
 
-def evaluation_resume_fingerprint(config: EvalConfig, row: dict, player: dict) -> dict:
+def evaluation_resume_fingerprint(config: EvalConfig, row: dict, policy: dict) -> dict:
     """Everything but the samples that a trajectory depends on: a run that is taken up again must agree in it."""
     common = row | {"data": data_settings(config.data), "agent": agent_settings(config.agent)}
-    if not player:
+    if not policy:
         return common
-    return (
-        common
-        | player
-        | {
-            "dtype": config.policy.dtype,
-            "seed": config.seed,
-            "sampling": sampling_settings(config.sampling),
-        }
-    )
+    sampling = sampling_settings(config.sampling)
+    return common | policy | {"dtype": config.policy.dtype, "seed": config.seed, "sampling": sampling}
 
 
 def write_results(
@@ -291,7 +247,7 @@ def make_record(workdir: pathlib.Path, sample, trajectory, state, seconds: float
         "record": state_to_json(state, path),
     }
     masks = by_turn.mask_pixels(trajectory, sample)
-    failure = failures.segmenter_failure(state)
+    failure = failures.failure_of(state)
     return records.Record(counts, _rle(trajectory.final_mask), seconds, example, masks, failure)
 
 

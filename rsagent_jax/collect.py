@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pathlib
 
 import numpy as np
 from absl import flags
@@ -31,15 +32,18 @@ from rsagent_jax.collecting.collector import (
     attempt_id,
     begin,
     collection_resume_fingerprint,
-    open_policy,
+    teacher_policy,
 )
+from rsagent_jax.collecting.endpoint import Endpoint
 from rsagent_jax.config.import_path import import_path
 from rsagent_jax.config.schema import CollectConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.open import Mixture, open_samples
-from rsagent_jax.models.qwen25_vl.load import policy_directory
+from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
 from rsagent_jax.rollout import failures
 from rsagent_jax.rollout.driver import pixel_limits
+from rsagent_jax.rollout.open import open_engine
+from rsagent_jax.rollout.policy import Policy
 from rsagent_jax.runtime import command
 from rsagent_jax.runtime import journal as journals
 from rsagent_jax.runtime.journal import Journal
@@ -57,9 +61,7 @@ def main(config: CollectConfig) -> None:
     order = np.random.default_rng(config.seed).permutation(len(samples))[: config.limit or None].tolist()
     own = dataclasses.replace(config.teacher.own, sampling=processor.with_ends(config.teacher.own.sampling))
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, own=own))
-    engine, checksum = open_policy(config, processor, workdir) if own.weights else (None, "")
-    tries = own.tries if own.weights else 1
-    make_teacher = None if engine else import_path(config.teacher.function)
+    tries, checksum = (own.tries, weights_checksum(own.weights)) if own.weights else (1, "")
     # All tries of a sample are one machine's, so that they share its opening.
     places = list(enumerate(order))[share.index :: share.count]
     mine = [(n * tries + t, k) for n, k in places for t in range(tries)]
@@ -71,10 +73,11 @@ def main(config: CollectConfig) -> None:
         settings["planned"] = len(order) * tries
         with contextlib.closing(Journal(workdir / filter.ATTEMPTS, share, settings, current)) as journal:
             left = begin(workdir, config, journal, mine, samples.ids, tries)
-            if engine and left:
-                engine.warm_up()
-            collector = Collector(config, processor, samples, make_teacher, segmenter, journal, checksum)
-            collector.collect(left, len(mine), engine)
+            if left:
+                policy = open_teacher(config, processor, workdir)
+                Collector(config, processor, samples, segmenter, journal, checksum).collect(left, len(mine), policy)
+                if config.teacher.remote.url:
+                    print(f"  endpoint: {Endpoint.shared(config.teacher.remote).told()}")
     state = journals.survey(workdir / filter.ATTEMPTS, settings, current)
     kinds = {id: failed["kind"] for id, failed in state.items() if failed}
     own_ids = [attempt_id(samples.ids[k], uid % tries, tries) for uid, k in mine]
@@ -87,6 +90,17 @@ def main(config: CollectConfig) -> None:
     if len(kinds) == len(state):
         raise DataError(f"nothing could be collected: {next(failed for failed in state.values())}")
     filter.write_kept_set(workdir, workdir, config.filter, config.records_per_file, settings=settings, current=current)
+
+
+def open_teacher(config: CollectConfig, processor: Processor, workdir: pathlib.Path) -> Policy:
+    """Our own policy, ready to play, or the teacher that the config names."""
+    own = config.teacher.own
+    if not own.weights:
+        return teacher_policy(config, processor, import_path(config.teacher.function))
+    command.use_compilation_cache("", workdir / "compiled")
+    engine = open_engine(own.weights, processor, own.sampling, config.agent, own.dtype, config.seed)
+    engine.warm_up()
+    return engine
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ own expressions.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 
 import numpy as np
@@ -48,7 +47,7 @@ def main(config: ProblemsConfig) -> None:
         if len(left) < len(mine):
             print(f"goes on: {len(mine) - len(left)} of {len(mine)} objects are done")
         writer = ProblemWriter(config, samples, workdir, answers)
-        asyncio.run(writer.run(left, len(mine)))
+        writer.run(left, len(mine))
     for problem, count in sorted(writer.failed.items()):
         print(f"  no answer for {count}: {problem}")
     for detail in writer.examples[:EXAMPLES]:

@@ -13,7 +13,6 @@ import pathlib
 import re
 import time
 
-import jax
 import numpy as np
 import PIL.Image
 from absl import flags
@@ -25,10 +24,10 @@ from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.agent.tools import call_json
 from rsagent_jax.config.schema import SegmentConfig
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
+from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.rollout import startup
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.engine import Engine
+from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.policy import Policy, Task
 from rsagent_jax.runtime import command
 from rsagent_jax.types import DataError, Finish, Sample, Status
@@ -52,10 +51,7 @@ def main(config: SegmentConfig, image_path: str, query: str) -> None:
     if pathlib.Path(weights).resolve().parts[-2:] == ("assets", "tiny-base"):
         print("note: assets/tiny-base does not know the tools: expect malformed calls and an empty mask.")
         print("      Give a checkpoint, such as --weights=runs/quickstart/train/checkpoints/grpo of `make quickstart`")
-    key = jax.random.key(config.seed)
-    dtype, overlay = config.policy.dtype, processor.square(config.agent.history_size)
-    sampling = processor.with_ends(config.sampling)
-    engine = Engine(load_policy(weights), sampling, processor.terminator_id, dtype, key, overlay=overlay)
+    engine = open_engine(weights, processor, config.sampling, config.agent, config.policy.dtype, config.seed)
     h, w = image.shape[:2]
     print(f'{image_path}: {w} x {h} pixels, "{query}"')
     with open_segmenter(config.segmenter) as segmenter:

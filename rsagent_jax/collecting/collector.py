@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import concurrent.futures
 import dataclasses
 import hashlib
-import inspect
-import itertools
 import json
 import pathlib
+import weakref
 from collections import Counter
 
-import jax
 import numpy as np
 from pycocotools import mask as coco_mask
-from tqdm import tqdm
 
-from rsagent_jax.agent import environment
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.tools import call_json
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.collecting import filter
-from rsagent_jax.collecting.endpoint import Endpoint, EndpointError
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import (
     CollectConfig,
@@ -32,12 +25,11 @@ from rsagent_jax.data import trajectories
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.masks import mask_iou
-from rsagent_jax.models.qwen25_vl.load import load_policy, weights_checksum
-from rsagent_jax.rollout import failures
-from rsagent_jax.rollout.driver import Driver, pixel_limits
-from rsagent_jax.rollout.engine import Engine
+from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.failures import UNREADABLE, Failure, Failures, failure_of
+from rsagent_jax.rollout.play import play_samples
 from rsagent_jax.rollout.policy import Policy, Task
-from rsagent_jax.runtime import command, processes
+from rsagent_jax.rollout.text_policy import TextPolicy
 from rsagent_jax.runtime import journal as journals
 from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.types import DataError, Sample, Trajectory
@@ -71,19 +63,6 @@ def attempt_fingerprints(samples: SampleIndex, order: list[int], tries: int) -> 
     return {attempt_id(id, t, tries): fingerprint for id, fingerprint in of.items() for t in range(tries)}
 
 
-def open_policy(config: CollectConfig, processor: Processor, workdir: pathlib.Path) -> tuple[Engine, str]:
-    """The engine with the weights of teacher.own, and their checksum."""
-    own = config.teacher.own
-    command.use_compilation_cache("", workdir / "compiled")
-    model = load_policy(own.weights)
-    checksum = weights_checksum(model)
-    mesh = processes.local_mesh(own.sampling.tensor)
-    key = jax.random.key(config.seed)
-    overlay = processor.square(config.agent.history_size)
-    engine = Engine(model, own.sampling, processor.terminator_id, own.dtype, key, mesh, overlay)
-    return engine, checksum
-
-
 def attempt_id(sample_id: str, attempt: int, tries: int) -> str:
     """Of a line in the journal and in trajectories.jsonl; the sample's own where it is tried once."""
     return sample_id if tries == 1 else f"{sample_id}#{attempt}"
@@ -112,157 +91,70 @@ def collection_resume_fingerprint(
     return decisive | {"config_sha256": digest}
 
 
+def teacher_policy(config: CollectConfig, processor: Processor, make_teacher) -> TextPolicy:
+    """`make_teacher(config.teacher, rng)` gives a trajectory its teacher, whose act(state, gt_mask) writes a turn."""
+    teachers = weakref.WeakKeyDictionary()  # by task
+
+    def act(task: Task, state: EnvState) -> str:
+        if task not in teachers:
+            teachers[task] = make_teacher(config.teacher, np.random.default_rng((config.seed, task.uid)))
+        return teachers[task].act(state, task.sample.gt_mask)
+
+    return TextPolicy(act, processor, slots=config.concurrent, threads=config.concurrent)
+
+
 class Collector:
     """Plays trajectories side by side; what fails is counted in `failures` and tried again by the next start."""
 
-    def __init__(
-        self, config: CollectConfig, processor, samples, make_teacher, segmenter, journal: Journal, checksum: str = ""
-    ):
+    def __init__(self, config: CollectConfig, processor, samples, segmenter, journal: Journal, checksum: str = ""):
         self.config, self.processor, self.samples, self.checksum = config, processor, samples, checksum
         self.tries = config.teacher.own.tries if config.teacher.own.weights else 1
-        self.make_teacher, self.segmenter, self.journal = make_teacher, segmenter, journal
-        self.limits = pixel_limits(config.agent, processor)
-        self.skips = config.data.unreadable == "skip"
-        self.failures = failures.Failures(config.segmenter.give_up_after)
-        self.usage: dict[str, float] = {}
+        self.segmenter, self.journal = segmenter, journal
+        self.failures: Failures | None = None
 
-    def collect(self, left: list[tuple[int, int]], total: int, policy: Policy | None) -> None:
-        """`left`: (uid, place in the samples); by the policy, or by the teacher. Says what failed, however it ends.
+    def collect(self, left: list[tuple[int, int]], total: int, policy: Policy) -> None:
+        """`left`: (uid, place in the samples). Says what failed, however it ends.
 
         DataError where going on is of no use.
         """
-        try:
-            if policy:
-                self.sample(left, total, policy)
-            else:
-                asyncio.run(self.run(left, total))
-        finally:
-            self.failures.tell()
-            if self.usage:
-                print(f"  endpoint: {self.usage}")
+        config = self.config
+        driver = Driver(policy, self.segmenter, self.processor, config.agent, workers=config.segmenter.workers)
+        unreadable = self._keep_unreadable if config.data.unreadable == "skip" else None
+        options = {"total": total, "label": "collect", "give_up_after": config.segmenter.give_up_after}
+        self.failures = play_samples(driver, self.samples, left, self._keep, unreadable, **options)
 
-    async def run(self, left: list[tuple[int, int]], total: int) -> None:
-        """By the teacher."""
-        todo = iter(left)
-        with (
-            concurrent.futures.ThreadPoolExecutor(self.config.workers) as self.pool,
-            tqdm(total=total, initial=total - len(left), desc="collect", unit="trajectory", mininterval=2.0) as bar,
-        ):
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(min(self.config.concurrent, len(left))):
-                        group.create_task(self._work(todo, bar))
-            except* DataError as errors:
-                raise errors.exceptions[0] from None
-            finally:
-                if self.config.teacher.remote.url:
-                    endpoint = Endpoint.shared(self.config.teacher.remote)
-                    self.usage = vars(endpoint.usage) | {"cost": endpoint.usage.cost(endpoint.config)}
+    def _keep(self, uid: int, sample: Sample, trajectory: Trajectory, state: EnvState) -> Failure | None:
+        failure = failure_of(state)
+        if failure is None and not trajectory.loss_mask.any():
+            failure = "no room", "its prompt does not fit teacher.own.sampling's limits"
+        if failure:
+            self._keep_failure(uid, sample.id, *failure)
+        else:
+            self.journal.add([self._row(uid, sample, state, trajectory)])
+        return failure
 
-    def sample(self, left: list[tuple[int, int]], total: int, policy: Policy) -> None:
-        """The same with a policy in the teacher's place: continuous batching, several tries of a sample at a time."""
-        workers = self.config.segmenter.workers
-        driver = Driver(policy, self.segmenter, self.processor, self.config.agent, workers=workers)
-        under_way: dict[int, tuple[int, Sample]] = {}
-
-        def tasks():
-            places = itertools.groupby(left, key=lambda task: task[1])
-            number = itertools.count()
-            for k, tries in places:
-                uids = [uid for uid, _ in tries]
-                try:
-                    sample = failures.readable_sample(self.samples, k)
-                except DataError as error:
-                    self._unreadable(uids, k, error)
-                    bar.update(len(uids))
-                    continue
-                for uid in uids:
-                    under_way[next(number)] = uid, sample
-                    yield Task(sample, uid // self.tries, uid)
-
-        with tqdm(total=total, initial=total - len(left), desc="collect", unit="trajectory", mininterval=2.0) as bar:
-            for number, trajectory, state in driver.play(tasks()):
-                uid, sample = under_way.pop(number)
-                bar.update()
-                if failure := failures.segmenter_failure(state):
-                    self._keep_failure(uid, sample.id, *failure)
-                elif not trajectory.loss_mask.any():
-                    self._fail(uid, sample.id, "no room", "its prompt does not fit teacher.own.sampling's limits")
-                else:
-                    self.journal.add([self._row(uid, sample, state, trajectory)])
-                self.failures.played(sample.id, failure)
-
-    async def _work(self, todo, bar) -> None:
-        for uid, k in todo:
-            try:
-                sample = await self._in_thread(failures.readable_sample, self.samples, k)
-            except DataError as error:
-                self._unreadable([uid], k, error)
-            else:
-                try:
-                    state = await self._play(uid, sample)
-                    if failure := failures.segmenter_failure(state):  # the tool's fault, so it is tried again
-                        self._keep_failure(uid, sample.id, *failure)
-                    else:
-                        self.journal.add([await self._in_thread(self._row, uid, sample, state)])
-                    self.failures.played(sample.id, failure)
-                except EndpointError as error:
-                    self._fail(uid, sample.id, f"endpoint, {error.kind}", str(error))
-            bar.update()
-
-    def _unreadable(self, uids: list[int], k: int, error: DataError) -> None:
-        if not self.skips:
-            raise error
-        for uid in uids:
-            self._fail(uid, self.samples.ids[k], failures.UNREADABLE, str(error))
-
-    def _fail(self, uid: int, id: str, kind: str, why: str) -> None:
-        self._keep_failure(uid, id, kind, why)
-        self.failures.add(kind, id, why)
+    def _keep_unreadable(self, uid: int, place: int, why: str) -> None:
+        self._keep_failure(uid, self.samples.ids[place], UNREADABLE, why)
 
     def _keep_failure(self, uid: int, id: str, kind: str, why: str) -> None:
         attempt = attempt_id(id, uid % self.tries, self.tries)
         self.journal.add([{"id": attempt, "sample": id, "uid": uid, "failed": {"kind": kind, "why": why}}])
 
-    async def _play(self, uid: int, sample: Sample) -> EnvState:
-        teacher = self.make_teacher(self.config.teacher, np.random.default_rng((self.config.seed, uid)))
-        state = environment.reset(sample.image, sample.query, self.config.agent, self.limits)
-        while state.status is None:
-            if inspect.iscoroutinefunction(teacher.act):
-                text = await teacher.act(state, sample.gt_mask)
-            else:
-                text = await self._in_thread(teacher.act, state, sample.gt_mask)
-            state = await self._in_thread(self._turn, state, text)
-        return state
-
-    def _turn(self, state: EnvState, text: str) -> EnvState:
-        proposal = environment.propose(state, text)
-        return environment.apply_reply(state, proposal, environment.run_tool(self.segmenter, state, proposal))
-
-    async def _in_thread(self, function, *arguments):
-        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
-
-    def _row(self, uid: int, sample: Sample, state: EnvState, played: Trajectory | None = None) -> dict:
+    def _row(self, uid: int, sample: Sample, state: EnvState, played: Trajectory) -> dict:
         """A line of the journal: what the filter and the report need, and the record itself."""
-        mask, _ = environment.final_mask(state)
-        iou = mask_iou(mask, sample)
-        if played is None:
-            tokens, _, loss_mask, _ = trajectories.context_of(state, self.processor)
-        else:
-            tokens, loss_mask = played.tokens, played.loss_mask
         calls = Counter(json.loads(call_json(turn.call))["name"] for turn in state.turns if turn.call is not None)
         row = {
             "id": attempt_id(sample.id, uid % self.tries, self.tries),
             "sample": sample.id,
             "uid": uid,
-            "iou": iou,
+            "iou": mask_iou(played.final_mask, sample),
             "turns": len(state.turns),
             "status": state.status.value,
             "malformed": sum(turn.error is not None for turn in state.turns),
             "repeats": sum(turn.repeated for turn in state.turns),
             "tools": dict(calls),
-            "tokens": len(tokens),
-            "sampled_tokens": int(loss_mask.sum()),
+            "tokens": len(played.tokens),
+            "sampled_tokens": int(played.loss_mask.sum()),
         }
         teacher = self.config.teacher
         provenance = {

@@ -1,6 +1,6 @@
 """A teacher behind an OpenAI-compatible endpoint: it reads what the policy reads, and its text is taken as a turn.
 
-Requests run side by side on the event loop, at most `concurrent` at a time and `per_minute` a minute. What the server
+Requests of many threads run side by side, at most `concurrent` at a time and `per_minute` a minute. What the server
 refuses for now, fails at, answers too slowly or by half is asked again with growing pauses; tokens, retries and costs
 are counted. What is never going to work (a wrong key, an unknown model) ends the command with one clear error.
 """
@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import functools
 import io
 import os
+import threading
 import time
-import weakref
-from typing import ClassVar
 
 import numpy as np
 import openai
@@ -23,6 +23,7 @@ from PIL import Image
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.environment import EnvState, opening_observation, reset
 from rsagent_jax.config.schema import RemoteConfig, TeacherConfig
+from rsagent_jax.rollout.policy import PolicyFailure
 from rsagent_jax.types import DataError
 
 _FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
@@ -30,14 +31,6 @@ _AGAIN = (openai.RateLimitError, openai.APITimeoutError, openai.APIConnectionErr
 
 
 TEACHER = "teacher.remote"  # the config group
-
-
-class EndpointError(Exception):
-    """A request that was given up on. `kind` is a word that can be counted."""
-
-    def __init__(self, kind: str, detail: str):
-        super().__init__(f"{kind}: {detail}")
-        self.kind = kind
 
 
 @dataclasses.dataclass
@@ -61,9 +54,7 @@ def check_endpoint(config: RemoteConfig, name: str = TEACHER) -> None:
 
 
 class Endpoint:
-    """One client for all trajectories of an event loop."""
-
-    _of_loop: ClassVar[weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
+    """One client for all threads of a command; its requests run on an event loop of its own."""
 
     def __init__(self, config: RemoteConfig, name: str = TEACHER):
         """`name`: of the config group, for messages."""
@@ -74,17 +65,25 @@ class Endpoint:
         self.client = openai.AsyncOpenAI(base_url=config.url, api_key=key, timeout=config.timeout_s, max_retries=0)
         self.config, self.usage = config, Usage()
         self.slots, self.next_start = asyncio.Semaphore(config.concurrent), 0.0
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
     @classmethod
+    @functools.cache
     def shared(cls, config: RemoteConfig, name: str = TEACHER) -> Endpoint:
-        """The endpoint of the running event loop."""
-        of_config = cls._of_loop.setdefault(asyncio.get_running_loop(), {})
-        if config not in of_config:
-            of_config[config] = cls(config, name)
-        return of_config[config]
+        """The one of this process."""
+        return cls(config, name)
 
-    async def complete(self, messages: list[dict]) -> str:
-        """The answer's text. EndpointError when it is given up on, DataError where asking again is of no use."""
+    def complete(self, messages: list[dict]) -> str:
+        """The answer's text; waits for it. PolicyFailure when it is given up on, DataError where asking again is of no
+        use."""
+        return asyncio.run_coroutine_threadsafe(self._complete(messages), self.loop).result()
+
+    def told(self) -> dict[str, float]:
+        """The usage so far and what it cost, for people."""
+        return vars(self.usage) | {"cost": self.usage.cost(self.config)}
+
+    async def _complete(self, messages: list[dict]) -> str:
         for attempt in range(self.config.retries + 1):
             try:
                 return await self._ask(messages)
@@ -96,13 +95,13 @@ class Endpoint:
             except TimeoutError:
                 kind, detail, pause = "timeout", f"no whole answer within {self.config.timeout_s} s", None
             except openai.APIStatusError as error:  # 400, 422: this request is at fault, such as a context too long
-                raise EndpointError("refused", _reason(error)) from None
+                raise PolicyFailure("endpoint, refused", _reason(error)) from None
             except (openai.OpenAIError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
                 kind, detail, pause = "malformed", _reason(error), None
             if attempt < self.config.retries:
                 self.usage.retries += 1
                 await self._wait(self.config.backoff_s * 2**attempt if pause is None else pause)
-        raise EndpointError(kind, f"{detail}, after {self.config.retries + 1} tries")
+        raise PolicyFailure(f"endpoint, {kind}", f"{detail}, after {self.config.retries + 1} tries")
 
     async def _ask(self, messages: list[dict]) -> str:
         c = self.config
@@ -136,9 +135,9 @@ class Remote:
         del rng  # the endpoint draws its own random numbers
         self.config = config.remote
 
-    async def act(self, state: EnvState, gt_mask: np.ndarray) -> str:
+    def act(self, state: EnvState, gt_mask: np.ndarray) -> str:
         del gt_mask
-        return clean(await Endpoint.shared(self.config).complete(messages_of(state)))
+        return clean(Endpoint.shared(self.config).complete(messages_of(state)))
 
 
 def messages_of(state: EnvState) -> list[dict]:

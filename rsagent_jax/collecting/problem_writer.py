@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import concurrent.futures
 import hashlib
 import json
 import os
 import pathlib
+import threading
 from collections import Counter
 from typing import Any
 
@@ -18,11 +18,12 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from rsagent_jax.collecting import problem_prompt
-from rsagent_jax.collecting.endpoint import Endpoint, EndpointError
+from rsagent_jax.collecting.endpoint import Endpoint
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import (
     ProblemsConfig,
 )
+from rsagent_jax.rollout.policy import PolicyFailure
 from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.image_files import read_image
 from rsagent_jax.runtime.journal import Journal
@@ -40,56 +41,49 @@ class ProblemWriter:
         self.failed: Counter[str] = Counter()
         self.examples: list[str] = []
         self.usage: dict[str, float] = {}
+        self.lock = threading.Lock()
 
-    async def run(self, left: list[tuple[int, int]], total: int) -> None:
+    def run(self, left: list[tuple[int, int]], total: int) -> None:
         """`left`: (uid, place in the samples). DataError where going on is of no use."""
-        todo, endpoint = iter(left), Endpoint.shared(self.config.writer, "writer")
+        endpoint = Endpoint.shared(self.config.writer, "writer")
         with (
-            concurrent.futures.ThreadPoolExecutor(self.config.workers) as self.pool,
+            concurrent.futures.ThreadPoolExecutor(self.config.writer.concurrent) as pool,
             tqdm(total=total, initial=total - len(left), desc="problems", unit="object", mininterval=2.0) as bar,
         ):
             try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(min(self.config.writer.concurrent, len(left))):
-                        group.create_task(self._work(todo, endpoint, bar))
-            except* DataError as errors:
-                raise errors.exceptions[0] from None
-        await endpoint.client.close()
-        self.usage = vars(endpoint.usage) | {"cost": endpoint.usage.cost(endpoint.config)}
+                for answered in concurrent.futures.as_completed(
+                    pool.submit(self._work, *job, endpoint) for job in left
+                ):
+                    answered.result()
+                    bar.update()
+            finally:
+                pool.shutdown(cancel_futures=True)
+        self.usage = endpoint.told()
 
-    async def _work(self, todo, endpoint: Endpoint, bar) -> None:
-        for uid, k in todo:
-            try:
-                sample = await self._in_thread(self.samples.__getitem__, k)
-            except DataError as error:
-                self._fail("unreadable sample", str(error))
-            else:
-                try:
-                    queries, rejected = await self._ask(endpoint, sample)
-                    self.answers.add([await self._in_thread(self._row, uid, sample, queries, rejected)])
-                except EndpointError as error:
-                    self._fail(f"endpoint, {error.kind}", f"{sample.id}: {error}")
-                except problem_prompt.BadAnswer as error:
-                    self._fail("malformed answer", f"{sample.id}: {error}")
-            bar.update()
+    def _work(self, uid: int, place: int, endpoint: Endpoint) -> None:
+        try:
+            sample = self.samples[place]
+        except DataError as error:
+            return self._fail("unreadable sample", str(error))
+        try:
+            row = self._row(uid, sample, *self._ask(endpoint, sample))
+        except PolicyFailure as failure:
+            return self._fail(failure.kind, f"{sample.id}: {failure}")
+        except problem_prompt.BadAnswer as error:
+            return self._fail("malformed answer", f"{sample.id}: {error}")
+        with self.lock:
+            self.answers.add([row])
 
-    async def _ask(self, endpoint: Endpoint, sample: Sample) -> tuple[list[str], Counter[str]]:
+    def _ask(self, endpoint: Endpoint, sample: Sample) -> tuple[list[str], Counter[str]]:
         """Usable queries, and how many could not be used, by reason. BadAnswer after `tries` answers of no use."""
         c, rejected = self.config, Counter()
         if not sample.gt_mask.any():
             return [], Counter({"no target to ask for": 1})
-        messages = await self._in_thread(
-            problem_prompt.problem_question,
-            sample.image,
-            sample.gt_mask,
-            sample.query,
-            c.queries,
-            self.words,
-            c.picture_size,
-        )
+        picture = sample.image, sample.gt_mask, sample.query
+        messages = problem_prompt.problem_question(*picture, c.queries, self.words, c.picture_size)
         for attempt in range(c.tries):
             try:
-                said = problem_prompt.read_answer(await endpoint.complete(messages))
+                said = problem_prompt.read_answer(endpoint.complete(messages))
             except problem_prompt.BadAnswer:
                 rejected["malformed answer"] += 1
                 if attempt + 1 == c.tries:
@@ -109,8 +103,9 @@ class ProblemWriter:
         raise problem_prompt.BadAnswer(f"tries must be at least 1, not {c.tries}")
 
     def _fail(self, kind: str, detail: str) -> None:
-        self.failed[kind] += 1
-        self.examples.append(detail)
+        with self.lock:
+            self.failed[kind] += 1
+            self.examples.append(detail)
 
     def _row(self, uid: int, sample: Sample, queries: list[str], rejected: Counter[str]) -> dict[str, Any]:
         row = {"id": sample.id, "uid": uid, "name": sample.query, "queries": queries, "rejected": dict(rejected)}
@@ -139,9 +134,6 @@ class ProblemWriter:
         except OSError as error:
             raise journal.cannot_write(path, error) from None
         return str(path.absolute())
-
-    async def _in_thread(self, function, *arguments):
-        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
 
 
 def write_set(

@@ -375,7 +375,6 @@ class CollectConfig:
     agent: AgentConfig = AgentConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
     data: DataConfig = DataConfig()
-    workers: Count = 2
     conflicts = rules.collect_rules
 
 
@@ -392,7 +391,6 @@ class ProblemsConfig:
     tries: Count = 2  # answers of no use before an object is given up
     picture_size: Count = 1024  # longer side of what the writer is shown, pixels
     data: DataConfig = DataConfig()
-    workers: Count = 2
     conflicts = rules.problems_rules
 
 

@@ -11,10 +11,7 @@ policy does, in pixels of the original picture, and need neither weights nor an 
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -25,8 +22,10 @@ from rsagent_jax.agent.tools import MAX_POINTS, render_call
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import BoundConfig, EvalConfig
 from rsagent_jax.masks import mask_iou
+from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import Task
-from rsagent_jax.types import DataError, Finish, Sample, Segment, Trajectory
+from rsagent_jax.rollout.text_policy import ByteProcessor, TextPolicy
+from rsagent_jax.types import DataError, Finish, Sample, Segment
 from sam_bridge.types import Segmenter, SegmentReply, SegmentRequest
 
 ORACLES = ("box", "best_of_three", "clicks")
@@ -58,9 +57,10 @@ def title(bound: BoundConfig) -> str:
 
 
 def fill_bound_defaults(config: EvalConfig) -> EvalConfig:
-    """With as many turns as the oracle takes, the one that commits included."""
+    """With as many turns as the oracle takes, the one that commits included, and the whole picture as its view."""
     turns = config.bound.clicks + 1 if config.bound.row == "clicks" else 2
-    return dataclasses.replace(config, agent=dataclasses.replace(config.agent, max_turns=turns))
+    agent = dataclasses.replace(config.agent, max_turns=turns, min_pixels=0, max_pixels=0)
+    return dataclasses.replace(config, agent=agent)
 
 
 def masks_of(segmenter: Segmenter) -> str:
@@ -72,45 +72,20 @@ def masks_of(segmenter: Segmenter) -> str:
     return "three masks of one prompt" if reply.candidates else "one mask each of box, click and both"
 
 
-def play(config: EvalConfig, segmenter: Segmenter, tasks: Iterable[Task]) -> Iterator[tuple[int, Trajectory, EnvState]]:
-    """(number of the task, trajectory without tokens, final state) as they end, `segmenter.workers` at a time."""
-    numbered, under_way = enumerate(tasks), {}
-    with concurrent.futures.ThreadPoolExecutor(config.segmenter.workers) as pool:
-        try:
-            while True:
-                for number, task in itertools.islice(numbered, 2 * config.segmenter.workers - len(under_way)):
-                    under_way[pool.submit(_play, config, segmenter, task.sample)] = (number, task)
-                if not under_way:
-                    return
-                ended, _ = concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
-                for future in ended:
-                    number, task = under_way.pop(future)
-                    state = future.result()
-                    yield number, _trajectory(state, task), state
-        finally:
-            for future in under_way:  # nobody takes what is left any more
-                future.cancel()
-
-
-def _play(config: EvalConfig, segmenter: Segmenter, sample: Sample) -> EnvState:
-    bound = config.bound
+def oracle_driver(config: EvalConfig, segmenter: Segmenter) -> Driver:
+    """Plays the row that `config.bound` names."""
+    bound, processor, workers = config.bound, ByteProcessor(EXACT), config.segmenter.workers
+    write = _click if bound.row == "clicks" else _once
     if bound.row == "best_of_three":
-        segmenter = _BestOfThree(segmenter, sample)
-    act = _click if bound.row == "clicks" else _once
-    state = environment.reset(sample.image, sample.query, config.agent, EXACT)
-    while state.status is None:
-        proposal = environment.propose(state, act(state, sample, bound))
-        state = environment.apply_reply(state, proposal, environment.run_tool(segmenter, state, proposal))
-    return state
+        segmenter = _BestOfThree(segmenter)
 
+    def act(task: Task, state: EnvState) -> str:
+        if isinstance(segmenter, _BestOfThree):
+            segmenter.expect(task.sample)
+        return write(state, task.sample, bound)
 
-def _trajectory(state: EnvState, task: Task) -> Trajectory:
-    mask, mask_id = environment.final_mask(state)
-    nothing = np.zeros(0)
-    return Trajectory(
-        task.sample.id, task.group_id, state.query, state.turns, state.masks, mask, mask_id, state.status,
-        *(nothing,) * 5, (), {"tool": state.tool_seconds},
-    )  # fmt: skip
+    policy = TextPolicy(act, processor, slots=2 * workers, threads=workers)
+    return Driver(policy, segmenter, processor, config.agent, workers=workers)
 
 
 # --- Who acts ---
@@ -153,14 +128,19 @@ def _best(state: EnvState, sample: Sample) -> int | None:
 class _BestOfThree:
     """A segmenter that answers with the best of its three masks; see `masks_of`."""
 
-    def __init__(self, segmenter: Segmenter, sample: Sample):
-        self.segmenter, self.sample = segmenter, sample
+    def __init__(self, segmenter: Segmenter):
+        self.segmenter = segmenter
+        self.expected: dict[int, Sample] = {}  # by the id() of the picture that is asked about next
+
+    def expect(self, sample: Sample) -> None:
+        self.expected[id(sample.image)] = sample
 
     def segment(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
+        sample = self.expected.pop(id(image))
         reply = self.segmenter.segment(image, dataclasses.replace(request, candidates=True))
         masks = list(reply.candidates)
         if not masks:
-            view, gt = environment.View.whole(*image.shape[:2], EXACT), self.sample.gt_mask
+            view, gt = environment.View.whole(*image.shape[:2], EXACT), sample.gt_mask
             box, click = (prompt_of(view, gt, use_box) for use_box in (True, False))
             point = view.to_original(np.array(click.points)).tolist()
             requests = [
@@ -168,7 +148,7 @@ class _BestOfThree:
                 for b, p in ((box.box, []), (None, point), (box.box, point))
             ]
             masks = [self.segmenter.segment(image, r).mask for r in requests]
-        if any(mask.shape != self.sample.gt_mask.shape for mask in masks):
+        if any(mask.shape != sample.gt_mask.shape for mask in masks):
             return reply  # the environment says what is wrong with it
-        best = max(masks, key=lambda mask: mask_iou(mask, self.sample))
+        best = max(masks, key=lambda mask: mask_iou(mask, sample))
         return dataclasses.replace(reply, mask=best, logits_id="", candidates=())

@@ -9,6 +9,7 @@ from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.views import check_shape
 from rsagent_jax.types import DataError, Sample, Status
 
+Failure = tuple[str, str]  # (kind, which is counted by; why)
 UNREADABLE = "unreadable sample"
 SHOWN = 3  # of each kind, on the terminal
 
@@ -23,8 +24,10 @@ def readable_sample(samples: Sequence[Sample], place: int) -> Sample:
     return sample
 
 
-def segmenter_failure(state: EnvState) -> tuple[str, str] | None:
-    """(kind, why) of a trajectory that ended because the segmenter gave no answer; None for any other ending."""
+def failure_of(state: EnvState) -> Failure | None:
+    """Why a trajectory measures nothing: no answer of the segmenter, or no turn to be had. None for another ending."""
+    if state.status is Status.POLICY_FAILED:
+        return state.failure.kind, state.failure.detail
     if state.status is not Status.ENV_FAILED:
         return None
     if state.failure is None:
@@ -50,12 +53,14 @@ class Failures:
         if len(self.examples[kind]) < SHOWN:
             self.examples[kind].append(f"{id}: {why}")
 
-    def played(self, id: str, failure: tuple[str, str] | None) -> None:
-        """To be told of every trajectory once it is kept. DataError where too many in a row have failed."""
+    def played(self, id: str, failure: Failure | None) -> None:
+        """To be told of every trajectory once it is kept. DataError where the segmenter failed too many in a row."""
         if failure is None:
             self.in_a_row = 0
             return
         self.add(failure[0], id, failure[1])
+        if not is_segmenters(failure[0]):
+            return
         self.in_a_row += 1
         if self.in_a_row == self.give_up_after:
             raise DataError(

@@ -13,7 +13,7 @@ from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.types import Completion, Prompt, Sample
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Task:
     """One trajectory to make. `uid` is unique in a run: randomness depends on it and on nothing else."""
 

@@ -26,6 +26,7 @@ from rsagent_jax.config.schema import (
     TrainConfig,
 )
 from rsagent_jax.models.qwen25_vl.config import read_json
+from rsagent_jax.models.qwen25_vl.load import policy_directory, weight_files
 from rsagent_jax.runtime.journal import cannot_write, write_whole
 from rsagent_jax.runtime.train_log import keep_lines
 from rsagent_jax.types import DataError
@@ -135,16 +136,13 @@ _DEFAULTS = json.loads(json.dumps(to_dict(TrainConfig(policy=PolicyConfig(weight
 # --- What the run was given, by content: users move it ---
 
 _POLICY = ("config", "tokenizer", "tokenizer_config", "preprocessor_config", "processor_config", "generation_config")
-_POLICY += ("model.safetensors.index",)
 
 
 def weights_fingerprint(weights: str) -> str:
-    """Of the files that load_policy reads: a Hugging Face directory's, or those of a stage's newest checkpoint."""
-    path = pathlib.Path(weights)
-    if any(path.glob("*.safetensors")):  # as checkpoint.policy_directory tells the two apart
-        return fingerprint([*path.glob("*.safetensors"), *(path / f"{name}.json" for name in _POLICY)])
-    newest = max((int(p.name) for p in path.glob("*") if p.name.isdecimal()), default=0)
-    return fingerprint(q for part in ("policy", "base", f"{newest}/params") for q in (path / part).rglob("*"))
+    """Of the files that load_policy reads."""
+    directory = policy_directory(weights)
+    files = [directory / f"{name}.json" for name in (*_POLICY, "model.safetensors.index")]
+    return fingerprint([*weight_files(weights), *files])
 
 
 def trajectories_fingerprint(directory: str) -> str:

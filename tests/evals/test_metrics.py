@@ -132,7 +132,15 @@ def test_summary_by_hand():
     # gIoU: (0.9 + 0.5 + 0 + 1) / 4 = 0.6, less the 1e-5; cIoU: 91 / 112.
     assert summary["giou"] == pytest.approx((90 / 100.00001 + 1 / 2.00001 + 0 + 1) / 4, abs=1e-12)
     assert summary["ciou"] == pytest.approx(91 / 112)
-    endings = {"max_turns": 1, "max_context": 0, "invalid": 0, "repeated": 0, "env_failed": 1, "cancelled": 0}
+    endings = {
+        "max_turns": 1,
+        "max_context": 0,
+        "invalid": 0,
+        "repeated": 0,
+        "env_failed": 1,
+        "policy_failed": 0,
+        "cancelled": 0,
+    }
     assert summary["failures"] == endings
     # 12 turns over 4 samples, 3 of them with an error.
     assert (summary["benchmark"], summary["n"], summary["mean_turns"], summary["tool_error_rate"]) == (

@@ -11,9 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
 from jax.sharding import Mesh
 
 from rsagent_jax.config.import_path import first_line
@@ -118,10 +116,21 @@ def _read(directory: pathlib.Path, place: Callable[[str], jax.sharding.Sharding]
         return reader.restore(directory, args=ocp.args.StandardRestore(like))
 
 
-def weights_checksum(model: nnx.Module) -> str:
-    """sha256 over names, shapes and values: two runs with the same figure had the same weights."""
+def weight_files(weights: str) -> list[pathlib.Path]:
+    """The files that `load_policy` reads numbers from: a Hugging Face directory's, or a stage's newest checkpoint's."""
+    path = pathlib.Path(weights)
+    if files := sorted(path.glob("*.safetensors")):
+        return files
+    newest = max((int(p.name) for p in path.glob("*") if p.name.isdecimal()), default=0)
+    parts = (path / "base", path / str(newest) / "params")
+    return sorted(file for part in parts for file in part.rglob("*") if file.is_file())
+
+
+def weights_checksum(weights: str) -> str:
+    """sha256 over names and contents of the weights' files: two runs with the same figure had the same weights."""
     digest = hashlib.sha256()
-    for name, value in sorted(convert.flat_params(model).items()):
-        array = np.asarray(value)
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
+    for file in weight_files(weights):
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
