@@ -102,10 +102,9 @@ ON_EIGHT = """
 import pathlib, sys
 import jax, numpy as np
 from flax import nnx
-from rsagent_jax import sharding
-from rsagent_jax.train.checkpoint import load_policy
-from rsagent_jax.config import MeshConfig
-from rsagent_jax.train.checkpoint import load_policy
+from rsagent_jax.runtime import sharding
+from rsagent_jax.models.qwen25_vl.load import load_policy
+from rsagent_jax.config.schema import MeshConfig
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
 from rsagent_jax.models.qwen25_vl.config import load_config
 
@@ -130,11 +129,25 @@ for mesh_config in (MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2), MeshConf
     for name, value in convert.flat_params(loaded).items():
         assert value.sharding == wanted[name], name
         np.testing.assert_array_equal(np.asarray(value), plain[name], err_msg=name)
+        assert {s.data.shape for s in value.addressable_shards} == {wanted[name].shard_shape(value.shape)}, name
     # what is donated is not written into: replicas may share one host buffer
     state = nnx.state(loaded, nnx.Param)
     more = jax.jit(lambda s: jax.tree.map(lambda p: p + 1, s), donate_argnums=0)(state)
     for name, value in convert.flat_state(more).items():
         np.testing.assert_array_equal(np.asarray(value), plain[name] + 1, err_msg=name)
+
+# In the engine's dtype: while it is loaded no device is given more than its share.
+from unittest import mock
+mesh, put = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), jax.device_put
+wanted = convert.flat_state(sharding.param_shardings(model, mesh))
+largest = max(2 * int(np.prod(wanted[n].shard_shape(v.shape))) for n, v in plain.items())
+with mock.patch.object(jax, "device_put", side_effect=put) as sent:
+    loaded = load_policy(str(directory), mesh, "bfloat16")
+assert max(call.args[0].nbytes for call in sent.call_args_list) == largest < 2 * max(v.size for v in plain.values())
+for name, value in convert.flat_params(loaded).items():
+    assert value.dtype == "bfloat16" and value.sharding == wanted[name], name
+    assert {s.data.shape for s in value.addressable_shards} == {wanted[name].shard_shape(value.shape)}, name
+    np.testing.assert_array_equal(np.asarray(value, np.float32), plain[name], err_msg=name)  # those of the file
 
 # A process that holds two of the eight devices reads their shards only.
 mesh = sharding.make_mesh(MeshConfig())
@@ -184,10 +197,9 @@ import jax, numpy as np
 number, address, directory = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, 2, number)
-from rsagent_jax import sharding
-from rsagent_jax.train.checkpoint import load_policy
-from rsagent_jax.config import MeshConfig
-from rsagent_jax.train.checkpoint import load_policy
+from rsagent_jax.runtime import sharding
+from rsagent_jax.models.qwen25_vl.load import load_policy
+from rsagent_jax.config.schema import MeshConfig
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
 
 assert jax.device_count() == 4 and jax.local_device_count() == 2
@@ -241,9 +253,10 @@ STAGE = """
 import json, pathlib, sys
 import jax, numpy as np, optax
 from flax import nnx
-from rsagent_jax import sharding
-from rsagent_jax.train.checkpoint import Checkpoints, load_policy
-from rsagent_jax.config import MeshConfig
+from rsagent_jax.runtime import sharding
+from rsagent_jax.models.qwen25_vl.load import load_policy
+from rsagent_jax.train.checkpoint import Checkpoints
+from rsagent_jax.config.schema import MeshConfig
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.train.state import create_state
 
@@ -256,9 +269,11 @@ plain = convert.flat_params(convert.load_model(weights, model.config))
 for config in (MeshConfig(), MeshConfig(data=8, fsdp=1), MeshConfig(fsdp=2, tensor=4)):
     mesh = sharding.make_mesh(config)
     wanted = convert.flat_state(sharding.param_shardings(convert.abstract_model(model.config), mesh))
-    for name, value in convert.flat_params(load_policy(str(stage), mesh)).items():
-        assert value.sharding.is_equivalent_to(wanted[name], value.ndim), name
-        np.testing.assert_array_equal(np.asarray(value), np.asarray(plain[name]), err_msg=name)
+    for dtype in ("float32", "bfloat16"):
+        for name, value in convert.flat_params(load_policy(str(stage), mesh, dtype)).items():
+            assert value.sharding.is_equivalent_to(wanted[name], value.ndim), name
+            assert {s.data.shape for s in value.addressable_shards} == {wanted[name].shard_shape(value.shape)}, name
+            np.testing.assert_array_equal(np.asarray(value), np.asarray(plain[name].astype(dtype)), err_msg=name)
 """
 
 

@@ -69,17 +69,18 @@ def policy_directory(weights: str) -> pathlib.Path:
     return path
 
 
-def load_policy(weights: str, mesh: Mesh | None = None) -> Qwen25VL:
-    """The model of a Hugging Face directory, or of the newest checkpoint of a stage, with fp32 parameters.
+def load_policy(weights: str, mesh: Mesh | None = None, dtype: str = "float32") -> Qwen25VL:
+    """The model of a Hugging Face directory, or of the newest checkpoint of a stage, with parameters of `dtype`.
 
-    With a mesh each process reads what its own devices hold (sharding.param_shardings); without one everything goes to
-    the default device.
+    With a mesh each process reads what its own devices hold (sharding.param_shardings), and no device ever holds more
+    than its shards; without one everything goes to the default device. Values are rounded once, merged adapters after
+    the sum.
     """
     path, config = pathlib.Path(weights), load_config(policy_directory(weights))
     model = convert.abstract_model(config)
     shardings = None if mesh is None else sharding.param_shardings(model, mesh)
     if policy_directory(weights) == path:
-        return convert.load_model(path, config, shardings)
+        return convert.load_model(path, config, shardings, jnp.dtype(dtype))
     options = ocp.CheckpointManagerOptions(create=False)  # nothing is written; read_only=True would warn that it is
     with ocp.CheckpointManager(path.absolute(), options=options) as manager:
         step = manager.latest_step()
@@ -94,25 +95,32 @@ def load_policy(weights: str, mesh: Mesh | None = None) -> Qwen25VL:
         try:
             for part in (path / str(step) / "params", path / "base"):
                 if part.exists():
-                    values |= _read(part.absolute(), lambda name: places.get(name, elsewhere))
+                    exact = {name.replace(".lora_a", ".kernel") for name in values}  # what adapters are added to
+                    values |= _read(part.absolute(), lambda name: places.get(name, elsewhere), dtype, exact)
             adapters = {name: values.pop(name) for name in list(values) if name.endswith((".lora_a", ".lora_b"))}
             if {n: v.shape for n, v in values.items()} != {n: v.shape for n, v in wanted.items()}:
                 raise ValueError("other parameters, or other shapes")
             if adapters:
                 said = manager.restore(step, args=ocp.args.Composite(lora=ocp.args.JsonRestore()))["lora"]
-                merge = functools.partial(lora.merge_adapters, scale=said["alpha"] / said["rank"], dtype=jnp.float32)
+                scale = said["alpha"] / said["rank"]
+                merge = functools.partial(lora.merge_adapters, scale=scale, dtype=jnp.dtype(dtype))
                 values = jax.jit(merge, donate_argnums=0, out_shardings=places)(values, adapters)
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise DataError(f"{path}/{step} is not of the model in {path}/policy ({first_line(error)})") from error
     return convert.with_params(model, values)
 
 
-def _read(directory: pathlib.Path, place: Callable[[str], jax.sharding.Sharding]) -> dict[str, jax.Array]:
-    """The arrays saved in `directory`, by name, as fp32 where `place` says."""
+def _read(
+    directory: pathlib.Path, place: Callable[[str], jax.sharding.Sharding], dtype: str, exact: set[str]
+) -> dict[str, jax.Array]:
+    """The arrays in `directory` by name, where `place` says; adapters and `exact` as saved, the rest as `dtype`."""
     # The handler itself: a Checkpointer warns of metadata that a part of a step does not have.
     with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-        found = reader.metadata(directory).tree
-        like = {n: jax.ShapeDtypeStruct(v.shape, jnp.float32, sharding=place(n)) for n, v in found.items()}
+        like = {}
+        for name, saved in reader.metadata(directory).tree.items():
+            as_saved = name in exact or name.endswith((".lora_a", ".lora_b"))
+            kind = saved.dtype if as_saved else jnp.dtype(dtype)
+            like[name] = jax.ShapeDtypeStruct(saved.shape, kind, sharding=place(name))
         return reader.restore(directory, args=ocp.args.StandardRestore(like))
 
 
