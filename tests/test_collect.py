@@ -1,6 +1,5 @@
 """Collecting: nothing lost or doubled by a kill or by shards, the same set whatever the order, filters that count."""
 
-import asyncio
 import base64
 import contextlib
 import dataclasses
@@ -21,7 +20,7 @@ from PIL import Image
 from rsagent_jax import collect as command
 from rsagent_jax import refilter
 from rsagent_jax.collecting import filter
-from rsagent_jax.collecting.collector import Collector, attempt_id, collection_resume_fingerprint
+from rsagent_jax.collecting.collector import Collector, attempt_id, collection_resume_fingerprint, teacher_policy
 from rsagent_jax.config.schema import (
     CollectConfig,
     DataConfig,
@@ -75,7 +74,7 @@ def samples(tmp_path):
 
 
 ALONE = Share()
-CONFIG = CollectConfig(processor="x", agent=small.AGENT, workers=3, concurrent=4)
+CONFIG = CollectConfig(processor="x", agent=small.AGENT, segmenter=SegmenterConfig(workers=3), concurrent=4)
 
 
 CURRENT = {f"s{i}{attempt}": f"sample {i}" for i in range(6) for attempt in ("", "#0", "#1")}
@@ -91,9 +90,9 @@ def collect(workdir, samples, share=ALONE, make=Scripted, config=CONFIG, segment
     journal = Journal(workdir / filter.ATTEMPTS, share, decisive(config), CURRENT)
     mine = range(share.index, len(samples), share.count)
     left = [(i, i) for i in mine if f"s{i}" not in journal.done]
-    collector = Collector(config, small.processor(), samples, make, segmenter or DiscSegmenter(14.0), journal)
+    collector = Collector(config, small.processor(), samples, segmenter or DiscSegmenter(14.0), journal)
     with contextlib.closing(journal):
-        collector.collect(left, len(left), None)
+        collector.collect(left, len(left), teacher_policy(config, small.processor(), make))
     filter.write_rules(workdir, config.filter)
     return collector
 
@@ -274,9 +273,9 @@ def test_what_fails_is_counted_and_tried_again(tmp_path, samples):
     broken = Broken(samples)
     journal = Journal(workdir / filter.ATTEMPTS, Share(), decisive(CONFIG), CURRENT)
     failing = DiscSegmenter(14.0, fail=[FailureKind.UNAVAILABLE])
-    one = dataclasses.replace(CONFIG, concurrent=1, workers=1)
-    collector = Collector(one, small.processor(), broken, Scripted, failing, journal)
-    asyncio.run(collector.run([(i, i) for i in range(6)], 6))
+    one = dataclasses.replace(CONFIG, concurrent=1, segmenter=SegmenterConfig(workers=1))
+    collector = Collector(one, small.processor(), broken, failing, journal)
+    collector.collect([(i, i) for i in range(6)], 6, teacher_policy(one, small.processor(), Scripted))
     journal.close()
     assert collector.failures.counts == {"unreadable sample": 1, "segmenter, unavailable": 1}
     assert done(workdir) == {"s1", "s3", "s4", "s5"}
@@ -287,13 +286,13 @@ def test_what_fails_is_counted_and_tried_again(tmp_path, samples):
     assert collect(workdir, samples).failures.counts == {} and len(done(workdir)) == 6
     full = Journal(tmp_path / "full", Share(), decisive(CONFIG), CURRENT)
     full.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
-    collector = Collector(CONFIG, small.processor(), samples, Scripted, DiscSegmenter(14.0), full)
+    collector = Collector(CONFIG, small.processor(), samples, DiscSegmenter(14.0), full)
     with pytest.raises(DataError, match="No space left on device"):
-        asyncio.run(collector.run([(0, 0)], 1))
+        collector.collect([(0, 0)], 1, teacher_policy(CONFIG, small.processor(), Scripted))
 
 
 def test_a_remote_teacher_is_asked_side_by_side_and_counted(tmp_path, samples):
-    from rsagent_jax.collecting.endpoint import Remote
+    from rsagent_jax.collecting.endpoint import Endpoint, Remote
 
     def answer(body):
         text = body["messages"][1]["content"][1]["text"]
@@ -310,8 +309,9 @@ def test_a_remote_teacher_is_asked_side_by_side_and_counted(tmp_path, samples):
     assert collector.failures.counts == {"endpoint, refused": 1}
     assert "too long" in collector.failures.examples["endpoint, refused"][0]
     turns = sum(len(script) for id, script in SCRIPTS.items() if id != "s1")
-    assert collector.usage["tokens_out"] == 10 * turns == collector.usage["cost"]
-    assert collector.usage["requests"] == turns + collector.usage["retries"] + 1 and collector.usage["retries"] > 0
+    usage = Endpoint.shared(teacher).told()
+    assert usage["tokens_out"] == 10 * turns == usage["cost"]
+    assert usage["requests"] == turns + usage["retries"] + 1 and usage["retries"] > 0
     assert filter.write_kept_set(tmp_path / "w", tmp_path / "w", FilterConfig()).kept == 2
 
 
@@ -323,7 +323,7 @@ def resample(workdir, samples, policy, config=OWN):
     journal = Journal(workdir / filter.ATTEMPTS, ALONE, decisive(config, "abc"), CURRENT)
     every = [(2 * i + t, i) for i in range(len(samples)) for t in (0, 1)]
     left = [(uid, i) for uid, i in every if attempt_id(f"s{i}", uid % 2, 2) not in journal.done]
-    collector = Collector(config, small.processor(), samples, None, DiscSegmenter(14.0), journal, "abc")
+    collector = Collector(config, small.processor(), samples, DiscSegmenter(14.0), journal, "abc")
     with contextlib.closing(journal):
         collector.collect(left, len(every), policy)
     filter.write_rules(workdir, config.filter)

@@ -1,6 +1,5 @@
 """Problems from an endpoint: what is unusable is counted, a stopped command goes on, the folder loader reads them."""
 
-import asyncio
 import base64
 import contextlib
 import dataclasses
@@ -57,7 +56,7 @@ def write(workdir, samples, server, **more):
     left = [(i, i) for i in range(len(samples)) if f"o{i}" not in answers.done]
     writer = ProblemWriter(config, samples, workdir, answers)
     with contextlib.closing(answers):
-        asyncio.run(writer.run(left, len(samples)))
+        writer.run(left, len(samples))
     return writer, config
 
 
@@ -155,4 +154,4 @@ def test_the_config_is_the_commands_and_names_its_own_fields(tmp_path):
     assert set(problems_resume_fingerprint(built)["writer"]) == {"url", "model", "temperature", "max_tokens"}
     writer = ProblemWriter(built, [], tmp_path, None)
     with pytest.raises(DataError, match=r"writer.url and writer.model are needed"):
-        asyncio.run(writer.run([], 0))
+        writer.run([], 0)

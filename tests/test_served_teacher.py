@@ -20,7 +20,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 from rsagent_jax.collecting import filter
-from rsagent_jax.collecting.endpoint import Remote
+from rsagent_jax.collecting.endpoint import Endpoint, Remote
 from rsagent_jax.config.schema import RemoteConfig, TeacherConfig
 from tests.test_collect import CONFIG, collect, dataclasses, lines, samples  # noqa: F401 - a fixture
 
@@ -70,10 +70,10 @@ def test_trajectories_come_from_a_real_server(served, tmp_path, samples):  # noq
     config = dataclasses.replace(CONFIG, teacher=TeacherConfig(remote=remote))
     collector = collect(tmp_path / "w", samples[:3], make=Remote, config=config)
     log = (tmp_path / "server.log").read_text()[-3000:]
-    assert collector.failed == {}, (collector.examples, log)
+    assert collector.failures.counts == {}, (collector.failures.examples, log)
     (journal,) = (tmp_path / "w" / filter.ATTEMPTS).iterdir()
     rows = lines(journal)[1:]
     # The base has never seen a tool: three malformed turns in a row end a trajectory.
     assert [row["status"] for row in rows] == ["invalid"] * 3 and {row["turns"] for row in rows} == {3}
-    usage = collector.usage
+    usage = Endpoint.shared(remote).told()
     assert usage["requests"] >= 9 and usage["tokens_out"] > 0 and usage["tokens_in"] > 100 * usage["requests"]

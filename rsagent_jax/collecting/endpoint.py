@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
-import functools
 import io
 import os
 import threading
@@ -31,6 +30,8 @@ _AGAIN = (openai.RateLimitError, openai.APITimeoutError, openai.APIConnectionErr
 
 
 TEACHER = "teacher.remote"  # the config group
+_SHARED: dict[tuple[RemoteConfig, str], Endpoint] = {}
+_LOCK = threading.Lock()
 
 
 @dataclasses.dataclass
@@ -69,10 +70,12 @@ class Endpoint:
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
     @classmethod
-    @functools.cache
     def shared(cls, config: RemoteConfig, name: str = TEACHER) -> Endpoint:
-        """The one of this process."""
-        return cls(config, name)
+        """The one of this process; threads that ask for it at the same time get the same."""
+        with _LOCK:
+            if (config, name) not in _SHARED:
+                _SHARED[config, name] = cls(config, name)
+            return _SHARED[config, name]
 
     def complete(self, messages: list[dict]) -> str:
         """The answer's text; waits for it. PolicyFailure when it is given up on, DataError where asking again is of no

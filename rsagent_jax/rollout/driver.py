@@ -256,7 +256,8 @@ class Driver:
             state = as_last()
             prompt, position = read(state)
             tokens, _ = bounds.next_turn(length - skip + len(prompt.tokens), drawn, last)
-        if not tokens or padded_patches(prompt.grids, self.processor.config.vision) > self.policy.patches:
+        patches = padded_patches(prompt.grids, self.processor.config.vision) if prompt.grids else 0
+        if not tokens or patches > self.policy.patches:
             return _Next(environment.abort(state, Status.MAX_CONTEXT))
         return _Next(state, prompt, position, skip, tokens)
 

@@ -87,13 +87,13 @@ class ByteProcessor:
 
     def __init__(self, limits: PixelLimits):
         self.images = SimpleNamespace(limits=limits)
-        self.config = SimpleNamespace(vision=None)
+        self.config = SimpleNamespace(vision=None)  # asked for where a prompt has images
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(tokens).decode(errors="replace")
+        return np.asarray(tokens, np.uint8).tobytes().decode(errors="replace")
 
     def prompt(self, text: str, images: list[np.ndarray], start: int = 0, limits=None) -> tuple[Prompt, int]:
         tokens = np.array(self.encode(text), np.int32)

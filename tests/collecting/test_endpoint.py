@@ -1,6 +1,6 @@
 """The remote teacher against a local HTTP server that plays good, malformed, slow and failing answers."""
 
-import asyncio
+import concurrent.futures
 import http.server
 import json
 import threading
@@ -15,6 +15,7 @@ from rsagent_jax.agent.tools import render_call
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.collecting import endpoint
 from rsagent_jax.config.schema import AgentConfig, RemoteConfig, TeacherConfig
+from rsagent_jax.rollout.policy import PolicyFailure
 from rsagent_jax.types import DataError, Finish, Segment, Status
 
 LIMITS = PixelLimits(28, 56 * 56, 560 * 560)
@@ -101,16 +102,17 @@ def config(server, **options):
 
 def ask(c, n=1):
     """(answers or errors of n requests at a time, usage)."""
+    shared = endpoint.Endpoint.shared(c)
+    assert endpoint.Endpoint.shared(c) is shared
 
-    async def run():
-        shared = endpoint.Endpoint.shared(c)
-        assert endpoint.Endpoint.shared(c) is shared
-        message = [{"role": "user", "content": "?"}]
-        got = await asyncio.gather(*(shared.complete(message) for _ in range(n)), return_exceptions=True)
-        await shared.client.close()
-        return got, shared.usage
+    def one(_):
+        try:
+            return shared.complete([{"role": "user", "content": "?"}])
+        except (PolicyFailure, DataError) as error:
+            return error
 
-    return asyncio.run(run())
+    with concurrent.futures.ThreadPoolExecutor(n) as pool:
+        return list(pool.map(one, range(n))), shared.usage
 
 
 def test_a_trajectory_is_played_and_the_teacher_sees_what_the_policy_sees():
@@ -119,16 +121,10 @@ def test_a_trajectory_is_played_and_the_teacher_sees_what_the_policy_sees():
         teacher = endpoint.Remote(TeacherConfig(remote=config(server)), None)
         state = environment.reset(image, "the disc", AgentConfig(prompt="brief", history_size=56), LIMITS)
 
-        async def play(state):
-            while state.status is None:
-                proposal = environment.propose(state, await teacher.act(state, None))
-                reply = environment.run_tool(DiscSegmenter(), state, proposal)
-                state = environment.apply_reply(state, proposal, reply)
-            usage = endpoint.Endpoint.shared(teacher.config).usage
-            await endpoint.Endpoint.shared(teacher.config).client.close()
-            return state, usage
-
-        state, usage = asyncio.run(play(state))
+        while state.status is None:
+            proposal = environment.propose(state, teacher.act(state, None))
+            state = environment.apply_reply(state, proposal, environment.run_tool(DiscSegmenter(), state, proposal))
+    usage = endpoint.Endpoint.shared(teacher.config).usage
     assert state.status is Status.FINISHED and [t.text for t in state.turns] == [CLICK, "(|im_start|> nonsense", DONE]
     assert (usage.requests, usage.retries, usage.tokens_in, usage.tokens_out) == (3, 0, 300, 30)
     assert usage.cost(RemoteConfig(price_in=2.0, price_out=10.0)) == pytest.approx((300 * 2 + 30 * 10) / 1e6)
@@ -174,30 +170,20 @@ def test_what_may_pass_is_asked_again_and_counted(bad):
 def test_what_does_not_pass_is_given_up_with_a_kind(answer, kind, tries):
     with Server([answer]) as server:
         (error,), _ = ask(config(server, timeout_s=0.6 if kind == "timeout" else 5.0))
-    assert isinstance(error, endpoint.EndpointError) and error.kind == kind and len(server.asked) == tries
+    assert isinstance(error, PolicyFailure) and error.kind == f"endpoint, {kind}" and len(server.asked) == tries
 
 
 def test_nobody_there_is_given_up_and_a_wrong_key_ends_the_command():
     with Server([good("x")]) as server:
         gone = config(server)
     (error,), _ = ask(gone)
-    assert isinstance(error, endpoint.EndpointError) and error.kind == "connection"
+    assert isinstance(error, PolicyFailure) and error.kind == "endpoint, connection"
     for status in (401, 403, 404):
         with Server([(status, {}, '{"error": {"message": "no such model"}}')]) as server:
             (error,), _ = ask(config(server))
         assert isinstance(error, DataError) and "no such model" in str(error) and len(server.asked) == 1
-    (error,), _ = ask_invalid(RemoteConfig())
-    assert "teacher.remote.url" in str(error)
-
-
-def ask_invalid(c):
-    async def run():
-        return endpoint.Endpoint.shared(c)
-
-    try:
-        asyncio.run(run())
-    except DataError as error:
-        return (error,), None
+    with pytest.raises(DataError, match=r"teacher\.remote\.url"):
+        endpoint.Endpoint.shared(RemoteConfig())
 
 
 def test_requests_run_side_by_side_within_both_limits():

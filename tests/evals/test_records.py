@@ -58,7 +58,7 @@ def test_a_kill_at_any_byte_leaves_no_hole_and_no_duplicate(tmp_path_factory, sh
     write(workdir, Share(0, 1), range(8))
     path = next((workdir / records.FOLDER).iterdir())
     data = path.read_bytes()
-    first = data.sets.index(b"\n") + 1  # the file begins to exist with this line whole
+    first = data.index(b"\n") + 1  # the file begins to exist with this line whole
     path.write_bytes(data[: first + int(share * (len(data) - first))])
     for index in range(count):  # it may go on with other shards
         write(workdir, Share(index, count), range(8))
