@@ -19,22 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
+from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
-from rsagent_jax.agent.segmenter import counters, open_segmenter
-from rsagent_jax.config.schema import TrainConfig
+from rsagent_jax.agent.segmenter import open_segmenter
+from rsagent_jax.config.schema import GrpoConfig, SftConfig, TrainConfig
 from rsagent_jax.data.processor import Processor, pictures
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.data.trajectories import check_collected
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
 from rsagent_jax.rollout.driver import Driver, pixel_limits
-from rsagent_jax.rollout.engine import Engine
+from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.runtime import command, processes, sharding
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train import run_identity, startup
-from rsagent_jax.train.batch_source import GrpoSource, SftSource
+from rsagent_jax.train.batch_source import BatchSource, GrpoSource, SftSource
 from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.run_identity import STAGES
 from rsagent_jax.train.state import (
@@ -49,8 +50,33 @@ from rsagent_jax.train.state import (
     state_shardings,
     updates_made,
 )
-from rsagent_jax.train.step import grpo_objective, make_programs, sft_objective
+from rsagent_jax.train.step import Objective, grpo_objective, make_programs, sft_objective
 from rsagent_jax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The policy as a stage begins: `params` are those of a plain model, on the mesh."""
+
+    weights: pathlib.Path  # directory of its config, tokenizer and image settings
+    processor: Processor
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    params: nnx.State
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """All that differs between SFT and GRPO."""
+
+    name: str
+    settings: SftConfig | GrpoConfig
+    source: BatchSource
+    steps: int
+    objective: Objective
+    updates: int = 1  # optimiser steps on the batches of a step
+    temperature: float = 1.0  # of the log-probs
+    kl: float = 0.0  # weight of the divergence from the policy that the stage began with
 
 
 def main(config: TrainConfig) -> int | None:
@@ -72,17 +98,18 @@ def main(config: TrainConfig) -> int | None:
     if config.profiler_port:
         jax.profiler.start_server(config.profiler_port)
     log = MetricsLog(processes.own_directory(workdir))
-    for stage in set(STAGES) - run_identity.saved_steps(workdir).keys():  # of a start that left no checkpoint
-        processes.all_or_none(lambda stage=stage: log.rewind(stage, 0))
+    for name in set(STAGES) - run_identity.saved_steps(workdir).keys():  # of a start that left no checkpoint
+        processes.all_or_none(lambda name=name: log.rewind(name, 0))
 
     ############################## Mesh, policy ##############################
     mesh = sharding.make_mesh(config.mesh)
     graphdef, params = nnx.split(load_policy(config.policy.weights, mesh), nnx.Param)
+    policy = Policy(weights, processor, mesh, graphdef, params)
 
     ############################## Stages ##############################
-    for stage in config.stages:
+    for name in config.stages:
         with contextlib.ExitStack() as stack:
-            params = run_stage(stage, config, workdir, log, mesh, graphdef, params, weights, processor, stack)
+            policy = run_stage(name, config, workdir, log, policy, stack)
     log.close()
     for line in log.failures():
         print(line)
@@ -123,41 +150,55 @@ def check_inputs(config: TrainConfig, workdir: pathlib.Path, processor: Processo
     return inputs
 
 
-def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, weights, processor, stack):
-    """Trains one stage to its end, from its newest checkpoint if it has one. Returns the plain parameters."""
-    ############################## Source of batches ##############################
-    key = jax.random.fold_in(jax.random.key(config.seed), STAGES.index(stage))
-    share = processes.row_share(mesh)
-    if stage == "sft":
-        source = SftSource(config.sft, processor, config.seed, share)
-        settings, steps, updates, objective = config.sft, source.steps, 1, sft_objective
-        temperature, kl, segmenter = 1.0, 0.0, None
-    else:
-        c = config.grpo
-        segmenter = stack.enter_context(open_segmenter(config.segmenter))
-        dtype, here = config.policy.dtype, processes.local_mesh(c.sampling.tensor)
-        model = nnx.merge(graphdef, processes.local_copy(params, mesh, dtype))
-        overlay = processor.square(config.agent.history_size)
-        sampling = processor.with_ends(c.sampling)
-        engine = Engine(model, sampling, processor.terminator_id, dtype, key, here, overlay)
-        del model  # with several processes a copy of the parameters
-        engine.warm_up()
-        engine.release_memory()  # the state below is made beside nothing of the engine's
-        driver = Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
-        samples = open_samples(c.data)
-        source = GrpoSource(c, samples, driver, engine, processor, config.seed, share, processes.own_directory(workdir))
-        settings, steps, updates, objective = c, c.steps, c.updates, grpo_objective(c)
-        temperature, kl = c.sampling.temperature or 1.0, c.kl
+def setup_sft(config: TrainConfig, workdir: pathlib.Path, policy: Policy, stack: contextlib.ExitStack) -> Stage:
+    """Stored trajectories, and the likelihood of what was sampled in them."""
+    del workdir, stack
+    source = SftSource(config.sft, policy.processor, config.seed, processes.row_share(policy.mesh))
+    return Stage("sft", config.sft, source, source.steps, sft_objective)
+
+
+def setup_grpo(config: TrainConfig, workdir: pathlib.Path, policy: Policy, stack: contextlib.ExitStack) -> Stage:
+    """Groups of trajectories that this process's own engine plays with the tools. `stack` closes what is opened."""
+    c, dtype, processor = config.grpo, config.policy.dtype, policy.processor
+    segmenter = stack.enter_context(open_segmenter(config.segmenter))
+    model = nnx.merge(policy.graphdef, processes.local_copy(policy.params, policy.mesh, dtype))
+    engine = open_engine(model, processor, c.sampling, config.agent, dtype, stage_key(config, "grpo"))
+    del model  # with several processes a copy of the parameters
+    engine.warm_up()
+    engine.release_memory()  # the state is made beside nothing of the engine's
+    driver = Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
+    share, own = processes.row_share(policy.mesh), processes.own_directory(workdir)
+    source = GrpoSource(c, open_samples(c.data), driver, engine, processor, config.seed, share, own)
+    temperature = c.sampling.temperature or 1.0
+    return Stage("grpo", c, source, c.steps, grpo_objective(c), c.updates, temperature, c.kl)
+
+
+SETUPS = {"sft": setup_sft, "grpo": setup_grpo}
+
+
+def stage_key(config: TrainConfig, name: str) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(config.seed), STAGES.index(name))
+
+
+def run_stage(
+    name: str,
+    config: TrainConfig,
+    workdir: pathlib.Path,
+    log: MetricsLog,
+    policy: Policy,
+    stack: contextlib.ExitStack,
+) -> Policy:
+    """Trains one stage to its end, from its newest checkpoint if it has one."""
+    stage, key, mesh = SETUPS[name](config, workdir, policy, stack), stage_key(config, name), policy.mesh
+    settings, source, steps, updates = stage.settings, stage.source, stage.steps, stage.updates
 
     ############################## What is trained, what is only read ##############################
-    compute = Compute.of(config.policy, mesh)
-    lora = config.policy.lora
-    plain = graphdef
-    graphdef, params, base = partition_params(plain, params, lora, settings.optim.freeze)
+    compute, lora = Compute.of(config.policy, mesh), config.policy.lora
+    graphdef, params, base = partition_params(policy.graphdef, policy.params, lora, settings.optim.freeze)
     # In the dtype of the activations: the parameters are cast to it wherever they are used. With adapters the base
     # alone is the reference.
     copied = EMPTY if lora.rank else params
-    reference = jax.tree.map(lambda p: jnp.array(p, compute.dtype, copy=True), copied) if kl > 0 else None
+    reference = jax.tree.map(lambda p: jnp.array(p, compute.dtype, copy=True), copied) if stage.kl > 0 else None
     base = cast_frozen(base, compute.dtype)
     if lora.rank:
         params = init_adapters(graphdef, params, base, jax.random.fold_in(key, 0), mesh)
@@ -167,11 +208,11 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
     replicated = sharding.replicated(mesh)
     where = state_shardings(params, tx, replicated, offload=settings.optim.offload)
     shardings = (where, sharding.rows(mesh), replicated)
-    state = jax.jit(lambda p: create_state(p, tx), out_shardings=shardings[0], donate_argnums=0)(params)
-    compared = plain if lora.rank else None
-    programs = make_programs(graphdef, tx, objective, compute, temperature, shardings, base, compared)
+    state = jax.jit(lambda p: create_state(p, tx), out_shardings=where, donate_argnums=0)(params)
+    compared = policy.graphdef if lora.rank else None
+    programs = make_programs(graphdef, tx, stage.objective, compute, stage.temperature, shardings, base, compared)
     to_plain = make_plain(base, lora, compute.dtype)
-    checkpoints = Checkpoints(workdir / "checkpoints" / stage, weights, lora)
+    checkpoints = Checkpoints(workdir / "checkpoints" / name, policy.weights, lora)
     stack.callback(checkpoints.close)
     done = 0
     if (restored := checkpoints.restore(state)) is not None:
@@ -180,30 +221,26 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         source.restore(position)
         done = int(state.step) // updates
         if done < steps:
-            print(f"{stage}: goes on after step {done} of {steps}")
+            print(f"{name}: goes on after step {done} of {steps}")
         else:
-            print(f"{stage}: done, {done} of {steps} steps; nothing to do")
-    processes.all_or_none(lambda: log.rewind(stage, done))
+            print(f"{name}: done, {done} of {steps} steps; nothing to do")
+    processes.all_or_none(lambda: log.rewind(name, done))
+
+    def policy_for_rollouts() -> nnx.State:  # no name holds it: it is gone as soon as the engine has its weights
+        return processes.local_copy(to_plain(state.params, base), mesh, compute.dtype)
 
     ############################## Train loop ##############################
     made = updates_made(state)
-    for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=stage, unit="step", mininterval=2.0):
+    for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=name, unit="step", mininterval=2.0):
         start = time.perf_counter()
         batches = refs = None  # the last step's give their memory to the rollouts
-        rolls = stage == "grpo"
-        # No name holds the copy: the source drops it as soon as the engine has its weights.
-        batches, metrics = source.next(
-            processes.local_copy(to_plain(state.params, base), mesh, compute.dtype) if rolls else None,
-            jax.random.fold_in(key, step),
-        )
-        if rolls:
-            engine.release_memory()  # weights and cache give their memory to the gradients
+        batches, metrics = source.next(policy_for_rollouts, jax.random.fold_in(key, step))
         if batches and not made:
-            save_first_batch(processes.own_directory(workdir), stage, batches[0], processor, log)
+            save_first_batch(processes.own_directory(workdir), name, batches[0], policy.processor, log)
         if batches:
             zeros = processes.put_rows(np.zeros(batches[0].tokens.shape, np.float32), mesh)
             batches = [programs.embed(base, processes.put_rows(batch, mesh)) for batch in batches]
-            refs = [programs.logprobs(reference, base, batch) if kl > 0 else zeros for batch in batches]
+            refs = [programs.logprobs(reference, base, batch) if stage.kl > 0 else zeros for batch in batches]
             for _ in range(updates):
                 state, update = programs.train_step(state, base, batches, refs)
             made += updates
@@ -211,13 +248,12 @@ def run_stage(stage, config: TrainConfig, workdir, log, mesh, graphdef, params, 
         else:  # nothing teaches, on no process: sums over nothing
             state = skip(state, updates)
             metrics |= dict.fromkeys(("loss", "l2_grads", "l2_updates"), 0.0)
-        log.write(stage, step, metrics | {"seconds": time.perf_counter() - start} | counters(segmenter))
-        if stage == "grpo":
-            log.examples(step, source.examples)
+        log.write(name, step, metrics | {"seconds": time.perf_counter() - start})
+        log.examples(step, source.examples)
         every = settings.checkpoint_every
         if step == steps or (every and step % every == 0):
             checkpoints.save(state, source.state(), base)
-    return make_plain(base, lora, "float32")(state.params, base)
+    return dataclasses.replace(policy, params=make_plain(base, lora, "float32")(state.params, base))
 
 
 def save_first_batch(workdir: pathlib.Path, stage: str, batch: Batch, processor: Processor, log: MetricsLog) -> None:

@@ -110,8 +110,8 @@ def main(job: dict) -> None:
         with_tools(job["delays"][index], workdir / f"played_{index}.json", small)
     log = MetricsLog(processes.own_directory(workdir))
     with contextlib.ExitStack() as stack:
-        args = (settings, workdir, log, mesh, graphdef, params, small.weights(), small.processor(), stack)
-        out = train.run_stage(job["stage"], *args)
+        policy = train.Policy(small.weights(), small.processor(), mesh, graphdef, params)
+        out = train.run_stage(job["stage"], settings, workdir, log, policy, stack).params
     log.close()
     whole = {
         jax.tree_util.keystr(path): np.asarray(multihost_utils.process_allgather(leaf, tiled=True))

@@ -59,7 +59,9 @@ class MetricsLog:
             )
 
     def examples(self, step: int, examples: dict[str, Any]) -> None:
-        """What a GRPO step's first group said and got, as JSON values."""
+        """What a GRPO step's first group said and got, as JSON values; nothing where there is none."""
+        if not examples:
+            return
         with self.rollouts.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **examples}) + "\n")
 

@@ -6,7 +6,7 @@ import functools
 import pathlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -15,6 +15,7 @@ from flax import nnx
 
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import state_to_json
+from rsagent_jax.agent.segmenter import counters
 from rsagent_jax.agent.views import check_shape
 from rsagent_jax.config.schema import GrpoConfig, ReadConfig, SftConfig
 from rsagent_jax.data import trajectories
@@ -37,10 +38,13 @@ TOOL_FAILURES = tuple(kind.value for kind in FailureKind if not SegmenterError(k
 
 
 class BatchSource(Protocol):
-    def next(self, params: nnx.State, key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
+    examples: dict[str, Any]  # of the last step, for people; {} where there are none
+
+    def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         """This process's rows of one optimiser step's micro-batches, and what there is to log of them.
 
         All of one shape, equally many on every process; none where nothing teaches, and then there is no update.
+        policy: gives the parameters to play with, whole inside this process, when they are asked for.
         """
 
     def state(self) -> dict[str, Any]:
@@ -59,15 +63,15 @@ class SftSource:
         decode = functools.partial(trajectories.decode_record, processor=processor)
         what = f"{config.trajectories}, record"
         self.pipeline = _pipeline(self.records, decode, config.read, seed, share, config.unreadable, what)
-        self.dropped = 0
+        self.dropped, self.examples = 0, {}
 
     @property
     def steps(self) -> int:
         """Optimiser steps of the stage."""
         return steps_of(self.config, len(self.records))
 
-    def next(self, params: nnx.State, key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
-        del params, key  # what is read next depends on the position only
+    def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
+        del policy, key  # what is read next depends on the position only
         count = self.config.trajectories_per_step
         items = all_or_none(lambda: self.pipeline.take(count))
         kept = [i for i in items if fits(i, self.config.batch, self.processor.config)]
@@ -118,10 +122,9 @@ class GrpoSource:
         self.reward = make_reward(config.reward)
         self.examples: dict[str, Any] = {}  # the first group of the last step, for people
 
-    def next(self, params: nnx.State, key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
+    def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         c, start = self.config, time.perf_counter()
-        self.engine.load(params, key)
-        del params  # a copy that was made for this gives its memory to the cache
+        self.engine.load(policy(), key)
         mine = range(self.share.index, c.prompts, self.share.count)
         elements = all_or_none(lambda: self.pipeline.draw(c.prompts))
         drawn = [(i, s) for i, s in zip(mine, elements, strict=True) if not _unreadable(s)]
@@ -130,6 +133,8 @@ class GrpoSource:
         tasks = [Task(s, g, i * c.group + k) for g, (i, s) in enumerate(drawn) for k in range(c.group)]
         outcomes = self.driver.run(tasks)
         rollout_seconds = time.perf_counter() - start
+        rollout_metrics = self.driver.metrics()
+        self.engine.release_memory()  # weights and cache give their memory to the gradients
         played, states = [t for t, _ in outcomes], [state for _, state in outcomes]
         items, metrics = all_or_none(lambda: self._judge(played, chosen, states))
         broken = Counter(_failure(state) for t, state in outcomes if t.status is Status.ENV_FAILED)
@@ -143,7 +148,8 @@ class GrpoSource:
             **{f"env_failed/{kind}": float(n) for kind, n in failures.items()},  # of all processes
             "rollout_seconds": rollout_seconds,
             "tokens_per_s": tokens / rollout_seconds,
-            **self.driver.metrics(),
+            **rollout_metrics,
+            **counters(self.driver.segmenter),
             **_fill(items, batches),
         }
         return batches, metrics

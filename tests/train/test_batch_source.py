@@ -64,8 +64,17 @@ class Played:
     def metrics(self):
         return {}
 
+    segmenter = None
+
     def load(self, params, key):
         self.loaded.append((params, key))
+
+    def release_memory(self):
+        self.loaded.append("released")
+
+
+def nothing_new():
+    """The policy's parameters, which this engine has no use for."""
 
 
 def source(groups, **config) -> GrpoSource:
@@ -105,7 +114,7 @@ def iou(radius: float) -> float:
 
 def test_advantages_are_taken_inside_groups_and_reach_every_token_of_their_trajectory():
     s = source([[trajectory(0, 20), trajectory(0, 10)], [trajectory(1, 14), trajectory(1, 18)]])
-    batches, metrics = s.next("params", "key")
+    batches, metrics = s.next(lambda: "params", "key")
     half = [round(abs(iou(a) - iou(b)) / 2, 5) for a, b in ((20, 10), (14, 18))]
     assert trained(batches) == {11: [-half[0], half[0]], 12: [-half[1], half[1]]}
     assert metrics["reward"] == pytest.approx(np.mean([iou(r) for r in (20, 10, 14, 18)]))
@@ -114,7 +123,7 @@ def test_advantages_are_taken_inside_groups_and_reach_every_token_of_their_traje
     assert (metrics["turns"], metrics["endings/finished"], metrics["tool_seconds"]) == (1.0, 1.0, 2.0)
     assert metrics["fill"] == pytest.approx(4 * 25 / (len(batches) * 2 * 64))
     played = s.driver
-    assert played.loaded == [("params", "key")]
+    assert played.loaded == [("params", "key"), "released"]
     assert [t.uid for t in played.tasks] == [0, 1, 2, 3] and [t.group_id for t in played.tasks] == [0, 0, 1, 1]
 
 
@@ -128,14 +137,14 @@ def test_a_copy_of_the_policy_is_gone_when_the_rollouts_start(monkeypatch):
     run = s.driver.run
     monkeypatch.setattr(s.engine, "load", lambda params, key: alive.append(weakref.ref(params)))
     monkeypatch.setattr(s.driver, "run", lambda tasks: alive.append(alive[0]() is not None) or run(tasks))
-    s.next(Copy(), None)
+    s.next(Copy, None)
     assert alive[1] is False
 
 
 def test_a_broken_tool_is_dropped_from_its_group_and_enters_no_mean():
     broken = trajectory(0, 0, status=Status.ENV_FAILED)
     s = source([[trajectory(0, 20), broken, trajectory(0, 10)]])
-    batches, metrics = s.next(None, None)
+    batches, metrics = s.next(nothing_new, None)
     half = round((1 - iou(10)) / 2, 5)  # of the two others, as if the group had two members
     assert trained(batches) == {11: [-half, half]}
     assert metrics["reward"] == metrics["giou"] == pytest.approx((1 + iou(10)) / 2)
@@ -148,7 +157,7 @@ def test_a_group_with_one_sound_member_teaches_nothing():
         [trajectory(0, 20), trajectory(0, 0, status=Status.ENV_FAILED)],
         [trajectory(1, 20), trajectory(1, 10)],
     ]
-    batches, metrics = source(groups).next(None, None)
+    batches, metrics = source(groups).next(nothing_new, None)
     assert list(trained(batches)) == [12] and metrics["zero_variance"] == 0.5
 
 
@@ -165,7 +174,7 @@ def malformed(i: int, n: int) -> Trajectory:
 def test_a_step_in_which_too_many_tools_broke_stops_before_the_update_and_counts_them_by_kind():
     groups = [[broken(0, "unavailable"), broken(0, "internal")], [broken(1, ""), trajectory(1, 10)]]
     with pytest.raises(DataError, match=r"3 of this step's 4 .*\(unavailable 1, timeout 1, internal 1\)") as error:
-        source(groups).next(None, None)
+        source(groups).next(nothing_new, None)
     for words in (
         "grpo.max_env_failed = 0.5",
         "No update",
@@ -175,7 +184,7 @@ def test_a_step_in_which_too_many_tools_broke_stops_before_the_update_and_counts
     ):
         assert words in str(error.value)
     with pytest.raises(DataError, match=r"2 of this step's 2 .* segmenter"):  # nothing is left to judge
-        source([[broken(0), broken(0)]], max_env_failed=1.0).next(None, None)
+        source([[broken(0), broken(0)]], max_env_failed=1.0).next(nothing_new, None)
 
 
 @pytest.mark.parametrize(("bound", "stops"), [(0.0, True), (0.4, True), (0.5, False), (1.0, False)])
@@ -184,21 +193,21 @@ def test_only_a_share_above_the_bound_stops_the_training(bound, stops):
     s = source(groups, max_env_failed=bound)
     if stops:
         with pytest.raises(DataError, match=r"2 of this step's 4"):
-            s.next(None, None)
+            s.next(nothing_new, None)
     else:
-        _, metrics = s.next(None, None)
+        _, metrics = s.next(nothing_new, None)
         assert {k: v for k, v in metrics.items() if k.startswith("env_failed/") and v} == {
             "env_failed/unavailable": 1.0,
             "env_failed/timeout": 1.0,
         }
     sound = source([[trajectory(0, 20), trajectory(0, 10)]], max_env_failed=0.0)
-    assert sound.next(None, None)[1]["env_failed/timeout"] == 0.0
+    assert sound.next(nothing_new, None)[1]["env_failed/timeout"] == 0.0
 
 
 def test_trajectories_that_never_called_the_segmenter_do_not_speak_for_it():
     """A side-car that is gone: what is left are the malformed ones, and their rewards could still differ."""
     with pytest.raises(DataError, match=r"1 of this step's 1 trajectories that called the segmenter"):
-        source([[broken(0), malformed(0, 18), malformed(0, 19), malformed(0, 20)]]).next(None, None)
+        source([[broken(0), malformed(0, 18), malformed(0, 19), malformed(0, 20)]]).next(nothing_new, None)
 
 
 def several_processes(monkeypatch, others: dict[str, int], batches: int) -> None:
@@ -215,49 +224,51 @@ def several_processes(monkeypatch, others: dict[str, int], batches: int) -> None
 def test_processes_stop_together_or_go_on_together_whatever_happened_on_one(monkeypatch):
     alone = source([[broken(0), broken(0)]])
     several_processes(monkeypatch, {"called": 6, "usable": 6, "teaching": 4}, batches=2)
-    batches, metrics = alone.next(None, None)  # 2 of 8 failed: here nothing is left, and two micro-batches are needed
+    batches, metrics = alone.next(
+        nothing_new, None
+    )  # 2 of 8 failed: here nothing is left, and two micro-batches are needed
     assert trained(batches) == {} and len(batches) == 2 and not any(b.segment_ids.any() for b in batches)
     assert metrics["no_update"] == 0.0 and metrics["endings/env_failed"] == 1.0 and "reward" not in metrics
     fine = source([[trajectory(0, 20), trajectory(0, 10)]])
     several_processes(monkeypatch, {"called": 6, "unavailable": 5}, batches=0)
     with pytest.raises(DataError, match=r"5 of this step's 8 .*unavailable 5"):
-        fine.next(None, None)
+        fine.next(nothing_new, None)
     flat = source([[trajectory(0, 15), trajectory(0, 15)]], drop_zero_variance=False)
     several_processes(monkeypatch, {"usable": 4, "teaching": 2}, batches=1)
-    assert trained(flat.next(None, None)[0]) == {11: [0.0, 0.0]}  # kept, as the step teaches elsewhere
+    assert trained(flat.next(nothing_new, None)[0]) == {11: [0.0, 0.0]}  # kept, as the step teaches elsewhere
 
 
 def test_groups_of_equal_rewards_are_dropped_or_kept_with_advantage_0_as_the_config_says():
     groups = [[trajectory(0, 15), trajectory(0, 15)], [trajectory(1, 20), trajectory(1, 10)]]
-    batches, metrics = source(groups).next(None, None)
+    batches, metrics = source(groups).next(nothing_new, None)
     assert list(trained(batches)) == [12] and metrics["zero_variance"] == 0.5
-    batches, _ = source(groups, drop_zero_variance=False).next(None, None)
+    batches, _ = source(groups, drop_zero_variance=False).next(nothing_new, None)
     assert trained(batches)[11] == [0.0, 0.0]
 
 
 def test_groups_within_the_least_spread_are_dropped_however_large_their_z_scores():
     groups = [[trajectory(0, 20), trajectory(0, 19)], [trajectory(1, 20), trajectory(1, 10)]]
     spread = float(abs(iou(20) - iou(19)))
-    batches, metrics = source(groups, advantage="zscore", min_spread=spread + 0.01).next(None, None)
+    batches, metrics = source(groups, advantage="zscore", min_spread=spread + 0.01).next(nothing_new, None)
     assert list(trained(batches)) == [12] and metrics["zero_variance"] == 0.5
-    batches, metrics = source(groups, advantage="zscore", min_spread=spread - 0.01).next(None, None)
+    batches, metrics = source(groups, advantage="zscore", min_spread=spread - 0.01).next(nothing_new, None)
     assert trained(batches)[11] == pytest.approx([-0.70711, 0.70711], abs=1e-4) and metrics["zero_variance"] == 0.0
 
 
 @pytest.mark.parametrize("settings", [{}, {"drop_zero_variance": False}, {"min_spread": 2.0}])
 def test_a_step_in_which_nothing_teaches_has_no_batch_and_is_counted(settings):
     last = trajectory(0, 10 if "min_spread" in settings else 15)
-    batches, metrics = source([[broken(0), trajectory(0, 15), last]], **settings).next(None, None)
+    batches, metrics = source([[broken(0), trajectory(0, 15), last]], **settings).next(nothing_new, None)
     assert batches == [] and metrics["no_update"] == 1.0 and metrics["zero_variance"] == 1.0
     assert (metrics["trajectories"], metrics["fill"], metrics["env_failed/timeout"]) == (0.0, 0.0, 1.0)
-    _, metrics = source([[trajectory(0, 20), trajectory(0, 10)]]).next(None, None)
+    _, metrics = source([[trajectory(0, 20), trajectory(0, 10)]]).next(nothing_new, None)
     assert metrics["no_update"] == 0.0
 
 
 def test_overlong_trajectories_are_trained_or_masked_as_the_config_says():
     group = [trajectory(0, 20, n=20), trajectory(0, 10, n=21, status=Status.MAX_CONTEXT)]
-    assert len(trained(source([group], mask_overlong=False).next(None, None)[0])[11]) == 2
-    batches, metrics = source([group]).next(None, None)
+    assert len(trained(source([group], mask_overlong=False).next(nothing_new, None)[0])[11]) == 2
+    batches, metrics = source([group]).next(nothing_new, None)
     assert metrics["overlong"] == 0.5 and metrics["cut"] == 1.0  # no turn of these ends with a terminator
     kept = trained(batches)
     assert kept == {11: [round((1 - iou(10)) / 2, 5)]}  # its reward still counts in the mean
@@ -265,15 +276,15 @@ def test_overlong_trajectories_are_trained_or_masked_as_the_config_says():
 
 def test_a_trajectory_that_never_took_a_turn_has_a_reward_but_nothing_to_train():
     nothing = trajectory(0, 0, n=0, status=Status.MAX_CONTEXT)
-    batches, metrics = source([[trajectory(0, 20), nothing]]).next(None, None)
+    batches, metrics = source([[trajectory(0, 20), nothing]]).next(nothing_new, None)
     assert trained(batches) == {11: [round((1 - iou(0)) / 2, 5)]} and metrics["dropped"] == 0.5
     with pytest.raises(DataError, match=r"grpo\.sampling\.context"):
-        source([[nothing, nothing]]).next(None, None)
+        source([[nothing, nothing]]).next(nothing_new, None)
 
 
 def test_a_trajectory_with_more_images_than_a_row_holds_is_dropped_and_counted():
     many = trajectory(0, 10, images=5)  # 5 windows of 16 patches, a row has 64
-    batches, metrics = source([[trajectory(0, 20), many]]).next(None, None)
+    batches, metrics = source([[trajectory(0, 20), many]]).next(nothing_new, None)
     assert trained(batches) == {11: [round((1 - iou(10)) / 2, 5)]} and metrics["dropped"] == 0.5
 
 
@@ -281,13 +292,13 @@ def test_samples_are_visited_in_a_shuffled_order_that_continues_from_a_saved_pos
     groups = [[trajectory(i, 20), trajectory(i, 10)] for i in range(6)]
     s = source(groups, prompts=2)
     for _ in range(6):
-        s.next(None, None)
+        s.next(nothing_new, None)
     seen = [t.sample.id for t in s.driver.tasks[::2]]
     assert sorted(seen[:6]) == sorted(seen[6:]) == [f"s{i}" for i in range(6)]
     assert seen[:6] != seen[6:]  # each epoch has its own order
     again = source(groups, prompts=2)
     again.restore({"position": 4})
-    again.next(None, None)
+    again.next(nothing_new, None)
     assert [t.sample.id for t in again.driver.tasks[::2]] == seen[4:6] and again.state() == {
         "position": 6,
         "skipped": 0,
@@ -313,7 +324,7 @@ def test_the_trajectory_that_a_reward_fails_on_is_kept(tmp_path):
     with pytest.raises(
         RewardError, match=r"own/f .*AttributeError for sample s0: .*bad_reward.py, line 2.*\n.*reward_err"
     ):
-        s.next(None, None)
+        s.next(nothing_new, None)
     kept = replay((tmp_path / "reward_error.json").read_text(), picture.image)
     assert (kept.query, kept.status) == (picture.query, Status.MAX_CONTEXT)
 
@@ -330,18 +341,18 @@ class Broken(list):
 def test_a_sample_that_cannot_be_read_leaves_its_place_empty_and_is_counted():
     groups = [[trajectory(i, 20), trajectory(i, 10)] for i in range(3)]
     whole = source(groups)
-    whole.next(None, None)
+    whole.next(nothing_new, None)
     uids = {t.sample.id: t.uid for t in whole.driver.tasks}
     s = source(groups)
     settings = dataclasses.replace(s.config, read=ReadConfig(threads=1, ahead=1))
     played = Played(groups)
     s = GrpoSource(settings, Broken(sample(i) for i in range(3)), played, played, small.processor(), seed=0)
-    batches, metrics = s.next(None, None)
+    batches, metrics = s.next(nothing_new, None)
     assert sorted(trained(batches)) == [11, 13] and metrics["unreadable"] == 1.0
     assert {t.sample.id: t.uid for t in played.tasks} == {id: uid for id, uid in uids.items() if id != "s1"}
     assert [t.group_id for t in played.tasks] == [0, 0, 1, 1] and s.state() == {"position": 3, "skipped": 1}
     s.restore({"position": 3})  # of a checkpoint from before they were counted
-    assert s.next(None, None)[1]["unreadable"] == 1.0
+    assert s.next(nothing_new, None)[1]["unreadable"] == 1.0
 
 
 def test_a_sample_that_cannot_be_shown_is_one_that_cannot_be_read():
@@ -351,9 +362,9 @@ def test_a_sample_that_cannot_be_shown_is_one_that_cannot_be_read():
     samples[1] = dataclasses.replace(samples[1], **thin)
     settings = source(groups).config
     s = GrpoSource(settings, samples, played, played, small.processor(), seed=0)
-    batches, metrics = s.next(None, None)
+    batches, metrics = s.next(nothing_new, None)
     assert sorted(trained(batches)) == [11, 13] and metrics["unreadable"] == 1.0
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, unreadable="stop"))
     s = GrpoSource(settings, samples, played, played, small.processor(), seed=0)
     with pytest.raises(DataError, match="cannot be read: sample 1: image of 10x2010 pixels .* crop it"):
-        s.next(None, None)
+        s.next(nothing_new, None)

@@ -128,10 +128,8 @@ def go(stored, compiled, monkeypatch):
         mesh = sharding.make_mesh(config.mesh)
         try:
             with contextlib.ExitStack() as stack:
-                out = train.run_stage(
-                    stage, config, workdir, log, mesh, graphdef, params, small.weights(), small.processor(), stack
-                )
-                return flat(out)
+                policy = train.Policy(small.weights(), small.processor(), mesh, graphdef, params)
+                return flat(train.run_stage(stage, config, workdir, log, policy, stack).params)
         finally:
             log.close()
 
