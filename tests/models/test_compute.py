@@ -11,7 +11,8 @@ from flax import nnx
 from rsagent_jax.models.qwen25_vl import attention, vision
 from rsagent_jax.models.qwen25_vl.attention import in_segments
 from rsagent_jax.models.qwen25_vl.compute import REMAT, Compute
-from rsagent_jax.models.qwen25_vl.layers import FEW, Linear
+from rsagent_jax.models.qwen25_vl.cpu import FEW
+from rsagent_jax.models.qwen25_vl.layers import Linear
 
 from . import tiny
 

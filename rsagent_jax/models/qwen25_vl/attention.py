@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask_info
 
 from rsagent_jax.models.qwen25_vl.compute import Compute
+from rsagent_jax.models.qwen25_vl.cpu import softmax_attention
 from rsagent_jax.runtime import sharding
 from rsagent_jax.types import DataError
 
@@ -31,41 +32,8 @@ def attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS:
     kv = v_BKSH.shape[1]
     # One batched matrix product over (B, K): the G query heads of a group are extra rows. Fast on every back end.
     q = q_BTNH.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, h)
-    o = _softmax_attention(q, k_BKSH, v_BKSH, mask_BTS).reshape(b, kv, -1, t, h)
+    o = softmax_attention(q, k_BKSH, v_BKSH, mask_BTS).reshape(b, kv, -1, t, h)
     return o.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
-
-
-@jax.custom_vjp
-def _softmax_attention(q_BKRH, k_BKSH, v_BKSH, mask_BTS):
-    """R = G * T rows of queries. The backward pass keeps q, k, v and the weights; what is masked has weight 0 there.
-
-    A row without a True has equal weights: nothing may depend on what it gives.
-    """
-    return _attend(q_BKRH, k_BKSH, v_BKSH, mask_BTS)[0]
-
-
-def _attend(q_BKRH, k_BKSH, v_BKSH, mask_BTS):
-    (b, kv, rows, h), (t, s) = q_BKRH.shape, mask_BTS.shape[1:]
-    scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32) * h**-0.5
-    scores = jnp.where(mask_BTS[:, None, None], scores.reshape(b, kv, -1, t, s), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype).reshape(b, kv, rows, s)
-    return jnp.einsum("BKRS,BKSH->BKRH", weights, v_BKSH), (q_BKRH, k_BKSH, v_BKSH, weights)
-
-
-def _attend_backward(kept, do_BKRH):
-    q, k, v, weights = kept
-    dp = jnp.einsum("BKRH,BKSH->BKRS", do_BKRH, v, preferred_element_type=jnp.float32)
-    w = weights.astype(jnp.float32)
-    ds = (w * (dp - jnp.sum(w * dp, axis=-1, keepdims=True)) * q.shape[-1] ** -0.5).astype(q.dtype)
-    return (
-        jnp.einsum("BKRS,BKSH->BKRH", ds, k),
-        jnp.einsum("BKRS,BKRH->BKSH", ds, q),
-        jnp.einsum("BKRS,BKRH->BKSH", weights, do_BKRH),
-        None,
-    )
-
-
-_softmax_attention.defvjp(_attend, _attend_backward)
 
 
 def in_segments(segment_ids_BT: jax.Array, compute: Compute, *, causal: bool) -> Callable[..., jax.Array]:

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rsagent_jax.models.qwen25_vl import cpu
 from rsagent_jax.models.qwen25_vl.compute import PLAIN, Compute
 
-FEW = 64  # rows for which a kernel that stands [out, in] comes first in the product
 INIT_STDDEV = 0.02  # Hugging Face's initializer_range for Qwen2.5-VL
 
 
@@ -46,23 +46,13 @@ class Linear(nnx.Module):
         self.out_first = False  # True: the kernel stands [out, in], as rollout/programs.py wants it on a CPU
 
     def __call__(self, x: jax.Array, compute: Compute = PLAIN) -> jax.Array:
-        shape = x.shape
-        if compute.platform == "cpu":
-            # As one matrix: with two axes of rows, the back end takes twice the time for the kernel's gradient. A TPU
-            # does not, and its compiler then moves 9% more bytes.
-            x = x.reshape(-1, shape[-1])
         kernel = self.kernel[...].astype(x.dtype)
-        if not self.out_first:
-            y = x @ kernel
-        elif x.size // shape[-1] > FEW:
-            y = jnp.einsum("...I,OI->...O", x, kernel)
-        else:  # the barrier keeps the compiler from swapping the two again
-            y = jax.lax.optimization_barrier(jnp.einsum("OI,RI->OR", kernel, x.reshape(-1, shape[-1]))).T
+        y = cpu.product(x, kernel, self.out_first) if compute.platform == "cpu" else x @ kernel
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_a is not None:
             y = y + (x @ self.lora_a[...].astype(x.dtype) * self.lora_scale) @ self.lora_b[...].astype(x.dtype)
-        return y.reshape(*shape[:-1], y.shape[-1])
+        return y
 
 
 class RMSNorm(nnx.Module):

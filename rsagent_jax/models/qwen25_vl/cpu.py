@@ -1,0 +1,62 @@
+"""What is written in another way for XLA's CPU back end alone; a TPU computes the plain forms.
+
+Laptops, tests and the quickstart run here, so it is worth its lines: benchmarks/train_step.py compares a training step
+with torch's on the same machine, benchmarks/rollout.py the decoding with transformers'. Results are those of the plain
+forms up to rounding; the parity tests hold them to Hugging Face's.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+FEW = 64  # rows for which a kernel that stands [out, in] comes first in the product
+
+
+def product(x: jax.Array, kernel: jax.Array, out_first: bool) -> jax.Array:
+    """x[..., in] @ kernel[in, out]; `out_first`: the kernel stands [out, in], as rollout/programs.py lays it out.
+
+    Rows become one axis: with two, the kernel's gradient takes twice the time (a TPU's compiler would then move 9% more
+    bytes). While a few rows are decoded, the kernel comes first and is read once, along its memory.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if not out_first:
+        y = rows @ kernel
+    elif len(rows) > FEW:
+        y = jnp.einsum("RI,OI->RO", rows, kernel)
+    else:  # the barrier keeps the compiler from swapping the two again
+        y = jax.lax.optimization_barrier(jnp.einsum("OI,RI->OR", kernel, rows)).T
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@jax.custom_vjp
+def softmax_attention(q_BKRH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """o_BKRH of R = G * T rows of queries, with a backward pass of its own that keeps q, k, v and the weights only.
+
+    What is masked has weight 0 there. A row without a True has equal weights: nothing may depend on what it gives.
+    """
+    return _attend(q_BKRH, k_BKSH, v_BKSH, mask_BTS)[0]
+
+
+def _attend(q_BKRH, k_BKSH, v_BKSH, mask_BTS):
+    (b, kv, rows, h), (t, s) = q_BKRH.shape, mask_BTS.shape[1:]
+    scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32) * h**-0.5
+    scores = jnp.where(mask_BTS[:, None, None], scores.reshape(b, kv, -1, t, s), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype).reshape(b, kv, rows, s)
+    return jnp.einsum("BKRS,BKSH->BKRH", weights, v_BKSH), (q_BKRH, k_BKSH, v_BKSH, weights)
+
+
+def _attend_backward(kept, do_BKRH):
+    q, k, v, weights = kept
+    dp = jnp.einsum("BKRH,BKSH->BKRS", do_BKRH, v, preferred_element_type=jnp.float32)
+    w = weights.astype(jnp.float32)
+    ds = (w * (dp - jnp.sum(w * dp, axis=-1, keepdims=True)) * q.shape[-1] ** -0.5).astype(q.dtype)
+    return (
+        jnp.einsum("BKRS,BKSH->BKRH", ds, k),
+        jnp.einsum("BKRS,BKRH->BKSH", ds, q),
+        jnp.einsum("BKRS,BKRH->BKSH", weights, do_BKRH),
+        None,
+    )
+
+
+softmax_attention.defvjp(_attend, _attend_backward)
