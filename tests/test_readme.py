@@ -1,5 +1,6 @@
 """What the README tells a user to paste works, and what it says of commands and folders is true."""
 
+import dataclasses
 import pathlib
 import re
 import shlex
@@ -9,11 +10,12 @@ import sys
 import numpy as np
 import pytest
 
+from configs.grpo_tpu import get_config as get_tpu_config
+from rsagent_jax.agent.budget import image_sizes
+from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config import overrides
 from rsagent_jax.config.build import build_config
-from rsagent_jax.config.schema import (
-    TrainConfig,
-)
+from rsagent_jax.config.schema import AgentConfig, TrainConfig
 from rsagent_jax.rewards import make_reward
 from rsagent_jax.runtime import command
 from rsagent_jax.tiny import scenes, synthetic
@@ -128,3 +130,27 @@ def test_every_config_and_module_that_the_readme_names_exists():
     for module in re.findall(r"python -m ([\w.]+)", README):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    local = [link for link in links if "://" not in link]
+    assert not [link for link in local if not (page.parent / link).exists()]
+
+
+def test_the_image_budgets_of_the_architecture_page_are_those_of_the_code():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    images = PixelLimits(factor=28, min_pixels=3_136, max_pixels=12_845_056)
+    shown = [("1316 x 728", 1_222, (1080, 1920), 1_003_520), ("980 x 980", 1_225, (2000, 2000), 1_003_520)]
+    for size, tokens, picture, limit in shown:
+        (h, w), (oh, ow) = image_sizes(AgentConfig(), picture, dataclasses.replace(images, max_pixels=limit), images)
+        assert f"{w} x {h}" == size in text and h * w // 784 == tokens and f"{tokens:,}" in text
+        assert f"{ow} x {oh}" in text and str(oh * ow // 784) in text
+    assert get_tpu_config().agent.max_pixels == 1_003_520 and "1,003,520" in text
+    for picture, tokens in (((1080, 1920), "2,691"), ((2000, 2000), "5,041")):
+        (h, w), _ = image_sizes(AgentConfig(), picture, images, images)
+        assert f"{h * w // 784:,}" == tokens in text
