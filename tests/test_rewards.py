@@ -11,23 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsagent_jax import rewards
+from rsagent_jax.agent.tools import Finish, ResetView, Rotate, Segment, Zoom
 from rsagent_jax.config.import_path import import_path
 from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
 from rsagent_jax.rewards import RewardError, make_reward, read_only
-from rsagent_jax.types import (
-    DataError,
-    Finish,
-    MaskRecord,
-    ParseError,
-    ResetView,
-    Rotate,
-    Sample,
-    Segment,
-    Status,
-    Trajectory,
-    Turn,
-    Zoom,
-)
+from rsagent_jax.types import DataError, MaskRecord, ParseError, Sample, Status, Trajectory, Turn
 
 BOX = Segment(box=(0, 0, 5, 1))
 ERROR = ParseError("bad_json", "…")

@@ -172,6 +172,11 @@ class View:
         corners, clipped = _clip(np.reshape(np.asarray(box_view, np.float64), (2, 2)), np.array(self.size_view, float))
         return _ordered(corners), clipped
 
+    def reset(self) -> View:
+        """The view of the whole image."""
+        w, h = self.size_original
+        return View.whole(h, w, self.limits)
+
     def rotate(self, quarter_turns: int) -> View:
         """Turned further, counter-clockwise."""
         return dataclasses.replace(self, quarter_turns=(self.quarter_turns + quarter_turns) % 4)

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from rsagent_jax.agent import environment
 from rsagent_jax.agent.environment import EnvState
-from rsagent_jax.agent.tools import call_json
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.collecting import filter
 from rsagent_jax.collecting.endpoint import Endpoint, EndpointError
@@ -250,7 +249,7 @@ class Collector:
             tokens, _, loss_mask, _ = trajectories.context_of(state, self.processor)
         else:
             tokens, loss_mask = played.tokens, played.loss_mask
-        calls = Counter(json.loads(call_json(turn.call))["name"] for turn in state.turns if turn.call is not None)
+        calls = Counter(turn.call.name for turn in state.turns if turn.call is not None)
         row = {
             "id": attempt_id(sample.id, uid % self.tries, self.tries),
             "sample": sample.id,

@@ -21,12 +21,13 @@ import numpy as np
 from rsagent_jax.agent import environment
 from rsagent_jax.agent.clicks import largest_part, middle, prompt_of
 from rsagent_jax.agent.environment import EnvState
-from rsagent_jax.agent.tools import MAX_POINTS, render_call
+from rsagent_jax.agent.tools import Finish, Segment, render_call
+from rsagent_jax.agent.tools.base import MAX_POINTS
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import BoundConfig, EvalConfig
 from rsagent_jax.masks import mask_iou
 from rsagent_jax.rollout.policy import Task
-from rsagent_jax.types import DataError, Finish, Sample, Segment, Trajectory
+from rsagent_jax.types import DataError, Sample, Trajectory
 from sam_bridge.types import Segmenter, SegmentReply, SegmentRequest
 
 ORACLES = ("box", "best_of_three", "clicks")

@@ -16,9 +16,9 @@ from rsagent_jax.agent.environment import (
     reset,
     run_tool,
 )
-from rsagent_jax.agent.tools import REFUSALS, render_call
+from rsagent_jax.agent.tools import REFUSALS, Finish, ResetView, Rotate, Segment, Zoom, render_call
 from rsagent_jax.config.schema import AgentConfig
-from rsagent_jax.types import DataError, Finish, ResetView, Rotate, Segment, Status, Zoom
+from rsagent_jax.types import DataError, Status
 from sam_bridge.types import FailureKind, SegmentReply
 
 BAD = "I think it is on the left."

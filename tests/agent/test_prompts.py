@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rsagent_jax.agent import prompts
-from rsagent_jax.agent.tools import render_call
-from rsagent_jax.types import DataError, ParseError, Segment
+from rsagent_jax.agent.tools import Segment, render_call
+from rsagent_jax.types import DataError, ParseError
 
 GOLDEN = Path(__file__).with_name("golden_prompts.txt")
 ERROR = ParseError("bad_json", "the call is not valid JSON.")

@@ -11,8 +11,8 @@ from PIL import Image
 
 from rsagent_jax.agent.environment import abort, apply_reply, propose, refuse_view
 from rsagent_jax.agent.replay import read_source, replay, state_to_json
-from rsagent_jax.agent.tools import render_call
-from rsagent_jax.types import DataError, Finish, ResetView, Rotate, Segment, Status, Zoom
+from rsagent_jax.agent.tools import Finish, ResetView, Rotate, Segment, Zoom, render_call
+from rsagent_jax.types import DataError, Status
 from sam_bridge.types import FailureKind
 
 IMAGE = picture(90, 130)

@@ -6,8 +6,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsagent_jax.agent.tools import MAX_NUMBER, REASONS, REFUSALS, TOOL_SCHEMAS, call_json, parse, render_call
-from rsagent_jax.types import Finish, ParseError, ResetView, Rotate, Segment, Zoom
+from rsagent_jax.agent.tools import (
+    REASONS,
+    REFUSALS,
+    Finish,
+    ResetView,
+    Rotate,
+    Segment,
+    Zoom,
+    call_json,
+    parse,
+    render_call,
+    tool_schemas,
+)
+from rsagent_jax.agent.tools.base import MAX_NUMBER
+from rsagent_jax.types import ParseError
 from sam_bridge.types import FailureKind, SegmenterError
 
 numbers = st.one_of(
@@ -200,8 +213,8 @@ def test_nothing_nested_or_long_raises(deep, form):
 
 
 def test_schema_agrees_with_the_parser():
-    assert [s["function"]["name"] for s in TOOL_SCHEMAS] == ["segment", "zoom", "rotate", "reset_view", "finish"]
-    for schema in TOOL_SCHEMAS:
+    assert [s["function"]["name"] for s in tool_schemas()] == ["segment", "zoom", "rotate", "reset_view", "finish"]
+    for schema in tool_schemas():
         parameters = schema["function"]["parameters"]
         body = json.dumps(
             {"name": schema["function"]["name"], "arguments": {key: {} for key in parameters["properties"]}}

@@ -1,0 +1,20 @@
+"""reset_view(): the whole image again."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+from rsagent_jax.agent.tools.base import Proposal, Tool, go_to
+from rsagent_jax.agent.views import View
+from rsagent_jax.types import MaskRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class ResetView(Tool):
+    name = "reset_view"
+    description = "Go back to the view of the whole image."
+    properties: ClassVar = {}
+    changes_view = resets_view = True
+
+    def propose(self, view: View, masks: Sequence[MaskRecord]) -> Proposal:
+        return go_to(self, view.reset())
