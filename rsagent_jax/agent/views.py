@@ -191,6 +191,11 @@ class View:
         tiny = 1e-6  # rounding of the affine must not grow a box that lies on pixel edges
         x1, y1 = max(left, math.floor(x1 + tiny)), max(top, math.floor(y1 + tiny))
         x2, y2 = min(right, math.ceil(x2 - tiny)), min(bottom, math.ceil(y2 - tiny))
+        return self.crop((x1, y1, x2, y2))
+
+    def crop(self, region_original: tuple[int, int, int, int]) -> View | ParseError:
+        """The view of that region of the image, turned as this one is; or why it is refused."""
+        x1, y1, x2, y2 = region_original
         w, h = x2 - x1, y2 - y1
         if min(w, h) < MIN_ZOOM_SIDE:
             return ParseError("zoom_too_small", f"the box must be at least {MIN_ZOOM_SIDE} image pixels wide and high.")
@@ -198,7 +203,7 @@ class View:
             return ParseError(
                 "zoom_too_thin", f"the box must not be longer than {MAX_ZOOM_ASPECT:.0f} times its width."
             )
-        view = dataclasses.replace(self, region_original=(x1, y1, x2, y2))
+        view = dataclasses.replace(self, region_original=region_original)
         try:
             view.size_view  # noqa: B018 -- limits so tight that no size fits this shape
         except DataError:
