@@ -172,9 +172,8 @@ def image_sizes(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """(h', w') of the first view and of an overlay as the model sees them, for a picture of `size` (h, w)."""
     shown = fit(*size, views)
-    low = min(images.min_pixels, shown.min_pixels)  # as data/processor.py: image_patches has it
     overlay = overlay_size(*size, agent.history_size)
-    return fixed_size(*size, shown), round_size(*overlay, images.factor, low, images.max_pixels)
+    return fixed_size(*size, shown), round_size(*overlay, images.lowered_to(shown))
 
 
 def typical_size(views: PixelLimits) -> tuple[int, int]:

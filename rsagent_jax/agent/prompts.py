@@ -146,23 +146,20 @@ def _laid_out(messages: Sequence[Message]) -> str:
     return "".join(turns) + "<|im_start|>assistant\n"
 
 
-def ground_box_question(query: str) -> str:
-    """Qwen2.5-VL's own grounding question; pre-trains the tiny base."""
-    return f'Locate "{sanitize(query)}", output its bbox coordinates in JSON format.'
+def ground_question(key: str, query: str) -> str:
+    """Qwen2.5-VL's own grounding question, for `bbox_2d` or `point_2d`; pre-trains the tiny base."""
+    return f'Locate "{sanitize(query)}", output its {key.removesuffix("_2d")} coordinates in JSON format.'
 
 
-def ground_point_question(query: str) -> str:
-    return f'Locate "{sanitize(query)}", output its point coordinates in JSON format.'
-
-
-def ground_box_answer(boxes_view: Sequence[Sequence[float]], labels: Sequence[str]) -> str:
-    """Boxes [x1, y1, x2, y2] in view pixels, rounded to integers, in Qwen2.5-VL's own layout."""
-    return _ground_answer("bbox_2d", boxes_view, labels)
-
-
-def ground_point_answer(points_view: Sequence[Sequence[float]], labels: Sequence[str]) -> str:
-    """Points [x, y] in view pixels, rounded to integers."""
-    return _ground_answer("point_2d", points_view, labels)
+def ground_answer(key: str, rows: Sequence[Sequence[float]], labels: Sequence[str]) -> str:
+    """Boxes [x1, y1, x2, y2] or points [x, y] in view pixels, rounded to integers, in Qwen2.5-VL's own layout."""
+    if len(rows) != len(labels):
+        raise DataError(f"{len(rows)} {key} for {len(labels)} labels")
+    lines = [
+        f'\t{{"{key}": {[round(float(v)) for v in row]}, "label": {json.dumps(sanitize(label), ensure_ascii=False)}}}'
+        for row, label in zip(rows, labels, strict=True)
+    ]
+    return "```json\n[\n" + ",\n".join(lines) + "\n]\n```"
 
 
 def sanitize(text: str) -> str:
@@ -174,16 +171,6 @@ def sanitize(text: str) -> str:
     text = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text)
     text = " ".join(text.split())[:MAX_QUERY_CHARS].strip()
     return re.sub(r"<(?=[|/A-Za-z])", "(", text).replace('"', "'")
-
-
-def _ground_answer(key: str, rows: Sequence[Sequence[float]], labels: Sequence[str]) -> str:
-    if len(rows) != len(labels):
-        raise DataError(f"{len(rows)} {key} for {len(labels)} labels")
-    lines = [
-        f'\t{{"{key}": {[round(float(v)) for v in row]}, "label": {json.dumps(sanitize(label), ensure_ascii=False)}}}'
-        for row, label in zip(rows, labels, strict=True)
-    ]
-    return "```json\n[\n" + ",\n".join(lines) + "\n]\n```"
 
 
 def _percent(share: float) -> str:

@@ -104,9 +104,9 @@ def _corpus():
     for _ in range(4000):
         a, b = rng.choice(words, 2)
         yield f"the {a} {b} one object of"
-        yield f'"{prompts.ground_box_question(f"the {a} {b}")}'
-        yield prompts.ground_box_answer([rng.integers(0, 112, 4)], [f"the {a} {b}"])
-        yield prompts.ground_point_answer([rng.integers(0, 112, 2)], [f"the {a} {b}"])
+        yield '"' + prompts.ground_question("bbox_2d", f"the {a} {b}")
+        yield prompts.ground_answer("bbox_2d", [rng.integers(0, 112, 4)], [f"the {a} {b}"])
+        yield prompts.ground_answer("point_2d", [rng.integers(0, 112, 2)], [f"the {a} {b}"])
 
 
 def _protocol_texts() -> list[str]:

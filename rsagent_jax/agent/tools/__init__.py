@@ -30,21 +30,12 @@ from rsagent_jax.types import ParseError
 # In the order in which the prompt lists them.
 TOOLS: dict[str, type[Tool]] = {tool.name: tool for tool in (Segment, Zoom, Rotate, ResetView, Finish)}
 
-# Malformed text: it names no action. `Turn.call` is None.
-REASONS = (
-    "bad_text",  # control tokens such as <|im_end|>, or unpaired surrogates
-    "no_call",
-    "several_calls",
-    "unclosed_call",  # most often the token budget ended the turn
-    "bad_think",  # not exactly one closed think block
-    "stray_text",  # before the think block, or between it and the call
-    "trailing_text",
-    "bad_json",
-    "unknown_tool",
-    "unknown_argument",
-    "missing_argument",
-    "bad_type",
-    "bad_value",
+# Malformed text: it names no action. `Turn.call` is None. bad_text: control tokens such as <|im_end|>, or unpaired
+# surrogates; bad_think: not exactly one closed think block; stray_text: before it, or between it and the call;
+# unclosed_call: most often the token budget ended the turn.
+REASONS = tuple(
+    "bad_text no_call several_calls unclosed_call bad_think stray_text trailing_text bad_json unknown_tool"
+    " unknown_argument missing_argument bad_type bad_value".split()
 )
 
 # Well-formed calls that the environment refuses. `Turn.call` is kept.
