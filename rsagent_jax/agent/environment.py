@@ -39,10 +39,6 @@ class SegmentFailure:
     detail: str
     seconds: float = 0.0  # spent on the call
 
-    @property
-    def callers_fault(self) -> bool:
-        return SegmenterError(self.kind, self.detail).callers_fault
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EnvState:
@@ -160,7 +156,7 @@ def apply_reply(
         raise ValueError("resolve: a reply belongs to a proposal with a request, and only to one")
     error, failure, masks, mask_id = proposal.error, None, state.masks, None
     if isinstance(reply, SegmentFailure):
-        if reply.callers_fault:  # the kind's words are in REFUSALS; its detail is for people, not for the policy
+        if reply.kind.callers_fault:  # the kind's words are in REFUSALS; its detail is for people, not for the policy
             error = ParseError(reply.kind.value, "the tool refused this prompt; try another.")
         else:
             failure = reply

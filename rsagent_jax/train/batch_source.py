@@ -29,11 +29,11 @@ from rsagent_jax.rollout.policy import Task
 from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum
 from rsagent_jax.train.advantages import advantage_function, zero_variance
 from rsagent_jax.types import Batch, DataError, Sample, Status, Trajectory
-from sam_bridge.types import FailureKind, SegmenterError
+from sam_bridge.types import FailureKind
 
 ALONE = Share()
 REWARD_ERROR = "reward_error.json"  # in the work directory: the trajectory that a reward failed on
-TOOL_FAILURES = tuple(kind.value for kind in FailureKind if not SegmenterError(kind, "").callers_fault)
+TOOL_FAILURES = tuple(kind.value for kind in FailureKind if not kind.callers_fault)
 
 
 class BatchSource(Protocol):

@@ -21,7 +21,7 @@ from rsagent_jax.agent.tools import (
 )
 from rsagent_jax.agent.tools.base import MAX_NUMBER
 from rsagent_jax.types import ParseError
-from sam_bridge.types import FailureKind, SegmenterError
+from sam_bridge.types import FailureKind
 
 numbers = st.one_of(
     st.integers(-1000, 2000).map(float), st.floats(-MAX_NUMBER, MAX_NUMBER, allow_nan=False, allow_infinity=False)
@@ -133,7 +133,7 @@ def test_reasons_are_all_reached_and_are_no_refusals():
 
 
 def test_refusals_name_every_callers_fault():
-    kinds = {kind.value for kind in FailureKind if SegmenterError(kind, "").callers_fault}
+    kinds = {kind.value for kind in FailureKind if kind.callers_fault}
     assert kinds <= set(REFUSALS)
 
 

@@ -1,12 +1,9 @@
 """reset_view(): the whole image again."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar
 
 from rsagent_jax.agent.tools.base import Proposal, Tool, go_to
-from rsagent_jax.agent.views import View
-from rsagent_jax.types import MaskRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,5 +13,5 @@ class ResetView(Tool):
     properties: ClassVar = {}
     changes_view = resets_view = True
 
-    def propose(self, view: View, masks: Sequence[MaskRecord]) -> Proposal:
+    def propose(self, view, masks) -> Proposal:
         return go_to(self, view.reset())

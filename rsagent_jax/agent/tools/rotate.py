@@ -1,12 +1,9 @@
 """rotate(quarter_turns): the current view, turned."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar
 
 from rsagent_jax.agent.tools.base import Proposal, Tool, go_to
-from rsagent_jax.agent.views import View
-from rsagent_jax.types import MaskRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,5 +16,5 @@ class Rotate(Tool):
     required = ("quarter_turns",)
     changes_view = True
 
-    def propose(self, view: View, masks: Sequence[MaskRecord]) -> Proposal:
+    def propose(self, view, masks) -> Proposal:
         return go_to(self, view.rotate(self.quarter_turns))
