@@ -14,7 +14,7 @@ from typing import Protocol
 
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.overlay import overlay_size
-from rsagent_jax.agent.tools import TOOLS, Finish, render_call
+from rsagent_jax.agent.tools import Finish, render_call
 from rsagent_jax.agent.views import PixelLimits, fit, fixed_size, round_size
 from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.types import DataError, ParseError
@@ -27,10 +27,6 @@ ANY_SIZE = (99_999, 99_999)  # a view whose size takes as many digits as any
 
 # The longest answers to a call that cannot be read or done; tests/agent/test_budget.py compares them with the sources.
 LONGEST_ERRORS = (
-    ParseError("missing_argument", "segment needs a box, points or refine."),
-    ParseError("unknown_argument", "segment takes box, points, labels, refine."),
-    ParseError("unknown_tool", f"tools: {', '.join(TOOLS)}."),
-    ParseError("no_logits", "this mask cannot be refined; give a new box or points."),
     ParseError("zoom_too_small", "the box must be at least 16 image pixels wide and high."),
     ParseError("zoom_too_thin", "the box must not be longer than 20 times its width."),
     ParseError("no_room", "there is no room left for another view; go on in this one, or finish."),
