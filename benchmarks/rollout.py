@@ -128,11 +128,11 @@ class Discs:
 
 def play(policy, processor, work: Work, delay_s: float = 0.0, tasks: int = 0) -> dict:
     """Seconds, processor seconds, and the sampled ids i32[N, T] of all trajectories."""
-    from rsagent_jax.agent.tools import render_call
+    from rsagent_jax.agent.tools import Finish, Segment, render_call
     from rsagent_jax.config.schema import AgentConfig
     from rsagent_jax.rollout.driver import Driver
     from rsagent_jax.rollout.policy import Task
-    from rsagent_jax.types import Finish, Sample, Segment
+    from rsagent_jax.types import Sample
 
     class Scripted(Driver):
         """The ids go into the trajectory as they were sampled; the environment hears the script."""

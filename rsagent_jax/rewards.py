@@ -24,7 +24,7 @@ import numpy as np
 from rsagent_jax.config.import_path import first_line, import_path, place
 from rsagent_jax.config.reward import RewardGroup, RewardTerm
 from rsagent_jax.masks import mask_iou
-from rsagent_jax.types import DataError, Finish, ResetView, Reward, Rotate, Sample, Segment, Status, Trajectory, Zoom
+from rsagent_jax.types import DataError, Reward, Sample, Status, Trajectory
 
 LARGEST = 1e6  # a term's value; beyond, sums and their float32 are not exact any more
 
@@ -70,7 +70,7 @@ def overshoot(trajectory: Trajectory, sample: Sample) -> float:
 
 def call_cost(trajectory: Trajectory, sample: Sample) -> float:
     """Number of tool calls made, refused ones included. `finish` is free: stopping must never cost."""
-    return float(sum(turn.call is not None and not isinstance(turn.call, Finish) for turn in trajectory.turns))
+    return float(sum(turn.call is not None and not turn.call.ends for turn in trajectory.turns))
 
 
 def novel_action(trajectory: Trajectory, sample: Sample) -> float:
@@ -83,21 +83,19 @@ def novel_action(trajectory: Trajectory, sample: Sample) -> float:
     seen, views, effective, novel = set(), (), 0, 0
     for turn in trajectory.turns:
         call = turn.call
-        if call is None or turn.error is not None or isinstance(call, Finish):
+        if call is None or turn.error is not None or call.ends:
             continue
         effective += 1
         novel += not (turn.repeated or (call, views) in seen)
         seen.add((call, views))
-        if isinstance(call, ResetView):
-            views = ()
-        elif isinstance(call, Zoom | Rotate):
-            views = (*views, call)
+        if call.changes_view:
+            views = () if call.resets_view else (*views, call)
     return novel / effective if effective else 0.0
 
 
 def point_excess(trajectory: Trajectory, sample: Sample, budget: int = 4) -> float:
     """Number of points above `budget` in a segment call, summed over the calls. The budget is ours."""
-    return float(sum(max(0, len(t.call.points) - budget) for t in trajectory.turns if isinstance(t.call, Segment)))
+    return float(sum(max(0, len(getattr(t.call, "points", ())) - budget) for t in trajectory.turns))
 
 
 def format_ok(trajectory: Trajectory, sample: Sample) -> float:

@@ -21,7 +21,6 @@ from rsagent_jax.agent.environment import EnvState, final_mask
 from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.segmenter import open_segmenter
-from rsagent_jax.agent.tools import call_json
 from rsagent_jax.config.schema import SegmentConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.load import policy_directory
@@ -30,7 +29,7 @@ from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.policy import Policy, Task
 from rsagent_jax.runtime import command
-from rsagent_jax.types import DataError, Finish, Sample, Status
+from rsagent_jax.types import DataError, Sample, Status
 from sam_bridge import images
 from sam_bridge.types import Segmenter
 
@@ -119,8 +118,7 @@ def describe(state: EnvState, seconds: float) -> list[str]:
     if turn.call is None:
         lines.append(f"  text     {_plain(turn.text) or '(nothing)'}")
         return [*lines, f"  result   malformed ({turn.error.reason}): {turn.error.detail}"]
-    call = json.loads(call_json(turn.call))
-    lines.append(f"  call     {call['name']} {json.dumps(call['arguments'])}")
+    lines.append(f"  call     {turn.call.name} {json.dumps(turn.call.arguments())}")
     if state.failure is not None:
         result = f"the segmenter failed ({state.failure.kind}): {_plain(state.failure.detail)}"
     elif turn.error is not None:
@@ -129,7 +127,7 @@ def describe(state: EnvState, seconds: float) -> list[str]:
         record = state.masks[turn.mask_id - 1]
         took = reply.timings_s.get("call", 0.0)
         result = f"mask {record.id}, score {record.score:.2f}, area {_area(record.mask)}, {took:.2f} s"
-    elif isinstance(turn.call, Finish):
+    elif turn.call.ends:
         result = "done"
     elif turn.repeated and state.status is Status.REPEATED:
         result = "the same again"

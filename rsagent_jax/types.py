@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -73,40 +73,13 @@ class Completion:
     finished: bool  # False: the token budget ended the turn, or another stop id, which is the last of `tokens` then
 
 
-# --- Arrow 4: text -> call. Coordinates here are view pixels exactly as the model said them. ---
+class ToolCall:
+    """Arrow 4: what a turn asks for; one frozen dataclass a tool, in agent/tools. Equal calls are equal values."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """segment(box?, points?, labels?, refine?): at least a box, a point or a mask to refine."""
-
-    box: tuple[float, float, float, float] | None = None
-    points: tuple[tuple[float, float], ...] = ()
-    labels: tuple[int, ...] = ()  # 1 object, 0 background; as many as points
-    refine: int | None = None  # id of an earlier mask of this trajectory
-
-
-@dataclasses.dataclass(frozen=True)
-class Zoom:
-    box: tuple[float, float, float, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rotate:
-    quarter_turns: int  # counter-clockwise, 1..3
-
-
-@dataclasses.dataclass(frozen=True)
-class ResetView:
-    pass
-
-
-@dataclasses.dataclass(frozen=True)
-class Finish:
-    mask_id: int | None  # None: the target is absent
-
-
-ToolCall = Segment | Zoom | Rotate | ResetView | Finish
+    name: ClassVar[str]
+    ends: ClassVar[bool] = False  # commits its `mask_id` as the answer
+    changes_view: ClassVar[bool] = False
+    resets_view: ClassVar[bool] = False  # to the view that the trajectory began with
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,11 @@ class FailureKind(enum.StrEnum):
     EXHAUSTED = "exhausted"  # the queue is full
     INTERNAL = "internal"
 
+    @property
+    def callers_fault(self) -> bool:
+        """True when another call with better arguments can succeed; False when the tool is broken."""
+        return self in (FailureKind.INVALID_PROMPT, FailureKind.UNKNOWN_LOGITS)
+
 
 class SegmenterError(Exception):
     """A failed call: `kind` can be counted, `detail` is for people."""
@@ -54,11 +59,6 @@ class SegmenterError(Exception):
         super().__init__(f"{kind}: {detail}")
         self.kind = kind
         self.detail = detail
-
-    @property
-    def callers_fault(self) -> bool:
-        """True when another call with better arguments can succeed; False when the tool is broken."""
-        return self.kind in (FailureKind.INVALID_PROMPT, FailureKind.UNKNOWN_LOGITS)
 
 
 @dataclasses.dataclass(frozen=True)

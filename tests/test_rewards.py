@@ -11,23 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsagent_jax import rewards
+from rsagent_jax.agent.tools import Finish, ResetView, Rotate, Segment, Zoom
 from rsagent_jax.config.import_path import import_path
 from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
 from rsagent_jax.rewards import RewardError, make_reward, read_only
-from rsagent_jax.types import (
-    DataError,
-    Finish,
-    MaskRecord,
-    ParseError,
-    ResetView,
-    Rotate,
-    Sample,
-    Segment,
-    Status,
-    Trajectory,
-    Turn,
-    Zoom,
-)
+from rsagent_jax.types import DataError, MaskRecord, ParseError, Sample, Status, Trajectory, Turn
 
 BOX = Segment(box=(0, 0, 5, 1))
 ERROR = ParseError("bad_json", "…")
@@ -47,34 +35,14 @@ def turn(call, error=None, repeated=False):
 
 
 def trajectory(turns=(), masks=(), final=None, status=Status.FINISHED):
-    empty = np.zeros(0)
-    return Trajectory(
-        sample_id="s",
-        group_id=0,
-        query="the row",
-        turns=tuple(turns),
-        masks=tuple(MaskRecord(i + 1, m, 0.9, "") for i, m in enumerate(masks)),
-        final_mask=row(0) if final is None else final,
-        final_mask_id=None,
-        status=status,
-        tokens=empty,
-        positions=empty,
-        loss_mask=empty,
-        logprobs=empty,
-        patches=empty,
-        grids=(),
-    )
+    records = tuple(MaskRecord(i + 1, m, 0.9, "") for i, m in enumerate(masks))
+    final = row(0) if final is None else final
+    return Trajectory("s", 0, "the row", tuple(turns), records, final, None, status, *[np.zeros(0)] * 5, ())
 
 
 OWN = """import numpy as np
 
-def three_term(trajectory, sample): return np.float32(3)
-def nan_term(trajectory, sample): return float('nan')
-def inf_term(trajectory, sample): return float('inf')
-def huge_term(trajectory, sample): return 1e300
-def bool_term(trajectory, sample): return True
-def none_term(trajectory, sample): return None
-def text_term(trajectory, sample): return '0.5'
+def constant(trajectory, sample, value=3): return value
 def array_term(trajectory, sample): return np.zeros(1000)
 def scaled(trajectory, sample, by, words=()): return by * (1 + len(words))
 def positional(trajectory): return 0.0
@@ -91,17 +59,8 @@ def writes_record(trajectory, sample):
 
 
 @pytest.fixture
-def own_terms(tmp_path, monkeypatch):
-    """A researcher's module beside train.py."""
-    (tmp_path / "own_reward_terms.py").write_text(OWN)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield "own_reward_terms"
-    sys.modules.pop("own_reward_terms", None)
-
-
-@pytest.fixture
-def own_file(tmp_path):
-    """The same in a file somewhere else."""
+def own(tmp_path):
+    """A researcher's file somewhere."""
     path = tmp_path / "my_rewards.py"
     path.write_text(OWN)
     modules, places = dict(sys.modules), list(sys.path)
@@ -240,56 +199,48 @@ def test_default_reward_by_hand():
     assert reward.total == pytest.approx(1.39)
 
 
-def one_term(function, weight=1.0, clip=()):
-    return (RewardGroup("own", 2.0, (RewardTerm(function, weight),), clip),)
+def one_term(function, weight=1.0, clip=(), **arguments):
+    return (RewardGroup("own", 2.0, (RewardTerm(function, weight, tuple(arguments.items())),), clip),)
 
 
 @pytest.mark.parametrize(
     ("weight", "clip", "value"),
     [(1.0, None, 3.0), (-1.0, None, -3.0), (1.0, (-1.0, 1.0), 1.0), (-1.0, (-1.0, 1.0), -1.0), (0.1, (-1.0, 1.0), 0.3)],
 )
-def test_own_term_weight_and_clip(own_terms, weight, clip, value):
-    reward = make_reward(one_term(f"{own_terms}:three_term", weight, clip))(trajectory(), sample(row(8)))
+def test_own_term_weight_and_clip(own, weight, clip, value):
+    groups = one_term(f"{own}:constant", weight, clip, value=np.float32(3))
+    reward = make_reward(groups)(trajectory(), sample(row(8)))
     # The part is logged unweighted; the group's weight of 2 comes after the clip.
-    assert reward.parts == pytest.approx({"own/three_term": 3.0, "own": value})
+    assert reward.parts == pytest.approx({"own/constant": 3.0, "own": value})
     assert reward.total == pytest.approx(2.0 * value)
     assert type(reward.total) is float and all(type(part) is float for part in reward.parts.values())
 
 
-@pytest.mark.parametrize(
-    ("function", "value"),
-    [
-        ("nan_term", "nan"),
-        ("inf_term", "inf"),
-        ("huge_term", "1e+300"),
-        ("bool_term", "True"),
-        ("none_term", "None"),
-        ("text_term", "'0.5'"),
-        ("array_term", "array([0., 0.,"),
-    ],
-)
-def test_a_term_that_is_no_reward_is_named_with_what_it_returned(own_terms, function, value):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300, True, np.True_, None, "0.5", "array"])
+def test_a_term_that_is_no_reward_is_named_with_what_it_returned(own, value):
+    name, arguments = ("array_term", {}) if value == "array" else ("constant", {"value": value})
     with pytest.raises(RewardError) as error:
-        make_reward(one_term(f"{own_terms}:{function}"))(trajectory(), sample(row(8)))
-    message = str(error.value)
-    assert f"reward term own/{function} ({own_terms}:{function}) returned {value}" in message and len(message) < 300
+        make_reward(one_term(f"{own}:{name}", **arguments))(trajectory(), sample(row(8)))
+    message, returned = str(error.value), "array([0., 0.," if value == "array" else repr(value)
+    assert f"reward term own/{name} ({own}:{name}) returned {returned}" in message
     assert "for sample s" in message and "between -1000000 and 1000000" in message
+    assert len(message) < 220 + 2 * len(str(own))
 
 
-def test_a_term_that_raises_is_named_with_the_sample_and_the_line(own_file):
+def test_a_term_that_raises_is_named_with_the_sample_and_the_line(own):
     with pytest.raises(RewardError) as error:
-        make_reward(one_term(f"{own_file}:divides"))(trajectory(), sample(row(8)))
+        make_reward(one_term(f"{own}:divides"))(trajectory(), sample(row(8)))
     line = OWN.splitlines().index("    return 1 / nothing") + 1
     assert str(error.value) == (
-        f"reward term own/divides ({own_file}:divides) raised ZeroDivisionError for sample s:"
-        f" {own_file}, line {line}: division by zero"
+        f"reward term own/divides ({own}:divides) raised ZeroDivisionError for sample s:"
+        f" {own}, line {line}: division by zero"
     )
 
 
 @pytest.mark.parametrize("function", ["writes_mask", "writes_record"])
-def test_a_term_cannot_write_into_what_it_is_given(own_terms, function):
+def test_a_term_cannot_write_into_what_it_is_given(own, function):
     t, s = trajectory(masks=[row(2)], final=row(2)), sample(row(8))
-    groups = (RewardGroup("own", 1.0, (RewardTerm(f"{own_terms}:{function}"), *DEFAULT_REWARD[0].terms)),)
+    groups = (RewardGroup("own", 1.0, (RewardTerm(f"{own}:{function}"), *DEFAULT_REWARD[0].terms)),)
     with pytest.raises(RewardError, match=f"{function}.*read-only"):
         make_reward(groups)(t, s)
     assert s.gt_mask.sum() == 8 and t.masks[0].mask.sum() == 2
@@ -301,10 +252,10 @@ def test_what_a_term_is_given_is_no_copy():
     assert np.shares_memory(read_only(s).gt_mask, s.gt_mask) and read_only(s).id == "s"
 
 
-def test_arguments_of_the_config_reach_the_term(own_file):
+def test_arguments_of_the_config_reach_the_term(own):
     terms = (
-        RewardTerm(f"{own_file}:scaled", 1.0, (("by", 2),), name="small"),
-        RewardTerm(f"{own_file}:scaled", 10.0, (("by", 2), ("words", ("a", "b"))), name="large"),
+        RewardTerm(f"{own}:scaled", 1.0, (("by", 2),), name="small"),
+        RewardTerm(f"{own}:scaled", 10.0, (("by", 2), ("words", ("a", "b"))), name="large"),
     )
     reward = make_reward((RewardGroup("own", 1.0, terms),))(trajectory(), sample(row(8)))
     # two of one function are told apart by their names in the config: 2 + 10 * 2 * 3
@@ -319,10 +270,9 @@ def test_arguments_of_the_config_reach_the_term(own_file):
         ("positional", (), "takes (trajectory), but is called with (trajectory, sample)"),
     ],
 )
-def test_a_term_that_cannot_be_called_so_is_refused_before_the_first_rollout(own_file, function, arguments, message):
-    groups = (RewardGroup("own", 1.0, (RewardTerm(f"{own_file}:{function}", 1.0, arguments),)),)
+def test_a_term_that_cannot_be_called_so_is_refused_before_the_first_rollout(own, function, arguments, message):
     with pytest.raises(DataError) as error:
-        make_reward(groups)
+        make_reward(one_term(f"{own}:{function}", **dict(arguments)))
     assert message in str(error.value)
 
 
@@ -355,16 +305,16 @@ def test_resolve_names_the_closest_match(path, message):
     assert message in str(error.value)
 
 
-def test_resolve_returns_the_function_of_a_module_and_of_a_file(own_file, monkeypatch):
+def test_resolve_returns_the_function_of_a_module_and_of_a_file(own, monkeypatch):
     assert import_path("rsagent_jax.rewards:final_iou") is rewards.final_iou
-    monkeypatch.chdir(own_file.parent)
-    (own_file.parent / "beside_it.py").write_text("VALUE = 7\n")
-    (own_file.parent / "json.py").write_text("from beside_it import VALUE\ndef f(): return VALUE\n")
-    assert import_path("my_rewards.py:three_term") is import_path(f"{own_file}:three_term")
+    monkeypatch.chdir(own.parent)
+    (own.parent / "beside_it.py").write_text("VALUE = 7\n")
+    (own.parent / "json.py").write_text("from beside_it import VALUE\ndef f(): return VALUE\n")
+    assert import_path("my_rewards.py:constant") is import_path(f"{own}:constant")
+    monkeypatch.syspath_prepend(own.parent)
+    assert import_path("my_rewards:constant")(None, None) == 3  # as a module beside train.py
     assert import_path("json.py:f")() == 7 and json.loads("1") == 1  # a file may have the name of a module
-    assert pickle.loads(pickle.dumps(import_path("my_rewards.py:three_term"))) is import_path(
-        "my_rewards.py:three_term"
-    )
+    assert pickle.loads(pickle.dumps(named := import_path("my_rewards.py:constant"))) is named
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from agent_fakes import DiscSegmenter, picture, same_states
 
 from rsagent_jax.agent.replay import replay
-from rsagent_jax.agent.tools import render_call
+from rsagent_jax.agent.tools import Finish, Segment, Zoom, render_call
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import (
     SegmentConfig,
@@ -20,7 +20,7 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.rollout.text_policy import TextPolicy
 from rsagent_jax.runtime.command import load_config_file
 from rsagent_jax.segment import read_photo, segment
-from rsagent_jax.types import DataError, Finish, Segment, Status, Zoom
+from rsagent_jax.types import DataError, Status
 from sam_bridge.types import FailureKind
 
 ROOT = pathlib.Path(__file__).parents[1]

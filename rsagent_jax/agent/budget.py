@@ -14,10 +14,10 @@ from typing import Protocol
 
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.overlay import overlay_size
-from rsagent_jax.agent.tools import TOOL_SCHEMAS, render_call
+from rsagent_jax.agent.tools import Finish, render_call
 from rsagent_jax.agent.views import PixelLimits, fit, fixed_size, round_size
 from rsagent_jax.config.schema import AgentConfig
-from rsagent_jax.types import DataError, Finish, ParseError
+from rsagent_jax.types import DataError, ParseError
 
 # The typical trajectory, for checking a config (ours): this question about a picture of this size, a mask in every
 # turn but the last, turns of agent.typical_turn tokens.
@@ -27,10 +27,6 @@ ANY_SIZE = (99_999, 99_999)  # a view whose size takes as many digits as any
 
 # The longest answers to a call that cannot be read or done; tests/agent/test_budget.py compares them with the sources.
 LONGEST_ERRORS = (
-    ParseError("missing_argument", "segment needs a box, points or refine."),
-    ParseError("unknown_argument", "segment takes box, points, labels, refine."),
-    ParseError("unknown_tool", f"tools: {', '.join(schema['function']['name'] for schema in TOOL_SCHEMAS)}."),
-    ParseError("no_logits", "this mask cannot be refined; give a new box or points."),
     ParseError("zoom_too_small", "the box must be at least 16 image pixels wide and high."),
     ParseError("zoom_too_thin", "the box must not be longer than 20 times its width."),
     ParseError("no_room", "there is no room left for another view; go on in this one, or finish."),
@@ -172,9 +168,8 @@ def image_sizes(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """(h', w') of the first view and of an overlay as the model sees them, for a picture of `size` (h, w)."""
     shown = fit(*size, views)
-    low = min(images.min_pixels, shown.min_pixels)  # as data/processor.py: image_patches has it
     overlay = overlay_size(*size, agent.history_size)
-    return fixed_size(*size, shown), round_size(*overlay, images.factor, low, images.max_pixels)
+    return fixed_size(*size, shown), round_size(*overlay, images.lowered_to(shown))
 
 
 def typical_size(views: PixelLimits) -> tuple[int, int]:

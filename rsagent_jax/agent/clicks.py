@@ -5,8 +5,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from rsagent_jax.agent.tools import Segment
 from rsagent_jax.agent.views import View
-from rsagent_jax.types import Segment
 
 
 def prompt_of(view: View, region: np.ndarray, use_box: bool) -> Segment:

@@ -5,7 +5,7 @@
         text = policy(...)                            # sees opening_observation(state), then each turn's observation
         proposal = propose(state, text)               # parse, check, convert to original pixels
         reply = run_tool(segmenter, state, proposal)  # the only slow, only impure line; the driver runs it on a thread
-        state = resolve(state, proposal, reply)
+        state = apply_reply(state, proposal, reply)
     mask, mask_id = final_mask(state)
 
 A malformed call (no action can be read) and a refused one (the action cannot be done) are both answered with an error
@@ -16,30 +16,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.overlay import draw_overlay
-from rsagent_jax.agent.tools import call_json, parse
+from rsagent_jax.agent.tools import parse
+from rsagent_jax.agent.tools.base import Proposal, refuse
 from rsagent_jax.agent.views import PixelLimits, View, fit
 from rsagent_jax.config.schema import AgentConfig
-from rsagent_jax.types import (
-    DataError,
-    Finish,
-    MaskRecord,
-    Observation,
-    ParseError,
-    ResetView,
-    Rotate,
-    Segment,
-    Status,
-    ToolCall,
-    Turn,
-    Zoom,
-)
-from sam_bridge.types import FailureKind, Segmenter, SegmenterError, SegmentReply, SegmentRequest
+from rsagent_jax.types import DataError, MaskRecord, Observation, ParseError, Status, Turn
+from sam_bridge.types import FailureKind, Segmenter, SegmenterError, SegmentReply
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,23 +38,6 @@ class SegmentFailure:
     kind: FailureKind
     detail: str
     seconds: float = 0.0  # spent on the call
-
-    @property
-    def callers_fault(self) -> bool:
-        return SegmenterError(self.kind, self.detail).callers_fault
-
-
-@dataclasses.dataclass(frozen=True)
-class Proposal:
-    """What a turn asks for, before any tool has run."""
-
-    text: str
-    call: ToolCall | None  # None when malformed
-    error: ParseError | None  # malformed or refused
-    request: SegmentRequest | None = None  # in original pixels; None when no tool is needed
-    view: View | None = None  # the view to go to
-    clipped: int = 0  # coordinates that were outside the view
-    action: Any = None  # equal for equal actions, whatever view they were said in; None when malformed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,9 +79,36 @@ def reset(image: np.ndarray, query: str, config: AgentConfig, limits: PixelLimit
 
 
 def opening_observation(state: EnvState) -> Observation:
-    """What the policy sees before its first turn: the question and the whole image. Call it before any turn."""
-    text = prompts.user_text(state.query, state.view.size_view, state.config.prompt)
-    return _announce(state, Observation(text, state.view.render(state.image)))
+    """What the policy sees before its first turn: the question and the whole image; of any state of its trajectory."""
+    view = state.view.reset()
+    text = prompts.user_text(state.query, view.size_view, state.config.prompt)
+    last = state.turns[0].last if state.turns else state.last
+    return _announce(Observation(text, view.render(state.image)), (), last, state.config)
+
+
+def conversation(state: EnvState) -> list[prompts.Message]:
+    """All that was said and shown so far, for those who read messages; `read_before` has it as the policy's text."""
+    seen = opening_observation(state)
+    messages = prompts.opening_messages(prompts.system_prompt(state.config.prompt), seen.text, seen.image)
+    for turn in state.turns:
+        messages.append(prompts.Message("assistant", (turn.text,)))
+        if turn.observation is not None:
+            messages.append(prompts.observation_message(turn.observation.text, turn.observation.image))
+    return messages
+
+
+def read_before(state: EnvState, turn: int) -> tuple[str, list[np.ndarray]]:
+    """What is appended to the policy's context before that turn (0 = the first): the text and its images u8[h, w, 3].
+
+    Behind a turn it begins with that turn's terminator, which the context has already where the policy sampled it.
+    """
+    if turn == 0:
+        seen = opening_observation(state)
+        text = prompts.opening(prompts.system_prompt(state.config.prompt), seen.text)
+    else:
+        seen = state.turns[turn - 1].observation
+        text = prompts.TERMINATOR + prompts.observation_turn(seen.text, seen.image is not None)
+    return text, [] if seen.image is None else [seen.image]
 
 
 def propose(state: EnvState, text: str) -> Proposal:
@@ -117,20 +116,8 @@ def propose(state: EnvState, text: str) -> Proposal:
     _check_open(state)
     call = parse(text)
     if isinstance(call, ParseError):
-        return Proposal(text, None, call)
-    match call:
-        case Segment():
-            proposal = _propose_segment(state, text, call)
-        case Zoom(box):
-            _, clipped = state.view.clip_box(box)
-            proposal = _propose_view(text, call, state.view.zoom(box), clipped)
-        case Rotate(quarter_turns):
-            proposal = _propose_view(text, call, state.view.rotate(quarter_turns), 0)
-        case ResetView():
-            proposal = _propose_view(text, call, View.whole(*state.image.shape[:2], state.limits), 0)
-        case Finish(mask_id):
-            error = None if mask_id is None else _unknown_mask(state, mask_id)
-            proposal = Proposal(text, call, error, action=("finish", mask_id))
+        return Proposal(None, call, text=text)
+    proposal = dataclasses.replace(call.propose(state.view, state.masks), text=text)
     if proposal.request is not None and _repeats(state, proposal) >= state.config.max_repeats:
         return dataclasses.replace(proposal, request=None)  # it ends here; the tool would only say the same again
     return proposal
@@ -139,7 +126,7 @@ def propose(state: EnvState, text: str) -> Proposal:
 def refuse_view(proposal: Proposal) -> Proposal:
     """The proposal when whoever plays has no room for the view that it asks for."""
     error = ParseError("no_room", "there is no room left for another view; go on in this one, or finish.")
-    return dataclasses.replace(proposal, view=None, error=error, action=("refused", call_json(proposal.call)))
+    return dataclasses.replace(refuse(proposal.call, error, proposal.clipped), text=proposal.text)
 
 
 def run_tool(segmenter: Segmenter, state: EnvState, proposal: Proposal) -> SegmentReply | SegmentFailure | None:
@@ -169,7 +156,7 @@ def apply_reply(
         raise ValueError("resolve: a reply belongs to a proposal with a request, and only to one")
     error, failure, masks, mask_id = proposal.error, None, state.masks, None
     if isinstance(reply, SegmentFailure):
-        if reply.callers_fault:  # the kind's words are in REFUSALS; its detail is for people, not for the policy
+        if reply.kind.callers_fault:  # the kind's words are in REFUSALS; its detail is for people, not for the policy
             error = ParseError(reply.kind.value, "the tool refused this prompt; try another.")
         else:
             failure = reply
@@ -190,7 +177,9 @@ def apply_reply(
         tool_seconds=state.tool_seconds + _seconds(reply),
     )
     status = _ending(after, proposal, error)
-    observation = _announce(after, _observe(after, proposal, error)) if status is None else None
+    observation = None
+    if status is None:
+        observation = _announce(_observe(after, proposal, error), after.masks, after.last, after.config)
     turn = Turn(proposal.text, proposal.call, error, observation, mask_id, proposal.clipped, repeats > 1, state.last)
     return dataclasses.replace(after, turns=(*state.turns, turn), status=status)
 
@@ -204,57 +193,9 @@ def abort(state: EnvState, status: Status) -> EnvState:
 def final_mask(state: EnvState) -> tuple[np.ndarray, int | None]:
     """bool[h, w] and its id: the committed mask, else the latest one, else empty with id None."""
     call = state.turns[-1].call if state.turns else None
-    if state.status is Status.FINISHED and isinstance(call, Finish):
-        if call.mask_id is not None:
-            return state.masks[call.mask_id - 1].mask, call.mask_id
-    elif state.masks:
-        return state.masks[-1].mask, state.masks[-1].id
-    return np.zeros(state.image.shape[:2], bool), None
-
-
-def _propose_segment(state: EnvState, text: str, call: Segment) -> Proposal:
-    view, clipped, box, points = state.view, 0, None, ()
-    if call.box is not None:
-        box_view, clipped = view.clip_box(call.box)
-        box = view.box_to_original(box_view)
-        if box_view[0] >= box_view[2] or box_view[1] >= box_view[3]:
-            error = ParseError("empty_box", "the box has no area inside the view.")
-            return Proposal(text, call, error, clipped=clipped, action=("refused", call_json(call)))
-    if call.points:
-        points_view, outside = view.clip_points(np.array(call.points))
-        clipped += outside
-        # an enlarged view has places outside the centres of the outermost original pixels, by less than half a pixel
-        points_original = np.clip(view.to_original(points_view), 0, np.array(view.size_original) - 1.0)
-        points = tuple((x, y) for x, y in points_original.tolist())
-    logits_id = ""
-    if call.refine is not None:
-        error = _unknown_mask(state, call.refine)
-        if error is None and not state.masks[call.refine - 1].logits_id:
-            error = ParseError("no_logits", "this mask cannot be refined; give a new box or points.")
-        if error is not None:
-            return Proposal(text, call, error, clipped=clipped, action=("refused", call_json(call)))
-        logits_id = state.masks[call.refine - 1].logits_id
-    request = SegmentRequest(box, points, call.labels, logits_id)
-    # Rounded, so that one place said in two views compares equal whatever the last bits of the affine are.
-    action = ("segment", box and tuple(_round(box)), tuple(map(_round, points)), call.labels, call.refine)
-    return Proposal(text, call, None, request, clipped=clipped, action=action)
-
-
-def _propose_view(text: str, call: ToolCall, view: View | ParseError, clipped: int) -> Proposal:
-    if isinstance(view, ParseError):
-        return Proposal(text, call, view, clipped=clipped, action=("refused", call_json(call)))
-    return Proposal(text, call, None, view=view, clipped=clipped, action=("view", view))
-
-
-def _round(values: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(round(v, 2) for v in values)
-
-
-def _unknown_mask(state: EnvState, mask_id: int) -> ParseError | None:
-    if mask_id <= len(state.masks):
-        return None
-    have = f"masks: 1 to {len(state.masks)}." if state.masks else "no masks yet."
-    return ParseError("unknown_mask", f"no mask {mask_id}; {have}")
+    committed = state.status is Status.FINISHED and call is not None and call.ends
+    mask_id = call.mask_id if committed else len(state.masks) or None
+    return (np.zeros(state.image.shape[:2], bool) if mask_id is None else state.masks[mask_id - 1].mask), mask_id
 
 
 def _repeats(state: EnvState, proposal: Proposal) -> int:
@@ -268,7 +209,7 @@ def _ending(after: EnvState, proposal: Proposal, error: ParseError | None) -> St
     config = after.config
     if after.failure is not None:
         return Status.ENV_FAILED
-    if isinstance(proposal.call, Finish) and error is None:
+    if error is None and proposal.call is not None and proposal.call.ends:
         return Status.FINISHED
     if after.invalid >= config.max_invalid:
         return Status.INVALID
@@ -291,12 +232,11 @@ def _observe(after: EnvState, proposal: Proposal, error: ParseError | None) -> O
     return Observation(text, picture)
 
 
-def _announce(state: EnvState, observation: Observation) -> Observation:
-    if not (state.last and state.config.announce_last):
-        return observation
-    best = max(state.masks, key=lambda record: (record.score, record.id), default=None)
-    text = prompts.last_turn_text(best and best.id, state.config.prompt)
-    return dataclasses.replace(observation, text=f"{observation.text} {text}")
+def _announce(seen: Observation, masks: Sequence[MaskRecord], last: bool, config: AgentConfig) -> Observation:
+    if not (last and config.announce_last):
+        return seen
+    best = max(masks, key=lambda record: (record.score, record.id), default=None)
+    return dataclasses.replace(seen, text=f"{seen.text} {prompts.last_turn_text(best and best.id, config.prompt)}")
 
 
 def _seconds(reply: SegmentReply | SegmentFailure | None) -> float:

@@ -14,11 +14,13 @@ import json
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from rsagent_jax.agent.tools import TOOL_SCHEMAS
+import numpy as np
+
+from rsagent_jax.agent.tools import TOOLS, tool_schemas
 from rsagent_jax.types import DataError, ParseError
 
-STYLES = ("full", "brief")
 TERMINATOR = "<|im_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 BASE_SYSTEM = "You are a helpful assistant."  # Qwen's own default, used with the grounding prompts
@@ -49,96 +51,115 @@ For each function call, return a json object with function name and arguments wi
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
 
-_BRIEF = (
-    "Segment the object. Each turn: <think>thought</think> and one <tool_call> of segment(box, points, labels, "
-    "refine), zoom(box), rotate(quarter_turns), reset_view() or finish(mask_id)."
-)
+_BRIEF = "Segment the object. Each turn: <think>thought</think> and one <tool_call> of {tools}."
+
+_TEXTS = {
+    "full": {
+        "user": 'Segment "{query}". The image is a view of {w}x{h} pixels.',
+        "mask": "Mask {id}: score {score:.2f}, area {area}. Coordinates still refer to the {w}x{h} view."
+        " Correct the mask or finish.",
+        "view": "The current view has {w}x{h} pixels. Coordinates now refer to it.",
+        "last": "This is your last turn.",
+        "last with a mask": "This is your last turn: call finish, with mask {id} if you have no better one.",
+        "error": "Error ({reason}): {detail} Answer with <think></think> and exactly one <tool_call></tool_call>.",
+    },
+    "brief": {
+        "user": 'Segment "{query}" in this {w}x{h} image.',
+        "mask": "Mask {id}: score {score:.2f}, area {area}.",
+        "view": "View {w}x{h}.",
+        "last": "Last turn.",
+        "last with a mask": "Last turn: finish, best mask {id}.",
+        "error": "Error: {detail}",
+    },
+}
+STYLES = tuple(_TEXTS)
 
 
 def system_prompt(style: str) -> str:
     """`full` carries the JSON schema of every tool; `brief` is for tiny policies, which pay for every token."""
     _check(style)
     if style == "brief":
-        return _BRIEF
-    return _FULL + "\n\n" + _TOOLS.format(tools="\n".join(json.dumps(schema) for schema in TOOL_SCHEMAS))
+        *calls, last = (f"{tool.name}({', '.join(tool.properties)})" for tool in TOOLS.values())
+        return _BRIEF.format(tools=f"{', '.join(calls)} or {last}")
+    return _FULL + "\n\n" + _TOOLS.format(tools="\n".join(map(json.dumps, tool_schemas())))
 
 
 def user_text(query: str, size_view: tuple[int, int], style: str) -> str:
     """The question; `size_view` is (w', h'). The image stands before it, see `opening`."""
-    _check(style)
-    w, h = size_view
-    if style == "brief":
-        return f'Segment "{sanitize(query)}" in this {w}x{h} image.'
-    return f'Segment "{sanitize(query)}". The image is a view of {w}x{h} pixels.'
+    return _text(style, "user", size_view, query=sanitize(query))
 
 
 def segment_text(mask_id: int, score: float, area: float, size_view: tuple[int, int], style: str) -> str:
     """What comes with a mask's overlay; `area` is its share of the whole image, 0..1."""
-    _check(style)
-    text = f"Mask {mask_id}: score {min(max(score, 0.0), 1.0):.2f}, area {_percent(area)}."
-    if style == "brief":
-        return text
-    w, h = size_view
-    return f"{text} Coordinates still refer to the {w}x{h} view. Correct the mask or finish."
+    return _text(style, "mask", size_view, id=mask_id, score=min(max(score, 0.0), 1.0), area=_percent(area))
 
 
 def view_text(size_view: tuple[int, int], style: str) -> str:
     """What comes with a new view of (w', h') pixels."""
-    _check(style)
-    w, h = size_view
-    if style == "brief":
-        return f"View {w}x{h}."
-    return f"The current view has {w}x{h} pixels. Coordinates now refer to it."
+    return _text(style, "view", size_view)
 
 
 def last_turn_text(best_mask: int | None, style: str) -> str:
     """Stands at the end of what comes before the last turn; `best_mask` is the id with the highest score so far."""
-    _check(style)
-    if best_mask is None:
-        return "Last turn." if style == "brief" else "This is your last turn."
-    if style == "brief":
-        return f"Last turn: finish, best mask {best_mask}."
-    return f"This is your last turn: call finish, with mask {best_mask} if you have no better one."
+    return _text(style, "last" if best_mask is None else "last with a mask", id=best_mask)
 
 
 def error_text(error: ParseError, style: str) -> str:
     """The answer to a malformed or refused call."""
+    return _text(style, "error", reason=error.reason, detail=error.detail)
+
+
+def _text(style: str, name: str, size_view: tuple[int, int] = (0, 0), **values) -> str:
     _check(style)
-    if style == "brief":
-        return f"Error: {error.detail}"
-    return (
-        f"Error ({error.reason}): {error.detail} Answer with <think></think> and exactly one <tool_call></tool_call>."
-    )
+    return _TEXTS[style][name].format(w=size_view[0], h=size_view[1], **values)
+
+
+class Message(NamedTuple):
+    """Of a conversation; in place of an image u8[h, w, 3] its mark in the text may stand, IMAGE."""
+
+    role: str
+    parts: tuple[str | np.ndarray, ...]
+
+
+def opening_messages(system: str, user: str, image: str | np.ndarray) -> list[Message]:
+    """The conversation before the first assistant turn: one image, then the user's text."""
+    return [Message("system", (system,)), Message("user", (image, user))]
+
+
+def observation_message(text: str, image: str | np.ndarray | None) -> Message:
+    """What the environment answers a turn with."""
+    return Message("user", (f"<tool_response>\n{text}", *(() if image is None else (image,)), "\n</tool_response>"))
 
 
 def opening(system: str, user: str) -> str:
-    """The context before the first assistant turn: one image, then the user's text."""
-    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{IMAGE}{user}<|im_end|>\n<|im_start|>assistant\n"
+    """The context before the first assistant turn."""
+    return _laid_out(opening_messages(system, user, IMAGE))
 
 
 def observation_turn(text: str, has_image: bool) -> str:
     """Everything forced between an assistant's <|im_end|> and its next turn."""
-    image = IMAGE if has_image else ""
-    return f"\n<|im_start|>user\n<tool_response>\n{text}{image}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    return "\n" + _laid_out([observation_message(text, IMAGE if has_image else None)])
 
 
-def ground_box_question(query: str) -> str:
-    """Qwen2.5-VL's own grounding question; pre-trains the tiny base."""
-    return f'Locate "{sanitize(query)}", output its bbox coordinates in JSON format.'
+def _laid_out(messages: Sequence[Message]) -> str:
+    turns = [f"<|im_start|>{role}\n{''.join(parts)}<|im_end|>\n" for role, parts in messages]
+    return "".join(turns) + "<|im_start|>assistant\n"
 
 
-def ground_point_question(query: str) -> str:
-    return f'Locate "{sanitize(query)}", output its point coordinates in JSON format.'
+def ground_question(key: str, query: str) -> str:
+    """Qwen2.5-VL's own grounding question, for `bbox_2d` or `point_2d`; pre-trains the tiny base."""
+    return f'Locate "{sanitize(query)}", output its {key.removesuffix("_2d")} coordinates in JSON format.'
 
 
-def ground_box_answer(boxes_view: Sequence[Sequence[float]], labels: Sequence[str]) -> str:
-    """Boxes [x1, y1, x2, y2] in view pixels, rounded to integers, in Qwen2.5-VL's own layout."""
-    return _ground_answer("bbox_2d", boxes_view, labels)
-
-
-def ground_point_answer(points_view: Sequence[Sequence[float]], labels: Sequence[str]) -> str:
-    """Points [x, y] in view pixels, rounded to integers."""
-    return _ground_answer("point_2d", points_view, labels)
+def ground_answer(key: str, rows: Sequence[Sequence[float]], labels: Sequence[str]) -> str:
+    """Boxes [x1, y1, x2, y2] or points [x, y] in view pixels, rounded to integers, in Qwen2.5-VL's own layout."""
+    if len(rows) != len(labels):
+        raise DataError(f"{len(rows)} {key} for {len(labels)} labels")
+    lines = [
+        f'\t{{"{key}": {[round(float(v)) for v in row]}, "label": {json.dumps(sanitize(label), ensure_ascii=False)}}}'
+        for row, label in zip(rows, labels, strict=True)
+    ]
+    return "```json\n[\n" + ",\n".join(lines) + "\n]\n```"
 
 
 def sanitize(text: str) -> str:
@@ -150,16 +171,6 @@ def sanitize(text: str) -> str:
     text = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text)
     text = " ".join(text.split())[:MAX_QUERY_CHARS].strip()
     return re.sub(r"<(?=[|/A-Za-z])", "(", text).replace('"', "'")
-
-
-def _ground_answer(key: str, rows: Sequence[Sequence[float]], labels: Sequence[str]) -> str:
-    if len(rows) != len(labels):
-        raise DataError(f"{len(rows)} {key} for {len(labels)} labels")
-    lines = [
-        f'\t{{"{key}": {[round(float(v)) for v in row]}, "label": {json.dumps(sanitize(label), ensure_ascii=False)}}}'
-        for row, label in zip(rows, labels, strict=True)
-    ]
-    return "```json\n[\n" + ",\n".join(lines) + "\n]\n```"
 
 
 def _percent(share: float) -> str:

@@ -7,9 +7,11 @@ overlays, counters, endings) is done again by the environment, and the ending mu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,7 @@ from pycocotools import mask as coco
 from rsagent_jax.agent.environment import EnvState, SegmentFailure, abort, apply_reply, propose, refuse_view, reset
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.build import build_config, to_dict
-from rsagent_jax.config.schema import (
-    AgentConfig,
-)
+from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.runtime.image_files import checksum, picture_by_checksum, read_image
 from rsagent_jax.types import DataError, Status, Turn
 from sam_bridge.types import FailureKind, SegmentReply
@@ -47,7 +47,7 @@ def state_to_json(state: EnvState, image_path: str = "") -> str:
 
 def replay(text: str, image: np.ndarray | None = None) -> EnvState:
     """The state that `to_json` was given; `image` u8[h, w, 3] by `read_source` when None."""
-    try:
+    with _data_errors():
         record = json.loads(text)
         if record["version"] != VERSION:
             raise DataError(f"trajectory: version {record['version']} cannot be read, only {VERSION}")
@@ -68,13 +68,19 @@ def replay(text: str, image: np.ndarray | None = None) -> EnvState:
         status = None if record["status"] is None else Status(record["status"])
         if state.status is None and status is not None:
             state = abort(state, status)
+    if state.status != status:
+        raise DataError(f"trajectory: ended as {status}, replayed to {state.status}; the environment has changed")
+    return state
+
+
+@contextlib.contextmanager
+def _data_errors() -> Iterator[None]:
+    try:
+        yield
     except DataError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as e:
         raise DataError(f"trajectory: not a record of replay.state_to_json ({type(e).__name__}: {e})") from e
-    if state.status != status:
-        raise DataError(f"trajectory: ended as {status}, replayed to {state.status}; the environment has changed")
-    return state
 
 
 def _turn_to_json(turn: Turn, reply: SegmentReply | SegmentFailure | None) -> dict[str, Any]:
@@ -91,11 +97,9 @@ def read_source(text: str, path: str | pathlib.Path | None = None) -> np.ndarray
 
     DataError if it is gone or has changed. A record without a checksum (before there were any) takes it as stored.
     """
-    try:
+    with _data_errors():
         image = json.loads(text)["image"]
         path, size, wanted = path or image["path"], (image["height"], image["width"]), image.get("sha256")
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise DataError(f"trajectory: not a record of replay.state_to_json ({type(e).__name__}: {e})") from e
     remedy = "a trajectory was made on it: put it back"
     return read_image(path, remedy) if wanted is None else picture_by_checksum(path, wanted, size, remedy)
 

@@ -41,6 +41,10 @@ class PixelLimits:
                 f"{self.factor}, min_pixels {self.min_pixels}, max_pixels {self.max_pixels}"
             )
 
+    def lowered_to(self, shown: PixelLimits) -> PixelLimits:
+        """The processor's own limits for a trajectory shown under `shown`, whose minimum may be lower (see `fit`)."""
+        return dataclasses.replace(self, min_pixels=min(self.min_pixels, shown.min_pixels))
+
 
 def check_shape(h: int, w: int) -> None:
     """DataError for an h x w image that cannot be shown under any limits."""
@@ -53,28 +57,27 @@ def check_shape(h: int, w: int) -> None:
         )
 
 
-def smart_resize(h: int, w: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Qwen2.5-VL's target size (h', w') of an h x w image; `round` is Python's, half to even, as in Hugging Face."""
-    check_shape(h, w)
-    return round_size(h, w, factor, min_pixels, max_pixels)
+def round_size(h: int, w: int, limits: PixelLimits) -> tuple[int, int]:
+    """Qwen2.5-VL's target size (h', w') of an h x w image; `round` is Python's, half to even, as in Hugging Face.
 
-
-def round_size(h: int, w: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """smart_resize of a size that need not be a picture's own: 29 x 5700 (197:1) is shown as 28 x 5712 (204:1)."""
+    The shape is not checked, since a size on the way need not be a picture's own: 29 x 5700 (197:1) is shown as
+    28 x 5712 (204:1).
+    """
+    factor = limits.factor
     h_bar, w_bar = round(h / factor) * factor, round(w / factor) * factor
-    if h_bar * w_bar > max_pixels:
-        beta = math.sqrt(h * w / max_pixels)
+    if h_bar * w_bar > limits.max_pixels:
+        beta = math.sqrt(h * w / limits.max_pixels)
         h_bar = max(factor, math.floor(h / beta / factor) * factor)
         w_bar = max(factor, math.floor(w / beta / factor) * factor)
-    elif h_bar * w_bar < min_pixels:
-        beta = math.sqrt(min_pixels / (h * w))
+    elif h_bar * w_bar < limits.min_pixels:
+        beta = math.sqrt(limits.min_pixels / (h * w))
         h_bar = math.ceil(h * beta / factor) * factor
         w_bar = math.ceil(w * beta / factor) * factor
     return h_bar, w_bar
 
 
 def fixed_size(h: int, w: int, limits: PixelLimits) -> tuple[int, int]:
-    """Size (h', w') that smart_resize gives and that `round_size` then gives back unchanged.
+    """Size (h', w') that `round_size` gives and then gives back unchanged. DataError for a shape that cannot be shown.
 
     One pass is enough for ordinary pictures. A very thin one may need more; were it shown after one pass, the processor
     would resize it again and the policy's pixels would no longer be the view's.
@@ -82,7 +85,7 @@ def fixed_size(h: int, w: int, limits: PixelLimits) -> tuple[int, int]:
     check_shape(h, w)
     size = (h, w)
     for _ in range(MAX_PASSES):
-        rounded = round_size(*size, limits.factor, limits.min_pixels, limits.max_pixels)
+        rounded = round_size(*size, limits)
         if rounded == size:
             return size
         size = rounded
@@ -172,6 +175,11 @@ class View:
         corners, clipped = _clip(np.reshape(np.asarray(box_view, np.float64), (2, 2)), np.array(self.size_view, float))
         return _ordered(corners), clipped
 
+    def reset(self) -> View:
+        """The view of the whole image."""
+        w, h = self.size_original
+        return View.whole(h, w, self.limits)
+
     def rotate(self, quarter_turns: int) -> View:
         """Turned further, counter-clockwise."""
         return dataclasses.replace(self, quarter_turns=(self.quarter_turns + quarter_turns) % 4)
@@ -186,6 +194,11 @@ class View:
         tiny = 1e-6  # rounding of the affine must not grow a box that lies on pixel edges
         x1, y1 = max(left, math.floor(x1 + tiny)), max(top, math.floor(y1 + tiny))
         x2, y2 = min(right, math.ceil(x2 - tiny)), min(bottom, math.ceil(y2 - tiny))
+        return self.crop((x1, y1, x2, y2))
+
+    def crop(self, region_original: tuple[int, int, int, int]) -> View | ParseError:
+        """The view of that region of the image, turned as this one is; or why it is refused."""
+        x1, y1, x2, y2 = region_original
         w, h = x2 - x1, y2 - y1
         if min(w, h) < MIN_ZOOM_SIDE:
             return ParseError("zoom_too_small", f"the box must be at least {MIN_ZOOM_SIDE} image pixels wide and high.")
@@ -193,7 +206,7 @@ class View:
             return ParseError(
                 "zoom_too_thin", f"the box must not be longer than {MAX_ZOOM_ASPECT:.0f} times its width."
             )
-        view = dataclasses.replace(self, region_original=(x1, y1, x2, y2))
+        view = dataclasses.replace(self, region_original=region_original)
         try:
             view.size_view  # noqa: B018 -- limits so tight that no size fits this shape
         except DataError:

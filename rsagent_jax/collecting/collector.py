@@ -14,7 +14,6 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from rsagent_jax.agent.environment import EnvState
-from rsagent_jax.agent.tools import call_json
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.collecting import filter
 from rsagent_jax.config.build import to_dict
@@ -142,7 +141,7 @@ class Collector:
 
     def _row(self, uid: int, sample: Sample, state: EnvState, played: Trajectory) -> dict:
         """A line of the journal: what the filter and the report need, and the record itself."""
-        calls = Counter(json.loads(call_json(turn.call))["name"] for turn in state.turns if turn.call is not None)
+        calls = Counter(turn.call.name for turn in state.turns if turn.call is not None)
         row = {
             "id": attempt_id(sample.id, uid % self.tries, self.tries),
             "sample": sample.id,

@@ -20,7 +20,7 @@ import openai
 from PIL import Image
 
 from rsagent_jax.agent import prompts
-from rsagent_jax.agent.environment import EnvState, opening_observation, reset
+from rsagent_jax.agent.environment import EnvState, conversation
 from rsagent_jax.config.schema import RemoteConfig, TeacherConfig
 from rsagent_jax.rollout.policy import PolicyFailure
 from rsagent_jax.types import DataError
@@ -145,18 +145,13 @@ class Remote:
 
 def messages_of(state: EnvState) -> list[dict]:
     """The conversation so far, as the policy has it, in the endpoint's form."""
-    style = state.config.prompt
-    opening = opening_observation(reset(state.image, state.query, state.config, state.limits))
-    messages = [
-        {"role": "system", "content": prompts.system_prompt(style)},
-        {"role": "user", "content": [picture_part(opening.image), {"type": "text", "text": opening.text}]},
-    ]
-    for turn in state.turns:
-        messages.append({"role": "assistant", "content": turn.text})
-        content = [{"type": "text", "text": f"<tool_response>\n{turn.observation.text}"}]
-        content += [] if turn.observation.image is None else [picture_part(turn.observation.image)]
-        messages.append({"role": "user", "content": [*content, {"type": "text", "text": "\n</tool_response>"}]})
-    return messages
+
+    def part(value: str | np.ndarray) -> dict:
+        return {"type": "text", "text": value} if isinstance(value, str) else picture_part(value)
+
+    messages = conversation(state)
+    # Some servers take parts from the user only.
+    return [{"role": m.role, "content": [*map(part, m.parts)] if m.role == "user" else m.parts[0]} for m in messages]
 
 
 def clean(text: str) -> str:

@@ -12,10 +12,10 @@ import numpy as np
 from rsagent_jax.agent.clicks import largest_part, middle, prompt_of
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.prompts import sanitize
-from rsagent_jax.agent.tools import render_call
+from rsagent_jax.agent.tools import Finish, ResetView, Segment, render_call
 from rsagent_jax.agent.views import View
 from rsagent_jax.config.schema import TeacherConfig
-from rsagent_jax.types import Finish, MaskRecord, ResetView, Segment
+from rsagent_jax.types import MaskRecord
 
 GOOD_IOU = 0.9  # (paper) the filter of the trajectories, so better masks are not worth a turn
 RESTART_IOU = 0.5  # below this the guess was wrong: a new prompt is shorter than a repair

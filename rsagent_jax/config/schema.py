@@ -191,6 +191,10 @@ class SftConfig:
     checkpoint_every: CountOrZero = 0  # steps; 0 = only at the end
 
 
+# What `grpo.advantage` may be, and its function in train/advantages.py.
+ADVANTAGES = {"zscore": "group_zscore", "mean": "mean_only", "loo": "leave_one_out"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GrpoConfig:
     """Group-relative policy optimisation."""
@@ -199,7 +203,7 @@ class GrpoConfig:
     prompts: Count = 16  # (paper) per step
     group: Annotated[int, Range(low=2)] = 4  # (paper) samples per prompt
     updates: Count = 1  # optimiser steps per rollout
-    advantage: Literal["zscore", "mean", "loo"] = "zscore"
+    advantage: Literal[*ADVANTAGES] = "zscore"
     ddof: Annotated[int, Range(low=0, high=1)] = 1
     ratio: Literal["grpo", "gspo", "cispo"] = "grpo"
     clip_low: BelowOne = 0.2

@@ -15,7 +15,7 @@ from typing import Any
 import grain
 from absl import flags
 
-from rsagent_jax.agent import environment, prompts
+from rsagent_jax.agent import environment
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.data.processor import Processor
@@ -155,7 +155,5 @@ class OpeningPrompt:
 
     def __call__(self, sample: Sample) -> tuple[Sample, Prompt]:
         state = environment.reset(sample.image, sample.query, self.agent, self.limits)
-        opening = environment.opening_observation(state)
-        text = prompts.opening(prompts.system_prompt(self.agent.prompt), opening.text)
-        prompt, _ = self.processor.prompt(text, [opening.image], limits=state.limits)
+        prompt, _ = self.processor.prompt(*environment.read_before(state, 0), limits=state.limits)
         return sample, prompt

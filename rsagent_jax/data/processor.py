@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from rsagent_jax.agent.views import PixelLimits, round_size, smart_resize
+from rsagent_jax.agent.views import PixelLimits, round_size
 from rsagent_jax.config.schema import SamplingConfig
 from rsagent_jax.data.image_config import ImageConfig
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, read_json, token_ids
@@ -89,8 +89,7 @@ class Processor:
 
     def square(self, side: int) -> Grid:
         """The grid of a square picture of `side` pixels: the largest that fits into it."""
-        limits = self.images.limits
-        h, w = smart_resize(side, side, limits.factor, limits.min_pixels, limits.max_pixels)
+        h, w = round_size(side, side, self.images.limits)
         return (1, h // self.images.patch_size, w // self.images.patch_size)
 
     def no_patches(self) -> np.ndarray:
@@ -118,9 +117,7 @@ def image_patches(image: np.ndarray, config: ImageConfig, limits: PixelLimits | 
     A picture that already has its smart-resized size is not resampled. limits: of the trajectory that shows it
     (EnvState.limits); their minimum may be below the processor's own (views.fit), and such a view keeps its size, too.
     """
-    own = config.limits
-    low = own.min_pixels if limits is None else min(own.min_pixels, limits.min_pixels)
-    h, w = round_size(*image.shape[:2], own.factor, low, own.max_pixels)
+    h, w = round_size(*image.shape[:2], config.limits.lowered_to(limits or config.limits))
     if (h, w) != image.shape[:2]:
         image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
     mean, std = (np.asarray(v, np.float32) for v in (config.mean, config.std))

@@ -18,8 +18,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from rsagent_jax.agent import prompts
-from rsagent_jax.agent.environment import EnvState, opening_observation, reset
+from rsagent_jax.agent.environment import EnvState, read_before
 from rsagent_jax.agent.replay import replay, state_to_json
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import AgentConfig
@@ -83,25 +82,15 @@ def context_of(state: EnvState, processor: Processor) -> tuple[np.ndarray, np.nd
     Token for token what the driver makes of the same turns: each is encoded by itself, its terminator counts as
     sampled.
     """
-    images, style = shown_images(state), state.config.prompt
-    text = prompts.opening(prompts.system_prompt(style), opening_observation(_start(state)).text)
-    prompt, position = processor.prompt(text, images[:1], limits=state.limits)
     parts: list[tuple[np.ndarray, np.ndarray, bool]] = []
-    grids, shown, skip = prompt.grids, 1, 0
-    for turn in state.turns:
-        said = np.append(processor.encode(turn.text), processor.terminator_id).astype(np.int32)
+    grids, position, skip = (), 0, 0
+    for number, turn in enumerate(state.turns):
+        prompt, position = processor.prompt(*read_before(state, number), position - skip, state.limits)
         parts.append((prompt.tokens[skip:], prompt.positions[:, skip:], False))
+        grids, skip = (*grids, *prompt.grids), 1  # the terminator is there already, as a sampled token
+        said = np.append(processor.encode(turn.text), processor.terminator_id).astype(np.int32)
         parts.append((said, np.broadcast_to(position + np.arange(len(said)), (3, len(said))), True))
         position += len(said)
-        if turn.observation is None:
-            break
-        count = int(turn.observation.image is not None)
-        text = prompts.TERMINATOR + prompts.observation_turn(turn.observation.text, bool(count))
-        skip = 1  # the terminator is there already, as a sampled token
-        if turn is not state.turns[-1]:
-            shows = images[shown : shown + count]
-            prompt, position = processor.prompt(text, shows, position - skip, state.limits)
-            grids, shown = (*grids, *prompt.grids), shown + count
     if not parts:
         raise ValueError("a trajectory without a turn has nothing to store")
     tokens = np.concatenate([p[0] for p in parts]).astype(np.int32)
@@ -111,12 +100,7 @@ def context_of(state: EnvState, processor: Processor) -> tuple[np.ndarray, np.nd
 
 def shown_images(state: EnvState) -> list[np.ndarray]:
     """What the policy was shown before its last turn, in order: u8[h, w, 3] each."""
-    seen = [turn.observation.image for turn in state.turns[:-1] if turn.observation is not None]
-    return [opening_observation(_start(state)).image] + [image for image in seen if image is not None]
-
-
-def _start(state: EnvState) -> EnvState:
-    return reset(state.image, state.query, state.config, state.limits)
+    return [image for turn in range(max(1, len(state.turns))) for image in read_before(state, turn)[1]]
 
 
 def _source(header: dict, arrays) -> np.ndarray:

@@ -18,14 +18,15 @@ import numpy as np
 from rsagent_jax.agent import environment
 from rsagent_jax.agent.clicks import largest_part, middle, prompt_of
 from rsagent_jax.agent.environment import EnvState
-from rsagent_jax.agent.tools import MAX_POINTS, render_call
+from rsagent_jax.agent.tools import Finish, Segment, render_call
+from rsagent_jax.agent.tools.base import MAX_POINTS
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import BoundConfig, EvalConfig
 from rsagent_jax.masks import mask_iou
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.rollout.text_policy import ByteProcessor, TextPolicy
-from rsagent_jax.types import DataError, Finish, Sample, Segment
+from rsagent_jax.types import DataError, Sample
 from sam_bridge.types import Segmenter, SegmentReply, SegmentRequest
 
 ORACLES = ("box", "best_of_three", "clicks")

@@ -36,7 +36,7 @@ from rsagent_jax.report.html import (
     tag,
     tiles,
 )
-from rsagent_jax.types import DataError, Finish, Status, Turn
+from rsagent_jax.types import DataError, Status, Turn
 
 NEEDED = ("benchmark", "n", "giou", "ciou", "giou_ci95", "mean_turns")  # keys of results.json
 GOOD_IOU = 0.5  # from here on a mask counts as found: the usual threshold of P@0.5
@@ -400,7 +400,7 @@ def _turn(number: int, turn: Turn, state: EnvState, example: Example, answer: Ht
         parts.append(_figure(turn.observation.image, turn.observation.text))
     elif turn.observation is None and state.failure is not None and number == len(state.turns):
         parts.append(tag("p", tag("b", f"tool failed, {state.failure.kind}: "), state.failure.detail, class_="fault"))
-    elif turn.observation is None and not isinstance(turn.call, Finish):
+    elif turn.observation is None and not (turn.call is not None and turn.call.ends):
         parts.append(tag("p", "The trajectory ended here; no answer came back.", class_="note"))
     return tag("section", *parts, answer, class_="turn" if turn.error is None else "turn failed")
 

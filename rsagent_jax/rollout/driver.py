@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from rsagent_jax.agent import budget, environment, prompts
+from rsagent_jax.agent import budget, environment
 from rsagent_jax.agent.environment import EnvState, SegmentFailure
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import AgentConfig
@@ -201,12 +201,7 @@ class Driver:
     def _opening(self, sample: Sample) -> _Next:
         start = functools.partial(environment.reset, sample.image, sample.query, self.agent, self.limits)
 
-        def read(state: EnvState) -> tuple[Prompt, int]:
-            opening = environment.opening_observation(state)
-            text = prompts.opening(prompts.system_prompt(self.agent.prompt), opening.text)
-            return self.processor.prompt(text, [opening.image], limits=state.limits)
-
-        return self._ahead(start(), lambda: start(last=True), read, 0, 0, 0)
+        return self._ahead(start(), lambda: start(last=True), 0, 0, 0, 0)
 
     def _act(self, state: EnvState, text: str, position: int, length: int, drawn: int, skip: int) -> _Next:
         """Runs the turn's tool and prepares what is appended next: the turn's end, then the observation.
@@ -222,18 +217,12 @@ class Driver:
             detail = f"{type(error).__name__}: {error}"
             reply = SegmentFailure(FailureKind.INTERNAL, detail, time.perf_counter() - start)
 
-        def read(after: EnvState) -> tuple[Prompt, int]:
-            seen = after.turns[-1].observation
-            text = prompts.TERMINATOR + prompts.observation_turn(seen.text, seen.image is not None)
-            images = [] if seen.image is None else [seen.image]
-            return self.processor.prompt(text, images, position - skip, after.limits)
-
         def after(proposal: environment.Proposal) -> _Next:
             step = functools.partial(environment.apply_reply, state, proposal, reply)
             result = step()
             if state.last and result.status is None:  # said to be the last for want of room, and not finished
                 return _Next(environment.abort(result, Status.MAX_CONTEXT))
-            return self._ahead(result, lambda: step(last=True), read, length, drawn, skip)
+            return self._ahead(result, lambda: step(last=True), position, length, drawn, skip)
 
         result = after(proposal)
         if proposal.view is not None and result.state.status is Status.MAX_CONTEXT and not state.last:
@@ -241,25 +230,30 @@ class Driver:
         return result
 
     def _ahead(
-        self, state: EnvState, as_last: Callable[[], EnvState], read, length: int, drawn: int, skip: int
+        self, state: EnvState, as_last: Callable[[], EnvState], position: int, length: int, drawn: int, skip: int
     ) -> _Next:
         """What the policy reads before its next turn, and how many tokens that may have.
 
         as_last: the same state with the next turn announced as the last. It ends here when not even a finish fits, or
         when an image has more patches than the policy takes.
         """
+
+        def read(state: EnvState) -> tuple[Prompt, int]:
+            text, images = environment.read_before(state, len(state.turns))
+            return self.processor.prompt(text, images, position - skip, state.limits)
+
         if state.status is not None:
             return _Next(state)
-        (prompt, position), bounds = read(state), self._budget(state)
+        (prompt, end), bounds = read(state), self._budget(state)
         tokens, last = bounds.next_turn(length - skip + len(prompt.tokens), drawn, state.last)
         if tokens and last and self.agent.announce_last and not state.last:
             state = as_last()
-            prompt, position = read(state)
+            prompt, end = read(state)
             tokens, _ = bounds.next_turn(length - skip + len(prompt.tokens), drawn, last)
         patches = padded_patches(prompt.grids, self.processor.config.vision) if prompt.grids else 0
         if not tokens or patches > self.policy.patches:
             return _Next(environment.abort(state, Status.MAX_CONTEXT))
-        return _Next(state, prompt, position, skip, tokens)
+        return _Next(state, prompt, end, skip, tokens)
 
     def _budget(self, state: EnvState) -> budget.Budget:
         size = state.image.shape[:2]

@@ -244,10 +244,9 @@ class SceneRows:
 def grounding_question(text: str, scene: scenes.Scene, index: int, point: bool) -> Question:
     """Qwen2.5-VL's grounding question about one object, and its answer."""
     thing = scene.objects[index]
-    if point:
-        answer = prompts.ground_point_answer([thing.point], [text])
-        return Question(prompts.ground_point_question(text), answer, (index,), 2)
-    return Question(prompts.ground_box_question(text), prompts.ground_box_answer([thing.box], [text]), (index,))
+    key, at = ("point_2d", thing.point) if point else ("bbox_2d", thing.box)
+    answer = prompts.ground_answer(key, [at], [text])
+    return Question(prompts.ground_question(key, text), answer, (index,), len(at))
 
 
 def free_question(rng: np.random.Generator, text: str, scene: scenes.Scene, index: int, point: bool) -> Question:
@@ -264,9 +263,8 @@ def absent_question(rng: np.random.Generator, text: str) -> Question:
     """A question about nothing: Qwen2.5-VL's own with an empty list, or free words that say so."""
     point = rng.random() < 0.5
     if rng.random() >= FREE_SHARE:
-        if point:
-            return Question(prompts.ground_point_question(text), prompts.ground_point_answer([], []))
-        return Question(prompts.ground_box_question(text), prompts.ground_box_answer([], []))
+        key = "point_2d" if point else "bbox_2d"
+        return Question(prompts.ground_question(key, text), prompts.ground_answer(key, [], []))
     ask = _ASK[rng.integers(len(_ASK))] + (" point" if point else " bbox")
     say = _SAY_ABSENT[rng.integers(len(_SAY_ABSENT))]
     return Question(ask.format(name=text, side=SIDE), say.format(Name=text[0].upper() + text[1:]))
@@ -286,7 +284,7 @@ def _all_objects(scene: scenes.Scene) -> Question:
     things = [scene.objects[i] for i in order]
     names = [f"{o.size} {o.color} {o.shape}" for o in things]
     ask = "Detect all objects, output their bbox coordinates in JSON format."
-    return Question(ask, prompts.ground_box_answer([o.box for o in things], names), tuple(order))
+    return Question(ask, prompts.ground_answer("bbox_2d", [o.box for o in things], names), tuple(order))
 
 
 def _shares(scene: scenes.Scene) -> np.ndarray:

@@ -13,9 +13,9 @@ import pathlib
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from rsagent_jax.agent import prompts, tools
+from rsagent_jax.agent import prompts
+from rsagent_jax.agent.tools import Finish, ResetView, Rotate, Segment, Zoom, render_call
 from rsagent_jax.tiny import scenes
-from rsagent_jax.types import Finish, ResetView, Rotate, Segment, Zoom
 
 # Qwen2.5's added tokens in their order; the last two are not "special" there either
 SPECIAL = (
@@ -104,9 +104,9 @@ def _corpus():
     for _ in range(4000):
         a, b = rng.choice(words, 2)
         yield f"the {a} {b} one object of"
-        yield f'"{prompts.ground_box_question(f"the {a} {b}")}'
-        yield prompts.ground_box_answer([rng.integers(0, 112, 4)], [f"the {a} {b}"])
-        yield prompts.ground_point_answer([rng.integers(0, 112, 2)], [f"the {a} {b}"])
+        yield '"' + prompts.ground_question("bbox_2d", f"the {a} {b}")
+        yield prompts.ground_answer("bbox_2d", [rng.integers(0, 112, 4)], [f"the {a} {b}"])
+        yield prompts.ground_answer("point_2d", [rng.integers(0, 112, 2)], [f"the {a} {b}"])
 
 
 def _protocol_texts() -> list[str]:
@@ -126,7 +126,7 @@ def _protocol_texts() -> list[str]:
         "Part of it is missing, I add a point there. The mask is wrong and spills over, so I correct it.",
         "I see that one now. This looks right. Let me start again with a new click near the centre.",
     )
-    texts = [tools.render_call(call, thought) for call in calls for thought in thoughts]
+    texts = [render_call(call, thought) for call in calls for thought in thoughts]
     texts += [
         prompts.opening(prompts.system_prompt("brief"), prompts.user_text("the object", (112, 112), "brief")),
         prompts.opening(prompts.BASE_SYSTEM, "Detect all objects, output their bbox coordinates in JSON format."),

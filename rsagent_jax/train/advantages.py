@@ -1,7 +1,8 @@
 """Arrow 11: rewards f32[n, G] -> advantages f32[n, G], on the host. n groups (prompts) of G samples each.
 
 `valid` bool[n, G] is False for ENV_FAILED members: their reward is meaningless (it may be NaN), they enter no
-statistic and get advantage 0. A group that carries no signal (`zero_variance`) gets 0 throughout.
+statistic and get advantage 0. A group that carries no signal (`zero_variance`) gets 0 throughout. Each is also
+given `ddof`, which only the z-score has a use for.
 """
 
 from __future__ import annotations
@@ -11,9 +12,16 @@ from collections.abc import Callable
 
 import numpy as np
 
+from rsagent_jax.config.schema import ADVANTAGES
+
 # Rewards are of order 1; two that differ by less than this differ by rounding. A z-score would blow such a difference
 # up.
 _SPREAD = 1e-6
+
+
+def advantage_function(name: str, ddof: int = 1) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """f(rewards, valid) -> advantages, as `grpo.advantage` and `grpo.ddof` say."""
+    return functools.partial(globals()[ADVANTAGES[name]], ddof=ddof)
 
 
 def group_zscore(rewards: np.ndarray, valid: np.ndarray, *, ddof: int = 1, eps: float = 1e-6) -> np.ndarray:
@@ -28,12 +36,12 @@ def group_zscore(rewards: np.ndarray, valid: np.ndarray, *, ddof: int = 1, eps: 
     return (centred / (std + eps)).astype(np.float32)
 
 
-def mean_only(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def mean_only(rewards: np.ndarray, valid: np.ndarray, *, ddof: int = 1) -> np.ndarray:
     """r - mean inside each group: Dr. GRPO. Groups with little spread are not scaled up."""
     return _centred(rewards, valid)[0].astype(np.float32)
 
 
-def leave_one_out(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def leave_one_out(rewards: np.ndarray, valid: np.ndarray, *, ddof: int = 1) -> np.ndarray:
     """r - mean of the other members: RLOO. Equal to mean_only times count / (count - 1)."""
     centred, count = _centred(rewards, valid)
     return (centred * count / np.maximum(count - 1, 1)).astype(np.float32)
@@ -62,12 +70,3 @@ def _centred(rewards: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.nda
     clean = np.where(valid, rewards, 0.0).astype(np.float64)
     mean = clean.sum(axis=1, keepdims=True) / np.maximum(count, 1)
     return np.where(usable, clean - mean, 0.0), count
-
-
-# What a config may name. All are f(rewards, valid) -> advantages.
-ADVANTAGES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "zscore": group_zscore,
-    "zscore_ddof0": functools.partial(group_zscore, ddof=0),
-    "mean_only": mean_only,
-    "leave_one_out": leave_one_out,
-}

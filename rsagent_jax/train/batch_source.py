@@ -28,13 +28,13 @@ from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum
-from rsagent_jax.train.advantages import ADVANTAGES, zero_variance
+from rsagent_jax.train.advantages import advantage_function, zero_variance
 from rsagent_jax.types import Batch, DataError, Sample, Status, Trajectory
-from sam_bridge.types import FailureKind, SegmenterError
+from sam_bridge.types import FailureKind
 
 ALONE = Share()
 REWARD_ERROR = "reward_error.json"  # in the work directory: the trajectory that a reward failed on
-TOOL_FAILURES = tuple(kind.value for kind in FailureKind if not SegmenterError(kind, "").callers_fault)
+TOOL_FAILURES = tuple(kind.value for kind in FailureKind if not kind.callers_fault)
 
 
 class BatchSource(Protocol):
@@ -113,12 +113,11 @@ class GrpoSource:
     ):
         """`workdir`: where a trajectory that a reward fails on is left."""
         share.of(config.prompts, "grpo.prompts")  # a group never crosses a process
-        name = {"zscore": "zscore" if config.ddof else "zscore_ddof0", "mean": "mean_only", "loo": "leave_one_out"}
         self.workdir = workdir
         self.config, self.driver, self.engine, self.processor = config, driver, engine, processor
         self.share = share
         self.pipeline = _pipeline(samples, _showable, config.read, seed, share, config.data.unreadable)
-        self.advantage = ADVANTAGES[name[config.advantage]]
+        self.advantage = advantage_function(config.advantage, config.ddof)
         self.reward = make_reward(config.reward)
         self.examples: dict[str, Any] = {}  # the first group of the last step, for people
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from rsagent_jax.agent.environment import EnvState, apply_reply, propose, reset, run_tool
+from rsagent_jax.agent.tools import Segment, render_call
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import AgentConfig
 from sam_bridge.types import FailureKind, SegmenterError, SegmentReply, SegmentRequest
@@ -68,45 +71,27 @@ class IdealSegmenter:
         return SegmentReply(mask.copy(), 0.9, f"logits-{self.calls}" if self.logits else "")
 
 
-def run(texts, segmenter=None, image=None, query="the disc", **config) -> EnvState:
-    """Plays scripted turns until they are used up or the trajectory ends."""
+def click(x: float, y: float, label: int = 1, refine: int | None = None) -> Segment:
+    return Segment(points=((x, y),), labels=(label,), refine=refine)
+
+
+def box(*corners: float) -> Segment:
+    return Segment(box=corners)
+
+
+def run(turns, segmenter=None, image=None, query="the disc", **config) -> EnvState:
+    """Plays scripted turns, texts or calls, until they are used up or the trajectory ends."""
     image = picture(112, 112) if image is None else image
     segmenter = segmenter or DiscSegmenter()
     state = reset(image, query, AgentConfig(**{"prompt": "brief", **config}), LIMITS)
-    for text in texts:
+    for turn in turns:
         if state.status is not None:
             break
-        proposal = propose(state, text)
+        proposal = propose(state, turn if isinstance(turn, str) else render_call(turn))
         state = apply_reply(state, proposal, run_tool(segmenter, state, proposal))
     return state
 
 
 def same_states(a: EnvState, b: EnvState) -> None:
     """Asserts that two states are equal, pixels of masks and observations included."""
-    for name in (
-        "query",
-        "config",
-        "limits",
-        "view",
-        "action",
-        "repeats",
-        "invalid",
-        "status",
-        "failure",
-        "last",
-        "tool_seconds",
-    ):
-        assert getattr(a, name) == getattr(b, name), name
-    assert len(a.masks) == len(b.masks) and len(a.turns) == len(b.turns)
-    for x, y in zip(a.masks, b.masks, strict=True):
-        assert (x.id, x.score, x.logits_id) == (y.id, y.score, y.logits_id)
-        np.testing.assert_array_equal(x.mask, y.mask)
-    for x, y in zip(a.turns, b.turns, strict=True):
-        for name in ("text", "call", "error", "mask_id", "clipped", "repeated", "last"):
-            assert getattr(x, name) == getattr(y, name), name
-        assert (x.observation is None) == (y.observation is None)
-        if x.observation is not None:
-            assert x.observation.text == y.observation.text
-            assert (x.observation.image is None) == (y.observation.image is None)
-            if x.observation.image is not None:
-                np.testing.assert_array_equal(x.observation.image, y.observation.image)
+    np.testing.assert_equal(dataclasses.asdict(a), dataclasses.asdict(b))

@@ -116,10 +116,9 @@ def test_nothing_a_policy_does_takes_more_than_predicted(kinds, size, style, his
 def test_the_longest_errors_are_the_longest():
     """Every detail that stands in the sources, its placeholders filled with what they may hold."""
     details, encode = [], small.processor().encode
-    for name in ("tools", "environment", "views"):
-        path = importlib.import_module(f"rsagent_jax.agent.{name}").__file__
-        for node in ast.walk(ast.parse(pathlib.Path(path).read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("ParseError", "_Malformed"):
+    for path in set((ROOT / "rsagent_jax/agent").rglob("*.py")) - {pathlib.Path(budget.__file__)}:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("ParseError", "Malformed"):
                 reason, detail = node.args
                 reason = reason.value if isinstance(reason, ast.Constant) else "invalid_prompt"
                 if isinstance(detail, ast.Constant):

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rsagent_jax.agent import prompts
-from rsagent_jax.agent.tools import render_call
-from rsagent_jax.types import DataError, ParseError, Segment
+from rsagent_jax.agent.tools import Segment, render_call
+from rsagent_jax.types import DataError, ParseError
 
 GOLDEN = Path(__file__).with_name("golden_prompts.txt")
 ERROR = ParseError("bad_json", "the call is not valid JSON.")
@@ -32,10 +32,10 @@ def strings() -> dict[str, str]:
     result["opening"] = prompts.opening("SYSTEM", "USER")
     result["observation_turn image"] = prompts.observation_turn("TEXT", True)
     result["observation_turn text"] = prompts.observation_turn("TEXT", False)
-    result["ground_box_question"] = prompts.ground_box_question(query)
-    result["ground_box_answer"] = prompts.ground_box_answer([[1, 2, 30.6, 40], [5, 6, 7, 8]], [query, "a cup"])
-    result["ground_point_question"] = prompts.ground_point_question(query)
-    result["ground_point_answer"] = prompts.ground_point_answer([[45.2, 60]], [query])
+    result["ground_box_question"] = prompts.ground_question("bbox_2d", query)
+    result["ground_box_answer"] = prompts.ground_answer("bbox_2d", [[1, 2, 30.6, 40], [5, 6, 7, 8]], [query, "a cup"])
+    result["ground_point_question"] = prompts.ground_question("point_2d", query)
+    result["ground_point_answer"] = prompts.ground_answer("point_2d", [[45.2, 60]], [query])
     return result
 
 
@@ -89,9 +89,9 @@ def test_queries_cannot_inject(query):
     assert not SPECIAL.search(clean) and '"' not in clean and "\n" not in clean
     assert prompts.sanitize(clean) == clean
     clean.encode("utf-8")
-    for text in (prompts.user_text(query, (1, 1), "brief"), prompts.ground_box_question(query)):
+    for text in (prompts.user_text(query, (1, 1), "brief"), prompts.ground_question("bbox_2d", query)):
         assert not SPECIAL.search(text) and text.count('"') == 2
-    assert not SPECIAL.search(prompts.ground_box_answer([[1, 2, 3, 4]], [query]))
+    assert not SPECIAL.search(prompts.ground_answer("bbox_2d", [[1, 2, 3, 4]], [query]))
 
 
 def test_ordinary_queries_are_untouched():
@@ -102,7 +102,7 @@ def test_ordinary_queries_are_untouched():
 
 def test_labels_and_boxes_must_pair():
     with pytest.raises(DataError):
-        prompts.ground_box_answer([[1, 2, 3, 4]], [])
+        prompts.ground_answer("bbox_2d", [[1, 2, 3, 4]], [])
 
 
 if __name__ == "__main__":

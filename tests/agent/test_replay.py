@@ -4,37 +4,34 @@ import json
 
 import numpy as np
 import pytest
-from agent_fakes import DiscSegmenter, picture, run, same_states
+from agent_fakes import DiscSegmenter, box, click, picture, run, same_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from rsagent_jax.agent.environment import abort, apply_reply, propose, refuse_view
 from rsagent_jax.agent.replay import read_source, replay, state_to_json
-from rsagent_jax.agent.tools import render_call
-from rsagent_jax.types import DataError, Finish, ResetView, Rotate, Segment, Status, Zoom
+from rsagent_jax.agent.tools import Finish, ResetView, Rotate, Segment, Zoom, render_call
+from rsagent_jax.types import DataError, Status
 from sam_bridge.types import FailureKind
 
 IMAGE = picture(90, 130)
 whole = st.integers(-20, 150).map(float)
 corners = st.tuples(whole, whole, whole, whole)
 actions = st.one_of(
-    st.builds(
-        lambda x, y, v, r: Segment(None, ((x, y),), (v,), r),
-        whole, whole, st.integers(0, 1), st.none() | st.integers(1, 3),
-    ),
+    st.builds(click, whole, whole, st.integers(0, 1), st.none() | st.integers(1, 3)),
     st.builds(Segment, corners),
     st.builds(Zoom, corners),
     st.builds(Rotate, st.integers(1, 3)),
     st.just(ResetView()),
     st.builds(Finish, st.none() | st.integers(1, 3)),
 )  # fmt: skip
-texts = st.one_of(actions.map(render_call), st.sampled_from(["no call", "<think>\ud800</think>"]))
+turns = st.one_of(actions, st.sampled_from(["no call", "<think>\ud800</think>"]))
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(texts, max_size=8),
+    st.lists(turns, max_size=8),
     st.lists(st.sampled_from([None, None, None, *FailureKind]), max_size=6),
     st.booleans(),
     st.sampled_from(["brief", "full"]),
@@ -50,7 +47,7 @@ def test_replay_is_identical(script, fail, logits, prompt):
 def test_outside_ending_and_image_path(tmp_path):
     path = tmp_path / "image.png"
     Image.fromarray(IMAGE).save(path)
-    state = abort(run([render_call(Segment(box=(10, 10, 60, 60)))], image=IMAGE), Status.MAX_CONTEXT)
+    state = abort(run([box(10, 10, 60, 60)], image=IMAGE), Status.MAX_CONTEXT)
     again = replay(state_to_json(state, str(path)))
     same_states(state, again)
     np.testing.assert_array_equal(again.image, IMAGE)
@@ -62,7 +59,7 @@ def test_the_picture_is_known_by_its_checksum_however_it_is_turned(tmp_path):
     exif[0x0112] = 6
     Image.fromarray(IMAGE).save(path, exif=exif)
     for image in (IMAGE, np.rot90(IMAGE, -1)):
-        text = state_to_json(run([render_call(Segment(box=(10, 10, 60, 60)))], image=image), str(path))
+        text = state_to_json(run([box(10, 10, 60, 60)], image=image), str(path))
         np.testing.assert_array_equal(replay(text).image, image)
         np.testing.assert_array_equal(read_source(text, path), image)
     square = np.full((90, 90, 3), 7, np.uint8)
@@ -80,7 +77,7 @@ def test_the_picture_is_known_by_its_checksum_however_it_is_turned(tmp_path):
 
 
 def test_a_last_turn_and_a_refused_view_that_came_from_outside_are_stored():
-    state = run([render_call(Segment(box=(10, 10, 60, 60)))], image=IMAGE)
+    state = run([box(10, 10, 60, 60)], image=IMAGE)
     state = apply_reply(state, refuse_view(propose(state, render_call(Zoom((0, 0, 50, 50))))), None, last=True)
     assert state.turns[-1].error.reason == "no_room" and state.turns[-1].observation.text.endswith("best mask 1.")
     same_states(state, replay(state_to_json(state), IMAGE))
@@ -90,7 +87,7 @@ def test_a_last_turn_and_a_refused_view_that_came_from_outside_are_stored():
 
 
 def test_records_from_before_the_announcement_replay_without_it():
-    texts = [render_call(Segment(box=(10, 10, 60, 60 + i))) for i in range(2)]
+    texts = [box(10, 10, 60, 60 + i) for i in range(2)]
     record = json.loads(state_to_json(run(texts, image=IMAGE, max_turns=3)))
     record.pop("last")
     for name in ("announce_last", "typical_turn"):
@@ -101,7 +98,7 @@ def test_records_from_before_the_announcement_replay_without_it():
 
 
 def test_a_record_that_does_not_fit_is_a_data_error():
-    text = state_to_json(run([render_call(Segment(box=(10, 10, 60, 60))), render_call(Finish(1))], image=IMAGE))
+    text = state_to_json(run([box(10, 10, 60, 60), Finish(1)], image=IMAGE))
     record = json.loads(text)
     with pytest.raises(DataError, match="image of"):
         replay(text, picture(91, 130))

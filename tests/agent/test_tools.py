@@ -6,9 +6,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsagent_jax.agent.tools import MAX_NUMBER, REASONS, REFUSALS, TOOL_SCHEMAS, call_json, parse, render_call
-from rsagent_jax.types import Finish, ParseError, ResetView, Rotate, Segment, Zoom
-from sam_bridge.types import FailureKind, SegmenterError
+from rsagent_jax.agent.tools import (
+    REASONS,
+    REFUSALS,
+    Finish,
+    ResetView,
+    Rotate,
+    Segment,
+    Zoom,
+    call_json,
+    parse,
+    render_call,
+    tool_schemas,
+)
+from rsagent_jax.agent.tools.base import MAX_NUMBER
+from rsagent_jax.types import ParseError
+from sam_bridge.types import FailureKind
 
 numbers = st.one_of(
     st.integers(-1000, 2000).map(float), st.floats(-MAX_NUMBER, MAX_NUMBER, allow_nan=False, allow_infinity=False)
@@ -57,87 +70,70 @@ def test_tolerances():
 
 
 OK = '{"name": "reset_view", "arguments": {}}'
+LONG = "1" + "0" * 400
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("", "no_call"),
-        ("<think>only</think>", "no_call"),
-        (turn(OK) + "<|im_end|>", "bad_text"),
-        (turn(OK, "<think><|image_pad|></think>"), "bad_text"),
-        (turn(OK, "<think>\ud800</think>"), "bad_text"),
-        (turn(OK) + turn(OK, ""), "several_calls"),
-        ("<think>t</think><tool_call>" + OK, "unclosed_call"),
-        ("</tool_call><think>t</think><tool_call>" + OK, "unclosed_call"),
-        (turn(OK, ""), "bad_think"),
-        (turn(OK, "<think>t"), "bad_think"),
-        (turn(OK, "<think>a</think><think>b</think>"), "bad_think"),
-        (turn(OK, "</think><think>"), "bad_think"),
-        (turn(OK, "") + "<think>late</think>", "bad_think"),
-        (turn(OK, "Well. <think>t</think>"), "stray_text"),
-        (turn(OK, "<think>t</think> so:"), "stray_text"),
-        (turn(OK) + " Done.", "trailing_text"),
-        (turn(""), "bad_json"),
-        (turn("[]"), "bad_json"),
-        (turn("{'name': 'reset_view'}"), "bad_json"),
-        (turn(OK + OK), "bad_json"),
-        (turn('{"name": "reset_view", "name": "reset_view", "arguments": {}}'), "bad_json"),
-        (turn('{"name": "rotate", "arguments": {"quarter_turns": 1, "quarter_turns": 2}}'), "bad_json"),
-        (turn('{"name": "zoom", "arguments": {"box": [NaN, 0, 1, 1]}}'), "bad_json"),
-        (turn('{"name": "zoom", "arguments": {"box": [-Infinity, 0, 1, 1]}}'), "bad_json"),
-        (turn('{"name": "zoom", "arguments": {"box": [1' + "0" * 5000 + ", 0, 1, 1]}}"), "bad_json"),
-        (turn("[" * 3900), "bad_json"),
-        (turn('{"a":' * 700 + "1" + "}" * 700), "bad_json"),
-        (turn(" " * 5000 + OK), "bad_json"),
-        (turn('{"name": "reset_view"}'), "missing_argument"),
-        (turn('{"arguments": {}}'), "missing_argument"),
-        (turn('{"name": "reset_view", "arguments": {}, "id": 1}'), "unknown_argument"),
-        (turn('{"name": "reset_view", "arguments": {"now": 1}}'), "unknown_argument"),
-        (turn('{"name": "\\ud800", "arguments": {}}'), "unknown_tool"),
-        (turn('{"name": "click", "arguments": {}}'), "unknown_tool"),
-        (turn('{"name": ["zoom"], "arguments": {}}'), "bad_type"),
-        (turn('{"name": "zoom", "arguments": "{}"}'), "bad_type"),
-        (segment(), "missing_argument"),
-        (segment(points=[]), "missing_argument"),
-        (segment(box=[1, 2, 3]), "bad_value"),
-        (segment(box=[1, 2, 3, True]), "bad_type"),
-        (segment(box="1 2 3 4"), "bad_type"),
-        (segment(box=[1, 2, 3, "4"]), "bad_type"),
-        (segment(points=[1, 2]), "bad_type"),
-        (segment(points={"x": 1}), "bad_type"),
-        (segment(points=[[1, 2]] * 17), "bad_value"),
-        (segment(points=[[1, 2]], labels=[1, 0]), "bad_value"),
-        (segment(points=[[1, 2]], labels=[2]), "bad_value"),
-        (segment(points=[[1, 2]], labels=[True]), "bad_type"),
-        (segment(points=[[1, 2]], labels=[1.0]), "bad_type"),
-        (segment(box=[1, 2, 3, 4], labels=[1]), "bad_value"),
-        (segment(refine=0), "bad_value"),
-        (segment(refine="1"), "bad_type"),
-        (turn('{"name": "zoom", "arguments": {"box": [1e999, 0, 1, 1]}}'), "bad_value"),
-        (turn('{"name": "zoom", "arguments": {"box": [1' + "0" * 400 + ", 0, 1, 1]}}"), "bad_value"),
-        (turn('{"name": "zoom", "arguments": {}}'), "missing_argument"),
-        (turn('{"name": "rotate", "arguments": {"quarter_turns": 4}}'), "bad_value"),
-        (turn('{"name": "rotate", "arguments": {"quarter_turns": 1.0}}'), "bad_type"),
-        (turn('{"name": "finish", "arguments": {}}'), "missing_argument"),
-        (turn('{"name": "finish", "arguments": {"mask_id": true}}'), "bad_type"),
-        (turn('{"name": "finish", "arguments": {"mask_id": -1}}'), "bad_value"),
+def called(name: str, arguments: str) -> str:
+    return turn(f'{{"name": "{name}", "arguments": {arguments}}}')
+
+
+WRONG = {
+    "bad_text": [turn(OK) + "<|im_end|>", turn(OK, "<think><|image_pad|></think>"), turn(OK, "<think>\ud800</think>")],
+    "no_call": ["", "<think>only</think>"],
+    "several_calls": [turn(OK) + turn(OK, "")],
+    "unclosed_call": [
+        "<think>t</think><tool_call>" + OK, "</tool_call><think>t</think><tool_call>" + OK,
     ],
-)
-def test_reasons(text, reason):
-    error = parse(text)
-    assert isinstance(error, ParseError) and error.reason == reason
-    assert reason in REASONS
+    "bad_think": [
+        *(turn(OK, think) for think in ("", "<think>t", "<think>a</think><think>b</think>", "</think><think>")),
+        turn(OK, "") + "<think>late</think>",
+    ],
+    "stray_text": [turn(OK, "Well. <think>t</think>"), turn(OK, "<think>t</think> so:")],
+    "trailing_text": [turn(OK) + " Done."],
+    "bad_json": [
+        *map(turn, ("", "[]", "{'name': 'reset_view'}", OK + OK, "[" * 3900, " " * 5000 + OK)),
+        turn('{"a":' * 700 + "1" + "}" * 700),
+        turn('{"name": "reset_view", "name": "reset_view", "arguments": {}}'),
+        called("rotate", '{"quarter_turns": 1, "quarter_turns": 2}'),
+        *(called("zoom", f'{{"box": [{x}, 0, 1, 1]}}') for x in ("NaN", "-Infinity", "1" + "0" * 5000)),
+    ],
+    "missing_argument": [
+        turn('{"name": "reset_view"}'), turn('{"arguments": {}}'), segment(), segment(points=[]),
+        called("zoom", "{}"), called("finish", "{}"),
+    ],
+    "unknown_argument": [
+        turn('{"name": "reset_view", "arguments": {}, "id": 1}'), called("reset_view", '{"now": 1}'),
+    ],
+    "unknown_tool": [called("\\ud800", "{}"), called("click", "{}")],
+    "bad_type": [
+        turn('{"name": ["zoom"], "arguments": {}}'), called("zoom", '"{}"'), segment(box=[1, 2, 3, True]),
+        segment(box="1 2 3 4"), segment(box=[1, 2, 3, "4"]), segment(points=[1, 2]), segment(points={"x": 1}),
+        segment(points=[[1, 2]], labels=[True]), segment(points=[[1, 2]], labels=[1.0]), segment(refine="1"),
+        called("rotate", '{"quarter_turns": 1.0}'), called("finish", '{"mask_id": true}'),
+    ],
+    "bad_value": [
+        segment(box=[1, 2, 3]), segment(points=[[1, 2]] * 17), segment(points=[[1, 2]], labels=[1, 0]),
+        segment(points=[[1, 2]], labels=[2]), segment(box=[1, 2, 3, 4], labels=[1]), segment(refine=0),
+        *(called("zoom", f'{{"box": [{x}, 0, 1, 1]}}') for x in ("1e999", LONG)),
+        called("rotate", '{"quarter_turns": 4}'), called("finish", '{"mask_id": -1}'),
+    ],
+}  # fmt: skip
 
 
-def test_every_reason_is_reached():
-    cases = next(m for m in test_reasons.pytestmark if m.name == "parametrize").args[1]
-    assert {reason for _, reason in cases} == set(REASONS)
+@pytest.mark.parametrize("reason", REASONS)
+def test_reasons(reason):
+    for text in WRONG[reason]:
+        error = parse(text)
+        assert isinstance(error, ParseError) and error.reason == reason, text
+
+
+def test_reasons_are_all_reached_and_are_no_refusals():
+    assert WRONG.keys() == set(REASONS)
     assert not set(REASONS) & set(REFUSALS)
 
 
 def test_refusals_name_every_callers_fault():
-    kinds = {kind.value for kind in FailureKind if SegmenterError(kind, "").callers_fault}
+    kinds = {kind.value for kind in FailureKind if kind.callers_fault}
     assert kinds <= set(REFUSALS)
 
 
@@ -200,8 +196,8 @@ def test_nothing_nested_or_long_raises(deep, form):
 
 
 def test_schema_agrees_with_the_parser():
-    assert [s["function"]["name"] for s in TOOL_SCHEMAS] == ["segment", "zoom", "rotate", "reset_view", "finish"]
-    for schema in TOOL_SCHEMAS:
+    assert [s["function"]["name"] for s in tool_schemas()] == ["segment", "zoom", "rotate", "reset_view", "finish"]
+    for schema in tool_schemas():
         parameters = schema["function"]["parameters"]
         body = json.dumps(
             {"name": schema["function"]["name"], "arguments": {key: {} for key in parameters["properties"]}}

@@ -6,7 +6,7 @@ from agent_fakes import LIMITS, picture
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rsagent_jax.agent.views import MIN_ZOOM_SIDE, PixelLimits, View, fit, fixed_size, round_size, smart_resize
+from rsagent_jax.agent.views import MIN_ZOOM_SIDE, PixelLimits, View, fit, fixed_size, round_size
 from rsagent_jax.types import DataError, ParseError
 
 QWEN = PixelLimits()
@@ -26,32 +26,31 @@ sides = st.integers(1, 3000)
         ((20, 20), (56, 56)),
     ],
 )
-def test_smart_resize_known_values(size, expected):
-    assert smart_resize(*size, 28, 3136, 12_845_056) == expected
+def test_round_size_known_values(size, expected):
+    assert round_size(*size, QWEN) == expected
 
 
 @settings(max_examples=300)
-@given(sides, sides, st.sampled_from([(28, 3136, 12_845_056), (28, 56 * 56, 448 * 448), (14, 196, 10_000)]))
-def test_smart_resize_properties(h, w, limits):
-    factor, low, high = limits
+@given(sides, sides, st.sampled_from([QWEN, LIMITS, PixelLimits(14, 196, 10_000)]))
+def test_round_size_properties(h, w, limits):
     if max(h, w) / min(h, w) > 200:
         with pytest.raises(DataError, match="200"):
-            smart_resize(h, w, *limits)
+            fixed_size(h, w, limits)
         return
-    h_bar, w_bar = smart_resize(h, w, *limits)
-    assert h_bar % factor == 0 and w_bar % factor == 0 and min(h_bar, w_bar) >= factor
-    assert h_bar * w_bar >= low
+    h_bar, w_bar = round_size(h, w, limits)
+    assert h_bar % limits.factor == 0 and w_bar % limits.factor == 0 and min(h_bar, w_bar) >= limits.factor
+    assert h_bar * w_bar >= limits.min_pixels
     if max(h, w) / min(h, w) < 10:
-        assert h_bar * w_bar <= high
-        assert smart_resize(h_bar, w_bar, *limits) == (h_bar, w_bar)
-    h_fix, w_fix = fixed_size(h, w, PixelLimits(*limits))
-    assert round_size(h_fix, w_fix, *limits) == (h_fix, w_fix)
-    assert fixed_size(w, h, PixelLimits(*limits)) == (w_fix, h_fix)
+        assert h_bar * w_bar <= limits.max_pixels
+        assert round_size(h_bar, w_bar, limits) == (h_bar, w_bar)
+    h_fix, w_fix = fixed_size(h, w, limits)
+    assert round_size(h_fix, w_fix, limits) == (h_fix, w_fix)
+    assert fixed_size(w, h, limits) == (w_fix, h_fix)
 
 
 def test_a_picture_of_nearly_200_to_1_is_shown_as_transformers_shows_it():
     """29 x 5700 is 197:1, and the size that Hugging Face's smart_resize gives for it 204:1."""
-    assert smart_resize(29, 5700, 28, 3136, 12_845_056) == (28, 5712)
+    assert round_size(29, 5700, QWEN) == (28, 5712)
     assert fit(29, 5700, QWEN) is QWEN
     view = View.whole(29, 5700, QWEN)
     assert view.size_view == (5712, 28) and view.rotate(1).size_view == (28, 5712)

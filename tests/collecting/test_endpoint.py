@@ -11,12 +11,12 @@ import pytest
 from agent_fakes import DiscSegmenter
 
 from rsagent_jax.agent import environment
-from rsagent_jax.agent.tools import render_call
+from rsagent_jax.agent.tools import Finish, Segment, render_call
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.collecting import endpoint
 from rsagent_jax.config.schema import AgentConfig, RemoteConfig, TeacherConfig
 from rsagent_jax.rollout.policy import PolicyFailure
-from rsagent_jax.types import DataError, Finish, Segment, Status
+from rsagent_jax.types import DataError, Status
 
 LIMITS = PixelLimits(28, 56 * 56, 560 * 560)
 CLICK = render_call(Segment(points=((30.0, 30.0),), labels=(1,)), "here")

@@ -6,11 +6,11 @@ from agent_fakes import LIMITS, DiscSegmenter, IdealSegmenter, disc
 
 from rsagent_jax.agent.clicks import largest_part, middle
 from rsagent_jax.agent.environment import apply_reply, final_mask, propose, reset, run_tool
-from rsagent_jax.agent.tools import parse, render_call
+from rsagent_jax.agent.tools import Finish, ResetView, Rotate, Segment, parse, render_call
 from rsagent_jax.agent.views import View
 from rsagent_jax.collecting.oracle import GOOD_IOU, Oracle, _name
 from rsagent_jax.config.schema import AgentConfig, TeacherConfig
-from rsagent_jax.types import Finish, ResetView, Rotate, Segment, Status
+from rsagent_jax.types import Status
 
 H, W = 150, 200
 TARGET = disc(H, W, 60, 70, 30)

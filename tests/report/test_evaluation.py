@@ -18,13 +18,13 @@ from pycocotools import mask as coco
 
 from rsagent_jax.agent.environment import abort, final_mask
 from rsagent_jax.agent.replay import state_to_json
-from rsagent_jax.agent.tools import render_call
+from rsagent_jax.agent.tools import Finish, Segment, Zoom, render_call
 from rsagent_jax.evals import metrics
 from rsagent_jax.masks import intersection_union
 from rsagent_jax.report import evaluation as report
 from rsagent_jax.report import html as parts
 from rsagent_jax.report import quickstart
-from rsagent_jax.types import DataError, Finish, Segment, Status, Zoom
+from rsagent_jax.types import DataError, Status
 from sam_bridge.types import FailureKind
 
 SIDE = 112

@@ -20,7 +20,7 @@ from agent_fakes import DiscSegmenter, disc, picture
 from flax import nnx
 
 from rsagent_jax.agent.environment import EnvState
-from rsagent_jax.agent.tools import render_call
+from rsagent_jax.agent.tools import Finish, Segment, Zoom, render_call
 from rsagent_jax.config.schema import AgentConfig, BatchConfig, SamplingConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item
@@ -37,7 +37,7 @@ from rsagent_jax.rollout.policy import (
 )
 from rsagent_jax.rollout.text_policy import TextPolicy
 from rsagent_jax.tiny import vocab
-from rsagent_jax.types import Completion, Finish, Sample, Segment, Status, Trajectory, Turn, Zoom
+from rsagent_jax.types import Completion, Sample, Status, Trajectory, Turn
 
 # Programs are compiled fast rather than well: compiling is most of the time of these tests.
 jax.config.update("jax_disable_most_optimizations", True)

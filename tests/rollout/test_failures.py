@@ -10,9 +10,9 @@ from rsagent_jax.agent.environment import abort
 from rsagent_jax.rollout.failures import (
     UNREADABLE,
     Failures,
+    failure_of,
     is_segmenters,
     readable_sample,
-    segmenter_failure,
     unmeasured,
 )
 from rsagent_jax.types import DataError, Sample, Status
@@ -43,11 +43,11 @@ def test_a_run_of_failures_ends_the_command_and_one_answer_breaks_it(capsys):
 
 def test_only_the_segmenters_endings_are_its_failures():
     broken = run([small.click(5, 5)], DiscSegmenter(fail=[FailureKind.TIMEOUT]))
-    assert segmenter_failure(broken) == ("segmenter, timeout", "as the test asked")
+    assert failure_of(broken) == ("segmenter, timeout", "as the test asked")
     fine = run([small.click(5, 5), small.finish(1)])
-    assert segmenter_failure(fine) is None and segmenter_failure(run(["x"] * 3)) is None
+    assert failure_of(fine) is None and failure_of(run(["x"] * 3)) is None
     late = abort(dataclasses.replace(fine, status=None), Status.ENV_FAILED)
-    assert segmenter_failure(late) == ("segmenter, timeout", "a tool call went past its deadline")
+    assert failure_of(late) == ("segmenter, timeout", "a tool call went past its deadline")
 
 
 def test_a_picture_that_no_view_can_show_is_unreadable_by_name():

@@ -182,7 +182,7 @@ def test_bad_input_is_typed_on_both_ends(local, serve, connect, picture):
 def test_back_end_fault_is_internal_and_logged(fake, serve, connect, picture, caplog):
     client = connect(serve(LocalSegmenter(fake(fail=ZeroDivisionError("oops")))).address)
     error = failure(client.segment, picture, BOX)
-    assert error.kind is FailureKind.INTERNAL and "oops" in error.detail and not error.callers_fault
+    assert error.kind is FailureKind.INTERNAL and "oops" in error.detail and not error.kind.callers_fault
     assert "Traceback" in caplog.text
 
 

@@ -128,7 +128,7 @@ BAD_PROMPTS = [
 def test_bad_prompt(local, picture, request_):
     with pytest.raises(SegmenterError) as caught:
         local.segment(picture, request_)
-    assert caught.value.kind is FailureKind.INVALID_PROMPT and caught.value.callers_fault
+    assert caught.value.kind is FailureKind.INVALID_PROMPT and caught.value.kind.callers_fault
 
 
 def test_unknown_logits_and_logits_of_another_image(local, picture):
