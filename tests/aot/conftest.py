@@ -1,4 +1,4 @@
-"""One small training step compiled for a described v5e:2x2, which several files read."""
+"""One small training step for a described v5e:2x2."""
 
 import dataclasses
 from typing import Any
@@ -47,7 +47,7 @@ def topology() -> Topology:
 
 
 @pytest.fixture(scope="session")
-def compiled(step: Step, topology: Topology) -> Any:
+def traced(step: Step, topology: Topology) -> Any:
     mesh = Mesh(np.array(devices(topology)), ("fsdp",))
     rows, b, t, d = PartitionSpec("fsdp"), step.rows, step.tokens, step.dim
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((t, t))] * step.heads)
@@ -74,4 +74,4 @@ def compiled(step: Step, topology: Topology) -> Any:
 
     stacked = PartitionSpec(None, "fsdp")
     weights = {name: abstract((step.layers, *shape), stacked) for name, shape in step.weights.items()}
-    return jax.jit(train_step, donate_argnums=0).lower(weights, abstract((b, t, d), rows)).compile()
+    return jax.jit(train_step, donate_argnums=0).trace(weights, abstract((b, t, d), rows))

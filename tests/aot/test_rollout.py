@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from rsagent_jax.aot import rollout, scaling, stages
-from rsagent_jax.aot.report import Decoding, analyse, reports_table, reports_to_json
+from rsagent_jax.aot.report import Decoding, report_job, reports_table, reports_to_json
 from rsagent_jax.aot.topology import devices, parse_topology
 from rsagent_jax.config import slices
 from rsagent_jax.config.schema import (
@@ -48,11 +48,7 @@ def jobs():
 
 @pytest.fixture(scope="module")
 def decode(jobs):
-    """The report, and the compiled program's own figures."""
-    job, topology = jobs["rollout decode"], parse_topology("v5e:2x2")
-    compiled = job.lower().compile()
-    fields = ("program", "model_flops", "resident_bytes", "decoding")
-    return analyse(compiled, topology, **{field: getattr(job, field) for field in fields})
+    return report_job(jobs["rollout decode"], parse_topology("v5e:2x2"))
 
 
 LAYER = 512 * (512 + 256 + 256) + 512 + 2 * 256 + 512 * 512 + 3 * 512 * 1024  # q, k, v with biases, o, the MLP
@@ -118,7 +114,7 @@ def test_what_a_program_does_not_read_stays_on_the_device(jobs, decode):
     d, job = decode.decoding, jobs["rollout encode"]
     whole = 1000 + d.weight_bytes + d.slots // 2 * d.slot_bytes
     assert decode.argument_bytes + decode.resident_bytes == pytest.approx(whole, rel=0.01)
-    memory = job.lower().compile().memory_analysis()
+    memory = job.trace().lower().compile().memory_analysis()
     pixels = 4 * PATCHES * (1176 + 3) * 4  # of four lanes
     assert memory.argument_size_in_bytes + job.resident_bytes == pytest.approx(whole + pixels, rel=0.01)
 
@@ -126,7 +122,7 @@ def test_what_a_program_does_not_read_stays_on_the_device(jobs, decode):
 def test_the_report_says_slots_and_rate(decode):
     line = reports_table([decode]).splitlines()[-1]
     assert line.startswith("rollout decode: 32 slots on 4 devices, 2 to a slot;") and "tokens/s" in line
-    assert '"slots_fit"' in reports_to_json(decode)
+    assert '"slots_fit"' in reports_to_json([decode])
 
 
 @pytest.mark.parametrize(
@@ -196,7 +192,7 @@ def test_the_page_has_a_row_for_a_host_and_its_slice():
     encode = dict(common, program="rollout encode", peak_hbm_bytes=30 * gib)
     decode = dict(common, program="rollout decode", peak_hbm_bytes=29 * gib, decoding=decoding)
     name = next(name for name, _ in scaling.calls() if name.startswith("7b:v6e-8:rollout:"))
-    page = scaling.scaling_page([{"name": name, "reports": [encode, decode]}])
+    page = scaling.scaling_tables([{"name": name, "reports": [encode, decode]}])
     row = next(line for line in page.splitlines() if line.startswith("| v6e-8 | 2 |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2:7] == ["8,192", "128 (16)", "8.00", "8.00", "13.00"]

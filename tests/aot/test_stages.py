@@ -164,7 +164,7 @@ def test_with_adapters_the_base_is_an_argument_and_its_tower_a_program():
     grpo = list(stages.stage_jobs(config, "grpo", policy, mesh))
     assert [j.program for j in grpo] == ["grpo tower", "grpo gradients", "grpo log-probs", "grpo update"]
     assert grpo[2].resident_bytes == pytest.approx(3 * adapters + tower, abs=counts)
-    (read, *_), _ = grpo[1].lower().args_info
+    (read, *_), _ = grpo[1].trace().lower().args_info
     assert sum(np.prod(x.shape) for x in jax.tree.leaves(read)) == 8 * text.num_hidden_layers * (7 * d + whole)
 
 
