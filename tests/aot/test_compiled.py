@@ -25,7 +25,7 @@ def loop(
   ROOT %out = (s32[]) tuple(%next)
 }}
 
-%{name}_condition (s: (s32[])) -> pred[] {{
+%{name}_test (s: (s32[])) -> pred[] {{
   %s = (s32[]) parameter(0)
   %i = s32[] get-tuple-element(%s), index=0
   %bound = s32[] {bound}
@@ -36,7 +36,7 @@ def loop(
     run = f"""  %{name}_start = s32[] {start}
   %{name}_copy = s32[]{{:S(6)}} copy(%{name}_start)
   %{name}_first = (s32[]) tuple(%{name}_copy)
-  %{name} = (s32[]) while(%{name}_first), condition=%{name}_condition, body=%{name}_body{config}, metadata={{op_name="w"}}
+  %{name} = (s32[]) while(%{name}_first), condition=%{name}_test, body=%{name}_body{config}, metadata={{op_name="w"}}
 """
     return computations, run
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rsagent_jax.aot.report import Job, analyse, out_of_memory, report_job, reports_table, reports_to_json
@@ -16,24 +17,53 @@ DESIGN = (
     "program topology devices peak_hbm_bytes hbm_bytes fits model_flops hlo_flops collective_bytes projected_step_s"
     " projected_mfu bound_by"
 ).split()
+TOPOLOGY = parse_topology("v5e:2x2")
+DEVICES, LAYERS, ROWS, TOKENS, DIM, HIDDEN, HEADS = 4, 3, 4, 256, 256, 1024, 2  # a row per device
+WEIGHTS = {"qkv": (DIM, 3 * DIM), "o": (DIM, DIM), "up": (DIM, HIDDEN), "down": (HIDDEN, DIM)}
+COUNT = sum(a * b for a, b in WEIGHTS.values())  # of a layer
+MODEL_FLOPS = 3 * 2 * ROWS * TOKENS * LAYERS * COUNT  # products with weights: forward, and twice that backward
+
+
+def train_step():
+    """Layers of x + attention(x), x + relu(x @ up) @ down under scan and remat, weights split over 4 devices; traced."""
+    mesh = Mesh(np.array(devices(TOPOLOGY)), ("fsdp",))
+    rows = PartitionSpec("fsdp")
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((TOKENS, TOKENS))] * HEADS)
+    kernel = splash_attention_kernel.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
+    attend = jax.shard_map(jax.vmap(kernel), mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+
+    def layer(x, w):
+        w = {name: value.astype(x.dtype) for name, value in w.items()}
+        q, k, v = (a.reshape(ROWS, TOKENS, HEADS, -1).swapaxes(1, 2) for a in jnp.split(x @ w["qkv"], 3, -1))
+        x = x + attend(q, k, v).swapaxes(1, 2).reshape(x.shape) @ w["o"]
+        x = x + jax.nn.relu(x @ w["up"]) @ w["down"]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rows)), None
+
+    def loss(weights, x):
+        y, _ = jax.lax.scan(jax.checkpoint(layer), x.astype(jnp.bfloat16), weights)
+        return jnp.mean(jnp.square(y.astype(jnp.float32)))
+
+    def step(weights, x):
+        value, gradients = jax.value_and_grad(loss)(weights, x)
+        return jax.tree.map(lambda w, g: w - 1e-3 * g, weights, gradients), value
+
+    def abstract(shape, spec):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+    weights = {name: abstract((LAYERS, *shape), PartitionSpec(None, "fsdp")) for name, shape in WEIGHTS.items()}
+    return jax.jit(step, donate_argnums=0).trace(weights, abstract((ROWS, TOKENS, DIM), rows))
 
 
 @pytest.fixture(scope="module")
-def model_flops(step):
-    """Products with weights: forward, and twice that backward."""
-    return 3 * 2 * step.rows * step.tokens * step.layers * step.weight_count
+def compiled():
+    traced = train_step()
+    return traced, traced.lower().compile()
 
 
 @pytest.fixture(scope="module")
-def compiled(traced):
-    return traced.lower().compile()
-
-
-@pytest.fixture(scope="module")
-def analysed(traced, compiled, topology, model_flops):
+def analysed(compiled):
     def report(resident_bytes=0, kernel_flops=None):
-        job = Job("train", lambda: traced, model_flops, resident_bytes)
-        return analyse(traced, compiled, job, topology, kernel_flops)
+        return analyse(*compiled, Job("train", train_step, MODEL_FLOPS, resident_bytes), TOPOLOGY, kernel_flops)
 
     return report
 
@@ -43,52 +73,48 @@ def report(analysed):
     return analysed()
 
 
-def test_flops_of_a_compiled_step(report, compiled, step, model_flops):
+def test_flops_of_a_compiled_step(report, compiled):
     """Rematerialisation runs the forward pass again but for `down`, whose result nothing needs; the attention kernel's
     backward pass is given the inner products of its outputs and their gradients: exactly as many."""
-    tokens = step.rows * step.tokens * step.layers
-    again = 2 * tokens * (step.weight_count - step.dim * step.hidden)
-    assert report.hlo_flops == model_flops + again + 2 * tokens * step.dim
+    tokens = ROWS * TOKENS * LAYERS
+    assert report.hlo_flops == MODEL_FLOPS + 2 * tokens * (COUNT - DIM * HIDDEN) + 2 * tokens * DIM
     # XLA's own number sees each loop's body once, on one device.
-    assert compiled.cost_analysis()["flops"] < report.hlo_flops / step.devices / 2
+    assert compiled[1].cost_analysis()["flops"] < report.hlo_flops / DEVICES / 2
 
 
-def test_collectives_of_a_compiled_step(report, step):
+def test_collectives_of_a_compiled_step(report):
     """A layer's weights are gathered in bf16 forward and again backward, its gradients reduced and scattered once."""
-    layer = step.weight_count * 2
-    assert report.collective_bytes["all-gather"] == 2 * step.layers * layer * 3 / 4
-    assert report.collective_bytes["reduce-scatter"] == step.layers * layer * 3 / 4
+    assert report.collective_bytes["all-gather"] == 2 * LAYERS * (COUNT * 2) * 3 / 4
+    assert report.collective_bytes["reduce-scatter"] == LAYERS * (COUNT * 2) * 3 / 4
     assert report.collective_bytes["all-reduce"] == 2 * 3 / 4 * 4  # the loss, one float
-    assert report.collectives == step.layers * 2 * 4 + step.layers + 1  # the gradients of a layer go together
+    assert report.collectives == LAYERS * 2 * 4 + LAYERS + 1  # the gradients of a layer go together
     largest = report.largest_collective
-    assert (
-        largest.kind == "all-gather" and largest.result_bytes == step.dim * step.hidden * 2 and "dot" in largest.op_name
-    )
+    assert (largest.kind, largest.result_bytes) == ("all-gather", DIM * HIDDEN * 2) and "dot" in largest.op_name
 
 
-def test_kernels_of_a_compiled_step(report, analysed, step, model_flops):
+def test_kernels_of_a_compiled_step(report, analysed):
     assert {k.name: k.executions for k in report.kernels} == {
-        "splash_mha_fwd_residuals": 2 * step.layers,  # once more in the backward pass
-        "splash_mha_dq_no_residuals": step.layers,
-        "splash_mha_dkv_no_residuals": step.layers,
+        "splash_mha_fwd_residuals": 2 * LAYERS,  # once more in the backward pass
+        "splash_mha_dq_no_residuals": LAYERS,
+        "splash_mha_dkv_no_residuals": LAYERS,
     }
     assert set(report.kernels_without_flops) == {k.name for k in report.kernels} and report.hlo_to_model_flops is None
     told = analysed(kernel_flops=lambda name, shapes: 5 if name.startswith("splash_mha_fwd") else 1)
-    assert told.hlo_flops - report.hlo_flops == step.devices * step.layers * (2 * 5 + 1 + 1)
-    assert told.hlo_to_model_flops == told.hlo_flops / model_flops and not told.kernels_without_flops
+    assert told.hlo_flops - report.hlo_flops == DEVICES * LAYERS * (2 * 5 + 1 + 1)
+    assert told.hlo_to_model_flops == told.hlo_flops / MODEL_FLOPS and not told.kernels_without_flops
 
 
-def test_projection(report, model_flops, step):
-    assert report.unknown_trip_counts == () and report.devices == 4
-    assert report.seconds["compute"] == report.hlo_flops / 4 / 197e12
+def test_projection(report):
+    assert report.unknown_trip_counts == () and report.devices == DEVICES
+    assert report.seconds["compute"] == report.hlo_flops / (DEVICES * 197e12)
     assert report.seconds["hbm"] == report.hbm_traffic_bytes / 819e9
     assert report.seconds["ici"] == sum(report.collective_bytes.values()) / 90e9  # 2 x 2: one link each way
     assert report.projected_step_s == report.seconds[report.bound_by] == max(report.seconds.values())
-    assert report.projected_mfu == pytest.approx(model_flops / (4 * 197e12 * report.projected_step_s))
+    assert report.projected_mfu == pytest.approx(MODEL_FLOPS / (DEVICES * 197e12 * report.projected_step_s))
     # Weights and the row come from HBM, new weights go there.
-    arguments = step.layers * step.weight_count + step.rows * step.tokens * step.dim
-    assert report.argument_bytes == arguments * 4 / step.devices
-    assert report.hbm_traffic_bytes > (arguments + step.layers * step.weight_count) * 4 / step.devices
+    arguments = LAYERS * COUNT + ROWS * TOKENS * DIM
+    assert report.argument_bytes == arguments * 4 / DEVICES
+    assert report.hbm_traffic_bytes > (arguments + LAYERS * COUNT) * 4 / DEVICES
 
 
 def test_residents_take_memory(report, analysed):

@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import itertools
 import json
-import pathlib
 import subprocess
 
 import pytest
@@ -13,20 +12,12 @@ from rsagent_jax.aot import rollout, scaling, stages
 from rsagent_jax.aot.report import Decoding, report_job, reports_table, reports_to_json
 from rsagent_jax.aot.topology import devices, parse_topology
 from rsagent_jax.config import slices
-from rsagent_jax.config.schema import (
-    BatchConfig,
-    GrpoConfig,
-    MeshConfig,
-    PolicyConfig,
-    SamplingConfig,
-    SftConfig,
-    TrainConfig,
-)
+from rsagent_jax.config.schema import BatchConfig, MeshConfig, SamplingConfig
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import size_config
 from rsagent_jax.runtime import sharding
+from tests.aot.test_stages import TINY
 
-ROOT = pathlib.Path(__file__).parents[2]
 SLOTS, CONTEXT, CHUNK, PATCHES = 32, 4096, 4, 256
 SAMPLING = SamplingConfig(slots=SLOTS, context=CONTEXT, chunk=CHUNK, patches=PATCHES, tensor=2)
 
@@ -91,17 +82,8 @@ def test_the_compiled_step_reads_weights_and_live_cache_once_and_holds_no_second
 
 def test_slots_that_fit_are_those_that_are_there_and_those_the_rest_of_the_memory_holds():
     """Rows of 2 devices, 4 of them: each takes another slot per 10 bytes that are left, or must give one up."""
-    d = Decoding(
-        slots=16,
-        devices=8,
-        tensor=2,
-        places=8,
-        steps=4,
-        weight_bytes=100,
-        slot_bytes=10,
-        training_bytes=0,
-        needed_bytes=140,
-    )
+    sizes = dict(weight_bytes=100, slot_bytes=10, training_bytes=0, needed_bytes=140)
+    d = Decoding(slots=16, devices=8, tensor=2, places=8, steps=4, **sizes)
     assert d.compiled(peak=165, hbm=200, traffic=600, seconds=2.0).slots_fit == 16 + 3 * 4
     less = d.compiled(peak=205, hbm=200, traffic=600, seconds=2.0)
     assert (less.slots_fit, less.step_bytes, less.projected_tokens_per_s) == (12, 150, 32)
@@ -136,16 +118,8 @@ def test_a_host_has_four_chips_or_is_the_whole_slice_of_up_to_eight(name, count)
     assert topology.host.chip is topology.chip
 
 
-TRAINED = TrainConfig(
-    stages=("grpo",),
-    policy=PolicyConfig(weights=str(ROOT / "assets/tiny-base"), dtype="bfloat16", remat="full"),
-    sft=SftConfig(batch=BatchConfig(rows=4)),
-    grpo=GrpoConfig(
-        batch=BatchConfig(rows=4, tokens=256, patches=128),
-        kl=0.1,
-        sampling=SamplingConfig(context=256, max_new_tokens=64, slots=8, patches=128),
-    ),
-)
+PLAYED = SamplingConfig(context=256, max_new_tokens=64, slots=8, patches=128)
+TRAINED = dataclasses.replace(TINY, stages=("grpo",), grpo=dataclasses.replace(TINY.grpo, sampling=PLAYED))
 
 
 def test_training_stays_on_the_device_and_the_policy_is_read_in_place_by_a_single_process():

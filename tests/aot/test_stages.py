@@ -171,14 +171,8 @@ def test_with_adapters_the_base_is_an_argument_and_its_tower_a_program():
 @pytest.mark.timeout(600)
 def test_the_command_prints_a_table_and_the_reports_and_says_when_memory_is_short():
     def aot(*more):
-        command = [
-            sys.executable,
-            "train.py",
-            "--config=configs/quickstart.py",
-            "--aot=v5e:2x2",
-            "--config.stages=('sft',)",
-        ]
-        command += ["--config.policy.dtype=bfloat16", "--config.policy.remat=full", *more]
+        command = [sys.executable, "train.py", "--config=configs/quickstart.py", "--aot=v5e:2x2"]
+        command += ["--config.stages=('sft',)", "--config.policy.dtype=bfloat16", "--config.policy.remat=full", *more]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
         return done.returncode, done.stdout, done.stderr
 
