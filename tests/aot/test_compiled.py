@@ -152,60 +152,46 @@ def test_group_sizes(groups, size):
     assert group_size(text, devices=16) == size
 
 
-GROUPS = "replica_groups=[2,4]<=[8]"
-KINDS = f"""HloModule m, num_partitions=8
-
-%add (a: f32[], b: f32[]) -> f32[] {{
+SENDERS = """%add (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
   %b = f32[] parameter(1)
   ROOT %sum = f32[] add(%a, %b)
-}}
+}
 
-%all-reduce-scatter.1 (p.1: bf16[16,8]) -> bf16[4,8] {{
+%all-reduce-scatter.1 (p.1: bf16[16,8]) -> bf16[4,8] {
   %p.1 = bf16[16,8] parameter(0)
-  %ar = bf16[16,8] all-reduce(%p.1), channel_id=1, {GROUPS}, to_apply=%add
+  %ar = bf16[16,8] all-reduce(%p.1), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
   %id = u32[] partition-id()
   %zero = u32[] constant(0)
-  ROOT %ds = bf16[4,8] dynamic-slice(%ar, %id, %zero), dynamic_slice_sizes={{4,8}}
-}}
+  ROOT %ds = bf16[4,8] dynamic-slice(%ar, %id, %zero), dynamic_slice_sizes={4,8}
+}
 
-%offloaded (p.2: f32[10]) -> f32[40] {{
+%offloaded (p.2: f32[10]) -> f32[40] {
   %p.2 = f32[10] parameter(0)
-  ROOT %ag.1 = f32[40] all-gather(%p.2), channel_id=1, {GROUPS}, dimensions={{0}}
-}}, execution_thread="sparsecore"
+  ROOT %ag.1 = f32[40] all-gather(%p.2), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+}, execution_thread="sparsecore"
 
-ENTRY %e (x: f32[10], y: bf16[16,8]) -> f32[10] {{
-  %x = f32[10] parameter(0)
-  %y = bf16[16,8] parameter(1)
-  %ag = f32[40] all-gather(%x), channel_id=1, {GROUPS}, dimensions={{0}}
-  %ags = (f32[10], f32[40]) all-gather-start(%x), channel_id=2, {GROUPS}, dimensions={{0}}
-  %agd = f32[40] all-gather-done(%ags)
-  %cs = ((f32[10]), f32[40]) call-start(%x), async_execution_thread="sparsecore", to_apply=%offloaded
-  %cd = f32[40] call-done(%cs)
-  %two = (f32[10], bf16[16,8]) all-reduce(%x, %y), channel_id=3, {GROUPS}, to_apply=%add
-  %rs = bf16[4,8] fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
-  %rs.1 = bf16[4,8] reduce-scatter(%y), channel_id=4, {GROUPS}, dimensions={{0}}, to_apply=%add
-  %a2a = bf16[16,8] all-to-all(%y), channel_id=5, replica_groups={{{{0,1}},{{2,3}},{{4,5}},{{6,7}}}}, dimensions={{0}}
-  %cps = (f32[10], f32[10], u32[], u32[]) collective-permute-start(%x), channel_id=6, source_target_pairs={{{{0,1}}}}
-  %cpd = f32[10] collective-permute-done(%cps)
-  ROOT %alone = f32[10] all-reduce(%x), channel_id=7, replica_groups={{{{0}},{{1}}}}, to_apply=%add
-}}
 """
 
 
-def test_bytes_by_kind():
-    found = Program(KINDS).collectives()
-    assert collective_bytes(found) == {
-        "all-gather": 3 * (3 * 40),  # plain, started, offloaded: 3 others' 10 floats each
-        "all-reduce": 2 * 3 / 4 * (40 + 256),  # both arrays of one; the other has nobody to talk to
-        "reduce-scatter": 2 * (3 / 4 * 256),
-        "all-to-all": 1 / 2 * 256,
-        "collective-permute": 40,
-    }
-    assert len(found) == 9 and all(c.executions == 1 for c in found)
-    assert {c.name for c in found if c.kind == "reduce-scatter"} == {"ar", "rs.1"}
-    largest = max(found, key=lambda c: c.result_bytes)
-    assert (largest.name, largest.shape) == ("two", "f32[10], bf16[16,8]")
+@pytest.mark.parametrize(
+    ("instruction", "kind", "sent"),
+    [
+        ("f32[40] all-gather(%x), dimensions={0}", "all-gather", 3 * 40),  # 3 others' 10 floats each
+        ("(f32[10], f32[40]) all-gather-start(%x), dimensions={0}", "all-gather", 3 * 40),
+        ("((f32[10]), f32[40]) call-start(%x), to_apply=%offloaded", "all-gather", 3 * 40),
+        ("(f32[10], bf16[16,8]) all-reduce(%x, %y), to_apply=%add", "all-reduce", 2 * 3 / 4 * (40 + 256)),
+        ("f32[10] all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add", "all-reduce", 0),  # alone
+        ("bf16[4,8] fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1", "reduce-scatter", 3 / 4 * 256),
+        ("bf16[4,8] reduce-scatter(%y), dimensions={0}, to_apply=%add", "reduce-scatter", 3 / 4 * 256),
+        ("bf16[16,8] all-to-all(%y), replica_groups={{0,1},{2,3}}, dimensions={0}", "all-to-all", 1 / 2 * 256),
+        ("(f32[10], f32[10]) collective-permute-start(%x), source_target_pairs={{0,1}}", "collective-permute", 40),
+    ],
+)
+def test_bytes_by_kind(instruction, kind, sent):
+    entry = f"  %x = f32[10] parameter(0)\n  %y = bf16[16,8] parameter(1)\n  ROOT %r = {instruction}\n"
+    found = program(SENDERS, entry=entry).collectives()
+    assert collective_bytes(found) == {kind: sent} and [c.executions for c in found] == [1]
 
 
 # Three computations repeat the all-gather that starts in one, runs beside a product and ends in a third.
@@ -258,9 +244,7 @@ def test_a_chain_of_fusions_is_one_collective_that_moves_its_data_once():
     assert found.hbm_traffic_bytes() == (8 + 32 + 64 + 64) * 2
 
 
-MOVED = """HloModule m
-
-%slices (w: f32[6,10], i: s32[]) -> bf16[10] {
+FUSED = """%slices (w: f32[6,10], i: s32[]) -> bf16[10] {
   %w = f32[6,10] parameter(0)
   %i = s32[] parameter(1)
   %c = bf16[6,10] convert(%w)
@@ -286,47 +270,40 @@ MOVED = """HloModule m
   ROOT %t = (f32[10], f32[10], f32[10]) tuple(%s, %s, %y)
 }
 
-ENTRY %e (w.1: f32[6,10], r.1: bf16[10], i.2: s32[], v: f32[10], ids: s32[3]) -> f32[6,10] {
-  %w.1 = f32[6,10]{1,0} parameter(0)
-  %r.1 = bf16[10]{0} parameter(1)
-  %i.2 = s32[]{:S(6)} parameter(2)
+"""
+GIVEN = """  %w = f32[6,10]{1,0} parameter(0)
+  %row = bf16[10]{0} parameter(1)
+  %i = s32[]{:S(6)} parameter(2)
   %v = f32[10]{0:S(1)} parameter(3)
   %ids = s32[3]{0} parameter(4)
-  %sliced = bf16[10]{0} fusion(%w.1, %i.2), kind=kLoop, calls=%slices
-  %updated = f32[6,10]{1,0} fusion(%w.1, %r.1, %i.2), kind=kLoop, calls=%updates
-  %pair = (f32[10]{0}, f32[10]{0:S(1)}, f32[10]{0:S(1)}) fusion(%v, %v), kind=kLoop, calls=%two
-  %copied = (f32[6,10]{1,0:S(1)}, f32[6,10]{1,0}, u32[]{:S(2)}) copy-start(%w.1)
-  %copied.1 = f32[6,10]{1,0:S(1)} copy-done(%copied)
-  %part = ((f32[6,10]{1,0}), f32[2,10]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%w.1), slice={[0:2], [0:10]}
-  %rows = f32[3,10]{1,0} gather(%w.1, %ids), offset_dims={1}
-  %in-place = f32[6,10]{1,0} dynamic-update-slice(%w.1, %rows, %i.2, %i.2)
-  %room = f32[6,10]{1,0} custom-call(), custom_call_target="AllocateBuffer"
-  %kernel = f32[6,10]{1,0} custom-call(%w.1, %v), custom_call_target="tpu_custom_call"
-  ROOT %moved = f32[6,10]{1,0:S(5)} copy(%kernel)
-}
+  %rows = f32[3,10]{1,0} parameter(5)
+  %started = (f32[6,10]{1,0:S(1)}, f32[6,10]{1,0}, u32[]{:S(2)}) copy-start(%w)
 """
 
 
 @pytest.mark.parametrize(
-    ("name", "by_hand"),
+    ("instruction", "by_hand"),
     [
-        ("w.1", 0),
-        ("sliced", 10 * 4 + 10 * 2),  # one row read as float, written as half of it
-        ("updated", 10 * 2 + 10 * 4),  # the row read, the row written; the buffer stays
-        ("pair", 10 * 4),  # vector memory but for one result
-        ("copied", 60 * 4),  # read; written to vector memory
-        ("copied.1", 0),
-        ("part", 20 * 4),
-        ("rows", 30 * 4 + 3 * 4 + 30 * 4),
-        ("in-place", 2 * 30 * 4),
-        ("room", 0),
-        ("kernel", 2 * 60 * 4),
-        ("moved", 60 * 4),  # to the host
+        ("f32[6,10]{1,0} parameter(6)", 0),
+        # One row read as float, written as half of it.
+        ("bf16[10]{0} fusion(%w, %i), kind=kLoop, calls=%slices", 10 * 4 + 10 * 2),
+        # The row read, the row written; the buffer stays.
+        ("f32[6,10]{1,0} fusion(%w, %row, %i), kind=kLoop, calls=%updates", 10 * 2 + 10 * 4),
+        # Vector memory but for one result.
+        ("(f32[10]{0}, f32[10]{0:S(1)}, f32[10]{0:S(1)}) fusion(%v, %v), kind=kLoop, calls=%two", 10 * 4),
+        ("(f32[6,10]{1,0:S(1)}, f32[6,10]{1,0}, u32[]{:S(2)}) copy-start(%w)", 60 * 4),  # read; to vector memory
+        ("f32[6,10]{1,0:S(1)} copy-done(%started)", 0),
+        ("((f32[6,10]{1,0}), f32[2,10]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:2], [0:10]}", 20 * 4),
+        ("f32[3,10]{1,0} gather(%w, %ids), offset_dims={1}", 30 * 4 + 3 * 4 + 30 * 4),
+        ("f32[6,10]{1,0} dynamic-update-slice(%w, %rows, %i, %i)", 2 * 30 * 4),
+        ('f32[6,10]{1,0} custom-call(), custom_call_target="AllocateBuffer"', 0),
+        ('f32[6,10]{1,0} custom-call(%w, %v), custom_call_target="tpu_custom_call"', 2 * 60 * 4),
+        ("f32[6,10]{1,0:S(5)} copy(%w)", 60 * 4),  # to the host
     ],
 )
-def test_bytes_that_one_instruction_moves(name, by_hand):
-    found = Program(MOVED)
-    assert found.moved("e", found.computations["e"][name]) == by_hand
+def test_bytes_that_one_instruction_moves(instruction, by_hand):
+    found = program(FUSED, entry=f"{GIVEN}  ROOT %r = {instruction}\n")
+    assert found.moved("main", found.computations["main"].root) == by_hand
 
 
 def test_a_scan_reads_each_weight_once():

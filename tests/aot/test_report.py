@@ -25,7 +25,7 @@ MODEL_FLOPS = 3 * 2 * ROWS * TOKENS * LAYERS * COUNT  # products with weights: f
 
 
 def train_step():
-    """Layers of x + attention(x), x + relu(x @ up) @ down under scan and remat, weights split over 4 devices; traced."""
+    """Layers of x + attention(x), x + relu(x @ up) @ down under scan and remat, weights over 4 devices; traced."""
     mesh = Mesh(np.array(devices(TOPOLOGY)), ("fsdp",))
     rows = PartitionSpec("fsdp")
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((TOKENS, TOKENS))] * HEADS)
