@@ -140,7 +140,6 @@ class Program:
     def __init__(self, text: str):
         header = text.split("\n", 1)[0]
         self.devices = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", header))
-        self.computations: dict[str, Computation] = {}
         blocks = re.findall(r"^(ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}(?=\s*$|, execution)", text, re.M | re.S)
         self.computations = {name: Computation(body) for _, name, body in blocks}
         self.runs = collections.Counter(name for entry, name, _ in blocks if entry)  # in one run of the program
