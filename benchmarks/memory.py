@@ -73,7 +73,7 @@ def lower(policy: Qwen25VLConfig, mesh, attention: str, length: int, dtype: str)
         policy=PolicyConfig(weights="", dtype=dtype, remat="full", attention=attention),
         sft=SftConfig(trajectories_per_step=batch.rows, batch=batch),
     )
-    return next(stages.stage_jobs(config, "sft", policy, mesh)).lower(), batch
+    return next(stages.stage_jobs(config, "sft", policy, mesh)).trace().lower(), batch
 
 
 def run_once(compiled, policy: Qwen25VLConfig, batch: BatchConfig) -> float:

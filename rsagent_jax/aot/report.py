@@ -13,12 +13,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rsagent_jax.aot import collectives as coll
+import jax
+
+from rsagent_jax.aot import compiled as hlo
 from rsagent_jax.aot.flops import Workload
-from rsagent_jax.aot.hlo import read_program
 from rsagent_jax.aot.topology import GIB, Topology
-from rsagent_jax.aot.traffic import hbm_traffic_bytes
-from rsagent_jax.aot.work import Kernel, KernelFlops, hlo_flops, kernels
+from rsagent_jax.aot.traced import Kernel, KernelFlops, traced_work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,20 +40,21 @@ class Decoding:
 
     def compiled(self, peak: int, hbm: int, traffic: int, seconds: float | None) -> Decoding:
         """With what a compiled program tells; traffic and seconds are of one run."""
-        found = dict(slots_fit=max(0, self.slots + (hbm - peak) // self.slot_bytes * (self.devices // self.tensor)))
-        if self.steps and seconds:
-            found |= dict(step_bytes=traffic / self.steps, projected_tokens_per_s=self.slots * self.steps / seconds)
-        return dataclasses.replace(self, **found)
+        fit = max(0, self.slots + (hbm - peak) // self.slot_bytes * (self.devices // self.tensor))
+        if not (self.steps and seconds):
+            return dataclasses.replace(self, slots_fit=fit)
+        rate = self.slots * self.steps / seconds
+        return dataclasses.replace(self, slots_fit=fit, step_bytes=traffic / self.steps, projected_tokens_per_s=rate)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One program, ready to be lowered."""
+    """One program, ready to be traced."""
 
     program: str
-    lower: Callable[[], Any]  # -> jax.stages.Lowered
-    model_flops: float
-    resident_bytes: int  # per device: what train.py holds while the program runs and does not pass to it
+    trace: Callable[[], jax.stages.Traced]
+    model_flops: float = 0.0  # of one run over all devices
+    resident_bytes: int = 0  # per device: what train.py holds while the program runs and does not pass to it
     work: Workload | None = None  # what the attention kernel sees, where it is not a micro-batch
     decoding: Decoding | None = None
 
@@ -69,20 +70,20 @@ class ProgramReport:
     hbm_bytes: int  # what a device has
     fits: bool
     model_flops: float  # what the step needs, from its shape
-    hlo_flops: float  # what the program does: rematerialisation and padding too
-    hlo_to_model_flops: float | None  # None without model_flops, or when some kernel's FLOPs are not known
-    collective_bytes: dict[str, float]  # sent by one device in one run, by kind
-    hbm_traffic_bytes: int
-    projected_step_s: float | None
-    projected_mfu: float | None  # model_flops over what the mesh could do in projected_step_s
-    bound_by: str  # compute, hbm or ici; memory when the program does not fit
-    seconds: dict[str, float]  # the three terms of the projection
+    hlo_flops: float = 0.0  # what the program does: rematerialisation and padding too
+    hlo_to_model_flops: float | None = None  # None without model_flops, or when some kernel's FLOPs are not known
+    collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)  # sent by a device in a run, by kind
+    hbm_traffic_bytes: int = 0
+    projected_step_s: float | None = None
+    projected_mfu: float | None = None  # model_flops over what the mesh could do in projected_step_s
+    bound_by: str = "memory"  # compute, hbm or ici; memory when the program does not fit
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # the three terms of the projection
     quick: bool = False  # compiled with --aot_quick: peak and HBM traffic are higher than the real program's
     argument_bytes: int = 0
     temp_bytes: int = 0
     resident_bytes: int = 0  # in HBM while the program runs, but no arguments of it
     collectives: int = 0  # executions in one run
-    largest_collective: coll.Collective | None = None  # by its result on a device
+    largest_collective: hlo.Collective | None = None  # by its result on a device: where to look when memory is short
     kernels: tuple[Kernel, ...] = ()
     unknown_trip_counts: tuple[str, ...] = ()  # loops that count as if they ran once
     largest_allocations: tuple[str, ...] = ()  # of a program that does not fit, where the compiler tells
@@ -93,127 +94,101 @@ class ProgramReport:
         return tuple(kernel.name for kernel in self.kernels if kernel.flops is None)
 
 
-def analyse(
-    compiled: Any,
-    topology: Topology,
-    *,
-    program: str,
-    model_flops: float,
-    resident_bytes: int = 0,
-    kernel_flops: KernelFlops | None = None,
-    decoding: Decoding | None = None,
-) -> ProgramReport:
-    """Reads a `jax.stages.Compiled` for `topology`, of which it may use fewer devices.
+def report_job(job: Job, topology: Topology, kernel_flops: KernelFlops | None = None) -> ProgramReport:
+    """Compiles a program and reports on it, whether it fits or not. `kernel_flops`: as traced.traced_work takes it."""
+    traced = job.trace()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        return out_of_memory(error, job, topology)
+    return analyse(traced, compiled, job, topology, kernel_flops)
 
-    model_flops: of one run over all devices. resident_bytes: per device. kernel_flops: see work.KernelFlops; for
-    kernels that carry no estimate.
-    """
-    hlo = read_program(compiled.as_text())
-    memory = compiled.memory_analysis()
-    found = coll.collectives(hlo)
-    sent = coll.collective_bytes(found)
-    flops, traffic = hlo_flops(hlo, kernel_flops), hbm_traffic_bytes(hlo)
-    listed = tuple(kernels(hlo, kernel_flops))
+
+def analyse(
+    traced: Any, compiled: Any, job: Job, topology: Topology, kernel_flops: KernelFlops | None = None
+) -> ProgramReport:
+    """Reads a `jax.stages.Compiled` for `topology`, of which it may use fewer devices, and what it was made from."""
+    program, memory, work = (
+        hlo.Program(compiled.as_text()),
+        compiled.memory_analysis(),
+        traced_work(traced, kernel_flops),
+    )
+    found = program.collectives()
+    sent, traffic = hlo.collective_bytes(found), program.hbm_traffic_bytes()
+    flops = work.product_flops + program.devices * sum(kernel.flops or 0 for kernel in work.kernels)
+    chip, speed = topology.chip, program.devices * topology.chip.bf16_flops
     seconds = {
-        "compute": flops / topology.flops,
-        "hbm": traffic / topology.hbm_bandwidth,
+        "compute": flops / speed,
+        "hbm": traffic / chip.hbm_bandwidth,
         "ici": sum(sent.values()) / topology.ici_bandwidth if topology.ici_bandwidth else 0.0,
     }
     bound_by = max(seconds, key=seconds.get)
     step = seconds[bound_by]
     # Not arguments + temporaries: the compiler accepts programs whose sum exceeds a device. Where it refuses one,
     # the size it names is this peak within a hundredth.
-    peak = memory.peak_memory_in_bytes + resident_bytes
-    known = model_flops and all(kernel.flops is not None for kernel in listed)
+    peak = memory.peak_memory_in_bytes + job.resident_bytes
+    known = job.model_flops and all(kernel.flops is not None for kernel in work.kernels)
     return ProgramReport(
-        program=program,
+        program=job.program,
         topology=topology.name,
-        devices=hlo.devices,
+        devices=program.devices,
         peak_hbm_bytes=peak,
-        hbm_bytes=topology.hbm_bytes,
-        fits=peak <= topology.hbm_bytes,
-        model_flops=model_flops,
-        hlo_flops=flops * hlo.devices,
-        hlo_to_model_flops=flops * hlo.devices / model_flops if known else None,
+        hbm_bytes=chip.hbm_bytes,
+        fits=peak <= chip.hbm_bytes,
+        model_flops=job.model_flops,
+        hlo_flops=flops,
+        hlo_to_model_flops=flops / job.model_flops if known else None,
         collective_bytes=sent,
         hbm_traffic_bytes=traffic,
         projected_step_s=step or None,
-        projected_mfu=model_flops / (step * hlo.devices * topology.flops) if step else None,
+        projected_mfu=job.model_flops / (step * speed) if step else None,
         bound_by=bound_by,
         seconds=seconds,
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
-        resident_bytes=resident_bytes,
+        resident_bytes=job.resident_bytes,
         collectives=sum(c.executions for c in found),
-        largest_collective=coll.largest(found),
-        kernels=listed,
-        unknown_trip_counts=hlo.unknown_trip_counts,
-        decoding=decoding and decoding.compiled(peak, topology.hbm_bytes, traffic, step),
+        largest_collective=max(found, key=lambda c: c.result_bytes, default=None),
+        kernels=work.kernels,
+        unknown_trip_counts=(*program.unknown_trip_counts, *work.unknown_trip_counts),
+        decoding=job.decoding and job.decoding.compiled(peak, chip.hbm_bytes, traffic, step),
     )
 
 
-def out_of_memory(
-    error: BaseException,
-    topology: Topology,
-    *,
-    program: str,
-    model_flops: float = 0.0,
-    resident_bytes: int = 0,
-    decoding: Decoding | None = None,
-) -> ProgramReport:
+def out_of_memory(error: BaseException, job: Job, topology: Topology) -> ProgramReport:
     """The report of a program that the compiler refused for its memory. Raises the error again when it says otherwise.
 
     The compiler's message is either `total memory required … (16.12G) exceeds available HBM (15.75G)` or the longer
     `Used 17.44G of 15.75G hbm. Exceeded hbm capacity by 1.69G. …` with a list of the largest allocations.
     """
-    message = str(error)
-    sizes = re.search(
-        r"required for .*?\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message, re.S
-    )
-    sizes = sizes or re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    message, size = str(error), r"([\d.]+)([KMGT]?)"
+    sizes = re.search(rf"required for .*?\({size}\) exceeds available HBM \({size}\)", message, re.S)
+    sizes = sizes or re.search(rf"Used {size} of {size} hbm", message)
     if "RESOURCE_EXHAUSTED" not in message or sizes is None:
         raise error
-    used, limit = _bytes(sizes[1], sizes[2]), _bytes(sizes[3], sizes[4])
-    return ProgramReport(
-        program=program,
-        topology=topology.name,
-        devices=topology.devices,
-        peak_hbm_bytes=used + resident_bytes,
-        hbm_bytes=limit,
-        fits=False,
-        model_flops=model_flops,
-        hlo_flops=0.0,
-        hlo_to_model_flops=None,
-        collective_bytes={},
-        hbm_traffic_bytes=0,
-        projected_step_s=None,
-        projected_mfu=None,
-        bound_by="memory",
-        seconds={},
-        resident_bytes=resident_bytes,
-        largest_allocations=_allocations(message),
-        decoding=decoding and decoding.compiled(used + resident_bytes, limit, 0, None),
-    )
-
-
-def _bytes(number: str, unit: str) -> int:
-    return int(float(number) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit])
-
-
-def _allocations(message: str) -> tuple[str, ...]:
-    """`1.13G bf16[4,4096,37888] jit(step)/…` for each allocation that the message lists, in its order."""
-    found = []
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    used, limit = (int(float(sizes[i]) * units[sizes[i + 1]]) for i in (1, 3))
+    peak, allocations = used + job.resident_bytes, []
     for block in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
         shape, name = re.search(r"Shape: (\S+?)(?:\{|\s|$)", block), re.search(r'op_name="([^"]*)"', block)
         name = name or re.search(r"Operator: (.*)", block)
-        found.append(" ".join([block.split()[0], *(match[1].strip() for match in (shape, name) if match)]))
-    return tuple(found)
+        allocations.append(" ".join([block.split()[0], *(match[1].strip() for match in (shape, name) if match)]))
+    return ProgramReport(
+        program=job.program,
+        topology=topology.name,
+        devices=topology.devices,
+        peak_hbm_bytes=peak,
+        hbm_bytes=limit,
+        fits=False,
+        model_flops=job.model_flops,
+        resident_bytes=job.resident_bytes,
+        largest_allocations=tuple(allocations),
+        decoding=job.decoding and job.decoding.compiled(peak, limit, 0, None),
+    )
 
 
-def reports_to_json(reports: ProgramReport | Sequence[ProgramReport]) -> str:
-    """One JSON object, or a list for several programs, on one line."""
-    if isinstance(reports, ProgramReport):
-        return json.dumps(dataclasses.asdict(reports))
+def reports_to_json(reports: Sequence[ProgramReport]) -> str:
+    """A list with an object per program, on one line."""
     return json.dumps([dataclasses.asdict(report) for report in reports])
 
 
@@ -238,15 +213,14 @@ def reports_table(reports: Sequence[ProgramReport]) -> str:
         if r.unknown_trip_counts:
             lines.append(f"{r.program}: counted as run once, not known how often: {', '.join(r.unknown_trip_counts)}")
         if r.decoding:
-            lines.append(f"{r.program}: {_decoding(r.decoding)}")
+            lines.append(f"{r.program}: {_decoding_line(r.decoding)}")
         lines += [f"{r.program}: holds {allocation}" for allocation in r.largest_allocations[:5]]
     return "\n".join(lines)
 
 
-def _decoding(d: Decoding) -> str:
+def _decoding_line(d: Decoding) -> str:
     fit = f"{d.slots} slots on {d.devices} devices, {d.tensor} to a slot; {d.slots_fit} fit"
     if d.step_bytes is None:
         return fit
     moved = f"{d.step_bytes / GIB:.2f} GiB, {d.step_bytes / d.needed_bytes:.2f} x weights and live cache"
-    rate = f"projected {d.projected_tokens_per_s:.0f} tokens/s"
-    return f"{fit}; a decode step at {d.places} places moves {moved}; {rate}"
+    return f"{fit}; a decode step at {d.places} places moves {moved}; projected {d.projected_tokens_per_s:.0f} tokens/s"

@@ -25,7 +25,7 @@ from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, TextConfig
 from rsagent_jax.rollout import kv_cache as kv
 from rsagent_jax.rollout.engine import fill_sampling_defaults
-from rsagent_jax.rollout.programs import Images, Piece, RolloutPrograms, Slots, Turns, Weights, weight_shardings
+from rsagent_jax.rollout.programs import Images, Piece, RolloutPrograms, Slots, Turns, weight_shardings
 from rsagent_jax.runtime import processes, sharding
 
 
@@ -42,26 +42,34 @@ def rollout_jobs(
     resident: bytes per device that training holds meanwhile. given: the policy's parameters where the engine reads
     them in place; None where it gets a local copy.
     """
-    engine = AbstractEngine(sampling, policy, dtype, mesh)
-    programs, s, weights, slots = engine.programs, engine.sampling, engine.weights(), engine.slots()
-    held = resident - (device_bytes(given) if given is not None else 0)
-    given = engine.local_copy() if given is None else given
-    split = jax.jit(programs.split, out_shardings=engine.where)
-    yield Job("rollout weights", lambda: split.lower(given), 0.0, held)
+    s = fill_sampling_defaults(sampling, policy.vision.window_patches, sharding.parts("rows", mesh))
+    model, rows = convert.abstract_model(policy), sharding.rows(mesh)
+    params, programs = nnx.state(model, nnx.Param), RolloutPrograms(model, s, 0, Compute(dtype, mesh=mesh))
+    where = weight_shardings(programs, params, mesh)
+    weights, slots = place_shapes(jax.eval_shape(programs.split, params), where), abstract_slots(programs, mesh)
 
-    side = 8 * max(w for w in range(1, math.isqrt(s.patches) // 8 + 1) if s.patches % (8 * w) == 0)
-    view = Workload(s.lanes, s.patches // policy.vision.merge_unit, (), ((s.patches // side, side),), False, False)
-    text = dataclasses.replace(view, images=())
-    seen = model_flops(policy, view).total - model_flops(policy, text).total
+    def host(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+        """An array that the host puts over the rows."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+    held = resident - (device_bytes(given) if given is not None else 0)
+    given = local_shapes(params, dtype, mesh) if given is None else given
+    yield Job("rollout weights", lambda: jax.jit(programs.split, out_shardings=where).trace(given), 0.0, held)
+
+    p, n, t = s.lanes, s.patches, s.prefill
+    side = 8 * max(w for w in range(1, math.isqrt(n) // 8 + 1) if n % (8 * w) == 0)
+    view = Workload(p, n // policy.vision.merge_unit, (), ((n // side, side),), False, False)
+    seen = model_flops(policy, view).total - model_flops(policy, dataclasses.replace(view, images=())).total
+    patches = host(p, n, policy.vision.patch_dim, dtype=jnp.float32)
+    images = Images(patches, host(p, n), host(p, n, 2), host(p, dtype=jnp.bool_))
     # What a program does not read is no argument of the compiled one, and stays on the device all the same.
     tower = device_bytes(weights.unstacked["vision"])
     beside = resident + device_bytes(weights) - tower
-    yield Job("rollout encode", lambda: programs.encode.lower(weights, slots, engine.images()), seen, beside, view)
+    yield Job("rollout encode", lambda: programs.encode.trace(weights, slots, images), seen, beside, view)
 
-    whole = programs.blocks
     blocks = max(n for n in programs.buckets if n == 1 or n * programs.block <= s.context)
-    live = device_bytes(slots.cache) * blocks // whole
     head = weights.unstacked["decoder"]["lm_head" if "lm_head" in weights.unstacked["decoder"] else "embed"]
+    live = device_bytes(slots.cache) * blocks // programs.blocks
     decoding = Decoding(
         slots=s.slots,
         devices=mesh.size,
@@ -73,20 +81,18 @@ def rollout_jobs(
         training_bytes=resident,
         needed_bytes=device_bytes(weights.layers) + device_bytes(head) + live,
     )
-    step = decode_flops(policy.text, s.slots, s.chunk, decoding.places, logits=True)
-    more = decode_flops(policy.text, s.lanes, s.prefill, whole * programs.block, logits=False)
+    key = place_shapes(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
+    turns = Turns(host(s.slots, dtype=jnp.bool_), *(host(s.slots) for _ in range(6)))
+    piece = Piece(host(p), host(p, t), host(p, 3, t), host(p, t), host(p), host(p))
 
-    def lower(piece, blocks):
-        return programs.step.lower(weights, slots, engine.key(), piece, engine.turns(), blocks=blocks, steps=s.chunk)
+    def step(piece: Piece | None, blocks: int) -> jax.stages.Traced:
+        return programs.step.trace(weights, slots, key, piece, turns, blocks=blocks, steps=s.chunk)
 
-    yield Job(
-        "rollout append",
-        lambda: lower(engine.piece(), whole),
-        step + more,
-        resident + tower,
-        decoding=dataclasses.replace(decoding, steps=0),
-    )
-    yield Job("rollout decode", lambda: lower(None, blocks), step, resident + tower, decoding=decoding)
+    flops = decode_flops(policy.text, s.slots, s.chunk, decoding.places, logits=True)
+    more = decode_flops(policy.text, p, t, programs.blocks * programs.block, logits=False)
+    both = dataclasses.replace(decoding, steps=0)
+    yield Job("rollout append", lambda: step(piece, programs.blocks), flops + more, resident + tower, decoding=both)
+    yield Job("rollout decode", lambda: step(None, blocks), flops, resident + tower, decoding=decoding)
 
 
 def decode_flops(text: TextConfig, rows: int, tokens: int, places: int, *, logits: bool) -> float:
@@ -97,60 +103,18 @@ def decode_flops(text: TextConfig, rows: int, tokens: int, places: int, *, logit
     return 2.0 * rows * tokens * (layer * text.num_hidden_layers + logits * d * text.vocab_size)
 
 
-class AbstractEngine:
-    """What an engine holds and what its programs take: shapes with their places on the mesh instead of arrays."""
+def local_shapes(params: nnx.State, dtype: str, mesh: Mesh) -> nnx.State:
+    """What processes.local_copy hands to Engine.load."""
+    chips = Mesh(mesh.devices.reshape(-1), ("chip",))
+    where = jax.tree.map(lambda x: NamedSharding(chips, processes.split_once(x.shape, chips.size)), params)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), params, where)
 
-    def __init__(self, sampling: SamplingConfig, policy: Qwen25VLConfig, dtype: str, mesh: Mesh):
-        rows = sharding.parts("rows", mesh)
-        self.sampling = fill_sampling_defaults(sampling, policy.vision.window_patches, rows)
-        self.policy, self.mesh = policy, mesh
-        model = convert.abstract_model(policy)
-        self.params = nnx.state(model, nnx.Param)
-        self.programs = RolloutPrograms(model, self.sampling, 0, Compute(dtype, mesh=mesh))
-        self.where = weight_shardings(self.programs, self.params, mesh)
 
-    def weights(self) -> Weights:
-        return _placed(jax.eval_shape(self.programs.split, self.params), self.where)
-
-    def local_copy(self) -> nnx.State:
-        """What processes.local_copy hands to Engine.load."""
-        chips = Mesh(self.mesh.devices.reshape(-1), ("chip",))
-
-        def one(x):
-            where = NamedSharding(chips, processes.split_once(x.shape, chips.size))
-            return jax.ShapeDtypeStruct(x.shape, self.programs.compute.dtype, sharding=where)
-
-        return jax.tree.map(one, self.params)
-
-    def slots(self) -> Slots:
-        slots, rows = jax.eval_shape(self.programs.empty), sharding.rows(self.mesh)
-
-        def place(x):
-            return NamedSharding(self.mesh, sharding.spec_of(x.shape, kv.NAMES[: x.ndim], self.mesh))
-
-        return _placed(slots, Slots(jax.tree.map(place, slots.cache), rows, rows))
-
-    def key(self) -> jax.ShapeDtypeStruct:
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(self.mesh))
-
-    def images(self) -> Images:
-        p, n = self.sampling.lanes, self.sampling.patches
-        patches = self._host(p, n, self.policy.vision.patch_dim, dtype=jnp.float32)
-        return Images(patches, self._host(p, n), self._host(p, n, 2), self._host(p, dtype=jnp.bool_))
-
-    def piece(self) -> Piece:
-        p, t = self.sampling.lanes, self.sampling.prefill
-        shapes = ((p,), (p, t), (p, 3, t), (p, t), (p,), (p,))
-        return Piece(*(self._host(*shape) for shape in shapes))
-
-    def turns(self) -> Turns:
-        s = self.sampling.slots
-        return Turns(self._host(s, dtype=jnp.bool_), *(self._host(s) for _ in range(6)))
-
-    def _host(self, *shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
-        """An array that the host puts over the rows."""
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(self.mesh))
+def abstract_slots(programs: RolloutPrograms, mesh: Mesh) -> Slots:
+    """The engine's slots: rows of the mesh hold lanes, its tensor axis heads."""
+    slots, rows = jax.eval_shape(programs.empty), sharding.rows(mesh)
+    spec = lambda x: NamedSharding(mesh, sharding.spec_of(x.shape, kv.NAMES[: x.ndim], mesh))  # noqa: E731
+    return place_shapes(slots, Slots(jax.tree.map(spec, slots.cache), rows, rows))
 
 
 def device_bytes(tree: Any) -> int:
@@ -159,6 +123,7 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in here)
 
 
-def _placed(shapes: Any, where: Any) -> Any:
+def place_shapes(shapes: Any, where: Any) -> Any:
+    """Shapes with their shardings; `where` may be a prefix of the tree."""
     whole = jax.tree.broadcast(where, shapes)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, whole)

@@ -21,67 +21,48 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One TPU chip. Bandwidths in bytes per second."""
+    """A kind of TPU. Figures are per JAX device: a chip of two cores, but on tpu7x, where each core is a device."""
 
     name: str
     bf16_flops: float  # per second
-    hbm_bytes: float  # usable by one program, all devices of the chip together
-    hbm_bandwidth: float
-    ici_link_bandwidth: float  # one way over one link
-    ici_links: int  # to neighbours: 4 in a 2-D torus, 6 in a 3-D one
-    devices_per_chip: int = 1  # JAX devices; v4 and v5p show their two cores as one (megacore), tpu7x does not
-
-    @property
-    def ici_bandwidth(self) -> float:
-        """One way over all links at once; a slice without wrap-around uses fewer: Topology.ici_bandwidth."""
-        return self.ici_link_bandwidth * self.ici_links
-
-    @property
-    def dimensions(self) -> int:
-        return self.ici_links // 2
+    hbm_bytes: int  # usable by one program
+    hbm_bandwidth: float  # bytes per second
+    ici_link_bandwidth: float  # bytes per second, one way over one link of the chip, shared by its devices
+    dimensions: int  # of the torus that the links make: two links for each
+    named_by: int = 1  # what the number in a slice's name counts: cores, two a chip, but chips on v5e and v6e
+    devices_per_chip: int = 1
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, 30.75 * GIB, 1200e9, 45e9, 6),
-        Chip("v5e", 197e12, 15.75 * GIB, 819e9, 45e9, 4),
-        Chip("v5p", 459e12, 95.74 * GIB, 2765e9, 90e9, 6),
-        Chip("v6e", 918e12, 31.25 * GIB, 1638e9, 90e9, 4),
+        Chip("v4", 275e12, int(30.75 * GIB), 1200e9, 45e9, 3, named_by=2),
+        Chip("v5e", 197e12, int(15.75 * GIB), 819e9, 45e9, 2),
+        Chip("v5p", 459e12, int(95.74 * GIB), 2765e9, 90e9, 3, named_by=2),
+        Chip("v6e", 918e12, int(31.25 * GIB), 1638e9, 90e9, 2),
         # The vendor gives 1200 GB/s both ways per chip and no figure per link: 600 one way over 6 links.
-        Chip("tpu7x", 2307e12, 2 * 94.75 * GIB, 7380e9, 100e9, 6, devices_per_chip=2),
+        Chip("tpu7x", 2307e12 / 2, int(94.75 * GIB), 7380e9 / 2, 100e9, 3, named_by=2, devices_per_chip=2),
     )
 }
 
-# Chips of a slice -> its shape: what the vendor sells.
-_SHAPES_2D = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
-_SHAPES_3D = {
-    4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8),
-    512: (8, 8, 8),
-}  # fmt: skip
-# The number in the name of a slice counts chips on v5e and v6e, cores (two a chip) on the others.
-_COUNTED_PER_CHIP = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1, "tpu7x": 2}
-
-
-def _slices() -> dict[str, tuple[str, tuple[int, ...]]]:
-    found = {}
-    for chip in CHIPS.values():
-        shapes = dict(_SHAPES_2D if chip.dimensions == 2 else _SHAPES_3D)
-        if chip.name == "tpu7x":
-            shapes[1] = (1, 1, 1)
-        for chips, shape in sorted(shapes.items()):
-            found[f"{chip.name}-{chips * _COUNTED_PER_CHIP[chip.name]}"] = (chip.name, shape)
-    return found
-
-
-SLICES = _slices()
+# The slices that the vendor sells, by their chips.
+_SHAPES = {
+    2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
+    3: ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8)),
+}
+SLICES = {
+    f"{chip.name}-{math.prod(shape) * chip.named_by}": (chip.name, shape)
+    for chip in CHIPS.values()
+    for shape in _SHAPES[chip.dimensions]
+    if shape != (1, 1, 1) or chip.name == "tpu7x"
+}
 # The slices of the table that aot/scaling.py makes.
 TABLE = ("v5e-16", "v5e-64", "v5e-256", "v5p-8", "v5p-64", "v6e-8", "v6e-64", "v6e-256", "v4-16", "tpu7x-8")
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: chips in a mesh or torus. The properties are per JAX device."""
+    """A slice: chips in a mesh or torus."""
 
     name: str  # what the user called it
     chip: Chip
@@ -100,20 +81,7 @@ class Topology:
         """What one process drives: 2x2 chips, but all of a slice of at most eight chips of v5e or v6e."""
         if self.chip.dimensions == 2 and math.prod(self.shape) <= 8:
             return self
-        return dataclasses.replace(self, shape=tuple(min(2, n) if i < 2 else 1 for i, n in enumerate(self.shape)))
-
-    @property
-    def flops(self) -> float:
-        """bf16 FLOP/s."""
-        return self.chip.bf16_flops / self.chip.devices_per_chip
-
-    @property
-    def hbm_bytes(self) -> int:
-        return int(self.chip.hbm_bytes / self.chip.devices_per_chip)
-
-    @property
-    def hbm_bandwidth(self) -> float:
-        return self.chip.hbm_bandwidth / self.chip.devices_per_chip
+        return dataclasses.replace(self, shape=(*(min(2, n) for n in self.shape[:2]), 1)[: len(self.shape)])
 
     @property
     def wrap(self) -> tuple[bool, ...]:
@@ -143,30 +111,22 @@ def parse_topology(name: str) -> Topology:
     if plain in SLICES:
         chip, shape = SLICES[plain]
         return Topology(name, CHIPS[chip], shape)
+    example = {c.name: f"{c.name}:{'2x2' if c.dimensions == 2 else '2x2x1'}" for c in CHIPS.values()}
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)+)", plain)
     if match and (chip := CHIPS.get(match[1])):
         shape = tuple(int(n) for n in match[2].split("x"))
-        if len(shape) == chip.dimensions and all(_layable(n) for n in shape):
+        # hosts hold 2x2 chips
+        if len(shape) == chip.dimensions and all(n == 1 or (n > 0 and n % 2 == 0) for n in shape):
             return Topology(name, chip, shape)
         raise DataError(
-            f"topology {name!r}: {chip.name} takes {chip.dimensions} sizes, each 1 or even,"
-            f" as in {_example(chip).compiler_name}"
+            f"topology {name!r}: {chip.name} takes {chip.dimensions} sizes, each 1 or even, as in {example[chip.name]}"
         )
     known = [*SLICES, *(Topology("", CHIPS[chip], shape).compiler_name for chip, shape in SLICES.values())]
     close = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
     raise DataError(
         f"unknown TPU topology {name!r}" + (f"; did you mean {close[0]}?" if close else "") + "\n"
-        "known slices: " + " ".join(SLICES) + "\n"
-        "or the shape in chips: " + " ".join(_example(chip).compiler_name for chip in CHIPS.values())
+        "known slices: " + " ".join(SLICES) + "\nor the shape in chips: " + " ".join(example.values())
     )
-
-
-def _layable(n: int) -> bool:
-    return n == 1 or (n > 0 and n % 2 == 0)  # hosts hold 2x2 chips
-
-
-def _example(chip: Chip) -> Topology:
-    return Topology("", chip, (2, 2) if chip.dimensions == 2 else (2, 2, 1))
 
 
 def devices(topology: Topology) -> list:
@@ -197,7 +157,7 @@ def devices(topology: Topology) -> list:
             wrap=(*topology.wrap, *(False,) * (3 - len(topology.wrap))),
         ).devices
     except (RuntimeError, ValueError, OSError) as error:
-        if _libtpu_is_missing():
+        if not os.environ.get("TPU_LIBRARY_PATH") and importlib.util.find_spec("libtpu") is None:
             raise DataError(
                 "compiling for a TPU that is not at hand needs libtpu, its compiler, which also runs on a machine"
                 ' without a TPU: pip install "jax[tpu]"'
@@ -206,7 +166,3 @@ def devices(topology: Topology) -> list:
     if len(found) != topology.devices:
         raise DataError(f"libtpu lays {topology.name!r} out as {len(found)} devices, not {topology.devices}")
     return list(found)
-
-
-def _libtpu_is_missing() -> bool:
-    return not os.environ.get("TPU_LIBRARY_PATH") and importlib.util.find_spec("libtpu") is None

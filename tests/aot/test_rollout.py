@@ -4,29 +4,20 @@ import dataclasses
 import importlib
 import itertools
 import json
-import pathlib
 import subprocess
 
 import pytest
 
 from rsagent_jax.aot import rollout, scaling, stages
-from rsagent_jax.aot.report import Decoding, analyse, reports_table, reports_to_json
+from rsagent_jax.aot.report import Decoding, report_job, reports_table, reports_to_json
 from rsagent_jax.aot.topology import devices, parse_topology
 from rsagent_jax.config import slices
-from rsagent_jax.config.schema import (
-    BatchConfig,
-    GrpoConfig,
-    MeshConfig,
-    PolicyConfig,
-    SamplingConfig,
-    SftConfig,
-    TrainConfig,
-)
+from rsagent_jax.config.schema import BatchConfig, MeshConfig, SamplingConfig
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import size_config
 from rsagent_jax.runtime import sharding
+from tests.aot.test_stages import TINY
 
-ROOT = pathlib.Path(__file__).parents[2]
 SLOTS, CONTEXT, CHUNK, PATCHES = 32, 4096, 4, 256
 SAMPLING = SamplingConfig(slots=SLOTS, context=CONTEXT, chunk=CHUNK, patches=PATCHES, tensor=2)
 
@@ -48,11 +39,7 @@ def jobs():
 
 @pytest.fixture(scope="module")
 def decode(jobs):
-    """The report, and the compiled program's own figures."""
-    job, topology = jobs["rollout decode"], parse_topology("v5e:2x2")
-    compiled = job.lower().compile()
-    fields = ("program", "model_flops", "resident_bytes", "decoding")
-    return analyse(compiled, topology, **{field: getattr(job, field) for field in fields})
+    return report_job(jobs["rollout decode"], parse_topology("v5e:2x2"))
 
 
 LAYER = 512 * (512 + 256 + 256) + 512 + 2 * 256 + 512 * 512 + 3 * 512 * 1024  # q, k, v with biases, o, the MLP
@@ -95,17 +82,8 @@ def test_the_compiled_step_reads_weights_and_live_cache_once_and_holds_no_second
 
 def test_slots_that_fit_are_those_that_are_there_and_those_the_rest_of_the_memory_holds():
     """Rows of 2 devices, 4 of them: each takes another slot per 10 bytes that are left, or must give one up."""
-    d = Decoding(
-        slots=16,
-        devices=8,
-        tensor=2,
-        places=8,
-        steps=4,
-        weight_bytes=100,
-        slot_bytes=10,
-        training_bytes=0,
-        needed_bytes=140,
-    )
+    sizes = dict(weight_bytes=100, slot_bytes=10, training_bytes=0, needed_bytes=140)
+    d = Decoding(slots=16, devices=8, tensor=2, places=8, steps=4, **sizes)
     assert d.compiled(peak=165, hbm=200, traffic=600, seconds=2.0).slots_fit == 16 + 3 * 4
     less = d.compiled(peak=205, hbm=200, traffic=600, seconds=2.0)
     assert (less.slots_fit, less.step_bytes, less.projected_tokens_per_s) == (12, 150, 32)
@@ -118,7 +96,7 @@ def test_what_a_program_does_not_read_stays_on_the_device(jobs, decode):
     d, job = decode.decoding, jobs["rollout encode"]
     whole = 1000 + d.weight_bytes + d.slots // 2 * d.slot_bytes
     assert decode.argument_bytes + decode.resident_bytes == pytest.approx(whole, rel=0.01)
-    memory = job.lower().compile().memory_analysis()
+    memory = job.trace().lower().compile().memory_analysis()
     pixels = 4 * PATCHES * (1176 + 3) * 4  # of four lanes
     assert memory.argument_size_in_bytes + job.resident_bytes == pytest.approx(whole + pixels, rel=0.01)
 
@@ -126,7 +104,7 @@ def test_what_a_program_does_not_read_stays_on_the_device(jobs, decode):
 def test_the_report_says_slots_and_rate(decode):
     line = reports_table([decode]).splitlines()[-1]
     assert line.startswith("rollout decode: 32 slots on 4 devices, 2 to a slot;") and "tokens/s" in line
-    assert '"slots_fit"' in reports_to_json(decode)
+    assert '"slots_fit"' in reports_to_json([decode])
 
 
 @pytest.mark.parametrize(
@@ -140,16 +118,8 @@ def test_a_host_has_four_chips_or_is_the_whole_slice_of_up_to_eight(name, count)
     assert topology.host.chip is topology.chip
 
 
-TRAINED = TrainConfig(
-    stages=("grpo",),
-    policy=PolicyConfig(weights=str(ROOT / "assets/tiny-base"), dtype="bfloat16", remat="full"),
-    sft=SftConfig(batch=BatchConfig(rows=4)),
-    grpo=GrpoConfig(
-        batch=BatchConfig(rows=4, tokens=256, patches=128),
-        kl=0.1,
-        sampling=SamplingConfig(context=256, max_new_tokens=64, slots=8, patches=128),
-    ),
-)
+PLAYED = SamplingConfig(context=256, max_new_tokens=64, slots=8, patches=128)
+TRAINED = dataclasses.replace(TINY, stages=("grpo",), grpo=dataclasses.replace(TINY.grpo, sampling=PLAYED))
 
 
 def test_training_stays_on_the_device_and_the_policy_is_read_in_place_by_a_single_process():
@@ -196,7 +166,7 @@ def test_the_page_has_a_row_for_a_host_and_its_slice():
     encode = dict(common, program="rollout encode", peak_hbm_bytes=30 * gib)
     decode = dict(common, program="rollout decode", peak_hbm_bytes=29 * gib, decoding=decoding)
     name = next(name for name, _ in scaling.calls() if name.startswith("7b:v6e-8:rollout:"))
-    page = scaling.scaling_page([{"name": name, "reports": [encode, decode]}])
+    page = scaling.scaling_tables([{"name": name, "reports": [encode, decode]}])
     row = next(line for line in page.splitlines() if line.startswith("| v6e-8 | 2 |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2:7] == ["8,192", "128 (16)", "8.00", "8.00", "13.00"]

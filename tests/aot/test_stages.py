@@ -164,21 +164,15 @@ def test_with_adapters_the_base_is_an_argument_and_its_tower_a_program():
     grpo = list(stages.stage_jobs(config, "grpo", policy, mesh))
     assert [j.program for j in grpo] == ["grpo tower", "grpo gradients", "grpo log-probs", "grpo update"]
     assert grpo[2].resident_bytes == pytest.approx(3 * adapters + tower, abs=counts)
-    (read, *_), _ = grpo[1].lower().args_info
+    (read, *_), _ = grpo[1].trace().lower().args_info
     assert sum(np.prod(x.shape) for x in jax.tree.leaves(read)) == 8 * text.num_hidden_layers * (7 * d + whole)
 
 
 @pytest.mark.timeout(600)
 def test_the_command_prints_a_table_and_the_reports_and_says_when_memory_is_short():
     def aot(*more):
-        command = [
-            sys.executable,
-            "train.py",
-            "--config=configs/quickstart.py",
-            "--aot=v5e:2x2",
-            "--config.stages=('sft',)",
-        ]
-        command += ["--config.policy.dtype=bfloat16", "--config.policy.remat=full", *more]
+        command = [sys.executable, "train.py", "--config=configs/quickstart.py", "--aot=v5e:2x2"]
+        command += ["--config.stages=('sft',)", "--config.policy.dtype=bfloat16", "--config.policy.remat=full", *more]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
         return done.returncode, done.stdout, done.stderr
 

@@ -61,8 +61,8 @@ def test_unknown_names_are_one_message():
 
 def test_numbers_are_per_device():
     v7 = parse_topology("tpu7x-8")
-    assert v7.flops == 2307e12 / 2 and v7.hbm_bandwidth == 7380e9 / 2 and v7.hbm_bytes == int(94.75 * GIB)
-    assert parse_topology("v5p-8").flops == 459e12
+    found = (v7.chip.bf16_flops, v7.chip.hbm_bandwidth, v7.chip.hbm_bytes)
+    assert found == (2307e12 / 2, 7380e9 / 2, int(94.75 * GIB)) and parse_topology("v5p-8").chip.bf16_flops == 459e12
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,8 @@ def test_links_that_a_device_has(name, wrap, gigabytes):
 def test_a_whole_torus_uses_all_links():
     for chip in CHIPS.values():
         shape = "16x16" if chip.dimensions == 2 else "4x4x4"
-        assert parse_topology(f"{chip.name}:{shape}").ici_bandwidth * chip.devices_per_chip == chip.ici_bandwidth
+        found = parse_topology(f"{chip.name}:{shape}").ici_bandwidth * chip.devices_per_chip
+        assert found == chip.ici_link_bandwidth * 2 * chip.dimensions
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -99,7 +100,7 @@ def test_memory_is_what_the_compiler_enforces(chip):
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as error:
         jax.jit(lambda x: x + 1).lower(too_much).compile()
     limit = re.search(r"exceeds available HBM \(([\d.]+)G\)|of ([\d.]+)G hbm", str(error.value))
-    assert float(limit[1] or limit[2]) == pytest.approx(topology.hbm_bytes / GIB, abs=0.006)
+    assert float(limit[1] or limit[2]) == pytest.approx(topology.chip.hbm_bytes / GIB, abs=0.006)
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):

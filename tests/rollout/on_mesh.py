@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 
-from rsagent_jax.aot import collectives, hlo
+from rsagent_jax.aot.compiled import Program
 from rsagent_jax.config.schema import MeshConfig
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.programs import Images, Piece
@@ -77,7 +77,7 @@ def sent(engine: Engine) -> dict[str, list]:
     out = {}
     for name, program in lowered.items():
         found = collections.Counter()
-        for c in collectives.collectives(hlo.read_program(program.compile().as_text())):
+        for c in Program(program.compile().as_text()).collectives():
             found[c.kind, c.shape, c.group, "while/" in c.op_name] += c.executions
         out[name] = sorted([*key, n] for key, n in found.items())
     return out
