@@ -43,7 +43,7 @@ def test_a_record_gives_back_ids_positions_marks_and_bit_equal_patches():
     t, shown = played()
     item = trajectories.decode_record(record(), small.processor())
     assert len(shown) == len(t.grids) == 3
-    for name in ("tokens", "positions", "sampled", "patches"):
+    for name in ("tokens", "positions", "loss_mask", "patches"):
         got, wanted = getattr(item, name), getattr(t, name)
         np.testing.assert_array_equal(got, wanted, err_msg=name)
         assert got.dtype == wanted.dtype, name
@@ -70,7 +70,7 @@ def test_a_picture_of_any_shape_is_played_stored_and_read_with_the_same_grids(h,
         stored = trajectories.encode_by_reference(state, processor, "", {}, played_or_not)
         item = trajectories.decode_record(stored, processor)
         assert item.grids == t.grids
-        for name in ("tokens", "positions", "sampled", "patches"):
+        for name in ("tokens", "positions", "loss_mask", "patches"):
             np.testing.assert_array_equal(getattr(item, name), getattr(t, name), err_msg=name)
 
 

@@ -149,6 +149,14 @@ def _file_checksum(path: pathlib.Path, size: int, mtime_ns: int) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
+def read_file(path: pathlib.Path) -> bytes:
+    """DataError where it is missing or cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+
+
 def picture_key(path: str | pathlib.Path) -> str:
     """A name that copies of one picture share: "coco/<image id>" by COCO's file names, else the absolute path."""
     known = _COCO_NAME.fullmatch(pathlib.PurePath(path).name)

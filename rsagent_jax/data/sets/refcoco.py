@@ -19,17 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from rsagent_jax.data.sets import unpickle
-from rsagent_jax.data.sets.index import Inputs, SampleIndex, coco_key
+from rsagent_jax.data.sets.index import Inputs, SampleIndex, coco_key, read_file
+from rsagent_jax.data.sets.unpickle import loads_data
 from rsagent_jax.masks import decode_segmentation
 from rsagent_jax.runtime.image_files import read_image
 from rsagent_jax.types import DataError, Sample
-from sam_bridge.file_kinds import kind_of_file
+from sam_bridge.file_kinds import HEAD, kind_of
 
 IMAGES = pathlib.PurePath("images/mscoco/images/train2014")
 GENERALIZED = "grefcoco"  # several targets, or none
 NO_TARGET = -1  # its ann_id where nothing in the picture is meant
-UNITS = ("sentence", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +71,7 @@ def load_refcoco(
     normalised `sent` (stripped, lower case). Sample ids read "<dataset>/<split_by>/<split>/<ref_id>/<sent_id>".
     Raises DataError where files are missing or broken, or where the split does not exist.
     """
-    if unit not in UNITS:
-        raise DataError(f"unit must be 'sentence' or 'reference', not {unit!r}")
-    if limit is not None and limit < 1:
-        raise DataError(f"limit must be at least 1 (or None for all samples), not {limit}")
+    check_options(unit, limit)
     root = pathlib.Path(root).expanduser()
     refs_path, instances_path = _check_layout(root, dataset, split_by)
     refs = _select_split(_read_refs(refs_path, several=dataset == GENERALIZED), split, refs_path)
@@ -103,6 +99,14 @@ def load_refcoco(
             sample_id = f"{name}/{ref['ref_id']}/{sentence['sent_id']}"
             entries.append(_Entry(sample_id, query, picture, tuple(targets)))
     return SampleIndex(name, entries[:limit], _load)
+
+
+def check_options(unit: str, limit: int | None) -> None:
+    """DataError for what `load_refcoco` does not take."""
+    if unit not in ("sentence", "reference"):
+        raise DataError(f"unit must be 'sentence' or 'reference', not {unit!r}")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit must be at least 1 (or None for all samples), not {limit}")
 
 
 def _load(entry: _Entry) -> Sample:
@@ -157,7 +161,7 @@ def _check_layout(root: pathlib.Path, dataset: str, split_by: str) -> tuple[path
 
 def _read_refs(path: pathlib.Path, several: bool) -> list[dict]:
     """References as they stand in the file; with `several`, ann_id is a list (gRefCOCO)."""
-    refs = _read_json(path) if path.suffix == ".json" else unpickle.load_data(path)
+    refs = _read_json(path) if path.suffix == ".json" else loads_data(read_file(path), str(path))
     ann_id: Any = (list, tuple) if several else int
     kinds = {"ref_id": int, "ann_id": ann_id, "image_id": int, "split": str, "sentences": list}
     if not isinstance(refs, list) or not refs:
@@ -193,12 +197,11 @@ def _select_split(refs: list[dict], split: str, path: pathlib.Path) -> list[dict
 
 
 def _read_json(path: pathlib.Path) -> Any:
+    data = read_file(path)
     try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+        return json.loads(data)
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
-        why = kind_of_file(path) or "cut short?"
+        why = kind_of(data[:HEAD]) or "cut short?"
         raise DataError(f"{path} is not valid JSON ({error}): {why} Download it again") from None
 
 

@@ -15,7 +15,7 @@ from rsagent_jax.data.sets import refcoco
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.types import DataError
 
-TFDS = pathlib.Path(__file__).parents[1] / "golden/ref_coco"
+TFDS = pathlib.Path(__file__).parents[2] / "golden/ref_coco"
 LINE = {"image": "a.png", "query": "it", "id": "x"}
 
 

@@ -263,6 +263,10 @@ def test_truncated_and_malicious_pickles(copied, tmp_path):
     with pytest.raises(DataError, match=r"refs\(umd\)\.p is refused: it wants to import posix\.system"):
         refcoco.load_refcoco(copied)
     assert not (tmp_path / "witness").exists()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match=r"cannot read .*refs\(umd\)\.p: Is a directory"):
+        refcoco.load_refcoco(copied)
 
 
 @pytest.mark.parametrize(

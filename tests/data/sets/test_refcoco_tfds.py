@@ -16,7 +16,7 @@ from rsagent_jax.data.sets import refcoco_tfds
 from rsagent_jax.data.sets.refcoco_tfds import load_refcoco_tfds
 from rsagent_jax.types import DataError
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden/ref_coco"
+GOLDEN = pathlib.Path(__file__).parents[2] / "golden/ref_coco"
 VERSION = "ref_coco/refcocog_umd/1.1.0"
 NAME = "ref_coco-validation.tfrecord-00000-of-00001"
 

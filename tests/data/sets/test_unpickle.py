@@ -156,8 +156,3 @@ def test_other_files_are_described():
         unpickle.loads_data(b"<!DOCTYPE html><title>404</title>", "x")
     with pytest.raises(DataError, match="cut short: it ends after 0 bytes"):
         unpickle.loads_data(b"", "x")
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(DataError, match=r"cannot read .*none\.p: No such file"):
-        unpickle.load_data(tmp_path / "none.p")
