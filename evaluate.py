@@ -25,10 +25,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from PIL import Image
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from rsagent_jax.agent.environment import EnvState
@@ -43,7 +41,7 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.data.sets.open import Mixture, open_samples
 from rsagent_jax.evals import bounds, by_turn, metrics, records, startup
-from rsagent_jax.masks import mask_iou
+from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory, weights_checksum
 from rsagent_jax.report import evaluation
 from rsagent_jax.rollout import failures
@@ -286,13 +284,13 @@ def make_record(workdir: pathlib.Path, sample, trajectory, state, seconds: float
         "iou": metrics.judge(counts).iou,
         "status": trajectory.status.value,
         "ious": [mask_iou(m.mask, sample) for m in trajectory.masks],
-        "gt": _rle(sample.gt_mask),
+        "gt": encode_rle(sample.gt_mask),
         "image": path,
         "record": state_to_json(state, path),
     }
     masks = by_turn.mask_pixels(trajectory, sample)
     failure = failures.segmenter_failure(state)
-    return records.Record(counts, _rle(trajectory.final_mask), seconds, example, masks, failure)
+    return records.Record(counts, encode_rle(trajectory.final_mask), seconds, example, masks, failure)
 
 
 def _kept_picture(workdir: pathlib.Path, sample) -> str:
@@ -316,11 +314,6 @@ def prediction(result: metrics.SampleResult, mask: dict, picture: str) -> dict:
         "turns": result.turns,
         "dropped": result.dropped or "",
     }
-
-
-def _rle(mask: np.ndarray) -> dict:
-    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
 
 if __name__ == "__main__":

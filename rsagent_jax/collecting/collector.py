@@ -15,7 +15,6 @@ from collections import Counter
 
 import jax
 import numpy as np
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from rsagent_jax.agent import environment
@@ -31,7 +30,7 @@ from rsagent_jax.config.schema import (
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.index import SampleIndex
-from rsagent_jax.masks import mask_iou
+from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.models.qwen25_vl.load import load_policy, weights_checksum
 from rsagent_jax.rollout import failures
 from rsagent_jax.rollout.driver import Driver, pixel_limits
@@ -274,10 +273,9 @@ class Collector:
         }
         header = row | {"query": sample.query, "provenance": provenance}
         record = trajectories.encode_by_reference(state, self.processor, sample.path, header, played)
-        rle = coco_mask.encode(np.asfortranarray(sample.gt_mask.astype(np.uint8)))
         return row | {
             "query": sample.query,
             "ious": [mask_iou(m.mask, sample) for m in state.masks],
-            "gt": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
+            "gt": encode_rle(sample.gt_mask),
             "record": base64.b64encode(record).decode("ascii"),
         }

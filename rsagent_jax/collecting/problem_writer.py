@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from rsagent_jax.collecting import problem_prompt
@@ -23,6 +22,7 @@ from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import (
     ProblemsConfig,
 )
+from rsagent_jax.masks import encode_rle
 from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.image_files import read_image
 from rsagent_jax.runtime.journal import Journal
@@ -114,9 +114,8 @@ class ProblemWriter:
 
     def _row(self, uid: int, sample: Sample, queries: list[str], rejected: Counter[str]) -> dict[str, Any]:
         row = {"id": sample.id, "uid": uid, "name": sample.query, "queries": queries, "rejected": dict(rejected)}
-        rle = coco_mask.encode(np.asfortranarray(sample.gt_mask.astype(np.uint8)))
         row["image"] = self._picture(sample)
-        row["segmentation"] = {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")}
+        row["segmentation"] = encode_rle(sample.gt_mask)
         if sample.ignore_mask is not None and sample.ignore_mask.any():
             row["ignore"] = self._keep(sample.ignore_mask.astype(np.uint8) * 255)
         return row
