@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from rsagent_jax.data.sets.index import Inputs, SampleIndex, picture_key
+from rsagent_jax.data.sets.index import Entry, Inputs, SampleIndex
 from rsagent_jax.data.sets.mask_files import IGNORED, OBJECT, read_mask
 from rsagent_jax.masks import POLYGONS, RLE, decode_segmentation
 from rsagent_jax.runtime.image_files import read_image
@@ -36,18 +36,11 @@ _LISTED = 5  # so many problems stand in the message
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
-    id: str
-    query: str
-    picture: str
+class _Entry(Entry):
     mask: str | None
     segmentation: Any
     ignore: str | None
     line: str  # where it stands, for messages
-
-    @property
-    def picture_key(self) -> str:
-        return picture_key(self.picture)
 
     def inputs(self) -> Inputs:
         if self.mask is not None:

@@ -22,28 +22,20 @@ from typing import Any
 import cv2
 import numpy as np
 
-from rsagent_jax.data.sets.index import Inputs, SampleIndex, picture_key
+from rsagent_jax.data.sets.index import Entry, Inputs, SampleIndex, read_file
 from rsagent_jax.runtime.image_files import read_image
 from rsagent_jax.types import DataError, Sample
 from sam_bridge.file_kinds import HEAD, kind_of
 
-TEXTS = ("first", "all")
 SHAPES = {"polygon": range(1, 1 << 30), "rectangle": (2, 4), "circle": (2,)}  # labelme's, numbers of points
 _DRAWN = "a polygon, a rectangle (two opposite corners), a circle (its centre and a point on it)"
 _REACH = 4  # a polygon may not reach farther outside its picture than so many of its sides
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
-    id: str
-    query: str
-    picture: str
+class _Entry(Entry):
     annotation: str
     shapes: list[dict]
-
-    @property
-    def picture_key(self) -> str:
-        return picture_key(self.picture)
 
     def inputs(self) -> Inputs:
         return Inputs(pathlib.Path(self.picture), json.dumps(self.shapes, sort_keys=True).encode())
@@ -57,7 +49,7 @@ def load_reasonseg(
     texts: "first", one sample per picture (the benchmark's rule), or "all", one per paraphrase (train has up to five).
     Sample ids read "reasonseg/<split>/<file>/<number of the text>". DataError where files are missing or broken.
     """
-    if texts not in TEXTS:
+    if texts not in ("first", "all"):
         raise DataError(f"texts must be 'first' or 'all', not {texts!r}")
     folder = _folder(pathlib.Path(root).expanduser(), split)
     entries: list[_Entry] = []
@@ -65,11 +57,9 @@ def load_reasonseg(
         if limit is not None and len(entries) >= limit:
             break
         record = _read(path)
-        picture = path.with_suffix(".jpg")
         for n, text in enumerate(record["text"] if texts == "all" else record["text"][:1]):
-            query = text.strip()
-            id = f"reasonseg/{split}/{path.stem}/{n}"
-            entries.append(_Entry(id, query, str(picture), str(path), record["shapes"]))
+            id, picture = f"reasonseg/{split}/{path.stem}/{n}", str(path.with_suffix(".jpg"))
+            entries.append(_Entry(id, text.strip(), picture, str(path), record["shapes"]))
     pictures, annotations = ({p.stem for p in _real(folder, pattern)} for pattern in ("*.jpg", "*.json"))
     if lost := sorted(pictures ^ annotations):
         raise DataError(
@@ -158,8 +148,8 @@ def _folder(root: pathlib.Path, split: str) -> pathlib.Path:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
+    data = read_file(path)
     try:
-        data = path.read_bytes()
         if b"\0" in data[:HEAD]:
             raise ValueError("UTF-16, or no text at all")
         try:
@@ -167,8 +157,6 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         except UnicodeDecodeError:  # some files were written on Windows
             text = data.decode("cp1252")
         record = json.loads(text)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         why = kind_of(data[:HEAD]) or error
         raise DataError(f"{path} is neither UTF-8 nor cp1252 JSON ({why}); unpack the data set again") from None

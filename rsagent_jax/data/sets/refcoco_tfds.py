@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 from array_record.python.array_record_module import ArrayRecordReader
 
-from rsagent_jax.data.sets.index import Inputs, SampleIndex, coco_key
+from rsagent_jax.data.sets.index import Entry, Inputs, SampleIndex, coco_key
 from rsagent_jax.data.sets.refcoco import check_options
 from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.runtime.image_files import decode_image
@@ -37,11 +37,8 @@ _FILE = re.compile(r"ref_coco-(?P<split>\w+)\.(?:tfrecord|array_record)-\d{5}-of
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
-    id: str
-    query: str
+class _Entry(Entry):  # its picture is in the file of a shard
     image_id: int
-    file: str
     record: int  # number in an ArrayRecord; byte offset in a TFRecord
     target: int  # which object of the picture
 
@@ -49,8 +46,13 @@ class _Entry:
     def picture_key(self) -> str:
         return coco_key(self.image_id)
 
+    def read(self) -> tuple[str, dict[str, list]]:
+        """(where it is, for messages; its record's features)."""
+        where = f"{self.picture}, picture {self.image_id}"
+        return where, _example(_record(pathlib.Path(self.picture), self.record), where)
+
     def inputs(self) -> Inputs:
-        fields = _example(_record(pathlib.Path(self.file), self.record), f"{self.file}, picture {self.image_id}")
+        _, fields = self.read()
         return Inputs(fields["image"][0], fields["objects/mask"][self.target])
 
 
@@ -77,8 +79,7 @@ def load_refcoco_tfds(
 
 
 def _load(entry: _Entry) -> Sample:
-    where = f"{entry.file}, picture {entry.image_id}"
-    fields = _example(_record(pathlib.Path(entry.file), entry.record), where)
+    where, fields = entry.read()
     image = decode_image(fields["image"][0], where)
     # not 0, whatever it is: TFDS's own rule; it writes PNGs of 8 bits
     mask = decode_image(fields["objects/mask"][entry.target], f"{where}, mask {entry.target}")[..., 0] > 0
@@ -103,7 +104,7 @@ def _entries(file: pathlib.Path, place: int, record: memoryview, name: str, unit
             except UnicodeDecodeError as error:
                 raise DataError(f"{where}: sentence {ids[s]} is not UTF-8 ({error})") from None
             query = text if raw else text.lower()
-            yield _Entry(f"{name}/ann{ann_id}/{ids[s]}", query, fields["image/id"][0], str(file), place, k)
+            yield _Entry(f"{name}/ann{ann_id}/{ids[s]}", query, str(file), fields["image/id"][0], place, k)
         first += count
 
 

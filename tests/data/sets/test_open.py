@@ -1,6 +1,7 @@
 """The seam: every layout by its config, pictures of other sets left out, mixes by weight."""
 
 import collections
+import dataclasses
 import json
 import pathlib
 import pickle
@@ -58,7 +59,10 @@ def test_every_layout_is_opened_by_its_config(dataset, tmp_path):
     path = str(lines(tmp_path / "mine", ["a.png"]))
     assert open_samples(DataConfig(root=path, dataset="folder")).ids == ["folder/train/1"]
     for wrong, message in [
-        ({"dataset": "refcocoo"}, "data.dataset must be one of refcoco, "),
+        (
+            {"dataset": "refcocoo"},
+            r"data.dataset must be one of refcoco, .*or module:function .*did you mean refcoco\?",
+        ),
         ({"layout": "tfsd"}, "data.layout must be one of refer, tfds"),
         ({"dataset": "grefcoco", "layout": "tfds"}, "data.layout tfds has no grefcoco"),
         ({"limit": -1}, "data.limit must be at least 0"),
@@ -67,6 +71,45 @@ def test_every_layout_is_opened_by_its_config(dataset, tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             build_config(CollectConfig, {"processor": "p", "data": {"root": root} | wrong})
+
+
+def test_a_loader_of_ones_own_is_that_of_the_recipe(tmp_path):
+    text = (ROOT / "docs/extend.md").read_text().partition("## A dataset\n")[2]
+    (tmp_path / "box_set.py").write_text(text.partition("```python\n")[2].partition("```")[0])
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    (tmp_path / "val.csv").write_text("a.png,2,3,7,5,a box, with a comma\na.png,0,0,1,1,another\n")
+    data = {"root": str(tmp_path), "dataset": f"{tmp_path}/box_set.py:load", "split": "val"}
+    samples = open_samples(build_config(CollectConfig, {"processor": "p", "data": data}).data)
+    assert samples.ids == ["boxes/val/0", "boxes/val/1"] and samples[0].query == "a box, with a comma"
+    assert samples[0].gt_mask.sum() == 5 * 2 and samples[0].gt_mask[3:5, 2:7].all()
+    assert samples.picture_keys == [str(tmp_path / "a.png")] * 2 and samples.fingerprint(0) != samples.fingerprint(1)
+    assert pickle.loads(pickle.dumps(samples))[1].gt_mask.sum() == 1
+    assert len(open_samples(DataConfig(**data, limit=1))) == 1
+    with pytest.raises(DataError, match=r"test\.csv is missing: data\.root must be the folder that holds it"):
+        open_samples(DataConfig(**data | {"split": "test"}))
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("def load(root, split, limit): return [root]", "returned a list, not a SampleIndex"),
+        ("def load(root, split, limit):\n    return 1 / 0", r"failed: .*own\.py, line 2: ZeroDivisionError: division"),
+        ("def load(root): pass", r"takes \(root\), but is called with .*split='train'"),
+        ("def lod(root, split, limit): pass", "has no 'load'; did you mean 'lod'"),
+    ],
+)
+def test_a_loader_that_does_not_work_is_told_so(tmp_path, code, says):
+    (tmp_path / "own.py").write_text(code)
+    with pytest.raises(DataError, match=rf"own\.py:load'.*{says}"):
+        open_samples(DataConfig(dataset=f"{tmp_path}/own.py:load"))
+
+
+def test_a_loader_gets_the_fields_that_it_names(dataset, tmp_path):
+    code = "from rsagent_jax.data.sets.refcoco import load_refcoco\ndef load(root, split, limit, unit, raw):\n"
+    (tmp_path / "named.py").write_text(code + "    return load_refcoco(root, split=split, unit=unit, raw=raw)\n")
+    own = DataConfig(root=str(dataset), dataset=f"{tmp_path}/named.py:load", unit="reference", raw=True)
+    samples, same = open_samples(own), open_samples(dataclasses.replace(own, dataset="refcocog"))
+    assert samples.ids == same.ids and samples[0].query == same[0].query
 
 
 def test_pictures_of_other_sets_are_left_out_and_counted(copied, tmp_path):
