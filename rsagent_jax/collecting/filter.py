@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import io
 import json
 import pathlib
 from collections import Counter
@@ -18,7 +17,7 @@ from rsagent_jax.config.schema import (
     FilterConfig,
 )
 from rsagent_jax.data import trajectories
-from rsagent_jax.data.npz import read_arrays
+from rsagent_jax.data.npz import pack_record, read_arrays
 from rsagent_jax.report.evaluation import Evaluation, Example, card, save
 from rsagent_jax.report.html import histogram, html_join, html_page, html_table, tag, tiles
 from rsagent_jax.rollout.failures import UNREADABLE
@@ -147,10 +146,7 @@ def _moved(record: bytes, old: str, new: str) -> bytes:
     path = header["picture"]["path"]
     if path.startswith(old):
         header["picture"]["path"] = new + path.removeprefix(old)
-    values["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    out = io.BytesIO()
-    np.savez(out, **values)
-    return out.getvalue()
+    return pack_record(header, values)
 
 
 # --- The page ---

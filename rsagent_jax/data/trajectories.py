@@ -23,7 +23,7 @@ from rsagent_jax.agent.environment import EnvState, opening_observation, reset
 from rsagent_jax.agent.replay import replay, state_to_json
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import AgentConfig
-from rsagent_jax.data.npz import read_arrays
+from rsagent_jax.data.npz import pack_record, read_arrays
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor, image_patches
 from rsagent_jax.data.shards import open_array_record
@@ -41,14 +41,13 @@ def encode(trajectory: Trajectory, images: Sequence[np.ndarray], header: dict) -
     if len(images) != len(trajectory.grids):
         raise ValueError(f"{len(images)} images for {len(trajectory.grids)} grids")
     arrays = {"tokens": trajectory.tokens, "positions": trajectory.positions, "sampled": trajectory.loss_mask}
-    for i, image in enumerate(images):
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG", compress_level=1)
-        arrays[f"image_{i}"] = np.frombuffer(buffer.getvalue(), np.uint8)
-    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    out = io.BytesIO()
-    np.savez(out, **arrays)
-    return out.getvalue()
+    return pack_record(header, arrays | {f"image_{i}": _png(image) for i, image in enumerate(images)})
+
+
+def _png(image: np.ndarray) -> np.ndarray:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
 def encode_by_reference(
@@ -63,18 +62,9 @@ def encode_by_reference(
     else:
         tokens, positions, loss_mask = played.tokens, played.positions, played.loss_mask
     arrays = {"tokens": tokens, "positions": positions, "sampled": loss_mask}
-    header = header | {
-        "picture": {"path": path, "sha256": checksum(state.image)},
-        "replay": state_to_json(state, path),
-    }
-    if not path:
-        buffer = io.BytesIO()
-        Image.fromarray(state.image).save(buffer, "PNG", compress_level=1)
-        arrays["source"] = np.frombuffer(buffer.getvalue(), np.uint8)
-    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    out = io.BytesIO()
-    np.savez(out, **arrays)
-    return out.getvalue()
+    picture = {"path": path, "sha256": checksum(state.image)}
+    header = header | {"picture": picture, "replay": state_to_json(state, path)}
+    return pack_record(header, arrays if path else arrays | {"source": _png(state.image)})
 
 
 def context_of(state: EnvState, processor: Processor) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[Grid, ...]]:

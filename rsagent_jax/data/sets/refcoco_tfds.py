@@ -16,9 +16,9 @@ import functools
 import mmap
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from array_record.python.array_record_module import ArrayRecordReader
+import grain
 
 from rsagent_jax.data.sets.index import Entry, Inputs, SampleIndex, coco_key
 from rsagent_jax.data.sets.refcoco import check_options
@@ -39,7 +39,7 @@ _FILE = re.compile(r"ref_coco-(?P<split>\w+)\.(?:tfrecord|array_record)-\d{5}-of
 @dataclasses.dataclass(frozen=True)
 class _Entry(Entry):  # its picture is in the file of a shard
     image_id: int
-    record: int  # number in an ArrayRecord; byte offset in a TFRecord
+    record: int  # its number in the file
     target: int  # which object of the picture
 
     @property
@@ -49,7 +49,7 @@ class _Entry(Entry):  # its picture is in the file of a shard
     def read(self) -> tuple[str, dict[str, list]]:
         """(where it is, for messages; its record's features)."""
         where = f"{self.picture}, picture {self.image_id}"
-        return where, _example(_record(pathlib.Path(self.picture), self.record), where)
+        return where, _example(pathlib.Path(self.picture), self.record, where)
 
     def inputs(self) -> Inputs:
         _, fields = self.read()
@@ -71,8 +71,8 @@ def load_refcoco_tfds(
     check_options(unit, limit)
     name, entries = f"{dataset}/{split_by}/{split}", []
     for file in _shards(pathlib.Path(root).expanduser(), dataset, split_by, split):
-        for place, record in _records(file):
-            entries += _entries(file, place, record, name, unit, raw)
+        for number in range(len(_records(file))):
+            entries += _entries(file, number, name, unit, raw)
             if limit is not None and len(entries) >= limit:
                 return SampleIndex(name, entries[:limit], _load)
     return SampleIndex(name, entries, _load)
@@ -88,10 +88,10 @@ def _load(entry: _Entry) -> Sample:
     return Sample(id=entry.id, image=image, query=entry.query, gt_mask=mask)
 
 
-def _entries(file: pathlib.Path, place: int, record: memoryview, name: str, unit: str, raw: bool) -> Iterator[_Entry]:
+def _entries(file: pathlib.Path, number: int, name: str, unit: str, raw: bool) -> Iterator[_Entry]:
     """One per sentence, or per object with unit="reference"."""
-    where = f"{file}, record {place}"
-    fields = _example(record, where)
+    where = f"{file}, record {number}"
+    fields = _example(file, number, where)
     objects, lengths = fields["objects/id"], fields["objects/refexp/raw/ragged_row_lengths_0"]
     texts, ids = (fields[f"objects/refexp/{f}/ragged_flat_values"] for f in ("raw", "refexp_id"))
     if not len(objects) == len(fields["objects/mask"]) == len(lengths) or not sum(lengths) == len(texts) == len(ids):
@@ -104,17 +104,18 @@ def _entries(file: pathlib.Path, place: int, record: memoryview, name: str, unit
             except UnicodeDecodeError as error:
                 raise DataError(f"{where}: sentence {ids[s]} is not UTF-8 ({error})") from None
             query = text if raw else text.lower()
-            yield _Entry(f"{name}/ann{ann_id}/{ids[s]}", query, str(file), fields["image/id"][0], place, k)
+            yield _Entry(f"{name}/ann{ann_id}/{ids[s]}", query, str(file), fields["image/id"][0], number, k)
         first += count
 
 
-def _example(record: memoryview | bytes, where: str) -> dict[str, list]:
+def _example(file: pathlib.Path, number: int, where: str) -> dict[str, list]:
     """The wanted features of a tf.train.Example by name: lists of bytes or integers."""
     from tensorflow_datasets.proto import tf_example_pb2  # takes half a second
 
+    records = _records(file)
     try:
-        features = tf_example_pb2.Example.FromString(bytes(record)).features.feature
-    except Exception as error:  # noqa: BLE001 protobuf's DecodeError, which has another home in each of its versions
+        features = tf_example_pb2.Example.FromString(bytes(records[number])).features.feature
+    except Exception as error:  # noqa: BLE001 a damaged chunk of the file; protobuf's DecodeError, which has many homes
         raise DataError(f"{where} is not a tf.train.Example ({error!r}); prepare the data set again") from None
     if "objects/mask" not in features and "objects/id" in features:
         raise DataError(f"{where} has no masks: this is ref_coco 1.0.0; prepare version 1.1.0 with tensorflow-datasets")
@@ -136,7 +137,14 @@ def _example(record: memoryview | bytes, where: str) -> dict[str, list]:
 def _shards(root: pathlib.Path, dataset: str, split_by: str, split: str) -> list[pathlib.Path]:
     config = f"{dataset.replace('+', 'plus')}_{split_by}"
     folders = [root / "ref_coco" / config, root / config, root]
-    versions = [p for f in folders if f.is_dir() for p in sorted(f.glob("[0-9]*.[0-9]*.[0-9]*"), key=_version)]
+    versions = [
+        p
+        for f in folders
+        if f.is_dir()
+        for p in sorted(
+            f.glob("[0-9]*.[0-9]*.[0-9]*"), key=lambda p: [int(n) for n in p.name.split(".") if n.isdigit()]
+        )
+    ]
     if root.is_dir() and any(_FILE.fullmatch(p.name) for p in root.iterdir()):  # the version's own folder
         versions = [root]
     if not versions:
@@ -155,41 +163,23 @@ def _shards(root: pathlib.Path, dataset: str, split_by: str, split: str) -> list
     return [path for path, _ in shards]
 
 
-def _version(path: pathlib.Path) -> tuple[int, ...]:
-    return tuple(int(part) for part in path.name.split(".") if part.isdigit())
-
-
 @functools.lru_cache(maxsize=64)  # per process: an open file does not travel to a worker, its name does
-def _opened(file: pathlib.Path) -> ArrayRecordReader | memoryview:
+def _records(file: pathlib.Path) -> Sequence[bytes | memoryview]:
+    """A file's records, at random, none of them read yet. DataError where it is not whole."""
     if ".array_record-" in file.name:
-        return open_array_record(file, _AGAIN)
+        open_array_record(file, _AGAIN)
+        return grain.sources.ArrayRecordDataSource(str(file))
     try:
         with file.open("rb") as f:
-            return memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+            data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
         raise DataError(f"cannot read {file}: {kind_of_file(file) or error}; {_AGAIN}") from None
-
-
-def _records(file: pathlib.Path) -> Iterator[tuple[int, memoryview | bytes]]:
-    """(place, record) of every record of a file."""
-    data = _opened(file)
-    if isinstance(data, ArrayRecordReader):
-        yield from ((number, _record(file, number)) for number in range(data.num_records()))
-        return
-    place = 0
-    while place < len(data):
-        record = _record(file, place)
-        yield place, record
-        place += 16 + len(record)
-
-
-def _record(file: pathlib.Path, place: int) -> memoryview | bytes:
-    """A TFRecord is length (8 bytes), its checksum (4), the data, the data's checksum (4)."""
-    data = _opened(file)
-    if isinstance(data, ArrayRecordReader):
-        return data.read([place])[0]
-    end = place + 12 + int.from_bytes(data[place : place + 8], "little")
-    if end + 4 > len(data):
-        what = kind_of_file(file) or f"damaged or cut short at byte {place}"
-        raise DataError(f"{file} is not a whole TFRecord file: {what}; {_AGAIN}")
-    return data[place + 12 : end]
+    records, start = [], 0
+    while start < len(data):  # length (8 bytes), its checksum (4), the record, its checksum (4)
+        end = start + 12 + int.from_bytes(data[start : start + 8], "little")
+        if end + 4 > len(data):
+            what = kind_of_file(file) or f"damaged or cut short at byte {start}"
+            raise DataError(f"{file} is not a whole TFRecord file: {what}; {_AGAIN}")
+        records.append(data[start + 12 : end])
+        start = end + 4
+    return records
