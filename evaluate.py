@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import pathlib
@@ -26,7 +25,6 @@ from typing import Any
 
 import jax
 from absl import flags
-from PIL import Image
 from tqdm import tqdm
 
 from rsagent_jax.agent.environment import EnvState
@@ -49,6 +47,7 @@ from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.runtime import command, processes
+from rsagent_jax.runtime.image_files import keep_picture
 from rsagent_jax.runtime.journal import (
     agent_settings,
     data_settings,
@@ -277,7 +276,7 @@ def headline(summary: dict) -> str:
 
 def make_record(workdir: pathlib.Path, sample, trajectory, state, seconds: float) -> records.Record:
     counts = metrics.count(trajectory, sample)
-    path = sample.path or _kept_picture(workdir, sample)
+    path = sample.path or keep_picture(workdir, sample.image)
     example = {
         "id": sample.id,
         "query": sample.query,
@@ -291,15 +290,6 @@ def make_record(workdir: pathlib.Path, sample, trajectory, state, seconds: float
     masks = by_turn.mask_pixels(trajectory, sample)
     failure = failures.segmenter_failure(state)
     return records.Record(counts, encode_rle(trajectory.final_mask), seconds, example, masks, failure)
-
-
-def _kept_picture(workdir: pathlib.Path, sample) -> str:
-    """For a sample whose picture is no file (TFDS): the report needs one."""
-    path = workdir / "pictures" / f"{hashlib.sha256(sample.image.tobytes()).hexdigest()[:16]}.png"
-    path.parent.mkdir(exist_ok=True)
-    if not path.exists():
-        Image.fromarray(sample.image).save(path)
-    return str(path)
 
 
 def prediction(result: metrics.SampleResult, mask: dict, picture: str) -> dict:

@@ -99,7 +99,7 @@ def write_kept_set(
     kept: list[dict] = []
     shown: dict[bool, list[tuple[dict, str]]] = {True: [], False: []}
     lines = []
-    try:
+    with journal.writing(out):
         writer = trajectories.RecordWriter(out, per_file)
         for where, row in journal.read_journal(workdir / ATTEMPTS, settings, current, by="uid"):
             try:
@@ -129,8 +129,6 @@ def write_kept_set(
         save(filter_page(found, kept, shown, rules, described, failed, workdir), out)
         stamp = {"verdicts": dict(counts), "not_collected": dict(failed), "unreadable": unreadable}
         writer.close(stamp | {"filter": to_dict(rules), "config": described})
-    except OSError as error:
-        raise journal.cannot_write(out, error) from None
     print(f"kept {found.kept} of {found.total} trajectories: mean IoU {found.iou:.3f}, {found.turns:.2f} turns")
     for why, count in dropped.items():
         print(f"  dropped {count}: {why}")

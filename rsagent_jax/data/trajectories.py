@@ -8,7 +8,6 @@ is in the record. Patches are made when read. (`encode` stores the images themse
 
 from __future__ import annotations
 
-import io
 import json
 import pathlib
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
-from PIL import Image
 
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.environment import EnvState, opening_observation, reset
@@ -29,7 +27,7 @@ from rsagent_jax.data.processor import Processor, image_patches
 from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.positions import Grid, merged_tokens
-from rsagent_jax.runtime.image_files import checksum, decode_image, picture_by_checksum
+from rsagent_jax.runtime.image_files import checksum, decode_image, picture_by_checksum, png
 from rsagent_jax.runtime.journal import write_whole
 from rsagent_jax.types import DataError, Trajectory
 
@@ -41,13 +39,9 @@ def encode(trajectory: Trajectory, images: Sequence[np.ndarray], header: dict) -
     if len(images) != len(trajectory.grids):
         raise ValueError(f"{len(images)} images for {len(trajectory.grids)} grids")
     arrays = {"tokens": trajectory.tokens, "positions": trajectory.positions, "sampled": trajectory.loss_mask}
-    return pack_record(header, arrays | {f"image_{i}": _png(image) for i, image in enumerate(images)})
-
-
-def _png(image: np.ndarray) -> np.ndarray:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
-    return np.frombuffer(buffer.getvalue(), np.uint8)
+    return pack_record(
+        header, arrays | {f"image_{i}": np.frombuffer(png(image), np.uint8) for i, image in enumerate(images)}
+    )
 
 
 def encode_by_reference(
@@ -64,7 +58,7 @@ def encode_by_reference(
     arrays = {"tokens": tokens, "positions": positions, "sampled": loss_mask}
     picture = {"path": path, "sha256": checksum(state.image)}
     header = header | {"picture": picture, "replay": state_to_json(state, path)}
-    return pack_record(header, arrays if path else arrays | {"source": _png(state.image)})
+    return pack_record(header, arrays if path else arrays | {"source": np.frombuffer(png(state.image), np.uint8)})
 
 
 def context_of(state: EnvState, processor: Processor) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[Grid, ...]]:

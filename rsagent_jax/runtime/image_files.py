@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pathlib
 
 import numpy as np
+from PIL import Image
 
+from rsagent_jax.runtime.journal import write_whole, writing
 from rsagent_jax.types import DataError
 from sam_bridge import images
 
@@ -36,6 +39,24 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
 def checksum(image: np.ndarray) -> str:
     """16 hex digits of a picture's pixels."""
     return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()[:16]
+
+
+def png(image: np.ndarray) -> bytes:
+    """u8[h, w, 3] or u8[h, w] as a PNG; little compressed, which is quick."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def keep_picture(workdir: pathlib.Path, image: np.ndarray) -> str:
+    """The path of a PNG below `workdir` for a picture that is no file of its own, written once. DataError if it cannot
+    be written."""
+    path = workdir / "pictures" / f"{checksum(image)}-{'x'.join(map(str, image.shape))}.png"
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            write_whole(path, png(image))
+    return str(path)
 
 
 def picture_by_checksum(
