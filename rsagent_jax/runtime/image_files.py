@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -20,10 +22,17 @@ def read_image(path: str | pathlib.Path, remedy: str = "put it back", upright: b
     `upright` applies the EXIF orientation. COCO's annotations are drawn on the pixels as stored, so not there.
     `remedy` is what the owner of this file can do where it is missing or cannot be read.
     """
-    try:
+    with mending(path, remedy):
         return images.read_image_file(path, upright)
+
+
+@contextlib.contextmanager
+def mending(where: str | pathlib.Path, remedy: str) -> Iterator[None]:
+    """What `sam_bridge.images` finds wrong with the picture `where` is a DataError that ends with the remedy."""
+    try:
+        yield
     except FileNotFoundError:
-        raise DataError(f"{path} is missing: {remedy}") from None
+        raise DataError(f"{where} is missing: {remedy}") from None
     except images.ImageError as error:
         raise DataError(f"{error}; {remedy}") from None
 

@@ -20,12 +20,14 @@ import pathlib
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import AgentConfig, DataConfig, SamplingConfig
-from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError
+
+if TYPE_CHECKING:  # readers of data leave jax out
+    from rsagent_jax.runtime.processes import Share
 
 FORMAT = 2  # 1 had no fingerprints
 SHOWN = 3  # ids named on the terminal
