@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rsagent_jax.data.sets import refcoco_tfds
 from rsagent_jax.data.sets.refcoco_tfds import load_refcoco_tfds
 from rsagent_jax.types import DataError
+from tests.data.sets.small_sets import refused
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden/ref_coco"
 VERSION = "ref_coco/refcocog_umd/1.1.0"
@@ -58,14 +59,13 @@ def copied(tmp_path):
 
 
 def test_what_is_not_there_is_named(copied):
-    with pytest.raises(DataError, match=r"no prepared TFDS ref_coco/refcocoplus_unc under .* tfds build"):
-        load_refcoco_tfds(copied, "refcoco+", "unc")
-    with pytest.raises(DataError, match=r"nothing in split 'train'. It has: validation"):
-        load_refcoco_tfds(copied, split="train")
+    says = r"no prepared TFDS ref_coco/refcocoplus_unc under .* tfds build"
+    refused(says, load_refcoco_tfds, copied, "refcoco+", "unc")
+    refused(r"nothing in split 'train'. It has: validation", load_refcoco_tfds, copied, split="train")
+    refused("unit must be 'sentence' or 'reference', not 'image'", load_refcoco_tfds, copied, unit="image")
     path = copied / VERSION / NAME
     path.rename(path.with_name("ref_coco-validation.tfrecord-00000-of-00002"))
-    with pytest.raises(DataError, match="1 of the 2 files"):
-        load_refcoco_tfds(copied)
+    refused("1 of the 2 files", load_refcoco_tfds, copied)
 
 
 def test_the_newest_version_is_read_and_one_without_masks_refused(copied):
@@ -75,8 +75,9 @@ def test_the_newest_version_is_read_and_one_without_masks_refused(copied):
     path = copied / VERSION / NAME
     data = path.read_bytes()
     path.write_bytes(data.replace(b"objects/mask", b"objects/musk"))
-    with pytest.raises(DataError, match=r"has no masks: this is ref_coco 1\.0\.0"):
-        load_refcoco_tfds(copied)
+    refused(r"has no masks: this is ref_coco 1\.0\.0", load_refcoco_tfds, copied)
+    path.write_bytes(data.replace(b"objects/id", b"objects/ix"))
+    refused(r"has no proper objects/id: this is not a record of TFDS ref_coco", load_refcoco_tfds, copied)
 
 
 @settings(max_examples=40)
@@ -88,8 +89,7 @@ def test_a_file_cut_inside_a_record_is_one_data_error(tmp_path_factory, cut):
     ends = list(itertools.accumulate(16 + len(record) for record in refcoco_tfds._records(whole)))
     path.write_bytes(whole.read_bytes()[: cut % size])
     hypothesis.assume(cut % size not in ends[:-1])  # a file that lacks whole records cannot be told from a short one
-    with pytest.raises(DataError, match="damaged or cut short|cannot read"):
-        load_refcoco_tfds(path.parent)
+    refused("damaged or cut short|cannot read", load_refcoco_tfds, path.parent)
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
@@ -105,8 +105,8 @@ def test_a_file_cut_inside_a_record_is_one_data_error(tmp_path_factory, cut):
 def test_a_shard_that_is_none_is_a_fault_by_name(tmp_path, kind, damage, says):
     name = f"ref_coco-validation.{kind}-00000-of-00001"
     (tmp_path / name).write_bytes(damage((GOLDEN / kind / VERSION / name).read_bytes()))
-    with pytest.raises(DataError, match=rf"{re.escape(name)}.*{says}.*; copy it again or prepare the data set again"):
-        load_refcoco_tfds(tmp_path)
+    says = rf"{re.escape(name)}.*{says}.*; copy it again or prepare the data set again"
+    refused(says, load_refcoco_tfds, tmp_path)
 
 
 @settings(max_examples=60)
