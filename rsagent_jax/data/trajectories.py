@@ -3,14 +3,13 @@
 A record is an uncompressed .npz: ids, positions and the sampled mark, and a JSON header with the id, the IoU, where it
 came from and the environment's replay record. The images that the policy saw are made again from the replay and the
 picture's own file, which the header names together with a checksum of its pixels; a picture that is no file of its own
-is in the record. Patches are made when read. (`encode` stores the images themselves, as PNG.)
+is in the record. Patches are made when read. (Records of earlier versions hold the images themselves, as PNG.)
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -32,16 +31,6 @@ from rsagent_jax.runtime.journal import write_whole
 from rsagent_jax.types import DataError, Trajectory
 
 STAMP = "collect.json"  # written last: a directory without it is not complete
-
-
-def encode(trajectory: Trajectory, images: Sequence[np.ndarray], header: dict) -> bytes:
-    """`images` u8[h, w, 3] are what the policy was shown, in order, one per grid."""
-    if len(images) != len(trajectory.grids):
-        raise ValueError(f"{len(images)} images for {len(trajectory.grids)} grids")
-    arrays = {"tokens": trajectory.tokens, "positions": trajectory.positions, "sampled": trajectory.loss_mask}
-    return pack_record(
-        header, arrays | {f"image_{i}": np.frombuffer(png(image), np.uint8) for i, image in enumerate(images)}
-    )
 
 
 def encode_by_reference(

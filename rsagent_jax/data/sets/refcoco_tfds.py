@@ -124,9 +124,7 @@ def _example(file: pathlib.Path, number: int, where: str) -> dict[str, list]:
         for name, kind in _FIELDS.items()
         if name in features and features[name].WhichOneof("kind") in (kind, None)  # None: an empty list
     }
-    if wrong := [
-        name for name in _FIELDS if name not in fields or (name in ("image", "image/id") and not fields[name])
-    ]:
+    if wrong := [n for n in _FIELDS if n not in fields or not (fields[n] or n.startswith("objects/"))]:
         raise DataError(f"{where} has no proper {', '.join(wrong)}: this is not a record of TFDS ref_coco")
     return fields
 
@@ -136,17 +134,10 @@ def _example(file: pathlib.Path, number: int, where: str) -> dict[str, list]:
 
 def _shards(root: pathlib.Path, dataset: str, split_by: str, split: str) -> list[pathlib.Path]:
     config = f"{dataset.replace('+', 'plus')}_{split_by}"
-    folders = [root / "ref_coco" / config, root / config, root]
-    versions = [
-        p
-        for f in folders
-        if f.is_dir()
-        for p in sorted(
-            f.glob("[0-9]*.[0-9]*.[0-9]*"), key=lambda p: [int(n) for n in p.name.split(".") if n.isdigit()]
-        )
-    ]
-    if root.is_dir() and any(_FILE.fullmatch(p.name) for p in root.iterdir()):  # the version's own folder
-        versions = [root]
+    versions = [root] if any(_FILE.fullmatch(path.name) for path in root.glob("ref_coco-*")) else []  # its own folder
+    for folder in () if versions else (root / "ref_coco" / config, root / config, root):
+        numbered = folder.glob("[0-9]*.[0-9]*.[0-9]*")
+        versions += sorted(numbered, key=lambda path: [int(part) for part in path.name.split(".") if part.isdigit()])
     if not versions:
         raise DataError(
             f"no prepared TFDS ref_coco/{config} under {root}. Expected {root / 'ref_coco' / config / '1.1.0'}; prepare"
