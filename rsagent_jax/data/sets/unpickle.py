@@ -46,14 +46,22 @@ def _bytes_from_text(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-class _Tuple(tuple):
-    """No key: hashing a tuple nested through the memo could take for ever."""
+class _NoKey:
+    """Hashing a tuple that is nested through the memo, or comparing such frozensets, could take for ever."""
 
     def __hash__(self):
         raise DataError("holds a dict key or set member that is not a plain value")
 
 
-_BUILTINS = {"bytes": lambda: b"", "set": set, "frozenset": frozenset}  # protocols below 3 write b"" so
+class _Tuple(_NoKey, tuple):
+    pass
+
+
+class _Frozenset(_NoKey, frozenset):
+    pass
+
+
+_BUILTINS = {"bytes": lambda: b"", "set": set, "frozenset": _Frozenset}  # protocols below 3 write b"" so
 _ALLOWED = {(module, name): make for module in ("builtins", "__builtin__") for name, make in _BUILTINS.items()} | {
     ("_codecs", "encode"): _bytes_from_text,
     ("numpy", "dtype"): _Dtype,
@@ -62,12 +70,12 @@ _ALLOWED = {(module, name): make for module in ("builtins", "__builtin__") for n
 }
 
 
-def _unhashable(load):
-    def load_tuple(unpickler):
+def _unhashable(load, kind):
+    def load_unhashable(unpickler):
         load(unpickler)
-        unpickler.stack[-1] = _Tuple(unpickler.stack[-1])
+        unpickler.stack[-1] = kind(unpickler.stack[-1])
 
-    return load_tuple
+    return load_unhashable
 
 
 class _DataUnpickler(pickle._Unpickler):
@@ -87,8 +95,9 @@ class _DataUnpickler(pickle._Unpickler):
 
     dispatch: ClassVar[dict] = {c: load for c, load in pickle._Unpickler.dispatch.items() if c not in _REFUSED_CODES}
     dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.FROZENSET[0]] = _unhashable(pickle._Unpickler.load_frozenset, _Frozenset)
     for _code in (pickle.TUPLE[0], pickle.TUPLE1[0], pickle.TUPLE2[0], pickle.TUPLE3[0]):
-        dispatch[_code] = _unhashable(dispatch[_code])
+        dispatch[_code] = _unhashable(dispatch[_code], _Tuple)
 
 
 def loads_data(data: bytes, source: str) -> object:
