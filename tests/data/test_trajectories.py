@@ -20,7 +20,7 @@ from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.runtime.image_files import png
 from rsagent_jax.types import DataError
-from tests.data.sets.small_sets import refused
+from tests.refusals import refused
 from tests.rollout import small
 
 

@@ -12,7 +12,7 @@ from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError
-from tests.data.sets.small_sets import refused
+from tests.refusals import refused
 
 SETTINGS = {"seed": 0, "data": {"split": "val", "exclude": ("a",)}}
 HTML = "<!DOCTYPE html>\n<html><body>404</body></html>\n"

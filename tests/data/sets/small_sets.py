@@ -1,19 +1,9 @@
-"""Small data sets of each format on disk, and what their readers say of broken ones."""
+"""Small data sets of each format on disk."""
 
 import json
 
 import numpy as np
-import pytest
 from PIL import Image
-
-from rsagent_jax.types import DataError
-
-
-def refused(says: str, call, *args, **kwargs) -> str:
-    """The message of the DataError that the call must raise; it matches `says`."""
-    with pytest.raises(DataError, match=says) as caught:
-        call(*args, **kwargs)
-    return str(caught.value)
 
 
 def picture(path, seed=0, size=(9, 8)):

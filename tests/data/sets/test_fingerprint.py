@@ -11,7 +11,8 @@ import pytest
 from rsagent_jax.config.schema import DataConfig
 from rsagent_jax.data.sets import refcoco
 from rsagent_jax.data.sets.open import open_samples
-from tests.data.sets.small_sets import picture, refused, square, write_lines, write_reasonseg
+from tests.data.sets.small_sets import picture, square, write_lines, write_reasonseg
+from tests.refusals import refused
 
 TFDS = pathlib.Path(__file__).parents[2] / "golden/ref_coco"
 

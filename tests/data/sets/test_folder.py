@@ -11,7 +11,8 @@ from PIL import Image
 
 from rsagent_jax.data.sets.folder import load_folder
 from rsagent_jax.types import DataError
-from tests.data.sets.small_sets import picture, refused, write_lines
+from tests.data.sets.small_sets import picture, write_lines
+from tests.refusals import refused
 
 SHAPE = (20, 30)
 GOOD = {"image": "a.png", "query": " The mug ", "mask": "m.png"}

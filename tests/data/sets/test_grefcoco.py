@@ -8,7 +8,8 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from rsagent_jax.data.sets import refcoco
-from tests.data.sets.small_sets import picture, refused
+from tests.data.sets.small_sets import picture
+from tests.refusals import refused
 
 SQUARES = {11: [2, 2, 12, 2, 12, 12, 2, 12], 12: [8, 8, 20, 8, 20, 20, 8, 20], 21: [0, 0, 5, 0, 5, 5, 0, 5]}
 

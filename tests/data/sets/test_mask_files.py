@@ -8,7 +8,8 @@ from PIL import Image
 
 from rsagent_jax.data.sets.folder import load_folder
 from rsagent_jax.data.sets.mask_files import read_mask
-from tests.data.sets.small_sets import refused, write_lines
+from tests.data.sets.small_sets import write_lines
+from tests.refusals import refused
 
 H, W = 40, 60
 OBJECT = np.zeros((H, W), bool)

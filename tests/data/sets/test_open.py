@@ -18,8 +18,8 @@ from rsagent_jax import data_check
 from rsagent_jax.config.build import build_config, template
 from rsagent_jax.config.schema import CollectConfig, DataConfig, EvalConfig, MixPart, TrainConfig
 from rsagent_jax.data.sets.open import Mixture, open_samples
-from rsagent_jax.types import DataError
-from tests.data.sets.small_sets import picture, refused, write_lines, write_reasonseg
+from tests.data.sets.small_sets import picture, write_lines, write_reasonseg
+from tests.refusals import refused
 
 ROOT = pathlib.Path(__file__).parents[3]
 TFDS = ROOT / "tests/golden/ref_coco/tfrecord"
@@ -219,7 +219,6 @@ def test_the_config_file_says_whose_it_is(tmp_path):
         ("collect_quickstart", CollectConfig),
     ]:
         assert data_check.config_class(["x", f"--config={ROOT}/configs/{file}.py"]) is kind
-    with pytest.raises(DataError, match="--config=configs/X.py is required"):
-        data_check.config_class(["x"])
+    refused("--config=configs/X.py is required", data_check.config_class, ["x"])
     shutil.rmtree(tmp_path)
     assert run_check("/nowhere", "/dev/null/x").returncode == 2

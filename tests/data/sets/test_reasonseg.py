@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from rsagent_jax.data.sets.reasonseg import draw_shapes, load_reasonseg
-from tests.data.sets.small_sets import picture, refused, square
+from tests.data.sets.small_sets import picture, square
 from tests.data.sets.small_sets import write_reasonseg as write
+from tests.refusals import refused
 
 
 def shape(kind, *points):

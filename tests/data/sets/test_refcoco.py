@@ -19,7 +19,7 @@ from rsagent_jax.data.sets import refcoco
 from rsagent_jax.data.sets.refcoco import load_refcoco
 from rsagent_jax.runtime import image_files
 from sam_bridge.rle import mask_runs
-from tests.data.sets.small_sets import refused
+from tests.refusals import refused
 
 REFS, INSTANCES = "refcocog/refs(umd).p", "refcocog/instances.json"
 REF = {"ref_id": 1, "ann_id": 2, "image_id": 3, "split": "val", "sentences": []}

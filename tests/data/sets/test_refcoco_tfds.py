@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rsagent_jax.data.sets import refcoco_tfds
 from rsagent_jax.data.sets.refcoco_tfds import load_refcoco_tfds
 from rsagent_jax.types import DataError
-from tests.data.sets.small_sets import refused
+from tests.refusals import refused
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden/ref_coco"
 VERSION = "ref_coco/refcocog_umd/1.1.0"

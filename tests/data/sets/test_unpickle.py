@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rsagent_jax.data.sets import unpickle
 from rsagent_jax.data.sets.unpickle import loads_data
 from rsagent_jax.types import DataError
-from tests.data.sets.small_sets import refused
+from tests.refusals import refused
 
 QUICK = settings(max_examples=150, deadline=None)
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
