@@ -96,6 +96,7 @@ def test_rle_equals_pycocotools_in_both_forms(height, width, seed):
     mask = rng.random((height, width)) < rng.random()
     compressed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
     text = {"size": [height, width], "counts": compressed["counts"].decode()}
+    assert masks.encode_rle(mask) == text
     for rle in (compressed, text, {"size": [height, width], "counts": mask_runs(compressed["counts"]).tolist()}):
         assert (masks.decode_segmentation(rle, height, width, "it") == mask).all()
 
