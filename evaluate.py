@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import pathlib
 import time
@@ -22,10 +21,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from absl import flags
-from PIL import Image
-from pycocotools import mask as coco_mask
 
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import state_to_json
@@ -39,7 +35,7 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.data.sets.open import Mixture, open_samples
 from rsagent_jax.evals import bounds, by_turn, metrics, records, startup
-from rsagent_jax.masks import mask_iou
+from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
 from rsagent_jax.report import evaluation
 from rsagent_jax.rollout import failures
@@ -47,6 +43,7 @@ from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.play import play_samples
 from rsagent_jax.runtime import command, processes
+from rsagent_jax.runtime.image_files import keep_picture
 from rsagent_jax.runtime.journal import (
     agent_settings,
     data_settings,
@@ -235,29 +232,20 @@ def headline(summary: dict) -> str:
 
 def make_record(workdir: pathlib.Path, sample, trajectory, state, seconds: float) -> records.Record:
     counts = metrics.count(trajectory, sample)
-    path = sample.path or _kept_picture(workdir, sample)
+    path = sample.path or keep_picture(workdir, sample.image)
     example = {
         "id": sample.id,
         "query": sample.query,
         "iou": metrics.judge(counts).iou,
         "status": trajectory.status.value,
         "ious": [mask_iou(m.mask, sample) for m in trajectory.masks],
-        "gt": _rle(sample.gt_mask),
+        "gt": encode_rle(sample.gt_mask),
         "image": path,
         "record": state_to_json(state, path),
     }
     masks = by_turn.mask_pixels(trajectory, sample)
     failure = failures.failure_of(state)
-    return records.Record(counts, _rle(trajectory.final_mask), seconds, example, masks, failure)
-
-
-def _kept_picture(workdir: pathlib.Path, sample) -> str:
-    """For a sample whose picture is no file (TFDS): the report needs one."""
-    path = workdir / "pictures" / f"{hashlib.sha256(sample.image.tobytes()).hexdigest()[:16]}.png"
-    path.parent.mkdir(exist_ok=True)
-    if not path.exists():
-        Image.fromarray(sample.image).save(path)
-    return str(path)
+    return records.Record(counts, encode_rle(trajectory.final_mask), seconds, example, masks, failure)
 
 
 def prediction(result: metrics.SampleResult, mask: dict, picture: str) -> dict:
@@ -272,11 +260,6 @@ def prediction(result: metrics.SampleResult, mask: dict, picture: str) -> dict:
         "turns": result.turns,
         "dropped": result.dropped or "",
     }
-
-
-def _rle(mask: np.ndarray) -> dict:
-    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
 
 if __name__ == "__main__":

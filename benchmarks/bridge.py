@@ -37,7 +37,7 @@ import cv2
 import numpy as np
 
 from benchmarks._bridge_quick import object_mask
-from sam_bridge import wire
+from sam_bridge import rle, wire
 from sam_bridge.backends import RANDOM, Options, load_backend
 from sam_bridge.client import SamClient
 from sam_bridge.local import LocalSegmenter, image_hash
@@ -206,9 +206,9 @@ def overhead(args) -> dict:
         "rpc_ms": rpc_ms,
         "mask_path_ms": path_ms - hash_ms,
         "hash_ms": hash_ms,
-        "rle_bytes": len(wire.encode_mask(wanted)),
+        "rle_bytes": len(rle.encode_mask(wanted)),
         "mask_codec_ms": codec_ms(wanted),
-        "object_rle_bytes": len(wire.encode_mask(thing)),
+        "object_rle_bytes": len(rle.encode_mask(thing)),
         "object_codec_ms": codec_ms(thing),
         **medians,
     }
@@ -216,8 +216,8 @@ def overhead(args) -> dict:
 
 def codec_ms(mask: np.ndarray) -> float:
     """Milliseconds to encode and decode it."""
-    counts = wire.encode_mask(mask)
-    return 1e3 * (median_of(lambda: wire.encode_mask(mask)) + median_of(lambda: wire.decode_mask(counts, *mask.shape)))
+    counts = rle.encode_mask(mask)
+    return 1e3 * (median_of(lambda: rle.encode_mask(mask)) + median_of(lambda: rle.decode_mask(counts, *mask.shape)))
 
 
 def median_of(work, times: int = 30) -> float:

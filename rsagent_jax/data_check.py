@@ -111,13 +111,13 @@ def examine(samples: SampleIndex | Mixture, chosen: list[int]) -> DataFaults:
     """Decodes the pictures and masks at these places; bad is what evaluate, collect and train call unreadable."""
     found, ids = DataFaults(), samples.ids
 
-    def look(i: int) -> tuple[str, str | tuple[bool, bool, float]]:
+    def look(i: int) -> tuple[str, str | tuple[bool, float]]:
         try:
             sample = samples[i]
             check_shape(*sample.image.shape[:2])  # the shape alone decides whether a view can show it (views.fit)
         except DataError as error:
             return ids[i], str(error)
-        return ids[i], (sample.ignore_mask is not None and bool(sample.ignore_mask.any()), *_area(sample))
+        return ids[i], (sample.ignore_mask is not None and bool(sample.ignore_mask.any()), float(sample.gt_mask.mean()))
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for id, result in tqdm.tqdm(pool.map(look, chosen), total=len(chosen), desc="check", unit="sample"):
@@ -125,15 +125,11 @@ def examine(samples: SampleIndex | Mixture, chosen: list[int]) -> DataFaults:
                 found.bad[id] = result
                 continue
             found.read += 1
-            found.ignored += result[0]
-            found.empty += result[1]
-            found.areas += [] if result[1] else [result[2]]
+            ignored, share = result
+            found.ignored += ignored
+            found.empty += not share
+            found.areas += [share] if share else []
     return found
-
-
-def _area(sample: Sample) -> tuple[bool, float]:
-    share = float(sample.gt_mask.mean())
-    return share == 0, share
 
 
 def readable(samples: SampleIndex | Mixture, chosen: list[int], found: DataFaults) -> list[int]:

@@ -1,4 +1,4 @@
-"""COCO segmentations -> masks: polygons, and RLE in both of its forms."""
+"""Masks once for everybody: RLE in both of its forms, COCO polygons, IoU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from rsagent_jax.types import DataError, Sample
+from sam_bridge.rle import decode_mask, encode_mask
 
 POLYGONS, RLE = "[[x1, y1, x2, y2, x3, y3, …], …] in pixels", '{"size": [height, width], "counts": …}'
 
@@ -20,17 +21,20 @@ def decode_segmentation(segmentation: list | dict, height: int, width: int, wher
     """
     try:
         if isinstance(segmentation, dict):
-            return _decode_rle(segmentation, height, width)
+            return decode_rle(segmentation, (height, width))
         polygons = _checked_polygons(segmentation, height, width)
     except (ValueError, TypeError, OverflowError) as error:
         form = RLE if isinstance(segmentation, dict) else f"polygons {POLYGONS}, or RLE {RLE}"
         raise DataError(f"the segmentation of {where} is malformed: {error}. The form is {form}") from None
-    parts = coco_mask.decode(coco_mask.frPyObjects(polygons, height, width))
-    # Parts are summed and the sum made binary: overlapping parts would give values above 1.
-    mask = parts.sum(axis=2) > 0
+    mask = draw_polygons(polygons, height, width)
     if not mask.any():
         raise DataError(f"the segmentation of {where} covers no pixel of its {width} x {height} image")
     return mask
+
+
+def draw_polygons(polygons: list[list[float]], height: int, width: int) -> np.ndarray:
+    """[x1, y1, x2, y2, …] each -> bool[height, width], their union by COCO's rule. Nothing is checked."""
+    return coco_mask.decode(coco_mask.frPyObjects(polygons, height, width)).any(axis=2)
 
 
 def _checked_polygons(segmentation: Any, height: int, width: int) -> list[list[float]]:
@@ -66,48 +70,29 @@ def _checked_polygon(polygon: list, height: int, width: int) -> list[float]:
     return points.tolist()
 
 
-def _decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
-    """Not pycocotools: where the counts of a broken RLE end early, it hands back memory that nobody wrote."""
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+    """bool[h, w] -> COCO's compressed RLE as JSON takes it."""
+    return {"size": list(mask.shape), "counts": encode_mask(mask).decode("ascii")}
+
+
+def decode_rle(rle: dict[str, Any], shape: tuple[int, int] | None = None) -> np.ndarray:
+    """COCO RLE, its counts compressed or a list -> bool[h, w]. ValueError with what is wrong with a broken one, or one
+    of another `shape` (h, w)."""
     if missing := [key for key in ("size", "counts") if rle.get(key) is None]:
         raise ValueError(f"RLE without {' and '.join(missing)}")
-    size, counts = list(rle["size"]), rle["counts"]
-    if size != [height, width]:
-        swapped = ": width and height are swapped" if size == [width, height] else ""
-        raise ValueError(f"RLE of size {size} on an image of {[height, width]} (rows, columns){swapped}")
-    if isinstance(counts, str | bytes):
-        counts = _uncompress(counts)
-    runs = np.asarray(counts)
-    if runs.dtype.kind not in "iuf" or any(isinstance(run, bool) for run in counts) or (runs != np.round(runs)).any():
-        raise ValueError("RLE counts must be whole numbers, or COCO's compressed text")
-    if runs.ndim != 1 or (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
-        raise ValueError("RLE counts do not add up to the size of the image")
-    runs = runs.astype(np.int64)
-    return np.repeat(np.arange(runs.size) % 2 == 1, runs).reshape(width, height).T.copy()  # runs go down the columns
+    size = list(rle["size"])
+    if shape is not None and size != list(shape):
+        swapped = ": width and height are swapped" if size[::-1] == list(shape) else ""
+        raise ValueError(f"RLE of size {size} on an image of {list(shape)} (rows, columns){swapped}")
+    counts = rle["counts"].encode("latin1") if isinstance(rle["counts"], str) else rle["counts"]
+    if not isinstance(counts, bytes):
+        runs = np.asarray(counts)
+        if runs.dtype.kind not in "iuf" or any(isinstance(run, bool) for run in counts) or (runs % 1).any():
+            raise ValueError("RLE counts must be whole numbers, or COCO's compressed text")
+    return decode_mask(counts, *size)
 
 
-def _uncompress(text: str | bytes) -> list[int]:
-    """COCO's compressed counts: groups of 5 bits, lowest first; from the fourth count on, the change to two before."""
-    digits = [c - 48 for c in (text.encode("latin1") if isinstance(text, str) else bytes(text))]
-    counts: list[int] = []
-    value = shift = 0
-    for digit in digits:
-        if not 0 <= digit < 64 or shift > 30:
-            raise ValueError(
-                "RLE counts are neither COCO's compressed text (bytes are stored as counts.decode()) nor a list"
-            )
-        value |= (digit & 31) << shift
-        shift += 5
-        if digit & 32:  # more groups follow
-            continue
-        value -= (digit & 16) << (shift - 4)  # the sign, extended from the top bit of the last group
-        counts.append(value + counts[-2] if len(counts) > 2 else value)
-        value = shift = 0
-    if shift:
-        raise ValueError("RLE counts end within a number")
-    return counts
-
-
-def intersection_union(predicted: np.ndarray, target: np.ndarray, ignore: np.ndarray | None) -> tuple[int, int]:
+def intersection_union(predicted: np.ndarray, target: np.ndarray, ignore: np.ndarray | None = None) -> tuple[int, int]:
     """Number of pixels in both masks and in either, outside `ignore`. Masks are bool[h, w] in original pixels.
 
     Raises ValueError if a mask is not bool or the shapes differ: masks are compared at original resolution only.
@@ -121,7 +106,12 @@ def intersection_union(predicted: np.ndarray, target: np.ndarray, ignore: np.nda
     return intersection, int(np.count_nonzero(predicted)) + int(np.count_nonzero(target)) - intersection
 
 
-def mask_iou(mask: np.ndarray, sample: Sample) -> float:
-    """IoU in [0, 1] of `mask` (bool[h, w]) with the ground truth outside the ignore mask; 1 where both are empty."""
-    intersection, union = intersection_union(mask, sample.gt_mask, sample.ignore_mask)
+def iou(predicted: np.ndarray, target: np.ndarray, ignore: np.ndarray | None = None) -> float:
+    """`intersection_union` as a share in [0, 1]; 1 where both masks are empty."""
+    intersection, union = intersection_union(predicted, target, ignore)
     return intersection / union if union else 1.0
+
+
+def mask_iou(mask: np.ndarray, sample: Sample) -> float:
+    """IoU of `mask` (bool[h, w]) with the sample's ground truth outside its ignore mask."""
+    return iou(mask, sample.gt_mask, sample.ignore_mask)

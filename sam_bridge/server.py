@@ -20,6 +20,7 @@ from sam_bridge import bridge_pb2 as pb
 from sam_bridge import wire
 from sam_bridge.local import LocalSegmenter, UnknownImage, image_hash
 from sam_bridge.prompts import check_image
+from sam_bridge.rle import encode_mask
 from sam_bridge.security import AddressError, TokenCheck, check_address, server_credentials
 from sam_bridge.telemetry import BridgeMetrics
 from sam_bridge.types import FailureKind, SegmenterError
@@ -168,8 +169,8 @@ class Servicer:
         with self._gate.enter(context) as queue_s:
             reply = self._segmenter.segment_known(request.image_hash, wire.request_from_proto(request))
             rle_start = time.perf_counter()
-            counts = wire.encode_mask(reply.mask)
-            candidates = [wire.encode_mask(mask) for mask in reply.candidates]
+            counts = encode_mask(reply.mask)
+            candidates = [encode_mask(mask) for mask in reply.candidates]
         now = time.perf_counter()
         timings = {**reply.timings_s, "queue": queue_s, "rle": now - rle_start, "total": now - start}
         height, width = reply.mask.shape

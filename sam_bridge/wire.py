@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 
-import numpy as np
-from pycocotools import mask as coco
-
 from sam_bridge import bridge_pb2 as pb
 from sam_bridge.prompts import MAX_IMAGE_BYTES
+from sam_bridge.rle import decode_mask
 from sam_bridge.types import FailureKind, SegmenterError, SegmentReply, SegmentRequest
 
 PROTOCOL = 2  # both ends must agree; raised when a message changes meaning
@@ -19,7 +17,6 @@ MAX_DETAIL = 500  # characters of an error's detail; gRPC caps headers at 8 KiB
 KEEPALIVE_S = 10  # between pings of a client; a side-car that does not answer one for as long is gone
 READY = "sam_bridge ready address="  # a side-car prints it on stdout, with its address, once it listens
 
-_STRIP = 128  # columns transposed at a time: they fit into the cache
 _MAX_MESSAGE = MAX_IMAGE_BYTES + (1 << 20)  # an image and the fields around it
 MESSAGE_OPTIONS = (("grpc.max_send_message_length", _MAX_MESSAGE), ("grpc.max_receive_message_length", _MAX_MESSAGE))
 
@@ -40,54 +37,6 @@ def is_loopback(address: str) -> bool:
         return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
     except ValueError:
         return False
-
-
-def encode_mask(mask: np.ndarray) -> bytes:
-    """bool[h, w] -> COCO compressed RLE counts (column-major)."""
-    import cv2  # not above: only a side-car encodes masks, and a client need not have OpenCV
-
-    columns = cv2.transpose(np.ascontiguousarray(mask, dtype=bool).view(np.uint8))  # 6 times as fast as numpy's copy
-    return coco.encode(columns.T)["counts"]
-
-
-def decode_mask(counts: bytes, height: int, width: int) -> np.ndarray:
-    """COCO compressed RLE counts -> bool[h, w], C order. INTERNAL unless they cover exactly the mask."""
-    runs = _runs(counts)
-    if (runs < 0).any() or runs.sum() != height * width:
-        raise SegmenterError(FailureKind.INTERNAL, f"the reply's RLE does not cover {height} x {width} pixels")
-    values = np.zeros(len(runs), bool)
-    values[1::2] = True
-    columns = np.repeat(values, runs).reshape(width, height)
-    mask = np.empty((height, width), bool)
-    for left in range(0, width, _STRIP):
-        mask[:, left : left + _STRIP] = columns[left : left + _STRIP].T
-    return mask
-
-
-def _runs(counts: bytes) -> np.ndarray:
-    """i64[n] lengths of the runs, background first.
-
-    A number is 5 bits a character from 48 on, lowest first, bit 6 says that more follow, and the last one's bit 5 is
-    the sign; from the fourth on they are differences to the one before last. pycocotools decodes the same but does not
-    check its input: short counts leave memory uninitialised.
-    """
-    digits = np.frombuffer(counts, np.uint8) - np.uint8(48)  # what is below 48 wraps around, to more than 63
-    if not len(digits) or (digits > 63).any() or digits[-1] & 32:
-        raise SegmenterError(FailureKind.INTERNAL, "the reply's RLE is malformed")
-    ends = np.flatnonzero(digits < 32)
-    starts = np.concatenate(([0], ends[:-1] + 1))
-    more = ends - starts  # characters after a number's first, of few numbers any
-    if more.max() > 6:  # 35 bits: more than any mask needs
-        raise SegmenterError(FailureKind.INTERNAL, "the reply's RLE is malformed")
-    numbers = (digits[starts] & 31).astype(np.int64)
-    for place in range(1, more.max() + 1):
-        longer = np.flatnonzero(more >= place)
-        numbers[longer] |= (digits[starts[longer] + place] & 31).astype(np.int64) << (5 * place)
-    negative = np.flatnonzero(digits[ends] & 16)
-    numbers[negative] -= 1 << (5 * (more[negative] + 1))
-    numbers[1::2] = np.cumsum(numbers[1::2])
-    numbers[2::2] = np.cumsum(numbers[2::2])
-    return numbers
 
 
 def request_to_proto(key: str, request: SegmentRequest) -> pb.SegmentRequest:
@@ -117,6 +66,8 @@ def reply_from_proto(message: pb.SegmentReply, shape: tuple[int, int]) -> Segmen
     if (message.height, message.width) != shape:
         got = (message.height, message.width)
         raise SegmenterError(FailureKind.INTERNAL, f"the mask is {got}, the image {shape}")
-    mask = decode_mask(message.counts, *shape)
-    candidates = tuple(decode_mask(counts, *shape) for counts in message.candidates)
-    return SegmentReply(mask, message.score, message.logits_id, dict(message.timings_s), candidates)
+    try:
+        mask, *candidates = (decode_mask(counts, *shape) for counts in (message.counts, *message.candidates))
+    except ValueError as error:
+        raise SegmenterError(FailureKind.INTERNAL, f"the reply's mask: {error}") from None
+    return SegmentReply(mask, message.score, message.logits_id, dict(message.timings_s), tuple(candidates))

@@ -8,12 +8,14 @@ the first import of torchvision triggers this: tests without torch do not pay fo
 import importlib.machinery
 import os
 import pathlib
+import shutil
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; subprocesses inherit it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
+import pytest
 
 hypothesis.settings.register_profile("rsagent", deadline=None)
 hypothesis.settings.load_profile("rsagent")
@@ -48,3 +50,25 @@ def declare_operators() -> None:
 
 
 sys.meta_path.insert(0, DeclareOperators)
+
+
+@pytest.fixture(scope="session")
+def photos():
+    from rsagent_jax.tiny import scenes
+
+    return scenes.load_photos()
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """One small data set in the layout of RefCOCO; tests that damage it take `copied`."""
+    from rsagent_jax.tiny import synthetic
+
+    root = tmp_path_factory.mktemp("refcoco") / "data"
+    synthetic.write_dataset(root, train=24, val=6, test=4, seed=5, progress=False)
+    return root
+
+
+@pytest.fixture
+def copied(dataset, tmp_path):
+    return shutil.copytree(dataset, tmp_path / "copy")

@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco
 
 from rsagent_jax.agent.environment import EnvState, SegmentFailure, abort, apply_reply, propose, refuse_view, reset
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.build import build_config, to_dict
 from rsagent_jax.config.schema import AgentConfig
+from rsagent_jax.masks import decode_rle, encode_rle
 from rsagent_jax.runtime.image_files import checksum, picture_by_checksum, read_image
 from rsagent_jax.types import DataError, Status, Turn
 from sam_bridge.types import FailureKind, SegmentReply
@@ -109,9 +109,8 @@ def _reply_to_json(reply: SegmentReply | SegmentFailure | None) -> dict[str, Any
         return None
     if isinstance(reply, SegmentFailure):
         return {"failure": reply.kind.value, "detail": reply.detail, "seconds": reply.seconds}
-    rle = coco.encode(np.asfortranarray(reply.mask.astype(np.uint8)))
     return {
-        "mask": {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")},
+        "mask": encode_rle(reply.mask),
         "score": float(reply.score),
         "logits_id": reply.logits_id,
         "timings_s": reply.timings_s,
@@ -123,5 +122,4 @@ def _reply_from_json(value: dict[str, Any] | None) -> SegmentReply | SegmentFail
         return None
     if "failure" in value:
         return SegmentFailure(FailureKind(value["failure"]), value["detail"], value["seconds"])
-    mask = coco.decode({"size": value["mask"]["size"], "counts": value["mask"]["counts"].encode("ascii")})
-    return SegmentReply(mask.astype(bool), value["score"], value["logits_id"], value["timings_s"])
+    return SegmentReply(decode_rle(value["mask"]), value["score"], value["logits_id"], value["timings_s"])

@@ -11,7 +11,6 @@ import weakref
 from collections import Counter
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.views import PixelLimits
@@ -23,7 +22,7 @@ from rsagent_jax.config.schema import (
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.index import SampleIndex
-from rsagent_jax.masks import mask_iou
+from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.failures import UNREADABLE, Failure, Failures, failure_of
 from rsagent_jax.rollout.play import play_samples
@@ -165,10 +164,9 @@ class Collector:
         }
         header = row | {"query": sample.query, "provenance": provenance}
         record = trajectories.encode_by_reference(state, self.processor, sample.path, header, played)
-        rle = coco_mask.encode(np.asfortranarray(sample.gt_mask.astype(np.uint8)))
         return row | {
             "query": sample.query,
             "ious": [mask_iou(m.mask, sample) for m in state.masks],
-            "gt": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
+            "gt": encode_rle(sample.gt_mask),
             "record": base64.b64encode(record).decode("ascii"),
         }

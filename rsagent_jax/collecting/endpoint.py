@@ -10,19 +10,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
-import io
 import os
 import threading
 import time
 
 import numpy as np
 import openai
-from PIL import Image
 
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.environment import EnvState, conversation
 from rsagent_jax.config.schema import RemoteConfig, TeacherConfig
 from rsagent_jax.rollout.policy import PolicyFailure
+from rsagent_jax.runtime.image_files import png
 from rsagent_jax.types import DataError
 
 _FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
@@ -162,9 +161,7 @@ def clean(text: str) -> str:
 
 def picture_part(image: np.ndarray) -> dict:
     """u8[h, w, 3] as a part of a message."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    url = "data:image/png;base64," + base64.b64encode(png(image)).decode("ascii")
     return {"type": "image_url", "image_url": {"url": url}}
 
 

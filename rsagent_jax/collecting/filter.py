@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import io
 import json
 import pathlib
 from collections import Counter
@@ -18,7 +17,7 @@ from rsagent_jax.config.schema import (
     FilterConfig,
 )
 from rsagent_jax.data import trajectories
-from rsagent_jax.data.npz import read_arrays
+from rsagent_jax.data.npz import pack_record, read_arrays
 from rsagent_jax.report.evaluation import Evaluation, Example, card, save
 from rsagent_jax.report.html import histogram, html_join, html_page, html_table, tag, tiles
 from rsagent_jax.rollout.failures import UNREADABLE
@@ -100,7 +99,7 @@ def write_kept_set(
     kept: list[dict] = []
     shown: dict[bool, list[tuple[dict, str]]] = {True: [], False: []}
     lines = []
-    try:
+    with journal.writing(out):
         writer = trajectories.RecordWriter(out, per_file)
         for where, row in journal.read_journal(workdir / ATTEMPTS, settings, current, by="uid"):
             try:
@@ -130,8 +129,6 @@ def write_kept_set(
         save(filter_page(found, kept, shown, rules, described, failed, workdir), out)
         stamp = {"verdicts": dict(counts), "not_collected": dict(failed), "unreadable": unreadable}
         writer.close(stamp | {"filter": to_dict(rules), "config": described})
-    except OSError as error:
-        raise journal.cannot_write(out, error) from None
     print(f"kept {found.kept} of {found.total} trajectories: mean IoU {found.iou:.3f}, {found.turns:.2f} turns")
     for why, count in dropped.items():
         print(f"  dropped {count}: {why}")
@@ -147,10 +144,7 @@ def _moved(record: bytes, old: str, new: str) -> bytes:
     path = header["picture"]["path"]
     if path.startswith(old):
         header["picture"]["path"] = new + path.removeprefix(old)
-    values["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    out = io.BytesIO()
-    np.savez(out, **values)
-    return out.getvalue()
+    return pack_record(header, values)
 
 
 # --- The page ---

@@ -15,6 +15,7 @@ from rsagent_jax.agent.prompts import sanitize
 from rsagent_jax.agent.tools import Finish, ResetView, Segment, render_call
 from rsagent_jax.agent.views import View
 from rsagent_jax.config.schema import TeacherConfig
+from rsagent_jax.masks import iou
 from rsagent_jax.types import MaskRecord
 
 GOOD_IOU = 0.9  # (paper) the filter of the trajectories, so better masks are not worth a turn
@@ -46,7 +47,7 @@ class Oracle:
         """The next assistant turn; `gt_mask` is bool[h, w] in original pixels."""
         if not gt_mask.any():
             return self._say(_ABSENT, state, Finish(None))
-        ious = [_iou(record.mask, gt_mask) for record in state.masks]
+        ious = [iou(record.mask, gt_mask) for record in state.masks]
         best = int(np.argmax(ious)) if ious else -1
         if ious and ious[best] >= GOOD_IOU:
             return self._say(_DONE, state, Finish(state.masks[best].id))
@@ -105,10 +106,6 @@ class Oracle:
         name = _name(state.query)
         thought = variants[int(self.rng.integers(len(variants)))]
         return render_call(call, thought.format(name=name, Name=name[0].upper() + name[1:]))
-
-
-def _iou(mask: np.ndarray, gt_mask: np.ndarray) -> float:
-    return float((mask & gt_mask).sum() / max((mask | gt_mask).sum(), 1))
 
 
 def _name(query: str) -> str:

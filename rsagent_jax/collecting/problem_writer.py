@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import hashlib
 import json
 import os
 import pathlib
@@ -13,8 +12,6 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from rsagent_jax.collecting import problem_prompt
@@ -23,9 +20,10 @@ from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import (
     ProblemsConfig,
 )
+from rsagent_jax.masks import encode_rle
 from rsagent_jax.rollout.policy import PolicyFailure
 from rsagent_jax.runtime import journal
-from rsagent_jax.runtime.image_files import read_image
+from rsagent_jax.runtime.image_files import keep_picture, read_image
 from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.types import DataError, Sample
 
@@ -109,31 +107,17 @@ class ProblemWriter:
 
     def _row(self, uid: int, sample: Sample, queries: list[str], rejected: Counter[str]) -> dict[str, Any]:
         row = {"id": sample.id, "uid": uid, "name": sample.query, "queries": queries, "rejected": dict(rejected)}
-        rle = coco_mask.encode(np.asfortranarray(sample.gt_mask.astype(np.uint8)))
         row["image"] = self._picture(sample)
-        row["segmentation"] = {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")}
+        row["segmentation"] = encode_rle(sample.gt_mask)
         if sample.ignore_mask is not None and sample.ignore_mask.any():
-            row["ignore"] = self._keep(sample.ignore_mask.astype(np.uint8) * 255)
+            row["ignore"] = os.path.abspath(keep_picture(self.workdir, sample.ignore_mask.astype(np.uint8) * 255))
         return row
 
     def _picture(self, sample: Sample) -> str:
         """The picture's own file; a copy where it is none, or where an EXIF orientation would turn it."""
         if sample.path and np.array_equal(read_image(sample.path, upright=True), sample.image):
             return os.path.abspath(sample.path)
-        return self._keep(sample.image)
-
-    def _keep(self, pixels: np.ndarray) -> str:
-        name = hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
-        path = self.workdir / "pictures" / f"{name}.png"
-        try:
-            if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                partial = path.with_name(f".{name}.{os.urandom(4).hex()}")
-                Image.fromarray(pixels).save(partial, "PNG")
-                os.replace(partial, path)
-        except OSError as error:
-            raise journal.cannot_write(path, error) from None
-        return str(path.absolute())
+        return os.path.abspath(keep_picture(self.workdir, sample.image))
 
 
 def write_set(

@@ -170,7 +170,11 @@ def _leaf(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
             said = ", ".join(word or '""' for word in words)
             problems.append(f"{where} must be one of {said}, got {value!r}{closest(value, words)}")
     elif typing.get_origin(hint) is typing.Annotated:
-        problems += [f"{where} must be {check}, got {value!r}" for check in hint.__metadata__ if value not in check]
+        problems += [
+            f"{where} must be {check}, got {value!r}{closest(str(value), getattr(check, 'words', ()))}"
+            for check in hint.__metadata__
+            if value not in check
+        ]
     elif kind is float and not math.isfinite(value):
         problems.append(f"{where} must be a finite number, got {value!r}")
     return value if len(problems) == before else None

@@ -39,13 +39,14 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """Text that matches `pattern` as a whole; `said` tells people what that is."""
+    """Text that matches `pattern` as a whole, or is one of `words`; `said` tells people what that is."""
 
     pattern: str
     said: str
+    words: tuple[str, ...] = ()
 
     def __contains__(self, value: str) -> bool:
-        return re.fullmatch(self.pattern, value) is not None
+        return value in self.words or re.fullmatch(self.pattern, value) is not None
 
     def __str__(self) -> str:
         return self.said
@@ -63,10 +64,21 @@ CountOrZero = Annotated[int, Range(low=0)]
 Seed = Annotated[int, Range(low=0, high=2**32 - 1)]  # what grain's shuffle and jax's keys both take
 Port = Annotated[int, Range(low=0, high=65535)]
 
+REFER = ("refcoco", "refcoco+", "refcocog", "grefcoco")  # their splits are by an author: unc, umd, …
+
 Text = Annotated[str, Form(r"(?s).*\S.*", "a text that is not empty")]
 FUNCTION = r"[\w.]+:\w+|.+\.py:\w+"
 Function = Annotated[str, Form(FUNCTION, "module:function or file.py:function, such as rsagent_jax.rewards:final_iou")]
 Backend = Annotated[str, Form(f"{'|'.join(NAMES)}|{FUNCTION}", f"{', '.join(NAMES)} or module:factory of your own")]
+# Data sets by name: what data/sets/open.py calls for each.
+DATASETS = {
+    **dict.fromkeys(REFER, "rsagent_jax.data.sets.refcoco:load_refcoco"),
+    "reasonseg": "rsagent_jax.data.sets.reasonseg:load_reasonseg",
+    "folder": "rsagent_jax.data.sets.folder:load_folder",
+}
+Dataset = Annotated[
+    str, Form(FUNCTION, f"one of {', '.join(DATASETS)}, or module:function of your own", tuple(DATASETS))
+]
 _DEVICE = r"(cpu|cuda(:\d+)?)"
 Devices = Annotated[str, Form(rf"{_DEVICE}(,\s*{_DEVICE})*", "cpu, cuda, cuda:1, or several with commas")]
 MeshAxis = Annotated[int, Range(low=1, also=(-1,))]

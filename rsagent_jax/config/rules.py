@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rsagent_jax.config.ranges import DATASETS, REFER
+
 ORDER = ("sft", "grpo")
 SIDE_CAR = ("checkpoint", "model", "device", "dtype", "multimask")  # options of a back end of our own
 SECURITY = ("token_file", "tls", "tls_ca")  # of a connection
-REFER = ("refcoco", "refcoco+", "refcocog", "grefcoco")
 
 
 def agent(c) -> Iterator[str]:
@@ -43,7 +44,7 @@ def data(c) -> Iterator[str]:
             yield f"mix.{part.name}: a mix inside a mix is not read; list its parts in the outer one"
     for name in c.exclude:
         first, *words = name.split("/")
-        if first not in (*REFER, "reasonseg", "folder") or len(words) != (2 if first in REFER else 1) or not all(words):
+        if first not in DATASETS or len(words) != (2 if first in REFER else 1) or not all(words):
             yield f"exclude: {name!r} is not of the form refcoco/unc/val, reasonseg/test or folder/test"
 
 

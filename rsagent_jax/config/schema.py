@@ -18,6 +18,7 @@ from rsagent_jax.config.ranges import (
     BelowOne,
     Count,
     CountOrZero,
+    Dataset,
     Devices,
     Fraction,
     Function,
@@ -84,7 +85,7 @@ class DataConfig:
     """Which samples; rsagent_jax.data.sets.open.open_samples opens them for every command."""
 
     root: str = ""
-    dataset: Literal["refcoco", "refcoco+", "refcocog", "grefcoco", "reasonseg", "folder"] = "refcocog"
+    dataset: Dataset = "refcocog"  # or my_set.py:load, called with (root, split, limit): docs/extend.md
     layout: Literal["refer", "tfds"] = "refer"  # RefCOCO family: refer (refs(*).p), tfds (prepared TFDS ref_coco)
     split_by: str = "umd"  # of the RefCOCO family
     split: Text = "train"

@@ -1,4 +1,4 @@
-"""Reads the arrays of a stored record (an uncompressed .npz) without Python's parser.
+"""Stored records: an uncompressed .npz of arrays and a JSON header, read without Python's parser.
 
 np.load hands every member's header to ast.literal_eval. CPython 3.11 counts the parser's recursion depth for all
 threads together (python/cpython issue 106905), so that two reader threads at it can end in a SystemError. What np.save
@@ -8,10 +8,12 @@ writes is one fixed form, which a regular expression reads.
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 import zipfile
 import zlib
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,13 @@ _MAGIC = b"\x93NUMPY\x01\x00"  # the only version that np.save writes for arrays
 _HEADER = re.compile(
     rb"\{'descr': '([<|][bifu][1248])', 'fortran_order': (False|True), 'shape': \(((?:\d{1,12}, ?)*\d{0,12})\), \} *\n"
 )
+
+
+def pack_record(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
+    """The record's bytes; `read_arrays` gives back the arrays, the header as one of them (UTF-8 JSON, u8)."""
+    out = io.BytesIO()
+    np.savez(out, **(arrays | {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)}))
+    return out.getvalue()
 
 
 def read_arrays(content: bytes) -> dict[str, np.ndarray]:

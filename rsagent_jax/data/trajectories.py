@@ -3,51 +3,33 @@
 A record is an uncompressed .npz: ids, positions and the sampled mark, and a JSON header with the id, the IoU, where it
 came from and the environment's replay record. The images that the policy saw are made again from the replay and the
 picture's own file, which the header names together with a checksum of its pixels; a picture that is no file of its own
-is in the record. Patches are made when read. (`encode` stores the images themselves, as PNG.)
+is in the record. Patches are made when read. (Records of earlier versions hold the images themselves, as PNG.)
 """
 
 from __future__ import annotations
 
-import io
 import json
 import pathlib
-from collections.abc import Sequence
 
 import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
-from PIL import Image
 
 from rsagent_jax.agent.environment import EnvState, read_before
 from rsagent_jax.agent.replay import replay, state_to_json
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import AgentConfig
-from rsagent_jax.data.npz import read_arrays
+from rsagent_jax.data.npz import pack_record, read_arrays
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor, image_patches
 from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.positions import Grid, merged_tokens
-from rsagent_jax.runtime.image_files import checksum, decode_image, picture_by_checksum
+from rsagent_jax.runtime.image_files import checksum, decode_image, picture_by_checksum, png
 from rsagent_jax.runtime.journal import write_whole
 from rsagent_jax.types import DataError, Trajectory
 
 STAMP = "collect.json"  # written last: a directory without it is not complete
-
-
-def encode(trajectory: Trajectory, images: Sequence[np.ndarray], header: dict) -> bytes:
-    """`images` u8[h, w, 3] are what the policy was shown, in order, one per grid."""
-    if len(images) != len(trajectory.grids):
-        raise ValueError(f"{len(images)} images for {len(trajectory.grids)} grids")
-    arrays = {"tokens": trajectory.tokens, "positions": trajectory.positions, "sampled": trajectory.loss_mask}
-    for i, image in enumerate(images):
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG", compress_level=1)
-        arrays[f"image_{i}"] = np.frombuffer(buffer.getvalue(), np.uint8)
-    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    out = io.BytesIO()
-    np.savez(out, **arrays)
-    return out.getvalue()
 
 
 def encode_by_reference(
@@ -62,18 +44,9 @@ def encode_by_reference(
     else:
         tokens, positions, loss_mask = played.tokens, played.positions, played.loss_mask
     arrays = {"tokens": tokens, "positions": positions, "sampled": loss_mask}
-    header = header | {
-        "picture": {"path": path, "sha256": checksum(state.image)},
-        "replay": state_to_json(state, path),
-    }
-    if not path:
-        buffer = io.BytesIO()
-        Image.fromarray(state.image).save(buffer, "PNG", compress_level=1)
-        arrays["source"] = np.frombuffer(buffer.getvalue(), np.uint8)
-    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    out = io.BytesIO()
-    np.savez(out, **arrays)
-    return out.getvalue()
+    picture = {"path": path, "sha256": checksum(state.image)}
+    header = header | {"picture": picture, "replay": state_to_json(state, path)}
+    return pack_record(header, arrays if path else arrays | {"source": np.frombuffer(png(state.image), np.uint8)})
 
 
 def context_of(state: EnvState, processor: Processor) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[Grid, ...]]:

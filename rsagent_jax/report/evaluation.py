@@ -17,13 +17,13 @@ from typing import Any
 
 import cv2
 import numpy as np
-from pycocotools import mask as coco
 
 from rsagent_jax.agent.environment import EnvState, final_mask
 from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.replay import read_source, replay
 from rsagent_jax.agent.tools import call_json
 from rsagent_jax.evals import metrics
+from rsagent_jax.masks import decode_rle
 from rsagent_jax.report.html import (
     LARGEST,
     SMALLEST,
@@ -431,8 +431,7 @@ def _find_image(workdir: pathlib.Path, path: str) -> pathlib.Path:
 def _decode(example: Example, size: tuple[int, int]) -> np.ndarray:
     """bool[h, w]; the image was checked against the record's size already."""
     try:
-        rle = {"size": list(example.gt["size"]), "counts": example.gt["counts"].encode("ascii")}
-        truth = coco.decode(rle).astype(bool)
+        truth = decode_rle(example.gt)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise DataError(f"ground truth of {example.id}: not COCO RLE ({type(e).__name__}: {e})") from e
     if truth.shape != size:

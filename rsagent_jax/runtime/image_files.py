@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
+from PIL import Image
 
+from rsagent_jax.runtime.journal import write_whole, writing
 from rsagent_jax.types import DataError
 from sam_bridge import images
 
@@ -17,10 +22,17 @@ def read_image(path: str | pathlib.Path, remedy: str = "put it back", upright: b
     `upright` applies the EXIF orientation. COCO's annotations are drawn on the pixels as stored, so not there.
     `remedy` is what the owner of this file can do where it is missing or cannot be read.
     """
-    try:
+    with mending(path, remedy):
         return images.read_image_file(path, upright)
+
+
+@contextlib.contextmanager
+def mending(where: str | pathlib.Path, remedy: str) -> Iterator[None]:
+    """What `sam_bridge.images` finds wrong with the picture `where` is a DataError that ends with the remedy."""
+    try:
+        yield
     except FileNotFoundError:
-        raise DataError(f"{path} is missing: {remedy}") from None
+        raise DataError(f"{where} is missing: {remedy}") from None
     except images.ImageError as error:
         raise DataError(f"{error}; {remedy}") from None
 
@@ -36,6 +48,24 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
 def checksum(image: np.ndarray) -> str:
     """16 hex digits of a picture's pixels."""
     return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()[:16]
+
+
+def png(image: np.ndarray) -> bytes:
+    """u8[h, w, 3] or u8[h, w] as a PNG; little compressed, which is quick."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def keep_picture(workdir: pathlib.Path, image: np.ndarray) -> str:
+    """The path of a PNG below `workdir` for a picture that is no file of its own, written once. DataError if it cannot
+    be written."""
+    path = workdir / "pictures" / f"{checksum(image)}-{'x'.join(map(str, image.shape))}.png"
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            write_whole(path, png(image))
+    return str(path)
 
 
 def picture_by_checksum(

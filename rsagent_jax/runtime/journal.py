@@ -20,16 +20,14 @@ import pathlib
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import (
-    AgentConfig,
-    DataConfig,
-    SamplingConfig,
-)
-from rsagent_jax.runtime.processes import Share
+from rsagent_jax.config.schema import AgentConfig, DataConfig, SamplingConfig
 from rsagent_jax.types import DataError
+
+if TYPE_CHECKING:  # readers of data leave jax out
+    from rsagent_jax.runtime.processes import Share
 
 FORMAT = 2  # 1 had no fingerprints
 SHOWN = 3  # ids named on the terminal
@@ -85,46 +83,34 @@ class Journal:
         worked = [id for id, line in rows.items() if not line.failed and id not in self.done]
         self.gone = [id for id in worked if id not in current]
         self.changed = [id for id in worked if id in current]
-        for ids, what in (
-            (self.changed, "changed since, done again"),
-            (self.gone, "no longer in the data, left out"),
-        ):
+        for ids, what in (self.changed, "changed since, done again"), (self.gone, "no longer in the data, left out"):
             if ids:
                 more = ", …" if len(ids) > SHOWN else ""
                 self.notes.append(f"{what}: {len(ids)} ({', '.join(ids[:SHOWN])}{more})")
-        try:
+        with writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             if not self.path.exists():  # as a whole, so that no other shard ever sees it empty
                 write_whole(self.path, json.dumps({"format": FORMAT, "settings": settings}) + "\n")
             self.file = self.path.open("ab")
             self._cut()
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """On the disk when this returns. DataError if the disk is full."""
         if rows:
-            marks = [{"fingerprint": self.current[row["id"]], "at": self._after(row["id"])} for row in rows]
-            self._append("\n".join(json.dumps(row | mark) for row, mark in zip(rows, marks, strict=True)))
+            lines = []
+            for row in rows:
+                # Later than the row that this one takes the place of: clocks of machines differ.
+                at = max(time.time(), self.times.get(row["id"], 0.0) + 1e-3)
+                lines.append(json.dumps(row | {"fingerprint": self.current[row["id"]], "at": at}) + "\n")
+            with writing(self.path):
+                self.file.write("".join(lines).encode())
+                self.file.flush()
+                os.fsync(self.file.fileno())
             self.done |= {row["id"] for row in rows if "failed" not in row}
 
-    def _after(self, id: str) -> float:
-        """The time, but later than the row that this one takes the place of: clocks of machines differ."""
-        return max(time.time(), self.times.get(id, 0.0) + 1e-3)
-
     def close(self) -> None:
-        try:
+        with writing(self.path):  # what is still buffered may not fit either
             self.file.close()
-        except OSError as error:  # what is still buffered does not fit either
-            raise cannot_write(self.path, error) from None
-
-    def _append(self, text: str) -> None:
-        try:
-            self.file.write(text.encode() + b"\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
 
     def _cut(self) -> None:
         """Takes off what a kill left of the last line."""
@@ -146,7 +132,7 @@ def read_journal(
     With `current` only of ids in it, and of rows made of the same. DataError if a line is damaged, or made with other
     settings (None = whatever they are).
     """
-    lines = [line for line in _latest(folder, settings, by) if _is_of(line, current)]
+    lines = _latest(folder, settings, current, by)
     with contextlib.ExitStack() as stack:
         files = {path: stack.enter_context(path.open("rb")) for path in sorted({line.path for line in lines})}
         for line in sorted(lines, key=lambda line: (line.key, line.where)):
@@ -158,7 +144,7 @@ def survey(
     folder: pathlib.Path, settings: dict[str, Any] | None = None, current: Mapping[str, str] | None = None
 ) -> dict[str, dict[str, str] | None]:
     """By id: None where the work is done, else the `failed` of its row. As `read` in all else."""
-    return {line.id: line.failed for line in _latest(folder, settings) if _is_of(line, current)}
+    return {line.id: line.failed for line in _latest(folder, settings, current)}
 
 
 def settings_of(folder: pathlib.Path) -> dict[str, Any]:
@@ -186,13 +172,18 @@ class _Line:
     offset: int  # bytes
 
 
-def _latest(folder: pathlib.Path, settings: dict[str, Any] | None, by: str = "at") -> list[_Line]:
+def _latest(
+    folder: pathlib.Path,
+    settings: dict[str, Any] | None,
+    current: Mapping[str, str] | None = None,
+    by: str = "at",
+) -> list[_Line]:
     latest: dict[str, _Line] = {}
     for path in sorted(folder.glob("*-of-*.jsonl")):
         for line in _lines(path, folder, settings, by):
             if line.id not in latest or line.at >= latest[line.id].at:
                 latest[line.id] = line
-    return list(latest.values())
+    return [x for x in latest.values() if current is None or (x.id in current and x.fingerprint == current[x.id])]
 
 
 def _lines(path: pathlib.Path, folder: pathlib.Path, settings: dict[str, Any] | None, by: str) -> Iterator[_Line]:
@@ -211,10 +202,6 @@ def _lines(path: pathlib.Path, folder: pathlib.Path, settings: dict[str, Any] | 
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise damaged(where, error) from None
             offset += len(line)
-
-
-def _is_of(line: _Line, current: Mapping[str, str] | None) -> bool:
-    return current is None or (line.id in current and line.fingerprint == current[line.id])
 
 
 def _head(path: pathlib.Path, line: bytes) -> dict[str, Any]:
@@ -258,14 +245,23 @@ def damaged(where: str, error: Exception) -> DataError:
     return DataError(f"{where} is damaged ({error!r}); remove that line and run again")
 
 
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """The file as a whole or not at all."""
+def write_whole(path: pathlib.Path, content: str | bytes) -> None:
+    """The file as a whole or not at all; text as UTF-8."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # other shards write it, too
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
+        with writing(path):
+            partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+            os.replace(partial, path)
+    finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """OSErrors within are DataErrors about `path`."""
+    try:
+        yield
+    except OSError as error:
         raise cannot_write(path, error) from None
 
 

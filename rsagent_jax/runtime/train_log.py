@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pathlib
 import sys
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rsagent_jax.runtime.journal import damaged, write_whole
 from rsagent_jax.types import DataError
 
 # tensorboardX imports torch wherever it is installed, only to accept tensors; this side never loads torch.
@@ -103,11 +103,9 @@ def keep_lines(path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]) -> No
             if line.strip() and keep(json.loads(line)):
                 kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, line {number} is damaged ({error!r}); remove that line and run again") from None
+            raise damaged(f"{path}, line {number}", error) from None
     if (whole := b"".join(kept)) != content:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(whole)
-        os.replace(partial, path)
+        write_whole(path, whole)
 
 
 def _is_object(line: bytes) -> bool:

@@ -24,11 +24,12 @@ import tempfile
 import cv2
 import numpy as np
 import tqdm
-from pycocotools import mask as coco_mask
 
 from rsagent_jax.data.sets.refcoco import IMAGES, NO_TARGET
+from rsagent_jax.masks import draw_polygons, iou
 from rsagent_jax.tiny import absent, scenes
 from rsagent_jax.types import DataError
+from sam_bridge.rle import encode_mask, mask_runs
 
 REFS = {"refcocog": "refs(umd).p", "grefcoco": "grefs(unc).p"}  # data set: its file of references
 SPLITS = ("train", "val", "test")
@@ -225,13 +226,9 @@ def segmentation_of(mask: np.ndarray) -> list[list[float]] | dict:
     contours, hierarchy = cv2.findContours(fine, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     if len(contours) and (hierarchy[0, :, 3] < 0).all():
         polygons = [np.round((c.reshape(-1) + 0.5) / 3, 2).tolist() for c in contours]
-        decoded = coco_mask.decode(coco_mask.frPyObjects(polygons, *mask.shape)).sum(axis=2) > 0
-        if np.count_nonzero(decoded & mask) >= 0.98 * np.count_nonzero(decoded | mask):
+        if iou(draw_polygons(polygons, *mask.shape), mask) >= 0.98:
             return polygons
-    flat = mask.ravel(order="F")
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
-    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}  # counts start with zeros
+    return {"size": list(mask.shape), "counts": mask_runs(encode_mask(mask)).tolist()}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from rsagent_jax.config.schema import (
 )
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weight_files
-from rsagent_jax.runtime.journal import cannot_write, write_whole
+from rsagent_jax.runtime.journal import write_whole, writing
 from rsagent_jax.runtime.train_log import keep_lines
 from rsagent_jax.types import DataError
 
@@ -231,13 +231,10 @@ def record_start(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, s
         "config": _plain(config),
     }
     keep_lines(workdir / HISTORY, lambda _: True)
-    try:
-        with (workdir / HISTORY).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise cannot_write(workdir / HISTORY, error) from None
+    with writing(workdir / HISTORY), (workdir / HISTORY).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     write_whole(workdir / "config.json", json.dumps(entry["config"], indent=2) + "\n")
 
 

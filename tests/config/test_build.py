@@ -402,7 +402,6 @@ def test_every_number_and_word_of_every_config_has_its_range():
 
 def test_the_words_of_the_config_are_those_of_the_code():
     from rsagent_jax.agent.prompts import STYLES
-    from rsagent_jax.data.sets.open import DATASETS
     from rsagent_jax.evals import bounds
     from rsagent_jax.models.qwen25_vl.compute import ATTENTION, NAMES, REMAT
     from rsagent_jax.train.losses import KL_ESTIMATORS, OBJECTIVES
@@ -417,7 +416,7 @@ def test_the_words_of_the_config_are_those_of_the_code():
         return set(typing.get_args(hint))
 
     for path, known in {
-        "agent.prompt": STYLES, "policy.attention": ATTENTION, "grpo.data.dataset": DATASETS, "sft.optim.freeze": PARTS,
+        "agent.prompt": STYLES, "policy.attention": ATTENTION, "sft.optim.freeze": PARTS,
         "grpo.ratio": OBJECTIVES, "grpo.kl_estimator": KL_ESTIMATORS, "segmenter.mode": MODES,
         "bound.row": ("", *bounds.ORACLES, bounds.UNTRAINED), "bound.prompt": bounds.PROMPTS,
     }.items():  # fmt: skip

@@ -52,9 +52,8 @@ def unpack(batches, shape):
                 places = (slots[slots > 0] - 1)[:, None] * unit + np.arange(unit)
                 assert (batch.patch_segment_ids[row][places] > 0).all()
                 (advantage,) = set(batch.advantages[row][at].tolist())
-                out.append(
-                    (row, s, at, batch.patches[row][places].reshape(-1, config().vision.patch_dim), advantage, batch)
-                )
+                patches = batch.patches[row][places].reshape(-1, config().vision.patch_dim)
+                out.append((row, at, patches, advantage, batch))
     return out
 
 
@@ -65,12 +64,11 @@ def test_every_item_appears_exactly_once_and_unchanged(given_items):
     batches = pack(given_items, SHAPE, config())
     found = unpack(batches, SHAPE)
     assert sorted(a for *_, a, _ in found) == [i.advantage for i in given_items]
-    for row, _, at, patches, advantage, batch in found:
+    for row, at, patches, advantage, batch in found:
         item = next(i for i in given_items if i.advantage == advantage)
-        np.testing.assert_array_equal(batch.tokens[row][at], item.tokens)
         np.testing.assert_array_equal(batch.positions[row][:, at], item.positions)
-        np.testing.assert_array_equal(batch.loss_mask[row][at], item.loss_mask)
-        np.testing.assert_array_equal(batch.old_logprobs[row][at], item.logprobs)
+        for name, wanted in (("tokens", item.tokens), ("loss_mask", item.loss_mask), ("old_logprobs", item.logprobs)):
+            np.testing.assert_array_equal(getattr(batch, name)[row][at], wanted, err_msg=name)
         np.testing.assert_array_equal(patches, item.patches)  # merged tokens stand in the processor's order
         is_image = item.tokens == config().image_token_id
         np.testing.assert_array_equal(batch.image_slots[row][at] > 0, is_image)
@@ -99,10 +97,8 @@ def test_rows_are_filled_first_fit_longest_first():
     batches = pack([make(n, (n,)) for n in sizes[::-1]], SHAPE, config())
     # 50 + 46 fill the first row; 40 + 30 + 20 the second: one batch
     assert len(batches) == 1
-    assert [np.unique(r[r > 0], return_counts=True)[1].tolist() for r in batches[0].segment_ids] == [
-        [50, 46],
-        [40, 30, 20],
-    ]
+    lengths = [np.unique(row[row > 0], return_counts=True)[1].tolist() for row in batches[0].segment_ids]
+    assert lengths == [[50, 46], [40, 30, 20]]
     assert pack([], SHAPE, config()) == []
     assert [len(pack([make(i, (60,)) for i in range(n)], SHAPE, config())) for n in (1, 2, 3, 5)] == [1, 1, 2, 3]
 
@@ -110,21 +106,17 @@ def test_rows_are_filled_first_fit_longest_first():
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda i: dataclasses.replace(
-            i, grids=i.grids[:1], patches=i.patches[:16]
-        ),  # tokens of an image that is not there
-        lambda i: dataclasses.replace(i, grids=(*i.grids, (1, 2, 2)), patches=np.pad(i.patches, ((0, 4), (0, 0)))),
-        lambda i: dataclasses.replace(i, patches=i.patches[:-1]),
-        lambda i: dataclasses.replace(
-            i, tokens=np.where(np.arange(len(i.tokens)) == 0, config().image_token_id, i.tokens)
-        ),
+        lambda i: {"grids": i.grids[:1], "patches": i.patches[:16]},  # tokens of an image that is not there
+        lambda i: {"grids": (*i.grids, (1, 2, 2)), "patches": np.pad(i.patches, ((0, 4), (0, 0)))},
+        lambda i: {"patches": i.patches[:-1]},
+        lambda i: {"tokens": np.where(np.arange(len(i.tokens)) == 0, config().image_token_id, i.tokens)},
     ],
 )
 def test_image_tokens_that_are_not_the_merged_patches_are_an_error(wrong):
     good = make(0, (5, 6, 7), ((1, 4, 4), (1, 4, 4)))
     pack([good], SHAPE, config())
     with pytest.raises(ValueError, match="image tokens for|patches were given"):
-        pack([wrong(good)], SHAPE, config())
+        pack([dataclasses.replace(good, **wrong(good))], SHAPE, config())
 
 
 def test_an_image_token_that_the_policy_sampled_is_a_word():
@@ -187,8 +179,7 @@ def test_micro_batches_add_up_to_the_large_batch_and_empty_rows_weigh_nothing():
     (packed,) = pack(mixed(), SHAPE, config())
     halves = [run(pack(half, SHAPE, config())[0]) for half in (mixed()[:2], mixed()[2:])]
     assert_same_sums(run(packed), step.add(*halves))
-    empty = jax.tree.map(np.zeros_like, packed)
-    sums = run(empty)
+    sums = run(jax.tree.map(np.zeros_like, packed))
     assert float(sums.loss) == float(sums.denominator) == 0.0
     assert all(not np.asarray(g).any() for g in jax.tree.leaves(sums.grads))
 

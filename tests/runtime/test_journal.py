@@ -12,6 +12,7 @@ from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError
+from tests.refusals import refused
 
 SETTINGS = {"seed": 0, "data": {"split": "val", "exclude": ("a",)}}
 HTML = "<!DOCTYPE html>\n<html><body>404</body></html>\n"
@@ -115,26 +116,21 @@ def test_a_file_that_is_no_journal_is_a_fault_by_name(tmp_path, text, said):
     add(tmp_path, {"a": "1"}, [("a", 1)])
     bad = tmp_path / "00001-of-00002.jsonl"
     bad.write_text(text)
-    for act in (
-        lambda: add(tmp_path, {"a": "1"}, []),
-        lambda: values(tmp_path),
-        lambda: journal.settings_of(bad.parent),
-    ):
-        if act.__code__.co_names[0] == "journal":
-            (tmp_path / "00000-of-00001.jsonl").unlink()
-        with pytest.raises(DataError, match=f"00001-of-00002.jsonl is no journal of this command .*{said}"):
-            act()
+    says = f"00001-of-00002.jsonl is no journal of this command .*{said}"
+    refused(says, add, tmp_path, {"a": "1"}, [])
+    refused(says, values, tmp_path)
+    (tmp_path / "00000-of-00001.jsonl").unlink()
+    refused(says, journal.settings_of, tmp_path)
 
 
 def test_other_settings_are_named_by_field_and_old_formats_refused(tmp_path):
     add(tmp_path, {"a": "1"}, [("a", 1)])
     other = SETTINGS | {"data": {"split": "test", "exclude": ("a",)}}
-    with pytest.raises(DataError, match=r"other settings \(data.split: 'val' there, 'test' now\)"):
-        add(tmp_path, {"a": "1"}, [], settings=other)
+    says = r"other settings \(data.split: 'val' there, 'test' now\)"
+    refused(says, add, tmp_path, {"a": "1"}, [], settings=other)
     path = next(tmp_path.iterdir())
     path.write_text(json.dumps({"settings": SETTINGS}) + "\n" + json.dumps({"id": "a", "value": 1}) + "\n")
-    with pytest.raises(DataError, match="written by an earlier version.*Give another --workdir"):
-        add(tmp_path, {"a": "1"}, [])
+    refused("written by an earlier version.*Give another --workdir", add, tmp_path, {"a": "1"}, [])
     assert [row["value"] for _, row in journal.read_journal(tmp_path)] == [1]  # refilter can still choose from it
 
 

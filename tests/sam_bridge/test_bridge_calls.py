@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco
 
 from sam_bridge import bridge_pb2 as pb
-from sam_bridge import fleet, server, wire
+from sam_bridge import fleet, rle, server, wire
 from sam_bridge.backends import Decoded
 from sam_bridge.fleet import rank
 from sam_bridge.local import LocalSegmenter
@@ -45,15 +45,16 @@ def failure(call, *args) -> SegmenterError:
 
 @given(hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40)))
 def test_rle_round_trip(mask):
-    back = wire.decode_mask(wire.encode_mask(mask), *mask.shape)
+    back = rle.decode_mask(rle.encode_mask(mask), *mask.shape)
     assert back.dtype == bool and back.flags["C_CONTIGUOUS"]
     np.testing.assert_array_equal(back, mask)
 
 
 @given(st.binary(max_size=12), st.integers(1, 9), st.integers(1, 9))
 def test_any_bytes_are_a_typed_error_or_what_pycocotools_reads(counts, height, width):
+    message = pb.SegmentReply(counts=counts, height=height, width=width)
     try:
-        mask = wire.decode_mask(counts, height, width)
+        mask = wire.reply_from_proto(message, (height, width)).mask
     except SegmenterError as error:
         assert error.kind is FailureKind.INTERNAL
     else:
@@ -63,12 +64,17 @@ def test_any_bytes_are_a_typed_error_or_what_pycocotools_reads(counts, height, w
 def test_rle_of_a_large_mask():
     mask = np.zeros((3000, 4000), bool)
     mask[1000:2999, 5:3990] = True
-    np.testing.assert_array_equal(wire.decode_mask(wire.encode_mask(mask), 3000, 4000), mask)
+    np.testing.assert_array_equal(rle.decode_mask(rle.encode_mask(mask), 3000, 4000), mask)
 
 
 @pytest.mark.parametrize("counts", [b"", b"4", b"0" * 50, b"\xff\xff\xff", b"`\x80"])
 def test_malformed_rle_is_typed(counts):
-    assert failure(wire.decode_mask, counts, 4, 4).kind is FailureKind.INTERNAL
+    for message in (
+        pb.SegmentReply(counts=counts, height=4, width=4),
+        pb.SegmentReply(counts=b"`0", candidates=[counts]),
+    ):
+        message.height = message.width = 4
+        assert failure(wire.reply_from_proto, message, (4, 4)).kind is FailureKind.INTERNAL
 
 
 @given(

@@ -4,6 +4,7 @@ import pytest
 
 from rsagent_jax.config.schema import BatchConfig, SftConfig
 from rsagent_jax.data import trajectories
+from rsagent_jax.data.npz import pack_record
 from rsagent_jax.train.batch_source import SftSource
 from rsagent_jax.types import DataError
 from tests.rollout import small
@@ -12,11 +13,16 @@ from tests.rollout.small import trajectory
 BATCH = BatchConfig(rows=2, tokens=64, patches=64)
 
 
+def record(t) -> bytes:
+    """Of a trajectory without images."""
+    return pack_record({}, {"tokens": t.tokens, "positions": t.positions, "sampled": t.loss_mask})
+
+
 def test_a_stored_trajectory_that_cannot_be_read_is_counted_and_the_others_are_learnt_from(tmp_path):
     writer = trajectories.RecordWriter(tmp_path)
     for i in range(4):
         t = trajectory(i, 10, n=12, images=0)
-        writer.write(b"nonsense" if i == 2 else trajectories.encode(t, [], {"id": t.sample_id}))
+        writer.write(b"nonsense" if i == 2 else record(t))
     writer.close({})
     s = sft(tmp_path, trajectories_per_step=4)
     batches, metrics = s.next(None, None)
@@ -32,7 +38,7 @@ def stored(tmp_path_factory):
     writer = trajectories.RecordWriter(directory)
     for i in range(10):
         t = trajectory(i, 10, n=70 if i == 3 else 12, images=0)
-        writer.write(trajectories.encode(t, [], {"id": t.sample_id}))
+        writer.write(record(t))
     writer.close({})
     return directory
 

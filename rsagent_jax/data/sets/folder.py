@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from rsagent_jax.data.sets.index import Inputs, SampleIndex, picture_key
+from rsagent_jax.data.sets.index import Entry, Inputs, SampleIndex
 from rsagent_jax.data.sets.mask_files import IGNORED, OBJECT, read_mask
 from rsagent_jax.masks import POLYGONS, RLE, decode_segmentation
 from rsagent_jax.runtime.image_files import read_image
@@ -36,18 +36,11 @@ _LISTED = 5  # so many problems stand in the message
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
-    id: str
-    query: str
-    picture: str
+class _Entry(Entry):
     mask: str | None
     segmentation: Any
     ignore: str | None
     line: str  # where it stands, for messages
-
-    @property
-    def picture_key(self) -> str:
-        return picture_key(self.picture)
 
     def inputs(self) -> Inputs:
         if self.mask is not None:
@@ -88,23 +81,21 @@ def load_folder(root: str | pathlib.Path, split: str = "train", limit: int | Non
             except ValueError as error:
                 problems.append(f"line {number}: {error}")
     if problems:
-        if whole := _whole_file(data):
-            raise DataError(f"{path} holds {whole}; {_FORM}")
+        _refuse_other_json(path, data)
         more = f"\n  … and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         text = f"{path}: {len(problems)} bad lines:\n  " + "\n  ".join(problems[:_LISTED]) + more
         raise DataError(f"{text}\n{_FORM}")
     return SampleIndex(f"folder/{split}", entries, _load)
 
 
-def _whole_file(data: bytes) -> str | None:
-    """What a file whose lines are no records is as a whole."""
+def _refuse_other_json(path: pathlib.Path, data: bytes) -> None:
+    """DataError for a file that is JSON as a whole, where its lines are no records."""
     try:
-        value = json.loads(data)
+        is_array = isinstance(json.loads(data), list)
     except (ValueError, RecursionError):
-        return None
-    if isinstance(value, list):
-        return "one JSON array"
-    return "one JSON object over several lines" if b"\n" in data.strip() else None
+        return
+    if is_array or b"\n" in data.strip():
+        raise DataError(f"{path} holds one JSON {'array' if is_array else 'object over several lines'}; {_FORM}")
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -169,32 +160,24 @@ def _path(root: pathlib.Path, key: str, value: Any) -> str | None:
 
 
 def _load(entry: _Entry) -> Sample:
-    image = read_image(entry.picture, _remedy(entry), upright=True)
+    image = read_image(entry.picture, f"it is named in {entry.line}", upright=True)
     h, w = image.shape[:2]
-    ignore = None
+    mask, ignore = np.zeros((h, w), bool), np.zeros((h, w), bool)  # nothing is meant
     if entry.mask is not None:
         labels = _labels(entry.mask, h, w, entry)
-        mask, border = labels == OBJECT, labels == IGNORED
-        ignore = border if border.any() else None
+        mask, ignore = labels == OBJECT, labels == IGNORED
     elif entry.segmentation is not None:
         mask = decode_segmentation(entry.segmentation, h, w, f"{entry.line} (sample {entry.id})")
-    else:
-        mask = np.zeros((h, w), bool)  # nothing is meant
     if entry.ignore is not None:
-        named = _labels(entry.ignore, h, w, entry) != 0
-        ignore = named if ignore is None else named | ignore
-    return Sample(entry.id, image, entry.query, mask, ignore, entry.picture)
+        ignore |= _labels(entry.ignore, h, w, entry) != 0
+    return Sample(entry.id, image, entry.query, mask, ignore if ignore.any() or entry.ignore else None, entry.picture)
 
 
 def _labels(path: str, height: int, width: int, entry: _Entry) -> np.ndarray:
-    labels = read_mask(path, path, _remedy(entry))
+    labels = read_mask(path, path, f"it is named in {entry.line}")
     if labels.shape != (height, width):
         raise DataError(
             f"{path} is {labels.shape[1]} x {labels.shape[0]} pixels, its image {entry.picture} {width} x {height}"
             f" ({entry.line}): a mask is as large as its image, turned upright"
         )
     return labels
-
-
-def _remedy(entry: _Entry) -> str:
-    return f"it is named in {entry.line}"

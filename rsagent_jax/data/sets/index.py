@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import functools
@@ -10,7 +11,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -32,21 +33,22 @@ class Inputs:
     ignore: pathlib.Path | bytes = b""
 
 
-class Entry(Protocol):
-    """What an index keeps of a sample: plain text and numbers."""
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What an index keeps of a sample: plain text and numbers. Each data set adds the fields that it loads by."""
 
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def query(self) -> str: ...
+    id: str
+    query: str
+    picture: str  # the file that holds it
 
     @property
     def picture_key(self) -> str:
-        """Names the picture, equal in all data sets that hold it; see `picture_key`."""
+        """Names the picture, equal in all data sets that hold it."""
+        return picture_key(self.picture)
 
     def inputs(self) -> Inputs:
         """Nothing is decoded for it."""
+        raise NotImplementedError
 
 
 class SampleIndex(Sequence):
@@ -64,9 +66,7 @@ class SampleIndex(Sequence):
             raise DataError(f"{name}: there is no sample in it")
         self.name, self.entries, self.load, self.notes = name, tuple(entries), load, tuple(notes)
         self.picture_hash = PICTURE_HASHES[0]
-        if len(set(self.ids)) < len(self.ids):
-            seen: set[str] = set()
-            twice = [i for i in self.ids if i in seen or seen.add(i)]
+        if twice := [id for id, count in collections.Counter(self.ids).items() if count > 1]:
             raise DataError(
                 f"{name}: {len(twice)} sample ids occur more than once, such as {twice[:3]}; every id must be unique:"
                 " take the files from one download, or give each line of your own data an id of its own"
@@ -93,8 +93,8 @@ class SampleIndex(Sequence):
 
     def keep(self, wanted: Sequence[int], note: str = "") -> SampleIndex:
         """The samples at these places, in this order."""
-        entries = [self.entries[i] for i in wanted]
-        kept = SampleIndex(self.name, entries, self.load, [*self.notes, note] if note else self.notes)
+        notes = [*self.notes, note] if note else self.notes
+        kept = SampleIndex(self.name, [self.entries[i] for i in wanted], self.load, notes)
         return kept.hashing_pictures(self.picture_hash)
 
     def hashing_pictures(self, by: str) -> SampleIndex:
@@ -115,31 +115,22 @@ class SampleIndex(Sequence):
         """
         entry = self.entries[i]
         inputs = entry.inputs()
-        picture = _stat if self.picture_hash == "stat" else _content
         text = [part.encode("utf-8", "surrogatepass") for part in (entry.id, entry.query)]
-        parts = [*text, picture(inputs.picture), _content(inputs.target), _content(inputs.ignore)]
+        parts = [*text, _digest(inputs.picture, self.picture_hash), _digest(inputs.target), _digest(inputs.ignore)]
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
 
-def _content(source: pathlib.Path | bytes) -> bytes:
-    """The checksum of a file's bytes, or the bytes themselves."""
-    if not isinstance(source, pathlib.Path):
+def _digest(source: pathlib.Path | bytes, by: str = "content") -> bytes:
+    """The checksum of a file's bytes, or (`by` "stat") what the file system says of it; or the bytes themselves."""
+    if isinstance(source, bytes):
         return source
     try:
         stat = source.stat()
+        if by == "stat":
+            return f"{source} {stat.st_size} {stat.st_mtime_ns}".encode("utf-8", "surrogateescape")
         return _file_checksum(source, stat.st_size, stat.st_mtime_ns)
     except (OSError, ValueError) as error:  # of a name that no file can have
         return type(error).__name__.encode()
-
-
-def _stat(source: pathlib.Path | bytes) -> bytes:
-    if not isinstance(source, pathlib.Path):
-        return source
-    try:
-        stat = source.stat()
-    except (OSError, ValueError) as error:  # of a name that no file can have
-        return type(error).__name__.encode()
-    return f"{source} {stat.st_size} {stat.st_mtime_ns}".encode("utf-8", "surrogateescape")
 
 
 @functools.lru_cache(maxsize=1 << 17)  # many samples share a picture
@@ -147,6 +138,14 @@ def _file_checksum(path: pathlib.Path, size: int, mtime_ns: int) -> bytes:
     """`size` and `mtime_ns` are the key of the cache: a file that was changed is read again."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
+
+
+def read_file(path: pathlib.Path) -> bytes:
+    """DataError where it is missing or cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def picture_key(path: str | pathlib.Path) -> str:

@@ -19,6 +19,7 @@ import pathlib
 import numpy as np
 import PIL.Image
 
+from rsagent_jax.runtime.image_files import mending
 from rsagent_jax.types import DataError
 from sam_bridge import images
 
@@ -30,12 +31,10 @@ FEW_COLOURS = 16  # of a drawing; a cut-out of a photograph has more
 
 def read_mask(source: str | pathlib.Path | bytes, where: str, remedy: str, upright: bool = True) -> np.ndarray:
     """A mask file or its bytes -> u8[h, w] of OBJECT, IGNORED and 0. `where` names it in the DataError."""
+    with mending(where, remedy):
+        picture = images.load(source, where, upright, exact=True)
     try:
-        return _labels(images.load(source, where, upright, exact=True))
-    except FileNotFoundError:
-        raise DataError(f"{where} is missing: {remedy}") from None
-    except images.ImageError as error:
-        raise DataError(f"{error}; {remedy}") from None
+        return _labels(picture)
     except ValueError as error:
         raise DataError(f"{where} {error}; {remedy}") from None
 
@@ -54,9 +53,7 @@ def _labels(picture: PIL.Image.Image) -> np.ndarray:
 
 def _levels(picture: PIL.Image.Image) -> np.ndarray:
     """One number a pixel, [h, w]: grey as it is; of colours, their place in 24 bits, so that black is 0."""
-    if picture.mode == "1":
-        return np.asarray(picture)
-    if picture.mode in ("L", "F") or picture.mode.startswith("I"):
+    if picture.mode in ("1", "L", "F") or picture.mode.startswith("I"):
         return np.asarray(picture)
     if picture.mode in ("LA", "La"):
         return np.asarray(picture)[..., 0]
@@ -82,15 +79,11 @@ def _one_level(levels: np.ndarray, lossy: bool) -> np.ndarray:
     if (values.size and (values != values[0]).any()) or (values < 0).any():
         some = np.unique(values)
         raise ValueError(
-            f"holds {len(some)} levels or colours beside black, such as {', '.join(_name(v) for v in some[:4])}: a mask"
+            f"holds {len(some)} levels or colours beside black, such as {', '.join(f'{v:g}' for v in some[:4])}: a mask"
             " is 0 where the object is not and one other value where it is; save one object alone, without soft edges"
             " (such as v > 127)"
         )
     return found
-
-
-def _name(value) -> str:
-    return f"{float(value):g}"
 
 
 def _by_index(picture: PIL.Image.Image) -> np.ndarray:
@@ -111,11 +104,9 @@ def _by_index(picture: PIL.Image.Image) -> np.ndarray:
             f"has a palette in which index 0 is not black, but index {black[0]} is: which of them is the object? By"
             " index the latter, by colour the former; save the mask in grey"
         )
-    border = index == _BORDER
-    if len(set(used.tolist()) - {0, _BORDER}) and border.any():
-        found = _one_level(np.where(border, 0, index), lossy=False)
-        return np.where(border, IGNORED, found).astype(np.uint8)
-    return _one_level(index, lossy=False).astype(np.uint8) * OBJECT
+    border = (index == _BORDER) & bool(set(used.tolist()) - {0, _BORDER})  # alone, it is the object
+    found = _one_level(np.where(border, 0, index), lossy=False)
+    return np.where(border, IGNORED, found * OBJECT).astype(np.uint8)
 
 
 def _transparent(picture: PIL.Image.Image, used: np.ndarray) -> set[int]:

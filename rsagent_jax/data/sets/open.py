@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Sequence
 
+from rsagent_jax.config.import_path import first_line, import_path, place
+from rsagent_jax.config.ranges import DATASETS, REFER
 from rsagent_jax.config.schema import DataConfig, MixPart
-from rsagent_jax.data.sets.folder import load_folder
 from rsagent_jax.data.sets.index import SampleIndex
-from rsagent_jax.data.sets.reasonseg import load_reasonseg
-from rsagent_jax.data.sets.refcoco import GENERALIZED, load_refcoco
-from rsagent_jax.data.sets.refcoco_tfds import load_refcoco_tfds
 from rsagent_jax.types import DataError, Sample
 
-REFER = ("refcoco", "refcoco+", "refcocog", GENERALIZED)
-DATASETS = (*REFER, "reasonseg", "folder")
+TFDS = "rsagent_jax.data.sets.refcoco_tfds:load_refcoco_tfds"
+OPTIONS = ("dataset", "split_by", "unit", "texts", "raw")  # fields that a loader gets if it has parameters so named
 
 
 def open_samples(config: DataConfig) -> SampleIndex | Mixture:
@@ -32,14 +31,23 @@ def open_samples(config: DataConfig) -> SampleIndex | Mixture:
 
 
 def _open(c: DataConfig) -> SampleIndex:
+    """By a word of the table, or a loader of the user's own: both are called with (root=…, split=…, limit=…)."""
+    path = TFDS if c.layout == "tfds" and c.dataset in REFER else DATASETS.get(c.dataset, c.dataset)
     # Pictures are excluded before samples are counted, so `limit` waits until then.
-    limit = None if c.exclude else c.limit or None
-    if c.dataset in REFER:
-        load = load_refcoco if c.layout == "refer" else load_refcoco_tfds
-        return load(c.root, c.dataset, c.split_by, c.split, c.unit, limit, c.raw)
-    if c.dataset == "reasonseg":
-        return load_reasonseg(c.root, c.split, c.texts, limit)
-    return load_folder(c.root, c.split, limit)
+    arguments = {"root": c.root, "split": c.split, "limit": None if c.exclude else c.limit or None}
+    parameters = inspect.signature(import_path(path)).parameters
+    arguments |= {name: getattr(c, name) for name in OPTIONS if name in parameters}
+    load = import_path(path, (), arguments)
+    try:
+        samples = load(**arguments)
+    except DataError:
+        raise
+    except Exception as error:  # whatever the user's function raises is the user's to mend
+        at = place(error, inspect.getsourcefile(load) or path)
+        raise DataError(f"data.dataset {path!r} failed: {at}: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(samples, SampleIndex):
+        raise DataError(f"data.dataset {path!r} returned a {type(samples).__name__}, not a SampleIndex")
+    return samples
 
 
 def _excluding(samples: SampleIndex, c: DataConfig) -> SampleIndex:
@@ -51,14 +59,14 @@ def _excluding(samples: SampleIndex, c: DataConfig) -> SampleIndex:
             raise DataError(f"data.exclude: nothing of {samples.name} is left without the pictures of {name}")
         note = f"{len(samples) - len(kept)} of {len(samples)} samples are on pictures of {name} and were left out"
         samples = samples.keep(kept, note)
-    return samples.keep(range(min(c.limit, len(samples)))) if c.exclude and c.limit else samples
+    return samples.keep(range(c.limit)) if 0 < c.limit < len(samples) else samples
 
 
 def _named(name: str, c: DataConfig) -> DataConfig:
     """dataset/split or dataset/split_by/split."""
     words = name.split("/")
     split_by = words[1] if len(words) == 3 else c.split_by
-    layout = "refer" if words[0] == GENERALIZED else c.layout
+    layout = "refer" if words[0] == "grefcoco" else c.layout
     root = c.exclude_root or c.root
     return DataConfig(root=root, dataset=words[0], layout=layout, split_by=split_by, split=words[-1])
 

@@ -22,28 +22,21 @@ from typing import Any
 import cv2
 import numpy as np
 
-from rsagent_jax.data.sets.index import Inputs, SampleIndex, picture_key
+from rsagent_jax.data.sets.index import Entry, Inputs, SampleIndex, read_file
+from rsagent_jax.data.sets.mask_files import IGNORED, OBJECT
 from rsagent_jax.runtime.image_files import read_image
 from rsagent_jax.types import DataError, Sample
 from sam_bridge.file_kinds import HEAD, kind_of
 
-TEXTS = ("first", "all")
 SHAPES = {"polygon": range(1, 1 << 30), "rectangle": (2, 4), "circle": (2,)}  # labelme's, numbers of points
 _DRAWN = "a polygon, a rectangle (two opposite corners), a circle (its centre and a point on it)"
 _REACH = 4  # a polygon may not reach farther outside its picture than so many of its sides
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
-    id: str
-    query: str
-    picture: str
+class _Entry(Entry):
     annotation: str
     shapes: list[dict]
-
-    @property
-    def picture_key(self) -> str:
-        return picture_key(self.picture)
 
     def inputs(self) -> Inputs:
         return Inputs(pathlib.Path(self.picture), json.dumps(self.shapes, sort_keys=True).encode())
@@ -57,7 +50,7 @@ def load_reasonseg(
     texts: "first", one sample per picture (the benchmark's rule), or "all", one per paraphrase (train has up to five).
     Sample ids read "reasonseg/<split>/<file>/<number of the text>". DataError where files are missing or broken.
     """
-    if texts not in TEXTS:
+    if texts not in ("first", "all"):
         raise DataError(f"texts must be 'first' or 'all', not {texts!r}")
     folder = _folder(pathlib.Path(root).expanduser(), split)
     entries: list[_Entry] = []
@@ -65,11 +58,9 @@ def load_reasonseg(
         if limit is not None and len(entries) >= limit:
             break
         record = _read(path)
-        picture = path.with_suffix(".jpg")
         for n, text in enumerate(record["text"] if texts == "all" else record["text"][:1]):
-            query = text.strip()
-            id = f"reasonseg/{split}/{path.stem}/{n}"
-            entries.append(_Entry(id, query, str(picture), str(path), record["shapes"]))
+            id, picture = f"reasonseg/{split}/{path.stem}/{n}", str(path.with_suffix(".jpg"))
+            entries.append(_Entry(id, text.strip(), picture, str(path), record["shapes"]))
     pictures, annotations = ({p.stem for p in _real(folder, pattern)} for pattern in ("*.jpg", "*.json"))
     if lost := sorted(pictures ^ annotations):
         raise DataError(
@@ -88,23 +79,21 @@ def _load(entry: _Entry) -> Sample:
     # LISA reads pictures with OpenCV, which turns them upright.
     image = read_image(entry.picture, "unpack the data set again", upright=True)
     labels = draw_shapes(entry.shapes, *image.shape[:2], entry.annotation)
-    return Sample(entry.id, image, entry.query, labels == 1, labels == 255, entry.picture)
+    return Sample(entry.id, image, entry.query, labels == OBJECT, labels == IGNORED, entry.picture)
 
 
 def draw_shapes(shapes: list[dict], height: int, width: int, where: str) -> np.ndarray:
-    """u8[height, width]: 1 target, 255 ignored, 0 neither. `where` names the file in a DataError."""
-    drawn = []
-    for number, shape in enumerate(shapes):
-        label = shape["label"].lower()
-        if label == "flag":
-            continue
-        region = _region(shape, height, width, f"{where}, shape {number} ({shape['label']})")
-        drawn.append((region, 255 if "ignore" in label else 1))
+    """u8[height, width] of OBJECT, IGNORED and 0. `where` names the file in a DataError."""
+    drawn = [
+        (_region(shape, height, width, f"{where}, shape {n} ({shape['label']})"), "ignore" in shape["label"].lower())
+        for n, shape in enumerate(shapes)
+        if shape["label"].lower() != "flag"
+    ]
     labels = np.zeros((height, width), np.uint8)
     # numpy's own order among equals, reversed, as LISA has it
     for i in np.argsort([int(region.sum()) for region, _ in drawn])[::-1]:
-        region, value = drawn[int(i)]
-        labels[region] = value
+        region, ignored = drawn[i]
+        labels[region] = IGNORED if ignored else OBJECT
     return labels
 
 
@@ -147,19 +136,17 @@ def _points(points: Any, height: int, width: int, where: str) -> np.ndarray:
 
 def _folder(root: pathlib.Path, split: str) -> pathlib.Path:
     places = [root / below / split for below in ("", "ReasonSeg", "reason_seg/ReasonSeg")]
-    found = next((place for place in places if place.is_dir() and any(place.glob("*.json"))), None)
-    if found is None:
-        there = sorted({p.parent.name for place in places for p in place.parent.glob("*/*.json")})
-        have = f" There are: {', '.join(there)}." if there else ""
-        raise DataError(
-            f"no ReasonSeg split {split!r} under {root}. Expected {places[0]}/<id>.jpg with <id>.json.{have}"
-        )
-    return found
+    for place in places:
+        if any(place.glob("*.json")):
+            return place
+    there = sorted({path.parent.name for place in places for path in place.parent.glob("*/*.json")})
+    have = f" There are: {', '.join(there)}." if there else ""
+    raise DataError(f"no ReasonSeg split {split!r} under {root}. Expected {places[0]}/<id>.jpg with <id>.json.{have}")
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
+    data = read_file(path)
     try:
-        data = path.read_bytes()
         if b"\0" in data[:HEAD]:
             raise ValueError("UTF-16, or no text at all")
         try:
@@ -167,13 +154,10 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         except UnicodeDecodeError:  # some files were written on Windows
             text = data.decode("cp1252")
         record = json.loads(text)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         why = kind_of(data[:HEAD]) or error
         raise DataError(f"{path} is neither UTF-8 nor cp1252 JSON ({why}); unpack the data set again") from None
-    problem = _problem(record)
-    if problem:
+    if problem := _problem(record):
         raise DataError(f"{path}: {problem}; this is not a file of ReasonSeg")
     return record
 
@@ -184,12 +168,10 @@ def _problem(record: Any) -> str | None:
     texts, shapes = record.get("text"), record.get("shapes")
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         return 'text is not a list of sentences, ["…"]'
-    if blank := [n for n, text in enumerate(texts) if not text.strip()]:
-        return f"text is not a list of sentences: number {blank[0] + 1} is blank"
+    if blank := [n for n, text in enumerate(texts, start=1) if not text.strip()]:
+        return f"text is not a list of sentences: number {blank[0]} is blank"
     if not isinstance(shapes, list) or not all(isinstance(s, dict) and isinstance(s.get("label"), str) for s in shapes):
         return "shapes is not a list of labelled polygons"
     if not all("points" in s for s in shapes):
         return "a shape has no points"
-    if not isinstance(record.get("is_sentence"), bool):
-        return "is_sentence is not true or false"
-    return None
+    return None if isinstance(record.get("is_sentence"), bool) else "is_sentence is not true or false"

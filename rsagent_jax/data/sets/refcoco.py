@@ -19,41 +19,31 @@ from typing import Any
 
 import numpy as np
 
-from rsagent_jax.data.sets import unpickle
-from rsagent_jax.data.sets.index import Inputs, SampleIndex, coco_key
+from rsagent_jax.data.sets.index import Entry, Inputs, SampleIndex, coco_key, read_file
+from rsagent_jax.data.sets.unpickle import loads_data
 from rsagent_jax.masks import decode_segmentation
 from rsagent_jax.runtime.image_files import read_image
 from rsagent_jax.types import DataError, Sample
-from sam_bridge.file_kinds import kind_of_file
+from sam_bridge.file_kinds import HEAD, kind_of
 
 IMAGES = pathlib.PurePath("images/mscoco/images/train2014")
 GENERALIZED = "grefcoco"  # several targets, or none
 NO_TARGET = -1  # its ann_id where nothing in the picture is meant
-UNITS = ("sentence", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Picture:
-    path: str
+class _Entry(Entry):
     image_id: int
-    height: int  # as instances.json says; held against the file when it is read
-    width: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    id: str
-    query: str
-    picture: _Picture
+    size: tuple[int, int]  # (h, w) as instances.json says; held against the file when it is read
     targets: tuple[tuple[int, list | dict], ...]  # (annotation id, COCO segmentation); the mask is their union
 
     @property
     def picture_key(self) -> str:
-        return coco_key(self.picture.image_id)
+        return coco_key(self.image_id)
 
     def inputs(self) -> Inputs:
         target = json.dumps([segmentation for _, segmentation in self.targets], sort_keys=True)
-        return Inputs(pathlib.Path(self.picture.path), target.encode())
+        return Inputs(pathlib.Path(self.picture), target.encode())
 
 
 def load_refcoco(
@@ -72,10 +62,7 @@ def load_refcoco(
     normalised `sent` (stripped, lower case). Sample ids read "<dataset>/<split_by>/<split>/<ref_id>/<sent_id>".
     Raises DataError where files are missing or broken, or where the split does not exist.
     """
-    if unit not in UNITS:
-        raise DataError(f"unit must be 'sentence' or 'reference', not {unit!r}")
-    if limit is not None and limit < 1:
-        raise DataError(f"limit must be at least 1 (or None for all samples), not {limit}")
+    check_options(unit, limit)
     root = pathlib.Path(root).expanduser()
     refs_path, instances_path = _check_layout(root, dataset, split_by)
     refs = _select_split(_read_refs(refs_path, several=dataset == GENERALIZED), split, refs_path)
@@ -88,36 +75,43 @@ def load_refcoco(
             break
         # ref["file_name"] carries an annotation suffix and names no file: the picture comes from its image_id.
         where = f"reference {ref['ref_id']} in {refs_path}"
-        picture = _look_up(pictures, ref["image_id"], "image", where, instances_path)
+        picture, size = _look_up(pictures, ref["image_id"], "image", where, instances_path)
         targets = []
         for ann_id in _ann_ids(ref):
-            annotation = _look_up(annotations, ann_id, "annotation", where, instances_path)
-            if annotation["image_id"] != ref["image_id"]:
+            image_id, segmentation = _look_up(annotations, ann_id, "annotation", where, instances_path)
+            if image_id != ref["image_id"]:
                 raise DataError(
                     f"{where} is about image {ref['image_id']}, but its annotation {ann_id} is on image"
-                    f" {annotation['image_id']}: {refs_path.name} and {instances_path.name} are not from one download"
+                    f" {image_id}: {refs_path.name} and {instances_path.name} are not from one download"
                 )
-            targets.append((ann_id, annotation["segmentation"]))
+            targets.append((ann_id, segmentation))
         for sentence in ref["sentences"] if unit == "sentence" else ref["sentences"][:1]:
             query = _text(sentence["raw"]) if raw else _text(sentence["sent"]).lower()
             sample_id = f"{name}/{ref['ref_id']}/{sentence['sent_id']}"
-            entries.append(_Entry(sample_id, query, picture, tuple(targets)))
+            entries.append(_Entry(sample_id, query, picture, ref["image_id"], size, tuple(targets)))
     return SampleIndex(name, entries[:limit], _load)
 
 
+def check_options(unit: str, limit: int | None) -> None:
+    """DataError for what `load_refcoco` does not take."""
+    if unit not in ("sentence", "reference"):
+        raise DataError(f"unit must be 'sentence' or 'reference', not {unit!r}")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit must be at least 1 (or None for all samples), not {limit}")
+
+
 def _load(entry: _Entry) -> Sample:
-    picture = entry.picture
-    image = read_image(picture.path, "unpack all of COCO train2014 (train2014.zip) into its folder")
-    h, w = picture.height, picture.width
+    image = read_image(entry.picture, "unpack all of COCO train2014 (train2014.zip) into its folder")
+    h, w = entry.size
     if image.shape[:2] != (h, w):
         raise DataError(
-            f"{picture.path} is {image.shape[1]} x {image.shape[0]} pixels, but its annotations are drawn for"
+            f"{entry.picture} is {image.shape[1]} x {image.shape[0]} pixels, but its annotations are drawn for"
             f" {w} x {h} (sample {entry.id}): use the original COCO train2014 pictures, not resized or rotated ones"
         )
     mask = np.zeros((h, w), bool)
     for ann_id, segmentation in entry.targets:
         mask |= decode_segmentation(segmentation, h, w, f"annotation {ann_id} (sample {entry.id})")
-    return Sample(id=entry.id, image=image, query=entry.query, gt_mask=mask, path=picture.path)
+    return Sample(id=entry.id, image=image, query=entry.query, gt_mask=mask, path=entry.picture)
 
 
 def _text(text: str) -> str:
@@ -157,7 +151,7 @@ def _check_layout(root: pathlib.Path, dataset: str, split_by: str) -> tuple[path
 
 def _read_refs(path: pathlib.Path, several: bool) -> list[dict]:
     """References as they stand in the file; with `several`, ann_id is a list (gRefCOCO)."""
-    refs = _read_json(path) if path.suffix == ".json" else unpickle.load_data(path)
+    refs = _read_json(path) if path.suffix == ".json" else loads_data(read_file(path), str(path))
     ann_id: Any = (list, tuple) if several else int
     kinds = {"ref_id": int, "ann_id": ann_id, "image_id": int, "split": str, "sentences": list}
     if not isinstance(refs, list) or not refs:
@@ -170,10 +164,10 @@ def _read_refs(path: pathlib.Path, several: bool) -> list[dict]:
         if several and not all(isinstance(a, int) for a in ref["ann_id"]):
             raise DataError(f"{path}: reference {ref['ref_id']} has an ann_id that is no list of numbers")
         for s in ref["sentences"]:
-            if not isinstance(s, dict) or not all(isinstance(s.get(f), str) for f in ("sent", "raw")):
-                raise DataError(f"{path}: reference {ref['ref_id']} has a sentence without 'sent' and 'raw' text")
-            if "sent_id" not in s:
-                raise DataError(f"{path}: reference {ref['ref_id']} has a sentence without 'sent_id'")
+            texts = isinstance(s, dict) and all(isinstance(s.get(field), str) for field in ("sent", "raw"))
+            if not texts or "sent_id" not in s:
+                lacks = "'sent_id'" if texts else "'sent' and 'raw' text"
+                raise DataError(f"{path}: reference {ref['ref_id']} has a sentence without {lacks}")
     return refs
 
 
@@ -193,43 +187,34 @@ def _select_split(refs: list[dict], split: str, path: pathlib.Path) -> list[dict
 
 
 def _read_json(path: pathlib.Path) -> Any:
+    data = read_file(path)
     try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+        return json.loads(data)
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
-        why = kind_of_file(path) or "cut short?"
+        why = kind_of(data[:HEAD]) or "cut short?"
         raise DataError(f"{path} is not valid JSON ({error}): {why} Download it again") from None
 
 
-def _read_instances(path: pathlib.Path, images: pathlib.Path) -> tuple[dict[int, _Picture], dict[int, dict]]:
-    """instances.json -> pictures by image id, annotations by id. Raises DataError."""
+def _read_instances(path: pathlib.Path, images: pathlib.Path) -> tuple[dict[int, tuple], dict[int, tuple]]:
+    """instances.json -> (path, (h, w)) by image id, (image id, segmentation) by annotation id. Raises DataError."""
     instances = _read_json(path)
     try:
         pictures = {
-            image["id"]: _Picture(
-                str(images / image["file_name"]), image["id"], int(image["height"]), int(image["width"])
-            )
-            for image in instances["images"]
+            row["id"]: (str(images / row["file_name"]), (int(row["height"]), int(row["width"])))
+            for row in instances["images"]
         }
-        annotations = {a["id"]: {f: a[f] for f in ("image_id", "segmentation")} for a in instances["annotations"]}
+        annotations = {row["id"]: (row["image_id"], row["segmentation"]) for row in instances["annotations"]}
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is not a COCO instances file: missing or ill-typed {error}") from None
-    for rows in (instances["images"], instances["annotations"]):
-        _refuse_ambiguous(rows, path)
+    for kind, rows in (("picture", instances["images"]), ("annotation", instances["annotations"])):
+        first = {}
+        for number, row in enumerate(rows):
+            if first.setdefault(row["id"], row) != row:  # whole copies do no harm
+                raise DataError(
+                    f"{path}: {kind} id {row['id']} stands twice, the second time in row {number}, for different"
+                    f" {kind}s: give each an id of its own, or take the file from one download"
+                )
     return pictures, annotations
-
-
-def _refuse_ambiguous(rows: list[dict], path: pathlib.Path) -> None:
-    """DataError where two rows share an id and say different things; whole copies do no harm."""
-    first = {}
-    for number, row in enumerate(rows):
-        if first.setdefault(row["id"], row) != row:
-            kind = "annotation" if "segmentation" in row else "picture"
-            raise DataError(
-                f"{path}: {kind} id {row['id']} stands twice, the second time in row {number}, for different"
-                f" {kind}s: give each an id of its own, or take the file from one download"
-            )
 
 
 def _look_up(table: dict, key: int, what: str, where: str, instances_path: pathlib.Path):

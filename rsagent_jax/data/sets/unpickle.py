@@ -8,8 +8,8 @@ says. Here a pickle may build None, bool, int, float, str, bytes, list, tuple, d
 from __future__ import annotations
 
 import io
-import pathlib
 import pickle
+import re
 import struct
 from typing import ClassVar
 
@@ -19,35 +19,25 @@ from rsagent_jax.types import DataError
 from sam_bridge.file_kinds import HEAD, kind_of
 
 # Opcodes that make objects from classes, ask the host program for objects, or reserve memory by a number in the file.
-_REFUSED = {
-    "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID", "BYTEARRAY8", "NEXT_BUFFER",
-    "READONLY_BUFFER",
-}  # fmt: skip
+_REFUSED = "OBJ NEWOBJ NEWOBJ_EX EXT1 EXT2 EXT4 PERSID BINPERSID BYTEARRAY8 NEXT_BUFFER READONLY_BUFFER".split()
 _REFUSED_CODES = {getattr(pickle, name)[0]: name for name in _REFUSED}
-_KEY_TYPES = {str, int, float, bool, bytes, type(None)}
-_DTYPES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 
 
 class _Dtype:
-    """Stands in for numpy.dtype: knows one plain number type and its byte order."""
+    """Stands in for numpy.dtype: one plain number type and its byte order."""
 
     def __init__(self, name: str, *_flags):
-        if name not in _DTYPES:
+        if not re.fullmatch("[biuf][1248]", str(name)):
             raise DataError(f"holds the numpy dtype {name!r}, only plain numbers are read")
         self.name, self.order = name, "<"
 
-    def set_state(self, state: tuple):
+    def __setstate__(self, state: tuple):
         self.order = {"<": "<", ">": ">", "|": "<"}[state[1]]
-
-    def number(self, data: bytes | str) -> bool | int | float:
-        data = data.encode("latin1") if isinstance(data, str) else data  # python 2 wrote bytes as str
-        return np.frombuffer(data, np.dtype(self.order + self.name), count=1)[0].item()
 
 
 def _scalar(dtype: _Dtype, data: bytes | str) -> bool | int | float:
-    if not isinstance(dtype, _Dtype):
-        raise DataError("holds a numpy scalar without a dtype")
-    return dtype.number(data)
+    data = data.encode("latin1") if isinstance(data, str) else data  # python 2 wrote bytes as str
+    return np.frombuffer(data, dtype.order + dtype.name, count=1)[0].item()
 
 
 def _bytes_from_text(text: str, encoding: str) -> bytes:
@@ -56,24 +46,36 @@ def _bytes_from_text(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _hashable(values) -> list:
-    """Sets hold plain values only: hashing a tuple nested through the memo could take for ever."""
-    values = list(values)
-    if not all(type(v) in _KEY_TYPES for v in values):
+class _NoKey:
+    """Hashing a tuple that is nested through the memo, or comparing such frozensets, could take for ever."""
+
+    def __hash__(self):
         raise DataError("holds a dict key or set member that is not a plain value")
-    return values
 
 
-_ALLOWED = {
+class _Tuple(_NoKey, tuple):
+    pass
+
+
+class _Frozenset(_NoKey, frozenset):
+    pass
+
+
+_BUILTINS = {"bytes": lambda: b"", "set": set, "frozenset": _Frozenset}  # protocols below 3 write b"" so
+_ALLOWED = {(module, name): make for module in ("builtins", "__builtin__") for name, make in _BUILTINS.items()} | {
     ("_codecs", "encode"): _bytes_from_text,
     ("numpy", "dtype"): _Dtype,
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy._core.multiarray", "scalar"): _scalar,
 }
-for _module in ("builtins", "__builtin__"):
-    _ALLOWED[_module, "bytes"] = lambda: b""  # how protocols below 3 write b""
-    _ALLOWED[_module, "set"] = lambda values=(): set(_hashable(values))
-    _ALLOWED[_module, "frozenset"] = lambda values=(): frozenset(_hashable(values))
+
+
+def _unhashable(load, kind):
+    def load_unhashable(unpickler):
+        load(unpickler)
+        unpickler.stack[-1] = kind(unpickler.stack[-1])
+
+    return load_unhashable
 
 
 class _DataUnpickler(pickle._Unpickler):
@@ -87,40 +89,15 @@ class _DataUnpickler(pickle._Unpickler):
             raise DataError(f"wants to import {module}.{name}, which plain data never does") from None
 
     def load_build(self):
-        state, instance = self.stack.pop(), self.stack[-1]
-        if not isinstance(instance, _Dtype):
+        if not isinstance(instance := self.stack[-2], _Dtype):
             raise DataError(f"wants to set the state of a {type(instance).__name__}")
-        instance.set_state(state)
+        super().load_build()
 
-    def load_setitem(self):
-        _hashable(self.stack[-2:-1])
-        super().load_setitem()
-
-    def load_setitems(self):
-        _hashable(self.stack[::2])  # the stack above the last mark
-        super().load_setitems()
-
-    def load_dict(self):
-        _hashable(self.stack[::2])
-        super().load_dict()
-
-    def load_additems(self):
-        _hashable(self.stack)
-        super().load_additems()
-
-    def load_frozenset(self):
-        _hashable(self.stack)
-        super().load_frozenset()
-
-    dispatch: ClassVar[dict] = {
-        code: load for code, load in pickle._Unpickler.dispatch.items() if code not in _REFUSED_CODES
-    }
+    dispatch: ClassVar[dict] = {c: load for c, load in pickle._Unpickler.dispatch.items() if c not in _REFUSED_CODES}
     dispatch[pickle.BUILD[0]] = load_build
-    dispatch[pickle.SETITEM[0]] = load_setitem
-    dispatch[pickle.SETITEMS[0]] = load_setitems
-    dispatch[pickle.DICT[0]] = load_dict
-    dispatch[pickle.ADDITEMS[0]] = load_additems
-    dispatch[pickle.FROZENSET[0]] = load_frozenset
+    dispatch[pickle.FROZENSET[0]] = _unhashable(pickle._Unpickler.load_frozenset, _Frozenset)
+    for _code in (pickle.TUPLE[0], pickle.TUPLE1[0], pickle.TUPLE2[0], pickle.TUPLE3[0]):
+        dispatch[_code] = _unhashable(dispatch[_code], _Tuple)
 
 
 def loads_data(data: bytes, source: str) -> object:
@@ -134,20 +111,9 @@ def loads_data(data: bytes, source: str) -> object:
     except Exception as error:  # noqa: BLE001 bytes that are no pickle can raise nearly anything
         if isinstance(error, (EOFError, struct.error)) or "exhausted before end of frame" in str(error):
             raise DataError(f"{source} is cut short: it ends after {len(data)} bytes in mid-record. {again}") from None
-        code = error.args[0] if isinstance(error, KeyError) and error.args else None
-        if code in _REFUSED_CODES:
-            why = f"it uses the pickle instruction {_REFUSED_CODES[code]}, which plain data never does"
-        else:
-            why = f"it starts with {data[:24]!r} ({type(error).__name__})"
+        why = f"it starts with {data[:24]!r} ({type(error).__name__})"
+        if isinstance(error, KeyError) and error.args and error.args[0] in _REFUSED_CODES:
+            why = f"it uses the pickle instruction {_REFUSED_CODES[error.args[0]]}, which plain data never does"
         if kind := kind_of(data[:HEAD]):
             why = f"it starts with {data[:24]!r}, so it is {kind}"
         raise DataError(f"{source} is not a readable pickle: {why}. {again}") from None
-
-
-def load_data(path: pathlib.Path) -> object:
-    """Reads a file with `loads_data`. Raises DataError, also where the file is missing or unreadable."""
-    try:
-        data = pathlib.Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-    return loads_data(data, str(path))

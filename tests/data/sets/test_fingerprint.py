@@ -6,21 +6,15 @@ import pathlib
 import pickle
 import shutil
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from rsagent_jax.config.schema import DataConfig
 from rsagent_jax.data.sets import refcoco
 from rsagent_jax.data.sets.open import open_samples
-from rsagent_jax.types import DataError
+from tests.data.sets.small_sets import picture, square, write_lines, write_reasonseg
+from tests.refusals import refused
 
-TFDS = pathlib.Path(__file__).parents[1] / "golden/ref_coco"
-LINE = {"image": "a.png", "query": "it", "id": "x"}
-
-
-def picture(path, seed, dtype=np.uint8):
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 9, 3)).astype(dtype)).save(path)
+TFDS = pathlib.Path(__file__).parents[2] / "golden/ref_coco"
 
 
 def prints(root, by="content", **more):
@@ -28,29 +22,21 @@ def prints(root, by="content", **more):
     return [samples.fingerprint(i) for i in range(len(samples))]
 
 
-def folder(root, *records, picture_seed=0, mask_seed=1, ignore_seed=2):
-    root.mkdir(exist_ok=True)
-    for name, seed in (("a.png", picture_seed), ("m.png", mask_seed), ("i.png", ignore_seed)):
+def folder(root, *records, seeds=(0, 1, 2)):
+    """`seeds` of the picture, the mask and the ignore mask."""
+    for name, seed in zip(("a.png", "m.png", "i.png"), seeds, strict=True):
         picture(root / name, seed)
-    (root / "train.jsonl").write_text("".join(json.dumps(LINE | r) + "\n" for r in records))
-    return prints(root)
+    return prints(write_lines(root, *({"id": "x"} | record for record in records)))
 
 
 def test_each_ingredient_of_a_folder_changes_it_and_nothing_else_does(tmp_path):
     record = {"mask": "m.png", "ignore": "i.png"}
     (before,) = folder(tmp_path / "one", record)
     assert len(before) == 16 and int(before, 16) >= 0
-    changed = [
-        folder(tmp_path / "2", record, picture_seed=9),
-        folder(tmp_path / "2", record, mask_seed=9),
-        folder(tmp_path / "2", record, ignore_seed=9),
-        folder(tmp_path / "2", record | {"id": "y"}),
-        folder(tmp_path / "2", record | {"query": "that"}),
-        folder(tmp_path / "2", {"mask": "m.png"}),
-        folder(tmp_path / "2", {"mask": None, "ignore": "i.png"}),
-        folder(tmp_path / "2", {"segmentation": [[0, 0, 5, 0, 5, 5]], "ignore": "i.png"}),
-        folder(tmp_path / "2", {"segmentation": [[0, 0, 5, 0, 5, 6]], "ignore": "i.png"}),
-    ]
+    polygons = ({"segmentation": [[0, 0, 5, 0, 5, y]], "ignore": "i.png"} for y in (5, 6))
+    changes = {"id": "y"}, {"query": "that"}, {"ignore": None}, {"mask": None}
+    changed = [folder(tmp_path / "2", record, seeds=seeds) for seeds in ((9, 1, 2), (0, 9, 2), (0, 1, 9))]
+    changed += [folder(tmp_path / "2", other) for other in (*(record | change for change in changes), *polygons)]
     assert len({before, *(only for (only,) in changed)}) == 10
     # another place, another time of change, another sample before it, a field's order: the same sample
     moved = folder(tmp_path / "three", {"mask": None, "id": "other"}, dict(reversed(record.items())))
@@ -68,8 +54,7 @@ def test_pictures_by_content_or_by_stat_masks_always_by_content(tmp_path):
     assert prints(tmp_path / "d", "stat") != [stat] and prints(tmp_path / "d") == [content]
     picture(tmp_path / "d/m.png", 7)
     assert prints(tmp_path / "d") != [content]
-    with pytest.raises(DataError, match="data.fingerprint must be content or stat, not 'md5'"):
-        prints(tmp_path / "d", "md5")
+    refused("data.fingerprint must be content or stat, not 'md5'", prints, tmp_path / "d", "md5")
 
 
 def test_a_missing_file_counts_as_missing(tmp_path):
@@ -82,23 +67,21 @@ def test_a_missing_file_counts_as_missing(tmp_path):
 
 
 def test_reasonseg(tmp_path):
-    (tmp_path / "val").mkdir()
-    picture(tmp_path / "val/a.jpg", 0)
-    shape = {"label": "target", "points": [[1, 1], [5, 1], [5, 5]]}
+    def write(shape=square(1, 1, 3), text=("it", "that"), **more):  # noqa: B008
+        write_reasonseg(tmp_path / "val", "a", shape, text=text, **more)
+        return read()
 
-    def write(**more):
-        record = {"text": ["it", "that"], "is_sentence": True, "shapes": [shape], "version": "5"} | more
-        (tmp_path / "val/a.json").write_text(json.dumps(record))
+    def read():
         return prints(tmp_path, dataset="reasonseg", split="val", texts="all")
 
-    before = write()
+    before = write(version="5")
     assert len(set(before)) == 2 and write(version="6") == before
-    other_text, other_shape = write(text=["it", "those"]), write(shapes=[shape | {"label": "ignore"}])
+    other_text, other_shape = write(text=["it", "those"]), write(square(1, 1, 3, "ignore"))
     assert other_text[0] == before[0] and other_text[1] != before[1]
     assert not set(other_shape) & set(before)
     write()
     picture(tmp_path / "val/a.jpg", 1)
-    assert not set(prints(tmp_path, dataset="reasonseg", split="val", texts="all")) & set(before)
+    assert not set(read()) & set(before)
 
 
 def test_refcoco(copied):

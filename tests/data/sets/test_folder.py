@@ -11,14 +11,17 @@ from PIL import Image
 
 from rsagent_jax.data.sets.folder import load_folder
 from rsagent_jax.types import DataError
+from tests.data.sets.small_sets import picture, write_lines
+from tests.refusals import refused
 
 SHAPE = (20, 30)
+GOOD = {"image": "a.png", "query": " The mug ", "mask": "m.png"}
+FORM = 'the form is one JSON object per line: {"image": "a.jpg"'
 
 
 @pytest.fixture
 def root(tmp_path):
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (*SHAPE, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    picture(tmp_path / "a.png", size=SHAPE[::-1])
     mask = np.zeros(SHAPE, np.uint8)
     mask[2:7, 3:9] = 7  # any value but black
     Image.fromarray(mask).save(tmp_path / "m.png")
@@ -26,17 +29,14 @@ def root(tmp_path):
 
 
 def write(root, *records):
-    (root / "train.jsonl").write_text("\n".join(json.dumps(r) for r in records) + "\n\n")
-    return load_folder(root)
-
-
-LINE = {"image": "a.png", "query": " The mug "}
+    """Of each record the fields that are not `...`."""
+    return load_folder(write_lines(root, *({k: v for k, v in (GOOD | r).items() if v is not ...} for r in records)))
 
 
 def test_every_kind_of_mask(root):
-    rle = {"size": list(SHAPE), "counts": [0, 40, 560]}
-    lines = [{"mask": "m.png"}, {"mask": None}, {"segmentation": [[0, 0, 10, 0, 10, 10, 0, 10]]}, {"segmentation": rle}]
-    samples = write(root, *(LINE | x for x in lines), LINE | {"mask": None, "ignore": "m.png", "id": "mine"})
+    rle, polygon = {"size": list(SHAPE), "counts": [0, 40, 560]}, [[0, 0, 10, 0, 10, 10, 0, 10]]
+    drawn = ({"mask": ..., "segmentation": value} for value in (polygon, rle))
+    samples = write(root, {}, {"mask": None}, *drawn, {"mask": None, "ignore": "m.png", "id": "mine"})
     # 5 rows of 6; nothing; 10 x 10; the first two columns of 20
     assert [s.gt_mask.sum() for s in samples] == [30, 0, 100, 40, 0]
     assert samples[3].gt_mask[:, :2].all() and samples[4].ignore_mask.sum() == 30 and samples[0].ignore_mask is None
@@ -46,39 +46,27 @@ def test_every_kind_of_mask(root):
 
 def test_copies_of_coco_pictures_are_known_as_such(root):
     names = ["COCO_train2014_000000000042.jpg", "000000000042.jpg", "other.jpg"]
-    for name in names:
-        Image.new("RGB", (4, 4)).save(root / name)
-    samples = write(root, *({"image": n, "query": "x", "mask": None} for n in names))
+    samples = write(root, *({"image": name} for name in names))
     assert samples.picture_keys == ["coco/42", "coco/42", str(root / "other.jpg")]
 
 
 def test_all_bad_lines_stand_in_one_message(root):
-    good = json.dumps(LINE | {"mask": None})
-    bad = ["{", "[]", json.dumps({"image": "a.png"}), json.dumps(LINE), json.dumps(LINE | {"mask": 3})]
-    bad += [json.dumps(LINE | {"mask": None, "maks": 1}), json.dumps(LINE | {"segmentation": "x"})]
-    (root / "train.jsonl").write_text("\n".join([good, *bad]))
-    with pytest.raises(DataError) as caught:
-        load_folder(root)
-    text = str(caught.value)
-    assert "7 bad lines" in text and "line 2:" in text and "and 2 more" in text
-    assert "line 4: query must be text" in text and "line 5: there must be either mask or segmentation" in text
+    bad = [{"image": "a.png"}, GOOD | {"segmentation": "x"}, GOOD | {"mask": 3}, GOOD | {"maks": 1}, []]
+    lines = [json.dumps(GOOD), "{", *map(json.dumps, bad), "1"]
+    (root / "train.jsonl").write_text("\n".join(lines))
+    text = refused("7 bad lines", load_folder, root)
+    assert "line 2: not one JSON object" in text and "and 2 more" in text and "line 6: unknown field maks" in text
+    assert "line 3: query must be text" in text and "line 4: there must be either mask or segmentation" in text
     (root / "train.jsonl").write_bytes('{"image": "a.png", "query": "café", "mask": null}'.encode("cp1252"))
-    with pytest.raises(DataError, match=r"line 1: 'utf-8' codec can't decode"):
-        load_folder(root)
-    with pytest.raises(DataError, match=r"cannot read .*val\.jsonl .* has: train\.jsonl"):
-        load_folder(root, "val")
+    refused(r"line 1: 'utf-8' codec can't decode", load_folder, root)
+    refused(r"cannot read .*val\.jsonl .* has: train\.jsonl", load_folder, root, "val")
+    refused(r"data.split is the file's name without .jsonl", load_folder, root, "train.jsonl")
 
 
 def test_ids_must_be_unique(root):
-    with pytest.raises(DataError, match=r"line 2: its id 'x' is that of line 1; .*every id must be unique"):
-        write(root, *[LINE | {"mask": None, "id": "x"}] * 2)
-    with pytest.raises(DataError, match=r"line 2: its id '2' is that of line 1; a line without an id has its number"):
-        write(root, LINE | {"mask": None, "id": 2}, LINE | {"mask": None})
-    assert write(root, *[LINE | {"mask": None, "id": None}] * 2).ids == ["folder/train/1", "folder/train/2"]
-
-
-GOOD = LINE | {"mask": "m.png"}
-FORM = 'the form is one JSON object per line: {"image": "a.jpg"'
+    refused(r"line 2: its id 'x' is that of line 1; .*every id must be unique", write, root, *[{"id": "x"}] * 2)
+    refused(r"line 2: its id '2' is that of line 1; a line without an id has its num", write, root, {"id": 2}, {})
+    assert write(root, *[{"id": None}] * 2).ids == ["folder/train/1", "folder/train/2"]
 
 
 @pytest.mark.parametrize(
@@ -102,8 +90,7 @@ FORM = 'the form is one JSON object per line: {"image": "a.jpg"'
 )
 def test_a_file_that_is_no_json_lines_says_what_it_is(root, data, says):
     (root / "train.jsonl").write_bytes(data.encode() if isinstance(data, str) else data)
-    with pytest.raises(DataError, match=re.escape(says)):
-        load_folder(root)
+    refused(re.escape(says), load_folder, root)
 
 
 @pytest.mark.parametrize(
@@ -116,45 +103,35 @@ def test_a_file_that_is_no_json_lines_says_what_it_is(root, data, says):
         ({"image": "a\0.png"}, "image must be the path of a file"),
         ({"query": " \n"}, "query must be text, not blank"),
         ({"query": "\ud800"}, "query holds half a character"),
-        ({"id": [1]}, "id must be text or a whole number; null, or no id, for the number of the line"),
-        ({"id": float("nan")}, "id must be text or a whole number"),
-        ({"id": True}, "id must be text or a whole number"),
-        ({"id": ""}, "id must be text or a whole number"),
+        *(({"id": bad}, "id must be text or a whole number; null, or no id, for the number of the line")
+          for bad in ([1], float("nan"), True, "")),
+        ({"mask": ...}, "there must be either mask or segmentation"),
         ({"segmentation": []}, "there must be either mask or segmentation"),
-        ({"mask": ..., "segmentation": []}, "segmentation must be polygons [[x1, y1, x2, y2, x3, y3, …], …] in pixels"),
-        ({"mask": ..., "segmentation": {}}, "segmentation must be polygons"),
-        ({"mask": ..., "segmentation": None}, "segmentation must be polygons"),
+        *(({"mask": ..., "segmentation": bad}, "segmentation must be polygons [[x1, y1, x2, y2, x3, y3, …], …] in pix")
+          for bad in ([], {}, None)),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_field_is_named_with_its_line_and_form(root, change, says):
-    record = {key: value for key, value in (GOOD | change).items() if value is not ...}
-    with pytest.raises(DataError, match=f"line 1: {re.escape(says)}"):
-        write(root, record)
+    refused(f"line 1: {re.escape(says)}", write, root, change)
 
 
 def test_lines_may_end_in_any_way(root):
     for end in ("\n", "\r\n", "\r"):
         (root / "train.jsonl").write_bytes(end.join([json.dumps(GOOD), "", json.dumps(GOOD)]).encode())
         assert load_folder(root).ids == ["folder/train/1", "folder/train/3"]
-    with pytest.raises(DataError, match=r"data.split is the file's name without .jsonl"):
-        load_folder(root, "train.jsonl")
 
 
 def test_what_cannot_be_read_names_its_line(root):
-    samples = write(
-        root,
-        {"image": "none.png", "query": "x", "mask": None},
-        LINE | {"mask": "none.png"},
-        LINE | {"mask": "small.png"},
-        LINE | {"segmentation": {"size": [3, 3], "counts": [9]}},
-        LINE | {"mask": "m.png"},
-    )
+    faults = {
+        "none.png is missing": {"image": "none.png"},
+        "no.png is missing": {"mask": "no.png"},
+        "is 5 x 5 pixels, its image .* 30 x 20": {"mask": "small.png"},
+        r"RLE of size \[3, 3\]": {"mask": ..., "segmentation": {"size": [3, 3], "counts": [9]}},
+    }
     Image.new("L", (5, 5)).save(root / "small.png")
-    for i, message in enumerate(
-        ["none.png is missing", "none.png is missing", "is 5 x 5 pixels, its image .* 30 x 20", r"RLE of size \[3, 3\]"]
-    ):
-        with pytest.raises(DataError, match=rf"{message}.*line {i + 1}|line {i + 1}.*{message}"):
-            samples[i]
+    samples = write(root, *faults.values(), {})
+    for i, says in enumerate(faults):
+        refused(rf"{says}.*line {i + 1}|line {i + 1}.*{says}", samples.__getitem__, i)
     assert samples[4].gt_mask.sum() == 30  # the good part is kept
 
 

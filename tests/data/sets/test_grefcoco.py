@@ -5,11 +5,11 @@ import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from rsagent_jax.data.sets import refcoco
-from rsagent_jax.types import DataError
+from tests.data.sets.small_sets import picture
+from tests.refusals import refused
 
 SQUARES = {11: [2, 2, 12, 2, 12, 12, 2, 12], 12: [8, 8, 20, 8, 20, 20, 8, 20], 21: [0, 0, 5, 0, 5, 5, 0, 5]}
 
@@ -26,11 +26,9 @@ REFS = [ref(1, [11, 12]), ref(2, [-1], text="The DOG"), ref(3, [11]), ref(4, [21
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "grefcoco").mkdir()
-    pictures = tmp_path / refcoco.IMAGES
-    pictures.mkdir(parents=True)
-    for i in (1, 2):
-        Image.new("RGB", (30, 24)).save(pictures / f"COCO_train2014_{i:012d}.jpg")
     images = [{"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "height": 24, "width": 30} for i in (1, 2)]
+    for image in images:
+        picture(tmp_path / refcoco.IMAGES / image["file_name"], size=(30, 24))
     annotations = [{"id": k, "image_id": k // 10, "segmentation": [polygon]} for k, polygon in SQUARES.items()]
     (tmp_path / "grefcoco/instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     (tmp_path / "grefcoco/grefs(unc).p").write_bytes(pickle.dumps(REFS, protocol=2))
@@ -72,5 +70,4 @@ def test_the_json_file_is_read_where_there_is_no_pickle(root):
 )
 def test_bad_references_are_named(root, change, message):
     (root / "grefcoco/grefs(unc).p").write_bytes(pickle.dumps([REFS[0] | change, *REFS[1:]], protocol=2))
-    with pytest.raises(DataError, match=message):
-        load(root)
+    refused(message, load, root)

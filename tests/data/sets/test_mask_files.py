@@ -1,7 +1,6 @@
 """Every way to save one mask of 300 pixels: read as 300, or refused with the remedy."""
 
 import io
-import json
 
 import numpy as np
 import pytest
@@ -9,7 +8,8 @@ from PIL import Image
 
 from rsagent_jax.data.sets.folder import load_folder
 from rsagent_jax.data.sets.mask_files import read_mask
-from rsagent_jax.types import DataError
+from tests.data.sets.small_sets import write_lines
+from tests.refusals import refused
 
 H, W = 40, 60
 OBJECT = np.zeros((H, W), bool)
@@ -98,8 +98,7 @@ def test_what_says_300_is_300(picture, kind, options):
     ],
 )
 def test_what_says_two_things_is_refused(picture, kind, says):
-    with pytest.raises(DataError, match=rf"m\.png.*{says}.*; it is named in line 3"):
-        labels(picture, kind)
+    refused(rf"m\.png.*{says}.*; it is named in line 3", labels, picture, kind)
 
 
 def test_a_transparent_background_of_a_palette_is_index_0_and_changes_nothing_else():
@@ -108,12 +107,8 @@ def test_a_transparent_background_of_a_palette_is_index_0_and_changes_nothing_el
     white = [255, 255, 255, 0, 0, 0]  # background white and transparent, object black
     np.testing.assert_array_equal(labels(palette(OBJECT, white), transparency=0), OBJECT)
     np.testing.assert_array_equal(labels(palette(2 - OBJECT, VOC), transparency=2), OBJECT)
-    for picture, clear, says in (
-        (OBJECT + 2 * BORDER, 0, "2 levels or colours"),
-        (OBJECT, 1, "index 1 for what is tra"),
-    ):
-        with pytest.raises(DataError, match=says):
-            labels(palette(picture, VOC), transparency=clear)
+    refused("2 levels or colours", labels, palette(OBJECT + 2 * BORDER, VOC), transparency=0)
+    refused("index 1 for what is transparent", labels, palette(OBJECT, VOC), transparency=1)
 
 
 def test_empty_and_full_masks():
@@ -129,19 +124,16 @@ def test_vocs_border_is_neither_right_nor_wrong(tmp_path):
     picture.save(tmp_path / "m.png")
     Image.fromarray(PHOTO).save(tmp_path / "a.png")
     Image.fromarray(np.broadcast_to(np.arange(W) > 50, (H, W))).save(tmp_path / "i.png")
-    line = {"image": "a.png", "query": "x", "mask": "m.png"}
-    (tmp_path / "train.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line | {"ignore": "i.png"}))
-    first, second = load_folder(tmp_path)
+    first, second = load_folder(write_lines(tmp_path, {"mask": "m.png"}, {"mask": "m.png", "ignore": "i.png"}))
     assert (first.gt_mask == OBJECT).all() and (first.ignore_mask == BORDER).all()
     assert second.ignore_mask.sum() == BORDER.sum() + 9 * H
 
 
 def test_parts_and_broken_files_are_refused():
-    with pytest.raises(DataError, match="holds 2 frames or pages"):
-        labels(grey(255), "TIFF", save_all=True, append_images=[grey(0)])
+    refused("holds 2 frames or pages", labels, grey(255), "TIFF", save_all=True, append_images=[grey(0)])
     for damaged in (b"", b"<html>", b"\x89PNG\r\n\x1a\n"):
-        with pytest.raises(DataError, match=r"m\.png is not a readable picture.*; it is named in line 3"):
-            read_mask(damaged, "m.png", "it is named in line 3")
+        says = r"m\.png is not a readable picture.*; it is named in line 3"
+        refused(says, read_mask, damaged, "m.png", "it is named in line 3")
 
 
 def test_masks_are_turned_upright_with_their_pictures():

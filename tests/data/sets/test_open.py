@@ -1,6 +1,7 @@
 """The seam: every layout by its config, pictures of other sets left out, mixes by weight."""
 
 import collections
+import dataclasses
 import json
 import pathlib
 import pickle
@@ -15,37 +16,19 @@ from PIL import Image
 
 from rsagent_jax import data_check
 from rsagent_jax.config.build import build_config, template
-from rsagent_jax.config.schema import (
-    CollectConfig,
-    DataConfig,
-    EvalConfig,
-    MixPart,
-    TrainConfig,
-)
+from rsagent_jax.config.schema import CollectConfig, DataConfig, EvalConfig, MixPart, TrainConfig
 from rsagent_jax.data.sets.open import Mixture, open_samples
-from rsagent_jax.types import DataError
+from tests.data.sets.small_sets import picture, write_lines, write_reasonseg
+from tests.refusals import refused
 
 ROOT = pathlib.Path(__file__).parents[3]
 TFDS = ROOT / "tests/golden/ref_coco/tfrecord"
 
 
-def reasonseg(root, names):
-    folder = root / "val"
-    folder.mkdir(parents=True)
+def lines(root, names):
     for name in names:
-        Image.new("RGB", (20, 20)).save(folder / f"{name}.jpg")
-        square = {"label": "target", "points": [[2, 2], [8, 2], [8, 8], [2, 8]]}
-        (folder / f"{name}.json").write_text(json.dumps({"text": ["it"], "is_sentence": False, "shapes": [square]}))
-    return root
-
-
-def lines(root, names, split="train"):
-    root.mkdir(exist_ok=True)
-    for name in names:
-        Image.new("RGB", (20, 20)).save(root / name)
-    records = [{"image": n, "query": "it", "mask": None} for n in names]
-    (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
-    return root
+        picture(root / name)
+    return write_lines(root, *({"image": name, "mask": None} for name in names))
 
 
 def test_every_layout_is_opened_by_its_config(dataset, tmp_path):
@@ -53,20 +36,61 @@ def test_every_layout_is_opened_by_its_config(dataset, tmp_path):
     assert open_samples(DataConfig(root=root, split="val", limit=2)).name == "refcocog/umd/val"
     assert len(open_samples(DataConfig(root=root, split="val", limit=2))) == 2
     assert len(open_samples(DataConfig(root=str(TFDS), layout="tfds", split="val", unit="reference"))) == 3
-    path = str(reasonseg(tmp_path / "rs", ["a", "b"]))
-    assert len(open_samples(DataConfig(root=path, dataset="reasonseg", split="val"))) == 2
+    for stem in "ab":
+        write_reasonseg(tmp_path / "rs/val", stem)
+    assert len(open_samples(DataConfig(root=str(tmp_path / "rs"), dataset="reasonseg", split="val"))) == 2
     path = str(lines(tmp_path / "mine", ["a.png"]))
     assert open_samples(DataConfig(root=path, dataset="folder")).ids == ["folder/train/1"]
     for wrong, message in [
-        ({"dataset": "refcocoo"}, "data.dataset must be one of refcoco, "),
+        (
+            {"dataset": "refcocoo"},
+            r"data.dataset must be one of refcoco, .*or module:function .*did you mean refcoco\?",
+        ),
         ({"layout": "tfsd"}, "data.layout must be one of refer, tfds"),
         ({"dataset": "grefcoco", "layout": "tfds"}, "data.layout tfds has no grefcoco"),
         ({"limit": -1}, "data.limit must be at least 0"),
         ({"unit": "image"}, "data.unit must be one of sentence, reference"),
         ({"exclude": ("refcocog/val",)}, "is not of the form refcoco/unc/val"),
     ]:
-        with pytest.raises(DataError, match=message):
-            build_config(CollectConfig, {"processor": "p", "data": {"root": root} | wrong})
+        refused(message, build_config, CollectConfig, {"processor": "p", "data": {"root": root} | wrong})
+
+
+def test_a_loader_of_ones_own_is_that_of_the_recipe(tmp_path):
+    text = (ROOT / "docs/extend.md").read_text().partition("## A dataset\n")[2]
+    (tmp_path / "box_set.py").write_text(text.partition("```python\n")[2].partition("```")[0])
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    (tmp_path / "val.csv").write_text("a.png,2,3,7,5,a box, with a comma\na.png,0,0,1,1,another\n")
+    data = {"root": str(tmp_path), "dataset": f"{tmp_path}/box_set.py:load", "split": "val"}
+    samples = open_samples(build_config(CollectConfig, {"processor": "p", "data": data}).data)
+    assert samples.ids == ["boxes/val/0", "boxes/val/1"] and samples[0].query == "a box, with a comma"
+    assert samples[0].gt_mask.sum() == 5 * 2 and samples[0].gt_mask[3:5, 2:7].all()
+    assert samples.picture_keys == [str(tmp_path / "a.png")] * 2 and samples.fingerprint(0) != samples.fingerprint(1)
+    assert pickle.loads(pickle.dumps(samples))[1].gt_mask.sum() == 1
+    assert len(open_samples(DataConfig(**data, limit=1))) == 1
+    says = r"test\.csv is missing: data\.root must be the folder that holds it"
+    refused(says, open_samples, DataConfig(**data | {"split": "test"}))
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("def load(root, split, limit): return [root]", "returned a list, not a SampleIndex"),
+        ("def load(root, split, limit):\n    return 1 / 0", r"failed: .*own\.py, line 2: ZeroDivisionError: division"),
+        ("def load(root): pass", r"takes \(root\), but is called with .*split='train'"),
+        ("def lod(root, split, limit): pass", "has no 'load'; did you mean 'lod'"),
+    ],
+)
+def test_a_loader_that_does_not_work_is_told_so(tmp_path, code, says):
+    (tmp_path / "own.py").write_text(code)
+    refused(rf"own\.py:load'.*{says}", open_samples, DataConfig(dataset=f"{tmp_path}/own.py:load"))
+
+
+def test_a_loader_gets_the_fields_that_it_names(dataset, tmp_path):
+    code = "from rsagent_jax.data.sets.refcoco import load_refcoco\ndef load(root, split, limit, unit, raw):\n"
+    (tmp_path / "named.py").write_text(code + "    return load_refcoco(root, split=split, unit=unit, raw=raw)\n")
+    own = DataConfig(root=str(dataset), dataset=f"{tmp_path}/named.py:load", unit="reference", raw=True)
+    samples, same = open_samples(own), open_samples(dataclasses.replace(own, dataset="refcocog"))
+    assert samples.ids == same.ids and samples[0].query == same[0].query
 
 
 def test_pictures_of_other_sets_are_left_out_and_counted(copied, tmp_path):
@@ -88,8 +112,8 @@ def test_pictures_of_other_sets_are_left_out_and_counted(copied, tmp_path):
     mine = lines(tmp_path / "mine", [f"{shared[0]['image_id']:012d}.jpg", "other.jpg"])
     config = DataConfig(root=str(mine), dataset="folder", exclude=("refcocog/umd/val",), exclude_root=str(copied))
     assert open_samples(config).ids == ["folder/train/2"]
-    with pytest.raises(DataError, match="nothing of refcocog/umd/val is left"):
-        open_samples(DataConfig(root=str(copied), split="val", exclude=("refcocog/umd/val",)))
+    config = DataConfig(root=str(copied), split="val", exclude=("refcocog/umd/val",))
+    refused("nothing of refcocog/umd/val is left", open_samples, config)
 
 
 def mixed(tmp_path, weights, sizes):
@@ -124,12 +148,10 @@ def test_a_mix_in_a_config_file_is_a_group_by_name(tmp_path):
     assert [(p.name, p.weight, p.data.dataset) for p in data.mix] == [("a", 2.0, "folder"), ("b", 1.0, "folder")]
     assert len(open_samples(data)) == 6
     config.grpo.data.mix.a.weight = -1.0
-    with pytest.raises(DataError, match=r"grpo.data.mix.a.weight must be above 0, got -1.0"):
-        build_config(TrainConfig, config)
+    refused(r"grpo.data.mix.a.weight must be above 0, got -1.0", build_config, TrainConfig, config)
     config.grpo.data.mix.a.weight = 1.0
     config.grpo.data.limit = 3
-    with pytest.raises(DataError, match="data.limit does not reach into a mix"):
-        build_config(TrainConfig, config)
+    refused("data.limit does not reach into a mix", build_config, TrainConfig, config)
 
 
 # ------------------------------------------------------------------------------------------------ data_check
@@ -197,7 +219,6 @@ def test_the_config_file_says_whose_it_is(tmp_path):
         ("collect_quickstart", CollectConfig),
     ]:
         assert data_check.config_class(["x", f"--config={ROOT}/configs/{file}.py"]) is kind
-    with pytest.raises(DataError, match="--config=configs/X.py is required"):
-        data_check.config_class(["x"])
+    refused("--config=configs/X.py is required", data_check.config_class, ["x"])
     shutil.rmtree(tmp_path)
     assert run_check("/nowhere", "/dev/null/x").returncode == 2

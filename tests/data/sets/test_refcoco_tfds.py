@@ -1,5 +1,6 @@
 """The TFDS reader against files and values that tensorflow-datasets itself wrote (tests/golden/make_ref_coco.py)."""
 
+import itertools
 import json
 import pathlib
 import pickle
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from rsagent_jax.data.sets import refcoco_tfds
 from rsagent_jax.data.sets.refcoco_tfds import load_refcoco_tfds
 from rsagent_jax.types import DataError
+from tests.refusals import refused
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden/ref_coco"
+GOLDEN = pathlib.Path(__file__).parents[2] / "golden/ref_coco"
 VERSION = "ref_coco/refcocog_umd/1.1.0"
 NAME = "ref_coco-validation.tfrecord-00000-of-00001"
 
@@ -57,14 +59,13 @@ def copied(tmp_path):
 
 
 def test_what_is_not_there_is_named(copied):
-    with pytest.raises(DataError, match=r"no prepared TFDS ref_coco/refcocoplus_unc under .* tfds build"):
-        load_refcoco_tfds(copied, "refcoco+", "unc")
-    with pytest.raises(DataError, match=r"nothing in split 'train'. It has: validation"):
-        load_refcoco_tfds(copied, split="train")
+    says = r"no prepared TFDS ref_coco/refcocoplus_unc under .* tfds build"
+    refused(says, load_refcoco_tfds, copied, "refcoco+", "unc")
+    refused(r"nothing in split 'train'. It has: validation", load_refcoco_tfds, copied, split="train")
+    refused("unit must be 'sentence' or 'reference', not 'image'", load_refcoco_tfds, copied, unit="image")
     path = copied / VERSION / NAME
     path.rename(path.with_name("ref_coco-validation.tfrecord-00000-of-00002"))
-    with pytest.raises(DataError, match="1 of the 2 files"):
-        load_refcoco_tfds(copied)
+    refused("1 of the 2 files", load_refcoco_tfds, copied)
 
 
 def test_the_newest_version_is_read_and_one_without_masks_refused(copied):
@@ -74,8 +75,9 @@ def test_the_newest_version_is_read_and_one_without_masks_refused(copied):
     path = copied / VERSION / NAME
     data = path.read_bytes()
     path.write_bytes(data.replace(b"objects/mask", b"objects/musk"))
-    with pytest.raises(DataError, match=r"has no masks: this is ref_coco 1\.0\.0"):
-        load_refcoco_tfds(copied)
+    refused(r"has no masks: this is ref_coco 1\.0\.0", load_refcoco_tfds, copied)
+    path.write_bytes(data.replace(b"objects/id", b"objects/ix"))
+    refused(r"has no proper objects/id: this is not a record of TFDS ref_coco", load_refcoco_tfds, copied)
 
 
 @settings(max_examples=40)
@@ -84,11 +86,10 @@ def test_a_file_cut_inside_a_record_is_one_data_error(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("cut") / NAME
     whole = GOLDEN / "tfrecord" / VERSION / NAME
     size = whole.stat().st_size
-    ends = [at for at, _ in refcoco_tfds._records(whole)][1:] + [size]
+    ends = list(itertools.accumulate(16 + len(record) for record in refcoco_tfds._records(whole)))
     path.write_bytes(whole.read_bytes()[: cut % size])
-    hypothesis.assume(cut % size not in ends)  # a file that lacks whole records cannot be told from a short one
-    with pytest.raises(DataError, match="damaged or cut short|cannot read"):
-        list(refcoco_tfds._records(path))
+    hypothesis.assume(cut % size not in ends[:-1])  # a file that lacks whole records cannot be told from a short one
+    refused("damaged or cut short|cannot read", load_refcoco_tfds, path.parent)
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
@@ -104,17 +105,17 @@ def test_a_file_cut_inside_a_record_is_one_data_error(tmp_path_factory, cut):
 def test_a_shard_that_is_none_is_a_fault_by_name(tmp_path, kind, damage, says):
     name = f"ref_coco-validation.{kind}-00000-of-00001"
     (tmp_path / name).write_bytes(damage((GOLDEN / kind / VERSION / name).read_bytes()))
-    with pytest.raises(DataError, match=rf"{re.escape(name)}.*{says}.*; copy it again or prepare the data set again"):
-        load_refcoco_tfds(tmp_path)
+    says = rf"{re.escape(name)}.*{says}.*; copy it again or prepare the data set again"
+    refused(says, load_refcoco_tfds, tmp_path)
 
 
 @settings(max_examples=60)
-@given(st.integers(0, 10**9), st.integers(1, 255))
-def test_a_flipped_byte_is_a_data_error_or_a_readable_sample(tmp_path_factory, where, change):
-    folder = tmp_path_factory.mktemp("flip")
-    data = bytearray((GOLDEN / "tfrecord" / VERSION / NAME).read_bytes())
+@given(st.sampled_from(["tfrecord", "array_record"]), st.integers(0, 10**9), st.integers(1, 255))
+def test_a_flipped_byte_is_a_data_error_or_a_readable_sample(tmp_path_factory, kind, where, change):
+    folder, name = tmp_path_factory.mktemp("flip"), NAME.replace("tfrecord", kind)
+    data = bytearray((GOLDEN / kind / VERSION / name).read_bytes())
     data[where % len(data)] ^= change
-    (folder / NAME).write_bytes(data)
+    (folder / name).write_bytes(data)
     try:
         for sample in load_refcoco_tfds(folder):
             assert sample.gt_mask.shape == sample.image.shape[:2]

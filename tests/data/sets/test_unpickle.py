@@ -1,6 +1,7 @@
 """The unpickler reads what pickle.loads reads, as long as it is data, and runs nothing of anything else."""
 
 import contextlib
+import os
 import pickle
 import time
 
@@ -10,7 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rsagent_jax.data.sets import unpickle
+from rsagent_jax.data.sets.unpickle import loads_data
 from rsagent_jax.types import DataError
+from tests.refusals import refused
 
 QUICK = settings(max_examples=150, deadline=None)
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
@@ -33,19 +36,15 @@ REFS = [
 @QUICK
 @given(data=DATA, protocol=st.integers(0, 5))
 def test_data_reads_as_with_pickle(data, protocol):
-    assert unpickle.loads_data(pickle.dumps(data, protocol), "x") == data
+    assert loads_data(pickle.dumps(data, protocol), "x") == data
 
 
 def test_python2_strings_and_unicode():
     # python2: pickle.dumps({'sent': 'caf\xe9', u'raw': u'\xe9'}, 2)
-    assert unpickle.loads_data(
-        b"\x80\x02}q\x01(U\x04sentq\x02U\x04caf\xe9X\x03\x00\x00\x00rawX\x02\x00\x00\x00\xc3\xa9u.", "x"
-    ) == {
-        "sent": "caf\xe9",
-        "raw": "\xe9",
-    }
+    pickled = b"\x80\x02}q\x01(U\x04sentq\x02U\x04caf\xe9X\x03\x00\x00\x00rawX\x02\x00\x00\x00\xc3\xa9u."
+    assert loads_data(pickled, "x") == {"sent": "caf\xe9", "raw": "\xe9"}
     # protocol 0, python2: {'a': [1L, 'b']}
-    assert unpickle.loads_data(b"(dp0\nS'a'\np1\n(lp2\nL1L\naS'b'\np3\nas.", "x") == {"a": [1, "b"]}
+    assert loads_data(b"(dp0\nS'a'\np1\n(lp2\nL1L\naS'b'\np3\nas.", "x") == {"a": [1, "b"]}
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -53,7 +52,7 @@ def test_python2_strings_and_unicode():
     "value", [np.int64(-5), np.float32(0.5), np.bool_(True), np.uint8(255), np.dtype(">i4").type(9)]
 )
 def test_numpy_scalars_become_numbers(value, protocol):
-    read = unpickle.loads_data(pickle.dumps([value], protocol), "x")
+    read = loads_data(pickle.dumps([value], protocol), "x")
     assert read == [value.item()] and type(read[0]) is type(value.item())
 
 
@@ -66,7 +65,7 @@ def test_numpy_scalars_become_numbers(value, protocol):
 @example(b"\x8a\xff" + b"\xff" * 255 + b".")
 def test_random_bytes_only_ever_raise_dataerror(data):
     try:
-        unpickle.loads_data(data, "x")
+        loads_data(data, "x")
     except DataError as error:
         assert str(error).startswith("x ")
 
@@ -78,17 +77,16 @@ def test_damaged_pickles_only_ever_raise_dataerror(data):
     at = data.draw(st.integers(0, len(whole) - 1))
     damaged = whole[:at] + bytes([data.draw(st.integers(0, 255))]) + whole[at + 1 :]
     with contextlib.suppress(DataError):
-        unpickle.loads_data(damaged, "x")
+        loads_data(damaged, "x")
 
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_every_truncation_is_an_error(protocol):
     whole = pickle.dumps(REFS, protocol)
     for length in range(len(whole)):
-        with pytest.raises(DataError, match=r"x is (cut short|not a readable pickle|refused)"):
-            unpickle.loads_data(whole[:length], "x")
-    with pytest.raises(DataError, match=f"cut short: it ends after {len(whole) // 2} bytes"):
-        unpickle.loads_data(whole[: len(whole) // 2], "x")
+        refused(r"x is (cut short|not a readable pickle|refused)", loads_data, whole[:length], "x")
+    half = len(whole) // 2
+    refused(f"cut short: it ends after {half} bytes", loads_data, whole[:half], "x")
 
 
 class _Runs:
@@ -101,12 +99,9 @@ class _Runs:
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_os_system_is_refused_and_nothing_runs(tmp_path, protocol):
-    import os
-
     witness = tmp_path / "witness"
     data = pickle.dumps([_Runs(os.system, f"touch {witness}")], protocol)
-    with pytest.raises(DataError, match=r"wants to import (posix|os)\.system.*Nothing of it was run"):
-        unpickle.loads_data(data, "refs.p")
+    refused(r"wants to import (posix|os)\.system.*Nothing of it was run", loads_data, data, "refs.p")
     assert not witness.exists()
     pickle.loads(data)  # the attack is real: the ordinary unpickler runs it
     assert witness.exists()
@@ -127,17 +122,17 @@ def test_os_system_is_refused_and_nothing_runs(tmp_path, protocol):
         (b"]}b.", "set the state of a list"),
         (b"c_codecs\nencode\nVx\nVrot13\n\x86R.", "rot13"),
         (b"cnumpy\ndtype\n\x8c\x01O\x85R.", "dtype 'O'"),
+        (b"<!DOCTYPE html><title>404</title>", "so it is an HTML page"),  # what a dead mirror sends
+        (b"", "cut short: it ends after 0 bytes"),
     ],
 )
-def test_refusals_name_what_was_wanted(data, named):
-    with pytest.raises(DataError, match=named):
-        unpickle.loads_data(data, "x")
+def test_refusals_name_what_was_wanted_or_found(data, named):
+    refused(named, loads_data, data, "x")
 
 
 def test_attributes_of_the_allowed_functions_cannot_be_set():
     before = dict(vars(unpickle._bytes_from_text))
-    with pytest.raises(DataError, match="set the state of a function"):
-        unpickle.loads_data(b"c_codecs\nencode\n}S'a'\nNsb.", "x")
+    refused("set the state of a function", loads_data, b"c_codecs\nencode\n}S'a'\nNsb.", "x")
     assert vars(unpickle._bytes_from_text) == before
 
 
@@ -145,19 +140,8 @@ def test_nested_keys_cannot_make_hashing_take_for_ever():
     """t = (t, t) sixty times over is 200 bytes, and hashing it as a key would visit 2^60 leaves."""
     nested = b"\x80\x02N" + b"".join(b"q" + bytes([k]) + b"h" + bytes([k]) + b"\x86" for k in range(60))
     began = time.perf_counter()
-    for data in (b"}" + nested[2:] + b"Ns.", b"\x8f(" + nested[2:] + b"\x90.", b"(" + nested[2:] + b"\x91."):
-        with pytest.raises(DataError, match="not a plain value"):
-            unpickle.loads_data(data, "x")
+    # frozensets compare as slowly
+    frozen = b"}(\x91Ns.", b"\x8f((\x91\x90.", b"c__builtin__\nset\n((\x91l\x85R."
+    for data in (b"}" + nested[2:] + b"Ns.", b"\x8f(" + nested[2:] + b"\x90.", b"(" + nested[2:] + b"\x91.", *frozen):
+        refused("not a plain value", loads_data, data, "x")
     assert time.perf_counter() - began < 1
-
-
-def test_other_files_are_described():
-    with pytest.raises(DataError, match="so it is an HTML page"):  # what a dead mirror sends
-        unpickle.loads_data(b"<!DOCTYPE html><title>404</title>", "x")
-    with pytest.raises(DataError, match="cut short: it ends after 0 bytes"):
-        unpickle.loads_data(b"", "x")
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(DataError, match=r"cannot read .*none\.p: No such file"):
-        unpickle.load_data(tmp_path / "none.p")
