@@ -64,30 +64,26 @@ def thought_of(text: str) -> str:
     return found[1].strip() if found else ""
 
 
-def picture(image: np.ndarray, alt: str):
-    """u8[h, w, 3] as an inline JPEG, brought to a size that can be looked at. Small ones grow by whole factors."""
+def picture(image: np.ndarray) -> str:
+    """u8[h, w, 3] as the data URI of a JPEG of a size that can be looked at. Small ones grow by whole factors."""
     longer = max(image.shape[:2])
     scale = math.ceil(SMALLEST / longer) if longer < SMALLEST else min(1.0, LARGEST / longer)
     size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
     data = io.BytesIO()
     shown = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC if scale != 1 else Image.Resampling.NEAREST)
     shown.save(data, "JPEG", quality=86, subsampling=0)
-    return _inline(data, "image/jpeg", alt, f' width="{size[0]}" height="{size[1]}"')
+    return _data_uri("image/jpeg", data)
 
 
-def _inline(data: io.BytesIO, kind: str, alt: str, size: str = ""):
-    """A markupsafe.Markup: the one kind of text that templates do not escape."""
-    from markupsafe import Markup
-
-    source = f"data:{kind};base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
-    return Markup('<img src="{}" alt="{}"{} loading="lazy">').format(source, alt, Markup(size))
+def _data_uri(kind: str, data: io.BytesIO) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
 
 
 # --- Charts ---
 
 
-def _chart(draw: Callable[[Any], object], alt: str, size: tuple[float, float] = (3.2, 1.9)):
-    """An inline SVG of the axes that `draw` fills; the same bytes for the same figures. `size` in inches."""
+def _chart(draw: Callable[[Any], object], size: tuple[float, float] = (3.2, 1.9)) -> str:
+    """The data URI of an SVG of the axes that `draw` fills; the same bytes for the same figures. `size` in inches."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -99,10 +95,10 @@ def _chart(draw: Callable[[Any], object], alt: str, size: tuple[float, float] = 
         figure = Figure(size, layout="constrained")
         draw(figure.subplots())
         figure.savefig(data, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(data, "image/svg+xml", alt)
+    return _data_uri("image/svg+xml", data)
 
 
-def histogram(values: Sequence[float], bad_below: float, bins: int = 20):
+def histogram(values: Sequence[float], bad_below: float, bins: int = 20) -> str:
     """How many of the values, all in 0..1, fall into each of `bins` equal parts."""
     counts, edges = np.histogram(np.clip(values, 0, 1), bins=bins, range=(0, 1))
 
@@ -113,11 +109,10 @@ def histogram(values: Sequence[float], bad_below: float, bins: int = 20):
         axes.set(xlabel="IoU", ylabel="samples", xlim=(0, 1), ylim=(0, max(1.0, 1.08 * counts.max())))
         axes.yaxis.get_major_locator().set_params(integer=True)
 
-    parts = [f"{a:.2f} to {b:.2f}: {n}" for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
-    return _chart(draw, f"Histogram of IoU. {', '.join(parts)}")
+    return _chart(draw)
 
 
-def line_chart(title: str, x: Sequence[float], y: Sequence[float], y_label: str):
+def line_chart(x: Sequence[float], y: Sequence[float], y_label: str) -> str:
     """One curve by step: pale raw points, and a smooth line over them."""
 
     def draw(axes) -> None:
@@ -126,10 +121,10 @@ def line_chart(title: str, x: Sequence[float], y: Sequence[float], y_label: str)
         axes.set(xlabel="step", ylabel=y_label)
         axes.xaxis.get_major_locator().set_params(integer=True)
 
-    return _chart(draw, f"{title} by step")
+    return _chart(draw)
 
 
-def interval(value: float, low: float, high: float, axis: tuple[float, float]):
+def interval(value: float, low: float, high: float, axis: tuple[float, float]) -> str:
     """A dot with its confidence interval, on an axis that the rows of a table share."""
 
     def draw(axes) -> None:
@@ -138,7 +133,7 @@ def interval(value: float, low: float, high: float, axis: tuple[float, float]):
         axes.plot(value, 0, "o", color=ACCENT, markersize=5)
         axes.axis("off")
 
-    return _chart(draw, f"{value:.3f}, from {low:.3f} to {high:.3f}", (1.7, 0.2))
+    return _chart(draw, (1.7, 0.2))
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:

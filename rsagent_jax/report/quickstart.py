@@ -155,7 +155,7 @@ def summary_page(summary: Summary) -> str:
     )
 
 
-def curves(steps: Sequence[dict[str, Any]]) -> list[tuple[str, str, Any]]:
+def curves(steps: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """(title, smoothed ends, chart) of each metric that was logged, without values that are missing or not finite."""
     parts = {key for step in steps for key in step if key.startswith("reward/")}
     parts = sorted(parts, key=lambda key: (key.count("/"), key))
@@ -170,7 +170,7 @@ def curves(steps: Sequence[dict[str, Any]]) -> list[tuple[str, str, Any]]:
         if points:
             x, y = zip(*points, strict=True)
             line = smoothed(y)
-            charts.append((title, f"{line[0]:.3g} → {line[-1]:.3g}", line_chart(title, x, y, label)))
+            charts.append((title, f"{line[0]:.3g} → {line[-1]:.3g}", line_chart(x, y, label)))
     return charts
 
 

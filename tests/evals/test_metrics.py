@@ -15,9 +15,7 @@ from rsagent_jax.evals.metrics import (
     bootstrap_ci,
     cluster_bootstrap_ci,
     failed,
-    ious,
     merge_totals,
-    paired_bootstrap_ci,
     score,
     summarize_results,
     total_results,
@@ -220,22 +218,3 @@ def test_results_say_what_they_were_resampled_by():
     assert (by_picture["ci_unit"], by_picture["pictures"]) == ("picture", 4)
     alone = summarize_results(results, {}, benchmark="toy")
     assert (alone["ci_unit"], alone["pictures"]) == ("sample", None) and alone["giou"] == by_picture["giou"]
-
-
-def test_pairing_removes_what_the_samples_share():
-    rng = np.random.default_rng(0)
-    hard = rng.uniform(0, 0.8, 200)
-    b = {str(i): x for i, x in enumerate(hard)}
-    a = {key: x + 0.1 + rng.normal(0, 0.01) for key, x in reversed(b.items())}
-    low, high = paired_bootstrap_ci(a, b)
-    # 2 * 1.96 * 0.01 / sqrt(200) = 0.0028 about 0.1, though each mean alone is uncertain by 0.06.
-    assert low < 0.1 < high and high - low == pytest.approx(0.0028, rel=0.25)
-    assert paired_bootstrap_ci(a, a) == (0.0, 0.0)
-    # The order in which samples were evaluated does not matter.
-    assert paired_bootstrap_ci(dict(sorted(a.items())), b) == (low, high)
-
-
-def test_pairing_needs_the_same_samples():
-    a = ious([result("x", 1, 2), result("y", 1, 2)])
-    with pytest.raises(DataError, match=r"1 ids are in one only, such as \['y'\]"):
-        paired_bootstrap_ci(a, {"x": 0.5})

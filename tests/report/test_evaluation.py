@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import time
+import xml.etree.ElementTree as ET
 
 import cv2
 import numpy as np
@@ -22,8 +23,8 @@ from rsagent_jax.agent.tools import render_call
 from rsagent_jax.evals import metrics
 from rsagent_jax.masks import intersection_union
 from rsagent_jax.report import evaluation as report
-from rsagent_jax.report import html as parts
-from rsagent_jax.report import quickstart
+from rsagent_jax.report import page, quickstart
+from rsagent_jax.report.comparison import compare
 from rsagent_jax.types import DataError, Finish, Segment, Status, Zoom
 from sam_bridge.types import FailureKind
 
@@ -131,6 +132,11 @@ class Reader(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
+def content(uri):
+    """What a data URI holds."""
+    return base64.b64decode(uri.partition(",")[2])
+
+
 def check_page(text):
     """Well-formed, on its own, and with no markup but ours. Returns its pictures."""
     found = Reader(text).found
@@ -142,7 +148,17 @@ def check_page(text):
     assert "<script" not in text and "url(" not in text and "&lt;script&gt;" in text
     policy = next(a["content"] for t, a in found if a.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in policy
-    return [Image.open(io.BytesIO(base64.b64decode(a["src"].partition(",")[2]))) for t, a in found if t == "img"]
+    images = [a for t, a in found if t == "img"]
+    charts = [a for a in images if a["src"].startswith("data:image/svg")]
+    assert all(ET.fromstring(content(a["src"])).tag.endswith("svg") and a["alt"] for a in charts)
+    return [Image.open(io.BytesIO(content(a["src"]))) for a in images if a not in charts]
+
+
+def card_page(example, evaluation):
+    """The page of one evaluation with this one example."""
+    evaluation = report.dataclasses.replace(evaluation, examples=(example,))
+    values = {"failed": "", "figures": [], "settings": [], "shown": 1, "good": [example], "bad": []}
+    return page.render_page("evaluation.html", title=EVIL, evaluation=evaluation, results=evaluation.results, **values)
 
 
 # --- One evaluation ---
@@ -160,7 +176,7 @@ def test_page_of_an_evaluation(runs):
     observed = sum(t.observation is not None and t.observation.image is not None for e in evaluation.examples
                    for t in report.replay(e.record).turns)  # fmt: skip
     assert len(pictures) == observed + 2 * len(evaluation.examples)  # and question and answer of each
-    assert all(max(p.size) >= parts.SMALLEST for p in pictures)
+    assert all(max(p.size) >= page.SMALLEST for p in pictures)
 
 
 def test_sections_are_sorted(runs):
@@ -178,7 +194,7 @@ def test_pictures_are_what_the_policy_saw(runs):
     example = next(e for e in evaluation.examples if e.status is Status.FINISHED)
     turn = report.replay(example.record).turns[0]
     seen = Image.fromarray(turn.observation.image)
-    shown = check_page(parts.html_page("x", report.filmstrip(evaluation, example), EVIL))[1]
+    shown = check_page(card_page(example, evaluation))[1]
     assert shown.size == (3 * SIDE, 3 * SIDE)  # a whole factor
     expected = np.asarray(seen.resize(shown.size, Image.Resampling.BICUBIC), float)
     assert np.abs(np.asarray(shown, float) - expected).mean() < 4  # JPEG
@@ -193,9 +209,9 @@ def test_errors_and_failures_are_shown(tmp_path):
     rle = coco.encode(np.asfortranarray(truth.astype(np.uint8)))
     gt = {"size": rle["size"], "counts": rle["counts"].decode()}
     example = report.Example("s", EVIL, 0.0, state.status, (), gt, "image.png", state_to_json(state))
-    evaluation = report.Evaluation(tmp_path, {}, (), (example,))
-    text = report.card(example, [(None, evaluation, example)])
-    check_page(parts.html_page("x", text))
+    row = report.Prediction("s", 0, 1, 0.0, state.status, 3)
+    text = card_page(example, report.Evaluation(tmp_path, {"n": 1, "n_acc": None}, (row,), ()))
+    check_page(text)
     for words in ("malformed, no_call", "refused, unknown_mask", "tool failed, timeout", "1 clipped", "env failed"):
         assert words in text, words
 
@@ -205,14 +221,17 @@ def test_a_trajectory_that_cannot_be_shown_says_why(runs, damage):
     evaluation = report.load_evaluation(runs / "grpo")
     values = {"image": "nowhere/<b>.png", "record": "{}", "gt": {"size": [1, 2]}}
     example = report.dataclasses.replace(evaluation.examples[0], **{damage: values[damage]})
-    text = report.filmstrip(evaluation, example)
-    assert text.startswith('<p class="fault">Cannot be shown: ') and "<b>" not in text
+    text = card_page(example, evaluation)
+    assert '<p class="fault">Cannot be shown: ' in text and "<b>.png" not in text
 
 
 def test_ciou_interval_of_equal_rows_has_no_width():
     row = report.Prediction("a", 30, 40, 0.75, Status.FINISHED, 2)
     for pictures in (None, list("aabbb")):
-        assert report._ciou_ci([row] * 5, pictures) == pytest.approx((0.75, 0.75))
+        rows = [report.dataclasses.replace(row, picture=name) for name in pictures or [""] * 5]
+        figures = {"giou": 0.75, "ciou": 0.75, "giou_ci95": [0.75, 0.75], "mean_turns": 2}
+        shown = report.headline_figures(report.Evaluation(None, figures, tuple(rows), ()))
+        assert shown[1] == ("cIoU", "0.750", "0.750 to 0.750")
 
 
 # --- Three policies ---
@@ -225,8 +244,8 @@ def test_summary(runs, tmp_path, capsys):
     for name, expected in figures.items():
         assert value[name] == {key: expected[key] for key in quickstart.KEYS}
     assert value["gain"] == pytest.approx(figures["grpo"]["giou"] - figures["sft"]["giou"], abs=1e-9)
-    after, before = (report.load_evaluation(runs / name).ious for name in ("grpo", "sft"))
-    assert value["gain_ci95"] == list(metrics.paired_bootstrap_ci(after, before))
+    gain = compare(*(report.load_evaluation(runs / name) for name in ("sft", "grpo")), "after GRPO").giou
+    assert value["gain_ci95"] == list(gain.ci95)
     assert value["gain_ci95"][0] <= value["gain"] <= value["gain_ci95"][1]
     assert 75 <= value["seconds"] < 300
     lines = capsys.readouterr().out.splitlines()
@@ -315,36 +334,30 @@ def test_damaged_files_are_named(tmp_path, file, text, words):
 # --- Parts ---
 
 
-def test_escape():
-    text = parts.tag("p", "<i> &", parts.tag("br"), None, title='a"b', class_="x", hidden=None)
-    assert text == '<p title="a&quot;b" class="x">&lt;i&gt; &amp;<br></p>'
-    assert parts.escape("a\ud800\x00b") == "a\ufffd\ufffdb"
+def test_what_no_page_can_hold_becomes_a_mark(runs):
+    assert "\ufffd &lt;think&gt;" in report.write_evaluation(runs / "base").read_text(encoding="utf-8")
 
 
 def test_smoothing_keeps_a_straight_line_and_halves_noise():
     line = [2.0 * i for i in range(100)]
-    assert parts.smoothed(line)[6:-6] == pytest.approx(line[6:-6])
-    assert parts.smoothed(line)[0] == pytest.approx(np.mean(line[:7]))
+    assert page.smoothed(line)[6:-6] == pytest.approx(line[6:-6])
+    assert page.smoothed(line)[0] == pytest.approx(np.mean(line[:7]))
     noise = np.random.default_rng(0).normal(size=100)
-    assert np.std(parts.smoothed(noise)) < 0.5 * np.std(noise)
-    assert parts.smoothed([1.0, 5.0]) == [1.0, 5.0]
-
-
-def test_ticks_are_round_and_cover():
-    assert parts._ticks(0, 7, whole=True) == [0, 2, 4, 6, 8]
-    assert parts._ticks(0, 1, whole=True) == [0, 1]
-    assert parts._ticks(-0.3, 0.55) == pytest.approx([-0.4, -0.2, 0, 0.2, 0.4, 0.6])
+    assert np.std(page.smoothed(noise)) < 0.5 * np.std(noise)
+    assert page.smoothed([1.0, 5.0]) == pytest.approx([1.0, 5.0])
 
 
 @pytest.mark.parametrize("y", [[0.5], [0.0, 0.0], [1e6, -1e6, 3.0], [1e-9, 2e-9]])
-def test_charts_of_odd_curves_are_drawn(y):
-    text = parts.line_chart("t", list(range(len(y))), y, "step", "y")
-    Reader(text)
-    numbers = [float(v) for v in re.findall(r"-?\d+\.?\d*", "".join(re.findall(r'points="([^"]*)"', text)))]
-    assert len(numbers) == 2 * len(y) and all(0 <= v <= parts._WIDTH for v in numbers)
+def test_charts_of_odd_curves_are_drawn_and_come_out_the_same(y):
+    text = page.line_chart(list(range(len(y))), y, "y")
+    assert text == page.line_chart(list(range(len(y))), y, "y")
+    svg = ET.fromstring(content(text))
+    *_, line = (path for path in svg.findall(".//{*}path") if path.get("clip-path"))
+    points = np.array([float(v) for v in re.findall(r"-?\d+\.?\d*", line.get("d"))]).reshape(-1, 2)
+    assert len(points) == len(y) and (points >= 0).all() and (points <= (230.4, 136.8)).all()  # 3.2 x 1.9 inches
 
 
 def test_histogram_counts():
-    text = parts.histogram([0.0, 0.01, 0.5, 1.0], bins=4)
-    assert re.findall(r"<title>IoU (.*?)</title>", text) == ["0.00 to 0.25: 2", "0.25 to 0.50: 0", "0.50 to 0.75: 1", "0.75 to 1.00: 1"]  # fmt: skip # noqa: E501
-    assert re.findall(r'<rect class="(\w+)"', text) == ["bad", "bad", "good", "good"]
+    svg = content(page.histogram([0.0, 0.01, 0.5, 1.0], bad_below=0.5, bins=4)).decode()
+    assert re.findall(r"font-size: 5px.*>(\d+)</text>", svg) == ["2", "1", "1"]
+    assert re.findall(rf"fill: ({page.BAD}|{page.ACCENT})", svg) == [page.BAD] * 2 + [page.ACCENT] * 2
