@@ -54,6 +54,11 @@ class Summary:
     steps: tuple[dict[str, Any], ...]  # metrics.jsonl
     seconds: float
 
+    @property
+    def absent(self) -> bool:
+        """Whether some samples have no target."""
+        return any("n_acc" in e.results for e in self.evaluations.values())
+
     def to_json(self) -> dict[str, Any]:
         """What summary.json holds."""
         policies = {}
@@ -90,26 +95,20 @@ def _read_steps(path: pathlib.Path) -> tuple[dict[str, Any], ...]:
 
 def terminal(summary: Summary) -> str:
     """An aligned table in plain text."""
-    head, figures = _figures(summary)
-    rows = [["", "gIoU", "95% interval", *head]]
-    for name, evaluation in summary.evaluations.items():
-        r = evaluation.results
-        rows.append([NAMES[name], f"{r['giou']:.3f}", span(r["giou_ci95"]), *figures[name]])
     verdicts = [_verdict("GRPO", "SFT", summary.gain), _verdict("SFT", "base", summary.sft_gain)]
-    return "\n".join([text_table(rows), "", *([ABSENT_NOTE, ""] if "N-acc" in head else []), *verdicts])
+    return "\n".join([text_table(_rows(summary)), "", *([ABSENT_NOTE, ""] if summary.absent else []), *verdicts])
 
 
-def _figures(summary: Summary) -> tuple[list[str], dict[str, list[str]]]:
-    """The columns beside gIoU: their heads, and the cells of each policy. Accuracies only where targets are absent."""
-    absent = any("n_acc" in e.results for e in summary.evaluations.values())
-    head = ["cIoU", *(["N-acc", "T-acc"] if absent else []), "turns", "tool errors", "samples"]
-    cells = {}
+def _rows(summary: Summary) -> list[list[str]]:
+    """The head and a row of each policy. Accuracies only where targets are absent."""
+    accuracies = {"N-acc": "n_acc", "T-acc": "t_acc"} if summary.absent else {}
+    rows = [["", "gIoU", "95% interval", "cIoU", *accuracies, "turns", "tool errors", "samples"]]
     for name, evaluation in summary.evaluations.items():
         r = evaluation.results
-        accuracies = [_percent(r.get("n_acc")), _percent(r.get("t_acc"))] if absent else []
-        rest = [f"{r['mean_turns']:.2f}", _percent(r.get("tool_error_rate")), str(r["n"])]
-        cells[name] = [f"{r['ciou']:.3f}", *accuracies, *rest]
-    return head, cells
+        figures = [f"{r['giou']:.3f}", span(r["giou_ci95"]), f"{r['ciou']:.3f}"]
+        figures += [_percent(r.get(key)) for key in accuracies.values()]
+        rows.append([NAMES[name], *figures, f"{r['mean_turns']:.2f}", _percent(r.get("tool_error_rate")), str(r["n"])])
+    return rows
 
 
 def _verdict(after: str, before: str, gain: GainInterval) -> str:
@@ -132,50 +131,38 @@ def _duration(seconds: float) -> str:
 
 def summary_page(summary: Summary) -> str:
     """The page of the three policies."""
-    grpo = summary.evaluations["grpo"]
+    examples = summary.evaluations["grpo"].examples
     bounds = [e.results["giou_ci95"] for e in summary.evaluations.values()]
-    head, figures = _figures(summary)
-    good, bad = choose(grpo.examples)
     return render_page(
         "quickstart.html",
         title="RSAgent-JAX: base, SFT, GRPO",
         verdict=_verdict("GRPO", "SFT", summary.gain),
         names=NAMES,
-        evaluations=summary.evaluations,
+        summary=summary,
         kept={name: {e.id: e for e in evaluation.examples} for name, evaluation in summary.evaluations.items()},
-        head=head,
-        figures=figures,
+        rows=_rows(summary),
         axis=(min(0.0, *(b[0] for b in bounds)), max(b[1] for b in bounds)),
-        gains={"SFT − base": summary.sft_gain, "GRPO − SFT": summary.gain},
-        note=ABSENT_NOTE if "N-acc" in head else "",
+        absent_note=ABSENT_NOTE,
         took=_duration(summary.seconds),
         curves=curves(summary.steps),
-        sections={"Good: highest": good, "Bad: lowest": bad},
-        settings=setting_rows(grpo.results.get("settings", {})),
+        sections=dict(zip(("Good: highest", "Bad: lowest"), choose(examples), strict=True)),
+        settings=setting_rows(summary.evaluations["grpo"].results.get("settings", {})),
     )
 
 
 def curves(steps: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """(title, smoothed ends, chart) of each metric that was logged, without values that are missing or not finite."""
-    parts = {key for step in steps for key in step if key.startswith("reward/")}
-    parts = sorted(parts, key=lambda key: (key.count("/"), key))
-    wanted = list(_CURVES)
-    wanted[2:2] = [
-        ("grpo", key, ": ".join(key.split("/")[-2:]), "reward")
-        for key in sorted(parts, key=lambda key: (key.count("/"), key))
-    ]
+    parts = sorted({k for step in steps for k in step if k.startswith("reward/")}, key=lambda k: (k.count("/"), k))
+    rewards = [("grpo", key, ": ".join(key.split("/")[-2:]), "reward") for key in parts]
+    wanted = [*_CURVES[:2], *rewards, *_CURVES[2:]]
     charts = []
     for stage, key, title, label in wanted:
-        points = [(s["step"], s[key]) for s in steps if s["stage"] == stage and _finite(s.get(key))]
-        if points:
+        found = [(s["step"], s[key]) for s in steps if s["stage"] == stage and isinstance(s.get(key), int | float)]
+        if points := [(step, value) for step, value in found if math.isfinite(value)]:
             x, y = zip(*points, strict=True)
             line = smoothed(y)
             charts.append((title, f"{line[0]:.3g} → {line[-1]:.3g}", line_chart(x, y, label)))
     return charts
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def choose(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
