@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from rsagent_jax.evals.metrics import cluster_bootstrap_ci
 from rsagent_jax.report.evaluation import Evaluation, Prediction
+from rsagent_jax.runtime.journal import flatten_settings
 from rsagent_jax.types import DataError
 
-DECISIVE = ("benchmark", "settings.metric", "settings.data")  # must agree, or the figures are of different things
+DECISIVE = ("benchmark", "settings.metric.", "settings.data.")  # must agree, or the figures are of different things
+FREE = ("root", "exclude_root", "limit", "unreadable", "fingerprint")  # where data lie, how changes are noticed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,29 +89,19 @@ def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
 
 def check_comparable(evaluations: Sequence[Evaluation]) -> None:
     """DataError where they were counted by different rules."""
-    for other in evaluations[1:]:
-        for key in DECISIVE:
-            mine, theirs = (_at(e.results, key) for e in (evaluations[0], other))
-            if mine != theirs:
-                raise DataError(
-                    f"{evaluations[0].workdir} and {other.workdir} differ in {key}: {_differs(mine, theirs)};"
-                    " such figures cannot be compared. Evaluate both with the same config"
-                )
 
+    def rules(evaluation: Evaluation) -> dict[str, Any]:
+        decisive = (item for item in flatten_settings(evaluation.results).items() if item[0].startswith(DECISIVE))
+        return {key: value for key, value in decisive if key.rpartition(".")[2] not in FREE}
 
-def _at(results: dict, path: str):
-    for key in path.split("."):
-        results = results.get(key) if isinstance(results, dict) else None
-    # where the data lie and how changes are noticed does not matter, which they are does
-    free = ("root", "exclude_root", "limit", "unreadable", "fingerprint")
-    return {k: v for k, v in results.items() if k not in free} if isinstance(results, dict) else results
-
-
-def _differs(a, b) -> str:
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = [k for k in {**a, **b} if a.get(k) != b.get(k)]
-        return "; ".join(f"{k}: {a.get(k)!r} and {b.get(k)!r}" for k in keys)
-    return f"{a!r} and {b!r}"
+    mine = rules(evaluations[0])
+    for other, theirs in ((e, rules(e)) for e in evaluations[1:]):
+        keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+        if differ := "; ".join(f"{key}: {mine.get(key)!r} and {theirs.get(key)!r}" for key in keys):
+            raise DataError(
+                f"{evaluations[0].workdir} and {other.workdir} differ in {differ}; such figures cannot be compared."
+                " Evaluate both with the same config"
+            )
 
 
 def text_table(rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -62,8 +62,7 @@ class Example:
     record: str  # of agent.replay.state_to_json
 
 
-@dataclasses.dataclass(frozen=True)
-class Film:
+class Film(NamedTuple):
     """A trajectory played again, and two pictures u8[h, w, 3] with the ground truth outlined."""
 
     state: EnvState
@@ -120,7 +119,7 @@ def load_evaluation(workdir: str | pathlib.Path) -> Evaluation:
     """Reads the three files, or raises a DataError that names the one that is missing or damaged."""
     workdir = pathlib.Path(workdir)
     made_by = MAKE_EVALUATION.format(workdir)
-    results = _parse(_text(workdir / "results.json", made_by), f"{workdir / 'results.json'}", made_by)
+    _, results = next(read_objects(workdir / "results.json", made_by, lines=False))
     if missing := [key for key in NEEDED if key not in results]:
         raise DataError(f"{workdir / 'results.json'} has no {', '.join(missing)}; make it again: {made_by}")
     predictions = tuple(_read(Prediction, workdir / "predictions.jsonl", made_by))
@@ -129,33 +128,26 @@ def load_evaluation(workdir: str | pathlib.Path) -> Evaluation:
     return Evaluation(workdir, results, predictions, tuple(_read(Example, workdir / "trajectories.jsonl", made_by)))
 
 
-def read_json_lines(path: pathlib.Path, made_by: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, object) of each line of a file; `made_by` is the command that writes it."""
-    for number, line in enumerate(_text(path, made_by).split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield where, _parse(line, where, made_by)
-
-
-def _text(path: pathlib.Path, made_by: str) -> str:
+def read_objects(path: pathlib.Path, made_by: str, lines: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) of each line of a file, or of all of it; `made_by` is the command that writes it."""
     if not path.is_file():
         raise DataError(f"{path} is missing; it is made by: {made_by}")
-    return path.read_text(encoding="utf-8", errors="replace")
-
-
-def _parse(text: str, where: str, made_by: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as e:
-        raise DataError(f"{where}: not JSON ({e}); make it again: {made_by}") from e
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: not a JSON object; make it again: {made_by}")
-    return value
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, part in enumerate(text.split("\n") if lines else [text], start=1):
+        if part.strip() or not lines:
+            where = f"{path}, line {number}" if lines else f"{path}"
+            try:
+                value = json.loads(part)
+            except ValueError as e:
+                raise DataError(f"{where}: not JSON ({e}); make it again: {made_by}") from e
+            if not isinstance(value, dict):
+                raise DataError(f"{where}: not a JSON object; make it again: {made_by}")
+            yield where, value
 
 
 def _read(cls: type, path: pathlib.Path, made_by: str) -> Iterator[Any]:
     """The lines as `cls`; keys that it has no field for are left out."""
-    for where, value in read_json_lines(path, made_by):
+    for where, value in read_objects(path, made_by):
         try:
             known = dataclasses.fields(cls)
             fields = {f.name: value[f.name] for f in known if f.name in value or f.default is dataclasses.MISSING}
@@ -212,9 +204,9 @@ def headline_figures(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     figures = [
         ("gIoU", f"{results['giou']:.3f}", span(results["giou_ci95"])),
         ("cIoU", f"{results['ciou']:.3f}", span(ciou_ci95)),
-        (f"P@{GOOD_IOU}", f"{np.mean(found):.1%}", span(metrics.bootstrap_ci(found, of), percent=True)),
-        ("finished", f"{np.mean(finished):.1%}", span(metrics.bootstrap_ci(finished, of), percent=True)),
-        ("turns", f"{results['mean_turns']:.2f}", span(metrics.bootstrap_ci([p.turns for p in rows], of), digits=2)),
+        (f"P@{GOOD_IOU}", f"{np.mean(found):.1%}", span(metrics.bootstrap_ci(found, of), ".1%")),
+        ("finished", f"{np.mean(finished):.1%}", span(metrics.bootstrap_ci(finished, of), ".1%")),
+        ("turns", f"{results['mean_turns']:.2f}", span(metrics.bootstrap_ci([p.turns for p in rows], of), ".2f")),
     ]
     if results.get("tool_error_rate") is not None:
         figures.append(("tool errors", f"{results['tool_error_rate']:.1%}", "of turns malformed or refused"))

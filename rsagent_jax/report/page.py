@@ -52,9 +52,8 @@ def save_page(text: str, workdir: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def span(bounds: Sequence[float], digits: int = 3, percent: bool = False, sign: bool = False) -> str:
+def span(bounds: Sequence[float], form: str = ".3f") -> str:
     """An interval in words, such as `0.712 to 0.744`."""
-    form = ("+" if sign else "") + (".1%" if percent else f".{digits}f")
     return " to ".join(format(float(v), form) for v in bounds)
 
 

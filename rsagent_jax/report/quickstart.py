@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rsagent_jax.report.comparison import GainInterval, compare, text_table
-from rsagent_jax.report.evaluation import Evaluation, Example, load_evaluation, read_json_lines, setting_rows
+from rsagent_jax.report.evaluation import Evaluation, Example, load_evaluation, read_objects, setting_rows
 from rsagent_jax.report.page import line_chart, render_page, save_page, smoothed, span
 from rsagent_jax.types import DataError
 
@@ -83,7 +83,7 @@ def _read_steps(path: pathlib.Path) -> tuple[dict[str, Any], ...]:
     """The objects in the order of their steps; after a resume the later one of a step stands."""
     made_by = f"python train.py --config=configs/X.py --workdir={path.parent}"
     by_step = {}
-    for where, value in read_json_lines(path, made_by):
+    for where, value in read_objects(path, made_by):
         if not isinstance(value.get("step"), int) or "stage" not in value:
             raise DataError(f"{where}: no step or stage; make it again: {made_by}")
         by_step[value["stage"], value["step"]] = value
@@ -113,7 +113,7 @@ def _rows(summary: Summary) -> list[list[str]]:
 
 def _verdict(after: str, before: str, gain: GainInterval) -> str:
     sure = "clear of zero" if gain.clear else "zero is inside: no difference shown"
-    return f"{after} over {before}: {gain.value:+.3f} gIoU, 95% interval {span(gain.ci95, sign=True)} ({sure})"
+    return f"{after} over {before}: {gain.value:+.3f} gIoU, 95% interval {span(gain.ci95, '+.3f')} ({sure})"
 
 
 def _percent(value: float | None) -> str:

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from agent_fakes import DiscSegmenter, disc, run
 from PIL import Image
-from pycocotools import mask as coco
 
 from rsagent_jax.agent.environment import abort, final_mask
 from rsagent_jax.agent.replay import state_to_json
@@ -27,6 +26,7 @@ from rsagent_jax.report import page, quickstart
 from rsagent_jax.report.comparison import compare
 from rsagent_jax.types import DataError, Finish, Segment, Status, Zoom
 from sam_bridge.types import FailureKind
+from tests.report.written import rle, write_files, write_lines
 
 SIDE = 112
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> \"' </style>"
@@ -55,17 +55,13 @@ def script(truth, skill, rng):
     return [render_call(call, thought) for call in (calls[1:] if skill else calls)]
 
 
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def write_run(workdir, skill, n=12, kept=10, seed=0):
+def write_run(workdir, skill, n=12, kept=10):
     """What evaluate.py leaves behind, with real trajectories of a scripted policy."""
-    workdir.mkdir(parents=True)
-    rng, results, predictions, examples = np.random.default_rng(seed), [], [], []
+    rng, results, examples = np.random.default_rng(0), [], []
     for i in range(n):
         image, truth = scene(i)
         path = workdir.parent / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
         state = run(script(truth, skill, rng), DiscSegmenter(18), image, f"disc {i} {EVIL}", history_size=SIDE)
         state = state if state.status else abort(state, Status.MAX_CONTEXT)
@@ -73,19 +69,11 @@ def write_run(workdir, skill, n=12, kept=10, seed=0):
         errors = sum(turn.error is not None for turn in state.turns)
         result = metrics.SampleResult(f"s{i:02d}", *counts, state.status, len(state.turns), errors)
         results.append(result)
-        row = {"id": result.id, "mask": None, "iou": result.iou, "status": result.status, "turns": result.turns}
-        predictions.append(row | {"intersection": result.intersection, "union": result.union})
-        rle = coco.encode(np.asfortranarray(truth.astype(np.uint8)))
         ious = [a / (b + 1e-5) for a, b in (intersection_union(m.mask, truth, None) for m in state.masks)]
         row = {"id": result.id, "query": state.query, "iou": result.iou, "status": result.status, "ious": ious}
-        gt = {"size": rle["size"], "counts": rle["counts"].decode()}
-        examples.append(row | {"gt": gt, "image": str(path), "record": state_to_json(state, str(path))})
-    figures = metrics.summarize_results(results, {"agent": {"max_turns": 8, "prompt": EVIL}}, benchmark=f"discs {EVIL}")
-    figures |= {"seconds_per_sample": 0.25, "weights_sha256": "abc"}
-    (workdir / "results.json").write_text(json.dumps(figures))
-    write_lines(workdir / "predictions.jsonl", predictions)
-    write_lines(workdir / "trajectories.jsonl", examples[:kept])
-    return workdir
+        examples.append(row | {"gt": rle(truth), "image": str(path), "record": state_to_json(state, str(path))})
+    settings, more = {"agent": {"max_turns": 8, "prompt": EVIL}}, {"seconds_per_sample": 0.25, "weights_sha256": "abc"}
+    return write_files(workdir, results, settings, examples[:kept], benchmark=f"discs {EVIL}", **more)
 
 
 def write_train(workdir):
@@ -206,9 +194,7 @@ def test_errors_and_failures_are_shown(tmp_path):
     state = run(texts, DiscSegmenter(fail=[FailureKind.TIMEOUT]), image, EVIL)
     assert state.status is Status.ENV_FAILED
     Image.fromarray(image).save(tmp_path / "image.png")
-    rle = coco.encode(np.asfortranarray(truth.astype(np.uint8)))
-    gt = {"size": rle["size"], "counts": rle["counts"].decode()}
-    example = report.Example("s", EVIL, 0.0, state.status, (), gt, "image.png", state_to_json(state))
+    example = report.Example("s", EVIL, 0.0, state.status, (), rle(truth), "image.png", state_to_json(state))
     row = report.Prediction("s", 0, 1, 0.0, state.status, 3)
     text = card_page(example, report.Evaluation(tmp_path, {"n": 1, "n_acc": None}, (row,), ()))
     check_page(text)
