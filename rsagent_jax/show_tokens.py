@@ -46,13 +46,11 @@ def shown_pictures(item: Item, processor: Processor) -> list[np.ndarray]:
     """The images as the policy sees them, u8[h, w, 3] each."""
     merge, out, first = processor.images.merge_size, [], 0
     for t, h, w in item.grids:
-        count = t * h * w
-        rows, columns = np.mgrid[:h, :w]
-        # patches lie in merge blocks: block row, block column, row, column
-        order = np.stack([rows, columns], -1).reshape(h // merge, merge, w // merge, merge, 2).transpose(0, 2, 1, 3, 4)
-        segment = np.ones(count, np.int32)
-        out += pictures(item.patches[first : first + count], segment, order.reshape(-1, 2), processor.images)
-        first += count
+        patches = item.patches[first : first + t * h * w]
+        order = np.arange(h * w).reshape(h // merge, merge, w // merge, merge).swapaxes(1, 2)  # merge blocks of patches
+        places = np.stack(np.divmod(order.ravel(), w), -1)
+        out += pictures(patches, np.ones(len(patches), np.int32), places, processor.images)
+        first += len(patches)
     return out
 
 
