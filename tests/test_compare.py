@@ -50,7 +50,7 @@ def test_what_a_convention_drops_is_in_no_figure(tmp_path):
         rows = [row | {"dropped": "empty" * (i >= 10)} for i, row in enumerate(rows)]
         write_lines(workdir / "predictions.jsonl", rows)
         found[name] = compare.load_evaluation(workdir)
-        assert len(found[name].ious) == 10
+        assert len(found[name].counted) == 10
     gap = compare.compare(found["a"], found["b"], "b")
     assert gap.giou.value == pytest.approx(0.1, abs=1e-6) and gap.ciou.value == pytest.approx(0.1, abs=1e-9)
     assert gap.giou.ci95 == pytest.approx((0.1, 0.1), abs=1e-6)

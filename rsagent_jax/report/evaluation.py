@@ -86,10 +86,6 @@ class Evaluation:
         return tuple(p for p in self.predictions if not p.dropped)
 
     @property
-    def ious(self) -> dict[str, float]:
-        return {p.id: p.iou for p in self.counted}
-
-    @property
     def pictures(self) -> dict[str, str] | None:
         """The picture of each id, which intervals are resampled by; None where the files do not name them."""
         return {p.id: p.picture for p in self.predictions} if all(p.picture for p in self.predictions) else None
