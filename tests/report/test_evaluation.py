@@ -1,7 +1,6 @@
 """The pages: figures by hand, pictures that are the policy's own observations, and no markup from a model."""
 
 import base64
-import html.parser
 import io
 import json
 import math
@@ -101,25 +100,6 @@ def arguments(runs, out, **other):
     return [f"--{name}={path}" for name, path in paths.items()] + [f"--started={time.time() - 75}"]
 
 
-class Reader(html.parser.HTMLParser):
-    """Collects elements and attributes, and that every element is closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.found = [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-        if tag not in ("img", "meta", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
 def content(uri):
     """What a data URI holds."""
     return base64.b64decode(uri.partition(",")[2])
@@ -127,12 +107,11 @@ def content(uri):
 
 def check_page(text):
     """Well-formed, on its own, and with no markup but ours. Returns its pictures."""
-    found = Reader(text).found
+    found = [(element.tag, element.attrib) for element in ET.fromstring(text).iter()]
     assert {tag for tag, _ in found}.isdisjoint({"script", "link", "iframe", "b onerror"})
     for _, attributes in found:
         assert not any(name.startswith("on") for name in attributes)
-        for name in ("src", "href"):
-            assert attributes.get(name, "data:").startswith("data:")
+        assert all(attributes.get(name, "data:").startswith("data:") for name in ("src", "href"))
     assert "<script" not in text and "url(" not in text and "&lt;script&gt;" in text
     policy = next(a["content"] for t, a in found if a.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in policy
