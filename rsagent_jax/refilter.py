@@ -18,9 +18,7 @@ from collections.abc import Sequence
 
 from rsagent_jax.collecting import filter
 from rsagent_jax.config.build import build_config, to_dict
-from rsagent_jax.config.schema import (
-    FilterConfig,
-)
+from rsagent_jax.config.schema import FilterConfig
 from rsagent_jax.types import DataError
 
 

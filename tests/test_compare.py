@@ -6,26 +6,18 @@ import numpy as np
 import pytest
 
 from rsagent_jax import compare
-from rsagent_jax.evals.metrics import SampleResult, summarize_results
+from rsagent_jax.evals.metrics import SampleResult
 from rsagent_jax.types import DataError, Status
+from tests.report.written import write_files, write_lines
 
 
 def write(workdir, ious, union=1000, turns=2, sentences=0, **settings):
     """A work directory of evaluate.py with these IoUs; no trajectories but for queries."""
-    workdir.mkdir(parents=True)
     results = [SampleResult(f"s{i}", round(v * union), union, Status.FINISHED, turns, 0) for i, v in enumerate(ious)]
     settings = {"data": {"root": str(workdir), "split": "val"}} | settings
-    (workdir / "results.json").write_text(json.dumps(summarize_results(results, settings, benchmark="toy")))
-    rows = [
-        {"id": r.id, "mask": None, "intersection": r.intersection, "union": r.union, "iou": r.iou, "status": "finished"}
-        | {"turns": r.turns}
-        | ({"picture": f"p{i // sentences}"} if sentences else {})
-        for i, r in enumerate(results)
-    ]
-    (workdir / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     example = {"id": "s0", "query": "the | one\nhere", "iou": 0.0, "status": "finished", "ious": [], "gt": {}}
-    (workdir / "trajectories.jsonl").write_text(json.dumps(example | {"image": "", "record": ""}) + "\n")
-    return workdir
+    pictures = {r.id: f"p{i // sentences}" for i, r in enumerate(results)} if sentences else None
+    return write_files(workdir, results, settings, [example | {"image": "", "record": ""}], pictures)
 
 
 def test_differences_by_hand(tmp_path, capsys):
@@ -56,9 +48,9 @@ def test_what_a_convention_drops_is_in_no_figure(tmp_path):
         workdir = write(tmp_path / name, [iou] * 10 + [0.0] * 10)
         rows = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
         rows = [row | {"dropped": "empty" * (i >= 10)} for i, row in enumerate(rows)]
-        (workdir / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(workdir / "predictions.jsonl", rows)
         found[name] = compare.load_evaluation(workdir)
-        assert len(found[name].ious) == 10
+        assert len(found[name].counted) == 10
     gap = compare.compare(found["a"], found["b"], "b")
     assert gap.giou.value == pytest.approx(0.1, abs=1e-6) and gap.ciou.value == pytest.approx(0.1, abs=1e-9)
     assert gap.giou.ci95 == pytest.approx((0.1, 0.1), abs=1e-6)
@@ -91,13 +83,12 @@ def test_intervals_are_resampled_by_picture_where_the_files_name_them(tmp_path, 
     # three sentences that gain alike are one: sqrt(3) times the width of 120 of their own
     by_sample = compare.compare(unnamed, unnamed, "old"), compare.compare(compare.load_evaluation(old), second, "b")
     assert found.unit == "picture" and by_sample[0].unit == "sample" and by_sample[1].unit == "picture"
-    alone = compare.ciou_difference(first.predictions, second.predictions)
-    assert width(found.ciou) == pytest.approx(3**0.5 * width(alone), rel=0.15)
+    alone = compare.compare(compare.load_evaluation(write(tmp_path / "older", base, union=10**6)), unnamed, "old")
+    assert width(found.ciou) == pytest.approx(3**0.5 * width(alone.ciou), rel=0.15)
     assert width(found.giou) == pytest.approx(2 * 1.96 * gain.std() / 40**0.5, rel=0.15)
     assert compare.main([str(a), str(b)]) == 0
     assert "paired bootstrap over pictures." in capsys.readouterr().out
-    older = write(tmp_path / "older", base, union=10**6)
-    assert compare.main([str(older), str(old)]) == 0
+    assert compare.main([str(tmp_path / "older"), str(old)]) == 0
     assert "over samples for old, whose predictions name no pictures" in capsys.readouterr().out
 
 
@@ -112,8 +103,14 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     a = write(tmp_path / "a", [0.5, 0.6])
     cases = [
         (write(tmp_path / "fewer", [0.5]), "do not cover the same samples: 1 are in one only"),
-        (write(tmp_path / "rules", [0.5, 0.6], metric={"unit": "reference"}), "differ in settings.metric: unit"),
-        (write(tmp_path / "split", [0.5, 0.6], data={"split": "test"}), "differ in settings.data"),
+        (
+            write(tmp_path / "rules", [0.5, 0.6], metric={"unit": "reference"}),
+            "differ in settings.metric.unit: None and 'reference'",
+        ),
+        (
+            write(tmp_path / "split", [0.5, 0.6], data={"split": "test"}),
+            "differ in settings.data.split: 'val' and",
+        ),
         (tmp_path / "none", "results.json is missing"),
         (a, "the same directory is given twice"),
     ]

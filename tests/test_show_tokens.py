@@ -30,7 +30,7 @@ def test_colours_are_the_loss_mask_and_no_token_is_lost(tmp_path, capsys):
     assert show_tokens.main(arguments) == 0
     page = (tmp_path / "a/page.html").read_text()
     item = trajectories.decode_record(trajectories.open_records(directory)[0], small.processor())
-    spans = re.findall(r'<span style="[^"]*" title="(\d+), (\w+)">(.*?)</span>', page, flags=re.DOTALL)
+    spans = re.findall(r'<span class="\w+" title="(\d+), (\w+)">(.*?)</span>', page, flags=re.DOTALL)
     is_image = (item.tokens == small.processor().image_id) & ~item.loss_mask
     assert [int(i) for i, _, _ in spans] == item.tokens[~is_image].tolist()
     assert [kind == "trained" for _, kind, _ in spans] == item.loss_mask[~is_image].tolist()

@@ -7,19 +7,17 @@ import dataclasses
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import (
-    FilterConfig,
-)
+from rsagent_jax.config.schema import FilterConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.npz import pack_record, read_arrays
-from rsagent_jax.report.evaluation import Evaluation, Example, card, save
-from rsagent_jax.report.html import histogram, html_join, html_page, html_table, tag, tiles
+from rsagent_jax.report.evaluation import Evaluation, Example
+from rsagent_jax.report.page import render_page, save_page
 from rsagent_jax.rollout.failures import UNREADABLE
 from rsagent_jax.runtime import journal
 from rsagent_jax.types import DataError, Status
@@ -126,7 +124,7 @@ def write_kept_set(
         dropped = {why: count for why, count in sorted(counts.items()) if why != "kept"}
         means = [float(np.mean([row[key] for row in kept])) if kept else 0.0 for key in ("iou", "turns", "tokens")]
         found = Filtered(len(kept), dropped, *means)
-        save(filter_page(found, kept, shown, rules, described, failed, workdir), out)
+        save_page(filter_page(found, kept, shown, rules, described, failed, workdir), out)
         stamp = {"verdicts": dict(counts), "not_collected": dict(failed), "unreadable": unreadable}
         writer.close(stamp | {"filter": to_dict(rules), "config": described})
     print(f"kept {found.kept} of {found.total} trajectories: mean IoU {found.iou:.3f}, {found.turns:.2f} turns")
@@ -154,7 +152,6 @@ def filter_page(found: Filtered, kept, shown, rules: FilterConfig, settings, fai
     tools: Counter[str] = Counter()
     for row in kept:
         tools.update(row["tools"])
-    turns = Counter(row["turns"] for row in kept)
     figures = [
         ("kept", str(found.kept), f"of {found.total} trajectories"),
         ("IoU", f"{found.iou:.3f}", "mean of the final masks"),
@@ -162,33 +159,24 @@ def filter_page(found: Filtered, kept, shown, rules: FilterConfig, settings, fai
         ("tokens", f"{found.tokens:.0f}", "mean of a whole trajectory"),
         ("trained tokens", str(sum(row["sampled_tokens"] for row in kept)), "in all"),
     ]
-    reasons = [[why, n, f"{n / max(found.total, 1):.1%}"] for why, n in found.dropped.items()]
-    reasons += [[f"not collected: {why}", n, ""] for why, n in failed.items()]
-    return html_page(
-        "Collected trajectories",
-        tiles(figures),
-        tag("h2", "Dropped, by the first reason"),
-        html_table(["reason", "trajectories", "share"], reasons) if reasons else tag("p", "None.", class_="note"),
-        tag("h2", "Kept"),
-        tag("div", histogram([row["iou"] for row in kept], bad_below=rules.min_iou), class_="plot") if kept else None,
-        html_table(["turns", "trajectories"], [[str(n), turns[n]] for n in sorted(turns)]),
-        html_table(["tool", "calls"], [[name, n] for name, n in tools.most_common()]),
-        tag("h2", "Filter and provenance"),
-        html_table(["", ""], [[k, json.dumps(v)] for k, v in {**to_dict(rules), **settings}.items()], text_columns=2),
-        tag("h2", "Some that were kept"),
-        _cards(shown[True], workdir),
-        tag("h2", "Some that were dropped"),
-        _cards(shown[False], workdir),
+    return render_page(
+        "collected.html",
+        title="Collected trajectories",
+        found=found,
+        figures=figures,
+        failed=failed,
+        ious=[row["iou"] for row in kept],
+        turns=sorted(Counter(row["turns"] for row in kept).items()),
+        tools=tools.most_common(),
+        settings=[(key, json.dumps(value)) for key, value in {**to_dict(rules), **settings}.items()],
+        min_iou=rules.min_iou,
+        place=Evaluation(workdir, {}, (), ()),
+        shown={word: [(why, _example(row)) for row, why in shown[word == "kept"]] for word in ("kept", "dropped")},
     )
 
 
-def _cards(rows: Sequence[tuple[dict, str]], workdir: pathlib.Path):
-    place = Evaluation(workdir, {}, (), ())
-    cards = []
-    for row, why in rows:
-        header = trajectories.record_header(base64.b64decode(row["record"]))
-        names = {name: row[name] for name in ("id", "query", "iou", "gt")}
-        picture, status = header["picture"]["path"], Status(row["status"])
-        example = Example(**names, status=status, ious=tuple(row["ious"]), image=picture, record=header["replay"])
-        cards.append(html_join([tag("p", why, class_="note"), card(example, [(None, place, example)])]))
-    return html_join(cards) if cards else tag("p", "None.", class_="note")
+def _example(row: dict[str, Any]) -> Example:
+    header = trajectories.record_header(base64.b64decode(row["record"]))
+    names = {name: row[name] for name in ("id", "query", "iou", "gt")}
+    picture, status = header["picture"]["path"], Status(row["status"])
+    return Example(**names, status=status, ious=tuple(row["ious"]), image=picture, record=header["replay"])

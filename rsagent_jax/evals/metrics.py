@@ -297,30 +297,6 @@ def cluster_bootstrap_ci(
     return float(low), float(high)
 
 
-def paired_bootstrap_ci(
-    a: Mapping[str, float],
-    b: Mapping[str, float],
-    pictures: Mapping[str, str] | None = None,
-    *,
-    n: int = RESAMPLES,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """95% percentile interval of mean(a - b), the two being values by sample id, paired by id.
-
-    `pictures`: the picture of each id; None = every sample is one of its own.
-
-    Raises DataError if the ids differ: an interval over the samples that happen to be in both would flatter one of
-    them.
-    """
-    if a.keys() != b.keys():
-        differ = sorted(a.keys() ^ b.keys())
-        raise DataError(
-            f"the two runs do not cover the same samples: {len(differ)} ids are in one only, such as {differ[:3]}"
-        )
-    of = None if pictures is None else [pictures[key] for key in sorted(a)]
-    return bootstrap_ci([a[key] - b[key] for key in sorted(a)], of, n=n, seed=seed)
-
-
 # --- results.json ---
 
 

@@ -7,44 +7,39 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import re
 import sys
 import textwrap
 
-from PIL import Image, ImageDraw
+import numpy as np
 
-from rsagent_jax.agent.environment import opening_observation, reset
+from rsagent_jax.agent.environment import EnvState, opening_observation, reset
 from rsagent_jax.agent.replay import replay
 from rsagent_jax.agent.tools import call_json
 from rsagent_jax.report.evaluation import load_evaluation
+from rsagent_jax.report.page import thought_of
 from rsagent_jax.types import DataError, Turn
 
-SIDE, TEXT, LINE = 280, 92, 14  # pixels: a picture, the text below it, a line of text
 
+def draw_readme_picture(state: EnvState, path: pathlib.Path) -> None:
+    """`state` is the final one of a trajectory, `path` a PNG file."""
+    from matplotlib.figure import Figure
 
-def draw_readme_picture(state) -> Image.Image:
-    """`state` is the final EnvState of a trajectory."""
     start = reset(state.image, state.query, state.config, state.limits)
     frames = [(opening_observation(start).image, f'"{state.query}"')]
     frames += [(turn.observation.image if turn.observation else None, _caption(turn)) for turn in state.turns]
-    canvas = Image.new("RGB", (len(frames) * (SIDE + 8) - 8, SIDE + TEXT), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, (picture, caption) in enumerate(frames):
-        x = i * (SIDE + 8)
-        if picture is not None:
-            canvas.paste(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, 0))
-        else:
-            draw.rectangle((x, 0, x + SIDE, SIDE), fill="#eeeeee")
-            draw.text((x + SIDE // 2, SIDE // 2), str(state.status), fill="black", anchor="mm", font_size=18)
+    figure = Figure((2.9 * len(frames), 3.8), layout="constrained")
+    for axes, (image, caption) in zip(figure.subplots(1, len(frames), squeeze=False)[0], frames, strict=True):
+        axes.imshow(np.full((1, 1, 3), 238, np.uint8) if image is None else image)
+        if image is None:
+            axes.text(0.5, 0.5, str(state.status), ha="center", va="center", size=14, transform=axes.transAxes)
         lines = [piece for line in caption.splitlines() for piece in textwrap.wrap(line, 44)]
-        for n, line in enumerate(lines):
-            draw.text((x, SIDE + 6 + n * LINE), line, fill="black", font_size=12)
-    return canvas
+        axes.set_xlabel("\n".join(lines), loc="left", size=8, parse_math=False)
+        axes.set(xticks=[], yticks=[])
+    figure.savefig(path, bbox_inches="tight")
 
 
 def _caption(turn: Turn) -> str:
-    thought = re.search(r"<think>(.*?)</think>", turn.text, re.DOTALL)
-    return f"{thought.group(1) if thought else ''}\n{call_json(turn.call) if turn.call else 'malformed'}"
+    return f"{thought_of(turn.text)}\n{call_json(turn.call) if turn.call else 'malformed'}"
 
 
 def main(arguments: list[str]) -> int:
@@ -57,7 +52,7 @@ def main(arguments: list[str]) -> int:
         examples = {example.id: example for example in load_evaluation(options.evaluation).examples}
         if options.id not in examples:
             raise DataError(f"{options.evaluation} has no trajectory of {options.id!r}")
-        draw_readme_picture(replay(examples[options.id].record)).save(options.out)
+        draw_readme_picture(replay(examples[options.id].record), options.out)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

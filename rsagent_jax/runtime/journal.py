@@ -225,19 +225,19 @@ def _check_head(head: dict[str, Any], settings: dict[str, Any] | None, folder: p
             f"{folder} was written by an earlier version, which did not keep what its samples were made of: nobody can"
             f" tell whether they are still the same. {remedy}"
         )
-    there, here = _flat(head["settings"]), _flat(json.loads(json.dumps(settings)))
+    there, here = flatten_settings(head["settings"]), flatten_settings(json.loads(json.dumps(settings)))
     differ = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
     if differ:
         said = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} now" for key in differ)
         raise DataError(f"{folder} holds results of other settings ({said[:600]}). {remedy}")
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """By dotted name."""
     out: dict[str, Any] = {}
     for key, value in settings.items():
         nested = isinstance(value, Mapping) and value
-        out |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        out |= flatten_settings(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return out
 
 

@@ -1,11 +1,11 @@
 """LISA's metrics by hand, failures, exact merging and bootstrap intervals."""
 
 import functools
-import itertools
 import json
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,9 +15,7 @@ from rsagent_jax.evals.metrics import (
     bootstrap_ci,
     cluster_bootstrap_ci,
     failed,
-    ious,
     merge_totals,
-    paired_bootstrap_ci,
     score,
     summarize_results,
     total_results,
@@ -196,30 +194,23 @@ def test_bootstrap_is_seeded_and_has_the_width_of_the_normal_interval():
         bootstrap_ci([])
 
 
-def test_a_picture_comes_into_a_resample_with_all_of_its_sentences():
+@pytest.mark.parametrize("sentences", [1, 3])
+def test_intervals_of_ratios_are_scipys_and_a_picture_comes_with_all_of_its_sentences(sentences):
     rng = np.random.default_rng(0)
-    values, names = rng.random(60), [f"p{i:02d}" for i in range(60)]
-    thrice = [name for name in names for _ in range(3)]
-    # three equal sentences say no more than one
-    assert bootstrap_ci(np.repeat(values, 3), thrice) == pytest.approx(bootstrap_ci(values, names), abs=1e-12)
-    assert bootstrap_ci(values, names) == pytest.approx(bootstrap_ci(values), abs=1e-12)
-    # The standard error of a mean of clusters: sqrt(sum of squared sums of residuals) / N.
-    values = np.repeat(values, 3) + rng.normal(0, 0.1, 180)
-    sums = (values - values.mean()).reshape(60, 3).sum(axis=1)
-    wanted = 2 * 1.96 * np.sqrt((sums**2).sum()) / 180
-    low, high = bootstrap_ci(values, thrice)
-    assert high - low == pytest.approx(wanted, rel=0.1)
-    shuffled = rng.permutation(180)
-    again = bootstrap_ci(values[shuffled], [thrice[i] for i in shuffled])
-    assert again == pytest.approx((low, high), abs=1e-12)
-
-
-def test_a_ratio_of_sums_is_formed_anew_from_each_resample():
-    rows = np.array([[1, 2], [3, 4], [0, 6], [2, 2], [5, 9]], float)
-    draws = [rows[list(d)].sum(axis=0) for d in itertools.product(range(5), repeat=5)]  # every one there is
-    wanted = np.percentile([a / b for a, b in draws], [2.5, 97.5])
-    found = cluster_bootstrap_ci(rows, lambda sums: sums[:, 0] / sums[:, 1], n=20000)
-    assert found == pytest.approx(wanted, abs=0.02)
+    rows = rng.integers(1, 50, (60, 2)).repeat(sentences, axis=0) + rng.random((60 * sentences, 2))
+    names = [f"p{i // sentences:02d}" for i in range(len(rows))]
+    sums = rows.reshape(60, sentences, 2).sum(axis=1)
+    settings = dict(paired=True, n_resamples=4000, method="percentile", rng=1)
+    wanted = scipy.stats.bootstrap(tuple(sums.T), lambda a, b, axis: a.sum(axis) / b.sum(axis), **settings)
+    found = cluster_bootstrap_ci(rows, lambda sums: sums[:, 0] / sums[:, 1], names, n=4000)
+    assert found == pytest.approx(tuple(wanted.confidence_interval), abs=0.02)  # they lie 0.4 apart
+    # three equal sentences say no more than one, and the order does not matter
+    once = bootstrap_ci(sums[:, 0], names[::sentences])
+    assert bootstrap_ci(sums[:, 0].repeat(sentences), names) == pytest.approx(once, abs=1e-12)
+    assert bootstrap_ci(sums[:, 0]) == pytest.approx(once, abs=1e-12)
+    shuffled = rng.permutation(60)
+    again = bootstrap_ci(sums[shuffled, 0], [names[::sentences][i] for i in shuffled])
+    assert again == pytest.approx(once, abs=1e-12)
 
 
 def test_results_say_what_they_were_resampled_by():
@@ -228,22 +219,3 @@ def test_results_say_what_they_were_resampled_by():
     assert (by_picture["ci_unit"], by_picture["pictures"]) == ("picture", 4)
     alone = summarize_results(results, {}, benchmark="toy")
     assert (alone["ci_unit"], alone["pictures"]) == ("sample", None) and alone["giou"] == by_picture["giou"]
-
-
-def test_pairing_removes_what_the_samples_share():
-    rng = np.random.default_rng(0)
-    hard = rng.uniform(0, 0.8, 200)
-    b = {str(i): x for i, x in enumerate(hard)}
-    a = {key: x + 0.1 + rng.normal(0, 0.01) for key, x in reversed(b.items())}
-    low, high = paired_bootstrap_ci(a, b)
-    # 2 * 1.96 * 0.01 / sqrt(200) = 0.0028 about 0.1, though each mean alone is uncertain by 0.06.
-    assert low < 0.1 < high and high - low == pytest.approx(0.0028, rel=0.25)
-    assert paired_bootstrap_ci(a, a) == (0.0, 0.0)
-    # The order in which samples were evaluated does not matter.
-    assert paired_bootstrap_ci(dict(sorted(a.items())), b) == (low, high)
-
-
-def test_pairing_needs_the_same_samples():
-    a = ious([result("x", 1, 2), result("y", 1, 2)])
-    with pytest.raises(DataError, match=r"1 ids are in one only, such as \['y'\]"):
-        paired_bootstrap_ci(a, {"x": 0.5})

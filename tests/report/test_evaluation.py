@@ -1,20 +1,19 @@
 """The pages: figures by hand, pictures that are the policy's own observations, and no markup from a model."""
 
 import base64
-import html.parser
 import io
 import json
 import math
 import re
 import shutil
 import time
+import xml.etree.ElementTree as ET
 
 import cv2
 import numpy as np
 import pytest
 from agent_fakes import DiscSegmenter, disc, run
 from PIL import Image
-from pycocotools import mask as coco
 
 from rsagent_jax.agent.environment import abort, final_mask
 from rsagent_jax.agent.replay import state_to_json
@@ -22,10 +21,11 @@ from rsagent_jax.agent.tools import Finish, Segment, Zoom, render_call
 from rsagent_jax.evals import metrics
 from rsagent_jax.masks import intersection_union
 from rsagent_jax.report import evaluation as report
-from rsagent_jax.report import html as parts
-from rsagent_jax.report import quickstart
+from rsagent_jax.report import page, quickstart
+from rsagent_jax.report.comparison import compare
 from rsagent_jax.types import DataError, Status
 from sam_bridge.types import FailureKind
+from tests.report.written import rle, write_files, write_lines
 
 SIDE = 112
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> \"' </style>"
@@ -54,17 +54,13 @@ def script(truth, skill, rng):
     return [render_call(call, thought) for call in (calls[1:] if skill else calls)]
 
 
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def write_run(workdir, skill, n=12, kept=10, seed=0):
+def write_run(workdir, skill, n=12, kept=10):
     """What evaluate.py leaves behind, with real trajectories of a scripted policy."""
-    workdir.mkdir(parents=True)
-    rng, results, predictions, examples = np.random.default_rng(seed), [], [], []
+    rng, results, examples = np.random.default_rng(0), [], []
     for i in range(n):
         image, truth = scene(i)
         path = workdir.parent / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
         state = run(script(truth, skill, rng), DiscSegmenter(18), image, f"disc {i} {EVIL}", history_size=SIDE)
         state = state if state.status else abort(state, Status.MAX_CONTEXT)
@@ -72,19 +68,11 @@ def write_run(workdir, skill, n=12, kept=10, seed=0):
         errors = sum(turn.error is not None for turn in state.turns)
         result = metrics.SampleResult(f"s{i:02d}", *counts, state.status, len(state.turns), errors)
         results.append(result)
-        row = {"id": result.id, "mask": None, "iou": result.iou, "status": result.status, "turns": result.turns}
-        predictions.append(row | {"intersection": result.intersection, "union": result.union})
-        rle = coco.encode(np.asfortranarray(truth.astype(np.uint8)))
         ious = [a / (b + 1e-5) for a, b in (intersection_union(m.mask, truth, None) for m in state.masks)]
         row = {"id": result.id, "query": state.query, "iou": result.iou, "status": result.status, "ious": ious}
-        gt = {"size": rle["size"], "counts": rle["counts"].decode()}
-        examples.append(row | {"gt": gt, "image": str(path), "record": state_to_json(state, str(path))})
-    figures = metrics.summarize_results(results, {"agent": {"max_turns": 8, "prompt": EVIL}}, benchmark=f"discs {EVIL}")
-    figures |= {"seconds_per_sample": 0.25, "weights_sha256": "abc"}
-    (workdir / "results.json").write_text(json.dumps(figures))
-    write_lines(workdir / "predictions.jsonl", predictions)
-    write_lines(workdir / "trajectories.jsonl", examples[:kept])
-    return workdir
+        examples.append(row | {"gt": rle(truth), "image": str(path), "record": state_to_json(state, str(path))})
+    settings, more = {"agent": {"max_turns": 8, "prompt": EVIL}}, {"seconds_per_sample": 0.25, "weights_sha256": "abc"}
+    return write_files(workdir, results, settings, examples[:kept], benchmark=f"discs {EVIL}", **more)
 
 
 def write_train(workdir):
@@ -112,37 +100,32 @@ def arguments(runs, out, **other):
     return [f"--{name}={path}" for name, path in paths.items()] + [f"--started={time.time() - 75}"]
 
 
-class Reader(html.parser.HTMLParser):
-    """Collects elements and attributes, and that every element is closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.found = [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-        if tag not in ("img", "meta", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+def content(uri):
+    """What a data URI holds."""
+    return base64.b64decode(uri.partition(",")[2])
 
 
 def check_page(text):
     """Well-formed, on its own, and with no markup but ours. Returns its pictures."""
-    found = Reader(text).found
+    found = [(element.tag, element.attrib) for element in ET.fromstring(text).iter()]
     assert {tag for tag, _ in found}.isdisjoint({"script", "link", "iframe", "b onerror"})
     for _, attributes in found:
         assert not any(name.startswith("on") for name in attributes)
-        for name in ("src", "href"):
-            assert attributes.get(name, "data:").startswith("data:")
+        assert all(attributes.get(name, "data:").startswith("data:") for name in ("src", "href"))
     assert "<script" not in text and "url(" not in text and "&lt;script&gt;" in text
     policy = next(a["content"] for t, a in found if a.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in policy
-    return [Image.open(io.BytesIO(base64.b64decode(a["src"].partition(",")[2]))) for t, a in found if t == "img"]
+    images = [a for t, a in found if t == "img"]
+    charts = [a for a in images if a["src"].startswith("data:image/svg")]
+    assert all(ET.fromstring(content(a["src"])).tag.endswith("svg") and a["alt"] for a in charts)
+    return [Image.open(io.BytesIO(content(a["src"]))) for a in images if a not in charts]
+
+
+def card_page(example, evaluation):
+    """The page of one evaluation with this one example."""
+    evaluation = report.dataclasses.replace(evaluation, examples=(example,))
+    values = {"failed": "", "figures": [], "settings": [], "shown": 1, "good": [example], "bad": []}
+    return page.render_page("evaluation.html", title=EVIL, evaluation=evaluation, results=evaluation.results, **values)
 
 
 # --- One evaluation ---
@@ -160,7 +143,7 @@ def test_page_of_an_evaluation(runs):
     observed = sum(t.observation is not None and t.observation.image is not None for e in evaluation.examples
                    for t in report.replay(e.record).turns)  # fmt: skip
     assert len(pictures) == observed + 2 * len(evaluation.examples)  # and question and answer of each
-    assert all(max(p.size) >= parts.SMALLEST for p in pictures)
+    assert all(max(p.size) >= page.SMALLEST for p in pictures)
 
 
 def test_sections_are_sorted(runs):
@@ -178,7 +161,7 @@ def test_pictures_are_what_the_policy_saw(runs):
     example = next(e for e in evaluation.examples if e.status is Status.FINISHED)
     turn = report.replay(example.record).turns[0]
     seen = Image.fromarray(turn.observation.image)
-    shown = check_page(parts.html_page("x", report.filmstrip(evaluation, example), EVIL))[1]
+    shown = check_page(card_page(example, evaluation))[1]
     assert shown.size == (3 * SIDE, 3 * SIDE)  # a whole factor
     expected = np.asarray(seen.resize(shown.size, Image.Resampling.BICUBIC), float)
     assert np.abs(np.asarray(shown, float) - expected).mean() < 4  # JPEG
@@ -190,12 +173,10 @@ def test_errors_and_failures_are_shown(tmp_path):
     state = run(texts, DiscSegmenter(fail=[FailureKind.TIMEOUT]), image, EVIL)
     assert state.status is Status.ENV_FAILED
     Image.fromarray(image).save(tmp_path / "image.png")
-    rle = coco.encode(np.asfortranarray(truth.astype(np.uint8)))
-    gt = {"size": rle["size"], "counts": rle["counts"].decode()}
-    example = report.Example("s", EVIL, 0.0, state.status, (), gt, "image.png", state_to_json(state))
-    evaluation = report.Evaluation(tmp_path, {}, (), (example,))
-    text = report.card(example, [(None, evaluation, example)])
-    check_page(parts.html_page("x", text))
+    example = report.Example("s", EVIL, 0.0, state.status, (), rle(truth), "image.png", state_to_json(state))
+    row = report.Prediction("s", 0, 1, 0.0, state.status, 3)
+    text = card_page(example, report.Evaluation(tmp_path, {"n": 1, "n_acc": None}, (row,), ()))
+    check_page(text)
     for words in ("malformed, no_call", "refused, unknown_mask", "tool failed, timeout", "1 clipped", "env failed"):
         assert words in text, words
 
@@ -205,14 +186,17 @@ def test_a_trajectory_that_cannot_be_shown_says_why(runs, damage):
     evaluation = report.load_evaluation(runs / "grpo")
     values = {"image": "nowhere/<b>.png", "record": "{}", "gt": {"size": [1, 2]}}
     example = report.dataclasses.replace(evaluation.examples[0], **{damage: values[damage]})
-    text = report.filmstrip(evaluation, example)
-    assert text.startswith('<p class="fault">Cannot be shown: ') and "<b>" not in text
+    text = card_page(example, evaluation)
+    assert '<p class="fault">Cannot be shown: ' in text and "<b>.png" not in text
 
 
 def test_ciou_interval_of_equal_rows_has_no_width():
     row = report.Prediction("a", 30, 40, 0.75, Status.FINISHED, 2)
     for pictures in (None, list("aabbb")):
-        assert report._ciou_ci([row] * 5, pictures) == pytest.approx((0.75, 0.75))
+        rows = [report.dataclasses.replace(row, picture=name) for name in pictures or [""] * 5]
+        figures = {"giou": 0.75, "ciou": 0.75, "giou_ci95": [0.75, 0.75], "mean_turns": 2}
+        shown = report.headline_figures(report.Evaluation(None, figures, tuple(rows), ()))
+        assert shown[1] == ("cIoU", "0.750", "0.750 to 0.750")
 
 
 # --- Three policies ---
@@ -225,8 +209,8 @@ def test_summary(runs, tmp_path, capsys):
     for name, expected in figures.items():
         assert value[name] == {key: expected[key] for key in quickstart.KEYS}
     assert value["gain"] == pytest.approx(figures["grpo"]["giou"] - figures["sft"]["giou"], abs=1e-9)
-    after, before = (report.load_evaluation(runs / name).ious for name in ("grpo", "sft"))
-    assert value["gain_ci95"] == list(metrics.paired_bootstrap_ci(after, before))
+    gain = compare(*(report.load_evaluation(runs / name) for name in ("sft", "grpo")), "after GRPO").giou
+    assert value["gain_ci95"] == list(gain.ci95)
     assert value["gain_ci95"][0] <= value["gain"] <= value["gain_ci95"][1]
     assert 75 <= value["seconds"] < 300
     lines = capsys.readouterr().out.splitlines()
@@ -315,36 +299,30 @@ def test_damaged_files_are_named(tmp_path, file, text, words):
 # --- Parts ---
 
 
-def test_escape():
-    text = parts.tag("p", "<i> &", parts.tag("br"), None, title='a"b', class_="x", hidden=None)
-    assert text == '<p title="a&quot;b" class="x">&lt;i&gt; &amp;<br></p>'
-    assert parts.escape("a\ud800\x00b") == "a\ufffd\ufffdb"
+def test_what_no_page_can_hold_becomes_a_mark(runs):
+    assert "\ufffd &lt;think&gt;" in report.write_evaluation(runs / "base").read_text(encoding="utf-8")
 
 
 def test_smoothing_keeps_a_straight_line_and_halves_noise():
     line = [2.0 * i for i in range(100)]
-    assert parts.smoothed(line)[6:-6] == pytest.approx(line[6:-6])
-    assert parts.smoothed(line)[0] == pytest.approx(np.mean(line[:7]))
+    assert page.smoothed(line)[6:-6] == pytest.approx(line[6:-6])
+    assert page.smoothed(line)[0] == pytest.approx(np.mean(line[:7]))
     noise = np.random.default_rng(0).normal(size=100)
-    assert np.std(parts.smoothed(noise)) < 0.5 * np.std(noise)
-    assert parts.smoothed([1.0, 5.0]) == [1.0, 5.0]
-
-
-def test_ticks_are_round_and_cover():
-    assert parts._ticks(0, 7, whole=True) == [0, 2, 4, 6, 8]
-    assert parts._ticks(0, 1, whole=True) == [0, 1]
-    assert parts._ticks(-0.3, 0.55) == pytest.approx([-0.4, -0.2, 0, 0.2, 0.4, 0.6])
+    assert np.std(page.smoothed(noise)) < 0.5 * np.std(noise)
+    assert page.smoothed([1.0, 5.0]) == pytest.approx([1.0, 5.0])
 
 
 @pytest.mark.parametrize("y", [[0.5], [0.0, 0.0], [1e6, -1e6, 3.0], [1e-9, 2e-9]])
-def test_charts_of_odd_curves_are_drawn(y):
-    text = parts.line_chart("t", list(range(len(y))), y, "step", "y")
-    Reader(text)
-    numbers = [float(v) for v in re.findall(r"-?\d+\.?\d*", "".join(re.findall(r'points="([^"]*)"', text)))]
-    assert len(numbers) == 2 * len(y) and all(0 <= v <= parts._WIDTH for v in numbers)
+def test_charts_of_odd_curves_are_drawn_and_come_out_the_same(y):
+    text = page.line_chart(list(range(len(y))), y, "y")
+    assert text == page.line_chart(list(range(len(y))), y, "y")
+    svg = ET.fromstring(content(text))
+    *_, line = (path for path in svg.findall(".//{*}path") if path.get("clip-path"))
+    points = np.array([float(v) for v in re.findall(r"-?\d+\.?\d*", line.get("d"))]).reshape(-1, 2)
+    assert len(points) == len(y) and (points >= 0).all() and (points <= (230.4, 136.8)).all()  # 3.2 x 1.9 inches
 
 
 def test_histogram_counts():
-    text = parts.histogram([0.0, 0.01, 0.5, 1.0], bins=4)
-    assert re.findall(r"<title>IoU (.*?)</title>", text) == ["0.00 to 0.25: 2", "0.25 to 0.50: 0", "0.50 to 0.75: 1", "0.75 to 1.00: 1"]  # fmt: skip # noqa: E501
-    assert re.findall(r'<rect class="(\w+)"', text) == ["bad", "bad", "good", "good"]
+    svg = content(page.histogram([0.0, 0.01, 0.5, 1.0], bad_below=0.5, bins=4)).decode()
+    assert re.findall(r"font-size: 5px.*>(\d+)</text>", svg) == ["2", "1", "1"]
+    assert re.findall(rf"fill: ({page.BAD}|{page.ACCENT})", svg) == [page.BAD] * 2 + [page.ACCENT] * 2

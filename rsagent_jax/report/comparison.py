@@ -1,0 +1,112 @@
+"""Evaluations of the same samples held against each other: paired differences with intervals.
+
+A paired interval is of the difference on the same sample, so it is narrower than the two policies' own intervals
+suggest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rsagent_jax.evals.metrics import cluster_bootstrap_ci
+from rsagent_jax.report.evaluation import Evaluation, Prediction
+from rsagent_jax.runtime.journal import flatten_settings
+from rsagent_jax.types import DataError
+
+DECISIVE = ("benchmark", "settings.metric.", "settings.data.")  # must agree, or the figures are of different things
+FREE = ("root", "exclude_root", "limit", "unreadable", "fingerprint")  # where data lie, how changes are noticed
+
+
+@dataclasses.dataclass(frozen=True)
+class GainInterval:
+    """`b` minus `a`, with its 95% interval over resampled pictures."""
+
+    value: float
+    ci95: tuple[float, float]
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3f} [{self.ci95[0]:+.3f}, {self.ci95[1]:+.3f}]"
+
+    @property
+    def clear(self) -> bool:
+        return self.ci95[0] > 0 or self.ci95[1] < 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One evaluation against the first."""
+
+    name: str
+    giou: GainInterval
+    ciou: GainInterval
+    turns: GainInterval
+    better: int  # samples with a higher IoU, a lower one, the same
+    worse: int
+    same: int
+    samples: tuple[tuple[str, float, float], ...]  # (id, IoU there, IoU here), largest difference first
+    unit: str  # what the intervals are resampled by: picture, or sample where the files name no pictures
+
+
+def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
+    """DataError if the two are not of the same samples."""
+    first, second = ({p.id: p for p in e.predictions} for e in (a, b))
+    if lost := sorted(first.keys() ^ second.keys()):
+        raise DataError(
+            f"{a.workdir} and {b.workdir} do not cover the same samples: {len(lost)} are in one only, such as"
+            f" {lost[:3]}; evaluate both with the same config.data"
+        )
+    pairs = [(first[i], second[i]) for i in sorted(first)]
+    named = a.pictures or b.pictures
+    pictures = named and [named[p.id] for p, _ in pairs]
+
+    def difference(parts: Callable[[Prediction], tuple[float, float]]) -> GainInterval:
+        """Of two ratios of sums of `parts` (numerator, denominator), both formed anew from each resample."""
+        rows = np.array([[*parts(p), *parts(q)] for p, q in pairs], np.float64)
+
+        def gap(sums: np.ndarray) -> np.ndarray:
+            i, u, j, v = sums.T
+            return j / np.maximum(v, 1) - i / np.maximum(u, 1)
+
+        return GainInterval(float(gap(rows.sum(axis=0, keepdims=True))[0]), cluster_bootstrap_ci(rows, gap, pictures))
+
+    gaps = np.array([q.iou - p.iou for p, q in pairs])
+    order = sorted(pairs, key=lambda pair: (-abs(pair[1].iou - pair[0].iou), pair[0].id))
+    return Comparison(
+        name,
+        # of what either run's convention counts, which need not be the same samples
+        difference(lambda p: (0, 0) if p.dropped else (p.iou, 1)),
+        difference(lambda p: (0, 0) if p.dropped else (p.intersection, p.union)),
+        difference(lambda p: (p.turns, 1)),
+        *(int(n) for n in ((gaps > 0).sum(), (gaps < 0).sum(), (gaps == 0).sum())),
+        tuple((p.id, p.iou, q.iou) for p, q in order),
+        "picture" if pictures else "sample",
+    )
+
+
+def check_comparable(evaluations: Sequence[Evaluation]) -> None:
+    """DataError where they were counted by different rules."""
+
+    def rules(evaluation: Evaluation) -> dict[str, Any]:
+        decisive = (item for item in flatten_settings(evaluation.results).items() if item[0].startswith(DECISIVE))
+        return {key: value for key, value in decisive if key.rpartition(".")[2] not in FREE}
+
+    mine = rules(evaluations[0])
+    for other, theirs in ((e, rules(e)) for e in evaluations[1:]):
+        keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+        if differ := "; ".join(f"{key}: {mine.get(key)!r} and {theirs.get(key)!r}" for key in keys):
+            raise DataError(
+                f"{evaluations[0].workdir} and {other.workdir} differ in {differ}; such figures cannot be compared."
+                " Evaluate both with the same config"
+            )
+
+
+def text_table(rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """Aligned for a terminal; the first row is the head, the first `text_columns` columns are words, not numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust if i < text_columns else str.rjust for i in range(len(widths))]
+    lines = ["  ".join(side(*cell) for side, *cell in zip(sides, row, widths, strict=True)) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,141 @@
+"""Pages for people: jinja2 templates, pictures and charts, all inside one file that needs no network.
+
+Templates escape whatever they are given, so a string of a model or of a data set cannot become markup, whatever it
+says. The page also forbids the browser scripts and outside resources.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rsagent_jax.agent.tools import call_json
+
+SMALLEST, LARGEST = 320, 640  # longer side of a picture on the page, pixels
+GOOD_IOU = 0.5  # from here on a mask counts as found: the usual threshold of P@0.5
+ACCENT, BAD, GREY = "#3f7fe8", "#d0453b", "#80868f"  # of charts; readable on a light page and on a dark one
+
+
+def render_page(template: str, **values: Any) -> str:
+    """The page that a file of report/templates makes of `values`; a name that it is not given raises.
+
+    Characters that no UTF-8 page can hold become a replacement mark.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rsagent_jax.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shared = (picture, histogram, interval, span, call_json, thought_of)
+    environment.globals |= {function.__name__: function for function in shared} | {"GOOD_IOU": GOOD_IOU}
+    text = environment.get_template(template).render(**values)
+    return re.sub(r"[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f]", "\ufffd", text)
+
+
+def save_page(text: str, workdir: pathlib.Path) -> pathlib.Path:
+    """Puts a page where every command of this project leaves its report."""
+    path = workdir / "report" / "index.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def span(bounds: Sequence[float], form: str = ".3f") -> str:
+    """An interval in words, such as `0.712 to 0.744`."""
+    return " to ".join(format(float(v), form) for v in bounds)
+
+
+def thought_of(text: str) -> str:
+    """What a turn of a policy says inside <think></think>, or "" where there is none."""
+    found = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
+    return found[1].strip() if found else ""
+
+
+def picture(image: np.ndarray) -> str:
+    """u8[h, w, 3] as the data URI of a JPEG of a size that can be looked at. Small ones grow by whole factors."""
+    longer = max(image.shape[:2])
+    scale = math.ceil(SMALLEST / longer) if longer < SMALLEST else min(1.0, LARGEST / longer)
+    size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
+    data = io.BytesIO()
+    shown = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC if scale != 1 else Image.Resampling.NEAREST)
+    shown.save(data, "JPEG", quality=86, subsampling=0)
+    return _data_uri("image/jpeg", data)
+
+
+def _data_uri(kind: str, data: io.BytesIO) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
+
+
+# --- Charts ---
+
+
+def _chart(draw: Callable[[Any], object], size: tuple[float, float] = (3.2, 1.9)) -> str:
+    """The data URI of an SVG of the axes that `draw` fills; the same bytes for the same figures. `size` in inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    colours = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"), GREY)
+    style = {"font.size": 7, "axes.grid.axis": "y", "grid.alpha": 0.3, "axes.axisbelow": True, "axes.grid": True}
+    fixed = {"svg.hashsalt": "rsagent", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
+    data = io.BytesIO()
+    with matplotlib.rc_context(colours | style | fixed):
+        figure = Figure(size, layout="constrained")
+        draw(figure.subplots())
+        figure.savefig(data, format="svg", transparent=True, metadata={"Date": None})
+    return _data_uri("image/svg+xml", data)
+
+
+def histogram(values: Sequence[float], bad_below: float, bins: int = 20) -> str:
+    """How many of the values, all in 0..1, fall into each of `bins` equal parts."""
+    counts, edges = np.histogram(np.clip(values, 0, 1), bins=bins, range=(0, 1))
+
+    def draw(axes) -> None:
+        colours = [BAD if high <= bad_below + 1e-9 else ACCENT for high in edges[1:]]
+        bars = axes.bar(edges[:-1], counts, 0.9 / bins, align="edge", color=colours)
+        axes.bar_label(bars, [n or "" for n in counts.tolist()], fontsize=5)
+        axes.set(xlabel="IoU", ylabel="samples", xlim=(0, 1), ylim=(0, max(1.0, 1.08 * counts.max())))
+        axes.yaxis.get_major_locator().set_params(integer=True)
+
+    return _chart(draw)
+
+
+def line_chart(x: Sequence[float], y: Sequence[float], y_label: str) -> str:
+    """One curve by step: pale raw points, and a smooth line over them."""
+
+    def draw(axes) -> None:
+        axes.plot(x, y, ".", color=ACCENT, alpha=0.35, markersize=3, markeredgewidth=0)
+        axes.plot(x, smoothed(y), color=ACCENT, linewidth=1.4)
+        axes.set(xlabel="step", ylabel=y_label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    return _chart(draw)
+
+
+def interval(value: float, low: float, high: float, axis: tuple[float, float]) -> str:
+    """A dot with its confidence interval, on an axis that the rows of a table share."""
+
+    def draw(axes) -> None:
+        axes.plot(axis, [0, 0], color=GREY, linewidth=0.5)
+        axes.plot([low, high], [0, 0], color=ACCENT, linewidth=1.6)
+        axes.plot(value, 0, "o", color=ACCENT, markersize=5)
+        axes.axis("off")
+
+    return _chart(draw, (1.7, 0.2))
+
+
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """Mean over the neighbours of each value, about an eighth of the curve; at the ends over those there are."""
+    window = np.ones(2 * (len(values) // 16) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")

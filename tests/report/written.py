@@ -1,0 +1,31 @@
+"""Work directories as evaluate.py leaves them, from results that a test makes up."""
+
+import json
+
+import numpy as np
+from pycocotools import mask as coco
+
+from rsagent_jax.evals.metrics import summarize_results
+
+FIELDS = ("id", "intersection", "union", "iou", "status", "turns")
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_files(workdir, results, settings, examples, pictures=None, benchmark="toy", **more):
+    """The three files; `pictures`: of each id, `more`: keys of results.json."""
+    workdir.mkdir(parents=True)
+    (workdir / "results.json").write_text(json.dumps(summarize_results(results, settings, benchmark=benchmark) | more))
+    named = [{"picture": pictures[r.id]} if pictures else {} for r in results]
+    rows = [{"mask": None} | {key: getattr(r, key) for key in FIELDS} for r in results]
+    write_lines(workdir / "predictions.jsonl", [row | name for row, name in zip(rows, named, strict=True)])
+    write_lines(workdir / "trajectories.jsonl", examples)
+    return workdir
+
+
+def rle(mask):
+    """COCO RLE of bool[h, w], ready for JSON."""
+    value = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": value["size"], "counts": value["counts"].decode()}
