@@ -61,11 +61,15 @@ def shard(directory, parts):
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def raw_file(path, names):
-    """A safetensors file written by hand, so that a name can stand in the header twice."""
-    entry = json.dumps({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})
-    header = ("{" + ",".join(f'"{name}":{entry}' for name in names) + "}").encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+def raw_file(path, tensors):
+    """A safetensors file written by hand: fp32 (name, values) in this order, and a name may come twice."""
+    entries, data = [], b""
+    for name, value in tensors:
+        offsets = [len(data), len(data) + value.nbytes]
+        entries.append(f'"{name}":' + json.dumps({"dtype": "F32", "shape": value.shape, "data_offsets": offsets}))
+        data += value.tobytes()
+    header = ("{" + ",".join(entries) + "}").encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
 
 
 # --- the way there and back ---
@@ -151,11 +155,11 @@ def test_an_export_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
     saved(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
 
-    def full_disk(path, dtype, shapes, blocks):
+    def full_disk(path, tensors):
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(tensor_files, "write_safetensors", full_disk)
+    monkeypatch.setattr(tensor_files, "write", full_disk)
     with pytest.raises(OSError, match="no space"):
         tiny.write(SMALL, tmp_path, seed=1)
     assert (tmp_path / "model.safetensors").read_bytes() == before
@@ -216,7 +220,7 @@ def test_a_tensor_in_two_shards_is_a_duplicate_even_if_both_are_equal(tmp_path):
 
 def test_a_name_that_stands_twice_in_one_header_is_a_duplicate(tmp_path):
     saved(tmp_path)
-    raw_file(tmp_path / "model.safetensors", ["model.norm.weight", "model.norm.weight"])
+    raw_file(tmp_path / "model.safetensors", [("model.norm.weight", np.zeros(n, np.float32)) for n in (0, 1)])
     assert "duplicate model.norm.weight" in refusal(tmp_path)
 
 
@@ -300,17 +304,15 @@ def test_a_file_whose_end_was_never_downloaded_is_refused(zeros, tmp_path):
 
 def test_weights_that_are_zero_on_purpose_are_read(tmp_path):
     """At the very end of a file: padding rows of the vocabulary, a new layer's projection, a bias."""
-    for name, rows in ((HEAD, 200), (EMBED, 200), ("model.layers.1.self_attn.o_proj.weight", 0), (QKV_BIAS, 0)):
-        tiny.write(SMALL, tmp_path, dtype="float32")
-        tensors = load_file(tmp_path / "model.safetensors")
+    file = saved(tmp_path) / "model.safetensors"
+    stored = load_file(file)
+    for name, rows in ((HEAD, 90), (EMBED, 90), ("model.layers.1.self_attn.o_proj.weight", 0), (QKV_BIAS, 0)):
+        tensors = {n: v.copy() for n, v in stored.items()}
         tensors[name][rows:] = 0
-        shapes = {n: v.shape for n, v in tensors.items() if n != name} | {name: tensors[name].shape}  # it is the last
-        tensor_files.write_safetensors(tmp_path / "model.safetensors", "F32", shapes, [tensors[n] for n in shapes])
+        raw_file(file, sorted(tensors.items(), key=lambda item, name=name: item[0] == name))  # it is the last
         np.testing.assert_array_equal(convert.to_hub(load(tmp_path), "float32")[name], tensors[name])
-    tensors[QKV_BIAS][:] = 1
-    shapes = {n: v.shape for n, v in tensors.items() if n != HEAD} | {HEAD: tensors[HEAD].shape}
-    tensors[HEAD][:] = 0
-    tensor_files.write_safetensors(tmp_path / "model.safetensors", "F32", shapes, [tensors[n] for n in shapes])
+    stored[HEAD][:] = 0
+    raw_file(file, sorted(stored.items(), key=lambda item: item[0] == HEAD))
     assert f"{HEAD} among them" in refusal(tmp_path)  # a head without a row that is not zero
 
 

@@ -22,59 +22,27 @@ SMALL = tiny.Case("small", ((1, 4, 6),), depth=2, fullatt=(0,), layers=3)
 
 @pytest.fixture
 def counted(monkeypatch):
-    """[(file name, offset, bytes)] of every read of values."""
-    reads, real = [], tensor_files.read_exactly
+    """The bytes of every block of values that is read."""
+    reads, real = [], tensor_files.blocks
 
-    def read(file, buffer, offset, tensor):
-        reads.append((tensor.file.name, offset, len(buffer)))
-        real(file, buffer, offset, tensor)
+    def read(*args):
+        for rows, block in real(*args):
+            reads.append(block.nbytes)
+            yield rows, block
 
-    monkeypatch.setattr(tensor_files, "read_exactly", read)
+    monkeypatch.setattr(tensor_files, "blocks", read)
     return reads
 
 
-def random_matrix(tmp_path, rows, cols, dtype="BF16"):
-    """A file of two tensors, of which the second is the matrix."""
-    bits = np.random.default_rng(0).integers(0, 0x7F80, (rows, cols), np.uint16)  # finite as bf16
-    values = bits.view(ml_dtypes.bfloat16) if dtype == "BF16" else bits.astype(np.float32)
-    path = tmp_path / "m.safetensors"
-    shapes = {"before": (3,), "m": (rows, cols)}
-    tensor_files.write_safetensors(path, dtype, shapes, [np.zeros(3, values.dtype), values])
-    return values, tensor_files.safetensors_header(path)[1]
-
-
-def test_overlapping_and_scattered_windows_are_filled_and_each_byte_is_read_once(tmp_path, counted, monkeypatch):
-    monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 400)  # 5 rows of 40 bf16
-    values, tensor = random_matrix(tmp_path, 23, 40)
-    asked = [((0, 9), (0, 10)), ((0, 9), (10, 20)), ((4, 23), (30, 40)), ((7, 8), (0, 40)), ((20, 23), (5, 35))]
-    windows = [tensor_files.Window(r, c, np.full((c[1] - c[0], r[1] - r[0]), np.nan, np.float32).T) for r, c in asked]
-    with tensor_files.Reader() as reader:
-        reader.fill(tensor, 40, windows)
-    wanted = np.zeros((23, 40), bool)
-    for (r, c), window in zip(asked, windows, strict=True):
-        np.testing.assert_array_equal(window.target, values[slice(*r), slice(*c)].astype(np.float32))
-        wanted[slice(*r), slice(*c)] = True
-    read = np.zeros(23 * 40, int)
-    for _, offset, count in counted:
-        first = (offset - tensor.offset) // 2
-        read[first : first + count // 2] += 1
-    np.testing.assert_array_equal(read.reshape(23, 40), wanted.astype(int))
-    assert max(count for *_, count in counted) <= 400
-
-
 @pytest.mark.parametrize("target", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_values_are_widened_exactly_kept_or_rounded_to_nearest(dtype, target, tmp_path):
-    source = tensor_files.DTYPES[dtype]
+@pytest.mark.parametrize("source", tensor_files.DTYPES.values(), ids=str)
+def test_values_are_widened_exactly_kept_or_rounded_to_nearest(source, target):
     values = (np.random.default_rng(1).normal(size=(300, 280)) * 10).astype(source)
-    tensor_files.write_safetensors(tmp_path / "m.safetensors", dtype, {"m": values.shape}, [values])
-    out = np.empty(values.shape, target)
-    with tensor_files.Reader() as reader:
-        window = tensor_files.Window((0, 300), (0, 280), out)
-        reader.fill(tensor_files.safetensors_header(tmp_path / "m.safetensors")[0], 280, [window])
-    np.testing.assert_array_equal(out.view(np.uint8), values.astype(np.float32).astype(target).view(np.uint8))
-    if dtype != "F32" and target == np.float32:
-        np.testing.assert_array_equal(out.astype(source).view(np.uint8), values.view(np.uint8))
+    for out in (np.empty(values.shape, target), np.empty(values.shape[::-1], target).T):
+        tensor_files.copy_converted(values, out)
+        assert out.tobytes() == values.astype(np.float32).astype(target).tobytes()
+        if source != np.float32 and target == np.float32:
+            assert out.astype(source).tobytes() == values.tobytes()
 
 
 def test_no_more_than_a_parameters_shards_and_a_block_are_held(tmp_path, counted, monkeypatch):
@@ -83,8 +51,8 @@ def test_no_more_than_a_parameters_shards_and_a_block_are_held(tmp_path, counted
     tiny.write(SMALL, tmp_path, dtype="bfloat16")
     model = convert.load_model(tmp_path, load_config(tmp_path))
     shapes = [shape for *_, shape in convert.hub_slots(model).values()]
-    assert max(count for *_, count in counted) == max(2 * int(np.prod(s[1:])) for s in shapes)
-    assert sum(count for *_, count in counted) == 2 * sum(int(np.prod(s)) for s in shapes)  # every byte, once
+    assert max(counted) == max(2 * int(np.prod(s[1:])) for s in shapes)
+    assert sum(counted) == 2 * sum(int(np.prod(s)) for s in shapes)  # every byte, once
     stored = load_file(tmp_path / "model.safetensors")
     for name, value in convert.to_hub(model, "bfloat16").items():
         assert value.tobytes() == stored[name].tobytes(), name
@@ -112,11 +80,12 @@ assert len(jax.devices()) == 8
 directory = pathlib.Path(sys.argv[1])
 config, model = load_config(directory), convert.abstract_model(load_config(directory))
 plain = {n: np.asarray(v) for n, v in convert.flat_params(convert.load_model(directory, config)).items()}
-counts, real = [], tensor_files.read_exactly
-def read(file, buffer, offset, tensor):
-    counts.append(len(buffer))
-    real(file, buffer, offset, tensor)
-tensor_files.read_exactly = read
+counts, real = [], tensor_files.blocks
+def read(*args):
+    for rows, block in real(*args):
+        counts.append(block.nbytes)
+        yield rows, block
+tensor_files.blocks = read
 everything = sum(v.size for v in plain.values()) * 2  # bf16 in the file
 
 for mesh_config in (MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=8, fsdp=1),
@@ -148,24 +117,6 @@ for name, value in convert.flat_params(loaded).items():
     assert value.dtype == "bfloat16" and value.sharding == wanted[name], name
     assert {s.data.shape for s in value.addressable_shards} == {wanted[name].shard_shape(value.shape)}, name
     np.testing.assert_array_equal(np.asarray(value, np.float32), plain[name], err_msg=name)  # those of the file
-
-# A process that holds two of the eight devices reads their shards only.
-mesh = sharding.make_mesh(MeshConfig())
-embed = convert.flat_state(sharding.param_shardings(model, mesh))
-sources, _ = convert._match(directory, model)
-for path in ("decoder.layers.q.kernel", "decoder.layers.o.kernel", "decoder.embed", "vision.patch_embed.kernel"):
-    shape, place = plain[path].shape, embed[path]
-    mine = {box: devices for box, devices in convert._boxes(shape, place).items() if devices[0].id in (2, 3)}
-    pieces = {box: np.full(convert._sizes(box), np.nan, np.float32) for box in mine}
-    counts.clear()
-    with tensor_files.Reader() as reader:
-        for layer, tensor in enumerate(sources[path]):
-            width = shape[-2] if convert.TABLE[path][1] else shape[-1]
-            stacked = layer if "*" in convert.TABLE[path][0] else None
-            reader.fill(tensor, width, convert._windows(path, pieces, stacked))
-    assert len(mine) == 2 and sum(counts) * 4 == plain[path].size * 2, path
-    for box, piece in pieces.items():
-        np.testing.assert_array_equal(piece, plain[path][tuple(slice(*b) for b in box)])
 
 # Out of sharded arrays, in shards.
 raw = __import__("json").loads((directory / "config.json").read_text())
@@ -203,11 +154,12 @@ from rsagent_jax.config.schema import MeshConfig
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
 
 assert jax.device_count() == 4 and jax.local_device_count() == 2
-counts, real = [], tensor_files.read_exactly
-def read(file, buffer, offset, tensor):
-    counts.append(len(buffer))
-    real(file, buffer, offset, tensor)
-tensor_files.read_exactly = read
+counts, real = [], tensor_files.blocks
+def read(*args):
+    for rows, block in real(*args):
+        counts.append(block.nbytes)
+        yield rows, block
+tensor_files.blocks = read
 model = load_policy(str(directory), sharding.make_mesh(MeshConfig(fsdp=4)))
 params = convert.flat_params(model).values()
 held = sum(sum(s.data.size for s in {str(s.index): s for s in p.addressable_shards}.values()) for p in params)
