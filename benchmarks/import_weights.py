@@ -136,10 +136,18 @@ def ours(directory: pathlib.Path, dtype: np.dtype, fsdp: int, address: str, numb
     from flax import nnx
 
     from rsagent_jax.config.schema import MeshConfig
-    from rsagent_jax.models.qwen25_vl import convert
+    from rsagent_jax.models.qwen25_vl import convert, tensor_files
     from rsagent_jax.models.qwen25_vl.config import load_config
     from rsagent_jax.runtime import sharding
 
+    read, blocks = [], tensor_files.blocks
+
+    def counted(*args):
+        for rows, block in blocks(*args):
+            read.append(block.nbytes)
+            yield rows, block
+
+    tensor_files.blocks = counted
     if address:
         jax.distributed.initialize(address, PROCESSES, number)
     config = load_config(directory)
@@ -155,7 +163,7 @@ def ours(directory: pathlib.Path, dtype: np.dtype, fsdp: int, address: str, numb
         held += sum({str(shard.index): shard.data.nbytes for shard in array.addressable_shards}.values())
     if address:
         jax.distributed.shutdown()
-    return meter.values | {"held_gb": held / GB}
+    return meter.values | {"held_gb": held / GB, "read_gb": sum(read) / GB}
 
 
 def load_file(directory: pathlib.Path, dtype: np.dtype) -> dict[str, float]:
