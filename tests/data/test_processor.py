@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import jinja2
 import numpy as np
 import pytest
 from agent_fakes import picture
@@ -15,7 +14,6 @@ from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import AgentConfig, SamplingConfig
 from rsagent_jax.data.processor import ImageConfig, Processor, image_patches, pictures
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, mrope_positions
-from rsagent_jax.tiny import vocab
 from rsagent_jax.types import DataError
 from tests.rollout import small
 
@@ -275,20 +273,3 @@ def test_what_a_download_left_in_a_files_place_is_called_what_it_is(name, conten
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{name} {said}"):
         Processor.load(tmp_path)
-
-
-def test_the_chat_template_writes_what_the_prompts_module_writes():
-    template = json.loads((small.weights() / "tokenizer_config.json").read_text())["chat_template"]
-    assert template == vocab.CHAT_TEMPLATE
-    render = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template).render  # as transformers
-    system, question = prompts.system_prompt("full"), prompts.user_text("the cup", (112, 112), "full")
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-    opening = render(messages=[{"role": "system", "content": system}, user], add_generation_prompt=True)
-    assert opening == prompts.opening(system, question)
-    assert render(messages=[user], add_generation_prompt=True) == prompts.opening(prompts.BASE_SYSTEM, question)
-    # a whole conversation: the second user message is an observation without an image
-    answer, response = small.click(1, 2), "<tool_response>\nText.\n</tool_response>"
-    conversation = [{"role": "system", "content": system}, user]
-    conversation += [{"role": "assistant", "content": answer}, {"role": "user", "content": response}]
-    wanted = opening + answer + prompts.TERMINATOR + prompts.observation_turn("Text.", False)
-    assert render(messages=conversation, add_generation_prompt=True) == wanted

@@ -399,7 +399,7 @@ def test_the_config_that_transformers_saves_reads_as_the_one_it_was_given(tmp_pa
         (lambda raw: raw["text_config"].update(hidden_act="gelu"), ["hidden_act", "gelu"]),
         (lambda raw: raw["text_config"]["rope_parameters"].update(rope_type="yarn"), ["rope", "yarn"]),
         (lambda raw: raw["vision_config"].update(rope_parameters={"rope_theta": 5.0}), ["rope_theta", "5.0"]),
-        (lambda raw: raw["text_config"].update(hidden_size="32"), ["hidden_size", "'32'", "not a number"]),
+        (lambda raw: raw["text_config"].update(hidden_size="32"), ["hidden_size", "'32'", "expected int"]),
         (
             lambda raw: (
                 raw["text_config"].update(num_key_value_heads=3),
