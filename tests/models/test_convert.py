@@ -138,7 +138,7 @@ def test_both_layouts_of_names_are_read(tmp_path):
     saved(tmp_path / "modules", change=module_names)
     names = load_file(tmp_path / "modules/model.safetensors")
     assert "model.visual.merger.ln_q.weight" in names and "model.language_model.norm.weight" in names
-    assert_same_bytes(*(convert.to_hub(load(tmp_path / d), "float32") for d in ("modules", "hub")))
+    assert_same_bytes(*(tiny.to_hub(load(tmp_path / d), "float32") for d in ("modules", "hub")))
 
 
 def test_shards_are_read_as_one_and_a_single_file_goes_before_an_index(tmp_path):
@@ -146,9 +146,9 @@ def test_shards_are_read_as_one_and_a_single_file_goes_before_an_index(tmp_path)
     want = load_file(tmp_path / "model.safetensors")
     shard(tmp_path, {"a-1.safetensors": lambda n: "layers" in n, "a-2.safetensors": lambda n: "layers" not in n})
     assert [f.name for f in tensor_files.find(tmp_path)[0]] == ["a-1.safetensors", "a-2.safetensors"]
-    assert_same_bytes(convert.to_hub(load(tmp_path), "float32"), want)
+    assert_same_bytes(tiny.to_hub(load(tmp_path), "float32"), want)
     tiny.write(SMALL, tmp_path, seed=5)  # an export into the same folder
-    assert_same_bytes(convert.to_hub(load(tmp_path), "float32"), load_file(tmp_path / "model.safetensors"))
+    assert_same_bytes(tiny.to_hub(load(tmp_path), "float32"), load_file(tmp_path / "model.safetensors"))
 
 
 def test_an_export_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
@@ -203,7 +203,7 @@ def test_one_error_lists_all_unknown_missing_misshapen_duplicate_and_ill_typed_t
 
 
 def test_the_list_of_problems_is_whole_however_long_it_is(tmp_path):
-    names = [n for n in convert.to_hub(tiny.random_model(SMALL), "float32") if "layers" in n]
+    names = [n for n in tiny.to_hub(tiny.random_model(SMALL), "float32") if "layers" in n]
     message = refusal(saved(tmp_path, change=lambda t: [t.pop(n) for n in names]))
     assert len(names) > 20
     assert all(f"missing {name}" in message for name in names)
@@ -310,7 +310,7 @@ def test_weights_that_are_zero_on_purpose_are_read(tmp_path):
         tensors = {n: v.copy() for n, v in stored.items()}
         tensors[name][rows:] = 0
         raw_file(file, sorted(tensors.items(), key=lambda item, name=name: item[0] == name))  # it is the last
-        np.testing.assert_array_equal(convert.to_hub(load(tmp_path), "float32")[name], tensors[name])
+        np.testing.assert_array_equal(tiny.to_hub(load(tmp_path), "float32")[name], tensors[name])
     stored[HEAD][:] = 0
     raw_file(file, sorted(stored.items(), key=lambda item: item[0] == HEAD))
     assert f"{HEAD} among them" in refusal(tmp_path)  # a head without a row that is not zero

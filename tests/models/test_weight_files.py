@@ -24,11 +24,11 @@ LIMIT = 40_000  # bytes; the largest tensor has 32 768
 def save(directory, seed=0, limit=LIMIT, dtype="bfloat16", case=SMALL):
     model = tiny.random_model(case, seed)
     convert.save_model(model, directory, case.raw_config() | {"dtype": dtype}, limit)
-    return convert.to_hub(model, dtype)
+    return tiny.to_hub(model, dtype)
 
 
 def load(directory):
-    return convert.to_hub(convert.load_model(directory, load_config(directory)), "bfloat16")
+    return tiny.to_hub(convert.load_model(directory, load_config(directory)), "bfloat16")
 
 
 def same(got, want):

@@ -17,6 +17,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
@@ -31,7 +32,6 @@ from rsagent_jax.types import DataError
 # What a new layer starts with that is to change nothing at first, and biases.
 ZERO_ON_PURPOSE = re.compile(r"(\.bias|\.o_proj\.weight|\.down_proj\.weight|\.attn\.proj\.weight)$")
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
-Box = tuple[tuple[int, int], ...]  # a piece of an array: (start, stop) per axis
 
 # our path -> (hub name, transposed?). "*" stands for the layer number; our arrays stack layers on axis 0.
 TABLE: dict[str, tuple[str, bool]] = {
@@ -83,10 +83,14 @@ def flat_state(state: nnx.State) -> dict[str, Any]:
 
 def hub_slots(model: Qwen25VL) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
     """Hub name -> (our path, layer, the hub's shape), layer by layer as the hub's own shards are."""
-    slots = {}
+    slots, vision = {}, model.config.vision
     for path, leaf in flat_params(model).items():
-        for hub, layer in _hub_names(path, leaf.shape):
-            slots[hub] = (path, layer, _hub_shape(path, leaf.shape[layer is not None :], model.config))
+        (hub, transposed), layered = TABLE[path], "*" in TABLE[path][0]
+        shape = leaf.shape[layered:][:: -1 if transposed else 1]
+        if path == "vision.patch_embed.kernel":
+            shape = (shape[0], vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+        for layer in range(leaf.shape[0]) if layered else (None,):
+            slots[hub.replace("*", str(layer))] = (path, layer, shape)
     return {hub: slots[hub] for hub in sorted(slots, key=_natural)}
 
 
@@ -96,9 +100,9 @@ def load_model(
     """Reads a Hugging Face directory into a model with parameters of `dtype` (bf16 and fp16 widen to fp32 exactly).
 
     With `shardings` (a Sharding per parameter, as sharding.param_shardings makes them) this process reads only the
-    bytes of the shards on its own devices, a shard that several devices hold once. Without, everything goes to the
-    default device. On the host there are the shards of one parameter and a block of a file at a time; the CPU back end
-    takes these shards over as its arrays.
+    shards on its own devices, one that several devices hold once. Without, everything goes to the default device. The
+    host holds the shards of one parameter and a block of a file at a time; the CPU back end takes these shards over as
+    its arrays.
 
     All headers are checked before any value is read: one DataError lists every unknown, missing, duplicate, misshapen
     or ill-typed tensor, every tensor that is not in the file which the index names, and every file whose end was never
@@ -108,15 +112,13 @@ def load_model(
     wanted = flat_params(model)
     sources, tied_head = _match(directory, model)
     places = flat_state(shardings) if shardings is not None else dict.fromkeys(wanted)
-    if tied_head is not None:
-        for rows, cols in _boxes(wanted["decoder.embed"].shape, places["decoder.embed"]):
-            pairs = (tensor_files.blocks(t, rows, cols) for t in (tied_head, sources["decoder.embed"][0]))
-            if not all(np.array_equal(*(x.astype(np.float32) for _, x in pair)) for pair in zip(*pairs, strict=True)):
-                raise _refusal(directory, ["lm_head.weight differs from the embedding, to which config.json ties it"])
-    values = {
-        path: _load_param(path, sources[path], leaf.shape, places[path], np.dtype(dtype))
-        for path, leaf in wanted.items()
-    }
+
+    def load(path: str, tensors: list[Tensor]) -> jax.Array:
+        return _load_param(path, tensors, wanted[path].shape, places[path], np.dtype(dtype))
+
+    values = {path: load(path, sources[path]) for path in wanted}
+    if tied_head is not None and not jnp.array_equal(load("decoder.embed", [tied_head]), values["decoder.embed"]):
+        raise _refusal(directory, ["lm_head.weight differs from the embedding, to which config.json ties it"])
     return with_params(model, values)
 
 
@@ -200,40 +202,34 @@ def _load_param(
     dtype: np.dtype,
 ) -> jax.Array:
     """One parameter on its devices."""
-    holders = _boxes(shape, sharding)
-    pieces = {box: _aligned_empty(tuple(stop - start for start, stop in box), dtype) for box in holders}
-    for layer, tensor in enumerate(tensors):
-        for box, piece in pieces.items():
-            if "*" in TABLE[path][0]:
-                (first, stop), box = box[0], box[1:]
-                if not first <= layer < stop:
-                    continue
-                piece = piece[layer - first]
-            if len(box) == 1:  # a vector is a matrix of one column
-                piece, box = piece[:, None], (*box, (0, 1))
+    pieces: dict[str, np.ndarray] = {}  # by index, so that what several devices hold is read once
+
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+        if (key := str(index)) in pieces:
+            return pieces[key]
+        box = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+        out = pieces[key] = _aligned_empty([stop - start for start, stop in box], dtype)
+        layers = [(out, tensors[0])]
+        if "*" in TABLE[path][0]:
+            layers = zip(out, tensors[slice(*box.pop(0))], strict=True)
+        for target, tensor in layers:
             if TABLE[path][1]:
-                piece, box = piece.T, box[::-1]
-            for rows, block in tensor_files.blocks(tensor, *box):
-                tensor_files.copy_converted(block, piece[rows])
+                target, window = target.T, box[::-1]
+            elif len(box) == 1:  # a vector is a matrix of one column
+                target, window = target[:, None], [*box, (0, 1)]
+            else:
+                window = box
+            for rows, block in tensor_files.blocks(tensor, *window):
+                target[rows] = block.astype(dtype, copy=False)
+        return out
+
     if sharding is None:
-        return jax.block_until_ready(jax.device_put(next(iter(pieces.values()))))
-    shards = [jax.device_put(pieces[box], device) for box, devices in holders.items() for device in devices]
+        return jax.block_until_ready(jax.device_put(piece((slice(None),) * len(shape))))
     # The host's copies go before the next parameter's are made: wait until they have been sent.
-    return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, shards))
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, piece))
 
 
-def _boxes(shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> dict[Box, list[Any]]:
-    """The distinct pieces of an array that this process holds, and on which devices."""
-    if sharding is None:
-        return {tuple((0, n) for n in shape): []}
-    holders: dict[Box, list[Any]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        box = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-        holders.setdefault(box, []).append(device)
-    return holders
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _aligned_empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
     """Memory that JAX's CPU back end takes as it is; it copies what is not aligned to 64 bytes."""
     count = math.prod(shape) * dtype.itemsize
     data = np.empty(count + 64, np.uint8)
@@ -251,16 +247,6 @@ def with_values(state: nnx.State, values: dict[str, Any]) -> nnx.State:
     """The same state with other values, by dotted path."""
     flat = [(path, leaf.replace(values[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     return nnx.from_flat_state(flat)
-
-
-def to_hub(model: Qwen25VL, dtype: str) -> dict[str, np.ndarray]:
-    """Hub names -> arrays of `dtype`, layers unstacked."""
-    out, values = {}, {path: np.asarray(leaf) for path, leaf in flat_params(model).items()}
-    for hub, (path, layer, shape) in hub_slots(model).items():
-        one = values[path] if layer is None else values[path][layer]
-        one = (one.T if TABLE[path][1] else one).reshape(shape)
-        out[hub] = np.ascontiguousarray(one.astype(DTYPES[dtype]))
-    return out
 
 
 def save_model(
@@ -328,16 +314,3 @@ def _hub_name(name: str) -> str:
     """The hub's name of a tensor in either layout."""
     name = re.sub(r"^model\.visual\.", "visual.", name)
     return re.sub(r"^model\.language_model\.", "model.", name)
-
-
-def _hub_names(path: str, shape: tuple[int, ...]) -> list[tuple[str, int | None]]:
-    hub = TABLE[path][0]
-    return [(hub.replace("*", str(i)), i) for i in range(shape[0])] if "*" in hub else [(hub, None)]
-
-
-def _hub_shape(path: str, shape: tuple[int, ...], config: Qwen25VLConfig) -> tuple[int, ...]:
-    """The shape that the hub's tensor has when one layer of ours has `shape`."""
-    if path == "vision.patch_embed.kernel":
-        v = config.vision
-        return (shape[1], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
-    return shape[::-1] if TABLE[path][1] else shape

@@ -28,8 +28,7 @@ from sam_bridge.file_kinds import HEAD, kind_of
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-BLOCK_BYTES = 16 << 20  # of a file, held at a time
-TILE = 128  # side of what is transposed at once: source and target of a tile fit the cache together
+BLOCK_ROWS = 128  # read at a time: few enough that a block and its transposed target fit the cache together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,23 +98,22 @@ def zero_tail(file: pathlib.Path, tensors: Sequence[Tensor]) -> int:
                 return max(t.end for t in tensors)
             if kept := len(data.rstrip(b"\0")):
                 return start + kept
-            end, step = start, BLOCK_BYTES
+            end, step = start, 1 << 20
     return first
 
 
 def blocks(tensor: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Iterator[tuple[slice, np.ndarray]]:
     """(its place within `rows`, block) of a tensor seen as the matrix [first axis, all others], in the file's dtype.
 
-    A block has at most BLOCK_BYTES, or one row. The file is opened anew for every tensor: the library maps it into
-    memory, and pages that were read count as the process's own until the map is closed.
+    The file is opened anew for every tensor: the library maps it into memory, and pages that were read count as the
+    process's own until the map is closed.
     DataError for values that are not finite, and for a file that was cut since its header was checked.
     """
-    step = max(1, BLOCK_BYTES // max(1, DTYPES[tensor.dtype].itemsize * math.prod(tensor.shape[1:])))
     try:
         with safe_open(tensor.file, framework="np") as file:
             values = file.get_slice(tensor.name)
-            for start in range(*rows, step):
-                stop = min(start + step, rows[1])
+            for start in range(*rows, BLOCK_ROWS):
+                stop = min(start + BLOCK_ROWS, rows[1])
                 if len(tensor.shape) == 2:
                     block = values[start:stop, slice(*cols)]
                 else:
@@ -137,26 +135,6 @@ def _check_finite(block: np.ndarray, tensor: Tensor) -> None:
         raise DataError(
             f"{tensor.name} in {tensor.file} holds NaN or infinite values; download it again, or take other weights"
         )
-
-
-def copy_converted(source: np.ndarray, target: np.ndarray) -> None:
-    """Copies values, bits untouched where the dtypes agree; numpy's own bf16 loops are half as fast as the shift."""
-    bits = {2: np.uint16, 4: np.uint32}
-    widen = source.dtype == DTYPES["BF16"] and target.dtype == np.float32
-    same = source.dtype == target.dtype
-    if widen or same:
-        source, target = source.view(bits[source.itemsize]), target.view(bits[target.itemsize])
-    step = TILE if target.strides[1] > target.itemsize else max(1, source.shape[1])  # rows stay rows: no need of tiles
-    for row in range(0, source.shape[0], TILE):
-        for col in range(0, source.shape[1], step):
-            tile = source[row : row + TILE, col : col + step]
-            if widen:
-                tile = tile.astype(np.uint32) << np.uint32(16)
-            elif same:
-                tile = tile.copy()  # twice as fast: rows a power of two apart share few lines of the cache
-            else:
-                tile = tile.astype(np.float32)
-            target[row : row + TILE, col : col + step] = tile
 
 
 def write(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
