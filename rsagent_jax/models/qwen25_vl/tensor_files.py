@@ -88,17 +88,14 @@ def safetensors_header(file: pathlib.Path) -> list[Tensor]:
 def zero_tail(file: pathlib.Path, tensors: Sequence[Tensor]) -> int:
     """The byte of a file from which on its tensors are zero to the end; the end itself where the last byte is not."""
     first, end = min(t.offset for t in tensors), max(t.end for t in tensors)
-    step = 4096  # of a file that is whole no more is read
-    with file.open("rb") as stream:
-        while end > first:
-            start = max(first, end - step)
-            stream.seek(start)
-            data = stream.read(end - start)
-            if len(data) < end - start:  # cut since its header was checked: the reader says so
-                return max(t.end for t in tensors)
-            if kept := len(data.rstrip(b"\0")):
-                return start + kept
-            end, step = start, 1 << 20
+    data = np.memmap(file, np.uint8, "r")  # of a file that is whole little is read
+    if len(data) < end:  # cut since its header was checked: who reads it says so
+        return end
+    while end > first:
+        start = max(first, end - (1 << 16))
+        if (nonzero := np.flatnonzero(data[start:end])).size:
+            return start + int(nonzero[-1]) + 1
+        end = start
     return first
 
 
