@@ -140,14 +140,8 @@ def ours(directory: pathlib.Path, dtype: np.dtype, fsdp: int, address: str, numb
     from rsagent_jax.models.qwen25_vl.config import load_config
     from rsagent_jax.runtime import sharding
 
-    read, blocks = [], tensor_files.blocks
-
-    def counted(*args):
-        for rows, block in blocks(*args):
-            read.append(block.nbytes)
-            yield rows, block
-
-    tensor_files.blocks = counted
+    read, check_finite = [], tensor_files.check_finite
+    tensor_files.check_finite = lambda block, tensor: (read.append(block.nbytes), check_finite(block, tensor))
     if address:
         jax.distributed.initialize(address, PROCESSES, number)
     config = load_config(directory)

@@ -281,5 +281,5 @@ def test_nothing_is_read_but_headers_before_all_tensors_are_checked(tmp_path, mo
     tensors = load_file(last)
     tensors.pop(sorted(tensors)[-1])
     save_file(tensors, last)
-    monkeypatch.setattr(tensor_files, "blocks", None)
+    monkeypatch.setattr(tensor_files, "opened", None)
     assert "missing visual." in refusal(tmp_path)

@@ -201,32 +201,29 @@ def _load_param(
     sharding: jax.sharding.Sharding | None,
     dtype: np.dtype,
 ) -> jax.Array:
-    """One parameter on its devices."""
-    pieces: dict[str, np.ndarray] = {}  # by index, so that what several devices hold is read once
-
-    def piece(index: tuple[slice, ...]) -> np.ndarray:
-        if (key := str(index)) in pieces:
-            return pieces[key]
-        box = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
-        out = pieces[key] = _aligned_empty([stop - start for start, stop in box], dtype)
-        layers = [(out, tensors[0])]
-        if "*" in TABLE[path][0]:
-            layers = zip(out, tensors[slice(*box.pop(0))], strict=True)
-        for target, tensor in layers:
-            if TABLE[path][1]:
-                target, window = target.T, box[::-1]
-            elif len(box) == 1:  # a vector is a matrix of one column
-                target, window = target[:, None], [*box, (0, 1)]
-            else:
-                window = box
-            for rows, block in tensor_files.blocks(tensor, *window):
-                target[rows] = block.astype(dtype, copy=False)
-        return out
-
+    """One parameter on its devices; what several of them hold is read once."""
+    everything = (slice(None),) * len(shape)
+    indices = [everything] if sharding is None else sharding.addressable_devices_indices_map(shape).values()
+    boxes = {str(index): [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)] for index in indices}
+    pieces = {key: _aligned_empty([stop - start for start, stop in box], dtype) for key, box in boxes.items()}
+    for layer, tensor in enumerate(tensors):
+        with tensor_files.opened(tensor) as read:
+            for box, piece in zip(boxes.values(), pieces.values(), strict=True):
+                if "*" in TABLE[path][0]:
+                    (first, stop), *box = box
+                    if not first <= layer < stop:
+                        continue
+                    piece = piece[layer - first]
+                if len(box) == 1:  # a vector is a matrix of one column
+                    piece, box = piece[:, None], [*box, (0, 1)]
+                elif TABLE[path][1]:
+                    piece, box = piece.T, box[::-1]
+                for rows, block in read(*box):
+                    piece[rows] = block.astype(dtype, copy=False)
     if sharding is None:
-        return jax.block_until_ready(jax.device_put(piece((slice(None),) * len(shape))))
+        return jax.block_until_ready(jax.device_put(pieces[str(everything)]))
     # The host's copies go before the next parameter's are made: wait until they have been sent.
-    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, piece))
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, lambda index: pieces[str(index)]))
 
 
 def _aligned_empty(shape: list[int], dtype: np.dtype) -> np.ndarray:

@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +28,7 @@ from sam_bridge.file_kinds import HEAD, kind_of
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+Range = tuple[int, int]  # first and last + 1
 BLOCK_ROWS = 128  # read at a time: few enough that a block and its transposed target fit the cache together
 
 
@@ -99,29 +100,34 @@ def zero_tail(file: pathlib.Path, tensors: Sequence[Tensor]) -> int:
     return first
 
 
-def blocks(tensor: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Iterator[tuple[slice, np.ndarray]]:
-    """(its place within `rows`, block) of a tensor seen as the matrix [first axis, all others], in the file's dtype.
+@contextlib.contextmanager
+def opened(tensor: Tensor) -> Iterator[Callable[[Range, Range], Iterator[tuple[slice, np.ndarray]]]]:
+    """A function of rows and columns that yields (its place within the rows, block), in the file's dtype.
 
-    The file is opened anew for every tensor: the library maps it into memory, and pages that were read count as the
-    process's own until the map is closed.
+    The tensor is seen as the matrix [first axis, all others]. Its file is open for its own time only: the library maps
+    it into memory, and pages that were read count as the process's own until the map is closed.
     DataError for values that are not finite, and for a file that was cut since its header was checked.
     """
     try:
         with safe_open(tensor.file, framework="np") as file:
             values = file.get_slice(tensor.name)
-            for start in range(*rows, BLOCK_ROWS):
-                stop = min(start + BLOCK_ROWS, rows[1])
-                if len(tensor.shape) == 2:
-                    block = values[start:stop, slice(*cols)]
-                else:
-                    block = values[start:stop].reshape(stop - start, -1)[:, slice(*cols)]
-                _check_finite(block, tensor)
-                yield slice(start - rows[0], stop - rows[0]), block
+
+            def read(rows: Range, cols: Range) -> Iterator[tuple[slice, np.ndarray]]:
+                for start in range(*rows, BLOCK_ROWS):
+                    stop = min(start + BLOCK_ROWS, rows[1])
+                    if len(tensor.shape) == 2:
+                        block = values[start:stop, slice(*cols)]
+                    else:
+                        block = values[start:stop].reshape(stop - start, -1)[:, slice(*cols)]
+                    check_finite(block, tensor)
+                    yield slice(start - rows[0], stop - rows[0]), block
+
+            yield read
     except (SafetensorError, OSError) as error:
         raise DataError(f"{tensor.file} ends within {tensor.name}: it was cut while it was read ({error})") from error
 
 
-def _check_finite(block: np.ndarray, tensor: Tensor) -> None:
+def check_finite(block: np.ndarray, tensor: Tensor) -> None:
     """Two maxima of the bits, as unsigned and as signed numbers, find what is not below either infinity.
 
     They make no copy: a small part of what reading costs.
