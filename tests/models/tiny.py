@@ -258,10 +258,10 @@ def to_hub(model: Qwen25VL, dtype: str = "float32") -> dict[str, np.ndarray]:
     return out
 
 
-def write(case: Case, directory: pathlib.Path, seed: int = 0, dtype: str = "float32") -> Qwen25VL:
-    """Saves random_model as a Hugging Face directory."""
+def write(case: Case, directory: pathlib.Path, seed: int = 0, dtype: str = "float32", limit: int = 10**9) -> Qwen25VL:
+    """Saves random_model as a Hugging Face directory, in files of at most `limit` bytes."""
     model = random_model(case, seed)
-    convert.save_model(model, directory, case.raw_config() | {"dtype": dtype})
+    convert.save_model(model, directory, case.raw_config() | {"dtype": dtype}, limit)
     return model
 
 
