@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import shutil
 
 import pytest
 
@@ -21,17 +20,11 @@ TOOLS = (GOLDEN / "qwen25_vl_with_tools.jinja").read_text()  # the same with Qwe
 
 def directory(path, template, layout):
     """small.weights without its weights, and with this template where the layout has it."""
-    for file in small.weights().glob("*.json"):
-        shutil.copyfile(file, path / file.name)
-    config = json.loads((path / "tokenizer_config.json").read_text())
-    del config["chat_template"]
-    if layout == "tokenizer_config.json":
-        config["chat_template"] = template
-    elif layout == "chat_template.json":
-        (path / layout).write_text(json.dumps({"chat_template": template}))
-    else:
-        (path / layout).write_text(template)
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    inside = template if layout == "tokenizer_config.json" else None
+    small.policy_files(path, {"tokenizer_config.json": {"chat_template": inside}})
+    if layout != "tokenizer_config.json":
+        is_json = layout.endswith(".json")
+        (path / layout).write_text(json.dumps({"chat_template": template}) if is_json else template)
     return path
 
 

@@ -124,20 +124,16 @@ class Qwen25VLConfig:
         return config
 
     def _check(self, where: str) -> None:
-        text, vision = self.text, self.vision
-        checks = (
-            (
-                sum(text.mrope_section) * 2 == text.head_dim,
-                f"mrope_section {text.mrope_section} does not sum to head_dim / 2",
-            ),
-            (text.num_attention_heads % text.num_key_value_heads == 0, "heads are not a multiple of key/value heads"),
-            (
-                vision.out_hidden_size == text.hidden_size,
-                "vision out_hidden_size differs from the decoder's hidden_size",
-            ),
-            (vision.hidden_size % (4 * vision.num_heads) == 0, "vision head_dim is not a multiple of 4"),
-        )
-        if wrong := [message for ok, message in checks if not ok]:
+        text, vision, wrong = self.text, self.vision, []
+        if sum(text.mrope_section) * 2 != text.head_dim:
+            wrong.append(f"mrope_section {text.mrope_section} does not sum to head_dim / 2")
+        if text.num_attention_heads % text.num_key_value_heads:
+            wrong.append("heads are not a multiple of key/value heads")
+        if vision.out_hidden_size != text.hidden_size:
+            wrong.append("vision out_hidden_size differs from the decoder's hidden_size")
+        if vision.hidden_size % (4 * vision.num_heads):
+            wrong.append("vision head_dim is not a multiple of 4")
+        if wrong:
             raise DataError(f"{where}: " + "; ".join(wrong))
 
 
