@@ -23,12 +23,11 @@ def check_chat_template(directory: pathlib.Path, tokenizer: Any) -> None:
     that describes them; for any other (Qwen2.5-VL's own is one) the block is a part of the system's text. A directory
     without a template has nothing to compare. DataError shows both texts where they begin to differ.
     """
-    legacy = directory / "chat_template.json"
-    given = read_json(legacy).get("chat_template") if legacy.exists() else None
-    if (directory / "chat_template.jinja").exists() or not given:
-        given = None
-        if not tokenizer.chat_template:
-            return
+    legacy, given = directory / "chat_template.json", None
+    if legacy.exists() and not (directory / "chat_template.jinja").exists():
+        given = read_json(legacy).get("chat_template")
+    if not (given or tokenizer.chat_template):
+        return
     system = prompts.system_prompt("full")
     image, reply = {"type": "image"}, f"<tool_response>\n{_REPLY}"
     try:
