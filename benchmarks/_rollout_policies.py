@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-import sys
 import time
 
 import numpy as np
@@ -104,7 +103,6 @@ class Transformers:
     """generate() over all turns that wait, left-padded; its cache lives for the turn."""
 
     def __init__(self, directory: pathlib.Path, *, slots: int, context: int, patches: int, new_tokens: int):
-        sys.modules["torchvision"] = None  # not needed here, and its operators may not load beside a CPU build of torch
         import torch
         from transformers import Qwen2_5_VLForConditionalGeneration
 

@@ -13,7 +13,7 @@ processes on the CPU back end, where device memory is host memory too:
             where ours are stacked, transposed and on the device (left out where torch is not installed)
 
 seconds  wall time, the best of --repeat runs; cpu_s is user and system time of the same run
-read     what the process asked the kernel for (rchar): pages of a memory map, which the last two use, are not in it
+read     the bytes of the slices that were read; of the last two, what the process asked the kernel for (rchar)
 peak     VmHWM above the resident memory before the load; mapped pages count while they are resident
 anon     the same of anonymous memory only, sampled every 5 ms: what the kernel cannot take back
 bound    the process's own shards + 2 x the largest tensor of the file; ours must stay below it
@@ -37,7 +37,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -56,7 +56,9 @@ COLUMNS = "seconds cpu_s read_gb peak_gb anon_gb bound_gb".split()
 
 def write_checkpoint(directory: pathlib.Path, gb: float) -> dict[str, Any]:
     """Random bf16 weights of about `gb` x 10^9 bytes; returns their sizes in bytes."""
-    from rsagent_jax.models.qwen25_vl import config, convert, tensor_files
+    import jax
+
+    from rsagent_jax.models.qwen25_vl import config, convert
 
     raw = json.loads((config.SIZES / "3b.json").read_text())
     sizes = []
@@ -67,24 +69,20 @@ def write_checkpoint(directory: pathlib.Path, gb: float) -> dict[str, Any]:
     layer = sizes[1] - sizes[0]
     raw["num_hidden_layers"] = max(1, round((gb * GB - sizes[0]) / layer) + 1)
     model = convert.abstract_model(config.Qwen25VLConfig.from_hf(raw))
-    shapes = {hub: shape for hub, (*_, shape) in convert.hub_slots(model).items()}
-    files = tensor_files.plan("BF16", shapes, GB)
     rng = np.random.default_rng(0)
-    for file, names in files.items():
-        blocks = (block for name in names for block in random_blocks(rng, math.prod(shapes[name])))
-        tensor_files.write_safetensors(directory / file, "BF16", {name: shapes[name] for name in names}, blocks)
-    tensor_files.write_index(directory / tensor_files.INDEX, "BF16", shapes, files)
-    (directory / "config.json").write_text(json.dumps(raw))
-    total = sum(tensor_files.size("BF16", shape) for shape in shapes.values())
-    largest = max(tensor_files.size("BF16", shape) for shape in shapes.values())
-    return {"layers": raw["num_hidden_layers"], "bytes": total, "largest": largest, "files": len(files)}
+    values = {path: jax.device_put(random_array(rng, leaf.shape)) for path, leaf in convert.flat_params(model).items()}
+    convert.save_model(convert.with_params(model, values), directory, raw, GB)
+    bytes_each = [2 * math.prod(shape) for *_, shape in convert.hub_slots(model).values()]
+    files = len(list(directory.glob("*.safetensors")))
+    return {"layers": raw["num_hidden_layers"], "bytes": sum(bytes_each), "largest": max(bytes_each), "files": files}
 
 
-def random_blocks(rng: np.random.Generator, count: int) -> Iterator[np.ndarray]:
+def random_array(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """bf16 of either sign and any mantissa between 2^-7 and 2^-6: as incompressible as weights, and quick to make."""
-    for start in range(0, count, 1 << 23):
-        bits = np.frombuffer(rng.bytes(2 * min(1 << 23, count - start)), np.uint16)
-        yield (bits & np.uint16(0x807F)) | np.uint16(0x3C00)
+    import ml_dtypes
+
+    bits = np.frombuffer(rng.bytes(2 * math.prod(shape)), np.uint16)
+    return ((bits & np.uint16(0x807F)) | np.uint16(0x3C00)).view(ml_dtypes.bfloat16).reshape(shape)
 
 
 ############################## One measured load, in its own process ##############################
@@ -138,10 +136,12 @@ def ours(directory: pathlib.Path, dtype: np.dtype, fsdp: int, address: str, numb
     from flax import nnx
 
     from rsagent_jax.config.schema import MeshConfig
-    from rsagent_jax.models.qwen25_vl import convert
+    from rsagent_jax.models.qwen25_vl import convert, tensor_files
     from rsagent_jax.models.qwen25_vl.config import load_config
     from rsagent_jax.runtime import sharding
 
+    read, check_finite = [], tensor_files.check_finite
+    tensor_files.check_finite = lambda block, tensor: (read.append(block.nbytes), check_finite(block, tensor))
     if address:
         jax.distributed.initialize(address, PROCESSES, number)
     config = load_config(directory)
@@ -157,7 +157,7 @@ def ours(directory: pathlib.Path, dtype: np.dtype, fsdp: int, address: str, numb
         held += sum({str(shard.index): shard.data.nbytes for shard in array.addressable_shards}.values())
     if address:
         jax.distributed.shutdown()
-    return meter.values | {"held_gb": held / GB}
+    return meter.values | {"held_gb": held / GB, "read_gb": sum(read) / GB}
 
 
 def load_file(directory: pathlib.Path, dtype: np.dtype) -> dict[str, float]:

@@ -263,6 +263,9 @@ def one(options: argparse.Namespace) -> dict:
     from rsagent_jax.data.processor import Processor
 
     directory, work = pathlib.Path(options.dir), Work.of(options)
+    if options.side == "transformers":  # before the processor, which would hide torch from transformers
+        sys.modules["torchvision"] = None  # not needed here, and its operators may not load beside a CPU build of torch
+        import torch  # noqa: F401
     processor = Processor.load(directory)
     if options.side in SIDES:
         return turns(options.side, directory, processor, work)

@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import os
 import pathlib
-import shutil
 import sys
 import tempfile
 from typing import Any
@@ -37,14 +36,11 @@ def export(checkpoint: str, out: pathlib.Path, dtype: str | None = None, max_sha
     model = load_policy(checkpoint)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as private:
+            partial = pathlib.Path(private) / out.name  # as the user's umask has it
             copy_policy_files(source, partial)
             convert.save_model(model, partial, raw, int(max_shard_gb * 10**9))
-            _readable(partial)
             os.replace(partial, out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         files, _ = tensor_files.find(out)
         count = sum(len(tensor_files.safetensors_header(file)) for file in files)
         digests = [f"{file.stat().st_size} bytes, sha256 {_sha256(file)} ({file.name})" for file in files]
@@ -70,15 +66,6 @@ def with_dtype(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
 
     nested = {key: replaced(raw[key]) for key in ("text_config", "vision_config") if isinstance(raw.get(key), dict)}
     return {"torch_dtype": dtype} | replaced(raw) | nested
-
-
-def _readable(directory: pathlib.Path) -> None:
-    """Permissions as the user's umask has them; temporary directories and safetensors files are private otherwise."""
-    umask = os.umask(0)
-    os.umask(umask)
-    directory.chmod(0o777 & ~umask)
-    for file in directory.iterdir():
-        file.chmod(0o666 & ~umask)
 
 
 def _positive(text: str) -> float:

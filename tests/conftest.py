@@ -28,6 +28,9 @@ class DeclareOperators:
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
+        if name == "transformers":  # rsagent_jax hides torch from it; here other tests need its models, too
+            for hidden in [key for key in ("torch", "torchvision") if sys.modules.get(key, key) is None]:
+                del sys.modules[hidden]
         if name == "torchvision" and cls in sys.meta_path:
             sys.meta_path.remove(cls)
             declare_operators()

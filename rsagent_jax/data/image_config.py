@@ -55,10 +55,8 @@ class ImageConfig:
             sizes[name] = _whole(raw.get(name, default), name, problems)
             if vision is not None and sizes[name] and sizes[name] != (wanted := getattr(vision, theirs)):
                 problems.append(f"{name} is {sizes[name]}, config.json's vision_config.{theirs} is {wanted}")
-        low, high = (
-            _pixels(raw, *names, problems)
-            for names in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
-        )
+        edges = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+        low, high = (_pixels(raw, *names, problems) for names in edges)
         mean, std = (_channels(raw, name, problems) for name in ("image_mean", "image_std"))
         if not all(value > 0 for value in std):
             problems.append(f"image_std is {list(std)}, it must be above 0")
@@ -66,16 +64,12 @@ class ImageConfig:
             value = raw.get(name, wanted)
             if value != wanted and not (name == "rescale_factor" and _is_number(value) and abs(value * 255 - 1) < 1e-6):
                 problems.append(f"{name} is {value!r}, only {wanted!r} is implemented")
-        if not problems:
-            try:
-                return cls(
-                    **sizes,
-                    limits=PixelLimits(sizes["patch_size"] * sizes["merge_size"], low, high),
-                    mean=mean,
-                    std=std,
-                )
-            except DataError as error:
-                problems.append(str(error))
+        try:
+            if not problems:
+                limits = PixelLimits(sizes["patch_size"] * sizes["merge_size"], low, high)
+                return cls(**sizes, limits=limits, mean=mean, std=std)
+        except DataError as error:
+            problems.append(str(error))
         raise DataError(f"{path}: " + "; ".join(dict.fromkeys(problems)))
 
 

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 
 from rsagent_jax.agent.views import PixelLimits, round_size
 from rsagent_jax.config.schema import SamplingConfig
+from rsagent_jax.data.chat_template import check_chat_template
 from rsagent_jax.data.image_config import ImageConfig
-from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, read_json, token_ids
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, hugging_face, load_config, read_json, token_ids
 from rsagent_jax.models.qwen25_vl.positions import Grid, merged_tokens, mrope_positions
 from rsagent_jax.types import DataError, Prompt
 from sam_bridge.file_kinds import kind_of_file
@@ -47,14 +48,18 @@ class Processor:
 
     @classmethod
     def load(cls, directory: str | pathlib.Path) -> Processor:
-        path = pathlib.Path(directory) / "tokenizer.json"
-        config = load_config(directory)
+        """DataError for files that are missing, broken or of different models, and for another chat template."""
+        path, config = pathlib.Path(directory) / "tokenizer.json", load_config(directory)
+        if kind := kind_of_file(path):
+            raise DataError(f"{path} is {kind}")
         try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for a missing or a broken file
-            kind = kind_of_file(path)
-            raise DataError(f"{path} {f'is {kind}' if kind else f'cannot be read as a tokenizer: {error}'}") from error
-        return cls(tokenizer, ImageConfig.load(directory, config.vision), config, _generation_eos(directory))
+            tokenizer = hugging_face("AutoTokenizer").from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # the library raises bare Exception for a broken file
+            raise DataError(f"{path} cannot be read as a tokenizer: {error}") from error
+        images = ImageConfig.load(directory, config.vision)
+        processor = cls(tokenizer.backend_tokenizer, images, config, _generation_eos(directory))
+        check_chat_template(pathlib.Path(directory), tokenizer)
+        return processor
 
     def with_ends(self, sampling: SamplingConfig) -> SamplingConfig:
         """The same sampling, which also stops at the model's own `end_ids`."""

@@ -25,6 +25,7 @@ from rsagent_jax.train.state import EMPTY, TrainState
 from rsagent_jax.types import DataError
 
 NO_ADAPTERS = LoraConfig()
+REMEDY = "use another --workdir, or the config it was made with"
 
 
 class Checkpoints:
@@ -54,7 +55,7 @@ class Checkpoints:
         step = self.manager.latest_step()
         if step is None:
             return None
-        trees = jax.tree.map(_abstract, _trees(like))
+        trees, saved = jax.tree.map(_abstract, _trees(like)), self.directory / str(step)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         if self.adapters:
             args["lora"] = ocp.args.JsonRestore()
@@ -62,22 +63,15 @@ class Checkpoints:
             restored = self.manager.restore(step, args=ocp.args.Composite(source=ocp.args.JsonRestore(), **args))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{self.directory}/{step} does not fit the model and optimiser of this config ({first_line(error)});"
-                " use another --workdir, or the config it was made with"
+                f"{saved} does not fit the model and optimiser of this config ({first_line(error)}); {REMEDY}"
             ) from error
         if self.adapters and restored["lora"] != self.adapters:
-            raise DataError(
-                f"{self.directory}/{step} has adapters with {restored['lora']}, this config has {self.adapters};"
-                " use another --workdir, or the config it was made with"
-            )
-        leaves = [*restored["params"].values(), *restored["optimizer"].values()]
-        order = [*trees["params"], *trees["optimizer"]]
-        by_name = dict(zip([*restored["params"], *restored["optimizer"]], leaves, strict=True))
-        params, rest = order[: len(trees["params"])], order[len(trees["params"]) :]
+            raise DataError(f"{saved} has adapters with {restored['lora']}, this config has {self.adapters}; {REMEDY}")
+        number, *leaves = (restored["optimizer"][name] for name in trees["optimizer"])
         state = TrainState(
-            step=by_name[rest[0]],
-            params=jax.tree.unflatten(jax.tree.structure(like.params), [by_name[n] for n in params]),
-            opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), [by_name[n] for n in rest[1:]]),
+            step=number,
+            params=convert.with_values(like.params, restored["params"]),
+            opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves),
         )
         return state, restored["source"]
 
@@ -92,7 +86,7 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise DataError(
                 f"{self.directory}/base does not fit the parameters that this config leaves untrained"
-                f" ({first_line(error)}); use another --workdir, or the config it was made with"
+                f" ({first_line(error)}); {REMEDY}"
             ) from error
         self.has_base = True
         return convert.with_values(like, values)
@@ -106,7 +100,7 @@ def _trees(state: TrainState) -> dict[str, dict[str, jax.Array]]:
     """The state as plain dicts, so that files do not depend on the version of flax or optax."""
     rest = [state.step, *jax.tree.leaves(state.opt_state)]
     return {
-        "params": {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state.params)},
+        "params": convert.flat_state(state.params),
         "optimizer": {f"leaf_{i:05d}": leaf for i, leaf in enumerate(rest)},
     }
 

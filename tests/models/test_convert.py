@@ -2,10 +2,10 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import struct
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -42,6 +42,10 @@ def refusal(directory):
     return str(error.value)
 
 
+def tensors_of(directory):
+    return {name: value for path in directory.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
 def assert_same_bytes(got, want):
     assert got.keys() == want.keys()
     for name, value in want.items():
@@ -61,11 +65,15 @@ def shard(directory, parts):
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def raw_file(path, names):
-    """A safetensors file written by hand, so that a name can stand in the header twice."""
-    entry = json.dumps({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})
-    header = ("{" + ",".join(f'"{name}":{entry}' for name in names) + "}").encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+def raw_file(path, tensors):
+    """A safetensors file written by hand: fp32 (name, values) in this order, and a name may come twice."""
+    entries, data = [], b""
+    for name, value in tensors:
+        offsets = [len(data), len(data) + value.nbytes]
+        entries.append(f'"{name}":' + json.dumps({"dtype": "F32", "shape": value.shape, "data_offsets": offsets}))
+        data += value.tobytes()
+    header = ("{" + ",".join(entries) + "}").encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
 
 
 # --- the way there and back ---
@@ -90,39 +98,30 @@ def test_a_directory_goes_back_bit_identical(case, dtype, tmp_path):
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_every_dtype_is_kept_in_fp32_and_bf16_is_widened_exactly(tmp_path):
-    saved(tmp_path, dtype="bfloat16")
-    model = load(tmp_path)
-    flat = convert.flat_params(model)
-    assert {x.dtype for x in flat.values()} == {jnp.dtype("float32")}
-    stored = load_file(tmp_path / "model.safetensors")[EMBED]
-    assert stored.dtype == ml_dtypes.bfloat16
-    assert np.array_equal(np.asarray(flat["decoder.embed"]), stored.astype(np.float32))
-
-
+@pytest.mark.parametrize("limit", [10**9, 40_000], ids=["a single file", "shards"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_what_transformers_saved_goes_back_bit_identical_and_transformers_reads_it(tied, dtype, tmp_path):
+def test_what_transformers_saved_goes_back_bit_identical_and_transformers_reads_it(tied, dtype, limit, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     hf = tiny.build_hf(TIED if tied else SMALL).to(getattr(torch, dtype))
     hf.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
-    shards = sorted((tmp_path / "hf").glob("*.safetensors"))
-    assert len(shards) > 2
-    theirs = {name: value for path in shards for name, value in load_file(path).items()}
-    convert.save_model(load(tmp_path / "hf"), tmp_path / "ours", tiny.read_raw(tmp_path / "hf"))
-    assert_same_bytes(load_file(tmp_path / "ours/model.safetensors"), theirs)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    convert.save_model(load(tmp_path / "hf"), tmp_path / "ours", tiny.read_raw(tmp_path / "hf"), limit)
+    assert (tmp_path / "ours/model.safetensors").exists() == (limit > 40_000)
+    assert_same_bytes(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "hf"))
     # both read from files: .to(bfloat16) above has also rounded hf's rotary frequencies, which no file holds
-    first, again = (
-        Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / d, attn_implementation="eager").eval()
-        for d in ("hf", "ours")
+    load_theirs = functools.partial(
+        Qwen2_5_VLForConditionalGeneration.from_pretrained, attn_implementation="eager", output_loading_info=True
     )
+    (first, _), (again, report) = (load_theirs(tmp_path / folder) for folder in ("hf", "ours"))
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     assert again.dtype == hf.dtype
     assert (again.lm_head.weight is again.model.language_model.embed_tokens.weight) == tied
     with torch.no_grad():
         inputs = tiny.hf_inputs(tiny.sequence(SMALL, 1))
-        assert torch.equal(again(**inputs).logits, first(**inputs).logits)
+        assert torch.equal(again.eval()(**inputs).logits, first.eval()(**inputs).logits)
 
 
 def test_both_layouts_of_names_are_read(tmp_path):
@@ -134,7 +133,7 @@ def test_both_layouts_of_names_are_read(tmp_path):
     saved(tmp_path / "modules", change=module_names)
     names = load_file(tmp_path / "modules/model.safetensors")
     assert "model.visual.merger.ln_q.weight" in names and "model.language_model.norm.weight" in names
-    assert_same_bytes(*(convert.to_hub(load(tmp_path / d), "float32") for d in ("modules", "hub")))
+    assert_same_bytes(*(tiny.to_hub(load(tmp_path / d), "float32") for d in ("modules", "hub")))
 
 
 def test_shards_are_read_as_one_and_a_single_file_goes_before_an_index(tmp_path):
@@ -142,23 +141,9 @@ def test_shards_are_read_as_one_and_a_single_file_goes_before_an_index(tmp_path)
     want = load_file(tmp_path / "model.safetensors")
     shard(tmp_path, {"a-1.safetensors": lambda n: "layers" in n, "a-2.safetensors": lambda n: "layers" not in n})
     assert [f.name for f in tensor_files.find(tmp_path)[0]] == ["a-1.safetensors", "a-2.safetensors"]
-    assert_same_bytes(convert.to_hub(load(tmp_path), "float32"), want)
+    assert_same_bytes(tiny.to_hub(load(tmp_path), "float32"), want)
     tiny.write(SMALL, tmp_path, seed=5)  # an export into the same folder
-    assert_same_bytes(convert.to_hub(load(tmp_path), "float32"), load_file(tmp_path / "model.safetensors"))
-
-
-def test_an_export_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    saved(tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes()
-
-    def full_disk(path, dtype, shapes, blocks):
-        path.write_bytes(b"half")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(tensor_files, "write_safetensors", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        tiny.write(SMALL, tmp_path, seed=1)
-    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert_same_bytes(tiny.to_hub(load(tmp_path), "float32"), load_file(tmp_path / "model.safetensors"))
 
 
 # --- everything that can be wrong with the tensors ---
@@ -199,7 +184,7 @@ def test_one_error_lists_all_unknown_missing_misshapen_duplicate_and_ill_typed_t
 
 
 def test_the_list_of_problems_is_whole_however_long_it_is(tmp_path):
-    names = [n for n in convert.to_hub(tiny.random_model(SMALL), "float32") if "layers" in n]
+    names = [n for n in tiny.to_hub(tiny.random_model(SMALL), "float32") if "layers" in n]
     message = refusal(saved(tmp_path, change=lambda t: [t.pop(n) for n in names]))
     assert len(names) > 20
     assert all(f"missing {name}" in message for name in names)
@@ -216,7 +201,7 @@ def test_a_tensor_in_two_shards_is_a_duplicate_even_if_both_are_equal(tmp_path):
 
 def test_a_name_that_stands_twice_in_one_header_is_a_duplicate(tmp_path):
     saved(tmp_path)
-    raw_file(tmp_path / "model.safetensors", ["model.norm.weight", "model.norm.weight"])
+    raw_file(tmp_path / "model.safetensors", [("model.norm.weight", np.zeros(n, np.float32)) for n in (0, 1)])
     assert "duplicate model.norm.weight" in refusal(tmp_path)
 
 
@@ -244,25 +229,6 @@ def test_an_untied_model_without_its_head_is_refused(tmp_path):
     assert "missing lm_head.weight" in refusal(saved(tmp_path, change=lambda t: t.pop(HEAD)))
 
 
-# --- everything that can be wrong with the files ---
-
-
-@pytest.mark.parametrize("keep", [0, 4, 200, -1], ids=["empty", "half a length", "half a header", "a byte short"])
-def test_a_truncated_file_is_one_readable_error(keep, tmp_path):
-    file = saved(tmp_path) / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:keep])
-    assert "model.safetensors is not a readable safetensors file" in refusal(tmp_path)
-
-
-def test_a_file_that_is_no_safetensors_is_one_readable_error(tmp_path):
-    (saved(tmp_path) / "model.safetensors").write_bytes(b"<html>not found</html>" * 20)
-    assert "model.safetensors is an HTML page" in refusal(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
-    assert "model.safetensors is a Git-LFS pointer" in refusal(tmp_path) and "git lfs pull" in refusal(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"weights" * 20)
-    assert "model.safetensors is not a readable safetensors file" in refusal(tmp_path)
-
-
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_value_that_is_not_finite_is_refused_with_the_names_of_tensor_and_file(dtype, bad, tmp_path):
@@ -286,60 +252,6 @@ def test_the_largest_the_smallest_and_both_zeros_are_finite(dtype, tmp_path):
 
     got = np.asarray(load(saved(tmp_path, SMALL, change, dtype)).decoder.norm.scale.get_value())
     np.testing.assert_array_equal(got[:5], np.array(values).astype(limits.dtype).astype(np.float32))
-
-
-@pytest.mark.parametrize("zeros", [4100, 10_000, 32_768, 65_536, 123_456, "all"])
-def test_a_file_whose_end_was_never_downloaded_is_refused(zeros, tmp_path):
-    file = saved(tmp_path) / "model.safetensors"
-    data = file.read_bytes()
-    count = len(data) - 8 - int.from_bytes(data[:8], "little") if zeros == "all" else zeros
-    file.write_bytes(data[:-count] + bytes(count))
-    assert f"model.safetensors ends in {count} zero bytes" in (said := refusal(tmp_path)), said
-    assert "its download was not finished" in said
-
-
-def test_weights_that_are_zero_on_purpose_are_read(tmp_path):
-    """At the very end of a file: padding rows of the vocabulary, a new layer's projection, a bias."""
-    for name, rows in ((HEAD, 200), (EMBED, 200), ("model.layers.1.self_attn.o_proj.weight", 0), (QKV_BIAS, 0)):
-        tiny.write(SMALL, tmp_path, dtype="float32")
-        tensors = load_file(tmp_path / "model.safetensors")
-        tensors[name][rows:] = 0
-        shapes = {n: v.shape for n, v in tensors.items() if n != name} | {name: tensors[name].shape}  # it is the last
-        tensor_files.write_safetensors(tmp_path / "model.safetensors", "F32", shapes, [tensors[n] for n in shapes])
-        np.testing.assert_array_equal(convert.to_hub(load(tmp_path), "float32")[name], tensors[name])
-    tensors[QKV_BIAS][:] = 1
-    shapes = {n: v.shape for n, v in tensors.items() if n != HEAD} | {HEAD: tensors[HEAD].shape}
-    tensors[HEAD][:] = 0
-    tensor_files.write_safetensors(tmp_path / "model.safetensors", "F32", shapes, [tensors[n] for n in shapes])
-    assert f"{HEAD} among them" in refusal(tmp_path)  # a head without a row that is not zero
-
-
-def test_missing_files_are_all_named(tmp_path):
-    saved(tmp_path)
-    shard(tmp_path, {f"{c}.safetensors": lambda n, i=i: len(n) % 3 == i for i, c in enumerate("abc")})
-    (tmp_path / "a.safetensors").unlink()
-    (tmp_path / "c.safetensors").unlink()
-    assert "lacks a.safetensors, c.safetensors" in refusal(tmp_path)
-    (tmp_path / "model.safetensors.index.json").unlink()
-    assert "lacks model.safetensors" in refusal(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["../b/model.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "."])
-def test_an_index_that_names_files_outside_its_directory_is_refused(name, tmp_path):
-    saved(tmp_path / "b")
-    saved(tmp_path / "a")
-    (tmp_path / "a/model.safetensors").unlink()
-    (tmp_path / "a/model.safetensors.index.json").write_text(json.dumps({"weight_map": {EMBED: name}}))
-    assert "outside its directory" in refusal(tmp_path / "a")
-
-
-@pytest.mark.parametrize(
-    "index", [{}, {"weight_map": [1]}, {"weight_map": {EMBED: 3}}, {"weight_map": {EMBED: ["x"]}}], ids=str
-)
-def test_an_index_without_a_proper_weight_map_is_refused(index, tmp_path):
-    (saved(tmp_path) / "model.safetensors").unlink()
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "no weight_map" in refusal(tmp_path)
 
 
 # --- config.json ---
@@ -397,7 +309,7 @@ def test_the_config_that_transformers_saves_reads_as_the_one_it_was_given(tmp_pa
         (lambda raw: raw["text_config"].update(hidden_act="gelu"), ["hidden_act", "gelu"]),
         (lambda raw: raw["text_config"]["rope_parameters"].update(rope_type="yarn"), ["rope", "yarn"]),
         (lambda raw: raw["vision_config"].update(rope_parameters={"rope_theta": 5.0}), ["rope_theta", "5.0"]),
-        (lambda raw: raw["text_config"].update(hidden_size="32"), ["hidden_size", "'32'", "not a number"]),
+        (lambda raw: raw["text_config"].update(hidden_size="32"), ["hidden_size", "'32'", "expected int"]),
         (
             lambda raw: (
                 raw["text_config"].update(num_key_value_heads=3),

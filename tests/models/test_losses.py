@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.logprobs import token_logprobs
 
@@ -31,7 +30,7 @@ def program(remat="none"):
 
     def call(row, mask):
         value, grads = compiled(state, row.arrays(), jnp.roll(row.tokens, -1)[None], jnp.asarray(mask)[None])
-        return float(value), convert.to_hub(nnx.merge(graphdef, grads), "float32")
+        return float(value), tiny.to_hub(nnx.merge(graphdef, grads), "float32")
 
     return model, call
 

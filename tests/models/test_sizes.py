@@ -3,52 +3,16 @@
 import copy
 import json
 import math
-import pathlib
 
 import pytest
 
 from rsagent_jax.models.qwen25_vl import convert
-from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, size_config
+from rsagent_jax.models.qwen25_vl.config import SIZES as CONFIGS
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, TextConfig, VisionConfig, load_config, size_config
 from rsagent_jax.types import DataError
 
 from . import tiny
 
-FIXED = {
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "vision_token_id": 151654,
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "max_position_embeddings": 128000,
-    "model_type": "qwen2_5_vl",
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "sliding_window": 32768,
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "use_sliding_window": False,
-}
-VISION = {
-    "depth": 32,
-    "hidden_act": "silu",
-    "hidden_size": 1280,
-    "num_heads": 16,
-    "in_chans": 3,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "spatial_patch_size": 14,
-    "window_size": 112,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-    "tokens_per_second": 2,
-    "temporal_patch_size": 2,
-}
 # hidden, layers, heads, kv heads, intermediate, vocabulary, tied, max_window_layers, the tower's intermediate; and the
 # parameters, which are the bytes of the published bf16 tensors / 2
 SIZES = {
@@ -61,18 +25,7 @@ SIZES = {
 
 def published(name: str) -> dict:
     """config.json of Qwen/Qwen2.5-VL-<name>-Instruct: what decides the shape, and what else transformers reads."""
-    hidden, layers, heads, kv, intermediate, vocab, tied, window_layers, vision_intermediate = SIZES[name][0]
-    return FIXED | {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "intermediate_size": intermediate,
-        "vocab_size": vocab,
-        "tie_word_embeddings": tied,
-        "max_window_layers": window_layers,
-        "vision_config": VISION | {"intermediate_size": vision_intermediate, "out_hidden_size": hidden},
-    }
+    return json.loads((CONFIGS / f"{name}.json").read_text())
 
 
 def hub_shapes(config: Qwen25VLConfig) -> dict[str, tuple[int, ...]]:
@@ -82,16 +35,26 @@ def hub_shapes(config: Qwen25VLConfig) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_size_by_name_is_the_published_config(name, tmp_path):
-    raw = published(name)
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert load_config(tmp_path) == size_config(name)
-    assert json.loads((pathlib.Path(__file__).parents[2] / "assets/configs" / f"{name}.json").read_text()) == raw
+    (hidden, layers, heads, kv, intermediate, vocab, tied, window_layers, vision_intermediate), params = SIZES[name]
+    text = TextConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv, rms_norm_eps=1e-6, rope_theta=1e6,
+        mrope_section=(16, 24, 24), tie_word_embeddings=tied,
+    )  # fmt: skip
+    vision = VisionConfig(
+        hidden_size=1280, intermediate_size=vision_intermediate, out_hidden_size=hidden, depth=32, num_heads=16,
+        fullatt_block_indexes=(7, 15, 23, 31), in_channels=3, patch_size=14, temporal_patch_size=2,
+        spatial_merge_size=2, window_size=112,
+    )  # fmt: skip
+    ids = dict(image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653)
     config = size_config(name)
-    assert config.text.head_dim == 128
-    assert config.vision.window_patches == 64
-    assert (
-        sum(math.prod(v.shape) for v in convert.flat_params(convert.abstract_model(config)).values()) == SIZES[name][1]
-    )
+    assert config == Qwen25VLConfig(text=text, vision=vision, eos_token_ids=(151645,), **ids)
+    assert config.text.head_dim == 128 and config.vision.window_patches == 64
+    raw = published(name)
+    assert (raw["max_window_layers"], raw["torch_dtype"], raw["bos_token_id"]) == (window_layers, "bfloat16", 151643)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert load_config(tmp_path) == config
+    assert sum(math.prod(v.shape) for v in convert.flat_params(convert.abstract_model(config)).values()) == params
 
 
 @pytest.mark.parametrize("name", SIZES)

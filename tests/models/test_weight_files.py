@@ -1,4 +1,4 @@
-"""Shards and their index: split, replaced atomically, read by transformers; every broken file is one clear error."""
+"""Shards and their index: split, replaced atomically; every broken file is one clear error."""
 
 import dataclasses
 import json
@@ -12,95 +12,53 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
-from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.types import DataError
 
 from . import tiny
+from .test_convert import EMBED, HEAD, QKV_BIAS, load, raw_file, refusal, saved, shard, tensors_of
 
 SMALL = tiny.Case("small", ((1, 4, 6),), depth=2, fullatt=(0,), layers=11)
 SHORT = dataclasses.replace(SMALL, name="short", layers=2)
 LIMIT = 40_000  # bytes; the largest tensor has 32 768
 
 
-def save(directory, seed=0, limit=LIMIT, dtype="bfloat16", case=SMALL):
-    model = tiny.random_model(case, seed)
-    convert.save_model(model, directory, case.raw_config() | {"dtype": dtype}, limit)
-    return convert.to_hub(model, dtype)
-
-
-def load(directory):
-    return convert.to_hub(convert.load_model(directory, load_config(directory)), "bfloat16")
+def save(directory, seed=0, limit=LIMIT, case=SMALL):
+    """What is written, by the hub's names."""
+    return tiny.to_hub(tiny.write(case, directory, seed, "bfloat16", limit), "bfloat16")
 
 
 def same(got, want):
     return got.keys() == want.keys() and all(got[name].tobytes() == want[name].tobytes() for name in want)
 
 
-def refusal(directory):
-    with pytest.raises(DataError) as error:
-        convert.load_model(directory, load_config(directory))
-    return str(error.value)
+def read(directory):
+    return tiny.to_hub(load(directory), "bfloat16")
 
 
 # --- what is written ---
 
 
-def test_shards_keep_the_limit_the_index_is_whole_and_layers_stand_together(tmp_path):
-    want = save(tmp_path)
+@pytest.mark.parametrize("limit", [LIMIT, 1])
+def test_shards_keep_the_limit_the_index_is_whole_and_layers_stand_together(limit, tmp_path):
+    """A tensor above the limit has a shard of its own."""
+    want = save(tmp_path, limit=limit)
     shards = sorted(tmp_path.glob("*.safetensors"))
     n = len(shards)
-    assert n > 4
+    assert n > 4 if limit > 1 else n == len(want)
     assert [p.name for p in shards] == [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in shards} | {"config.json", tensor_files.INDEX}
     index = json.loads((tmp_path / tensor_files.INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(v.nbytes for v in want.values())
-    found = {}
     for path in shards:
         tensors = load_file(path)
-        assert sum(v.nbytes for v in tensors.values()) <= LIMIT
+        assert len(tensors) == 1 or sum(v.nbytes for v in tensors.values()) <= limit
         assert {index["weight_map"][name] for name in tensors} == {path.name}
         with safe_open(path, framework="np") as file:
             assert file.metadata() == {"format": "pt"}
-        found |= tensors
-    assert same(found, want) and index["weight_map"].keys() == want.keys()
+    assert same(tensors_of(tmp_path), want) and index["weight_map"].keys() == want.keys()
     layers = [int(name.split(".")[2]) for name in index["weight_map"] if name.startswith("model.layers.")]
     assert layers == sorted(layers)  # 2 before 10
-    assert same(load(tmp_path), want)
-
-
-def test_a_tensor_above_the_limit_has_a_shard_of_its_own(tmp_path):
-    want = save(tmp_path, limit=1)
-    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) == len(want)
-    assert same(load(tmp_path), want)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_transformers_reads_the_shards_as_it_reads_the_single_file(dtype, tmp_path):
-    torch = pytest.importorskip("torch")
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    save(tmp_path / "shards", dtype=dtype)
-    save(tmp_path / "single", limit=10**9, dtype=dtype)
-    assert (tmp_path / "single/model.safetensors").exists() and not (tmp_path / "shards/model.safetensors").exists()
-    models = []
-    for folder in ("shards", "single"):
-        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            tmp_path / folder, attn_implementation="eager", output_loading_info=True
-        )
-        assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-        models.append(model.eval())
-    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(a, b), name
-    assert models[0].dtype == getattr(torch, dtype)
-    with torch.no_grad():
-        inputs = tiny.hf_inputs(tiny.sequence(SMALL, 1))
-        logits = [m(**inputs).logits for m in models]
-    assert torch.equal(*logits)
-
-
-def test_the_writer_holds_its_promise(tmp_path):
-    with pytest.raises(ValueError, match="4 bytes of data, the header promises 8"):
-        tensor_files.write_safetensors(tmp_path / "x", "F32", {"a": (2,)}, [np.zeros(1, np.float32)])
+    assert same(read(tmp_path), want)
 
 
 # --- what stood there before ---
@@ -112,7 +70,7 @@ def test_a_later_export_replaces_an_earlier_one_whole(first, second, tmp_path):
     save(tmp_path, seed=1, limit=first)
     (tmp_path / "notes.safetensors").write_bytes(b"mine")
     want = save(tmp_path, seed=2, limit=second)
-    assert same(load(tmp_path), want)
+    assert same(read(tmp_path), want)
     files = {p.name for p in tensor_files.find(tmp_path)[0]}
     left = {"config.json", "notes.safetensors"} | files | ({tensor_files.INDEX} if len(files) > 1 else set())
     assert {p.name for p in tmp_path.iterdir()} == left
@@ -124,7 +82,7 @@ def test_an_export_stopped_anywhere_leaves_the_old_the_new_or_a_refusal_never_a_
     first, second, tmp_path, monkeypatch
 ):
     """Stopped after k steps that touch the folder, for every k; then exported again."""
-    steps = {"left": 0}
+    steps, write = {"left": 0}, tensor_files.write
 
     class Stopped(BaseException):
         pass
@@ -132,6 +90,8 @@ def test_an_export_stopped_anywhere_leaves_the_old_the_new_or_a_refusal_never_a_
     def limited(real):
         def call(*args, **kwargs):
             if steps["left"] == 0:
+                if real is write:
+                    args[0].write_bytes(b"half")
                 raise Stopped
             steps["left"] -= 1
             return real(*args, **kwargs)
@@ -140,7 +100,7 @@ def test_an_export_stopped_anywhere_leaves_the_old_the_new_or_a_refusal_never_a_
 
     old = save(tmp_path / "old", seed=1, limit=first, case=SHORT)
     new = save(tmp_path / "new", seed=2, limit=second, case=SHORT)
-    model = convert.load_model(tmp_path / "new", load_config(tmp_path / "new"))
+    model = load(tmp_path / "new")
     raw = tiny.read_raw(tmp_path / "new")
     outcomes = []
     for k in range(60):
@@ -150,14 +110,14 @@ def test_an_export_stopped_anywhere_leaves_the_old_the_new_or_a_refusal_never_a_
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", limited(os.replace))
             patch.setattr(type(folder), "unlink", limited(type(folder).unlink))
-            patch.setattr(tensor_files, "write_safetensors", limited(tensor_files.write_safetensors))
+            patch.setattr(tensor_files, "write", limited(write))
             try:
                 convert.save_model(model, folder, raw, second)
                 finished = True
             except Stopped:
                 finished = False
         try:
-            got = load(folder)
+            got = read(folder)
             outcomes.append("old" if same(got, old) else "new" if same(got, new) else "mixture")
         except DataError:
             outcomes.append("refused")
@@ -165,7 +125,7 @@ def test_an_export_stopped_anywhere_leaves_the_old_the_new_or_a_refusal_never_a_
             break
         assert not (folder / ".partial").exists()
     convert.save_model(model, tmp_path / "3", raw, second)  # goes on from a stopped one
-    assert same(load(tmp_path / "3"), new)
+    assert same(read(tmp_path / "3"), new)
     assert finished and outcomes[-1] == "new" and "mixture" not in outcomes
     written = len(tensor_files.find(tmp_path / "new")[0])
     assert outcomes[: written + 1] == ["old"] * (written + 1)  # the long part
@@ -184,67 +144,56 @@ def test_what_a_killed_export_left_behind_goes_with_the_next(tmp_path):
 # --- what can be wrong with the files ---
 
 
-def spoilt(directory, change):
-    """A valid model.safetensors whose header `change` has edited."""
-    save(directory, limit=10**9)
-    path = directory / "model.safetensors"
+def spoilt(directory, header=lambda entry: entry, data=lambda data: data):
+    """A valid model.safetensors in which the header's entry of one tensor, or all data, have been edited."""
+    path = saved(directory, SHORT, dtype="bfloat16") / "model.safetensors"
     raw = path.read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    header = json.loads(raw[8 : 8 + length])
-    data = raw[8 + length :]
-    data = change(header, data) or data
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    end = 8 + struct.unpack("<Q", raw[:8])[0]
+    entries = json.loads(raw[8:end])
+    entries["model.norm.weight"] = header(entries["model.norm.weight"])
+    text = json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data(raw[end:]))
     return directory
 
 
-def shifted(header, _):
-    header["model.norm.weight"]["data_offsets"][1] += 2
-
-
-def overlapping(header, _):
-    first, second = (header[f"model.layers.{i}.mlp.up_proj.weight"] for i in (0, 1))
-    second["data_offsets"] = first["data_offsets"]
-
-
-def beyond(header, data):
-    end = max(e["data_offsets"][1] for e in header.values() if "data_offsets" in e)
-    last = next(e for e in header.values() if e.get("data_offsets", [0, 0])[1] == end)
-    last["data_offsets"] = [end, end + end - last["data_offsets"][0]]
-
-
-def larger_than_its_bytes(header, _):
-    header["model.norm.weight"]["shape"] = [64]
-
-
-def negative(header, _):
-    header["model.norm.weight"]["data_offsets"] = [-64, 0]
-
-
-def no_dtype(header, _):
-    del header["model.norm.weight"]["dtype"]
-
-
-def trailing(_, data):
-    return data + bytes(8)
-
-
 @pytest.mark.parametrize(
-    "change",
-    [shifted, overlapping, beyond, larger_than_its_bytes, negative, no_dtype, trailing, lambda h, d: d[:-1]],
-    ids=lambda f: f.__name__.replace("<lambda>", "a byte short"),
+    "header",
+    [
+        lambda e: e | {"data_offsets": [e["data_offsets"][0], e["data_offsets"][1] + 2]},
+        lambda e: e | {"data_offsets": [0, 64]},  # those of another tensor
+        lambda e: e | {"data_offsets": [10**9, 10**9 + 64]},
+        lambda e: e | {"data_offsets": [-64, 0]},
+        lambda e: e | {"shape": [64]},
+        lambda e: {key: e[key] for key in ("shape", "data_offsets")},
+    ],
+    ids=["shifted", "overlapping", "beyond the end", "negative", "larger than its bytes", "no dtype"],
 )
-def test_a_header_that_lies_about_its_data_is_one_readable_error(change, tmp_path):
-    message = refusal(spoilt(tmp_path, change))
+def test_a_header_that_lies_about_its_data_is_one_readable_error(header, tmp_path):
+    message = refusal(spoilt(tmp_path, header))
     assert "model.safetensors is not a readable safetensors file" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("length", [2**63, 2**40, 0, 3])
-def test_a_header_of_an_impossible_length_is_one_readable_error(length, tmp_path):
-    save(tmp_path, limit=10**9)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
-    assert "is not a readable safetensors file" in refusal(tmp_path)
+@pytest.mark.parametrize("data", [lambda d: d + bytes(8), lambda d: d[:-1]], ids=["trailing", "a byte short"])
+def test_data_of_another_length_than_the_header_says_is_one_readable_error(data, tmp_path):
+    assert "model.safetensors is not a readable safetensors file" in refusal(spoilt(tmp_path, data=data))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        *((lambda raw, n=n: struct.pack("<Q", n) + raw[8:], "not a readable") for n in (2**63, 2**40, 0, 3)),
+        *((lambda raw, keep=keep: raw[:keep], "not a readable safetensors file") for keep in (4, 200)),
+        (lambda raw: b"", "not a readable safetensors file"),
+        (lambda raw: b"weights" * 20, "not a readable safetensors file"),
+        (lambda raw: b"<html>not found</html>" * 20, "an HTML page"),
+        (lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n", "a Git-LFS pointer"),
+    ],
+)
+def test_a_file_that_is_no_safetensors_is_one_readable_error(content, said, tmp_path):
+    path = saved(tmp_path, SHORT) / "model.safetensors"
+    path.write_bytes(content(path.read_bytes()))
+    assert f"model.safetensors is {said}" in (message := refusal(tmp_path))
+    assert ("git lfs pull" in message) == ("LFS" in said)
 
 
 def test_a_file_cut_after_its_header_was_checked_is_one_readable_error(tmp_path, monkeypatch):
@@ -260,11 +209,56 @@ def test_a_file_cut_after_its_header_was_checked_is_one_readable_error(tmp_path,
     assert "it was cut while it was read" in refusal(tmp_path)
 
 
-def test_an_index_that_names_a_missing_shard_says_which(tmp_path):
-    save(tmp_path)
-    gone = sorted(tmp_path.glob("model-*-of-*.safetensors"))[1]
-    gone.unlink()
-    assert f"lacks {gone.name}" in refusal(tmp_path)
+@pytest.mark.parametrize("zeros", [4100, 10_000, 32_768, 65_536, 123_456, "all"])
+def test_a_file_whose_end_was_never_downloaded_is_refused(zeros, tmp_path):
+    file = saved(tmp_path) / "model.safetensors"
+    data = file.read_bytes()
+    count = len(data) - 8 - int.from_bytes(data[:8], "little") if zeros == "all" else zeros
+    file.write_bytes(data[:-count] + bytes(count))
+    assert f"model.safetensors ends in {count} zero bytes" in (said := refusal(tmp_path)), said
+    assert "its download was not finished" in said
+
+
+def test_weights_that_are_zero_on_purpose_are_read(tmp_path):
+    """At the very end of a file: padding rows of the vocabulary, a new layer's projection, a bias."""
+    file = saved(tmp_path) / "model.safetensors"
+    stored = load_file(file)
+    for name, rows in ((HEAD, 90), (EMBED, 90), ("model.layers.1.self_attn.o_proj.weight", 0), (QKV_BIAS, 0)):
+        tensors = {n: v.copy() for n, v in stored.items()}
+        tensors[name][rows:] = 0
+        raw_file(file, sorted(tensors.items(), key=lambda item, name=name: item[0] == name))  # it is the last
+        np.testing.assert_array_equal(tiny.to_hub(load(tmp_path), "float32")[name], tensors[name])
+    stored[HEAD][:] = 0
+    raw_file(file, sorted(stored.items(), key=lambda item: item[0] == HEAD))
+    assert f"{HEAD} among them" in refusal(tmp_path)  # a head without a row that is not zero
+
+
+def test_missing_files_are_all_named(tmp_path):
+    saved(tmp_path)
+    shard(tmp_path, {f"{c}.safetensors": lambda n, i=i: len(n) % 3 == i for i, c in enumerate("abc")})
+    (tmp_path / "a.safetensors").unlink()
+    (tmp_path / "c.safetensors").unlink()
+    assert "lacks a.safetensors, c.safetensors" in refusal(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert "lacks model.safetensors" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../b/model.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "."])
+def test_an_index_that_names_files_outside_its_directory_is_refused(name, tmp_path):
+    saved(tmp_path / "b")
+    saved(tmp_path / "a")
+    (tmp_path / "a/model.safetensors").unlink()
+    (tmp_path / "a/model.safetensors.index.json").write_text(json.dumps({"weight_map": {EMBED: name}}))
+    assert "outside its directory" in refusal(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "index", [{}, {"weight_map": [1]}, {"weight_map": {EMBED: 3}}, {"weight_map": {EMBED: ["x"]}}], ids=str
+)
+def test_an_index_without_a_proper_weight_map_is_refused(index, tmp_path):
+    (saved(tmp_path) / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "no weight_map" in refusal(tmp_path)
 
 
 def test_an_index_that_maps_tensors_to_the_wrong_files_lists_each(tmp_path):
@@ -287,5 +281,5 @@ def test_nothing_is_read_but_headers_before_all_tensors_are_checked(tmp_path, mo
     tensors = load_file(last)
     tensors.pop(sorted(tensors)[-1])
     save_file(tensors, last)
-    monkeypatch.setattr(tensor_files, "read_exactly", None)
+    monkeypatch.setattr(tensor_files, "opened", None)
     assert "missing visual." in refusal(tmp_path)

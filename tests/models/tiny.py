@@ -248,10 +248,20 @@ def random_model(case: Case, seed: int = 0) -> Qwen25VL:
     return convert.with_params(model, values)
 
 
-def write(case: Case, directory: pathlib.Path, seed: int = 0, dtype: str = "float32") -> Qwen25VL:
-    """Saves random_model as a Hugging Face directory."""
+def to_hub(model: Qwen25VL, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Hub names -> arrays of `dtype`, layers unstacked."""
+    out, values = {}, {path: np.asarray(leaf) for path, leaf in convert.flat_params(model).items()}
+    for hub, (path, layer, shape) in convert.hub_slots(model).items():
+        one = values[path] if layer is None else values[path][layer]
+        one = (one.T if convert.TABLE[path][1] else one).reshape(shape)
+        out[hub] = np.ascontiguousarray(one.astype(convert.DTYPES[dtype]))
+    return out
+
+
+def write(case: Case, directory: pathlib.Path, seed: int = 0, dtype: str = "float32", limit: int = 10**9) -> Qwen25VL:
+    """Saves random_model as a Hugging Face directory, in files of at most `limit` bytes."""
     model = random_model(case, seed)
-    convert.save_model(model, directory, case.raw_config() | {"dtype": dtype})
+    convert.save_model(model, directory, case.raw_config() | {"dtype": dtype}, limit)
     return model
 
 
@@ -360,7 +370,7 @@ def measure_ours(pair: Pair, seq: Sequence, prompt: int) -> Measured:
     out["logits"] = np.asarray(logits)[0]
     if not seq.grids:
         out = {name: x for name, x in out.items() if len(x)}
-    return Measured(out, float(loss), convert.to_hub(nnx.merge(graphdef, grads), "float32"))
+    return Measured(out, float(loss), to_hub(nnx.merge(graphdef, grads), "float32"))
 
 
 def measure_hf(pair: Pair, seq: Sequence, prompt: int) -> Measured:
@@ -386,7 +396,7 @@ def measure_hf(pair: Pair, seq: Sequence, prompt: int) -> Measured:
     for handle in handles:
         handle.remove()
     params = dict(hf.named_parameters())
-    grads = {hub: params[hf_name(hub)].grad for hub in convert.to_hub(pair.ours, "float32")}
+    grads = {hub: params[hf_name(hub)].grad for hub in to_hub(pair.ours, "float32")}
     assert len(grads) == len(params)
     out["logits"] = logits.detach().numpy()
     return Measured(out, loss.item(), {name: None if g is None else g.numpy() for name, g in grads.items()})

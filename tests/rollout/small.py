@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import pathlib
+import shutil
 import tempfile
 import threading
 import time
@@ -105,6 +107,16 @@ def weights(hidden: int = 32, layers: int = 2, heads: int = 2, kv_heads: int = 2
     values = {k: jnp.asarray(v, jnp.float32) for k, v in values.items()}
     convert.save_model(convert.with_params(model, values), path, raw)
     return path
+
+
+def policy_files(directory: pathlib.Path, changes: dict[str, dict] | None = None) -> pathlib.Path:
+    """The JSON files of `weights` without the tensors; `changes`: of values, None removes one, by file name."""
+    for path in weights().glob("*.json"):
+        shutil.copyfile(path, directory / path.name)
+    for name, values in (changes or {}).items():
+        raw = json.loads((directory / name).read_text()) | values
+        (directory / name).write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+    return directory
 
 
 @functools.cache

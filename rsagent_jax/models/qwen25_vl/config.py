@@ -1,34 +1,39 @@
-"""The shape of a Qwen2.5-VL, read from Hugging Face's config.json (flat as on the hub, or nested)."""
+"""The shape of a Qwen2.5-VL, as transformers reads Hugging Face's config.json (flat as on the hub, or nested)."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import importlib
 import json
+import os
 import pathlib
+import sys
 from typing import Any
 
 from rsagent_jax.types import DataError
 from sam_bridge.file_kinds import HEAD, kind_of
 
 SIZES = pathlib.Path(__file__).parents[3] / "assets" / "configs"
+# What a config.json must say itself; for the rest transformers fills in the value of one size of the model.
+REQUIRED = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads rms_norm_eps
+    image_token_id video_token_id vision_start_token_id vision_end_token_id eos_token_id""".split()
+REQUIRED_VISION = "hidden_size intermediate_size out_hidden_size".split()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Defaults are those of transformers' Qwen2_5_VLVisionConfig, since files that it writes leave such values out:
-    the hub's config.json of the 32B names neither depth nor heads."""
-
     hidden_size: int
     intermediate_size: int
     out_hidden_size: int
-    depth: int = 32
-    num_heads: int = 16
-    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
-    in_channels: int = 3
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    window_size: int = 112
+    depth: int
+    num_heads: int
+    fullatt_block_indexes: tuple[int, ...]
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    window_size: int
 
     @property
     def patch_dim(self) -> int:
@@ -81,63 +86,54 @@ class Qwen25VLConfig:
     @classmethod
     def from_hf(cls, raw: dict[str, Any], where: str = "config.json") -> Qwen25VLConfig:
         """Reads the dict of a config.json. DataError lists every field that is missing or not supported."""
-        text_raw = raw.get("text_config") or raw
-        vision_raw = raw.get("vision_config")
         problems = []
         if raw.get("model_type") != "qwen2_5_vl":
             problems.append(f'model_type is {raw.get("model_type")!r}, not "qwen2_5_vl"')
-        if not isinstance(vision_raw, dict):
+        if not isinstance(raw.get("vision_config"), dict):
             raise DataError(f"{where}: this is not a Qwen2.5-VL: it has no vision_config ({'; '.join(problems)})")
-        vision_rope = vision_raw.get("rope_parameters") or {}
-        for key, source, allowed in (
-            ("hidden_act", text_raw, ("silu",)),
-            ("use_sliding_window", text_raw, (False, None)),
-            ("hidden_act", vision_raw, ("silu",)),
-            ("rope_theta", vision_rope, (10_000.0,)),
-        ):
-            if source.get(key, allowed[0]) not in allowed:
-                problems.append(f"{key} = {source[key]!r} is not supported (only {allowed[0]!r})")
-        rope = text_raw.get("rope_parameters") or text_raw.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
-            problems.append(f"rope type {rope.get('rope_type', rope.get('type'))!r} is not supported")
-        text = dict(
-            rope_theta=float(rope.get("rope_theta", text_raw.get("rope_theta", 1_000_000.0))),
-            mrope_section=tuple(rope.get("mrope_section", (16, 24, 24))),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text_raw.get("tie_word_embeddings")),
-            num_key_value_heads=text_raw.get("num_key_value_heads") or text_raw.get("num_attention_heads"),
-        )
-        text |= _take(TextConfig, text_raw, text, "", problems)
-        if isinstance(vision_raw.get("fullatt_block_indexes"), list):
-            vision_raw = {**vision_raw, "fullatt_block_indexes": tuple(vision_raw["fullatt_block_indexes"])}
-        vision = _take(VisionConfig, vision_raw, {}, "vision_config.", problems)
-        ids = _take(cls, raw, {"text", "vision", "eos_token_ids"}, "", problems)
-        eos = next((s["eos_token_id"] for s in (text_raw, raw) if s.get("eos_token_id") not in (None, [])), None)
-        ids["eos_token_ids"] = token_ids(eos)
-        if eos is None:
-            problems.append("eos_token_id is missing")
-        elif not ids["eos_token_ids"]:
-            problems.append(f"eos_token_id = {eos!r} is neither a token id nor a list of them")
+        nested = raw["text_config"] if isinstance(raw.get("text_config"), dict) else {}
+        flat = raw | {name: value for name, value in nested.items() if value not in (None, [])}
+        for prefix, values, names in (("", flat, REQUIRED), ("vision_config.", raw["vision_config"], REQUIRED_VISION)):
+            problems += [f"{prefix}{name} is missing" for name in names if values.get(name) in (None, [])]
+        eos = token_ids(flat.get("eos_token_id"))
+        if not eos and "eos_token_id is missing" not in problems:
+            problems.append(f"eos_token_id = {flat['eos_token_id']!r} is neither a token id nor a list of them")
         if problems:
             raise DataError(f"{where}: " + "; ".join(problems))
-        config = cls(text=TextConfig(**text), vision=VisionConfig(**vision), **ids)
+        try:
+            theirs = hugging_face("Qwen2_5_VLConfig").from_dict(copy.deepcopy(raw)).to_dict()
+        except Exception as error:  # whatever its checks of types and of rotary settings raise
+            raise DataError(f"{where}: transformers refuses it: {' '.join(str(error).split())}") from error
+        tied = bool(theirs["tie_word_embeddings"] or flat.get("tie_word_embeddings"))
+        text, vision = theirs["text_config"], theirs["vision_config"]
+        text |= {"mrope_section": (16, 24, 24), "tie_word_embeddings": tied} | text["rope_parameters"]
+        for source, name, only in (
+            (text, "hidden_act", "silu"),
+            (text, "use_sliding_window", False),
+            (text, "rope_type", "default"),
+            (vision, "hidden_act", "silu"),
+            (vision["rope_parameters"], "rope_theta", 10_000.0),
+        ):
+            if source[name] not in (only, None):
+                problems.append(f"{name} = {source[name]!r} is not supported (only {only!r})")
+        if problems:
+            raise DataError(f"{where}: " + "; ".join(problems))
+        parts = {"text": _pick(TextConfig, text), "vision": _pick(VisionConfig, vision), "eos_token_ids": eos}
+        config = _pick(cls, theirs | parts)
         config._check(where)
         return config
 
     def _check(self, where: str) -> None:
-        text, vision = self.text, self.vision
-        checks = (
-            (
-                sum(text.mrope_section) * 2 == text.head_dim,
-                f"mrope_section {text.mrope_section} does not sum to head_dim / 2",
-            ),
-            (text.num_attention_heads % text.num_key_value_heads == 0, "heads are not a multiple of key/value heads"),
-            (
-                vision.out_hidden_size == text.hidden_size,
-                "vision out_hidden_size differs from the decoder's hidden_size",
-            ),
-            (vision.hidden_size % (4 * vision.num_heads) == 0, "vision head_dim is not a multiple of 4"),
-        )
-        if wrong := [message for ok, message in checks if not ok]:
+        text, vision, wrong = self.text, self.vision, []
+        if sum(text.mrope_section) * 2 != text.head_dim:
+            wrong.append(f"mrope_section {text.mrope_section} does not sum to head_dim / 2")
+        if text.num_attention_heads % text.num_key_value_heads:
+            wrong.append("heads are not a multiple of key/value heads")
+        if vision.out_hidden_size != text.hidden_size:
+            wrong.append("vision out_hidden_size differs from the decoder's hidden_size")
+        if vision.hidden_size % (4 * vision.num_heads):
+            wrong.append("vision head_dim is not a multiple of 4")
+        if wrong:
             raise DataError(f"{where}: " + "; ".join(wrong))
 
 
@@ -177,16 +173,24 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def _take(cls: type, raw: dict, given: Any, prefix: str, problems: list[str]) -> dict[str, Any]:
-    """The fields of dataclass `cls` that are not in `given`, from `raw`; notes the missing ones."""
-    taken = {}
-    for field in dataclasses.fields(cls):
-        if field.name in given:
-            continue
-        if (value := raw.get(field.name)) is not None:
-            taken[field.name] = value
-            if field.type in ("int", "float") and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                problems.append(f"{prefix}{field.name} = {value!r} is not a number")
-        elif field.default is dataclasses.MISSING:
-            problems.append(f"{prefix}{field.name} is missing")
-    return taken
+def _pick(cls: type, values: dict[str, Any]) -> Any:
+    """A dataclass from those of the values that it has fields for; lists become tuples."""
+    picked = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in picked.items()})
+
+
+def hugging_face(name: str) -> Any:
+    """A class of transformers, which is imported at the first call: one second.
+
+    It would import torch and torchvision wherever they are installed, for nothing that is used here. So they are hidden
+    meanwhile, unless the process has them already; from then on transformers has no models in this process.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch is missing, and of small models
+    hidden = () if "torch" in sys.modules else ("torch", "torchvision")
+    sys.modules.update(dict.fromkeys(hidden))  # None: to import it is an ImportError
+    try:
+        return getattr(importlib.import_module("transformers"), name)
+    finally:
+        for module in hidden:
+            if sys.modules.get(module, module) is None:
+                del sys.modules[module]

@@ -14,10 +14,10 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
@@ -26,13 +26,12 @@ from jax.experimental import multihost_utils
 from rsagent_jax.models.qwen25_vl import tensor_files
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
-from rsagent_jax.models.qwen25_vl.tensor_files import Tensor, Window
+from rsagent_jax.models.qwen25_vl.tensor_files import Tensor
 from rsagent_jax.types import DataError
 
 # What a new layer starts with that is to change nothing at first, and biases.
 ZERO_ON_PURPOSE = re.compile(r"(\.bias|\.o_proj\.weight|\.down_proj\.weight|\.attn\.proj\.weight)$")
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
-Slice = tuple[tuple[int, int], ...]  # a piece of an array: (start, stop) per axis
 
 # our path -> (hub name, transposed?). "*" stands for the layer number; our arrays stack layers on axis 0.
 TABLE: dict[str, tuple[str, bool]] = {
@@ -65,7 +64,6 @@ for _name in ("gate", "up", "down"):
     TABLE[f"decoder.layers.mlp.{_name}.kernel"] = (f"model.layers.*.mlp.{_name}_proj.weight", True)
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-FILE_DTYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # as safetensors names them
 
 
 def abstract_model(config: Qwen25VLConfig) -> Qwen25VL:
@@ -85,10 +83,14 @@ def flat_state(state: nnx.State) -> dict[str, Any]:
 
 def hub_slots(model: Qwen25VL) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
     """Hub name -> (our path, layer, the hub's shape), layer by layer as the hub's own shards are."""
-    slots = {}
+    slots, vision = {}, model.config.vision
     for path, leaf in flat_params(model).items():
-        for hub, layer in _hub_names(path, leaf.shape):
-            slots[hub] = (path, layer, _hub_shape(path, leaf.shape[layer is not None :], model.config))
+        (hub, transposed), layered = TABLE[path], "*" in TABLE[path][0]
+        shape = leaf.shape[layered:][:: -1 if transposed else 1]
+        if path == "vision.patch_embed.kernel":
+            shape = (shape[0], vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+        for layer in range(leaf.shape[0]) if layered else (None,):
+            slots[hub.replace("*", str(layer))] = (path, layer, shape)
     return {hub: slots[hub] for hub in sorted(slots, key=_natural)}
 
 
@@ -98,9 +100,9 @@ def load_model(
     """Reads a Hugging Face directory into a model with parameters of `dtype` (bf16 and fp16 widen to fp32 exactly).
 
     With `shardings` (a Sharding per parameter, as sharding.param_shardings makes them) this process reads only the
-    bytes of the shards on its own devices, a shard that several devices hold once. Without, everything goes to the
-    default device. On the host there are the shards of one parameter and a block of a file at a time; the CPU back end
-    takes these shards over as its arrays.
+    shards on its own devices, one that several devices hold once. Without, everything goes to the default device. The
+    host holds the shards of one parameter and a block of a file at a time; the CPU back end takes these shards over as
+    its arrays.
 
     All headers are checked before any value is read: one DataError lists every unknown, missing, duplicate, misshapen
     or ill-typed tensor, every tensor that is not in the file which the index names, and every file whose end was never
@@ -110,16 +112,13 @@ def load_model(
     wanted = flat_params(model)
     sources, tied_head = _match(directory, model)
     places = flat_state(shardings) if shardings is not None else dict.fromkeys(wanted)
-    values = {}
-    with tensor_files.Reader() as reader:
-        if tied_head is not None:
-            embed, shape = sources["decoder.embed"][0], wanted["decoder.embed"].shape
-            boxes = _boxes(shape, places["decoder.embed"])
-            nowhere = {box: np.broadcast_to(np.float32(0), _sizes(box)) for box in boxes}  # compared, not kept
-            if not reader.equal(tied_head, embed, shape[-1], _windows("decoder.embed", nowhere, None)):
-                raise _refusal(directory, ["lm_head.weight differs from the embedding, to which config.json ties it"])
-        for path, leaf in wanted.items():
-            values[path] = _load_param(reader, path, sources[path], leaf.shape, places[path], np.dtype(dtype))
+
+    def load(path: str, tensors: list[Tensor]) -> jax.Array:
+        return _load_param(path, tensors, wanted[path].shape, places[path], np.dtype(dtype))
+
+    values = {path: load(path, sources[path]) for path in wanted}
+    if tied_head is not None and not jnp.array_equal(load("decoder.embed", [tied_head]), values["decoder.embed"]):
+        raise _refusal(directory, ["lm_head.weight differs from the embedding, to which config.json ties it"])
     return with_params(model, values)
 
 
@@ -196,61 +195,38 @@ def _refusal(directory: str | pathlib.Path, problems: list[str]) -> DataError:
 
 
 def _load_param(
-    reader: tensor_files.Reader,
     path: str,
     tensors: list[Tensor],
     shape: tuple[int, ...],
     sharding: jax.sharding.Sharding | None,
     dtype: np.dtype,
 ) -> jax.Array:
-    """One parameter on its devices."""
-    holders = _boxes(shape, sharding)
-    boxes = {box: _aligned_empty(_sizes(box), dtype) for box in holders}
+    """One parameter on its devices; what several of them hold is read once."""
+    everything = (slice(None),) * len(shape)
+    indices = [everything] if sharding is None else sharding.addressable_devices_indices_map(shape).values()
+    boxes = {str(index): [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)] for index in indices}
+    pieces = {key: _aligned_empty([stop - start for start, stop in box], dtype) for key, box in boxes.items()}
     for layer, tensor in enumerate(tensors):
-        width = shape[-2] if TABLE[path][1] else shape[-1] if len(tensor.shape) > 1 else 1
-        if windows := _windows(path, boxes, layer if "*" in TABLE[path][0] else None):
-            reader.fill(tensor, width, windows)
+        with tensor_files.opened(tensor) as read:
+            for box, piece in zip(boxes.values(), pieces.values(), strict=True):
+                if "*" in TABLE[path][0]:
+                    (first, stop), *box = box
+                    if not first <= layer < stop:
+                        continue
+                    piece = piece[layer - first]
+                if len(box) == 1:  # a vector is a matrix of one column
+                    piece, box = piece[:, None], [*box, (0, 1)]
+                elif TABLE[path][1]:
+                    piece, box = piece.T, box[::-1]
+                for rows, block in read(*box):
+                    piece[rows] = block.astype(dtype, copy=False)
     if sharding is None:
-        return jax.block_until_ready(jax.device_put(next(iter(boxes.values()))))
-    shards = [jax.device_put(boxes[box], device) for box, devices in holders.items() for device in devices]
+        return jax.block_until_ready(jax.device_put(pieces[str(everything)]))
     # The host's copies go before the next parameter's are made: wait until they have been sent.
-    return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, shards))
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, lambda index: pieces[str(index)]))
 
 
-def _boxes(shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> dict[Slice, list[Any]]:
-    """The distinct pieces of an array that this process holds, and on which devices."""
-    if sharding is None:
-        return {tuple((0, n) for n in shape): []}
-    holders: dict[Slice, list[Any]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        box = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-        holders.setdefault(box, []).append(device)
-    return holders
-
-
-def _sizes(box: Slice) -> tuple[int, ...]:
-    return tuple(stop - start for start, stop in box)
-
-
-def _windows(path: str, boxes: dict[Slice, np.ndarray], layer: int | None) -> list[Window]:
-    """What the pieces want of one hub tensor: all of it, or that of one layer if the pieces have an axis of layers."""
-    windows = []
-    for box, piece in boxes.items():
-        if layer is not None:
-            (first, stop), box = box[0], box[1:]
-            if not first <= layer < stop:
-                continue
-            piece = piece[layer - first]
-        if len(box) == 1:  # a column, so that a piece of a vector is one range of bytes
-            windows.append(Window(box[0], (0, 1), piece[:, None]))
-        elif TABLE[path][1]:
-            windows.append(Window(box[1], box[0], piece.T))
-        else:
-            windows.append(Window(box[0], box[1], piece))
-    return windows
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _aligned_empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
     """Memory that JAX's CPU back end takes as it is; it copies what is not aligned to 64 bytes."""
     count = math.prod(shape) * dtype.itemsize
     data = np.empty(count + 64, np.uint8)
@@ -270,51 +246,46 @@ def with_values(state: nnx.State, values: dict[str, Any]) -> nnx.State:
     return nnx.from_flat_state(flat)
 
 
-def to_hub(model: Qwen25VL, dtype: str) -> dict[str, np.ndarray]:
-    """Hub names -> arrays of `dtype`, layers unstacked."""
-    out, values = {}, {path: np.asarray(leaf) for path, leaf in flat_params(model).items()}
-    for hub, (path, layer, shape) in hub_slots(model).items():
-        one = values[path] if layer is None else values[path][layer]
-        one = (one.T if TABLE[path][1] else one).reshape(shape)
-        out[hub] = np.ascontiguousarray(one.astype(DTYPES[dtype]))
-    return out
-
-
 def save_model(
     model: Qwen25VL, directory: str | pathlib.Path, raw_config: dict[str, Any], max_shard_bytes: int = 5 * 10**9
 ) -> None:
     """Writes config.json and the weights in the dtype that `raw_config` names (fp32 if none), atomically.
 
     More than `max_shard_bytes` of data go to model-0000i-of-0000N.safetensors and model.safetensors.index.json, less to
-    model.safetensors. One hub tensor at a time is on the host. In a run of several processes all of them call this,
+    model.safetensors. The host holds the tensors of one file. In a run of several processes all of them call this,
     since they gather each tensor together; process 0 writes.
     """
     dtype = raw_config.get("dtype") or raw_config.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise DataError(f"config.json: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    directory = pathlib.Path(directory)
-    params, slots = flat_params(model), hub_slots(model)
-    shapes = {hub: shape for hub, (_, _, shape) in slots.items()}
-    files = tensor_files.plan(FILE_DTYPE[dtype], shapes, max_shard_bytes)
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    directory, params, slots = pathlib.Path(directory), flat_params(model), hub_slots(model)
+    shards = split_state_dict_into_shards_factory(
+        {hub: shape for hub, (_, _, shape) in slots.items()},
+        get_storage_size=lambda shape: np.dtype(DTYPES[dtype]).itemsize * math.prod(shape),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
     writes = jax.process_index() == 0
     with tensor_files.partial_directory(directory) if writes else contextlib.nullcontext() as partial:
-        for file, names in files.items():
-            values = (_on_host(params[path], layer, TABLE[path][1]) for path, layer, _ in map(slots.get, names))
-            if writes:
-                blocks = (_blocks(value, DTYPES[dtype]) for value in values)
-                own = {name: shapes[name] for name in names}
-                tensor_files.write_safetensors(
-                    partial / file, FILE_DTYPE[dtype], own, itertools.chain.from_iterable(blocks)
-                )
-            else:
-                for _ in values:
-                    pass
         if writes:
-            (partial / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n", encoding="utf-8")
-            if len(files) > 1:
-                tensor_files.write_index(partial / tensor_files.INDEX, FILE_DTYPE[dtype], shapes, files)
+            index = {"metadata": shards.metadata, "weight_map": {hub: shards.tensor_to_filename[hub] for hub in slots}}
+            files = {"config.json": raw_config} | ({tensor_files.INDEX: index} if shards.is_sharded else {})
+            for file, content in files.items():
+                (partial / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for file, names in shards.filename_to_tensors.items():
+            tensors = {}
+            for name in names:
+                path, layer, shape = slots[name]
+                value = _on_host(params[path], layer, TABLE[path][1])
+                if writes:
+                    tensors[name] = value.astype(DTYPES[dtype], order="C").reshape(shape)
+            if writes:
+                tensor_files.write(partial / file, tensors)
+        if writes:
             os.replace(partial / "config.json", directory / "config.json")
-            tensor_files.publish(partial, directory, list(files))
+            tensor_files.publish(partial, directory, list(shards.filename_to_tensors))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {directory}")  # nobody reads, or exits, before it is there
 
@@ -331,13 +302,6 @@ def _on_host(leaf: Any, layer: int | None, transposed: bool) -> np.ndarray:
     return value.T if transposed else value
 
 
-def _blocks(value: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """C-contiguous pieces of `dtype`, in order."""
-    step = max(1, tensor_files.BLOCK_BYTES // value[0].nbytes)
-    for start in range(0, len(value), step):
-        yield value[start : start + step].astype(dtype, order="C")
-
-
 def _natural(name: str) -> list[Any]:
     """Sorts layer 2 before layer 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
@@ -347,16 +311,3 @@ def _hub_name(name: str) -> str:
     """The hub's name of a tensor in either layout."""
     name = re.sub(r"^model\.visual\.", "visual.", name)
     return re.sub(r"^model\.language_model\.", "model.", name)
-
-
-def _hub_names(path: str, shape: tuple[int, ...]) -> list[tuple[str, int | None]]:
-    hub = TABLE[path][0]
-    return [(hub.replace("*", str(i)), i) for i in range(shape[0])] if "*" in hub else [(hub, None)]
-
-
-def _hub_shape(path: str, shape: tuple[int, ...], config: Qwen25VLConfig) -> tuple[int, ...]:
-    """The shape that the hub's tensor has when one layer of ours has `shape`."""
-    if path == "vision.patch_embed.kernel":
-        v = config.vision
-        return (shape[1], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
-    return shape[::-1] if TABLE[path][1] else shape

@@ -21,21 +21,10 @@ from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.runtime import sharding
 from rsagent_jax.types import DataError
 
-POLICY_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",  # transformers 5 saves image settings there
-    "video_preprocessor_config.json",
-    "special_tokens_map.json",  # these four beside tokenizer.json by transformers 4
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+# transformers 5 saves image settings in processor_config.json; 4 has the last four beside tokenizer.json.
+POLICY_FILES = """config.json tokenizer.json tokenizer_config.json preprocessor_config.json processor_config.json
+    video_preprocessor_config.json chat_template.json chat_template.jinja generation_config.json
+    special_tokens_map.json added_tokens.json vocab.json merges.txt""".split()
 
 
 def copy_policy_files(weights: pathlib.Path, target: pathlib.Path) -> None:
