@@ -12,6 +12,11 @@ accepts it instead), one that cannot be read is named and left out (data.unreada
 
 from __future__ import annotations
 
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import contextlib
 import dataclasses
 import functools
@@ -26,7 +31,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
@@ -76,10 +80,16 @@ class Player:
         return self.decides.get("weights_sha256")
 
 
-def main(config: EvalConfig) -> None:
+def main(
+    config: EvalConfig,
+    *,
+    workdir: str = "",  # directory for everything this command leaves behind
+    weights: str = "",  # a Hugging Face directory, or checkpoints/<stage>; in place of policy.weights
+    shard: str = "0/1",  # i/n: evaluate every n-th sample from the i-th on, counted from 0
+) -> None:
     ############################## Data, who plays ##############################
-    workdir, share = command.workdir(), processes.parse_share(flags.FLAGS.shard, "--shard")
-    config = fill_defaults(config)
+    workdir, share = command.make_workdir(workdir), processes.parse_share(shard, "--shard")
+    config = fill_defaults(config, weights)
     startup.check_evaluate(config, workdir)
     samples = open_benchmark(config.data)
     ids = samples.ids
@@ -128,10 +138,10 @@ def main(config: EvalConfig) -> None:
     print(f"{pathlib.Path(workdir) / 'report' / 'index.html'}")
 
 
-def fill_defaults(config: EvalConfig) -> EvalConfig:
+def fill_defaults(config: EvalConfig, weights: str) -> EvalConfig:
     """With the command line's weights, and as many turns as an oracle takes. DataError for rules that are none."""
-    if flags.FLAGS.weights:
-        config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=flags.FLAGS.weights))
+    if weights:
+        config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=weights))
     metrics.check_rules(config.metric)
     bounds.check_bound(config.bound)
     return bounds.fill_bound_defaults(config) if config.bound.row in bounds.ORACLES else config
@@ -321,10 +331,3 @@ def prediction(result: metrics.SampleResult, mask: dict, picture: str) -> dict:
 def _rle(mask: np.ndarray) -> dict:
     rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
-
-
-if __name__ == "__main__":
-    command.define_flags()
-    flags.DEFINE_string("weights", None, "Hugging Face directory, or checkpoints/<stage>; overrides policy.weights.")
-    flags.DEFINE_string("shard", "0/1", "i/n: evaluate every n-th sample from the i-th on, counted from 0.")
-    command.run_command(main, EvalConfig)

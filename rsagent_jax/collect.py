@@ -17,11 +17,15 @@ the filter keeps the first good try; the very ids that it sampled are stored.
 
 from __future__ import annotations
 
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import contextlib
 import dataclasses
 
 import numpy as np
-from absl import flags
 
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.collecting import filter, startup
@@ -40,15 +44,19 @@ from rsagent_jax.data.sets.open import Mixture, open_samples
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.rollout import failures
 from rsagent_jax.rollout.driver import pixel_limits
-from rsagent_jax.runtime import command
 from rsagent_jax.runtime import journal as journals
 from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.runtime.processes import parse_share
 from rsagent_jax.types import DataError
 
 
-def main(config: CollectConfig) -> None:
-    workdir, share = command.workdir(), parse_share(flags.FLAGS.shard, "--shard")
+def main(
+    config: CollectConfig,
+    *,
+    workdir: str = "",  # directory for everything this command leaves behind
+    shard: str = "0/1",  # i/n: collect every n-th trajectory from the i-th on, counted from 0
+) -> None:
+    workdir, share = command.make_workdir(workdir), parse_share(shard, "--shard")
     startup.check_collect(config, workdir)
     processor = Processor.load(policy_directory(config.teacher.own.weights or config.processor))
     samples = open_samples(config.data)
@@ -87,9 +95,3 @@ def main(config: CollectConfig) -> None:
     if len(kinds) == len(state):
         raise DataError(f"nothing could be collected: {next(failed for failed in state.values())}")
     filter.write_kept_set(workdir, workdir, config.filter, config.records_per_file, settings=settings, current=current)
-
-
-if __name__ == "__main__":
-    command.define_flags()
-    flags.DEFINE_string("shard", "0/1", "i/n: collect every n-th trajectory from the i-th on, counted from 0.")
-    command.run_command(main, CollectConfig)

@@ -43,7 +43,7 @@ os.dup2(os.open(job["err"], os.O_WRONLY | os.O_CREAT), 2)
 sys.argv = job["argv"]
 if sys.argv[0] == "-m":
     sys.argv = sys.argv[1:]
-    del sys.modules[sys.argv[0]]
+    sys.modules.pop(sys.argv[0], None)
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 else:
     runpy.run_path(sys.argv[0], run_name="__main__")

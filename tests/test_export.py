@@ -17,6 +17,7 @@ from rsagent_jax import export
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.load import load_policy
+from rsagent_jax.runtime.command import run_command
 from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.state import create_state
 
@@ -24,7 +25,7 @@ TINY = pathlib.Path(__file__).parents[1] / "assets" / "tiny-base"
 
 
 def run(*argv) -> int:
-    return export.main([str(a) for a in argv])
+    return run_command("rsagent_jax.export", [str(a) for a in argv])
 
 
 def tensors(directory) -> dict[str, np.ndarray]:

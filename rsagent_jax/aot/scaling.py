@@ -8,21 +8,19 @@ is added to --results, and what stands there for rows of TOKENS is not compiled 
 
 from __future__ import annotations
 
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import json
 import pathlib
 import subprocess
 import sys
 from collections.abc import Iterator
 
-from absl import app, flags
-
 from rsagent_jax.aot.topology import GIB, TABLE, parse_topology
 from rsagent_jax.runtime.journal import write_whole
-
-RESULTS = flags.DEFINE_string("results", "docs/scaling.jsonl", "One report per line; read, and added to.")
-OUT = flags.DEFINE_string("out", "docs/scaling.md", "The page to write.")
-ONLY = flags.DEFINE_string("only", "", "Compile only what has this in its name (size:slice:stage:remat).")
-COMPILE = flags.DEFINE_bool("compile", True, "False: only write the page from what is there.")
 
 FULLY = ":fully"  # ends the name of a line that was compiled without --aot_quick
 TOKENS = 6144  # of a row and of a slot: configs/sft_tpu.py and grpo_tpu.py; lines of other lengths are compiled again
@@ -222,15 +220,16 @@ and these are its figures.
 """
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    results, out = pathlib.Path(RESULTS.value), pathlib.Path(OUT.value)
-    if COMPILE.value:
-        compile_missing(results, ONLY.value)
+def main(
+    *,
+    results: str = "docs/scaling.jsonl",  # one report per line; read, and added to
+    out: str = "docs/scaling.md",  # the page to write
+    only: str = "",  # compile only what has this in its name (size:slice:stage:remat)
+    compile: bool = True,  # --nocompile: only write the page from what is there
+) -> None:
+    results, out = pathlib.Path(results), pathlib.Path(out)
+    if compile:
+        compile_missing(results, only)
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     out.write_text(scaling_page(lines) + "\n", encoding="utf-8")
     print(f"wrote {out}: {len(lines)} of {len(list(calls()))} lines")
-
-
-if __name__ == "__main__":
-    app.run(main)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import types
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from rsagent_jax.config.import_path import closest
 from rsagent_jax.config.ranges import Arguments
 from rsagent_jax.types import DataError
 
@@ -28,13 +28,17 @@ def build_config(cls: type[T], values: Any, found: Sequence[str] = ()) -> T:
     `conflicts`). `found`: problems that are known already, to be listed with the rest.
     """
     problems = list(found)
-    result = _build(cls, dict(values), "", problems)
-    problems = problems or list(_conflicts(result, ""))
-    if problems:
-        if len(problems) == 1:
-            raise DataError(f"config: {problems[0]}")
-        raise DataError("\n  - ".join([f"config has {len(problems)} problems:", *problems]))
+    result = build_fields(cls, dict(values), "", problems)
+    refuse("config", problems or list(_conflicts(result, "")))
     return result
+
+
+def refuse(what: str, problems: Sequence[str]) -> None:
+    """One DataError that lists the problems, if there are any."""
+    if len(problems) == 1:
+        raise DataError(f"{what}: {problems[0]}")
+    if problems:
+        raise DataError("\n  - ".join([f"{what} has {len(problems)} problems:", *problems]))
 
 
 def to_dict(config: Any) -> Any:
@@ -85,14 +89,9 @@ def plain_type(hint: Any) -> Any:
     return str if typing.get_origin(hint) is typing.Literal else hint
 
 
-def closest(word: str, candidates: Iterable[str], prefix: str = "") -> str:
-    match = difflib.get_close_matches(word, list(candidates), n=1)
-    return f"; did you mean {prefix}{match[0]}?" if match else ""
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-        return ConfigDict({_item_name(item): _plain(item) for item in value})
+        return ConfigDict({item_name(item): _plain(item) for item in value})
     if dataclasses.is_dataclass(value):
         types_ = hints(type(value))
         plain = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "name"}
@@ -101,7 +100,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _item_name(item: Any) -> str:
+def item_name(item: Any) -> str:
     return item.name or item.function.rpartition(":")[2]
 
 
@@ -114,16 +113,19 @@ def _conflicts(config: Any, path: str) -> Iterator[str]:
         yield from _conflicts(value, f"{path}{field.name}.")
         if item_class(hints(type(config))[field.name]):
             for item in value:
-                yield from _conflicts(item, f"{path}{field.name}.{_item_name(item)}.")
+                yield from _conflicts(item, f"{path}{field.name}.{item_name(item)}.")
 
 
-def _build(cls: Any, values: dict, path: str, problems: list[str], others: Iterable[str] = ()) -> Any:
-    """`others`: names of items beside this one, for somebody who misspelt one and so made another."""
+def build_fields(cls: Any, values: dict, path: str, problems: list[str], others: Iterable[str] = ()) -> Any:
+    """A `cls` of the values, or None with what is wrong added to `problems`; `path` goes before a field's name there.
+
+    others: names of items beside this one, for somebody who misspelt one and so made another.
+    """
     types_, before = hints(cls), len(problems)
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
-            hint = closest(str(key), known, path) or f"; known fields: {', '.join(known)}"
+            hint = closest(str(key), known, path + "{}") or f"; known fields: {', '.join(known)}"
             problems.append(f"unknown field {path}{key}{hint}")
     kwargs = {}
     for field in dataclasses.fields(cls):
@@ -132,8 +134,10 @@ def _build(cls: Any, values: dict, path: str, problems: list[str], others: Itera
             kwargs[field.name] = _convert(types_[field.name], values[field.name], where, problems)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             parent, _, own = path.rstrip(".").rpartition(".")
-            hint = closest(own, others, f"{parent}.") if others else ""
-            problems.append(f"missing field {where} ({_type_name(types_[field.name])}){hint}")
+            hint = closest(own, others, parent + ".{}") if others else ""
+            problems.append(
+                f"missing {'flag' if path == '--' else 'field'} {where} ({_type_name(types_[field.name])}){hint}"
+            )
     return cls(**kwargs) if len(problems) == before else None
 
 
@@ -142,7 +146,7 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         return _arguments(value, where, problems)
     if dataclasses.is_dataclass(hint):
         if hasattr(value, "items"):
-            return _build(hint, dict(value), where + ".", problems)
+            return build_fields(hint, dict(value), where + ".", problems)
         if isinstance(value, hint):
             return value
         problems.append(f"{where} must be a group of fields ({hint.__name__}), got {value!r}")
@@ -211,7 +215,7 @@ def _named_items(cls: Any, values: Any, where: str, problems: list[str]) -> tupl
             items.append(_convert(cls, value, f"{where}.{key}", problems))
             continue
         others = [name for name in values if name != key]
-        items.append(_build(cls, {"name": key, **dict(value)}, f"{where}.{key}.", problems, others))
+        items.append(build_fields(cls, {"name": key, **dict(value)}, f"{where}.{key}.", problems, others))
     return tuple(items)
 
 

@@ -46,12 +46,25 @@ def import_path(path: str, call: Sequence[str] | None = None, keywords: Mapping[
         function = getattr(module, function_name)
     except AttributeError:
         public = [name for name in dir(module) if not name.startswith("_") and callable(getattr(module, name))]
-        raise DataError(f"{path!r}: {module_name} has no {function_name!r}{_closest(function_name, public)}") from None
+        hint = closest(function_name, public, "'{}'")
+        raise DataError(f"{path!r}: {module_name} has no {function_name!r}{hint}") from None
     if not callable(function):
         raise DataError(f"{path!r} is a {type(function).__name__}, not a function")
     if call is not None:
         _check_call(path, function, call, keywords)
     return function
+
+
+def shipped(path: str) -> str:
+    """A path such as configs/segment.py as it is; where there is none from here, the one that came with the package."""
+    here, ours = pathlib.Path(path), pathlib.Path(__file__).parents[2] / path
+    return str(ours) if not here.exists() and ours.exists() else path
+
+
+def closest(word: str, candidates: Iterable[str], form: str = "{}") -> str:
+    """`; did you mean X?`, or nothing where no candidate is near; `form` is how X is written."""
+    match = difflib.get_close_matches(word, list(candidates), n=1)
+    return f"; did you mean {form.replace('{}', match[0])}?" if match else ""
 
 
 def place(error: BaseException, file: str) -> str:
@@ -92,25 +105,27 @@ def _import(name: str, path: str) -> ModuleType:
     parent, _, leaf = missing.rpartition(".")
     places = getattr(importlib.import_module(parent), "__path__", ()) if parent else None
     siblings = [] if places == () else [info.name for info in pkgutil.iter_modules(places)]
-    hint = _closest(leaf, siblings, prefix=f"{parent}." if parent else "")
+    hint = closest(leaf, siblings, f"'{parent}.{{}}'" if parent else "'{}'")
     raise DataError(f"{path!r}: no module named {missing!r}{hint}; a file is named by its path, as in my_file.py:f")
 
 
 def _import_file(file: pathlib.Path, path: str) -> ModuleType:
     if not file.is_file():
         siblings = sorted(str(f) for f in file.parent.glob("*.py"))
-        hint = _closest(str(file), siblings) or f" (looked for from {pathlib.Path.cwd()})"
+        hint = closest(str(file), siblings, "'{}'") or f" (looked for from {pathlib.Path.cwd()})"
         raise DataError(f"{path!r}: file {file} does not exist{hint}")
     try:
-        return _load_file(file.resolve())
+        return load_file(file.resolve())
     except (Exception, SystemExit) as error:
         raise _fault(error, str(file.resolve()), path) from error
 
 
 @functools.cache
-def _load_file(file: pathlib.Path) -> ModuleType:
+def load_file(file: pathlib.Path) -> ModuleType:
     """Once per file. Its name is that of the file, so that a process that was given this one's sys.path finds it."""
     name = file.stem
+    if getattr(sys.modules.get(name), "__file__", None) == str(file):
+        return sys.modules[name]
     if name in sys.modules or not name.isidentifier():  # a module of another file has it
         name = f"{name}_{abs(hash(str(file.parent))):x}"
     if str(file.parent) not in sys.path:
@@ -134,8 +149,3 @@ def _origin(name: str) -> str:
 
 def _fault(error: BaseException, file: str, path: str) -> DataError:
     return DataError(f"{path!r} cannot be imported: {place(error, file)}: {type(error).__name__}: {first_line(error)}")
-
-
-def _closest(word: str, candidates: Iterable[str], prefix: str = "") -> str:
-    match = difflib.get_close_matches(word, list(candidates), n=1)
-    return f"; did you mean {prefix + match[0]!r}?" if match else ""

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from rsagent_jax.config import overrides, ranges
-from rsagent_jax.config.build import build_config, template, to_dict
+from rsagent_jax.config.build import build_config, hints, template, to_dict
 from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
 from rsagent_jax.config.schema import (
     AgentConfig,
@@ -201,8 +201,10 @@ def command_line(*argv: str, cls: type = TrainConfig, **fields):
     config = filled(cls)
     config.update(fields)
     values = config.to_dict()
-    rest, problems = overrides.apply_overrides([f"--config.{a}" for a in argv], cls, values)
+    line = dataclasses.make_dataclass("Line", [("config", cls)])
+    pairs, rest = overrides.split_arguments([f"--config.{a}" for a in argv], line)
     assert not rest
+    problems = overrides.apply_overrides(pairs, line, {"config": values})
     return build_config(cls, values, problems)
 
 
@@ -388,7 +390,7 @@ def test_every_number_and_word_of_every_config_has_its_range():
     free = {"str", "bool"}
 
     def bare(cls):
-        for name, hint in build_config.hints(cls).items():
+        for name, hint in hints(cls).items():
             item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
             if dataclasses.is_dataclass(item):
                 yield from bare(item) if item is not cls and (cls, item) != (MixPart, DataConfig) else ()
@@ -412,7 +414,7 @@ def test_the_words_of_the_config_are_those_of_the_code():
     def words(path: str) -> set[str]:
         hint = TrainConfig if not path.startswith("bound") else EvalConfig
         for part in path.split("."):
-            hint = build_config.hints(hint)[part]
+            hint = hints(hint)[part]
         hint = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
         return set(typing.get_args(hint))
 

@@ -7,7 +7,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -167,9 +166,7 @@ def test_check_finds_what_cannot_be_shown_and_keeps_its_place_in_the_exit_status
     assert "image of 10x2010 pixels" in found.bad["folder/train/2"] and "crop it" in found.bad["folder/train/2"]
     config = template(EvalConfig)
     config.policy.weights, config.data.root, config.data.dataset, config.data.split = "x", str(root), "folder", "train"
-    monkeypatch.setattr(data_check.command, "workdir", lambda name: tmp_path)
-    monkeypatch.setattr(data_check.flags, "FLAGS", types.SimpleNamespace(samples=0))
-    assert data_check.main(build_config(EvalConfig, config)) == 1
+    assert data_check.main(build_config(EvalConfig, config), out=str(tmp_path), samples=0) == 1
     assert "UNREADABLE folder/train/2: image of 10x2010 pixels" in capsys.readouterr().out
 
 
