@@ -213,7 +213,8 @@ def load_config_file(path: str) -> ConfigDict:
     file, colon, word = path.partition(":")
     file = shipped(file)
     if not pathlib.Path(file).is_file():
-        siblings = sorted(str(p) for p in pathlib.Path(file).parent.glob("*.py"))
+        folder = pathlib.Path(file).parent
+        siblings = sorted(str(folder / p.name) for p in pathlib.Path(shipped(str(folder))).glob("*.py"))
         raise DataError(f"config file {file} does not exist{closest(file, siblings)}")
     if not file.endswith(".py"):
         raise DataError(f"config file {file} is not a Python file (.py)")

@@ -202,7 +202,7 @@ def _under_clicks(found: np.ndarray, guess: np.ndarray, prompt: _Prompt, origin:
         return found
     _, parts = cv2.connectedComponents(found.astype(np.uint8), connectivity=4)
     wanted = {int(parts[y - origin[1], x - origin[0]]) for x, y in prompt.objects}
-    if prompt.refine_logits_id:
+    if prompt.refine:
         wanted.update(np.unique(parts[guess]).tolist())
     return np.isin(parts, [part for part in wanted if part])  # part 0 is the background
 

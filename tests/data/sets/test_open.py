@@ -22,6 +22,7 @@ from rsagent_jax.config.schema import (
     TrainConfig,
 )
 from rsagent_jax.data.sets.open import Mixture, open_samples
+from rsagent_jax.runtime.command import parse_arguments
 from rsagent_jax.types import DataError
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -193,8 +194,9 @@ def test_the_config_file_says_whose_it_is(tmp_path):
         ("eval_quickstart", EvalConfig),
         ("collect_quickstart", CollectConfig),
     ]:
-        assert data_check.config_class(["x", f"--config={ROOT}/configs/{file}.py"]) is kind
+        _, flags = parse_arguments(data_check.main, [f"--config={ROOT}/configs/{file}.py"])
+        assert type(flags["config"]) is kind
     with pytest.raises(DataError, match="--config=configs/X.py is required"):
-        data_check.config_class(["x"])
+        parse_arguments(data_check.main, [])
     shutil.rmtree(tmp_path)
     assert run_check("/nowhere", "/dev/null/x").returncode == 2
