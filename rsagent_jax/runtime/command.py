@@ -36,7 +36,7 @@ from ml_collections import ConfigDict
 from rsagent_jax.config import schema
 from rsagent_jax.config.build import build_config, build_fields, refuse
 from rsagent_jax.config.import_path import closest, first_line, load_file, place, shipped
-from rsagent_jax.config.overrides import apply_overrides, split_arguments
+from rsagent_jax.config.overrides import put_overrides, split_arguments
 from rsagent_jax.config.pretrain import PretrainConfig
 from rsagent_jax.runtime.help import help_page
 from rsagent_jax.types import DataError
@@ -102,14 +102,13 @@ def parse_arguments(main: Callable[..., Any], argv: Sequence[str]) -> tuple[list
     parameters = inspect.signature(main).parameters
     named = [p for p in parameters.values() if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
     own = [(p.name, hints[p.name], *_default(p)) for p in named if p.name != "config"]
-    flags, values, config = dataclasses.make_dataclass("Flags", own, kw_only=True), {name: None for name, *_ in own}, {}
+    flags, values, config = dataclasses.make_dataclass("Flags", own, kw_only=True), {}, {}
     everything = flags
     if "config" in parameters:
         cls, values["config"] = _config_file(argv, hints["config"], parameters["config"].default)
         everything = dataclasses.make_dataclass("CommandLine", [("config", cls)], bases=(flags,), kw_only=True)
     pairs, given = split_arguments(argv, everything)
-    problems = apply_overrides([pair for pair in pairs if pair[0].startswith("config.")], everything, values)
-    wrong = apply_overrides([(n, text) for n, text in pairs if not f"{n}.".startswith("config.")], everything, values)
+    problems, wrong = put_overrides([pair for pair in pairs if pair[0] != "config"], values), []
     if "config" in parameters:
         config = {"config": build_config(cls, values.pop("config"), problems)}
     chosen = build_fields(flags, values, "--", wrong)

@@ -18,8 +18,8 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from rsagent_jax.config.build import hints, item_class, item_name
-from rsagent_jax.config.ranges import Arguments
+from rsagent_jax.config.build import item_name
+from rsagent_jax.config.ranges import Arguments, hints, item_class
 
 WIDTH, COLUMN = 120, 44
 

@@ -8,7 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from rsagent_jax.config import overrides, ranges
-from rsagent_jax.config.build import build_config, hints, template, to_dict
+from rsagent_jax.config.build import build_config, template, to_dict
+from rsagent_jax.config.ranges import hints
 from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
 from rsagent_jax.config.schema import (
     AgentConfig,
@@ -204,7 +205,7 @@ def command_line(*argv: str, cls: type = TrainConfig, **fields):
     line = dataclasses.make_dataclass("Line", [("config", cls)])
     pairs, rest = overrides.split_arguments([f"--config.{a}" for a in argv], line)
     assert not rest
-    problems = overrides.apply_overrides(pairs, line, {"config": values})
+    problems = overrides.put_overrides(pairs, {"config": values})
     return build_config(cls, values, problems)
 
 

@@ -93,7 +93,7 @@ def test_did_you_mean_stays_in_the_stage_that_was_meant():
     assert hint("sft.zzz").startswith("known fields: ")
     assert hint("grpo.optm.lr") == "did you mean --config.grpo.optim.lr?"
     assert hint("sft.learn.lr") == "did you mean --config.sft.optim.lr?"
-    assert hint("lr") == "did you mean --config.grpo.optim.lr or --config.sft.optim.lr?"
+    assert hint("lr") == "did you mean --config.sft.optim.lr or --config.grpo.optim.lr?"
     assert hint("grop.steps") == "did you mean --config.grpo.steps?"
 
 
