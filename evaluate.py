@@ -45,7 +45,7 @@ from rsagent_jax.config.schema import (
 )
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.index import SampleIndex
-from rsagent_jax.data.sets.open import Mixture, open_samples
+from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.evals import bounds, by_turn, metrics, records, startup
 from rsagent_jax.masks import mask_iou
 from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory, weights_checksum
@@ -139,18 +139,14 @@ def main(
 
 
 def fill_defaults(config: EvalConfig, weights: str) -> EvalConfig:
-    """With the command line's weights, and as many turns as an oracle takes. DataError for rules that are none."""
+    """With the command line's weights, and as many turns as an oracle takes."""
     if weights:
         config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=weights))
-    metrics.check_rules(config.metric)
-    bounds.check_bound(config.bound)
     return bounds.fill_bound_defaults(config) if config.bound.row in bounds.ORACLES else config
 
 
 def open_benchmark(config: DataConfig) -> SampleIndex:
     samples = open_samples(config)
-    if isinstance(samples, Mixture):
-        raise DataError("a mix cannot be evaluated, its samples come up more than once; evaluate its parts")
     for note in samples.notes:
         print(note)
     return samples

@@ -40,7 +40,7 @@ from rsagent_jax.collecting.collector import (
 from rsagent_jax.config.import_path import import_path
 from rsagent_jax.config.schema import CollectConfig
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.data.sets.open import Mixture, open_samples
+from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.rollout import failures
 from rsagent_jax.rollout.driver import pixel_limits
@@ -60,8 +60,6 @@ def main(
     startup.check_collect(config, workdir)
     processor = Processor.load(policy_directory(config.teacher.own.weights or config.processor))
     samples = open_samples(config.data)
-    if isinstance(samples, Mixture):
-        raise DataError("a mix cannot be collected from, its samples come up more than once; collect from its parts")
     order = np.random.default_rng(config.seed).permutation(len(samples))[: config.limit or None].tolist()
     own = dataclasses.replace(config.teacher.own, sampling=processor.with_ends(config.teacher.own.sampling))
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, own=own))
