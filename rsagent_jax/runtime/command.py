@@ -21,7 +21,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import os
 import pathlib
 import sys
 import tempfile
@@ -71,7 +70,8 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     resumes = False
     try:
         if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv):
-            print(help_page(source_of(name).read_text(encoding="utf-8"), known_configs()), flush=True)
+            with contextlib.suppress(BrokenPipeError):  # of `| head`
+                print(help_page(source_of(name).read_text(encoding="utf-8"), known_configs()), flush=True)
             return 0
         main = (load_file(pathlib.Path(name).resolve()) if name.endswith(".py") else importlib.import_module(name)).main
         quieten()
@@ -82,9 +82,6 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         kind = "segmenter: " if isinstance(error, SegmenterError) else ""
         print(f"error: {kind}{error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # of `| head`; what is left of the output goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except KeyboardInterrupt:
         hint = "; run the same command again to go on from the last checkpoint" if resumes else ""
         print(f"stopped{hint}", file=sys.stderr)
@@ -101,7 +98,7 @@ def parse_arguments(main: Callable[..., Any], argv: Sequence[str]) -> tuple[list
     hints = {name: _without_none(hint) for name, hint in typing.get_type_hints(main, include_extras=True).items()}
     parameters = inspect.signature(main).parameters
     named = [p for p in parameters.values() if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
-    own = [(p.name, hints[p.name], *_default(p)) for p in named if p.name != "config"]
+    own = [(p.name, hints[p.name], *[p.default] * (p.default is not p.empty)) for p in named if p.name != "config"]
     flags, values, config = dataclasses.make_dataclass("Flags", own, kw_only=True), {}, {}
     everything = flags
     if "config" in parameters:
@@ -113,17 +110,13 @@ def parse_arguments(main: Callable[..., Any], argv: Sequence[str]) -> tuple[list
         config = {"config": build_config(cls, values.pop("config"), problems)}
     chosen = build_fields(flags, values, "--", wrong)
     refuse("command line", wrong)
-    return _positional(parameters, hints, given), config | {name: getattr(chosen, name) for name, *_ in own}
+    return _positional(parameters, hints, given), config | vars(chosen)
 
 
 def _without_none(hint: Any) -> Any:
     """`int` of `int | None`; any other type as it is."""
     options = [option for option in typing.get_args(hint) if option is not type(None)]
     return options[0] if isinstance(hint, types.UnionType | typing._UnionGenericAlias) and len(options) == 1 else hint
-
-
-def _default(parameter: inspect.Parameter) -> tuple:
-    return () if parameter.default is parameter.empty else (dataclasses.field(default=parameter.default),)
 
 
 def _positional(parameters: Mapping[str, inspect.Parameter], hints: dict[str, Any], given: list[str]) -> list[Any]:

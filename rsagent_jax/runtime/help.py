@@ -11,9 +11,9 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import io
+import itertools
+import re
 import textwrap
-import tokenize
 import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -28,15 +28,17 @@ Row = tuple[str, str]  # a name with its default, and what it is
 
 def help_page(source: str, configs: Iterable[tuple[str, type | None, str]]) -> str:
     """The page of a command's source. configs: (path, its class, what it is) of all there are."""
-    tree, comments = ast.parse(source), read_comments(source)
-    (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
-    arguments, positional = main.args, list(_arguments(main.args))
-    flags = [_flag(arg, default, comments) for arg, default in positional if arg not in arguments.posonlyargs]
-    places = [(arg.arg.upper(), _beside(comments, arg)) for arg in arguments.posonlyargs]
-    if arguments.vararg:
-        places.append((f"{arguments.vararg.arg.upper()} …", _beside(comments, arguments.vararg)))
-    parts = [ast.get_docstring(tree) or "", *_section("Arguments", places), *_section("Flags", flags)]
-    classes = [cls for arg, _ in positional if arg.arg == "config" for cls in _classes(tree, arg.annotation)]
+    tree, lines = ast.parse(source), source.splitlines()
+    (main,) = (node.args for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    places = [*main.posonlyargs, *filter(None, [main.vararg])]
+    flags = [
+        *zip(main.args, [*[None] * (len(main.args) - len(main.defaults)), *main.defaults], strict=True),
+        *zip(main.kwonlyargs, main.kw_defaults, strict=True),
+    ]
+    parts = [ast.get_docstring(tree) or ""]
+    parts += _section("Arguments", [(a.arg.upper(), _beside(lines, a.lineno, a.end_lineno)) for a in places])
+    parts += _section("Flags", [_flag(arg, default, lines) for arg, default in flags])
+    classes = [cls for arg, _ in flags if arg.arg == "config" for cls in _classes(tree, arg.annotation)]
     parts += _section("Configs", [(path, text) for path, cls, text in configs if cls in classes])
     for cls in classes:
         rows = [(f"--config.{name}{value}", text) for name, value, text in field_rows(cls)]
@@ -60,49 +62,32 @@ def field_rows(cls: type, default: Any = None, prefix: str = "") -> Iterator[tup
             words = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
             text = comments[field.name]
             if not all(word in text for word in words):
-                text = f"{text} ({' | '.join(words)})".strip()
+                text = f"{text} ({' | '.join(word or chr(34) * 2 for word in words)})"
             shown = "" if value is dataclasses.MISSING else value if isinstance(value, str) else repr(value)
             yield name, f"={shown}", text
 
 
 @functools.cache
 def _field_comments(cls: type) -> dict[str, str]:
-    source = textwrap.dedent(inspect.getsource(cls))
-    comments, (node,) = read_comments(source), ast.parse(source).body
-    return {n.target.id: _beside(comments, n) for n in node.body if isinstance(n, ast.AnnAssign)}
+    lines = inspect.getsource(cls).splitlines()
+    (node,) = ast.parse("\n".join(lines)).body
+    return {n.target.id: _beside(lines, n.lineno, n.end_lineno) for n in node.body if isinstance(n, ast.AnnAssign)}
 
 
-def read_comments(source: str) -> dict[int, tuple[bool, str]]:
-    """Line -> (whether it stands there alone, the comment)."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    found = (token for token in tokens if token.type == tokenize.COMMENT)
-    return {t.start[0]: (not t.line[: t.start[1]].strip(), t.string.lstrip("# ")) for t in found}
+def _beside(lines: list[str], first: int, last: int) -> str:
+    """The comment lines right above line `first`, and the comment at the end of line `last`, counted from 1."""
+    above = itertools.takewhile(lambda line: line.lstrip().startswith("# "), reversed(lines[: first - 1]))
+    return " ".join([*reversed([line.strip(" #") for line in above]), *re.findall(r"  # (.+)$", lines[last - 1])])
 
 
-def _beside(comments: dict[int, tuple[bool, str]], node: ast.AST, last: int = 0) -> str:
-    """The comment lines right above a node, and the comment on its (or the `last`) line."""
-    first, words = node.lineno - 1, []
-    while first in comments and comments[first][0]:
-        words.insert(0, comments[first][1])
-        first -= 1
-    last = last or node.end_lineno
-    return " ".join(words + ([comments[last][1]] if last in comments else []))
-
-
-def _arguments(arguments: ast.arguments) -> Iterator[tuple[ast.arg, ast.expr | None]]:
-    """Parameters with their defaults, those that are given by position first."""
-    before = [*arguments.posonlyargs, *arguments.args]
-    yield from zip(before, [None] * (len(before) - len(arguments.defaults)) + arguments.defaults, strict=True)
-    yield from zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-
-
-def _flag(arg: ast.arg, default: ast.expr | None, comments: dict[int, tuple[bool, str]]) -> Row:
-    name, value = f"--{arg.arg}", ast.literal_eval(default) if default is not None else None
-    text = _beside(comments, arg, default.end_lineno if default is not None else 0)
+def _flag(arg: ast.arg, default: ast.expr | None, lines: list[str]) -> Row:
+    text = _beside(lines, arg.lineno, (default or arg).end_lineno)
     if arg.arg == "config":
-        text = text or "a file of configs/; --config.a.b=value sets one of its fields"
-    shown = {True: name, False: name, None: f"{name}=", "": f"{name}="}.get(value, f"{name}={value}")
-    return shown, text + (" (required)" if default is None else "")
+        text = "a file of configs/; --config.a.b=value sets one of its fields"
+    if default is None:
+        return f"--{arg.arg}=", f"{text} (required)"
+    value = ast.literal_eval(default)
+    return f"--{arg.arg}" + ("" if isinstance(value, bool) else f"={'' if value is None else value}"), text
 
 
 def _classes(tree: ast.Module, annotation: ast.expr) -> list[type]:
@@ -115,10 +100,10 @@ def _classes(tree: ast.Module, annotation: ast.expr) -> list[type]:
 def _section(title: str, rows: list[Row]) -> list[str]:
     if not rows:
         return []
-    lines = ["", f"{title}:"]
-    for name, text in rows:
-        head = f"  {name}".ljust(COLUMN)
-        wrapped = textwrap.wrap(text, WIDTH - COLUMN) or [""]
-        first = [f"{head}{wrapped[0]}".rstrip()] if len(head) == COLUMN else [head, f"{' ' * COLUMN}{wrapped[0]}"]
-        lines += [*first, *(" " * COLUMN + more for more in wrapped[1:])]
-    return lines
+    indent = " " * COLUMN
+    heads = [(f"  {name}".ljust(COLUMN - 1) + " ", text or "-") for name, text in rows]
+    return [
+        "",
+        f"{title}:",
+        *(textwrap.fill(text, WIDTH, initial_indent=h, subsequent_indent=indent) for h, text in heads),
+    ]
