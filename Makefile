@@ -1,7 +1,8 @@
-# setup: the whole .venv | quickstart: SFT and GRPO on a laptop | test | bench | sidecar | lint | proto | clean
+# setup: the whole .venv | quickstart: SFT and GRPO on a laptop | test | bench | sidecar | lint | proto | requirements |
+# clean
 #   make quickstart SEED=1           another seed
 #   make setup PYTHON=/path/python   another interpreter (default: python3.11, else python3)
-#   make setup TPU=1                 with the TPU build of jax
+#   make setup TPU=1 (or CUDA=1)     with the TPU (or CUDA) build of jax
 #   make test ARGS="tests/agent -x"  arguments for pytest
 #   make sidecar CHECKPOINT=sam2.1_hiera_large.pt DEVICE=cuda ADDRESS=127.0.0.1:50051   (no CHECKPOINT: GrabCut)
 
@@ -15,7 +16,6 @@ STARTED := $(shell date +%s)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PY := $(VENV)/bin/python
-SAM2 := sam2==1.1.0
 SEED ?= 0
 RUN := runs/quickstart
 ARGS ?=
@@ -23,12 +23,15 @@ CHECKPOINT ?=
 DEVICE ?= cpu
 ADDRESS ?= 127.0.0.1:50051
 
-# One stamp per content of the requirements: a changed pin installs again, anything else never does.
-stamp = $(VENV)/.$(1)-$(shell cat $(2) | cksum | cut -d' ' -f1)
-RUNTIME := $(call stamp,runtime$(if $(TPU),-tpu),requirements.txt)
-FULL := $(call stamp,full-$(subst ==,-,$(SAM2))$(if $(TPU),-tpu),requirements.txt requirements-test.txt)
+# pyproject.toml lists every pin. One stamp per content of it: a changed pin installs again.
+comma := ,
+DEVICE_EXTRA := $(if $(TPU),$(comma)tpu)$(if $(CUDA),$(comma)cuda)
+stamp = $(VENV)/.$(1)$(subst $(comma),-,$(DEVICE_EXTRA))-$(shell cksum < pyproject.toml | cut -d' ' -f1)
+RUNTIME := $(call stamp,runtime)
+FULL := $(call stamp,full)
+pin = "$$(sed -n 's/.*"\($(1)==[^"]*\)".*/\1/p' pyproject.toml)"
 
-.PHONY: help setup setup-runtime quickstart test bench sidecar lint proto clean
+.PHONY: help setup setup-runtime quickstart test bench sidecar lint proto requirements clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -45,18 +48,17 @@ $(PY):
 	  echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu, install python3.11-venv" >&2; exit 1; }
 
 $(RUNTIME): | $(PY)
-	@echo "== installing requirements.txt (jax, flax, ...; no torch): about a minute"
-	$(PY) -m pip install -r requirements.txt $(if $(TPU),"jax[tpu]")
+	@echo "== installing rsagent-jax and what it needs (jax, flax, ...; no torch): about a minute"
+	$(PY) -m pip install -e ".[demo$(DEVICE_EXTRA)]"
 	@touch $@
 
 # torch goes first and alone: everything after it then takes the build that is there. torchvision needs nothing else.
 # sam2 compiles no CUDA kernel here and must see this torch while it builds, hence its flags.
 $(FULL): | $(RUNTIME)
-	@echo "== installing requirements-test.txt (torch, transformers, sam2, pytest, ...): a few minutes"
-	$(PY) -m pip install "$$(grep '^torch==' requirements-test.txt)"
-	$(PY) -m pip install --no-deps "$$(grep '^torchvision==' requirements-test.txt)"
-	$(PY) -m pip install -r requirements-test.txt $(if $(TPU),"jax[tpu]")
-	SAM2_BUILD_CUDA=0 $(PY) -m pip install --no-build-isolation --no-deps $(SAM2)
+	@echo "== installing what the side-car and the tests need (torch, sam2, pytest, ...): a few minutes"
+	$(PY) -m pip install $(call pin,torch) $(call pin,setuptools) $(call pin,wheel)
+	$(PY) -m pip install --no-deps $(call pin,torchvision)
+	SAM2_BUILD_CUDA=0 $(PY) -m pip install --no-build-isolation -e ".[demo,sidecar,dev$(DEVICE_EXTRA)]"
 	$(PY) -m pip check
 	@touch $@
 
@@ -113,6 +115,9 @@ lint: setup
 proto: setup
 	$(PY) -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. sam_bridge/bridge.proto
 
+requirements:
+	python3 .ci/requirements.py
+
 clean:  # caches only: .venv and runs/ stay
-	rm -rf .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -path ./$(VENV) -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +

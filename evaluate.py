@@ -12,6 +12,11 @@ accepts it instead), one that cannot be read is named and left out (data.unreada
 
 from __future__ import annotations
 
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import contextlib
 import dataclasses
 import json
@@ -20,8 +25,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
-
-from absl import flags
 
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import state_to_json
@@ -33,7 +36,7 @@ from rsagent_jax.config.schema import (
 )
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.index import SampleIndex
-from rsagent_jax.data.sets.open import Mixture, open_samples
+from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.evals import bounds, by_turn, metrics, records, startup
 from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
@@ -55,10 +58,16 @@ from rsagent_jax.types import DataError, Sample, Trajectory
 from sam_bridge.types import Segmenter
 
 
-def main(config: EvalConfig) -> None:
+def main(
+    config: EvalConfig,
+    *,
+    workdir: str = "",  # directory for everything this command leaves behind
+    weights: str = "",  # a Hugging Face directory, or checkpoints/<stage>; in place of policy.weights
+    shard: str = "0/1",  # i/n: evaluate every n-th sample from the i-th on, counted from 0
+) -> None:
     ############################## Data, who plays ##############################
-    workdir, share = command.workdir(), processes.parse_share(flags.FLAGS.shard, "--shard")
-    config = fill_defaults(config)
+    workdir, share = command.make_workdir(workdir), processes.parse_share(shard, "--shard")
+    config = fill_defaults(config, weights)
     startup.check_evaluate(config, workdir)
     samples = open_benchmark(config.data)
     ids = samples.ids
@@ -110,19 +119,15 @@ def main(config: EvalConfig) -> None:
     print(f"{pathlib.Path(workdir) / 'report' / 'index.html'}")
 
 
-def fill_defaults(config: EvalConfig) -> EvalConfig:
-    """With the command line's weights, and as many turns as an oracle takes. DataError for rules that are none."""
-    if flags.FLAGS.weights:
-        config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=flags.FLAGS.weights))
-    metrics.check_rules(config.metric)
-    bounds.check_bound(config.bound)
+def fill_defaults(config: EvalConfig, weights: str) -> EvalConfig:
+    """With the command line's weights, and as many turns as an oracle takes."""
+    if weights:
+        config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=weights))
     return bounds.fill_bound_defaults(config) if config.bound.row in bounds.ORACLES else config
 
 
 def open_benchmark(config: DataConfig) -> SampleIndex:
     samples = open_samples(config)
-    if isinstance(samples, Mixture):
-        raise DataError("a mix cannot be evaluated, its samples come up more than once; evaluate its parts")
     for note in samples.notes:
         print(note)
     return samples
@@ -260,10 +265,3 @@ def prediction(result: metrics.SampleResult, mask: dict, picture: str) -> dict:
         "turns": result.turns,
         "dropped": result.dropped or "",
     }
-
-
-if __name__ == "__main__":
-    command.define_flags()
-    flags.DEFINE_string("weights", None, "Hugging Face directory, or checkpoints/<stage>; overrides policy.weights.")
-    flags.DEFINE_string("shard", "0/1", "i/n: evaluate every n-th sample from the i-th on, counted from 0.")
-    command.run_command(main, EvalConfig)

@@ -8,6 +8,11 @@ Run the same command again and it goes on from the newest checkpoint.
 
 from __future__ import annotations
 
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import contextlib
 import dataclasses
 import pathlib
@@ -17,7 +22,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
@@ -32,7 +36,7 @@ from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.open import open_engine
-from rsagent_jax.runtime import command, processes, sharding
+from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train import run_identity, startup
 from rsagent_jax.train.batch_source import BatchSource, GrpoSource, SftSource
@@ -79,13 +83,20 @@ class Stage:
     kl: float = 0.0  # weight of the divergence from the policy that the stage began with
 
 
-def main(config: TrainConfig) -> int | None:
-    if flags.FLAGS.aot:
-        return compile_ahead(config, flags.FLAGS.aot, flags.FLAGS.aot_quick, flags.FLAGS.aot_only)
+def main(
+    config: TrainConfig,
+    *,
+    workdir: str = "",  # directory for everything this command leaves behind
+    aot: str = "",  # a TPU slice or topology to compile for instead of training, or all
+    aot_quick: bool = False,  # with --aot: a fifth of the time, by leaving out what only makes it fast
+    aot_only: str = "",  # with --aot: only programs with this in their name, such as rollout
+) -> int | None:
+    if aot:
+        return compile_ahead(config, aot, aot_quick, aot_only)
 
     ############################## Checks, before a file is touched ##############################
     processes.initialize_distributed()
-    workdir = command.workdir()
+    workdir = command.make_workdir(workdir)
     config = processes.all_or_none(lambda: startup.check_train(config, workdir))
     processes.all_or_none(lambda: run_identity.check_config(workdir, config))
     command.use_compilation_cache(config.cache_dir, workdir / "compiled")
@@ -274,11 +285,3 @@ def save_first_batch(workdir: pathlib.Path, stage: str, batch: Batch, processor:
         strip = np.concatenate([np.pad(i, ((0, height - len(i)), (0, 4), (0, 0))) for i in images], axis=1)
         Image.fromarray(strip).save(path.with_suffix(".png"))
         log.image(f"{stage}/first_batch", strip, 1)
-
-
-if __name__ == "__main__":
-    command.define_flags()
-    flags.DEFINE_string("aot", None, "A TPU slice or topology to compile for instead of training, or all.")
-    flags.DEFINE_bool("aot_quick", False, "With --aot: a fifth of the time, by leaving out what only makes it fast.")
-    flags.DEFINE_string("aot_only", "", "With --aot: only programs with this in their name, such as rollout.")
-    command.run_command(main, TrainConfig)

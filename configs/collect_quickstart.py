@@ -5,14 +5,13 @@
 """
 
 from rsagent_jax.config.build import template
-from rsagent_jax.config.schema import (
-    CollectConfig,
-)
+from rsagent_jax.config.import_path import shipped
+from rsagent_jax.config.schema import CollectConfig
 
 
 def get_config():
     config = template(CollectConfig)
-    config.processor = "assets/tiny-base"
+    config.processor = shipped("assets/tiny-base")
     config.data.dataset, config.data.split_by = "grefcoco", "unc"  # the scenes with absent targets
     config.limit = 600
     config.filter.repeats = True  # the recipe was measured with them

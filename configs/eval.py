@@ -14,9 +14,7 @@ Not run here on the real files, which could not be had; on small ones in their f
 """
 
 from rsagent_jax.config.build import template
-from rsagent_jax.config.schema import (
-    EvalConfig,
-)
+from rsagent_jax.config.schema import EvalConfig
 
 # name -> (what results.json calls it, dataset, split_by, splits)
 SETS = {

@@ -5,15 +5,14 @@
 """
 
 from rsagent_jax.config.build import template
-from rsagent_jax.config.schema import (
-    EvalConfig,
-)
+from rsagent_jax.config.import_path import shipped
+from rsagent_jax.config.schema import EvalConfig
 
 
 def get_config():
     config = template(EvalConfig)
     config.benchmark = "synthetic scenes, test"
-    config.policy.weights = "assets/tiny-base"
+    config.policy.weights = shipped("assets/tiny-base")
     config.policy.dtype = "float32"
     config.policy.remat = "none"
     config.cache_dir = "runs/compiled"  # the three evaluations share their programs

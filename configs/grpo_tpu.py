@@ -10,9 +10,7 @@ Clip range, KL (Seg-Zero's 5e-3, k3) and every reward sub-term are ours; the pap
 """
 
 from rsagent_jax.config.build import template
-from rsagent_jax.config.schema import (
-    TrainConfig,
-)
+from rsagent_jax.config.schema import TrainConfig
 
 
 def get_config():

@@ -9,9 +9,7 @@ the paper ends up with more than 5,000 trajectories.
 
 from configs.grpo_mix_tpu import HELD_OUT
 from rsagent_jax.config.build import template
-from rsagent_jax.config.schema import (
-    ProblemsConfig,
-)
+from rsagent_jax.config.schema import ProblemsConfig
 
 
 def get_config():

@@ -5,14 +5,13 @@
 """
 
 from rsagent_jax.config.build import template
-from rsagent_jax.config.schema import (
-    TrainConfig,
-)
+from rsagent_jax.config.import_path import shipped
+from rsagent_jax.config.schema import TrainConfig
 
 
 def get_config():
     config = template(TrainConfig)
-    config.policy.weights = "assets/tiny-base"
+    config.policy.weights = shipped("assets/tiny-base")
     config.policy.dtype = "float32"
     config.policy.remat = "none"
     config.cache_dir = "runs/compiled"

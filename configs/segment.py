@@ -8,14 +8,13 @@ policies of full size: the prompt with the tools' schema, the paper's 384 px ove
 """
 
 from rsagent_jax.config.build import template
-from rsagent_jax.config.schema import (
-    SegmentConfig,
-)
+from rsagent_jax.config.import_path import shipped
+from rsagent_jax.config.schema import SegmentConfig
 
 
 def get_config(policy: str = "tiny"):
     config = template(SegmentConfig)
-    config.policy.weights = "assets/tiny-base"
+    config.policy.weights = shipped("assets/tiny-base")
     config.policy.remat = "none"
     if policy == "full":
         config.agent.max_pixels = 1_003_520

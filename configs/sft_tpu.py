@@ -10,9 +10,7 @@ With adapters the 7B goes on a v5e-8 (docs/tpu.md): add --config.slice=v5e-8 --c
 """
 
 from rsagent_jax.config.build import template
-from rsagent_jax.config.schema import (
-    TrainConfig,
-)
+from rsagent_jax.config.schema import TrainConfig
 
 
 def get_config():

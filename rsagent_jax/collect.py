@@ -17,12 +17,16 @@ the filter keeps the first good try; the very ids that it sampled are stored.
 
 from __future__ import annotations
 
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import contextlib
 import dataclasses
 import pathlib
 
 import numpy as np
-from absl import flags
 
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.collecting import filter, startup
@@ -38,26 +42,28 @@ from rsagent_jax.collecting.endpoint import Endpoint
 from rsagent_jax.config.import_path import import_path
 from rsagent_jax.config.schema import CollectConfig
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.data.sets.open import Mixture, open_samples
+from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
 from rsagent_jax.rollout import failures
 from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.policy import Policy
-from rsagent_jax.runtime import command
 from rsagent_jax.runtime import journal as journals
 from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.runtime.processes import parse_share
 from rsagent_jax.types import DataError
 
 
-def main(config: CollectConfig) -> None:
-    workdir, share = command.workdir(), parse_share(flags.FLAGS.shard, "--shard")
+def main(
+    config: CollectConfig,
+    *,
+    workdir: str = "",  # directory for everything this command leaves behind
+    shard: str = "0/1",  # i/n: collect every n-th trajectory from the i-th on, counted from 0
+) -> None:
+    workdir, share = command.make_workdir(workdir), parse_share(shard, "--shard")
     startup.check_collect(config, workdir)
     processor = Processor.load(policy_directory(config.teacher.own.weights or config.processor))
     samples = open_samples(config.data)
-    if isinstance(samples, Mixture):
-        raise DataError("a mix cannot be collected from, its samples come up more than once; collect from its parts")
     order = np.random.default_rng(config.seed).permutation(len(samples))[: config.limit or None].tolist()
     own = dataclasses.replace(config.teacher.own, sampling=processor.with_ends(config.teacher.own.sampling))
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, own=own))
@@ -101,9 +107,3 @@ def open_teacher(config: CollectConfig, processor: Processor, workdir: pathlib.P
     engine = open_engine(own.weights, processor, own.sampling, config.agent, own.dtype, config.seed)
     engine.warm_up()
     return engine
-
-
-if __name__ == "__main__":
-    command.define_flags()
-    flags.DEFINE_string("shard", "0/1", "i/n: collect every n-th trajectory from the i-th on, counted from 0.")
-    command.run_command(main, CollectConfig)

@@ -8,13 +8,17 @@ difference on the same sample, so it is narrower than the two policies' own inte
 
 from __future__ import annotations
 
-import argparse
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 
+from rsagent_jax.config.ranges import CountOrZero
 from rsagent_jax.report.comparison import Comparison, GainInterval, check_comparable, compare, text_table
 from rsagent_jax.report.evaluation import Evaluation, load_evaluation
 from rsagent_jax.types import DataError
@@ -78,41 +82,30 @@ def marked(name: str, evaluation: Evaluation) -> str:
     return name if row == "policy" else f"{name} ({row})"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line on stderr when an input is missing, damaged or of something else."""
-    parser = argparse.ArgumentParser(prog="python -m rsagent_jax.compare", description=__doc__.split("\n")[0])
-    parser.add_argument("workdirs", nargs="+", type=pathlib.Path, metavar="DIR", help="work directories of evaluate.py")
-    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="writes the tables as Markdown")
-    parser.add_argument("--samples", type=int, default=8, help="how many of the samples that differ most (default 8)")
-    options = parser.parse_args(arguments)
-    try:
-        if len(options.workdirs) < 2:
-            raise DataError("give at least two work directories of evaluate.py")
-        names = names_of(options.workdirs)
-        evaluations = [load_evaluation(path) for path in options.workdirs]
-        names = [marked(name, e) for name, e in zip(names, evaluations, strict=True)]
-        check_comparable(evaluations)
-        found = [compare(evaluations[0], e, n) for e, n in zip(evaluations[1:], names[1:], strict=True)]
-        queries = {example.id: example.query for e in evaluations for example in e.examples}
-        main_table = comparison_table(evaluations, names, found)
-        print(f"{text_table(main_table)}\n{note(found)}")
-        text = [f"# {names[0]} and {', '.join(names[1:])}", markdown(main_table), note(found).replace("*", "\\*", 1)]
-        for comparison in found:
-            rows = sample_table(comparison, names[0], queries, options.samples)
-            print(f"\nSamples on which {comparison.name} and {names[0]} differ most\n{text_table(rows, 2)}")
-            text += [f"## Samples on which {comparison.name} and {names[0]} differ most", markdown(rows)]
-        if options.out:
-            try:
-                options.out.write_text("\n\n".join(text) + "\n", encoding="utf-8")
-            except OSError as error:
-                raise DataError(f"--out={options.out} cannot be written ({error.strerror or error})") from None
-        gaps = {c.name: {k: dataclasses.asdict(getattr(c, k)) for k in ("giou", "ciou", "turns")} for c in found}
-        print("\n" + json.dumps({"base": names[0], "differences": gaps}))
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def main(
+    *workdirs: pathlib.Path,  # work directories of evaluate.py, two or more
+    out: pathlib.Path | None = None,  # a file for the tables, as Markdown
+    samples: CountOrZero = 8,  # how many of the samples that differ most
+) -> None:
+    if len(workdirs) < 2:
+        raise DataError("give at least two work directories of evaluate.py")
+    names = names_of(workdirs)
+    evaluations = [load_evaluation(path) for path in workdirs]
+    names = [marked(name, e) for name, e in zip(names, evaluations, strict=True)]
+    check_comparable(evaluations)
+    found = [compare(evaluations[0], e, n) for e, n in zip(evaluations[1:], names[1:], strict=True)]
+    queries = {example.id: example.query for e in evaluations for example in e.examples}
+    main_table = comparison_table(evaluations, names, found)
+    print(f"{text_table(main_table)}\n{note(found)}")
+    text = [f"# {names[0]} and {', '.join(names[1:])}", markdown(main_table), note(found).replace("*", "\\*", 1)]
+    for comparison in found:
+        rows = sample_table(comparison, names[0], queries, samples)
+        print(f"\nSamples on which {comparison.name} and {names[0]} differ most\n{text_table(rows, 2)}")
+        text += [f"## Samples on which {comparison.name} and {names[0]} differ most", markdown(rows)]
+    if out:
+        try:
+            out.write_text("\n\n".join(text) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"--out={out} cannot be written ({error.strerror or error})") from None
+    gaps = {c.name: {k: dataclasses.asdict(getattr(c, k)) for k in ("giou", "ciou", "turns")} for c in found}
+    print("\n" + json.dumps({"base": names[0], "differences": gaps}))

@@ -9,25 +9,27 @@ read, or shown to a policy, or a count differs; 2 if the set cannot be opened.
 
 from __future__ import annotations
 
-import collections
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import concurrent.futures
 import dataclasses
 import json
 import os
 import pathlib
-import sys
 
 import numpy as np
 import tqdm
-from absl import flags
 from PIL import Image, ImageDraw
 
 from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.views import check_shape
+from rsagent_jax.config.ranges import CountOrZero
 from rsagent_jax.config.schema import CollectConfig, DataConfig, EvalConfig, ProblemsConfig, TrainConfig
 from rsagent_jax.data.sets.index import SampleIndex, spread
 from rsagent_jax.data.sets.open import Mixture, open_samples
-from rsagent_jax.runtime import command
 from rsagent_jax.tiny.synthetic import STAMP
 from rsagent_jax.types import DataError, Sample
 
@@ -59,8 +61,13 @@ class DataFaults:
     bad: dict[str, str] = dataclasses.field(default_factory=dict)  # sample id -> what is wrong
 
 
-def main(config: TrainConfig | EvalConfig | CollectConfig | ProblemsConfig) -> int:
-    out = command.workdir("out")
+def main(
+    config: TrainConfig | EvalConfig | CollectConfig | ProblemsConfig,
+    *,
+    out: str = "",  # directory for check.json and the contact sheet
+    samples: CountOrZero = 200,  # how many samples to decode, evenly spread; 0 = all
+) -> int:
+    out, wanted = command.make_workdir(out, "out"), samples
     data = config.grpo.data if isinstance(config, TrainConfig) else config.data
     samples = open_samples(data)
     print(f"{samples.name}: {len(samples)} samples")
@@ -70,9 +77,7 @@ def main(config: TrainConfig | EvalConfig | CollectConfig | ProblemsConfig) -> i
     differs = [row for row in rows if row["verdict"] == "DIFFERS"]
     for row in rows:
         print("  " + "  ".join(f"{key} {value}" for key, value in row.items()))
-    if flags.FLAGS.samples < 0:
-        raise DataError(f"--samples must be at least 0 (0 = all), not {flags.FLAGS.samples}")
-    chosen = spread(len(samples), flags.FLAGS.samples)
+    chosen = spread(len(samples), wanted)
     found = examine(samples, chosen)
     contact_sheet([samples[i] for i in readable(samples, chosen, found)], out / "contact_sheet.png")
     report = {"name": samples.name, "samples": len(samples), "notes": list(samples.notes), "counts": rows}
@@ -154,25 +159,3 @@ def contact_sheet(samples: list[Sample], path: pathlib.Path, columns: int = 4) -
         for line, start in enumerate(range(0, min(len(text), 120), 40)):
             draw.text((x, y + SIDE + 2 + 14 * line), text[start : start + 40], fill="black", font_size=12)
     sheet.save(path)
-
-
-def config_class(argv: list[str]) -> type:
-    """Whose config file it is, by the groups that it has."""
-    path = command.config_path(argv)
-    if path is None:
-        raise DataError("--config=configs/X.py is required: a config of train.py, evaluate.py or collect")
-    has = collections.Counter(command.load_config_file(path).keys())
-    if has["stages"]:
-        return TrainConfig
-    return CollectConfig if has["teacher"] else ProblemsConfig if has["writer"] else EvalConfig
-
-
-if __name__ == "__main__":
-    command.define_flags("out")
-    flags.DEFINE_integer("samples", 200, "How many samples to decode, evenly spread; 0 = all.")
-    try:
-        kind = config_class(sys.argv)
-    except DataError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
-    command.run_command(main, kind)

@@ -10,18 +10,21 @@ config.json names; training keeps fp32 parameters, so anything narrower rounds t
 
 from __future__ import annotations
 
-import argparse
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import hashlib
 import os
 import pathlib
-import sys
 import tempfile
-from typing import Any
+from typing import Any, Literal
 
+from rsagent_jax.config.ranges import Positive
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import copy_policy_files, load_policy, policy_directory
-from rsagent_jax.runtime import command
 from rsagent_jax.types import DataError
 
 
@@ -68,29 +71,11 @@ def with_dtype(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
     return {"torch_dtype": dtype} | replaced(raw) | nested
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError(text)
-    return value
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rsagent_jax.export", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help="checkpoints/<stage>, or a Hugging Face directory")
-    parser.add_argument("--out", required=True, help="directory to make")
-    parser.add_argument("--dtype", choices=list(convert.DTYPES), help="instead of the one in config.json")
-    parser.add_argument("--max_shard_gb", type=_positive, default=5.0, help="10^9 bytes per file at most (default 5)")
-    options = parser.parse_args(argv)
-    command.quieten()
-    try:
-        out = pathlib.Path(options.out).expanduser()
-        print(export(options.checkpoint, out, options.dtype, options.max_shard_gb))
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def main(
+    *,
+    checkpoint: str,  # checkpoints/<stage>, or a Hugging Face directory
+    out: pathlib.Path,  # directory to make
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,  # instead of the one in config.json
+    max_shard_gb: Positive = 5.0,  # 10^9 bytes per file at most
+) -> None:
+    print(export(checkpoint, out, dtype, max_shard_gb))

@@ -12,19 +12,21 @@ own expressions.
 
 from __future__ import annotations
 
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import contextlib
 
 import numpy as np
-from absl import flags
 
 from rsagent_jax.collecting import startup
 from rsagent_jax.collecting.problem_writer import ANSWERS, ProblemWriter, write_set
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import (
-    ProblemsConfig,
-)
+from rsagent_jax.config.schema import ProblemsConfig
 from rsagent_jax.data.sets.open import open_samples
-from rsagent_jax.runtime import command, journal
+from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.runtime.processes import parse_share
 from rsagent_jax.types import DataError
@@ -32,8 +34,13 @@ from rsagent_jax.types import DataError
 EXAMPLES = 5  # failures told on the terminal
 
 
-def main(config: ProblemsConfig) -> None:
-    workdir, share = command.workdir(), parse_share(flags.FLAGS.shard, "--shard")
+def main(
+    config: ProblemsConfig,
+    *,
+    workdir: str = "",  # directory for everything this command leaves behind
+    shard: str = "0/1",  # i/n: every n-th object from the i-th on, counted from 0
+) -> None:
+    workdir, share = command.make_workdir(workdir), parse_share(shard, "--shard")
     startup.check_problems(config, workdir)
     samples = open_samples(config.data)
     order = np.random.default_rng(config.seed).permutation(len(samples))[: config.limit or None].tolist()
@@ -68,9 +75,3 @@ def problems_resume_fingerprint(config: ProblemsConfig) -> dict:
     names = ("seed", "limit", "queries", "min_words", "max_words", "picture_size")
     writer = {key: resolved["writer"][key] for key in ("url", "model", "temperature", "max_tokens")}
     return {key: resolved[key] for key in names} | {"writer": writer, "data": journal.data_settings(config.data)}
-
-
-if __name__ == "__main__":
-    command.define_flags()
-    flags.DEFINE_string("shard", "0/1", "i/n: every n-th object from the i-th on, counted from 0.")
-    command.run_command(main, ProblemsConfig)

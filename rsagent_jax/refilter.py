@@ -10,11 +10,13 @@ trajectories.jsonl and report/index.html, and prints a table. What is not said i
 
 from __future__ import annotations
 
-import argparse
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import dataclasses
 import pathlib
-import sys
-from collections.abc import Sequence
 
 from rsagent_jax.collecting import filter
 from rsagent_jax.config.build import build_config, to_dict
@@ -22,44 +24,34 @@ from rsagent_jax.config.schema import FilterConfig
 from rsagent_jax.types import DataError
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m rsagent_jax.refilter", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--collected", type=pathlib.Path, required=True, metavar="DIR", help="work directory of collect"
-    )
-    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR")
-    parser.add_argument("--min_iou", help="thresholds with commas between, one set for each")
-    parser.add_argument("--max_turns", type=int)
-    switch = argparse.BooleanOptionalAction
-    parser.add_argument("--malformed", action=switch, help="keep trajectories with malformed turns")
-    parser.add_argument("--repeats", action=switch, help="keep trajectories with repeated actions")
-    parser.add_argument("--per_sample", type=int, help="of several tries: how many good ones are kept")
-    parser.add_argument("--root", metavar="OLD=NEW", help="pictures below OLD are now below NEW")
-    options = parser.parse_args(arguments)
-    try:
-        names = ("max_turns", "malformed", "repeats", "per_sample")
-        said = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-        own = build_config(FilterConfig, to_dict(filter.read_rules(options.collected)) | said)
-        thresholds = [own.min_iou] if options.min_iou is None else read_thresholds(options.min_iou)
-        moved = tuple(options.root.split("=", 1)) if options.root else None
-        if moved is not None and len(moved) != 2:
-            raise DataError(f"--root={options.root} must be OLD=NEW")
-        rows = []
-        for threshold in thresholds:
-            rules = dataclasses.replace(own, min_iou=threshold)
-            out = options.out / folder_of(threshold)
-            found = filter.write_kept_set(options.collected, out, rules, moved=moved)
-            rows.append((threshold, found, out))
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(
+    *,
+    collected: pathlib.Path,  # work directory of collect
+    out: pathlib.Path,
+    min_iou: str = "",  # thresholds with commas between, one set for each
+    max_turns: int | None = None,
+    malformed: bool | None = None,  # keep trajectories with malformed turns
+    repeats: bool | None = None,  # keep trajectories with repeated actions
+    per_sample: int | None = None,  # of several tries: how many good ones are kept
+    root: str = "",  # OLD=NEW: pictures below OLD are now below NEW
+) -> None:
+    given = dict(max_turns=max_turns, malformed=malformed, repeats=repeats, per_sample=per_sample)
+    given = {name: value for name, value in given.items() if value is not None}
+    own = build_config(FilterConfig, to_dict(filter.read_rules(collected)) | given)
+    thresholds = read_thresholds(min_iou) if min_iou else [own.min_iou]
+    moved = tuple(root.split("=", 1)) if root else None
+    if moved is not None and len(moved) != 2:
+        raise DataError(f"--root={root} must be OLD=NEW")
+    rows = []
+    for threshold in thresholds:
+        folder = out / folder_of(threshold)
+        rules = dataclasses.replace(own, min_iou=threshold)
+        rows.append((threshold, filter.write_kept_set(collected, folder, rules, moved=moved), folder))
     print("\n" + ", ".join(f"{key} {value}" for key, value in to_dict(own).items() if key != "min_iou"))
     print("min IoU    kept   share  mean IoU  turns  tokens")
-    for threshold, f, out in rows:
+    for threshold, f, folder in rows:
         share = f.kept / max(f.total, 1)
-        print(f"{threshold:7.2f} {f.kept:7d} {share:7.1%} {f.iou:9.3f} {f.turns:6.2f} {f.tokens:7.0f}  {out}")
-    return 0
+        print(f"{threshold:7.2f} {f.kept:7d} {share:7.1%} {f.iou:9.3f} {f.turns:6.2f} {f.tokens:7.0f}  {folder}")
 
 
 def read_thresholds(text: str) -> list[float]:
@@ -75,7 +67,3 @@ def read_thresholds(text: str) -> list[float]:
 
 def folder_of(threshold: float) -> str:
     return f"iou-{threshold:.2f}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

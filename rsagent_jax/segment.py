@@ -8,6 +8,11 @@ trajectory.json, which agent/replay.py plays again.
 
 from __future__ import annotations
 
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import json
 import pathlib
 import re
@@ -15,7 +20,6 @@ import time
 
 import numpy as np
 import PIL.Image
-from absl import flags
 
 from rsagent_jax.agent.environment import EnvState, final_mask
 from rsagent_jax.agent.overlay import draw_overlay
@@ -28,23 +32,29 @@ from rsagent_jax.rollout import startup
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.policy import Policy, Task
-from rsagent_jax.runtime import command
 from rsagent_jax.types import DataError, Sample, Status
 from sam_bridge import images
 from sam_bridge.types import Segmenter
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = ("mask.png", "overlay.png", "image.png", "trajectory.json")
 MAX_SHOWN = 300  # characters of a thought or a malformed turn
 
 
-def main(config: SegmentConfig, image_path: str, query: str) -> None:
-    image, query = read_photo(image_path), query.strip()
+def main(
+    image: str,  # the picture's file
+    query: str,  # what to segment, such as "the red circle"
+    /,
+    config: SegmentConfig = "configs/segment.py",
+    *,
+    out: str = "",  # directory for the mask, the overlay and the trajectory
+    weights: str = "",  # a Hugging Face directory, or checkpoints/<stage>; in place of policy.weights
+) -> None:
+    image_path, image, query = image, read_photo(image), query.strip()
     if not query:
         raise DataError("the query is empty; say what to segment, such as 'the red circle'")
-    out = command.workdir("out")
+    out = command.make_workdir(out, "out")
     command.use_compilation_cache(config.cache_dir, out / "compiled")
-    weights = flags.FLAGS.weights or config.policy.weights
+    weights = weights or config.policy.weights
     startup.check_segment(config, weights, out)
     processor = Processor.load(policy_directory(weights))
     if pathlib.Path(weights).resolve().parts[-2:] == ("assets", "tiny-base"):
@@ -155,9 +165,3 @@ def _plain(text: str) -> str:
     """One line of printable characters: what a policy writes must not steer a terminal."""
     text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
-
-
-if __name__ == "__main__":
-    command.define_flags("out")
-    flags.DEFINE_string("weights", None, "Hugging Face directory, or checkpoints/<stage>; overrides policy.weights.")
-    command.run_command(main, SegmentConfig, ("IMAGE", "QUERY"), str(ROOT / "configs" / "segment.py"))

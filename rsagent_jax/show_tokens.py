@@ -8,14 +8,18 @@ images). The tokens are those that training reads, through the same code.
 
 from __future__ import annotations
 
-import argparse
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import pathlib
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from rsagent_jax.config.ranges import CountOrZero
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor, pictures
@@ -67,30 +71,17 @@ def tokens_page(directory: pathlib.Path, processor: Processor, samples: int) -> 
     return render_page("tokens.html", title=title, cards=cards, trained=trained, total=total)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m rsagent_jax.show_tokens", description=__doc__.split("\n")[0])
-    parser.add_argument("--trajectories", type=pathlib.Path, required=True, metavar="DIR", help="written by collect")
-    parser.add_argument("--processor", required=True, metavar="DIR", help="Hugging Face directory with the tokenizer")
-    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="an HTML file")
-    parser.add_argument("--samples", type=int, default=4, help="how many, evenly spread; 0 = all (default 4)")
-    options = parser.parse_args(arguments)
+def main(
+    *,
+    trajectories: pathlib.Path,  # a directory written by collect
+    processor: str,  # a Hugging Face directory with the tokenizer
+    out: pathlib.Path,  # an HTML file
+    samples: CountOrZero = 4,  # how many, evenly spread; 0 = all
+) -> None:
+    text = tokens_page(trajectories, Processor.load(policy_directory(processor)), samples)
     try:
-        if options.samples < 0:
-            raise DataError(f"--samples must be at least 0 (0 = all), not {options.samples}")
-        processor = Processor.load(policy_directory(options.processor))
-        text = tokens_page(options.trajectories, processor, options.samples)
-        try:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"--out={options.out} cannot be written ({error.strerror or error})") from None
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(options.out)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--out={out} cannot be written ({error.strerror or error})") from None
+    print(out)

@@ -43,7 +43,7 @@ os.dup2(os.open(job["err"], os.O_WRONLY | os.O_CREAT), 2)
 sys.argv = job["argv"]
 if sys.argv[0] == "-m":
     sys.argv = sys.argv[1:]
-    del sys.modules[sys.argv[0]]
+    sys.modules.pop(sys.argv[0], None)
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 else:
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -146,7 +146,10 @@ def grpo(data, workdir, *more) -> tuple:
 
 # ------------------------------------------------------------------------------------------ config files and flags
 
-HEAD = "from rsagent_jax.config import TrainConfig, template\ndef get_config():\n    c = template(TrainConfig)\n"
+HEAD = (
+    "from rsagent_jax.config.build import template; from rsagent_jax.config.schema import TrainConfig\n"
+    "def get_config():\n    c = template(TrainConfig)\n"
+)
 
 
 def test_unknown_fields_of_the_file_and_of_the_command_line_are_listed_together(config, tmp_path):
@@ -317,9 +320,8 @@ def test_a_stage_without_a_checkpoint(run, data, tmp_path):
     stage = tmp_path / "checkpoints" / "sft"
     shutil.copytree(TINY, stage / "policy")
     said(run(*evaluate(data, tmp_path / "w", stage)), stage, "no finished checkpoint")
-    said(
-        fresh("-m", "rsagent_jax.export", f"--checkpoint={stage}", f"--out={tmp_path / 'hf'}"), "no finished checkpoint"
-    )
+    hf = f"--out={tmp_path / 'hf'}"
+    said(fresh("-m", "rsagent_jax.export", f"--checkpoint={stage}", hf), "no finished checkpoint")
     assert not (tmp_path / "hf").exists()
 
 
@@ -428,15 +430,10 @@ def test_segment(run, tmp_path):
 def test_an_interrupted_training_says_how_to_go_on(data, tmp_path):
     command = [sys.executable, *map(str, grpo(data, tmp_path / "w"))]
     process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         # a test run that was started in the background passes on an ignored SIGINT
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    )  # fmt: skip
     try:
         while not (tmp_path / "w" / "config.json").exists() and process.poll() is None:
             time.sleep(0.1)

@@ -4,7 +4,6 @@ import collections
 import json
 import pathlib
 import pickle
-import types
 
 import pytest
 from PIL import Image
@@ -12,7 +11,6 @@ from PIL import Image
 import evaluate
 from configs import eval as eval_configs
 from configs import grpo_mix_tpu
-from rsagent_jax import compare
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import (
     DataConfig,
@@ -95,11 +93,8 @@ def run(monkeypatch, workdir, benchmark, root, change=lambda config: None) -> di
     change(config)
     workdir.mkdir(exist_ok=True)
     with monkeypatch.context() as patch:
-        patch.setattr(command, "workdir", lambda: workdir)
         patch.setattr(command, "use_compilation_cache", lambda *_: None)
-        given = types.SimpleNamespace(weights=None, shard="0/1")
-        patch.setattr(evaluate, "flags", types.SimpleNamespace(FLAGS=given))
-        evaluate.main(build_config(EvalConfig, config))
+        evaluate.main(build_config(EvalConfig, config), workdir=str(workdir))
     return json.loads((workdir / "results.json").read_text())
 
 
@@ -151,7 +146,7 @@ def test_the_oracle_rows_are_marked_and_can_be_compared(monkeypatch, tmp_path, r
     best = [r["oracle_best_giou"] for r in found["clicks"]["by_turn"]]
     assert best == sorted(best) and best[-1] == pytest.approx(found["clicks"]["giou"])
     capsys.readouterr()
-    assert compare.main([str(tmp_path / row) for row in rows]) == 0
+    assert command.run_command("rsagent_jax.compare", [str(tmp_path / row) for row in rows]) == 0
     assert "clicks (oracle: best of 3 clicks)" in capsys.readouterr().out
     page = (tmp_path / "box/report/index.html").read_text()
     assert "looks at the truth" in page and "oracle: true box" in page

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from agent_fakes import DiscSegmenter
 from PIL import Image
 
 from rsagent_jax import collect as command
-from rsagent_jax import refilter
 from rsagent_jax.collecting import filter
 from rsagent_jax.collecting.collector import Collector, attempt_id, collection_resume_fingerprint, teacher_policy
 from rsagent_jax.config.schema import (
@@ -34,6 +32,7 @@ from rsagent_jax.data import trajectories
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.text_policy import TextPolicy
 from rsagent_jax.runtime import journal as journals
+from rsagent_jax.runtime.command import run_command
 from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.runtime.processes import Share
 from rsagent_jax.tiny import synthetic
@@ -161,16 +160,16 @@ def test_pictures_may_move_or_be_inside_the_record(tmp_path, samples, capsys):
     for i in range(6):
         pathlib.Path(samples[i].path).rename(new / f"{i}.png")
     arguments = [f"--collected={workdir}", f"--out={tmp_path / 'study'}", "--min_iou=0.5,0.9", "--max_turns=4"]
-    assert refilter.main([*arguments, f"--root={tmp_path}={new}"]) == 0
+    assert run_command("rsagent_jax.refilter", [*arguments, f"--root={tmp_path}={new}"]) == 0
     table = capsys.readouterr().out.splitlines()[-2:]
     assert [line.split()[:2] for line in table] == [["0.50", "2"], ["0.90", "2"]]
     for record in trajectories.open_records(tmp_path / "study/iou-0.90"):
         assert len(trajectories.decode_record(record, small.processor()).patches)
-    assert refilter.main([*arguments, "--min_iou=high"]) == 2
-    assert refilter.main([f"--collected={tmp_path / 'none'}", f"--out={tmp_path / 'x'}"]) == 2
+    assert run_command("rsagent_jax.refilter", [*arguments, "--min_iou=high"]) == 2
+    assert run_command("rsagent_jax.refilter", [f"--collected={tmp_path / 'none'}", f"--out={tmp_path / 'x'}"]) == 2
     assert "says what filter the collection had" in capsys.readouterr().err
     for wrong in ("nan", "1.5", "0.901,0.904"):
-        assert refilter.main([*arguments, f"--min_iou={wrong}"]) == 2
+        assert run_command("rsagent_jax.refilter", [*arguments, f"--min_iou={wrong}"]) == 2
 
 
 def test_refilter_takes_the_collections_own_filter_where_nothing_else_is_said(tmp_path, samples, capsys):
@@ -178,7 +177,8 @@ def test_refilter_takes_the_collections_own_filter_where_nothing_else_is_said(tm
     collect(tmp_path / "w", samples, config=dataclasses.replace(CONFIG, filter=own))
     kept = {}
     for name, said in {"own": [], "strict": ["--no-repeats", "--min_iou=0.9"], "short": ["--max_turns=2"]}.items():
-        assert refilter.main([f"--collected={tmp_path / 'w'}", f"--out={tmp_path / name}", *said]) == 0
+        arguments = [f"--collected={tmp_path / 'w'}", f"--out={tmp_path / name}", *said]
+        assert run_command("rsagent_jax.refilter", arguments) == 0
         folder = next((tmp_path / name).iterdir())
         kept[folder.name, name] = [row["id"] for row in lines(folder / "trajectories.jsonl")]
     assert kept == {
@@ -208,12 +208,10 @@ def test_the_segmenters_failures_leave_no_set_and_a_changed_sample_is_played_aga
     config = dataclasses.replace(CONFIG, processor=str(small.weights()), segmenter=SegmenterConfig(give_up_after=2))
 
     def run(segmenter, config=config):
-        monkeypatch.setattr(command.command, "workdir", lambda: workdir)
-        monkeypatch.setattr(command, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(shard="0/1")))
         monkeypatch.setattr(command, "open_samples", lambda _: data)
         monkeypatch.setattr(command, "open_segmenter", lambda _: contextlib.nullcontext(segmenter))
         monkeypatch.setattr(command, "import_path", lambda _: Scripted)
-        command.main(config)
+        command.main(config, workdir=str(workdir))
 
     patient = dataclasses.replace(config, segmenter=SegmenterConfig(give_up_after=0))
     with pytest.raises(DataError, match=r"5 of 6 samples are not measured \(segmenter, unavailable 5\)"):
@@ -344,7 +342,7 @@ def test_our_own_policy_tries_each_sample_and_the_first_good_try_is_kept(tmp_pat
     assert [row["id"] for row in lines(tmp_path / "one/trajectories.jsonl")] == ["s0#0", "s2#1"]
     assert found.dropped == {"1 of the sample kept already": 1, "final IoU below 0.9": 3}
     arguments = [f"--collected={tmp_path}", f"--out={tmp_path / 'study'}", "--min_iou=0.9", "--per_sample=2"]
-    assert refilter.main(arguments) == 0
+    assert run_command("rsagent_jax.refilter", arguments) == 0
     both = [row["id"] for row in lines(tmp_path / "study/iou-0.90/trajectories.jsonl")]
     assert both == ["s0#0", "s0#1", "s2#1"]
     header = trajectories.record_header(trajectories.open_records(tmp_path / "one")[0])

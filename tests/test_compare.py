@@ -7,6 +7,7 @@ import pytest
 
 from rsagent_jax import compare
 from rsagent_jax.evals.metrics import SampleResult
+from rsagent_jax.runtime.command import run_command
 from rsagent_jax.types import DataError, Status
 from tests.report.written import write_files, write_lines
 
@@ -23,7 +24,7 @@ def write(workdir, ious, union=1000, turns=2, sentences=0, **settings):
 def test_differences_by_hand(tmp_path, capsys):
     a = write(tmp_path / "a", [0.5, 0.5, 0.2, 0.8])
     b = write(tmp_path / "b", [0.9, 0.5, 0.1, 0.9], turns=3)
-    assert compare.main([str(a), str(b), f"--out={tmp_path / 'c.md'}", "--samples=2"]) == 0
+    assert run_command("rsagent_jax.compare", [str(a), str(b), f"--out={tmp_path / 'c.md'}", "--samples=2"]) == 0
     out = capsys.readouterr().out
     last = json.loads(out.splitlines()[-1])
     # (0.4 + 0 - 0.1 + 0.1) / 4; cIoU: 2400 / 4000 against 2000 / 4000; one turn more each
@@ -86,15 +87,15 @@ def test_intervals_are_resampled_by_picture_where_the_files_name_them(tmp_path, 
     alone = compare.compare(compare.load_evaluation(write(tmp_path / "older", base, union=10**6)), unnamed, "old")
     assert width(found.ciou) == pytest.approx(3**0.5 * width(alone.ciou), rel=0.15)
     assert width(found.giou) == pytest.approx(2 * 1.96 * gain.std() / 40**0.5, rel=0.15)
-    assert compare.main([str(a), str(b)]) == 0
+    assert run_command("rsagent_jax.compare", [str(a), str(b)]) == 0
     assert "paired bootstrap over pictures." in capsys.readouterr().out
-    assert compare.main([str(tmp_path / "older"), str(old)]) == 0
+    assert run_command("rsagent_jax.compare", [str(tmp_path / "older"), str(old)]) == 0
     assert "over samples for old, whose predictions name no pictures" in capsys.readouterr().out
 
 
 def test_several_against_the_first_are_told_apart_by_their_paths(tmp_path, capsys):
     paths = [write(tmp_path / name / "eval", [0.1 * i, 0.5]) for i, name in enumerate("abc")]
-    assert compare.main(list(map(str, paths))) == 0
+    assert run_command("rsagent_jax.compare", list(map(str, paths))) == 0
     out = capsys.readouterr().out
     assert all(f"{name}/eval" in out for name in "abc") and out.count("differ most") == 2
 
@@ -115,9 +116,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
         (a, "the same directory is given twice"),
     ]
     for other, message in cases:
-        assert compare.main([str(a), str(other)]) == 2
+        assert run_command("rsagent_jax.compare", [str(a), str(other)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and "\n" not in error.strip()
-    assert compare.main([str(a)]) == 2
+    assert run_command("rsagent_jax.compare", [str(a)]) == 2
     with pytest.raises(DataError, match="do not cover"):
         compare.compare(*(compare.load_evaluation(x) for x in (a, tmp_path / "fewer")), "x")

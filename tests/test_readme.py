@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 import re
 import shlex
-import subprocess
 import sys
 
 import numpy as np
@@ -13,8 +12,6 @@ import pytest
 from configs.grpo_tpu import get_config as get_tpu_config
 from rsagent_jax.agent.budget import image_sizes
 from rsagent_jax.agent.views import PixelLimits
-from rsagent_jax.config import overrides
-from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import AgentConfig, TrainConfig
 from rsagent_jax.rewards import make_reward
 from rsagent_jax.runtime import command
@@ -31,6 +28,15 @@ def block(after: str, language: str, page: str = README) -> str:
     return next(text for found, text in fences if found == language)
 
 
+def train_flags(argv: list[str]) -> dict:
+    """What train.py is called with."""
+
+    def main(config: TrainConfig, *, workdir: str = ""):
+        pass
+
+    return command.parse_arguments(main, argv)[1]
+
+
 def trajectory(final: np.ndarray) -> Trajectory:
     none = np.zeros(0)
     return Trajectory("s", 0, "it", (), (), final, None, Status.FINISHED, none, none, none, none, none, ())
@@ -43,25 +49,9 @@ def test_the_pasted_reward_of_the_readme_is_what_the_named_override_trains_with(
     monkeypatch.syspath_prepend(tmp_path)
     argv = shlex.split(block("### Swap a reward", "").replace("\\\n", " "))
     override = next(a for a in argv if a.startswith("--config.grpo.reward"))
-    script = (
-        "import json\n"
-        "from rsagent_jax.config.build import to_dict\n"
-        "from rsagent_jax.config.schema import TrainConfig\n"
-        "from rsagent_jax.runtime import command\n"
-        "command.define_flags()\n"
-        "command.run_command(lambda c: print(json.dumps(to_dict(c.grpo.reward))), TrainConfig)\n"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", script, "--config=configs/quickstart.py", override],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "my_rewards:boundary_bonus" in out.stdout
-
-    import configs.quickstart
-
-    config = configs.quickstart.get_config()
-    config.grpo.reward.final.terms.final_iou.function = "my_rewards:boundary_bonus"
-    reward = make_reward(build_config(TrainConfig, config).grpo.reward)
+    groups = train_flags(["--config=configs/quickstart.py", override])["config"].grpo.reward
+    assert "my_rewards:boundary_bonus" in str(groups)
+    reward = make_reward(groups)
     gt = np.arange(100).reshape(10, 10) < 50
     sample = Sample("s", np.zeros((10, 10, 3), np.uint8), "it", gt)
     near = gt.copy()
@@ -109,11 +99,9 @@ def test_the_commands_of_the_rewards_page_make_a_reward(argv, tmp_path, monkeypa
     (tmp_path / "my_rewards.py").write_text(block("## A term of your own", "python", REWARDS))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
-    path = next(a.partition("=")[2] for a in argv if a.startswith("--config="))
-    values = command.load_config_file(str(ROOT / path)).to_dict()
-    rest, problems = overrides.apply_overrides(argv[2:], TrainConfig, values)
-    groups = build_config(TrainConfig, values, problems).grpo.reward
-    assert len(rest) == 2 and "my_rewards.py:boundary_bonus" in str(groups)  # --config and --workdir
+    flags = train_flags(argv[2:])
+    groups = flags["config"].grpo.reward
+    assert flags["workdir"] and "my_rewards.py:boundary_bonus" in str(groups)
     gt = np.arange(100).reshape(10, 10) < 50
     sample = Sample("s", np.zeros((10, 10, 3), np.uint8), "it", gt)
     parts = make_reward(groups)(trajectory(gt), sample).parts

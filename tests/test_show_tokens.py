@@ -10,6 +10,7 @@ from rsagent_jax import show_tokens
 from rsagent_jax.data import trajectories
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.text_policy import TextPolicy
+from rsagent_jax.runtime.command import run_command
 from tests.rollout import small
 
 SCRIPT = {"s0": [small.click(30, 40), "nonsense", small.click(50, 40), small.finish(2)]}
@@ -27,7 +28,7 @@ def store(directory):
 def test_colours_are_the_loss_mask_and_no_token_is_lost(tmp_path, capsys):
     directory = store(tmp_path / "set")
     arguments = [f"--trajectories={directory}", f"--processor={small.weights()}", f"--out={tmp_path / 'a/page.html'}"]
-    assert show_tokens.main(arguments) == 0
+    assert run_command("rsagent_jax.show_tokens", arguments) == 0
     page = (tmp_path / "a/page.html").read_text()
     item = trajectories.decode_record(trajectories.open_records(directory)[0], small.processor())
     spans = re.findall(r'<span class="\w+" title="(\d+), (\w+)">(.*?)</span>', page, flags=re.DOTALL)
@@ -38,7 +39,7 @@ def test_colours_are_the_loss_mask_and_no_token_is_lost(tmp_path, capsys):
     for turn in SCRIPT["s0"]:
         assert turn + "<|im_end|>" in said.replace("⏎\n", "\n").replace("␣", " ")
     assert page.count("<img") == len(item.grids) == 3 and f"{item.loss_mask.sum()} of {len(item.tokens)} tokens" in page
-    assert show_tokens.main([*arguments, f"--trajectories={tmp_path / 'none'}"]) == 2
+    assert run_command("rsagent_jax.show_tokens", [*arguments, f"--trajectories={tmp_path / 'none'}"]) == 2
     assert "no complete set" in capsys.readouterr().err
 
 

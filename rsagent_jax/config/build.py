@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
-import functools
 import math
 import types
 import typing
@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from rsagent_jax.config.ranges import Arguments
+from rsagent_jax.config.import_path import closest
+from rsagent_jax.config.overrides import GivenText, is_given, read_text
+from rsagent_jax.config.ranges import Arguments, hints, item_class, plain_type
 from rsagent_jax.types import DataError
 
 T = TypeVar("T")
@@ -28,13 +30,17 @@ def build_config(cls: type[T], values: Any, found: Sequence[str] = ()) -> T:
     `conflicts`). `found`: problems that are known already, to be listed with the rest.
     """
     problems = list(found)
-    result = _build(cls, dict(values), "", problems)
-    problems = problems or list(_conflicts(result, ""))
-    if problems:
-        if len(problems) == 1:
-            raise DataError(f"config: {problems[0]}")
-        raise DataError("\n  - ".join([f"config has {len(problems)} problems:", *problems]))
+    result = build_fields(cls, dict(values), "", problems)
+    refuse("config", problems or list(_conflicts(result, "")))
     return result
+
+
+def refuse(what: str, problems: Sequence[str]) -> None:
+    """One DataError that lists the problems, if there are any."""
+    if len(problems) == 1:
+        raise DataError(f"{what}: {problems[0]}")
+    if problems:
+        raise DataError("\n  - ".join([f"{what} has {len(problems)} problems:", *problems]))
 
 
 def to_dict(config: Any) -> Any:
@@ -46,62 +52,30 @@ def to_dict(config: Any) -> Any:
     return config
 
 
-def template(cls: type) -> ConfigDict:
+def template(cls: type, values: Any = None) -> ConfigDict:
     """A ConfigDict with every field of `cls` that has a default, so that a config file states only what differs and
     every field can be overridden on the command line. Reward groups, their terms and arguments, and the parts of a mix
     are reached by name: `--config.grpo.reward.final.terms.final_iou.function=module:function`.
+
+    values: a `cls` whose values take the place of the defaults.
     """
-    types_ = hints(cls)
     out = ConfigDict()
     for field in dataclasses.fields(cls):
-        hint = types_[field.name]
-        if field.default == () and (item_class(hint) or hint == Arguments):
-            out[field.name] = ConfigDict()  # items by name, to be added
-        elif field.default is not dataclasses.MISSING:
-            out[field.name] = _plain(field.default)
+        hint, value = hints(cls)[field.name], field.default if values is None else getattr(values, field.name)
+        if item_class(hint):
+            out[field.name] = ConfigDict({item_name(item): template(type(item), item) for item in value})
+        elif hint == Arguments:
+            out[field.name] = ConfigDict(dict(value))
         elif dataclasses.is_dataclass(hint):
-            out[field.name] = template(hint)
-        else:
+            out[field.name] = template(hint, None if value is dataclasses.MISSING else value)
+        elif value is dataclasses.MISSING:
             out[field.name] = placeholder(plain_type(hint))
+        elif values is None or field.name != "name":  # an item's name is its key
+            out[field.name] = value
     return out
 
 
-@functools.cache
-def hints(cls: type) -> dict[str, Any]:
-    """The types of a dataclass's fields, with the checks of config/ranges.py."""
-    return typing.get_type_hints(cls, include_extras=True)
-
-
-def item_class(hint: Any) -> type | None:
-    """The dataclass that a field holds many of, by name; None for any other field."""
-    item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
-    return item if dataclasses.is_dataclass(item) else None
-
-
-def plain_type(hint: Any) -> Any:
-    """The type without its checks: int, float, str, bool, or tuple[…]."""
-    if typing.get_origin(hint) is typing.Annotated:
-        return typing.get_args(hint)[0]
-    return str if typing.get_origin(hint) is typing.Literal else hint
-
-
-def closest(word: str, candidates: Iterable[str], prefix: str = "") -> str:
-    match = difflib.get_close_matches(word, list(candidates), n=1)
-    return f"; did you mean {prefix}{match[0]}?" if match else ""
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-        return ConfigDict({_item_name(item): _plain(item) for item in value})
-    if dataclasses.is_dataclass(value):
-        types_ = hints(type(value))
-        plain = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "name"}
-        by_name = {name for name, hint in types_.items() if item_class(hint) or hint == Arguments}
-        return ConfigDict({name: ConfigDict() if v == () and name in by_name else v for name, v in plain.items()})
-    return value
-
-
-def _item_name(item: Any) -> str:
+def item_name(item: Any) -> str:
     return item.name or item.function.rpartition(":")[2]
 
 
@@ -114,35 +88,67 @@ def _conflicts(config: Any, path: str) -> Iterator[str]:
         yield from _conflicts(value, f"{path}{field.name}.")
         if item_class(hints(type(config))[field.name]):
             for item in value:
-                yield from _conflicts(item, f"{path}{field.name}.{_item_name(item)}.")
+                yield from _conflicts(item, f"{path}{field.name}.{item_name(item)}.")
 
 
-def _build(cls: Any, values: dict, path: str, problems: list[str], others: Iterable[str] = ()) -> Any:
-    """`others`: names of items beside this one, for somebody who misspelt one and so made another."""
-    types_, before = hints(cls), len(problems)
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key in values:
-        if key not in known:
-            hint = closest(str(key), known, path) or f"; known fields: {', '.join(known)}"
-            problems.append(f"unknown field {path}{key}{hint}")
+def build_fields(cls: Any, values: dict, path: str, problems: list[str], others: Iterable[str] = ()) -> Any:
+    """A `cls` of the values, or None with what is wrong added to `problems`; `path` goes before a field's name there.
+
+    others: names of items beside this one, for somebody who misspelt one and so made another.
+    """
+    before = len(problems)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    problems += [_unknown(cls, key, value, path) for key, value in values.items() if key not in known]
     kwargs = {}
-    for field in dataclasses.fields(cls):
-        where = path + field.name
-        if values.get(field.name) is not None:
-            kwargs[field.name] = _convert(types_[field.name], values[field.name], where, problems)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+    for name, field in known.items():
+        value, hint = values.get(name), hints(cls)[name]
+        if value is not None and not (isinstance(value, GivenText) and value == "None"):
+            kwargs[name] = _convert(hint, value, path + name, problems)
+        elif field.default is dataclasses.MISSING:
             parent, _, own = path.rstrip(".").rpartition(".")
-            hint = closest(own, others, f"{parent}.") if others else ""
-            problems.append(f"missing field {where} ({_type_name(types_[field.name])}){hint}")
+            kind, near = "flag" if path == "--" else "field", closest(own, others, parent + ".{}") if others else ""
+            problems.append(f"missing {kind} {path}{name} ({_type_name(hint)}){near}")
     return cls(**kwargs) if len(problems) == before else None
 
 
+def _unknown(cls: type, key: str, value: Any, path: str) -> str:
+    """The closest field, failing that those inside whose last part is closest (`lr` for `sft.optim.lr`)."""
+    where = f"--config.{path}" if path != "--" and is_given(value) else path
+    rest, last = "", key
+    while is_given(value) and isinstance(value, dict):
+        last, value = next(iter(value.items()))
+        rest += f".{last}"
+    names = sorted(f.name for f in dataclasses.fields(cls))
+    tails = collections.defaultdict(list)
+    for leaf in _leaves(cls):
+        tails[leaf.rpartition(".")[2]].append(where + leaf)
+    hint = closest(key, names, where + "{}" + rest)
+    if not hint and (match := difflib.get_close_matches(last, tails, n=1)):
+        hint = f"; did you mean {' or '.join(tails[match[0]][:3])}?"
+    kind = "flag" if path == "--" else "field"
+    return f"unknown {kind} {where}{key}{rest}{hint or f'; known {kind}s: ' + ', '.join(names)}"
+
+
+def _leaves(cls: type) -> Iterator[str]:
+    for name, hint in hints(cls).items():
+        yield name
+        if dataclasses.is_dataclass(hint):
+            yield from (f"{name}.{leaf}" for leaf in _leaves(hint))
+
+
 def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    if isinstance(value, GivenText):
+        try:
+            value = read_text(hint, value)
+        except ValueError as error:
+            flag = where if where.startswith("--") else f"--config.{where}"
+            problems.append(f"{flag}={value}: {where.lstrip('-')} must be {error}, got {value!r}")
+            return None
     if hint == Arguments:
         return _arguments(value, where, problems)
     if dataclasses.is_dataclass(hint):
         if hasattr(value, "items"):
-            return _build(hint, dict(value), where + ".", problems)
+            return build_fields(hint, dict(value), where + ".", problems)
         if isinstance(value, hint):
             return value
         problems.append(f"{where} must be a group of fields ({hint.__name__}), got {value!r}")
@@ -194,6 +200,7 @@ def _arguments(values: Any, where: str, problems: list[str]) -> tuple[tuple[str,
             problems.append(f"{where}: {name!r} cannot be an argument's name")
         if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{where}.{name} must be a finite number, got {value!r}")
+        value = read_text(Any, value) if isinstance(value, GivenText) else value
         value = tuple(value) if isinstance(value, list | tuple) else value
         if not all(isinstance(v, bool | int | float | str) for v in (value if isinstance(value, tuple) else (value,))):
             problems.append(f"{where}.{name} must be a number, text, bool or a list of them, got {value!r}")
@@ -211,11 +218,14 @@ def _named_items(cls: Any, values: Any, where: str, problems: list[str]) -> tupl
     for key, value in values.items():
         if value is None:
             continue
-        if not hasattr(value, "items"):
+        if isinstance(value, GivenText) and value == "None":  # it would take out what is not there
+            near = closest(key, [name for name in values if name != key], f"--config.{where}.{{}}")
+            problems.append(f"unknown field --config.{where}.{key}{near}")
+        elif not hasattr(value, "items"):
             items.append(_convert(cls, value, f"{where}.{key}", problems))
-            continue
-        others = [name for name in values if name != key]
-        items.append(_build(cls, {"name": key, **dict(value)}, f"{where}.{key}.", problems, others))
+        else:
+            others = [name for name in values if name != key]
+            items.append(build_fields(cls, {"name": key, **dict(value)}, f"{where}.{key}.", problems, others))
     return tuple(items)
 
 

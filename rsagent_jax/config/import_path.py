@@ -41,17 +41,30 @@ def import_path(path: str, call: Sequence[str] | None = None, keywords: Mapping[
         raise DataError(
             f"{path!r} is not of the form module:function, such as rsagent_jax.rewards:final_iou, or file.py:function"
         )
-    module = _import_file(pathlib.Path(module_name).expanduser(), path) if is_file else _import(module_name, path)
+    module = _import(module_name, path)
     try:
         function = getattr(module, function_name)
     except AttributeError:
         public = [name for name in dir(module) if not name.startswith("_") and callable(getattr(module, name))]
-        raise DataError(f"{path!r}: {module_name} has no {function_name!r}{_closest(function_name, public)}") from None
+        hint = closest(function_name, public, "'{}'")
+        raise DataError(f"{path!r}: {module_name} has no {function_name!r}{hint}") from None
     if not callable(function):
         raise DataError(f"{path!r} is a {type(function).__name__}, not a function")
     if call is not None:
         _check_call(path, function, call, keywords)
     return function
+
+
+def shipped(path: str) -> str:
+    """A path such as configs/segment.py as it is; where there is none from here, the one that came with the package."""
+    here, ours = pathlib.Path(path), pathlib.Path(__file__).parents[2] / path
+    return str(ours) if not here.exists() and ours.exists() else path
+
+
+def closest(word: str, candidates: Iterable[str], form: str = "{}") -> str:
+    """`; did you mean X?`, or nothing where no candidate is near; `form` is how X is written."""
+    match = difflib.get_close_matches(word, list(candidates), n=1)
+    return f"; did you mean {form.replace('{}', match[0])}?" if match else ""
 
 
 def place(error: BaseException, file: str) -> str:
@@ -81,36 +94,33 @@ def _check_call(path: str, function: Callable[..., Any], call: Sequence[str], ke
 
 
 def _import(name: str, path: str) -> ModuleType:
+    file = pathlib.Path(name).expanduser() if name.endswith(".py") else None
+    if file and not file.is_file():
+        siblings = sorted(str(f) for f in file.parent.glob("*.py"))
+        hint = closest(str(file), siblings, "'{}'") or f" (looked for from {pathlib.Path.cwd()})"
+        raise DataError(f"{path!r}: file {file} does not exist{hint}")
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if name != missing and not name.startswith(missing + "."):  # the module exists, one of its own imports does not
-            raise _fault(error, _origin(name), path) from error
+        return load_file(file.resolve()) if file else importlib.import_module(name)
     except (Exception, SystemExit) as error:  # whatever the user's module raises is the user's to mend
-        raise _fault(error, _origin(name), path) from error
+        missing = getattr(error, "name", None) or ""
+        there = name != missing and not name.startswith(f"{missing}.")  # but one of its own imports is not
+        if file or there or not isinstance(error, ModuleNotFoundError):
+            where = place(error, str(file.resolve()) if file else _origin(name))
+            said = f"{where}: {type(error).__name__}: {first_line(error)}"
+            raise DataError(f"{path!r} cannot be imported: {said}") from error
     parent, _, leaf = missing.rpartition(".")
     places = getattr(importlib.import_module(parent), "__path__", ()) if parent else None
     siblings = [] if places == () else [info.name for info in pkgutil.iter_modules(places)]
-    hint = _closest(leaf, siblings, prefix=f"{parent}." if parent else "")
+    hint = closest(leaf, siblings, f"'{parent}.{{}}'" if parent else "'{}'")
     raise DataError(f"{path!r}: no module named {missing!r}{hint}; a file is named by its path, as in my_file.py:f")
 
 
-def _import_file(file: pathlib.Path, path: str) -> ModuleType:
-    if not file.is_file():
-        siblings = sorted(str(f) for f in file.parent.glob("*.py"))
-        hint = _closest(str(file), siblings) or f" (looked for from {pathlib.Path.cwd()})"
-        raise DataError(f"{path!r}: file {file} does not exist{hint}")
-    try:
-        return _load_file(file.resolve())
-    except (Exception, SystemExit) as error:
-        raise _fault(error, str(file.resolve()), path) from error
-
-
 @functools.cache
-def _load_file(file: pathlib.Path) -> ModuleType:
+def load_file(file: pathlib.Path) -> ModuleType:
     """Once per file. Its name is that of the file, so that a process that was given this one's sys.path finds it."""
     name = file.stem
+    if getattr(sys.modules.get(name), "__file__", None) == str(file):
+        return sys.modules[name]
     if name in sys.modules or not name.isidentifier():  # a module of another file has it
         name = f"{name}_{abs(hash(str(file.parent))):x}"
     if str(file.parent) not in sys.path:
@@ -130,12 +140,3 @@ def _origin(name: str) -> str:
         return getattr(importlib.util.find_spec(name), "origin", None) or name
     except (ImportError, ValueError):  # of a package that does not load itself
         return name
-
-
-def _fault(error: BaseException, file: str, path: str) -> DataError:
-    return DataError(f"{path!r} cannot be imported: {place(error, file)}: {type(error).__name__}: {first_line(error)}")
-
-
-def _closest(word: str, candidates: Iterable[str], prefix: str = "") -> str:
-    match = difflib.get_close_matches(word, list(candidates), n=1)
-    return f"; did you mean {prefix + match[0]!r}?" if match else ""

@@ -6,8 +6,10 @@ A check answers `value in check` and says in words what is right; words of a fix
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
+import typing
 from typing import Annotated, Any, Literal
 
 from sam_bridge.backends import NAMES
@@ -93,3 +95,35 @@ Remat = Annotated[
     ),
 ]
 Arguments = tuple[tuple[str, Any], ...]  # keyword arguments of a user's function: (name, value) pairs
+
+
+@functools.cache
+def hints(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, with their checks."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def item_class(hint: Any) -> type | None:
+    """The dataclass that a field holds many of, by name; None for any other field."""
+    item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    return item if dataclasses.is_dataclass(item) else None
+
+
+def plain_type(hint: Any) -> Any:
+    """The type without its checks: int, float, str, bool, or tuple[…]."""
+    if typing.get_origin(hint) is typing.Annotated:
+        return typing.get_args(hint)[0]
+    return str if typing.get_origin(hint) is typing.Literal else hint
+
+
+def field_type(cls: type, name: str) -> Any:
+    """The type of the field, item or argument of this dotted name; None where there is none."""
+    hint: Any = cls
+    for part in name.split("."):
+        if item := item_class(hint):
+            hint = item
+        elif hint == Arguments:
+            hint = Any
+        else:
+            hint = hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+    return hint

@@ -40,7 +40,7 @@ from sam_bridge.backends import DTYPES, MULTIMASK, SAM2_MODELS
 class AgentConfig:
     """The environment: what the policy may do and when it ends."""
 
-    max_turns: Count = 8  # (paper)
+    max_turns: Count = 8  # (paper) turns of a trajectory
     history_size: Count = 384  # (paper) overlays of the history pool fit into this square, pixels
     # System prompt: "full" carries the JSON schema of every tool, "brief" is for tiny policies.
     prompt: Literal["full", "brief"] = "full"
@@ -53,7 +53,7 @@ class AgentConfig:
     announce_last: bool = True  # the observation before the last turn says so, and names the best mask so far (ours)
     tool_deadline_s: Positive = 120.0  # a tool call that takes longer ends its trajectory as env_failed
     min_pixels: CountOrZero = 0  # smart-resize limits of a view; 0 = those of the weights' preprocessor_config.json
-    max_pixels: CountOrZero = 0
+    max_pixels: CountOrZero = 0  # of a view at most; 0 as for min_pixels
     conflicts = rules.agent
 
 
@@ -84,11 +84,11 @@ class SegmenterConfig:
 class DataConfig:
     """Which samples; rsagent_jax.data.sets.open.open_samples opens them for every command."""
 
-    root: str = ""
+    root: str = ""  # folder of the data set (docs/data.md)
     dataset: Dataset = "refcocog"  # or my_set.py:load, called with (root, split, limit): docs/extend.md
     layout: Literal["refer", "tfds"] = "refer"  # RefCOCO family: refer (refs(*).p), tfds (prepared TFDS ref_coco)
     split_by: str = "umd"  # of the RefCOCO family
-    split: Text = "train"
+    split: Text = "train"  # such as train, val, testA
     # RefCOCO family: sentence = every expression is a sample; reference = the first of each
     unit: Literal["sentence", "reference"] = "sentence"
     texts: Literal["first", "all"] = "first"  # of ReasonSeg's paraphrases
@@ -116,8 +116,8 @@ class MixPart:
 class MeshConfig:
     """Device mesh; -1 takes what is left."""
 
-    data: MeshAxis = 1
-    fsdp: MeshAxis = -1
+    data: MeshAxis = 1  # copies of the parameters; the rows are split over them
+    fsdp: MeshAxis = -1  # parts of the parameters and of the rows
     tensor: CountOrZero = 1  # 0 = as the slice's preset says
     conflicts = rules.mesh
 
@@ -126,13 +126,13 @@ class MeshConfig:
 class OptimConfig:
     """AdamW with linear warm-up, then a constant or cosine schedule."""
 
-    lr: Positive = 1e-6
-    warmup_steps: CountOrZero = 0
-    schedule: Literal["constant", "cosine"] = "constant"
-    b1: BelowOne = 0.9
-    b2: BelowOne = 0.999
-    eps: Positive = 1e-8
-    weight_decay: NotNegative = 0.0
+    lr: Positive = 1e-6  # learning rate after the warm-up
+    warmup_steps: CountOrZero = 0  # updates in which the rate rises from 0
+    schedule: Literal["constant", "cosine"] = "constant"  # of the rate after the warm-up
+    b1: BelowOne = 0.9  # decay of the first moment
+    b2: BelowOne = 0.999  # decay of the second moment
+    eps: Positive = 1e-8  # added to the root of the second moment
+    weight_decay: NotNegative = 0.0  # decoupled
     clip_norm: NotNegative = 1.0  # of the whole gradient; 0 = off
     offload: bool = False  # AdamW's moments stay in host memory between updates
     freeze: tuple[Literal["vision", "merger", "decoder", "embed", "head"], ...] = ()  # parts that are not trained
@@ -200,31 +200,31 @@ ADVANTAGES = {"zscore": "group_zscore", "mean": "mean_only", "loo": "leave_one_o
 class GrpoConfig:
     """Group-relative policy optimisation."""
 
-    steps: Count = 100
+    steps: Count = 100  # rollouts, each followed by `updates`
     prompts: Count = 16  # (paper) per step
     group: Annotated[int, Range(low=2)] = 4  # (paper) samples per prompt
     updates: Count = 1  # optimiser steps per rollout
-    advantage: Literal[*ADVANTAGES] = "zscore"
-    ddof: Annotated[int, Range(low=0, high=1)] = 1
-    ratio: Literal["grpo", "gspo", "cispo"] = "grpo"
-    clip_low: BelowOne = 0.2
-    clip_high: NotNegative = 0.2
-    kl: NotNegative = 0.0
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    normalize: Literal["token", "sequence", "constant"] = "token"
+    advantage: Literal[*ADVANTAGES] = "zscore"  # of a group: z-score, less the mean, leave-one-out
+    ddof: Annotated[int, Range(low=0, high=1)] = 1  # of the standard deviation in zscore
+    ratio: Literal["grpo", "gspo", "cispo"] = "grpo"  # of the policies: by token, GSPO by sequence, CISPO clipped
+    clip_low: BelowOne = 0.2  # the ratio is clipped below 1 - this
+    clip_high: NotNegative = 0.2  # and above 1 + this
+    kl: NotNegative = 0.0  # weight of the divergence from the reference; 0 = no reference
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of that divergence
+    normalize: Literal["token", "sequence", "constant"] = "token"  # what the loss is divided by
     tis_clip: NotNegative = 2.0  # truncated importance sampling between engine and trainer; 0 = off
     drop_zero_variance: bool = True  # groups that have nothing to teach are not trained on
     min_spread: NotNegative = 0.0  # of a group's rewards; with less it counts as one of those
     mask_overlong: bool = True  # trajectories that ended by their budget of tokens are not trained on
     # Of a step's trajectories that called the segmenter: where a larger share failed because of it, the run stops.
     max_env_failed: Fraction = 0.5
-    reward: tuple[RewardGroup, ...] = DEFAULT_REWARD
+    reward: tuple[RewardGroup, ...] = DEFAULT_REWARD  # groups of terms (docs/rewards.md)
     data: DataConfig = DataConfig()
     read: ReadConfig = ReadConfig()
     batch: BatchConfig = BatchConfig(tokens=8192)  # a row holds at least a whole trajectory: sampling.context
     optim: OptimConfig = OptimConfig()
     sampling: SamplingConfig = SamplingConfig()
-    checkpoint_every: CountOrZero = 0
+    checkpoint_every: CountOrZero = 0  # steps; 0 = only at the end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,6 +233,7 @@ class LoraConfig:
 
     rank: CountOrZero = 0  # 0 = no adapters
     alpha: Positive = 32.0  # an adapter's product counts alpha / rank times
+    # linear maps that get an adapter
     targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = ("q", "k", "v", "o", "gate", "up", "down")
     conflicts = rules.lora
 
@@ -256,8 +257,8 @@ class PolicyConfig:
 class TrainConfig:
     """configs/*.py of train.py."""
 
-    seed: Seed = 0
-    stages: tuple[Literal["sft", "grpo"], ...] = ("sft", "grpo")
+    seed: Seed = 0  # of everything random
+    stages: tuple[Literal["sft", "grpo"], ...] = ("sft", "grpo")  # in this order; one may be left out
     policy: PolicyConfig
     agent: AgentConfig = AgentConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
@@ -300,8 +301,8 @@ class BoundConfig:
 class EvalConfig:
     """configs/eval_*.py of evaluate.py."""
 
-    benchmark: Text = "refcocog"
-    seed: Seed = 0
+    benchmark: Text = "refcocog"  # its name in results.json
+    seed: Seed = 0  # of sampling and bootstrap
     policy: PolicyConfig
     agent: AgentConfig = AgentConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
@@ -309,7 +310,7 @@ class EvalConfig:
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
     metric: MetricConfig = MetricConfig()
     bound: BoundConfig = BoundConfig()
-    cache_dir: str = ""
+    cache_dir: str = ""  # compiled programs are kept here; "" = in the work directory
     examples: CountOrZero = 12  # trajectories shown in the report
     conflicts = rules.evaluation
 
@@ -319,9 +320,9 @@ class RemoteConfig:
     """An OpenAI-compatible endpoint, such as Qwen2.5-VL-72B behind vLLM."""
 
     url: str = ""  # such as http://host:8000/v1
-    model: str = ""
+    model: str = ""  # its name there
     key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key; may be unset
-    temperature: NotNegative = 0.7
+    temperature: NotNegative = 0.7  # of its sampling
     max_tokens: Count = 512  # per turn
     timeout_s: Positive = 120.0  # of one request, however slowly it trickles in
     retries: CountOrZero = 5  # after a refusal, an error of the server, a time-out or half an answer
@@ -329,7 +330,7 @@ class RemoteConfig:
     concurrent: Count = 16  # requests at a time
     per_minute: NotNegative = 0.0  # requests; 0 = no limit of our own
     price_in: NotNegative = 0.0  # per million tokens, for the count of costs
-    price_out: NotNegative = 0.0
+    price_out: NotNegative = 0.0  # the same of what it writes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,7 +339,7 @@ class OwnConfig:
 
     weights: str = ""  # a Hugging Face directory or checkpoints/<stage> of train.py; "" = teacher.function acts
     tries: Count = 4  # trajectories per sample; filter.per_sample says how many of the good ones are kept
-    dtype: Activations = "bfloat16"
+    dtype: Activations = "bfloat16"  # of activations
     sampling: SamplingConfig = SamplingConfig()  # at temperature 0 all tries are the same
     conflicts = rules.own
 
@@ -348,7 +349,7 @@ class TeacherConfig:
     """Who acts: the oracle, which looks at the true mask; rsagent_jax.collecting.endpoint:Remote, which asks `remote`;
     or `own`."""
 
-    function: Function = "rsagent_jax.collecting.oracle:Oracle"
+    function: Function = "rsagent_jax.collecting.oracle:Oracle"  # module:function or file.py:function of (config, rng)
     remote: RemoteConfig = RemoteConfig()
     own: OwnConfig = OwnConfig()
     box: Fraction = 0.5  # share of first prompts that are boxes; the rest are clicks
@@ -370,11 +371,11 @@ class FilterConfig:
 class CollectConfig:
     """configs/collect_*.py of rsagent_jax.collect."""
 
-    seed: Seed = 0
+    seed: Seed = 0  # of the order of samples and of the teacher
     limit: CountOrZero = 0  # samples to try; 0 = all
     filter: FilterConfig = FilterConfig()
     concurrent: Count = 32  # trajectories under way at a time
-    records_per_file: Count = 1000
+    records_per_file: Count = 1000  # in a file of the kept set
     processor: Text  # Hugging Face directory with the tokenizer and the image processor
     teacher: TeacherConfig = TeacherConfig()
     agent: AgentConfig = AgentConfig()
@@ -387,12 +388,12 @@ class CollectConfig:
 class ProblemsConfig:
     """configs/problems.py of rsagent_jax.problems."""
 
-    seed: Seed = 0
+    seed: Seed = 0  # of the order of objects
     limit: CountOrZero = 0  # objects to ask about; 0 = all
     writer: RemoteConfig = RemoteConfig(temperature=1.0)
     queries: Count = 2  # for an object
-    min_words: Count = 5
-    max_words: Count = 40
+    min_words: Count = 5  # of a query
+    max_words: Count = 40  # of a query
     tries: Count = 2  # answers of no use before an object is given up
     picture_size: Count = 1024  # longer side of what the writer is shown, pixels
     data: DataConfig = DataConfig()
@@ -403,7 +404,7 @@ class ProblemsConfig:
 class SegmentConfig:
     """configs/segment.py of rsagent_jax.segment: one picture, one sentence."""
 
-    seed: Seed = 0
+    seed: Seed = 0  # of sampling
     policy: PolicyConfig
     agent: AgentConfig = AgentConfig()
     segmenter: SegmenterConfig = SegmenterConfig(workers=1)

@@ -19,14 +19,13 @@ from rsagent_jax.agent import environment
 from rsagent_jax.agent.clicks import largest_part, middle, prompt_of
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.tools import Finish, Segment, render_call
-from rsagent_jax.agent.tools.base import MAX_POINTS
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import BoundConfig, EvalConfig
 from rsagent_jax.masks import mask_iou
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.rollout.text_policy import ByteProcessor, TextPolicy
-from rsagent_jax.types import DataError, Sample
+from rsagent_jax.types import Sample
 from sam_bridge.types import Segmenter, SegmentReply, SegmentRequest
 
 ORACLES = ("box", "best_of_three", "clicks")
@@ -34,16 +33,6 @@ UNTRAINED = "untrained"
 PROMPTS = ("box", "click")
 # The view of the whole picture is the picture: an oracle is not to lose pixels to a resized view.
 EXACT = PixelLimits(factor=1, min_pixels=1, max_pixels=1 << 40)
-
-
-def check_bound(bound: BoundConfig) -> None:
-    """DataError for a row that is not known."""
-    if bound.row not in ("", *ORACLES, UNTRAINED):
-        raise DataError(f"bound.row must be one of {', '.join((*ORACLES, UNTRAINED))} or empty; got {bound.row!r}")
-    if bound.prompt not in PROMPTS:
-        raise DataError(f"bound.prompt must be one of {', '.join(PROMPTS)}; got {bound.prompt!r}")
-    if not 1 <= bound.clicks <= MAX_POINTS:
-        raise DataError(f"bound.clicks must be between 1 and {MAX_POINTS}, got {bound.clicks}")
 
 
 def title(bound: BoundConfig) -> str:

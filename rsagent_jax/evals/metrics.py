@@ -30,7 +30,6 @@ exactly and in any order; send them as Python integers, they do not fit 32 bits.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -53,23 +52,7 @@ CONVENTIONS = {
     "seg_zero": MetricConfig(ignore_policy="target", empty_policy="dropped", failure_policy="dropped", epsilon=0.0),
     "lens": MetricConfig(ignore_policy="background", failure_policy="zero"),
 }
-_CHOICES = {
-    "ignore_policy": ("excluded", "target", "background"),
-    "empty_policy": ("one", "zero", "dropped"),
-    "failure_policy": ("refuse", "zero", "dropped"),
-    "ending_policy": ("mask", "zero"),
-}
-
-
-def check_rules(rules: MetricConfig) -> None:
-    """DataError for a convention that is not known or a number that is none."""
-    for name, choices in _CHOICES.items():
-        if getattr(rules, name) not in choices:
-            raise DataError(f"metric.{name} must be one of {', '.join(choices)}; got {getattr(rules, name)!r}")
-    if not (math.isfinite(rules.epsilon) and rules.epsilon >= 0):
-        raise DataError(f"metric.epsilon must be a finite number of at least 0, not {rules.epsilon}")
-    if rules.empty_below < 0:
-        raise DataError(f"metric.empty_below must be at least 0 pixels, not {rules.empty_below}")
+IGNORE_POLICIES = ("excluded", "target", "background")
 
 
 # --- One sample ---
@@ -157,7 +140,7 @@ def pixel_counts(mask: np.ndarray, sample: Sample) -> dict[str, tuple[int, int, 
     ignore, gt = sample.ignore_mask, sample.gt_mask
     excluded = _triple(mask, gt, ignore)
     if ignore is None or not ignore.any():
-        return dict.fromkeys(_CHOICES["ignore_policy"], excluded)
+        return dict.fromkeys(IGNORE_POLICIES, excluded)
     return {
         "excluded": excluded,
         "target": _triple(mask, gt | ignore, None),

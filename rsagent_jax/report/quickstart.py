@@ -9,12 +9,15 @@ evaluate.py on the same samples. Intervals of gains are paired: the same sample 
 
 from __future__ import annotations
 
-import argparse
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import dataclasses
 import json
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -175,29 +178,19 @@ def choose(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
 # --- Command line ---
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line on stderr when an input is missing or damaged."""
-    parser = argparse.ArgumentParser(prog="python -m rsagent_jax.report.quickstart", description=__doc__.split("\n")[0])
-    parser.add_argument("--train", type=pathlib.Path, required=True, metavar="DIR", help="work directory of train.py")
-    for name in NAMES:
-        text = f"work directory of evaluate.py for the policy: {NAMES[name]}"
-        parser.add_argument(f"--{name}", type=pathlib.Path, required=True, metavar="DIR", help=text)
-    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="where the summary goes")
-    parser.add_argument("--started", type=float, required=True, metavar="SECONDS", help="its start, as date +%%s")
-    flags = parser.parse_args(arguments)
-    try:
-        summary = summarize_run(flags.train, {name: getattr(flags, name) for name in NAMES}, flags.started)
-        flags.out.mkdir(parents=True, exist_ok=True)
-        path = flags.out / "summary.json"
-        path.write_text(json.dumps(summary.to_json(), indent=2) + "\n", encoding="utf-8")
-        shown = save_page(summary_page(summary), flags.out)
-    except DataError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+def main(
+    *,
+    train: pathlib.Path,  # work directory of train.py
+    base: pathlib.Path,  # work directory of evaluate.py before training
+    sft: pathlib.Path,  # the same after SFT
+    grpo: pathlib.Path,  # the same after GRPO
+    out: pathlib.Path,  # where the summary goes
+    started: float,  # when the quickstart began, as `date +%s` says it
+) -> None:
+    summary = summarize_run(train, dict(base=base, sft=sft, grpo=grpo), started)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "summary.json"
+    path.write_text(json.dumps(summary.to_json(), indent=2) + "\n", encoding="utf-8")
+    shown = save_page(summary_page(summary), out)
     print(terminal(summary))
     print(f"\nTook {_duration(summary.seconds)} in all. Summary: {path}  Report: {shown}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,9 +5,12 @@ python -m rsagent_jax.report.readme_picture --evaluation=runs/quickstart/eval-gr
 
 from __future__ import annotations
 
-import argparse
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import pathlib
-import sys
 import textwrap
 
 import numpy as np
@@ -42,22 +45,13 @@ def _caption(turn: Turn) -> str:
     return f"{thought_of(turn.text)}\n{call_json(turn.call) if turn.call else 'malformed'}"
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--evaluation", required=True, help="work directory of evaluate.py")
-    parser.add_argument("--id", required=True, help="sample id, as in predictions.jsonl")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="a PNG file")
-    options = parser.parse_args(arguments)
-    try:
-        examples = {example.id: example for example in load_evaluation(options.evaluation).examples}
-        if options.id not in examples:
-            raise DataError(f"{options.evaluation} has no trajectory of {options.id!r}")
-        draw_readme_picture(replay(examples[options.id].record), options.out)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def main(
+    *,
+    evaluation: str,  # work directory of evaluate.py
+    id: str,  # of a sample, as in predictions.jsonl
+    out: pathlib.Path,  # a PNG file
+) -> None:
+    examples = {example.id: example for example in load_evaluation(evaluation).examples}
+    if id not in examples:
+        raise DataError(f"{evaluation} has no trajectory of {id!r}")
+    draw_readme_picture(replay(examples[id].record), out)

@@ -1,95 +1,155 @@
-"""What every command shares: flags, one clear error for bad input, and the compilation cache."""
+"""What every command shares: a command is a function `main`, and its parameters are the command line.
+
+  def main(
+      config: CollectConfig,
+      *,
+      workdir: str = "",  # directory for everything this command leaves behind
+      shard: str = "0/1",  # i/n: every n-th trajectory from the i-th on, counted from 0
+  ) -> int | None:
+
+`config` is read from --config=FILE (or from the file that is its default) and --config.a.b=value. Parameters before `/`
+and `*rest` are given by position, all others as --name=value, switches as --name and --noname. The comment beside a
+parameter is its line of --help (runtime/help.py). What `main` returns is the exit status, None being 0.
+"""
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import dataclasses
+import importlib
 import importlib.metadata
 import importlib.util
-import itertools
+import inspect
 import pathlib
-import re
 import sys
 import tempfile
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from absl import app, flags, logging
+from absl import logging
 from ml_collections import ConfigDict
 
-from rsagent_jax.config import overrides
-from rsagent_jax.config.build import build_config
-from rsagent_jax.config.import_path import first_line, place
-from rsagent_jax.config.schema import TrainConfig
+from rsagent_jax.config import schema
+from rsagent_jax.config.build import build_config, build_fields, refuse
+from rsagent_jax.config.import_path import closest, first_line, load_file, place, shipped
+from rsagent_jax.config.overrides import put_overrides, split_arguments
+from rsagent_jax.config.pretrain import PretrainConfig
+from rsagent_jax.runtime.help import help_page
 from rsagent_jax.types import DataError
 from sam_bridge.types import SegmenterError
 
-CONFIG = "config"
+OWNERS = {  # whose config files a class describes
+    schema.TrainConfig: "train.py",
+    schema.EvalConfig: "evaluate.py",
+    schema.CollectConfig: "rsagent_jax.collect",
+    schema.ProblemsConfig: "rsagent_jax.problems",
+    schema.SegmentConfig: "rsagent_jax.segment",
+    PretrainConfig: "rsagent_jax.tiny.pretrain",
+}
+ROOMS = {"synthetic": "tiny", "pretrain": "tiny", "scaling": "aot"}  # of console scripts, where it is not the root
 
 
-def define_flags(directory: str = "workdir") -> None:
-    """--config and the directory that the command writes to."""
-    flags.DEFINE_string(CONFIG, None, "A file of configs/; --config.a.b=value sets one of its fields.")
-    flags.DEFINE_string(directory, None, "Directory for everything this command leaves behind.")
+def start_command() -> None:
+    """Of a file's `if __name__ == "__main__"`. It stands above what the file imports, which --help does without."""
+    main = sys.modules["__main__"]
+    sys.exit(run_command(main.__spec__.name if main.__spec__ else main.__file__, sys.argv[1:]))
 
 
-def run_command(
-    main: Callable[..., Any], config_class: type, arguments: tuple[str, ...] = (), default_config: str | None = None
-) -> None:
-    """Parses the flags, builds the config, calls `main(config, *arguments)`.
+def console_script() -> None:
+    """`rsagent-NAME` of an installed package: train, evaluate, or a module of rsagent_jax."""
+    name = pathlib.Path(sys.argv[0]).stem.removeprefix("rsagent-").replace("-", "_")
+    module = ".".join(filter(None, ("rsagent_jax", ROOMS.get(name), name)))
+    sys.exit(run_command(shipped(f"{name}.py") if name in ("train", "evaluate") else module, sys.argv[1:]))
 
-    Bad input is one message on stderr and exit status 2; Ctrl-C is 130; else what `main` returns, None being 0.
-    `arguments` names what the command takes besides flags.
-    """
 
-    config = None
-
-    def parse(argv: list[str]) -> list[str]:
-        nonlocal config
-        config, rest = _parse(argv, config_class, default_config)
-        return rest
-
-    def start(argv: list[str]) -> None:
-        quieten()
-        given = argv[1:]
-        if len(given) > len(arguments):
-            hint = "; an override starts with --config." if "=" in given[-1] else ""
-            raise DataError(f"unexpected argument {given[len(arguments)]!r}{hint}")
-        if len(given) < len(arguments):
-            raise DataError(f"{arguments[len(given)]} is missing; the arguments are: {' '.join(arguments)}")
-        if status := main(config, *given):
-            sys.exit(status)
-
+def run_command(name: str, argv: Sequence[str]) -> int:
+    """The exit status of the command in a module, or in a file. Bad input: one message on stderr and 2; Ctrl-C: 130."""
+    resumes = False
     try:
-        app.run(start, flags_parser=parse)
+        if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv):
+            with contextlib.suppress(BrokenPipeError):  # of `| head`
+                print(help_page(source_of(name).read_text(encoding="utf-8"), known_configs()), flush=True)
+            return 0
+        main = (load_file(pathlib.Path(name).resolve()) if name.endswith(".py") else importlib.import_module(name)).main
+        quieten()
+        arguments, flags = parse_arguments(main, argv)
+        resumes = isinstance(flags.get("config"), schema.TrainConfig)
+        return main(*arguments, **flags) or 0
     except (DataError, SegmenterError) as error:
         kind = "segmenter: " if isinstance(error, SegmenterError) else ""
         print(f"error: {kind}{error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
-        resumes = config_class is TrainConfig
         hint = "; run the same command again to go on from the last checkpoint" if resumes else ""
         print(f"stopped{hint}", file=sys.stderr)
-        sys.exit(130)
+        return 130
+
+
+def source_of(name: str) -> pathlib.Path:
+    """The file of a command: a path, or that of a module, which is looked for and not imported."""
+    return pathlib.Path(name if name.endswith(".py") else importlib.util.find_spec(name).origin)
+
+
+def parse_arguments(main: Callable[..., Any], argv: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
+    """What `main` is to be called with. One DataError lists everything that is wrong with a config, or with flags."""
+    hints = {name: _without_none(hint) for name, hint in typing.get_type_hints(main, include_extras=True).items()}
+    parameters = inspect.signature(main).parameters
+    named = [p for p in parameters.values() if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
+    own = [(p.name, hints[p.name], *[p.default] * (p.default is not p.empty)) for p in named if p.name != "config"]
+    flags, values, config = dataclasses.make_dataclass("Flags", own, kw_only=True), {}, {}
+    everything = flags
+    if "config" in parameters:
+        cls, values["config"] = _config_file(argv, hints["config"], parameters["config"].default)
+        everything = dataclasses.make_dataclass("CommandLine", [("config", cls)], bases=(flags,), kw_only=True)
+    pairs, given = split_arguments(argv, everything)
+    problems, wrong = put_overrides([pair for pair in pairs if pair[0] != "config"], values), []
+    if "config" in parameters:
+        config = {"config": build_config(cls, values.pop("config"), problems)}
+    chosen = build_fields(flags, values, "--", wrong)
+    refuse("command line", wrong)
+    return _positional(parameters, hints, given), config | vars(chosen)
+
+
+def _without_none(hint: Any) -> Any:
+    """`int` of `int | None`; any other type as it is."""
+    options = [option for option in typing.get_args(hint) if option is not type(None)]
+    return options[0] if isinstance(hint, types.UnionType | typing._UnionGenericAlias) and len(options) == 1 else hint
+
+
+def _positional(parameters: Mapping[str, inspect.Parameter], hints: dict[str, Any], given: list[str]) -> list[Any]:
+    names = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    rest = [p.name for p in parameters.values() if p.kind is p.VAR_POSITIONAL]
+    if len(given) < len(names):
+        wanted = " ".join(names).upper()
+        raise DataError(f"{names[len(given)].upper()} is missing; the arguments are: {wanted}")
+    if len(given) > len(names) and not rest:
+        hint = "; an override starts with --config." if "=" in given[-1] else ""
+        raise DataError(f"unexpected argument {given[len(names)]!r}{hint}")
+    names += rest * (len(given) - len(names))
+    return [hints[name](text) for name, text in zip(names, given, strict=True)]
 
 
 def quieten() -> None:
     """Nothing on the terminal that a user can do nothing about; before the first use of a device."""
-    import jax
-
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
     # Importing JAX names the platforms on a TPU VM. Elsewhere it would try libtpu, which is there for its compiler, and
     # that complains about a TPU that it cannot find. A plugin of another accelerator is left to JAX.
+    jax = sys.modules.get("jax")  # commands that need no device start without it
     plugins = importlib.util.find_spec("jax_plugins") or importlib.metadata.entry_points(group="jax_plugins")
-    if jax.config.jax_platforms is None and not plugins:
+    if jax and jax.config.jax_platforms is None and not plugins:
         jax.config.update("jax_platforms", "cpu")
 
 
-def workdir(flag: str = "workdir") -> pathlib.Path:
-    """The directory that the flag names, made if need be and known to be writable."""
-    if not flags.FLAGS[flag].value:
+def make_workdir(directory: str, flag: str = "workdir") -> pathlib.Path:
+    """The directory that --workdir (or another flag) names, made if need be and known to be writable."""
+    if not directory:
         raise DataError(f"--{flag}=DIR is required")
-    if "://" in flags.FLAGS[flag].value:
-        raise DataError(f"--{flag}={flags.FLAGS[flag].value} is no path; mount the bucket and give the folder it is on")
-    path = pathlib.Path(flags.FLAGS[flag].value).expanduser()
+    if "://" in directory:
+        raise DataError(f"--{flag}={directory} is no path; mount the bucket and give the folder it is on")
+    path = pathlib.Path(directory).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):  # now, not after an hour of work
@@ -101,7 +161,7 @@ def workdir(flag: str = "workdir") -> pathlib.Path:
 
 def use_compilation_cache(directory: str, fallback: pathlib.Path) -> None:
     """Compiled programs are kept and found again by the next run."""
-    import jax  # commands that need no device start without it
+    import jax
 
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(directory) if directory else fallback))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -110,48 +170,48 @@ def use_compilation_cache(directory: str, fallback: pathlib.Path) -> None:
 # ---------------------------------------------------------------------------------------------- the config file
 
 
-def _parse(argv: list[str], config_class: type, default_config: str | None) -> tuple[Any, list[str]]:
-    """The config, None where only help is wanted, and the arguments that are left when absl has taken its flags."""
-    path, config = config_path(argv), None
-    if path is None and default_config is not None:
-        path, argv = default_config, [argv[0], f"--{CONFIG}={default_config}", *argv[1:]]
-    if path is None and not any(re.match(r"--?(help|helpshort|helpfull)\b", a) for a in argv):
+def _config_file(argv: Sequence[str], hint: Any, default: Any) -> tuple[type, dict[str, Any]]:
+    """The class of the config that --config names, one of the types in `hint`, and what the file says."""
+    classes = typing.get_args(hint) or (hint,)
+    only_config = dataclasses.make_dataclass("OnlyConfig", [("config", classes[0])])
+    texts = [text for name, text in split_arguments(argv, only_config)[0] if name == "config"]
+    path = [default, *texts][-1]
+    if path in ("", inspect.Parameter.empty):
         raise DataError("--config=configs/X.py is required")
-    if path is not None:
-        values = load_config_file(path).to_dict()
-        argv, problems = overrides.apply_overrides(argv, config_class, values)
-        config = build_config(config_class, values, problems)
-    try:
-        return config, flags.FLAGS(argv)
-    except flags.Error as error:
-        raise DataError(f"command line: {error}") from error
+    config = load_config_file(path)
+    owner = config_owner(config)
+    if owner is not None and owner not in classes:
+        wanted = " or ".join(OWNERS[cls] for cls in classes)
+        raise DataError(f"{path} is a config of {OWNERS[owner]}; here one of {wanted} is needed")
+    return owner or classes[0], config.to_dict()
 
 
-def config_path(argv: list[str]) -> str | None:
-    """The value of --config; of the last one, as absl takes it."""
-    path = None
-    for arg, following in itertools.zip_longest(argv[1:], argv[2:]):
-        if arg == "--":
-            break
-        name, equals, value = arg.partition("=")
-        if name in (f"-{CONFIG}", f"--{CONFIG}"):
-            path = value if equals else following
-    return path
+def config_owner(config: ConfigDict) -> type | None:
+    """The class of OWNERS whose fields the config has, all of them; the largest. None for a config of a few fields."""
+    fields = {cls: {field.name for field in dataclasses.fields(cls)} for cls in OWNERS}
+    return max((cls for cls in OWNERS if fields[cls] <= {*config}), key=lambda c: len(fields[c]), default=None)
+
+
+def known_configs() -> Iterator[tuple[str, type | None, str]]:
+    """(path, class, first sentence of its docstring) of every file of configs/."""
+    for file in sorted(pathlib.Path(shipped("configs")).glob("[a-z]*.py")):
+        with contextlib.suppress(DataError):
+            doc = " ".join((ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split())
+            yield str(file), config_owner(load_config_file(str(file))), doc.partition(". ")[0]
 
 
 def load_config_file(path: str) -> ConfigDict:
     """What `get_config()` of a file returns; `file.py:word` calls get_config(word). DataError with file and line."""
     file, colon, word = path.partition(":")
+    file = shipped(file)
     if not pathlib.Path(file).is_file():
-        siblings = sorted(str(p) for p in pathlib.Path(file).parent.glob("*.py"))
-        raise DataError(f"config file {file} does not exist{overrides.did_you_mean(file, siblings)}")
-    spec = importlib.util.spec_from_file_location("config_file", file)
-    if spec is None:
+        folder = pathlib.Path(file).parent
+        siblings = sorted(str(folder / p.name) for p in pathlib.Path(shipped(str(folder))).glob("*.py"))
+        raise DataError(f"config file {file} does not exist{closest(file, siblings)}")
+    if not file.endswith(".py"):
         raise DataError(f"config file {file} is not a Python file (.py)")
-    module = sys.modules["config_file"] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        get_config = getattr(module, "get_config", None)
+        get_config = getattr(load_file(pathlib.Path(file).resolve()), "get_config", None)
         config = get_config and (get_config(word) if colon else get_config())
     except Exception as error:  # whatever the user's file raises is the user's to mend
         raise DataError(f"{place(error, file)}: {type(error).__name__}: {first_line(error)}") from error

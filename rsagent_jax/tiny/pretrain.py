@@ -15,6 +15,11 @@ no steps it only evaluates.
 
 from __future__ import annotations
 
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import collections
 import dataclasses
 import functools
@@ -28,11 +33,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 from flax import nnx
 from tokenizers import Tokenizer
 
 from rsagent_jax.agent import prompts
+from rsagent_jax.config.pretrain import PretrainConfig, StageConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.attention import attention
@@ -40,52 +45,9 @@ from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.language import mrope_angles
 from rsagent_jax.models.qwen25_vl.layers import Linear, layer_at
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
-from rsagent_jax.runtime import command
 from rsagent_jax.tiny import absent, grounding, scenes, vocab
 from rsagent_jax.tiny.grounding import COLORS, MAX_OBJECTS, SHAPES, SIDE, SIZES, Rows, SceneRows
 from rsagent_jax.types import DataError
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    steps: int
-    rows: int
-    lr: float
-    warmup: int = 200
-    final_lr: float = 0.05  # share of `lr` at the end
-    tokens: int = 288  # per row
-    list_share: float = 0.0  # of the rows that are one list of names and places
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    seed: int
-    init: str  # a Hugging Face directory to go on from; "" = random weights
-    see: StageConfig
-    ground: StageConfig
-    vocab_size: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    mlp: int
-    vision_hidden: int
-    vision_layers: int
-    vision_mlp: int
-    absent_share: float  # of the questions (lists and all objects apart) are about nothing in the scene
-    presence_share: float  # of the rows that are one list of names, each with the word that says whether it is there
-    relation_share: float  # of the questions about objects that have such a sentence
-    all_share: float  # of the scenes whose first question is for all objects
-    look_weight: float  # of the two attention losses, at coordinates and at words
-    name_weight: float  # of the loss on words in merged tokens
-    corner_weight: float  # of the loss on coordinates in merged tokens
-    look_layer: int  # the decoder layer whose first head is told where to look
-    sigma: float  # width of the bell over numbers, pixels
-    aux_weight: float
-    weight_decay: float
-    eval_every: int
-    eval_scenes: int
-    workers: int
 
 
 def hf_config(c: PretrainConfig, ids: dict[str, int]) -> dict:
@@ -428,13 +390,10 @@ def _ahead(pool, jobs, n: int = 16):
         yield pending.popleft().get()
 
 
-def main(config: PretrainConfig) -> None:
-    if not flags.FLAGS.out:
-        raise DataError("--out=DIR is required")
-    pretrain(config, command.workdir(), pathlib.Path(flags.FLAGS.out))
-
-
-if __name__ == "__main__":
-    command.define_flags()
-    flags.DEFINE_string("out", None, "Where the Hugging Face directory goes.")
-    command.run_command(main, PretrainConfig)
+def main(
+    config: PretrainConfig,
+    *,
+    workdir: str = "",  # directory for the log
+    out: str,  # where the Hugging Face directory goes
+) -> None:
+    pretrain(config, command.make_workdir(workdir), pathlib.Path(out))

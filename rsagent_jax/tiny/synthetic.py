@@ -11,14 +11,17 @@ The directory appears whole or not at all.
 
 from __future__ import annotations
 
-import argparse
+from rsagent_jax.runtime import command
+
+if __name__ == "__main__":
+    command.start_command()
+
 import dataclasses
 import json
 import os
 import pathlib
 import pickle
 import shutil
-import sys
 import tempfile
 
 import cv2
@@ -231,27 +234,19 @@ def segmentation_of(mask: np.ndarray) -> list[list[float]] | dict:
     return {"size": list(mask.shape), "counts": mask_runs(encode_mask(mask)).tolist()}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rsagent_jax.tiny.synthetic", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", required=True, help="directory to make")
-    for split, default in zip(SPLITS, (200, 50, 50), strict=True):
-        parser.add_argument(f"--{split}", type=int, default=default, help=f"scenes in {split} (default {default})")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=112, help="side of the square images, px")
-    parser.add_argument("--refs_per_image", type=int, help="default: 2 in train, 1 in val and test")
-    options = vars(parser.parse_args(argv))
-    try:
-        wrote = write_dataset(**options)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(
+    *,
+    out: pathlib.Path,  # directory to make
+    train: int = 200,  # scenes in train
+    val: int = 50,  # scenes in val
+    test: int = 50,  # scenes in test
+    seed: int = 0,
+    size: int = 112,  # side of the square images, pixels
+    refs_per_image: int | None = None,  # 2 in train, 1 in val and test where it is not given
+) -> None:
+    wrote = write_dataset(out, train, val, test, seed, size, refs_per_image)
     head = "already there: " if wrote.already_there else ""
     print(
         f"{head}{wrote.scenes} scenes, {wrote.references} references and {wrote.absent} to what is absent,"
-        f" {wrote.sentences} sentences in {options['out']}"
+        f" {wrote.sentences} sentences in {out}"
     )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from rsagent_jax.config import overrides, ranges
 from rsagent_jax.config.build import build_config, template, to_dict
+from rsagent_jax.config.ranges import hints
 from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
 from rsagent_jax.config.schema import (
     AgentConfig,
@@ -68,13 +69,8 @@ def test_a_saved_config_builds_itself_again(cls):
 def test_the_papers_numbers_are_the_defaults():
     c = build_config(TrainConfig, filled(TrainConfig))
     assert (c.sft.epochs, c.sft.optim.lr, c.sft.trajectories_per_step) == (2.0, 2e-5, 128)
-    assert (c.grpo.prompts, c.grpo.group, c.grpo.optim.lr, c.agent.max_turns, c.agent.history_size) == (
-        16,
-        4,
-        1e-6,
-        8,
-        384,
-    )
+    assert (c.grpo.prompts, c.grpo.group, c.grpo.optim.lr) == (16, 4, 1e-6)
+    assert (c.agent.max_turns, c.agent.history_size) == (8, 384)
     assert {g.name: g.weight for g in c.grpo.reward} == {"final": 1.0, "process": 0.5, "format": 0.2}
     assert build_config(CollectConfig, filled(CollectConfig)).filter.min_iou == 0.9
 
@@ -201,8 +197,10 @@ def command_line(*argv: str, cls: type = TrainConfig, **fields):
     config = filled(cls)
     config.update(fields)
     values = config.to_dict()
-    rest, problems = overrides.apply_overrides([f"--config.{a}" for a in argv], cls, values)
+    line = dataclasses.make_dataclass("Line", [("config", cls)])
+    pairs, rest = overrides.split_arguments([f"--config.{a}" for a in argv], line)
     assert not rest
+    problems = overrides.put_overrides(pairs, {"config": values})
     return build_config(cls, values, problems)
 
 
@@ -306,19 +304,30 @@ BAD = [
     ("mesh.data=0", "mesh.data must be -1 or at least 1, got 0"),
     ("mesh.data=-1", "mesh.data and fsdp are both -1"),
     ("profiler_port=70000", "profiler_port must be at least 0 and at most 65535, got 70000"),
-    (
-        "grpo.reward.final.weight=nan",
-        "grpo.reward.final.weight must be at least -1000000.0 and at most 1000000.0, got nan",
-    ),
+    ("grpo.reward.final.weight=nan", "final.weight must be at least -1000000.0 and at most 1000000.0, got nan"),
     ("grpo.reward.final.clip=(1.0,-1.0)", "grpo.reward.final.clip must be (low, high) with low <= high"),
     ("grpo.reward.final.terms.final_iou=None", "grpo.reward.final.terms has no term"),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "message"), BAD, ids=[overrides for overrides, _ in BAD])
-def test_what_cannot_be_right_is_refused_with_its_field_and_range(overrides, message):
+BAD_EVALUATION = [
+    ("metric.ignore_policy=drop", "metric.ignore_policy must be one of excluded, target, background, got 'drop'"),
+    ("metric.empty_policy=", "metric.empty_policy must be one of one, zero, dropped, got ''"),
+    ("metric.failure_policy=x", "metric.failure_policy must be one of refuse, zero, dropped, got 'x'"),
+    ("metric.ending_policy=y", "metric.ending_policy must be one of mask, zero, got 'y'"),
+    ("metric.empty_below=-1", "metric.empty_below must be at least 0, got -1"),
+    *((f"metric.epsilon={e}", f"metric.epsilon must be at least 0 and at most 1, got {e}") for e in ("nan", "inf")),
+    ("bound.row=circle", "bound.row must be one of \"\", box, best_of_three, clicks, untrained, got 'circle'"),
+    ("bound.clicks=17", "bound.clicks must be at least 1 and at most 16, got 17"),
+    ("data.mix.a.data.split=val", "data.mix: samples of a mix come up more than once; evaluate its parts"),
+]  # fmt: skip
+CASES = [(TrainConfig, *case) for case in BAD] + [(EvalConfig, *case) for case in BAD_EVALUATION]
+
+
+@pytest.mark.parametrize(("cls", "overrides", "message"), CASES, ids=[overrides for _, overrides, _ in CASES])
+def test_what_cannot_be_right_is_refused_with_its_field_and_range(cls, overrides, message):
     with pytest.raises(DataError) as error:
-        command_line(*overrides.split(" "))
+        command_line(*overrides.split(" "), cls=cls)
     assert message in str(error.value) and "problems" not in str(error.value)
 
 
@@ -388,7 +397,7 @@ def test_every_number_and_word_of_every_config_has_its_range():
     free = {"str", "bool"}
 
     def bare(cls):
-        for name, hint in build_config.hints(cls).items():
+        for name, hint in hints(cls).items():
             item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
             if dataclasses.is_dataclass(item):
                 yield from bare(item) if item is not cls and (cls, item) != (MixPart, DataConfig) else ()
@@ -411,7 +420,7 @@ def test_the_words_of_the_config_are_those_of_the_code():
     def words(path: str) -> set[str]:
         hint = TrainConfig if not path.startswith("bound") else EvalConfig
         for part in path.split("."):
-            hint = build_config.hints(hint)[part]
+            hint = hints(hint)[part]
         hint = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
         return set(typing.get_args(hint))
 

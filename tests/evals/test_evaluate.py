@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import types
 
 import numpy as np
 import PIL.Image
@@ -15,7 +14,6 @@ from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import (
     EvalConfig,
 )
-from rsagent_jax.runtime import command
 from rsagent_jax.types import DataError
 from sam_bridge.types import About, FailureKind, SegmenterError
 
@@ -75,11 +73,8 @@ def run(monkeypatch, tmp_path, root):
             section, name = path.split("__")
             config[section][name] = value
         workdir.mkdir(exist_ok=True)
-        monkeypatch.setattr(command, "workdir", lambda: workdir)
         monkeypatch.setattr(evaluate, "open_segmenter", lambda _: contextlib.nullcontext(segmenter))
-        given = types.SimpleNamespace(weights=None, shard=shard)
-        monkeypatch.setattr(evaluate, "flags", types.SimpleNamespace(FLAGS=given))
-        evaluate.main(build_config(EvalConfig, config))
+        evaluate.main(build_config(EvalConfig, config), workdir=str(workdir), shard=shard)
         path = workdir / "results.json"
         return json.loads(path.read_text()) if path.exists() else None
 

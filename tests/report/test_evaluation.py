@@ -23,6 +23,7 @@ from rsagent_jax.masks import intersection_union
 from rsagent_jax.report import evaluation as report
 from rsagent_jax.report import page, quickstart
 from rsagent_jax.report.comparison import compare
+from rsagent_jax.runtime.command import run_command
 from rsagent_jax.types import DataError, Status
 from sam_bridge.types import FailureKind
 from tests.report.written import rle, write_files, write_lines
@@ -30,6 +31,8 @@ from tests.report.written import rle, write_files, write_lines
 SIDE = 112
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> \"' </style>"
 TITLES = ["SFT loss", "GRPO reward", "reward: final", "reward: process", "process: gain", "Turns"]
+
+SUMMARY = "rsagent_jax.report.quickstart"
 
 
 def scene(seed):
@@ -203,7 +206,7 @@ def test_ciou_interval_of_equal_rows_has_no_width():
 
 
 def test_summary(runs, tmp_path, capsys):
-    assert quickstart.main(arguments(runs, tmp_path / "out")) == 0
+    assert run_command(SUMMARY, arguments(runs, tmp_path / "out")) == 0
     value = json.loads((tmp_path / "out" / "summary.json").read_text())
     figures = {name: json.loads((runs / name / "results.json").read_text()) for name in ("base", "sft", "grpo")}
     for name, expected in figures.items():
@@ -229,7 +232,7 @@ def test_summary_shows_accuracies_where_targets_are_absent(runs, tmp_path, capsy
         path = tmp_path / name / "results.json"
         figures = json.loads(path.read_text()) | dict(zip(("n_acc", "t_acc"), accuracies, strict=True))
         path.write_text(json.dumps(figures | {"giou_target": 0.25}))
-    assert quickstart.main(arguments(tmp_path, tmp_path / "out", train=runs / "train")) == 0
+    assert run_command(SUMMARY, arguments(tmp_path, tmp_path / "out", train=runs / "train")) == 0
     value = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (value["sft"]["n_acc"], value["sft"]["t_acc"], value["sft"]["giou_target"]) == (0.5, 0.75, 0.25)
     lines = capsys.readouterr().out.splitlines()
@@ -253,7 +256,7 @@ def test_choose_takes_no_sample_twice():
 
 @pytest.mark.parametrize("name", ["train", "base", "sft", "grpo"])
 def test_a_missing_directory_is_one_line_and_status_2(runs, tmp_path, capsys, name):
-    assert quickstart.main(arguments(runs, tmp_path / "out", **{name: tmp_path / "none"})) == 2
+    assert run_command(SUMMARY, arguments(runs, tmp_path / "out", **{name: tmp_path / "none"})) == 2
     said = capsys.readouterr()
     script_name, file = ("train.py", "metrics.jsonl") if name == "train" else ("evaluate.py", "results.json")
     assert said.out == "" and said.err.count("\n") == 1
@@ -263,7 +266,7 @@ def test_a_missing_directory_is_one_line_and_status_2(runs, tmp_path, capsys, na
 
 def test_other_samples_are_not_compared(runs, tmp_path, capsys):
     write_run(tmp_path / "small", 0.9, n=5)
-    assert quickstart.main(arguments(runs, tmp_path / "out", grpo=tmp_path / "small")) == 2
+    assert run_command(SUMMARY, arguments(runs, tmp_path / "out", grpo=tmp_path / "small")) == 2
     assert "do not cover the same samples" in capsys.readouterr().err
 
 
@@ -272,7 +275,7 @@ def test_examples_may_be_none(tmp_path):
         write_run(tmp_path / name, 0.9, n=3, kept=0)
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "metrics.jsonl").write_text("")
-    assert quickstart.main(arguments(tmp_path, tmp_path / "out")) == 0
+    assert run_command(SUMMARY, arguments(tmp_path, tmp_path / "out")) == 0
     assert "None of the 0 examples kept" in report.write_evaluation(tmp_path / "sft").read_text(encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 
 from rsagent_jax import masks
 from rsagent_jax.data.sets import refcoco
+from rsagent_jax.runtime.command import run_command
 from rsagent_jax.tiny import scenes, synthetic
 from rsagent_jax.types import DataError
 
@@ -213,12 +214,12 @@ def test_bad_numbers(tmp_path, wrong):
 
 def test_command_line(tmp_path, capsys):
     arguments = [f"--out={tmp_path / 'out'}", "--train=2", "--val=1", "--test=0", "--seed=3", "--size=96"]
-    assert synthetic.main([*arguments, "--refs_per_image=3"]) == 0
+    assert run_command("rsagent_jax.tiny.synthetic", [*arguments, "--refs_per_image=3"]) == 0
     assert capsys.readouterr().out.startswith("3 scenes, 9 references and ")
     assert refcoco.load_refcoco(tmp_path / "out", split="val")[0].image.shape == (96, 96, 3)
-    assert synthetic.main([*arguments, "--refs_per_image=3"]) == 0
+    assert run_command("rsagent_jax.tiny.synthetic", [*arguments, "--refs_per_image=3"]) == 0
     assert capsys.readouterr().out.startswith("already there: 3 scenes")
-    assert synthetic.main(arguments) == 2
+    assert run_command("rsagent_jax.tiny.synthetic", arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and "refs_per_image" in captured.err and not captured.out
 

@@ -8,7 +8,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from rsagent_jax import data_check
 from rsagent_jax.config.build import build_config, template
 from rsagent_jax.config.schema import CollectConfig, DataConfig, EvalConfig, MixPart, TrainConfig
 from rsagent_jax.data.sets.open import Mixture, open_samples
+from rsagent_jax.runtime.command import parse_arguments
 from tests.data.sets.small_sets import picture, write_lines, write_reasonseg
 from tests.refusals import refused
 
@@ -189,9 +189,7 @@ def test_check_finds_what_cannot_be_shown_and_keeps_its_place_in_the_exit_status
     assert "image of 10x2010 pixels" in found.bad["folder/train/2"] and "crop it" in found.bad["folder/train/2"]
     config = template(EvalConfig)
     config.policy.weights, config.data.root, config.data.dataset, config.data.split = "x", str(root), "folder", "train"
-    monkeypatch.setattr(data_check.command, "workdir", lambda name: tmp_path)
-    monkeypatch.setattr(data_check.flags, "FLAGS", types.SimpleNamespace(samples=0))
-    assert data_check.main(build_config(EvalConfig, config)) == 1
+    assert data_check.main(build_config(EvalConfig, config), out=str(tmp_path), samples=0) == 1
     assert "UNREADABLE folder/train/2: image of 10x2010 pixels" in capsys.readouterr().out
 
 
@@ -218,7 +216,8 @@ def test_the_config_file_says_whose_it_is(tmp_path):
         ("eval_quickstart", EvalConfig),
         ("collect_quickstart", CollectConfig),
     ]:
-        assert data_check.config_class(["x", f"--config={ROOT}/configs/{file}.py"]) is kind
-    refused("--config=configs/X.py is required", data_check.config_class, ["x"])
+        _, flags = parse_arguments(data_check.main, [f"--config={ROOT}/configs/{file}.py"])
+        assert type(flags["config"]) is kind
+    refused("--config=configs/X.py is required", parse_arguments, data_check.main, [])
     shutil.rmtree(tmp_path)
     assert run_check("/nowhere", "/dev/null/x").returncode == 2

@@ -1,0 +1,123 @@
+"""A command's parameters are its flags; help comes from the sources; a config file is held against its command."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from rsagent_jax.config.ranges import CountOrZero
+from rsagent_jax.config.schema import EvalConfig, SegmentConfig, TrainConfig
+from rsagent_jax.runtime import command
+from rsagent_jax.runtime.help import field_rows
+from rsagent_jax.types import DataError
+
+ROOT = pathlib.Path(__file__).parents[2]
+ROOMS = [f"rsagent_jax.{name}" for name in ("aot.scaling", "tiny.pretrain", "tiny.synthetic", "report.quickstart")]
+MODULES = [f"rsagent_jax.{p.stem}" for p in (ROOT / "rsagent_jax").glob("*.py") if "start_command" in p.read_text()]
+HEAVY = ("jax", "flax", "torch", "transformers", "openai", "orbax", "grain", "tensorflow_datasets", "matplotlib")
+
+
+def line(main, *argv):
+    return command.parse_arguments(main, argv)
+
+
+def refused(main, *argv) -> str:
+    with pytest.raises(DataError) as error:
+        line(main, *argv)
+    return str(error.value)
+
+
+def test_help_of_every_command_needs_nothing_heavy_and_ends_with_0():
+    assert len(MODULES) == 8
+    names = [*MODULES, *ROOMS, "rsagent_jax.report.readme_picture", "train.py", "evaluate.py"]
+    code = (
+        "import sys\nfrom rsagent_jax.runtime import command\n"
+        f"for name in {names!r}:\n    print('COMMAND', name)\n    assert command.run_command(name, ['--help']) == 0\n"
+        f"print('LOADED', *[name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    *pages, _ = done.stdout.split("COMMAND ")[1:], None
+    pages = dict(page.split("\n", 1) for page in pages[0])
+    assert done.stdout.endswith("LOADED\n") and list(pages) == names
+    assert all("Flags:\n  --" in page for page in pages.values())
+    train = pages["train.py"]
+    for text in (
+        "--config=", "--workdir=", "--aot_quick ", "configs/grpo_tpu.py", "GRPO of Qwen2.5-VL-7B",
+        "--config.grpo.optim.lr=1e-06", "--config.grpo.kl_estimator=k3", "k1 | k2 | k3", "--config.sft.epochs=2.0",
+        "--config.grpo.reward.NAME", "final, process, format", "--config.policy.weights= ",
+    ):  # fmt: skip
+        assert text in train, text
+    assert "configs/eval.py" not in train and "configs/eval.py" in pages["evaluate.py"]
+    assert "IMAGE " in pages["rsagent_jax.segment"] and "--config=configs/segment.py" in pages["rsagent_jax.segment"]
+
+
+def test_a_run_as_a_script_or_a_module_answers_help():
+    for argv in (["train.py"], ["-m", "rsagent_jax.collect"]):
+        done = subprocess.run([sys.executable, *argv, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and "--config.seed=0" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("cls", command.OWNERS)
+def test_every_field_says_what_it_is(cls):
+    assert not [name for name, _, text in field_rows(cls) if not text.strip()]
+
+
+def test_flags_are_parameters():
+    def main(image: str, /, *rest: pathlib.Path, out: pathlib.Path, samples: CountOrZero = 4, fast: bool = False,
+             dtype: str | None = None, turns: int | None = None):  # fmt: skip
+        pass
+
+    assert line(main, "a", "b", "--out=~/x", "--nofast", "--turns", "3") == (
+        ["a", pathlib.Path("b")],
+        dict(out=pathlib.Path("~/x").expanduser(), samples=4, fast=False, dtype=None, turns=3),
+    )
+    assert line(main, "--fast", "--out=x", "--", "--dtype=y")[0] == ["--dtype=y"]
+    assert line(main, "--fast", "--out=x", "a")[1]["fast"] is True
+    assert refused(main, "--out=x") == "IMAGE is missing; the arguments are: IMAGE"
+    assert refused(main, "a") == "command line: missing flag --out (Path)"
+    assert refused(main, "a", "--out=x", "--sample=3") == "command line: unknown flag --sample; did you mean --samples?"
+    assert refused(main, "a", "--out=x", "--samples=-1") == "command line: --samples must be at least 0, got -1"
+    assert "must be true or false" in refused(main, "a", "--out=x", "--fast=perhaps")
+
+
+def train(config: TrainConfig, *, workdir: str = ""):
+    pass
+
+
+def test_did_you_mean_stays_in_the_stage_that_was_meant():
+    def hint(name: str) -> str:
+        return refused(train, "--config=configs/quickstart.py", f"--config.{name}=1").partition("; ")[2]
+
+    assert "sft" not in hint("grpo.epochs") and "grpo" not in hint("sft.grup")  # only the other has them
+    assert hint("sft.zzz").startswith("known fields: ")
+    assert hint("grpo.optm.lr") == "did you mean --config.grpo.optim.lr?"
+    assert hint("sft.learn.lr") == "did you mean --config.sft.optim.lr?"
+    assert hint("lr") == "did you mean --config.sft.optim.lr or --config.grpo.optim.lr?"
+    assert hint("grop.steps") == "did you mean --config.grpo.steps?"
+
+
+def test_a_config_of_another_command_is_said():
+    def evaluate(config: EvalConfig):
+        pass
+
+    def segment(query: str, /, config: SegmentConfig = "configs/segment.py"):
+        pass
+
+    for main, file, owner, wanted in (
+        (train, "eval.py", "evaluate.py", "train.py"),
+        (evaluate, "segment.py", "rsagent_jax.segment", "evaluate.py"),
+        (evaluate, "quickstart.py", "train.py", "evaluate.py"),
+        (train, "tiny_base.py", "rsagent_jax.tiny.pretrain", "train.py"),
+    ):
+        said = refused(main, f"--config=configs/{file}")
+        assert said == f"configs/{file} is a config of {owner}; here one of {wanted} is needed"
+    assert line(segment, "it")[1]["config"].sampling.slots == 1
+    assert "is a config of evaluate.py" in refused(segment, "it", "--config=configs/eval.py")
+
+
+def test_the_directory_that_a_command_writes_to(tmp_path):
+    assert command.make_workdir(str(tmp_path / "a/b")).is_dir()
+    for directory, said in (("", "--out=DIR is required"), ("gs://b/x", "is no path; mount the bucket")):
+        with pytest.raises(DataError, match=said):
+            command.make_workdir(directory, "out")
