@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import logging
 import threading
@@ -13,6 +14,7 @@ from sam_bridge import bridge_pb2_grpc, security, wire
 
 log = logging.getLogger(__name__)
 
+COUNTS = ("calls", "retries", "rejected", "puts", "remade", "restarts", "ejections", "returns")
 PROBE_S = 1.0  # between looks at side-cars that are out
 
 # gRPC waits up to two minutes between attempts to connect; a restarted side-car should be found at once.
@@ -67,9 +69,17 @@ class Fleet:
         self.slots = [Slot(address, credentials) for address in addresses]
         self.metadata = security.metadata(token)
         self.closed = threading.Event()
-        self.ejections = self.returns = 0
-        self._lock = threading.Lock()
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._lock = threading.RLock()
         self._watcher: threading.Thread | None = None
+
+    def count(self, name: str) -> None:
+        with self._lock:
+            self._counts[name] += 1
+
+    def counters(self) -> dict[str, float]:
+        """See SamClient.counters."""
+        return {name: self._counts[name] for name in COUNTS} | {"out": sum(slot.out for slot in self.slots)}
 
     def eject(self, slot: Slot, answers: Callable[[Slot], bool]) -> None:
         """Passes it over from now on, until `answers(slot)`. One side-car alone is never out: there is no other."""
@@ -78,7 +88,7 @@ class Fleet:
             if len(self.slots) == 1 or slot.out or self.closed.is_set():
                 return
             slot.out = True
-            self.ejections += 1
+            self.count("ejections")
             log.warning("side-car %s is out; its images go to the others", slot.address)
             if self._watcher is None:
                 self._watcher = threading.Thread(target=self._watch, args=(answers,), name="sam fleet", daemon=True)
@@ -102,7 +112,7 @@ class Fleet:
             for slot in [slot for slot in self.slots if slot.out]:
                 if answers(slot):
                     slot.out = False
-                    self.returns += 1
+                    self.count("returns")
                     log.warning("side-car %s is back", slot.address)
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any
 
 import google.protobuf.message
 import grpc
@@ -25,7 +25,6 @@ from sam_bridge.telemetry import BridgeMetrics
 from sam_bridge.types import FailureKind, SegmenterError
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 QUEUE = 128  # calls that may wait for a worker: twice the 64 trajectories of a step
 SPARE_THREADS = 4  # answer Info, health and refusals while all workers and the queue are busy
@@ -61,49 +60,35 @@ _LEVELS = dict.fromkeys(
 )
 
 
-class _Malformed:
-    """A message whose bytes could not be read."""
-
-    def __init__(self, error: Exception):
-        self.detail = f"the bytes are no such message: {error}"
-
-
 class Gate:
     """Lets `workers` calls work and `queue` calls wait; one more is refused at once."""
 
     def __init__(self, workers: int, queue: int):
-        self._workers = threading.Semaphore(workers)
-        self._places = threading.Semaphore(workers + queue)
-        self._limit = queue
-        self.waiting = 0  # calls in the queue now; a hint, not synchronised with what happens next
-        self._lock = threading.Lock()
+        self.waiting = 0  # calls in the queue now
+        self._free, self._queue = workers, queue
+        self._changed = threading.Condition()
 
     @contextlib.contextmanager
     def enter(self, context: grpc.ServicerContext) -> Iterator[float]:
         """Yields the seconds waited. A caller that gave up while waiting costs no work."""
-        if not self._places.acquire(blocking=False):
-            raise SegmenterError(FailureKind.EXHAUSTED, f"the queue is full: {self._limit} calls are waiting")
-        try:
-            start = time.perf_counter()
-            if not self._wait(context.time_remaining()):
-                raise SegmenterError(FailureKind.TIMEOUT, "the deadline passed while waiting for a worker")
-            try:
-                if not context.is_active():
-                    raise SegmenterError(FailureKind.TIMEOUT, "the caller gave up while waiting for a worker")
-                yield time.perf_counter() - start
-            finally:
-                self._workers.release()
-        finally:
-            self._places.release()
-
-    def _wait(self, timeout_s: float | None) -> bool:
-        with self._lock:
+        start = time.perf_counter()
+        with self._changed:
+            if not self._free and self.waiting >= self._queue:
+                raise SegmenterError(FailureKind.EXHAUSTED, f"the queue is full: {self._queue} calls are waiting")
             self.waiting += 1
+            free = self._changed.wait_for(lambda: self._free, context.time_remaining())
+            self.waiting -= 1
+            if not free:
+                raise SegmenterError(FailureKind.TIMEOUT, "the deadline passed while waiting for a worker")
+            self._free -= 1
         try:
-            return self._workers.acquire(timeout=timeout_s)
+            if not context.is_active():
+                raise SegmenterError(FailureKind.TIMEOUT, "the caller gave up while waiting for a worker")
+            yield time.perf_counter() - start
         finally:
-            with self._lock:
-                self.waiting -= 1
+            with self._changed:
+                self._free += 1
+                self._changed.notify()
 
 
 class Servicer:
@@ -114,24 +99,16 @@ class Servicer:
         self._instance = uuid.uuid4().hex[:16]
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """Ours instead of the generated ones: bytes that are no message get a typed status, too."""
+        """From bytes to bytes, instead of the generated ones: bytes that are no message get a typed status, too."""
+
+        def handler(rpc: str, kind: type, work: Callable) -> grpc.RpcMethodHandler:
+            return grpc.unary_unary_rpc_method_handler(
+                lambda data, context: self._answer(rpc, context, lambda: work(kind.FromString(data), context))
+            )
+
         rpcs = (("Info", pb.InfoRequest, self._info), ("Put", pb.PutRequest, self._put))
         rpcs += (("Segment", pb.SegmentRequest, self._segment),)
-        return grpc.method_handlers_generic_handler(
-            SERVICE, {name: self._handler(name, kind, work) for name, kind, work in rpcs}
-        )
-
-    def _handler(self, name: str, kind: type, work: Callable) -> grpc.RpcMethodHandler:
-        def parse(data: bytes):
-            try:
-                return kind.FromString(data)
-            except google.protobuf.message.DecodeError as error:
-                return _Malformed(error)
-
-        def behaviour(request, context: grpc.ServicerContext):
-            return self._answer(name, context, lambda: work(_readable(request), context))
-
-        return grpc.unary_unary_rpc_method_handler(behaviour, parse, lambda reply: reply.SerializeToString())
+        return grpc.method_handlers_generic_handler(SERVICE, {rpc[0]: handler(*rpc) for rpc in rpcs})
 
     def _info(self, request: pb.InfoRequest, context: grpc.ServicerContext) -> pb.InfoReply:
         images = self._segmenter.images
@@ -183,19 +160,20 @@ class Servicer:
             candidates=candidates,
         )
 
-    def _answer(self, rpc: str, context: grpc.ServicerContext, work: Callable[[], T]) -> T:
-        """Runs `work`; a failure becomes a status with its reason in the trailing metadata."""
-        start = time.perf_counter()
+    def _answer(self, rpc: str, context: grpc.ServicerContext, work: Callable[[], Any]) -> bytes:
+        """The reply that `work` makes; a failure becomes a status with its reason in the trailing metadata."""
+        start, code = time.perf_counter(), None
         try:
             reply = work()
         except UnknownImage as error:
             code, reason, detail = grpc.StatusCode.NOT_FOUND, wire.UNKNOWN_IMAGE, f"put image {error} first"
+        except google.protobuf.message.DecodeError as error:
+            reason, detail = FailureKind.INVALID_PROMPT, f"the bytes are no such message: {error}"
         except SegmenterError as error:
-            code, reason, detail = _CODES[error.kind], error.kind.value, error.detail
+            reason, detail = error.kind, error.detail
         except Exception as error:
             log.exception("a call failed for no reason we know")
-            code, reason = grpc.StatusCode.INTERNAL, FailureKind.INTERNAL.value
-            detail = f"{type(error).__name__}: {error}"
+            reason, detail = FailureKind.INTERNAL, f"{type(error).__name__}: {error}"
         else:
             seconds = time.perf_counter() - start
             if rpc != "Info":
@@ -203,19 +181,13 @@ class Servicer:
             if seconds > SLOW_S:
                 fields = {"rpc": rpc, "seconds": round(seconds, 3), "peer": context.peer()}
                 log.warning("%s took %.1f s", rpc, seconds, extra={"fields": fields})
-            return reply
+            return reply.SerializeToString()
         self._metrics.called(rpc, reason, {"total": time.perf_counter() - start})
         if reason != wire.UNKNOWN_IMAGE:
             fields = {"rpc": rpc, "reason": reason, "detail": detail[: wire.MAX_DETAIL], "peer": context.peer()}
             log.log(_LEVELS.get(reason, logging.WARNING), "%s failed: %s", rpc, detail, extra={"fields": fields})
         context.set_trailing_metadata(((wire.REASON_KEY, reason),))
-        context.abort(code, wire.status_text(detail))
-
-
-def _readable(request):
-    if isinstance(request, _Malformed):
-        raise SegmenterError(FailureKind.INVALID_PROMPT, request.detail)
-    return request
+        context.abort(code or _CODES[reason], wire.status_text(detail))
 
 
 class Server:

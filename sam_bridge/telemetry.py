@@ -42,10 +42,6 @@ class BridgeMetrics:
             family = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
             yield family(f"sam_bridge_{name}", name.replace("_", " "), value=value)
 
-    def text(self) -> str:
-        """The page that Prometheus reads."""
-        return prometheus_client.generate_latest(self.registry).decode()
-
     def serve(self, host: str, port: int) -> Callable[[], None]:
         """Answers http://host:port/metrics on a thread of its own; returns what stops it."""
         server, thread = prometheus_client.start_http_server(port, host, self.registry)

@@ -27,7 +27,7 @@ def test_replacing_counts_bytes_once_and_oversize_is_not_kept():
     cache.put("a", 1, 60)
     cache.put("a", 2, 70)
     assert cache.used_bytes == 70 and cache.get("a") == 2
-    assert cache.get_or_make("big", lambda: ("big", 101)) == ("big", True)
+    assert cache.get_or_make("big", lambda: ("big", 101)) == "big" and cache.made == 1
     assert "big" not in cache and cache.get("a") == 2
 
 
@@ -58,7 +58,7 @@ def test_single_flight_makes_once_for_all_waiters():
         others = [pool.submit(cache.get_or_make, "k", make) for _ in range(7)]
         release.set()
         results = [f.result(5) for f in (first, *others)]
-    assert results == [("value", True)] + [("value", False)] * 7
+    assert results == ["value"] * 8
     assert len(calls) == 1 == cache.made
 
 
@@ -78,4 +78,4 @@ def test_failed_making_reaches_waiters_and_is_forgotten():
         for flight in (first, second):
             with pytest.raises(OSError, match="broken"):
                 flight.result(5)
-    assert cache.get_or_make("k", lambda: ("fine", 1)) == ("fine", True)
+    assert cache.get_or_make("k", lambda: ("fine", 1)) == "fine"
