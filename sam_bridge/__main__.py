@@ -7,7 +7,6 @@ for a command line that cannot work, 3 when its device is gone and a supervisor 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import os
 import select
@@ -18,15 +17,13 @@ import threading
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before gRPC loads: our own messages say it once and plainly
 
 from sam_bridge import backends, telemetry
+from sam_bridge.cpu_tuning import keep_freed_memory
 from sam_bridge.local import IMAGE_CACHE_BYTES, LOGITS_CACHE_BYTES, LocalSegmenter
 from sam_bridge.security import AddressError, SecurityError, check_address, read_token
 from sam_bridge.server import QUEUE, Server
 from sam_bridge.wire import READY
 
 WATCH_EVERY_S = 1.0
-# mallopt's parameters in glibc. One arena for all threads, nothing mapped on its own, up to 256 MB of the heap's end
-# kept when freed: otherwise a decode, not being on the main thread, maps its tensors anew every time, page by page.
-_MALLOC = {"MALLOC_ARENA_MAX": (-8, 1), "MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, 256 << 20)}
 
 
 def main() -> int:
@@ -99,15 +96,6 @@ def _arguments() -> argparse.Namespace:
         )
     parser.add_argument("--parent_pid", type=int, default=0, help="exit when this process does (used by spawn.py)")
     return parser.parse_args()
-
-
-def keep_freed_memory() -> None:
-    """For the whole process. What the environment says goes before it; without glibc nothing happens."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for name, (parameter, value) in _MALLOC.items():
-            if name not in os.environ:
-                mallopt(parameter, value)
 
 
 def _positive(text: str) -> int:

@@ -26,6 +26,7 @@ import torch
 
 from sam_bridge.backends import DTYPES, MULTIMASK, RANDOM, SAM2_MODELS, BackendError, DeadDevice, Decoded, Options
 from sam_bridge.batching import Lane
+from sam_bridge.cpu_tuning import threads_of_each
 from sam_bridge.types import SegmentRequest
 
 _KEPT = []  # a library's declarations go when it does
@@ -93,7 +94,7 @@ class Sam2:
         self.options = options
         devices = [_device(name) for name in options.device.split(",")]
         if any(device.type == "cpu" for device in devices):
-            torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // len(devices)))
+            torch.set_num_threads(options.threads or threads_of_each(len(devices)))
         weights = _read_checkpoint(options.checkpoint)
         # In a thread that ends. OpenMP keeps a team for every thread that ever shared work out, and with more threads
         # in teams than cores all of them sleep between two operations: without a GPU nobody but the lanes may have one.

@@ -100,9 +100,7 @@ def test_killed_in_use_no_call_is_lost_and_masks_stay_the_same(picture, local):
     first = local.segment(picture, BOX)
     refined = SegmentRequest(points=((100.0, 34.0),), labels=(1,), refine_logits_id=first.logits_id)
     expected = [first.mask, local.segment(picture, refined).mask]
-    with SideCar("grabcut") as side_car, SamClient([side_car.address]) as client:
-        name = side_car.address
-        side_car.follow(lambda address: client.move(name, address))
+    with SideCar("grabcut") as side_car, side_car.connect() as client:
         client.segment(picture, BOX)
         stop, wrong, answered = threading.Event(), [], []
 
@@ -163,9 +161,8 @@ def test_ordinary_exit_without_close_ends_the_child():
 
 def test_one_that_lives_but_answers_nothing_is_killed_and_restarted(picture, monkeypatch):
     monkeypatch.setattr("sam_bridge.spawn.HEALTH_TIMEOUT_S", 0.5)
-    with SideCar("grabcut", health_every_s=0.2) as side_car, SamClient([side_car.address]) as client:
-        name = side_car.address
-        side_car.follow(lambda address: client.move(name, address))
+    monkeypatch.setattr("sam_bridge.spawn.HEALTH_EVERY_S", 0.2)
+    with SideCar("grabcut") as side_car, side_car.connect() as client:
         mask, pid = client.segment(picture, BOX).mask, side_car.pid
         time.sleep(1.0)
         assert side_car.restarts == 0  # one that answers is left alone
@@ -243,7 +240,7 @@ def test_open_segmenter_modes(picture):
     with spawn_segmenter("inprocess") as own:
         assert isinstance(own, LocalSegmenter)
         expected = own.segment(picture, BOX).mask
-    with spawn_segmenter("spawn", workers=1) as spawned:
+    with spawn_segmenter("spawn") as spawned:
         np.testing.assert_array_equal(spawned.segment(picture, BOX).mask, expected)
     with pytest.raises(ValueError, match="options: spawn, connect, inprocess"):
         spawn_segmenter("magic").__enter__()
