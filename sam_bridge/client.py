@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import logging
 import random
 import threading
 import time
@@ -18,18 +19,22 @@ import numpy as np
 from sam_bridge import bridge_pb2 as pb
 from sam_bridge import security, wire
 from sam_bridge.cache import ByteLRU
-from sam_bridge.fleet import Fleet, Slot, rank
+from sam_bridge.fleet import Slot, rank
 from sam_bridge.local import image_hash
 from sam_bridge.shrink import ask_shrunk
 from sam_bridge.types import About, FailureKind, SegmenterError, SegmentReply, SegmentRequest
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CONNECT_S = 5.0  # deadline of the first call on a connection
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # between attempts, doubling
+PROBE_S = 1.0  # between looks at side-cars that are out
 PUTS_PER_CALL = 3  # an image that is gone again right after it was put, this many times: the cache is too small
 RECIPES = 65536  # masks whose making is remembered, so that `refine` works after a restart
 
+
+COUNTS = ("calls", "retries", "rejected", "puts", "remade", "restarts", "ejections", "returns")
 
 # What the status of a failed call means where our server gave no reason: (kind, words about address and details).
 _OF_GRPC = {
@@ -65,9 +70,22 @@ class SamClient(contextlib.AbstractContextManager):
     ):
         """ValueError for addresses or files that cannot be used, or a token that would travel in the clear."""
         token, roots = security.read_token(token_file), security.read_certificates(tls_ca)
+        tls = tls or roots is not None
+        if isinstance(addresses, str) or not addresses:
+            raise ValueError(f"addresses must be a non-empty list of host:port, got {addresses!r}")
+        if len(set(addresses)) < len(addresses):
+            raise ValueError(f"addresses must differ, got {list(addresses)}")
+        for address in addresses:
+            if not wire.is_loopback(address) and token and not tls:
+                raise ValueError(f"the token would travel to {address} in the clear: give its certificate (tls_ca)")
+        credentials = grpc.ssl_channel_credentials(roots) if tls else None
+        self.slots = [Slot(address, credentials) for address in addresses]
         self.timeout_s, self.wait_s = timeout_s, wait_s
-        self._fleet = Fleet(addresses, roots, tls or roots is not None, token)
-        self._lock = threading.Lock()
+        self._metadata = security.metadata(token)
+        self._lock = threading.RLock()
+        self._closed = threading.Event()
+        self._watcher: threading.Thread | None = None  # looks at the side-cars that are out
+        self._counts: collections.Counter[str] = collections.Counter()
         self._recipes = cachetools.LRUCache(RECIPES)  # logits id -> (image's key, request)
         self._puts = ByteLRU(0)  # images on their way; nothing is kept, one call sends for all who ask meanwhile
         self._about: About | None = None  # the first side-car that answered; the others must give the same masks
@@ -98,7 +116,7 @@ class SamClient(contextlib.AbstractContextManager):
 
     def info(self) -> list[pb.InfoReply]:
         """Who answers at each address, in order, with counts. Waits up to `wait_s` for each; the connection check."""
-        return [self._call(lambda s=slot: [s], lambda s: self._check(s, force=True)) for slot in self._fleet.slots]
+        return [self._call(lambda s=slot: [s], lambda s: self._check(s, force=True)) for slot in self.slots]
 
     @property
     def about(self) -> About:
@@ -110,24 +128,30 @@ class SamClient(contextlib.AbstractContextManager):
     def counters(self) -> dict[str, float]:
         """Since the start: calls, retries, rejected (queue full), puts, remade masks, restarts of side-cars that were
         noticed, ejections and returns; and `out`, the side-cars that are out now."""
-        return self._fleet.counters()
+        return {name: self._counts[name] for name in COUNTS} | {"out": sum(slot.out for slot in self.slots)}
 
     def move(self, name: str, address: str) -> None:
         """The side-car first known as `name` now listens at `address`."""
-        self._fleet.move(name, address)
+        with self._lock:
+            if not self._closed.is_set():
+                next(slot for slot in self.slots if slot.name == name).dial(address)
 
     def close(self) -> None:
         """Calls under way fail with UNAVAILABLE."""
-        self._fleet.close()
+        with self._lock:
+            self._closed.set()
+            for slot in self.slots:
+                slot.channel.close()
+        if self._watcher is not None:
+            self._watcher.join()
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def _segment(self, key: str, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
         message = wire.request_to_proto(key, request)
-        self._fleet.count("calls")
-        slots = self._fleet.slots
-        reply, put_timings = self._call(lambda: rank(slots, key), lambda slot: self._attempt(slot, message, image))
+        self._count("calls")
+        reply, put_timings = self._call(lambda: rank(self.slots, key), lambda slot: self._attempt(slot, message, image))
         decoded = wire.reply_from_proto(reply, image.shape[:2])
         timings = collections.Counter(decoded.timings_s)
         timings.update(put_timings, total=sum(put_timings.values()))  # a Counter adds
@@ -139,7 +163,7 @@ class SamClient(contextlib.AbstractContextManager):
         put_timings = collections.Counter(encode=0.0)
         for _ in range(PUTS_PER_CALL):
             try:
-                reply = slot.stub.Segment(message, timeout=self.timeout_s, metadata=self._fleet.metadata)
+                reply = slot.stub.Segment(message, timeout=self.timeout_s, metadata=self._metadata)
                 return reply, put_timings
             except grpc.RpcError as error:
                 if _reason(error) != wire.UNKNOWN_IMAGE:
@@ -155,9 +179,9 @@ class SamClient(contextlib.AbstractContextManager):
         def send() -> tuple[bool, int]:
             height, width = image.shape[:2]
             put = pb.PutRequest(image_hash=key, height=height, width=width, rgb=image.tobytes())
-            self._fleet.count("puts")
+            self._count("puts")
             timings["encode"] = 0.0  # this call is the one that sends
-            timings.update(slot.stub.Put(put, timeout=self.timeout_s, metadata=self._fleet.metadata).timings_s)
+            timings.update(slot.stub.Put(put, timeout=self.timeout_s, metadata=self._metadata).timings_s)
             return True, 1
 
         try:
@@ -173,7 +197,7 @@ class SamClient(contextlib.AbstractContextManager):
             return None
         stub, timeout_s = slot.stub, min(CONNECT_S, self.wait_s, self.timeout_s)
         try:
-            info = stub.Info(pb.InfoRequest(), timeout=timeout_s, metadata=self._fleet.metadata)
+            info = stub.Info(pb.InfoRequest(), timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise ConnectionError(f"{slot.address} does not answer") from error
@@ -188,17 +212,36 @@ class SamClient(contextlib.AbstractContextManager):
                 detail = f"{slot.address} gives other masks ({info.identity}) than before ({self._about.identity})"
                 raise SegmenterError(FailureKind.INTERNAL, detail)
             if slot.instance not in ("", info.instance):
-                self._fleet.count("restarts")
+                self._count("restarts")
             slot.instance = info.instance
         slot.known = slot.stub is stub  # False if the side-car moved meanwhile
         return info
 
-    def _answers(self, slot: Slot) -> bool:
-        try:
-            self._check(slot, force=True)
-        except (grpc.RpcError, SegmenterError, ValueError, ConnectionError):
-            return False
-        return True
+    def _eject(self, slot: Slot) -> None:
+        """Passes it over from now on, until it answers. One side-car alone is never out: there is no other."""
+        slot.known = False
+        with self._lock:
+            if len(self.slots) == 1 or slot.out or self._closed.is_set():
+                return
+            slot.out = True
+            self._count("ejections")
+            log.warning("side-car %s is out; its images go to the others", slot.address)
+            if self._watcher is None:
+                self._watcher = threading.Thread(target=self._watch, name="sam fleet", daemon=True)
+                self._watcher.start()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(PROBE_S):
+            for slot in [slot for slot in self.slots if slot.out]:
+                with contextlib.suppress(grpc.RpcError, SegmenterError, ValueError, ConnectionError):
+                    self._check(slot, force=True)
+                    slot.out = False
+                    self._count("returns")
+                    log.warning("side-car %s is back", slot.address)
+
+    def _count(self, name: str) -> None:
+        with self._lock:
+            self._counts[name] += 1
 
     def _call(self, candidates: Callable[[], list[Slot]], attempt: Callable[[Slot], T]) -> T:
         """Repeats `attempt` for `wait_s` after its first failure; idempotent calls make that safe."""
@@ -215,24 +258,24 @@ class SamClient(contextlib.AbstractContextManager):
             now = time.monotonic()
             first_failure = first_failure or now
             left = self.wait_s - (now - first_failure)
-            if left <= 0 or self._fleet.closed.is_set():
+            if left <= 0 or self._closed.is_set():
                 raise SegmenterError(error.kind, f"{error.detail} (gave up after {now - first_failure:.1f} s)")
-            self._fleet.count("retries")
+            self._count("retries")
             if error.kind is FailureKind.UNAVAILABLE:
-                self._fleet.eject(slot, self._answers)
+                self._eject(slot)
                 tried.add(slot.name)
                 if len(tried) < len(slots):
                     continue  # another side-car, at once
                 tried.clear()
             else:
-                self._fleet.count("rejected")
+                self._count("rejected")
             # Jitter: 64 trajectories turned away together should not come back together.
-            self._fleet.closed.wait(min(left, pause * random.uniform(0.5, 1.5)))
+            self._closed.wait(min(left, pause * random.uniform(0.5, 1.5)))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _typed(self, slot: Slot, raised: Exception) -> SegmenterError:
         """What to raise if no further attempt is made or succeeds."""
-        if self._fleet.closed.is_set():
+        if self._closed.is_set():
             return SegmenterError(FailureKind.UNAVAILABLE, "the client is closed")
         if isinstance(raised, ConnectionError):
             return SegmenterError(FailureKind.UNAVAILABLE, str(raised))
@@ -255,7 +298,7 @@ class SamClient(contextlib.AbstractContextManager):
             recipe_key, recipe = self._recipes.get(logits_id, ("", None))
         if recipe_key != key:
             return False
-        self._fleet.count("remade")
+        self._count("remade")
         return self._ask(image, recipe).logits_id == logits_id
 
 

@@ -121,14 +121,9 @@ class LocalSegmenter:
         return SegmentReply(decoded.mask, decoded.score, name, timings, decoded.candidates)
 
     @property
-    def identity(self) -> str:
-        """Equal where masks are equal."""
-        return getattr(self.backend, "identity", self.backend.name)
-
-    @property
     def about(self) -> About:
         """See types.Segmenter."""
-        return About(self.backend.name, self.identity)
+        return About(self.backend.name, getattr(self.backend, "identity", self.backend.name))
 
     @property
     def concurrency(self) -> int:

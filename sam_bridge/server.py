@@ -91,14 +91,65 @@ class Gate:
                 self._changed.notify()
 
 
-class Servicer:
-    """The rpcs of bridge.proto. All are idempotent, so a client may repeat any of them."""
+class Server:
+    """A running server. `address` holds the port that was bound.
 
-    def __init__(self, segmenter: LocalSegmenter, gate: Gate, metrics: BridgeMetrics):
-        self._segmenter, self._gate, self._metrics = segmenter, gate, metrics
-        self._instance = uuid.uuid4().hex[:16]
+    The rpcs of bridge.proto are all idempotent, so a client may repeat any of them.
+    """
 
-    def handlers(self) -> grpc.GenericRpcHandler:
+    def __init__(
+        self,
+        segmenter: LocalSegmenter,
+        address: str = "127.0.0.1:0",
+        *,
+        workers: int = 2,
+        queue: int = QUEUE,
+        token: str = "",
+        tls_cert: str = "",
+        tls_key: str = "",
+        insecure: bool = False,
+    ):
+        """`workers` calls are worked on at a time, `queue` may wait. `tls_cert`, `tls_key`: PEM files.
+
+        Raises AddressError for an address in use, malformed, or off this machine without TLS and a token (unless
+        `insecure`); SecurityError for files that cannot be used.
+        """
+        credentials = server_credentials(tls_cert, tls_key)
+        check_address(address, token=token, tls=credentials is not None, insecure=insecure)
+        self._segmenter, self._instance = segmenter, uuid.uuid4().hex[:16]
+        threads = workers + queue + SPARE_THREADS
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="sam_bridge")
+        self.gate = Gate(workers, queue)
+        self.metrics = BridgeMetrics(lambda: {**segmenter.counters(), "waiting": self.gate.waiting})
+        refused = lambda: self.metrics.called("any", wire.UNAUTHENTICATED, {})  # noqa: E731
+        self._server = grpc.server(
+            self._pool,
+            interceptors=[TokenCheck(token, refused)] if token else [],
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=2 * threads,
+        )
+        self._server.add_generic_rpc_handlers((self._handlers(),))
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        for name in ("", SERVICE):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        try:
+            if credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise AddressError(f"cannot listen on {address}: {error}") from error
+        self.address = f"{address.rpartition(':')[0]}:{port}"
+        self._server.start()
+
+    def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Refuses new calls, gives those under way `grace_s` seconds, then cancels them."""
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace_s).wait()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
         """From bytes to bytes, instead of the generated ones: bytes that are no message get a typed status, too."""
 
         def handler(rpc: str, kind: type, work: Callable) -> grpc.RpcMethodHandler:
@@ -111,15 +162,15 @@ class Servicer:
         return grpc.method_handlers_generic_handler(SERVICE, {rpc[0]: handler(*rpc) for rpc in rpcs})
 
     def _info(self, request: pb.InfoRequest, context: grpc.ServicerContext) -> pb.InfoReply:
-        images = self._segmenter.images
+        images, about = self._segmenter.images, self._segmenter.about
         return pb.InfoReply(
             protocol=wire.PROTOCOL,
-            backend=self._segmenter.backend.name,
+            backend=about.backend,
             encodes=images.made,
             segments=self._segmenter.segments,
             image_bytes=images.used_bytes,
             evictions=images.evictions,
-            identity=self._segmenter.identity,
+            identity=about.identity,
             instance=self._instance,
         )
 
@@ -132,7 +183,7 @@ class Servicer:
         check_image(image)
         if request.image_hash in self._segmenter.images:  # another client was faster
             return pb.PutReply(timings_s={"queue": 0.0, "encode": 0.0})
-        with self._gate.enter(context) as queue_s:
+        with self.gate.enter(context) as queue_s:
             if image_hash(image) != request.image_hash:
                 raise SegmenterError(FailureKind.INVALID_IMAGE, "image_hash is not the hash of these pixels")
             _, encode_s = self._segmenter.put(request.image_hash, image)
@@ -142,7 +193,7 @@ class Servicer:
         start = time.perf_counter()
         if request.image_hash not in self._segmenter.images:  # said before the queue, not after it
             raise UnknownImage(request.image_hash)
-        with self._gate.enter(context) as queue_s:
+        with self.gate.enter(context) as queue_s:
             reply = self._segmenter.segment_known(request.image_hash, wire.request_from_proto(request))
             rle_start = time.perf_counter()
             counts = wire.encode_mask(reply.mask)
@@ -177,69 +228,14 @@ class Servicer:
         else:
             seconds = time.perf_counter() - start
             if rpc != "Info":
-                self._metrics.called(rpc, "ok", {**reply.timings_s, "total": seconds})
+                self.metrics.called(rpc, "ok", {**reply.timings_s, "total": seconds})
             if seconds > SLOW_S:
                 fields = {"rpc": rpc, "seconds": round(seconds, 3), "peer": context.peer()}
                 log.warning("%s took %.1f s", rpc, seconds, extra={"fields": fields})
             return reply.SerializeToString()
-        self._metrics.called(rpc, reason, {"total": time.perf_counter() - start})
+        self.metrics.called(rpc, reason, {"total": time.perf_counter() - start})
         if reason != wire.UNKNOWN_IMAGE:
             fields = {"rpc": rpc, "reason": reason, "detail": detail[: wire.MAX_DETAIL], "peer": context.peer()}
             log.log(_LEVELS.get(reason, logging.WARNING), "%s failed: %s", rpc, detail, extra={"fields": fields})
         context.set_trailing_metadata(((wire.REASON_KEY, reason),))
         context.abort(code or _CODES[reason], wire.status_text(detail))
-
-
-class Server:
-    """A running server. `address` holds the port that was bound."""
-
-    def __init__(
-        self,
-        segmenter: LocalSegmenter,
-        address: str = "127.0.0.1:0",
-        *,
-        workers: int = 2,
-        queue: int = QUEUE,
-        token: str = "",
-        tls_cert: str = "",
-        tls_key: str = "",
-        insecure: bool = False,
-    ):
-        """`workers` calls are worked on at a time, `queue` may wait. `tls_cert`, `tls_key`: PEM files.
-
-        Raises AddressError for an address in use, malformed, or off this machine without TLS and a token (unless
-        `insecure`); SecurityError for files that cannot be used.
-        """
-        credentials = server_credentials(tls_cert, tls_key)
-        check_address(address, token=token, tls=credentials is not None, insecure=insecure)
-        threads = workers + queue + SPARE_THREADS
-        self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="sam_bridge")
-        self.gate = Gate(workers, queue)
-        self.metrics = BridgeMetrics(lambda: {**segmenter.counters(), "waiting": self.gate.waiting})
-        refused = lambda: self.metrics.called("any", wire.UNAUTHENTICATED, {})  # noqa: E731
-        self._server = grpc.server(
-            self._pool,
-            interceptors=[TokenCheck(token, refused)] if token else [],
-            options=_OPTIONS,
-            maximum_concurrent_rpcs=2 * threads,
-        )
-        self._server.add_generic_rpc_handlers((Servicer(segmenter, self.gate, self.metrics).handlers(),))
-        self._health = health.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        for name in ("", SERVICE):
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        try:
-            if credentials is None:
-                port = self._server.add_insecure_port(address)
-            else:
-                port = self._server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise AddressError(f"cannot listen on {address}: {error}") from error
-        self.address = f"{address.rpartition(':')[0]}:{port}"
-        self._server.start()
-
-    def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """Refuses new calls, gives those under way `grace_s` seconds, then cancels them."""
-        self._health.enter_graceful_shutdown()
-        self._server.stop(grace_s).wait()
-        self._pool.shutdown(wait=False, cancel_futures=True)

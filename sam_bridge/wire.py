@@ -94,8 +94,7 @@ def request_to_proto(key: str, request: SegmentRequest) -> pb.SegmentRequest:
     """`request` has passed check_request."""
     message = pb.SegmentRequest(image_hash=key, refine=request.refine_logits_id, candidates=request.candidates)
     if request.box is not None:
-        x0, y0, x1, y1 = map(float, request.box)
-        message.box.CopyFrom(pb.Box(x0=x0, y0=y0, x1=x1, y1=y1))
+        message.box.x0, message.box.y0, message.box.x1, message.box.y1 = map(float, request.box)
     for (x, y), label in zip(request.points, request.labels, strict=True):
         message.points.add(x=float(x), y=float(y), label=int(label))
     return message

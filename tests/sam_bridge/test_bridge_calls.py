@@ -162,7 +162,7 @@ def test_bad_input_is_typed_on_both_ends(local, serve, connect, picture):
     assert failure(client.segment, picture, SegmentRequest(refine_logits_id="x")).kind is FailureKind.UNKNOWN_LOGITS
     # A client that does not check is answered by the server's own checks.
     client.segment(picture, BOX)
-    slot = client._fleet.slots[0]
+    slot = client.slots[0]
     key = wire.request_to_proto("", BOX)
     key.image_hash = next(iter(local.images._kept))
     key.box.x0 = float("nan")
@@ -245,9 +245,9 @@ def test_other_protocol_version_is_refused_at_once(fake, serve, connect, picture
     client = connect(server.address)
     with monkeypatch.context() as patch:
         patch.setattr("sam_bridge.wire.PROTOCOL", 99)
-        reply = client._fleet.slots[0].stub.Info(pb.InfoRequest())
+        reply = client.slots[0].stub.Info(pb.InfoRequest())
     assert reply.protocol == 99
-    monkeypatch.setattr(client._fleet.slots[0].stub, "Info", lambda *_, **__: reply)
+    monkeypatch.setattr(client.slots[0].stub, "Info", lambda *_, **__: reply)
     error = failure(client.segment, picture, BOX)
     assert error.kind is FailureKind.INTERNAL and "protocol 99" in error.detail
 
@@ -268,9 +268,9 @@ def test_images_spread_over_side_cars_and_stay(fake, serve, connect):
     assert sum(b.encoded for b in backends) == 30  # the second round met the encodings of the first
     assert all(b.encoded > 0 for b in backends)
     keys = [str(i) for i in range(200)]
-    before = [rank(client._fleet.slots, key)[0] for key in keys]
-    after = [rank(client._fleet.slots[:2], key)[0] for key in keys]
-    gone = client._fleet.slots[2]
+    before = [rank(client.slots, key)[0] for key in keys]
+    after = [rank(client.slots[:2], key)[0] for key in keys]
+    gone = client.slots[2]
     assert all(a is b for a, b in zip(after, before, strict=True) if b is not gone)
     servers[0].stop(0)  # its images go to the next in rank
     for image in images:

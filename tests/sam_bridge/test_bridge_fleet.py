@@ -23,7 +23,7 @@ IMAGES = [np.full((8, 8, 3), i, np.uint8) for i in range(24)]
 
 @pytest.fixture(autouse=True)
 def quick_probes(monkeypatch):
-    monkeypatch.setattr(fleet, "PROBE_S", 0.05)
+    monkeypatch.setattr("sam_bridge.client.PROBE_S", 0.05)
 
 
 def until(condition, within_s=10.0):
@@ -92,7 +92,7 @@ def test_draining_lets_calls_end_and_sends_new_ones_elsewhere(fake, serve, conne
     backends = [fake(hold=hold), fake()]
     first, second = (Server(LocalSegmenter(backend)) for backend in backends)
     client = connect(first.address, second.address)
-    mine = next(i for i in IMAGES if fleet.rank(client._fleet.slots, key(i))[0].address == first.address)
+    mine = next(i for i in IMAGES if fleet.rank(client.slots, key(i))[0].address == first.address)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         under_way = pool.submit(client.segment, mine, BOX)
         until(lambda: backends[0].decoded == 1)

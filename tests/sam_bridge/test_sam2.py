@@ -134,7 +134,7 @@ def test_two_devices_share_the_images_and_give_equal_masks(reference):
         reference[0].predictor.set_image(picture)
         enlarged, _, _ = reference[0].predict(SegmentRequest(box=(3.0, 3.0, 30.0, 30.0)), None)
         np.testing.assert_array_equal(mask, enlarged > 0)
-    assert two.identity.startswith("sam2 sam2.1_tiny ")  # whatever the devices are
+    assert two.about.identity.startswith("sam2 sam2.1_tiny ")  # whatever the devices are
     two.close()
 
 
@@ -154,7 +154,7 @@ def test_names_and_files_are_the_packages_own():
     assert len(table) == len(SAM2_MODELS)
     for file, config in table.items():
         name = backend._model_name(Options(checkpoint=f"/some/where/{file}"))
-        assert name in SAM2_MODELS and backend.config_file(name) == config
+        assert name in SAM2_MODELS and backend.CONFIG_FILES[name] == config
 
 
 def test_what_cannot_be_had_is_one_clear_error(reference, tmp_path):
