@@ -10,9 +10,7 @@ from hypothesis import HealthCheck, given, settings
 
 from benchmarks._bridge_requests import SEGMENT, fuzzed, send, typed
 from sam_bridge.local import image_hash
-from sam_bridge.types import SegmentRequest
-
-BOX = SegmentRequest(box=(22.0, 32.0, 59.0, 69.0))
+from tests.sam_bridge.fakes import BOX
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import subprocess
 import urllib.request
 
@@ -19,9 +20,9 @@ from sam_bridge.client import SamClient
 from sam_bridge.local import LocalSegmenter
 from sam_bridge.security import AddressError, SecurityError, read_token
 from sam_bridge.server import Server
-from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
+from sam_bridge.types import FailureKind, SegmentRequest
+from tests.sam_bridge.fakes import BOX, failure
 
-BOX = SegmentRequest(box=(22.0, 32.0, 59.0, 69.0))
 TOKEN = "a-token-of-forty-letters-for-this-test-x"
 
 
@@ -35,12 +36,6 @@ def files(tmp_path_factory):
     (folder / "token").write_text(TOKEN + "\n")
     (folder / "other").write_text(TOKEN[::-1])
     return {name: str(folder / name) for name in ("cert.pem", "key.pem", "token", "other")}
-
-
-def failure(call, *args) -> SegmenterError:
-    with pytest.raises(SegmenterError) as caught:
-        call(*args)
-    return caught.value
 
 
 def test_tls_and_token_on_an_open_address(fake, serve, connect, picture, files):
@@ -83,15 +78,29 @@ def test_without_the_token_nothing_but_health_answers(fake, serve, files):
     )
 
 
-def test_an_open_address_needs_both(fake, files):
-    pair = dict(tls_cert=files["cert.pem"], tls_key=files["key.pem"])
-    for secure, says in (
-        ({}, "--tls_cert and --tls_key and --token_file"),
-        (pair, "give --token_file"),
-        (dict(token=TOKEN), "--tls_key,"),
-    ):
-        with pytest.raises(AddressError, match=says):
-            Server(LocalSegmenter(fake()), "0.0.0.0:0", **secure)
+@pytest.mark.parametrize(
+    ("address", "secure", "says"),
+    [
+        ("0.0.0.0:0", "", "--tls_cert and --tls_key and --token_file.*--insecure"),
+        ("0.0.0.0:0", "tls", "give --token_file"),
+        ("0.0.0.0:0", "token", "--tls_key,"),
+        ("192.0.2.1:0", "", "--insecure"),
+        ("[::]:0", "", "--insecure"),
+        ("example.com:0", "", "--insecure"),
+        (":0", "", "not host:port"),
+    ],
+)
+def test_an_address_off_this_machine_needs_tls_and_a_token(fake, files, address, secure, says):
+    tls = dict(tls_cert=files["cert.pem"], tls_key=files["key.pem"])
+    with pytest.raises(AddressError, match=says):
+        Server(LocalSegmenter(fake()), address, **{"": {}, "tls": tls, "token": dict(token=TOKEN)}[secure])
+
+
+def test_insecure_allows_it_and_a_port_in_use_is_said(fake, serve, connect, picture):
+    port = serve(LocalSegmenter(fake()), address="0.0.0.0:0", insecure=True).address.rpartition(":")[2]
+    assert connect(f"127.0.0.1:{port}").segment(picture, BOX).mask.any()
+    with pytest.raises(AddressError, match="Address already in use"):
+        Server(LocalSegmenter(fake()), f"127.0.0.1:{port}")
 
 
 def test_files_that_cannot_be_used(fake, files, tmp_path):
@@ -113,7 +122,10 @@ def test_metrics_count_calls_images_and_seconds(fake, serve, connect, picture):
     for x in (30.0, 40.0):
         client.segment(picture, SegmentRequest(box=(10.0, 10.0, x, 40.0)))
     failure(client.segment, picture, SegmentRequest(box=(10.0, 10.0, 20.0, 20.0), refine_logits_id="nothing"))
-    stop = server.metrics.serve("127.0.0.1", port := free_port())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    stop = server.metrics.serve("127.0.0.1", port)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
         lines = page.read().decode().splitlines()
     stop()
@@ -128,14 +140,6 @@ def test_metrics_count_calls_images_and_seconds(fake, serve, connect, picture):
         "sam_bridge_waiting 0.0",
     ):
         assert line in lines
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_json_lines():

@@ -23,12 +23,12 @@ from sam_bridge.backends import RANDOM, SAM2_MODELS, BackendError, Options, load
 from sam_bridge.backends import sam2 as backend
 from sam_bridge.local import LocalSegmenter
 from sam_bridge.types import SegmentRequest
+from tests.sam_bridge.fakes import BOX
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # sam2's transforms
 
 QUICK = 128  # pixels, instead of 1024
 SIZES = ((32, 32), (120, 160), (333, 97))
-BOX = SegmentRequest(box=(22.0, 32.0, 59.0, 69.0))
 
 
 @pytest.fixture(scope="module", autouse=True)
