@@ -16,6 +16,8 @@ import threading
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before gRPC loads: our own messages say it once and plainly
 
+import prometheus_client
+
 from sam_bridge import backends, telemetry
 from sam_bridge.cpu_tuning import keep_freed_memory
 from sam_bridge.local import IMAGE_CACHE_BYTES, LOGITS_CACHE_BYTES, LocalSegmenter
@@ -35,7 +37,6 @@ def main() -> int:
     stop, dead = threading.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    stop_metrics = None
     try:
         token = read_token(args.token_file)
         # Before a checkpoint is read, which takes a while; the server looks again.
@@ -44,29 +45,20 @@ def main() -> int:
         backend = backends.load_backend(args.backend, backends.Options(**options))
         segmenter = LocalSegmenter(backend, image_bytes=args.cache_mb << 20, logits_bytes=args.logits_mb << 20)
         segmenter.on_dead = lambda: (dead.set(), stop.set())
-        server = Server(
-            segmenter,
-            args.address,
-            workers=args.workers or segmenter.concurrency,
-            queue=args.queue,
-            token=token,
-            tls_cert=args.tls_cert,
-            tls_key=args.tls_key,
-            insecure=args.insecure,
-        )
+        secure = dict(token=token, tls_cert=args.tls_cert, tls_key=args.tls_key, insecure=args.insecure)
+        workers = args.workers or segmenter.concurrency
+        server = Server(segmenter, args.address, workers=workers, queue=args.queue, **secure)
         if args.metrics_address:
             # The page holds counts and times only, but who may read them is for the operator to say.
             check_address(args.metrics_address, token="", tls=False, insecure=args.insecure)
             host, _, port = args.metrics_address.rpartition(":")
-            stop_metrics = server.metrics.serve(host, int(port))
+            prometheus_client.start_http_server(int(port), host, server.metrics.registry)  # on a daemon thread
     except (backends.BackendError, AddressError, SecurityError) as error:
         print(f"sam_bridge: {error}", file=sys.stderr)
         return 2
     print(f"{READY}{server.address} backend={segmenter.backend.name} pid={os.getpid()}", flush=True)
     stop.wait()
     server.stop(0.0 if dead.is_set() else args.grace_s)
-    if stop_metrics is not None:
-        stop_metrics()
     if dead.is_set():
         os._exit(3)  # threads may hang in a device that answers nothing
     segmenter.close()

@@ -49,21 +49,16 @@ def test_a_click_in_the_middle_finds_most_shapes_on_photographs(local):
     assert np.mean(found) > 0.8 and np.mean(np.array(found) >= 0.9) > 0.7  # from a disc alone: 0.4 and 0.3
 
 
-def test_two_objects_by_two_clicks_and_one_taken_away_by_refining(local, picture, disc):
-    both = local.segment(picture, SegmentRequest(points=((40.0, 50.0), (100.0, 34.0)), labels=(1, 1)))
+def test_two_objects_by_two_clicks_and_one_added_or_taken_away_by_refining(local, picture, disc):
     square = np.zeros_like(disc)
     square[20:49, 85:116] = True
+    both = local.segment(picture, SegmentRequest(points=((40.0, 50.0), (100.0, 34.0)), labels=(1, 1)))
     assert iou(both.mask, disc | square) > 0.95
     # Box outside = certain background, start = the earlier mask: only the disc's part of it is left.
     one = local.segment(picture, SegmentRequest(box=BOX.box, refine_logits_id=both.logits_id))
     assert iou(one.mask, disc) > 0.95
-
-
-def test_refining_with_a_click_adds_an_object(local, picture, disc):
     first = local.segment(picture, SegmentRequest(points=CLICK, labels=(1,)))
     request = SegmentRequest(points=((100.0, 34.0),), labels=(1,), refine_logits_id=first.logits_id)
-    square = np.zeros_like(disc)
-    square[20:49, 85:116] = True
     assert iou(local.segment(picture, request).mask, disc | square) > 0.95
 
 

@@ -81,11 +81,12 @@ def test_sam2_of_the_first_family_and_another_size(tmp_path):
     assert all_equal(bridge_exact.compare(predictor, options, QUICK, 5, SIZES[:1]))
 
 
-@pytest.mark.parametrize("multimask", ["never", "always"])
-def test_the_multimask_switch(reference, multimask):
+@pytest.mark.parametrize("change", [{"multimask": "never"}, {"multimask": "always"}, {"dtype": "bfloat16"}])
+def test_the_multimask_switch_and_bf16_as_under_autocast(reference, change):
     predictor, options = reference
-    options = dataclasses.replace(options, multimask=multimask)
-    assert all_equal(bridge_exact.compare(predictor, options, QUICK, 7, SIZES[:1]))
+    with torch.autocast("cpu", torch.bfloat16, enabled="dtype" in change):
+        result = bridge_exact.compare(predictor, dataclasses.replace(options, **change), QUICK, 7, SIZES[:1])
+    assert all_equal(result)
 
 
 def test_candidates_are_the_predictors_three_masks(reference, picture):
@@ -98,14 +99,6 @@ def test_candidates_are_the_predictors_three_masks(reference, picture):
     assert len(ours.candidates) == 3 and ours.score == pytest.approx(float(scores.max()), abs=1e-6)
     np.testing.assert_array_equal(np.stack(ours.candidates), theirs.astype(bool))
     np.testing.assert_array_equal(ours.mask, theirs[int(scores.argmax())].astype(bool))
-
-
-def test_bf16_equals_the_predictor_under_autocast(reference):
-    predictor, options = reference
-    options = dataclasses.replace(options, dtype="bfloat16")
-    with torch.autocast("cpu", torch.bfloat16):
-        result = bridge_exact.compare(predictor, options, QUICK, 7, SIZES[:1])
-    assert all_equal(result)
 
 
 def test_batches_leave_nothing_of_each_other(reference):
