@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 
 import cv2
+import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sam_bridge.backends import Decoded
 from sam_bridge.types import SegmenterError, SegmentRequest
@@ -79,3 +81,11 @@ def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
     return float((a & b).sum() / max(1, (a | b).sum()))
+
+
+def healthy(address: str, service: str = "") -> bool:
+    """What the standard health service says, without a token."""
+    with grpc.insecure_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
+    return reply.status == health_pb2.HealthCheckResponse.SERVING

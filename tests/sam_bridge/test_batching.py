@@ -14,7 +14,7 @@ from tests.sam_bridge.fakes import until
 
 @contextlib.contextmanager
 def crowd(work, calls, **largest):
-    """(lane, futures of the calls (kind, item), what releases the first); they come in order behind the first one, which
+    """(lane, futures of the calls (kind, item), what releases the first); they come in order behind the first, which
     holds the lane; `work` gets each batch, `largest` is the bound of each kind."""
     release = threading.Event()
 

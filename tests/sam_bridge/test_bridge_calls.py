@@ -11,7 +11,6 @@ import time
 import grpc
 import numpy as np
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -21,7 +20,7 @@ from sam_bridge import bridge_pb2 as pb
 from sam_bridge import fleet, server, wire
 from sam_bridge.local import LocalSegmenter
 from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
-from tests.sam_bridge.fakes import BOX, failure, until
+from tests.sam_bridge.fakes import BOX, failure, healthy, until
 
 REQUESTS = [
     BOX,
@@ -180,9 +179,7 @@ def test_full_queue_is_exhausted_and_health_still_answers(fake, serve, connect, 
         busy = [pool.submit(patient.segment, picture, BOX) for _ in range(2)]
         until(lambda: server.gate.waiting == 1)
         assert failure(hasty.segment, picture, BOX).kind is FailureKind.EXHAUSTED
-        with grpc.insecure_channel(server.address) as channel:
-            reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
-        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        assert healthy(server.address)
         hold.set()
         assert all(f.result(10).mask.any() for f in busy)
 

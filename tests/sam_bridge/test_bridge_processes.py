@@ -13,17 +13,15 @@ import time
 import urllib.request
 from pathlib import Path
 
-import grpc
 import numpy as np
 import PIL.Image
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sam_bridge.client import SamClient
 from sam_bridge.local import LocalSegmenter
 from sam_bridge.spawn import SideCar, spawn_segmenter
 from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
-from tests.sam_bridge.fakes import BOX, failure, until
+from tests.sam_bridge.fakes import BOX, failure, healthy, until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,11 +51,7 @@ def side_car():
 
 
 def test_spawned_side_car_serves_and_gives_the_same_masks(side_car, local, picture):
-    with grpc.insecure_channel(side_car.address) as channel:
-        for service in ("", "sam_bridge.v1.SamBridge"):
-            request = health_pb2.HealthCheckRequest(service=service)
-            reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
-            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+    assert healthy(side_car.address) and healthy(side_car.address, "sam_bridge.v1.SamBridge")
     with spawn_segmenter("connect", addresses=[side_car.address]) as client:
         np.testing.assert_array_equal(client.segment(picture, BOX).mask, local.segment(picture, BOX).mask)
 

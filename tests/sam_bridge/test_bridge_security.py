@@ -9,7 +9,6 @@ import subprocess
 import grpc
 import numpy as np
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import generate_latest
 
 from sam_bridge import bridge_pb2 as pb
@@ -19,7 +18,7 @@ from sam_bridge.local import LocalSegmenter
 from sam_bridge.security import AddressError, SecurityError, read_token
 from sam_bridge.server import Server
 from sam_bridge.types import FailureKind, SegmentRequest
-from tests.sam_bridge.fakes import BOX, failure
+from tests.sam_bridge.fakes import BOX, failure, healthy
 
 TOKEN = "a-token-of-forty-letters-for-this-test-x"
 
@@ -56,8 +55,8 @@ def test_tls_and_token_on_an_open_address(fake, serve, connect, picture, files):
 
 def test_without_the_token_nothing_but_health_answers(fake, serve, files):
     server = serve(LocalSegmenter(fake()), token=TOKEN)
+    assert healthy(server.address)
     with grpc.insecure_channel(server.address) as channel:
-        health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
         stub = bridge_pb2_grpc.SamBridgeStub(channel)
         for call, message in (
             (stub.Info, pb.InfoRequest()),
