@@ -21,7 +21,7 @@ import prometheus_client
 from sam_bridge import backends, telemetry
 from sam_bridge.cpu_tuning import keep_freed_memory
 from sam_bridge.local import IMAGE_CACHE_BYTES, LOGITS_CACHE_BYTES, LocalSegmenter
-from sam_bridge.security import AddressError, SecurityError, check_address, read_token
+from sam_bridge.security import SetupError, check_address, read_token
 from sam_bridge.server import QUEUE, Server
 from sam_bridge.wire import READY
 
@@ -53,7 +53,7 @@ def main() -> int:
             check_address(args.metrics_address, token="", tls=False, insecure=args.insecure)
             host, _, port = args.metrics_address.rpartition(":")
             prometheus_client.start_http_server(int(port), host, server.metrics.registry)  # on a daemon thread
-    except (backends.BackendError, AddressError, SecurityError) as error:
+    except (backends.BackendError, SetupError) as error:
         print(f"sam_bridge: {error}", file=sys.stderr)
         return 2
     print(f"{READY}{server.address} backend={segmenter.backend.name} pid={os.getpid()}", flush=True)

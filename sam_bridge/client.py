@@ -76,7 +76,7 @@ class SamClient(contextlib.AbstractContextManager):
         if len(set(addresses)) < len(addresses):
             raise ValueError(f"addresses must differ, got {list(addresses)}")
         for address in addresses:
-            if not wire.is_loopback(address) and token and not tls:
+            if not security.is_loopback(address) and token and not tls:
                 raise ValueError(f"the token would travel to {address} in the clear: give its certificate (tls_ca)")
         credentials = grpc.ssl_channel_credentials(roots) if tls else None
         self.slots = [Slot(address, credentials) for address in addresses]

@@ -132,14 +132,14 @@ class LocalSegmenter:
 
     def counters(self) -> dict[str, float]:
         """What has been done since the start, by name."""
-        own = {
+        return {
             "encodes": self.images.made,
             "segments": self.segments,
             "evictions": self.images.evictions,
             "image_bytes": self.images.used_bytes,
             "logits_bytes": self.logits.used_bytes,
+            **getattr(self.backend, "counters", dict)(),
         }
-        return {**own, **getattr(self.backend, "counters", dict)()}
 
     def close(self) -> None:
         """Ends the back end's threads, if it has any."""

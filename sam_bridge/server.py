@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import logging
 import threading
 import time
@@ -20,7 +21,7 @@ from sam_bridge import bridge_pb2 as pb
 from sam_bridge import wire
 from sam_bridge.local import LocalSegmenter, UnknownImage, image_hash
 from sam_bridge.prompts import check_image
-from sam_bridge.security import AddressError, TokenCheck, check_address, server_credentials
+from sam_bridge.security import SetupError, TokenCheck, check_address, server_credentials
 from sam_bridge.telemetry import BridgeMetrics
 from sam_bridge.types import FailureKind, SegmenterError
 
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 
 QUEUE = 128  # calls that may wait for a worker: twice the 64 trajectories of a step
 SPARE_THREADS = 4  # answer Info, health and refusals while all workers and the queue are busy
-STOP_GRACE_S = 2.0
 SLOW_S = 10.0  # a call that takes longer is a line in the log
 SERVICE = pb.DESCRIPTOR.services_by_name["SamBridge"].full_name
 
@@ -111,8 +111,8 @@ class Server:
     ):
         """`workers` calls are worked on at a time, `queue` may wait. `tls_cert`, `tls_key`: PEM files.
 
-        Raises AddressError for an address in use, malformed, or off this machine without TLS and a token (unless
-        `insecure`); SecurityError for files that cannot be used.
+        Raises SetupError for an address in use, malformed, or off this machine without TLS and a token (unless
+        `insecure`), and for files that cannot be used.
         """
         credentials = server_credentials(tls_cert, tls_key)
         check_address(address, token=token, tls=credentials is not None, insecure=insecure)
@@ -139,11 +139,11 @@ class Server:
             else:
                 port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
-            raise AddressError(f"cannot listen on {address}: {error}") from error
+            raise SetupError(f"cannot listen on {address}: {error}") from error
         self.address = f"{address.rpartition(':')[0]}:{port}"
         self._server.start()
 
-    def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+    def stop(self, grace_s: float) -> None:
         """Refuses new calls, gives those under way `grace_s` seconds, then cancels them."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_s).wait()
@@ -162,17 +162,10 @@ class Server:
         return grpc.method_handlers_generic_handler(SERVICE, {rpc[0]: handler(*rpc) for rpc in rpcs})
 
     def _info(self, request: pb.InfoRequest, context: grpc.ServicerContext) -> pb.InfoReply:
-        images, about = self._segmenter.images, self._segmenter.about
-        return pb.InfoReply(
-            protocol=wire.PROTOCOL,
-            backend=about.backend,
-            encodes=images.made,
-            segments=self._segmenter.segments,
-            image_bytes=images.used_bytes,
-            evictions=images.evictions,
-            identity=about.identity,
-            instance=self._instance,
-        )
+        counts = self._segmenter.counters()
+        done = {name: int(counts[name]) for name in ("encodes", "segments", "image_bytes", "evictions")}
+        about = dataclasses.asdict(self._segmenter.about)
+        return pb.InfoReply(protocol=wire.PROTOCOL, instance=self._instance, **about, **done)
 
     def _put(self, request: pb.PutRequest, context: grpc.ServicerContext) -> pb.PutReply:
         shape = (request.height, request.width, 3)

@@ -202,18 +202,14 @@ def spawn_segmenter(
     backend: str = "grabcut",
     addresses: Sequence[str] = (),
     *,
-    timeout_s: float = 30.0,
-    wait_s: float = 30.0,
     options: backends.Options = backends.DEFAULTS,
-    token_file: str = "",
-    tls_ca: str = "",
-    tls: bool = False,
+    **connection,
 ) -> Iterator[Segmenter]:
     """A segmenter for as long as the `with` block lasts.
 
     spawn: a side-car of our own, restarted when it dies. connect: side-cars that run already at `addresses`; one error
     within `wait_s` when one of them does not answer. inprocess: the back end itself, without a bridge. `options` are
-    for the first and the last, `token_file`, `tls_ca` and `tls` for `connect`. All have `counters()`.
+    for the first and the last, `connection` (SamClient's keywords) for the first two. All have `counters()`.
     """
     if mode not in MODES:
         raise ValueError(f"unknown segmenter mode {mode!r}; options: {', '.join(MODES)}")
@@ -221,10 +217,9 @@ def spawn_segmenter(
         with contextlib.closing(LocalSegmenter(backends.load_backend(backend, options))) as segmenter:
             yield segmenter
     elif mode == "connect":
-        secure = dict(token_file=token_file, tls_ca=tls_ca, tls=tls)
-        with SamClient(addresses, timeout_s=timeout_s, wait_s=wait_s, **secure) as client:
+        with SamClient(addresses, **connection) as client:
             client.info()
             yield client
     else:
-        with SideCar(backend, options) as side_car, side_car.connect(timeout_s=timeout_s, wait_s=wait_s) as client:
+        with SideCar(backend, options) as side_car, side_car.connect(**connection) as client:
             yield client

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-
 import numpy as np
 from pycocotools import mask as coco
 
@@ -27,19 +25,6 @@ MESSAGE_OPTIONS = (("grpc.max_send_message_length", _MAX_MESSAGE), ("grpc.max_re
 def status_text(detail: str) -> str:
     """What may stand in a gRPC status: short, and no character that a header cannot hold."""
     return detail[:MAX_DETAIL].encode("ascii", "backslashreplace").decode().replace("\0", "\\0")[: 2 * MAX_DETAIL]
-
-
-def is_loopback(address: str) -> bool:
-    """True for `localhost:port`, 127.0.0.0/8 and [::1]. Raises ValueError when it is not host:port."""
-    host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isascii() and port.isdigit() and int(port) < 65536):
-        raise ValueError(f"address {address!r} is not host:port, such as 127.0.0.1:50051")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
-    except ValueError:
-        return False
 
 
 def encode_mask(mask: np.ndarray) -> bytes:

@@ -15,7 +15,7 @@ from sam_bridge import bridge_pb2 as pb
 from sam_bridge import bridge_pb2_grpc, telemetry
 from sam_bridge.client import SamClient
 from sam_bridge.local import LocalSegmenter
-from sam_bridge.security import AddressError, SecurityError, read_token
+from sam_bridge.security import SetupError, read_token
 from sam_bridge.server import Server
 from sam_bridge.types import FailureKind, SegmentRequest
 from tests.sam_bridge.fakes import BOX, failure, healthy
@@ -89,14 +89,14 @@ def test_without_the_token_nothing_but_health_answers(fake, serve, files):
 )
 def test_an_address_off_this_machine_needs_tls_and_a_token(fake, files, address, secure, says):
     tls = dict(tls_cert=files["cert.pem"], tls_key=files["key.pem"])
-    with pytest.raises(AddressError, match=says):
+    with pytest.raises(SetupError, match=says):
         Server(LocalSegmenter(fake()), address, **{"": {}, "tls": tls, "token": dict(token=TOKEN)}[secure])
 
 
 def test_insecure_allows_it_and_a_port_in_use_is_said(fake, serve, connect, picture):
     port = serve(LocalSegmenter(fake()), address="0.0.0.0:0", insecure=True).address.rpartition(":")[2]
     assert connect(f"127.0.0.1:{port}").segment(picture, BOX).mask.any()
-    with pytest.raises(AddressError, match="Address already in use"):
+    with pytest.raises(SetupError, match="Address already in use"):
         Server(LocalSegmenter(fake()), f"127.0.0.1:{port}")
 
 
@@ -104,9 +104,9 @@ def test_files_that_cannot_be_used(fake, files, tmp_path):
     (tmp_path / "short").write_text("secret")
     (tmp_path / "two").write_text("two words of a good length")
     for name, says in (("short", "at least 16"), ("two", "without spaces"), ("none", "cannot be read: No such file")):
-        with pytest.raises(SecurityError, match=says):
+        with pytest.raises(SetupError, match=says):
             read_token(str(tmp_path / name))
-    with pytest.raises(SecurityError, match="both"):
+    with pytest.raises(SetupError, match="both"):
         Server(LocalSegmenter(fake()), tls_cert=files["cert.pem"])
     with pytest.raises(ValueError, match="in the clear"):
         SamClient(["192.0.2.1:50051"], token_file=files["token"])
