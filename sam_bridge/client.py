@@ -32,8 +32,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # between attempts, doubling
 PROBE_S = 1.0  # between looks at side-cars that are out
 PUTS_PER_CALL = 3  # an image that is gone again right after it was put, this many times: the cache is too small
 RECIPES = 65536  # masks whose making is remembered, so that `refine` works after a restart
-
-
 COUNTS = ("calls", "retries", "rejected", "puts", "remade", "restarts", "ejections", "returns")
 
 # What the status of a failed call means where our server gave no reason: (kind, words about address and details).
@@ -69,7 +67,8 @@ class SamClient(contextlib.AbstractContextManager):
         tls: bool = False,
     ):
         """ValueError for addresses or files that cannot be used, or a token that would travel in the clear."""
-        token, roots = security.read_token(token_file), security.read_certificates(tls_ca)
+        token = security.read_token(token_file)
+        roots = security.read_file(tls_ca, "certificate") if tls_ca else None
         tls = tls or roots is not None
         if isinstance(addresses, str) or not addresses:
             raise ValueError(f"addresses must be a non-empty list of host:port, got {addresses!r}")
@@ -81,7 +80,7 @@ class SamClient(contextlib.AbstractContextManager):
         credentials = grpc.ssl_channel_credentials(roots) if tls else None
         self.slots = [Slot(address, credentials) for address in addresses]
         self.timeout_s, self.wait_s = timeout_s, wait_s
-        self._metadata = security.metadata(token)
+        self._metadata = ((security.TOKEN_KEY, f"Bearer {token}"),) if token else ()
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None  # looks at the side-cars that are out

@@ -1,6 +1,8 @@
 """What a side-car sets in its process for speed on a CPU, and nothing else: results are the same without it.
 
-`python benchmarks/bridge.py --parts=decode` with and without is the benchmark that shows whether it pays.
+`bridge_ms_p50` of `python benchmarks/bridge.py --parts=overhead`, on an idle machine, is what shows whether it pays.
+Counted for 7 pictures and 42 prompts of SAM 2.1 tiny with two threads: `keep_freed_memory` takes page faults from 2.5
+million to 0.3 to 0.5, and system time from 4 s to 1 to 2.5. With one thread time does not change.
 """
 
 from __future__ import annotations

@@ -22,11 +22,19 @@ class SetupError(ValueError):
     """An address, token or certificate file that cannot be used. The message says which, why and what to do."""
 
 
+def read_file(path: str, what: str) -> bytes:
+    """SetupError, which says `what` it is, when it cannot be read."""
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise SetupError(f"the {what} file {path} cannot be read: {error.strerror}") from error
+
+
 def read_token(path: str) -> str:
     """The token in a file; "" for no file. SetupError when it is empty, short, or cannot be a header."""
     if not path:
         return ""
-    token = _read(path, "token").decode("ascii", "replace").strip()
+    token = read_file(path, "token").decode("ascii", "replace").strip()
     if len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise SetupError(
             f"the token in {path} must be at least {MIN_TOKEN} printable characters without spaces:"
@@ -35,24 +43,14 @@ def read_token(path: str) -> str:
     return token
 
 
-def read_certificates(path: str) -> bytes | None:
-    """The root certificates in a PEM file; None for no file."""
-    return _read(path, "certificate") if path else None
-
-
 def server_credentials(cert_file: str, key_file: str) -> grpc.ServerCredentials | None:
     """From two PEM files; None when neither is named."""
     if bool(cert_file) != bool(key_file):
         raise SetupError("TLS needs both a certificate and its key: --tls_cert and --tls_key")
     if not cert_file:
         return None
-    pair = (_read(key_file, "key"), _read(cert_file, "certificate"))
+    pair = (read_file(key_file, "key"), read_file(cert_file, "certificate"))
     return grpc.ssl_server_credentials([pair])
-
-
-def metadata(token: str) -> tuple[tuple[str, str], ...]:
-    """What a client sends with every call."""
-    return ((TOKEN_KEY, f"Bearer {token}"),) if token else ()
 
 
 class TokenCheck(grpc.ServerInterceptor):
@@ -110,10 +108,3 @@ def check_address(address: str, *, token: str, tls: bool, insecure: bool) -> Non
     except OSError as error:
         hint = "; is another side-car running? Pick another --address" if error.errno == errno.EADDRINUSE else ""
         raise SetupError(f"cannot listen on {address}: {error.strerror}{hint}") from error
-
-
-def _read(path: str, what: str) -> bytes:
-    try:
-        return pathlib.Path(path).read_bytes()
-    except OSError as error:
-        raise SetupError(f"the {what} file {path} cannot be read: {error.strerror}") from error

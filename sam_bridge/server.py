@@ -54,10 +54,7 @@ _CODES = {
     FailureKind.INTERNAL: grpc.StatusCode.INTERNAL,
 }
 # A policy's bad prompts and a full queue are daily bread; the log is for what somebody should look at.
-_LEVELS = dict.fromkeys(
-    (FailureKind.INVALID_PROMPT, FailureKind.INVALID_IMAGE, FailureKind.UNKNOWN_LOGITS, FailureKind.EXHAUSTED),
-    logging.DEBUG,
-)
+_EXPECTED = (FailureKind.INVALID_PROMPT, FailureKind.INVALID_IMAGE, FailureKind.UNKNOWN_LOGITS, FailureKind.EXHAUSTED)
 
 
 class Gate:
@@ -229,6 +226,7 @@ class Server:
         self.metrics.called(rpc, reason, {"total": time.perf_counter() - start})
         if reason != wire.UNKNOWN_IMAGE:
             fields = {"rpc": rpc, "reason": reason, "detail": detail[: wire.MAX_DETAIL], "peer": context.peer()}
-            log.log(_LEVELS.get(reason, logging.WARNING), "%s failed: %s", rpc, detail, extra={"fields": fields})
+            level = logging.DEBUG if reason in _EXPECTED else logging.WARNING
+            log.log(level, "%s failed: %s", rpc, detail, extra={"fields": fields})
         context.set_trailing_metadata(((wire.REASON_KEY, reason),))
         context.abort(code or _CODES[reason], wire.status_text(detail))
