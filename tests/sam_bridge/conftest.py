@@ -3,6 +3,8 @@ name would hide the package under test."""
 
 from __future__ import annotations
 
+import contextlib
+
 import cv2
 import numpy as np
 import pytest
@@ -35,29 +37,21 @@ def local() -> LocalSegmenter:
 @pytest.fixture
 def serve():
     """serve(segmenter, **options) -> Server, stopped after the test."""
-    servers: list[Server] = []
+    with contextlib.ExitStack() as stack:
 
-    def start(segmenter: LocalSegmenter, **options) -> Server:
-        servers.append(Server(segmenter, **options))
-        return servers[-1]
+        def start(segmenter: LocalSegmenter, **options) -> Server:
+            server = Server(segmenter, **options)
+            stack.callback(server.stop, 0)
+            return server
 
-    yield start
-    for server in servers:
-        server.stop(0)
+        yield start
 
 
 @pytest.fixture
 def connect():
     """connect(*addresses, **options) -> SamClient, closed after the test."""
-    clients: list[SamClient] = []
-
-    def start(*addresses: str, **options) -> SamClient:
-        clients.append(SamClient(addresses, **options))
-        return clients[-1]
-
-    yield start
-    for client in clients:
-        client.close()
+    with contextlib.ExitStack() as stack:
+        yield lambda *addresses, **options: stack.enter_context(SamClient(addresses, **options))
 
 
 @pytest.fixture
