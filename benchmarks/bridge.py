@@ -39,7 +39,6 @@ import numpy as np
 from benchmarks._bridge_quick import object_mask
 from sam_bridge import rle, wire
 from sam_bridge.backends import RANDOM, Options, load_backend
-from sam_bridge.client import SamClient
 from sam_bridge.local import LocalSegmenter, image_hash
 from sam_bridge.spawn import SideCar
 from sam_bridge.types import SegmenterError, SegmentRequest
@@ -118,11 +117,8 @@ def side_car(args, backend: str = "sam2", arguments=(), alone: bool = False):
     elif backend == "sam2":
         batch = 1 if alone else 0
         options = sam2_options(args, encode_batch=batch, decode_batch=batch)
-    with SideCar(backend, options=options, arguments=arguments) as car:
-        name = car.address
-        with SamClient([name], timeout_s=600, wait_s=120) as client:
-            car.follow(lambda address: client.move(name, address))
-            yield car, client
+    with SideCar(backend, options, arguments) as car, car.connect(timeout_s=600, wait_s=120) as client:
+        yield car, client
 
 
 def sam2_options(args, **changes) -> Options:
@@ -266,8 +262,8 @@ def throughput(args) -> dict:
 def decode(args) -> dict:
     import torch
 
-    from sam_bridge.__main__ import keep_freed_memory
     from sam_bridge.backends import sam2
+    from sam_bridge.cpu_tuning import keep_freed_memory
 
     keep_freed_memory()  # as the side-car does
     back = own_sam2(args, sam2_options(args))

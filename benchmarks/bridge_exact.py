@@ -49,7 +49,7 @@ class Reference:
     def __init__(self, name: str, resolution: int = 1024, seed: int = 1):
         extra = [] if resolution == 1024 else [f"++model.image_size={resolution}"]
         torch.manual_seed(seed)
-        self.net = build_sam2(backend.config_file(name), None, device="cpu", hydra_overrides_extra=extra)
+        self.net = build_sam2(backend.CONFIG_FILES[name], None, device="cpu", hydra_overrides_extra=extra)
         with torch.no_grad():
             for mlp in self.net.sam_mask_decoder.output_hypernetworks_mlps:
                 mlp.layers[-1].weight.mul_(STABLE_SCALE)

@@ -7,7 +7,6 @@ for a command line that cannot work, 3 when its device is gone and a supervisor 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import os
 import select
@@ -17,16 +16,16 @@ import threading
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before gRPC loads: our own messages say it once and plainly
 
+import prometheus_client
+
 from sam_bridge import backends, telemetry
+from sam_bridge.cpu_tuning import keep_freed_memory
 from sam_bridge.local import IMAGE_CACHE_BYTES, LOGITS_CACHE_BYTES, LocalSegmenter
-from sam_bridge.security import AddressError, SecurityError, check_address, read_token
+from sam_bridge.security import SetupError, check_address, read_token
 from sam_bridge.server import QUEUE, Server
 from sam_bridge.wire import READY
 
 WATCH_EVERY_S = 1.0
-# mallopt's parameters in glibc. One arena for all threads, nothing mapped on its own, up to 256 MB of the heap's end
-# kept when freed: otherwise a decode, not being on the main thread, maps its tensors anew every time, page by page.
-_MALLOC = {"MALLOC_ARENA_MAX": (-8, 1), "MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, 256 << 20)}
 
 
 def main() -> int:
@@ -38,7 +37,6 @@ def main() -> int:
     stop, dead = threading.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    stop_metrics = None
     try:
         token = read_token(args.token_file)
         # Before a checkpoint is read, which takes a while; the server looks again.
@@ -47,29 +45,20 @@ def main() -> int:
         backend = backends.load_backend(args.backend, backends.Options(**options))
         segmenter = LocalSegmenter(backend, image_bytes=args.cache_mb << 20, logits_bytes=args.logits_mb << 20)
         segmenter.on_dead = lambda: (dead.set(), stop.set())
-        server = Server(
-            segmenter,
-            args.address,
-            workers=args.workers or segmenter.concurrency,
-            queue=args.queue,
-            token=token,
-            tls_cert=args.tls_cert,
-            tls_key=args.tls_key,
-            insecure=args.insecure,
-        )
+        secure = dict(token=token, tls_cert=args.tls_cert, tls_key=args.tls_key, insecure=args.insecure)
+        workers = args.workers or segmenter.concurrency
+        server = Server(segmenter, args.address, workers=workers, queue=args.queue, **secure)
         if args.metrics_address:
             # The page holds counts and times only, but who may read them is for the operator to say.
             check_address(args.metrics_address, token="", tls=False, insecure=args.insecure)
             host, _, port = args.metrics_address.rpartition(":")
-            stop_metrics = server.metrics.serve(host, int(port))
-    except (backends.BackendError, AddressError, SecurityError) as error:
+            prometheus_client.start_http_server(int(port), host, server.metrics.registry)  # on a daemon thread
+    except (backends.BackendError, SetupError) as error:
         print(f"sam_bridge: {error}", file=sys.stderr)
         return 2
     print(f"{READY}{server.address} backend={segmenter.backend.name} pid={os.getpid()}", flush=True)
     stop.wait()
     server.stop(0.0 if dead.is_set() else args.grace_s)
-    if stop_metrics is not None:
-        stop_metrics()
     if dead.is_set():
         os._exit(3)  # threads may hang in a device that answers nothing
     segmenter.close()
@@ -99,15 +88,6 @@ def _arguments() -> argparse.Namespace:
         )
     parser.add_argument("--parent_pid", type=int, default=0, help="exit when this process does (used by spawn.py)")
     return parser.parse_args()
-
-
-def keep_freed_memory() -> None:
-    """For the whole process. What the environment says goes before it; without glibc nothing happens."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for name, (parameter, value) in _MALLOC.items():
-            if name not in os.environ:
-                mallopt(parameter, value)
 
 
 def _positive(text: str) -> int:

@@ -23,7 +23,6 @@ class Lane:
         self.items: collections.Counter[str] = collections.Counter()  # items in them
         self._works = works
         self._queues = {kind: collections.deque() for kind in works}
-        self._turns = collections.deque(works)
         self._ready = threading.Condition()
         self._busy = 0
         self._closed = False
@@ -50,35 +49,24 @@ class Lane:
         """What is under way is finished, what waits fails."""
         with self._ready:
             self._closed = True
-            waiting = [future for queue in self._queues.values() for _, future in queue]
-            for queue in self._queues.values():
-                queue.clear()
             self._ready.notify()
-        for future in waiting:
-            future.set_exception(RuntimeError("the lane is closed"))
+        for queue in self._queues.values():
+            while queue:
+                queue.popleft()[1].set_exception(RuntimeError("the lane is closed"))
         self._thread.join()
 
     def _run(self) -> None:
-        while (taken := self._take()) is not None:
-            kind, batch = taken
-            self._work(kind, batch)
+        while True:
             with self._ready:
                 self._busy = 0
-
-    def _take(self) -> tuple[str, list] | None:
-        """The next kind whose turn it is and what waits of it, up to its largest batch; None when closed."""
-        with self._ready:
-            self._ready.wait_for(lambda: self._closed or any(self._queues.values()))
-            if self._closed:
-                return None
-            while not self._queues[self._turns[0]]:
-                self._turns.rotate(-1)
-            kind = self._turns[0]
-            self._turns.rotate(-1)
-            queue = self._queues[kind]
-            batch = [queue.popleft() for _ in range(min(len(queue), self._works[kind][1]))]
-            self._busy = len(batch)
-            return kind, batch
+                self._ready.wait_for(lambda: self._closed or any(self._queues.values()))
+                if self._closed:
+                    return
+                kind = next(kind for kind, queue in self._queues.items() if queue)
+                queue = self._queues[kind] = self._queues.pop(kind)  # its next turn is after the others'
+                batch = [queue.popleft() for _ in range(min(len(queue), self._works[kind][1]))]
+                self._busy = len(batch)
+            self._work(kind, batch)
 
     def _work(self, kind: str, batch: list) -> None:
         work = self._works[kind][0]

@@ -2,82 +2,65 @@
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any
+
+import cachetools
 
 
 class ByteLRU:
     """Thread-safe. `used_bytes <= max_bytes` always; a value larger than the bound is handed out but not kept."""
 
     def __init__(self, max_bytes: int):
-        self.max_bytes = max_bytes
-        self.used_bytes = 0
         self.made = 0  # values built by get_or_make
         self.evictions = 0
-        self._values: collections.OrderedDict[str, tuple[Any, int]] = collections.OrderedDict()
+        self._kept = cachetools.LRUCache(max_bytes, getsizeof=operator.itemgetter(1))  # key -> (value, its bytes)
         self._making: dict[str, concurrent.futures.Future] = {}
         self._lock = threading.Lock()
 
+    @property
+    def used_bytes(self) -> int:
+        """Of the values kept now."""
+        return self._kept.currsize
+
     def __contains__(self, key: str) -> bool:
-        with self._lock:
-            return key in self._values
+        return key in self._kept
 
     def get(self, key: str) -> Any | None:
         """The value, now the most recently used; None when it is not kept."""
         with self._lock:
-            return self._touch(key)
+            return self._kept.get(key, (None,))[0]
 
     def put(self, key: str, value: Any, nbytes: int) -> None:
         with self._lock:
-            self._store(key, value, nbytes)
+            self._kept.pop(key, None)
+            if nbytes <= self._kept.maxsize:
+                count = len(self._kept) + 1
+                self._kept[key] = value, nbytes
+                self.evictions += count - len(self._kept)
 
-    def get_or_make(self, key: str, make: Callable[[], tuple[Any, int]]) -> tuple[Any, bool]:
-        """(value, whether this very call made it). `make()` -> (value, nbytes) runs outside the lock.
+    def get_or_make(self, key: str, make: Callable[[], tuple[Any, int]]) -> Any:
+        """The value. `make()` -> (value, nbytes) runs outside the lock, once for all callers who ask meanwhile.
 
-        Callers that arrive while another makes the value wait for that one. If making fails, every waiter gets the
-        error and nothing is remembered, so the next call tries again.
+        If it fails, all of them get the error and nothing is remembered, so the next call tries again.
         """
         with self._lock:
-            value = self._touch(key)
-            if value is not None:
-                return value, False
+            if key in self._kept:
+                return self._kept[key][0]
             flight = self._making.get(key)
-            leader = flight is None
-            if leader:
+            if leads := flight is None:
                 flight = self._making[key] = concurrent.futures.Future()
-        if not leader:
-            return flight.result(), False
-        try:
-            value, nbytes = make()
-        except BaseException as error:
-            with self._lock:
+        if leads:
+            try:
+                value, nbytes = make()
+                self.put(key, value, nbytes)
+                flight.set_result(value)
+            except BaseException as error:  # noqa: BLE001 (raised below, and by everybody who waits)
+                flight.set_exception(error)
+            with self._lock:  # kept by now, so nobody sees the key neither kept nor in the making
+                self.made += flight.exception() is None
                 del self._making[key]
-            flight.set_exception(error)
-            raise
-        with self._lock:  # one critical section: nobody sees the key neither kept nor in the making
-            self._store(key, value, nbytes)
-            self.made += 1
-            del self._making[key]
-        flight.set_result(value)
-        return value, True
-
-    def _touch(self, key: str) -> Any | None:
-        if key not in self._values:
-            return None
-        self._values.move_to_end(key)
-        return self._values[key][0]
-
-    def _store(self, key: str, value: Any, nbytes: int) -> None:
-        if key in self._values:
-            self.used_bytes -= self._values.pop(key)[1]
-        if nbytes > self.max_bytes:
-            return
-        self._values[key] = (value, nbytes)
-        self.used_bytes += nbytes
-        while self.used_bytes > self.max_bytes:
-            _, (_, freed) = self._values.popitem(last=False)
-            self.used_bytes -= freed
-            self.evictions += 1
+        return flight.result()

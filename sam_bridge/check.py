@@ -8,7 +8,6 @@ status 0 when everything held, 1 when something did not, 2 when nobody answers.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import sys
 import time
@@ -27,32 +26,25 @@ HEIGHT, WIDTH = 480, 640
 CENTRE, RADIUS = (250.0, 210.0), 90.0  # of the disc in our own picture
 GOOD_IOU = 0.7  # of a box around a plain disc, for any segmenter worth the name
 PANEL = 320  # pixels, width of one in the result
-TINT = np.array([255, 60, 60])
-
-
-@dataclasses.dataclass(frozen=True)
-class Panel:
-    """One prompt and its mask."""
-
-    title: str
-    request: SegmentRequest
-    reply: SegmentReply
+TINT = np.array([255, 60, 60], np.uint8)
+Answer = tuple[str, SegmentRequest, SegmentReply]  # to a prompt, with its title
 
 
 def main() -> int:
     args = _arguments()
-    address = [part.strip() for part in args.address.split(",") if part.strip()]
+    addresses = [part.strip() for part in args.address.split(",") if part.strip()]
     try:
-        image, box = (images.read_image_file(args.image), args.box) if args.image else (own_picture(), None)
+        image = images.read_image_file(args.image) if args.image else own_picture()
         secure = dict(token_file=args.token_file, tls_ca=args.tls_ca, tls=args.tls)
-        with SamClient(address, timeout_s=args.timeout_s, wait_s=args.wait_s, **secure) as client:
-            identity = _connect(client)
-            panels, lines, held = _exercise(client, image, box, judged=not args.image and RANDOM not in identity)
-            print("\n".join(lines))
+        with SamClient(addresses, timeout_s=args.timeout_s, wait_s=args.wait_s, **secure) as client:
+            for address, info in zip(addresses, client.info(), strict=True):
+                print(f"{address}: {info.identity}, protocol {info.protocol}, {info.segments} masks made so far")
+            judged = not args.image and RANDOM not in info.identity
+            answers, held = _exercise(client, image, args.box if args.image else None, judged)
     except (SegmenterError, ValueError, OSError) as error:
         print(f"check failed: {error}", file=sys.stderr)
         return 2
-    draw_panels(image, panels).save(args.out)
+    draw_answers(image, answers).save(args.out)
     print(f"{'all held' if held else 'SOMETHING DID NOT HOLD'}; the masks: {args.out}")
     return int(not held)
 
@@ -71,79 +63,65 @@ def _disc() -> np.ndarray:
     return (columns - CENTRE[0]) ** 2 + (rows - CENTRE[1]) ** 2 < RADIUS**2
 
 
-def _connect(client: SamClient) -> str:
-    for info, slot in zip(client.info(), client._fleet.slots, strict=True):
-        print(f"{slot.address}: {info.identity}, protocol {info.protocol}, {info.segments} masks made so far")
-    return info.identity
-
-
-def _exercise(client: SamClient, image: np.ndarray, box, judged: bool) -> tuple[list[Panel], list[str], bool]:
-    """(what to draw, what to print, whether everything held). `judged`: the disc of our own picture must be found."""
+def _exercise(client: SamClient, image: np.ndarray, box, judged: bool) -> tuple[list[Answer], bool]:
+    """(what to draw, whether all held), printed as it happens. `judged`: the disc of our own picture must be found."""
     height, width = image.shape[:2]
     (x, y), r = CENTRE, RADIUS
     if box is None:
         box = (x - r, y - r, x + r, y + r) if (height, width) == (HEIGHT, WIDTH) else (0.0, 0.0, width, height)
     middle, corner = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), (box[0] + 1, box[1] + 1)
-    panels, lines, held = [], [], True
+    answers, holds = [], []
 
     def ask(title: str, request: SegmentRequest) -> SegmentReply:
         start = time.perf_counter()
         reply = client.segment(image, request)
-        seconds = time.perf_counter() - start
-        lines.append(f"{title:22} {1e3 * seconds:8.1f} ms  score {reply.score:.3f}  area {reply.mask.mean():.3f}")
-        panels.append(Panel(title, request, reply))
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        print(f"{title:22} {milliseconds:8.1f} ms  score {reply.score:.3f}  area {reply.mask.mean():.3f}")
+        answers.append((title, request, reply))
         return reply
+
+    def hold(what: str, true: bool) -> None:
+        holds.append(true)
+        print(f"{'holds' if true else 'FAILS':6} {what}")
 
     by_box = ask("box, picture is new", SegmentRequest(box=box))
     ask("click", SegmentRequest(points=(middle,), labels=(1,)))
     ask("box and background", SegmentRequest(box=box, points=(corner,), labels=(0,)))
     ask("refined with a click", SegmentRequest(points=(middle,), labels=(1,), refine_logits_id=by_box.logits_id))
-
-    def hold(what: str, true: bool) -> None:
-        nonlocal held
-        held &= true
-        lines.append(f"{'holds' if true else 'FAILS':6} {what}")
-
-    times, same = [], True
-    for _ in range(CALLS):
-        reply = client.segment(image, SegmentRequest(box=box))
-        times.append(reply.timings_s)
-        same &= bool((reply.mask == by_box.mask).all())
-    hold(f"{CALLS} equal prompts give equal masks", same)
-    hold("the picture is not encoded again", all(t["encode"] == 0.0 for t in times))
+    again = [client.segment(image, SegmentRequest(box=box)) for _ in range(CALLS)]
+    hold(f"{CALLS} equal prompts give equal masks", all((reply.mask == by_box.mask).all() for reply in again))
+    hold("the picture is not encoded again", all(reply.timings_s["encode"] == 0.0 for reply in again))
     try:
         client.segment(image, SegmentRequest(box=box, refine_logits_id="no such mask"))
-        hold("an unknown mask to refine is refused", False)
+        refused = False
     except SegmenterError as error:
-        hold("an unknown mask to refine is refused", error.kind is FailureKind.UNKNOWN_LOGITS)
+        refused = error.kind is FailureKind.UNKNOWN_LOGITS
+    hold("an unknown mask to refine is refused", refused)
     if judged:
         truth = _disc()
         iou = (by_box.mask & truth).sum() / (by_box.mask | truth).sum()
-        hold(f"the box finds the disc: IoU {iou:.3f}, at least {GOOD_IOU}", bool(iou >= GOOD_IOU))
-    stages = {stage: 1e3 * statistics.median(t.get(stage, 0.0) for t in times) for stage in times[0]}
-    lines.append("median ms of a prompt: " + ", ".join(f"{stage} {ms:.2f}" for stage, ms in stages.items()))
-    return panels, lines, held
+        hold(f"the box finds the disc: IoU {iou:.3f}, at least {GOOD_IOU}", iou >= GOOD_IOU)
+    stages = {stage: [1e3 * reply.timings_s.get(stage, 0.0) for reply in again] for stage in again[0].timings_s}
+    medians = ", ".join(f"{stage} {statistics.median(times):.2f}" for stage, times in stages.items())
+    print(f"median ms of a prompt: {medians}")
+    return answers, all(holds)
 
 
-def draw_panels(image: np.ndarray, panels: list[Panel]) -> PIL.Image.Image:
+def draw_answers(image: np.ndarray, answers: list[Answer]) -> PIL.Image.Image:
     """Side by side: the picture with the mask in red, the box in yellow, clicks in green (object) and blue."""
-    height, width = image.shape[:2]
-    scale, bar = PANEL / width, 18
-    sheet = PIL.Image.new("RGB", (PANEL * len(panels), round(height * scale) + bar), "black")
-    for i, panel in enumerate(panels):
-        mask = panel.reply.mask[..., None]
-        shown = np.where(mask, image // 2 + (TINT // 2).astype(np.uint8), image)
-        picture = PIL.Image.fromarray(shown).resize((PANEL, round(height * scale)))
-        pen = PIL.ImageDraw.Draw(picture)
-        if panel.request.box is not None:
-            pen.rectangle([v * scale for v in panel.request.box], outline="yellow", width=2)
-        for (x, y), label in zip(panel.request.points, panel.request.labels, strict=True):
-            spot = (x * scale - 4, y * scale - 4, x * scale + 4, y * scale + 4)
-            pen.ellipse(spot, fill="lime" if label else "blue", outline="white")
-        sheet.paste(picture, (i * PANEL, bar))
-        PIL.ImageDraw.Draw(sheet).text(
-            (i * PANEL + 4, 3), f"{panel.title}  score {panel.reply.score:.2f}", fill="white"
-        )
+    scale, bar = PANEL / image.shape[1], 18
+    height = round(image.shape[0] * scale)
+    sheet = PIL.Image.new("RGB", (PANEL * len(answers), height + bar), "black")
+    for i, (title, request, reply) in enumerate(answers):
+        shown = np.where(reply.mask[..., None], image // 2 + TINT // 2, image)
+        panel = PIL.Image.fromarray(shown).resize((PANEL, height))
+        pen = PIL.ImageDraw.Draw(panel)
+        if request.box is not None:
+            pen.rectangle([v * scale for v in request.box], outline="yellow", width=2)
+        for (x, y), label in zip(request.points, request.labels, strict=True):
+            pen.circle((x * scale, y * scale), 4, fill="lime" if label else "blue", outline="white")
+        sheet.paste(panel, (i * PANEL, bar))
+        PIL.ImageDraw.Draw(sheet).text((i * PANEL + 4, 3), f"{title}  score {reply.score:.2f}", fill="white")
     return sheet
 
 

@@ -1,19 +1,13 @@
-"""The side-cars a client knows: which one an image belongs to, which are out, and when they may come back."""
+"""The side-cars a client knows: how each is dialled, and which one an image belongs to."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import grpc
 
-from sam_bridge import bridge_pb2_grpc, security, wire
-
-log = logging.getLogger(__name__)
-
-PROBE_S = 1.0  # between looks at side-cars that are out
+from sam_bridge import bridge_pb2_grpc, wire
 
 # gRPC waits up to two minutes between attempts to connect; a restarted side-car should be found at once.
 _CHANNEL_OPTIONS = (
@@ -49,61 +43,6 @@ class Slot:
         self.known = False  # whether Info has confirmed who is there
         if old is not None:
             old.close()
-
-
-class Fleet:
-    """Thread-safe. With several side-cars one that cannot be reached is out until it answers again."""
-
-    def __init__(self, addresses: Sequence[str], root_certificates: bytes | None, tls: bool, token: str):
-        """ValueError for an address that is malformed, or that would see the token in the clear."""
-        if isinstance(addresses, str) or not addresses:
-            raise ValueError(f"addresses must be a non-empty list of host:port, got {addresses!r}")
-        if len(set(addresses)) < len(addresses):
-            raise ValueError(f"addresses must differ, got {list(addresses)}")
-        for address in addresses:
-            if not wire.is_loopback(address) and token and not tls:
-                raise ValueError(f"the token would travel to {address} in the clear: give its certificate (tls_ca)")
-        credentials = grpc.ssl_channel_credentials(root_certificates) if tls else None
-        self.slots = [Slot(address, credentials) for address in addresses]
-        self.metadata = security.metadata(token)
-        self.closed = threading.Event()
-        self.ejections = self.returns = 0
-        self._lock = threading.Lock()
-        self._watcher: threading.Thread | None = None
-
-    def eject(self, slot: Slot, answers: Callable[[Slot], bool]) -> None:
-        """Passes it over from now on, until `answers(slot)`. One side-car alone is never out: there is no other."""
-        slot.known = False
-        with self._lock:
-            if len(self.slots) == 1 or slot.out or self.closed.is_set():
-                return
-            slot.out = True
-            self.ejections += 1
-            log.warning("side-car %s is out; its images go to the others", slot.address)
-            if self._watcher is None:
-                self._watcher = threading.Thread(target=self._watch, args=(answers,), name="sam fleet", daemon=True)
-                self._watcher.start()
-
-    def move(self, name: str, address: str) -> None:
-        with self._lock:
-            if not self.closed.is_set():
-                next(slot for slot in self.slots if slot.name == name).dial(address)
-
-    def close(self) -> None:
-        with self._lock:
-            self.closed.set()
-            for slot in self.slots:
-                slot.channel.close()
-        if self._watcher is not None:
-            self._watcher.join()
-
-    def _watch(self, answers: Callable[[Slot], bool]) -> None:
-        while not self.closed.wait(PROBE_S):
-            for slot in [slot for slot in self.slots if slot.out]:
-                if answers(slot):
-                    slot.out = False
-                    self.returns += 1
-                    log.warning("side-car %s is back", slot.address)
 
 
 def rank(slots: Sequence[Slot], key: str) -> list[Slot]:

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 IMAGE_CACHE_BYTES = 512 << 20
 LOGITS_CACHE_BYTES = 64 << 20
+Encoded = tuple[object, int, int]  # what the back end made of an image, and the image's height and width
 
 
 class UnknownImage(Exception):
@@ -61,13 +62,6 @@ def _typed_failures(doing: str, on_dead: Callable[[], None]) -> Iterator[None]:
         raise SegmenterError(FailureKind.INTERNAL, f"{type(error).__name__} while {doing}: {error}") from error
 
 
-@dataclasses.dataclass(frozen=True)
-class _Encoded:
-    encoding: object
-    height: int
-    width: int
-
-
 class LocalSegmenter:
     """Segmenter. Thread-safe; encodes each image once, also when several threads bring it at the same moment."""
 
@@ -88,60 +82,27 @@ class LocalSegmenter:
     def _ask(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
         key = image_hash(image)
         encoded, encode_s = self.put(key, image)
-        reply = self._decode(key, encoded, request)
+        reply = self.segment_known(key, request, encoded)
         return dataclasses.replace(reply, timings_s={**reply.timings_s, "encode": encode_s})
 
-    def put(self, key: str, image: np.ndarray) -> tuple[_Encoded, float]:
+    def put(self, key: str, image: np.ndarray) -> tuple[Encoded, float]:
         """(encoding, seconds spent or waited for it). `key` must be image_hash(image)."""
         start = time.perf_counter()
 
-        def make() -> tuple[_Encoded, int]:
+        def make() -> tuple[Encoded, int]:
             with _typed_failures(f"encoding an image of {list(image.shape)}", self.on_dead):
                 encoding, nbytes = self.backend.encode(image)
-            return _Encoded(encoding, image.shape[0], image.shape[1]), nbytes
+            return (encoding, *image.shape[:2]), nbytes
 
-        encoded, _ = self.images.get_or_make(key, make)
-        return encoded, time.perf_counter() - start
+        return self.images.get_or_make(key, make), time.perf_counter() - start
 
-    def segment_known(self, key: str, request: SegmentRequest) -> SegmentReply:
-        """Like `segment` on an image that was put before. Raises UnknownImage when it is not kept."""
-        encoded = self.images.get(key)
+    def segment_known(self, key: str, request: SegmentRequest, encoded: Encoded | None = None) -> SegmentReply:
+        """Like `segment` on an image that was put before. Raises UnknownImage when it is neither kept nor given."""
+        encoded = encoded or self.images.get(key)
         if encoded is None:
             raise UnknownImage(key)
-        return self._decode(key, encoded, request)
-
-    @property
-    def identity(self) -> str:
-        """Equal where masks are equal."""
-        return getattr(self.backend, "identity", self.backend.name)
-
-    @property
-    def about(self) -> About:
-        """See types.Segmenter."""
-        return About(self.backend.name, self.identity)
-
-    @property
-    def concurrency(self) -> int:
-        """Calls that the back end wants at a time."""
-        return getattr(self.backend, "concurrency", 2)
-
-    def counters(self) -> dict[str, float]:
-        """What has been done since the start, by name."""
-        own = {
-            "encodes": self.images.made,
-            "segments": self.segments,
-            "evictions": self.images.evictions,
-            "image_bytes": self.images.used_bytes,
-            "logits_bytes": self.logits.used_bytes,
-        }
-        return {**own, **getattr(self.backend, "counters", dict)()}
-
-    def close(self) -> None:
-        """Ends the back end's threads, if it has any."""
-        getattr(self.backend, "close", lambda: None)()
-
-    def _decode(self, key: str, encoded: _Encoded, request: SegmentRequest) -> SegmentReply:
-        check_request(request, encoded.height, encoded.width)
+        encoding, height, width = encoded
+        check_request(request, height, width)
         start = time.perf_counter()
         logits = None
         if request.refine_logits_id:
@@ -150,7 +111,7 @@ class LocalSegmenter:
                 detail = f"refine={request.refine_logits_id!r} names no mask of this image that is still kept"
                 raise SegmenterError(FailureKind.UNKNOWN_LOGITS, detail)
         with _typed_failures(f"decoding {request}", self.on_dead):
-            decoded = self.backend.decode(encoded.encoding, request, logits)
+            decoded = self.backend.decode(encoding, request, logits)
         name = logits_id(key, request)
         self.logits.put(f"{key}/{name}", decoded.logits, decoded.logits.nbytes)
         with self._lock:
@@ -158,3 +119,28 @@ class LocalSegmenter:
         seconds = time.perf_counter() - start
         timings = {"decode": seconds, "total": seconds}
         return SegmentReply(decoded.mask, decoded.score, name, timings, decoded.candidates)
+
+    @property
+    def about(self) -> About:
+        """See types.Segmenter."""
+        return About(self.backend.name, getattr(self.backend, "identity", self.backend.name))
+
+    @property
+    def concurrency(self) -> int:
+        """Calls that the back end wants at a time."""
+        return getattr(self.backend, "concurrency", 2)
+
+    def counters(self) -> dict[str, float]:
+        """What has been done since the start, by name."""
+        return {
+            "encodes": self.images.made,
+            "segments": self.segments,
+            "evictions": self.images.evictions,
+            "image_bytes": self.images.used_bytes,
+            "logits_bytes": self.logits.used_bytes,
+            **getattr(self.backend, "counters", dict)(),
+        }
+
+    def close(self) -> None:
+        """Ends the back end's threads, if it has any."""
+        getattr(self.backend, "close", lambda: None)()

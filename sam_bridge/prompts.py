@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 import numpy as np
 
@@ -17,25 +18,20 @@ def check_pixels(image: np.ndarray) -> None:
     """Requires u8[h, w, 3] with at least one pixel and at most MAX_PIXELS."""
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         what = f"{image.dtype}{list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise SegmenterError(FailureKind.INVALID_IMAGE, f"image must be u8[h, w, 3] RGB, got {what}")
+        _refuse(f"image must be u8[h, w, 3] RGB, got {what}", FailureKind.INVALID_IMAGE)
     if image.size == 0:
-        raise SegmenterError(FailureKind.INVALID_IMAGE, f"image has no pixels: {list(image.shape)}")
+        _refuse(f"image has no pixels: {list(image.shape)}", FailureKind.INVALID_IMAGE)
     if image.shape[0] * image.shape[1] > MAX_PIXELS:
-        size = f"{image.shape[1]} x {image.shape[0]} pixels"
-        raise SegmenterError(
-            FailureKind.INVALID_IMAGE,
-            f"image of {size} is above the limit of {MAX_PIXELS / 1e6:.0f} megapixels: shrink it",
-        )
+        size, limit = f"{image.shape[1]} x {image.shape[0]}", f"{MAX_PIXELS / 1e6:.0f} megapixels"
+        _refuse(f"image of {size} pixels is above the limit of {limit}: shrink it", FailureKind.INVALID_IMAGE)
 
 
 def check_image(image: np.ndarray) -> None:
     """Requires what is sent: check_pixels, and at most MAX_IMAGE_BYTES."""
     check_pixels(image)
     if image.nbytes > MAX_IMAGE_BYTES:
-        limit = f"{MAX_IMAGE_BYTES >> 20} MiB"
-        raise SegmenterError(
-            FailureKind.INVALID_IMAGE, f"image of {image.nbytes >> 20} MiB is above the limit of {limit}"
-        )
+        size, limit = f"{image.nbytes >> 20} MiB", f"{MAX_IMAGE_BYTES >> 20} MiB"
+        _refuse(f"image of {size} is above the limit of {limit}", FailureKind.INVALID_IMAGE)
 
 
 def check_request(request: SegmentRequest, height: int, width: int) -> None:
@@ -46,12 +42,9 @@ def check_request(request: SegmentRequest, height: int, width: int) -> None:
         _refuse(f"{len(request.points)} points, at most {MAX_POINTS}")
     if request.box is None and not request.points and not request.refine_logits_id:
         _refuse("no prompt: give a box, a point, or a mask to refine")
-    if (
-        not isinstance(request.refine_logits_id, str)
-        or not request.refine_logits_id.isascii()
-        or len(request.refine_logits_id) > 64
-    ):
-        _refuse(f"refine must be a logits id of an earlier reply, got {request.refine_logits_id!r:.80}")
+    refine = request.refine_logits_id
+    if not isinstance(refine, str) or not refine.isascii() or len(refine) > 64:
+        _refuse(f"refine must be a logits id of an earlier reply, got {refine!r:.80}")
     if any(label not in (0, 1) for label in request.labels):
         _refuse(f"labels must be 0 or 1, got {list(request.labels)}")
     if request.box is None and not request.refine_logits_id and 1 not in request.labels:
@@ -83,5 +76,5 @@ def _numbers(values: tuple[float, ...], count: int, name: str) -> list[float]:
     return numbers
 
 
-def _refuse(detail: str) -> None:
-    raise SegmenterError(FailureKind.INVALID_PROMPT, detail)
+def _refuse(detail: str, kind: FailureKind = FailureKind.INVALID_PROMPT) -> NoReturn:
+    raise SegmenterError(kind, detail)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hmac
+import ipaddress
 import pathlib
 import socket
 from collections.abc import Callable
@@ -17,45 +18,39 @@ MIN_TOKEN = 16  # characters
 HEALTH = "/grpc.health.v1.Health/"  # answered without a token: it tells only that somebody is there
 
 
-class AddressError(ValueError):
-    """The server cannot listen there. The message says why and what to do."""
+class SetupError(ValueError):
+    """An address, token or certificate file that cannot be used. The message says which, why and what to do."""
 
 
-class SecurityError(ValueError):
-    """A token or certificate file that cannot be used. The message says which and why."""
+def read_file(path: str, what: str) -> bytes:
+    """SetupError, which says `what` it is, when it cannot be read."""
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise SetupError(f"the {what} file {path} cannot be read: {error.strerror}") from error
 
 
 def read_token(path: str) -> str:
-    """The token in a file; "" for no file. SecurityError when it is empty, short, or cannot be a header."""
+    """The token in a file; "" for no file. SetupError when it is empty, short, or cannot be a header."""
     if not path:
         return ""
-    token = _read(path, "token").decode("ascii", "replace").strip()
+    token = read_file(path, "token").decode("ascii", "replace").strip()
     if len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
-        raise SecurityError(
+        raise SetupError(
             f"the token in {path} must be at least {MIN_TOKEN} printable characters without spaces:"
             ' python -c "import secrets; print(secrets.token_urlsafe())" makes one'
         )
     return token
 
 
-def read_certificates(path: str) -> bytes | None:
-    """The root certificates in a PEM file; None for no file."""
-    return _read(path, "certificate") if path else None
-
-
 def server_credentials(cert_file: str, key_file: str) -> grpc.ServerCredentials | None:
     """From two PEM files; None when neither is named."""
     if bool(cert_file) != bool(key_file):
-        raise SecurityError("TLS needs both a certificate and its key: --tls_cert and --tls_key")
+        raise SetupError("TLS needs both a certificate and its key: --tls_cert and --tls_key")
     if not cert_file:
         return None
-    pair = (_read(key_file, "key"), _read(cert_file, "certificate"))
+    pair = (read_file(key_file, "key"), read_file(cert_file, "certificate"))
     return grpc.ssl_server_credentials([pair])
-
-
-def metadata(token: str) -> tuple[tuple[str, str], ...]:
-    """What a client sends with every call."""
-    return ((TOKEN_KEY, f"Bearer {token}"),) if token else ()
 
 
 class TokenCheck(grpc.ServerInterceptor):
@@ -79,17 +74,27 @@ class TokenCheck(grpc.ServerInterceptor):
         return self._refusal
 
 
-def check_address(address: str, *, token: str, tls: bool, insecure: bool) -> None:
-    """AddressError for an address that is malformed, in use, or open to other machines without TLS and a token."""
+def is_loopback(address: str) -> bool:
+    """True for `localhost:port`, 127.0.0.0/8 and [::1]. SetupError when it is not host:port."""
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdigit() and int(port) < 65536):
+        raise SetupError(f"address {address!r} is not host:port, such as 127.0.0.1:50051")
+    if host == "localhost":
+        return True
     try:
-        loopback = wire.is_loopback(address)
-    except ValueError as error:
-        raise AddressError(str(error)) from error
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_address(address: str, *, token: str, tls: bool, insecure: bool) -> None:
+    """SetupError for an address that is malformed, in use, or open to other machines without TLS and a token."""
+    loopback = is_loopback(address)
     missing = " and ".join(
         name for name, there in (("--tls_cert and --tls_key", tls), ("--token_file", token)) if not there
     )
     if not loopback and missing and not insecure:
-        raise AddressError(
+        raise SetupError(
             f"{address} can be reached from other machines: give {missing}, listen on 127.0.0.1,"
             " or pass --insecure on a network that you trust"
         )
@@ -102,11 +107,4 @@ def check_address(address: str, *, token: str, tls: bool, insecure: bool) -> Non
             probe.bind(target)
     except OSError as error:
         hint = "; is another side-car running? Pick another --address" if error.errno == errno.EADDRINUSE else ""
-        raise AddressError(f"cannot listen on {address}: {error.strerror}{hint}") from error
-
-
-def _read(path: str, what: str) -> bytes:
-    try:
-        return pathlib.Path(path).read_bytes()
-    except OSError as error:
-        raise SecurityError(f"the {what} file {path} cannot be read: {error.strerror}") from error
+        raise SetupError(f"cannot listen on {address}: {error.strerror}{hint}") from error

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import logging
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any
 
 import google.protobuf.message
 import grpc
@@ -21,16 +22,14 @@ from sam_bridge import wire
 from sam_bridge.local import LocalSegmenter, UnknownImage, image_hash
 from sam_bridge.prompts import check_image
 from sam_bridge.rle import encode_mask
-from sam_bridge.security import AddressError, TokenCheck, check_address, server_credentials
+from sam_bridge.security import SetupError, TokenCheck, check_address, server_credentials
 from sam_bridge.telemetry import BridgeMetrics
 from sam_bridge.types import FailureKind, SegmenterError
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 QUEUE = 128  # calls that may wait for a worker: twice the 64 trajectories of a step
 SPARE_THREADS = 4  # answer Info, health and refusals while all workers and the queue are busy
-STOP_GRACE_S = 2.0
 SLOW_S = 10.0  # a call that takes longer is a line in the log
 SERVICE = pb.DESCRIPTOR.services_by_name["SamBridge"].full_name
 
@@ -56,96 +55,115 @@ _CODES = {
     FailureKind.INTERNAL: grpc.StatusCode.INTERNAL,
 }
 # A policy's bad prompts and a full queue are daily bread; the log is for what somebody should look at.
-_LEVELS = dict.fromkeys(
-    (FailureKind.INVALID_PROMPT, FailureKind.INVALID_IMAGE, FailureKind.UNKNOWN_LOGITS, FailureKind.EXHAUSTED),
-    logging.DEBUG,
-)
-
-
-class _Malformed:
-    """A message whose bytes could not be read."""
-
-    def __init__(self, error: Exception):
-        self.detail = f"the bytes are no such message: {error}"
+_EXPECTED = (FailureKind.INVALID_PROMPT, FailureKind.INVALID_IMAGE, FailureKind.UNKNOWN_LOGITS, FailureKind.EXHAUSTED)
 
 
 class Gate:
     """Lets `workers` calls work and `queue` calls wait; one more is refused at once."""
 
     def __init__(self, workers: int, queue: int):
-        self._workers = threading.Semaphore(workers)
-        self._places = threading.Semaphore(workers + queue)
-        self._limit = queue
-        self.waiting = 0  # calls in the queue now; a hint, not synchronised with what happens next
-        self._lock = threading.Lock()
+        self.waiting = 0  # calls in the queue now
+        self._free, self._queue = workers, queue
+        self._changed = threading.Condition()
 
     @contextlib.contextmanager
     def enter(self, context: grpc.ServicerContext) -> Iterator[float]:
         """Yields the seconds waited. A caller that gave up while waiting costs no work."""
-        if not self._places.acquire(blocking=False):
-            raise SegmenterError(FailureKind.EXHAUSTED, f"the queue is full: {self._limit} calls are waiting")
-        try:
-            start = time.perf_counter()
-            if not self._wait(context.time_remaining()):
-                raise SegmenterError(FailureKind.TIMEOUT, "the deadline passed while waiting for a worker")
-            try:
-                if not context.is_active():
-                    raise SegmenterError(FailureKind.TIMEOUT, "the caller gave up while waiting for a worker")
-                yield time.perf_counter() - start
-            finally:
-                self._workers.release()
-        finally:
-            self._places.release()
-
-    def _wait(self, timeout_s: float | None) -> bool:
-        with self._lock:
+        start = time.perf_counter()
+        with self._changed:
+            if not self._free and self.waiting >= self._queue:
+                raise SegmenterError(FailureKind.EXHAUSTED, f"the queue is full: {self._queue} calls are waiting")
             self.waiting += 1
+            free = self._changed.wait_for(lambda: self._free, context.time_remaining())
+            self.waiting -= 1
+            if not free:
+                raise SegmenterError(FailureKind.TIMEOUT, "the deadline passed while waiting for a worker")
+            self._free -= 1
         try:
-            return self._workers.acquire(timeout=timeout_s)
+            if not context.is_active():
+                raise SegmenterError(FailureKind.TIMEOUT, "the caller gave up while waiting for a worker")
+            yield time.perf_counter() - start
         finally:
-            with self._lock:
-                self.waiting -= 1
+            with self._changed:
+                self._free += 1
+                self._changed.notify()
 
 
-class Servicer:
-    """The rpcs of bridge.proto. All are idempotent, so a client may repeat any of them."""
+class Server:
+    """A running server. `address` holds the port that was bound.
 
-    def __init__(self, segmenter: LocalSegmenter, gate: Gate, metrics: BridgeMetrics):
-        self._segmenter, self._gate, self._metrics = segmenter, gate, metrics
-        self._instance = uuid.uuid4().hex[:16]
+    The rpcs of bridge.proto are all idempotent, so a client may repeat any of them.
+    """
 
-    def handlers(self) -> grpc.GenericRpcHandler:
-        """Ours instead of the generated ones: bytes that are no message get a typed status, too."""
+    def __init__(
+        self,
+        segmenter: LocalSegmenter,
+        address: str = "127.0.0.1:0",
+        *,
+        workers: int = 2,
+        queue: int = QUEUE,
+        token: str = "",
+        tls_cert: str = "",
+        tls_key: str = "",
+        insecure: bool = False,
+    ):
+        """`workers` calls are worked on at a time, `queue` may wait. `tls_cert`, `tls_key`: PEM files.
+
+        Raises SetupError for an address in use, malformed, or off this machine without TLS and a token (unless
+        `insecure`), and for files that cannot be used.
+        """
+        credentials = server_credentials(tls_cert, tls_key)
+        check_address(address, token=token, tls=credentials is not None, insecure=insecure)
+        self._segmenter, self._instance = segmenter, uuid.uuid4().hex[:16]
+        threads = workers + queue + SPARE_THREADS
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="sam_bridge")
+        self.gate = Gate(workers, queue)
+        self.metrics = BridgeMetrics(lambda: {**segmenter.counters(), "waiting": self.gate.waiting})
+        refused = lambda: self.metrics.called("any", wire.UNAUTHENTICATED, {})  # noqa: E731
+        self._server = grpc.server(
+            self._pool,
+            interceptors=[TokenCheck(token, refused)] if token else [],
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=2 * threads,
+        )
+        self._server.add_generic_rpc_handlers((self._handlers(),))
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        for name in ("", SERVICE):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        try:
+            if credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise SetupError(f"cannot listen on {address}: {error}") from error
+        self.address = f"{address.rpartition(':')[0]}:{port}"
+        self._server.start()
+
+    def stop(self, grace_s: float) -> None:
+        """Refuses new calls, gives those under way `grace_s` seconds, then cancels them."""
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace_s).wait()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        """From bytes to bytes, instead of the generated ones: bytes that are no message get a typed status, too."""
+
+        def handler(rpc: str, kind: type, work: Callable) -> grpc.RpcMethodHandler:
+            return grpc.unary_unary_rpc_method_handler(
+                lambda data, context: self._answer(rpc, context, lambda: work(kind.FromString(data), context))
+            )
+
         rpcs = (("Info", pb.InfoRequest, self._info), ("Put", pb.PutRequest, self._put))
         rpcs += (("Segment", pb.SegmentRequest, self._segment),)
-        return grpc.method_handlers_generic_handler(
-            SERVICE, {name: self._handler(name, kind, work) for name, kind, work in rpcs}
-        )
-
-    def _handler(self, name: str, kind: type, work: Callable) -> grpc.RpcMethodHandler:
-        def parse(data: bytes):
-            try:
-                return kind.FromString(data)
-            except google.protobuf.message.DecodeError as error:
-                return _Malformed(error)
-
-        def behaviour(request, context: grpc.ServicerContext):
-            return self._answer(name, context, lambda: work(_readable(request), context))
-
-        return grpc.unary_unary_rpc_method_handler(behaviour, parse, lambda reply: reply.SerializeToString())
+        return grpc.method_handlers_generic_handler(SERVICE, {rpc[0]: handler(*rpc) for rpc in rpcs})
 
     def _info(self, request: pb.InfoRequest, context: grpc.ServicerContext) -> pb.InfoReply:
-        images = self._segmenter.images
-        return pb.InfoReply(
-            protocol=wire.PROTOCOL,
-            backend=self._segmenter.backend.name,
-            encodes=images.made,
-            segments=self._segmenter.segments,
-            image_bytes=images.used_bytes,
-            evictions=images.evictions,
-            identity=self._segmenter.identity,
-            instance=self._instance,
-        )
+        counts = self._segmenter.counters()
+        done = {name: int(counts[name]) for name in ("encodes", "segments", "image_bytes", "evictions")}
+        about = dataclasses.asdict(self._segmenter.about)
+        return pb.InfoReply(protocol=wire.PROTOCOL, instance=self._instance, **about, **done)
 
     def _put(self, request: pb.PutRequest, context: grpc.ServicerContext) -> pb.PutReply:
         shape = (request.height, request.width, 3)
@@ -156,7 +174,7 @@ class Servicer:
         check_image(image)
         if request.image_hash in self._segmenter.images:  # another client was faster
             return pb.PutReply(timings_s={"queue": 0.0, "encode": 0.0})
-        with self._gate.enter(context) as queue_s:
+        with self.gate.enter(context) as queue_s:
             if image_hash(image) != request.image_hash:
                 raise SegmenterError(FailureKind.INVALID_IMAGE, "image_hash is not the hash of these pixels")
             _, encode_s = self._segmenter.put(request.image_hash, image)
@@ -166,7 +184,7 @@ class Servicer:
         start = time.perf_counter()
         if request.image_hash not in self._segmenter.images:  # said before the queue, not after it
             raise UnknownImage(request.image_hash)
-        with self._gate.enter(context) as queue_s:
+        with self.gate.enter(context) as queue_s:
             reply = self._segmenter.segment_known(request.image_hash, wire.request_from_proto(request))
             rle_start = time.perf_counter()
             counts = encode_mask(reply.mask)
@@ -184,91 +202,32 @@ class Servicer:
             candidates=candidates,
         )
 
-    def _answer(self, rpc: str, context: grpc.ServicerContext, work: Callable[[], T]) -> T:
-        """Runs `work`; a failure becomes a status with its reason in the trailing metadata."""
-        start = time.perf_counter()
+    def _answer(self, rpc: str, context: grpc.ServicerContext, work: Callable[[], Any]) -> bytes:
+        """The reply that `work` makes; a failure becomes a status with its reason in the trailing metadata."""
+        start, code = time.perf_counter(), None
         try:
             reply = work()
         except UnknownImage as error:
             code, reason, detail = grpc.StatusCode.NOT_FOUND, wire.UNKNOWN_IMAGE, f"put image {error} first"
+        except google.protobuf.message.DecodeError as error:
+            reason, detail = FailureKind.INVALID_PROMPT, f"the bytes are no such message: {error}"
         except SegmenterError as error:
-            code, reason, detail = _CODES[error.kind], error.kind.value, error.detail
+            reason, detail = error.kind, error.detail
         except Exception as error:
             log.exception("a call failed for no reason we know")
-            code, reason = grpc.StatusCode.INTERNAL, FailureKind.INTERNAL.value
-            detail = f"{type(error).__name__}: {error}"
+            reason, detail = FailureKind.INTERNAL, f"{type(error).__name__}: {error}"
         else:
             seconds = time.perf_counter() - start
             if rpc != "Info":
-                self._metrics.called(rpc, "ok", {**reply.timings_s, "total": seconds})
+                self.metrics.called(rpc, "ok", {**reply.timings_s, "total": seconds})
             if seconds > SLOW_S:
                 fields = {"rpc": rpc, "seconds": round(seconds, 3), "peer": context.peer()}
                 log.warning("%s took %.1f s", rpc, seconds, extra={"fields": fields})
-            return reply
-        self._metrics.called(rpc, reason, {"total": time.perf_counter() - start})
+            return reply.SerializeToString()
+        self.metrics.called(rpc, reason, {"total": time.perf_counter() - start})
         if reason != wire.UNKNOWN_IMAGE:
             fields = {"rpc": rpc, "reason": reason, "detail": detail[: wire.MAX_DETAIL], "peer": context.peer()}
-            log.log(_LEVELS.get(reason, logging.WARNING), "%s failed: %s", rpc, detail, extra={"fields": fields})
+            level = logging.DEBUG if reason in _EXPECTED else logging.WARNING
+            log.log(level, "%s failed: %s", rpc, detail, extra={"fields": fields})
         context.set_trailing_metadata(((wire.REASON_KEY, reason),))
-        context.abort(code, wire.status_text(detail))
-
-
-def _readable(request):
-    if isinstance(request, _Malformed):
-        raise SegmenterError(FailureKind.INVALID_PROMPT, request.detail)
-    return request
-
-
-class Server:
-    """A running server. `address` holds the port that was bound."""
-
-    def __init__(
-        self,
-        segmenter: LocalSegmenter,
-        address: str = "127.0.0.1:0",
-        *,
-        workers: int = 2,
-        queue: int = QUEUE,
-        token: str = "",
-        tls_cert: str = "",
-        tls_key: str = "",
-        insecure: bool = False,
-    ):
-        """`workers` calls are worked on at a time, `queue` may wait. `tls_cert`, `tls_key`: PEM files.
-
-        Raises AddressError for an address in use, malformed, or off this machine without TLS and a token (unless
-        `insecure`); SecurityError for files that cannot be used.
-        """
-        credentials = server_credentials(tls_cert, tls_key)
-        check_address(address, token=token, tls=credentials is not None, insecure=insecure)
-        threads = workers + queue + SPARE_THREADS
-        self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="sam_bridge")
-        self.gate = Gate(workers, queue)
-        self.metrics = BridgeMetrics(lambda: {**segmenter.counters(), "waiting": self.gate.waiting})
-        refused = lambda: self.metrics.called("any", wire.UNAUTHENTICATED, {})  # noqa: E731
-        self._server = grpc.server(
-            self._pool,
-            interceptors=[TokenCheck(token, refused)] if token else [],
-            options=_OPTIONS,
-            maximum_concurrent_rpcs=2 * threads,
-        )
-        self._server.add_generic_rpc_handlers((Servicer(segmenter, self.gate, self.metrics).handlers(),))
-        self._health = health.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        for name in ("", SERVICE):
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        try:
-            if credentials is None:
-                port = self._server.add_insecure_port(address)
-            else:
-                port = self._server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise AddressError(f"cannot listen on {address}: {error}") from error
-        self.address = f"{address.rpartition(':')[0]}:{port}"
-        self._server.start()
-
-    def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """Refuses new calls, gives those under way `grace_s` seconds, then cancels them."""
-        self._health.enter_graceful_shutdown()
-        self._server.stop(grace_s).wait()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        context.abort(code or _CODES[reason], wire.status_text(detail))

@@ -54,14 +54,11 @@ def shrink(image: np.ndarray) -> np.ndarray:
 def scale(request: SegmentRequest, original: tuple[int, int], shrunk: tuple[int, int]) -> SegmentRequest:
     """The prompt in pixels of the shrunk picture; sizes are (h, w). A place on an edge stays on that edge."""
 
-    def x(value: float) -> float:
-        return float(value) * shrunk[1] / original[1]
+    def scaled(places: tuple[float, ...]) -> tuple[float, ...]:  # x, y, …
+        return tuple(float(v) * shrunk[1 - i % 2] / original[1 - i % 2] for i, v in enumerate(places))
 
-    def y(value: float) -> float:
-        return float(value) * shrunk[0] / original[0]
-
-    box = request.box and (x(request.box[0]), y(request.box[1]), x(request.box[2]), y(request.box[3]))
-    return dataclasses.replace(request, box=box, points=tuple((x(px), y(py)) for px, py in request.points))
+    box = request.box and scaled(request.box)
+    return dataclasses.replace(request, box=box, points=tuple(map(scaled, request.points)))
 
 
 def enlarge(mask: np.ndarray, height: int, width: int) -> np.ndarray:

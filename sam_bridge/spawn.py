@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import atexit
 import collections
+import concurrent.futures
 import contextlib
-import dataclasses
 import logging
 import os
 import subprocess
@@ -35,7 +35,7 @@ TERMINATE_S = 5.0  # between SIGTERM and SIGKILL
 STDERR_LINES = 20  # kept for the error message of a child that cannot start
 
 
-class SideCar:
+class SideCar(contextlib.AbstractContextManager):
     """A supervised `python -m sam_bridge` child. The child exits when this process does, even when that is killed.
 
     `address` and `pid` are those of the child of the moment: a restarted one listens on another port. `restarts` counts
@@ -43,44 +43,38 @@ class SideCar:
     """
 
     def __init__(
-        self,
-        backend: str = "grabcut",
-        *,
-        options: backends.Options = backends.DEFAULTS,
-        workers: int = 0,
-        arguments: Sequence[str] = (),
-        start_timeout_s: float = START_TIMEOUT_S,
-        health_every_s: float = HEALTH_EVERY_S,
+        self, backend: str = "grabcut", options: backends.Options = backends.DEFAULTS, arguments: Sequence[str] = ()
     ):
         """Returns when the child is healthy; raises SegmenterError(UNAVAILABLE) when the first start fails.
 
-        `workers`: calls at a time, 0 = as the back end wants. `arguments`: more of `python -m sam_bridge`'s.
+        `arguments`: more of `python -m sam_bridge`'s.
         """
-        self.backend, self.options, self.workers = backend, options, workers
-        self.arguments = tuple(arguments)
-        self.start_timeout_s, self.health_every_s = start_timeout_s, health_every_s
+        self.backend = backend
+        changed = {name: value for name, value in vars(options).items() if value != getattr(backends.DEFAULTS, name)}
+        self.arguments = (*(f"--{name}={value}" for name, value in changed.items()), *arguments)
         self.address, self.pid, self.restarts = "", 0, 0
         self._owner = os.getpid()
         self._closing = threading.Event()
-        self._settled = threading.Event()  # the first start has succeeded or failed
-        self._failure: SegmenterError | None = None
+        self._started: concurrent.futures.Future[None] = concurrent.futures.Future()  # the first start
         self._lock = threading.Lock()
         self._child: subprocess.Popen | None = None
-        self._listener: Callable[[str], None] | None = None
+        self._listener: Callable[[str], None] = lambda address: None
         self._stderr: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)
         self._thread = threading.Thread(target=self._supervise, name="sam_bridge supervisor", daemon=True)
         self._thread.start()
         atexit.register(self.close)
-        self._settled.wait()
-        if self._failure is not None:
+        if failure := self._started.exception():
             self.close()
-            raise self._failure
+            raise failure
 
-    def follow(self, listener: Callable[[str], None]) -> None:
-        """Calls `listener(address)` now and after every restart."""
+    def connect(self, **options) -> SamClient:
+        """A client (`options`: SamClient's) that follows the child from restart to restart; the caller closes it."""
+        name = self.address
+        client = SamClient([name], **options)
         with self._lock:
-            self._listener = listener
-            listener(self.address)
+            self._listener = lambda address: client.move(name, address)
+            self._listener(self.address)
+        return client
 
     def close(self) -> None:
         """Ends the child and the watching. May be called more than once."""
@@ -91,11 +85,13 @@ class SideCar:
         with self._lock:
             child = self._child
         if child is not None:
-            _end(child)
+            child.terminate()
+            try:
+                child.wait(TERMINATE_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
         self._thread.join()
-
-    def __enter__(self) -> SideCar:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -106,33 +102,31 @@ class SideCar:
             born = time.monotonic()
             try:
                 child = self._start()
-            except SegmenterError as error:
-                if not self._settled.is_set():
-                    self._failure = error
-                    break
-                if not self._closing.is_set():
-                    log.error("%s", error.detail)
-            else:
-                self._settled.set()
+                if not self._started.done():
+                    self._started.set_result(None)
                 status = self._attend(child)
                 child.stdin.close()
                 child.stdout.close()
-                if self._closing.is_set():
-                    break
-                log.warning("side-car %d ended with status %d; starting another", child.pid, status)
+                if not self._closing.is_set():
+                    log.warning("side-car %d ended with status %d; starting another", child.pid, status)
+            except SegmenterError as error:
+                if not self._started.done():
+                    self._started.set_exception(error)
+                    return
+                if not self._closing.is_set():
+                    log.error("%s", error.detail)
             if time.monotonic() - born > STEADY_S:
                 backoff_s = FIRST_BACKOFF_S
-            self._closing.wait(backoff_s)
-            backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
-            self.restarts += 1
-        self._settled.set()
+            if not self._closing.wait(backoff_s):
+                backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+                self.restarts += 1
 
     def _attend(self, child: subprocess.Popen) -> int:
         """Waits for the child's end and returns its status; ends it when it has stopped answering."""
         misses = 0
         while True:
             try:
-                return child.wait(self.health_every_s)
+                return child.wait(HEALTH_EVERY_S)
             except subprocess.TimeoutExpired:
                 misses = 0 if _serving(self.address, HEALTH_TIMEOUT_S) else misses + 1
             if misses >= HEALTH_MISSES and not self._closing.is_set():
@@ -142,12 +136,8 @@ class SideCar:
 
     def _start(self) -> subprocess.Popen:
         """Starts a child, waits until it is healthy, tells the listener."""
-        command = [sys.executable, "-m", "sam_bridge", f"--backend={self.backend}", f"--workers={self.workers}"]
-        command += ["--address=127.0.0.1:0", f"--parent_pid={os.getpid()}"]
-        for field in dataclasses.fields(self.options):
-            if (value := getattr(self.options, field.name)) != field.default:
-                command.append(f"--{field.name}={value}")
-        command += self.arguments
+        command = [sys.executable, "-m", "sam_bridge", f"--backend={self.backend}", "--address=127.0.0.1:0"]
+        command += [f"--parent_pid={os.getpid()}", *self.arguments]
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
         with self._lock:
@@ -164,7 +154,7 @@ class SideCar:
                 start_new_session=True,
             )
         threading.Thread(target=self._forward, args=(child,), daemon=True).start()
-        overdue = threading.Timer(self.start_timeout_s, child.kill)  # ends a readline that would wait for ever
+        overdue = threading.Timer(START_TIMEOUT_S, child.kill)  # ends a readline that would wait for ever
         overdue.start()
         try:
             address = self._await_ready(child)
@@ -172,15 +162,14 @@ class SideCar:
             overdue.cancel()
         with self._lock:
             self.address, self.pid = address, child.pid
-            if self._listener is not None:
-                self._listener(address)
+            self._listener(address)
         return child
 
     def _await_ready(self, child: subprocess.Popen) -> str:
         line = child.stdout.readline()
         if line.startswith(READY):
             address = line.removeprefix(READY).split()[0]
-            if _serving(address, self.start_timeout_s):
+            if _serving(address, START_TIMEOUT_S):
                 return address
         child.kill()
         status = child.wait()
@@ -207,34 +196,20 @@ def _serving(address: str, timeout_s: float) -> bool:
     return reply.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def _end(child: subprocess.Popen) -> None:
-    child.terminate()
-    try:
-        child.wait(TERMINATE_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
 @contextlib.contextmanager
 def spawn_segmenter(
     mode: str = "spawn",
     backend: str = "grabcut",
     addresses: Sequence[str] = (),
     *,
-    timeout_s: float = 30.0,
-    wait_s: float = 30.0,
-    workers: int = 0,
     options: backends.Options = backends.DEFAULTS,
-    token_file: str = "",
-    tls_ca: str = "",
-    tls: bool = False,
+    **connection,
 ) -> Iterator[Segmenter]:
     """A segmenter for as long as the `with` block lasts.
 
     spawn: a side-car of our own, restarted when it dies. connect: side-cars that run already at `addresses`; one error
     within `wait_s` when one of them does not answer. inprocess: the back end itself, without a bridge. `options` are
-    for the first and the last, `token_file`, `tls_ca` and `tls` for `connect`. All have `counters()`.
+    for the first and the last, `connection` (SamClient's keywords) for the first two. All have `counters()`.
     """
     if mode not in MODES:
         raise ValueError(f"unknown segmenter mode {mode!r}; options: {', '.join(MODES)}")
@@ -242,13 +217,9 @@ def spawn_segmenter(
         with contextlib.closing(LocalSegmenter(backends.load_backend(backend, options))) as segmenter:
             yield segmenter
     elif mode == "connect":
-        secure = dict(token_file=token_file, tls_ca=tls_ca, tls=tls)
-        with SamClient(addresses, timeout_s=timeout_s, wait_s=wait_s, **secure) as client:
+        with SamClient(addresses, **connection) as client:
             client.info()
             yield client
     else:
-        with SideCar(backend, options=options, workers=workers) as side_car:
-            name = side_car.address
-            with SamClient([name], timeout_s=timeout_s, wait_s=wait_s) as client:
-                side_car.follow(lambda address: client.move(name, address))
-                yield client
+        with SideCar(backend, options) as side_car, side_car.connect(**connection) as client:
+            yield client

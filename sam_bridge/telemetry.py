@@ -17,7 +17,8 @@ BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0
 
 
 class BridgeMetrics:
-    """`sam_bridge_calls_total{rpc,status}`, `sam_bridge_seconds{rpc,stage}`, and `sam_bridge_<name>` for `counts()`."""
+    """`registry` has `sam_bridge_calls_total{rpc,status}`, `sam_bridge_seconds{rpc,stage}`, and a `sam_bridge_<name>`
+    for each of `counts()`."""
 
     def __init__(self, counts: Callable[[], dict[str, float]] = dict):
         self.registry = prometheus_client.CollectorRegistry()
@@ -41,21 +42,6 @@ class BridgeMetrics:
         for name, value in self._counts().items():
             family = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
             yield family(f"sam_bridge_{name}", name.replace("_", " "), value=value)
-
-    def text(self) -> str:
-        """The page that Prometheus reads."""
-        return prometheus_client.generate_latest(self.registry).decode()
-
-    def serve(self, host: str, port: int) -> Callable[[], None]:
-        """Answers http://host:port/metrics on a thread of its own; returns what stops it."""
-        server, thread = prometheus_client.start_http_server(port, host, self.registry)
-
-        def stop() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        return stop
 
 
 class JsonLines(logging.Formatter):

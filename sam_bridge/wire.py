@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-
 from sam_bridge import bridge_pb2 as pb
 from sam_bridge.prompts import MAX_IMAGE_BYTES
 from sam_bridge.rle import decode_mask
@@ -26,25 +24,11 @@ def status_text(detail: str) -> str:
     return detail[:MAX_DETAIL].encode("ascii", "backslashreplace").decode().replace("\0", "\\0")[: 2 * MAX_DETAIL]
 
 
-def is_loopback(address: str) -> bool:
-    """True for `localhost:port`, 127.0.0.0/8 and [::1]. Raises ValueError when it is not host:port."""
-    host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isascii() and port.isdigit() and int(port) < 65536):
-        raise ValueError(f"address {address!r} is not host:port, such as 127.0.0.1:50051")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
-    except ValueError:
-        return False
-
-
 def request_to_proto(key: str, request: SegmentRequest) -> pb.SegmentRequest:
     """`request` has passed check_request."""
     message = pb.SegmentRequest(image_hash=key, refine=request.refine_logits_id, candidates=request.candidates)
     if request.box is not None:
-        x0, y0, x1, y1 = map(float, request.box)
-        message.box.CopyFrom(pb.Box(x0=x0, y0=y0, x1=x1, y1=y1))
+        message.box.x0, message.box.y0, message.box.x1, message.box.y1 = map(float, request.box)
     for (x, y), label in zip(request.points, request.labels, strict=True):
         message.points.add(x=float(x), y=float(y), label=int(label))
     return message

@@ -75,7 +75,11 @@ class GrabCut:
         prompt = _to_working(request, encoding)
         reached = _reached(prompt, encoding) if start is None else None
         trimap = _trimap(prompt, shape, start, reached)
-        region = _region(prompt.box if reached is None else _bounds(reached), shape)
+        box = prompt.box
+        if reached is not None:
+            x, y, width, height = cv2.boundingRect(reached.astype(np.uint8))
+            box = (x, y, x + width, y + height)
+        region = _region(box, shape)
         found, score = _cut(encoding, trimap, prompt, region)
         mask = found
         if shape != (encoding.height, encoding.width):
@@ -141,25 +145,18 @@ def _trimap(prompt: _Prompt, shape: tuple[int, int], start: np.ndarray | None, r
 
 
 def _reached(prompt: _Prompt, encoding: GrabCutEncoding) -> np.ndarray | None:
-    """bool[h', w']: what the object clicks' colours reach. None if there is no click, or a box says how far to look."""
+    """bool[h', w']: all that is joined to an object click by pixels within TOLERANCE of its colour.
+
+    None if there is no click, or a box says how far to look.
+    """
     if prompt.box is not None or not prompt.objects:
         return None
-    return np.logical_or.reduce([_same_colour(encoding, click) for click in prompt.objects])
-
-
-def _bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Half-open box of a mask that is not empty."""
-    ys, xs = np.nonzero(mask)
-    return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
-
-
-def _same_colour(encoding: GrabCutEncoding, click: tuple[int, int]) -> np.ndarray:
-    """bool[h', w']: what is joined to the click by pixels within TOLERANCE of its colour."""
     shape = encoding.pixels.shape[:2]
-    reached, within = np.zeros((shape[0] + 2, shape[1] + 2), np.uint8), (TOLERANCE,) * 3
+    reached = np.zeros((len(prompt.objects), shape[0] + 2, shape[1] + 2), np.uint8)  # with the frame that OpenCV wants
     flags = 4 | cv2.FLOODFILL_MASK_ONLY | cv2.FLOODFILL_FIXED_RANGE | (1 << 8)  # 4 neighbours; writes 1 into `reached`
-    cv2.floodFill(encoding.smooth, reached, click, 0, within, within, flags)
-    return reached[1:-1, 1:-1].astype(bool)
+    for mask, click in zip(reached, prompt.objects, strict=True):
+        cv2.floodFill(encoding.smooth, mask, click, 0, (TOLERANCE,) * 3, (TOLERANCE,) * 3, flags)
+    return reached[:, 1:-1, 1:-1].any(axis=0)
 
 
 def _cut(encoding: GrabCutEncoding, trimap: np.ndarray, prompt: _Prompt, region) -> tuple[np.ndarray, float]:

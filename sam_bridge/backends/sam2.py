@@ -19,6 +19,7 @@ import importlib.machinery
 import os
 import pathlib
 import re
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -26,6 +27,7 @@ import torch
 
 from sam_bridge.backends import DTYPES, MULTIMASK, RANDOM, SAM2_MODELS, BackendError, DeadDevice, Decoded, Options
 from sam_bridge.batching import Lane
+from sam_bridge.cpu_tuning import threads_of_each
 from sam_bridge.types import SegmentRequest
 
 _KEPT = []  # a library's declarations go when it does
@@ -49,12 +51,13 @@ def _declare_operators() -> None:
 
 _declare_operators()
 
-from sam2.build_sam import build_sam2  # noqa: E402
+from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES, build_sam2  # noqa: E402
 from sam2.utils.transforms import SAM2Transforms  # noqa: E402
 
 DEFAULT_BATCH = {"cpu": (1, 1), "cuda": (8, 32)}  # (images, prompts); for a CPU see docs/sidecar.md
 CONCURRENCY = 64  # calls let in at a time: the lanes need a crowd to make batches of
-LETTERS = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
+# One of SAM2_MODELS -> the package's configuration of it; the checkpoint's file is the name with _hiera in it.
+CONFIG_FILES = {re.sub(r"_hiera|\.pt$", "", file): config for config, file in HF_MODEL_ID_TO_FILENAMES.values()}
 Prepared = tuple[torch.Tensor, int, int]
 LOGIT_CLAMP = 32.0  # the predictor's, of the logits that refine a mask
 
@@ -93,7 +96,7 @@ class Sam2:
         self.options = options
         devices = [_device(name) for name in options.device.split(",")]
         if any(device.type == "cpu" for device in devices):
-            torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // len(devices)))
+            torch.set_num_threads(options.threads or threads_of_each(len(devices)))
         weights = _read_checkpoint(options.checkpoint)
         # In a thread that ends. OpenMP keeps a team for every thread that ever shared work out, and with more threads
         # in teams than cores all of them sleep between two operations: without a GPU nobody but the lanes may have one.
@@ -127,12 +130,11 @@ class Sam2:
 
     def counters(self) -> dict[str, float]:
         """Batches run and items in them, over all devices."""
-        total: dict[str, float] = {}
-        for lane in self._lanes:
-            for kind in ("encode", "decode"):
-                total[f"{kind}_batches"] = total.get(f"{kind}_batches", 0) + lane.batches[kind]
-                total[f"{kind}_items"] = total.get(f"{kind}_items", 0) + lane.items[kind]
-        return total
+        return {
+            f"{kind}_{what}": sum(getattr(lane, what)[kind] for lane in self._lanes)
+            for kind in ("encode", "decode")
+            for what in ("batches", "items")
+        }
 
     def close(self) -> None:
         """Ends the threads; waiting calls fail."""
@@ -312,16 +314,10 @@ class _Model:
                 raise
 
 
-class _Padding:
-    """What attention may see now: bool[B, 1, 1, tokens], or None for everything."""
-
-    shown: torch.Tensor | None = None
-
-
 class _OverTokens(torch.nn.Module):
     """An attention of the package whose keys are the prompt's tokens; leaves padding out while there is some."""
 
-    def __init__(self, attention: torch.nn.Module, padding: _Padding):
+    def __init__(self, attention: torch.nn.Module, padding: types.SimpleNamespace):
         super().__init__()
         self.attention, self.padding = attention, padding
 
@@ -334,9 +330,12 @@ class _OverTokens(torch.nn.Module):
         return a.out_proj(a._recombine_heads(out))
 
 
-def _hide_padding(transformer: torch.nn.Module) -> _Padding:
-    """Wraps the attentions over tokens; the others have the image as keys, which is never padded."""
-    padding = _Padding()
+def _hide_padding(transformer: torch.nn.Module) -> types.SimpleNamespace:
+    """Wraps the attentions over tokens; the others have the image as keys, which is never padded.
+
+    `shown` of what is returned says what attention may see now: bool[B, 1, 1, tokens], or None for everything.
+    """
+    padding = types.SimpleNamespace(shown=None)
     for layer in transformer.layers:
         layer.self_attn = _OverTokens(layer.self_attn, padding)
         layer.cross_attn_image_to_token = _OverTokens(layer.cross_attn_image_to_token, padding)
@@ -354,7 +353,7 @@ def _build(name: str, weights: dict | None, device: torch.device, resolution: in
     extra = [] if resolution == 1024 else [f"++model.image_size={resolution}"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # random weights are the same in every process
-        net = build_sam2(config_file(name), None, device="cpu", hydra_overrides_extra=extra)
+        net = build_sam2(CONFIG_FILES[name], None, device="cpu", hydra_overrides_extra=extra)
     if weights is not None:
         try:
             net.load_state_dict(weights)
@@ -364,12 +363,6 @@ def _build(name: str, weights: dict | None, device: torch.device, resolution: in
                 f"the checkpoint is not one of {name}: {' '.join(lines[:3])[:300]}; name its --model"
             ) from error
     return net.to(device)
-
-
-def config_file(name: str) -> str:
-    """The package's configuration of one of SAM2_MODELS."""
-    family, size = name.split("_", 1)
-    return f"configs/{family}/{family}_hiera_{LETTERS[size]}.yaml"
 
 
 def _read_checkpoint(path: str) -> dict | None:

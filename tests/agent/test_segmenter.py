@@ -24,7 +24,7 @@ def test_all_modes_give_the_same_mask_and_count():
         assert counters(own)["segmenter/encodes"] == 1
     with open_segmenter(SegmenterConfig(mode="spawn")) as spawned:
         masks["spawn"] = spawned.segment(IMAGE, BOX).mask
-        address = spawned._fleet.slots[0].address
+        address = spawned.slots[0].address
         assert counters(spawned)["segmenter/calls"] == 1 and counters(spawned)["segmenter/restarts"] == 0
         with open_segmenter(SegmenterConfig(mode="connect", addresses=(address,))) as connected:
             masks["connect"] = connected.segment(IMAGE, BOX).mask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -27,7 +28,7 @@ def test_replacing_counts_bytes_once_and_oversize_is_not_kept():
     cache.put("a", 1, 60)
     cache.put("a", 2, 70)
     assert cache.used_bytes == 70 and cache.get("a") == 2
-    assert cache.get_or_make("big", lambda: ("big", 101)) == ("big", True)
+    assert cache.get_or_make("big", lambda: ("big", 101)) == "big" and cache.made == 1
     assert "big" not in cache and cache.get("a") == 2
 
 
@@ -42,7 +43,8 @@ def test_bound_holds_after_every_put(puts):
         assert key in cache
 
 
-def test_single_flight_makes_once_for_all_waiters():
+@pytest.mark.parametrize("fails", [False, True])
+def test_single_flight_makes_once_for_all_waiters_and_forgets_a_failure(fails):
     cache, started, release = ByteLRU(100), threading.Event(), threading.Event()
     calls = []
 
@@ -50,32 +52,21 @@ def test_single_flight_makes_once_for_all_waiters():
         calls.append(1)
         started.set()
         assert release.wait(5)
+        if fails:
+            raise OSError("broken")
         return "value", 1
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        first = pool.submit(cache.get_or_make, "k", make)
+        flights = [pool.submit(cache.get_or_make, "k", make)]
         assert started.wait(5)
-        others = [pool.submit(cache.get_or_make, "k", make) for _ in range(7)]
+        flights += [pool.submit(cache.get_or_make, "k", make) for _ in range(7)]
+        time.sleep(0.1)  # until all of them wait
         release.set()
-        results = [f.result(5) for f in (first, *others)]
-    assert results == [("value", True)] + [("value", False)] * 7
-    assert len(calls) == 1 == cache.made
-
-
-def test_failed_making_reaches_waiters_and_is_forgotten():
-    cache, started, release = ByteLRU(100), threading.Event(), threading.Event()
-
-    def fail():
-        started.set()
-        assert release.wait(5)
-        raise OSError("broken")
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first = pool.submit(cache.get_or_make, "k", fail)
-        assert started.wait(5)
-        second = pool.submit(cache.get_or_make, "k", fail)
-        release.set()
-        for flight in (first, second):
-            with pytest.raises(OSError, match="broken"):
-                flight.result(5)
-    assert cache.get_or_make("k", lambda: ("fine", 1)) == ("fine", True)
+        for flight in flights:
+            if fails:
+                with pytest.raises(OSError, match="broken"):
+                    flight.result(5)
+            else:
+                assert flight.result(5) == "value"
+    assert len(calls) == 1 and cache.made == (not fails)
+    assert cache.get_or_make("k", lambda: ("fine", 1)) == ("fine" if fails else "value")

@@ -13,9 +13,11 @@ import pytest
 from sam_bridge import fleet
 from sam_bridge.backends import DeadDevice
 from sam_bridge.backends.grabcut import GrabCut
-from sam_bridge.local import LocalSegmenter
+from sam_bridge.client import SamClient
+from sam_bridge.local import LocalSegmenter, image_hash
 from sam_bridge.server import Server
-from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
+from sam_bridge.types import FailureKind, SegmentRequest
+from tests.sam_bridge.fakes import failure, until
 
 BOX = SegmentRequest(box=(0.0, 0.0, 4.0, 4.0))
 IMAGES = [np.full((8, 8, 3), i, np.uint8) for i in range(24)]
@@ -23,14 +25,7 @@ IMAGES = [np.full((8, 8, 3), i, np.uint8) for i in range(24)]
 
 @pytest.fixture(autouse=True)
 def quick_probes(monkeypatch):
-    monkeypatch.setattr(fleet, "PROBE_S", 0.05)
-
-
-def until(condition, within_s=10.0):
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.01)
+    monkeypatch.setattr("sam_bridge.client.PROBE_S", 0.05)
 
 
 def ask(client, images=IMAGES):
@@ -43,9 +38,10 @@ def test_a_dead_side_car_is_out_and_comes_back(fake, serve, connect):
     servers = [serve(LocalSegmenter(backend)) for backend in backends]
     client = connect(*(server.address for server in servers))
     assert ask(client) == [16] * len(IMAGES)
-    assert sum(b.encoded for b in backends) == len(IMAGES)
+    assert ask(client) == [16] * len(IMAGES)
+    assert sum(b.encoded for b in backends) == len(IMAGES)  # the second round met the encodings of the first
+    assert all(b.encoded > 0 for b in backends)
     own = backends[1].encoded
-    assert 0 < own < len(IMAGES)
     servers[1].stop(0)
     assert ask(client) == [16] * len(IMAGES)
     assert client.counters()["ejections"] == 1 and client.counters()["out"] == 1
@@ -61,6 +57,13 @@ def test_a_dead_side_car_is_out_and_comes_back(fake, serve, connect):
     assert client.counters()["restarts"] == 1  # another process at the same address
 
 
+def test_losing_a_side_car_moves_only_its_own_images(connect):
+    slots = connect("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3").slots
+    before, after = ([fleet.rank(some, str(i))[0] for i in range(200)] for some in (slots, slots[:2]))
+    assert set(before) == set(slots)
+    assert all(a is b for a, b in zip(after, before, strict=True) if b is not slots[2])
+
+
 def test_all_dead_is_one_typed_error_within_wait(fake, serve, connect):
     servers = [serve(LocalSegmenter(fake())) for _ in range(2)]
     client = connect(*(server.address for server in servers), wait_s=0.6)
@@ -68,9 +71,9 @@ def test_all_dead_is_one_typed_error_within_wait(fake, serve, connect):
     for server in servers:
         server.stop(0)
     start = time.monotonic()
-    with pytest.raises(SegmenterError) as caught:
-        client.segment(IMAGES[0], BOX)
-    assert caught.value.kind is FailureKind.UNAVAILABLE and 0.4 < time.monotonic() - start < 3
+    assert (
+        failure(client.segment, IMAGES[0], BOX).kind is FailureKind.UNAVAILABLE and 0.4 < time.monotonic() - start < 3
+    )
 
 
 def test_a_remote_one_is_waited_for(fake, serve, connect):
@@ -92,7 +95,7 @@ def test_draining_lets_calls_end_and_sends_new_ones_elsewhere(fake, serve, conne
     backends = [fake(hold=hold), fake()]
     first, second = (Server(LocalSegmenter(backend)) for backend in backends)
     client = connect(first.address, second.address)
-    mine = next(i for i in IMAGES if fleet.rank(client._fleet.slots, key(i))[0].address == first.address)
+    mine = next(i for i in IMAGES if fleet.rank(client.slots, image_hash(i))[0].address == first.address)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         under_way = pool.submit(client.segment, mine, BOX)
         until(lambda: backends[0].decoded == 1)
@@ -107,19 +110,12 @@ def test_draining_lets_calls_end_and_sends_new_ones_elsewhere(fake, serve, conne
     second.stop(0)
 
 
-def key(image):
-    from sam_bridge.local import image_hash
-
-    return image_hash(image)
-
-
 def test_side_cars_that_give_other_masks_are_refused(fake, serve, connect):
     other = fake()
     other.identity = "fake with other weights"
     client = connect(serve(LocalSegmenter(fake())).address, serve(LocalSegmenter(other)).address)
-    with pytest.raises(SegmenterError, match="other weights") as caught:
-        client.info()
-    assert caught.value.kind is FailureKind.INTERNAL
+    error = failure(client.info)
+    assert error.kind is FailureKind.INTERNAL and "other weights" in error.detail
 
 
 def test_who_answers_is_said_alike_through_the_bridge_and_without_it(fake, serve, connect):
@@ -158,7 +154,5 @@ def test_an_image_on_its_way_is_sent_once_by_a_client(fake, serve, connect, pict
 
 @pytest.mark.parametrize("addresses", [(), "127.0.0.1:1", ("127.0.0.1:1", "127.0.0.1:1"), ("nowhere",)])
 def test_addresses_that_cannot_be_meant(addresses, connect):
-    from sam_bridge.client import SamClient
-
     with pytest.raises(ValueError, match="addresses|host:port"):
         SamClient(addresses)

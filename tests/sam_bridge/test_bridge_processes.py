@@ -13,19 +13,17 @@ import time
 import urllib.request
 from pathlib import Path
 
-import grpc
 import numpy as np
 import PIL.Image
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sam_bridge.client import SamClient
 from sam_bridge.local import LocalSegmenter
 from sam_bridge.spawn import SideCar, spawn_segmenter
 from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
+from tests.sam_bridge.fakes import BOX, failure, healthy, until
 
 ROOT = Path(__file__).resolve().parents[2]
-BOX = SegmentRequest(box=(22.0, 32.0, 59.0, 69.0))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -37,10 +35,9 @@ def gone(pid: int, within_s: float) -> bool:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
         except (FileNotFoundError, ProcessLookupError):
-            return True
-        if state == "Z":
             return True
         time.sleep(0.05)
     return False
@@ -54,11 +51,7 @@ def side_car():
 
 
 def test_spawned_side_car_serves_and_gives_the_same_masks(side_car, local, picture):
-    with grpc.insecure_channel(side_car.address) as channel:
-        for service in ("", "sam_bridge.v1.SamBridge"):
-            request = health_pb2.HealthCheckRequest(service=service)
-            reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
-            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+    assert healthy(side_car.address) and healthy(side_car.address, "sam_bridge.v1.SamBridge")
     with spawn_segmenter("connect", addresses=[side_car.address]) as client:
         np.testing.assert_array_equal(client.segment(picture, BOX).mask, local.segment(picture, BOX).mask)
 
@@ -100,9 +93,7 @@ def test_killed_in_use_no_call_is_lost_and_masks_stay_the_same(picture, local):
     first = local.segment(picture, BOX)
     refined = SegmentRequest(points=((100.0, 34.0),), labels=(1,), refine_logits_id=first.logits_id)
     expected = [first.mask, local.segment(picture, refined).mask]
-    with SideCar("grabcut") as side_car, SamClient([side_car.address]) as client:
-        name = side_car.address
-        side_car.follow(lambda address: client.move(name, address))
+    with SideCar("grabcut") as side_car, side_car.connect() as client:
         client.segment(picture, BOX)
         stop, wrong, answered = threading.Event(), [], []
 
@@ -120,14 +111,10 @@ def test_killed_in_use_no_call_is_lost_and_masks_stay_the_same(picture, local):
         for user in users:
             user.start()
         for restarts in (1, 2):
-            deadline = time.monotonic() + 60
-            while len(answered) < 4 * restarts and not wrong and time.monotonic() < deadline:
-                time.sleep(0.05)  # it is killed in use, on a slow machine as well
+            until(lambda enough=4 * restarts: len(answered) >= enough or wrong, 60)  # it is killed in use
             pid = side_car.pid
             os.kill(pid, signal.SIGKILL)
-            deadline = time.monotonic() + 20
-            while side_car.pid == pid and time.monotonic() < deadline:
-                time.sleep(0.05)
+            until(lambda pid=pid: side_car.pid != pid, 20)
             assert side_car.restarts == restarts
         # A mask made before the kill can still be refined: the client makes it again.
         np.testing.assert_array_equal(client.segment(picture, refined).mask, expected[1])
@@ -163,9 +150,8 @@ def test_ordinary_exit_without_close_ends_the_child():
 
 def test_one_that_lives_but_answers_nothing_is_killed_and_restarted(picture, monkeypatch):
     monkeypatch.setattr("sam_bridge.spawn.HEALTH_TIMEOUT_S", 0.5)
-    with SideCar("grabcut", health_every_s=0.2) as side_car, SamClient([side_car.address]) as client:
-        name = side_car.address
-        side_car.follow(lambda address: client.move(name, address))
+    monkeypatch.setattr("sam_bridge.spawn.HEALTH_EVERY_S", 0.2)
+    with SideCar("grabcut") as side_car, side_car.connect() as client:
         mask, pid = client.segment(picture, BOX).mask, side_car.pid
         time.sleep(1.0)
         assert side_car.restarts == 0  # one that answers is left alone
@@ -190,12 +176,10 @@ def test_check_draws_what_came_back(side_car, tmp_path):
 
 
 @pytest.mark.parametrize("grace_s", [20.0, 0.0])
-def test_sigterm_drains(grace_s, tmp_path):
+def test_sigterm_drains(grace_s):
     """A call under way when SIGTERM comes is answered within the grace, and given up without one."""
-    (tmp_path / "slow_backend.py").write_text(SLOW_BACKEND)
-    command = [sys.executable, "-m", "sam_bridge", "--backend=slow_backend:Slow", "--address=127.0.0.1:0"]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    child = subprocess.Popen([*command, f"--grace_s={grace_s}"], env=env, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "sam_bridge", "--backend=tests.sam_bridge.fakes:Slow", "--address=127.0.0.1:0"]
+    child = subprocess.Popen([*command, f"--grace_s={grace_s}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     address = child.stdout.readline().split("address=")[1].split()[0]
     with SamClient([address], wait_s=0.2) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
         image = np.zeros((8, 8, 3), np.uint8)
@@ -206,44 +190,21 @@ def test_sigterm_drains(grace_s, tmp_path):
         if grace_s:
             assert call.result(10).mask.sum() == 16
         else:
-            with pytest.raises(SegmenterError) as caught:
-                call.result(10)
-            assert caught.value.kind is FailureKind.UNAVAILABLE
+            assert failure(call.result, 10).kind is FailureKind.UNAVAILABLE
     assert child.wait(10) == 0
     child.stdout.close()
 
 
-SLOW_BACKEND = """
-import time
-import numpy as np
-from sam_bridge.backends import Decoded
-
-class Slow:
-    name = "slow"
-
-    def encode(self, image):
-        return image.shape[:2], 1
-
-    def decode(self, encoding, request, logits):
-        side = int(request.box[2])
-        time.sleep(1.5 if side > 1 else 0)
-        mask = np.zeros(encoding, bool)
-        mask[:side, :side] = True
-        return Decoded(mask, 0.5, mask)
-"""
-
-
 def test_side_car_that_cannot_start_says_why():
-    with pytest.raises(SegmenterError) as caught:
-        SideCar("sam2")
-    assert caught.value.kind is FailureKind.UNAVAILABLE and "--checkpoint" in caught.value.detail
+    error = failure(SideCar, "sam2")
+    assert error.kind is FailureKind.UNAVAILABLE and "--checkpoint" in error.detail
 
 
 def test_open_segmenter_modes(picture):
     with spawn_segmenter("inprocess") as own:
         assert isinstance(own, LocalSegmenter)
         expected = own.segment(picture, BOX).mask
-    with spawn_segmenter("spawn", workers=1) as spawned:
+    with spawn_segmenter("spawn") as spawned:
         np.testing.assert_array_equal(spawned.segment(picture, BOX).mask, expected)
     with pytest.raises(ValueError, match="options: spawn, connect, inprocess"):
         spawn_segmenter("magic").__enter__()

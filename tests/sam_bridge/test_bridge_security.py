@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
-import urllib.request
 
 import grpc
 import numpy as np
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import generate_latest
 
 from sam_bridge import bridge_pb2 as pb
 from sam_bridge import bridge_pb2_grpc, telemetry
 from sam_bridge.client import SamClient
 from sam_bridge.local import LocalSegmenter
-from sam_bridge.security import AddressError, SecurityError, read_token
+from sam_bridge.security import SetupError, read_token
 from sam_bridge.server import Server
-from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
+from sam_bridge.types import FailureKind, SegmentRequest
+from tests.sam_bridge.fakes import BOX, failure, healthy
 
-BOX = SegmentRequest(box=(22.0, 32.0, 59.0, 69.0))
 TOKEN = "a-token-of-forty-letters-for-this-test-x"
 
 
@@ -34,12 +33,6 @@ def files(tmp_path_factory):
     (folder / "token").write_text(TOKEN + "\n")
     (folder / "other").write_text(TOKEN[::-1])
     return {name: str(folder / name) for name in ("cert.pem", "key.pem", "token", "other")}
-
-
-def failure(call, *args) -> SegmenterError:
-    with pytest.raises(SegmenterError) as caught:
-        call(*args)
-    return caught.value
 
 
 def test_tls_and_token_on_an_open_address(fake, serve, connect, picture, files):
@@ -62,8 +55,8 @@ def test_tls_and_token_on_an_open_address(fake, serve, connect, picture, files):
 
 def test_without_the_token_nothing_but_health_answers(fake, serve, files):
     server = serve(LocalSegmenter(fake()), token=TOKEN)
+    assert healthy(server.address)
     with grpc.insecure_channel(server.address) as channel:
-        health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
         stub = bridge_pb2_grpc.SamBridgeStub(channel)
         for call, message in (
             (stub.Info, pb.InfoRequest()),
@@ -76,27 +69,44 @@ def test_without_the_token_nothing_but_health_answers(fake, serve, files):
                     call(message, timeout=5, metadata=metadata)
                 assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
         assert stub.Info(pb.InfoRequest(), timeout=5, metadata=(("authorization", f"Bearer {TOKEN}"),)).protocol
-    assert 'sam_bridge_calls_total{rpc="any",status="unauthenticated"} 18.0' in server.metrics.text()
+    assert (
+        'sam_bridge_calls_total{rpc="any",status="unauthenticated"} 18.0'
+        in generate_latest(server.metrics.registry).decode()
+    )
 
 
-def test_an_open_address_needs_both(fake, files):
-    pair = dict(tls_cert=files["cert.pem"], tls_key=files["key.pem"])
-    for secure, says in (
-        ({}, "--tls_cert and --tls_key and --token_file"),
-        (pair, "give --token_file"),
-        (dict(token=TOKEN), "--tls_key,"),
-    ):
-        with pytest.raises(AddressError, match=says):
-            Server(LocalSegmenter(fake()), "0.0.0.0:0", **secure)
+@pytest.mark.parametrize(
+    ("address", "secure", "says"),
+    [
+        ("0.0.0.0:0", "", "--tls_cert and --tls_key and --token_file.*--insecure"),
+        ("0.0.0.0:0", "tls", "give --token_file"),
+        ("0.0.0.0:0", "token", "--tls_key,"),
+        ("192.0.2.1:0", "", "--insecure"),
+        ("[::]:0", "", "--insecure"),
+        ("example.com:0", "", "--insecure"),
+        (":0", "", "not host:port"),
+    ],
+)
+def test_an_address_off_this_machine_needs_tls_and_a_token(fake, files, address, secure, says):
+    tls = dict(tls_cert=files["cert.pem"], tls_key=files["key.pem"])
+    with pytest.raises(SetupError, match=says):
+        Server(LocalSegmenter(fake()), address, **{"": {}, "tls": tls, "token": dict(token=TOKEN)}[secure])
+
+
+def test_insecure_allows_it_and_a_port_in_use_is_said(fake, serve, connect, picture):
+    port = serve(LocalSegmenter(fake()), address="0.0.0.0:0", insecure=True).address.rpartition(":")[2]
+    assert connect(f"127.0.0.1:{port}").segment(picture, BOX).mask.any()
+    with pytest.raises(SetupError, match="Address already in use"):
+        Server(LocalSegmenter(fake()), f"127.0.0.1:{port}")
 
 
 def test_files_that_cannot_be_used(fake, files, tmp_path):
     (tmp_path / "short").write_text("secret")
     (tmp_path / "two").write_text("two words of a good length")
     for name, says in (("short", "at least 16"), ("two", "without spaces"), ("none", "cannot be read: No such file")):
-        with pytest.raises(SecurityError, match=says):
+        with pytest.raises(SetupError, match=says):
             read_token(str(tmp_path / name))
-    with pytest.raises(SecurityError, match="both"):
+    with pytest.raises(SetupError, match="both"):
         Server(LocalSegmenter(fake()), tls_cert=files["cert.pem"])
     with pytest.raises(ValueError, match="in the clear"):
         SamClient(["192.0.2.1:50051"], token_file=files["token"])
@@ -109,10 +119,7 @@ def test_metrics_count_calls_images_and_seconds(fake, serve, connect, picture):
     for x in (30.0, 40.0):
         client.segment(picture, SegmentRequest(box=(10.0, 10.0, x, 40.0)))
     failure(client.segment, picture, SegmentRequest(box=(10.0, 10.0, 20.0, 20.0), refine_logits_id="nothing"))
-    stop = server.metrics.serve("127.0.0.1", port := free_port())
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
-        lines = page.read().decode().splitlines()
-    stop()
+    lines = generate_latest(server.metrics.registry).decode().splitlines()
     for line in (
         'sam_bridge_calls_total{rpc="Segment",status="ok"} 2.0',
         'sam_bridge_calls_total{rpc="Segment",status="unknown_image"} 1.0',
@@ -124,14 +131,6 @@ def test_metrics_count_calls_images_and_seconds(fake, serve, connect, picture):
         "sam_bridge_waiting 0.0",
     ):
         assert line in lines
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_json_lines():

@@ -23,12 +23,12 @@ from sam_bridge.backends import RANDOM, SAM2_MODELS, BackendError, Options, load
 from sam_bridge.backends import sam2 as backend
 from sam_bridge.local import LocalSegmenter
 from sam_bridge.types import SegmentRequest
+from tests.sam_bridge.fakes import BOX
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # sam2's transforms
 
 QUICK = 128  # pixels, instead of 1024
 SIZES = ((32, 32), (120, 160), (333, 97))
-BOX = SegmentRequest(box=(22.0, 32.0, 59.0, 69.0))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,11 +81,12 @@ def test_sam2_of_the_first_family_and_another_size(tmp_path):
     assert all_equal(bridge_exact.compare(predictor, options, QUICK, 5, SIZES[:1]))
 
 
-@pytest.mark.parametrize("multimask", ["never", "always"])
-def test_the_multimask_switch(reference, multimask):
+@pytest.mark.parametrize("change", [{"multimask": "never"}, {"multimask": "always"}, {"dtype": "bfloat16"}])
+def test_the_multimask_switch_and_bf16_as_under_autocast(reference, change):
     predictor, options = reference
-    options = dataclasses.replace(options, multimask=multimask)
-    assert all_equal(bridge_exact.compare(predictor, options, QUICK, 7, SIZES[:1]))
+    with torch.autocast("cpu", torch.bfloat16, enabled="dtype" in change):
+        result = bridge_exact.compare(predictor, dataclasses.replace(options, **change), QUICK, 7, SIZES[:1])
+    assert all_equal(result)
 
 
 def test_candidates_are_the_predictors_three_masks(reference, picture):
@@ -98,14 +99,6 @@ def test_candidates_are_the_predictors_three_masks(reference, picture):
     assert len(ours.candidates) == 3 and ours.score == pytest.approx(float(scores.max()), abs=1e-6)
     np.testing.assert_array_equal(np.stack(ours.candidates), theirs.astype(bool))
     np.testing.assert_array_equal(ours.mask, theirs[int(scores.argmax())].astype(bool))
-
-
-def test_bf16_equals_the_predictor_under_autocast(reference):
-    predictor, options = reference
-    options = dataclasses.replace(options, dtype="bfloat16")
-    with torch.autocast("cpu", torch.bfloat16):
-        result = bridge_exact.compare(predictor, options, QUICK, 7, SIZES[:1])
-    assert all_equal(result)
 
 
 def test_batches_leave_nothing_of_each_other(reference):
@@ -134,7 +127,7 @@ def test_two_devices_share_the_images_and_give_equal_masks(reference):
         reference[0].predictor.set_image(picture)
         enlarged, _, _ = reference[0].predict(SegmentRequest(box=(3.0, 3.0, 30.0, 30.0)), None)
         np.testing.assert_array_equal(mask, enlarged > 0)
-    assert two.identity.startswith("sam2 sam2.1_tiny ")  # whatever the devices are
+    assert two.about.identity.startswith("sam2 sam2.1_tiny ")  # whatever the devices are
     two.close()
 
 
@@ -154,7 +147,7 @@ def test_names_and_files_are_the_packages_own():
     assert len(table) == len(SAM2_MODELS)
     for file, config in table.items():
         name = backend._model_name(Options(checkpoint=f"/some/where/{file}"))
-        assert name in SAM2_MODELS and backend.config_file(name) == config
+        assert name in SAM2_MODELS and backend.CONFIG_FILES[name] == config
 
 
 def test_what_cannot_be_had_is_one_clear_error(reference, tmp_path):

@@ -10,14 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sam_bridge import shrink
-from sam_bridge.backends import Decoded, load_backend
+from sam_bridge.backends import load_backend
 from sam_bridge.local import LocalSegmenter, image_hash
 from sam_bridge.prompts import check_request
-from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
-
-
-def iou(a: np.ndarray, b: np.ndarray) -> float:
-    return (a & b).sum() / (a | b).sum()
+from sam_bridge.types import SegmentRequest
+from tests.sam_bridge.fakes import BOX, failure, iou
 
 
 @pytest.fixture
@@ -46,7 +43,7 @@ def test_client_and_local_agree_on_boxes_clicks_and_refined_masks(small_limits, 
     client = connect(serve(local).address)
     key = image_hash(shrink.shrink(picture))
     for request in (
-        SegmentRequest(box=(22.0, 32.0, 59.0, 69.0)),
+        BOX,
         SegmentRequest(points=((40.2, 50.9), (128.0, 96.0)), labels=(1, 0)),
     ):
         ours, theirs = own.segment(picture, request), client.segment(picture, request)
@@ -62,32 +59,17 @@ def test_client_and_local_agree_on_boxes_clicks_and_refined_masks(small_limits, 
 def test_a_forgotten_mask_of_a_large_picture_is_made_again(small_limits, serve, connect, picture):
     local = LocalSegmenter(load_backend("grabcut"))
     client = connect(serve(local).address)
-    first = client.segment(picture, SegmentRequest(box=(22.0, 32.0, 59.0, 69.0)))
+    first = client.segment(picture, BOX)
     refine = SegmentRequest(points=((60.0, 20.0),), labels=(0,), refine_logits_id=first.logits_id)
     wanted = client.segment(picture, refine)
-    local.logits._values.clear()
+    local.logits._kept.clear()
     np.testing.assert_array_equal(client.segment(picture, refine).mask, wanted.mask)
     assert client.counters()["remade"] == 1
 
 
-class Halves:
-    """The picture's left and right half as candidates, the left one chosen."""
-
-    name = "halves"
-
-    def encode(self, image):
-        self.seen = image.shape
-        return image.shape[:2], image.nbytes
-
-    def decode(self, encoding, request, logits):
-        left = np.zeros(encoding, bool)
-        left[:, : encoding[1] // 2] = True
-        return Decoded(left, 0.5, np.packbits(left), (left, ~left))
-
-
-def test_candidates_come_back_in_the_pictures_size(small_limits, serve, connect, picture):
-    backend = Halves()
-    request = SegmentRequest(box=(1.0, 1.0, 9.0, 9.0), candidates=True)
+def test_candidates_come_back_in_the_pictures_size(small_limits, fake, serve, connect, picture):
+    backend = fake()
+    request = SegmentRequest(box=(0.0, 0.0, 64.0, 96.0), candidates=True)  # the left half
     reply = connect(serve(LocalSegmenter(backend)).address).segment(picture, request)
     assert backend.seen == (42, 55, 3)  # 96 x 128 in 48 * 48 pixels: 41.57 x 55.43
     assert [m.shape for m in reply.candidates] == [(96, 128)] * 2
@@ -119,9 +101,8 @@ def test_errors_speak_of_the_callers_picture(local, connect):
                 "40000 x 30000 pixels is above the limit of 268 megapixels",
             ),
         ):
-            with pytest.raises(SegmenterError, match=words) as caught:
-                segmenter.segment(image, request)
-            assert caught.value.kind == FailureKind(kind)
+            error = failure(segmenter.segment, image, request)
+            assert error.kind == kind and words in error.detail
 
 
 sides = st.integers(1, 1 << 15)
