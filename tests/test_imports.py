@@ -190,6 +190,7 @@ INDIRECT = {  # not imported by name
     "importlib-resources",  # by tensorflow-datasets, which does not say so
     "hydra-core", "iopath", "torchvision",  # by sam2
     "scikit-image",  # only its photographs
+    "transformers",  # where weights are opened: models/qwen25_vl/config.py, hugging_face
 }  # fmt: skip
 
 
