@@ -1,4 +1,4 @@
-# setup: the whole .venv | quickstart: SFT and GRPO on a laptop | test | bench | sidecar | lint | proto | requirements |
+# setup: the whole .venv | quickstart: SFT and GRPO on a laptop | test | test-fast | bench | sidecar | lint | proto | requirements |
 # clean
 #   make quickstart SEED=1           another seed
 #   make setup PYTHON=/path/python   another interpreter (default: python3.11, else python3)
@@ -31,7 +31,7 @@ RUNTIME := $(call stamp,runtime)
 FULL := $(call stamp,full)
 pin = "$$(sed -n 's/.*"\($(1)==[^"]*\)".*/\1/p' pyproject.toml)"
 
-.PHONY: help setup setup-runtime quickstart test bench sidecar lint proto requirements clean
+.PHONY: help setup setup-runtime quickstart test test-fast bench sidecar lint proto requirements clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -90,9 +90,12 @@ quickstart: setup-runtime
 	$(PY) -m rsagent_jax.report.quickstart --train=$(RUN)/train --base=$(RUN)/eval-base --sft=$(RUN)/eval-sft \
 	  --grpo=$(RUN)/eval-grpo --out=$(RUN) --started=$(STARTED)
 
-# All tests: two files at a time. ARGS: one process, as pytest's own options want it.
+# All tests: two files at a time. ARGS: one process, as pytest's own options want it. test-fast: without the slow ones.
 test: setup
 	JAX_PLATFORMS=cpu $(PY) -m pytest $(or $(ARGS),-n 2 --dist loadfile)
+
+test-fast: setup
+	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 bench: setup
 	@for script in benchmarks/[a-z]*.py; do \

@@ -4,6 +4,7 @@ import collections
 import json
 import pathlib
 import pickle
+import re
 
 import pytest
 from PIL import Image
@@ -195,3 +196,12 @@ def test_a_benchmark_that_is_not_known_is_said():
         eval_configs.get_config("refcocog-testA")
     with pytest.raises(DataError, match=r"'refcoco' is unknown; there are refcoco-val"):
         command.load_config_file(str(ROOT / "configs/eval.py:refcoco"))
+
+
+def test_the_recipe_of_a_benchmark_is_a_config(tmp_path):
+    section = (ROOT / "docs/extend.md").read_text(encoding="utf-8").split("## A benchmark\n", 1)[1]
+    file = tmp_path / "my_eval.py"
+    file.write_text(re.search(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[1])
+    config = build_config(EvalConfig, command.load_config_file(str(file)))
+    assert config.benchmark == "Kitchens test" and config.metric.empty_below == 10
+    assert (config.data.dataset, config.data.split, config.data.root) == ("folder", "test", "kitchens")
