@@ -8,13 +8,14 @@ import pytest
 
 from rsagent_jax.aot.flops import Workload, model_flops
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, TextConfig, VisionConfig
+from tests.models.tiny import PATCHES
 
 TEXT = TextConfig(
     vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(1, 1, 0), tie_word_embeddings=False,
 )  # fmt: skip
 VISION = VisionConfig(
-    depth=4, hidden_size=8, intermediate_size=20, num_heads=2, out_hidden_size=16, fullatt_block_indexes=(1,)
+    depth=4, hidden_size=8, intermediate_size=20, num_heads=2, out_hidden_size=16, fullatt_block_indexes=(1,), **PATCHES
 )
 CONFIG = Qwen25VLConfig(
     text=TEXT, vision=VISION, image_token_id=1, video_token_id=2, vision_start_token_id=3, vision_end_token_id=4,

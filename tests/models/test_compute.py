@@ -162,6 +162,7 @@ def test_only_regular_towers_are_scanned_in_groups(depth, full, every):
         num_heads=2,
         out_hidden_size=16,
         fullatt_block_indexes=full,
+        **tiny.PATCHES,
     )
     assert vision.period(config) == every
 

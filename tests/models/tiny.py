@@ -33,6 +33,10 @@ from rsagent_jax.models.qwen25_vl.positions import (
     patch_layout,
 )
 
+PATCHES = dict(
+    in_channels=3, patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=112
+)  # of VisionConfig
+
 VOCAB, IMAGE, VIDEO, VISION_START, VISION_END, EOS = 96, 90, 91, 92, 93, 2
 # Options of the pinned jaxlib that compile four times faster: these tests spend their time in the compiler.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
