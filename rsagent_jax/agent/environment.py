@@ -69,10 +69,6 @@ def reset(image: np.ndarray, query: str, config: AgentConfig, limits: PixelLimit
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise DataError(f"image must be u8[h, w, 3], got {image.dtype}{list(image.shape)}")
-    for name in ("max_turns", "max_invalid", "max_repeats", "history_size"):
-        if getattr(config, name) < 1:
-            raise DataError(f"agent.{name} must be at least 1, got {getattr(config, name)}")
-    prompts.system_prompt(config.prompt)  # raises on an unknown style
     limits = fit(*image.shape[:2], limits)
     view = View.whole(*image.shape[:2], limits)
     return EnvState(image, query, config, limits, view, last=last or config.max_turns == 1)

@@ -54,17 +54,16 @@ def pack(items: Sequence[Item], batch: BatchConfig, config: Qwen25VLConfig) -> l
         room[row] = room[row][0] - tokens, room[row][1] - patches
     packed = [_row(row, batch, config) for row in rows]
     packed += [_row([], batch, config)] * (-len(packed) % batch.rows)
-    fields = [f.name for f in dataclasses.fields(Batch)]
-    return [
-        Batch(**{name: np.stack([getattr(r, name) for r in packed[i : i + batch.rows]]) for name in fields})
-        for i in range(0, len(packed), batch.rows)
-    ]
+    return [_stack(packed[i : i + batch.rows]) for i in range(0, len(packed), batch.rows)]
 
 
 def empty_batch(batch: BatchConfig, config: Qwen25VLConfig) -> Batch:
     """A batch of padding only: what a process with nothing left feeds to a program that the others still need."""
-    row = _row([], batch, config)
-    return Batch(**{f.name: np.stack([getattr(row, f.name)] * batch.rows) for f in dataclasses.fields(Batch)})
+    return _stack([_row([], batch, config)] * batch.rows)
+
+
+def _stack(rows: Sequence[Batch]) -> Batch:
+    return Batch(*(np.stack([getattr(row, field.name) for row in rows]) for field in dataclasses.fields(Batch)))
 
 
 def pack_evenly(items: Sequence[Item], batch: BatchConfig, config: Qwen25VLConfig, share: Share) -> list[Batch]:

@@ -111,14 +111,20 @@ class Pipeline:
 
     def _dataset(self) -> grain.IterDataset:
         mine = self.order[self.position + self.share.index :: self.share.count].map(self.read)
-        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=max(self.ahead, self.threads))
-        elements = mine.to_iter_dataset(options)
-        if not self.workers:
-            return elements
-        if not flags.FLAGS.is_parsed():  # Grain's workers read flags, also where a program has none
-            flags.FLAGS.mark_as_parsed()
-        each = max(1, self.ahead // self.workers)
-        return elements.mp_prefetch(grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=each))
+        return prefetched(mine, self.threads, self.workers, self.ahead)
+
+
+def prefetched(dataset: grain.MapDataset, threads: int, workers: int, ahead: int) -> grain.IterDataset:
+    """The elements in order, decoded by so many threads in this process, or in each of `workers` others where there
+    are any, `ahead` of what is asked for."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
+    elements = dataset.to_iter_dataset(options)
+    if not workers:
+        return elements
+    if not flags.FLAGS.is_parsed():  # Grain's workers read flags, also where a program has none
+        flags.FLAGS.mark_as_parsed()
+    each = max(1, ahead // workers)
+    return elements.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=each))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,6 @@ from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import AgentConfig, SamplingConfig
 from rsagent_jax.data.processor import ImageConfig, Processor, image_patches, pictures
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, mrope_positions
-from rsagent_jax.tiny import vocab
 from rsagent_jax.types import DataError
 from tests.refusals import refused
 from tests.rollout import small
@@ -268,7 +267,6 @@ def test_what_a_download_left_in_a_files_place_is_called_what_it_is(name, conten
 
 def test_the_chat_template_writes_what_the_prompts_module_writes():
     template = json.loads((small.weights() / "tokenizer_config.json").read_text())["chat_template"]
-    assert template == vocab.CHAT_TEMPLATE
     render = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template).render  # as transformers
     system, question = prompts.system_prompt("full"), prompts.user_text("the cup", (112, 112), "full")
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}

@@ -128,7 +128,7 @@ def test_a_list_of_presences_trains_the_deciding_words_only(processor):
     rng, told = np.random.default_rng(4), []
     for _ in range(8):
         scene = maker.scene(rng)
-        asked = maker._presences(rng, scene, 208)
+        asked = maker._listed(maker._presences(rng, scene), 208)
         row = maker.row(scene, [asked], 208)
         for line in asked.lines:
             name, is_not = re.fullmatch(r"(The .+) is (not )?here\.\n", line.answer).groups()

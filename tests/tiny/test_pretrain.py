@@ -68,7 +68,7 @@ def test_the_losses_on_words_and_looks_are_those_of_numpy(trained):
         cells = rows.cells[b, rows.target[b, t] - 1]
         parts["objects" if rows.target[b, t] <= MAX_OBJECTS else "words"].append(-(cells * look[b, t - 1]).sum())
     head = pretrain.Head(32, pretrain.nnx.Rngs(0))
-    targets = np.asarray(pretrain.number_targets(processor, 1024, 1.2))
+    targets = np.asarray(pretrain.number_targets(maker.numbers, 1024, 1.2))
     _, metrics = pretrain.ground_loss(model, head, rows, targets, config, image_at, maker.numbers, maker.words)
     assert float(metrics["look"]) == pytest.approx(np.mean(parts["objects"]), rel=1e-4)
     assert float(metrics["words"]) == pytest.approx(np.mean(parts["words"]), rel=1e-4)

@@ -21,9 +21,6 @@ from rsagent_jax.types import DataError, Sample
 _COCO_NAME = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})\.(?:jpg|jpeg|png)", re.IGNORECASE)
 
 
-PICTURE_HASHES = ("content", "stat")
-
-
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """What a sample is made of beside its question: a path for a file, bytes for what is no file of its own."""
@@ -65,7 +62,7 @@ class SampleIndex(Sequence):
         if not entries:
             raise DataError(f"{name}: there is no sample in it")
         self.name, self.entries, self.load, self.notes = name, tuple(entries), load, tuple(notes)
-        self.picture_hash = PICTURE_HASHES[0]
+        self.picture_hash = "content"
         if twice := [id for id, count in collections.Counter(self.ids).items() if count > 1]:
             raise DataError(
                 f"{name}: {len(twice)} sample ids occur more than once, such as {twice[:3]}; every id must be unique:"
@@ -93,7 +90,7 @@ class SampleIndex(Sequence):
 
     def keep(self, wanted: Sequence[int], note: str = "") -> SampleIndex:
         """The samples at these places, in this order."""
-        notes = [*self.notes, note] if note else self.notes
+        notes = (*self.notes, *filter(None, [note]))
         kept = SampleIndex(self.name, [self.entries[i] for i in wanted], self.load, notes)
         return kept.hashing_pictures(self.picture_hash)
 
@@ -102,8 +99,6 @@ class SampleIndex(Sequence):
 
         "content", its bytes; or "stat", path, size and time of change, where reading every picture costs too much.
         """
-        if by not in PICTURE_HASHES:
-            raise DataError(f"data.fingerprint must be {' or '.join(PICTURE_HASHES)}, not {by!r}")
         changed = copy.copy(self)
         changed.picture_hash = by
         return changed

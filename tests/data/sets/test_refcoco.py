@@ -223,8 +223,6 @@ def test_missing_files_are_marked(copied, tmp_path):
     [
         ({"split": "testA"}, r"nothing in split 'testA'. It has: test \(4 references\), train \(48 .*val \(6 "),
         ({"split": "dev"}, r"nothing in split 'dev'. It has: test"),
-        ({"unit": "image"}, "unit must be 'sentence' or 'reference', not 'image'"),
-        ({"limit": 0}, "limit must be at least 1"),
     ],
 )
 def test_wrong_options(dataset, options, message):
