@@ -148,7 +148,7 @@ def number_targets(ids: np.ndarray, vocab: int, sigma: float) -> np.ndarray:
 
 
 def ground_loss(
-    model: Qwen25VL, head: Head, rows: Rows, targets_VV, config: PretrainConfig, image_at: int, numbers, words
+    model: Qwen25VL, head: Head, rows: Rows, targets_VV, config: PretrainConfig, numbers, words, image_at: int
 ):
     """Cross-entropy of the answers, plus `see_loss`, plus how far the look is from the object asked for."""
     hidden, merged, look = _hidden(model, rows, config.look_layer, image_at)
@@ -230,13 +230,10 @@ def name_loss(model: Qwen25VL, merged_BMD, rows: Rows, words) -> jax.Array:
     return loss
 
 
-def make_step(stage: str, tx, graphdef, targets, config: PretrainConfig, image_at: int, numbers, words):
+def make_step(loss: Callable, tx, graphdef, *tables):
     def step(params, opt_state, rows):
         def loss_fn(p):
-            model, head = nnx.merge(graphdef, p)
-            if stage == "see":
-                return see_loss(model, head, rows, targets, config, numbers, words)
-            return ground_loss(model, head, rows, targets, config, image_at, numbers, words)
+            return loss(*nnx.merge(graphdef, p), rows, *tables)
 
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -354,9 +351,8 @@ def pretrain(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -
         graphdef, params = nnx.split((model, head))
         tx = optimizer(stage, config.weight_decay)
         opt_state, start = jax.jit(tx.init)(params), time.time()
-        step_fn = make_step(
-            name, tx, graphdef, targets, config, image_at, jnp.asarray(maker.numbers), jnp.asarray(maker.words)
-        )
+        loss = see_loss if name == "see" else functools.partial(ground_loss, image_at=image_at)
+        step_fn = make_step(loss, tx, graphdef, targets, config, jnp.asarray(maker.numbers), jnp.asarray(maker.words))
         shares = (config.relation_share, config.all_share, stage.list_share, config.absent_share, config.presence_share)
         make = functools.partial(_make, SceneRows(processor, *shares), (config.seed, number), stage, name == "ground")
         made = grain.MapDataset.range(stage.steps).map(make)

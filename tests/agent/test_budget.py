@@ -15,14 +15,7 @@ from rsagent_jax.agent import budget, prompts
 from rsagent_jax.agent.budget import Budget, Texts
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.build import build_config
-from rsagent_jax.config.schema import (
-    AgentConfig,
-    BatchConfig,
-    CollectConfig,
-    EvalConfig,
-    SegmentConfig,
-    TrainConfig,
-)
+from rsagent_jax.config.schema import AgentConfig, BatchConfig, CollectConfig, EvalConfig, SegmentConfig, TrainConfig
 from rsagent_jax.data.processor import ImageConfig, Processor
 from rsagent_jax.models.qwen25_vl.config import size_config
 from rsagent_jax.rollout.budget_check import check_budget

@@ -96,7 +96,7 @@ def test_ordinary_queries_are_untouched():
 
 
 def test_labels_and_boxes_must_pair():
-    refused("", prompts.ground_answer, "bbox_2d", [[1, 2, 3, 4]], [])
+    refused(".", prompts.ground_answer, "bbox_2d", [[1, 2, 3, 4]], [])
 
 
 if __name__ == "__main__":

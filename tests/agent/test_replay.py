@@ -102,8 +102,8 @@ def test_a_record_that_does_not_fit_is_a_data_error():
     refused("has changed", replay, json.dumps({**record, "status": "max_turns"}), IMAGE)
     refused("version 9", replay, json.dumps({**record, "version": 9}), IMAGE)
     for bad in ("", "[]", "{}", json.dumps({**record, "turns": 3}), json.dumps({**record, "limits": {"x": 1}})):
-        refused("", replay, bad, IMAGE)
+        refused(".", replay, bad, IMAGE)
     record["turns"][0]["reply"]["score"] = None
     del record["turns"][0]["reply"]["mask"]
     refused("KeyError", replay, json.dumps(record), IMAGE)
-    refused("", replay, text)  # no path was stored
+    refused(".", replay, text)  # no path was stored

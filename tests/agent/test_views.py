@@ -58,14 +58,7 @@ def test_a_picture_of_nearly_200_to_1_is_shown_as_transformers_shows_it():
 
 
 @settings(max_examples=500)
-@given(
-    st.integers(1, 3000),
-    st.floats(1, 200),
-    st.booleans(),
-    st.integers(1, 30),
-    st.floats(1, 400),
-    st.floats(0, 1),
-)
+@given(st.integers(1, 3000), st.floats(1, 200), st.booleans(), st.integers(1, 30), st.floats(1, 400), st.floats(0, 1))
 def test_every_picture_up_to_200_to_1_has_a_view_under_any_limits(short, ratio, turned, factor, most, least):
     """`most`: the largest area in cells of factor x factor; `least`: the smallest as a share of it."""
     h, w = short, int(short * ratio)
@@ -89,11 +82,11 @@ def test_a_picture_beyond_200_to_1_is_refused_with_the_remedy(size):
 
 @pytest.mark.parametrize("bad", [(28, 0, 100), (28, 3136, 783), (28, 1000, 900), (0, 1, 1)])
 def test_impossible_limits_are_refused(bad):
-    refused("", PixelLimits, *bad)
+    refused(".", PixelLimits, *bad)
 
 
 def test_empty_image_is_refused():
-    refused("", View.whole, 0, 5, LIMITS)
+    refused(".", View.whole, 0, 5, LIMITS)
 
 
 @st.composite

@@ -69,7 +69,7 @@ def test_the_losses_on_words_and_looks_are_those_of_numpy(trained):
         parts["objects" if rows.target[b, t] <= MAX_OBJECTS else "words"].append(-(cells * look[b, t - 1]).sum())
     head = pretrain.Head(32, pretrain.nnx.Rngs(0))
     targets = np.asarray(pretrain.number_targets(maker.numbers, 1024, 1.2))
-    _, metrics = pretrain.ground_loss(model, head, rows, targets, config, image_at, maker.numbers, maker.words)
+    _, metrics = pretrain.ground_loss(model, head, rows, targets, config, maker.numbers, maker.words, image_at)
     assert float(metrics["look"]) == pytest.approx(np.mean(parts["objects"]), rel=1e-4)
     assert float(metrics["words"]) == pytest.approx(np.mean(parts["words"]), rel=1e-4)
 

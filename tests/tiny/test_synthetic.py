@@ -103,7 +103,7 @@ def test_layout_is_that_of_refer(dataset):
     assert len(images) == sum(COUNTS.values()) and len(annotations) == len(instances["annotations"])
     for ref in refs:
         assert set(ref) == {
-            *("ref_id", "ann_id", "category_id", "file_name", "image_id", "sent_ids", "sentences", "split"),
+            *("ref_id", "ann_id", "category_id", "file_name", "image_id", "sent_ids", "sentences", "split")
         }
         annotation, image = annotations[ref["ann_id"]], images[ref["image_id"]]
         assert annotation["image_id"] == image["id"] and annotation["category_id"] == ref["category_id"]
@@ -206,7 +206,9 @@ def test_an_equal_run_that_was_faster_wins(tmp_path, monkeypatch):
     "wrong", [{"train": -1}, {"train": 0}, {"seed": -1}, {"refs_per_image": 0}, {"size": 8}, {"train": 10**7}]
 )
 def test_bad_numbers(tmp_path, wrong):
-    refused("", synthetic.write_dataset, tmp_path / "out", **{"train": 1, "val": 0, "test": 0, **wrong}, progress=False)
+    refused(
+        ".", synthetic.write_dataset, tmp_path / "out", **{"train": 1, "val": 0, "test": 0, **wrong}, progress=False
+    )
     assert list(tmp_path.iterdir()) == []
 
 

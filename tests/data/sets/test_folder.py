@@ -139,4 +139,4 @@ def test_what_cannot_be_read_names_its_line(root):
 def test_any_bytes_are_read_or_a_data_error(tmp_path_factory, data):
     root = tmp_path_factory.mktemp("bytes")
     (root / "train.jsonl").write_bytes(data)
-    refused("", load_folder, root)
+    refused(".", load_folder, root)

@@ -192,17 +192,6 @@ def test_missing_files_are_marked(copied, tmp_path):
     refused(r"no refcoco\+ under", load_refcoco, copied, "refcoco+", "unc")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"split": "testA"}, r"nothing in split 'testA'. It has: test \(4 references\), train \(48 .*val \(6 "),
-        ({"split": "dev"}, r"nothing in split 'dev'. It has: test"),
-    ],
-)
-def test_wrong_options(dataset, options, message):
-    refused(message, load_refcoco, dataset, **options)
-
-
 def test_truncated_and_malicious_pickles(copied, tmp_path):
     path = copied / REFS
     path.write_bytes(path.read_bytes()[:3000])
