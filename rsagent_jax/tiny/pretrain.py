@@ -262,8 +262,7 @@ def evaluate_grounding(model: Qwen25VL, maker: SceneRows, seed: int, count: int)
         maker.row(scene, [grounding.grounding_question(s.text, scene, s.object_index, point)], 128)
         for (scene, point), s in zip(cases, said, strict=True)
     ]
-    compiled = nnx.jit(lambda m, r: jnp.argmax(m.logits(_hidden(m, r)[0]), axis=-1))
-    forward = functools.partial(compiled, model)
+    forward = functools.partial(nnx.jit(lambda m, r: jnp.argmax(m.logits(_hidden(m, r)[0]), axis=-1)), model)
     results = collections.defaultdict(list)
     for i in range(0, len(rows), 64):
         batch = jax.tree.map(lambda *a: np.stack(a), *rows[i : i + 64])

@@ -78,15 +78,12 @@ def test_every_picture_up_to_200_to_1_has_a_view_under_any_limits(short, ratio, 
 @pytest.mark.parametrize("size", [(10, 2010), (2001, 10), (1, 201)])
 def test_a_picture_beyond_200_to_1_is_refused_with_the_remedy(size):
     refused(rf"{size[0]}x{size[1]} pixels .* more than 200 times the shorter; crop it", fit, *size, QWEN)
+    refused("is empty", View.whole, 0, 5, LIMITS)
 
 
 @pytest.mark.parametrize("bad", [(28, 0, 100), (28, 3136, 783), (28, 1000, 900), (0, 1, 1)])
 def test_impossible_limits_are_refused(bad):
-    refused(".", PixelLimits, *bad)
-
-
-def test_empty_image_is_refused():
-    refused(".", View.whole, 0, 5, LIMITS)
+    refused("pixel limits: need 1 <= min_pixels", PixelLimits, *bad)
 
 
 @st.composite
