@@ -82,14 +82,8 @@ def decode_record(record: bytes, processor: Processor) -> Item:
             f"a stored trajectory has {found} image tokens where its pictures take {wanted}, or ids beyond the"
             " vocabulary: it was collected with another tokenizer or other image settings; collect the set again"
         )
-    return Item(
-        tokens=tokens,
-        positions=positions,
-        loss_mask=loss_mask,
-        logprobs=np.zeros(len(tokens), np.float32),
-        patches=np.concatenate([p for p, _ in patched]) if patched else processor.no_patches(),
-        grids=grids,
-    )
+    patches = np.concatenate([p for p, _ in patched]) if patched else processor.no_patches()
+    return Item(tokens, positions, loss_mask, np.zeros(len(tokens), np.float32), patches, grids)
 
 
 def record_header(record: bytes) -> dict:

@@ -47,7 +47,7 @@ class Entry:
         raise NotImplementedError
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)  # a text of all entries helps nobody
 class SampleIndex(Sequence):
     """A lazy, picklable sequence of samples: `len(index)`, `index[i]`.
 
