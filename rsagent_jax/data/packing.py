@@ -89,15 +89,7 @@ def _row(items: list[Item], batch: BatchConfig, config: Qwen25VLConfig) -> Batch
     # A policy may sample the image token: that is text to the engine, and must be text here.
     is_image = (tokens == config.image_token_id) & (segments > 0) & ~loss_mask
     buffer = fill_patch_buffer(patches, grids, is_image, batch.patches, config.vision)
-    return Batch(
-        tokens=tokens,
-        positions=positions,
-        segment_ids=segments,
-        loss_mask=loss_mask,
-        advantages=join([np.full(len(i.tokens), i.advantage) for i in items], np.float32),
-        old_logprobs=join([i.logprobs for i in items], np.float32),
-        patches=buffer.patches,
-        patch_segment_ids=buffer.segment_ids,
-        patch_positions=buffer.positions,
-        image_slots=buffer.image_slots,
-    )
+    images = buffer.patches, buffer.segment_ids, buffer.positions, buffer.image_slots
+    advantages = join([np.full(len(i.tokens), i.advantage) for i in items], np.float32)
+    old_logprobs = join([i.logprobs for i in items], np.float32)
+    return Batch(tokens, positions, segments, loss_mask, advantages, old_logprobs, *images)

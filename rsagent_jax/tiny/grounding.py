@@ -106,7 +106,10 @@ class SceneRows:
     def row(self, scene: scenes.Scene, turns: list[Question], length: int) -> Rows:
         """One scene and as many of the turns as fit into `length` tokens."""
         ids, mask, target = self._conversation(turns, length)
-        cells = _cells(scene)
+        masks = np.stack([o.mask for o in scene.objects])
+        # f64[O, M]: how much of each merged token every object covers, row-major
+        shares = masks.reshape(len(masks), 4, SIDE // 4, 4, SIDE // 4).mean((2, 4)).reshape(len(masks), -1)
+        cells = _cells(scene, shares)
         self._look_at_words(ids, target, cells)
         patches, grid = image_patches(scene.image, self.processor.images)
         positions, _ = mrope_positions(ids, (grid,), self.processor.image_id)
@@ -114,7 +117,7 @@ class SceneRows:
         (batch,) = pack([item], BatchConfig(rows=1, tokens=length, patches=PATCHES), self.processor.config)
         row = [getattr(batch, field.name)[0] for field in dataclasses.fields(Batch)]
         labels = _patch_labels(scene, batch.patch_positions[0])
-        return Rows(*row, *labels, np.pad(target, (0, length - len(ids))), *_corners(scene), cells)
+        return Rows(*row, *labels, np.pad(target, (0, length - len(ids))), *_corners(scene, shares), cells)
 
     def _look_at_words(self, ids: np.ndarray, target: np.ndarray, cells: np.ndarray) -> None:
         """A colour, shape or size looks at all that has it: matching whole names is not found without this."""
@@ -256,18 +259,11 @@ def _all_objects(scene: scenes.Scene) -> Question:
     return Question(ask, prompts.ground_answer("bbox_2d", [o.box for o in things], names), tuple(order))
 
 
-def _shares(scene: scenes.Scene) -> np.ndarray:
-    """f64[O, M]: how much of each merged token every object covers, row-major."""
-    masks = np.stack([o.mask for o in scene.objects])
-    return masks.reshape(len(masks), 4, SIDE // 4, 4, SIDE // 4).mean((2, 4)).reshape(len(masks), -1)
-
-
-def _cells(scene: scenes.Scene) -> np.ndarray:
+def _cells(scene: scenes.Scene, shares: np.ndarray) -> np.ndarray:
     """Where to look for each object: the merged tokens that are more its own than another's, the fullest most.
 
     Tokens that speak of another object (`_corners`) are left out, or their coordinates would blend into the answer.
     """
-    shares = _shares(scene)
     own = np.where(shares == shares.max(0), shares, 0.0) ** 2
     own = np.where(own.sum(1, keepdims=True) > 0, own, shares)  # an object that is nowhere the largest
     out = np.zeros((MAX_OBJECTS + len(WORDS), PATCHES // 4), np.float32)
@@ -279,9 +275,8 @@ def _cells(scene: scenes.Scene) -> np.ndarray:
     return out
 
 
-def _corners(scene: scenes.Scene) -> tuple[np.ndarray, np.ndarray]:
+def _corners(scene: scenes.Scene, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`corners` and `names` of the merged tokens."""
-    shares = _shares(scene)
     values = np.array([np.round([*o.box, *o.point]) for o in scene.objects], np.int32)
     names = np.array([[WORDS.index(word) for word in (o.color, o.shape, o.size)] for o in scene.objects], np.int32)
     there, most = shares.max(0)[:, None] > 0.05, shares.argmax(0)

@@ -81,16 +81,9 @@ def _corpus():
 
 def _protocol_texts() -> list[str]:
     """What the environment says and what a well-formed turn looks like."""
-    calls = (
-        Segment(box=(1, 2, 3, 4)),
-        Segment(points=((1, 2),), labels=(1,)),
-        Segment(points=((1, 2), (3, 4)), labels=(1, 0), refine=1),
-        Zoom(box=(1, 2, 3, 4)),
-        Rotate(quarter_turns=1),
-        ResetView(),
-        Finish(mask_id=1),
-        Finish(mask_id=None),
-    )
+    calls = [Segment(box=(1, 2, 3, 4)), Segment(points=((1, 2),), labels=(1,))]
+    calls += [Segment(points=((1, 2), (3, 4)), labels=(1, 0), refine=1), Zoom(box=(1, 2, 3, 4))]
+    calls += [Rotate(quarter_turns=1), ResetView(), Finish(mask_id=1), Finish(mask_id=None)]
     thoughts = (
         "The object is here; I click on it. I put a box around it. The mask covers the object well, I finish.",
         "Part of it is missing, I add a point there. The mask is wrong and spills over, so I correct it.",

@@ -192,12 +192,8 @@ def test_resolve_refuses_other_sentences(text):
     refused("not a sentence", scenes.objects_described, (), text)
 
 
-@pytest.mark.parametrize("wrong", [{"size": 20}, {"min_objects": 1}, {"min_objects": 4, "max_objects": 3}])
-def test_impossible_configs(wrong):
-    refused("scenes", scenes.SceneConfig, **wrong)
-
-
-def test_missing_photographs_are_named(monkeypatch):
+def test_impossible_sizes_and_missing_photographs_are_named(monkeypatch):
+    refused("scenes need size >= 64 px, got 20", scenes.SceneConfig, size=20)
     monkeypatch.setattr(scenes, "PHOTOS", ("nothing.png",))
     refused(r"nothing\.png is missing: reinstall scikit-image", scenes.load_photos)
 
