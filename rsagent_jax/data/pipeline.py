@@ -71,15 +71,16 @@ class Pipeline:
         """The same with an Unreadable in the place of each that cannot be read: the k-th stands at place
         share.index + k * share.count of the `n`."""
         if self._elements is None:
-            self._elements = iter(self._dataset())
-        mine = self.share.of(n, "the number of elements taken")
-        taken = [next(self._elements) for _ in range(mine)]
+            mine = self.order[self.position + self.share.index :: self.share.count].map(self.read)
+            self._elements = iter(prefetched(mine, self.threads, self.workers, self.ahead))
+        count = self.share.of(n, "the number of elements taken")
+        taken = [next(self._elements) for _ in range(count)]
         self.position += n
         self.problems = [element for element in taken if isinstance(element, Unreadable)]
         self._tell()
         self.skipped += len(self.problems)
-        if len(self.problems) == mine:
-            raise DataError(f"none of the {mine} samples drawn could be read; the first: {self.problems[0].problem}")
+        if len(self.problems) == count:
+            raise DataError(f"none of the {count} samples drawn could be read; the first: {self.problems[0].problem}")
         return taken
 
     def _tell(self) -> None:
@@ -99,10 +100,6 @@ class Pipeline:
     def restore(self, state: dict[str, int]) -> None:
         self.position, self.skipped = state["position"], state.get("skipped", 0)
         self._elements = None
-
-    def _dataset(self) -> grain.IterDataset:
-        mine = self.order[self.position + self.share.index :: self.share.count].map(self.read)
-        return prefetched(mine, self.threads, self.workers, self.ahead)
 
 
 def prefetched(dataset: grain.MapDataset, threads: int, workers: int, ahead: int) -> grain.IterDataset:
