@@ -355,7 +355,7 @@ def pretrain(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -
         shares = (config.relation_share, config.all_share, stage.list_share, config.absent_share, config.presence_share)
         make = functools.partial(_make, SceneRows(processor, *shares), (config.seed, number), stage, name == "ground")
         made = grain.MapDataset.range(stage.steps).map(make)
-        for step, rows in enumerate(prefetched(made, 1, config.workers, 16), start=1):
+        for step, rows in enumerate(prefetched(made, 1, config.workers, 2), start=1):
             params, opt_state, metrics = step_fn(params, opt_state, rows)
             if step % 50 == 0:
                 record = {"stage": name, "step": step, "seconds": round(time.time() - start, 1)}
