@@ -40,7 +40,8 @@ def draw_polygons(polygons: list[list[float]], height: int, width: int) -> np.nd
 def _checked_polygons(segmentation: Any, height: int, width: int) -> list[list[float]]:
     """ValueError with what it is instead."""
     if not isinstance(segmentation, list | tuple) or not len(segmentation):
-        raise ValueError("it is empty" if segmentation in (None, []) else f"it is {_kind(segmentation)}")
+        kind = {str: "text", dict: "an object"}.get(type(segmentation), type(segmentation).__name__)
+        raise ValueError("it is empty" if segmentation in (None, []) else f"it is {kind}")
     if all(isinstance(part, int | float) for part in segmentation):
         is_box = " (4 numbers are a box, which is no outline)" if len(segmentation) == 4 else ""
         raise ValueError(f"it is one flat list of numbers{is_box}, where a list of polygons is due")
@@ -50,10 +51,6 @@ def _checked_polygons(segmentation: Any, height: int, width: int) -> list[list[f
     if max(map(max, polygons)) <= 1 < max(height, width):
         raise ValueError("all its coordinates lie in 0 … 1, as shares of the sides do; multiply by width and height")
     return polygons
-
-
-def _kind(value: Any) -> str:
-    return {str: "text", dict: "an object"}.get(type(value), type(value).__name__)
 
 
 def _checked_polygon(polygon: list, height: int, width: int) -> list[float]:

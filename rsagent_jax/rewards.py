@@ -13,7 +13,6 @@ A researcher's own term is a function in a file or in any importable module (doc
 from __future__ import annotations
 
 import dataclasses
-import functools
 import numbers
 import traceback
 from collections.abc import Callable, Sequence
@@ -164,11 +163,9 @@ def read_only(value: Any) -> Any:
     if isinstance(value, tuple):
         return type(value)(map(read_only, value)) if type(value) is tuple else value
     if dataclasses.is_dataclass(value):
-        return dataclasses.replace(value, **{f.name: read_only(getattr(value, f.name)) for f in _fields(type(value))})
+        fields = {field.name: read_only(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
     return value
-
-
-_fields = functools.cache(dataclasses.fields)
 
 
 def _value(function, term: RewardTerm, label: str, trajectory: Trajectory, sample: Sample) -> float:

@@ -18,9 +18,9 @@ SCRIPT = {"s0": [small.click(30, 40), "nonsense", small.click(50, 40), small.fin
 
 def store(directory):
     policy = TextPolicy(small.scripted(SCRIPT), small.processor())
-    ((_, state),) = Driver(policy, DiscSegmenter(), small.processor(), small.AGENT).run([small.task(0)])
+    ((t, state),) = Driver(policy, DiscSegmenter(), small.processor(), small.AGENT).run([small.task(0)])
     writer = trajectories.RecordWriter(directory)
-    writer.write(trajectories.encode_by_reference(state, small.processor(), "", {"id": "s0"}))
+    writer.write(trajectories.encode_by_reference(state, "", {"id": "s0"}, t))
     writer.close({})
     return directory
 

@@ -58,7 +58,12 @@ class EnvState:
     status: Status | None = None
     failure: SegmentFailure | None = None  # why ENV_FAILED
     last: bool = False  # the turn to come is the last one
-    tool_seconds: float = 0.0
+
+    @property
+    def tool_seconds(self) -> float:
+        """Spent on calls of the tool."""
+        made = [reply for reply in self.replies if reply is not None]
+        return sum((r.seconds if isinstance(r, SegmentFailure) else r.timings_s.get("call", 0.0) for r in made), 0.0)
 
 
 def reset(image: np.ndarray, query: str, config: AgentConfig, limits: PixelLimits, last: bool = False) -> EnvState:
@@ -69,10 +74,6 @@ def reset(image: np.ndarray, query: str, config: AgentConfig, limits: PixelLimit
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise DataError(f"image must be u8[h, w, 3], got {image.dtype}{list(image.shape)}")
-    for name in ("max_turns", "max_invalid", "max_repeats", "history_size"):
-        if getattr(config, name) < 1:
-            raise DataError(f"agent.{name} must be at least 1, got {getattr(config, name)}")
-    prompts.system_prompt(config.prompt)  # raises on an unknown style
     limits = fit(*image.shape[:2], limits)
     view = View.whole(*image.shape[:2], limits)
     return EnvState(image, query, config, limits, view, last=last or config.max_turns == 1)
@@ -174,7 +175,6 @@ def apply_reply(
         invalid=state.invalid + 1 if proposal.call is None else 0,
         failure=failure,
         last=last or len(state.turns) + 2 >= state.config.max_turns,
-        tool_seconds=state.tool_seconds + _seconds(reply),
     )
     status = _ending(after, proposal, error)
     observation = None
@@ -237,12 +237,6 @@ def _announce(seen: Observation, masks: Sequence[MaskRecord], last: bool, config
         return seen
     best = max(masks, key=lambda record: (record.score, record.id), default=None)
     return dataclasses.replace(seen, text=f"{seen.text} {prompts.last_turn_text(best and best.id, config.prompt)}")
-
-
-def _seconds(reply: SegmentReply | SegmentFailure | None) -> float:
-    if isinstance(reply, SegmentFailure):
-        return reply.seconds
-    return 0.0 if reply is None else reply.timings_s.get("call", 0.0)
 
 
 def _check_open(state: EnvState) -> None:

@@ -77,7 +77,6 @@ STYLES = tuple(_TEXTS)
 
 def system_prompt(style: str) -> str:
     """`full` carries the JSON schema of every tool; `brief` is for tiny policies, which pay for every token."""
-    _check(style)
     if style == "brief":
         *calls, last = (f"{tool.name}({', '.join(tool.properties)})" for tool in TOOLS.values())
         return _BRIEF.format(tools=f"{', '.join(calls)} or {last}")
@@ -110,7 +109,6 @@ def error_text(error: ParseError, style: str) -> str:
 
 
 def _text(style: str, name: str, size_view: tuple[int, int] = (0, 0), **values) -> str:
-    _check(style)
     return _TEXTS[style][name].format(w=size_view[0], h=size_view[1], **values)
 
 
@@ -176,8 +174,3 @@ def sanitize(text: str) -> str:
 def _percent(share: float) -> str:
     percent = 100.0 * share
     return f"{percent:.0f}%" if percent >= 1 or percent == 0 else f"{percent:.1f}%"
-
-
-def _check(style: str) -> None:
-    if style not in STYLES:
-        raise DataError(f"agent.prompt must be one of {', '.join(STYLES)}, got {style!r}")

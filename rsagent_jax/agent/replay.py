@@ -84,12 +84,8 @@ def _data_errors() -> Iterator[None]:
 
 
 def _turn_to_json(turn: Turn, reply: SegmentReply | SegmentFailure | None) -> dict[str, Any]:
-    value = {"text": turn.text, "reply": _reply_to_json(reply)}
-    if turn.last:
-        value["last"] = True
-    if turn.error is not None and turn.error.reason == "no_room":
-        value["no_room"] = True
-    return value
+    marks = {"last": turn.last, "no_room": turn.error is not None and turn.error.reason == "no_room"}
+    return {"text": turn.text, "reply": _reply_to_json(reply), **{name: True for name, on in marks.items() if on}}
 
 
 def read_source(text: str, path: str | pathlib.Path | None = None) -> np.ndarray:
@@ -109,12 +105,8 @@ def _reply_to_json(reply: SegmentReply | SegmentFailure | None) -> dict[str, Any
         return None
     if isinstance(reply, SegmentFailure):
         return {"failure": reply.kind.value, "detail": reply.detail, "seconds": reply.seconds}
-    return {
-        "mask": encode_rle(reply.mask),
-        "score": float(reply.score),
-        "logits_id": reply.logits_id,
-        "timings_s": reply.timings_s,
-    }
+    kept = {"logits_id": reply.logits_id, "timings_s": reply.timings_s}
+    return {"mask": encode_rle(reply.mask), "score": float(reply.score), **kept}
 
 
 def _reply_from_json(value: dict[str, Any] | None) -> SegmentReply | SegmentFailure | None:

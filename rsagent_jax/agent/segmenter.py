@@ -18,17 +18,10 @@ def open_segmenter(config: SegmenterConfig) -> Iterator[Segmenter]:
     """For as long as the block lasts. DataError when it cannot be opened."""
     with contextlib.ExitStack() as stack:
         try:
-            segmenter = stack.enter_context(
-                spawn.spawn_segmenter(
-                    config.mode,
-                    config.backend,
-                    config.addresses,
-                    timeout_s=config.timeout_s,
-                    wait_s=config.wait_s,
-                    options=Options(**{name: getattr(config, name) for name in SIDE_CAR}),
-                    **{name: getattr(config, name) for name in SECURITY},
-                )
-            )
+            options = Options(**{name: getattr(config, name) for name in SIDE_CAR})
+            more = {name: getattr(config, name) for name in ("timeout_s", "wait_s", *SECURITY)}
+            opened = spawn.spawn_segmenter(config.mode, config.backend, config.addresses, options=options, **more)
+            segmenter = stack.enter_context(opened)
         except (SegmenterError, BackendError, ValueError, OSError) as error:
             raise DataError(f"segmenter ({config.mode}, {config.backend}): {error}") from error
         yield segmenter

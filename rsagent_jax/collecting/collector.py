@@ -163,7 +163,7 @@ class Collector:
             "config_sha256": self.journal.settings["config_sha256"],
         }
         header = row | {"query": sample.query, "provenance": provenance}
-        record = trajectories.encode_by_reference(state, self.processor, sample.path, header, played)
+        record = trajectories.encode_by_reference(state, sample.path, header, played)
         return row | {
             "query": sample.query,
             "ious": [mask_iou(m.mask, sample) for m in state.masks],

@@ -54,17 +54,16 @@ def pack(items: Sequence[Item], batch: BatchConfig, config: Qwen25VLConfig) -> l
         room[row] = room[row][0] - tokens, room[row][1] - patches
     packed = [_row(row, batch, config) for row in rows]
     packed += [_row([], batch, config)] * (-len(packed) % batch.rows)
-    fields = [f.name for f in dataclasses.fields(Batch)]
-    return [
-        Batch(**{name: np.stack([getattr(r, name) for r in packed[i : i + batch.rows]]) for name in fields})
-        for i in range(0, len(packed), batch.rows)
-    ]
+    return [_stack(packed[i : i + batch.rows]) for i in range(0, len(packed), batch.rows)]
 
 
 def empty_batch(batch: BatchConfig, config: Qwen25VLConfig) -> Batch:
     """A batch of padding only: what a process with nothing left feeds to a program that the others still need."""
-    row = _row([], batch, config)
-    return Batch(**{f.name: np.stack([getattr(row, f.name)] * batch.rows) for f in dataclasses.fields(Batch)})
+    return _stack([_row([], batch, config)] * batch.rows)
+
+
+def _stack(rows: Sequence[Batch]) -> Batch:
+    return Batch(*(np.stack([getattr(row, field.name) for row in rows]) for field in dataclasses.fields(Batch)))
 
 
 def pack_evenly(items: Sequence[Item], batch: BatchConfig, config: Qwen25VLConfig, share: Share) -> list[Batch]:
@@ -90,15 +89,7 @@ def _row(items: list[Item], batch: BatchConfig, config: Qwen25VLConfig) -> Batch
     # A policy may sample the image token: that is text to the engine, and must be text here.
     is_image = (tokens == config.image_token_id) & (segments > 0) & ~loss_mask
     buffer = fill_patch_buffer(patches, grids, is_image, batch.patches, config.vision)
-    return Batch(
-        tokens=tokens,
-        positions=positions,
-        segment_ids=segments,
-        loss_mask=loss_mask,
-        advantages=join([np.full(len(i.tokens), i.advantage) for i in items], np.float32),
-        old_logprobs=join([i.logprobs for i in items], np.float32),
-        patches=buffer.patches,
-        patch_segment_ids=buffer.segment_ids,
-        patch_positions=buffer.positions,
-        image_slots=buffer.image_slots,
-    )
+    images = buffer.patches, buffer.segment_ids, buffer.positions, buffer.image_slots
+    advantages = join([np.full(len(i.tokens), i.advantage) for i in items], np.float32)
+    old_logprobs = join([i.logprobs for i in items], np.float32)
+    return Batch(tokens, positions, segments, loss_mask, advantages, old_logprobs, *images)

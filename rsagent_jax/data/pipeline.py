@@ -22,7 +22,6 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError, Prompt, Sample
 
-ALONE = Share()
 NAMED = 5  # unreadable elements that are named on the terminal, of one start; all are counted
 
 
@@ -34,35 +33,27 @@ class Unreadable:
     problem: str  # which element, and what is wrong with it
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Pipeline:
     """`take(n)` gives this host's part of the next `n` elements of an endless, shuffled source."""
 
-    def __init__(
-        self,
-        source: Sequence[Any],
-        transform: Callable[[Any], Any] = lambda element: element,
-        *,
-        seed: int,
-        share: Share = ALONE,
-        threads: int = 4,
-        workers: int = 0,
-        ahead: int = 16,
-        what: str = "sample",
-        unreadable: str = "skip",
-    ):
-        """`transform` turns an element of `source` into what is taken; both must be picklable where `workers` > 0.
+    source: Sequence[Any]  # picklable, as `transform` is, where `workers` > 0
+    transform: Callable[[Any], Any] = lambda element: element  # an element of `source` -> what is taken
+    _: dataclasses.KW_ONLY
+    seed: int
+    share: Share = dataclasses.field(default_factory=Share)
+    threads: int = 4  # elements decoded at a time per process
+    workers: int = 0  # processes beside this one; 0 = threads only
+    ahead: int = 16  # elements decoded before they are asked for
+    # What an element is called in messages, before its index in the source, and its id if the source has ids.
+    what: str = "sample"
+    unreadable: str = "skip"  # elements that cannot be read are counted and named; stop = the first is a DataError
 
-        what: what an element is called in messages, before its index in the source, and its id if the source has ids.
-        unreadable: skip = elements that cannot be read are counted and named; stop = the first is a DataError.
-        threads: elements decoded at a time per process. workers: processes beside this one; 0 = threads only.
-        ahead: elements decoded before they are asked for.
-        """
-        if not len(source):
+    def __post_init__(self):
+        if not len(self.source):
             raise DataError("a pipeline over no samples: the data set is empty")
-        self.read = _Read(source, transform, what)
-        self.order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-        self.share, self.threads, self.workers, self.ahead = share, threads, workers, ahead
-        self.unreadable = unreadable
+        self.read = _Read(self.source, self.transform, self.what)
+        self.order = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
         self.position = 0
         self.skipped = 0  # elements of this host that could not be read
         self.problems: list[Unreadable] = []  # the latest of them
@@ -80,15 +71,16 @@ class Pipeline:
         """The same with an Unreadable in the place of each that cannot be read: the k-th stands at place
         share.index + k * share.count of the `n`."""
         if self._elements is None:
-            self._elements = iter(self._dataset())
-        mine = self.share.of(n, "the number of elements taken")
-        taken = [next(self._elements) for _ in range(mine)]
+            mine = self.order[self.position + self.share.index :: self.share.count].map(self.read)
+            self._elements = iter(prefetched(mine, self.threads, self.workers, self.ahead))
+        count = self.share.of(n, "the number of elements taken")
+        taken = [next(self._elements) for _ in range(count)]
         self.position += n
         self.problems = [element for element in taken if isinstance(element, Unreadable)]
         self._tell()
         self.skipped += len(self.problems)
-        if len(self.problems) == mine:
-            raise DataError(f"none of the {mine} samples drawn could be read; the first: {self.problems[0].problem}")
+        if len(self.problems) == count:
+            raise DataError(f"none of the {count} samples drawn could be read; the first: {self.problems[0].problem}")
         return taken
 
     def _tell(self) -> None:
@@ -109,16 +101,18 @@ class Pipeline:
         self.position, self.skipped = state["position"], state.get("skipped", 0)
         self._elements = None
 
-    def _dataset(self) -> grain.IterDataset:
-        mine = self.order[self.position + self.share.index :: self.share.count].map(self.read)
-        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=max(self.ahead, self.threads))
-        elements = mine.to_iter_dataset(options)
-        if not self.workers:
-            return elements
-        if not flags.FLAGS.is_parsed():  # Grain's workers read flags, also where a program has none
-            flags.FLAGS.mark_as_parsed()
-        each = max(1, self.ahead // self.workers)
-        return elements.mp_prefetch(grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=each))
+
+def prefetched(dataset: grain.MapDataset, threads: int, workers: int, ahead: int) -> grain.IterDataset:
+    """The elements in order, decoded by so many threads in this process, or in each of `workers` others where there
+    are any, `ahead` of what is asked for."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
+    elements = dataset.to_iter_dataset(options)
+    if not workers:
+        return elements
+    if not flags.FLAGS.is_parsed():  # Grain's workers read flags, also where a program has none
+        flags.FLAGS.mark_as_parsed()
+    each = max(1, ahead // workers)
+    return elements.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=each))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor, image_patches
 from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.models.qwen25_vl.config import read_json
-from rsagent_jax.models.qwen25_vl.positions import Grid, merged_tokens
+from rsagent_jax.models.qwen25_vl.positions import merged_tokens
 from rsagent_jax.runtime.image_files import checksum, decode_image, picture_by_checksum, png
 from rsagent_jax.runtime.journal import write_whole
 from rsagent_jax.types import DataError, Trajectory
@@ -32,43 +32,15 @@ from rsagent_jax.types import DataError, Trajectory
 STAMP = "collect.json"  # written last: a directory without it is not complete
 
 
-def encode_by_reference(
-    state: EnvState, processor: Processor, path: str, header: dict, played: Trajectory | None = None
-) -> bytes:
-    """A finished trajectory whose images are made again when it is read; `path` names its picture, "" = no file.
+def encode_by_reference(state: EnvState, path: str, header: dict, played: Trajectory) -> bytes:
+    """A finished trajectory, `played` by the driver into `state`, whose images are made again when it is read.
 
-    `played`: the driver's, whose ids are stored as they were sampled. Without it the turns are text and encoded here.
+    `path` names its picture, "" = no file.
     """
-    if played is None:
-        tokens, positions, loss_mask, _ = context_of(state, processor)
-    else:
-        tokens, positions, loss_mask = played.tokens, played.positions, played.loss_mask
-    arrays = {"tokens": tokens, "positions": positions, "sampled": loss_mask}
+    arrays = {"tokens": played.tokens, "positions": played.positions, "sampled": played.loss_mask}
     picture = {"path": path, "sha256": checksum(state.image)}
     header = header | {"picture": picture, "replay": state_to_json(state, path)}
     return pack_record(header, arrays if path else arrays | {"source": np.frombuffer(png(state.image), np.uint8)})
-
-
-def context_of(state: EnvState, processor: Processor) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[Grid, ...]]:
-    """tokens i32[T], positions i32[3, T], loss_mask bool[T] and grids of a trajectory whose turns are text.
-
-    Token for token what the driver makes of the same turns: each is encoded by itself, its terminator counts as
-    sampled.
-    """
-    parts: list[tuple[np.ndarray, np.ndarray, bool]] = []
-    grids, position, skip = (), 0, 0
-    for number, turn in enumerate(state.turns):
-        prompt, position = processor.prompt(*read_before(state, number), position - skip, state.limits)
-        parts.append((prompt.tokens[skip:], prompt.positions[:, skip:], False))
-        grids, skip = (*grids, *prompt.grids), 1  # the terminator is there already, as a sampled token
-        said = np.append(processor.encode(turn.text), processor.terminator_id).astype(np.int32)
-        parts.append((said, np.broadcast_to(position + np.arange(len(said)), (3, len(said))), True))
-        position += len(said)
-    if not parts:
-        raise ValueError("a trajectory without a turn has nothing to store")
-    tokens = np.concatenate([p[0] for p in parts]).astype(np.int32)
-    positions = np.concatenate([p[1] for p in parts], axis=1).astype(np.int32)
-    return tokens, positions, np.concatenate([np.full(len(p[0]), p[2]) for p in parts]), grids
 
 
 def shown_images(state: EnvState) -> list[np.ndarray]:
@@ -110,14 +82,8 @@ def decode_record(record: bytes, processor: Processor) -> Item:
             f"a stored trajectory has {found} image tokens where its pictures take {wanted}, or ids beyond the"
             " vocabulary: it was collected with another tokenizer or other image settings; collect the set again"
         )
-    return Item(
-        tokens=tokens,
-        positions=positions,
-        loss_mask=loss_mask,
-        logprobs=np.zeros(len(tokens), np.float32),
-        patches=np.concatenate([p for p, _ in patched]) if patched else processor.no_patches(),
-        grids=grids,
-    )
+    patches = np.concatenate([p for p, _ in patched]) if patched else processor.no_patches()
+    return Item(tokens, positions, loss_mask, np.zeros(len(tokens), np.float32), patches, grids)
 
 
 def record_header(record: bytes) -> dict:

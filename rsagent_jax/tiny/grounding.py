@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
 from rsagent_jax.agent import prompts
+from rsagent_jax.config.schema import BatchConfig
+from rsagent_jax.data.packing import Item, pack
 from rsagent_jax.data.processor import Processor, image_patches
-from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, mrope_positions
+from rsagent_jax.models.qwen25_vl.positions import mrope_positions
 from rsagent_jax.tiny import absent, scenes
+from rsagent_jax.types import Batch
 
 SIDE = 112  # scenes are one window of the tower: 8 x 8 patches, 4 x 4 tokens
 PATCHES = 64
@@ -36,17 +40,9 @@ _KEYS = {4: ("bbox", "bbox_2d", "xyxy", "at"), 2: ("point", "point_2d", "xy", "a
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """A pre-training batch; arrays as in types.Batch, plus what the head and the bell need."""
+class Rows(Batch):
+    """A pre-training batch, plus what the head and the bell need."""
 
-    tokens: np.ndarray  # i32[B, T]
-    positions: np.ndarray  # i32[B, 3, T]
-    segment_ids: np.ndarray  # i32[B, T]
-    loss_mask: np.ndarray  # bool[B, T]
-    patches: np.ndarray  # f32[B, P, C]
-    patch_segment_ids: np.ndarray
-    patch_positions: np.ndarray
-    image_slots: np.ndarray
     labels: np.ndarray  # i32[B, P, 3]
     boxes: np.ndarray  # f32[B, P, 4], in units of the image side
     target: np.ndarray  # i32[B, T]; 1 + the row of `cells` that the position before should look at; 0 none
@@ -70,23 +66,20 @@ class Question:
     decides: int = -1  # of a line: the place of the token that says whether the thing is there
 
 
+@dataclasses.dataclass
 class SceneRows:
-    """Turns random scenes into rows."""
+    """Turns random scenes into rows; the shares are those of PretrainConfig and StageConfig."""
 
-    def __init__(
-        self,
-        processor: Processor,
-        relation_share: float,
-        all_share: float,
-        list_share: float = 0.0,
-        absent_share: float = 0.0,
-        presence_share: float = 0.0,
-    ):
-        self.processor, self.relation_share = processor, relation_share
-        self.all_share, self.list_share = all_share, list_share
-        self.absent_share, self.presence_share = absent_share, presence_share
-        self.words = np.array([processor.encode(f" {word}") for word in WORDS]).reshape(-1)  # one token each
-        self.numbers = np.array([processor.encode(str(n))[0] for n in range(SIDE + 1)])
+    processor: Processor
+    relation_share: float
+    all_share: float
+    list_share: float = 0.0
+    absent_share: float = 0.0
+    presence_share: float = 0.0
+
+    def __post_init__(self):
+        self.words = np.array([self.processor.encode(f" {word}") for word in WORDS]).reshape(-1)  # one token each
+        self.numbers = np.array([self.processor.encode(str(n))[0] for n in range(SIDE + 1)])
         self.photos = scenes.load_photos()
         self.scene_config = scenes.SceneConfig(size=SIDE)
 
@@ -99,9 +92,9 @@ class SceneRows:
         scene = self.scene(rng)
         turns = [self._question(rng, scene) for _ in range(8)] if talk else [Question("", "")]
         if talk and rng.random() < self.presence_share:
-            turns = [self._presences(rng, scene, length)]
+            turns = [self._listed(self._presences(rng, scene), length)]
         elif talk and self.list_share and rng.random() < self.list_share:
-            turns = [self._list(rng, scene, length)]
+            turns = [self._listed(self._places(rng, scene), length)]
         elif talk and rng.random() < self.all_share:
             turns.insert(0, _all_objects(scene))
         return self.row(scene, turns, length)
@@ -113,29 +106,18 @@ class SceneRows:
     def row(self, scene: scenes.Scene, turns: list[Question], length: int) -> Rows:
         """One scene and as many of the turns as fit into `length` tokens."""
         ids, mask, target = self._conversation(turns, length)
-        cells = _cells(scene)
+        masks = np.stack([o.mask for o in scene.objects])
+        # f64[O, M]: how much of each merged token every object covers, row-major
+        shares = masks.reshape(len(masks), 4, SIDE // 4, 4, SIDE // 4).mean((2, 4)).reshape(len(masks), -1)
+        cells = _cells(scene, shares)
         self._look_at_words(ids, target, cells)
         patches, grid = image_patches(scene.image, self.processor.images)
-        is_image = ids == self.processor.image_id
         positions, _ = mrope_positions(ids, (grid,), self.processor.image_id)
-        pad = length - len(ids)
-        buffer = fill_patch_buffer(patches, (grid,), np.pad(is_image, (0, pad)), PATCHES, self.processor.config.vision)
-        labels, boxes = _patch_labels(scene, buffer.positions)
-        return Rows(
-            np.pad(ids, (0, pad)),
-            np.pad(positions, ((0, 0), (0, pad))),
-            np.pad(np.ones(len(ids), np.int32), (0, pad)),
-            np.pad(mask, (0, pad)),
-            buffer.patches,
-            buffer.segment_ids,
-            buffer.positions,
-            buffer.image_slots,
-            labels,
-            boxes,
-            np.pad(target, (0, pad)),
-            *_corners(scene),
-            cells,
-        )
+        item = Item(ids, positions, mask, np.zeros(len(ids), np.float32), patches, (grid,))
+        (batch,) = pack([item], BatchConfig(rows=1, tokens=length, patches=PATCHES), self.processor.config)
+        row = [getattr(batch, field.name)[0] for field in dataclasses.fields(Batch)]
+        labels = _patch_labels(scene, batch.patch_positions[0])
+        return Rows(*row, *labels, np.pad(target, (0, length - len(ids))), *_corners(scene, shares), cells)
 
     def _look_at_words(self, ids: np.ndarray, target: np.ndarray, cells: np.ndarray) -> None:
         """A colour, shape or size looks at all that has it: matching whole names is not found without this."""
@@ -148,11 +130,8 @@ class SceneRows:
         """Question after question about one image, as many as fit: ids i32[T], trained bool[T], target i32[T]."""
         ids, mask, target = [], [], []
         for i, turn in enumerate(turns):
-            head = (
-                prompts.opening(prompts.BASE_SYSTEM, turn.ask)
-                if i == 0
-                else (f"\n<|im_start|>user\n{turn.ask}<|im_end|>\n<|im_start|>assistant\n")
-            )
+            head = f"\n<|im_start|>user\n{turn.ask}<|im_end|>\n<|im_start|>assistant\n"
+            head = head if i else prompts.opening(prompts.BASE_SYSTEM, turn.ask)
             asked, said, trained, marked = self.processor.encode(head), *self._answer(turn)
             if i == 0:
                 asked = np.repeat(asked, np.where(asked == self.processor.image_id, PATCHES // 4, 1))
@@ -173,43 +152,41 @@ class SceneRows:
         said = self.processor.encode(turn.answer + "<|im_end|>")
         return said, np.ones(len(said), bool), self._targets(said, turn)
 
-    def _list(self, rng, scene: scenes.Scene, length: int) -> Question:
-        """Every object's point and box once, each under a name of its own, as many as fit.
+    def _listed(self, lines: Iterator[Question], length: int) -> Question:
+        """As many of the lines as fit into `length` tokens, as the answer to one question."""
+        ask, kept = "List them.", []
+        room = length - len(self.processor.encode(prompts.opening(prompts.BASE_SYSTEM, ask))) - PATCHES // 4 + 1
+        for line in lines:
+            room -= len(self.processor.encode(line.answer))
+            if room < 0:
+                break
+            kept.append(line)
+        return Question(ask, "", lines=tuple(kept))
+
+    def _places(self, rng, scene: scenes.Scene) -> Iterator[Question]:
+        """Every object's point and box once, each under a name of its own.
 
         The most choices of an object that a row can hold; no place stands there twice, which could be copied.
         """
-        ask, lines = "List them.", []
-        room = length - len(self.processor.encode(prompts.opening(prompts.BASE_SYSTEM, ask))) - PATCHES // 4 + 1
         places = [(i, point) for i in sorted({e.object_index for e in scene.expressions}) for point in (True, False)]
         for k in rng.permutation(len(places)):
             index, point = places[k]
             values = _values(scene.objects[index], point)
             key = _KEYS[len(values)][rng.integers(3)]
-            line = Question("", f"{self._name(rng, scene, index)}: {key} {values}\n", (index,), len(values))
-            room -= len(self.processor.encode(line.answer))
-            if room < 0:
-                break
-            lines.append(line)
-        return Question(ask, "", lines=tuple(lines))
+            yield Question("", f"{self._name(rng, scene, index)}: {key} {values}\n", (index,), len(values))
 
-    def _presences(self, rng, scene: scenes.Scene, length: int) -> Question:
-        """Names of things that are there and, as often, of what is not, each with the word that tells; as many as fit.
+    def _presences(self, rng, scene: scenes.Scene) -> Iterator[Question]:
+        """Names of things that are there and, as often, of what is not, each with the word that tells.
 
         One question has one such word among some forty; no policy of this size was seen to learn it from those.
         """
-        ask, lines = "List them.", []
-        room = length - len(self.processor.encode(prompts.opening(prompts.BASE_SYSTEM, ask))) - PATCHES // 4 + 1
         while True:
             there = bool(rng.random() < 0.5)
-            text = self._any_name(rng, scene) if there else absent.sample_absent(rng, scene, self.scene_config)
-            name = presence_question(text or "")[0].answer
-            line = Question(
-                "", f"{name} {'here' if there else 'not here'}.\n", decides=len(self.processor.encode(name))
-            )
-            room -= len(self.processor.encode(line.answer))
-            if room < 0 or text is None:
-                return Question(ask, "", lines=tuple(lines))
-            lines.append(line)
+            text = self._name(rng, scene) if there else absent.sample_absent(rng, scene, self.scene_config)
+            if text is None:
+                return
+            name = presence_question(text)[0].answer
+            yield Question("", f"{name} {'' if there else 'not '}here.\n", decides=len(self.processor.encode(name)))
 
     def _targets(self, said: np.ndarray, turn: Question) -> np.ndarray:
         """Marks each object's coordinates; numbers before them (the 2 of bbox_2d) are not."""
@@ -219,14 +196,9 @@ class SceneRows:
             out[at] = 1 + np.array(turn.objects)[:, None]
         return out
 
-    def _name(self, rng, scene: scenes.Scene, index: int) -> str:
-        """A sentence that names an object, a relation with probability `relation_share` where it has both kinds."""
-        mine = [e for e in scene.expressions if e.object_index == index]
-        wanted = "relation" if rng.random() < self.relation_share else "attribute"
-        return str(rng.choice([e.text for e in mine if e.kind == wanted] or [e.text for e in mine]))
-
-    def _any_name(self, rng, scene: scenes.Scene) -> str:
-        return self._name(rng, scene, int(rng.choice(sorted({e.object_index for e in scene.expressions}))))
+    def _name(self, rng, scene: scenes.Scene, index: int | None = None) -> str:
+        config = dataclasses.replace(self.scene_config, relation_share=self.relation_share)
+        return scenes.sample_expression(rng, scene, config, index).text
 
     def _question(self, rng, scene: scenes.Scene) -> Question:
         if rng.random() < self.absent_share and (text := absent.sample_absent(rng, scene, self.scene_config)):
@@ -287,18 +259,11 @@ def _all_objects(scene: scenes.Scene) -> Question:
     return Question(ask, prompts.ground_answer("bbox_2d", [o.box for o in things], names), tuple(order))
 
 
-def _shares(scene: scenes.Scene) -> np.ndarray:
-    """f64[O, M]: how much of each merged token every object covers, row-major."""
-    masks = np.stack([o.mask for o in scene.objects])
-    return masks.reshape(len(masks), 4, SIDE // 4, 4, SIDE // 4).mean((2, 4)).reshape(len(masks), -1)
-
-
-def _cells(scene: scenes.Scene) -> np.ndarray:
+def _cells(scene: scenes.Scene, shares: np.ndarray) -> np.ndarray:
     """Where to look for each object: the merged tokens that are more its own than another's, the fullest most.
 
     Tokens that speak of another object (`_corners`) are left out, or their coordinates would blend into the answer.
     """
-    shares = _shares(scene)
     own = np.where(shares == shares.max(0), shares, 0.0) ** 2
     own = np.where(own.sum(1, keepdims=True) > 0, own, shares)  # an object that is nowhere the largest
     out = np.zeros((MAX_OBJECTS + len(WORDS), PATCHES // 4), np.float32)
@@ -310,9 +275,8 @@ def _cells(scene: scenes.Scene) -> np.ndarray:
     return out
 
 
-def _corners(scene: scenes.Scene) -> tuple[np.ndarray, np.ndarray]:
+def _corners(scene: scenes.Scene, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`corners` and `names` of the merged tokens."""
-    shares = _shares(scene)
     values = np.array([np.round([*o.box, *o.point]) for o in scene.objects], np.int32)
     names = np.array([[WORDS.index(word) for word in (o.color, o.shape, o.size)] for o in scene.objects], np.int32)
     there, most = shares.max(0)[:, None] > 0.05, shares.argmax(0)

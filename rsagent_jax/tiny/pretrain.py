@@ -24,11 +24,11 @@ import collections
 import dataclasses
 import functools
 import json
-import multiprocessing
 import pathlib
 import time
 from collections.abc import Callable, Sequence
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,10 +38,11 @@ from tokenizers import Tokenizer
 
 from rsagent_jax.agent import prompts
 from rsagent_jax.config.pretrain import PretrainConfig, StageConfig
+from rsagent_jax.data.pipeline import prefetched
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.attention import attention
-from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, read_json
 from rsagent_jax.models.qwen25_vl.language import mrope_angles
 from rsagent_jax.models.qwen25_vl.layers import Linear, layer_at
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
@@ -51,48 +52,29 @@ from rsagent_jax.types import DataError
 
 
 def hf_config(c: PretrainConfig, ids: dict[str, int]) -> dict:
-    """config.json as Qwen2.5-VL has it on the hub."""
-    half = c.hidden // c.heads // 2
-    section = (half // 4, (half - half // 4) // 2, half - half // 4 - (half - half // 4) // 2)
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "torch_dtype": "bfloat16",
+    """config.json as Qwen2.5-VL has it on the hub: that of the shipped base, in the sizes of `c`."""
+    raw, half = read_json(vocab.BASE / "config.json"), c.hidden // c.heads // 2
+    section = [half // 4, (half - half // 4) // 2, half - half // 4 - (half - half // 4) // 2]
+    special = {"bos": "endoftext", "eos": "im_end", "image": "image_pad", "video": "video_pad"}
+    special |= {name: name for name in ("vision_start", "vision_end")}
+    vision = {
+        "depth": c.vision_layers,
+        "hidden_size": c.vision_hidden,
+        "intermediate_size": c.vision_mlp,
+        "num_heads": c.heads,
+        "out_hidden_size": c.hidden,
+        "fullatt_block_indexes": [c.vision_layers - 1],
+    }
+    return raw | {
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden,
         "intermediate_size": c.mlp,
         "num_hidden_layers": c.layers,
         "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": list(section)},
-        "max_position_embeddings": 4096,
-        "use_sliding_window": False,
-        "tie_word_embeddings": True,
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "vision_config": {
-            "model_type": "qwen2_5_vl",
-            "depth": c.vision_layers,
-            "hidden_size": c.vision_hidden,
-            "intermediate_size": c.vision_mlp,
-            "num_heads": c.heads,
-            "out_hidden_size": c.hidden,
-            "fullatt_block_indexes": [c.vision_layers - 1],
-            "hidden_act": "silu",
-            "patch_size": 14,
-            "spatial_patch_size": 14,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "window_size": 112,
-            "in_chans": 3,
-        },
+        "rope_scaling": {"type": "mrope", "mrope_section": section},
+        **{f"{name}_token_id": ids[f"<|{token}|>"] for name, token in special.items()},
+        "vision_config": raw["vision_config"] | vision,
     }
 
 
@@ -118,55 +100,33 @@ class Head(nnx.Module):
         return ce + 2.0 * jnp.sum(l1 * on) / jnp.maximum(on.sum(), 1)
 
 
-_WORKER: SceneRows
-
-
-def _start_worker(config: PretrainConfig, list_share: float, directory: str) -> None:
-    global _WORKER
-    shares = (config.relation_share, config.all_share, list_share, config.absent_share, config.presence_share)
-    _WORKER = SceneRows(Processor.load(directory), *shares)
-
-
-def _work(args) -> Rows:
-    return _WORKER.make(*args)
-
-
-def number_targets(processor: Processor, vocab: int, sigma: float) -> np.ndarray:
-    """f32[V, V]: row v is the target distribution for token v: itself, or a bell when v is a number below SIDE."""
+def number_targets(ids: np.ndarray, vocab: int, sigma: float) -> np.ndarray:
+    """f32[V, V]: row v is the target distribution for token v: itself, or a bell where v is one of `ids`, those of the
+    numbers 0 … SIDE."""
     table = np.eye(vocab, dtype=np.float32)
-    ids = np.array([processor.encode(str(n))[0] for n in range(SIDE + 1)])
     bell = np.exp(-0.5 * ((np.arange(SIDE + 1)[:, None] - np.arange(SIDE + 1)[None]) / sigma) ** 2)
     table[np.ix_(ids, ids)] = bell / bell.sum(1, keepdims=True)
     return table
 
 
 def ground_loss(
-    model: Qwen25VL, head: Head, rows: Rows, targets_VV, config: PretrainConfig, image_at: int, numbers, words
+    model: Qwen25VL, head: Head, rows: Rows, targets_VV, config: PretrainConfig, numbers, words, image_at: int
 ):
-    """Cross-entropy of the answers, plus the head's loss, plus how far the look is from the object asked for."""
+    """Cross-entropy of the answers, plus `see_loss`, plus how far the look is from the object asked for."""
     hidden, merged, look = _hidden(model, rows, config.look_layer, image_at)
     logits = model.logits(hidden[:, :-1])
     logp = jax.nn.log_softmax(logits, axis=-1)
     mask = rows.loss_mask[:, 1:]
     ce = -jnp.sum(targets_VV[rows.tokens[:, 1:]] * logp, axis=-1)
     lm = jnp.sum(ce * mask) / jnp.maximum(mask.sum(), 1)
-    aux = head.loss(merged, rows.labels, rows.boxes)
     cells = jnp.take_along_axis(rows.cells, jnp.maximum(rows.target[:, 1:] - 1, 0)[..., None], axis=1)
     off = -jnp.sum(cells * look[:, :-1], axis=-1)
     at = rows.target[:, 1:]
     looked, said = (
         jnp.sum(off * on) / jnp.maximum(on.sum(), 1) for on in ((at > 0) & (at <= MAX_OBJECTS), at > MAX_OBJECTS)
     )
-    corners = corner_loss(model, head, merged, rows, targets_VV, numbers)
-    names = name_loss(model, merged, rows, words)
-    loss = (
-        lm
-        + config.name_weight * names
-        + config.aux_weight * aux
-        + config.look_weight * (looked + said)
-        + config.corner_weight * corners
-    )
-    return loss, {"lm": lm, "aux": aux, "look": looked, "words": said, "names": names, "corners": corners}
+    seen, metrics = see_loss(model, head, rows, targets_VV, config, numbers, words, merged)
+    return lm + config.look_weight * (looked + said) + seen, metrics | {"lm": lm, "look": looked, "words": said}
 
 
 def _hidden(model: Qwen25VL, rows: Rows, look_layer: int = -1, image_at: int = 0):
@@ -192,8 +152,10 @@ def _hidden(model: Qwen25VL, rows: Rows, look_layer: int = -1, image_at: int = 0
     return decoder.norm(x), merged, look[0] if look else None
 
 
-def see_loss(model: Qwen25VL, head: Head, rows: Rows, targets_VV, config: PretrainConfig, numbers, words):
-    merged = model.vision(rows.patches, rows.patch_segment_ids, rows.patch_positions)
+def see_loss(model: Qwen25VL, head: Head, rows: Rows, targets_VV, config: PretrainConfig, numbers, words, merged=None):
+    """The head's loss and those of coordinates and words in the merged image tokens [B, M, D]; None = not made yet."""
+    if merged is None:
+        merged = model.vision(rows.patches, rows.patch_segment_ids, rows.patch_positions)
     aux = head.loss(merged, rows.labels, rows.boxes)
     corners = corner_loss(model, head, merged, rows, targets_VV, numbers)
     names = name_loss(model, merged, rows, words)
@@ -230,13 +192,10 @@ def name_loss(model: Qwen25VL, merged_BMD, rows: Rows, words) -> jax.Array:
     return loss
 
 
-def make_step(stage: str, tx, graphdef, targets, config: PretrainConfig, image_at: int, numbers, words):
+def make_step(loss: Callable, tx, graphdef, *tables):
     def step(params, opt_state, rows):
         def loss_fn(p):
-            model, head = nnx.merge(graphdef, p)
-            if stage == "see":
-                return see_loss(model, head, rows, targets, config, numbers, words)
-            return ground_loss(model, head, rows, targets, config, image_at, numbers, words)
+            return loss(*nnx.merge(graphdef, p), rows, *tables)
 
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -265,8 +224,7 @@ def evaluate_grounding(model: Qwen25VL, maker: SceneRows, seed: int, count: int)
         maker.row(scene, [grounding.grounding_question(s.text, scene, s.object_index, point)], 128)
         for (scene, point), s in zip(cases, said, strict=True)
     ]
-    compiled = nnx.jit(lambda m, r: jnp.argmax(m.logits(_hidden(m, r)[0]), axis=-1))
-    forward = functools.partial(compiled, model)
+    forward = functools.partial(nnx.jit(lambda m, r: jnp.argmax(m.logits(_hidden(m, r)[0]), axis=-1)), model)
     results = collections.defaultdict(list)
     for i in range(0, len(rows), 64):
         batch = jax.tree.map(lambda *a: np.stack(a), *rows[i : i + 64])
@@ -323,10 +281,6 @@ def _box_iou(a, b) -> float:
     return inter / max(area[0] + area[1] - inter, 1e-9)
 
 
-def _create(shape: Qwen25VLConfig, hidden: int, rngs: nnx.Rngs) -> tuple[Qwen25VL, Head]:
-    return Qwen25VL(shape, rngs), Head(hidden, rngs)
-
-
 def pretrain(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if config.init:  # the weights' own: one built anew follows today's prompts
@@ -336,7 +290,8 @@ def pretrain(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -
     vocab.save_tokenizer(tokenizer, out, SIDE * SIDE, SIDE * SIDE)
     raw = hf_config(config, tokenizer.get_vocab())
     shape = Qwen25VLConfig.from_hf(raw)
-    model, head = nnx.jit(lambda key: _create(shape, config.hidden, nnx.Rngs(key)))(jax.random.key(config.seed))
+    rngs = nnx.Rngs(config.seed)
+    model, head = nnx.jit(lambda rngs: (Qwen25VL(shape, rngs), Head(config.hidden, rngs)))(rngs)
     if config.init:
         model = convert.load_model(config.init, shape)
     convert.save_model(model, out, raw)
@@ -344,7 +299,7 @@ def pretrain(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -
     maker = SceneRows(processor, config.relation_share, config.all_share)
     opening = processor.encode(prompts.opening(prompts.BASE_SYSTEM, ""))
     image_at = int(np.flatnonzero(opening == processor.image_id)[0])
-    targets = jnp.asarray(number_targets(processor, config.vocab_size, config.sigma))
+    targets = jnp.asarray(number_targets(maker.numbers, config.vocab_size, config.sigma))
     log = (workdir / "pretrain.jsonl").open("a", encoding="utf-8", buffering=1)
 
     def write(record: dict) -> None:
@@ -357,37 +312,29 @@ def pretrain(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -
         graphdef, params = nnx.split((model, head))
         tx = optimizer(stage, config.weight_decay)
         opt_state, start = jax.jit(tx.init)(params), time.time()
-        step_fn = make_step(
-            name, tx, graphdef, targets, config, image_at, jnp.asarray(maker.numbers), jnp.asarray(maker.words)
-        )
-        jobs = (((config.seed, number, i), stage.rows, stage.tokens, name == "ground") for i in range(stage.steps))
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(config.workers, _start_worker, (config, stage.list_share, str(out))) as pool:
-            for step, rows in enumerate(_ahead(pool, jobs), start=1):
-                params, opt_state, metrics = step_fn(params, opt_state, rows)
-                if step % 50 == 0:
-                    record = {"stage": name, "step": step, "seconds": round(time.time() - start, 1)}
-                    record |= {k: round(float(v), 4) for k, v in metrics.items()}
-                    if name == "ground" and step % config.eval_every == 0 and step < stage.steps:
-                        model, head = nnx.merge(graphdef, params)
-                        record |= evaluate_grounding(model, maker, config.seed, config.eval_scenes)
-                        convert.save_model(model, out, raw)
-                    write(record)
+        loss = see_loss if name == "see" else functools.partial(ground_loss, image_at=image_at)
+        step_fn = make_step(loss, tx, graphdef, targets, config, jnp.asarray(maker.numbers), jnp.asarray(maker.words))
+        shares = (config.relation_share, config.all_share, stage.list_share, config.absent_share, config.presence_share)
+        make = functools.partial(_make, SceneRows(processor, *shares), (config.seed, number), stage, name == "ground")
+        made = grain.MapDataset.range(stage.steps).map(make)
+        for step, rows in enumerate(prefetched(made, 1, config.workers, 2), start=1):
+            params, opt_state, metrics = step_fn(params, opt_state, rows)
+            if step % 50 == 0:
+                record = {"stage": name, "step": step, "seconds": round(time.time() - start, 1)}
+                record |= {k: round(float(v), 4) for k, v in metrics.items()}
+                if name == "ground" and step % config.eval_every == 0 and step < stage.steps:
+                    model, head = nnx.merge(graphdef, params)
+                    record |= evaluate_grounding(model, maker, config.seed, config.eval_scenes)
+                    convert.save_model(model, out, raw)
+                write(record)
         model, head = nnx.merge(graphdef, params)
     convert.save_model(model, out, raw)
     write({"stage": "end", **evaluate_grounding(model, maker, config.seed, config.eval_scenes)})
     log.close()
 
 
-def _ahead(pool, jobs, n: int = 16):
-    """Results in order, with at most `n` batches under way so that the queue does not outgrow memory."""
-    pending = collections.deque()
-    for job in jobs:
-        pending.append(pool.apply_async(_work, (job,)))
-        if len(pending) == n:
-            yield pending.popleft().get()
-    while pending:
-        yield pending.popleft().get()
+def _make(maker: SceneRows, seed: tuple[int, int], stage: StageConfig, talk: bool, step: int) -> Rows:
+    return maker.make((*seed, step), stage.rows, stage.tokens, talk)
 
 
 def main(

@@ -43,8 +43,8 @@ _SUPERSAMPLE = 4
 @dataclasses.dataclass(frozen=True)
 class SceneConfig:
     size: int = 112  # side of the square image, px
-    min_objects: int = 3
-    max_objects: int = 5
+    min_objects: int = 3  # at least 2
+    max_objects: int = 5  # at most 6
     occlusion: float = 0.25  # probability that one pair overlaps
     twins: float = 0.35  # probability that two objects share colour and shape
     min_visible: float = 0.6  # visible share of the hidden object of a pair
@@ -57,8 +57,6 @@ class SceneConfig:
     def __post_init__(self):
         if self.size < 64:
             raise DataError(f"scenes need size >= 64 px, got {self.size}")
-        if not 2 <= self.min_objects <= self.max_objects <= 6:
-            raise DataError(f"scenes hold 2..6 objects, got {self.min_objects}..{self.max_objects}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +148,8 @@ def sample_expression(
             return None
         object_index = int(rng.choice(named))
     mine = [e for e in scene.expressions if e.object_index == object_index]
-    relations = [e for e in mine if e.kind == "relation"]
-    attributes = [e for e in mine if e.kind == "attribute"]
-    wanted = relations if rng.random() < config.relation_share else attributes
-    pool = wanted or mine
+    wanted = "relation" if rng.random() < config.relation_share else "attribute"
+    pool = [e for e in mine if e.kind == wanted] or mine
     return pool[rng.integers(len(pool))] if pool else None
 
 
@@ -428,23 +424,15 @@ def objects_described(objects: tuple[SceneObject, ...], text: str) -> list[int]:
         asked = [w for w in phrase.split() if w not in ("one", "object")]
         return [i for i, o in enumerate(objects) if all(w in (o.color, o.shape, o.size) for w in asked)]
 
+    def along(i: int, direction: tuple[int, int]) -> float:
+        return objects[i].center[0] * direction[0] + objects[i].center[1] * direction[1]
+
     found = named(match["head"])
     if match["anchor"]:
-        tests = {
-            "left of": lambda p, q: p[0] < q[0],
-            "right of": lambda p, q: p[0] > q[0],
-            "above": lambda p, q: p[1] < q[1],
-            "below": lambda p, q: p[1] > q[1],
-        }
-        is_there, anchors = tests[match["relation"]], named(match["anchor"])
-        found = [i for i in found for a in anchors if i != a and is_there(objects[i].center, objects[a].center)]
+        side, anchors = RELATIONS[match["relation"]], named(match["anchor"])
+        found = [i for i in found for a in anchors if i != a and along(i, side) > along(a, side)]
     if match["extreme"] and found:
-        key = {
-            "leftmost": lambda i: objects[i].center[0],
-            "rightmost": lambda i: -objects[i].center[0],
-            "topmost": lambda i: objects[i].center[1],
-            "bottommost": lambda i: -objects[i].center[1],
-        }[match["extreme"]]
-        best = min(map(key, found))
-        found = [i for i in found if key(i) == best]
+        side = SUPERLATIVES[match["extreme"]]
+        farthest = max(along(i, side) for i in found)
+        found = [i for i in found if along(i, side) == farthest]
     return sorted(set(found))

@@ -105,8 +105,7 @@ def write_dataset(
     config = scenes.SceneConfig(size=size)
     stamp = {"format": _FORMAT, "seed": seed, "scenes": counts, "refs_per_image": per_image}
     stamp["config"] = dataclasses.asdict(config)
-    found = _check_target(out, stamp)
-    if found is not None:
+    if found := _check_target(out, stamp):
         return found
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -115,8 +114,7 @@ def write_dataset(
             written = _write(partial, stamp, config, progress)
             partial.chmod(0o755)  # mkdtemp makes private directories
             if (out / STAMP).exists():  # damaged, or another process was faster
-                found = _check_target(out, stamp)
-                if found is not None:
+                if found := _check_target(out, stamp):
                     return found
                 shutil.rmtree(out)
             os.rename(partial, out)  # fails where somebody else has put files meanwhile
@@ -129,11 +127,9 @@ def write_dataset(
 
 def _check_target(out: pathlib.Path, stamp: dict) -> Written | None:
     """What `out` already holds, if it is this data set; None if it may be (re)written; DataError if it is not ours."""
-    if not out.exists():
-        return None
-    if not out.is_dir():
+    if out.is_file():
         raise DataError(f"{out} is a file: --out must name a directory")
-    if not any(out.iterdir()):
+    if not out.exists() or not any(out.iterdir()):
         return None
     try:
         there = json.loads((out / STAMP).read_text())
@@ -147,10 +143,8 @@ def _check_target(out: pathlib.Path, stamp: dict) -> Written | None:
             " choose another --out, or delete it first"
         )
     files = [out / dataset / name for dataset, refs in REFS.items() for name in (refs, "instances.json")]
-    pictures = sum(1 for _ in (out / IMAGES).glob("*.jpg"))
-    if pictures == wrote.scenes and all(f.is_file() for f in files):
-        return wrote
-    return None  # ours, but files are gone: written again
+    is_whole = len(list((out / IMAGES).glob("*.jpg"))) == wrote.scenes and all(file.is_file() for file in files)
+    return wrote if is_whole else None  # ours, but files are gone: written again
 
 
 def _write(folder: pathlib.Path, stamp: dict, config: scenes.SceneConfig, progress: bool) -> Written:
@@ -168,12 +162,8 @@ def _write(folder: pathlib.Path, stamp: dict, config: scenes.SceneConfig, progre
         annotations += [_annotation(o, image_id, k) for k, o in enumerate(scene.objects)]
         refs += [_ref(r, scene, split, image_id, n) for n, r in enumerate(chosen)]
     categories = [{"id": k + 1, "name": name, "supercategory": "shape"} for k, name in enumerate(scenes.SHAPES)]
-    instances = {
-        "info": {"description": "synthetic scenes of RSAgent-JAX, in the layout of RefCOCO"},
-        "images": images,
-        "annotations": annotations,
-        "categories": categories,
-    }
+    info = {"description": "synthetic scenes of RSAgent-JAX, in the layout of RefCOCO"}
+    instances = {"info": info, "images": images, "annotations": annotations, "categories": categories}
     present = [r for r in refs if r["ann_id"] != NO_TARGET]
     several = [r | {key: [r[key]] for key in ("ann_id", "category_id")} for r in refs]
     for (dataset, name), content in zip(REFS.items(), (present, several), strict=True):

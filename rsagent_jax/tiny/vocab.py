@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.tools import Finish, ResetView, Rotate, Segment, Zoom, render_call
+from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.tiny import scenes
 
 # Qwen2.5's added tokens in their order; the last two are not "special" there either
@@ -30,28 +31,16 @@ PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-CHAT_TEMPLATE = """{%- if messages[0]['role'] != 'system' %}<|im_start|>system
-You are a helpful assistant.<|im_end|>
-{% endif %}
-{%- for message in messages %}<|im_start|>{{ message['role'] }}
-{% if message['content'] is string %}{{ message['content'] }}{% else %}
-{%- for part in message['content'] %}
-{%- if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}
-{%- endfor %}{% endif %}<|im_end|>
-{% endfor %}
-{%- if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+# The shipped base: a new one takes over what its files say beside the tokenizer, the chat template among it.
+BASE = pathlib.Path(__file__).parents[2] / "assets/tiny-base"
 
 
 def build_tokenizer(vocab_size: int = 1024) -> Tokenizer:
     """Trains the BPE on the words this project uses; any other text falls back to bytes. Deterministic."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    pieces = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     extra = len(SPECIAL) + len(TOOL_TOKENS)
     trainer = trainers.BpeTrainer(
@@ -64,31 +53,12 @@ def build_tokenizer(vocab_size: int = 1024) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path, min_pixels: int, max_pixels: int) -> None:
-    """tokenizer.json, tokenizer_config.json, chat template and preprocessor_config.json, as the hub lays them out."""
+    """tokenizer.json, tokenizer_config.json with the chat template, preprocessor_config.json, as the hub has them."""
+    settings = {name: read_json(BASE / name) for name in ("tokenizer_config.json", "preprocessor_config.json")}
+    settings["preprocessor_config.json"] |= {"min_pixels": min_pixels, "max_pixels": max_pixels}
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    write = {
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "additional_special_tokens": SPECIAL,
-            "model_max_length": 4096,
-            "chat_template": CHAT_TEMPLATE,
-        },
-        "preprocessor_config.json": {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2_5_VLProcessor",
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "min_pixels": min_pixels,
-            "max_pixels": max_pixels,
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-        },
-    }
-    for name, content in write.items():
+    for name, content in settings.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -111,16 +81,9 @@ def _corpus():
 
 def _protocol_texts() -> list[str]:
     """What the environment says and what a well-formed turn looks like."""
-    calls = (
-        Segment(box=(1, 2, 3, 4)),
-        Segment(points=((1, 2),), labels=(1,)),
-        Segment(points=((1, 2), (3, 4)), labels=(1, 0), refine=1),
-        Zoom(box=(1, 2, 3, 4)),
-        Rotate(quarter_turns=1),
-        ResetView(),
-        Finish(mask_id=1),
-        Finish(mask_id=None),
-    )
+    calls = [Segment(box=(1, 2, 3, 4)), Segment(points=((1, 2),), labels=(1,))]
+    calls += [Segment(points=((1, 2), (3, 4)), labels=(1, 0), refine=1), Zoom(box=(1, 2, 3, 4))]
+    calls += [Rotate(quarter_turns=1), ResetView(), Finish(mask_id=1), Finish(mask_id=None)]
     thoughts = (
         "The object is here; I click on it. I put a box around it. The mask covers the object well, I finish.",
         "Part of it is missing, I add a point there. The mask is wrong and spills over, so I correct it.",

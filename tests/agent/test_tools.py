@@ -142,28 +142,6 @@ PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "segme
           "true", " ", "\n"]  # fmt: skip
 
 
-@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=30).map("".join)))
-def test_any_text_gives_a_value(text):
-    result = parse(text)
-    if isinstance(result, ParseError):
-        assert result.reason in REASONS
-
-
-@settings(max_examples=200)
-@given(calls, st.data())
-def test_mutated_calls_give_a_value(call, data):
-    text = render_call(call, "x")
-    at = data.draw(st.integers(0, len(text)))
-    cut = data.draw(st.integers(0, 5))
-    result = parse(text[:at] + data.draw(st.text(max_size=3) | st.sampled_from(PIECES)) + text[at + cut :])
-    if isinstance(result, ParseError):
-        assert result.reason in REASONS
-        # what is answered never carries the policy's own text, so it cannot carry a tag or a token either
-        assert "<|" not in result.detail and len(result.detail) < 100 and result.detail.isascii()
-    else:
-        assert parse(render_call(result)) == result
-
-
 WORDS = st.sampled_from(["name", "arguments", "box", "points", "labels", "refine", "mask_id", "quarter_turns"])
 LEAVES = st.none() | st.booleans() | st.integers() | st.integers(10**300, 10**320) | st.floats() | st.text()
 VALUES = st.recursive(
@@ -176,12 +154,26 @@ BODIES = VALUES | st.builds(
 )
 
 
-@settings(max_examples=300)
-@given(BODIES, st.booleans())
-def test_any_json_gives_a_value_that_can_be_counted_stored_and_shown(body, ascii_only):
-    result = parse(turn(json.dumps(body, ensure_ascii=ascii_only)))
+@st.composite
+def mutated(draw):
+    """A call's text with a piece put in, and some of it cut out."""
+    text = render_call(draw(calls), "x")
+    at, cut = draw(st.integers(0, len(text))), draw(st.integers(0, 5))
+    return text[:at] + draw(st.text(max_size=3) | st.sampled_from(PIECES)) + text[at + cut :]
+
+
+TEXTS = st.text() | st.lists(st.sampled_from(PIECES), max_size=30).map("".join) | mutated()
+JSONS = st.builds(lambda body, ascii_only: turn(json.dumps(body, ensure_ascii=ascii_only)), BODIES, st.booleans())
+
+
+@settings(max_examples=600)
+@given(TEXTS | JSONS)
+def test_any_text_gives_a_value_that_can_be_counted_stored_and_shown(text):
+    result = parse(text)
     if isinstance(result, ParseError):
-        assert result.reason in REASONS and result.detail.isascii()
+        assert result.reason in REASONS
+        # what is answered never carries the policy's own text, so it cannot carry a tag or a token either
+        assert "<|" not in result.detail and len(result.detail) < 100 and result.detail.isascii()
     else:
         hash(result)  # novel_action keeps calls in a set
         assert parse(render_call(result)) == result

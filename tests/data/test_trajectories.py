@@ -48,15 +48,24 @@ def packed(header: dict) -> bytes:
     return pack_record(header, arrays | {f"image_{i}": np.frombuffer(png(x), np.uint8) for i, x in enumerate(shown)})
 
 
+def assert_same(item, t):
+    for name in ("tokens", "positions", "loss_mask", "patches"):
+        np.testing.assert_array_equal(getattr(item, name), getattr(t, name), err_msg=name)
+        assert getattr(item, name).dtype == getattr(t, name).dtype, name
+    assert item.grids == t.grids and item.advantage == 0.0
+
+
+def processor(**limits) -> Processor:
+    p = small.processor()
+    images = dataclasses.replace(p.images, limits=dataclasses.replace(p.images.limits, **limits))
+    return Processor(p.tokenizer, images, p.config)
+
+
 def test_a_record_gives_back_ids_positions_marks_and_bit_equal_patches():
     t, shown = played()
     item = trajectories.decode_record(record(), small.processor())
     assert len(shown) == len(t.grids) == 3
-    for name in ("tokens", "positions", "loss_mask", "patches"):
-        got, wanted = getattr(item, name), getattr(t, name)
-        np.testing.assert_array_equal(got, wanted, err_msg=name)
-        assert got.dtype == wanted.dtype, name
-    assert item.grids == t.grids and item.advantage == 0.0
+    assert_same(item, t)
     np.testing.assert_array_equal(item.logprobs, np.zeros(len(t.tokens), np.float32))
     assert trajectories.record_header(record()) == {"id": "s0", "iou": 0.5, "query": "größe"}
 
@@ -65,22 +74,14 @@ def test_a_record_gives_back_ids_positions_marks_and_bit_equal_patches():
 @pytest.mark.parametrize("lowest", [3136, 12544])
 def test_a_picture_of_any_shape_is_played_stored_and_read_with_the_same_grids(h, w, lowest):
     """`lowest` 12544 leaves room for squares alone, as the tiny base's limits do."""
-    p = small.processor()
-    images = dataclasses.replace(p.images, limits=dataclasses.replace(p.images.limits, min_pixels=lowest))
-    processor = Processor(p.tokenizer, images, p.config)
-    turns = (small.click(w / 2, h / 2), small.zoom(0, 0, 30, 30), small.finish(1))
-    policy = TextPolicy(small.scripted({"s0": turns}), processor)
-    ((t, state),) = Driver(policy, DiscSegmenter(), processor, small.AGENT).run([small.task(0, h=h, w=w)])
+    p, turns = processor(min_pixels=lowest), (small.click(w / 2, h / 2), small.zoom(0, 0, 30, 30), small.finish(1))
+    policy = TextPolicy(small.scripted({"s0": turns}), p)
+    ((t, state),) = Driver(policy, DiscSegmenter(), p, small.AGENT).run([small.task(0, h=h, w=w)])
     assert t.status.value == "finished"
     shown = trajectories.shown_images(state)
     rows, columns = t.grids[0][1:]
     assert shown[0].shape == (14 * rows, 14 * columns, 3)  # the model was given the view, pixel for pixel
-    for played_or_not in (t, None):
-        stored = trajectories.encode_by_reference(state, processor, "", {}, played_or_not)
-        item = trajectories.decode_record(stored, processor)
-        assert item.grids == t.grids
-        for name in ("tokens", "positions", "loss_mask", "patches"):
-            np.testing.assert_array_equal(getattr(item, name), getattr(t, name), err_msg=name)
+    assert_same(trajectories.decode_record(trajectories.encode_by_reference(state, "", {}, t), p), t)
 
 
 @settings(max_examples=60)
@@ -112,11 +113,7 @@ def test_a_record_without_one_of_its_arrays_is_a_data_error():
 
 
 def test_a_set_made_with_other_image_settings_or_another_vocabulary_is_a_data_error():
-    images = dataclasses.replace(
-        small.processor().images, limits=dataclasses.replace(small.processor().images.limits, max_pixels=56 * 84)
-    )
-    other = Processor(small.tokenizer(), images, small.processor().config)
-    refused("image tokens", trajectories.decode_record, record(), other)
+    refused("image tokens", trajectories.decode_record, record(), processor(max_pixels=56 * 84))
     config = small.processor().config
     fewer = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=300))
     small_vocabulary = Processor(small.tokenizer(), small.processor().images, fewer)

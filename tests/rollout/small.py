@@ -155,7 +155,7 @@ def store(directory: pathlib.Path, tasks: list[Task], scripts: dict) -> pathlib.
     """Plays the scripts and stores the trajectories as SFT reads them."""
     policy, writer = TextPolicy(scripted(scripts), processor()), trajectories.RecordWriter(directory)
     for t, state in Driver(policy, DiscSegmenter(), processor(), AGENT).run(tasks):
-        writer.write(trajectories.encode_by_reference(state, processor(), "", {}, t))
+        writer.write(trajectories.encode_by_reference(state, "", {}, t))
     writer.close({})
     return directory
 

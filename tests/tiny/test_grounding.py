@@ -28,8 +28,8 @@ def rows_and_scenes(processor, list_share, count=24):
 
 
 @pytest.mark.parametrize("list_share", [0.0, 1.0])
-def test_marked_coordinates_are_those_of_the_object_they_are_marked_with(processor, list_share):
-    checked = 0
+def test_a_mark_stands_at_the_objects_coordinates_or_a_word_and_looks_at_what_has_it(processor, list_share):
+    checked = words = 0
     for row, scene in zip(*rows_and_scenes(processor, list_share), strict=True):
         marked = (row.target > 0) & (row.target <= MAX_OBJECTS)
         assert row.loss_mask[marked].all()
@@ -42,13 +42,6 @@ def test_marked_coordinates_are_those_of_the_object_they_are_marked_with(process
             assert numbers[:length] == (own if length == 4 else point)
             assert (objects[:length] == objects[0]).all()
             numbers, objects, checked = numbers[length:], objects[length:], checked + 1
-    assert checked > 60
-
-
-@pytest.mark.parametrize("list_share", [0.0, 1.0])
-def test_a_marked_word_looks_at_all_objects_that_have_it_and_an_object_at_its_own_tokens(processor, list_share):
-    words = 0
-    for row, scene in zip(*rows_and_scenes(processor, list_share), strict=True):
         for at in np.flatnonzero(row.target > MAX_OBJECTS):
             word = WORDS[row.target[at] - 1 - MAX_OBJECTS]
             assert processor.decode([row.tokens[at - 1]]) == f" {word}"
@@ -61,7 +54,7 @@ def test_a_marked_word_looks_at_all_objects_that_have_it_and_an_object_at_its_ow
             words += 1
         totals = row.cells[:MAX_OBJECTS].sum(1)
         np.testing.assert_allclose(totals, np.arange(MAX_OBJECTS) < len(scene.objects), atol=1e-5)
-    assert words > 100
+    assert checked > 60 and words > 100
 
 
 def test_merged_tokens_speak_of_what_covers_the_most_of_them(processor):
@@ -128,7 +121,7 @@ def test_a_list_of_presences_trains_the_deciding_words_only(processor):
     rng, told = np.random.default_rng(4), []
     for _ in range(8):
         scene = maker.scene(rng)
-        asked = maker._presences(rng, scene, 208)
+        asked = maker._listed(maker._presences(rng, scene), 208)
         row = maker.row(scene, [asked], 208)
         for line in asked.lines:
             name, is_not = re.fullmatch(r"(The .+) is (not )?here\.\n", line.answer).groups()

@@ -13,9 +13,14 @@ from rsagent_jax import masks
 from rsagent_jax.data.sets import refcoco
 from rsagent_jax.runtime.command import run_command
 from rsagent_jax.tiny import scenes, synthetic
-from rsagent_jax.types import DataError
+from tests.refusals import refused
 
 COUNTS = {"train": 24, "val": 6, "test": 4}  # of the `dataset` fixture, seed 5
+CONFIG = scenes.SceneConfig()
+
+
+def write(out, **more):
+    return synthetic.write_dataset(out, **{"train": 1, "val": 0, "test": 0, "progress": False} | more)
 
 
 def _read(root):
@@ -23,43 +28,41 @@ def _read(root):
     return refs, json.loads((root / "refcocog/instances.json").read_text())
 
 
-def test_write_then_read_gives_the_scene_back(dataset, photos):
-    config = scenes.SceneConfig()
-    for split, count in COUNTS.items():
-        read = iter(refcoco.load_refcoco(dataset, split=split))
-        for index in range(count):
-            scene, references = synthetic.scene_at(5, split, index, 2 if split == "train" else 1, config, photos)
-            pixels = scenes.jpeg_roundtrip(scene.image, config.jpeg_quality)
-            for reference in (r for r in references if r.object_index is not None):
-                drawn = scene.objects[reference.object_index].mask
-                for text in reference.texts:
-                    sample = next(read)
-                    assert sample.query == text
-                    assert (sample.image == pixels).all()
-                    iou = (sample.gt_mask & drawn).sum() / (sample.gt_mask | drawn).sum()
-                    assert iou >= 0.97
-                    assert scenes.objects_described(scene.objects, text) == [reference.object_index]
-        assert next(read, None) is None
+def drawn(split, photos):
+    """(scene, its references) of what the fixture holds."""
+    per_image = 2 if split == "train" else 1
+    return [synthetic.scene_at(5, split, i, per_image, CONFIG, photos) for i in range(COUNTS[split])]
+
+
+@pytest.mark.parametrize("split", COUNTS)
+def test_write_then_read_gives_the_scene_back(dataset, photos, split):
+    read = iter(refcoco.load_refcoco(dataset, split=split))
+    for scene, references in drawn(split, photos):
+        pixels = scenes.jpeg_roundtrip(scene.image, CONFIG.jpeg_quality)
+        for reference in (r for r in references if r.object_index is not None):
+            for text in reference.texts:
+                sample = next(read)
+                assert sample.query == text and (sample.image == pixels).all()
+                assert masks.iou(sample.gt_mask, scene.objects[reference.object_index].mask) >= 0.97
+                assert scenes.objects_described(scene.objects, text) == [reference.object_index]
+    assert next(read, None) is None
 
 
 def test_grefcoco_holds_the_same_references_and_absent_ones(dataset, photos):
-    config, absent, total = scenes.SceneConfig(), 0, 0
-    for split, count in COUNTS.items():
+    absent = total = 0
+    for split in COUNTS:
         read = iter(refcoco.load_refcoco(dataset, "grefcoco", "unc", split))
-        present = refcoco.load_refcoco(dataset, split=split)
-        by_text = {(sample.path, sample.query): sample for sample in present}
-        for index in range(count):
-            scene, references = synthetic.scene_at(5, split, index, 2 if split == "train" else 1, config, photos)
+        by_text = {(sample.path, sample.query): sample for sample in refcoco.load_refcoco(dataset, split=split)}
+        for scene, references in drawn(split, photos):
             assert [r.object_index for r in references[:-1]].count(None) == 0  # at most one, and last
             total += len(references)
-            for reference in references:
-                for text in reference.texts:
-                    sample = next(read)
-                    assert sample.query == text
-                    if reference.object_index is not None:
-                        assert (sample.gt_mask == by_text.pop((sample.path, text)).gt_mask).all()
-                    else:
-                        assert not sample.gt_mask.any() and scenes.objects_described(scene.objects, text) == []
+            for reference, text in ((r, text) for r in references for text in r.texts):
+                sample = next(read)
+                assert sample.query == text
+                if reference.object_index is not None:
+                    assert (sample.gt_mask == by_text.pop((sample.path, text)).gt_mask).all()
+                else:
+                    assert not sample.gt_mask.any() and scenes.objects_described(scene.objects, text) == []
             absent += references[-1].object_index is None
         assert next(read, None) is None and not by_text
     assert 0.08 < absent / total < 0.25  # a sixth is meant
@@ -70,10 +73,9 @@ def test_grefcoco_holds_the_same_references_and_absent_ones(dataset, photos):
 
 def test_a_sixth_of_the_references_is_absent(photos):
     """Over many scenes, without writing them."""
-    config = scenes.SceneConfig()
-    drawn = [r for i in range(400) for r in synthetic.scene_at(0, "train", i, 2, config, photos)[1]]
-    assert np.mean([r.object_index is None for r in drawn]) == pytest.approx(1 / 6, abs=0.03)
-    assert all(1 <= len(r.texts) == len(set(r.texts)) <= 2 for r in drawn)
+    references = [r for i in range(400) for r in synthetic.scene_at(0, "train", i, 2, CONFIG, photos)[1]]
+    assert np.mean([r.object_index is None for r in references]) == pytest.approx(1 / 6, abs=0.03)
+    assert all(1 <= len(r.texts) == len(set(r.texts)) <= 2 for r in references)
 
 
 def test_masks_equal_pycocotools_on_the_same_file(dataset):
@@ -103,7 +105,7 @@ def test_layout_is_that_of_refer(dataset):
     assert len(images) == sum(COUNTS.values()) and len(annotations) == len(instances["annotations"])
     for ref in refs:
         assert set(ref) == {
-            *("ref_id", "ann_id", "category_id", "file_name", "image_id", "sent_ids", "sentences", "split"),
+            *("ref_id", "ann_id", "category_id", "file_name", "image_id", "sent_ids", "sentences", "split")
         }
         annotation, image = annotations[ref["ann_id"]], images[ref["image_id"]]
         assert annotation["image_id"] == image["id"] and annotation["category_id"] == ref["category_id"]
@@ -113,8 +115,7 @@ def test_layout_is_that_of_refer(dataset):
         assert ref["sent_ids"] == [s["sent_id"] for s in ref["sentences"]] and 1 <= len(ref["sentences"]) <= 2
         for s in ref["sentences"]:
             assert s["tokens"] == s["sent"].split() and s["raw"].lower().rstrip(".") == s["sent"]
-    for key in ("ref_id",):
-        assert len({r[key] for r in refs}) == len(refs)
+    assert len({r["ref_id"] for r in refs}) == len(refs)
     sent_ids = [s for r in refs for s in r["sent_ids"]]
     assert len(set(sent_ids)) == len(sent_ids)
     per_image = {s: len([r for r in refs if r["split"] == s]) / n for s, n in COUNTS.items()}
@@ -122,7 +123,7 @@ def test_layout_is_that_of_refer(dataset):
 
 
 def test_more_scenes_keep_the_earlier_ones(dataset, tmp_path):
-    synthetic.write_dataset(tmp_path / "more", train=30, val=2, test=0, seed=5, progress=False)
+    write(tmp_path / "more", train=30, val=2, test=0, seed=5)
     few, many = _read(dataset), _read(tmp_path / "more")
     assert [r for r in few[0] if r["split"] == "train"] == [r for r in many[0] if r["split"] == "train"][:48]
     kept = {a["id"]: a for a in few[1]["annotations"]}
@@ -133,14 +134,14 @@ def test_more_scenes_keep_the_earlier_ones(dataset, tmp_path):
 
 
 def test_splits_and_seeds_differ(dataset, tmp_path):
-    synthetic.write_dataset(tmp_path / "other", train=24, val=6, test=4, seed=6, progress=False)
+    write(tmp_path / "other", train=24, val=6, test=4, seed=6)
     pictures = [p.read_bytes() for root in (dataset, tmp_path / "other") for p in sorted(root.rglob("*.jpg"))]
     assert len(set(pictures)) == len(pictures) == 2 * sum(COUNTS.values())
 
 
 def test_second_run_finds_it_there(copied):
     before = {p: p.stat().st_mtime_ns for p in copied.rglob("*")}
-    wrote = synthetic.write_dataset(copied, **COUNTS, seed=5, progress=False)
+    wrote = write(copied, **COUNTS, seed=5)
     assert wrote.already_there and wrote.scenes == 34 and wrote.references == 58
     assert {p: p.stat().st_mtime_ns for p in copied.rglob("*")} == before
 
@@ -152,31 +153,26 @@ def test_a_damaged_copy_is_rebuilt(copied, dataset, lost):
     lost = next(copied.rglob("*.jpg")) if lost == "picture" else copied / lost
     whole = lost.read_bytes()
     lost.unlink()
-    assert not synthetic.write_dataset(copied, **COUNTS, seed=5, progress=False).already_there
+    assert not write(copied, **COUNTS, seed=5).already_there
     assert lost.read_bytes() == whole
     assert [p.name for p in copied.parent.iterdir()] == [copied.name]  # no temporary directory stays
 
 
 def test_other_settings_are_refused(copied):
-    with pytest.raises(DataError, match=r"other settings \(seed, scenes\): choose another --out"):
-        synthetic.write_dataset(copied, train=1, val=1, test=1, seed=1, progress=False)
+    refused(r"other settings \(seed, scenes\): choose another --out", write, copied, train=1, val=1, test=1, seed=1)
 
 
 def test_foreign_directories_and_files_are_left_alone(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("x")
-    with pytest.raises(DataError, match="not empty and was not written by this command"):
-        synthetic.write_dataset(home, train=1, val=0, test=0, progress=False)
+    refused("not empty and was not written by this command", write, home)
     for stamp in ("", "[]", "{}", '{"wrote": 5}'):
         (home / "synthetic.json").write_text(stamp)
-        with pytest.raises(DataError, match="was not written by this command"):
-            synthetic.write_dataset(home, train=1, val=0, test=0, progress=False)
+        refused("was not written by this command", write, home)
     (home / "synthetic.json").unlink()
-    with pytest.raises(DataError, match="is a file"):
-        synthetic.write_dataset(home / "thesis.tex", train=1, val=0, test=0, progress=False)
-    with pytest.raises(DataError, match="cannot write"):
-        synthetic.write_dataset(home / "thesis.tex" / "sub", train=1, val=0, test=0, progress=False)
+    refused("is a file", write, home / "thesis.tex")
+    refused("cannot write", write, home / "thesis.tex" / "sub")
     assert [p.name for p in tmp_path.rglob("*")] == ["home", "thesis.tex"]
 
 
@@ -186,20 +182,20 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(synthetic, "_annotation", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        synthetic.write_dataset(tmp_path / "out", train=1, val=0, test=0, progress=False)
+        write(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_equal_run_that_was_faster_wins(tmp_path, monkeypatch):
-    write, out = synthetic._write, tmp_path / "out"
+    whole, out = synthetic._write, tmp_path / "out"
 
     def slower(*args):
-        monkeypatch.setattr(synthetic, "_write", write)
-        synthetic.write_dataset(out, train=1, val=0, test=0, progress=False)
-        return write(*args)
+        monkeypatch.setattr(synthetic, "_write", whole)
+        write(out)
+        return whole(*args)
 
     monkeypatch.setattr(synthetic, "_write", slower)
-    assert synthetic.write_dataset(out, train=1, val=0, test=0, progress=False).already_there
+    assert write(out).already_there
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -207,8 +203,9 @@ def test_an_equal_run_that_was_faster_wins(tmp_path, monkeypatch):
     "wrong", [{"train": -1}, {"train": 0}, {"seed": -1}, {"refs_per_image": 0}, {"size": 8}, {"train": 10**7}]
 )
 def test_bad_numbers(tmp_path, wrong):
-    with pytest.raises(DataError):
-        synthetic.write_dataset(tmp_path / "out", **{"train": 1, "val": 0, "test": 0, **wrong}, progress=False)
+    refused(
+        ".", synthetic.write_dataset, tmp_path / "out", **{"train": 1, "val": 0, "test": 0, **wrong}, progress=False
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -35,11 +35,7 @@ class Proposal:
 
 
 class Malformed(Exception):
-    """Carries a ParseError out of the nested checks; never leaves `parse`."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason)
-        self.error = ParseError(reason, detail)
+    """(reason, detail) of a ParseError, on the way out of the nested checks; never leaves `parse`."""
 
 
 class Tool(ToolCall):
@@ -95,7 +91,12 @@ def read_value(what: str, schema: dict[str, Any], value: Any) -> Any:
     if "null" in kind and value is None:
         return None
     if "integer" in kind:
-        return _integer(what, value, schema.get("enum", (1, int(MAX_NUMBER))))
+        choices = schema.get("enum", (1, int(MAX_NUMBER)))
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise Malformed("bad_type", f"{what} must be an integer.")
+        if not choices[0] <= value <= choices[-1]:
+            raise Malformed("bad_value", f"{what} is out of range.")
+        return value
     if "minItems" in schema:
         return _numbers(what, value, schema["minItems"])
     if not isinstance(value, list):
@@ -115,15 +116,6 @@ def _numbers(what: str, value: Any, count: int) -> tuple[float, ...]:
     if any(abs(v) > MAX_NUMBER for v in value):
         raise Malformed("bad_value", f"{what} has a number out of range.")
     return tuple(float(v) for v in value)
-
-
-def _integer(what: str, value: Any, choices: Sequence[int]) -> int:
-    """An integer between the first and the last of `choices`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise Malformed("bad_type", f"{what} must be an integer.")
-    if not choices[0] <= value <= choices[-1]:
-        raise Malformed("bad_value", f"{what} is out of range.")
-    return value
 
 
 def _plain(value: Any) -> Any:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import collections
-import copy
 import dataclasses
 import functools
 import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,6 @@ from rsagent_jax.types import DataError, Sample
 
 # COCO's file names of 2014 and 2017, so that a user's copy of a picture is known as the same picture.
 _COCO_NAME = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})\.(?:jpg|jpeg|png)", re.IGNORECASE)
-
-
-PICTURE_HASHES = ("content", "stat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,25 +47,29 @@ class Entry:
         raise NotImplementedError
 
 
+@dataclasses.dataclass(eq=False, repr=False)  # a text of all entries helps nobody
 class SampleIndex(Sequence):
     """A lazy, picklable sequence of samples: `len(index)`, `index[i]`.
 
-    `index[i]` raises DataError for a picture or mask that is missing, broken or of another size than stated.
+    `index[i]` raises DataError for a picture or mask that is missing, broken or of another size than stated, the index
+    itself where there is nothing, or two samples share an id.
     """
 
-    def __init__(self, name: str, entries: Sequence[Entry], load: Callable[[Any], Sample], notes: Iterable[str] = ()):
-        """`load` turns an entry into its sample; `notes` say what was left out on the way here, and why.
+    name: str
+    entries: Sequence[Entry]
+    load: Callable[[Any], Sample]  # an entry -> its sample
+    notes: tuple[str, ...] = ()  # what was left out on the way here, and why
+    # What `fingerprint` takes of a picture file: "content", its bytes; or "stat", path, size and time of change, where
+    # reading every picture costs too much.
+    picture_hash: str = "content"
 
-        DataError if there is nothing, or two samples share an id.
-        """
-        if not entries:
-            raise DataError(f"{name}: there is no sample in it")
-        self.name, self.entries, self.load, self.notes = name, tuple(entries), load, tuple(notes)
-        self.picture_hash = PICTURE_HASHES[0]
+    def __post_init__(self):
+        if not self.entries:
+            raise DataError(f"{self.name}: there is no sample in it")
         if twice := [id for id, count in collections.Counter(self.ids).items() if count > 1]:
             raise DataError(
-                f"{name}: {len(twice)} sample ids occur more than once, such as {twice[:3]}; every id must be unique:"
-                " take the files from one download, or give each line of your own data an id of its own"
+                f"{self.name}: {len(twice)} sample ids occur more than once, such as {twice[:3]}; every id must be"
+                " unique: take the files from one download, or give each line of your own data an id of its own"
             )
 
     def __len__(self) -> int:
@@ -93,20 +93,8 @@ class SampleIndex(Sequence):
 
     def keep(self, wanted: Sequence[int], note: str = "") -> SampleIndex:
         """The samples at these places, in this order."""
-        notes = [*self.notes, note] if note else self.notes
-        kept = SampleIndex(self.name, [self.entries[i] for i in wanted], self.load, notes)
-        return kept.hashing_pictures(self.picture_hash)
-
-    def hashing_pictures(self, by: str) -> SampleIndex:
-        """The same samples; `by` says what `fingerprint` takes of a picture file.
-
-        "content", its bytes; or "stat", path, size and time of change, where reading every picture costs too much.
-        """
-        if by not in PICTURE_HASHES:
-            raise DataError(f"data.fingerprint must be {' or '.join(PICTURE_HASHES)}, not {by!r}")
-        changed = copy.copy(self)
-        changed.picture_hash = by
-        return changed
+        notes = (*self.notes, *filter(None, [note]))
+        return dataclasses.replace(self, entries=[self.entries[i] for i in wanted], notes=notes)
 
     def fingerprint(self, i: int) -> str:
         """16 hex digits that change with what sample i is made of: id, query, target, ignored pixels, picture.

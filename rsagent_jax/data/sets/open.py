@@ -21,12 +21,12 @@ OPTIONS = ("dataset", "split_by", "unit", "texts", "raw")  # fields that a loade
 def open_samples(config: DataConfig) -> SampleIndex | Mixture:
     """What the config names, lazily. DataError where it names nothing, or files are missing or broken."""
     if not config.mix:
-        return _excluding(_open(config), config).hashing_pictures(config.fingerprint)
+        return dataclasses.replace(_excluding(_open(config), config), picture_hash=config.fingerprint)
     parts = []
     for part in config.mix:
         inherited = dataclasses.replace(part.data, root=part.data.root or config.root)
         samples = _excluding(_excluding(_open(inherited), inherited), config)
-        parts.append((part, samples.hashing_pictures(part.data.fingerprint)))
+        parts.append((part, dataclasses.replace(samples, picture_hash=part.data.fingerprint)))
     return Mixture(parts)
 
 

@@ -62,7 +62,6 @@ def load_refcoco(
     normalised `sent` (stripped, lower case). Sample ids read "<dataset>/<split_by>/<split>/<ref_id>/<sent_id>".
     Raises DataError where files are missing or broken, or where the split does not exist.
     """
-    check_options(unit, limit)
     root = pathlib.Path(root).expanduser()
     refs_path, instances_path = _check_layout(root, dataset, split_by)
     refs = _select_split(_read_refs(refs_path, several=dataset == GENERALIZED), split, refs_path)
@@ -90,14 +89,6 @@ def load_refcoco(
             sample_id = f"{name}/{ref['ref_id']}/{sentence['sent_id']}"
             entries.append(_Entry(sample_id, query, picture, ref["image_id"], size, tuple(targets)))
     return SampleIndex(name, entries[:limit], _load)
-
-
-def check_options(unit: str, limit: int | None) -> None:
-    """DataError for what `load_refcoco` does not take."""
-    if unit not in ("sentence", "reference"):
-        raise DataError(f"unit must be 'sentence' or 'reference', not {unit!r}")
-    if limit is not None and limit < 1:
-        raise DataError(f"limit must be at least 1 (or None for all samples), not {limit}")
 
 
 def _load(entry: _Entry) -> Sample:

@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 import grain
 
 from rsagent_jax.data.sets.index import Entry, Inputs, SampleIndex, coco_key
-from rsagent_jax.data.sets.refcoco import check_options
 from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.runtime.image_files import decode_image
 from rsagent_jax.types import DataError, Sample
@@ -68,7 +67,6 @@ def load_refcoco_tfds(
     """Indexes one split; `unit`, `limit` and `raw` as in `refcoco.load_refcoco`, but the text is `raw` in lower case
     where `raw` is False. DataError where files are missing or broken.
     """
-    check_options(unit, limit)
     name, entries = f"{dataset}/{split_by}/{split}", []
     for file in _shards(pathlib.Path(root).expanduser(), dataset, split_by, split):
         for number in range(len(_records(file))):

@@ -12,7 +12,6 @@ from rsagent_jax.config.schema import DataConfig
 from rsagent_jax.data.sets import refcoco
 from rsagent_jax.data.sets.open import open_samples
 from tests.data.sets.small_sets import picture, square, write_lines, write_reasonseg
-from tests.refusals import refused
 
 TFDS = pathlib.Path(__file__).parents[2] / "golden/ref_coco"
 
@@ -54,7 +53,6 @@ def test_pictures_by_content_or_by_stat_masks_always_by_content(tmp_path):
     assert prints(tmp_path / "d", "stat") != [stat] and prints(tmp_path / "d") == [content]
     picture(tmp_path / "d/m.png", 7)
     assert prints(tmp_path / "d") != [content]
-    refused("data.fingerprint must be content or stat, not 'md5'", prints, tmp_path / "d", "md5")
 
 
 def test_a_missing_file_counts_as_missing(tmp_path):

@@ -41,18 +41,8 @@ def test_every_layout_is_opened_by_its_config(dataset, tmp_path):
     assert len(open_samples(DataConfig(root=str(tmp_path / "rs"), dataset="reasonseg", split="val"))) == 2
     path = str(lines(tmp_path / "mine", ["a.png"]))
     assert open_samples(DataConfig(root=path, dataset="folder")).ids == ["folder/train/1"]
-    for wrong, message in [
-        (
-            {"dataset": "refcocoo"},
-            r"data.dataset must be one of refcoco, .*or module:function .*did you mean refcoco\?",
-        ),
-        ({"layout": "tfsd"}, "data.layout must be one of refer, tfds"),
-        ({"dataset": "grefcoco", "layout": "tfds"}, "data.layout tfds has no grefcoco"),
-        ({"limit": -1}, "data.limit must be at least 0"),
-        ({"unit": "image"}, "data.unit must be one of sentence, reference"),
-        ({"exclude": ("refcocog/val",)}, "is not of the form refcoco/unc/val"),
-    ]:
-        refused(message, build_config, CollectConfig, {"processor": "p", "data": {"root": root} | wrong})
+    says = r"data.dataset must be one of refcoco, .*or module:function .*did you mean refcoco\?"
+    refused(says, build_config, CollectConfig, {"processor": "p", "data": {"root": root, "dataset": "refcocoo"}})
 
 
 def test_a_loader_of_ones_own_is_that_of_the_recipe(tmp_path):
@@ -211,11 +201,8 @@ def test_published_counts_are_compared_for_whole_splits_only(copied, monkeypatch
 
 
 def test_the_config_file_says_whose_it_is(tmp_path):
-    for file, kind in [
-        ("grpo_tpu", TrainConfig),
-        ("eval_quickstart", EvalConfig),
-        ("collect_quickstart", CollectConfig),
-    ]:
+    kinds = {"grpo_tpu": TrainConfig, "eval_quickstart": EvalConfig, "collect_quickstart": CollectConfig}
+    for file, kind in kinds.items():
         _, flags = parse_arguments(data_check.main, [f"--config={ROOT}/configs/{file}.py"])
         assert type(flags["config"]) is kind
     refused("--config=configs/X.py is required", parse_arguments, data_check.main, [])

@@ -62,7 +62,6 @@ def test_what_is_not_there_is_named(copied):
     says = r"no prepared TFDS ref_coco/refcocoplus_unc under .* tfds build"
     refused(says, load_refcoco_tfds, copied, "refcoco+", "unc")
     refused(r"nothing in split 'train'. It has: validation", load_refcoco_tfds, copied, split="train")
-    refused("unit must be 'sentence' or 'reference', not 'image'", load_refcoco_tfds, copied, unit="image")
     path = copied / VERSION / NAME
     path.rename(path.with_name("ref_coco-validation.tfrecord-00000-of-00002"))
     refused("1 of the 2 files", load_refcoco_tfds, copied)
