@@ -12,9 +12,11 @@ import pathlib
 import tempfile
 import threading
 import time
+import typing
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 from agent_fakes import DiscSegmenter, disc, picture
 from flax import nnx
@@ -50,6 +52,13 @@ IMAGE = (1, 4, 4)  # the grid of the images of `trajectory`
 SAMPLING = SamplingConfig(temperature=1.0, max_new_tokens=6, context=512, slots=3, patches=128)
 
 _keep: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
+
+
+def assert_as_declared(boundary) -> None:
+    """The arrays of a dataclass have the dtypes and shapes of its fields, an axis of one name being one length."""
+    with jaxtyping.jaxtyped("context"):
+        for name, hint in typing.get_type_hints(type(boundary)).items():
+            assert not hasattr(hint, "dim_str") or isinstance(getattr(boundary, name), hint), (name, hint)
 
 
 def raw_config(hidden: int = 32, layers: int = 2, heads: int = 2, kv_heads: int = 2) -> dict:

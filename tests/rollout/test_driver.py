@@ -106,8 +106,7 @@ def check_context(trajectory, parts):
     assert trajectory.grids == grids
     positions, _ = mrope_positions(tokens, grids, small.processor().image_id)
     np.testing.assert_array_equal(trajectory.positions, positions)
-    assert trajectory.tokens.dtype == trajectory.positions.dtype == np.int32
-    assert trajectory.logprobs.shape == tokens.shape and trajectory.logprobs.dtype == np.float32
+    small.assert_as_declared(trajectory)
 
 
 def test_the_context_is_the_pieces_encoded_one_by_one_with_exactly_the_turns_marked_as_sampled():
