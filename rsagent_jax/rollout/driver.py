@@ -336,7 +336,5 @@ def pixel_limits(agent: AgentConfig, processor: Processor) -> PixelLimits:
             f" own {limits.min_pixels} to {limits.max_pixels}; to go beyond, edit the weights' preprocessor_config.json"
         )
     return dataclasses.replace(
-        limits,
-        min_pixels=agent.min_pixels or limits.min_pixels,
-        max_pixels=agent.max_pixels or limits.max_pixels,
+        limits, min_pixels=agent.min_pixels or limits.min_pixels, max_pixels=agent.max_pixels or limits.max_pixels
     )

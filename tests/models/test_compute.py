@@ -156,12 +156,7 @@ def test_a_scan_over_groups_of_vision_blocks_equals_a_scan_per_run():
 )
 def test_only_regular_towers_are_scanned_in_groups(depth, full, every):
     config = vision.VisionConfig(
-        depth=depth,
-        hidden_size=16,
-        intermediate_size=16,
-        num_heads=2,
-        out_hidden_size=16,
-        fullatt_block_indexes=full,
+        depth=depth, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16, fullatt_block_indexes=full
     )
     assert vision.period(config) == every
 

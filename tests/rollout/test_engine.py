@@ -316,13 +316,7 @@ def test_bad_input_is_an_ending_of_its_own_trajectory_and_no_other_changes_a_bit
             np.testing.assert_array_equal(t.logprobs, c.logprobs)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"patches": 15},
-        {"lanes": 2},
-    ],
-)
+@pytest.mark.parametrize("wrong", [{"patches": 15}, {"lanes": 2}])
 def test_settings_that_cannot_work_are_one_data_error(wrong):
     settings = SamplingConfig(**{"max_new_tokens": 4, "context": 64, "slots": 1, "patches": 16} | wrong)
     with pytest.raises(DataError, match=r"^sampling: "):

@@ -12,13 +12,7 @@ from rsagent_jax.agent import environment
 from rsagent_jax.agent.environment import SegmentFailure
 from rsagent_jax.agent.replay import replay
 from rsagent_jax.config.reward import RewardGroup, RewardTerm
-from rsagent_jax.config.schema import (
-    AgentConfig,
-    BatchConfig,
-    GrpoConfig,
-    ReadConfig,
-    SamplingConfig,
-)
+from rsagent_jax.config.schema import AgentConfig, BatchConfig, GrpoConfig, ReadConfig, SamplingConfig
 from rsagent_jax.data import packing
 from rsagent_jax.rewards import RewardError
 from rsagent_jax.train import batch_source
@@ -153,10 +147,7 @@ def test_a_broken_tool_is_dropped_from_its_group_and_enters_no_mean():
 
 
 def test_a_group_with_one_sound_member_teaches_nothing():
-    groups = [
-        [trajectory(0, 20), trajectory(0, 0, status=Status.ENV_FAILED)],
-        [trajectory(1, 20), trajectory(1, 10)],
-    ]
+    groups = [[trajectory(0, 20), trajectory(0, 0, status=Status.ENV_FAILED)], [trajectory(1, 20), trajectory(1, 10)]]
     batches, metrics = source(groups).next(nothing_new, None)
     assert list(trained(batches)) == [12] and metrics["zero_variance"] == 0.5
 

@@ -154,12 +154,7 @@ def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "part"),
-    [
-        ("sft", {}),
-        ("grpo", {}),
-        ("grpo", dict(lora=LoraConfig(rank=4))),
-        ("sft", dict(freeze=("vision", "merger"))),
-    ],
+    [("sft", {}), ("grpo", {}), ("grpo", dict(lora=LoraConfig(rank=4))), ("sft", dict(freeze=("vision", "merger")))],
 )
 def test_run_4_equals_run_2_and_resume_2(stage, part, go, tmp_path):
     go = functools.partial(go, **part)
