@@ -355,16 +355,12 @@ class Engine:
     def _rung(self, patches: int) -> int:
         return next(rung for rung in self.rungs if rung >= patches)
 
-    @property
-    def buckets(self) -> list[int]:
-        return self.programs.buckets
-
     def _blocks(self, places: int) -> int:
-        return next(n for n in self.buckets if n * self.programs.block >= places)
+        return next(n for n in self.programs.buckets if n * self.programs.block >= places)
 
     @property
     def programs_at_most(self) -> int:
-        return len(self.rungs) + 1 + 3 * len(self.buckets)
+        return len(self.rungs) + 1 + 3 * len(self.programs.buckets)
 
     @property
     def cache_bytes(self) -> int:
@@ -382,7 +378,7 @@ class Engine:
         self.state = self.programs.copy(self.state, *self._put((z(lanes), z(lanes), none)), np.int32(1))
         rows = self._put((z(lanes), z(lanes, size), z(lanes, 3, size), z(lanes, size), z(lanes), z(lanes)))
         kinds = ((Piece(*rows), None), (Piece(*rows), 0), (None, None))
-        for blocks, (piece, steps) in itertools.product(self.buckets, kinds):
+        for blocks, (piece, steps) in itertools.product(self.programs.buckets, kinds):
             step = functools.partial(self.programs.step, self.weights, blocks=blocks, steps=steps)
             self.state, _ = step(self.state, self.key, piece, self._turns())
         self.begin()

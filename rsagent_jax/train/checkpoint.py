@@ -70,16 +70,11 @@ class Checkpoints:
                 f"{self.directory}/{step} has adapters with {restored['lora']}, this config has {self.adapters};"
                 " use another --workdir, or the config it was made with"
             )
-        leaves = [*restored["params"].values(), *restored["optimizer"].values()]
-        order = [*trees["params"], *trees["optimizer"]]
-        by_name = dict(zip([*restored["params"], *restored["optimizer"]], leaves, strict=True))
-        params, rest = order[: len(trees["params"])], order[len(trees["params"]) :]
-        state = TrainState(
-            step=by_name[rest[0]],
-            params=jax.tree.unflatten(jax.tree.structure(like.params), [by_name[n] for n in params]),
-            opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), [by_name[n] for n in rest[1:]]),
-        )
-        return state, restored["source"]
+        # in the order of `like`, whatever that of the file
+        params, (updates, *rest) = ([restored[part][name] for name in tree] for part, tree in trees.items())
+        params = jax.tree.unflatten(jax.tree.structure(like.params), params)
+        opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), rest)
+        return TrainState(updates, params, opt_state), restored["source"]
 
     def restore_base(self, like: nnx.State) -> nnx.State:
         """The base that the stage started with, where that of `like` is: the weights may not be the same any more."""

@@ -64,7 +64,7 @@ def sent(engine: Engine) -> dict[str, list]:
     piece = Piece(*engine._put((z(lanes), z(lanes, size), z(lanes, 3, size), z(lanes, size), z(lanes), z(lanes))))
     patches = np.zeros((lanes, rung, engine.config.vision.patch_dim), np.float32)
     images = engine._put(Images(patches, z(lanes, rung), z(lanes, rung, 2), none))
-    programs, weights, blocks = engine.programs, engine.weights, engine.buckets[-1]
+    programs, weights, blocks = engine.programs, engine.weights, engine.programs.buckets[-1]
     step = lambda piece: programs.step.lower(  # noqa: E731
         weights, engine.state, engine.key, piece, engine._turns(), blocks=blocks
     )

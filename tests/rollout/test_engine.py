@@ -135,8 +135,8 @@ def test_other_numbers_of_slots_lanes_and_steps_give_the_same_ids(other, traject
 def test_a_neighbour_that_needs_more_of_the_cache_changes_no_bit(kv_dtype, monkeypatch):
     engine = small.engine(kv_dtype=kv_dtype)
     want, needed = engine_trajectories(TASKS[:2], SCRIPTS, eng=engine), engine._blocks
-    assert len(engine.buckets) == 3
-    for bucket in engine.buckets[1:]:
+    assert len(engine.programs.buckets) == 3
+    for bucket in engine.programs.buckets[1:]:
         monkeypatch.setattr(engine, "_blocks", lambda places, most=bucket: max(most, needed(places)))
         for a, b in zip(engine_trajectories(TASKS[:2], SCRIPTS, eng=engine), want, strict=True):
             np.testing.assert_array_equal(a.tokens, b.tokens)
@@ -234,7 +234,7 @@ def test_ragged_work_compiles_a_bounded_number_of_programs(engine, trajectories)
     engine_trajectories(tasks, scripts, eng=engine)
     compiled = [p._cache_size() for p in (engine.programs.encode, engine.programs.copy, engine.programs.step)]
     assert sum(compiled) <= engine.programs_at_most == 13
-    assert (engine.rungs, engine.buckets) == ([16, 32, 128], [1, 2, 3])
+    assert (engine.rungs, engine.programs.buckets) == ([16, 32, 128], [1, 2, 3])
     engine_trajectories(tasks[::-1], scripts, eng=engine)
     assert [p._cache_size() for p in (engine.programs.encode, engine.programs.copy, engine.programs.step)] == compiled
 
