@@ -29,7 +29,7 @@ from rsagent_jax.config.schema import (
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import size_config
 from rsagent_jax.runtime import sharding
-from rsagent_jax.types import DataError
+from tests.refusals import refused
 
 ROOT = pathlib.Path(__file__).parents[2]
 OPEN = TrainConfig(
@@ -77,8 +77,7 @@ def test_what_the_config_says_goes_before_the_preset():
     ],
 )
 def test_what_cannot_be_settled_is_one_error(change, devices_, hidden, match):
-    with pytest.raises(DataError, match=match):
-        slices.fill_slice_defaults(dataclasses.replace(OPEN, **change), hidden, devices_)
+    refused(match, slices.fill_slice_defaults, dataclasses.replace(OPEN, **change), hidden, devices_)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +90,7 @@ def test_the_shape_comes_from_a_directory_or_from_a_size_in_the_name(weights, hi
 
 
 def test_a_policy_without_a_shape_is_one_error():
-    with pytest.raises(DataError, match="'llama-13b' is no directory.*3b, 7b, 32b or 72b"):
-        stages.policy_config("llama-13b")
+    refused("'llama-13b' is no directory.*3b, 7b, 32b or 72b", stages.policy_config, "llama-13b")
 
 
 def test_the_workload_fills_its_rows_without_padding():

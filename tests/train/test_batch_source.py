@@ -19,6 +19,7 @@ from rsagent_jax.train import batch_source
 from rsagent_jax.train.batch_source import GrpoSource
 from rsagent_jax.types import DataError, Status, Trajectory
 from sam_bridge.types import FailureKind
+from tests.refusals import refused
 from tests.rollout import small
 from tests.rollout.small import trajectory
 
@@ -183,8 +184,7 @@ def test_only_a_share_above_the_bound_stops_the_training(bound, stops):
     groups = [[broken(0, "unavailable"), trajectory(0, 15)], [broken(1), trajectory(1, 10)]]
     s = source(groups, max_env_failed=bound)
     if stops:
-        with pytest.raises(DataError, match=r"2 of this step's 4"):
-            s.next(nothing_new, None)
+        refused(r"2 of this step's 4", s.next, nothing_new, None)
     else:
         _, metrics = s.next(nothing_new, None)
         assert {k: v for k, v in metrics.items() if k.startswith("env_failed/") and v} == {
@@ -222,8 +222,7 @@ def test_processes_stop_together_or_go_on_together_whatever_happened_on_one(monk
     assert metrics["no_update"] == 0.0 and metrics["endings/env_failed"] == 1.0 and "reward" not in metrics
     fine = source([[trajectory(0, 20), trajectory(0, 10)]])
     several_processes(monkeypatch, {"called": 6, "unavailable": 5}, batches=0)
-    with pytest.raises(DataError, match=r"5 of this step's 8 .*unavailable 5"):
-        fine.next(nothing_new, None)
+    refused(r"5 of this step's 8 .*unavailable 5", fine.next, nothing_new, None)
     flat = source([[trajectory(0, 15), trajectory(0, 15)]], drop_zero_variance=False)
     several_processes(monkeypatch, {"usable": 4, "teaching": 2}, batches=1)
     assert trained(flat.next(nothing_new, None)[0]) == {11: [0.0, 0.0]}  # kept, as the step teaches elsewhere
@@ -297,10 +296,12 @@ def test_samples_are_visited_in_a_shuffled_order_that_continues_from_a_saved_pos
 
 
 def test_a_reward_that_does_not_exist_is_said_before_the_first_rollout():
-    with pytest.raises(DataError, match="final_iou"):
-        source(
-            [[trajectory(0, 20)]], reward=(RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_io"),)),)
-        )
+    refused(
+        "final_iou",
+        source,
+        [[trajectory(0, 20)]],
+        reward=(RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_io"),)),),
+    )
 
 
 def test_the_trajectory_that_a_reward_fails_on_is_kept(tmp_path):
@@ -357,5 +358,4 @@ def test_a_sample_that_cannot_be_shown_is_one_that_cannot_be_read():
     assert sorted(trained(batches)) == [11, 13] and metrics["unreadable"] == 1.0
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, unreadable="stop"))
     s = GrpoSource(settings, samples, played, played, small.processor(), seed=0)
-    with pytest.raises(DataError, match="cannot be read: sample 1: image of 10x2010 pixels .* crop it"):
-        s.next(nothing_new, None)
+    refused("cannot be read: sample 1: image of 10x2010 pixels .* crop it", s.next, nothing_new, None)
