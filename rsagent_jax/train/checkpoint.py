@@ -61,15 +61,10 @@ class Checkpoints:
         try:
             restored = self.manager.restore(step, args=ocp.args.Composite(source=ocp.args.JsonRestore(), **args))
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{self.directory}/{step} does not fit the model and optimiser of this config ({first_line(error)});"
-                " use another --workdir, or the config it was made with"
-            ) from error
+            why = f"does not fit the model and optimiser of this config ({first_line(error)})"
+            raise self._misfit(step, why) from error
         if self.adapters and restored["lora"] != self.adapters:
-            raise DataError(
-                f"{self.directory}/{step} has adapters with {restored['lora']}, this config has {self.adapters};"
-                " use another --workdir, or the config it was made with"
-            )
+            raise self._misfit(step, f"has adapters with {restored['lora']}, this config has {self.adapters}")
         # in the order of `like`, whatever that of the file
         params, (updates, *rest) = ([restored[part][name] for name in tree] for part, tree in trees.items())
         params = jax.tree.unflatten(jax.tree.structure(like.params), params)
@@ -85,12 +80,13 @@ class Checkpoints:
             with ocp.StandardCheckpointer() as reader:
                 values = reader.restore(self.directory / "base", jax.tree.map(_abstract, tree))
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-            raise DataError(
-                f"{self.directory}/base does not fit the parameters that this config leaves untrained"
-                f" ({first_line(error)}); use another --workdir, or the config it was made with"
-            ) from error
+            why = f"does not fit the parameters that this config leaves untrained ({first_line(error)})"
+            raise self._misfit("base", why) from error
         self.has_base = True
         return convert.with_values(like, values)
+
+    def _misfit(self, part: int | str, why: str) -> DataError:
+        return DataError(f"{self.directory}/{part} {why}; use another --workdir, or the config it was made with")
 
     def close(self) -> None:
         self.manager.wait_until_finished()

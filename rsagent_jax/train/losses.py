@@ -28,6 +28,8 @@ import jax.numpy as jnp
 
 from rsagent_jax.array_types import Array, Bool, Float, Int, Scalar
 
+Floats, Mask, Segments = Float[Array, "B T"], Bool[Array, "B T"], Int[Array, "B T"]
+
 # name -> f32[]: sum over trained tokens, maximum where the name ends in _max; "tokens" counts them.
 LossMetrics = dict[str, Scalar]
 
@@ -38,25 +40,21 @@ _MAX_LOG_RATIO = 20.0
 # --- Normalisation: (loss_mask, segment_ids) -> weights f32[B, T] (0 off the mask), denominator f32[] ---
 
 
-def token_weights(loss_mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]) -> tuple[Float[Array, "B T"], Scalar]:
+def token_weights(loss_mask: Mask, segment_ids: Segments) -> tuple[Floats, Scalar]:
     """Every trained token of the batch counts the same (DAPO): long trajectories weigh more. Denominator: tokens."""
     del segment_ids
     weights = loss_mask.astype(jnp.float32)
     return weights, weights.sum()
 
 
-def sequence_weights(
-    loss_mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T"], Scalar]:
+def sequence_weights(loss_mask: Mask, segment_ids: Segments) -> tuple[Floats, Scalar]:
     """Every trajectory counts the same, 1 / its trained tokens each (GRPO as published). Denominator: trajectories."""
     lengths_BS = _segment_sums(loss_mask, segment_ids)
     lengths_BT = jnp.take_along_axis(lengths_BS, segment_ids, axis=1)
     return jnp.where(loss_mask, 1.0 / jnp.maximum(lengths_BT, 1.0), 0.0), _trained_segments(lengths_BS)
 
 
-def constant_weights(
-    loss_mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"], *, length: float
-) -> tuple[Float[Array, "B T"], Scalar]:
+def constant_weights(loss_mask: Mask, segment_ids: Segments, *, length: float) -> tuple[Floats, Scalar]:
     """Every token counts 1 / `length` in every batch (Dr. GRPO): no bias by length. Denominator: trajectories."""
     return loss_mask.astype(jnp.float32) / length, _trained_segments(_segment_sums(loss_mask, segment_ids))
 
@@ -64,7 +62,7 @@ def constant_weights(
 # --- Stage 1 ---
 
 
-def sft_loss(logprobs: Float[Array, "B T"], loss_mask: Bool[Array, "B T"]) -> tuple[Scalar, Scalar]:
+def sft_loss(logprobs: Floats, loss_mask: Mask) -> tuple[Scalar, Scalar]:
     """(sum over trained tokens of -log p, number of them). The paper trains on reasoning and tool-call tokens only."""
     return -jnp.sum(jnp.where(loss_mask, logprobs.astype(jnp.float32), 0.0)), loss_mask.sum(dtype=jnp.float32)
 
@@ -75,12 +73,12 @@ def sft_loss(logprobs: Float[Array, "B T"], loss_mask: Bool[Array, "B T"]) -> tu
 
 
 def grpo_loss(
-    logprobs: Float[Array, "B T"],
-    old_logprobs: Float[Array, "B T"],
-    advantages: Float[Array, "B T"],
-    loss_mask: Bool[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
+    logprobs: Floats,
+    old_logprobs: Floats,
+    advantages: Floats,
+    loss_mask: Mask,
+    segment_ids: Segments,
+    weights: Floats,
     *,
     clip_low: float | Scalar,
     clip_high: float | Scalar,
@@ -92,12 +90,12 @@ def grpo_loss(
 
 
 def gspo_loss(
-    logprobs: Float[Array, "B T"],
-    old_logprobs: Float[Array, "B T"],
-    advantages: Float[Array, "B T"],
-    loss_mask: Bool[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
+    logprobs: Floats,
+    old_logprobs: Floats,
+    advantages: Floats,
+    loss_mask: Mask,
+    segment_ids: Segments,
+    weights: Floats,
     *,
     clip_low: float | Scalar,
     clip_high: float | Scalar,
@@ -114,12 +112,12 @@ def gspo_loss(
 
 
 def cispo_loss(
-    logprobs: Float[Array, "B T"],
-    old_logprobs: Float[Array, "B T"],
-    advantages: Float[Array, "B T"],
-    loss_mask: Bool[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
+    logprobs: Floats,
+    old_logprobs: Floats,
+    advantages: Floats,
+    loss_mask: Mask,
+    segment_ids: Segments,
+    weights: Floats,
     *,
     clip_low: float | Scalar,
     clip_high: float | Scalar,
@@ -166,10 +164,10 @@ KL_ESTIMATORS: dict[str, Callable[[Array], Array]] = {"k1": kl_k1, "k2": kl_k2, 
 
 
 def kl_loss(
-    logprobs: Float[Array, "B T"],
-    ref_logprobs: Float[Array, "B T"],
-    loss_mask: Bool[Array, "B T"],
-    weights: Float[Array, "B T"],
+    logprobs: Floats,
+    ref_logprobs: Floats,
+    loss_mask: Mask,
+    weights: Floats,
     *,
     estimator: Callable[[Array], Array],
     coefficient: float,
@@ -183,12 +181,8 @@ def kl_loss(
 
 
 def truncated_importance_weights(
-    trainer_logprobs: Float[Array, "B T"],
-    engine_logprobs: Float[Array, "B T"],
-    loss_mask: Bool[Array, "B T"],
-    *,
-    cap: float,
-) -> tuple[Float[Array, "B T"], LossMetrics]:
+    trainer_logprobs: Floats, engine_logprobs: Floats, loss_mask: Mask, *, cap: float
+) -> tuple[Floats, LossMetrics]:
     """min(p_trainer / p_engine, cap) without gradient, 1 off the mask; multiply the weights by it.
 
     Both are log-probs of the policy that sampled, before the update: the engine's as sampled, the trainer's
