@@ -66,7 +66,8 @@ class Checkpoints:
         if self.adapters and restored["lora"] != self.adapters:
             raise self._misfit(step, f"has adapters with {restored['lora']}, this config has {self.adapters}")
         # in the order of `like`, whatever that of the file
-        params, (updates, *rest) = ([restored[part][name] for name in tree] for part, tree in trees.items())
+        leaves = {part: [restored[part][name] for name in tree] for part, tree in trees.items()}
+        params, (updates, *rest) = leaves["params"], leaves["optimizer"]
         params = jax.tree.unflatten(jax.tree.structure(like.params), params)
         opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), rest)
         return TrainState(updates, params, opt_state), restored["source"]

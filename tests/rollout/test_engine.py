@@ -65,6 +65,12 @@ def trainer_logprobs(trajectories, params, temperature=1.0):
     return out
 
 
+def assert_same(a, b):
+    """To the last bit."""
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.logprobs, b.logprobs)
+
+
 def turn_starts(trajectory):
     marks = np.concatenate([[0], trajectory.loss_mask.astype(int), [0]])
     return np.flatnonzero(np.diff(marks) == 1), np.flatnonzero(np.diff(marks) == -1)
@@ -104,8 +110,7 @@ def test_log_probs_are_those_of_the_distribution_at_the_sampling_temperature():
 def test_a_trajectory_does_not_depend_on_its_slot_or_on_its_neighbours(engine, trajectories):
     again = engine_trajectories([TASKS[1], TASKS[0]], SCRIPTS, eng=engine)  # other slots, one neighbour gone
     for a, b in ((again[0], trajectories[1]), (again[1], trajectories[0])):
-        np.testing.assert_array_equal(a.tokens, b.tokens)
-        np.testing.assert_array_equal(a.logprobs, b.logprobs)  # to the last bit
+        assert_same(a, b)
 
 
 def test_slow_tools_and_other_neighbours_do_not_change_a_bit(engine, trajectories):
@@ -116,8 +121,7 @@ def test_slow_tools_and_other_neighbours_do_not_change_a_bit(engine, trajectorie
     slow = small.SlowSegmenter(0.2, slow_shape=TASKS[1].sample.image.shape[:2])
     played = engine_trajectories(tasks, scripts, eng=engine, segmenter=slow)
     for a, b in zip([played[1], played[5], played[7]], trajectories, strict=True):
-        np.testing.assert_array_equal(a.tokens, b.tokens)
-        np.testing.assert_array_equal(a.logprobs, b.logprobs)
+        assert_same(a, b)
 
 
 @pytest.mark.parametrize("other", [{"slots": 8}, {"slots": 4, "lanes": 2, "chunk": 3}, {"slots": 2, "prefill": 48}])
@@ -138,8 +142,7 @@ def test_a_neighbour_that_needs_more_of_the_cache_changes_no_bit(kv_dtype, monke
     for bucket in engine.programs.buckets[1:]:
         monkeypatch.setattr(engine, "_blocks", lambda places, most=bucket: max(most, needed(places)))
         for a, b in zip(engine_trajectories(TASKS[:2], SCRIPTS, eng=engine), want, strict=True):
-            np.testing.assert_array_equal(a.tokens, b.tokens)
-            np.testing.assert_array_equal(a.logprobs, b.logprobs)
+            assert_same(a, b)
 
 
 def test_the_members_of_a_group_read_its_opening_once_and_are_bit_for_bit_what_each_would_be_alone():
@@ -151,8 +154,7 @@ def test_the_members_of_a_group_read_its_opening_once_and_are_bit_for_bit_what_e
     encoded = engine.stats["patches"]
     for mine, t in zip(group, together, strict=True):
         (alone,) = engine_trajectories([mine], SCRIPTS, eng=engine)
-        np.testing.assert_array_equal(alone.tokens, t.tokens)
-        np.testing.assert_array_equal(alone.logprobs, t.logprobs)
+        assert_same(alone, t)
         assert engine.stats["copied_tokens"] == 0
         encoded -= engine.stats["patches"]
     assert encoded == -3 * int(np.prod(together[0].grids[0]))  # three openings' images more
@@ -283,9 +285,8 @@ def test_bad_input_is_an_ending_of_its_own_trajectory_and_no_other_changes_a_bit
     assert engine.used == {} and engine.queue == [] and engine.lanes == [None] * engine.sampling.lanes
     again = [t for t, _ in driver.run(fine)]
     for a, b, c in zip([got[1], got[5], got[8]], again, want, strict=True):
-        for t in (a, b):
-            np.testing.assert_array_equal(t.tokens, c.tokens)
-            np.testing.assert_array_equal(t.logprobs, c.logprobs)
+        assert_same(a, c)
+        assert_same(b, c)
 
 
 @pytest.mark.parametrize("wrong", [{"patches": 15}, {"lanes": 2}])
