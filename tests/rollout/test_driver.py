@@ -98,14 +98,18 @@ def expected(parts):
     return np.array(tokens, np.int32), np.array(sampled), np.concatenate(patches), tuple(grids)
 
 
+def check_positions(trajectory):
+    positions, _ = mrope_positions(trajectory.tokens, trajectory.grids, small.processor().image_id)
+    np.testing.assert_array_equal(trajectory.positions, positions)
+
+
 def check_context(trajectory, parts):
     tokens, sampled, patches, grids = expected(parts)
     np.testing.assert_array_equal(trajectory.tokens, tokens)
     np.testing.assert_array_equal(trajectory.loss_mask, sampled)
     np.testing.assert_array_equal(trajectory.patches, patches)
     assert trajectory.grids == grids
-    positions, _ = mrope_positions(tokens, grids, small.processor().image_id)
-    np.testing.assert_array_equal(trajectory.positions, positions)
+    check_positions(trajectory)
     small.assert_as_declared(trajectory)
 
 
@@ -134,8 +138,7 @@ def test_a_turn_that_the_budget_cut_is_closed_by_a_forced_terminator():
     np.testing.assert_array_equal(turns[1], ids)
     starts = np.flatnonzero(np.diff(trajectory.loss_mask.astype(int)) == -1) + 1
     assert (trajectory.tokens[starts] == small.processor().terminator_id).all() and len(starts) == 2
-    positions, _ = mrope_positions(trajectory.tokens, trajectory.grids, small.processor().image_id)
-    np.testing.assert_array_equal(trajectory.positions, positions)
+    check_positions(trajectory)
     forced = np.concatenate([expected([p])[0] for p in parts if not p[2]])
     np.testing.assert_array_equal(trajectory.tokens[~trajectory.loss_mask], forced)
 
@@ -165,8 +168,7 @@ def test_another_end_of_a_turn_is_no_text_and_is_closed_by_a_forced_terminator()
     sampled = np.insert(usual.loss_mask, ends, True)[:-1]
     sampled[np.flatnonzero(wanted == other_end)[:-1] + 1] = False
     np.testing.assert_array_equal(trajectory.loss_mask, sampled)
-    positions, _ = mrope_positions(trajectory.tokens, trajectory.grids, small_one.image_id)
-    np.testing.assert_array_equal(trajectory.positions, positions)
+    check_positions(trajectory)
 
 
 @pytest.mark.parametrize(
