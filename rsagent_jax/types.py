@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
+
+from rsagent_jax.array_types import Array, Bool, Float, Float32, Int32, UInt8
 
 
 class DataError(ValueError):
@@ -29,10 +31,10 @@ class Sample:
     """Arrow 1: one question about one picture."""
 
     id: str  # unique inside its split, stable across runs
-    image: np.ndarray  # u8[h, w, 3], RGB
+    image: UInt8[np.ndarray, "h w 3"]  # RGB
     query: str
-    gt_mask: np.ndarray  # bool[h, w]
-    ignore_mask: np.ndarray | None = None  # bool[h, w]; True = neither right nor wrong (ReasonSeg)
+    gt_mask: Bool[np.ndarray, "h w"]
+    ignore_mask: Bool[np.ndarray, "h w"] | None = None  # True = neither right nor wrong (ReasonSeg)
     path: str = ""  # the picture's file, for records that refer to it
 
     def __post_init__(self):
@@ -58,9 +60,9 @@ class Prompt:
     concatenated.
     """
 
-    tokens: np.ndarray  # i32[T]
-    positions: np.ndarray  # i32[3, T]
-    patches: np.ndarray  # f32[P, C*2*14*14]
+    tokens: Int32[np.ndarray, " T"]
+    positions: Int32[np.ndarray, "3 T"]
+    patches: Float32[np.ndarray, "P patch_dim"]
     grids: tuple[tuple[int, int, int], ...]  # (t, h, w) in patches, one per image
 
 
@@ -68,8 +70,8 @@ class Prompt:
 class Completion:
     """Arrow 3: what the policy sampled in one turn. The terminator is part of `tokens` when `finished`."""
 
-    tokens: np.ndarray  # i32[n]
-    logprobs: np.ndarray  # f32[n], of the distribution sampled from
+    tokens: Int32[np.ndarray, " n"]
+    logprobs: Float32[np.ndarray, " n"]  # of the distribution sampled from
     finished: bool  # False: the token budget ended the turn, or another stop id, which is the last of `tokens` then
 
 
@@ -95,7 +97,7 @@ class Observation:
     """Arrow 7: what the environment answers. `image` is None when only text comes back."""
 
     text: str
-    image: np.ndarray | None = None  # u8[h, w, 3]
+    image: UInt8[np.ndarray, "h w 3"] | None = None
 
 
 class Status(enum.StrEnum):
@@ -121,7 +123,7 @@ class MaskRecord:
     """A mask in the history pool."""
 
     id: int  # 1, 2, … inside its trajectory
-    mask: np.ndarray  # bool[h, w], original pixels
+    mask: Bool[np.ndarray, "h w"]  # original pixels
     score: float  # the segmenter's own estimate of IoU
     logits_id: str  # names the low-resolution logits kept by the segmenter; "" if it keeps none
 
@@ -152,14 +154,14 @@ class Trajectory:
     query: str
     turns: tuple[Turn, ...]
     masks: tuple[MaskRecord, ...]
-    final_mask: np.ndarray  # bool[h, w]: the committed one, else the latest valid one, else empty
+    final_mask: Bool[np.ndarray, "h w"]  # the committed one, else the latest valid one, else empty
     final_mask_id: int | None
     status: Status
-    tokens: np.ndarray  # i32[T]
-    positions: np.ndarray  # i32[3, T]
-    loss_mask: np.ndarray  # bool[T]
-    logprobs: np.ndarray  # f32[T]
-    patches: np.ndarray  # f32[P, ·]
+    tokens: Int32[np.ndarray, " T"]
+    positions: Int32[np.ndarray, "3 T"]
+    loss_mask: Bool[np.ndarray, " T"]
+    logprobs: Float32[np.ndarray, " T"]
+    patches: Float32[np.ndarray, "P patch_dim"]
     grids: tuple[tuple[int, int, int], ...]
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # where the time went: tool, policy
 
@@ -180,13 +182,13 @@ class Batch:
     sampled), so the loss at position t - 1 predicts it. Images of a row live in that row's patch buffer.
     """
 
-    tokens: Any  # i32[B, T]
-    positions: Any  # i32[B, 3, T]
-    segment_ids: Any  # i32[B, T]; 1.. per trajectory, 0 padding
-    loss_mask: Any  # bool[B, T]
-    advantages: Any  # f32[B, T]; constant over a trajectory; 0 in SFT
-    old_logprobs: Any  # f32[B, T]; of the engine; 0 in SFT
-    patches: Any  # f32[B, P, ·] in window order; where the tower is not trained, its output after train.step's `embed`
-    patch_segment_ids: Any  # i32[B, P]; image 1.. inside the row, 0 padding
-    patch_positions: Any  # i32[B, P, 2]; (row, column) inside its image: rotary angles, and which window of a bin
-    image_slots: Any  # i32[B, T]; 0 = text, else 1 + index of the merged patch that stands at this token
+    tokens: Int32[Array, "B T"]
+    positions: Int32[Array, "B 3 T"]
+    segment_ids: Int32[Array, "B T"]  # 1.. per trajectory, 0 padding
+    loss_mask: Bool[Array, "B T"]
+    advantages: Float32[Array, "B T"]  # constant over a trajectory; 0 in SFT
+    old_logprobs: Float32[Array, "B T"]  # of the engine; 0 in SFT
+    patches: Float[Array, "B P dim"]  # in window order; of a frozen tower its output, after train.step's `embed`
+    patch_segment_ids: Int32[Array, "B P"]  # image 1.. inside the row, 0 padding
+    patch_positions: Int32[Array, "B P 2"]  # (row, column) inside its image: rotary angles, and which window of a bin
+    image_slots: Int32[Array, "B T"]  # 0 = text, else 1 + index of the merged patch that stands at this token

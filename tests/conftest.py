@@ -15,7 +15,23 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; subproc
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
+import jaxtyping._typeguard
 import pytest
+
+from rsagent_jax.types import Completion, Prompt
+
+# The shapes and dtypes that these modules declare are checked where a test calls them; not with JAXTYPING_DISABLE=1.
+CHECKED = (
+    "data.packing",
+    "models.qwen25_vl.attention",
+    "models.qwen25_vl.logprobs",
+    "models.qwen25_vl.positions",
+    "train.advantages",
+    "train.losses",
+)
+jaxtyping.install_import_hook([f"rsagent_jax.{name}" for name in CHECKED], "jaxtyping._typeguard.typechecked")
+for boundary in (Completion, Prompt):
+    jaxtyping.jaxtyped(boundary, typechecker=jaxtyping._typeguard.typechecked)
 
 hypothesis.settings.register_profile("rsagent", deadline=None)
 hypothesis.settings.load_profile("rsagent")

@@ -17,54 +17,31 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 import train
-from rsagent_jax.config.reward import RewardGroup, RewardTerm
-from rsagent_jax.config.schema import (
-    BatchConfig,
-    GrpoConfig,
-    LoraConfig,
-    MeshConfig,
-    OptimConfig,
-    PolicyConfig,
-    SftConfig,
-    TrainConfig,
-)
+from rsagent_jax.config.schema import LoraConfig, MeshConfig, OptimConfig, TrainConfig
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.runtime.train_log import MetricsLog
 
 
 def config(stage: str, stored: str, mesh: dict, steps: int, small, rank: int, freeze: list[str]) -> TrainConfig:
-    batch = BatchConfig(rows=8, tokens=400, patches=128)
     # Adam's sign of a gradient near zero is rounding; a large eps keeps it small.
     optim = OptimConfig(lr=1e-2, eps=1e-2, freeze=tuple(freeze))
-    return TrainConfig(
-        seed=3,
+    few_programs = dict(context=240, prefill=16, slots=8)
+    base = small.train_config(stored, 4, 8, optim, steps, sampling=few_programs, mask_overlong=False)
+    return dataclasses.replace(
+        base,
         stages=(stage,),
-        policy=PolicyConfig(weights="", dtype="float32", remat="full", lora=LoraConfig(rank=rank)),
+        policy=dataclasses.replace(base.policy, weights="", remat="full", lora=LoraConfig(rank=rank)),
         # A context this short would end most trajectories in an announced last turn, which is masked by default.
         agent=dataclasses.replace(small.AGENT, announce_last=False),
         mesh=MeshConfig(**mesh),
-        sft=SftConfig(trajectories=stored, steps=steps, trajectories_per_step=6, batch=batch, optim=optim),
-        grpo=GrpoConfig(
-            steps=steps,
-            prompts=4,
-            group=2,
-            kl=0.05,
-            mask_overlong=False,
-            reward=(RewardGroup("words", 1.0, (RewardTerm("tests.rollout.small:word_count"),)),),
-            batch=batch,
-            optim=optim,
-            sampling=dataclasses.replace(small.SAMPLING, context=240, prefill=16, patches=64, slots=8),  # few programs
-        ),
+        sft=dataclasses.replace(base.sft, trajectories_per_step=6),
     )
 
 
 def with_tools(delay_s: float, played: pathlib.Path, small) -> None:
     """Lets train.py's driver play scripts with a segmenter that takes `delay_s`, and keep what it has played."""
     scripts = {f"s{i}": (*(small.click(20 + i + n, 30) for n in range(1 + i % 2)), small.finish(1)) for i in range(5)}
-    compiled, steps = [], []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
-    )
+    compiled, steps = small.count_compiles(), []
 
     class Kept(small.EchoDriver):
         def run(self, tasks):

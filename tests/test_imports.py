@@ -29,6 +29,7 @@ MAX_LINES = 450
 # Lower rungs first: a unit may import those below it, and what is in itself. The longest prefix names the unit.
 COMMANDS = ("collect", "compare", "data_check", "export", "problems", "refilter", "segment", "show_tokens")
 RUNGS = (
+    ("array_types",),
     ("types",),
     ("masks",),
     ("config",),
@@ -148,7 +149,7 @@ def test_the_rule_itself_catches_what_it_should():
 
 def test_the_root_holds_the_commands_and_what_everybody_reads():
     root = {path.stem for path in (ROOT / "rsagent_jax").glob("*.py")} - {"__init__"}
-    assert root == {"types", "masks", "rewards", *COMMANDS}
+    assert root == {"array_types", "types", "masks", "rewards", *COMMANDS}
 
 
 def test_no_cycles():

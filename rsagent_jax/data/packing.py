@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rsagent_jax.array_types import Bool, Float32, Int32
 from rsagent_jax.config.schema import BatchConfig
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.positions import Grid, fill_patch_buffer, padded_patches
@@ -18,11 +19,11 @@ from rsagent_jax.types import Batch
 class Item:
     """One trajectory as training sees it. `loss_mask` marks the ids that are trained."""
 
-    tokens: np.ndarray  # i32[T]
-    positions: np.ndarray  # i32[3, T]
-    loss_mask: np.ndarray  # bool[T]
-    logprobs: np.ndarray  # f32[T]
-    patches: np.ndarray  # f32[P, C]
+    tokens: Int32[np.ndarray, " T"]
+    positions: Int32[np.ndarray, "3 T"]
+    loss_mask: Bool[np.ndarray, " T"]
+    logprobs: Float32[np.ndarray, " T"]
+    patches: Float32[np.ndarray, "P C"]
     grids: tuple[Grid, ...]
     advantage: float = 0.0
 

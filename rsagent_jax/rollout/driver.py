@@ -81,9 +81,7 @@ class Driver:
         self.workers, self.on_turn = workers, on_turn
         self.cancelled: set[int] = set()
         # By the sample's id(), with the sample: were it gone, another one could get its id, and its opening.
-        self.openings: collections.OrderedDict[int, tuple[Sample, concurrent.futures.Future]] = (
-            collections.OrderedDict()
-        )
+        self.openings: dict[int, tuple[Sample, concurrent.futures.Future]] = {}
         self.lock = threading.Lock()
         self.stats: dict[str, float] = {}
 
@@ -137,7 +135,9 @@ class Driver:
                         result = self._overdue(run, str(error))
                     elif error is not None:
                         raise error
-                    self._advance(run, result)
+                    opened, run.next, run.state = run.state is not None, result, result.state
+                    if opened:
+                        self.on_turn(run.task, run.state)
                     if run.state.status is None:
                         self.policy.submit(self._request(run))
                         asked.add(slot)
@@ -190,7 +190,7 @@ class Driver:
                 future = concurrent.futures.Future()
                 self.openings[id(sample)] = sample, future
                 if len(self.openings) > self.policy.slots:  # no more samples than that are played at a time
-                    self.openings.popitem(last=False)
+                    del self.openings[next(iter(self.openings))]
         if first:
             try:
                 future.set_result(self._opening(sample))
@@ -200,7 +200,6 @@ class Driver:
 
     def _opening(self, sample: Sample) -> _Next:
         start = functools.partial(environment.reset, sample.image, sample.query, self.agent, self.limits)
-
         return self._ahead(start(), lambda: start(last=True), 0, 0, 0, 0)
 
     def _act(self, state: EnvState, text: str, position: int, length: int, drawn: int, skip: int) -> _Next:
@@ -265,11 +264,6 @@ class Driver:
         return self.budgets[size]
 
     ############################## On the driver's thread ##############################
-
-    def _advance(self, run: _Run, result: _Next) -> None:
-        first, run.next, run.state = run.state is None, result, result.state
-        if not first:
-            self.on_turn(run.task, result.state)
 
     def _overdue(self, run: _Run, detail: str) -> _Next:
         proposal = environment.propose(run.state, run.text)
@@ -336,7 +330,5 @@ def pixel_limits(agent: AgentConfig, processor: Processor) -> PixelLimits:
             f" own {limits.min_pixels} to {limits.max_pixels}; to go beyond, edit the weights' preprocessor_config.json"
         )
     return dataclasses.replace(
-        limits,
-        min_pixels=agent.min_pixels or limits.min_pixels,
-        max_pixels=agent.max_pixels or limits.max_pixels,
+        limits, min_pixels=agent.min_pixels or limits.min_pixels, max_pixels=agent.max_pixels or limits.max_pixels
     )

@@ -111,11 +111,11 @@ class Engine:
 
     def _laid_out(self, params: nnx.State) -> Weights:
         shared = self._shared(params)
-        left = nnx.from_flat_state([(path, v) for path, v in _flat(params) if path not in shared])
+        without = lambda state: nnx.from_flat_state([(p, v) for p, v in _flat(state) if p not in shared])  # noqa: E731
         if (split := self._split.get(frozenset(shared))) is None:
-            where = self.where and dataclasses.replace(self.where, unstacked=_without(self.where.unstacked, shared))
+            where = self.where and dataclasses.replace(self.where, unstacked=without(self.where.unstacked))
             split = self._split[frozenset(shared)] = jax.jit(self.programs.split, out_shardings=where)
-        made = split(left)
+        made = split(without(params))
         unstacked = nnx.from_flat_state([*_flat(made.unstacked), *shared.items()])
         whole = dataclasses.replace(made, unstacked=unstacked)
         return whole if self.mesh else jax.device_put(whole, self.device)
@@ -355,16 +355,12 @@ class Engine:
     def _rung(self, patches: int) -> int:
         return next(rung for rung in self.rungs if rung >= patches)
 
-    @property
-    def buckets(self) -> list[int]:
-        return self.programs.buckets
-
     def _blocks(self, places: int) -> int:
-        return next(n for n in self.buckets if n * self.programs.block >= places)
+        return next(n for n in self.programs.buckets if n * self.programs.block >= places)
 
     @property
     def programs_at_most(self) -> int:
-        return len(self.rungs) + 1 + 3 * len(self.buckets)
+        return len(self.rungs) + 1 + 3 * len(self.programs.buckets)
 
     @property
     def cache_bytes(self) -> int:
@@ -382,7 +378,7 @@ class Engine:
         self.state = self.programs.copy(self.state, *self._put((z(lanes), z(lanes), none)), np.int32(1))
         rows = self._put((z(lanes), z(lanes, size), z(lanes, 3, size), z(lanes, size), z(lanes), z(lanes)))
         kinds = ((Piece(*rows), None), (Piece(*rows), 0), (None, None))
-        for blocks, (piece, steps) in itertools.product(self.buckets, kinds):
+        for blocks, (piece, steps) in itertools.product(self.programs.buckets, kinds):
             step = functools.partial(self.programs.step, self.weights, blocks=blocks, steps=steps)
             self.state, _ = step(self.state, self.key, piece, self._turns())
         self.begin()
@@ -395,10 +391,6 @@ def _flat(state: nnx.State) -> list[tuple[tuple, nnx.Variable]]:
     """As nnx.to_flat_state, which would keep the arrays alive until Python's garbage is collected."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     return [(tuple(part.key for part in path), variable) for path, variable in leaves]
-
-
-def _without(state: nnx.State, paths) -> nnx.State:
-    return nnx.from_flat_state([(path, v) for path, v in _flat(state) if path not in paths])
 
 
 def _tail(prompt: Prompt, start: int) -> Prompt:

@@ -8,7 +8,7 @@ and values wait in a small buffer and are written together.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ SMALL, LARGE = 256, 1024  # places of a block, for contexts up to 2,048 tokens a
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """One layer's, so that each is updated in place.
+    """One layer's, so that each is updated in place; or some places of each row of it, in its dtype.
 
     Keys stand with their places last: one token's scores are then a product of two row-major matrices (on a CPU, 8x as
     fast as with the places first). As int8 each place of each head has its own scale.
@@ -33,9 +33,28 @@ class LayerCache:
     key_scales: jax.Array | None = None  # f32[S, K, C]
     value_scales: jax.Array | None = None
 
-    @property
-    def capacity(self) -> int:
-        return self.values.shape[2]
+    @classmethod
+    def of(cls, k_RTKH: jax.Array, v_RTKH: jax.Array, like: LayerCache) -> LayerCache:
+        """New tokens, as the cache will hold them: who reads them now and later reads the same."""
+        k, v = k_RTKH.transpose(0, 2, 3, 1), v_RTKH.transpose(0, 2, 1, 3)
+        if like.key_scales is None:
+            return cls(k.astype(like.keys.dtype), v.astype(like.values.dtype))
+        (k, key_scales), (v, value_scales) = _quantized(k, 2), _quantized(v, 3)
+        return cls(k, v, key_scales, value_scales)
+
+    def each(self, f: Callable[..., jax.Array], *others: LayerCache) -> LayerCache:
+        """f(array, axis of its places, the others' arrays) for each array that there is."""
+        arrays = [(c.keys, c.values, c.key_scales, c.value_scales) for c in (self, *others)]
+        columns = zip((3, 2, 2, 2), *arrays, strict=True)
+        return LayerCache(*(None if x is None else f(x, axis, *rest) for axis, x, *rest in columns))
+
+    def empty(self, places: int) -> LayerCache:
+        """Zeros of as many places, in the shape and dtype of this one otherwise."""
+        return self.each(lambda x, axis: jnp.zeros((*x.shape[:axis], places, *x.shape[axis + 1 :]), x.dtype))
+
+    def with_place(self, index: jax.Array, new: LayerCache) -> LayerCache:
+        """The same with place `index` of every row set to the only place of `new`."""
+        return self.each(lambda x, axis, y: jax.lax.dynamic_update_slice_in_dim(x, y, index, axis), new)
 
 
 @jax.tree_util.register_dataclass
@@ -102,65 +121,24 @@ def empty_cache(config: TextConfig, slots: int, capacity: int, dtype: str, mesh=
     return tuple(layer() for _ in range(config.num_hidden_layers))
 
 
-def write_cache(cache: LayerCache, rows: Rows, new: Part, places: jax.Array) -> LayerCache:
+def write_cache(cache: LayerCache, rows: Rows, new: LayerCache, places: jax.Array) -> LayerCache:
     """Tokens t of row r at places[r] + t of its slot. The caller leaves room for all T, real or padding."""
-    return LayerCache(
-        rows.write(cache.keys, new.keys, 3, places),
-        rows.write(cache.values, new.values, 2, places),
-        None if new.key_scales is None else rows.write(cache.key_scales, new.key_scales, 2, places),
-        None if new.value_scales is None else rows.write(cache.value_scales, new.value_scales, 2, places),
-    )
+    return cache.each(lambda x, axis, y: rows.write(x, y, axis, places), new)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Some places of each row, in the cache's dtype."""
-
-    keys: jax.Array  # [R, K, H, P]
-    values: jax.Array  # [R, K, P, H]
-    key_scales: jax.Array | None = None  # f32[R, K, P]
-    value_scales: jax.Array | None = None
-
-    @classmethod
-    def of(cls, k_RTKH: jax.Array, v_RTKH: jax.Array, like: LayerCache) -> Part:
-        """New tokens, as the cache will hold them: who reads them now and later reads the same."""
-        k, v = k_RTKH.transpose(0, 2, 3, 1), v_RTKH.transpose(0, 2, 1, 3)
-        if like.key_scales is None:
-            return cls(k.astype(like.keys.dtype), v.astype(like.values.dtype))
-        (k, key_scales), (v, value_scales) = _quantized(k, 2), _quantized(v, 3)
-        return cls(k, v, key_scales, value_scales)
-
-    @classmethod
-    def empty(cls, like: LayerCache, places: int) -> Part:
-        s, k, h, _ = like.keys.shape
-        shapes = Part((s, k, h, places), (s, k, places, h), (s, k, places), (s, k, places))
-        fields = {f.name: getattr(like, f.name) for f in dataclasses.fields(Part)}
-        return cls(**{n: None if x is None else jnp.zeros(getattr(shapes, n), x.dtype) for n, x in fields.items()})
-
-    def with_place(self, index: jax.Array, new: Part) -> Part:
-        """The same with place `index` of every row set to the only place of `new`."""
-        axes = Part(3, 2, 2, 2)
-        fields = [f.name for f in dataclasses.fields(Part) if getattr(self, f.name) is not None]
-        update = jax.lax.dynamic_update_slice_in_dim
-        return Part(**{n: update(getattr(self, n), getattr(new, n), index, getattr(axes, n)) for n in fields})
-
-
-def blocks(cache: LayerCache, rows: Rows, count: int, size: int) -> list[Part]:
+def blocks(cache: LayerCache, rows: Rows, count: int, size: int) -> list[LayerCache]:
     """The first `count` blocks of each row's slot."""
 
     def cut(x, axis):
-        if x is None:
-            return [None] * count
         if rows.pick is not None:
             x = rows.read(x, 0, count * size, axis)  # all at once: a program of many small copies takes long to compile
         return [jax.lax.slice_in_dim(x, i * size, (i + 1) * size, axis=axis) for i in range(count)]
 
-    fields = cut(cache.keys, 3), cut(cache.values, 2), cut(cache.key_scales, 2), cut(cache.value_scales, 2)
-    return [Part(*block) for block in zip(*fields, strict=True)]
+    pieces = cache.each(cut)
+    return [pieces.each(lambda x, axis, i=i: x[i]) for i in range(count)]
 
 
-def attend(q_RTNH: jax.Array, parts: Iterable[tuple[Part, jax.Array]]) -> jax.Array:
+def attend(q_RTNH: jax.Array, parts: Iterable[tuple[LayerCache, jax.Array]]) -> jax.Array:
     """Softmax in fp32 over all parts; each comes with what query t of row r sees of it, bool[R, T, P].
 
     A query sees at least one place of the first part, else its result is finite garbage. Returns [R, T, N, H].
@@ -199,9 +177,6 @@ def copy_places(cache: LayerCache, source, target, wanted, count: jax.Array, siz
     take, put = Rows(source), Rows(target)
 
     def one(x, axis):
-        if x is None:
-            return None
-
         def step(i, x):
             old, new = (rows.read(x, i * size, size, axis) for rows in (put, take))
             new = jnp.where(wanted.reshape(-1, *[1] * (new.ndim - 1)), new, old)
@@ -209,7 +184,7 @@ def copy_places(cache: LayerCache, source, target, wanted, count: jax.Array, siz
 
         return jax.lax.fori_loop(0, count, step, x)
 
-    return LayerCache(one(cache.keys, 3), one(cache.values, 2), one(cache.key_scales, 2), one(cache.value_scales, 2))
+    return cache.each(one)
 
 
 def _quantized(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:

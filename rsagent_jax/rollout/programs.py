@@ -22,7 +22,7 @@ from rsagent_jax.models.qwen25_vl.language import mrope_angles
 from rsagent_jax.models.qwen25_vl.layers import Linear
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.rollout import kv_cache as kv
-from rsagent_jax.rollout.kv_cache import LayerCache, Part, Rows
+from rsagent_jax.rollout.kv_cache import LayerCache, Rows
 from rsagent_jax.rollout.sampling import sample_tokens
 from rsagent_jax.runtime import sharding
 
@@ -87,6 +87,7 @@ class Turns:
     numbers: jax.Array  # i32 which turn of the trajectory
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampled:
     """What the last macro-step drew."""
@@ -97,9 +98,6 @@ class Sampled:
     finished: jax.Array  # bool[S] by the terminator
     stopped: jax.Array  # bool[S] by any stop id
     steps: jax.Array  # i32[] decode steps that ran
-
-
-jax.tree_util.register_dataclass(Sampled, [f.name for f in dataclasses.fields(Sampled)], [])
 
 
 class RolloutPrograms:
@@ -148,13 +146,9 @@ class RolloutPrograms:
         cast = jax.tree.map(lambda x: x.astype(jnp.dtype(self.compute.dtype)), params)
         flat = nnx.to_flat_state(cast)
         turned = lambda path: self.out_first and path[-1] == "kernel"  # noqa: E731
-        stacked = nnx.from_flat_state(
-            [
-                (path[2:], v.replace(v.get_value().swapaxes(-1, -2)) if turned(path) else v)
-                for path, v in flat
-                if path[:2] == LAYERS
-            ]
-        )
+        turn = lambda v: v.replace(v.get_value().swapaxes(-1, -2))  # noqa: E731
+        stacked = [(path[2:], turn(v) if turned(path) else v) for path, v in flat if path[:2] == LAYERS]
+        stacked = nnx.from_flat_state(stacked)
         unstacked = nnx.from_flat_state([(path, v) for path, v in flat if path[:2] != LAYERS])
         count = self.config.text.num_hidden_layers
         return Weights(tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)), unstacked)
@@ -213,7 +207,9 @@ class RolloutPrograms:
         cache = []
 
         def attend(layer, q, k, v):
-            cache.append(kv.write_cache(slots.cache[layer], rows, Part.of(k, v, slots.cache[layer]), piece.lengths))
+            cache.append(
+                kv.write_cache(slots.cache[layer], rows, LayerCache.of(k, v, slots.cache[layer]), piece.lengths)
+            )
             parts = kv.blocks(cache[-1], rows, blocks, self.block)
             starts = range(0, blocks * self.block, self.block)
             seen = [(at + jnp.arange(self.block)) <= places[:, :, None] for at in starts]
@@ -257,7 +253,7 @@ class RolloutPrograms:
             new = []
 
             def attend(layer, q, k, v):
-                new.append(recent[layer].with_place(i, Part.of(k, v, slots.cache[layer])))
+                new.append(recent[layer].with_place(i, LayerCache.of(k, v, slots.cache[layer])))
                 parts = old[layer] if old else read(slots.cache[layer])
                 return kv.attend(q, [*zip(parts, seen, strict=True), (new[-1], mine)])
 
@@ -268,7 +264,7 @@ class RolloutPrograms:
         zeros, none = jnp.zeros(count, jnp.int32), jnp.zeros(count, bool)
         tokens = jnp.zeros((count, limit), jnp.int32)
         out = Sampled(tokens, tokens.astype(jnp.float32), zeros, none, none, jnp.int32(0))
-        recent = tuple(Part.empty(layer, limit) for layer in slots.cache)
+        recent = tuple(layer.empty(limit) for layer in slots.cache)
         carry = (jnp.int32(0), recent, slots.hidden, turns.open, out)
         if steps is None:
             carry = jax.lax.while_loop(lambda c: (c[0] < limit) & jnp.any(c[3]), step, carry)

@@ -12,13 +12,7 @@ import shutil
 
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.config.import_path import import_path
-from rsagent_jax.config.schema import (
-    AgentConfig,
-    BatchConfig,
-    SamplingConfig,
-    SegmentConfig,
-    SegmenterConfig,
-)
+from rsagent_jax.config.schema import AgentConfig, BatchConfig, SamplingConfig, SegmentConfig, SegmenterConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config

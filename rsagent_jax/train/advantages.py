@@ -1,6 +1,6 @@
-"""Arrow 11: rewards f32[n, G] -> advantages f32[n, G], on the host. n groups (prompts) of G samples each.
+"""Arrow 11: rewards -> advantages, on the host. n groups (prompts) of G samples each.
 
-`valid` bool[n, G] is False for ENV_FAILED members: their reward is meaningless (it may be NaN), they enter no
+`valid` is False for ENV_FAILED members: their reward is meaningless (it may be NaN), they enter no
 statistic and get advantage 0. A group that carries no signal (`zero_variance`) gets 0 throughout. Each is also
 given `ddof`, which only the z-score has a use for.
 """
@@ -12,19 +12,24 @@ from collections.abc import Callable
 
 import numpy as np
 
+from rsagent_jax.array_types import Bool, Float, Float32, Float64, Int
 from rsagent_jax.config.schema import ADVANTAGES
+
+Rewards = Float[np.ndarray, "n G"]
+Valid = Bool[np.ndarray, "n G"]
+Advantages = Float32[np.ndarray, "n G"]
 
 # Rewards are of order 1; two that differ by less than this differ by rounding. A z-score would blow such a difference
 # up.
 _SPREAD = 1e-6
 
 
-def advantage_function(name: str, ddof: int = 1) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def advantage_function(name: str, ddof: int = 1) -> Callable[[Rewards, Valid], Advantages]:
     """f(rewards, valid) -> advantages, as `grpo.advantage` and `grpo.ddof` say."""
     return functools.partial(globals()[ADVANTAGES[name]], ddof=ddof)
 
 
-def group_zscore(rewards: np.ndarray, valid: np.ndarray, *, ddof: int = 1, eps: float = 1e-6) -> np.ndarray:
+def group_zscore(rewards: Rewards, valid: Valid, *, ddof: int = 1, eps: float = 1e-6) -> Advantages:
     """(r - mean) / (std + eps) inside each group: GRPO, Eq. 6 of the paper.
 
     Which std the paper uses is not known. ddof=1 (unbiased) is Seg-Zero's; ddof=0 makes advantages larger by
@@ -36,19 +41,19 @@ def group_zscore(rewards: np.ndarray, valid: np.ndarray, *, ddof: int = 1, eps: 
     return (centred / (std + eps)).astype(np.float32)
 
 
-def mean_only(rewards: np.ndarray, valid: np.ndarray, *, ddof: int = 1) -> np.ndarray:
+def mean_only(rewards: Rewards, valid: Valid, *, ddof: int = 1) -> Advantages:
     """r - mean inside each group: Dr. GRPO. Groups with little spread are not scaled up."""
     return _centred(rewards, valid)[0].astype(np.float32)
 
 
-def leave_one_out(rewards: np.ndarray, valid: np.ndarray, *, ddof: int = 1) -> np.ndarray:
+def leave_one_out(rewards: Rewards, valid: Valid, *, ddof: int = 1) -> Advantages:
     """r - mean of the other members: RLOO. Equal to mean_only times count / (count - 1)."""
     centred, count = _centred(rewards, valid)
     return (centred * count / np.maximum(count - 1, 1)).astype(np.float32)
 
 
-def zero_variance(rewards: np.ndarray, valid: np.ndarray, spread: float = _SPREAD) -> np.ndarray:
-    """bool[n]: groups with nothing to learn from, to be dropped or refilled: fewer than two valid rewards, or none more
+def zero_variance(rewards: Rewards, valid: Valid, spread: float = _SPREAD) -> Bool[np.ndarray, " n"]:
+    """Groups with nothing to learn from, to be dropped or refilled: fewer than two valid rewards, or none more
     than `spread` from another.
 
     Raises ValueError if the shapes differ or a valid reward is not finite.
@@ -63,8 +68,8 @@ def zero_variance(rewards: np.ndarray, valid: np.ndarray, spread: float = _SPREA
     return (valid.sum(axis=1) < 2) | (widest <= max(spread, _SPREAD))
 
 
-def _centred(rewards: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """f64[n, G] reward minus the group's mean, 0 for invalid members and useless groups; i64[n, 1] valid members."""
+def _centred(rewards: Rewards, valid: Valid) -> tuple[Float64[np.ndarray, "n G"], Int[np.ndarray, "n 1"]]:
+    """Reward minus the group's mean, 0 for invalid members and useless groups; valid members."""
     usable = valid & ~zero_variance(rewards, valid)[:, None]
     count = valid.sum(axis=1, keepdims=True)
     clean = np.where(valid, rewards, 0.0).astype(np.float64)

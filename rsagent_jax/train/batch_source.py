@@ -113,9 +113,8 @@ class GrpoSource:
     ):
         """`workdir`: where a trajectory that a reward fails on is left."""
         share.of(config.prompts, "grpo.prompts")  # a group never crosses a process
-        self.workdir = workdir
         self.config, self.driver, self.engine, self.processor = config, driver, engine, processor
-        self.share = share
+        self.share, self.workdir = share, workdir
         self.pipeline = _pipeline(samples, _showable, config.read, seed, share, config.data.unreadable)
         self.advantage = advantage_function(config.advantage, config.ddof)
         self.reward = make_reward(config.reward)
@@ -126,7 +125,7 @@ class GrpoSource:
         self.engine.load(policy(), key)
         mine = range(self.share.index, c.prompts, self.share.count)
         elements = all_or_none(lambda: self.pipeline.draw(c.prompts))
-        drawn = [(i, s) for i, s in zip(mine, elements, strict=True) if not _unreadable(s)]
+        drawn = [(i, s) for i, s in zip(mine, elements, strict=True) if not isinstance(s, Unreadable)]
         chosen = [s for _, s in drawn]
         # uids count over all processes: who plays a trajectory does not change its random numbers.
         tasks = [Task(s, g, i * c.group + k) for g, (i, s) in enumerate(drawn) for k in range(c.group)]
@@ -251,19 +250,14 @@ class GrpoSource:
 def _pipeline(
     source: Sequence[Any], transform, read: ReadConfig, seed: int, share: Share, unreadable: str, what: str = "sample"
 ) -> Pipeline:
-    settings = {"threads": read.threads, "workers": read.workers, "ahead": read.ahead}
-    settings |= {"unreadable": unreadable, "what": what}
-    return Pipeline(source, transform, seed=seed, share=share, **settings)
+    said = dict(seed=seed, share=share, unreadable=unreadable, what=what)
+    return Pipeline(source, transform, threads=read.threads, workers=read.workers, ahead=read.ahead, **said)
 
 
 def _showable(sample: Sample) -> Sample:
     """DataError for a picture that no view can show: to be skipped like one that cannot be decoded."""
     check_shape(*sample.image.shape[:2])
     return sample
-
-
-def _unreadable(element: Any) -> bool:
-    return isinstance(element, Unreadable)
 
 
 def _failure(state: EnvState) -> str:

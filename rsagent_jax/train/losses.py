@@ -26,8 +26,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from rsagent_jax.array_types import Array, Bool, Float, Int, Scalar
+
+Floats, Mask, Segments = Float[Array, "B T"], Bool[Array, "B T"], Int[Array, "B T"]
+
 # name -> f32[]: sum over trained tokens, maximum where the name ends in _max; "tokens" counts them.
-LossMetrics = dict[str, jax.Array]
+LossMetrics = dict[str, Scalar]
 
 # Beyond e^20 a ratio is a fault, not a measurement; the bound keeps inf and NaN out of the other tokens' gradients.
 _MAX_LOG_RATIO = 20.0
@@ -36,21 +40,21 @@ _MAX_LOG_RATIO = 20.0
 # --- Normalisation: (loss_mask, segment_ids) -> weights f32[B, T] (0 off the mask), denominator f32[] ---
 
 
-def token_weights(loss_mask: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+def token_weights(loss_mask: Mask, segment_ids: Segments) -> tuple[Floats, Scalar]:
     """Every trained token of the batch counts the same (DAPO): long trajectories weigh more. Denominator: tokens."""
     del segment_ids
     weights = loss_mask.astype(jnp.float32)
     return weights, weights.sum()
 
 
-def sequence_weights(loss_mask: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sequence_weights(loss_mask: Mask, segment_ids: Segments) -> tuple[Floats, Scalar]:
     """Every trajectory counts the same, 1 / its trained tokens each (GRPO as published). Denominator: trajectories."""
     lengths_BS = _segment_sums(loss_mask, segment_ids)
     lengths_BT = jnp.take_along_axis(lengths_BS, segment_ids, axis=1)
     return jnp.where(loss_mask, 1.0 / jnp.maximum(lengths_BT, 1.0), 0.0), _trained_segments(lengths_BS)
 
 
-def constant_weights(loss_mask: jax.Array, segment_ids: jax.Array, *, length: float) -> tuple[jax.Array, jax.Array]:
+def constant_weights(loss_mask: Mask, segment_ids: Segments, *, length: float) -> tuple[Floats, Scalar]:
     """Every token counts 1 / `length` in every batch (Dr. GRPO): no bias by length. Denominator: trajectories."""
     return loss_mask.astype(jnp.float32) / length, _trained_segments(_segment_sums(loss_mask, segment_ids))
 
@@ -58,7 +62,7 @@ def constant_weights(loss_mask: jax.Array, segment_ids: jax.Array, *, length: fl
 # --- Stage 1 ---
 
 
-def sft_loss(logprobs: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sft_loss(logprobs: Floats, loss_mask: Mask) -> tuple[Scalar, Scalar]:
     """(sum over trained tokens of -log p, number of them). The paper trains on reasoning and tool-call tokens only."""
     return -jnp.sum(jnp.where(loss_mask, logprobs.astype(jnp.float32), 0.0)), loss_mask.sum(dtype=jnp.float32)
 
@@ -69,16 +73,16 @@ def sft_loss(logprobs: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, jax.
 
 
 def grpo_loss(
-    logprobs: jax.Array,
-    old_logprobs: jax.Array,
-    advantages: jax.Array,
-    loss_mask: jax.Array,
-    segment_ids: jax.Array,
-    weights: jax.Array,
+    logprobs: Floats,
+    old_logprobs: Floats,
+    advantages: Floats,
+    loss_mask: Mask,
+    segment_ids: Segments,
+    weights: Floats,
     *,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[jax.Array, LossMetrics]:
+    clip_low: float | Scalar,
+    clip_high: float | Scalar,
+) -> tuple[Scalar, LossMetrics]:
     """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with each token's own ratio r: GRPO, and DAPO's clip-higher."""
     del segment_ids  # the ratio is the token's own
     log_ratio = _log_ratio(logprobs, old_logprobs, loss_mask)
@@ -86,16 +90,16 @@ def grpo_loss(
 
 
 def gspo_loss(
-    logprobs: jax.Array,
-    old_logprobs: jax.Array,
-    advantages: jax.Array,
-    loss_mask: jax.Array,
-    segment_ids: jax.Array,
-    weights: jax.Array,
+    logprobs: Floats,
+    old_logprobs: Floats,
+    advantages: Floats,
+    loss_mask: Mask,
+    segment_ids: Segments,
+    weights: Floats,
     *,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[jax.Array, LossMetrics]:
+    clip_low: float | Scalar,
+    clip_high: float | Scalar,
+) -> tuple[Scalar, LossMetrics]:
     """GSPO (arXiv 2507.18071): as GRPO with one ratio per trajectory, the geometric mean of its tokens' ratios.
 
     The published objective is this with `sequence_weights`. Ratios are near 1: its clip range is about 3e-4 and 4e-4.
@@ -108,16 +112,16 @@ def gspo_loss(
 
 
 def cispo_loss(
-    logprobs: jax.Array,
-    old_logprobs: jax.Array,
-    advantages: jax.Array,
-    loss_mask: jax.Array,
-    segment_ids: jax.Array,
-    weights: jax.Array,
+    logprobs: Floats,
+    old_logprobs: Floats,
+    advantages: Floats,
+    loss_mask: Mask,
+    segment_ids: Segments,
+    weights: Floats,
     *,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[jax.Array, LossMetrics]:
+    clip_low: float | Scalar,
+    clip_high: float | Scalar,
+) -> tuple[Scalar, LossMetrics]:
     """CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE with a clipped, constant weight, -stop(clip(r)) A log p.
 
     Every token keeps a gradient, clipped or not. clip_low = 1 leaves the lower side open, as published.
@@ -131,7 +135,7 @@ def cispo_loss(
     return loss, _policy_metrics(log_ratio, logprobs, clipped, loss_mask)
 
 
-OBJECTIVES: dict[str, Callable[..., tuple[jax.Array, LossMetrics]]] = {
+OBJECTIVES: dict[str, Callable[..., tuple[Array, LossMetrics]]] = {
     "grpo": grpo_loss,
     "gspo": gspo_loss,
     "cispo": cispo_loss,
@@ -141,33 +145,33 @@ OBJECTIVES: dict[str, Callable[..., tuple[jax.Array, LossMetrics]]] = {
 # --- KL to a reference policy, per token; d = log p_ref - log p of the sampled token (Schulman's estimators) ---
 
 
-def kl_k1(d: jax.Array) -> jax.Array:
+def kl_k1(d: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
     """-d. Unbiased, noisy; its gradient is 0 in expectation, so it is for watching and not for penalising."""
     return -d
 
 
-def kl_k2(d: jax.Array) -> jax.Array:
+def kl_k2(d: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
     """d^2 / 2. A biased value, with the gradient of KL(policy || reference) on on-policy samples."""
     return 0.5 * d**2
 
 
-def kl_k3(d: jax.Array) -> jax.Array:
+def kl_k3(d: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
     """e^d - d - 1. Unbiased, never negative; its gradient is that of KL(reference || policy). GRPO's and Seg-Zero's."""
     return jnp.expm1(d) - d
 
 
-KL_ESTIMATORS: dict[str, Callable[[jax.Array], jax.Array]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+KL_ESTIMATORS: dict[str, Callable[[Array], Array]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 def kl_loss(
-    logprobs: jax.Array,
-    ref_logprobs: jax.Array,
-    loss_mask: jax.Array,
-    weights: jax.Array,
+    logprobs: Floats,
+    ref_logprobs: Floats,
+    loss_mask: Mask,
+    weights: Floats,
     *,
-    estimator: Callable[[jax.Array], jax.Array],
+    estimator: Callable[[Array], Array],
     coefficient: float,
-) -> tuple[jax.Array, LossMetrics]:
+) -> tuple[Scalar, LossMetrics]:
     """coefficient * sum of weights * KL, to add to an objective's sum; metric `kl_ref` without the coefficient."""
     kl = estimator(_log_ratio(ref_logprobs, logprobs, loss_mask))
     return coefficient * jnp.sum(weights * kl), _sums(loss_mask, kl_ref=kl)
@@ -177,9 +181,9 @@ def kl_loss(
 
 
 def truncated_importance_weights(
-    trainer_logprobs: jax.Array, engine_logprobs: jax.Array, loss_mask: jax.Array, *, cap: float
-) -> tuple[jax.Array, LossMetrics]:
-    """f32[B, T] min(p_trainer / p_engine, cap) without gradient, 1 off the mask; multiply the weights by it.
+    trainer_logprobs: Floats, engine_logprobs: Floats, loss_mask: Mask, *, cap: float
+) -> tuple[Floats, LossMetrics]:
+    """min(p_trainer / p_engine, cap) without gradient, 1 off the mask; multiply the weights by it.
 
     Both are log-probs of the policy that sampled, before the update: the engine's as sampled, the trainer's
     recomputed. It corrects for the two programs rounding differently. The objective's `old_logprobs` are then the
@@ -211,7 +215,7 @@ def mean_metrics(metrics: LossMetrics) -> LossMetrics:
 # --- Private ---
 
 
-def _log_ratio(numerator: jax.Array, denominator: jax.Array, loss_mask: jax.Array) -> jax.Array:
+def _log_ratio(numerator: Array, denominator: Array, loss_mask: Array) -> Array:
     """f32[B, T], 0 off the mask, within +-20 (where it is cut it has no gradient)."""
     difference = numerator.astype(jnp.float32) - denominator.astype(jnp.float32)
     return jnp.clip(jnp.where(loss_mask, difference, 0.0), -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
@@ -233,12 +237,12 @@ def _policy_metrics(log_ratio, logprobs, clipped, loss_mask) -> LossMetrics:
     return sums | {"ratio_max": jax.lax.stop_gradient(jnp.max(jnp.where(loss_mask, ratio, 0.0)))}
 
 
-def _sums(loss_mask: jax.Array, **per_token: jax.Array) -> LossMetrics:
+def _sums(loss_mask: Array, **per_token: Array) -> LossMetrics:
     sums = {name: jnp.sum(jnp.where(loss_mask, x, 0.0), dtype=jnp.float32) for name, x in per_token.items()}
     return jax.lax.stop_gradient(sums | {"tokens": loss_mask.sum(dtype=jnp.float32)})
 
 
-def _segment_sums(values_BT: jax.Array, segment_ids: jax.Array) -> jax.Array:
+def _segment_sums(values_BT: Array, segment_ids: Array) -> Array:
     """f32[B, T + 1]: column s is the sum over the row's segment s, column 0 is padding. At most T segments a row."""
     length = segment_ids.shape[1]
     return jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, num_segments=length + 1))(
@@ -246,5 +250,5 @@ def _segment_sums(values_BT: jax.Array, segment_ids: jax.Array) -> jax.Array:
     )
 
 
-def _trained_segments(lengths_BS: jax.Array) -> jax.Array:
+def _trained_segments(lengths_BS: Array) -> Array:
     return jnp.sum(lengths_BS[:, 1:] > 0, dtype=jnp.float32)

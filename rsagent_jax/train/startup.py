@@ -11,10 +11,7 @@ from flax import nnx
 
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.config import slices
-from rsagent_jax.config.schema import (
-    SftConfig,
-    TrainConfig,
-)
+from rsagent_jax.config.schema import SftConfig, TrainConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.data.trajectories import open_records

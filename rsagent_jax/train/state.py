@@ -53,12 +53,9 @@ def skip(state: TrainState, updates: int) -> TrainState:
 
 def updates_made(state: TrainState) -> int:
     """How many updates the optimiser has made."""
-    return int(optax.tree_utils.tree_get(state.opt_state, "count", filtering=_is_of_schedule))
-
-
-def _is_of_schedule(path: tuple, _: Any) -> bool:
-    """Whether a leaf of the optimiser's state is the schedule's; Adam has a count as well, for its bias."""
-    return any(getattr(key, "tuple_name", "") == "ScaleByScheduleState" for key in path)
+    # the schedule's count: Adam has one as well, for its bias
+    mine = lambda path, _: any(getattr(key, "tuple_name", "") == "ScaleByScheduleState" for key in path)  # noqa: E731
+    return int(optax.tree_utils.tree_get(state.opt_state, "count", filtering=mine))
 
 
 def state_shardings(
@@ -93,8 +90,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
     schedule = optax.join_schedules([warmup, rest], [config.warmup_steps]) if config.warmup_steps else rest
     adam = optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    tx = optax.chain(clip, adam)
-    return tx, schedule
+    return optax.chain(clip, adam), schedule
 
 
 def partition_params(graphdef, params: nnx.State, adapters: LoraConfig, freeze: tuple[str, ...]):

@@ -195,30 +195,16 @@ def grpo_objective(config: GrpoConfig) -> Objective:
         policy_weights, old, metrics = weights, batch.old_logprobs, {}
         if config.tis_clip > 0:
             old = jax.lax.stop_gradient(logprobs)
-            correction, metrics = losses.truncated_importance_weights(
-                old, batch.old_logprobs, batch.loss_mask, cap=config.tis_clip
-            )
+            tis = losses.truncated_importance_weights
+            correction, metrics = tis(old, batch.old_logprobs, batch.loss_mask, cap=config.tis_clip)
             policy_weights = weights * correction
-        loss, more = losses.OBJECTIVES[config.ratio](
-            logprobs,
-            old,
-            batch.advantages,
-            batch.loss_mask,
-            batch.segment_ids,
-            policy_weights,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-        )
+        arrays = logprobs, old, batch.advantages, batch.loss_mask, batch.segment_ids, policy_weights
+        clip = dict(clip_low=config.clip_low, clip_high=config.clip_high)
+        loss, more = losses.OBJECTIVES[config.ratio](*arrays, **clip)
         metrics = metrics | more
         if config.kl > 0:
-            kl, more = losses.kl_loss(
-                logprobs,
-                ref,
-                batch.loss_mask,
-                weights,
-                estimator=losses.KL_ESTIMATORS[config.kl_estimator],
-                coefficient=config.kl,
-            )
+            penalty = dict(estimator=losses.KL_ESTIMATORS[config.kl_estimator], coefficient=config.kl)
+            kl, more = losses.kl_loss(logprobs, ref, batch.loss_mask, weights, **penalty)
             loss, metrics = loss + kl, metrics | more
         return loss, denominator, metrics
 

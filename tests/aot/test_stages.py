@@ -29,7 +29,8 @@ from rsagent_jax.config.schema import (
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import size_config
 from rsagent_jax.runtime import sharding
-from rsagent_jax.types import DataError
+from tests.aot.test_report import DESIGN
+from tests.refusals import refused
 
 ROOT = pathlib.Path(__file__).parents[2]
 OPEN = TrainConfig(
@@ -77,8 +78,7 @@ def test_what_the_config_says_goes_before_the_preset():
     ],
 )
 def test_what_cannot_be_settled_is_one_error(change, devices_, hidden, match):
-    with pytest.raises(DataError, match=match):
-        slices.fill_slice_defaults(dataclasses.replace(OPEN, **change), hidden, devices_)
+    refused(match, slices.fill_slice_defaults, dataclasses.replace(OPEN, **change), hidden, devices_)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,7 @@ def test_the_shape_comes_from_a_directory_or_from_a_size_in_the_name(weights, hi
 
 
 def test_a_policy_without_a_shape_is_one_error():
-    with pytest.raises(DataError, match="'llama-13b' is no directory.*3b, 7b, 32b or 72b"):
-        stages.policy_config("llama-13b")
+    refused("'llama-13b' is no directory.*3b, 7b, 32b or 72b", stages.policy_config, "llama-13b")
 
 
 def test_the_workload_fills_its_rows_without_padding():
@@ -181,9 +180,7 @@ def test_the_command_prints_a_table_and_the_reports_and_says_when_memory_is_shor
     assert code == 0, err[-2000:]
     reports = json.loads(out.splitlines()[-1])
     assert [r["program"] for r in reports] == ["sft tower", "sft gradients", "sft update"]
-    keys = "program topology devices peak_hbm_bytes hbm_bytes fits model_flops hlo_flops collective_bytes"
-    keys += " projected_step_s projected_mfu bound_by"
-    assert all(set(keys.split()) <= set(r) and r["fits"] and r["devices"] == 4 for r in reports)
+    assert all(set(DESIGN) <= set(r) and r["fits"] and r["devices"] == 4 for r in reports)
     assert reports[1]["hlo_to_model_flops"] > 1.0 and not reports[1]["unknown_trip_counts"]
     assert "sft gradients" in out.splitlines()[2]
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rsagent_jax.aot.topology import CHIPS, GIB, SLICES, devices, parse_topology
 from rsagent_jax.types import DataError
+from tests.refusals import refused
 
 
 @pytest.mark.parametrize(
@@ -55,8 +56,7 @@ def test_unknown_names_are_one_message():
     assert "'v7e-8'" in message and "did you mean v6e-8?" in message
     assert all(f" {name} " in message.replace("\n", " ") + " " for name in SLICES)
     for wrong, says in (("v5e:3x3", "each 1 or even"), ("v5e:2x2x2", "takes 2 sizes"), ("v5p-9", "v5p-8"), ("", "v5e")):
-        with pytest.raises(DataError, match=says):
-            parse_topology(wrong)
+        refused(says, parse_topology, wrong)
 
 
 def test_numbers_are_per_device():
@@ -111,5 +111,4 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     assert importlib.util.find_spec("libtpu") is None
-    with pytest.raises(DataError, match=re.escape('pip install "jax[tpu]"')):
-        devices(parse_topology("v5e-4"))
+    refused(re.escape('pip install "jax[tpu]"'), devices, parse_topology("v5e-4"))

@@ -57,6 +57,11 @@ def unpack(batches, shape):
     return out
 
 
+def test_a_batch_is_what_its_fields_declare():
+    (batch,) = pack([make(1, (4, 3), ((1, 4, 4),))], SHAPE, config())
+    small.assert_as_declared(batch)
+
+
 @settings(max_examples=40)
 @given(items())
 def test_every_item_appears_exactly_once_and_unchanged(given_items):

@@ -47,15 +47,6 @@ def make_engine(data: int, tensor: int, dtype: str = "float32", **sampling) -> E
     return Engine(small.model(**SHAPE), settings, terminator, dtype, jax.random.key(0), mesh)
 
 
-def count_compiles() -> list[str]:
-    """A list that grows with every program that is compiled from now on."""
-    found = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: found.append(name) if "backend_compile" in name else None
-    )
-    return found
-
-
 def sent(engine: Engine) -> dict[str, list]:
     """By program, the collectives: kind, operand on a device, devices, times, where in the program."""
     z = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
@@ -64,7 +55,7 @@ def sent(engine: Engine) -> dict[str, list]:
     piece = Piece(*engine._put((z(lanes), z(lanes, size), z(lanes, 3, size), z(lanes, size), z(lanes), z(lanes))))
     patches = np.zeros((lanes, rung, engine.config.vision.patch_dim), np.float32)
     images = engine._put(Images(patches, z(lanes, rung), z(lanes, rung, 2), none))
-    programs, weights, blocks = engine.programs, engine.weights, engine.buckets[-1]
+    programs, weights, blocks = engine.programs, engine.weights, engine.programs.buckets[-1]
     step = lambda piece: programs.step.lower(  # noqa: E731
         weights, engine.state, engine.key, piece, engine._turns(), blocks=blocks
     )
@@ -87,7 +78,7 @@ def play(data: int, tensor: int, most_turns: int, warm: bool, **sampling) -> dic
     engine = make_engine(data, tensor, **sampling)
     if warm:
         engine.warm_up()
-    compiled = count_compiles()
+    compiled = small.count_compiles()
     played = small.engine_trajectories(work(most_turns), SCRIPTS, eng=engine)
     out = {"compiled": len(compiled), "at_most": engine.programs_at_most, "copied": engine.stats["copied_tokens"]}
     used = (engine.programs.encode, engine.programs.copy, engine.programs.step)
@@ -120,7 +111,7 @@ def load(train: dict, data: int, tensor: int, dtype: str) -> dict:
     alone.load(params, engine.key)
     placed = jax.device_put(params, sharding.param_shardings(model, sharding.make_mesh(MeshConfig(**train))))
     engine.load(placed, engine.key)
-    compiled = count_compiles()
+    compiled = small.count_compiles()
     engine.release_memory()
     resting = live()
     engine.load(placed, engine.key)

@@ -14,16 +14,28 @@ import shutil
 import tempfile
 import threading
 import time
+import typing
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 from agent_fakes import DiscSegmenter, disc, picture
 from flax import nnx
 
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.tools import Finish, Segment, Zoom, render_call
-from rsagent_jax.config.schema import AgentConfig, BatchConfig, SamplingConfig
+from rsagent_jax.config.reward import RewardGroup, RewardTerm
+from rsagent_jax.config.schema import (
+    AgentConfig,
+    BatchConfig,
+    GrpoConfig,
+    OptimConfig,
+    PolicyConfig,
+    SamplingConfig,
+    SftConfig,
+    TrainConfig,
+)
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor
@@ -34,12 +46,11 @@ from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
-from rsagent_jax.rollout.policy import (
-    Task,
-)
+from rsagent_jax.rollout.policy import Task
 from rsagent_jax.rollout.text_policy import TextPolicy
 from rsagent_jax.tiny import vocab
 from rsagent_jax.types import Completion, Sample, Status, Trajectory, Turn
+from sam_bridge.types import SegmentReply
 
 # Programs are compiled fast rather than well: compiling is most of the time of these tests.
 jax.config.update("jax_disable_most_optimizations", True)
@@ -52,6 +63,13 @@ IMAGE = (1, 4, 4)  # the grid of the images of `trajectory`
 SAMPLING = SamplingConfig(temperature=1.0, max_new_tokens=6, context=512, slots=3, patches=128)
 
 _keep: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
+
+
+def assert_as_declared(boundary) -> None:
+    """The arrays of a dataclass have the dtypes and shapes of its fields, an axis of one name being one length."""
+    with jaxtyping.jaxtyped("context"):
+        for name, hint in typing.get_type_hints(type(boundary)).items():
+            assert not hasattr(hint, "dim_str") or isinstance(getattr(boundary, name), hint), (name, hint)
 
 
 def raw_config(hidden: int = 32, layers: int = 2, heads: int = 2, kv_heads: int = 2) -> dict:
@@ -196,6 +214,33 @@ class EchoDriver(Driver):
         return self.script(run.task, run.state)
 
 
+def count_compiles() -> list[str]:
+    """A list that grows with every program that is compiled from now on."""
+    found = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: found.append(name) if "backend_compile" in name else None
+    )
+    return found
+
+
+class BrokenSegmenter(DiscSegmenter):
+    """Hangs until `woken`, raises, or answers with garbage, as `how` says of a picture's shape."""
+
+    def __init__(self, how: dict[tuple[int, int], str]):
+        super().__init__()
+        self.how, self.woken = how, threading.Event()
+
+    def segment(self, image, request):
+        how = self.how.get(image.shape[:2])
+        if how is None:
+            return super().segment(image, request)
+        if how == "hangs":
+            self.woken.wait(60)
+        if how == "raises":
+            raise RuntimeError("out of cheese")
+        return SegmentReply(np.zeros((3, 3), bool), 0.5) if how == "small" else None
+
+
 class SlowSegmenter(DiscSegmenter):
     """Waits `delay_s` for pictures of one size; keeps how many calls ran at a time."""
 
@@ -237,6 +282,34 @@ def random_item(seed: int, texts: tuple[int, ...], grids=(), advantage: float = 
     logprobs = np.where(sampled, rng.normal(-2, 0.3, len(tokens)), 0).astype(np.float32)
     positions, _ = mrope_positions(tokens, tuple(grids), image)
     return Item(tokens, positions, sampled, logprobs, patches, tuple(grids), advantage)
+
+
+def flat(state) -> dict[str, np.ndarray]:
+    """Parameters or adapters by dotted path, on the host."""
+    return {name: np.asarray(value) for name, value in convert.flat_state(state).items()}
+
+
+def train_config(
+    stored, prompts: int, rows: int, optim: OptimConfig, steps: int, *, sampling=(), **grpo
+) -> TrainConfig:
+    """Both stages of a tiny policy in fp32; `grpo`: what else its group says."""
+    batch = BatchConfig(rows=rows, tokens=400, patches=128)
+    shared = dict(steps=steps, batch=batch, optim=optim)
+    return TrainConfig(
+        seed=3,
+        policy=PolicyConfig(weights=str(weights()), dtype="float32", remat="none"),
+        agent=AGENT,
+        sft=SftConfig(trajectories=str(stored), **shared),
+        grpo=GrpoConfig(
+            prompts=prompts,
+            group=2,
+            kl=0.05,
+            reward=(RewardGroup("words", 1.0, (RewardTerm("tests.rollout.small:word_count"),)),),
+            sampling=dataclasses.replace(SAMPLING, patches=64, **dict(sampling)),
+            **shared,
+            **grpo,
+        ),
+    )
 
 
 def split(network: Qwen25VL):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import threading
 
 import numpy as np
 import pytest
@@ -17,7 +16,8 @@ from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_position
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.text_policy import TextPolicy
 from rsagent_jax.types import Status
-from sam_bridge.types import FailureKind, SegmentReply
+from sam_bridge.types import FailureKind
+from tests.refusals import refused
 from tests.rollout import small
 from tests.rollout.small import AGENT, THREE_IMAGES, SlowSegmenter, click, finish, scripted, task, zoom
 
@@ -98,16 +98,19 @@ def expected(parts):
     return np.array(tokens, np.int32), np.array(sampled), np.concatenate(patches), tuple(grids)
 
 
+def check_positions(trajectory):
+    positions, _ = mrope_positions(trajectory.tokens, trajectory.grids, small.processor().image_id)
+    np.testing.assert_array_equal(trajectory.positions, positions)
+
+
 def check_context(trajectory, parts):
     tokens, sampled, patches, grids = expected(parts)
     np.testing.assert_array_equal(trajectory.tokens, tokens)
     np.testing.assert_array_equal(trajectory.loss_mask, sampled)
     np.testing.assert_array_equal(trajectory.patches, patches)
     assert trajectory.grids == grids
-    positions, _ = mrope_positions(tokens, grids, small.processor().image_id)
-    np.testing.assert_array_equal(trajectory.positions, positions)
-    assert trajectory.tokens.dtype == trajectory.positions.dtype == np.int32
-    assert trajectory.logprobs.shape == tokens.shape and trajectory.logprobs.dtype == np.float32
+    check_positions(trajectory)
+    small.assert_as_declared(trajectory)
 
 
 def test_the_context_is_the_pieces_encoded_one_by_one_with_exactly_the_turns_marked_as_sampled():
@@ -135,8 +138,7 @@ def test_a_turn_that_the_budget_cut_is_closed_by_a_forced_terminator():
     np.testing.assert_array_equal(turns[1], ids)
     starts = np.flatnonzero(np.diff(trajectory.loss_mask.astype(int)) == -1) + 1
     assert (trajectory.tokens[starts] == small.processor().terminator_id).all() and len(starts) == 2
-    positions, _ = mrope_positions(trajectory.tokens, trajectory.grids, small.processor().image_id)
-    np.testing.assert_array_equal(trajectory.positions, positions)
+    check_positions(trajectory)
     forced = np.concatenate([expected([p])[0] for p in parts if not p[2]])
     np.testing.assert_array_equal(trajectory.tokens[~trajectory.loss_mask], forced)
 
@@ -166,8 +168,7 @@ def test_another_end_of_a_turn_is_no_text_and_is_closed_by_a_forced_terminator()
     sampled = np.insert(usual.loss_mask, ends, True)[:-1]
     sampled[np.flatnonzero(wanted == other_end)[:-1] + 1] = False
     np.testing.assert_array_equal(trajectory.loss_mask, sampled)
-    positions, _ = mrope_positions(trajectory.tokens, trajectory.grids, small_one.image_id)
-    np.testing.assert_array_equal(trajectory.positions, positions)
+    check_positions(trajectory)
 
 
 @pytest.mark.parametrize(
@@ -354,23 +355,6 @@ def test_a_slot_that_is_free_takes_the_next_task_and_all_come_back_in_order():
     np.testing.assert_array_equal(alone.tokens, out[3][0].tokens)
 
 
-class Broken(DiscSegmenter):
-    """Hangs, raises, or answers with garbage for pictures of one shape."""
-
-    def __init__(self, how: str, shape: tuple[int, int]):
-        super().__init__()
-        self.how, self.shape, self.woken = how, shape, threading.Event()
-
-    def segment(self, image, request):
-        if image.shape[:2] != self.shape:
-            return super().segment(image, request)
-        if self.how == "hangs":
-            self.woken.wait(30)
-        if self.how == "raises":
-            raise RuntimeError("out of cheese")
-        return {"nothing": None, "small": SegmentReply(np.zeros((3, 3), bool), 0.5)}.get(self.how)
-
-
 @pytest.mark.parametrize(
     ("how", "kind", "detail"),
     [
@@ -384,7 +368,7 @@ def test_a_broken_tool_costs_its_own_trajectory_and_frees_its_slot_and_thread(ho
     shapes = {0: (112, 112), 1: (84, 112), 2: (112, 84), 3: (84, 112), 4: (112, 112)}
     scripts = {f"s{i}": (click(30 + i, 40), finish(1)) for i in shapes}
     tasks = [task(i, h=h, w=w) for i, (h, w) in shapes.items()]
-    segmenter = Broken(how, (84, 112))
+    segmenter = small.BrokenSegmenter({(84, 112): how})
     # one slot and one thread: whoever does not give them back blocks all the others
     agent = dataclasses.replace(AGENT, tool_deadline_s=0.3)
     out = play(scripts, tasks, segmenter=segmenter, agent=agent, workers=1, slots=1)
@@ -440,3 +424,14 @@ def test_samples_that_are_gone_when_they_have_been_played_keep_their_openings_to
     for number, trajectory, _ in driver.play(task(i) for i in range(60)):
         assert f'"disc number {number}"' in small.processor().decode(trajectory.tokens)
     assert len(driver.openings) <= 2
+
+
+def test_views_larger_than_the_weights_accept_are_refused_since_they_would_be_resized_twice():
+    for limits in ({"max_pixels": 448 * 448}, {"min_pixels": 28 * 28}):
+        refused(next(iter(limits)), one, finish(None), agent=dataclasses.replace(AGENT, **limits))
+
+
+def test_narrower_limits_make_smaller_views_with_matching_patches():
+    trajectory, state = one(zoom(0, 0, 60, 60), finish(None), agent=dataclasses.replace(AGENT, max_pixels=84 * 84))
+    assert state.view.size_view == (84, 84)
+    assert trajectory.grids == ((1, 6, 6), (1, 6, 6))  # 84 / 14 patches a side

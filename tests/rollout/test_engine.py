@@ -2,19 +2,18 @@
 
 import dataclasses
 import functools
-import threading
 
 import jax
 import numpy as np
 import pytest
-from agent_fakes import DiscSegmenter
 
 from rsagent_jax.config.schema import SamplingConfig
 from rsagent_jax.data.packing import pack
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Request
 from rsagent_jax.train.step import batch_logprobs
-from rsagent_jax.types import DataError, Prompt, Status
+from rsagent_jax.types import Prompt, Status
+from tests.refusals import refused
 from tests.rollout import small
 from tests.rollout.small import THREE_IMAGES, Task, click, engine_trajectories, finish, task, zoom
 
@@ -66,6 +65,12 @@ def trainer_logprobs(trajectories, params, temperature=1.0):
     return out
 
 
+def assert_same(a, b):
+    """To the last bit."""
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.logprobs, b.logprobs)
+
+
 def turn_starts(trajectory):
     marks = np.concatenate([[0], trajectory.loss_mask.astype(int), [0]])
     return np.flatnonzero(np.diff(marks) == 1), np.flatnonzero(np.diff(marks) == -1)
@@ -105,8 +110,7 @@ def test_log_probs_are_those_of_the_distribution_at_the_sampling_temperature():
 def test_a_trajectory_does_not_depend_on_its_slot_or_on_its_neighbours(engine, trajectories):
     again = engine_trajectories([TASKS[1], TASKS[0]], SCRIPTS, eng=engine)  # other slots, one neighbour gone
     for a, b in ((again[0], trajectories[1]), (again[1], trajectories[0])):
-        np.testing.assert_array_equal(a.tokens, b.tokens)
-        np.testing.assert_array_equal(a.logprobs, b.logprobs)  # to the last bit
+        assert_same(a, b)
 
 
 def test_slow_tools_and_other_neighbours_do_not_change_a_bit(engine, trajectories):
@@ -117,8 +121,7 @@ def test_slow_tools_and_other_neighbours_do_not_change_a_bit(engine, trajectorie
     slow = small.SlowSegmenter(0.2, slow_shape=TASKS[1].sample.image.shape[:2])
     played = engine_trajectories(tasks, scripts, eng=engine, segmenter=slow)
     for a, b in zip([played[1], played[5], played[7]], trajectories, strict=True):
-        np.testing.assert_array_equal(a.tokens, b.tokens)
-        np.testing.assert_array_equal(a.logprobs, b.logprobs)
+        assert_same(a, b)
 
 
 @pytest.mark.parametrize("other", [{"slots": 8}, {"slots": 4, "lanes": 2, "chunk": 3}, {"slots": 2, "prefill": 48}])
@@ -135,12 +138,11 @@ def test_other_numbers_of_slots_lanes_and_steps_give_the_same_ids(other, traject
 def test_a_neighbour_that_needs_more_of_the_cache_changes_no_bit(kv_dtype, monkeypatch):
     engine = small.engine(kv_dtype=kv_dtype)
     want, needed = engine_trajectories(TASKS[:2], SCRIPTS, eng=engine), engine._blocks
-    assert len(engine.buckets) == 3
-    for bucket in engine.buckets[1:]:
+    assert len(engine.programs.buckets) == 3
+    for bucket in engine.programs.buckets[1:]:
         monkeypatch.setattr(engine, "_blocks", lambda places, most=bucket: max(most, needed(places)))
         for a, b in zip(engine_trajectories(TASKS[:2], SCRIPTS, eng=engine), want, strict=True):
-            np.testing.assert_array_equal(a.tokens, b.tokens)
-            np.testing.assert_array_equal(a.logprobs, b.logprobs)
+            assert_same(a, b)
 
 
 def test_the_members_of_a_group_read_its_opening_once_and_are_bit_for_bit_what_each_would_be_alone():
@@ -152,8 +154,7 @@ def test_the_members_of_a_group_read_its_opening_once_and_are_bit_for_bit_what_e
     encoded = engine.stats["patches"]
     for mine, t in zip(group, together, strict=True):
         (alone,) = engine_trajectories([mine], SCRIPTS, eng=engine)
-        np.testing.assert_array_equal(alone.tokens, t.tokens)
-        np.testing.assert_array_equal(alone.logprobs, t.logprobs)
+        assert_same(alone, t)
         assert engine.stats["copied_tokens"] == 0
         encoded -= engine.stats["patches"]
     assert encoded == -3 * int(np.prod(together[0].grids[0]))  # three openings' images more
@@ -234,7 +235,7 @@ def test_ragged_work_compiles_a_bounded_number_of_programs(engine, trajectories)
     engine_trajectories(tasks, scripts, eng=engine)
     compiled = [p._cache_size() for p in (engine.programs.encode, engine.programs.copy, engine.programs.step)]
     assert sum(compiled) <= engine.programs_at_most == 13
-    assert (engine.rungs, engine.buckets) == ([16, 32, 128], [1, 2, 3])
+    assert (engine.rungs, engine.programs.buckets) == ([16, 32, 128], [1, 2, 3])
     engine_trajectories(tasks[::-1], scripts, eng=engine)
     assert [p._cache_size() for p in (engine.programs.encode, engine.programs.copy, engine.programs.step)] == compiled
 
@@ -251,24 +252,6 @@ def test_after_the_warm_up_ragged_work_compiles_nothing(caplog):
     assert engine.stats["copied_tokens"] > 0
 
 
-class Broken(DiscSegmenter):
-    """Hangs, raises or answers with garbage, by the shape of the picture."""
-
-    def __init__(self):
-        super().__init__()
-        self.woken = threading.Event()
-
-    def segment(self, image, request):
-        match image.shape[:2]:
-            case (84, 112):
-                self.woken.wait(60)
-            case (112, 84):
-                raise RuntimeError("out of cheese")
-            case (56, 84):
-                return None
-        return super().segment(image, request)
-
-
 def test_bad_input_is_an_ending_of_its_own_trajectory_and_no_other_changes_a_bit():
     """Three slots: those whose trajectory ends early, in the midst of a prompt, a turn or a tool call, serve others."""
     engine = small.engine(patches=48)
@@ -281,7 +264,7 @@ def test_bad_input_is_an_ending_of_its_own_trajectory_and_no_other_changes_a_bit
     long = Task(dataclasses.replace(task(8, h=84, w=84).sample, query="disc " * 400), 8, 8)
     dropped = task(9, h=84, w=84)
     tasks = [hangs, fine[0], raises, dropped, garbage, fine[1], large, long, fine[2]]
-    broken = Broken()
+    broken = small.BrokenSegmenter({(84, 112): "hangs", (112, 84): "raises", (56, 84): "nothing"})
     driver = small.EchoDriver(
         engine,
         broken,
@@ -292,17 +275,8 @@ def test_bad_input_is_an_ending_of_its_own_trajectory_and_no_other_changes_a_bit
     )
     got = [t for t, _ in driver.run(tasks)]
     broken.woken.set()
-    assert [t.status for t in got] == [
-        Status.ENV_FAILED,
-        Status.FINISHED,
-        Status.ENV_FAILED,
-        Status.CANCELLED,
-        Status.ENV_FAILED,
-        Status.FINISHED,
-        Status.MAX_CONTEXT,
-        Status.MAX_CONTEXT,
-        Status.FINISHED,
-    ]
+    away, done, full = Status.ENV_FAILED, Status.FINISHED, Status.MAX_CONTEXT
+    assert [t.status for t in got] == [away, done, away, Status.CANCELLED, away, done, full, full, done]
     assert engine.used == {} and engine.queue == [] and engine.lanes == [None] * engine.sampling.lanes
 
     play = driver.play([dropped, *fine])  # an iteration that is given up after its first trajectory
@@ -311,19 +285,11 @@ def test_bad_input_is_an_ending_of_its_own_trajectory_and_no_other_changes_a_bit
     assert engine.used == {} and engine.queue == [] and engine.lanes == [None] * engine.sampling.lanes
     again = [t for t, _ in driver.run(fine)]
     for a, b, c in zip([got[1], got[5], got[8]], again, want, strict=True):
-        for t in (a, b):
-            np.testing.assert_array_equal(t.tokens, c.tokens)
-            np.testing.assert_array_equal(t.logprobs, c.logprobs)
+        assert_same(a, c)
+        assert_same(b, c)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"patches": 15},
-        {"lanes": 2},
-    ],
-)
+@pytest.mark.parametrize("wrong", [{"patches": 15}, {"lanes": 2}])
 def test_settings_that_cannot_work_are_one_data_error(wrong):
     settings = SamplingConfig(**{"max_new_tokens": 4, "context": 64, "slots": 1, "patches": 16} | wrong)
-    with pytest.raises(DataError, match=r"^sampling: "):
-        Engine(small.model(), settings, 2, "float32", jax.random.key(0))
+    refused(r"^sampling: ", Engine, small.model(), settings, 2, "float32", jax.random.key(0))

@@ -3,20 +3,13 @@
 import dataclasses
 
 import numpy as np
-import pytest
 from agent_fakes import DiscSegmenter, run
 
 from rsagent_jax.agent.environment import abort
-from rsagent_jax.rollout.failures import (
-    UNREADABLE,
-    Failures,
-    failure_of,
-    is_segmenters,
-    readable_sample,
-    unmeasured,
-)
-from rsagent_jax.types import DataError, Sample, Status
+from rsagent_jax.rollout.failures import UNREADABLE, Failures, failure_of, is_segmenters, readable_sample, unmeasured
+from rsagent_jax.types import Sample, Status
 from sam_bridge.types import FailureKind
+from tests.refusals import refused
 from tests.rollout import small
 
 AWAY = ("segmenter, unavailable", "nobody there")
@@ -26,10 +19,9 @@ def test_a_run_of_failures_ends_the_command_and_one_answer_breaks_it(capsys):
     failures = Failures(3)
     for failure in (AWAY, AWAY, None, AWAY, AWAY):
         failures.played("s1", failure)
-    with pytest.raises(
-        DataError, match="failed 3 trajectories in a row, the last with: segmenter, unavailable: nobody"
-    ):
-        failures.played("s9", AWAY)
+    refused(
+        "failed 3 trajectories in a row, the last with: segmenter, unavailable: nobody", failures.played, "s9", AWAY
+    )
     failures.add(UNREADABLE, "s4", "a.jpg is cut")
     failures.tell()
     out = capsys.readouterr().out
@@ -52,8 +44,7 @@ def test_only_the_segmenters_endings_are_its_failures():
 
 def test_a_picture_that_no_view_can_show_is_unreadable_by_name():
     thin = Sample("s", np.zeros((10, 2010, 3), np.uint8), "q", np.zeros((10, 2010), bool), path="thin.png")
-    with pytest.raises(DataError, match="thin.png: image of 10x2010 pixels"):
-        readable_sample([thin], 0)
+    refused("thin.png: image of 10x2010 pixels", readable_sample, [thin], 0)
     assert readable_sample([small.sample(0)], 0).id == "s0"
 
 

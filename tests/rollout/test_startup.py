@@ -4,32 +4,35 @@ import dataclasses
 import shutil
 import types
 
-import pytest
-
 from rsagent_jax.config.schema import OptimConfig, SegmenterConfig, SftConfig
 from rsagent_jax.rollout import startup
 from rsagent_jax.train import startup as train_startup
-from rsagent_jax.types import DataError
+from tests.refusals import refused
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=70 << 20))
     startup.check_disk(tmp_path)
-    with pytest.raises(DataError, match=r"0\.07 GiB of free space, and 0\.08 are needed"):
-        startup.check_disk(tmp_path, more=20 << 20)
+    refused(r"0\.07 GiB of free space, and 0\.08 are needed", startup.check_disk, tmp_path, more=20 << 20)
 
 
 def test_a_warm_up_that_is_longer_than_the_epochs(monkeypatch):
     monkeypatch.setattr(train_startup, "open_records", lambda directory: range(100))
     config = dataclasses.replace(SftConfig(trajectories_per_step=10), optim=OptimConfig(warmup_steps=21))
-    with pytest.raises(DataError, match=r"sft\.optim\.warmup_steps must be at most the stage's 20 updates, got 21"):
-        train_startup._check_trajectories(config)
+    refused(
+        r"sft\.optim\.warmup_steps must be at most the stage's 20 updates, got 21",
+        train_startup._check_trajectories,
+        config,
+    )
 
 
 def test_a_back_end_of_ones_own_is_called_without_arguments(tmp_path):
     (tmp_path / "mine.py").write_text("def make(size): return None\n")
-    with pytest.raises(DataError, match=r"mine.py:make' takes \(size\), but is called with \(\)"):
-        startup.check_segmenter(SegmenterConfig(mode="inprocess", backend=f"{tmp_path}/mine.py:make"))
+    refused(
+        r"mine.py:make' takes \(size\), but is called with \(\)",
+        startup.check_segmenter,
+        SegmenterConfig(mode="inprocess", backend=f"{tmp_path}/mine.py:make"),
+    )
 
 
 def test_weights_are_looked_at_without_reading_them(tmp_path):
@@ -37,5 +40,4 @@ def test_weights_are_looked_at_without_reading_them(tmp_path):
     assert startup.check_weights(str(weights)).text.hidden_size == 128
     file = weights / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DataError, match="model.safetensors is not a readable safetensors file"):
-        startup.check_weights(str(weights))
+    refused("model.safetensors is not a readable safetensors file", startup.check_weights, str(weights))

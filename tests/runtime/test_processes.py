@@ -21,6 +21,7 @@ from rsagent_jax.data import packing
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError
+from tests.refusals import refused
 from tests.rollout import small
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -209,8 +210,14 @@ def test_rows_are_shared_by_who_holds_them(monkeypatch):
 
 def test_rows_that_no_process_holds_evenly_are_a_data_error(monkeypatch):
     for process in range(3):  # the second one has devices of both groups
-        with pytest.raises(DataError, match=r"hold the row groups \{0: \[0\], 1: \[0, 1\], 2: \[1\]\}.*mesh.tensor"):
-            share_of(process, 2, (1, 2, 3), monkeypatch)
+        refused(
+            r"hold the row groups \{0: \[0\], 1: \[0, 1\], 2: \[1\]\}.*mesh.tensor",
+            share_of,
+            process,
+            2,
+            (1, 2, 3),
+            monkeypatch,
+        )
 
 
 def test_what_does_not_divide_among_the_processes_is_a_data_error():
@@ -231,12 +238,10 @@ def test_all_processes_start_or_none_does(monkeypatch):
         gather = lambda mine, other=failed_elsewhere: np.stack([mine, np.full_like(mine, other)])  # noqa: E731
         monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
         assert processes.allgather_sum([3, 0]) == [3 + failed_elsewhere, failed_elsewhere]
-        with pytest.raises(DataError, match="seed"):
-            processes.all_or_none(refuse)
+        refused("seed", processes.all_or_none, refuse)
         if not failed_elsewhere:
             assert processes.all_or_none(lambda: "ready") == "ready"
-    with pytest.raises(DataError, match="1 of 2 processes could not start"):
-        processes.all_or_none(lambda: "ready")
+    refused("1 of 2 processes could not start", processes.all_or_none, lambda: "ready")
 
 
 @pytest.mark.parametrize("given", [{"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}, {"JAX_PROCESS_ID": "0"}])
@@ -245,8 +250,7 @@ def test_half_told_processes_are_a_data_error(given, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(DataError, match="JAX_COORDINATOR_ADDRESS=.*JAX_NUM_PROCESSES=, JAX_PROCESS_ID="):
-        processes.initialize_distributed()
+    refused("JAX_COORDINATOR_ADDRESS=.*JAX_NUM_PROCESSES=, JAX_PROCESS_ID=", processes.initialize_distributed)
 
 
 def test_a_batch_of_padding_trains_nothing():

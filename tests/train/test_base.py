@@ -27,16 +27,12 @@ from rsagent_jax.train.state import (
     vision_frozen,
 )
 from rsagent_jax.train.step import batch_logprobs, grpo_objective, make_programs, micro_step
-from rsagent_jax.types import DataError
+from tests.refusals import refused
 from tests.rollout import small
 
 OFF, LORA = LoraConfig(), LoraConfig(rank=4, alpha=8.0)
 OPTIM = OptimConfig(lr=1e-2, eps=1e-3, weight_decay=0.1)  # a large eps: the sign of a gradient near zero is rounding
 OBJECTIVE = grpo_objective(GrpoConfig(normalize="sequence", kl=0.1, tis_clip=0.0, sampling=small.SAMPLING))
-
-
-def flat(state) -> dict[str, np.ndarray]:
-    return {name: np.asarray(value) for name, value in convert.flat_state(state).items()}
 
 
 def parts(freeze=(), adapters=OFF):
@@ -94,7 +90,7 @@ def masked_steps(freeze: tuple[str, ...]):
     graphdef, params = small.split(small.model())
     names = {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(params)}
     prefixes = tuple(p for part in freeze for p in PARTS[part])
-    values = {name: jnp.asarray(v) for name, v in flat(params).items()}
+    values = {name: jnp.asarray(v) for name, v in small.flat(params).items()}
     labels = {name: "frozen" if name.startswith(prefixes) else "trained" for name in names}
     tx = optax.partition({"trained": make_optimizer(OPTIM, 4)[0], "frozen": optax.set_to_zero()}, labels)
     gradients = jax.jit(lambda p: micro_step(graphdef, OBJECTIVE, small.COMPUTE, 1.0, p, EMPTY, batch(), ref()))
@@ -113,15 +109,15 @@ def masked_steps(freeze: tuple[str, ...]):
 def test_frozen_parts_stay_bit_for_bit_and_the_rest_trains_as_if_their_gradients_were_thrown_away(freeze):
     stage = Stage(freeze)
     assert vision_frozen(stage.state.params) == ("merger" in freeze)
-    before = flat(stage.base)
+    before = small.flat(stage.base)
     got = stage.steps(2)
     want, metrics = masked_steps(freeze)
     for step, other in zip(got, metrics, strict=True):
         for name, value in other.items():
             assert step[name] == pytest.approx(value, rel=2e-5), name
-    start, after = flat(small.split(small.model())[1]), flat(stage.state.params)
+    start, after = small.flat(small.split(small.model())[1]), small.flat(stage.state.params)
     assert before.keys().isdisjoint(after) and before.keys() | after.keys() == start.keys()
-    for name, value in flat(stage.base).items():
+    for name, value in small.flat(stage.base).items():
         np.testing.assert_array_equal(value, start[name], err_msg=name)
         np.testing.assert_array_equal(value, want[name], err_msg=name)
     for name, value in after.items():
@@ -143,8 +139,8 @@ def test_a_batch_that_was_seen_needs_the_tower_no_more():
         lambda p, b: micro_step(stage.graphdef, OBJECTIVE, stage.compute, 1.0, p, b, batch(), ref(), embedded=False)
     )(params, stage.base)
     assert float(got.loss) == pytest.approx(float(want.loss), rel=1e-6)
-    for name, value in flat(want.grads).items():
-        assert np.linalg.norm(flat(got.grads)[name] - value) <= 1e-5 * np.linalg.norm(value), name
+    for name, value in small.flat(want.grads).items():
+        assert np.linalg.norm(small.flat(got.grads)[name] - value) <= 1e-5 * np.linalg.norm(value), name
     logprobs = stage.programs.logprobs(params, broken, seen)
     whole = nnx.merge_state(params, stage.base)
     plain = jax.jit(lambda p: batch_logprobs(stage.graphdef, p, batch(), stage.compute, 1.0))(whole)
@@ -152,16 +148,16 @@ def test_a_batch_that_was_seen_needs_the_tower_no_more():
 
 
 def test_adapters_train_alone_and_the_base_alone_is_their_reference():
-    stage, start = Stage(adapters=LORA), flat(small.split(small.model())[1])
+    stage, start = Stage(adapters=LORA), small.flat(small.split(small.model())[1])
     seen = stage.programs.embed(stage.base, batch())
     graphdef, params = small.split(small.model())
     plain = jax.jit(lambda p: batch_logprobs(graphdef, p, batch(), small.COMPUTE, 1.0))(params)
     np.testing.assert_allclose(stage.programs.logprobs(EMPTY, stage.base, seen), plain, atol=1e-5)
-    first, adapters = stage.steps(2), flat(stage.state.params)
+    first, adapters = stage.steps(2), small.flat(stage.state.params)
     _, metrics = masked_steps(("vision",))
     assert first[0]["loss"] == pytest.approx(metrics[0]["loss"], rel=1e-5)  # fresh adapters change nothing
     assert {name.rsplit(".", 1)[1] for name in adapters} == {"lora_a", "lora_b"} and len(adapters) == 14
-    for name, value in flat(stage.base).items():
+    for name, value in small.flat(stage.base).items():
         np.testing.assert_array_equal(value, start[name], err_msg=name)
     assert all(np.abs(v).max() > 1e-3 for name, v in adapters.items() if name.endswith("lora_b"))
 
@@ -174,24 +170,22 @@ def test_adapters_train_alone_and_the_base_alone_is_their_reference():
 
 def test_the_base_is_kept_in_the_dtype_of_the_activations():
     stage = Stage(("vision", "merger"), dtype="bfloat16")
-    start = flat(small.split(small.model())[1])
+    start = small.flat(small.split(small.model())[1])
     assert {v.dtype for v in jax.tree.leaves(stage.state.params)} == {jnp.dtype("float32")}
-    for name, value in flat(stage.base).items():
+    for name, value in small.flat(stage.base).items():
         np.testing.assert_array_equal(value, start[name].astype(jnp.bfloat16), err_msg=name)
     assert np.isfinite(stage.steps(1)[0]["loss"])
 
 
 def test_the_parts_that_can_be_frozen_cover_every_parameter_once():
-    found = {part: set(flat(parts((part,))[2])) for part in PARTS}
+    found = {part: set(small.flat(parts((part,))[2])) for part in PARTS}
     assert all(found.values())
     assert sorted(name for part in found.values() for name in part) == sorted(convert.TABLE)
     assert found["embed"] == {"decoder.embed"} and found["head"] == {"decoder.lm_head"}
 
 
 def test_settings_that_contradict_each_other_are_one_error():
-    with pytest.raises(DataError, match="are all there is; nothing is left to train"):
-        parts(tuple(PARTS))
+    refused("are all there is; nothing is left to train", parts, tuple(PARTS))
     graphdef, params = small.split(small.model())
     tied = nnx.from_flat_state([(k, v) for k, v in nnx.to_flat_state(params) if k[-1] != "lm_head"])
-    with pytest.raises(DataError, match="this policy has no head"):
-        partition_params(graphdef, tied, OFF, ("vision", "head"))
+    refused("this policy has no head", partition_params, graphdef, tied, OFF, ("vision", "head"))

@@ -12,19 +12,15 @@ from rsagent_jax.agent import environment
 from rsagent_jax.agent.environment import SegmentFailure
 from rsagent_jax.agent.replay import replay
 from rsagent_jax.config.reward import RewardGroup, RewardTerm
-from rsagent_jax.config.schema import (
-    AgentConfig,
-    BatchConfig,
-    GrpoConfig,
-    ReadConfig,
-    SamplingConfig,
-)
-from rsagent_jax.data import packing
+from rsagent_jax.config.schema import AgentConfig, BatchConfig, GrpoConfig, ReadConfig, SamplingConfig, SftConfig
+from rsagent_jax.data import packing, trajectories
+from rsagent_jax.data.npz import pack_record
 from rsagent_jax.rewards import RewardError
 from rsagent_jax.train import batch_source
-from rsagent_jax.train.batch_source import GrpoSource
+from rsagent_jax.train.batch_source import GrpoSource, SftSource
 from rsagent_jax.types import DataError, Status, Trajectory
 from sam_bridge.types import FailureKind
+from tests.refusals import refused
 from tests.rollout import small
 from tests.rollout.small import trajectory
 
@@ -94,6 +90,11 @@ def source(groups, **config) -> GrpoSource:
     return GrpoSource(settings, [sample(i) for i in range(len(groups))], played, played, small.processor(), seed=0)
 
 
+def step_of(groups, **config):
+    """(batches, metrics) of the first step."""
+    return source(groups, **config).next(nothing_new, None)
+
+
 def trained(batches) -> dict[int, list[float]]:
     """Sampled token -> the advantages of the trajectories that were made of it."""
     out = {}
@@ -153,11 +154,8 @@ def test_a_broken_tool_is_dropped_from_its_group_and_enters_no_mean():
 
 
 def test_a_group_with_one_sound_member_teaches_nothing():
-    groups = [
-        [trajectory(0, 20), trajectory(0, 0, status=Status.ENV_FAILED)],
-        [trajectory(1, 20), trajectory(1, 10)],
-    ]
-    batches, metrics = source(groups).next(nothing_new, None)
+    groups = [[trajectory(0, 20), trajectory(0, 0, status=Status.ENV_FAILED)], [trajectory(1, 20), trajectory(1, 10)]]
+    batches, metrics = step_of(groups)
     assert list(trained(batches)) == [12] and metrics["zero_variance"] == 0.5
 
 
@@ -174,7 +172,7 @@ def malformed(i: int, n: int) -> Trajectory:
 def test_a_step_in_which_too_many_tools_broke_stops_before_the_update_and_counts_them_by_kind():
     groups = [[broken(0, "unavailable"), broken(0, "internal")], [broken(1, ""), trajectory(1, 10)]]
     with pytest.raises(DataError, match=r"3 of this step's 4 .*\(unavailable 1, timeout 1, internal 1\)") as error:
-        source(groups).next(nothing_new, None)
+        step_of(groups)
     for words in (
         "grpo.max_env_failed = 0.5",
         "No update",
@@ -184,7 +182,7 @@ def test_a_step_in_which_too_many_tools_broke_stops_before_the_update_and_counts
     ):
         assert words in str(error.value)
     with pytest.raises(DataError, match=r"2 of this step's 2 .* segmenter"):  # nothing is left to judge
-        source([[broken(0), broken(0)]], max_env_failed=1.0).next(nothing_new, None)
+        step_of([[broken(0), broken(0)]], max_env_failed=1.0)
 
 
 @pytest.mark.parametrize(("bound", "stops"), [(0.0, True), (0.4, True), (0.5, False), (1.0, False)])
@@ -192,8 +190,7 @@ def test_only_a_share_above_the_bound_stops_the_training(bound, stops):
     groups = [[broken(0, "unavailable"), trajectory(0, 15)], [broken(1), trajectory(1, 10)]]
     s = source(groups, max_env_failed=bound)
     if stops:
-        with pytest.raises(DataError, match=r"2 of this step's 4"):
-            s.next(nothing_new, None)
+        refused(r"2 of this step's 4", s.next, nothing_new, None)
     else:
         _, metrics = s.next(nothing_new, None)
         assert {k: v for k, v in metrics.items() if k.startswith("env_failed/") and v} == {
@@ -206,8 +203,11 @@ def test_only_a_share_above_the_bound_stops_the_training(bound, stops):
 
 def test_trajectories_that_never_called_the_segmenter_do_not_speak_for_it():
     """A side-car that is gone: what is left are the malformed ones, and their rewards could still differ."""
-    with pytest.raises(DataError, match=r"1 of this step's 1 trajectories that called the segmenter"):
-        source([[broken(0), malformed(0, 18), malformed(0, 19), malformed(0, 20)]]).next(nothing_new, None)
+    refused(
+        r"1 of this step's 1 trajectories that called the segmenter",
+        step_of,
+        [[broken(0), malformed(0, 18), malformed(0, 19), malformed(0, 20)]],
+    )
 
 
 def several_processes(monkeypatch, others: dict[str, int], batches: int) -> None:
@@ -231,8 +231,7 @@ def test_processes_stop_together_or_go_on_together_whatever_happened_on_one(monk
     assert metrics["no_update"] == 0.0 and metrics["endings/env_failed"] == 1.0 and "reward" not in metrics
     fine = source([[trajectory(0, 20), trajectory(0, 10)]])
     several_processes(monkeypatch, {"called": 6, "unavailable": 5}, batches=0)
-    with pytest.raises(DataError, match=r"5 of this step's 8 .*unavailable 5"):
-        fine.next(nothing_new, None)
+    refused(r"5 of this step's 8 .*unavailable 5", fine.next, nothing_new, None)
     flat = source([[trajectory(0, 15), trajectory(0, 15)]], drop_zero_variance=False)
     several_processes(monkeypatch, {"usable": 4, "teaching": 2}, batches=1)
     assert trained(flat.next(nothing_new, None)[0]) == {11: [0.0, 0.0]}  # kept, as the step teaches elsewhere
@@ -240,35 +239,35 @@ def test_processes_stop_together_or_go_on_together_whatever_happened_on_one(monk
 
 def test_groups_of_equal_rewards_are_dropped_or_kept_with_advantage_0_as_the_config_says():
     groups = [[trajectory(0, 15), trajectory(0, 15)], [trajectory(1, 20), trajectory(1, 10)]]
-    batches, metrics = source(groups).next(nothing_new, None)
+    batches, metrics = step_of(groups)
     assert list(trained(batches)) == [12] and metrics["zero_variance"] == 0.5
-    batches, _ = source(groups, drop_zero_variance=False).next(nothing_new, None)
+    batches, _ = step_of(groups, drop_zero_variance=False)
     assert trained(batches)[11] == [0.0, 0.0]
 
 
 def test_groups_within_the_least_spread_are_dropped_however_large_their_z_scores():
     groups = [[trajectory(0, 20), trajectory(0, 19)], [trajectory(1, 20), trajectory(1, 10)]]
     spread = float(abs(iou(20) - iou(19)))
-    batches, metrics = source(groups, advantage="zscore", min_spread=spread + 0.01).next(nothing_new, None)
+    batches, metrics = step_of(groups, advantage="zscore", min_spread=spread + 0.01)
     assert list(trained(batches)) == [12] and metrics["zero_variance"] == 0.5
-    batches, metrics = source(groups, advantage="zscore", min_spread=spread - 0.01).next(nothing_new, None)
+    batches, metrics = step_of(groups, advantage="zscore", min_spread=spread - 0.01)
     assert trained(batches)[11] == pytest.approx([-0.70711, 0.70711], abs=1e-4) and metrics["zero_variance"] == 0.0
 
 
 @pytest.mark.parametrize("settings", [{}, {"drop_zero_variance": False}, {"min_spread": 2.0}])
 def test_a_step_in_which_nothing_teaches_has_no_batch_and_is_counted(settings):
     last = trajectory(0, 10 if "min_spread" in settings else 15)
-    batches, metrics = source([[broken(0), trajectory(0, 15), last]], **settings).next(nothing_new, None)
+    batches, metrics = step_of([[broken(0), trajectory(0, 15), last]], **settings)
     assert batches == [] and metrics["no_update"] == 1.0 and metrics["zero_variance"] == 1.0
     assert (metrics["trajectories"], metrics["fill"], metrics["env_failed/timeout"]) == (0.0, 0.0, 1.0)
-    _, metrics = source([[trajectory(0, 20), trajectory(0, 10)]]).next(nothing_new, None)
+    _, metrics = step_of([[trajectory(0, 20), trajectory(0, 10)]])
     assert metrics["no_update"] == 0.0
 
 
 def test_overlong_trajectories_are_trained_or_masked_as_the_config_says():
     group = [trajectory(0, 20, n=20), trajectory(0, 10, n=21, status=Status.MAX_CONTEXT)]
-    assert len(trained(source([group], mask_overlong=False).next(nothing_new, None)[0])[11]) == 2
-    batches, metrics = source([group]).next(nothing_new, None)
+    assert len(trained(step_of([group], mask_overlong=False)[0])[11]) == 2
+    batches, metrics = step_of([group])
     assert metrics["overlong"] == 0.5 and metrics["cut"] == 1.0  # no turn of these ends with a terminator
     kept = trained(batches)
     assert kept == {11: [round((1 - iou(10)) / 2, 5)]}  # its reward still counts in the mean
@@ -276,15 +275,14 @@ def test_overlong_trajectories_are_trained_or_masked_as_the_config_says():
 
 def test_a_trajectory_that_never_took_a_turn_has_a_reward_but_nothing_to_train():
     nothing = trajectory(0, 0, n=0, status=Status.MAX_CONTEXT)
-    batches, metrics = source([[trajectory(0, 20), nothing]]).next(nothing_new, None)
+    batches, metrics = step_of([[trajectory(0, 20), nothing]])
     assert trained(batches) == {11: [round((1 - iou(0)) / 2, 5)]} and metrics["dropped"] == 0.5
-    with pytest.raises(DataError, match=r"grpo\.sampling\.context"):
-        source([[nothing, nothing]]).next(nothing_new, None)
+    refused(r"grpo\.sampling\.context", step_of, [[nothing, nothing]])
 
 
 def test_a_trajectory_with_more_images_than_a_row_holds_is_dropped_and_counted():
     many = trajectory(0, 10, images=5)  # 5 windows of 16 patches, a row has 64
-    batches, metrics = source([[trajectory(0, 20), many]]).next(nothing_new, None)
+    batches, metrics = step_of([[trajectory(0, 20), many]])
     assert trained(batches) == {11: [round((1 - iou(10)) / 2, 5)]} and metrics["dropped"] == 0.5
 
 
@@ -306,10 +304,12 @@ def test_samples_are_visited_in_a_shuffled_order_that_continues_from_a_saved_pos
 
 
 def test_a_reward_that_does_not_exist_is_said_before_the_first_rollout():
-    with pytest.raises(DataError, match="final_iou"):
-        source(
-            [[trajectory(0, 20)]], reward=(RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_io"),)),)
-        )
+    refused(
+        "final_iou",
+        source,
+        [[trajectory(0, 20)]],
+        reward=(RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_io"),)),),
+    )
 
 
 def test_the_trajectory_that_a_reward_fails_on_is_kept(tmp_path):
@@ -366,5 +366,81 @@ def test_a_sample_that_cannot_be_shown_is_one_that_cannot_be_read():
     assert sorted(trained(batches)) == [11, 13] and metrics["unreadable"] == 1.0
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, unreadable="stop"))
     s = GrpoSource(settings, samples, played, played, small.processor(), seed=0)
-    with pytest.raises(DataError, match="cannot be read: sample 1: image of 10x2010 pixels .* crop it"):
-        s.next(nothing_new, None)
+    refused("cannot be read: sample 1: image of 10x2010 pixels .* crop it", s.next, nothing_new, None)
+
+
+# --- Stored trajectories ---
+
+
+def record(t) -> bytes:
+    """Of a trajectory without images."""
+    return pack_record({}, {"tokens": t.tokens, "positions": t.positions, "sampled": t.loss_mask})
+
+
+def test_a_stored_trajectory_that_cannot_be_read_is_counted_and_the_others_are_learnt_from(tmp_path):
+    writer = trajectories.RecordWriter(tmp_path)
+    for i in range(4):
+        t = trajectory(i, 10, n=12, images=0)
+        writer.write(b"nonsense" if i == 2 else record(t))
+    writer.close({})
+    s = sft(tmp_path, trajectories_per_step=4)
+    batches, metrics = s.next(None, None)
+    assert ids(batches) == [0, 1, 3] and metrics["unreadable"] == 1.0 and metrics["trajectories"] == 3.0
+    with pytest.raises(DataError, match="cannot be read: .*, record 2: a stored trajectory cannot be read"):
+        sft(tmp_path, trajectories_per_step=4, unreadable="stop").next(None, None)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Ten trajectories without images; number 3 is longer than a row."""
+    directory = tmp_path_factory.mktemp("set")
+    writer = trajectories.RecordWriter(directory)
+    for i in range(10):
+        t = trajectory(i, 10, n=70 if i == 3 else 12, images=0)
+        writer.write(record(t))
+    writer.close({})
+    return directory
+
+
+def sft(stored, **config) -> SftSource:
+    settings = SftConfig(**{"trajectories": str(stored), "trajectories_per_step": 5, "batch": BATCH} | config)
+    return SftSource(settings, small.processor(), seed=1)
+
+
+def ids(batches) -> list[int]:
+    return sorted(t - 11 for b in batches for t in set(b.tokens[b.loss_mask].tolist()))
+
+
+def test_over_long_stored_trajectories_are_dropped_and_counted(stored):
+    s = sft(stored)
+    steps = [s.next(None, None) for _ in range(4)]
+    assert sorted(ids(steps[0][0]) + ids(steps[1][0])) == sorted(ids(steps[2][0]) + ids(steps[3][0]))
+    assert sorted(ids(steps[0][0]) + ids(steps[1][0])) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert [m["dropped"] for _, m in steps] in ([0, 1, 1, 2], [1, 1, 2, 2], [1, 1, 1, 2], [0, 1, 2, 2])
+    assert [m["epoch"] for _, m in steps] == [0.5, 1.0, 1.5, 2.0]
+    assert all(m["trajectories"] == len(ids(b)) for b, m in steps)
+    assert not any(b.advantages.any() or b.old_logprobs.any() for batches, _ in steps for b in batches)
+
+
+def test_each_epoch_has_its_own_order_and_a_saved_position_continues_it(stored):
+    def order(s, n):
+        return [ids(s.next(None, None)[0]) for _ in range(n)]
+
+    whole = order(sft(stored, trajectories_per_step=1, batch=BatchConfig(rows=1, tokens=80, patches=16)), 20)
+    assert sorted(whole[:10]) == sorted(whole[10:]) == [[i] for i in range(10)] and whole[:10] != whole[10:]
+    s = sft(stored, trajectories_per_step=1, batch=BatchConfig(rows=1, tokens=80, patches=16))
+    order(s, 7)
+    state = s.state()
+    resumed = sft(stored, trajectories_per_step=1, batch=BatchConfig(rows=1, tokens=80, patches=16))
+    resumed.restore(state)
+    assert order(resumed, 13) == whole[7:]
+
+
+def test_the_number_of_steps_follows_the_epochs_unless_it_is_given(stored):
+    for config, steps in (({"epochs": 2.0}, 4), ({"epochs": 0.01}, 1), ({"steps": 7}, 7)):
+        assert sft(stored, **config).steps == steps
+
+
+def test_a_step_of_which_nothing_fits_is_a_data_error(stored):
+    with pytest.raises(DataError, match=r"sft\.batch\.tokens"):
+        sft(stored, batch=BatchConfig(rows=2, tokens=8, patches=16)).next(None, None)

@@ -13,20 +13,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from agent_fakes import DiscSegmenter
-from flax import nnx
 
 import train
-from rsagent_jax.config.reward import RewardGroup, RewardTerm
-from rsagent_jax.config.schema import (
-    BatchConfig,
-    GrpoConfig,
-    LoraConfig,
-    MeshConfig,
-    OptimConfig,
-    PolicyConfig,
-    SftConfig,
-    TrainConfig,
-)
+from rsagent_jax.config.schema import LoraConfig, MeshConfig, OptimConfig
 from rsagent_jax.models.qwen25_vl import convert, lora
 from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
@@ -35,9 +24,11 @@ from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train.checkpoint import NO_ADAPTERS, Checkpoints
 from rsagent_jax.train.state import cast_frozen, create_state, make_optimizer, partition_params
 from rsagent_jax.types import DataError
+from tests.refusals import refused
 from tests.rollout import small
 
 STEPS = 4
+MISFIT = "does not fit the model and optimiser of this config"
 OPTIM = OptimConfig(lr=3e-3, warmup_steps=1, schedule="cosine", weight_decay=0.01)
 TIMES = ("seconds", "rollout_seconds", "tokens_per_s", "tool_seconds")
 
@@ -85,35 +76,11 @@ def go(stored, compiled, monkeypatch):
     monkeypatch.setattr(train, "open_samples", lambda _: [small.sample(i, 56, 56) for i in range(5)])
     monkeypatch.setattr(train, "open_segmenter", lambda _: contextlib.nullcontext(DiscSegmenter()))
     monkeypatch.setattr(train, "tqdm", lambda steps, **_: steps)
-    base = TrainConfig(
-        seed=3,
-        policy=PolicyConfig(weights=str(small.weights()), dtype="float32", remat="none"),
-        agent=small.AGENT,
-        sft=SftConfig(
-            trajectories=str(stored),
-            steps=STEPS,
-            trajectories_per_step=3,
-            batch=BatchConfig(rows=1, tokens=400, patches=128),
-            optim=OPTIM,
-            checkpoint_every=2,
-        ),
-        grpo=GrpoConfig(
-            steps=STEPS,
-            prompts=2,
-            group=2,
-            updates=2,
-            tis_clip=0.0,
-            kl=0.05,
-            reward=(RewardGroup("words", 1.0, (RewardTerm("tests.rollout.small:word_count"),)),),
-            batch=BatchConfig(rows=1, tokens=400, patches=128),
-            optim=OPTIM,
-            sampling=dataclasses.replace(small.SAMPLING, context=400, patches=64),
-            checkpoint_every=2,
-        ),
-    )
+    base = small.train_config(stored, 2, 1, OPTIM, STEPS, sampling=dict(context=400), updates=2, tis_clip=0.0)
+    base = dataclasses.replace(base, sft=dataclasses.replace(base.sft, trajectories_per_step=3))
 
     def run(stage, workdir, log_class=MetricsLog, lora=NO_ADAPTERS, freeze=(), weights=None):
-        part = dict(optim=dataclasses.replace(OPTIM, freeze=freeze))
+        part = dict(optim=dataclasses.replace(OPTIM, freeze=freeze), checkpoint_every=2)
         config = dataclasses.replace(
             base,
             policy=dataclasses.replace(base.policy, lora=lora),
@@ -129,15 +96,11 @@ def go(stored, compiled, monkeypatch):
         try:
             with contextlib.ExitStack() as stack:
                 policy = train.Policy(small.weights(), small.processor(), mesh, graphdef, params)
-                return flat(train.run_stage(stage, config, workdir, log, policy, stack).params)
+                return small.flat(train.run_stage(stage, config, workdir, log, policy, stack).params)
         finally:
             log.close()
 
     return run
-
-
-def flat(params) -> dict[str, np.ndarray]:
-    return {".".join(map(str, k)): np.asarray(v.get_value()) for k, v in nnx.to_flat_state(params)}
 
 
 def lines(workdir) -> list[dict]:
@@ -154,12 +117,7 @@ def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "part"),
-    [
-        ("sft", {}),
-        ("grpo", {}),
-        ("grpo", dict(lora=LoraConfig(rank=4))),
-        ("sft", dict(freeze=("vision", "merger"))),
-    ],
+    [("sft", {}), ("grpo", {}), ("grpo", dict(lora=LoraConfig(rank=4))), ("sft", dict(freeze=("vision", "merger")))],
 )
 def test_run_4_equals_run_2_and_resume_2(stage, part, go, tmp_path):
     go = functools.partial(go, **part)
@@ -203,6 +161,11 @@ def test_a_step_in_which_nothing_teaches_moves_no_bit_of_the_state_and_is_counte
         np.testing.assert_array_equal(value, after[name], err_msg=name)
 
 
+def closing(directory, *adapters, weights=None):
+    """Its checkpoints, which wait and close at the end."""
+    return contextlib.closing(Checkpoints(directory, weights or small.weights(), *adapters))
+
+
 def state_in(directory) -> dict[str, np.ndarray]:
     with ocp.StandardCheckpointer() as reader:
         parts = {part: reader.restore(directory / part) for part in ("params", "optimizer")}
@@ -221,22 +184,20 @@ def state_of(hidden: int = 32, layers: int = 2, optim: OptimConfig = OPTIM):
 def saved(tmp_path_factory):
     """A stage's directory with a checkpoint of step 0."""
     directory = tmp_path_factory.mktemp("saved") / "checkpoints" / "sft"
-    checkpoints = Checkpoints(directory, small.weights())
-    checkpoints.save(state_of(), {"position": 5, "dropped": 1})
-    checkpoints.close()
+    with closing(directory) as checkpoints:
+        checkpoints.save(state_of(), {"position": 5, "dropped": 1})
     return directory
 
 
 def test_a_state_and_the_position_of_its_source_come_back_as_they_were(saved):
-    checkpoints = Checkpoints(saved, small.weights())
     like = state_of()
-    state, source = checkpoints.restore(like)
+    with closing(saved) as checkpoints:
+        state, source = checkpoints.restore(like)
     assert source == {"position": 5, "dropped": 1} and int(state.step) == 0
     assert jax.tree.structure(state) == jax.tree.structure(like)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
         np.testing.assert_array_equal(a, b)
         assert a.sharding == b.sharding and a.dtype == b.dtype
-    checkpoints.close()
 
 
 @pytest.mark.parametrize(
@@ -245,11 +206,9 @@ def test_a_state_and_the_position_of_its_source_come_back_as_they_were(saved):
 )
 def test_a_checkpoint_of_another_model_or_optimiser_is_one_data_error(saved, tmp_path, hidden, layers, optim):
     directory = shutil.copytree(saved, tmp_path / "sft")
-    checkpoints = Checkpoints(directory, small.weights(hidden, layers))
-    with pytest.raises(DataError, match="does not fit the model and optimiser of this config") as error:
-        checkpoints.restore(state_of(hidden, layers, optim))
-    assert str(directory) in str(error.value) and "--workdir" in str(error.value)
-    checkpoints.close()
+    with closing(directory, weights=small.weights(hidden, layers)) as checkpoints:
+        said = refused(MISFIT, checkpoints.restore, state_of(hidden, layers, optim))
+    assert str(directory) in said and "--workdir" in said
 
 
 ADAPTERS = LoraConfig(rank=4, alpha=8.0)
@@ -271,9 +230,8 @@ def adapted(tmp_path_factory):
     state, base = state_and_base(ADAPTERS)
     with ocp.StandardCheckpointer() as writer:
         writer.save(directory / "base", {"decoder.embed": jnp.zeros(3)})
-    checkpoints = Checkpoints(directory, small.weights(), ADAPTERS)
-    checkpoints.save(state, {}, base)
-    checkpoints.close()
+    with closing(directory, ADAPTERS) as checkpoints:
+        checkpoints.save(state, {}, base)
     return directory
 
 
@@ -281,8 +239,8 @@ def adapted(tmp_path_factory):
 @pytest.mark.parametrize("mesh", [None, MeshConfig()])
 def test_a_policy_with_adapters_is_loaded_merged(adapted, mesh, dtype):
     state, base = state_and_base(ADAPTERS)
-    want = {name: value.astype(np.float32) for name, value in flat(base).items()}
-    values = flat(state.params)
+    want = {name: value.astype(np.float32) for name, value in small.flat(base).items()}
+    values = small.flat(state.params)
     for linear in {name.rsplit(".", 1)[0] for name in values}:
         want[f"{linear}.kernel"] += 2.0 * values[f"{linear}.lora_a"] @ values[f"{linear}.lora_b"]
     loaded = convert.flat_params(load_policy(str(adapted), None if mesh is None else sharding.make_mesh(mesh), dtype))
@@ -297,51 +255,43 @@ def test_a_policy_with_adapters_is_loaded_merged(adapted, mesh, dtype):
     ("other", "match"),
     [
         (LoraConfig(rank=4, alpha=9.0), r"has adapters with \{'rank': 4, 'alpha': 8.0\}, this config has .*9.0"),
-        (LoraConfig(rank=2, alpha=8.0), "does not fit the model and optimiser of this config"),
-        (LoraConfig(rank=4, alpha=8.0, targets=("q",)), "does not fit the model and optimiser of this config"),
-        (NO_ADAPTERS, "does not fit the model and optimiser of this config"),
+        (LoraConfig(rank=2, alpha=8.0), MISFIT),
+        (LoraConfig(rank=4, alpha=8.0, targets=("q",)), MISFIT),
+        (NO_ADAPTERS, MISFIT),
     ],
 )
-def test_a_checkpoint_of_other_adapters_is_one_data_error(adapted, other, match):
-    checkpoints = Checkpoints(adapted, small.weights(), other)
-    with pytest.raises(DataError, match=match):
-        checkpoints.restore(state_and_base(other)[0] if other.rank else state_of())
-    checkpoints.close()
-
-
-def test_adapters_do_not_continue_a_run_that_trained_everything(saved):
-    checkpoints = Checkpoints(saved, small.weights(), ADAPTERS)
-    with pytest.raises(DataError, match="does not fit the model and optimiser of this config"):
-        checkpoints.restore(state_and_base(ADAPTERS)[0])
-    checkpoints.close()
+def test_a_checkpoint_of_other_adapters_is_one_data_error(adapted, saved, other, match):
+    with closing(adapted, other) as checkpoints:
+        refused(match, checkpoints.restore, state_and_base(other)[0] if other.rank else state_of())
+    with closing(saved, ADAPTERS) as checkpoints:  # nor do adapters continue a run that trained everything
+        refused(MISFIT, checkpoints.restore, state_and_base(ADAPTERS)[0])
 
 
 def test_a_lost_base_is_a_data_error(adapted, tmp_path):
     directory = shutil.copytree(adapted, tmp_path / "grpo")
     shutil.rmtree(directory / "base")
-    with pytest.raises(DataError, match="is not of the model in"):
-        load_policy(str(directory))
+    refused("is not of the model in", load_policy, str(directory))
     checkpoints = Checkpoints(directory, small.weights(), ADAPTERS)
-    with pytest.raises(DataError, match="base does not fit the parameters that this config leaves untrained"):
-        checkpoints.restore_base(state_and_base(ADAPTERS)[1])
+    refused(
+        "base does not fit the parameters that this config leaves untrained",
+        checkpoints.restore_base,
+        state_and_base(ADAPTERS)[1],
+    )
     checkpoints.close()
 
 
 def test_the_policy_files_beside_a_checkpoint_must_be_those_of_its_model(saved, tmp_path):
     directory = shutil.copytree(saved, tmp_path / "sft")
     shutil.copyfile(small.weights(48, 2) / "config.json", directory / "policy" / "config.json")
-    with pytest.raises(DataError, match="is not of the model in"):
-        load_policy(str(directory))
+    refused("is not of the model in", load_policy, str(directory))
 
 
 def test_a_stage_without_a_finished_checkpoint_is_a_data_error(tmp_path):
     checkpoints = Checkpoints(tmp_path / "sft", small.weights())
     assert checkpoints.restore(state_of()) is None
     checkpoints.close()
-    with pytest.raises(DataError, match="holds no finished checkpoint"):
-        load_policy(str(tmp_path / "sft"))
-    with pytest.raises(DataError, match="does not exist"):
-        load_policy(str(tmp_path / "nowhere"))
+    refused("holds no finished checkpoint", load_policy, str(tmp_path / "sft"))
+    refused("does not exist", load_policy, str(tmp_path / "nowhere"))
 
 
 def test_a_checkpoint_that_lost_a_part_is_a_data_error(saved, tmp_path):
@@ -401,8 +351,7 @@ def test_what_a_folder_holds_says_what_it_is_and_not_its_neighbours(given, holds
     if (tmp_path / found).exists():
         assert policy_directory(str(tmp_path / given)) == tmp_path / found
     else:
-        with pytest.raises(DataError, match=found):
-            policy_directory(str(tmp_path / given))
+        refused(found, policy_directory, str(tmp_path / given))
 
 
 def test_other_weights_leave_no_file_of_the_former_ones_in_a_stage(saved, tmp_path):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,10 +20,6 @@ from rsagent_jax.train.step import grpo_objective, make_programs
 from tests.rollout import small
 
 
-def names(tree) -> dict:
-    return {".".join(map(str, k)): v.get_value() for k, v in nnx.to_flat_state(tree)}
-
-
 @pytest.fixture(scope="module")
 def params():
     return small.split(small.model())[1]
@@ -34,15 +29,20 @@ def params():
 def test_moments_live_where_their_parameters_do_and_all_else_everywhere(params, freeze):
     tx, _ = make_optimizer(OptimConfig(), 10)
     mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
-    named = {name: NamedSharding(mesh, P(None, "x") if v.ndim > 1 else P("x")) for name, v in names(params).items()}
-    placed = convert.with_params(small.model(), {k: jax.device_put(v, named[k]) for k, v in names(params).items()})
+    named = {
+        name: NamedSharding(mesh, P(None, "x") if v.ndim > 1 else P("x"))
+        for name, v in convert.flat_state(params).items()
+    }
+    placed = convert.with_params(
+        small.model(), {k: jax.device_put(v, named[k]) for k, v in convert.flat_state(params).items()}
+    )
     whole = NamedSharding(mesh, P())
     _, trained, base = partition_params(*small.split(placed), LoraConfig(), freeze)
     where = state_shardings(trained, tx, whole)
     assert jax.tree.structure(where) == jax.tree.structure(create_state(trained, tx)) and where.step == whole
-    assert names(where.params) == {name: named[name] for name in names(trained)}
+    assert convert.flat_state(where.params) == {name: named[name] for name in convert.flat_state(trained)}
     moments = [s for s in jax.tree.leaves(where.opt_state) if s != whole]
-    assert len(moments) == 2 * (len(named) - len(names(base))) and set(moments) == set(named.values())
+    assert len(moments) == 2 * (len(named) - len(convert.flat_state(base))) and set(moments) == set(named.values())
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,8 @@ def test_offloaded_moments_train_the_same_and_stay_in_host_memory(tmp_path):
             state, _ = programs.train_step(state, base, [batch], [ref])
         assert kinds(state) == {"pinned_host" if offload else "device"}
         ends[offload] = state
-    for name, value in names(ends[False].params).items():
-        assert np.array_equal(np.asarray(names(ends[True].params)[name]), np.asarray(value)), name
+    for name, value in convert.flat_state(ends[False].params).items():
+        assert np.array_equal(np.asarray(convert.flat_state(ends[True].params)[name]), np.asarray(value)), name
 
     checkpoints = Checkpoints(tmp_path / "sft", small.weights())
     checkpoints.save(ends[True], {})

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask_info
 
+from rsagent_jax.array_types import Array, Bool, Float, Int
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.cpu import softmax_attention
 from rsagent_jax.runtime import sharding
@@ -26,7 +27,12 @@ BLOCK = 512  # queries at a time, and the kernel's tiles
 LANES = 128  # the kernel's smallest tile
 
 
-def attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BKSH: Float[Array, "B K S H"],
+    v_BKSH: Float[Array, "B K S H"],
+    mask_BTS: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
     """Softmax attention with grouped heads; softmax in fp32. Rows of the mask without a True give finite garbage."""
     b, t, n, h = q_BTNH.shape
     kv = v_BKSH.shape[1]
@@ -36,7 +42,7 @@ def attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS:
     return o.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
-def in_segments(segment_ids_BT: jax.Array, compute: Compute, *, causal: bool) -> Callable[..., jax.Array]:
+def in_segments(segment_ids_BT: Int[Array, "B T"], compute: Compute, *, causal: bool) -> Callable[..., Array]:
     """`attend(q_BTNH, k_BKTH, v_BKTH) -> o_BTNH` for rows with these segments.
 
     Place t sees the places of its own segment, with `causal` those up to t. Padding, segment 0, gives finite garbage.
@@ -108,8 +114,8 @@ def tile(length: int) -> int:
     return next(b for b in (BLOCK, 256, LANES) if length % b == 0)
 
 
-def tiles_between(segment_ids_BT, side: int, causal: bool):
-    """bool[B, Q, K]: the tiles of queries and keys that may share a segment; exact where segments ascend along a row.
+def tiles_between(segment_ids_BT: Int[Array, "B T"], side: int, causal: bool) -> Bool[Array, "B Q K"]:
+    """The tiles of queries and keys that may share a segment; exact where segments ascend along a row.
 
     A tile on the diagonal always counts: padding needs something to see.
     """
@@ -147,7 +153,7 @@ def _kernel(q_NTH, k_KTH, v_KTH, segments_T, tiles_QK, *, causal: bool, interpre
     )
     places = jnp.arange(length) if causal else None
 
-    def tables(axis: int) -> splash_mask_info.MaskInfo:
+    def tables(axis: int):
         """Which tiles are computed, and for the others the one to load instead: the next on the way, else the last."""
         number = jax.lax.broadcasted_iota(jnp.int32, tiles_QK.shape, axis)
         following = jax.lax.cummin(jnp.where(tiles_QK, number, len(tiles_QK)), axis, reverse=True)

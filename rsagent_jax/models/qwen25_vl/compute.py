@@ -56,22 +56,17 @@ class Compute:
 
 
 def checkpoint_policy(remat: str):
-    """None for "none", else (a jax.checkpoint policy,). `remat`: as config.ranges.Remat has it."""
+    """Of jax.checkpoint; None for "none". `remat`: as config.ranges.Remat has it."""
     kind, colon, names = remat.partition(":")
     wanted = tuple(n.strip() for n in names.split(",")) if colon else REMAT[kind]
     policies = jax.checkpoint_policies
     if wanted is None:
         return None
     if kind == "offload":
-        return (
-            policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[],
-                names_which_can_be_offloaded=list(wanted),
-                offload_src="device",
-                offload_dst="pinned_host",
-            ),
-        )
-    return (policies.save_only_these_names(*wanted),)
+        to_host = dict(offload_src="device", offload_dst="pinned_host")
+        offload = policies.save_and_offload_only_these_names
+        return offload(names_which_can_be_saved=[], names_which_can_be_offloaded=list(wanted), **to_host)
+    return policies.save_only_these_names(*wanted)
 
 
 PLAIN = Compute()
@@ -92,7 +87,7 @@ def scan_states(graphdef, state, body, x, compute: Compute):
     if (policy := checkpoint_policy(compute.remat)) is not None:
         # A loop keeps the recomputation apart from the first pass; there, the barrier against merging the two would
         # only cost.
-        step = jax.checkpoint(step, policy=policy[0], prevent_cse=not compute.scan_layers)
+        step = jax.checkpoint(step, policy=policy, prevent_cse=not compute.scan_layers)
     return jax.lax.scan(step, compute.rows(x), state, unroll=not compute.scan_layers)[0]
 
 

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from rsagent_jax.array_types import Array, Bool, Float, Int
 from rsagent_jax.runtime import sharding
 
 PIECE = 1 << 26  # logits per device at a time: 256 MiB in fp32
@@ -25,9 +26,16 @@ class _Settings:
 
 
 def token_logprobs(
-    hidden_BTD, head_VD, targets_BT, wanted_BT=None, *, temperature: float = 1.0, piece: int = PIECE, mesh=None
-):
-    """log p(target), f32[B, T], without ever holding [B, T, V]; 0 where `wanted_BT` (bool; None: all) is False.
+    hidden_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    wanted_BT: Bool[Array, "B T"] | None = None,
+    *,
+    temperature: float = 1.0,
+    piece: int = PIECE,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Float[Array, "B T"]:
+    """log p(target) in fp32, without ever holding [B, T, V]; 0 where `wanted_BT` (bool; None: all) is False.
 
     The vocabulary is cut into pieces of at most about `piece` logits per device, which are made, used and dropped; the
     backward pass makes them again. A piece of the head is gathered over fsdp, in the dtype of the activations, when its

@@ -18,21 +18,8 @@ class Qwen25VL(nnx.Module):
         self.vision = VisionTower(config.vision, rngs)
         self.decoder = Decoder(config.text, rngs)
 
-    def embed(
-        self,
-        tokens_BT,
-        patches_BPC,
-        patch_segment_ids_BP,
-        patch_positions_BP2,
-        image_slots_BT,
-        compute: Compute = PLAIN,
-    ):
-        """Token embeddings [B, T, D] with image embeddings in the image slots (0 = text, else 1 + merged place)."""
-        merged = self.vision(patches_BPC, patch_segment_ids_BP, patch_positions_BP2, compute)
-        return self.place(tokens_BT, merged, image_slots_BT, compute)
-
     def place(self, tokens_BT, merged_BMD, image_slots_BT, compute: Compute = PLAIN) -> jax.Array:
-        """Token embeddings with the tower's merged tokens where the image is."""
+        """Token embeddings [B, T, D] with image embeddings in the image slots (0 = text, else 1 + merged place)."""
         x = self.decoder.embed_tokens(tokens_BT, compute)
         if merged_BMD.shape[1] == 0:  # a batch of text only
             return x
@@ -51,7 +38,8 @@ class Qwen25VL(nnx.Module):
         compute: Compute = PLAIN,
     ) -> jax.Array:
         """Normed hidden states [B, T, D] of packed rows; `token_logprobs` turns them into log-probabilities."""
-        x = self.embed(tokens_BT, patches_BPC, patch_segment_ids_BP, patch_positions_BP2, image_slots_BT, compute)
+        merged = self.vision(patches_BPC, patch_segment_ids_BP, patch_positions_BP2, compute)
+        x = self.place(tokens_BT, merged, image_slots_BT, compute)
         return self.decoder(x, positions_B3T, segment_ids_BT, compute)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import functools
 
 import numpy as np
 
+from rsagent_jax.array_types import Bool, Float32, Int, Int32
 from rsagent_jax.models.qwen25_vl.config import VisionConfig
 
 Grid = tuple[int, int, int]  # (t, h, w) in patches
@@ -21,12 +22,14 @@ def merged_tokens(grid: Grid, merge: int = 2) -> int:
     return grid[0] * (grid[1] // merge) * (grid[2] // merge)
 
 
-def mrope_positions(tokens: np.ndarray, grids: tuple[Grid, ...], image_id: int, start: int = 0, merge: int = 2):
-    """Positions of `tokens` i32[T] when the context before them ended at `start`.
+def mrope_positions(
+    tokens: Int[np.ndarray, " T"], grids: tuple[Grid, ...], image_id: int, start: int = 0, merge: int = 2
+) -> tuple[Int32[np.ndarray, "3 T"], int]:
+    """Positions of `tokens` when the context before them ended at `start`.
 
     Text advances all three axes together; an image of (h, w) merged rows and columns has temporal position `start`, its
     own rows and columns added to `start`, and the text after it goes on at start + max(h, w).
-    Returns (positions i32[3, T], the next free position). ValueError when placeholders and grids disagree.
+    Returns (positions, the next free position). ValueError when placeholders and grids disagree.
     """
     tokens = np.asarray(tokens)
     out = np.empty((3, len(tokens)), np.int32)
@@ -88,9 +91,9 @@ class PatchLayout:
     merged token m in the merged buffer.
     """
 
-    source: np.ndarray  # i32[P]
-    coords: np.ndarray  # i32[P, 2]
-    merged_place: np.ndarray  # i32[M]
+    source: Int32[np.ndarray, " P"]
+    coords: Int32[np.ndarray, "P 2"]
+    merged_place: Int32[np.ndarray, " M"]
 
 
 def patch_layout(grid: Grid, config: VisionConfig) -> PatchLayout:
@@ -116,10 +119,10 @@ def patch_layout(grid: Grid, config: VisionConfig) -> PatchLayout:
 class PatchBuffer:
     """The images of one row, ready for the vision tower."""
 
-    patches: np.ndarray  # f32[P, patch_dim]
-    segment_ids: np.ndarray  # i32[P]; image 1.., 0 padding
-    positions: np.ndarray  # i32[P, 2]
-    image_slots: np.ndarray  # i32[T]; 0 text, else 1 + place of the merged token in the merged buffer
+    patches: Float32[np.ndarray, "P patch_dim"]
+    segment_ids: Int32[np.ndarray, " P"]  # image 1.., 0 padding
+    positions: Int32[np.ndarray, "P 2"]
+    image_slots: Int32[np.ndarray, " T"]  # 0 text, else 1 + place of the merged token in the merged buffer
 
 
 def padded_patches(grids: tuple[Grid, ...], config: VisionConfig) -> int:
@@ -129,9 +132,13 @@ def padded_patches(grids: tuple[Grid, ...], config: VisionConfig) -> int:
 
 
 def fill_patch_buffer(
-    patches: np.ndarray, grids: tuple[Grid, ...], is_image: np.ndarray, capacity: int, config: VisionConfig
+    patches: Float32[np.ndarray, "N dim"],
+    grids: tuple[Grid, ...],
+    is_image: Bool[np.ndarray, " T"],
+    capacity: int,
+    config: VisionConfig,
 ) -> PatchBuffer:
-    """Lays several images' patches f32[sum, dim] out in `capacity` places; `is_image` bool[T] marks their tokens.
+    """Lays several images' patches out in `capacity` places; `is_image` marks their tokens.
 
     ValueError when the images do not fit, or when image tokens != merged patches (invariant d).
     """

@@ -6,6 +6,8 @@ bins, most of them one window, and a full block attends inside each image's segm
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -85,8 +87,11 @@ class VisionTower(nnx.Module):
         """All blocks in order. Published sizes repeat n window blocks and a full one: one scan over such groups."""
         every = period(self.config)
         if every is None:
-            for start, stop, is_full in _runs(self.config):
-                x = scan_layers(self.blocks, full if is_full else windowed, x, compute, start=start, stop=stop)
+            has_full = lambda block: block in self.config.fullatt_block_indexes  # noqa: E731
+            for is_full, run in itertools.groupby(range(self.config.depth), has_full):
+                run = list(run)
+                body = full if is_full else windowed
+                x = scan_layers(self.blocks, body, x, compute, start=run[0], stop=run[-1] + 1)
             return x
         graphdef, state = nnx.split(self.blocks)
         groups = jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]), state)
@@ -105,18 +110,6 @@ def rotary_angles(positions_BP2: jax.Array, head_dim: int) -> tuple[jax.Array, j
     angles = (positions_BP2.astype(jnp.float32)[..., None] * inverse).reshape(*positions_BP2.shape[:2], -1)
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def _runs(config: VisionConfig) -> list[tuple[int, int, bool]]:
-    """Consecutive blocks of one kind: (first, one past the last, full attention?)."""
-    runs: list[tuple[int, int, bool]] = []
-    for i in range(config.depth):
-        full = i in config.fullatt_block_indexes
-        if runs and runs[-1][2] == full:
-            runs[-1] = (runs[-1][0], i + 1, full)
-        else:
-            runs.append((i, i + 1, full))
-    return runs
 
 
 def period(config: VisionConfig) -> int | None:
