@@ -27,10 +27,7 @@ from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import (
-    DataConfig,
-    EvalConfig,
-)
+from rsagent_jax.config.schema import DataConfig, EvalConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.data.sets.open import Mixture, open_samples
@@ -44,13 +41,7 @@ from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.play import play_samples
 from rsagent_jax.runtime import command, processes
 from rsagent_jax.runtime.image_files import keep_picture
-from rsagent_jax.runtime.journal import (
-    agent_settings,
-    data_settings,
-    fingerprints,
-    sampling_settings,
-    write_whole,
-)
+from rsagent_jax.runtime.journal import agent_settings, data_settings, fingerprints, sampling_settings, write_whole
 from rsagent_jax.types import DataError, Sample, Trajectory
 from sam_bridge.types import Segmenter
 

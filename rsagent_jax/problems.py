@@ -20,9 +20,7 @@ from absl import flags
 from rsagent_jax.collecting import startup
 from rsagent_jax.collecting.problem_writer import ANSWERS, ProblemWriter, write_set
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import (
-    ProblemsConfig,
-)
+from rsagent_jax.config.schema import ProblemsConfig
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.runtime import command, journal
 from rsagent_jax.runtime.journal import Journal

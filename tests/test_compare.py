@@ -107,10 +107,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
             write(tmp_path / "rules", [0.5, 0.6], metric={"unit": "reference"}),
             "differ in settings.metric.unit: None and 'reference'",
         ),
-        (
-            write(tmp_path / "split", [0.5, 0.6], data={"split": "test"}),
-            "differ in settings.data.split: 'val' and",
-        ),
+        (write(tmp_path / "split", [0.5, 0.6], data={"split": "test"}), "differ in settings.data.split: 'val' and"),
         (tmp_path / "none", "results.json is missing"),
         (a, "the same directory is given twice"),
     ]

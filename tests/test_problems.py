@@ -15,10 +15,7 @@ from configs import problems as problems_config
 from rsagent_jax.collecting import problem_prompt
 from rsagent_jax.collecting.problem_writer import ANSWERS, ProblemWriter, write_set
 from rsagent_jax.config.build import build_config
-from rsagent_jax.config.schema import (
-    ProblemsConfig,
-    RemoteConfig,
-)
+from rsagent_jax.config.schema import ProblemsConfig, RemoteConfig
 from rsagent_jax.data.sets import folder
 from rsagent_jax.problems import problems_resume_fingerprint
 from rsagent_jax.runtime.journal import Journal

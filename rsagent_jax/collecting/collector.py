@@ -16,9 +16,7 @@ from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.collecting import filter
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import (
-    CollectConfig,
-)
+from rsagent_jax.config.schema import CollectConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.index import SampleIndex

@@ -17,9 +17,7 @@ from tqdm import tqdm
 from rsagent_jax.collecting import problem_prompt
 from rsagent_jax.collecting.endpoint import Endpoint
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import (
-    ProblemsConfig,
-)
+from rsagent_jax.config.schema import ProblemsConfig
 from rsagent_jax.masks import encode_rle
 from rsagent_jax.rollout.policy import PolicyFailure
 from rsagent_jax.runtime import journal

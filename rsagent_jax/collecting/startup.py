@@ -6,10 +6,7 @@ import pathlib
 
 from rsagent_jax.collecting import endpoint
 from rsagent_jax.config.import_path import import_path
-from rsagent_jax.config.schema import (
-    CollectConfig,
-    ProblemsConfig,
-)
+from rsagent_jax.config.schema import CollectConfig, ProblemsConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.rollout.driver import pixel_limits

@@ -37,9 +37,7 @@ from typing import Any
 import numpy as np
 
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import (
-    MetricConfig,
-)
+from rsagent_jax.config.schema import MetricConfig
 from rsagent_jax.masks import intersection_union
 from rsagent_jax.types import DataError, Sample, Status, Trajectory
 

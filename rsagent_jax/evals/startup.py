@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
-from rsagent_jax.config.schema import (
-    EvalConfig,
-)
+from rsagent_jax.config.schema import EvalConfig
 from rsagent_jax.evals import bounds
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter

@@ -173,10 +173,7 @@ class _Line:
 
 
 def _latest(
-    folder: pathlib.Path,
-    settings: dict[str, Any] | None,
-    current: Mapping[str, str] | None = None,
-    by: str = "at",
+    folder: pathlib.Path, settings: dict[str, Any] | None, current: Mapping[str, str] | None = None, by: str = "at"
 ) -> list[_Line]:
     latest: dict[str, _Line] = {}
     for path in sorted(folder.glob("*-of-*.jsonl")):

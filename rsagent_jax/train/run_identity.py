@@ -21,10 +21,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import (
-    PolicyConfig,
-    TrainConfig,
-)
+from rsagent_jax.config.schema import PolicyConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weight_files
 from rsagent_jax.runtime.journal import write_whole, writing

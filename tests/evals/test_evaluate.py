@@ -12,9 +12,7 @@ from agent_fakes import DiscSegmenter, disc
 import evaluate
 from configs import eval as eval_configs
 from rsagent_jax.config.build import build_config
-from rsagent_jax.config.schema import (
-    EvalConfig,
-)
+from rsagent_jax.config.schema import EvalConfig
 from rsagent_jax.runtime import command
 from rsagent_jax.types import DataError
 from sam_bridge.types import About, FailureKind, SegmenterError
@@ -145,11 +143,7 @@ def test_unreadable_samples_are_named_counted_and_in_no_figure(run, root, capsys
     assert (
         results["n"] == 4
         and results["giou"] > 0.9
-        and set(results["unreadable"])
-        == {
-            "folder/mine/s1",
-            "folder/mine/s2",
-        }
+        and set(results["unreadable"]) == {"folder/mine/s1", "folder/mine/s2"}
     )
     out = capsys.readouterr().out
     assert "n 4 " in out and "failed: unreadable 2" in out and "1.png is not a readable picture" in out
