@@ -15,7 +15,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from rsagent_jax.report.comparison import Comparison, GainInterval, check_comparable, compare, text_table
+from rsagent_jax.report.comparison import Comparison, check_comparable, compare, text_table
 from rsagent_jax.report.evaluation import Evaluation, load_evaluation
 from rsagent_jax.types import DataError
 
@@ -29,14 +29,10 @@ def comparison_table(
     for k, (evaluation, name) in enumerate(zip(evaluations, names, strict=True)):
         r, c = evaluation.results, found[k - 1] if k else None
         figures = [f"{r['giou']:.3f}", f"{r['ciou']:.3f}", f"{r['mean_turns']:.2f}"]
-        gaps = [_marked(d) for d in (c.giou, c.ciou, c.turns)] if c else ["", "", ""]
+        gaps = [f"{d} *" if d.clear else str(d) for d in (c.giou, c.ciou, c.turns)] if c else ["", "", ""]
         counts = f"{c.better} / {c.worse} / {c.same}" if c else ""
         rows.append([name, *(cell for pair in zip(figures, gaps, strict=True) for cell in pair), counts, str(r["n"])])
     return rows
-
-
-def _marked(difference: GainInterval) -> str:
-    return f"{difference} *" if difference.clear else str(difference)
 
 
 def sample_table(c: Comparison, base: str, queries: dict[str, str], shown: int) -> list[list[str]]:

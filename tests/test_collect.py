@@ -212,7 +212,7 @@ def test_the_segmenters_failures_leave_no_set_and_a_changed_sample_is_played_aga
         monkeypatch.setattr(command, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(shard="0/1")))
         monkeypatch.setattr(command, "open_samples", lambda _: data)
         monkeypatch.setattr(command, "open_segmenter", lambda _: contextlib.nullcontext(segmenter))
-        monkeypatch.setattr(command, "import_path", lambda _: Scripted)
+        monkeypatch.setattr(command, "import_path", lambda *_: Scripted)
         command.main(config)
 
     patient = dataclasses.replace(config, segmenter=SegmenterConfig(give_up_after=0))

@@ -70,7 +70,7 @@ def test_queries_become_a_data_set_and_what_is_unusable_is_counted(tmp_path, sam
     }
     with Server([lambda body: said[of(body)].pop(0)]) as server:
         writer, config = write(tmp_path / "w", samples, server)
-    assert writer.failed == {} and writer.usage["requests"] == 4
+    assert writer.failures.counts == {} and writer.usage["requests"] == 4
     assert write_set(tmp_path / "w", config, {}) == 2
     report = json.loads((tmp_path / "w/problems.json").read_text())
     wanted = {"malformed answer": 1, "speaks of the mark": 1, "too short or too long": 1, "said of two objects": 2}
@@ -98,6 +98,8 @@ def test_the_writer_sees_the_picture_and_the_object_marked(tmp_path, samples):
 
 def test_what_failed_is_counted_and_asked_again_by_the_next_start(tmp_path, samples):
     class Broken(list):
+        ids = ("o0", "o1", "o2")
+
         def __getitem__(self, i):
             if i == 0:
                 raise DataError("picture 0 is missing")
@@ -105,12 +107,14 @@ def test_what_failed_is_counted_and_asked_again_by_the_next_start(tmp_path, samp
 
     with Server([lambda body: (400, {}, "{}") if of(body) == "disc 1" else good("no")]) as server:
         writer, _ = write(tmp_path / "w", Broken(samples), server)
-    assert writer.failed == {"unreadable sample": 1, "endpoint, refused": 1, "malformed answer": 1}
+    assert writer.failures.counts == {"unreadable sample": 1, "endpoint, refused": 1, "malformed answer": 1}
     empty = dataclasses.replace(samples[2], gt_mask=np.zeros((112, 112), bool))
     with Server([lambda body: answer(*GOOD) if of(body) == "disc 0" else good("no")]) as server:
         writer, config = write(tmp_path / "w", [*samples[:2], empty], server)
-        assert writer.failed == {"malformed answer": 1} and len(server.asked) == 3  # an empty mask asks nothing
-        write_set(tmp_path / "w", config, dict(writer.failed))
+        assert (
+            writer.failures.counts == {"malformed answer": 1} and len(server.asked) == 3
+        )  # an empty mask asks nothing
+        write_set(tmp_path / "w", config, dict(writer.failures.counts))
     report = json.loads((tmp_path / "w/problems.json").read_text())
     assert report["not_answered"] == {"malformed answer": 1} and report["left_out"] == {"no target to ask for": 1}
     with Server([answer("What would you never want to swallow by mistake?")]) as server:

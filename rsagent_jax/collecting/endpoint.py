@@ -25,9 +25,12 @@ from rsagent_jax.runtime.image_files import png
 from rsagent_jax.types import DataError
 
 _FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
-_AGAIN = (openai.RateLimitError, openai.APITimeoutError, openai.APIConnectionError, openai.InternalServerError)
-
-
+_AGAIN = {  # asked again; the first that fits names the kind
+    openai.RateLimitError: "rate_limit",
+    openai.APITimeoutError: "timeout",
+    openai.APIConnectionError: "connection",
+    openai.InternalServerError: "server",
+}
 TEACHER = "teacher.remote"  # the config group
 _SHARED: dict[tuple[RemoteConfig, str], Endpoint] = {}
 _LOCK = threading.Lock()
@@ -92,8 +95,9 @@ class Endpoint:
             except _FATAL as error:
                 c = self.config
                 raise DataError(f"{c.url} refuses {c.model!r} ({_reason(error)}); see {self.name}") from None
-            except _AGAIN as error:
-                kind, detail, pause = _kind(error), _reason(error), _retry_after(error)
+            except tuple(_AGAIN) as error:
+                kind = next(kind for cls, kind in _AGAIN.items() if isinstance(error, cls))
+                detail, pause = _reason(error), _retry_after(error)
             except TimeoutError:
                 kind, detail, pause = "timeout", f"no whole answer within {self.config.timeout_s} s", None
             except openai.APIStatusError as error:  # 400, 422: this request is at fault, such as a context too long
@@ -155,22 +159,13 @@ def messages_of(state: EnvState) -> list[dict]:
 
 def clean(text: str) -> str:
     """A turn as it is stored: without its terminator, and without anything that would be read as a special token."""
-    text = text.removesuffix(prompts.TERMINATOR).strip()
-    return text.replace("<|", "(|")
+    return text.removesuffix(prompts.TERMINATOR).strip().replace("<|", "(|")
 
 
 def picture_part(image: np.ndarray) -> dict:
     """u8[h, w, 3] as a part of a message."""
     url = "data:image/png;base64," + base64.b64encode(png(image)).decode("ascii")
     return {"type": "image_url", "image_url": {"url": url}}
-
-
-def _kind(error: openai.OpenAIError) -> str:
-    if isinstance(error, openai.RateLimitError):
-        return "rate_limit"
-    if isinstance(error, openai.APITimeoutError):
-        return "timeout"
-    return "server" if isinstance(error, openai.InternalServerError) else "connection"
 
 
 def _retry_after(error: openai.OpenAIError) -> float | None:

@@ -96,7 +96,6 @@ def write_kept_set(
     kept_of: Counter[str] = Counter()  # by sample
     kept: list[dict] = []
     shown: dict[bool, list[tuple[dict, str]]] = {True: [], False: []}
-    lines = []
     with journal.writing(out):
         writer = trajectories.RecordWriter(out, per_file)
         for where, row in journal.read_journal(workdir / ATTEMPTS, settings, current, by="uid"):
@@ -119,7 +118,7 @@ def write_kept_set(
             if why == "kept":
                 writer.write(_moved(record, *moved) if moved else record)
                 kept.append({key: value for key, value in row.items() if key not in ("record", "gt", "ious", "query")})
-                lines.append(json.dumps({key: row[key] for key in ("id", "iou", "turns", "status")}) + "\n")
+        lines = (json.dumps({key: row[key] for key in ("id", "iou", "turns", "status")}) + "\n" for row in kept)
         journal.write_whole(out / "trajectories.jsonl", "".join(lines))
         dropped = {why: count for why, count in sorted(counts.items()) if why != "kept"}
         means = [float(np.mean([row[key] for row in kept])) if kept else 0.0 for key in ("iou", "turns", "tokens")]

@@ -19,31 +19,19 @@ from rsagent_jax.agent import environment
 from rsagent_jax.agent.clicks import largest_part, middle, prompt_of
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.tools import Finish, Segment, render_call
-from rsagent_jax.agent.tools.base import MAX_POINTS
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import BoundConfig, EvalConfig
 from rsagent_jax.masks import mask_iou
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.rollout.text_policy import ByteProcessor, TextPolicy
-from rsagent_jax.types import DataError, Sample
+from rsagent_jax.types import Sample
 from sam_bridge.types import Segmenter, SegmentReply, SegmentRequest
 
 ORACLES = ("box", "best_of_three", "clicks")
 UNTRAINED = "untrained"
-PROMPTS = ("box", "click")
 # The view of the whole picture is the picture: an oracle is not to lose pixels to a resized view.
 EXACT = PixelLimits(factor=1, min_pixels=1, max_pixels=1 << 40)
-
-
-def check_bound(bound: BoundConfig) -> None:
-    """DataError for a row that is not known."""
-    if bound.row not in ("", *ORACLES, UNTRAINED):
-        raise DataError(f"bound.row must be one of {', '.join((*ORACLES, UNTRAINED))} or empty; got {bound.row!r}")
-    if bound.prompt not in PROMPTS:
-        raise DataError(f"bound.prompt must be one of {', '.join(PROMPTS)}; got {bound.prompt!r}")
-    if not 1 <= bound.clicks <= MAX_POINTS:
-        raise DataError(f"bound.clicks must be between 1 and {MAX_POINTS}, got {bound.clicks}")
 
 
 def title(bound: BoundConfig) -> str:
@@ -81,8 +69,10 @@ def oracle_driver(config: EvalConfig, segmenter: Segmenter) -> Driver:
         segmenter = _BestOfThree(segmenter)
 
     def act(task: Task, state: EnvState) -> str:
+        if not task.sample.gt_mask.any():
+            return render_call(Finish(None), "The truth is empty.")
         if isinstance(segmenter, _BestOfThree):
-            segmenter.expect(task.sample)
+            segmenter.expected[id(task.sample.image)] = task.sample
         return write(state, task.sample, bound)
 
     policy = TextPolicy(act, processor, slots=2 * workers, threads=workers)
@@ -94,8 +84,6 @@ def oracle_driver(config: EvalConfig, segmenter: Segmenter) -> Driver:
 
 def _once(state: EnvState, sample: Sample, bound: BoundConfig) -> str:
     """One prompt, then the end."""
-    if not sample.gt_mask.any():
-        return render_call(Finish(None), "The truth is empty.")
     if state.masks:
         return render_call(Finish(_best(state, sample)), "The oracle has one prompt.")
     use_box = bound.row == "box" or bound.prompt == "box"
@@ -104,8 +92,6 @@ def _once(state: EnvState, sample: Sample, bound: BoundConfig) -> str:
 
 def _click(state: EnvState, sample: Sample, bound: BoundConfig) -> str:
     """The next click; all earlier ones are said again, as the usual simulators of interactive segmentation do."""
-    if not sample.gt_mask.any():
-        return render_call(Finish(None), "The truth is empty.")
     judged = np.ones_like(sample.gt_mask) if sample.ignore_mask is None else ~sample.ignore_mask
     latest = state.masks[-1] if state.masks else None
     mask = np.zeros_like(sample.gt_mask) if latest is None else latest.mask
@@ -132,9 +118,6 @@ class _BestOfThree:
     def __init__(self, segmenter: Segmenter):
         self.segmenter = segmenter
         self.expected: dict[int, Sample] = {}  # by the id() of the picture that is asked about next
-
-    def expect(self, sample: Sample) -> None:
-        self.expected[id(sample.image)] = sample
 
     def segment(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
         sample = self.expected.pop(id(image))

@@ -9,7 +9,6 @@ counts from the first checkpoint that it had a part in: before there is one, any
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import fnmatch
 import hashlib
@@ -24,7 +23,7 @@ from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import PolicyConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weight_files
-from rsagent_jax.runtime.journal import write_whole, writing
+from rsagent_jax.runtime.journal import ChangedField, damaged, flatten_settings, write_whole, writing
 from rsagent_jax.runtime.train_log import keep_lines
 from rsagent_jax.types import DataError
 
@@ -47,18 +46,6 @@ LENGTHS = ("sft.steps", "sft.epochs", "grpo.steps")  # may grow, where nothing d
 ROLLOUTS = ("agent.", "segmenter.")  # SFT has its own check of what its trajectories were collected with
 
 
-@dataclasses.dataclass(frozen=True)
-class ChangedField:
-    field: str
-    old: Any
-    new: Any
-    why: str = ""
-
-    def __str__(self) -> str:
-        old, new = (text if len(text := json.dumps(v)) < 100 else text[:97] + "..." for v in (self.old, self.new))
-        return f"{self.field}: {old} there, {new} now{f' ({self.why})' if self.why else ''}"
-
-
 def saved_steps(workdir: pathlib.Path) -> dict[str, int]:
     """Stage -> TrainState.step of its newest finished checkpoint, for stages that have one."""
     steps = {}
@@ -78,7 +65,7 @@ def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) ->
     differ = []
     if len({tuple(s for s in config["stages"] if s in STAGES[: last + 1]) for config in (old, new)}) > 1:
         differ.append(ChangedField("stages", old["stages"], new["stages"], f"{STAGES[last]} has checkpoints"))
-    defaults, was, now = flatten(_DEFAULTS), flatten(old), flatten(new)
+    defaults, was, now = flatten_settings(_DEFAULTS), flatten_settings(old), flatten_settings(new)
     for name in sorted({*was, *now} - {"stages"}):
         if name not in now and "[" not in name:
             continue  # a field that this version does not have
@@ -107,24 +94,6 @@ def _why_not_longer(name: str, old: dict[str, Any], new: dict[str, Any], last: i
     if here[field] < there[field] or bool(there.get("steps")) != bool(here.get("steps")):
         return "it can only grow"
     return None
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value. Items of a group (reward terms, parts of a mix) are `group[name].field`, in any order."""
-    out: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            out |= flatten(value, f"{name}.")
-        elif isinstance(value, list | tuple) and value and isinstance(value[0], dict):
-            for item in value:
-                where = f"{name}[{item.get('name') or item.get('function')}]"
-                while f"{where}.weight" in out:  # one function as two terms
-                    where += "'"
-                out |= flatten(item, f"{where}.")
-        else:
-            out[name] = list(value) if isinstance(value, tuple) else value
-    return out
 
 
 _DEFAULTS = json.loads(json.dumps(to_dict(TrainConfig(policy=PolicyConfig(weights="")))))
@@ -213,9 +182,7 @@ def last_start(workdir: pathlib.Path) -> dict[str, Any] | None:
             raise TypeError("stages")
         return start
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{history}, line {len(lines)} is damaged ({error!r}); remove that line and run again"
-        ) from None
+        raise damaged(f"{history}, line {len(lines)}", error) from None
 
 
 def record_start(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, str]) -> None:

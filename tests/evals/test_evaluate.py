@@ -157,7 +157,7 @@ def test_unreadable_samples_are_named_counted_and_in_no_figure(run, root, capsys
 
 def test_shards_join_and_those_of_two_back_ends_do_not(run, tmp_path, capsys):
     assert run(shard="0/2") is None and "3 samples are left to the others" in capsys.readouterr().out
-    with pytest.raises(DataError, match="segmenter.backend: 'discs' there, 'boxes' now"):
+    with pytest.raises(DataError, match='segmenter.backend: "discs" there, "boxes" now'):
         run(Away(backend="boxes"), shard="1/2")
     with pytest.raises(DataError, match="1 of 3 samples are not measured"):
         run(Away([3]), shard="1/2")

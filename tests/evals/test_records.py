@@ -1,5 +1,6 @@
 """Results survive a kill at any byte, add up the same whatever the sharding, and do not mix settings."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ from rsagent_jax.evals.metrics import Counts, judge, summarize_results
 from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.processes import Share, parse_share
 from rsagent_jax.types import DataError, Status
+from tests.refusals import refused
 
 SETTINGS = {"weights_sha256": "abc", "seed": 0, "agent": {"max_turns": 8}, "stages": (1, 2)}
 CURRENT = {f"s{i}": f"print {i}" for i in range(11)}
@@ -24,13 +26,16 @@ def record(i):
     return records.Record(counts, {"size": [2, 2], "counts": "04"}, 0.25, {"id": f"s{i}", "query": "größe\u2028\x85"})
 
 
+def opened(workdir, share=Share(), settings=SETTINGS):  # noqa: B008
+    return contextlib.closing(journal.Journal(workdir / records.FOLDER, share, settings, CURRENT))
+
+
 def write(workdir, share, samples, settings=SETTINGS):
     """Evaluates this shard's part of the samples that are not done."""
-    shard = records.Shard(workdir, share, settings, CURRENT)
-    left = [i for i in samples[share.index :: share.count] if f"s{i}" not in shard.done]
-    for i in left:
-        shard.add(record(i))
-    shard.close()
+    with opened(workdir, share, settings) as book:
+        left = book.left([(f"s{i}", i) for i in samples[share.index :: share.count]], "samples")
+        for i in left:
+            book.add(record(i).to_row())
     return left
 
 
@@ -87,24 +92,20 @@ def test_a_damaged_line_is_named(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 def test_a_full_disk_is_said_and_what_was_written_is_kept(tmp_path):
-    shard = records.Shard(tmp_path, Share(), SETTINGS, CURRENT)
-    shard.add(record(0))
-    shard.add(record(2))
-    shard.close()
-    shard.journal.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
-    with pytest.raises(DataError, match="No space left on device.*What was written is kept"):
-        shard.add(record(1))
+    write(tmp_path, Share(), (0, 2))
+    with opened(tmp_path) as book:
+        book.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+        refused("No space left on device.*What was written is kept", book.add, record(1).to_row())
     assert set(records.read_records(tmp_path, SETTINGS, CURRENT).measured) == {"s0", "s2"}
 
 
 def test_what_was_not_measured_comes_back_apart(tmp_path):
     lost = dataclasses.replace(record(1), failure=("segmenter, timeout", "late"))
-    shard = records.Shard(tmp_path, Share(), SETTINGS, CURRENT)
-    shard.add(record(0))
-    shard.add(lost)
-    shard.add_unreadable("s2", "unreadable sample", "a.jpg is cut")
-    shard.close()
-    assert shard.done == {"s0"}
+    with opened(tmp_path) as book:
+        for row in (record(0).to_row(), lost.to_row()):
+            book.add(row)
+        book.add({"id": "s2", "failed": {"kind": "unreadable sample", "why": "a.jpg is cut"}})
+    assert book.done == {"s0"}
     assert records.read_records(tmp_path, SETTINGS, CURRENT) == records.FoundRecords(
         {"s0": record(0)}, {"s1": lost}, {"s2": "a.jpg is cut"}
     )

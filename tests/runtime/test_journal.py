@@ -23,7 +23,7 @@ def add(folder, current, rows, share=Share(), settings=SETTINGS):  # noqa: B008
     book = Journal(folder, share, settings, current)
     for id, value, *kind in rows:
         failed = {"failed": {"kind": kind[0], "why": "?"}} if kind else {}
-        book.add([{"id": id, "value": value} | failed])
+        book.add({"id": id, "value": value} | failed)
     book.close()
     return book
 
@@ -126,7 +126,7 @@ def test_a_file_that_is_no_journal_is_a_fault_by_name(tmp_path, text, said):
 def test_other_settings_are_named_by_field_and_old_formats_refused(tmp_path):
     add(tmp_path, {"a": "1"}, [("a", 1)])
     other = SETTINGS | {"data": {"split": "test", "exclude": ("a",)}}
-    says = r"other settings \(data.split: 'val' there, 'test' now\)"
+    says = r'other settings \(data.split: "val" there, "test" now\)'
     refused(says, add, tmp_path, {"a": "1"}, [], settings=other)
     path = next(tmp_path.iterdir())
     path.write_text(json.dumps({"settings": SETTINGS}) + "\n" + json.dumps({"id": "a", "value": 1}) + "\n")
@@ -146,7 +146,7 @@ def test_fingerprints_are_asked_for_by_place():
 
 def test_where_the_data_lie_is_no_setting():
     a, b = (
-        journal.data_settings(DataConfig(root=r, limit=n, unreadable=u))
+        journal.decisive_settings(DataConfig(root=r, limit=n, unreadable=u))
         for r, n, u in (("x", 0, "skip"), ("y", 5, "stop"))
     )
     assert a == b and a["split"] == "train" and a["fingerprint"] == "content"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rsagent_jax.config.reward import DEFAULT_REWARD
 from rsagent_jax.config.schema import DataConfig, GrpoConfig, MixPart, PolicyConfig, SftConfig, TrainConfig
+from rsagent_jax.runtime.journal import flatten_settings
 from rsagent_jax.train import run_identity
 from rsagent_jax.types import DataError
 
@@ -33,7 +34,7 @@ def refused(old, new, *saved) -> list[str]:
     return [d.field for d in run_identity.refused(plain(old), plain(new), saved)]
 
 
-NAMES = sorted(name for name in run_identity.flatten(plain(BASE)) if "[" not in name and name != "stages")
+NAMES = sorted(name for name in flatten_settings(plain(BASE)) if "[" not in name and name != "stages")
 
 
 def is_free(name):
@@ -64,7 +65,7 @@ def test_a_changed_field_is_refused_by_name_unless_it_is_free_or_had_no_part_yet
 
 def test_every_free_field_exists():
     mixed = with_field(BASE, "grpo.data.mix", (MixPart(name="a", data=DataConfig(root="x")),))
-    names = [*run_identity.flatten(plain(mixed))]
+    names = [*flatten_settings(plain(mixed))]
     assert not [pattern for pattern in run_identity.FREE if not fnmatch.filter(names, pattern)]
     assert set(run_identity.LENGTHS) <= set(names)
 
