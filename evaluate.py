@@ -91,12 +91,11 @@ def main(config: EvalConfig) -> None:
         print(f"shard {share.index} of {share.count} is done; {len(missing)} samples are left to the others")
         return
     if not kept:
-        raise DataError(
-            f"none of the {len(ids)} samples can be read; the first: {next(iter(found.unreadable.values()))}"
-        )
+        first = next(iter(found.unreadable.values()))
+        raise DataError(f"none of the {len(ids)} samples can be read; the first: {first}")
     pictures = {id: key for id, key in zip(ids, samples.picture_keys, strict=True) if id in kept}
-    measured = [kept[id] for id in pictures]
-    summary = write_results(workdir, config, row, measured, pictures, found, settings.get("weights_sha256"))
+    row["weights_sha256"] = settings.get("weights_sha256")
+    summary = write_results(workdir, config, row, [kept[id] for id in pictures], pictures, found.unreadable)
     print(headline(summary), evaluation.what_failed(summary), workdir / "report" / "index.html", sep="\n")
 
 
@@ -153,34 +152,24 @@ def measure(
 
 def evaluation_resume_fingerprint(config: EvalConfig, row: dict) -> dict[str, Any]:
     """Everything but the samples that a trajectory depends on: a run that is taken up again must agree in it."""
-    common = {"data": journals.decisive_settings(config.data), "agent": journals.decisive_settings(config.agent)}
-    if config.bound.row in bounds.ORACLES:
-        return row | common
-    processor = Processor.load(policy_directory(config.policy.weights))
-    return (
-        row
-        | common
-        | {
-            "weights_sha256": weights_checksum(config.policy.weights),
-            "stop_ids": processor.with_ends(config.sampling).stop_ids,
-            "pixel_limits": dataclasses.asdict(pixel_limits(config.agent, processor)),
-            "dtype": config.policy.dtype,
-            "seed": config.seed,
-            "sampling": journals.decisive_settings(config.sampling),
-        }
-    )
+    settings = row | {name: journals.decisive_settings(getattr(config, name)) for name in ("data", "agent")}
+    if config.bound.row not in bounds.ORACLES:
+        weights = config.policy.weights
+        processor = Processor.load(policy_directory(weights))
+        settings |= {"weights_sha256": weights_checksum(weights), "dtype": config.policy.dtype, "seed": config.seed}
+        settings["stop_ids"] = processor.with_ends(config.sampling).stop_ids
+        settings["pixel_limits"] = dataclasses.asdict(pixel_limits(config.agent, processor))
+        settings["sampling"] = journals.decisive_settings(config.sampling)
+    return settings
 
 
 def write_results(
-    workdir: pathlib.Path,
-    config: EvalConfig,
-    row: dict,
-    kept: list[records.Record],
-    pictures: dict[str, str],
-    found: records.FoundRecords,
-    checksum: str | None,
+    workdir: pathlib.Path, config: EvalConfig, row: dict, kept: list[records.Record], pictures: dict, unreadable: dict
 ) -> dict:
-    """results.json, predictions.jsonl, trajectories.jsonl and the report of all samples, in the order of the data."""
+    """results.json, predictions.jsonl, trajectories.jsonl and the report of all samples, in the order of the data.
+
+    pictures: of each id, which intervals are resampled by; unreadable: why, by id.
+    """
     results = [metrics.judge(r.counts, config.metric) for r in kept]
     settings = to_dict(config)
     # the unit belongs to the conventions as well
@@ -189,13 +178,16 @@ def write_results(
     summary = metrics.summarize_results(results, settings, benchmark=config.benchmark, pictures=pictures) | {
         "seconds_per_sample": sum(r.seconds for r in kept) / len(kept),
         **row,
-        "weights_sha256": checksum,
-        "unreadable": found.unreadable,
+        "unreadable": unreadable,
         "segmenter_failures": dict(Counter(r.failure[0] for r in kept if r.failure)),
         "by_turn": by_turn.curve([(r.counts, r.masks) for r in kept], config.metric, config.agent.max_turns, pictures),
         "conventions": metrics.other_conventions([r.counts for r in kept]),
     }
-    predictions = [prediction(result, r.mask, pictures[result.id]) for result, r in zip(results, kept, strict=True)]
+    predictions = [
+        {"id": result.id, "picture": pictures[result.id], "mask": r.mask, "dropped": result.dropped or ""}
+        | {name: getattr(result, name) for name in ("intersection", "union", "iou", "status", "turns")}
+        for result, r in zip(results, kept, strict=True)
+    ]
     journals.write_whole(workdir / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
     journals.write_whole(workdir / "trajectories.jsonl", "".join(json.dumps(r.example) + "\n" for r in kept))
     journals.write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
@@ -208,8 +200,7 @@ def headline(summary: dict) -> str:
     mark = "" if summary["row"] == "policy" else f" [{summary['row']}]"
     return (
         f"{summary['benchmark']}{mark}: n {summary['n']}  gIoU {summary['giou']:.3f} [{low:.3f}, {high:.3f}]"
-        f"  cIoU {summary['ciou']:.3f}"
-        f"  turns {summary['mean_turns']:.2f}  tool errors {summary['tool_error_rate']:.3f}"
+        f"  cIoU {summary['ciou']:.3f}  turns {summary['mean_turns']:.2f}  tool errors {summary['tool_error_rate']:.3f}"
     )
 
 
@@ -229,11 +220,6 @@ def make_record(workdir: pathlib.Path, sample, trajectory, state, seconds: float
     masks = by_turn.mask_pixels(trajectory, sample)
     failure = failures.failure_of(state)
     return records.Record(counts, encode_rle(trajectory.final_mask), seconds, example, masks, failure)
-
-
-def prediction(result: metrics.SampleResult, mask: dict, picture: str) -> dict:
-    counts = {name: getattr(result, name) for name in ("intersection", "union", "iou", "status", "turns")}
-    return {"id": result.id, "picture": picture, "mask": mask, **counts, "dropped": result.dropped or ""}
 
 
 if __name__ == "__main__":

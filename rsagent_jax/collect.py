@@ -41,7 +41,6 @@ from rsagent_jax.rollout.policy import Policy
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
 from rsagent_jax.runtime import command
 from rsagent_jax.runtime import journal as journals
-from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.runtime.processes import parse_share
 from rsagent_jax.types import DataError
 
@@ -65,8 +64,18 @@ def main(config: CollectConfig) -> None:
         limits = pixel_limits(config.agent, processor)
         settings = collection_resume_fingerprint(config, segmenter.about, limits, checksum)
         settings["planned"] = len(order) * tries
-        with contextlib.closing(Journal(workdir / filter.ATTEMPTS, share, settings, current)) as journal:
-            if left := begin(workdir, config, journal, mine):
+        with contextlib.closing(journals.Journal(workdir / filter.ATTEMPTS, share, settings, current)) as journal:
+            if journal.gone:
+                raise DataError(
+                    f"{journal.path.parent} holds trajectories of {len(journal.gone)} samples that the data no longer"
+                    f" has, such as {journal.gone[:3]}; give another --workdir, or remove {journal.path.parent} to"
+                    " start over"
+                )
+            left = journal.left(mine, "trajectories")
+            if current.keys() - journal.done:  # what an earlier start kept is not the set of these samples
+                (workdir / trajectories.STAMP).unlink(missing_ok=True)
+            filter.write_rules(workdir, config.filter)
+            if left:
                 policy = open_teacher(config, processor, workdir)
                 Collector(config, processor, samples, segmenter, journal, checksum).collect(left, len(mine), policy)
                 if config.teacher.remote.url:
@@ -75,8 +84,7 @@ def main(config: CollectConfig) -> None:
     kinds = {id: failed["kind"] for id, failed in state.items() if failed}
     if lost := [kinds[id] for id, _ in mine if failures.is_segmenters(kinds.get(id, ""))]:
         raise failures.unmeasured(lost, len(mine))
-    lost = sum(map(failures.is_segmenters, kinds.values()))
-    if missing := settings["planned"] - len(state) + lost:
+    if missing := settings["planned"] - len(state) + sum(map(failures.is_segmenters, kinds.values())):
         print(f"shard {share.index} of {share.count} is done; {missing} trajectories are left to the others")
         return
     if len(kinds) == len(state):
@@ -95,22 +103,6 @@ def check_collect(config: CollectConfig, workdir: pathlib.Path) -> None:
         pixel_limits(config.agent, Processor.load(policy_directory(config.processor)))
     check_disk(workdir)
     check_segmenter(config.segmenter)
-
-
-def begin(
-    workdir: pathlib.Path, config: CollectConfig, journal: Journal, mine: list[tuple[str, tuple[int, int]]]
-) -> list[tuple[int, int]]:
-    """What is left of `mine`, (uid, place in the samples). DataError where the journal is of other samples."""
-    left = journal.left(mine, "trajectories")
-    if journal.gone:
-        raise DataError(
-            f"{journal.path.parent} holds trajectories of {len(journal.gone)} samples that the data no longer has, such"
-            f" as {journal.gone[:3]}; give another --workdir, or remove {journal.path.parent} to start over"
-        )
-    if journal.current.keys() - journal.done:  # what an earlier start kept is not the set of these samples
-        (workdir / trajectories.STAMP).unlink(missing_ok=True)
-    filter.write_rules(workdir, config.filter)
-    return left
 
 
 def open_teacher(config: CollectConfig, processor: Processor, workdir: pathlib.Path) -> Policy:

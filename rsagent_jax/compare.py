@@ -36,10 +36,9 @@ def comparison_table(
 
 
 def sample_table(c: Comparison, base: str, queries: dict[str, str], shown: int) -> list[list[str]]:
-    rows = [["sample", "query", base, c.name, "difference"]]
-    for id, there, here in c.samples[:shown]:
-        rows.append([id, queries.get(id, ""), f"{there:.3f}", f"{here:.3f}", f"{here - there:+.3f}"])
-    return rows
+    figures = ((id, there, here, here - there) for id, there, here in c.samples[:shown])
+    rows = [[id, queries.get(id, ""), f"{a:.3f}", f"{b:.3f}", f"{gap:+.3f}"] for id, a, b, gap in figures]
+    return [["sample", "query", base, c.name, "difference"], *rows]
 
 
 def markdown(rows: list[list[str]]) -> str:

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = []
         for threshold in thresholds:
             rules = dataclasses.replace(own, min_iou=threshold)
-            out = options.out / folder_of(threshold)
+            out = options.out / f"iou-{threshold:.2f}"
             found = filter.write_kept_set(options.collected, out, rules, moved=moved)
             rows.append((threshold, found, out))
     except DataError as error:
@@ -71,10 +71,6 @@ def read_thresholds(text: str) -> list[float]:
     if not all(0 <= v <= 1 and round(v, 2) == v for v in values) or len({*values}) < len(values):
         raise DataError(f"--min_iou={text} must be numbers from 0 to 1, each once and with two digits")
     return values
-
-
-def folder_of(threshold: float) -> str:
-    return f"iou-{threshold:.2f}"
 
 
 if __name__ == "__main__":

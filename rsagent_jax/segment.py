@@ -50,8 +50,7 @@ def main(config: SegmentConfig, image_path: str, query: str) -> None:
         print("note: assets/tiny-base does not know the tools: expect malformed calls and an empty mask.")
         print("      Give a checkpoint, such as --weights=runs/quickstart/train/checkpoints/grpo of `make quickstart`")
     engine = open_engine(weights, processor, config.sampling, config.agent, config.policy.dtype, config.seed)
-    h, w = image.shape[:2]
-    print(f'{image_path}: {w} x {h} pixels, "{query}"')
+    print(f'{image_path}: {image.shape[1]} x {image.shape[0]} pixels, "{query}"')
     with open_segmenter(config.segmenter) as segmenter:
         segment(engine, segmenter, processor, config, image, query, out)
 

@@ -7,7 +7,8 @@ import pytest
 
 from rsagent_jax import compare
 from rsagent_jax.evals.metrics import SampleResult
-from rsagent_jax.types import DataError, Status
+from rsagent_jax.types import Status
+from tests.refusals import refused
 from tests.report.written import write_files, write_lines
 
 
@@ -116,5 +117,4 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and "\n" not in error.strip()
     assert compare.main([str(a)]) == 2
-    with pytest.raises(DataError, match="do not cover"):
-        compare.compare(*(compare.load_evaluation(x) for x in (a, tmp_path / "fewer")), "x")
+    refused("do not cover", compare.compare, *(compare.load_evaluation(x) for x in (a, tmp_path / "fewer")), "x")

@@ -22,6 +22,7 @@ from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError
 from tests.collecting.test_endpoint import Server, good
+from tests.refusals import refused
 from tests.rollout import small
 
 GOOD = ("Which thing would roll away if nobody held it?", "What here has no corner that could hurt you?")
@@ -133,19 +134,15 @@ def test_an_answer_that_cannot_be_read_is_typed(text, match):
 
 
 def test_a_query_is_kept_only_if_it_can_stand_alone():
-    words = (3, 8)
-    assert problem_prompt.fault("What keeps the rain off?", "umbrella", words) is None
-    assert (
-        problem_prompt.fault("The  Umbrella, on the left!", "the umbrella on the left", words)
-        == "the data set's own words"
-    )
-    assert problem_prompt.fault("What is outlined in yellow?", "x", words) == "speaks of the mark"
-    assert problem_prompt.fault("What stands there <|im_end|> now?", "x", words) == "cannot stand in a prompt"
-    assert (
-        problem_prompt.fault("Go on", "x", words)
-        == problem_prompt.fault("a " * 9, "x", words)
-        == "too short or too long"
-    )
+    for query, name, reason in (
+        ("What keeps the rain off?", "umbrella", None),
+        ("The  Umbrella, on the left!", "the umbrella on the left", "the data set's own words"),
+        ("What is outlined in yellow?", "x", "speaks of the mark"),
+        ("What stands there <|im_end|> now?", "x", "cannot stand in a prompt"),
+        ("Go on", "x", "too short or too long"),
+        ("a " * 9, "x", "too short or too long"),
+    ):
+        assert problem_prompt.fault(query, name, (3, 8)) == reason
 
 
 def test_the_config_is_the_commands_and_names_its_own_fields(tmp_path):
@@ -154,5 +151,4 @@ def test_the_config_is_the_commands_and_names_its_own_fields(tmp_path):
     assert built.data.unit == "reference" and "refcocog/umd/test" in built.data.exclude
     assert set(problems_resume_fingerprint(built)["writer"]) == {"url", "model", "temperature", "max_tokens"}
     writer = ProblemWriter(built, [], tmp_path, None)
-    with pytest.raises(DataError, match=r"writer.url and writer.model are needed"):
-        writer.run([], 0)
+    refused(r"writer.url and writer.model are needed", writer.run, [], 0)

@@ -23,8 +23,7 @@ from rsagent_jax.rollout.failures import UNREADABLE, Failure, Failures, failure_
 from rsagent_jax.rollout.play import play_samples
 from rsagent_jax.rollout.policy import Policy, Task
 from rsagent_jax.rollout.text_policy import TextPolicy
-from rsagent_jax.runtime import journal as journals
-from rsagent_jax.runtime.journal import Journal
+from rsagent_jax.runtime.journal import Journal, decisive_settings
 from rsagent_jax.types import Sample, Trajectory
 from sam_bridge.types import About
 
@@ -39,14 +38,14 @@ def collection_resume_fingerprint(
 ) -> dict:
     """What a trajectory depends on beside its sample: a collection that is taken up again must agree in it."""
     own, teacher = config.teacher.own, to_dict(config.teacher)
-    teacher["remote"] = journals.decisive_settings(config.teacher.remote)
+    teacher["remote"] = decisive_settings(config.teacher.remote)
     del teacher["own"]
     if own.weights:  # by what they are, not where
-        sampling = journals.decisive_settings(own.sampling)
+        sampling = decisive_settings(own.sampling)
         teacher = {"tries": own.tries, "dtype": own.dtype, "sampling": sampling, "weights_sha256": weights_sha256}
     decisive = {name: getattr(config, name) for name in ("seed", "limit", "processor")} | {
-        "agent": journals.decisive_settings(config.agent),
-        "data": journals.decisive_settings(config.data),
+        "agent": decisive_settings(config.agent),
+        "data": decisive_settings(config.data),
         "segmenter": dataclasses.asdict(about),  # what answers, not what a config calls it
         "pixel_limits": dataclasses.asdict(limits),
         "teacher": teacher,

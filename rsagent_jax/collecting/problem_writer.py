@@ -47,9 +47,8 @@ class ProblemWriter:
             tqdm(total=total, initial=total - len(left), desc="problems", unit="object", mininterval=2.0) as bar,
         ):
             try:
-                for answered in concurrent.futures.as_completed(
-                    pool.submit(self._work, *job, endpoint) for job in left
-                ):
+                asked = [pool.submit(self._work, *job, endpoint) for job in left]
+                for answered in concurrent.futures.as_completed(asked):
                     answered.result()
                     bar.update()
             finally:
@@ -105,18 +104,14 @@ class ProblemWriter:
         return list(kept.values()), rejected
 
     def _row(self, uid: int, sample: Sample, queries: list[str], rejected: Counter[str]) -> dict[str, Any]:
+        # The picture's own file; a copy where it is none, or where an EXIF orientation would turn it.
+        own = sample.path and np.array_equal(read_image(sample.path, upright=True), sample.image)
         row = {"id": sample.id, "uid": uid, "name": sample.query, "queries": queries, "rejected": dict(rejected)}
-        row["image"] = self._picture(sample)
+        row["image"] = os.path.abspath(sample.path if own else keep_picture(self.workdir, sample.image))
         row["segmentation"] = encode_rle(sample.gt_mask)
         if sample.ignore_mask is not None and sample.ignore_mask.any():
             row["ignore"] = os.path.abspath(keep_picture(self.workdir, sample.ignore_mask.astype(np.uint8) * 255))
         return row
-
-    def _picture(self, sample: Sample) -> str:
-        """The picture's own file; a copy where it is none, or where an EXIF orientation would turn it."""
-        if sample.path and np.array_equal(read_image(sample.path, upright=True), sample.image):
-            return os.path.abspath(sample.path)
-        return os.path.abspath(keep_picture(self.workdir, sample.image))
 
 
 def write_set(

@@ -79,15 +79,12 @@ def oracle_driver(config: EvalConfig, segmenter: Segmenter) -> Driver:
     return Driver(policy, segmenter, processor, config.agent, workers=workers)
 
 
-# --- Who acts ---
-
-
 def _once(state: EnvState, sample: Sample, bound: BoundConfig) -> str:
     """One prompt, then the end."""
     if state.masks:
         return render_call(Finish(_best(state, sample)), "The oracle has one prompt.")
-    use_box = bound.row == "box" or bound.prompt == "box"
-    return render_call(prompt_of(state.view, sample.gt_mask, use_box), "The oracle prompts with the truth.")
+    call = prompt_of(state.view, sample.gt_mask, use_box="box" in (bound.row, bound.prompt))
+    return render_call(call, "The oracle prompts with the truth.")
 
 
 def _click(state: EnvState, sample: Sample, bound: BoundConfig) -> str:
@@ -127,11 +124,9 @@ class _BestOfThree:
             view, gt = environment.View.whole(*image.shape[:2], EXACT), sample.gt_mask
             box, click = (prompt_of(view, gt, use_box) for use_box in (True, False))
             point = view.to_original(np.array(click.points)).tolist()
-            requests = [
-                SegmentRequest(b, tuple(map(tuple, p)), (1,) * len(p))
-                for b, p in ((box.box, []), (None, point), (box.box, point))
-            ]
-            masks = [self.segmenter.segment(image, r).mask for r in requests]
+            for b, p in ((box.box, []), (None, point), (box.box, point)):
+                prompt = SegmentRequest(b, tuple(map(tuple, p)), (1,) * len(p))
+                masks.append(self.segmenter.segment(image, prompt).mask)
         if any(mask.shape != sample.gt_mask.shape for mask in masks):
             return reply  # the environment says what is wrong with it
         best = max(masks, key=lambda mask: mask_iou(mask, sample))

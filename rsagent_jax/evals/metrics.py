@@ -31,7 +31,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,6 @@ CONVENTIONS = {
     "seg_zero": MetricConfig(ignore_policy="target", empty_policy="dropped", failure_policy="dropped", epsilon=0.0),
     "lens": MetricConfig(ignore_policy="background", failure_policy="zero"),
 }
-
-
-# --- One sample ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +140,6 @@ def _triple(mask: np.ndarray, gt: np.ndarray, ignore: np.ndarray | None) -> tupl
     return intersection, union - true + intersection, true
 
 
-# --- Sums and counts ---
-
-
 @dataclasses.dataclass(frozen=True)
 class Totals:
     """The figures of many results."""
@@ -164,24 +158,14 @@ def total_results(results: Sequence[SampleResult]) -> Totals:
     return Totals(len(counted), {reason: why[reason] for reason in ("failure", "empty")}, giou, ciou)
 
 
-# --- Intervals ---
-
-
-def bootstrap_ci(
-    values: Sequence[float], pictures: Sequence[str] | None = None, *, n: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95% percentile interval of the mean. `pictures`: see `cluster_bootstrap_ci`. Raises DataError without values."""
+def bootstrap_ci(values: Sequence[float], pictures: Sequence[str] | None = None, **options) -> tuple[float, float]:
+    """95% percentile interval of the mean. pictures, options, errors: of `cluster_bootstrap_ci`."""
     rows = np.stack([np.asarray(values, np.float64), np.ones(len(values))], axis=-1)
-    return cluster_bootstrap_ci(rows, lambda sums: sums[:, 0] / sums[:, 1], pictures, n=n, seed=seed)
+    return cluster_bootstrap_ci(rows, lambda sums: sums[:, 0] / sums[:, 1], pictures, **options)
 
 
 def cluster_bootstrap_ci(
-    rows: np.ndarray,
-    statistic: Callable[[np.ndarray], np.ndarray],
-    pictures: Sequence[str] | None = None,
-    *,
-    n: int = 2000,
-    seed: int = 0,
+    rows: np.ndarray, statistic: Callable, pictures: Sequence[str] | None = None, *, n: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """95% percentile interval of a statistic of sums, from `n` resamples of the pictures with replacement.
 
@@ -202,15 +186,8 @@ def cluster_bootstrap_ci(
     return float(low), float(high)
 
 
-# --- results.json ---
-
-
 def summarize_results(
-    results: Iterable[SampleResult],
-    settings: Mapping[str, Any],
-    *,
-    benchmark: str,
-    pictures: Mapping[str, str] | None = None,
+    results: Iterable[SampleResult], settings: dict[str, Any], *, benchmark: str, pictures: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """What results.json holds; the same whatever the order of `results`. JSON-ready if `settings` is.
 
@@ -243,7 +220,7 @@ def summarize_results(
         "mean_turns": turns / len(results),
         "tool_errors": errors,
         "tool_error_rate": errors / max(turns, 1),
-        "settings": dict(settings) | {"metric": dict(settings.get("metric", {})) | rules},
+        "settings": settings | {"metric": settings.get("metric", {}) | rules},
     }
     # Of all samples but dropped failures: an empty_policy drops from gIoU, not from the accuracies.
     judged = [r for r in results if r.dropped != "failure"]

@@ -85,7 +85,10 @@ class Journal:
             if not self.path.exists():  # as a whole, so that no other shard ever sees it empty
                 write_whole(self.path, json.dumps({"format": FORMAT, "settings": settings}) + "\n")
             self.file = self.path.open("ab")
-            self._cut()
+            data = self.path.read_bytes()
+            if half := len(data) - data.rfind(b"\n") - 1:  # what a kill left of the last line
+                self.file.truncate(len(data) - half)
+                self.notes.append(f"{self.path}: a half-written line at its end ({half} bytes) was cut off")
 
     def left(self, work: Sequence[tuple[str, T]], what: str) -> list[T]:
         """Of (id, job) the jobs that are not done; says on the terminal how many are, and the notes."""
@@ -109,14 +112,6 @@ class Journal:
     def close(self) -> None:
         with writing(self.path):  # what is still buffered may not fit either
             self.file.close()
-
-    def _cut(self) -> None:
-        """Takes off what a kill left of the last line."""
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            self.file.truncate(whole)
-            self.notes.append(f"{self.path}: a half-written line at its end ({len(data) - whole} bytes) was cut off")
 
 
 def read_journal(
@@ -153,9 +148,6 @@ def settings_of(folder: pathlib.Path) -> dict[str, Any]:
     raise DataError(f"{folder} holds nothing: there is no <i>-of-<n>.jsonl in it")
 
 
-# --- Lines ---
-
-
 @dataclasses.dataclass(frozen=True)
 class _Line:
     """What is needed of a row to choose among those of its id, and where it is."""
@@ -175,28 +167,24 @@ def _latest(
 ) -> list[_Line]:
     latest: dict[str, _Line] = {}
     for path in sorted(folder.glob("*-of-*.jsonl")):
-        for line in _lines(path, folder, settings, by):
-            if line.id not in latest or line.at >= latest[line.id].at:
-                latest[line.id] = line
+        with path.open("rb") as file:
+            offset = len(head := file.readline())
+            _check_settings(_head(path, head), settings, folder)
+            for number, line in enumerate(file, start=2):
+                if not line.endswith(b"\n"):
+                    break  # of a kill, or being written at this moment
+                where = f"{path}, line {number}"
+                try:
+                    row = json.loads(line)
+                    id, at = row["id"], row.get("at", 0.0)
+                    key = at if by == "at" else row[by]
+                    new = _Line(id, at, row.get("fingerprint"), row.get("failed"), key, where, path, offset)
+                    if id not in latest or at >= latest[id].at:
+                        latest[id] = new
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise damaged(where, error) from None
+                offset += len(line)
     return [x for x in latest.values() if current is None or (x.id in current and x.fingerprint == current[x.id])]
-
-
-def _lines(path: pathlib.Path, folder: pathlib.Path, settings: dict[str, Any] | None, by: str) -> Iterator[_Line]:
-    with path.open("rb") as file:
-        offset = len(head := file.readline())
-        _check_settings(_head(path, head), settings, folder)
-        for number, line in enumerate(file, start=2):
-            if not line.endswith(b"\n"):
-                return  # of a kill, or being written at this moment
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-                key = row.get("at", 0.0) if by == "at" else row[by]
-                id, failed = row["id"], row.get("failed")
-                yield _Line(id, row.get("at", 0.0), row.get("fingerprint"), failed, key, where, path, offset)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise damaged(where, error) from None
-            offset += len(line)
 
 
 def _head(path: pathlib.Path, line: bytes) -> dict[str, Any]:

@@ -48,12 +48,9 @@ ROLLOUTS = ("agent.", "segmenter.")  # SFT has its own check of what its traject
 
 def saved_steps(workdir: pathlib.Path) -> dict[str, int]:
     """Stage -> TrainState.step of its newest finished checkpoint, for stages that have one."""
-    steps = {}
-    for stage in STAGES:
-        names = [p.name for p in (workdir / "checkpoints" / stage).glob("*") if p.name.isdecimal()]
-        if names:
-            steps[stage] = max(map(int, names))
-    return steps
+    names = {stage: (workdir / "checkpoints" / stage).glob("*") for stage in STAGES}
+    steps = {stage: [int(p.name) for p in paths if p.name.isdecimal()] for stage, paths in names.items()}
+    return {stage: max(found) for stage, found in steps.items() if found}
 
 
 def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) -> list[ChangedField]:
@@ -99,15 +96,11 @@ def _why_not_longer(name: str, old: dict[str, Any], new: dict[str, Any], last: i
 _DEFAULTS = json.loads(json.dumps(to_dict(TrainConfig(policy=PolicyConfig(weights="")))))
 
 
-# --- What the run was given, by content: users move it ---
-
-_POLICY = ("config", "tokenizer", "tokenizer_config", "preprocessor_config", "processor_config", "generation_config")
-
-
 def weights_fingerprint(weights: str) -> str:
     """Of the files that load_policy reads."""
     directory = policy_directory(weights)
-    files = [directory / f"{name}.json" for name in (*_POLICY, "model.safetensors.index")]
+    names = ("config", "tokenizer", "tokenizer_config", "preprocessor_config", "processor_config", "generation_config")
+    files = [directory / f"{name}.json" for name in (*names, "model.safetensors.index")]
     return fingerprint([*weight_files(weights), *files])
 
 
@@ -132,9 +125,6 @@ def fingerprint(files: Iterable[pathlib.Path], piece: int = 1 << 16) -> str:
                 file.seek(offset)
                 digest.update(file.read(piece))
     return digest.hexdigest()[:16]
-
-
-# --- The history ---
 
 
 def check_config(workdir: pathlib.Path, config: TrainConfig) -> None:
