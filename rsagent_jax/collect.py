@@ -62,8 +62,7 @@ def main(config: CollectConfig) -> None:
     mine = [(attempt_id(ids[k], t, tries), (n * tries + t, k)) for n, k in places for t in range(tries)]
     with open_segmenter(config.segmenter) as segmenter:
         limits = pixel_limits(config.agent, processor)
-        settings = collection_resume_fingerprint(config, segmenter.about, limits, checksum)
-        settings["planned"] = len(order) * tries
+        settings = collection_resume_fingerprint(config, segmenter.about, limits, checksum) | {"planned": len(current)}
         with contextlib.closing(journals.Journal(workdir / filter.ATTEMPTS, share, settings, current)) as journal:
             if journal.gone:
                 raise DataError(

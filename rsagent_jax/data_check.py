@@ -9,7 +9,6 @@ read, or shown to a policy, or a count differs; 2 if the set cannot be opened.
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import dataclasses
 import json
@@ -150,10 +149,10 @@ def config_class(argv: list[str]) -> type:
     path = command.config_path(argv)
     if path is None:
         raise DataError("--config=configs/X.py is required: a config of train.py, evaluate.py or collect")
-    has = collections.Counter(command.load_config_file(path).keys())
-    if has["stages"]:
+    has = set(command.load_config_file(path).keys())
+    if "stages" in has:
         return TrainConfig
-    return CollectConfig if has["teacher"] else ProblemsConfig if has["writer"] else EvalConfig
+    return CollectConfig if "teacher" in has else ProblemsConfig if "writer" in has else EvalConfig
 
 
 if __name__ == "__main__":

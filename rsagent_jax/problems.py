@@ -44,8 +44,7 @@ def main(config: ProblemsConfig) -> None:
     done = journal.survey(workdir / ANSWERS, settings, current)
     failed = dict(writer.failures.counts)
     if failed and not done:
-        example = next(iter(writer.failures.examples.values()))[0]
-        raise DataError(f"nothing could be written ({failed}): {example}")
+        raise DataError(f"nothing could be written ({failed}): {next(iter(writer.failures.examples.values()))[0]}")
     if (missing := len(order) - len(done) - sum(failed.values())) > 0:
         print(f"shard {share.index} of {share.count} is done; {missing} objects are left to the others")
         return

@@ -21,15 +21,8 @@ from rsagent_jax import collect as command
 from rsagent_jax import refilter
 from rsagent_jax.collecting import filter
 from rsagent_jax.collecting.collector import Collector, attempt_id, collection_resume_fingerprint, teacher_policy
-from rsagent_jax.config.schema import (
-    CollectConfig,
-    DataConfig,
-    FilterConfig,
-    OwnConfig,
-    RemoteConfig,
-    SegmenterConfig,
-    TeacherConfig,
-)
+from rsagent_jax.config import schema
+from rsagent_jax.config.schema import CollectConfig, FilterConfig, SegmenterConfig, TeacherConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.text_policy import TextPolicy
@@ -74,21 +67,17 @@ def samples(tmp_path):
     return out
 
 
-ALONE = Share()
 CONFIG = CollectConfig(processor="x", agent=small.AGENT, segmenter=SegmenterConfig(workers=3), concurrent=4)
-
-
 CURRENT = {f"s{i}{attempt}": f"sample {i}" for i in range(6) for attempt in ("", "#0", "#1")}
 DISCS = About("discs", "discs of one size")
 
 
-def collect(workdir, samples, share=ALONE, make=Scripted, config=CONFIG, segmenter=None, policy=None, checksum=""):
-    """One run of a shard over what is left, by `policy` or teachers that `make` makes; (collector, what was left)."""
+def collect(workdir, samples, make=Scripted, config=CONFIG, segmenter=None, policy=None, checksum=""):
+    """One run over what is left, by `policy` or teachers that `make` makes; (collector, what was left)."""
     own = config.teacher.own
     tries = own.tries if own.weights else 1
-    mine = range(share.index, len(samples), share.count)
-    work = [(attempt_id(f"s{i}", t, tries), (tries * i + t, i)) for i in mine for t in range(tries)]
-    with contextlib.closing(opened(workdir, share, config, checksum)) as journal:
+    work = [(attempt_id(f"s{i}", t, tries), (tries * i + t, i)) for i in range(len(samples)) for t in range(tries)]
+    with contextlib.closing(opened(workdir, config, checksum)) as journal:
         collector = Collector(config, small.processor(), samples, segmenter or DiscSegmenter(14.0), journal, checksum)
         left = journal.left(work, "trajectories")
         collector.collect(left, len(work), policy or teacher_policy(config, small.processor(), make))
@@ -96,17 +85,13 @@ def collect(workdir, samples, share=ALONE, make=Scripted, config=CONFIG, segment
     return collector, left
 
 
-def opened(workdir, share=ALONE, config=CONFIG, checksum=""):
+def opened(workdir, config=CONFIG, checksum=""):
     settings = collection_resume_fingerprint(config, DISCS, pixel_limits(config.agent, small.processor()), checksum)
-    return Journal(workdir / filter.ATTEMPTS, share, settings, CURRENT)
+    return Journal(workdir / filter.ATTEMPTS, Share(), settings, CURRENT)
 
 
 def done(workdir):
     return {id for id, failed in journals.survey(workdir / filter.ATTEMPTS).items() if not failed}
-
-
-def wide(h, w):
-    return {"image": np.zeros((h, w, 3), np.uint8), "gt_mask": np.zeros((h, w), bool)}
 
 
 def lines(path):
@@ -236,9 +221,10 @@ def test_the_segmenters_failures_leave_no_set_and_a_changed_sample_is_played_aga
     data.ids = ["other", *data.ids[1:]]
     refused(r"samples that the data no longer has, such as \['s0'\]", run, back)
     data.ids, data.queries[3] = ["s0", *data.ids[1:]], "changed"
-    data[3] = dataclasses.replace(samples[3], **wide(10, 2010))
+    wide = {"image": np.zeros((10, 2010, 3), np.uint8), "gt_mask": np.zeros((10, 2010), bool)}
+    data[3] = dataclasses.replace(samples[3], **wide)
     with pytest.raises(DataError, match=r"3\.png: image of 10x2010 pixels"):
-        run(back, dataclasses.replace(config, data=DataConfig(unreadable="stop")))
+        run(back, dataclasses.replace(config, data=schema.DataConfig(unreadable="stop")))
     run(back)
     assert json.loads((workdir / "collect.json").read_text())["not_collected"] == {"unreadable sample": 1}
 
@@ -278,7 +264,7 @@ def test_a_remote_teacher_is_asked_side_by_side_and_counted(tmp_path, samples):
         return good(script[turn]) if len(server.asked) % 3 else (200, {}, '{"choices": [')
 
     with Server([answer]) as server:
-        teacher = RemoteConfig(url=server.url, model="m", backoff_s=0.001, retries=20, price_out=1e6)
+        teacher = schema.RemoteConfig(url=server.url, model="m", backoff_s=0.001, retries=20, price_out=1e6)
         config = dataclasses.replace(CONFIG, teacher=TeacherConfig(remote=teacher))
         collector, _ = collect(tmp_path / "w", samples, make=Remote, config=config)
     assert collector.failures.counts == {"endpoint, refused": 1}
@@ -290,7 +276,7 @@ def test_a_remote_teacher_is_asked_side_by_side_and_counted(tmp_path, samples):
     assert filter.write_kept_set(tmp_path / "w", tmp_path / "w", FilterConfig()).kept == 2
 
 
-OWN = dataclasses.replace(CONFIG, teacher=TeacherConfig(own=OwnConfig(weights="w", tries=2)))
+OWN = dataclasses.replace(CONFIG, teacher=TeacherConfig(own=schema.OwnConfig(weights="w", tries=2)))
 
 
 def test_our_own_policy_tries_each_sample_and_the_first_good_try_is_kept(tmp_path, samples):

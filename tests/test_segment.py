@@ -33,12 +33,11 @@ def processor():
     return Processor.load(TINY)
 
 
-def play(turns, processor, out, image=None, segmenter=None):
+def play(turns, processor, out, segmenter=None):
     """The command's own function with scripted turns for the policy."""
     script = iter(turns)
     policy = TextPolicy(lambda task, state: next(script), processor, slots=1)
-    image = picture(60, 90) if image is None else image
-    return segment(policy, segmenter or DiscSegmenter(), processor, CONFIG, image, "the disc", out)
+    return segment(policy, segmenter or DiscSegmenter(), processor, CONFIG, picture(60, 90), "the disc", out)
 
 
 def read(path) -> np.ndarray:

@@ -32,7 +32,6 @@ ABSENT_NOTE = (
     " a mask has N-acc 100% and IoU 1 on every absent target."
 )
 SHOWN = 4  # samples shown among the best of GRPO, and as many among the worst
-
 # (stage, key of metrics.jsonl, title, label of the y axis); rewards' own parts are added as they come
 _CURVES = (
     ("sft", "loss", "SFT loss", "nats per token"),

@@ -85,9 +85,7 @@ class Server:
 
 
 def config(server, **options):
-    return RemoteConfig(
-        **{"url": server.url, "model": "m", "backoff_s": 0.01, "retries": 2, "timeout_s": 5.0} | options
-    )
+    return RemoteConfig(**dict(url=server.url, model="m", backoff_s=0.01, retries=2, timeout_s=5.0) | options)
 
 
 def ask(c, n=1):

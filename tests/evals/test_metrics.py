@@ -8,14 +8,8 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsagent_jax.evals.metrics import (
-    SampleResult,
-    bootstrap_ci,
-    cluster_bootstrap_ci,
-    score,
-    summarize_results,
-    total_results,
-)
+from rsagent_jax.evals import metrics
+from rsagent_jax.evals.metrics import SampleResult, bootstrap_ci, score, summarize_results, total_results
 from rsagent_jax.types import DataError, ParseError, Sample, Status, Trajectory, Turn
 from tests.refusals import refused
 
@@ -156,7 +150,7 @@ def test_intervals_of_ratios_are_scipys_and_a_picture_comes_with_all_of_its_sent
     sums = rows.reshape(60, sentences, 2).sum(axis=1)
     settings = dict(paired=True, n_resamples=4000, method="percentile", rng=1)
     wanted = scipy.stats.bootstrap(tuple(sums.T), lambda a, b, axis: a.sum(axis) / b.sum(axis), **settings)
-    found = cluster_bootstrap_ci(rows, lambda sums: sums[:, 0] / sums[:, 1], names, n=4000)
+    found = metrics.cluster_bootstrap_ci(rows, lambda sums: sums[:, 0] / sums[:, 1], names, n=4000)
     assert found == pytest.approx(tuple(wanted.confidence_interval), abs=0.02)  # they lie 0.4 apart
     # three equal sentences say no more than one, and the order does not matter
     once = bootstrap_ci(sums[:, 0], names[::sentences])

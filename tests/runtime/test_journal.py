@@ -91,9 +91,8 @@ def test_the_latest_row_decides_whatever_file_it_is_in(tmp_path_factory, steps, 
     assert values(folder, current) == of
     done = {id for id in of if not wanted[id][2]}
     assert Journal(folder, Share(2, 3), SETTINGS, current).done == done
-    assert [row["value"] for _, row in journal.read_journal(folder, by="value")] == sorted(
-        n for n, _, _ in wanted.values()
-    )
+    in_order = [row["value"] for _, row in journal.read_journal(folder, by="value")]
+    assert in_order == sorted(n for n, _, _ in wanted.values())
 
 
 def test_a_half_written_line_is_cut_off_with_a_word(tmp_path):
@@ -145,8 +144,6 @@ def test_fingerprints_are_asked_for_by_place():
 
 
 def test_where_the_data_lie_is_no_setting():
-    a, b = (
-        journal.decisive_settings(DataConfig(root=r, limit=n, unreadable=u))
-        for r, n, u in (("x", 0, "skip"), ("y", 5, "stop"))
-    )
-    assert a == b and a["split"] == "train" and a["fingerprint"] == "content"
+    a = journal.decisive_settings(DataConfig(root="x", limit=0, unreadable="skip"))
+    assert a == journal.decisive_settings(DataConfig(root="y", limit=5, unreadable="stop"))
+    assert a["split"] == "train" and a["fingerprint"] == "content"

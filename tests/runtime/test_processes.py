@@ -228,12 +228,11 @@ def test_all_processes_start_or_none_does(monkeypatch):
     refused("1 of 2 processes could not start", processes.all_or_none, lambda: "ready")
 
 
-@pytest.mark.parametrize("given", [{"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}, {"JAX_PROCESS_ID": "0"}])
-def test_half_told_processes_are_a_data_error(given, monkeypatch):
-    for name in processes.VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize(("name", "value"), [("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1"), ("JAX_PROCESS_ID", "0")])
+def test_half_told_processes_are_a_data_error(name, value, monkeypatch):
+    for other in processes.VARIABLES:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
     refused("JAX_COORDINATOR_ADDRESS=.*JAX_NUM_PROCESSES=, JAX_PROCESS_ID=", processes.initialize_distributed)
 
 

@@ -101,9 +101,9 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def split():
     """What a process with 8 devices says of a state and of gradients that are split over them."""
+    root = pathlib.Path(__file__).parents[2]
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    root = str(pathlib.Path(__file__).parents[2])
-    path = os.pathsep.join([root, os.path.join(root, "tests", "agent")])
+    path = f"{root}{os.pathsep}{root}/tests/agent"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", SPLIT], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
