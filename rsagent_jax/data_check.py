@@ -67,7 +67,6 @@ def main(config: TrainConfig | EvalConfig | CollectConfig | ProblemsConfig) -> i
     for note in samples.notes:
         print(f"  {note}")
     rows = [count_row(index, data) for index in (samples.parts if isinstance(samples, Mixture) else (samples,))]
-    differs = [row for row in rows if row["verdict"] == "DIFFERS"]
     for row in rows:
         print("  " + "  ".join(f"{key} {value}" for key, value in row.items()))
     if flags.FLAGS.samples < 0:
@@ -89,7 +88,7 @@ def main(config: TrainConfig | EvalConfig | CollectConfig | ProblemsConfig) -> i
     for id, problem in list(found.bad.items())[:LISTED]:
         print(f"  UNREADABLE {id}: {problem}")
     print(f"  {out / 'contact_sheet.png'}")
-    return 1 if found.bad or differs else 0
+    return 1 if found.bad or any(row["verdict"] == "DIFFERS" for row in rows) else 0
 
 
 def count_row(samples: SampleIndex, data: DataConfig) -> dict:

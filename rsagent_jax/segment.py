@@ -37,6 +37,8 @@ FILES = ("mask.png", "overlay.png", "image.png", "trajectory.json")
 
 
 def main(config: SegmentConfig, image_path: str, query: str) -> None:
+    if not pathlib.Path(image_path).exists():
+        raise DataError(f"{image_path} does not exist")
     # The orientation is applied, unlike for COCO: a mask of a photograph should lie as its owner sees it.
     image, query = read_image(image_path, "name a picture file", upright=True), query.strip()
     if not query:

@@ -17,7 +17,7 @@ from rsagent_jax.config.schema import SegmentConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.rollout.text_policy import TextPolicy
 from rsagent_jax.runtime.command import load_config_file
-from rsagent_jax.segment import main, segment
+from rsagent_jax.segment import segment
 from rsagent_jax.types import Status
 from sam_bridge.types import FailureKind
 from tests.refusals import refused
@@ -96,16 +96,6 @@ def test_a_broken_segmenter_leaves_no_mask(processor, tmp_path):
     refused(says, play, [BOX], processor, tmp_path, segmenter=broken)
     assert not (tmp_path / "mask.png").exists()  # not even that of the run before
     assert replay((tmp_path / "trajectory.json").read_text()).status is Status.ENV_FAILED
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"), [("missing", "is missing: name"), ("cut", "not a readable picture.*; name")]
-)
-def test_what_is_no_picture_is_one_data_error(tmp_path, damage, says):
-    path = tmp_path / "photo.jpg"
-    PIL.Image.fromarray(picture(64, 64)).save(path)
-    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:-900])
-    assert "\n" not in refused(rf"photo\.jpg.*{says} a picture file", main, CONFIG, str(path), "the disc")
 
 
 def test_the_command_with_the_tiny_base(tmp_path):

@@ -40,8 +40,7 @@ class Oracle:
     """One per trajectory: what it does depends on its generator, the state and the true mask only."""
 
     def __init__(self, config: TeacherConfig, rng: np.random.Generator):
-        self.config = config
-        self.rng = rng
+        self.config, self.rng = config, rng
 
     def act(self, state: EnvState, gt_mask: np.ndarray) -> str:
         """The next assistant turn; `gt_mask` is bool[h, w] in original pixels."""
