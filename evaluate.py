@@ -30,14 +30,11 @@ from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import (
-    DataConfig,
-    EvalConfig,
-)
+from rsagent_jax.config.schema import EvalConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.data.sets.open import open_samples
-from rsagent_jax.evals import bounds, by_turn, metrics, records, startup
+from rsagent_jax.evals import bounds, by_turn, metrics, records
 from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
 from rsagent_jax.report import evaluation
@@ -45,15 +42,10 @@ from rsagent_jax.rollout import failures
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.play import play_samples
+from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
 from rsagent_jax.runtime import command, processes
+from rsagent_jax.runtime import journal as journals
 from rsagent_jax.runtime.image_files import keep_picture
-from rsagent_jax.runtime.journal import (
-    agent_settings,
-    data_settings,
-    fingerprints,
-    sampling_settings,
-    write_whole,
-)
 from rsagent_jax.types import DataError, Sample, Trajectory
 from sam_bridge.types import Segmenter
 
@@ -67,13 +59,17 @@ def main(
 ) -> None:
     ############################## Data, who plays ##############################
     workdir, share = command.make_workdir(workdir), processes.parse_share(shard, "--shard")
-    config = fill_defaults(config, weights)
-    startup.check_evaluate(config, workdir)
-    samples = open_benchmark(config.data)
-    ids = samples.ids
-    current = fingerprints(samples, {id: k for k, id in enumerate(ids)})
+    if weights:
+        config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=weights))
     oracle = config.bound.row in bounds.ORACLES
-    policy = {} if oracle else policy_fingerprint(config)
+    if oracle:
+        config = bounds.fill_bound_defaults(config)
+    check_evaluate(config, workdir)
+    samples = open_samples(config.data)
+    for note in samples.notes:
+        print(note)
+    ids = samples.ids
+    current = journals.fingerprints(samples, {id: k for k, id in enumerate(ids)})
 
     ############################## Trajectories ##############################
     with contextlib.ExitStack() as stack:
@@ -82,19 +78,16 @@ def main(
         row["segmenter"] = dataclasses.asdict(segmenter.about)  # what answers, not what a config calls it
         if config.bound.row == "best_of_three":
             row["three_masks"] = bounds.masks_of(segmenter)
-        settings = evaluation_resume_fingerprint(config, row, policy)
-        shard = stack.enter_context(contextlib.closing(records.Shard(workdir, share, settings, current)))
-        for note in shard.notes:
-            print(note)
+        settings = evaluation_resume_fingerprint(config, row)
+        journal = journals.Journal(workdir / records.FOLDER, share, settings, current)
+        stack.callback(journal.close)
         mine = range(share.index, len(samples), share.count)
-        left = [k for k in mine if ids[k] not in shard.done]
-        if len(left) < len(mine):
-            print(f"goes on: {len(mine) - len(left)} of {len(mine)} samples are done")
-        if not shard.done.issuperset(ids):  # what an earlier start said is not the result of these samples
+        left = journal.left([(ids[k], k) for k in mine], "samples")
+        if not journal.done.issuperset(ids):  # what an earlier start said is not the result of these samples
             (workdir / "results.json").unlink(missing_ok=True)
         if left:
             driver = bounds.oracle_driver(config, segmenter) if oracle else policy_driver(config, segmenter, workdir)
-            measure(config, workdir, samples, left, len(mine), driver, shard)
+            measure(config, workdir, samples, left, len(mine), driver, journal)
 
     ############################## Results ##############################
     found = records.read_records(workdir, settings, current)
@@ -107,40 +100,23 @@ def main(
         print(f"shard {share.index} of {share.count} is done; {len(missing)} samples are left to the others")
         return
     if not kept:
-        raise DataError(
-            f"none of the {len(ids)} samples can be read; the first: {next(iter(found.unreadable.values()))}"
-        )
+        first = next(iter(found.unreadable.values()))
+        raise DataError(f"none of the {len(ids)} samples can be read; the first: {first}")
     pictures = {id: key for id, key in zip(ids, samples.picture_keys, strict=True) if id in kept}
-    summary = write_results(
-        workdir, config, row, [kept[id] for id in pictures], pictures, found, policy.get("weights_sha256")
-    )
-    print(headline(summary))
-    print(evaluation.what_failed(summary))
-    print(f"{pathlib.Path(workdir) / 'report' / 'index.html'}")
+    row["weights_sha256"] = settings.get("weights_sha256")
+    summary = write_results(workdir, config, row, [kept[id] for id in pictures], pictures, found.unreadable)
+    print(headline(summary), evaluation.what_failed(summary), workdir / "report" / "index.html", sep="\n")
 
 
-def fill_defaults(config: EvalConfig, weights: str) -> EvalConfig:
-    """With the command line's weights, and as many turns as an oracle takes."""
-    if weights:
-        config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=weights))
-    return bounds.fill_bound_defaults(config) if config.bound.row in bounds.ORACLES else config
-
-
-def open_benchmark(config: DataConfig) -> SampleIndex:
-    samples = open_samples(config)
-    for note in samples.notes:
-        print(note)
-    return samples
-
-
-def policy_fingerprint(config: EvalConfig) -> dict[str, Any]:
-    """What the policy's trajectories depend on beside the config: weights, ends of a turn, sizes."""
-    processor = Processor.load(policy_directory(config.policy.weights))
-    return {
-        "weights_sha256": weights_checksum(config.policy.weights),
-        "stop_ids": processor.with_ends(config.sampling).stop_ids,
-        "pixel_limits": dataclasses.asdict(pixel_limits(config.agent, processor)),
-    }
+def check_evaluate(config: EvalConfig, workdir: pathlib.Path) -> None:
+    """What is needed besides data, looked at before weights are loaded; the cheapest first."""
+    check_disk(workdir)
+    weights = config.policy.weights
+    if config.bound.row == bounds.UNTRAINED and policy_directory(weights) != pathlib.Path(weights):
+        raise DataError(f"bound.row is {bounds.UNTRAINED}, but {weights} is a checkpoint of train.py; give the weights")
+    if config.bound.row not in bounds.ORACLES:
+        print(check_policy(weights, config.agent, config.sampling))
+    check_segmenter(config.segmenter)
 
 
 def policy_driver(config: EvalConfig, segmenter: Segmenter, workdir: pathlib.Path) -> Driver:
@@ -160,9 +136,9 @@ def measure(
     left: Sequence[int],
     total: int,
     driver: Driver,
-    shard: records.Shard,
+    journal: journals.Journal,
 ) -> None:
-    """A trajectory for each of the samples at `left`, into the shard as it ends.
+    """A trajectory for each of the samples at `left`, into the journal as it ends.
 
     DataError where the segmenter fails too many in a row, or at a sample that cannot be read (data.unreadable=stop).
     """
@@ -170,39 +146,39 @@ def measure(
 
     def keep(uid: int, sample: Sample, trajectory: Trajectory, state: EnvState) -> failures.Failure | None:
         nonlocal last
-        now = time.perf_counter()
-        kept = make_record(workdir, sample, trajectory, state, now - last)
-        shard.add(kept)
-        last = now
-        return kept.failure
+        since, last = last, time.perf_counter()
+        record = make_record(workdir, sample, trajectory, state, last - since)
+        journal.add(record.to_row())
+        return record.failure
 
     def keep_unreadable(uid: int, place: int, why: str) -> None:
-        shard.add_unreadable(samples.ids[place], failures.UNREADABLE, why)
+        journal.add({"id": samples.ids[place], "failed": {"kind": failures.UNREADABLE, "why": why}})
 
     unreadable = keep_unreadable if config.data.unreadable == "skip" else None
     options = {"total": total, "label": "evaluate", "give_up_after": config.segmenter.give_up_after}
     play_samples(driver, samples, [(k, k) for k in left], keep, unreadable, **options)
 
 
-def evaluation_resume_fingerprint(config: EvalConfig, row: dict, policy: dict) -> dict:
+def evaluation_resume_fingerprint(config: EvalConfig, row: dict) -> dict[str, Any]:
     """Everything but the samples that a trajectory depends on: a run that is taken up again must agree in it."""
-    common = row | {"data": data_settings(config.data), "agent": agent_settings(config.agent)}
-    if not policy:
-        return common
-    sampling = sampling_settings(config.sampling)
-    return common | policy | {"dtype": config.policy.dtype, "seed": config.seed, "sampling": sampling}
+    settings = row | {name: journals.decisive_settings(getattr(config, name)) for name in ("data", "agent")}
+    if config.bound.row not in bounds.ORACLES:
+        weights = config.policy.weights
+        processor = Processor.load(policy_directory(weights))
+        settings |= {"weights_sha256": weights_checksum(weights), "dtype": config.policy.dtype, "seed": config.seed}
+        settings["stop_ids"] = processor.with_ends(config.sampling).stop_ids
+        settings["pixel_limits"] = dataclasses.asdict(pixel_limits(config.agent, processor))
+        settings["sampling"] = journals.decisive_settings(config.sampling)
+    return settings
 
 
 def write_results(
-    workdir: pathlib.Path,
-    config: EvalConfig,
-    row: dict,
-    kept: list[records.Record],
-    pictures: dict[str, str],
-    found: records.FoundRecords,
-    checksum: str | None,
+    workdir: pathlib.Path, config: EvalConfig, row: dict, kept: list[records.Record], pictures: dict, unreadable: dict
 ) -> dict:
-    """results.json, predictions.jsonl, trajectories.jsonl and the report of all samples, in the order of the data."""
+    """results.json, predictions.jsonl, trajectories.jsonl and the report of all samples, in the order of the data.
+
+    pictures: of each id, which intervals are resampled by; unreadable: why, by id.
+    """
     results = [metrics.judge(r.counts, config.metric) for r in kept]
     settings = to_dict(config)
     # the unit belongs to the conventions as well
@@ -211,16 +187,19 @@ def write_results(
     summary = metrics.summarize_results(results, settings, benchmark=config.benchmark, pictures=pictures) | {
         "seconds_per_sample": sum(r.seconds for r in kept) / len(kept),
         **row,
-        "weights_sha256": checksum,
-        "unreadable": found.unreadable,
+        "unreadable": unreadable,
         "segmenter_failures": dict(Counter(r.failure[0] for r in kept if r.failure)),
         "by_turn": by_turn.curve([(r.counts, r.masks) for r in kept], config.metric, config.agent.max_turns, pictures),
         "conventions": metrics.other_conventions([r.counts for r in kept]),
     }
-    predictions = [prediction(result, r.mask, pictures[result.id]) for result, r in zip(results, kept, strict=True)]
-    write_whole(workdir / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
-    write_whole(workdir / "trajectories.jsonl", "".join(json.dumps(r.example) + "\n" for r in kept))
-    write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
+    predictions = [
+        {"id": result.id, "picture": pictures[result.id], "mask": r.mask, "dropped": result.dropped or ""}
+        | {name: getattr(result, name) for name in ("intersection", "union", "iou", "status", "turns")}
+        for result, r in zip(results, kept, strict=True)
+    ]
+    journals.write_whole(workdir / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
+    journals.write_whole(workdir / "trajectories.jsonl", "".join(json.dumps(r.example) + "\n" for r in kept))
+    journals.write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
     evaluation.write_evaluation(workdir)
     return summary
 
@@ -230,8 +209,7 @@ def headline(summary: dict) -> str:
     mark = "" if summary["row"] == "policy" else f" [{summary['row']}]"
     return (
         f"{summary['benchmark']}{mark}: n {summary['n']}  gIoU {summary['giou']:.3f} [{low:.3f}, {high:.3f}]"
-        f"  cIoU {summary['ciou']:.3f}"
-        f"  turns {summary['mean_turns']:.2f}  tool errors {summary['tool_error_rate']:.3f}"
+        f"  cIoU {summary['ciou']:.3f}  turns {summary['mean_turns']:.2f}  tool errors {summary['tool_error_rate']:.3f}"
     )
 
 
@@ -251,17 +229,3 @@ def make_record(workdir: pathlib.Path, sample, trajectory, state, seconds: float
     masks = by_turn.mask_pixels(trajectory, sample)
     failure = failures.failure_of(state)
     return records.Record(counts, encode_rle(trajectory.final_mask), seconds, example, masks, failure)
-
-
-def prediction(result: metrics.SampleResult, mask: dict, picture: str) -> dict:
-    return {
-        "id": result.id,
-        "picture": picture,
-        "mask": mask,
-        "intersection": result.intersection,
-        "union": result.union,
-        "iou": result.iou,
-        "status": result.status.value,
-        "turns": result.turns,
-        "dropped": result.dropped or "",
-    }

@@ -29,18 +29,12 @@ import pathlib
 import numpy as np
 
 from rsagent_jax.agent.segmenter import open_segmenter
-from rsagent_jax.collecting import filter, startup
-from rsagent_jax.collecting.collector import (
-    Collector,
-    attempt_fingerprints,
-    attempt_id,
-    begin,
-    collection_resume_fingerprint,
-    teacher_policy,
-)
-from rsagent_jax.collecting.endpoint import Endpoint
+from rsagent_jax.collecting import filter
+from rsagent_jax.collecting.collector import Collector, attempt_id, collection_resume_fingerprint, teacher_policy
+from rsagent_jax.collecting.endpoint import Endpoint, Remote, check_endpoint
 from rsagent_jax.config.import_path import import_path
 from rsagent_jax.config.schema import CollectConfig
+from rsagent_jax.data import trajectories
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
@@ -48,8 +42,8 @@ from rsagent_jax.rollout import failures
 from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.policy import Policy
+from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
 from rsagent_jax.runtime import journal as journals
-from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.runtime.processes import parse_share
 from rsagent_jax.types import DataError
 
@@ -61,24 +55,33 @@ def main(
     shard: str = "0/1",  # i/n: collect every n-th trajectory from the i-th on, counted from 0
 ) -> None:
     workdir, share = command.make_workdir(workdir), parse_share(shard, "--shard")
-    startup.check_collect(config, workdir)
+    check_collect(config, workdir)
     processor = Processor.load(policy_directory(config.teacher.own.weights or config.processor))
     samples = open_samples(config.data)
     order = np.random.default_rng(config.seed).permutation(len(samples))[: config.limit or None].tolist()
     own = dataclasses.replace(config.teacher.own, sampling=processor.with_ends(config.teacher.own.sampling))
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, own=own))
     tries, checksum = (own.tries, weights_checksum(own.weights)) if own.weights else (1, "")
+    ids = samples.ids
+    prints = journals.fingerprints(samples, {ids[k]: k for k in order})
+    current = {attempt_id(id, t, tries): prints[id] for id in prints for t in range(tries)}
     # All tries of a sample are one machine's, so that they share its opening.
     places = list(enumerate(order))[share.index :: share.count]
-    mine = [(n * tries + t, k) for n, k in places for t in range(tries)]
-    current = attempt_fingerprints(samples, order, tries)
+    mine = [(attempt_id(ids[k], t, tries), (n * tries + t, k)) for n, k in places for t in range(tries)]
     with open_segmenter(config.segmenter) as segmenter:
-        settings = collection_resume_fingerprint(
-            config, segmenter.about, pixel_limits(config.agent, processor), checksum
-        )
-        settings["planned"] = len(order) * tries
-        with contextlib.closing(Journal(workdir / filter.ATTEMPTS, share, settings, current)) as journal:
-            left = begin(workdir, config, journal, mine, samples.ids, tries)
+        limits = pixel_limits(config.agent, processor)
+        settings = collection_resume_fingerprint(config, segmenter.about, limits, checksum) | {"planned": len(current)}
+        with contextlib.closing(journals.Journal(workdir / filter.ATTEMPTS, share, settings, current)) as journal:
+            if journal.gone:
+                raise DataError(
+                    f"{journal.path.parent} holds trajectories of {len(journal.gone)} samples that the data no longer"
+                    f" has, such as {journal.gone[:3]}; give another --workdir, or remove {journal.path.parent} to"
+                    " start over"
+                )
+            left = journal.left(mine, "trajectories")
+            if current.keys() - journal.done:  # what an earlier start kept is not the set of these samples
+                (workdir / trajectories.STAMP).unlink(missing_ok=True)
+            filter.write_rules(workdir, config.filter)
             if left:
                 policy = open_teacher(config, processor, workdir)
                 Collector(config, processor, samples, segmenter, journal, checksum).collect(left, len(mine), policy)
@@ -86,16 +89,27 @@ def main(
                     print(f"  endpoint: {Endpoint.shared(config.teacher.remote).told()}")
     state = journals.survey(workdir / filter.ATTEMPTS, settings, current)
     kinds = {id: failed["kind"] for id, failed in state.items() if failed}
-    own_ids = [attempt_id(samples.ids[k], uid % tries, tries) for uid, k in mine]
-    if lost := [kinds[id] for id in own_ids if failures.is_segmenters(kinds.get(id, ""))]:
+    if lost := [kinds[id] for id, _ in mine if failures.is_segmenters(kinds.get(id, ""))]:
         raise failures.unmeasured(lost, len(mine))
-    lost = sum(map(failures.is_segmenters, kinds.values()))
-    if missing := settings["planned"] - len(state) + lost:
+    if missing := settings["planned"] - len(state) + sum(map(failures.is_segmenters, kinds.values())):
         print(f"shard {share.index} of {share.count} is done; {missing} trajectories are left to the others")
         return
     if len(kinds) == len(state):
         raise DataError(f"nothing could be collected: {next(failed for failed in state.values())}")
     filter.write_kept_set(workdir, workdir, config.filter, config.records_per_file, settings=settings, current=current)
+
+
+def check_collect(config: CollectConfig, workdir: pathlib.Path) -> None:
+    """What is needed besides data, looked at before any time is spent; the cheapest first."""
+    own = config.teacher.own
+    if own.weights:
+        print(check_policy(own.weights, config.agent, own.sampling, "teacher.own"))
+    else:
+        if import_path(config.teacher.function, ("config", "rng")) is Remote:
+            check_endpoint(config.teacher.remote)
+        pixel_limits(config.agent, Processor.load(policy_directory(config.processor)))
+    check_disk(workdir)
+    check_segmenter(config.segmenter)
 
 
 def open_teacher(config: CollectConfig, processor: Processor, workdir: pathlib.Path) -> Policy:

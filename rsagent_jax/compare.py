@@ -19,7 +19,7 @@ import pathlib
 from collections.abc import Sequence
 
 from rsagent_jax.config.ranges import CountOrZero
-from rsagent_jax.report.comparison import Comparison, GainInterval, check_comparable, compare, text_table
+from rsagent_jax.report.comparison import Comparison, check_comparable, compare, text_table
 from rsagent_jax.report.evaluation import Evaluation, load_evaluation
 from rsagent_jax.types import DataError
 
@@ -33,21 +33,16 @@ def comparison_table(
     for k, (evaluation, name) in enumerate(zip(evaluations, names, strict=True)):
         r, c = evaluation.results, found[k - 1] if k else None
         figures = [f"{r['giou']:.3f}", f"{r['ciou']:.3f}", f"{r['mean_turns']:.2f}"]
-        gaps = [_marked(d) for d in (c.giou, c.ciou, c.turns)] if c else ["", "", ""]
+        gaps = [f"{d} *" if d.clear else str(d) for d in (c.giou, c.ciou, c.turns)] if c else ["", "", ""]
         counts = f"{c.better} / {c.worse} / {c.same}" if c else ""
         rows.append([name, *(cell for pair in zip(figures, gaps, strict=True) for cell in pair), counts, str(r["n"])])
     return rows
 
 
-def _marked(difference: GainInterval) -> str:
-    return f"{difference} *" if difference.clear else str(difference)
-
-
 def sample_table(c: Comparison, base: str, queries: dict[str, str], shown: int) -> list[list[str]]:
-    rows = [["sample", "query", base, c.name, "difference"]]
-    for id, there, here in c.samples[:shown]:
-        rows.append([id, queries.get(id, ""), f"{there:.3f}", f"{here:.3f}", f"{here - there:+.3f}"])
-    return rows
+    figures = ((id, there, here, here - there) for id, there, here in c.samples[:shown])
+    rows = [[id, queries.get(id, ""), f"{a:.3f}", f"{b:.3f}", f"{gap:+.3f}"] for id, a, b, gap in figures]
+    return [["sample", "query", base, c.name, "difference"], *rows]
 
 
 def markdown(rows: list[list[str]]) -> str:

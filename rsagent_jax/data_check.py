@@ -50,15 +50,16 @@ SHOWN, SIDE, TEXT = 24, 280, 48  # pictures of the contact sheet, and pixels of 
 LISTED = 20  # unreadable samples named on the terminal; all of them stand in check.json
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class DataFaults:
-    """What decoding has shown; every sample that was looked at is in exactly one of `read` and `bad`."""
+    """What decoding has shown; every sample that was looked at is in exactly one of the two."""
 
-    read: int = 0
-    empty: int = 0  # samples whose mask is empty
-    ignored: int = 0  # samples with an ignored pixel
-    areas: list[float] = dataclasses.field(default_factory=list)  # share of the picture, of masks that are not empty
-    bad: dict[str, str] = dataclasses.field(default_factory=dict)  # sample id -> what is wrong
+    bad: dict[str, str]  # sample id -> what is wrong
+    good: dict[int, tuple[bool, float]]  # place -> (whether it has ignored pixels, share of it that the mask covers)
+
+    @property
+    def read(self) -> int:
+        return len(self.good)
 
 
 def main(
@@ -74,25 +75,26 @@ def main(
     for note in samples.notes:
         print(f"  {note}")
     rows = [count_row(index, data) for index in (samples.parts if isinstance(samples, Mixture) else (samples,))]
-    differs = [row for row in rows if row["verdict"] == "DIFFERS"]
     for row in rows:
         print("  " + "  ".join(f"{key} {value}" for key, value in row.items()))
     chosen = spread(len(samples), wanted)
     found = examine(samples, chosen)
-    contact_sheet([samples[i] for i in readable(samples, chosen, found)], out / "contact_sheet.png")
+    places = list(found.good)
+    contact_sheet([samples[places[k]] for k in spread(found.read, SHOWN)], out / "contact_sheet.png")
+    ignored, covered = sum(i for i, _ in found.good.values()), [share for _, share in found.good.values() if share]
     report = {"name": samples.name, "samples": len(samples), "notes": list(samples.notes), "counts": rows}
-    report |= {"looked_at": len(chosen), "read": found.read, "empty_masks": found.empty, "with_ignore": found.ignored}
+    empty = found.read - len(covered)
+    report |= {"looked_at": len(chosen), "read": found.read, "empty_masks": empty, "with_ignore": ignored}
     report |= {"unreadable": found.bad}
     (out / "check.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(
-        f"  {found.read} of {len(chosen)} samples looked at were read; {found.empty} have an empty mask,"
-        f" {found.ignored} ignored pixels; a mask covers {np.mean(found.areas) if found.areas else 0:.1%} of its"
-        " picture on average"
+        f"  {found.read} of {len(chosen)} samples looked at were read; {empty} have an empty mask, {ignored} ignored"
+        f" pixels; a mask covers {np.mean(covered) if covered else 0:.1%} of its picture on average"
     )
     for id, problem in list(found.bad.items())[:LISTED]:
         print(f"  UNREADABLE {id}: {problem}")
     print(f"  {out / 'contact_sheet.png'}")
-    return 1 if found.bad or differs else 0
+    return 1 if found.bad or any(row["verdict"] == "DIFFERS" for row in rows) else 0
 
 
 def count_row(samples: SampleIndex, data: DataConfig) -> dict:
@@ -114,34 +116,20 @@ def count_row(samples: SampleIndex, data: DataConfig) -> dict:
 
 def examine(samples: SampleIndex | Mixture, chosen: list[int]) -> DataFaults:
     """Decodes the pictures and masks at these places; bad is what evaluate, collect and train call unreadable."""
-    found, ids = DataFaults(), samples.ids
 
-    def look(i: int) -> tuple[str, str | tuple[bool, float]]:
+    def look(i: int) -> str | tuple[bool, float]:
         try:
             sample = samples[i]
             check_shape(*sample.image.shape[:2])  # the shape alone decides whether a view can show it (views.fit)
         except DataError as error:
-            return ids[i], str(error)
-        return ids[i], (sample.ignore_mask is not None and bool(sample.ignore_mask.any()), float(sample.gt_mask.mean()))
+            return str(error)
+        return sample.ignore_mask is not None and bool(sample.ignore_mask.any()), float(sample.gt_mask.mean())
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for id, result in tqdm.tqdm(pool.map(look, chosen), total=len(chosen), desc="check", unit="sample"):
-            if isinstance(result, str):
-                found.bad[id] = result
-                continue
-            found.read += 1
-            ignored, share = result
-            found.ignored += ignored
-            found.empty += not share
-            found.areas += [share] if share else []
-    return found
-
-
-def readable(samples: SampleIndex | Mixture, chosen: list[int], found: DataFaults) -> list[int]:
-    """SHOWN of the samples that could be read, evenly spread."""
-    ids = samples.ids
-    good = [i for i in chosen if ids[i] not in found.bad]
-    return [good[k] for k in spread(len(good), SHOWN)] if good else []
+        looked = tqdm.tqdm(pool.map(look, chosen), total=len(chosen), desc="check", unit="sample")
+        results, ids = dict(zip(chosen, looked, strict=True)), samples.ids
+    bad = {ids[i]: result for i, result in results.items() if isinstance(result, str)}
+    return DataFaults(bad, {i: result for i, result in results.items() if not isinstance(result, str)})
 
 
 def contact_sheet(samples: list[Sample], path: pathlib.Path, columns: int = 4) -> None:

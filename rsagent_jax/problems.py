@@ -21,17 +21,15 @@ import contextlib
 
 import numpy as np
 
-from rsagent_jax.collecting import startup
+from rsagent_jax.collecting.endpoint import check_endpoint
 from rsagent_jax.collecting.problem_writer import ANSWERS, ProblemWriter, write_set
-from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import ProblemsConfig
 from rsagent_jax.data.sets.open import open_samples
+from rsagent_jax.rollout.startup import check_disk
 from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.runtime.processes import parse_share
 from rsagent_jax.types import DataError
-
-EXAMPLES = 5  # failures told on the terminal
 
 
 def main(
@@ -41,37 +39,29 @@ def main(
     shard: str = "0/1",  # i/n: every n-th object from the i-th on, counted from 0
 ) -> None:
     workdir, share = command.make_workdir(workdir), parse_share(shard, "--shard")
-    startup.check_problems(config, workdir)
+    check_endpoint(config.writer, "writer")
+    check_disk(workdir)
     samples = open_samples(config.data)
     order = np.random.default_rng(config.seed).permutation(len(samples))[: config.limit or None].tolist()
     ids, settings = samples.ids, problems_resume_fingerprint(config) | {"planned": len(order)}
     current = journal.fingerprints(samples, {ids[k]: k for k in order})
     with contextlib.closing(Journal(workdir / ANSWERS, share, settings, current)) as answers:
-        for note in answers.notes:
-            print(note)
-        mine = list(enumerate(order))[share.index :: share.count]
-        left = [(uid, k) for uid, k in mine if ids[k] not in answers.done]
-        if len(left) < len(mine):
-            print(f"goes on: {len(mine) - len(left)} of {len(mine)} objects are done")
+        mine = [(ids[k], (uid, k)) for uid, k in list(enumerate(order))[share.index :: share.count]]
         writer = ProblemWriter(config, samples, workdir, answers)
-        writer.run(left, len(mine))
-    for problem, count in sorted(writer.failed.items()):
-        print(f"  no answer for {count}: {problem}")
-    for detail in writer.examples[:EXAMPLES]:
-        print(f"    {detail}")
+        writer.run(answers.left(mine, "objects"), len(mine))
     print(f"  endpoint: {writer.usage}")
     done = journal.survey(workdir / ANSWERS, settings, current)
-    if writer.failed and not done:
-        raise DataError(f"nothing could be written ({dict(writer.failed)}): {writer.examples[0]}")
-    if (missing := len(order) - len(done) - sum(writer.failed.values())) > 0:
+    failed = dict(writer.failures.counts)
+    if failed and not done:
+        raise DataError(f"nothing could be written ({failed}): {next(iter(writer.failures.examples.values()))[0]}")
+    if (missing := len(order) - len(done) - sum(failed.values())) > 0:
         print(f"shard {share.index} of {share.count} is done; {missing} objects are left to the others")
         return
-    write_set(workdir, config, dict(writer.failed), settings, current)
+    write_set(workdir, config, failed, settings, current)
 
 
 def problems_resume_fingerprint(config: ProblemsConfig) -> dict:
     """What an answer depends on: work that is taken up again must agree in it."""
-    resolved = to_dict(config)
     names = ("seed", "limit", "queries", "min_words", "max_words", "picture_size")
-    writer = {key: resolved["writer"][key] for key in ("url", "model", "temperature", "max_tokens")}
-    return {key: resolved[key] for key in names} | {"writer": writer, "data": journal.data_settings(config.data)}
+    groups = {name: journal.decisive_settings(getattr(config, name)) for name in ("writer", "data")}
+    return {name: getattr(config, name) for name in names} | groups

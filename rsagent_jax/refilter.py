@@ -44,7 +44,7 @@ def main(
         raise DataError(f"--root={root} must be OLD=NEW")
     rows = []
     for threshold in thresholds:
-        folder = out / folder_of(threshold)
+        folder = out / f"iou-{threshold:.2f}"
         rules = dataclasses.replace(own, min_iou=threshold)
         rows.append((threshold, filter.write_kept_set(collected, folder, rules, moved=moved), folder))
     print("\n" + ", ".join(f"{key} {value}" for key, value in to_dict(own).items() if key != "min_iou"))
@@ -63,7 +63,3 @@ def read_thresholds(text: str) -> list[float]:
     if not all(0 <= v <= 1 and round(v, 2) == v for v in values) or len({*values}) < len(values):
         raise DataError(f"--min_iou={text} must be numbers from 0 to 1, each once and with two digits")
     return values
-
-
-def folder_of(threshold: float) -> str:
-    return f"iou-{threshold:.2f}"

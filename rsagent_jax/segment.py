@@ -13,9 +13,7 @@ from rsagent_jax.runtime import command
 if __name__ == "__main__":
     command.start_command()
 
-import json
 import pathlib
-import re
 import time
 
 import numpy as np
@@ -28,16 +26,16 @@ from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.config.schema import SegmentConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.load import policy_directory
+from rsagent_jax.report.terminal import describe_ending, describe_turn
 from rsagent_jax.rollout import startup
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.policy import Policy, Task
+from rsagent_jax.runtime.image_files import read_image
 from rsagent_jax.types import DataError, Sample, Status
-from sam_bridge import images
 from sam_bridge.types import Segmenter
 
 FILES = ("mask.png", "overlay.png", "image.png", "trajectory.json")
-MAX_SHOWN = 300  # characters of a thought or a malformed turn
 
 
 def main(
@@ -49,7 +47,11 @@ def main(
     out: str = "",  # directory for the mask, the overlay and the trajectory
     weights: str = "",  # a Hugging Face directory, or checkpoints/<stage>; in place of policy.weights
 ) -> None:
-    image_path, image, query = image, read_photo(image), query.strip()
+    image_path = image
+    if not pathlib.Path(image_path).exists():
+        raise DataError(f"{image_path} does not exist")
+    # The orientation is applied, unlike for COCO: a mask of a photograph should lie as its owner sees it.
+    image, query = read_image(image_path, "name a picture file", upright=True), query.strip()
     if not query:
         raise DataError("the query is empty; say what to segment, such as 'the red circle'")
     out = command.make_workdir(out, "out")
@@ -61,8 +63,7 @@ def main(
         print("note: assets/tiny-base does not know the tools: expect malformed calls and an empty mask.")
         print("      Give a checkpoint, such as --weights=runs/quickstart/train/checkpoints/grpo of `make quickstart`")
     engine = open_engine(weights, processor, config.sampling, config.agent, config.policy.dtype, config.seed)
-    h, w = image.shape[:2]
-    print(f'{image_path}: {w} x {h} pixels, "{query}"')
+    print(f'{image_path}: {image.shape[1]} x {image.shape[0]} pixels, "{query}"')
     with open_segmenter(config.segmenter) as segmenter:
         segment(engine, segmenter, processor, config, image, query, out)
 
@@ -84,7 +85,7 @@ def segment(
     def show(task: Task, state: EnvState) -> None:
         nonlocal since
         now = time.perf_counter()
-        print("\n".join(describe(state, now - since)), flush=True)
+        print("\n".join(describe_turn(state, now - since)), flush=True)
         since = now
 
     unknown = np.zeros(image.shape[:2], bool)  # nobody knows the true mask, and playing does not look at it
@@ -92,7 +93,7 @@ def segment(
     driver = Driver(policy, segmenter, processor, config.agent, workers=1, on_turn=show)
     ((_, state),) = driver.run([task])
 
-    # Saved, not referred to: plain readers would not turn and flatten the user's file as read_photo did.
+    # Saved, not referred to: plain readers would not turn and flatten the user's file as this command did.
     PIL.Image.fromarray(image).save(out / "image.png", compress_level=1)
     (out / "trajectory.json").write_text(state_to_json(state, task.sample.path) + "\n", encoding="utf-8")
     if state.status is Status.ENV_FAILED:
@@ -100,68 +101,6 @@ def segment(
     mask, mask_id = final_mask(state)
     PIL.Image.fromarray(mask.astype(np.uint8) * 255).save(out / "mask.png")
     PIL.Image.fromarray(draw_overlay(image, mask, max(mask.shape))).save(out / "overlay.png", compress_level=1)
-    print(ending(state, mask, mask_id))
+    print(describe_ending(state, mask, mask_id))
     print(f"{out / 'mask.png'}  {out / 'overlay.png'}  {out / 'trajectory.json'}")
     return state
-
-
-def read_photo(path: str) -> np.ndarray:
-    """Any picture file of a user's own -> u8[h, w, 3] RGB, upright; see sam_bridge/images.py.
-
-    The EXIF orientation is applied, unlike for COCO (sets/refcoco.py), whose annotations are drawn on the pixels as
-    stored: a mask of a photograph should lie as its owner sees it.
-    """
-    try:
-        return images.read_image_file(path)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except images.ImageError as error:
-        raise DataError(str(error)) from None
-
-
-def describe(state: EnvState, seconds: float) -> list[str]:
-    """The newest turn as lines for the terminal."""
-    turn, reply = state.turns[-1], state.replies[-1]
-    lines = [f"turn {len(state.turns)}  ({seconds:.1f} s)"]
-    if thought := re.search(r"<think>(.*?)</think>", turn.text, re.DOTALL):
-        lines.append(f"  thought  {_plain(thought.group(1))}")
-    if turn.call is None:
-        lines.append(f"  text     {_plain(turn.text) or '(nothing)'}")
-        return [*lines, f"  result   malformed ({turn.error.reason}): {turn.error.detail}"]
-    lines.append(f"  call     {turn.call.name} {json.dumps(turn.call.arguments())}")
-    if state.failure is not None:
-        result = f"the segmenter failed ({state.failure.kind}): {_plain(state.failure.detail)}"
-    elif turn.error is not None:
-        result = f"refused ({turn.error.reason}): {turn.error.detail}"
-    elif turn.mask_id is not None:
-        record = state.masks[turn.mask_id - 1]
-        took = reply.timings_s.get("call", 0.0)
-        result = f"mask {record.id}, score {record.score:.2f}, area {_area(record.mask)}, {took:.2f} s"
-    elif turn.call.ends:
-        result = "done"
-    elif turn.repeated and state.status is Status.REPEATED:
-        result = "the same again"
-    else:
-        result = "a view of {} x {} pixels".format(*state.view.size_view)
-    return [*lines, f"  result   {result}"]
-
-
-def ending(state: EnvState, mask: np.ndarray, mask_id: int | None) -> str:
-    """How it ended and which mask came of it, in one line."""
-    count = len(state.turns)
-    head = f"ended: {state.status.value} after {count} turn{'' if count == 1 else 's'}; "
-    if mask_id is None:
-        absent = "the policy says that the target is not in the picture, so " * (state.status is Status.FINISHED)
-        return f"{head}{absent}the mask is empty"
-    latest = ", the latest one" * (state.status is not Status.FINISHED)
-    return f"{head}mask {mask_id}{latest}: score {state.masks[mask_id - 1].score:.2f}, area {_area(mask)}"
-
-
-def _area(mask: np.ndarray) -> str:
-    return f"{100 * float(mask.mean()):.1f} %"
-
-
-def _plain(text: str) -> str:
-    """One line of printable characters: what a policy writes must not steer a terminal."""
-    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"

@@ -19,15 +19,8 @@ from PIL import Image
 from rsagent_jax import collect as command
 from rsagent_jax.collecting import filter
 from rsagent_jax.collecting.collector import Collector, attempt_id, collection_resume_fingerprint, teacher_policy
-from rsagent_jax.config.schema import (
-    CollectConfig,
-    DataConfig,
-    FilterConfig,
-    OwnConfig,
-    RemoteConfig,
-    SegmenterConfig,
-    TeacherConfig,
-)
+from rsagent_jax.config import schema
+from rsagent_jax.config.schema import CollectConfig, FilterConfig, SegmenterConfig, TeacherConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.text_policy import TextPolicy
@@ -39,6 +32,7 @@ from rsagent_jax.tiny import synthetic
 from rsagent_jax.types import DataError
 from sam_bridge.types import About, FailureKind
 from tests.collecting.test_endpoint import Server, good
+from tests.refusals import refused
 from tests.rollout import small
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -72,45 +66,45 @@ def samples(tmp_path):
     return out
 
 
-ALONE = Share()
 CONFIG = CollectConfig(processor="x", agent=small.AGENT, segmenter=SegmenterConfig(workers=3), concurrent=4)
-
-
 CURRENT = {f"s{i}{attempt}": f"sample {i}" for i in range(6) for attempt in ("", "#0", "#1")}
 DISCS = About("discs", "discs of one size")
 
 
-def decisive(config, checksum=""):
-    return collection_resume_fingerprint(config, DISCS, pixel_limits(config.agent, small.processor()), checksum)
-
-
-def collect(workdir, samples, share=ALONE, make=Scripted, config=CONFIG, segmenter=None):
-    """One run of a shard over what is left; returns the collector."""
-    journal = Journal(workdir / filter.ATTEMPTS, share, decisive(config), CURRENT)
-    mine = range(share.index, len(samples), share.count)
-    left = [(i, i) for i in mine if f"s{i}" not in journal.done]
-    collector = Collector(config, small.processor(), samples, segmenter or DiscSegmenter(14.0), journal)
-    with contextlib.closing(journal):
-        collector.collect(left, len(left), teacher_policy(config, small.processor(), make))
+def collect(workdir, samples, make=Scripted, config=CONFIG, segmenter=None, policy=None, checksum=""):
+    """One run over what is left, by `policy` or teachers that `make` makes; (collector, what was left)."""
+    own = config.teacher.own
+    tries = own.tries if own.weights else 1
+    work = [(attempt_id(f"s{i}", t, tries), (tries * i + t, i)) for i in range(len(samples)) for t in range(tries)]
+    with contextlib.closing(opened(workdir, config, checksum)) as journal:
+        collector = Collector(config, small.processor(), samples, segmenter or DiscSegmenter(14.0), journal, checksum)
+        left = journal.left(work, "trajectories")
+        collector.collect(left, len(work), policy or teacher_policy(config, small.processor(), make))
     filter.write_rules(workdir, config.filter)
-    return collector
+    return collector, left
+
+
+def opened(workdir, config=CONFIG, checksum=""):
+    settings = collection_resume_fingerprint(config, DISCS, pixel_limits(config.agent, small.processor()), checksum)
+    return Journal(workdir / filter.ATTEMPTS, Share(), settings, CURRENT)
 
 
 def done(workdir):
     return {id for id, failed in journals.survey(workdir / filter.ATTEMPTS).items() if not failed}
 
 
-def wide(h, w):
-    return {"image": np.zeros((h, w, 3), np.uint8), "gt_mask": np.zeros((h, w), bool)}
-
-
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def same_arrays(item, played):
+    for field in ("tokens", "positions", "loss_mask", "patches"):
+        np.testing.assert_array_equal(getattr(item, field), getattr(played, field))
+
+
 def test_the_filter_keeps_drops_and_counts(tmp_path, samples):
     workdir = tmp_path / "w"
-    assert collect(workdir, samples).failures.counts == {}
+    assert collect(workdir, samples)[0].failures.counts == {}
     found = filter.write_kept_set(workdir, workdir, FilterConfig())
     kept = lines(workdir / "trajectories.jsonl")
     assert [row["id"] for row in kept] == ["s0", "s5"] and set(kept[0]) == {"id", "iou", "turns", "status"}
@@ -121,9 +115,8 @@ def test_the_filter_keeps_drops_and_counts(tmp_path, samples):
     assert stamp["records"] == 2 and stamp["verdicts"] == wanted | {"kept": 2} and stamp["filter"]["min_iou"] == 0.9
     every = filter.write_kept_set(workdir, tmp_path / "all", FilterConfig(min_iou=0.0, malformed=True, repeats=True))
     assert every.kept == 5 and every.dropped == {"invalid": 1}
-    assert (
-        filter.write_kept_set(workdir, tmp_path / "short", FilterConfig(max_turns=2)).dropped["more than 2 turns"] == 1
-    )
+    short = filter.write_kept_set(workdir, tmp_path / "short", FilterConfig(max_turns=2))
+    assert short.dropped["more than 2 turns"] == 1
     page = (workdir / "report/index.html").read_text()
     assert "malformed or refused call" in page and page.count("<article") == 6 and "Cannot be shown" not in page
 
@@ -132,15 +125,13 @@ def test_records_are_what_the_driver_makes_with_images_by_reference(tmp_path, sa
     workdir = tmp_path / "w"
     collect(workdir, samples)
     filter.write_kept_set(workdir, workdir, FilterConfig(), per_file=1)
-    assert sorted(p.name for p in workdir.glob("*.array_record")) == [
-        f"trajectories-0000{i}.array_record" for i in (0, 1)
-    ]
+    names = sorted(p.name for p in workdir.glob("*.array_record"))
+    assert names == [f"trajectories-0000{i}.array_record" for i in (0, 1)]
     records = trajectories.open_records(workdir)
     policy = TextPolicy(small.scripted(SCRIPTS), small.processor())
     ((wanted, _),) = Driver(policy, DiscSegmenter(14.0), small.processor(), small.AGENT).run([small.task(5)])
     item = trajectories.decode_record(records[1], small.processor())
-    for field in ("tokens", "positions", "loss_mask", "patches"):
-        np.testing.assert_array_equal(getattr(item, field), getattr(wanted, field))
+    same_arrays(item, wanted)
     assert item.grids == wanted.grids and len(item.grids) == 3
     header = trajectories.record_header(records[1])
     assert header["provenance"]["seed"] == 0 and len(header["provenance"]["config_sha256"]) == 16
@@ -210,14 +201,13 @@ def test_the_segmenters_failures_leave_no_set_and_a_changed_sample_is_played_aga
     def run(segmenter, config=config):
         monkeypatch.setattr(command, "open_samples", lambda _: data)
         monkeypatch.setattr(command, "open_segmenter", lambda _: contextlib.nullcontext(segmenter))
-        monkeypatch.setattr(command, "import_path", lambda _: Scripted)
+        monkeypatch.setattr(command, "import_path", lambda *_: Scripted)
         command.main(config, workdir=str(workdir))
 
     patient = dataclasses.replace(config, segmenter=SegmenterConfig(give_up_after=0))
     with pytest.raises(DataError, match=r"5 of 6 samples are not measured \(segmenter, unavailable 5\)"):
         run(away, patient)  # s4 never asks it
-    with pytest.raises(DataError, match="failed 2 trajectories in a row"):
-        run(away)
+    refused("failed 2 trajectories in a row", run, away)
     assert not (workdir / "collect.json").exists() and done(workdir) == {"s4"}
     run(back)
     assert len(done(workdir)) == 6 and json.loads((workdir / "collect.json").read_text())["records"] == 2
@@ -227,35 +217,14 @@ def test_the_segmenters_failures_leave_no_set_and_a_changed_sample_is_played_aga
     run(back)
     assert len(back.requests) == asked + 1 and "changed since, done again: 1 (s0)" in capsys.readouterr().out
     data.ids = ["other", *data.ids[1:]]
-    with pytest.raises(DataError, match=r"samples that the data no longer has, such as \['s0'\]"):
-        run(back)
+    refused(r"samples that the data no longer has, such as \['s0'\]", run, back)
     data.ids, data.queries[3] = ["s0", *data.ids[1:]], "changed"
-    data[3] = dataclasses.replace(samples[3], **wide(10, 2010))
+    wide = {"image": np.zeros((10, 2010, 3), np.uint8), "gt_mask": np.zeros((10, 2010), bool)}
+    data[3] = dataclasses.replace(samples[3], **wide)
     with pytest.raises(DataError, match=r"3\.png: image of 10x2010 pixels"):
-        run(back, dataclasses.replace(config, data=DataConfig(unreadable="stop")))
+        run(back, dataclasses.replace(config, data=schema.DataConfig(unreadable="stop")))
     run(back)
     assert json.loads((workdir / "collect.json").read_text())["not_collected"] == {"unreadable sample": 1}
-
-
-def test_kills_and_shards_leave_the_same_set(tmp_path, samples):
-    whole = tmp_path / "whole"
-    collect(whole, samples)
-    filter.write_kept_set(whole, whole, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
-    wanted = (whole / "trajectories.jsonl").read_text()
-    journal = next((whole / filter.ATTEMPTS).glob("*.jsonl")).read_bytes()
-    first = journal.index(b"\n") + 1
-    for n, cut in enumerate(np.linspace(0, len(journal), 9).astype(int)):
-        workdir = tmp_path / str(n)
-        (workdir / filter.ATTEMPTS).mkdir(parents=True)
-        # the file begins to exist with its first line whole
-        (workdir / filter.ATTEMPTS / "00000-of-00001.jsonl").write_bytes(journal[: max(cut, first)])
-        for index in range(1 + n % 2):  # alone, or two machines one after the other
-            collect(workdir, samples, Share(index, 1 + n % 2))
-        filter.write_kept_set(workdir, workdir, FilterConfig(min_iou=0.0, malformed=True, repeats=True))
-        assert (workdir / "trajectories.jsonl").read_text() == wanted
-        whole_lines = [p.read_bytes().split(b"\n")[1:-1] for p in (workdir / filter.ATTEMPTS).glob("*.jsonl")]
-        ids = [json.loads(line)["id"] for part in whole_lines for line in part]
-        assert sorted(ids) == sorted(set(ids)) == [f"s{i}" for i in range(6)]
 
 
 def test_what_fails_is_counted_and_tried_again(tmp_path, samples):
@@ -269,24 +238,16 @@ def test_what_fails_is_counted_and_tried_again(tmp_path, samples):
 
     workdir = tmp_path / "w"
     broken = Broken(samples)
-    journal = Journal(workdir / filter.ATTEMPTS, Share(), decisive(CONFIG), CURRENT)
     failing = DiscSegmenter(14.0, fail=[FailureKind.UNAVAILABLE])
     one = dataclasses.replace(CONFIG, concurrent=1, segmenter=SegmenterConfig(workers=1))
-    collector = Collector(one, small.processor(), broken, failing, journal)
-    collector.collect([(i, i) for i in range(6)], 6, teacher_policy(one, small.processor(), Scripted))
-    journal.close()
+    collector, _ = collect(workdir, broken, config=one, segmenter=failing)
     assert collector.failures.counts == {"unreadable sample": 1, "segmenter, unavailable": 1}
     assert done(workdir) == {"s1", "s3", "s4", "s5"}
     filter.write_kept_set(workdir, tmp_path / "part", FilterConfig())
     stamp = json.loads((tmp_path / "part/collect.json").read_text())
     assert stamp["not_collected"] == dict(collector.failures.counts)
     assert stamp["unreadable"] == {"s2": "picture 2 is missing"}
-    assert collect(workdir, samples).failures.counts == {} and len(done(workdir)) == 6
-    full = Journal(tmp_path / "full", Share(), decisive(CONFIG), CURRENT)
-    full.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
-    collector = Collector(CONFIG, small.processor(), samples, DiscSegmenter(14.0), full)
-    with pytest.raises(DataError, match="No space left on device"):
-        collector.collect([(0, 0)], 1, teacher_policy(CONFIG, small.processor(), Scripted))
+    assert collect(workdir, samples)[0].failures.counts == {} and len(done(workdir)) == 6
 
 
 def test_a_remote_teacher_is_asked_side_by_side_and_counted(tmp_path, samples):
@@ -301,9 +262,9 @@ def test_a_remote_teacher_is_asked_side_by_side_and_counted(tmp_path, samples):
         return good(script[turn]) if len(server.asked) % 3 else (200, {}, '{"choices": [')
 
     with Server([answer]) as server:
-        teacher = RemoteConfig(url=server.url, model="m", backoff_s=0.001, retries=20, price_out=1e6)
+        teacher = schema.RemoteConfig(url=server.url, model="m", backoff_s=0.001, retries=20, price_out=1e6)
         config = dataclasses.replace(CONFIG, teacher=TeacherConfig(remote=teacher))
-        collector = collect(tmp_path / "w", samples, make=Remote, config=config)
+        collector, _ = collect(tmp_path / "w", samples, make=Remote, config=config)
     assert collector.failures.counts == {"endpoint, refused": 1}
     assert "too long" in collector.failures.examples["endpoint, refused"][0]
     turns = sum(len(script) for id, script in SCRIPTS.items() if id != "s1")
@@ -313,19 +274,7 @@ def test_a_remote_teacher_is_asked_side_by_side_and_counted(tmp_path, samples):
     assert filter.write_kept_set(tmp_path / "w", tmp_path / "w", FilterConfig()).kept == 2
 
 
-OWN = dataclasses.replace(CONFIG, teacher=TeacherConfig(own=OwnConfig(weights="w", tries=2)))
-
-
-def resample(workdir, samples, policy, config=OWN):
-    """One run of our own policy over what is left."""
-    journal = Journal(workdir / filter.ATTEMPTS, ALONE, decisive(config, "abc"), CURRENT)
-    every = [(2 * i + t, i) for i in range(len(samples)) for t in (0, 1)]
-    left = [(uid, i) for uid, i in every if attempt_id(f"s{i}", uid % 2, 2) not in journal.done]
-    collector = Collector(config, small.processor(), samples, DiscSegmenter(14.0), journal, "abc")
-    with contextlib.closing(journal):
-        collector.collect(left, len(every), policy)
-    filter.write_rules(workdir, config.filter)
-    return collector, len(left)
+OWN = dataclasses.replace(CONFIG, teacher=TeacherConfig(own=schema.OwnConfig(weights="w", tries=2)))
 
 
 def test_our_own_policy_tries_each_sample_and_the_first_good_try_is_kept(tmp_path, samples):
@@ -336,8 +285,9 @@ def test_our_own_policy_tries_each_sample_and_the_first_good_try_is_kept(tmp_pat
         number, attempt = int(task.sample.id[1:]), task.uid % 2
         return [small.click(*((56, 56) if good[number][attempt] else (80, 56))), small.finish(1)][len(state.turns)]
 
-    collector, played = resample(tmp_path, samples[:3], TextPolicy(act, small.processor(), slots=3))
-    assert collector.failures.counts == {} and played == 6
+    policy = TextPolicy(act, small.processor(), slots=3)
+    collector, played = collect(tmp_path, samples[:3], config=OWN, policy=policy, checksum="abc")
+    assert collector.failures.counts == {} and len(played) == 6
     found = filter.write_kept_set(tmp_path, tmp_path / "one", FilterConfig())
     assert [row["id"] for row in lines(tmp_path / "one/trajectories.jsonl")] == ["s0#0", "s2#1"]
     assert found.dropped == {"1 of the sample kept already": 1, "final IoU below 0.9": 3}
@@ -347,15 +297,14 @@ def test_our_own_policy_tries_each_sample_and_the_first_good_try_is_kept(tmp_pat
     assert both == ["s0#0", "s0#1", "s2#1"]
     header = trajectories.record_header(trajectories.open_records(tmp_path / "one")[0])
     assert header["provenance"]["teacher"] == "own policy" and header["provenance"]["weights_sha256"] == "abc"
-    with pytest.raises(DataError, match="results of other settings"):
-        Journal(tmp_path / filter.ATTEMPTS, ALONE, decisive(OWN, "other weights"), CURRENT)
+    refused("results of other settings", opened, tmp_path, config=OWN, checksum="other weights")
 
 
 @pytest.mark.timeout(900)
 def test_sampled_ids_are_stored_as_they_were_and_a_kill_changes_nothing(tmp_path, samples):
     """The engine with random weights: what it says is no call, but its ids must come back bit for bit."""
     engine, whole, cut = small.engine(seed=3), tmp_path / "whole", tmp_path / "cut"
-    resample(whole, samples[:2], engine)
+    collect(whole, samples[:2], config=OWN, policy=engine, checksum="abc")
     path = next((whole / filter.ATTEMPTS).glob("*.jsonl"))
     rows = {row["id"]: row for row in lines(path)[1:]}
     assert set(rows) == {"s0#0", "s0#1", "s1#0", "s1#1"} and all(row["sampled_tokens"] for row in rows.values())
@@ -363,16 +312,13 @@ def test_sampled_ids_are_stored_as_they_were_and_a_kill_changes_nothing(tmp_path
     played = [t for t, _ in Driver(engine, DiscSegmenter(14.0), small.processor(), small.AGENT).run(tasks)]
     for uid, trajectory in enumerate(played):
         item = trajectories.decode_record(base64.b64decode(rows[f"s{uid // 2}#{uid % 2}"]["record"]), small.processor())
-        np.testing.assert_array_equal(item.tokens, trajectory.tokens)
-        np.testing.assert_array_equal(item.loss_mask, trajectory.loss_mask)
-        np.testing.assert_array_equal(item.positions, trajectory.positions)
-        np.testing.assert_array_equal(item.patches, trajectory.patches)
+        same_arrays(item, trajectory)
     assert len({tuple(t.tokens[t.loss_mask].tolist()) for t in played}) == 4  # tries differ
     (cut / filter.ATTEMPTS).mkdir(parents=True)
     (cut / filter.ATTEMPTS / path.name).write_bytes(b"\n".join(path.read_bytes().split(b"\n")[:3]) + b"\n")
-    _, left = resample(cut, samples[:2], engine)
+    _, left = collect(cut, samples[:2], config=OWN, policy=engine, checksum="abc")
     again = {row["id"]: row for row in lines(cut / filter.ATTEMPTS / path.name)[1:]}
-    assert left == 2 and {i: r["record"] for i, r in again.items()} == {i: r["record"] for i, r in rows.items()}
+    assert len(left) == 2 and {i: r["record"] for i, r in again.items()} == {i: r["record"] for i, r in rows.items()}
 
 
 @pytest.mark.timeout(200)
@@ -389,14 +335,16 @@ def test_a_real_kill_of_the_command(tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "w" / "collect.json").exists()
-    done = subprocess.run([*command, workdir], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0 and "goes on: " in done.stdout, done.stderr
-    rows = lines(journal)[1:]
+    for shard, says in (
+        ("0/2", "are left to the others"),
+        ("1/2", "goes on: "),
+    ):  # on two machines
+        done = [*command, workdir, f"--shard={shard}"]
+        done = subprocess.run(done, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+        assert done.returncode == 0 and says in done.stdout, done.stderr
+    rows = [row for path in journal.parent.glob("*.jsonl") for row in lines(path)[1:]]
     assert len(rows) == len({row["id"] for row in rows}) == 30
-    kept = [
-        row["id"]
-        for row in sorted(rows, key=lambda row: row["uid"])
-        if filter.verdict(row, FilterConfig(repeats=True)) == "kept"
-    ]
+    good = [row for row in rows if filter.verdict(row, FilterConfig(repeats=True)) == "kept"]
+    kept = [row["id"] for row in sorted(good, key=lambda row: row["uid"])]
     assert [row["id"] for row in lines(tmp_path / "w" / "trajectories.jsonl")] == kept
     assert len(trajectories.open_records(tmp_path / "w")) == len(kept) > 10

@@ -15,16 +15,14 @@ from configs import problems as problems_config
 from rsagent_jax.collecting import problem_prompt
 from rsagent_jax.collecting.problem_writer import ANSWERS, ProblemWriter, write_set
 from rsagent_jax.config.build import build_config
-from rsagent_jax.config.schema import (
-    ProblemsConfig,
-    RemoteConfig,
-)
+from rsagent_jax.config.schema import ProblemsConfig, RemoteConfig
 from rsagent_jax.data.sets import folder
 from rsagent_jax.problems import problems_resume_fingerprint
 from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError
 from tests.collecting.test_endpoint import Server, good
+from tests.refusals import refused
 from tests.rollout import small
 
 GOOD = ("Which thing would roll away if nobody held it?", "What here has no corner that could hurt you?")
@@ -73,7 +71,7 @@ def test_queries_become_a_data_set_and_what_is_unusable_is_counted(tmp_path, sam
     }
     with Server([lambda body: said[of(body)].pop(0)]) as server:
         writer, config = write(tmp_path / "w", samples, server)
-    assert writer.failed == {} and writer.usage["requests"] == 4
+    assert writer.failures.counts == {} and writer.usage["requests"] == 4
     assert write_set(tmp_path / "w", config, {}) == 2
     report = json.loads((tmp_path / "w/problems.json").read_text())
     wanted = {"malformed answer": 1, "speaks of the mark": 1, "too short or too long": 1, "said of two objects": 2}
@@ -101,6 +99,8 @@ def test_the_writer_sees_the_picture_and_the_object_marked(tmp_path, samples):
 
 def test_what_failed_is_counted_and_asked_again_by_the_next_start(tmp_path, samples):
     class Broken(list):
+        ids = ("o0", "o1", "o2")
+
         def __getitem__(self, i):
             if i == 0:
                 raise DataError("picture 0 is missing")
@@ -108,12 +108,14 @@ def test_what_failed_is_counted_and_asked_again_by_the_next_start(tmp_path, samp
 
     with Server([lambda body: (400, {}, "{}") if of(body) == "disc 1" else good("no")]) as server:
         writer, _ = write(tmp_path / "w", Broken(samples), server)
-    assert writer.failed == {"unreadable sample": 1, "endpoint, refused": 1, "malformed answer": 1}
+    assert writer.failures.counts == {"unreadable sample": 1, "endpoint, refused": 1, "malformed answer": 1}
     empty = dataclasses.replace(samples[2], gt_mask=np.zeros((112, 112), bool))
     with Server([lambda body: answer(*GOOD) if of(body) == "disc 0" else good("no")]) as server:
         writer, config = write(tmp_path / "w", [*samples[:2], empty], server)
-        assert writer.failed == {"malformed answer": 1} and len(server.asked) == 3  # an empty mask asks nothing
-        write_set(tmp_path / "w", config, dict(writer.failed))
+        assert (
+            writer.failures.counts == {"malformed answer": 1} and len(server.asked) == 3
+        )  # an empty mask asks nothing
+        write_set(tmp_path / "w", config, dict(writer.failures.counts))
     report = json.loads((tmp_path / "w/problems.json").read_text())
     assert report["not_answered"] == {"malformed answer": 1} and report["left_out"] == {"no target to ask for": 1}
     with Server([answer("What would you never want to swallow by mistake?")]) as server:
@@ -132,19 +134,15 @@ def test_an_answer_that_cannot_be_read_is_typed(text, match):
 
 
 def test_a_query_is_kept_only_if_it_can_stand_alone():
-    words = (3, 8)
-    assert problem_prompt.fault("What keeps the rain off?", "umbrella", words) is None
-    assert (
-        problem_prompt.fault("The  Umbrella, on the left!", "the umbrella on the left", words)
-        == "the data set's own words"
-    )
-    assert problem_prompt.fault("What is outlined in yellow?", "x", words) == "speaks of the mark"
-    assert problem_prompt.fault("What stands there <|im_end|> now?", "x", words) == "cannot stand in a prompt"
-    assert (
-        problem_prompt.fault("Go on", "x", words)
-        == problem_prompt.fault("a " * 9, "x", words)
-        == "too short or too long"
-    )
+    for query, name, reason in (
+        ("What keeps the rain off?", "umbrella", None),
+        ("The  Umbrella, on the left!", "the umbrella on the left", "the data set's own words"),
+        ("What is outlined in yellow?", "x", "speaks of the mark"),
+        ("What stands there <|im_end|> now?", "x", "cannot stand in a prompt"),
+        ("Go on", "x", "too short or too long"),
+        ("a " * 9, "x", "too short or too long"),
+    ):
+        assert problem_prompt.fault(query, name, (3, 8)) == reason
 
 
 def test_the_config_is_the_commands_and_names_its_own_fields(tmp_path):
@@ -153,5 +151,4 @@ def test_the_config_is_the_commands_and_names_its_own_fields(tmp_path):
     assert built.data.unit == "reference" and "refcocog/umd/test" in built.data.exclude
     assert set(problems_resume_fingerprint(built)["writer"]) == {"url", "model", "temperature", "max_tokens"}
     writer = ProblemWriter(built, [], tmp_path, None)
-    with pytest.raises(DataError, match=r"writer.url and writer.model are needed"):
-        writer.run([], 0)
+    refused(r"writer.url and writer.model are needed", writer.run, [], 0)

@@ -4,29 +4,17 @@ import html
 import re
 
 import numpy as np
-from agent_fakes import DiscSegmenter
 
 from rsagent_jax import show_tokens
 from rsagent_jax.data import trajectories
-from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.text_policy import TextPolicy
 from rsagent_jax.runtime.command import run_command
 from tests.rollout import small
 
 SCRIPT = {"s0": [small.click(30, 40), "nonsense", small.click(50, 40), small.finish(2)]}
 
 
-def store(directory):
-    policy = TextPolicy(small.scripted(SCRIPT), small.processor())
-    ((t, state),) = Driver(policy, DiscSegmenter(), small.processor(), small.AGENT).run([small.task(0)])
-    writer = trajectories.RecordWriter(directory)
-    writer.write(trajectories.encode_by_reference(state, "", {"id": "s0"}, t))
-    writer.close({})
-    return directory
-
-
-def test_colours_are_the_loss_mask_and_no_token_is_lost(tmp_path, capsys):
-    directory = store(tmp_path / "set")
+def test_colours_are_the_loss_mask_no_token_is_lost_and_pictures_are_those_that_were_shown(tmp_path, capsys):
+    directory = small.store(tmp_path / "set", [small.task(0)], SCRIPT)
     arguments = [f"--trajectories={directory}", f"--processor={small.weights()}", f"--out={tmp_path / 'a/page.html'}"]
     assert run_command("rsagent_jax.show_tokens", arguments) == 0
     page = (tmp_path / "a/page.html").read_text()
@@ -41,10 +29,7 @@ def test_colours_are_the_loss_mask_and_no_token_is_lost(tmp_path, capsys):
     assert page.count("<img") == len(item.grids) == 3 and f"{item.loss_mask.sum()} of {len(item.tokens)} tokens" in page
     assert run_command("rsagent_jax.show_tokens", [*arguments, f"--trajectories={tmp_path / 'none'}"]) == 2
     assert "no complete set" in capsys.readouterr().err
-
-
-def test_pictures_are_those_that_were_shown(tmp_path):
-    directory = store(tmp_path / "set")
-    item = trajectories.decode_record(trajectories.open_records(directory)[0], small.processor())
     first = show_tokens.shown_pictures(item, small.processor())[0]
     np.testing.assert_allclose(first, small.sample(0).image, atol=1)  # 112 x 112 is not resized; rounded once
+    assert show_tokens.main([*arguments, f"--trajectories={tmp_path / 'none'}"]) == 2
+    assert "no complete set" in capsys.readouterr().err

@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import hashlib
 import json
-import pathlib
 import weakref
 from collections import Counter
 
@@ -14,51 +13,19 @@ import numpy as np
 
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.views import PixelLimits
-from rsagent_jax.collecting import filter
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import (
-    CollectConfig,
-)
+from rsagent_jax.config.schema import CollectConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.failures import UNREADABLE, Failure, Failures, failure_of
 from rsagent_jax.rollout.play import play_samples
 from rsagent_jax.rollout.policy import Policy, Task
 from rsagent_jax.rollout.text_policy import TextPolicy
-from rsagent_jax.runtime import journal as journals
-from rsagent_jax.runtime.journal import Journal
-from rsagent_jax.types import DataError, Sample, Trajectory
+from rsagent_jax.runtime.journal import Journal, decisive_settings
+from rsagent_jax.types import Sample, Trajectory
 from sam_bridge.types import About
-
-
-def begin(
-    workdir: pathlib.Path, config: CollectConfig, journal: Journal, mine: list[tuple[int, int]], ids, tries: int
-) -> list[tuple[int, int]]:
-    """What is left of `mine`, (uid, place in the samples). DataError where the journal is of other samples."""
-    for note in journal.notes:
-        print(note)
-    if journal.gone:
-        raise DataError(
-            f"{journal.path.parent} holds trajectories of {len(journal.gone)} samples that the data no longer has, such"
-            f" as {journal.gone[:3]}; give another --workdir, or remove {journal.path.parent} to start over"
-        )
-    left = [(uid, k) for uid, k in mine if attempt_id(ids[k], uid % tries, tries) not in journal.done]
-    if len(left) < len(mine):
-        print(f"goes on: {len(mine) - len(left)} of {len(mine)} trajectories are there")
-    if journal.current.keys() - journal.done:  # what an earlier start kept is not the set of these samples
-        (workdir / trajectories.STAMP).unlink(missing_ok=True)
-    filter.write_rules(workdir, config.filter)
-    return left
-
-
-def attempt_fingerprints(samples: SampleIndex, order: list[int], tries: int) -> dict[str, str]:
-    """By attempt: what its sample is made of."""
-    ids = samples.ids
-    of = journals.fingerprints(samples, {ids[k]: k for k in order})
-    return {attempt_id(id, t, tries): fingerprint for id, fingerprint in of.items() for t in range(tries)}
 
 
 def attempt_id(sample_id: str, attempt: int, tries: int) -> str:
@@ -70,21 +37,19 @@ def collection_resume_fingerprint(
     config: CollectConfig, about: About, limits: PixelLimits, weights_sha256: str = ""
 ) -> dict:
     """What a trajectory depends on beside its sample: a collection that is taken up again must agree in it."""
-    resolved = to_dict(config)
-    decisive = {key: resolved[key] for key in ("seed", "limit", "processor")}
-    decisive["agent"] = journals.agent_settings(config.agent)
-    decisive["data"] = journals.data_settings(config.data)
-    decisive["segmenter"] = dataclasses.asdict(about)  # what answers, not what a config calls it
-    decisive["pixel_limits"] = dataclasses.asdict(limits)
-    teacher = resolved["teacher"]
-    remote = {key: teacher["remote"][key] for key in ("url", "model", "temperature", "max_tokens")}
-    decisive["teacher"] = teacher | {"remote": remote}
-    del decisive["teacher"]["own"]
-    if config.teacher.own.weights:  # by what they are, not where; slots, chunk and patches: how many at a time
-        own = teacher["own"]
-        sampling = journals.sampling_settings(config.teacher.own.sampling)
-        decisive["teacher"] = {"tries": own["tries"], "dtype": own["dtype"], "sampling": sampling}
-        decisive["teacher"]["weights_sha256"] = weights_sha256
+    own, teacher = config.teacher.own, to_dict(config.teacher)
+    teacher["remote"] = decisive_settings(config.teacher.remote)
+    del teacher["own"]
+    if own.weights:  # by what they are, not where
+        sampling = decisive_settings(own.sampling)
+        teacher = {"tries": own.tries, "dtype": own.dtype, "sampling": sampling, "weights_sha256": weights_sha256}
+    decisive = {name: getattr(config, name) for name in ("seed", "limit", "processor")} | {
+        "agent": decisive_settings(config.agent),
+        "data": decisive_settings(config.data),
+        "segmenter": dataclasses.asdict(about),  # what answers, not what a config calls it
+        "pixel_limits": dataclasses.asdict(limits),
+        "teacher": teacher,
+    }
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
     return decisive | {"config_sha256": digest}
 
@@ -117,7 +82,8 @@ class Collector:
         """
         config = self.config
         driver = Driver(policy, self.segmenter, self.processor, config.agent, workers=config.segmenter.workers)
-        unreadable = self._keep_unreadable if config.data.unreadable == "skip" else None
+        unreadable = lambda uid, k, why: self._keep_failure(uid, self.samples.ids[k], UNREADABLE, why)  # noqa: E731
+        unreadable = unreadable if config.data.unreadable == "skip" else None
         options = {"total": total, "label": "collect", "give_up_after": config.segmenter.give_up_after}
         self.failures = play_samples(driver, self.samples, left, self._keep, unreadable, **options)
 
@@ -128,15 +94,12 @@ class Collector:
         if failure:
             self._keep_failure(uid, sample.id, *failure)
         else:
-            self.journal.add([self._row(uid, sample, state, trajectory)])
+            self.journal.add(self._row(uid, sample, state, trajectory))
         return failure
-
-    def _keep_unreadable(self, uid: int, place: int, why: str) -> None:
-        self._keep_failure(uid, self.samples.ids[place], UNREADABLE, why)
 
     def _keep_failure(self, uid: int, id: str, kind: str, why: str) -> None:
         attempt = attempt_id(id, uid % self.tries, self.tries)
-        self.journal.add([{"id": attempt, "sample": id, "uid": uid, "failed": {"kind": kind, "why": why}}])
+        self.journal.add({"id": attempt, "sample": id, "uid": uid, "failed": {"kind": kind, "why": why}})
 
     def _row(self, uid: int, sample: Sample, state: EnvState, played: Trajectory) -> dict:
         """A line of the journal: what the filter and the report need, and the record itself."""

@@ -25,9 +25,12 @@ from rsagent_jax.runtime.image_files import png
 from rsagent_jax.types import DataError
 
 _FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
-_AGAIN = (openai.RateLimitError, openai.APITimeoutError, openai.APIConnectionError, openai.InternalServerError)
-
-
+_AGAIN = {  # asked again; the first that fits names the kind
+    openai.RateLimitError: "rate_limit",
+    openai.APITimeoutError: "timeout",
+    openai.APIConnectionError: "connection",
+    openai.InternalServerError: "server",
+}
 TEACHER = "teacher.remote"  # the config group
 _SHARED: dict[tuple[RemoteConfig, str], Endpoint] = {}
 _LOCK = threading.Lock()
@@ -42,9 +45,6 @@ class Usage:
     tokens_in: int = 0
     tokens_out: int = 0
     waited_s: float = 0.0  # for our own limit and between retries
-
-    def cost(self, config: RemoteConfig) -> float:
-        return (self.tokens_in * config.price_in + self.tokens_out * config.price_out) / 1e6
 
 
 def check_endpoint(config: RemoteConfig, name: str = TEACHER) -> None:
@@ -83,7 +83,8 @@ class Endpoint:
 
     def told(self) -> dict[str, float]:
         """The usage so far and what it cost, for people."""
-        return vars(self.usage) | {"cost": self.usage.cost(self.config)}
+        c, u = self.config, self.usage
+        return vars(u) | {"cost": (u.tokens_in * c.price_in + u.tokens_out * c.price_out) / 1e6}
 
     async def _complete(self, messages: list[dict]) -> str:
         for attempt in range(self.config.retries + 1):
@@ -92,8 +93,9 @@ class Endpoint:
             except _FATAL as error:
                 c = self.config
                 raise DataError(f"{c.url} refuses {c.model!r} ({_reason(error)}); see {self.name}") from None
-            except _AGAIN as error:
-                kind, detail, pause = _kind(error), _reason(error), _retry_after(error)
+            except tuple(_AGAIN) as error:
+                kind = next(kind for cls, kind in _AGAIN.items() if isinstance(error, cls))
+                detail, pause = _reason(error), _retry_after(error)
             except TimeoutError:
                 kind, detail, pause = "timeout", f"no whole answer within {self.config.timeout_s} s", None
             except openai.APIStatusError as error:  # 400, 422: this request is at fault, such as a context too long
@@ -113,9 +115,8 @@ class Endpoint:
                 start = self.next_start = max(now, self.next_start + 60 / c.per_minute)
                 await self._wait(start - now)
             self.usage.requests += 1
-            asked = self.client.chat.completions.create(
-                model=c.model, messages=messages, temperature=c.temperature, max_tokens=c.max_tokens
-            )
+            options = dict(model=c.model, temperature=c.temperature, max_tokens=c.max_tokens)
+            asked = self.client.chat.completions.create(messages=messages, **options)
             answer = await asyncio.wait_for(asked, c.timeout_s)  # the client's own limit is per chunk of bytes
         if answer.usage is not None:
             self.usage.tokens_in += answer.usage.prompt_tokens
@@ -134,43 +135,30 @@ class Remote:
     """One per trajectory, as `Oracle`; the true mask is not shown to it."""
 
     def __init__(self, config: TeacherConfig, rng: np.random.Generator):
-        del rng  # the endpoint draws its own random numbers
-        self.config = config.remote
+        self.config = config.remote  # the endpoint draws its own random numbers
 
     def act(self, state: EnvState, gt_mask: np.ndarray) -> str:
-        del gt_mask
         return clean(Endpoint.shared(self.config).complete(messages_of(state)))
 
 
 def messages_of(state: EnvState) -> list[dict]:
-    """The conversation so far, as the policy has it, in the endpoint's form."""
-
-    def part(value: str | np.ndarray) -> dict:
-        return {"type": "text", "text": value} if isinstance(value, str) else picture_part(value)
-
+    """The conversation so far, as the policy has it, in the endpoint's form; some servers take parts of users only."""
     messages = conversation(state)
-    # Some servers take parts from the user only.
-    return [{"role": m.role, "content": [*map(part, m.parts)] if m.role == "user" else m.parts[0]} for m in messages]
+    parts = [[*map(message_part, m.parts)] if m.role == "user" else m.parts[0] for m in messages]
+    return [{"role": m.role, "content": content} for m, content in zip(messages, parts, strict=True)]
 
 
 def clean(text: str) -> str:
     """A turn as it is stored: without its terminator, and without anything that would be read as a special token."""
-    text = text.removesuffix(prompts.TERMINATOR).strip()
-    return text.replace("<|", "(|")
+    return text.removesuffix(prompts.TERMINATOR).strip().replace("<|", "(|")
 
 
-def picture_part(image: np.ndarray) -> dict:
-    """u8[h, w, 3] as a part of a message."""
-    url = "data:image/png;base64," + base64.b64encode(png(image)).decode("ascii")
+def message_part(value: str | np.ndarray) -> dict:
+    """A text, or u8[h, w, 3], as a part of a message."""
+    if isinstance(value, str):
+        return {"type": "text", "text": value}
+    url = "data:image/png;base64," + base64.b64encode(png(value)).decode("ascii")
     return {"type": "image_url", "image_url": {"url": url}}
-
-
-def _kind(error: openai.OpenAIError) -> str:
-    if isinstance(error, openai.RateLimitError):
-        return "rate_limit"
-    if isinstance(error, openai.APITimeoutError):
-        return "timeout"
-    return "server" if isinstance(error, openai.InternalServerError) else "connection"
 
 
 def _retry_after(error: openai.OpenAIError) -> float | None:

@@ -49,16 +49,15 @@ def write_rules(workdir: pathlib.Path, rules: FilterConfig) -> None:
 
 def read_rules(workdir: pathlib.Path) -> FilterConfig:
     """The filter of the collection's last start. DataError where there is none."""
-    path = workdir / ATTEMPTS / RULES
+    path, stamp = workdir / ATTEMPTS / RULES, workdir / trajectories.STAMP
     try:
-        return FilterConfig(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:  # a collection of an earlier version said it at its end
-        stamp = workdir / trajectories.STAMP
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} cannot be read ({error!r}); run the collection's command again") from None
-    try:
+        if path.exists():
+            return FilterConfig(**json.loads(path.read_text(encoding="utf-8")))
+        # a collection of an earlier version said it at its end
         return FilterConfig(**json.loads(stamp.read_text(encoding="utf-8"))["filter"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if path.exists():
+            raise DataError(f"{path} cannot be read ({error!r}); run the collection's command again") from None
         raise DataError(f"neither {path} nor {stamp} says what filter the collection had; run it again") from None
 
 
@@ -96,7 +95,6 @@ def write_kept_set(
     kept_of: Counter[str] = Counter()  # by sample
     kept: list[dict] = []
     shown: dict[bool, list[tuple[dict, str]]] = {True: [], False: []}
-    lines = []
     with journal.writing(out):
         writer = trajectories.RecordWriter(out, per_file)
         for where, row in journal.read_journal(workdir / ATTEMPTS, settings, current, by="uid"):
@@ -119,7 +117,7 @@ def write_kept_set(
             if why == "kept":
                 writer.write(_moved(record, *moved) if moved else record)
                 kept.append({key: value for key, value in row.items() if key not in ("record", "gt", "ious", "query")})
-                lines.append(json.dumps({key: row[key] for key in ("id", "iou", "turns", "status")}) + "\n")
+        lines = (json.dumps({key: row[key] for key in ("id", "iou", "turns", "status")}) + "\n" for row in kept)
         journal.write_whole(out / "trajectories.jsonl", "".join(lines))
         dropped = {why: count for why, count in sorted(counts.items()) if why != "kept"}
         means = [float(np.mean([row[key] for row in kept])) if kept else 0.0 for key in ("iou", "turns", "tokens")]
@@ -145,13 +143,8 @@ def _moved(record: bytes, old: str, new: str) -> bytes:
     return pack_record(header, values)
 
 
-# --- The page ---
-
-
 def filter_page(found: Filtered, kept, shown, rules: FilterConfig, settings, failed: dict[str, int], workdir) -> str:
-    tools: Counter[str] = Counter()
-    for row in kept:
-        tools.update(row["tools"])
+    tools = sum((Counter(row["tools"]) for row in kept), Counter())
     figures = [
         ("kept", str(found.kept), f"of {found.total} trajectories"),
         ("IoU", f"{found.iou:.3f}", "mean of the final masks"),

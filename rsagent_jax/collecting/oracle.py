@@ -40,8 +40,7 @@ class Oracle:
     """One per trajectory: what it does depends on its generator, the state and the true mask only."""
 
     def __init__(self, config: TeacherConfig, rng: np.random.Generator):
-        self.config = config
-        self.rng = rng
+        self.config, self.rng = config, rng
 
     def act(self, state: EnvState, gt_mask: np.ndarray) -> str:
         """The next assistant turn; `gt_mask` is bool[h, w] in original pixels."""
@@ -81,14 +80,13 @@ class Oracle:
 
     def _elsewhere(self, image: np.ndarray, gt_mask: np.ndarray, use_box: bool) -> np.ndarray:
         """bool[h, w], the region of a plausible mistake: the box moved aside, or a conspicuous spot of background."""
-        h, w = gt_mask.shape
+        wrong = np.zeros_like(gt_mask)
         if use_box:
-            ys, xs = np.nonzero(gt_mask)
+            (h, w), (ys, xs) = gt_mask.shape, np.nonzero(gt_mask)
             box_h, box_w = int(np.ptp(ys)) + 1, int(np.ptp(xs)) + 1
             angle = self.rng.uniform(0, 2 * np.pi)
             y1 = int(np.clip(ys.min() + np.sin(angle) * box_h, 0, h - box_h))
             x1 = int(np.clip(xs.min() + np.cos(angle) * box_w, 0, w - box_w))
-            wrong = np.zeros_like(gt_mask)
             wrong[y1 : y1 + box_h, x1 : x1 + box_w] = True
             return wrong
         background = np.argwhere(~gt_mask)
@@ -97,9 +95,7 @@ class Oracle:
         # of some random spots the one whose colour is farthest from the usual: most often another object
         spots = background[self.rng.integers(len(background), size=16)]
         usual = np.median(image.reshape(-1, 3), axis=0)
-        y, x = spots[int(np.argmax(np.abs(image[spots[:, 0], spots[:, 1]] - usual).sum(1)))]
-        wrong = np.zeros_like(gt_mask)
-        wrong[y, x] = True
+        wrong[tuple(spots[int(np.argmax(np.abs(image[spots[:, 0], spots[:, 1]] - usual).sum(1)))])] = True
         return wrong
 
     def _say(self, variants: tuple[str, ...], state: EnvState, call) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.prompts import MAX_QUERY_CHARS, sanitize
-from rsagent_jax.collecting.endpoint import picture_part
+from rsagent_jax.collecting.endpoint import message_part
 
 _ASK = """The second image is the first one with one object marked: tinted blue, outlined in yellow. The data set \
 calls it "{name}".
@@ -47,7 +47,7 @@ def problem_question(
     longest = min(size, max(mask.shape))
     marked = draw_overlay(image, mask, longest)
     plain = cv2.resize(image, marked.shape[1::-1], interpolation=cv2.INTER_AREA)
-    return [{"role": "user", "content": [picture_part(plain), picture_part(marked), {"type": "text", "text": text}]}]
+    return [{"role": "user", "content": [message_part(part) for part in (plain, marked, text)]}]
 
 
 def read_answer(text: str) -> list[str]:

@@ -30,7 +30,6 @@ from sam_bridge.types import Segmenter, SegmentReply, SegmentRequest
 
 ORACLES = ("box", "best_of_three", "clicks")
 UNTRAINED = "untrained"
-PROMPTS = ("box", "click")
 # The view of the whole picture is the picture: an oracle is not to lose pixels to a resized view.
 EXACT = PixelLimits(factor=1, min_pixels=1, max_pixels=1 << 40)
 
@@ -70,31 +69,26 @@ def oracle_driver(config: EvalConfig, segmenter: Segmenter) -> Driver:
         segmenter = _BestOfThree(segmenter)
 
     def act(task: Task, state: EnvState) -> str:
+        if not task.sample.gt_mask.any():
+            return render_call(Finish(None), "The truth is empty.")
         if isinstance(segmenter, _BestOfThree):
-            segmenter.expect(task.sample)
+            segmenter.expected[id(task.sample.image)] = task.sample
         return write(state, task.sample, bound)
 
     policy = TextPolicy(act, processor, slots=2 * workers, threads=workers)
     return Driver(policy, segmenter, processor, config.agent, workers=workers)
 
 
-# --- Who acts ---
-
-
 def _once(state: EnvState, sample: Sample, bound: BoundConfig) -> str:
     """One prompt, then the end."""
-    if not sample.gt_mask.any():
-        return render_call(Finish(None), "The truth is empty.")
     if state.masks:
         return render_call(Finish(_best(state, sample)), "The oracle has one prompt.")
-    use_box = bound.row == "box" or bound.prompt == "box"
-    return render_call(prompt_of(state.view, sample.gt_mask, use_box), "The oracle prompts with the truth.")
+    call = prompt_of(state.view, sample.gt_mask, use_box="box" in (bound.row, bound.prompt))
+    return render_call(call, "The oracle prompts with the truth.")
 
 
 def _click(state: EnvState, sample: Sample, bound: BoundConfig) -> str:
     """The next click; all earlier ones are said again, as the usual simulators of interactive segmentation do."""
-    if not sample.gt_mask.any():
-        return render_call(Finish(None), "The truth is empty.")
     judged = np.ones_like(sample.gt_mask) if sample.ignore_mask is None else ~sample.ignore_mask
     latest = state.masks[-1] if state.masks else None
     mask = np.zeros_like(sample.gt_mask) if latest is None else latest.mask
@@ -122,9 +116,6 @@ class _BestOfThree:
         self.segmenter = segmenter
         self.expected: dict[int, Sample] = {}  # by the id() of the picture that is asked about next
 
-    def expect(self, sample: Sample) -> None:
-        self.expected[id(sample.image)] = sample
-
     def segment(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
         sample = self.expected.pop(id(image))
         reply = self.segmenter.segment(image, dataclasses.replace(request, candidates=True))
@@ -133,11 +124,9 @@ class _BestOfThree:
             view, gt = environment.View.whole(*image.shape[:2], EXACT), sample.gt_mask
             box, click = (prompt_of(view, gt, use_box) for use_box in (True, False))
             point = view.to_original(np.array(click.points)).tolist()
-            requests = [
-                SegmentRequest(b, tuple(map(tuple, p)), (1,) * len(p))
-                for b, p in ((box.box, []), (None, point), (box.box, point))
-            ]
-            masks = [self.segmenter.segment(image, r).mask for r in requests]
+            for b, p in ((box.box, []), (None, point), (box.box, point)):
+                prompt = SegmentRequest(b, tuple(map(tuple, p)), (1,) * len(p))
+                masks.append(self.segmenter.segment(image, prompt).mask)
         if any(mask.shape != sample.gt_mask.shape for mask in masks):
             return reply  # the environment says what is wrong with it
         best = max(masks, key=lambda mask: mask_iou(mask, sample))

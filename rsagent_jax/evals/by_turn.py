@@ -53,7 +53,8 @@ def curve(
         totals = metrics.total_results(results)
         counted = [r.iou for r in results if not r.dropped]
         of = None if pictures is None else [pictures[r.id] for r in results if not r.dropped]
-        best = [_best(counts, masks, k, r, rules) for (counts, masks), r in zip(found, results, strict=True)]
+        played = [(counts, [pixels for turn, pixels in masks if turn <= k]) for counts, masks in found]
+        best = [_best(*p, r, rules) for p, r in zip(played, results, strict=True) if not r.dropped]
         rows.append(
             {
                 "turns": k,
@@ -61,19 +62,15 @@ def curve(
                 "giou_ci95": list(metrics.bootstrap_ci(counted, of)) if counted else None,
                 "ciou": totals.ciou,
                 "ended": float(np.mean([counts.turns <= k for counts, _ in found])),
-                "oracle_best_giou": float(np.mean([b for b in best if b is not None])) if counted else 0.0,
+                "oracle_best_giou": float(np.mean(best)) if counted else 0.0,
             }
         )
     return rows
 
 
-def _best(
-    counts: Counts, masks: Sequence[tuple[int, Pixels]], turns: int, latest: SampleResult, rules: MetricConfig
-) -> float | None:
-    if latest.dropped:
-        return None
+def _best(counts: Counts, masks: Sequence[Pixels], latest: SampleResult, rules: MetricConfig) -> float:
+    """IoU of the best of these masks and of the latest, by what the samples count."""
     if latest.status is Status.ENV_FAILED:
         return latest.iou
-    whole = dataclasses.replace(counts, status=Status.FINISHED)
-    tries = [dataclasses.replace(whole, pixels=pixels) for turn, pixels in masks if turn <= turns]
+    tries = [dataclasses.replace(counts, status=Status.FINISHED, pixels=pixels) for pixels in masks]
     return max([latest.iou, *(metrics.judge(t, rules).iou for t in tries)])

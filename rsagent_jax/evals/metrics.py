@@ -9,10 +9,10 @@ One result per sentence, at original resolution, pixels of the ignore mask exclu
 
 all as fractions of 1. By default nothing is dropped, and what a convention drops is counted:
 
-* A **failure of the environment** (ENV_FAILED, or an exception before there is a trajectory) has no mask to judge and
-  measures nothing: `failure_policy` "refuse", the config's default, gives no summary with one in it. Where the user
-  accepts them, they count as IoU 0 with I = 0 and the whole ground truth as U, even where the ground truth is empty and
-  an empty mask would have been right ("zero"), or are left out ("dropped").
+* A **failure of the environment** (ENV_FAILED) has no mask to judge and measures nothing: `failure_policy` "refuse",
+  the config's default, gives no summary with one in it. Where the user accepts them, they count as IoU 0 with I = 0 and
+  the whole ground truth as U, even where the ground truth is empty and an empty mask would have been right ("zero"), or
+  are left out ("dropped").
 * **Other endings than FINISHED** (MAX_TURNS, MAX_CONTEXT, INVALID, REPEATED) keep their final mask, which is what a
   user would get, and are scored by it. They are failures to stop, so they are listed.
 
@@ -23,27 +23,23 @@ mask, and T-acc, the share of target samples answered by one that is not empty. 
 Intervals are bootstrapped by picture: sentences of one picture fail together, and as if they were independent their
 intervals would be too narrow (docs/evaluation.md has the coverage).
 
-`failures` in the summary counts every ending except FINISHED by kind. Counts are integers, so that hosts merge
-exactly and in any order; send them as Python integers, they do not fit 32 bits.
+`failures` in the summary counts every ending except FINISHED by kind.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import (
-    MetricConfig,
-)
+from rsagent_jax.config.schema import MetricConfig
 from rsagent_jax.masks import intersection_union
 from rsagent_jax.types import DataError, Sample, Status, Trajectory
-
-# IoU is summed in units of 2^-40, as integers: exact whatever the order, and within 1e-12 of the float mean.
-_IOU_UNITS = 2**40
 
 LISA = MetricConfig(failure_policy="zero")
 # What others report, to be read beside LISA's figures (their evaluation scripts; the unit is a matter of the data).
@@ -52,10 +48,6 @@ CONVENTIONS = {
     "seg_zero": MetricConfig(ignore_policy="target", empty_policy="dropped", failure_policy="dropped", epsilon=0.0),
     "lens": MetricConfig(ignore_policy="background", failure_policy="zero"),
 }
-IGNORE_POLICIES = ("excluded", "target", "background")
-
-
-# --- One sample ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +109,6 @@ def count(trajectory: Trajectory, sample: Sample) -> Counts:
     return Counts(sample.id, pixel_counts(mask, sample), trajectory.status, len(trajectory.turns), errors)
 
 
-def failed(sample: Sample, rules: MetricConfig = LISA) -> SampleResult:
-    """The result of a sample for which no trajectory came back at all: IoU 0, union = the whole ground truth."""
-    pixels = pixel_counts(np.zeros_like(sample.gt_mask), sample)
-    return judge(Counts(sample.id, pixels, Status.ENV_FAILED, turns=0, tool_errors=0), rules)
-
-
 def judge(counts: Counts, rules: MetricConfig = LISA) -> SampleResult:
     """One sample under one convention."""
     intersection, predicted, true = counts.pixels[rules.ignore_policy]
@@ -140,7 +126,7 @@ def pixel_counts(mask: np.ndarray, sample: Sample) -> dict[str, tuple[int, int, 
     ignore, gt = sample.ignore_mask, sample.gt_mask
     excluded = _triple(mask, gt, ignore)
     if ignore is None or not ignore.any():
-        return dict.fromkeys(IGNORE_POLICIES, excluded)
+        return dict.fromkeys(("excluded", "target", "background"), excluded)
     return {
         "excluded": excluded,
         "target": _triple(mask, gt | ignore, None),
@@ -154,112 +140,32 @@ def _triple(mask: np.ndarray, gt: np.ndarray, ignore: np.ndarray | None) -> tupl
     return intersection, union - true + intersection, true
 
 
-# --- Sums and counts ---
-
-
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """Everything the metrics need of many results; integers only."""
+    """The figures of many results."""
 
-    n: int = 0  # samples that count
-    intersection: int = 0  # pixels
-    union: int = 0  # pixels
-    iou_units: int = 0  # sum of IoU, in 2^-40
-    turns: int = 0
-    tool_errors: int = 0
-    dropped_failures: int = 0
-    dropped_empty: int = 0
-    # Of all samples but dropped failures: an empty_policy drops from gIoU, not from the accuracies.
-    no_target: int = 0  # samples without a target, and how many of them were answered by an empty mask
-    no_target_right: int = 0
-    target: int = 0  # samples with a target, and how many of them were not
-    target_right: int = 0
-    target_iou_units: int = 0  # sum of IoU over samples with a target, in 2^-40
-    endings: tuple[int, ...] = (0,) * len(Status)  # in the order of Status
-
-    @property
-    def seen(self) -> int:
-        """Samples, whether they count or not."""
-        return self.n + self.dropped_failures + self.dropped_empty
-
-    @property
-    def giou(self) -> float:
-        return self.iou_units / _IOU_UNITS / self.n if self.n else 0.0
-
-    @property
-    def ciou(self) -> float:
-        return self.intersection / (self.union + 1e-10)
+    n: int  # samples that count
+    dropped: dict[str, int]  # those that do not, by the reason
+    giou: float
+    ciou: float
 
 
-def total_results(results: Iterable[SampleResult]) -> Totals:
-    totals = Totals()
-    for r in results:
-        totals = merge_totals(totals, _one(r))
-    return totals
+def total_results(results: Sequence[SampleResult]) -> Totals:
+    """The same in any order: counts are integers, and IoU is summed exactly."""
+    counted, why = [r for r in results if not r.dropped], Counter(r.dropped for r in results)
+    giou = math.fsum(r.iou for r in counted) / max(len(counted), 1)
+    ciou = sum(r.intersection for r in counted) / (sum(r.union for r in counted) + 1e-10)
+    return Totals(len(counted), {reason: why[reason] for reason in ("failure", "empty")}, giou, ciou)
 
 
-def _one(r: SampleResult) -> Totals:
-    ending = {"turns": r.turns, "tool_errors": r.tool_errors}
-    ending["endings"] = tuple(int(r.status is status) for status in Status)
-    if r.dropped == "failure":
-        return Totals(dropped_failures=1, **ending)
-    ending |= {"no_target": int(r.no_target), "no_target_right": int(r.no_target and r.said_empty)}
-    if r.dropped == "empty":
-        return Totals(dropped_empty=1, **ending)
-    units, working = round(r.iou * _IOU_UNITS), r.status is not Status.ENV_FAILED
-    return Totals(
-        n=1,
-        intersection=r.intersection,
-        union=r.union,
-        iou_units=units,
-        target=int(not r.no_target),
-        target_right=int(not r.no_target and not r.said_empty and working),
-        target_iou_units=0 if r.no_target else units,
-        **ending,
-    )
-
-
-def merge_totals(a: Totals, b: Totals) -> Totals:
-    """Totals of two disjoint sets of results, exactly: associative and commutative, with Totals() neutral."""
-    endings = tuple(x + y for x, y in zip(a.endings, b.endings, strict=True))
-    sums = {f.name: getattr(a, f.name) + getattr(b, f.name) for f in dataclasses.fields(Totals) if f.name != "endings"}
-    return Totals(**sums, endings=endings)
-
-
-# --- Intervals ---
-
-
-def ious(results: Iterable[SampleResult]) -> dict[str, float]:
-    """IoU by sample id, of the samples that count. DataError if an id appears twice: padding must not be counted."""
-    by_id: dict[str, float] = {}
-    seen: set[str] = set()
-    for result in results:
-        if result.id in seen:
-            raise DataError(f"sample {result.id!r} has more than one result; every sentence is counted once")
-        seen.add(result.id)
-        if not result.dropped:
-            by_id[result.id] = result.iou
-    return by_id
-
-
-RESAMPLES = 2000
-
-
-def bootstrap_ci(
-    values: Sequence[float], pictures: Sequence[str] | None = None, *, n: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """95% percentile interval of the mean. `pictures`: see `cluster_bootstrap_ci`. Raises DataError without values."""
+def bootstrap_ci(values: Sequence[float], pictures: Sequence[str] | None = None, **options) -> tuple[float, float]:
+    """95% percentile interval of the mean. pictures, options, errors: of `cluster_bootstrap_ci`."""
     rows = np.stack([np.asarray(values, np.float64), np.ones(len(values))], axis=-1)
-    return cluster_bootstrap_ci(rows, lambda sums: sums[:, 0] / sums[:, 1], pictures, n=n, seed=seed)
+    return cluster_bootstrap_ci(rows, lambda sums: sums[:, 0] / sums[:, 1], pictures, **options)
 
 
 def cluster_bootstrap_ci(
-    rows: np.ndarray,
-    statistic: Callable[[np.ndarray], np.ndarray],
-    pictures: Sequence[str] | None = None,
-    *,
-    n: int = RESAMPLES,
-    seed: int = 0,
+    rows: np.ndarray, statistic: Callable, pictures: Sequence[str] | None = None, *, n: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """95% percentile interval of a statistic of sums, from `n` resamples of the pictures with replacement.
 
@@ -280,15 +186,8 @@ def cluster_bootstrap_ci(
     return float(low), float(high)
 
 
-# --- results.json ---
-
-
 def summarize_results(
-    results: Iterable[SampleResult],
-    settings: Mapping[str, Any],
-    *,
-    benchmark: str,
-    pictures: Mapping[str, str] | None = None,
+    results: Iterable[SampleResult], settings: dict[str, Any], *, benchmark: str, pictures: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """What results.json holds; the same whatever the order of `results`. JSON-ready if `settings` is.
 
@@ -300,43 +199,43 @@ def summarize_results(
     results = sorted(results, key=lambda result: result.id)
     if not results:
         raise DataError(f"benchmark {benchmark!r}: no results")
-    values = ious(results)
-    if not values:
+    ids, counted = Counter(r.id for r in results), [r for r in results if not r.dropped]
+    if twice := [id for id, n in ids.items() if n > 1]:  # padding must not be counted
+        raise DataError(f"sample {twice[0]!r} has more than one result; every sentence is counted once")
+    if not counted:
         raise DataError(f"benchmark {benchmark!r}: the rules drop all of its {len(results)} samples")
-    totals = total_results(results)
-    lost = sum(r.status is Status.ENV_FAILED for r in results)
-    if lost and results[0].rules.failure_policy == "refuse":
+    totals, endings = total_results(results), Counter(r.status for r in results)
+    if (lost := endings[Status.ENV_FAILED]) and results[0].rules.failure_policy == "refuse":
         raise DataError(f"benchmark {benchmark!r}: {lost} of {len(results)} samples are not measured (env_failed)")
-    of = None if pictures is None else [pictures[id] for id in values]
+    of = None if pictures is None else [pictures[r.id] for r in counted]
     rules = {"resolution": "original", **to_dict(results[0].rules)}
+    turns, errors = sum(r.turns for r in results), sum(r.tool_errors for r in results)
     out = {
         "benchmark": benchmark,
-        "n": totals.n,
-        "dropped": {"failure": totals.dropped_failures, "empty": totals.dropped_empty},
-        "giou": totals.giou,
-        "ciou": totals.ciou,
-        "giou_ci95": list(bootstrap_ci(list(values.values()), of)),
+        **dataclasses.asdict(totals),
+        "giou_ci95": list(bootstrap_ci([r.iou for r in counted], of)),
         "ci_unit": "sample" if of is None else "picture",
         "pictures": None if of is None else len(set(of)),
-        "failures": {s.value: c for s, c in zip(Status, totals.endings, strict=True) if s is not Status.FINISHED},
-        "mean_turns": totals.turns / totals.seen,
-        "tool_errors": totals.tool_errors,
-        "tool_error_rate": totals.tool_errors / max(totals.turns, 1),
-        "settings": dict(settings) | {"metric": dict(settings.get("metric", {})) | rules},
+        "failures": {status.value: endings[status] for status in Status if status is not Status.FINISHED},
+        "mean_turns": turns / len(results),
+        "tool_errors": errors,
+        "tool_error_rate": errors / max(turns, 1),
+        "settings": settings | {"metric": settings.get("metric", {}) | rules},
     }
-    if totals.no_target:
-        targets = totals.target
-        out["n_acc"] = totals.no_target_right / totals.no_target
-        out["t_acc"] = totals.target_right / targets if targets else None
-        out["giou_target"] = totals.target_iou_units / _IOU_UNITS / targets if targets else None
+    # Of all samples but dropped failures: an empty_policy drops from gIoU, not from the accuracies.
+    judged = [r for r in results if r.dropped != "failure"]
+    if absent := [r for r in judged if r.no_target]:
+        present = [r for r in judged if not r.no_target]
+        answered = sum(not r.said_empty and r.status is not Status.ENV_FAILED for r in present)
+        out["n_acc"] = sum(r.said_empty for r in absent) / len(absent)
+        out["t_acc"] = answered / len(present) if present else None
+        out["giou_target"] = math.fsum(r.iou for r in present) / len(present) if present else None
     return out
 
 
 def other_conventions(counts: Sequence[Counts]) -> dict[str, dict[str, Any]]:
     """The same trajectories under each of CONVENTIONS: n, what was dropped, gIoU, cIoU."""
-    out = {}
-    for name, rules in CONVENTIONS.items():
-        t = total_results(judge(c, rules) for c in counts)
-        dropped = {"failure": t.dropped_failures, "empty": t.dropped_empty}
-        out[name] = {"n": t.n, "dropped": dropped, "giou": t.giou, "ciou": t.ciou, "rules": to_dict(rules)}
-    return out
+    return {
+        name: dataclasses.asdict(total_results([judge(c, rules) for c in counts])) | {"rules": to_dict(rules)}
+        for name, rules in CONVENTIONS.items()
+    }

@@ -10,7 +10,6 @@ from typing import Any
 from rsagent_jax.evals.by_turn import Pixels
 from rsagent_jax.evals.metrics import Counts
 from rsagent_jax.runtime import journal
-from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import Status
 
 FOLDER = "shards"
@@ -28,10 +27,10 @@ class Record:
     failure: tuple[str, str] | None = None  # (kind, why) where the segmenter ended it: no measurement
 
     def to_row(self) -> dict[str, Any]:
-        counts = dataclasses.asdict(self.counts) | {"status": self.counts.status.value}
-        rest = {"mask": self.mask, "seconds": self.seconds, "example": self.example, "masks": self.masks}
-        row = {"id": self.counts.id, "counts": counts, **rest}
-        return row if self.failure is None else row | {"failed": _failed(*self.failure)}
+        """A row of the journal; JSON-ready."""
+        row = {"id": self.counts.id} | dataclasses.asdict(self)
+        failure = row.pop("failure")
+        return row | ({"failed": {"kind": failure[0], "why": failure[1]}} if failure else {})
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Record:
@@ -45,27 +44,6 @@ class Record:
 
 def _triples(pixels: dict[str, Any]) -> Pixels:
     return {policy: tuple(triple) for policy, triple in pixels.items()}
-
-
-def _failed(kind: str, why: str) -> dict[str, str]:
-    return {"kind": kind, "why": why}
-
-
-class Shard:
-    """Appends the records of this shard; `done` holds the ids that need not be evaluated again."""
-
-    def __init__(self, workdir: pathlib.Path, share: Share, settings: dict[str, Any], current: Mapping[str, str]):
-        """`current`: fingerprints of all samples by id. DataError if the work directory holds results of other
-        settings, or cannot be written to."""
-        self.journal = journal.Journal(workdir / FOLDER, share, settings, current)
-        self.done, self.notes, self.close = self.journal.done, self.journal.notes, self.journal.close
-
-    def add(self, record: Record) -> None:
-        self.journal.add([record.to_row()])
-
-    def add_unreadable(self, id: str, kind: str, why: str) -> None:
-        """A sample without a trajectory."""
-        self.journal.add([{"id": id, "failed": _failed(kind, why)}])
 
 
 @dataclasses.dataclass(frozen=True)

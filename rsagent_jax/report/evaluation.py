@@ -28,10 +28,6 @@ from rsagent_jax.types import DataError, Status
 
 NEEDED = ("benchmark", "n", "giou", "ciou", "giou_ci95", "mean_turns")  # keys of results.json
 TRUTH = (0, 230, 118)  # colour of the ground truth's outline
-MAKE_EVALUATION = "python evaluate.py --config=configs/eval_X.py --workdir={}"
-
-
-# --- What evaluate.py wrote ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +110,7 @@ class Evaluation:
 def load_evaluation(workdir: str | pathlib.Path) -> Evaluation:
     """Reads the three files, or raises a DataError that names the one that is missing or damaged."""
     workdir = pathlib.Path(workdir)
-    made_by = MAKE_EVALUATION.format(workdir)
+    made_by = f"python evaluate.py --config=configs/eval_X.py --workdir={workdir}"
     _, results = next(read_objects(workdir / "results.json", made_by, lines=False))
     if missing := [key for key in NEEDED if key not in results]:
         raise DataError(f"{workdir / 'results.json'} has no {', '.join(missing)}; make it again: {made_by}")
@@ -155,9 +151,6 @@ def _read(cls: type, path: pathlib.Path, made_by: str) -> Iterator[Any]:
         yield cls(**fields)
 
 
-# --- The page of one evaluation ---
-
-
 def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:
     """Writes report/index.html from the files of evaluate.py and returns its path."""
     evaluation = load_evaluation(workdir)
@@ -183,10 +176,8 @@ def what_failed(results: Mapping[str, Any]) -> str:
     kinds = {"unreadable": len(results.get("unreadable", {}))}
     kinds |= results.get("segmenter_failures", {})
     kinds |= {name: n for name, n in results.get("failures", {}).items() if name != Status.ENV_FAILED.value}
-    said = [f"{name} {count}" for name, count in kinds.items() if count]
-    if results.get("tool_errors"):
-        said.append(f"tool errors {results['tool_errors']}")
-    return f"failed: {', '.join(said) or 'nothing'}"
+    kinds["tool errors"] = results.get("tool_errors", 0)
+    return f"failed: {', '.join(f'{name} {count}' for name, count in kinds.items() if count) or 'nothing'}"
 
 
 def headline_figures(evaluation: Evaluation) -> list[tuple[str, str, str]]:

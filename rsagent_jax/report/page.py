@@ -78,9 +78,6 @@ def _data_uri(kind: str, data: io.BytesIO) -> str:
     return f"data:{kind};base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
 
 
-# --- Charts ---
-
-
 def _chart(draw: Callable[[Any], object], size: tuple[float, float] = (3.2, 1.9)) -> str:
     """The data URI of an SVG of the axes that `draw` fills; the same bytes for the same figures. `size` in inches."""
     import matplotlib

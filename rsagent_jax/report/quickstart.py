@@ -35,7 +35,6 @@ ABSENT_NOTE = (
     " a mask has N-acc 100% and IoU 1 on every absent target."
 )
 SHOWN = 4  # samples shown among the best of GRPO, and as many among the worst
-
 # (stage, key of metrics.jsonl, title, label of the y axis); rewards' own parts are added as they come
 _CURVES = (
     ("sft", "loss", "SFT loss", "nats per token"),
@@ -71,35 +70,17 @@ class Summary:
         return policies | {"gain_ci95": list(self.gain.ci95), "gain": self.gain.value, "seconds": self.seconds}
 
 
-# --- Reading ---
-
-
 def summarize_run(train: pathlib.Path, evaluations: dict[str, pathlib.Path], started: float) -> Summary:
     """Reads the four directories, or raises a DataError that names a missing file and the command that makes it."""
-    steps = _read_steps(train / "metrics.jsonl")
-    loaded = {name: load_evaluation(evaluations[name]) for name in NAMES}
-    gain, sft_gain = (compare(loaded[a], loaded[b], "").giou for a, b in (("sft", "grpo"), ("base", "sft")))
-    return Summary(loaded, gain, sft_gain, steps, time.time() - started)
-
-
-def _read_steps(path: pathlib.Path) -> tuple[dict[str, Any], ...]:
-    """The objects in the order of their steps; after a resume the later one of a step stands."""
-    made_by = f"python train.py --config=configs/X.py --workdir={path.parent}"
-    by_step = {}
-    for where, value in read_objects(path, made_by):
+    made_by = f"python train.py --config=configs/X.py --workdir={train}"
+    steps = {}
+    for where, value in read_objects(train / "metrics.jsonl", made_by):
         if not isinstance(value.get("step"), int) or "stage" not in value:
             raise DataError(f"{where}: no step or stage; make it again: {made_by}")
-        by_step[value["stage"], value["step"]] = value
-    return tuple(by_step[key] for key in sorted(by_step))
-
-
-# --- On the terminal ---
-
-
-def terminal(summary: Summary) -> str:
-    """An aligned table in plain text."""
-    verdicts = [_verdict("GRPO", "SFT", summary.gain), _verdict("SFT", "base", summary.sft_gain)]
-    return "\n".join([text_table(_rows(summary)), "", *([ABSENT_NOTE, ""] if summary.absent else []), *verdicts])
+        steps[value["stage"], value["step"]] = value  # after a resume the later one of a step stands
+    loaded = {name: load_evaluation(evaluations[name]) for name in NAMES}
+    gain, sft_gain = (compare(loaded[a], loaded[b], "").giou for a, b in (("sft", "grpo"), ("base", "sft")))
+    return Summary(loaded, gain, sft_gain, tuple(steps[key] for key in sorted(steps)), time.time() - started)
 
 
 def _rows(summary: Summary) -> list[list[str]]:
@@ -127,9 +108,6 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-# --- On the page ---
 
 
 def summary_page(summary: Summary) -> str:
@@ -175,9 +153,6 @@ def choose(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     return ranked[:half], ranked[half:][::-1][:SHOWN]
 
 
-# --- Command line ---
-
-
 def main(
     *,
     train: pathlib.Path,  # work directory of train.py
@@ -192,5 +167,7 @@ def main(
     path = out / "summary.json"
     path.write_text(json.dumps(summary.to_json(), indent=2) + "\n", encoding="utf-8")
     shown = save_page(summary_page(summary), out)
-    print(terminal(summary))
+    notes = [ABSENT_NOTE, ""] if summary.absent else []
+    verdicts = [_verdict("GRPO", "SFT", summary.gain), _verdict("SFT", "base", summary.sft_gain)]
+    print(text_table(_rows(summary)), "", *notes, *verdicts, sep="\n")
     print(f"\nTook {_duration(summary.seconds)} in all. Summary: {path}  Report: {shown}")

@@ -20,7 +20,7 @@ from rsagent_jax.agent.replay import replay
 from rsagent_jax.agent.tools import call_json
 from rsagent_jax.report.evaluation import load_evaluation
 from rsagent_jax.report.page import thought_of
-from rsagent_jax.types import DataError, Turn
+from rsagent_jax.types import DataError
 
 
 def draw_readme_picture(state: EnvState, path: pathlib.Path) -> None:
@@ -29,7 +29,9 @@ def draw_readme_picture(state: EnvState, path: pathlib.Path) -> None:
 
     start = reset(state.image, state.query, state.config, state.limits)
     frames = [(opening_observation(start).image, f'"{state.query}"')]
-    frames += [(turn.observation.image if turn.observation else None, _caption(turn)) for turn in state.turns]
+    for turn in state.turns:
+        caption = f"{thought_of(turn.text)}\n{call_json(turn.call) if turn.call else 'malformed'}"
+        frames.append((turn.observation.image if turn.observation else None, caption))
     figure = Figure((2.9 * len(frames), 3.8), layout="constrained")
     for axes, (image, caption) in zip(figure.subplots(1, len(frames), squeeze=False)[0], frames, strict=True):
         axes.imshow(np.full((1, 1, 3), 238, np.uint8) if image is None else image)
@@ -39,10 +41,6 @@ def draw_readme_picture(state: EnvState, path: pathlib.Path) -> None:
         axes.set_xlabel("\n".join(lines), loc="left", size=8, parse_math=False)
         axes.set(xticks=[], yticks=[])
     figure.savefig(path, bbox_inches="tight")
-
-
-def _caption(turn: Turn) -> str:
-    return f"{thought_of(turn.text)}\n{call_json(turn.call) if turn.call else 'malformed'}"
 
 
 def main(

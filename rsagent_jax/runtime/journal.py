@@ -20,10 +20,10 @@ import pathlib
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import AgentConfig, DataConfig, SamplingConfig
+from rsagent_jax.config.schema import AgentConfig, DataConfig, RemoteConfig, SamplingConfig
 from rsagent_jax.types import DataError
 
 if TYPE_CHECKING:  # readers of data leave jax out
@@ -31,15 +31,10 @@ if TYPE_CHECKING:  # readers of data leave jax out
 
 FORMAT = 2  # 1 had no fingerprints
 SHOWN = 3  # ids named on the terminal
+T = TypeVar("T")
 
 
-class Fingerprinted(Protocol):
-    """A sequence of samples, such as data.sets.index.SampleIndex."""
-
-    def fingerprint(self, i: int) -> str: ...
-
-
-def fingerprints(samples: Fingerprinted, places: Mapping[str, int]) -> dict[str, str]:
+def fingerprints(samples: Any, places: Mapping[str, int]) -> dict[str, str]:
     """By id: what the sample at its place is made of now; "" for one whose record cannot even be found."""
     out = {}
     for id, place in places.items():
@@ -50,20 +45,18 @@ def fingerprints(samples: Fingerprinted, places: Mapping[str, int]) -> dict[str,
     return out
 
 
-def data_settings(config: DataConfig) -> dict[str, Any]:
-    """Which samples, as settings that must agree: without where they are, how many and what to do with bad ones."""
-    return {k: v for k, v in to_dict(config).items() if k not in ("root", "exclude_root", "limit", "unreadable")}
+# What work that is taken up again need not agree in: where things are, how many at a time, how long is waited.
+FREE = {
+    DataConfig: ("root", "exclude_root", "limit", "unreadable"),
+    AgentConfig: ("tool_deadline_s",),
+    SamplingConfig: ("slots", "chunk", "patches", "prefill", "lanes", "tensor"),
+    RemoteConfig: "key_variable timeout_s retries backoff_s concurrent per_minute price_in price_out".split(),
+}
 
 
-def agent_settings(config: AgentConfig) -> dict[str, Any]:
-    """What the policy sees and may do; how long a tool is waited for is no part of it."""
-    return {k: v for k, v in to_dict(config).items() if k != "tool_deadline_s"}
-
-
-def sampling_settings(config: SamplingConfig) -> dict[str, Any]:
-    """How turns are drawn; how many at a time, and on which devices, is no part of it."""
-    free = ("slots", "chunk", "patches", "prefill", "lanes", "tensor")
-    return {k: v for k, v in to_dict(config).items() if k not in free}
+def decisive_settings(config: DataConfig | AgentConfig | SamplingConfig | RemoteConfig) -> dict[str, Any]:
+    """What it must agree in."""
+    return {k: v for k, v in to_dict(config).items() if k not in FREE[type(config)]}
 
 
 class Journal:
@@ -92,33 +85,33 @@ class Journal:
             if not self.path.exists():  # as a whole, so that no other shard ever sees it empty
                 write_whole(self.path, json.dumps({"format": FORMAT, "settings": settings}) + "\n")
             self.file = self.path.open("ab")
-            self._cut()
+            data = self.path.read_bytes()
+            if half := len(data) - data.rfind(b"\n") - 1:  # what a kill left of the last line
+                self.file.truncate(len(data) - half)
+                self.notes.append(f"{self.path}: a half-written line at its end ({half} bytes) was cut off")
 
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+    def left(self, work: Sequence[tuple[str, T]], what: str) -> list[T]:
+        """Of (id, job) the jobs that are not done; says on the terminal how many are, and the notes."""
+        left = [job for id, job in work if id not in self.done]
+        goes_on = [f"goes on: {len(work) - len(left)} of {len(work)} {what} are done"] * (len(left) < len(work))
+        for note in (*self.notes, *goes_on):
+            print(note)
+        return left
+
+    def add(self, row: dict[str, Any]) -> None:
         """On the disk when this returns. DataError if the disk is full."""
-        if rows:
-            lines = []
-            for row in rows:
-                # Later than the row that this one takes the place of: clocks of machines differ.
-                at = max(time.time(), self.times.get(row["id"], 0.0) + 1e-3)
-                lines.append(json.dumps(row | {"fingerprint": self.current[row["id"]], "at": at}) + "\n")
-            with writing(self.path):
-                self.file.write("".join(lines).encode())
-                self.file.flush()
-                os.fsync(self.file.fileno())
-            self.done |= {row["id"] for row in rows if "failed" not in row}
+        # Later than the row that this one takes the place of: clocks of machines differ.
+        at = max(time.time(), self.times.get(row["id"], 0.0) + 1e-3)
+        with writing(self.path):
+            self.file.write((json.dumps(row | {"fingerprint": self.current[row["id"]], "at": at}) + "\n").encode())
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        if "failed" not in row:
+            self.done.add(row["id"])
 
     def close(self) -> None:
         with writing(self.path):  # what is still buffered may not fit either
             self.file.close()
-
-    def _cut(self) -> None:
-        """Takes off what a kill left of the last line."""
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            self.file.truncate(whole)
-            self.notes.append(f"{self.path}: a half-written line at its end ({len(data) - whole} bytes) was cut off")
 
 
 def read_journal(
@@ -155,9 +148,6 @@ def settings_of(folder: pathlib.Path) -> dict[str, Any]:
     raise DataError(f"{folder} holds nothing: there is no <i>-of-<n>.jsonl in it")
 
 
-# --- Lines ---
-
-
 @dataclasses.dataclass(frozen=True)
 class _Line:
     """What is needed of a row to choose among those of its id, and where it is."""
@@ -173,35 +163,28 @@ class _Line:
 
 
 def _latest(
-    folder: pathlib.Path,
-    settings: dict[str, Any] | None,
-    current: Mapping[str, str] | None = None,
-    by: str = "at",
+    folder: pathlib.Path, settings: dict[str, Any] | None, current: Mapping[str, str] | None = None, by: str = "at"
 ) -> list[_Line]:
     latest: dict[str, _Line] = {}
     for path in sorted(folder.glob("*-of-*.jsonl")):
-        for line in _lines(path, folder, settings, by):
-            if line.id not in latest or line.at >= latest[line.id].at:
-                latest[line.id] = line
+        with path.open("rb") as file:
+            offset = len(head := file.readline())
+            _check_settings(_head(path, head), settings, folder)
+            for number, line in enumerate(file, start=2):
+                if not line.endswith(b"\n"):
+                    break  # of a kill, or being written at this moment
+                where = f"{path}, line {number}"
+                try:
+                    row = json.loads(line)
+                    id, at = row["id"], row.get("at", 0.0)
+                    key = at if by == "at" else row[by]
+                    new = _Line(id, at, row.get("fingerprint"), row.get("failed"), key, where, path, offset)
+                    if id not in latest or at >= latest[id].at:
+                        latest[id] = new
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise damaged(where, error) from None
+                offset += len(line)
     return [x for x in latest.values() if current is None or (x.id in current and x.fingerprint == current[x.id])]
-
-
-def _lines(path: pathlib.Path, folder: pathlib.Path, settings: dict[str, Any] | None, by: str) -> Iterator[_Line]:
-    with path.open("rb") as file:
-        offset = len(head := file.readline())
-        _check_head(_head(path, head), settings, folder)
-        for number, line in enumerate(file, start=2):
-            if not line.endswith(b"\n"):
-                return  # of a kill, or being written at this moment
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-                key = row.get("at", 0.0) if by == "at" else row[by]
-                id, failed = row["id"], row.get("failed")
-                yield _Line(id, row.get("at", 0.0), row.get("fingerprint"), failed, key, where, path, offset)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise damaged(where, error) from None
-            offset += len(line)
 
 
 def _head(path: pathlib.Path, line: bytes) -> dict[str, Any]:
@@ -216,7 +199,7 @@ def _head(path: pathlib.Path, line: bytes) -> dict[str, Any]:
     return head
 
 
-def _check_head(head: dict[str, Any], settings: dict[str, Any] | None, folder: pathlib.Path) -> None:
+def _check_settings(head: dict[str, Any], settings: dict[str, Any] | None, folder: pathlib.Path) -> None:
     if settings is None:
         return
     remedy = f"Give another --workdir, or remove {folder} to start over"
@@ -225,19 +208,41 @@ def _check_head(head: dict[str, Any], settings: dict[str, Any] | None, folder: p
             f"{folder} was written by an earlier version, which did not keep what its samples were made of: nobody can"
             f" tell whether they are still the same. {remedy}"
         )
-    there, here = flatten_settings(head["settings"]), flatten_settings(json.loads(json.dumps(settings)))
-    differ = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
-    if differ:
-        said = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} now" for key in differ)
+    old, new = flatten_settings(head["settings"]), flatten_settings(json.loads(json.dumps(settings)))
+    if differ := [ChangedField(k, old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)]:
+        said = "; ".join(map(str, differ))
         raise DataError(f"{folder} holds results of other settings ({said[:600]}). {remedy}")
 
 
+@dataclasses.dataclass(frozen=True)
+class ChangedField:
+    """A setting that another start had otherwise; in words for a refusal."""
+
+    field: str
+    old: Any
+    new: Any
+    why: str = ""
+
+    def __str__(self) -> str:
+        old, new = (text if len(text := json.dumps(v)) < 100 else text[:97] + "..." for v in (self.old, self.new))
+        return f"{self.field}: {old} there, {new} now{f' ({self.why})' if self.why else ''}"
+
+
 def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """By dotted name."""
+    """Dotted name -> value. Items of a group (reward terms, parts of a mix) are `group[name].field`, in any order."""
     out: dict[str, Any] = {}
     for key, value in settings.items():
-        nested = isinstance(value, Mapping) and value
-        out |= flatten_settings(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            out |= flatten_settings(value, f"{name}.")
+        elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
+            for item in value:
+                group = f"{name}[{item.get('name') or item.get('function')}]"
+                while f"{group}.weight" in out:  # one function as two terms
+                    group += "'"
+                out |= flatten_settings(item, f"{group}.")
+        else:
+            out[name] = list(value) if isinstance(value, tuple) else value
     return out
 
 
@@ -262,11 +267,7 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise cannot_write(path, error) from None
-
-
-def cannot_write(path: pathlib.Path, error: OSError) -> DataError:
-    return DataError(
-        f"{path} cannot be written ({error.strerror or error}). What was written is kept: make room and run the same"
-        " command again"
-    )
+        raise DataError(
+            f"{path} cannot be written ({error.strerror or error}). What was written is kept: make room and run the"
+            " same command again"
+        ) from None

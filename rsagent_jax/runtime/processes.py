@@ -107,9 +107,7 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
 
 def allgather_max(value: int) -> int:
     """The largest of all processes' values: how often all of them must issue a program."""
-    if jax.process_count() == 1:
-        return value
-    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+    return value if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
 def allgather_sum(counts: Sequence[int]) -> list[int]:

@@ -44,8 +44,6 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
     """A mesh over all devices; one axis may be -1 and takes what the others leave."""
     devices = np.asarray(jax.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp, config.tensor]
-    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise DataError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, at most one is -1")
     known = int(np.prod([s for s in sizes if s > 0]))
     sizes = [devices.size // known if s == -1 else s for s in sizes]
     if int(np.prod(sizes)) != devices.size:
@@ -64,9 +62,8 @@ def spec_of(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh) -> P:
     flat = [axis for rule in ruled if rule for axis in ((rule,) if isinstance(rule, str) else rule)]
     if len(set(flat)) < len(flat):
         raise ValueError(f"the axes {tuple(names)} clash: their rules give {ruled}")
-    return P(
-        *(rule if rule and size % _size(rule, mesh) == 0 else None for size, rule in zip(shape, ruled, strict=True))
-    )
+    sized = zip(shape, ruled, strict=True)
+    return P(*(rule if rule and size % _size(rule, mesh) == 0 else None for size, rule in sized))
 
 
 def param_shardings(model: nnx.Module, mesh: Mesh) -> nnx.State:

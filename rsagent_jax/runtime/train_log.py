@@ -54,16 +54,14 @@ class MetricsLog:
         for name, value in values.items():
             self.events.add_scalar(f"{stage}/{name}", value, step)
         if not math.isfinite(values.get("loss", 0.0)):
-            raise DataError(
-                f"{stage} step {step}: the loss is {values['loss']}; lower the learning rate or see l2_grads"
-            )
+            loss = f"{stage} step {step}: the loss is {values['loss']}"
+            raise DataError(f"{loss}; lower the learning rate or see l2_grads")
 
     def examples(self, step: int, examples: dict[str, Any]) -> None:
         """What a GRPO step's first group said and got, as JSON values; nothing where there is none."""
-        if not examples:
-            return
-        with self.rollouts.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **examples}) + "\n")
+        if examples:
+            with self.rollouts.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **examples}) + "\n")
 
     def failures(self) -> list[str]:
         """For the terminal: what was logged since the start and taught nothing, or was lost to a broken tool."""
@@ -93,7 +91,11 @@ def keep_lines(path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]) -> No
         return
     content = path.read_bytes()
     *lines, rest = content.split(b"\n")
-    if _is_object(rest):  # whole but for its newline
+    try:
+        whole = isinstance(json.loads(rest), dict)
+    except ValueError:
+        whole = False
+    if whole:  # but for its newline
         lines.append(rest)
     elif rest:
         print(f"{path}: the last line was half written, by a run that was killed, and is cut off")
@@ -104,12 +106,5 @@ def keep_lines(path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]) -> No
                 kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError) as error:
             raise damaged(f"{path}, line {number}", error) from None
-    if (whole := b"".join(kept)) != content:
-        write_whole(path, whole)
-
-
-def _is_object(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+    if b"".join(kept) != content:
+        write_whole(path, b"".join(kept))

@@ -9,7 +9,6 @@ counts from the first checkpoint that it had a part in: before there is one, any
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import fnmatch
 import hashlib
@@ -21,13 +20,10 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import (
-    PolicyConfig,
-    TrainConfig,
-)
+from rsagent_jax.config.schema import PolicyConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weight_files
-from rsagent_jax.runtime.journal import write_whole, writing
+from rsagent_jax.runtime.journal import ChangedField, damaged, flatten_settings, write_whole, writing
 from rsagent_jax.runtime.train_log import keep_lines
 from rsagent_jax.types import DataError
 
@@ -50,26 +46,11 @@ LENGTHS = ("sft.steps", "sft.epochs", "grpo.steps")  # may grow, where nothing d
 ROLLOUTS = ("agent.", "segmenter.")  # SFT has its own check of what its trajectories were collected with
 
 
-@dataclasses.dataclass(frozen=True)
-class ChangedField:
-    field: str
-    old: Any
-    new: Any
-    why: str = ""
-
-    def __str__(self) -> str:
-        old, new = (text if len(text := json.dumps(v)) < 100 else text[:97] + "..." for v in (self.old, self.new))
-        return f"{self.field}: {old} there, {new} now{f' ({self.why})' if self.why else ''}"
-
-
 def saved_steps(workdir: pathlib.Path) -> dict[str, int]:
     """Stage -> TrainState.step of its newest finished checkpoint, for stages that have one."""
-    steps = {}
-    for stage in STAGES:
-        names = [p.name for p in (workdir / "checkpoints" / stage).glob("*") if p.name.isdecimal()]
-        if names:
-            steps[stage] = max(map(int, names))
-    return steps
+    names = {stage: (workdir / "checkpoints" / stage).glob("*") for stage in STAGES}
+    steps = {stage: [int(p.name) for p in paths if p.name.isdecimal()] for stage, paths in names.items()}
+    return {stage: max(found) for stage, found in steps.items() if found}
 
 
 def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) -> list[ChangedField]:
@@ -81,7 +62,7 @@ def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) ->
     differ = []
     if len({tuple(s for s in config["stages"] if s in STAGES[: last + 1]) for config in (old, new)}) > 1:
         differ.append(ChangedField("stages", old["stages"], new["stages"], f"{STAGES[last]} has checkpoints"))
-    defaults, was, now = flatten(_DEFAULTS), flatten(old), flatten(new)
+    defaults, was, now = flatten_settings(_DEFAULTS), flatten_settings(old), flatten_settings(new)
     for name in sorted({*was, *now} - {"stages"}):
         if name not in now and "[" not in name:
             continue  # a field that this version does not have
@@ -112,36 +93,14 @@ def _why_not_longer(name: str, old: dict[str, Any], new: dict[str, Any], last: i
     return None
 
 
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value. Items of a group (reward terms, parts of a mix) are `group[name].field`, in any order."""
-    out: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            out |= flatten(value, f"{name}.")
-        elif isinstance(value, list | tuple) and value and isinstance(value[0], dict):
-            for item in value:
-                where = f"{name}[{item.get('name') or item.get('function')}]"
-                while f"{where}.weight" in out:  # one function as two terms
-                    where += "'"
-                out |= flatten(item, f"{where}.")
-        else:
-            out[name] = list(value) if isinstance(value, tuple) else value
-    return out
-
-
 _DEFAULTS = json.loads(json.dumps(to_dict(TrainConfig(policy=PolicyConfig(weights="")))))
-
-
-# --- What the run was given, by content: users move it ---
-
-_POLICY = ("config", "tokenizer", "tokenizer_config", "preprocessor_config", "processor_config", "generation_config")
 
 
 def weights_fingerprint(weights: str) -> str:
     """Of the files that load_policy reads."""
     directory = policy_directory(weights)
-    files = [directory / f"{name}.json" for name in (*_POLICY, "model.safetensors.index")]
+    names = ("config", "tokenizer", "tokenizer_config", "preprocessor_config", "processor_config", "generation_config")
+    files = [directory / f"{name}.json" for name in (*names, "model.safetensors.index")]
     return fingerprint([*weight_files(weights), *files])
 
 
@@ -166,9 +125,6 @@ def fingerprint(files: Iterable[pathlib.Path], piece: int = 1 << 16) -> str:
                 file.seek(offset)
                 digest.update(file.read(piece))
     return digest.hexdigest()[:16]
-
-
-# --- The history ---
 
 
 def check_config(workdir: pathlib.Path, config: TrainConfig) -> None:
@@ -216,9 +172,7 @@ def last_start(workdir: pathlib.Path) -> dict[str, Any] | None:
             raise TypeError("stages")
         return start
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{history}, line {len(lines)} is damaged ({error!r}); remove that line and run again"
-        ) from None
+        raise damaged(f"{history}, line {len(lines)}", error) from None
 
 
 def record_start(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """The remote teacher against a local HTTP server that plays good, malformed, slow and failing answers."""
 
 import concurrent.futures
+import contextlib
 import http.server
 import json
 import threading
@@ -17,6 +18,7 @@ from rsagent_jax.collecting import endpoint
 from rsagent_jax.config.schema import AgentConfig, RemoteConfig, TeacherConfig
 from rsagent_jax.rollout.policy import PolicyFailure
 from rsagent_jax.types import DataError, Status
+from tests.refusals import refused
 
 LIMITS = PixelLimits(28, 56 * 56, 560 * 560)
 CLICK = render_call(Segment(points=((30.0, 30.0),), labels=(1,)), "here")
@@ -32,7 +34,7 @@ def good(text, usage=True):
 
 
 class Server:
-    """Answers request after request from a list of (status, headers, body) or ("slow", seconds); remembers them."""
+    """Answers request after request from a list of (status, headers, body); remembers them."""
 
     def __init__(self, answers):
         self.answers, self.asked, self.times, self.most, self.now = list(answers), [], [], 0, 0
@@ -50,31 +52,19 @@ class Server:
                     outer.now += 1
                     outer.most = max(outer.most, outer.now)
                     answer = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
-                if callable(answer):
-                    answer = answer(body)
-                if answer[0] == "trickle":  # a byte now and then, for ever
-                    self.send_response(200)
-                    self.send_header("content-length", "1000")
-                    self.end_headers()
-                    for _ in range(int(answer[1] / 0.05)):
-                        try:
-                            self.wfile.write(b" ")
-                            self.wfile.flush()
-                        except OSError:
-                            break
-                        time.sleep(0.05)
-                else:
-                    status, headers, text = answer
-                    time.sleep(float(headers.pop("sleep", 0)))
-                    data = text.encode()
-                    self.send_response(status)
-                    for name, value in {"content-type": "application/json", **headers}.items():
-                        self.send_header(name, value)
-                    self.send_header("content-length", str(len(data) + int(headers.get("x-lie", 0))))
-                    self.end_headers()
-                    self.wfile.write(data)
-                    if "x-lie" in headers:
-                        self.close_connection = True
+                status, headers, text = answer(body) if callable(answer) else answer
+                time.sleep(float(headers.pop("sleep", 0)))
+                self.send_response(status)
+                for name, value in {"content-type": "application/json", **headers}.items():
+                    self.send_header(name, value)
+                self.send_header("content-length", str(len(text.encode()) + int(headers.get("x-lie", 0))))
+                self.end_headers()
+                pause = float(headers.get("x-pause", 0))  # after each byte
+                with contextlib.suppress(OSError):
+                    for piece in text if pause else [text]:
+                        self.wfile.write(piece.encode())
+                        time.sleep(pause)
+                self.close_connection = "x-lie" in headers
                 with outer.lock:
                     outer.now -= 1
 
@@ -95,9 +85,7 @@ class Server:
 
 
 def config(server, **options):
-    return RemoteConfig(
-        **{"url": server.url, "model": "m", "backoff_s": 0.01, "retries": 2, "timeout_s": 5.0} | options
-    )
+    return RemoteConfig(**dict(url=server.url, model="m", backoff_s=0.01, retries=2, timeout_s=5.0) | options)
 
 
 def ask(c, n=1):
@@ -118,7 +106,7 @@ def ask(c, n=1):
 def test_a_trajectory_is_played_and_the_teacher_sees_what_the_policy_sees():
     image = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
     with Server([good(CLICK + "<|im_end|>"), good("<|im_start|> nonsense"), good(DONE)]) as server:
-        teacher = endpoint.Remote(TeacherConfig(remote=config(server)), None)
+        teacher = endpoint.Remote(TeacherConfig(remote=config(server, price_in=2.0, price_out=10.0)), None)
         state = environment.reset(image, "the disc", AgentConfig(prompt="brief", history_size=56), LIMITS)
 
         while state.status is None:
@@ -127,7 +115,7 @@ def test_a_trajectory_is_played_and_the_teacher_sees_what_the_policy_sees():
     usage = endpoint.Endpoint.shared(teacher.config).usage
     assert state.status is Status.FINISHED and [t.text for t in state.turns] == [CLICK, "(|im_start|> nonsense", DONE]
     assert (usage.requests, usage.retries, usage.tokens_in, usage.tokens_out) == (3, 0, 300, 30)
-    assert usage.cost(RemoteConfig(price_in=2.0, price_out=10.0)) == pytest.approx((300 * 2 + 30 * 10) / 1e6)
+    assert endpoint.Endpoint.shared(teacher.config).told()["cost"] == pytest.approx((300 * 2 + 30 * 10) / 1e6)
     roles = [[m["role"] for m in body["messages"]] for body in server.asked]
     assert roles == [["system", "user"] + ["assistant", "user"] * n for n in range(3)]
     last = server.asked[-1]["messages"]
@@ -164,7 +152,7 @@ def test_what_may_pass_is_asked_again_and_counted(bad):
         ((500, {}, "{}"), "server", 3),
         ((200, {}, "{"), "malformed", 3),
         ((400, {}, '{"error": {"message": "too long"}}'), "refused", 1),
-        (("trickle", 3.0), "timeout", 3),
+        ((200, {"x-pause": "0.05"}, " " * 60), "timeout", 3),  # a byte now and then
     ],
 )
 def test_what_does_not_pass_is_given_up_with_a_kind(answer, kind, tries):
@@ -182,8 +170,7 @@ def test_nobody_there_is_given_up_and_a_wrong_key_ends_the_command():
         with Server([(status, {}, '{"error": {"message": "no such model"}}')]) as server:
             (error,), _ = ask(config(server))
         assert isinstance(error, DataError) and "no such model" in str(error) and len(server.asked) == 1
-    with pytest.raises(DataError, match=r"teacher\.remote\.url"):
-        endpoint.Endpoint.shared(RemoteConfig())
+    refused(r"teacher\.remote\.url", endpoint.Endpoint.shared, RemoteConfig())
 
 
 def test_requests_run_side_by_side_within_both_limits():

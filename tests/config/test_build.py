@@ -427,7 +427,7 @@ def test_the_words_of_the_config_are_those_of_the_code():
     for path, known in {
         "agent.prompt": STYLES, "policy.attention": ATTENTION, "sft.optim.freeze": PARTS,
         "grpo.ratio": OBJECTIVES, "grpo.kl_estimator": KL_ESTIMATORS, "segmenter.mode": MODES,
-        "bound.row": ("", *bounds.ORACLES, bounds.UNTRAINED), "bound.prompt": bounds.PROMPTS,
+        "bound.row": ("", *bounds.ORACLES, bounds.UNTRAINED),
     }.items():  # fmt: skip
         assert words(path) == set(known), path
     (remat,) = typing.get_type_hints(PolicyConfig, include_extras=True)["remat"].__metadata__

@@ -40,7 +40,7 @@ def play(max_turns, rules=metrics.LISA):
 def test_a_row_of_the_curve_is_a_run_with_so_many_turns(rules):
     rows = by_turn.curve(play(8), rules, 5)
     for row in rows:
-        totals = metrics.total_results(metrics.judge(c, rules) for c, _ in play(row["turns"]))
+        totals = metrics.total_results([metrics.judge(c, rules) for c, _ in play(row["turns"])])
         assert (row["giou"], row["ciou"]) == (totals.giou, totals.ciou)
     assert [row["turns"] for row in rows] == [1, 2, 3, 4, 5]
     assert len({row["giou"] for row in rows[:4]}) > 1 and rows[3]["giou"] == rows[4]["giou"]

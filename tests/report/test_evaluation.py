@@ -24,8 +24,9 @@ from rsagent_jax.report import evaluation as report
 from rsagent_jax.report import page, quickstart
 from rsagent_jax.report.comparison import compare
 from rsagent_jax.runtime.command import run_command
-from rsagent_jax.types import DataError, Status
+from rsagent_jax.types import Status
 from sam_bridge.types import FailureKind
+from tests.refusals import refused
 from tests.report.written import rle, write_files, write_lines
 
 SIDE = 112
@@ -295,8 +296,7 @@ def test_damaged_files_are_named(tmp_path, file, text, words):
     (workdir / file).unlink()
     if text is not None:
         (workdir / file).write_text(text)
-    with pytest.raises(DataError, match=rf"(?s){re.escape(str(workdir / file))}.*{words}.*evaluate.py"):
-        report.load_evaluation(workdir)
+    refused(rf"(?s){re.escape(str(workdir / file))}.*{words}.*evaluate.py", report.load_evaluation, workdir)
 
 
 # --- Parts ---

@@ -23,7 +23,7 @@ def add(folder, current, rows, share=Share(), settings=SETTINGS):  # noqa: B008
     book = Journal(folder, share, settings, current)
     for id, value, *kind in rows:
         failed = {"failed": {"kind": kind[0], "why": "?"}} if kind else {}
-        book.add([{"id": id, "value": value} | failed])
+        book.add({"id": id, "value": value} | failed)
     book.close()
     return book
 
@@ -91,9 +91,8 @@ def test_the_latest_row_decides_whatever_file_it_is_in(tmp_path_factory, steps, 
     assert values(folder, current) == of
     done = {id for id in of if not wanted[id][2]}
     assert Journal(folder, Share(2, 3), SETTINGS, current).done == done
-    assert [row["value"] for _, row in journal.read_journal(folder, by="value")] == sorted(
-        n for n, _, _ in wanted.values()
-    )
+    in_order = [row["value"] for _, row in journal.read_journal(folder, by="value")]
+    assert in_order == sorted(n for n, _, _ in wanted.values())
 
 
 def test_a_half_written_line_is_cut_off_with_a_word(tmp_path):
@@ -126,7 +125,7 @@ def test_a_file_that_is_no_journal_is_a_fault_by_name(tmp_path, text, said):
 def test_other_settings_are_named_by_field_and_old_formats_refused(tmp_path):
     add(tmp_path, {"a": "1"}, [("a", 1)])
     other = SETTINGS | {"data": {"split": "test", "exclude": ("a",)}}
-    says = r"other settings \(data.split: 'val' there, 'test' now\)"
+    says = r'other settings \(data.split: "val" there, "test" now\)'
     refused(says, add, tmp_path, {"a": "1"}, [], settings=other)
     path = next(tmp_path.iterdir())
     path.write_text(json.dumps({"settings": SETTINGS}) + "\n" + json.dumps({"id": "a", "value": 1}) + "\n")
@@ -145,8 +144,6 @@ def test_fingerprints_are_asked_for_by_place():
 
 
 def test_where_the_data_lie_is_no_setting():
-    a, b = (
-        journal.data_settings(DataConfig(root=r, limit=n, unreadable=u))
-        for r, n, u in (("x", 0, "skip"), ("y", 5, "stop"))
-    )
-    assert a == b and a["split"] == "train" and a["fingerprint"] == "content"
+    a = journal.decisive_settings(DataConfig(root="x", limit=0, unreadable="skip"))
+    assert a == journal.decisive_settings(DataConfig(root="y", limit=5, unreadable="stop"))
+    assert a["split"] == "train" and a["fingerprint"] == "content"

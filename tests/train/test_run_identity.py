@@ -11,16 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rsagent_jax.config.reward import DEFAULT_REWARD
-from rsagent_jax.config.schema import (
-    DataConfig,
-    GrpoConfig,
-    MixPart,
-    PolicyConfig,
-    SftConfig,
-    TrainConfig,
-)
+from rsagent_jax.config.schema import DataConfig, GrpoConfig, MixPart, PolicyConfig, SftConfig, TrainConfig
+from rsagent_jax.runtime.journal import flatten_settings
 from rsagent_jax.train import run_identity
 from rsagent_jax.types import DataError
+from tests.refusals import refused
 
 BASE = TrainConfig(policy=PolicyConfig(weights="a"), sft=SftConfig(steps=8), grpo=GrpoConfig(steps=6))
 COSINE = dataclasses.replace(BASE.sft.optim, schedule="cosine")
@@ -36,11 +31,11 @@ def plain(config) -> dict:
     return run_identity._plain(config)
 
 
-def refused(old, new, *saved) -> list[str]:
+def fields(old, new, *saved) -> list[str]:
     return [d.field for d in run_identity.refused(plain(old), plain(new), saved)]
 
 
-NAMES = sorted(name for name in run_identity.flatten(plain(BASE)) if "[" not in name and name != "stages")
+NAMES = sorted(name for name in flatten_settings(plain(BASE)) if "[" not in name and name != "stages")
 
 
 def is_free(name):
@@ -65,13 +60,13 @@ def test_a_changed_field_is_refused_by_name_unless_it_is_free_or_had_no_part_yet
     # GRPO starts from what SFT left, so its checkpoints are SFT's as well.
     later = {"grpo": "grpo", "agent": "grpo", "segmenter": "grpo"}.get(head)
     counts = bool(saved) and (later is None or later in saved) and not is_free(name)
-    assert refused(BASE, new, *saved) == ([name] if counts else [])
-    assert refused(new, new, *saved) == []
+    assert fields(BASE, new, *saved) == ([name] if counts else [])
+    assert fields(new, new, *saved) == []
 
 
 def test_every_free_field_exists():
     mixed = with_field(BASE, "grpo.data.mix", (MixPart(name="a", data=DataConfig(root="x")),))
-    names = [*run_identity.flatten(plain(mixed))]
+    names = [*flatten_settings(plain(mixed))]
     assert not [pattern for pattern in run_identity.FREE if not fnmatch.filter(names, pattern)]
     assert set(run_identity.LENGTHS) <= set(names)
 
@@ -105,30 +100,30 @@ def test_a_length_that_a_schedule_follows_from_is_refused():
     (found,) = run_identity.refused(plain(old), plain(with_field(old, "sft.steps", 9)), ("sft",))
     assert str(found) == "sft.steps: 8 there, 9 now (the cosine schedule follows from it)"
     epochs = with_field(BASE, "sft.steps", 0)
-    assert refused(epochs, with_field(epochs, "sft.epochs", 3.0), "sft") == []
-    assert refused(epochs, with_field(epochs, "sft.epochs", 1.0), "sft") == ["sft.epochs"]
+    assert fields(epochs, with_field(epochs, "sft.epochs", 3.0), "sft") == []
+    assert fields(epochs, with_field(epochs, "sft.epochs", 1.0), "sft") == ["sft.epochs"]
 
 
 def test_terms_of_the_reward_are_compared_by_name_whatever_their_order():
     final, process, form = DEFAULT_REWARD
-    assert refused(BASE, with_field(BASE, "grpo.reward", (form, process, final)), "grpo") == []
+    assert fields(BASE, with_field(BASE, "grpo.reward", (form, process, final)), "grpo") == []
     fewer = with_field(BASE, "grpo.reward", (final, dataclasses.replace(process, terms=process.terms[:-1]), form))
     term = "grpo.reward.process.terms.rsagent_jax.rewards:overshoot"
     for old, new in ((BASE, fewer), (fewer, BASE)):
-        assert refused(old, new, "grpo") == [f"{term}.{field}" for field in ("arguments", "function", "name", "weight")]
+        assert fields(old, new, "grpo") == [f"{term}.{field}" for field in ("arguments", "function", "name", "weight")]
     twice = with_field(BASE, "grpo.reward", (dataclasses.replace(final, terms=final.terms * 2), process, form))
-    assert len(refused(BASE, twice, "grpo")) == 4
+    assert len(fields(BASE, twice, "grpo")) == 4
     heavier = with_field(BASE, "grpo.reward", (dataclasses.replace(final, weight=2.0), process, form))
-    assert refused(BASE, heavier, "grpo") == ["grpo.reward.final.weight"]
+    assert fields(BASE, heavier, "grpo") == ["grpo.reward.final.weight"]
 
 
 def test_sets_of_a_mix_may_move_and_not_change():
     def mixed(**data):
         return with_field(BASE, "grpo.data.mix", (MixPart(name="a", data=DataConfig(**data)),))
 
-    assert refused(mixed(root="x"), mixed(root="y", exclude_root="z"), "grpo") == []
-    assert refused(mixed(), mixed(split="val"), "grpo") == ["grpo.data.mix.a.data.split"]
-    assert "grpo.data.mix.a.weight" in refused(mixed(), BASE, "grpo")
+    assert fields(mixed(root="x"), mixed(root="y", exclude_root="z"), "grpo") == []
+    assert fields(mixed(), mixed(split="val"), "grpo") == ["grpo.data.mix.a.data.split"]
+    assert "grpo.data.mix.a.weight" in fields(mixed(), BASE, "grpo")
 
 
 def test_fields_that_came_or_went_with_a_version_count_only_where_they_do_something():
@@ -187,8 +182,7 @@ def test_every_start_is_a_line_and_config_json_is_the_last(workdir, capsys):
     assert (first["saved"], second["saved"]) == ({}, {"sft": 8, "grpo": 4})
     assert first["config"] == plain(BASE) and second["config"] == plain(more) and "jax" in second["versions"]
     assert json.loads((workdir / "config.json").read_text()) == plain(more)
-    with pytest.raises(DataError, match=r"grpo\.steps: 9 there, 6 now \(it can only grow\)"):
-        run_identity.check_config(workdir, BASE)
+    refused(r"grpo\.steps: 9 there, 6 now \(it can only grow\)", run_identity.check_config, workdir, BASE)
 
 
 def test_before_the_first_checkpoint_anything_may_change(tmp_path):
@@ -200,20 +194,17 @@ def test_before_the_first_checkpoint_anything_may_change(tmp_path):
 
 def test_a_run_from_before_there_was_a_history_is_known_by_its_config(workdir):
     (workdir / run_identity.HISTORY).unlink()
-    with pytest.raises(DataError, match="seed: 0 there, 1 now"):
-        run_identity.check_config(workdir, with_field(BASE, "seed", 1))
+    refused("seed: 0 there, 1 now", run_identity.check_config, workdir, with_field(BASE, "seed", 1))
     run_identity.check_same_inputs(workdir, dict.fromkeys(INPUTS, "unknown"))
     (workdir / "config.json").unlink()
-    with pytest.raises(DataError, match=r"not what made it.*--workdir"):
-        run_identity.check_config(workdir, BASE)
+    refused(r"not what made it.*--workdir", run_identity.check_config, workdir, BASE)
 
 
 @pytest.mark.parametrize("line", ["{\n", "[]\n", "{}\n"])
 def test_a_damaged_history_is_a_data_error(workdir, line):
     with (workdir / run_identity.HISTORY).open("a") as file:
         file.write(line)
-    with pytest.raises(DataError, match=rf"{run_identity.HISTORY}, line 2 is damaged"):
-        run_identity.check_config(workdir, BASE)
+    refused(rf"{run_identity.HISTORY}, line 2 is damaged", run_identity.check_config, workdir, BASE)
 
 
 def test_weights_are_known_by_content_and_not_by_place(tmp_path):
