@@ -1,4 +1,4 @@
-"""Arrow 10: trajectory -> reward. Every term is a `module:function` with a weight in the config, logged on its own.
+"""Trajectory -> reward. Every term is a `module:function` with a weight in the config, logged on its own.
 
 From the paper (arXiv 2512.24023): R = 1.0 * R_final + 0.5 * R_process + 0.2 * R_format, the final term being the IoU
 of the final mask, and the names of what R_process holds (step-wise IoU improvement, tool cost, novelty, point

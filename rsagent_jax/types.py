@@ -28,7 +28,7 @@ class DataError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Arrow 1: one question about one picture."""
+    """One question about one picture."""
 
     id: str  # unique inside its split, stable across runs
     image: UInt8[np.ndarray, "h w 3"]  # RGB
@@ -53,7 +53,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Arrow 2 (and 8): tokens to append to a context, with the images they show.
+    """Tokens to append to a context, with the images they show.
 
     `positions` are absolute M-RoPE positions (temporal, height, width) inside the trajectory, continued from the
     context. `patches` are in the image processor's own order (merge blocks of 2 x 2, row-major), several images
@@ -68,7 +68,7 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """Arrow 3: what the policy sampled in one turn. The terminator is part of `tokens` when `finished`."""
+    """What the policy sampled in one turn. The terminator is part of `tokens` when `finished`."""
 
     tokens: Int32[np.ndarray, " n"]
     logprobs: Float32[np.ndarray, " n"]  # of the distribution sampled from
@@ -76,7 +76,7 @@ class Completion:
 
 
 class ToolCall:
-    """Arrow 4: what a turn asks for; one frozen dataclass a tool, in agent/tools. Equal calls are equal values."""
+    """What a turn asks for; one frozen dataclass a tool, in agent/tools. Equal calls are equal values."""
 
     name: ClassVar[str]
     ends: ClassVar[bool] = False  # commits its `mask_id` as the answer
@@ -94,7 +94,7 @@ class ParseError:
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """Arrow 7: what the environment answers. `image` is None when only text comes back."""
+    """What the environment answers. `image` is None when only text comes back."""
 
     text: str
     image: UInt8[np.ndarray, "h w 3"] | None = None
@@ -144,7 +144,7 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """Arrow 9. `tokens` is the whole context as the engine saw it: prompt, turns and observations.
+    """One episode. `tokens` is the whole context as the engine saw it: prompt, turns and observations.
 
     `loss_mask` is True exactly on ids the policy sampled (terminators included); log-probs are 0 elsewhere.
     """
@@ -168,7 +168,7 @@ class Trajectory:
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """Arrow 10: `total` is the weighted sum of `parts`; every part is logged on its own."""
+    """`total` is the weighted sum of `parts`; every part is logged on its own."""
 
     total: float
     parts: dict[str, float]
@@ -176,7 +176,7 @@ class Reward:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Arrow 12: fixed shapes. Several trajectories share a row; `segment_ids` tells them apart, 0 is padding.
+    """What a training step takes, in fixed shapes. Several trajectories share a row; `segment_ids` tells them apart, 0 is padding.
 
     Targets are the next token of the same segment; `loss_mask[b, t]` says that token t itself is trained (it was
     sampled), so the loss at position t - 1 predicts it. Images of a row live in that row's patch buffer.

@@ -68,7 +68,7 @@ class SamClient(contextlib.AbstractContextManager):
     ):
         """ValueError for addresses or files that cannot be used, or a token that would travel in the clear."""
         token = security.read_token(token_file)
-        roots = security.read_file(tls_ca, "certificate") if tls_ca else None
+        roots = security.read_secret_file(tls_ca, "certificate") if tls_ca else None
         tls = tls or roots is not None
         if isinstance(addresses, str) or not addresses:
             raise ValueError(f"addresses must be a non-empty list of host:port, got {addresses!r}")

@@ -22,7 +22,7 @@ class SetupError(ValueError):
     """An address, token or certificate file that cannot be used. The message says which, why and what to do."""
 
 
-def read_file(path: str, what: str) -> bytes:
+def read_secret_file(path: str, what: str) -> bytes:
     """SetupError, which says `what` it is, when it cannot be read."""
     try:
         return pathlib.Path(path).read_bytes()
@@ -34,7 +34,7 @@ def read_token(path: str) -> str:
     """The token in a file; "" for no file. SetupError when it is empty, short, or cannot be a header."""
     if not path:
         return ""
-    token = read_file(path, "token").decode("ascii", "replace").strip()
+    token = read_secret_file(path, "token").decode("ascii", "replace").strip()
     if len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise SetupError(
             f"the token in {path} must be at least {MIN_TOKEN} printable characters without spaces:"
@@ -49,7 +49,7 @@ def server_credentials(cert_file: str, key_file: str) -> grpc.ServerCredentials 
         raise SetupError("TLS needs both a certificate and its key: --tls_cert and --tls_key")
     if not cert_file:
         return None
-    pair = (read_file(key_file, "key"), read_file(cert_file, "certificate"))
+    pair = (read_secret_file(key_file, "key"), read_secret_file(cert_file, "certificate"))
     return grpc.ssl_server_credentials([pair])
 
 

@@ -152,6 +152,17 @@ def test_the_root_holds_the_commands_and_what_everybody_reads():
     assert root == {"array_types", "types", "masks", "rewards", *COMMANDS}
 
 
+def test_public_names_are_unique():
+    """One public name, one thing, in both packages; a command's entry is `main`."""
+    owners: dict[str, list[str]] = {}
+    for file in sources(*PACKAGES):
+        kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        for node in ast.parse((ROOT / file).read_text()).body:
+            if isinstance(node, kinds) and not node.name.startswith("_") and "_pb2" not in file:
+                owners.setdefault(node.name, []).append(file)
+    assert {name: files for name, files in owners.items() if len(files) > 1 and name != "main"} == {}
+
+
 def test_no_cycles():
     """Among imports that run at import time; sam_bridge.backends loads its back ends by name, when asked."""
     files = {module_name(file): file for file in sources(*PACKAGES)}

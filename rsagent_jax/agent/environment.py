@@ -24,7 +24,7 @@ import numpy as np
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.tools import parse
-from rsagent_jax.agent.tools.base import Proposal, refuse
+from rsagent_jax.agent.tools.base import Proposal, refuse_call
 from rsagent_jax.agent.views import PixelLimits, View, fit
 from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.types import DataError, MaskRecord, Observation, ParseError, Status, Turn
@@ -127,7 +127,7 @@ def propose(state: EnvState, text: str) -> Proposal:
 def refuse_view(proposal: Proposal) -> Proposal:
     """The proposal when whoever plays has no room for the view that it asks for."""
     error = ParseError("no_room", "there is no room left for another view; go on in this one, or finish.")
-    return dataclasses.replace(refuse(proposal.call, error, proposal.clipped), text=proposal.text)
+    return dataclasses.replace(refuse_call(proposal.call, error, proposal.clipped), text=proposal.text)
 
 
 def run_tool(segmenter: Segmenter, state: EnvState, proposal: Proposal) -> SegmentReply | SegmentFailure | None:

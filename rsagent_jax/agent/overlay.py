@@ -1,4 +1,4 @@
-"""Arrow 7: a mask drawn on the original image, small enough for the history pool."""
+"""Mask -> observation: a mask drawn on the original image, small enough for the history pool."""
 
 from __future__ import annotations
 

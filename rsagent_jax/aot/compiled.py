@@ -32,7 +32,7 @@ _OP_NAME = r'op_name="([^"]*)"'
 
 
 @dataclasses.dataclass(frozen=True)
-class Array:
+class Shape:
     dtype: str
     dims: tuple[int, ...]
     in_hbm: bool = True  # else in vector or scalar memory, or the host's
@@ -56,7 +56,7 @@ class Array:
 class Instruction:
     name: str
     opcode: str
-    arrays: tuple[Array, ...]  # of the result; tuples are flat
+    arrays: tuple[Shape, ...]  # of the result; tuples are flat
     operands: tuple[str, ...]  # names in the same computation
     text: str  # what follows the opcode
 
@@ -96,7 +96,7 @@ class Computation(dict[str, Instruction]):
                 raise ValueError(f"cannot read the instruction {text[:200]!r}")
             name, shape, opcode, rest = match.groups()
             arrays = tuple(
-                Array(dtype, tuple(int(n) for n in dims.split(",") if n), "S(" not in layout)
+                Shape(dtype, tuple(int(n) for n in dims.split(",") if n), "S(" not in layout)
                 for dtype, dims, layout in re.findall(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", shape)
             )
             operands = tuple(re.findall(r"%([\w.\-]+)", rest.split(")")[0]))

@@ -31,11 +31,11 @@ def build_config(cls: type[T], values: Any, found: Sequence[str] = ()) -> T:
     """
     problems = list(found)
     result = build_fields(cls, dict(values), "", problems)
-    refuse("config", problems or list(_conflicts(result, "")))
+    refuse_config("config", problems or list(_conflicts(result, "")))
     return result
 
 
-def refuse(what: str, problems: Sequence[str]) -> None:
+def refuse_config(what: str, problems: Sequence[str]) -> None:
     """One DataError that lists the problems, if there are any."""
     if len(problems) == 1:
         raise DataError(f"{what}: {problems[0]}")

@@ -71,7 +71,7 @@ REFER = ("refcoco", "refcoco+", "refcocog", "grefcoco")  # their splits are by a
 Text = Annotated[str, Form(r"(?s).*\S.*", "a text that is not empty")]
 FUNCTION = r"[\w.]+:\w+|.+\.py:\w+"
 Function = Annotated[str, Form(FUNCTION, "module:function or file.py:function, such as rsagent_jax.rewards:final_iou")]
-Backend = Annotated[str, Form(f"{'|'.join(NAMES)}|{FUNCTION}", f"{', '.join(NAMES)} or module:factory of your own")]
+BackendName = Annotated[str, Form(f"{'|'.join(NAMES)}|{FUNCTION}", f"{', '.join(NAMES)} or module:factory of your own")]
 # Data sets by name: what data/sets/open.py calls for each.
 DATASETS = {
     **dict.fromkeys(REFER, "rsagent_jax.data.sets.refcoco:load_refcoco"),

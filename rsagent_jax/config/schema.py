@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from rsagent_jax.config import rules
 from rsagent_jax.config.ranges import (
     Activations,
-    Backend,
+    BackendName,
     BelowOne,
     Count,
     CountOrZero,
@@ -63,7 +63,7 @@ class SegmenterConfig:
 
     # spawn: start and supervise a side-car; connect: use `addresses`; inprocess: no bridge
     mode: Literal["spawn", "connect", "inprocess"] = "spawn"
-    backend: Backend = "grabcut"  # sam2: with `checkpoint` (spawn, inprocess); docs/sidecar.md
+    backend: BackendName = "grabcut"  # sam2: with `checkpoint` (spawn, inprocess); docs/sidecar.md
     checkpoint: str = ""  # sam2's .pt file, or "random" for a test
     model: Literal["", *SAM2_MODELS] = ""  # sam2.1_large, sam2_tiny, …; "" = as the checkpoint's file name says
     device: Devices = "cpu"  # of sam2: cpu, cuda, cuda:0,cuda:1

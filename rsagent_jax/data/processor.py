@@ -75,7 +75,7 @@ class Processor:
     def prompt(
         self, text: str, images: Sequence[np.ndarray], start: int = 0, limits: PixelLimits | None = None
     ) -> tuple[Prompt, int]:
-        """Arrows 2 and 8: one IMAGE_PAD in `text` per image u8[h, w, 3]; positions go on from `start`.
+        """Sample or observation -> prompt: one IMAGE_PAD in `text` per image u8[h, w, 3]; positions go on from `start`.
 
         limits: those of the trajectory that shows the images, see `image_patches`. Returns the prompt and the position
         of the next token.

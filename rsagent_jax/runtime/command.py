@@ -33,7 +33,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from rsagent_jax.config import schema
-from rsagent_jax.config.build import build_config, build_fields, refuse
+from rsagent_jax.config.build import build_config, build_fields, refuse_config
 from rsagent_jax.config.import_path import closest, first_line, load_file, place, shipped
 from rsagent_jax.config.overrides import put_overrides, split_arguments
 from rsagent_jax.config.pretrain import PretrainConfig
@@ -109,7 +109,7 @@ def parse_arguments(main: Callable[..., Any], argv: Sequence[str]) -> tuple[list
     if "config" in parameters:
         config = {"config": build_config(cls, values.pop("config"), problems)}
     chosen = build_fields(flags, values, "--", wrong)
-    refuse("command line", wrong)
+    refuse_config("command line", wrong)
     return _positional(parameters, hints, given), config | vars(chosen)
 
 

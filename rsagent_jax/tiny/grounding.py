@@ -40,7 +40,7 @@ _KEYS = {4: ("bbox", "bbox_2d", "xyxy", "at"), 2: ("point", "point_2d", "xy", "a
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows(Batch):
+class GroundingRows(Batch):
     """A pre-training batch, plus what the head and the bell need."""
 
     labels: np.ndarray  # i32[B, P, 3]
@@ -51,7 +51,7 @@ class Rows(Batch):
     cells: np.ndarray  # f32[B, O + W, M]; which merged tokens are each object's, and each of WORDS'; sums to 1 or 0
 
 
-jax.tree_util.register_dataclass(Rows, [f.name for f in dataclasses.fields(Rows)], [])
+jax.tree_util.register_dataclass(GroundingRows, [f.name for f in dataclasses.fields(GroundingRows)], [])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +83,12 @@ class SceneRows:
         self.photos = scenes.load_photos()
         self.scene_config = scenes.SceneConfig(size=SIDE)
 
-    def make(self, seed: tuple[int, ...], rows: int, tokens: int, talk: bool = True) -> Rows:
+    def make(self, seed: tuple[int, ...], rows: int, tokens: int, talk: bool = True) -> GroundingRows:
         """`rows` fresh scenes; without `talk` only their pictures and labels."""
         rng = np.random.default_rng(seed)
         return jax.tree.map(lambda *a: np.stack(a), *[self._row(rng, tokens, talk) for _ in range(rows)])
 
-    def _row(self, rng: np.random.Generator, length: int, talk: bool) -> Rows:
+    def _row(self, rng: np.random.Generator, length: int, talk: bool) -> GroundingRows:
         scene = self.scene(rng)
         turns = [self._question(rng, scene) for _ in range(8)] if talk else [Question("", "")]
         if talk and rng.random() < self.presence_share:
@@ -103,7 +103,7 @@ class SceneRows:
         scene = scenes.make_scene(rng, self.scene_config, self.photos)
         return dataclasses.replace(scene, image=scenes.jpeg_roundtrip(scene.image, self.scene_config.jpeg_quality))
 
-    def row(self, scene: scenes.Scene, turns: list[Question], length: int) -> Rows:
+    def row(self, scene: scenes.Scene, turns: list[Question], length: int) -> GroundingRows:
         """One scene and as many of the turns as fit into `length` tokens."""
         ids, mask, target = self._conversation(turns, length)
         masks = np.stack([o.mask for o in scene.objects])
@@ -117,7 +117,7 @@ class SceneRows:
         (batch,) = pack([item], BatchConfig(rows=1, tokens=length, patches=PATCHES), self.processor.config)
         row = [getattr(batch, field.name)[0] for field in dataclasses.fields(Batch)]
         labels = _patch_labels(scene, batch.patch_positions[0])
-        return Rows(*row, *labels, np.pad(target, (0, length - len(ids))), *_corners(scene, shares), cells)
+        return GroundingRows(*row, *labels, np.pad(target, (0, length - len(ids))), *_corners(scene, shares), cells)
 
     def _look_at_words(self, ids: np.ndarray, target: np.ndarray, cells: np.ndarray) -> None:
         """A colour, shape or size looks at all that has it: matching whole names is not found without this."""

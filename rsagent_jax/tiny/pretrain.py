@@ -47,7 +47,7 @@ from rsagent_jax.models.qwen25_vl.language import mrope_angles
 from rsagent_jax.models.qwen25_vl.layers import Linear, layer_at
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.tiny import absent, grounding, scenes, vocab
-from rsagent_jax.tiny.grounding import COLORS, MAX_OBJECTS, SHAPES, SIDE, SIZES, Rows, SceneRows
+from rsagent_jax.tiny.grounding import COLORS, MAX_OBJECTS, SHAPES, SIDE, SIZES, GroundingRows, SceneRows
 from rsagent_jax.types import DataError
 
 
@@ -110,7 +110,7 @@ def number_targets(ids: np.ndarray, vocab: int, sigma: float) -> np.ndarray:
 
 
 def ground_loss(
-    model: Qwen25VL, head: Head, rows: Rows, targets_VV, config: PretrainConfig, numbers, words, image_at: int
+    model: Qwen25VL, head: Head, rows: GroundingRows, targets_VV, config: PretrainConfig, numbers, words, image_at: int
 ):
     """Cross-entropy of the answers, plus `see_loss`, plus how far the look is from the object asked for."""
     hidden, merged, look = _hidden(model, rows, config.look_layer, image_at)
@@ -129,7 +129,7 @@ def ground_loss(
     return lm + config.look_weight * (looked + said) + seen, metrics | {"lm": lm, "look": looked, "words": said}
 
 
-def _hidden(model: Qwen25VL, rows: Rows, look_layer: int = -1, image_at: int = 0):
+def _hidden(model: Qwen25VL, rows: GroundingRows, look_layer: int = -1, image_at: int = 0):
     """Hidden states [B, T, D], the merged image tokens [B, M, D] that the head reads, and the look.
 
     The look is log-softmax over the image's M tokens of one layer's first head, [B, T, M]: where each position looks.
@@ -152,7 +152,9 @@ def _hidden(model: Qwen25VL, rows: Rows, look_layer: int = -1, image_at: int = 0
     return decoder.norm(x), merged, look[0] if look else None
 
 
-def see_loss(model: Qwen25VL, head: Head, rows: Rows, targets_VV, config: PretrainConfig, numbers, words, merged=None):
+def see_loss(
+    model: Qwen25VL, head: Head, rows: GroundingRows, targets_VV, config: PretrainConfig, numbers, words, merged=None
+):
     """The head's loss and those of coordinates and words in the merged image tokens [B, M, D]; None = not made yet."""
     if merged is None:
         merged = model.vision(rows.patches, rows.patch_segment_ids, rows.patch_positions)
@@ -163,7 +165,7 @@ def see_loss(model: Qwen25VL, head: Head, rows: Rows, targets_VV, config: Pretra
     return loss, {"aux": aux, "corners": corners, "names": names}
 
 
-def corner_loss(model: Qwen25VL, head: Head, merged_BMD, rows: Rows, targets_VV, numbers) -> jax.Array:
+def corner_loss(model: Qwen25VL, head: Head, merged_BMD, rows: GroundingRows, targets_VV, numbers) -> jax.Array:
     """Each merged token says its object's box and point in the decoder's own numbers, by a linear map per coordinate.
 
     So the tower puts coordinates where one attention of the decoder can pick them up with just such a map.
@@ -176,7 +178,7 @@ def corner_loss(model: Qwen25VL, head: Head, merged_BMD, rows: Rows, targets_VV,
     return -jnp.sum(jnp.sum(wanted * logp, axis=-1).mean(-1) * on) / jnp.maximum(on.sum(), 1)
 
 
-def name_loss(model: Qwen25VL, merged_BMD, rows: Rows, words) -> jax.Array:
+def name_loss(model: Qwen25VL, merged_BMD, rows: GroundingRows, words) -> jax.Array:
     """Each merged token says its object's colour, shape and size as it stands, in the decoder's own words.
 
     Without it these are a few per cent of a token's variance, which is mostly coordinates, and no attention learns to
@@ -261,7 +263,9 @@ def _presence(forward, maker: SceneRows, rng: np.random.Generator, seen: Sequenc
     return results
 
 
-def fill_in(forward: Callable[[Rows], jax.Array], rows: Rows, at: Sequence[Sequence[int]]) -> np.ndarray:
+def fill_in(
+    forward: Callable[[GroundingRows], jax.Array], rows: GroundingRows, at: Sequence[Sequence[int]]
+) -> np.ndarray:
     """i32[B, T]: the tokens of `rows` with places `at[b]` replaced, first to last, by what the policy says there.
 
     `forward` gives the token that the policy predicts after each place.
@@ -333,7 +337,7 @@ def pretrain(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -
     log.close()
 
 
-def _make(maker: SceneRows, seed: tuple[int, int], stage: StageConfig, talk: bool, step: int) -> Rows:
+def _make(maker: SceneRows, seed: tuple[int, int], stage: StageConfig, talk: bool, step: int) -> GroundingRows:
     return maker.make((*seed, step), stage.rows, stage.tokens, talk)
 
 

@@ -1,4 +1,4 @@
-"""Arrow 11: rewards -> advantages, on the host. n groups (prompts) of G samples each.
+"""Rewards -> advantages, on the host. n groups (prompts) of G samples each.
 
 `valid` is False for ENV_FAILED members: their reward is meaningless (it may be NaN), they enter no
 statistic and get advantage 0. A group that carries no signal (`zero_variance`) gets 0 throughout. Each is also

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rsagent_jax.aot.compiled import Array, Program, collective_bytes, group_size
+from rsagent_jax.aot.compiled import Program, Shape, collective_bytes, group_size
 from rsagent_jax.aot.topology import devices, parse_topology
 
 
@@ -121,10 +121,10 @@ ENTRY %main (p.1: bf16[4,8]) -> bf16[16,8] {
     found = Program(text)
     assert found.devices == 8 and found.runs == {"main": 1, "called": 1}
     main = found.computations["main"]
-    assert main["p.1"].arrays == (Array("bf16", (4, 8), in_hbm=False),)
+    assert main["p.1"].arrays == (Shape("bf16", (4, 8), in_hbm=False),)
     assert (main["p.1"].arrays[0].bytes, main["p.1"].arrays[0].hbm_bytes()) == (64, 0)  # vector memory
     kernel = main["kernel.1"]
-    assert kernel.arrays == (Array("f32", (2, 3)), Array("s4", (10,), in_hbm=False))
+    assert kernel.arrays == (Shape("f32", (2, 3)), Shape("s4", (10,), in_hbm=False))
     assert [a.bytes for a in kernel.arrays] == [24, 5]
     assert (kernel.operands, kernel.target) == (("p.1",), "tpu_custom_call")
     assert main["start"].called == ["called"] and main.root.name == "done"

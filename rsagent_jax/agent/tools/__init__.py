@@ -1,4 +1,4 @@
-"""Arrow 4: the table of the tools a policy may call, and parser, printer and schemas by that table.
+"""Text -> call: the table of the tools a policy may call, and parser, printer and schemas by that table.
 
 A tool is one file and one entry of TOOLS; docs/extend.md has the recipe.
 

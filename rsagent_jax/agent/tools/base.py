@@ -65,7 +65,7 @@ class Tool(ToolCall):
         raise NotImplementedError
 
 
-def refuse(call: ToolCall, error: ParseError, clipped: int = 0) -> Proposal:
+def refuse_call(call: ToolCall, error: ParseError, clipped: int = 0) -> Proposal:
     """The proposal of a call that cannot be done."""
     return Proposal(call, error, clipped=clipped, action=("refused", call))
 
@@ -73,7 +73,7 @@ def refuse(call: ToolCall, error: ParseError, clipped: int = 0) -> Proposal:
 def go_to(call: ToolCall, view: View | ParseError, clipped: int = 0) -> Proposal:
     """The proposal to show `view`, or to refuse it."""
     if isinstance(view, ParseError):
-        return refuse(call, view, clipped)
+        return refuse_call(call, view, clipped)
     return Proposal(call, view=view, clipped=clipped, action=("view", view))
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rsagent_jax.agent.tools.base import BOX, MAX_POINTS, Malformed, Proposal, Tool, refuse, unknown_mask
+from rsagent_jax.agent.tools.base import BOX, MAX_POINTS, Malformed, Proposal, Tool, refuse_call, unknown_mask
 from rsagent_jax.agent.views import View
 from rsagent_jax.types import MaskRecord, ParseError
 from sam_bridge.types import SegmentRequest
@@ -59,7 +59,7 @@ class Segment(Tool):
         if self.box is not None:
             (x1, y1, x2, y2), clipped = view.clip_box(self.box)
             if x1 >= x2 or y1 >= y2:
-                return refuse(self, ParseError("empty_box", "the box has no area inside the view."), clipped)
+                return refuse_call(self, ParseError("empty_box", "the box has no area inside the view."), clipped)
             box = view.box_to_original((x1, y1, x2, y2))
         if self.points:
             points_view, outside = view.clip_points(np.array(self.points))
@@ -72,7 +72,7 @@ class Segment(Tool):
             if error is None and not (logits_id := masks[self.refine - 1].logits_id):
                 error = ParseError("no_logits", "this mask cannot be refined; give a new box or points.")
             if error is not None:
-                return refuse(self, error, clipped)
+                return refuse_call(self, error, clipped)
         # Rounded, so that one place said in two views compares equal whatever the last bits of the affine are.
         action = ("segment", box and _round(box), tuple(map(_round, points)), self.labels, self.refine)
         request = SegmentRequest(box, points, self.labels, logits_id)

@@ -28,7 +28,7 @@ from sam_bridge.file_kinds import HEAD, kind_of
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-Range = tuple[int, int]  # first and last + 1
+ByteRange = tuple[int, int]  # first and last + 1
 BLOCK_ROWS = 128  # read at a time: few enough that a block and its transposed target fit the cache together
 
 
@@ -101,7 +101,7 @@ def zero_tail(file: pathlib.Path, tensors: Sequence[Tensor]) -> int:
 
 
 @contextlib.contextmanager
-def opened(tensor: Tensor) -> Iterator[Callable[[Range, Range], Iterator[tuple[slice, np.ndarray]]]]:
+def opened(tensor: Tensor) -> Iterator[Callable[[ByteRange, ByteRange], Iterator[tuple[slice, np.ndarray]]]]:
     """A function of rows and columns that yields (its place within the rows, block), in the file's dtype.
 
     The tensor is seen as the matrix [first axis, all others]. Its file is open for its own time only: the library maps
@@ -112,7 +112,7 @@ def opened(tensor: Tensor) -> Iterator[Callable[[Range, Range], Iterator[tuple[s
         with safe_open(tensor.file, framework="np") as file:
             values = file.get_slice(tensor.name)
 
-            def read(rows: Range, cols: Range) -> Iterator[tuple[slice, np.ndarray]]:
+            def read(rows: ByteRange, cols: ByteRange) -> Iterator[tuple[slice, np.ndarray]]:
                 for start in range(*rows, BLOCK_ROWS):
                     stop = min(start + BLOCK_ROWS, rows[1])
                     if len(tensor.shape) == 2:
