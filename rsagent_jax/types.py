@@ -176,7 +176,7 @@ class Reward:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a training step takes, in fixed shapes. Several trajectories share a row; `segment_ids` tells them apart, 0 is padding.
+    """What a step takes, in fixed shapes. Several trajectories share a row, told apart by `segment_ids`; 0 is padding.
 
     Targets are the next token of the same segment; `loss_mask[b, t]` says that token t itself is trained (it was
     sampled), so the loss at position t - 1 predicts it. Images of a row live in that row's patch buffer.

@@ -1,4 +1,4 @@
-"""Call -> original pixels: what part of the image the policy is looking at, and the only conversion between view and original pixels.
+"""Call -> original pixels: the part of the image that the policy looks at, and the only conversion between the two.
 
 A view is an axis-aligned crop of the original, turned by quarter turns and resized to a size that Qwen2.5-VL's
 processor leaves alone (multiples of `factor` within the pixel limits). The policy speaks pixels of that size.

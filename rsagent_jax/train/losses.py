@@ -1,4 +1,4 @@
-"""The arithmetic of an update: SFT and policy-gradient objectives over packed rows. Pure functions on arrays, all in fp32.
+"""The arithmetic of an update: SFT and policy-gradient objectives over packed rows. Pure functions, all in fp32.
 
 Arrays are f32[B, T] and aligned to the target token: `logprobs[b, t]` is log p(token t | earlier tokens of its
 segment), any finite number where undefined. `loss_mask` bool[B, T] is True where token t was sampled, never on
