@@ -36,6 +36,13 @@ for boundary in (Completion, Prompt):
 hypothesis.settings.register_profile("rsagent", deadline=None)
 hypothesis.settings.load_profile("rsagent")
 
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: of two workers, neither is left with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 KEPT = []  # a library's declarations go when it does
 
 

@@ -22,6 +22,8 @@ import pytest
 from rsagent_jax.tiny import synthetic
 from sam_bridge.wire import READY
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = ROOT / "assets" / "tiny-base"
 PICTURES = synthetic.IMAGES

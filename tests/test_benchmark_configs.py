@@ -153,6 +153,7 @@ def test_the_oracle_rows_are_marked_and_can_be_compared(monkeypatch, tmp_path, r
     assert "looks at the truth" in page and "oracle: true box" in page
 
 
+@pytest.mark.slow
 def test_a_policy_and_the_untrained_row(monkeypatch, tmp_path, root):
     """A random policy in the tool loop: no oracle, and not taken for a trained one."""
 

@@ -300,6 +300,7 @@ def test_our_own_policy_tries_each_sample_and_the_first_good_try_is_kept(tmp_pat
     refused("results of other settings", opened, tmp_path, config=OWN, checksum="other weights")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_sampled_ids_are_stored_as_they_were_and_a_kill_changes_nothing(tmp_path, samples):
     """The engine with random weights: what it says is no call, but its ids must come back bit for bit."""
@@ -321,6 +322,7 @@ def test_sampled_ids_are_stored_as_they_were_and_a_kill_changes_nothing(tmp_path
     assert len(left) == 2 and {i: r["record"] for i, r in again.items()} == {i: r["record"] for i, r in rows.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_real_kill_of_the_command(tmp_path):
     synthetic.write_dataset(tmp_path / "data", train=16, val=1, test=1, seed=5, progress=False)

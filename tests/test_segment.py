@@ -98,6 +98,7 @@ def test_a_broken_segmenter_leaves_no_mask(processor, tmp_path):
     assert replay((tmp_path / "trajectory.json").read_text()).status is Status.ENV_FAILED
 
 
+@pytest.mark.slow
 def test_the_command_with_the_tiny_base(tmp_path):
     """The base knows no tools, so it ends early; the command says so and still leaves everything it promises."""
     exif = PIL.Image.Exif()

@@ -14,6 +14,8 @@ from rsagent_jax.agent.replay import replay
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.load import load_policy
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = "assets/tiny-base"
 

@@ -91,6 +91,7 @@ def test_slots_that_fit_are_those_that_are_there_and_those_the_rest_of_the_memor
     assert (refused.slots_fit, refused.step_bytes, refused.projected_tokens_per_s) == (0, None, None)
 
 
+@pytest.mark.slow
 def test_what_a_program_does_not_read_stays_on_the_device(jobs, decode):
     """Arguments and residents together are weights, slots and training, whichever of them the program takes."""
     d, job = decode.decoding, jobs["rollout encode"]

@@ -167,6 +167,7 @@ def test_with_adapters_the_base_is_an_argument_and_its_tower_a_program():
     assert sum(np.prod(x.shape) for x in jax.tree.leaves(read)) == 8 * text.num_hidden_layers * (7 * d + whole)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_command_prints_a_table_and_the_reports_and_says_when_memory_is_short():
     def aot(*more):

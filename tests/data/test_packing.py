@@ -170,6 +170,7 @@ def assert_same_sums(a: step.Sums, b: step.Sums):
     assert sum(float(np.abs(x).sum()) for x in jax.tree.leaves(a.grads)) > 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["sft", "grpo"])
 def test_packing_changes_neither_the_loss_nor_a_gradient(objective):
     run = programs()[objective]

@@ -16,6 +16,8 @@ from rsagent_jax.models.qwen25_vl.layers import Linear
 
 from . import tiny
 
+pytestmark = pytest.mark.slow
+
 # Two groups of two window blocks and a full one; tall and wide images, left-over windows.
 CASE = tiny.Case("grouped", ((1, 4, 10), (1, 10, 6)), depth=6, fullatt=(2, 5))
 

@@ -54,6 +54,7 @@ def row():
     return tiny.pack([tiny.sequence(CASE, 1), tiny.sequence(CASE, 2, ((1, 4, 8),))], tiny.random_model(CASE).config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [ALL.targets, ("q",), ("o", "down")])
 def test_logits_are_those_of_the_matrices_with_the_adapters_added(targets):
     config = dataclasses.replace(ALL, targets=targets)
@@ -65,6 +66,7 @@ def test_logits_are_those_of_the_matrices_with_the_adapters_added(targets):
     np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_gradients_of_the_adapters_follow_from_those_of_the_matrices():
     """With W' = W + s A B: dA = s dW' B^T and dB = s A^T dW', where dW' is autodiff's through the plain model."""
     graphdef, adapters, plain = adapted(ALL)

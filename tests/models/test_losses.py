@@ -82,6 +82,7 @@ def test_log_probabilities_by_pieces_of_the_vocabulary_equal_the_whole_log_softm
     assert np.abs(got - np.take_along_axis(log_p, targets[..., None], -1)[..., 0]).max() <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [None, 0, 1, 128, 129, 300, 384])
 @pytest.mark.parametrize("piece", [1 << 20, 384 * 3 * 7])
 def test_log_probabilities_of_the_wanted_places_alone_and_their_gradients(most, piece):

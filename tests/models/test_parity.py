@@ -20,6 +20,7 @@ RELATIVE = 1e-4
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
+@pytest.mark.slow
 @each_case
 def test_every_block_is_within_1e_5_of_hugging_face_and_the_logits_within_1e_4(case):
     ours, theirs = (m.activations for m in tiny.measured(case))

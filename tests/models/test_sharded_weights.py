@@ -16,6 +16,8 @@ from rsagent_jax.models.qwen25_vl.load import load_policy
 
 from . import tiny
 
+pytestmark = pytest.mark.slow
+
 SMALL = tiny.Case("small", ((1, 4, 6),), depth=2, fullatt=(0,), layers=3)
 WIDE = tiny.Case("wide", (), hidden=64, heads=8, kv_heads=8, mrope_section=(1, 1, 2), layers=3, vision_hidden=64)
 

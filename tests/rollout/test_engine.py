@@ -17,6 +17,8 @@ from tests.refusals import refused
 from tests.rollout import small
 from tests.rollout.small import THREE_IMAGES, Task, click, engine_trajectories, finish, task, zoom
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = {
     "s0": THREE_IMAGES,
     "s1": (click(50, 50), "nonsense", click(20, 70), finish(1)),  # a text-only observation among images

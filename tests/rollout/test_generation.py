@@ -62,6 +62,7 @@ def never(monkeypatch):
     monkeypatch.setattr(programs, "sample_tokens", without)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [UNTIED, TIED], ids=lambda case: case.name)
 def test_four_turns_that_add_images_are_token_for_token_those_of_transformers(case, never):
     pytest.importorskip("torch")

@@ -15,7 +15,7 @@ import pytest
 
 from tests.rollout import on_mesh, small
 
-pytestmark = pytest.mark.timeout(900)  # for machines that do other things beside
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # for machines that do other things beside
 ROOT = pathlib.Path(__file__).parent.parent.parent
 LAYERS, WIDTH, SLOTS = 2, 64, 16
 SHORT = dict(most_turns=2, warm=False, **on_mesh.ONE_BLOCK)

@@ -36,6 +36,7 @@ def appended(t) -> int:
     return int((~t.loss_mask).sum() + (t.tokens[ends] == small.processor().terminator_id).sum())
 
 
+@pytest.mark.slow
 def test_one_trajectory_on_four_slots_by_hand(engine):
     (t,), got, seconds = play(engine, [task(0)])
     tokens = int(t.loss_mask.sum())

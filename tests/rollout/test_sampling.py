@@ -11,6 +11,7 @@ from rsagent_jax.config.schema import SamplingConfig
 from rsagent_jax.rollout.sampling import filtered, sample_tokens
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000), st.sampled_from([0, 1, 3, 17, 60]), st.sampled_from([1.0, 0.95, 0.5, 0.1, 1e-3]))
 def test_top_k_then_top_p_keep_what_transformers_keeps(seed, k, p):
     pytest.importorskip("torch")

@@ -25,6 +25,8 @@ from rsagent_jax.types import DataError
 from tests.refusals import refused
 from tests.rollout import small
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 MESHES = {
     "fsdp": {"fsdp": 8},

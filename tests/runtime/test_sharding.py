@@ -110,6 +110,7 @@ def split():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_loss_by_pieces_of_a_split_head_has_the_gradients_of_the_whole_and_leaves_the_heads_split(split):
     assert max(split["head"]) < 1e-5
     assert split["head_gradient"] == [21, 4]  # vocabulary over tensor, width over fsdp

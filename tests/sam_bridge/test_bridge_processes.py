@@ -23,6 +23,8 @@ from sam_bridge.spawn import SideCar, spawn_segmenter
 from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
 from tests.sam_bridge.fakes import BOX, failure, healthy, until
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

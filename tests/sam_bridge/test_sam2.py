@@ -71,6 +71,7 @@ def test_in_batches_within_1e_4_and_every_other_pixel_explained(reference):
     assert result["worst_logits"] < 1e-4 and result["worst_score"] < 1e-5 and result["unexplained"] == 0
 
 
+@pytest.mark.slow
 def test_full_resolution(tmp_path):
     predictor, options = made("sam2.1_tiny", tmp_path, 1024)
     assert all_equal(bridge_exact.compare(predictor, options, 1024, 3, ((300, 500),)))

@@ -14,6 +14,8 @@ from rsagent_jax.tiny import grounding, pretrain
 from rsagent_jax.tiny.grounding import MAX_OBJECTS, WORDS, SceneRows
 from tests.refusals import refused
 
+pytestmark = pytest.mark.slow
+
 
 def small_config() -> pretrain.PretrainConfig:
     config = tiny_base.get_config()

@@ -30,6 +30,8 @@ from rsagent_jax.train.step import batch_logprobs, grpo_objective, make_programs
 from tests.refusals import refused
 from tests.rollout import small
 
+pytestmark = pytest.mark.slow
+
 OFF, LORA = LoraConfig(), LoraConfig(rank=4, alpha=8.0)
 OPTIM = OptimConfig(lr=1e-2, eps=1e-3, weight_decay=0.1)  # a large eps: the sign of a gradient near zero is rounding
 OBJECTIVE = grpo_objective(GrpoConfig(normalize="sequence", kl=0.1, tis_clip=0.0, sampling=small.SAMPLING))

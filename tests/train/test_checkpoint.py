@@ -27,6 +27,8 @@ from rsagent_jax.types import DataError
 from tests.refusals import refused
 from tests.rollout import small
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 MISFIT = "does not fit the model and optimiser of this config"
 OPTIM = OptimConfig(lr=3e-3, warmup_steps=1, schedule="cosine", weight_decay=0.01)

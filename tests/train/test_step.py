@@ -70,6 +70,7 @@ def test_a_clip_norm_of_0_is_off():
     assert moments == {0.0: [1.5, 2.0], 100.0: [1.5, 2.0], 1.0: pytest.approx([0.3, 0.4])}
 
 
+@pytest.mark.slow
 def test_a_skipped_step_counts_for_the_run_and_not_for_the_optimiser(params):
     tx, _ = make_optimizer(OptimConfig(schedule="cosine", warmup_steps=1), 10)
     state = create_state(params, tx)
@@ -106,6 +107,7 @@ def test_the_correction_for_the_engine_weighs_the_surrogate_and_not_the_kl(estim
     assert not np.asarray(grads)[~mask].any()
 
 
+@pytest.mark.slow
 def test_offloaded_moments_train_the_same_and_stay_in_host_memory(tmp_path):
     """Two updates with the moments in host memory against two without, and once more from a checkpoint."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])

@@ -69,7 +69,7 @@ def in_segments(segment_ids_BT: Int[Array, "B T"], compute: Compute, *, causal: 
     return functools.partial(_splash, segments, tiles, compute, causal)
 
 
-def _mask(queries_BT, keys_BS, first: int | jax.Array, causal: bool) -> jax.Array:
+def _mask(queries_BT, keys_BS, first, causal: bool):
     """bool[B, T, S]; the queries stand at places `first`... of the row."""
     same = queries_BT[:, :, None] == keys_BS[:, None, :]
     if not causal:
