@@ -45,7 +45,7 @@ from rsagent_jax.rollout.play import play_samples
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
 from rsagent_jax.runtime import command, processes
 from rsagent_jax.runtime import journal as journals
-from rsagent_jax.runtime.image_files import keep_picture
+from rsagent_jax.runtime.image_files import keep_image
 from rsagent_jax.types import DataError, Sample, Trajectory
 from sam_bridge.types import Segmenter
 
@@ -102,9 +102,9 @@ def main(
     if not kept:
         first = next(iter(found.unreadable.values()))
         raise DataError(f"none of the {len(ids)} samples can be read; the first: {first}")
-    pictures = {id: key for id, key in zip(ids, samples.picture_keys, strict=True) if id in kept}
+    images = {id: key for id, key in zip(ids, samples.image_keys, strict=True) if id in kept}
     row["weights_sha256"] = settings.get("weights_sha256")
-    summary = write_results(workdir, config, row, [kept[id] for id in pictures], pictures, found.unreadable)
+    summary = write_results(workdir, config, row, [kept[id] for id in images], images, found.unreadable)
     print(headline(summary), evaluation.what_failed(summary), workdir / "report" / "index.html", sep="\n")
 
 
@@ -173,27 +173,27 @@ def evaluation_resume_fingerprint(config: EvalConfig, row: dict) -> dict[str, An
 
 
 def write_results(
-    workdir: pathlib.Path, config: EvalConfig, row: dict, kept: list[records.Record], pictures: dict, unreadable: dict
+    workdir: pathlib.Path, config: EvalConfig, row: dict, kept: list[records.Record], images: dict, unreadable: dict
 ) -> dict:
     """results.json, predictions.jsonl, trajectories.jsonl and the report of all samples, in the order of the data.
 
-    pictures: of each id, which intervals are resampled by; unreadable: why, by id.
+    images: of each id, which intervals are resampled by; unreadable: why, by id.
     """
     results = [metrics.judge(r.counts, config.metric) for r in kept]
     settings = to_dict(config)
     # the unit belongs to the conventions as well
     settings["metric"] |= {"unit": config.data.unit, "texts": config.data.texts, "split": config.data.split}
     settings["segmenter"] |= row["segmenter"]
-    summary = metrics.summarize_results(results, settings, benchmark=config.benchmark, pictures=pictures) | {
+    summary = metrics.summarize_results(results, settings, benchmark=config.benchmark, images=images) | {
         "seconds_per_sample": sum(r.seconds for r in kept) / len(kept),
         **row,
         "unreadable": unreadable,
         "segmenter_failures": dict(Counter(r.failure[0] for r in kept if r.failure)),
-        "by_turn": by_turn.curve([(r.counts, r.masks) for r in kept], config.metric, config.agent.max_turns, pictures),
+        "by_turn": by_turn.curve([(r.counts, r.masks) for r in kept], config.metric, config.agent.max_turns, images),
         "conventions": metrics.other_conventions([r.counts for r in kept]),
     }
     predictions = [
-        {"id": result.id, "picture": pictures[result.id], "mask": r.mask, "dropped": result.dropped or ""}
+        {"id": result.id, "picture": images[result.id], "mask": r.mask, "dropped": result.dropped or ""}
         | {name: getattr(result, name) for name in ("intersection", "union", "iou", "status", "turns")}
         for result, r in zip(results, kept, strict=True)
     ]
@@ -215,7 +215,7 @@ def headline(summary: dict) -> str:
 
 def make_record(workdir: pathlib.Path, sample, trajectory, state, seconds: float) -> records.Record:
     counts = metrics.count(trajectory, sample)
-    path = sample.path or keep_picture(workdir, sample.image)
+    path = sample.path or keep_image(workdir, sample.image)
     example = {
         "id": sample.id,
         "query": sample.query,

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.config.schema import GrpoConfig, SftConfig, TrainConfig
-from rsagent_jax.data.processor import Processor, pictures
+from rsagent_jax.data.processor import Processor, unpatchify
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.data.trajectories import check_collected
 from rsagent_jax.models.qwen25_vl.compute import Compute
@@ -279,7 +279,7 @@ def save_first_batch(workdir: pathlib.Path, stage: str, batch: Batch, processor:
         out.append(processor.decode([token]))
     path = workdir / f"first_batch_{stage}.txt"
     path.write_text("".join(out) + ("]]" if inside else "") + "\n", encoding="utf-8")
-    images = pictures(batch.patches[0], batch.patch_segment_ids[0], batch.patch_positions[0], processor.images)
+    images = unpatchify(batch.patches[0], batch.patch_segment_ids[0], batch.patch_positions[0], processor.images)
     if images:
         height = max(len(image) for image in images)
         strip = np.concatenate([np.pad(i, ((0, height - len(i)), (0, 4), (0, 0))) for i in images], axis=1)

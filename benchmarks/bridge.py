@@ -75,7 +75,7 @@ def main() -> int:
 # ------------------------------------------------------------------------------------------ what is asked of whom
 
 
-def picture(seed: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+def random_image(seed: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
     """u8[h, w, 3]: blobs of colour, some noise."""
     rng = np.random.default_rng(seed)
     blobs = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
@@ -165,7 +165,7 @@ def predict(direct, request: SegmentRequest, earlier=None) -> tuple[np.ndarray, 
 
 
 def overhead(args) -> dict:
-    image, rounds, each = picture(0), 2 if args.toy else 8, 3 if args.toy else 8
+    image, rounds, each = random_image(0), 2 if args.toy else 8, 3 if args.toy else 8
     direct, times = predictor(args), {"direct": [], "bridge": []}
     direct.set_image(image)
     stages: dict[str, list[float]] = {}
@@ -227,21 +227,21 @@ def median_of(work, times: int = 30) -> float:
 
 
 def throughput(args) -> dict:
-    pictures, trajectories = (4, 8) if args.toy else (16, 64)
-    images = [picture(i) for i in range(pictures)]
+    n_images, trajectories = (4, 8) if args.toy else (16, 64)
+    images = [random_image(i) for i in range(n_images)]
     with side_car(args) as (_, client), concurrent.futures.ThreadPoolExecutor(trajectories) as pool:
-        client.segment(picture(99), BOX)  # the first call of a process is slower
+        client.segment(random_image(99), BOX)  # the first call of a process is slower
         client_start = time.perf_counter()
-        done = list(pool.map(lambda i: trajectory(client, images[i % pictures], i), range(trajectories)))
+        done = list(pool.map(lambda i: trajectory(client, images[i % n_images], i), range(trajectories)))
         bridge_s = time.perf_counter() - client_start
         encodes = client.info()[0].encodes - 1
     direct = predictor(args)
-    direct.set_image(picture(99))
+    direct.set_image(random_image(99))
     predict(direct, BOX)
     start, worst = time.perf_counter(), 0.0
-    for p in range(pictures):
+    for p in range(n_images):
         direct.set_image(images[p])
-        for i in range(p, trajectories, pictures):
+        for i in range(p, trajectories, n_images):
             low = None
             for step in range(TURNS):
                 request = turn(step, i, HEIGHT, WIDTH, "x")
@@ -250,7 +250,7 @@ def throughput(args) -> dict:
     direct_s = time.perf_counter() - start
     return {
         "encodes": int(encodes),
-        "pictures": pictures,
+        "pictures": n_images,
         "masks": trajectories * TURNS,
         "bridge_s": bridge_s,
         "direct_s": direct_s,
@@ -268,7 +268,7 @@ def decode(args) -> dict:
     keep_freed_memory()  # as the side-car does
     back = own_sam2(args, sam2_options(args))
     (model,) = back._models
-    images = [picture(i) for i in range(2 if args.toy else 16)]
+    images = [random_image(i) for i in range(2 if args.toy else 16)]
     encodings = [model.encode([model.prepare(image)], 0)[0] for image in images]
     jobs = [
         sam2._Job(encodings[i % len(encodings)], turn((0, 1, 3)[i % 3], i, HEIGHT, WIDTH, ""), None) for i in range(16)
@@ -301,7 +301,7 @@ def soak(args) -> dict:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
 
             def call(n: int) -> None:
-                image = picture(n // 10, side, side)  # a new picture every ten calls: the cache turns over
+                image = random_image(n // 10, side, side)  # a new picture every ten calls: the cache turns over
                 client.segment(image, turn((0, 1, 3)[n % 3], n, side, side, ""))
 
             for start, stop in ((0, first), (first, calls)):
@@ -334,7 +334,7 @@ def killed(args, backend: str) -> dict:
     seconds = 6.0 if args.toy else args.seconds
     every = seconds / 4 if backend == "sam2" else (2.0 if args.toy else 5.0)
     height, width = (112, 112) if backend == "grabcut" else (HEIGHT, WIDTH)
-    images = [picture(i, height, width) for i in range(8 if backend == "grabcut" else 2)]
+    images = [random_image(i, height, width) for i in range(8 if backend == "grabcut" else 2)]
     own = (
         own_sam2(args, sam2_options(args, encode_batch=1, decode_batch=1))
         if backend == "sam2"
@@ -392,7 +392,7 @@ def fuzz(args) -> dict:
 
     from benchmarks._bridge_requests import fuzzed, send, typed
 
-    image, statuses, bad = picture(0, 96, 128), {}, []
+    image, statuses, bad = random_image(0, 96, 128), {}, []
     request = SegmentRequest(box=(22.0, 32.0, 59.0, 69.0))
     with side_car(args, "grabcut") as (car, client):
         wanted, key = client.segment(image, request).mask, image_hash(image)

@@ -84,15 +84,15 @@ class Reference:
         return enlarged[best], float(scores[best]), low[best : best + 1]
 
 
-def pictures(sizes=SIZES) -> list[np.ndarray]:
+def random_images(sizes=SIZES) -> list[np.ndarray]:
     """u8[h, w, 3] of every kind of input: RGB, grey, RGBA, 16 bits; smooth blobs and noise."""
     rng = np.random.default_rng(0)
     found = []
     for i, (height, width) in enumerate(sizes):
         coarse = rng.integers(0, 256, (6, 8, 4), dtype=np.uint8)
-        picture = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-        picture = (picture + rng.integers(0, 16, picture.shape)).clip(0, 255).astype(np.uint8)
-        kinds = (picture[..., :3], picture[..., 0], picture, picture[..., :3].astype(np.uint16) * 250)
+        image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+        image = (image + rng.integers(0, 16, image.shape)).clip(0, 255).astype(np.uint8)
+        kinds = (image[..., :3], image[..., 0], image, image[..., :3].astype(np.uint16) * 250)
         found.append(images.to_rgb(kinds[i % len(kinds)]))
     return found
 
@@ -115,8 +115,8 @@ def compare(reference: Reference, options: Options, resolution: int, prompts: in
     local = LocalSegmenter(backend.Sam2(options, resolution), logits_bytes=1 << 30)
     server = Server(local, workers=local.concurrency)
     exact = options.decode_batch == 1
-    rng, shown = np.random.default_rng(prompts), pictures(sizes)
-    keys = [image_hash(picture) for picture in shown]
+    rng, shown = np.random.default_rng(prompts), random_images(sizes)
+    keys = [image_hash(image) for image in shown]
     order = rng.permutation(prompts)
     where = [int(k) % len(shown) for k in order]  # the picture of each prompt
     kinds = [KINDS[int(k) // len(shown) % len(KINDS)] for k in order]
@@ -150,8 +150,8 @@ def compare(reference: Reference, options: Options, resolution: int, prompts: in
     server.stop(0)
     result = dict(prompts=prompts, refined=len(later), equal_masks=0, equal_scores=0, equal_logits=0, unexplained=0)
     worst = dict(worst_logits=0.0, worst_score=0.0)
-    for i, picture in enumerate(shown):
-        reference.predictor.set_image(picture)
+    for i, image in enumerate(shown):
+        reference.predictor.set_image(image)
         for k in (k for k in range(prompts) if where[k] == i):
             enlarged, score, low = reference.predict(requests[k], earlier[k], options.multimask)
             different = replies[k].mask != (enlarged > 0)

@@ -38,7 +38,7 @@ WHOLE = "whole path, with mask and prompt"
 THEIRS = "transformers: decode, resize, patches"
 
 
-def write_pictures(folder: pathlib.Path, count: int, width: int, height: int) -> None:
+def write_images(folder: pathlib.Path, count: int, width: int, height: int) -> None:
     """JPEGs with as much detail as photographs have: noise at several scales."""
     rng = np.random.default_rng(0)
     lines = []
@@ -80,7 +80,7 @@ def main() -> None:
     processor.images = dataclasses.replace(processor.images, limits=limits)
     rows: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_pictures(pathlib.Path(folder), options.images, width, height)
+        write_images(pathlib.Path(folder), options.images, width, height)
         samples = load_folder(folder)
         prepare = OpeningPrompt(processor, AgentConfig(), limits)
         pipeline = Pipeline(samples, prepare, seed=0, threads=1)

@@ -24,25 +24,25 @@ MISSED, FOUND = 0.3, (0.7, 1.0)  # share of sentences; IoU of a mask that is fou
 TRUTH = (1 - MISSED) * sum(FOUND) / 2
 
 
-def draw(rng: np.random.Generator, pictures: int, sentences: int, correlation: float) -> np.ndarray:
+def draw(rng: np.random.Generator, images: int, sentences: int, correlation: float) -> np.ndarray:
     """IoU, f64[pictures, sentences]: a sentence shares its picture's fate with probability sqrt(correlation)."""
-    shape = (pictures, sentences)
+    shape = (images, sentences)
     shared = rng.random(shape) < correlation**0.5
-    missed = np.where(shared, rng.random((pictures, 1)) < MISSED, rng.random(shape) < MISSED)
+    missed = np.where(shared, rng.random((images, 1)) < MISSED, rng.random(shape) < MISSED)
     return np.where(missed, 0.0, rng.uniform(*FOUND, shape))
 
 
-def coverage(pictures: int, sentences: int, correlation: float, trials: int) -> tuple[float, float]:
+def coverage(images: int, sentences: int, correlation: float, trials: int) -> tuple[float, float]:
     """Share of intervals that cover the truth: by picture, by sentence."""
-    rng = np.random.default_rng(pictures)
-    names = [str(i) for i in range(pictures) for _ in range(sentences)]
+    rng = np.random.default_rng(images)
+    names = [str(i) for i in range(images) for _ in range(sentences)]
     covered = np.zeros(2)
     for seed in range(trials):
-        ious = draw(rng, pictures, sentences, correlation).ravel()
+        ious = draw(rng, images, sentences, correlation).ravel()
         bounds = (bootstrap_ci(ious, of, seed=seed) for of in (names, None))
         covered += [low <= TRUTH <= high for low, high in bounds]
-    by_picture, by_sentence = (covered / trials).tolist()
-    return by_picture, by_sentence
+    by_image, by_sentence = (covered / trials).tolist()
+    return by_image, by_sentence
 
 
 def main() -> None:
@@ -55,9 +55,9 @@ def main() -> None:
     print(f"{options.sentences} sentences a picture, misses correlated {options.correlation}; nominal 0.95")
     print("pictures  by picture  by sentence")
     found = {}
-    for pictures in map(int, options.pictures.split(",")):
-        found[pictures] = coverage(pictures, options.sentences, options.correlation, options.trials)
-        print(f"{pictures:8d}  {found[pictures][0]:10.3f}  {found[pictures][1]:11.3f}", flush=True)
+    for images in map(int, options.images.split(",")):
+        found[images] = coverage(images, options.sentences, options.correlation, options.trials)
+        print(f"{images:8d}  {found[images][0]:10.3f}  {found[images][1]:11.3f}", flush=True)
     print(json.dumps({"coverage": {n: {"picture": a, "sentence": b} for n, (a, b) in found.items()}}))
 
 

@@ -99,9 +99,9 @@ def main(
 
 def count_row(samples: SampleIndex, data: DataConfig) -> dict:
     """Counted and published numbers of one set. They are compared only where the whole split was opened."""
-    pictures = len(set(samples.picture_keys))
-    row: dict = {"set": samples.name, "samples": len(samples), "pictures": pictures}
-    refs, images, sentences = PUBLISHED.get(samples.name, (None, None, None))
+    images = len(set(samples.image_keys))
+    row: dict = {"set": samples.name, "samples": len(samples), "pictures": images}
+    refs, wanted_images, sentences = PUBLISHED.get(samples.name, (None, None, None))
     part = next((p.data for p in data.mix if p.data.dataset == samples.name.split("/")[0]), data)
     wanted = sentences if part.unit == "sentence" and samples.name.startswith("refcoco") else refs
     if (pathlib.Path(part.root or data.root) / STAMP).exists():
@@ -110,8 +110,8 @@ def count_row(samples: SampleIndex, data: DataConfig) -> dict:
         return row | {"verdict": "part of the split: not compared"}
     if wanted is None:
         return row | {"verdict": "no published number known here"}
-    same = len(samples) == wanted and pictures == images
-    return row | {"published": f"{wanted} samples, {images} pictures", "verdict": "ok" if same else "DIFFERS"}
+    same = len(samples) == wanted and images == wanted_images
+    return row | {"published": f"{wanted} samples, {wanted_images} pictures", "verdict": "ok" if same else "DIFFERS"}
 
 
 def examine(samples: SampleIndex | Mixture, chosen: list[int]) -> DataFaults:

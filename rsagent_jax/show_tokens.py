@@ -22,7 +22,7 @@ import numpy as np
 from rsagent_jax.config.ranges import CountOrZero
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item
-from rsagent_jax.data.processor import Processor, pictures
+from rsagent_jax.data.processor import Processor, unpatchify
 from rsagent_jax.data.sets.index import spread
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens
@@ -32,7 +32,7 @@ from rsagent_jax.types import DataError
 
 def shown_tokens(item: Item, processor: Processor) -> Iterator[tuple[str, int, Any]]:
     """In order ("trained" | "context", id, text) of a token and ("image", its number of tokens, u8[h, w, 3])."""
-    images, at = zip(item.grids, shown_pictures(item, processor), strict=True), 0
+    images, at = zip(item.grids, shown_images(item, processor), strict=True), 0
     while at < len(item.tokens):
         id, trained = int(item.tokens[at]), bool(item.loss_mask[at])
         if id == processor.image_id and not trained:
@@ -46,14 +46,14 @@ def shown_tokens(item: Item, processor: Processor) -> Iterator[tuple[str, int, A
         at += count
 
 
-def shown_pictures(item: Item, processor: Processor) -> list[np.ndarray]:
+def shown_images(item: Item, processor: Processor) -> list[np.ndarray]:
     """The images as the policy sees them, u8[h, w, 3] each."""
     merge, out, first = processor.images.merge_size, [], 0
     for t, h, w in item.grids:
         patches = item.patches[first : first + t * h * w]
         order = np.arange(h * w).reshape(h // merge, merge, w // merge, merge).swapaxes(1, 2)  # merge blocks of patches
         places = np.stack(np.divmod(order.ravel(), w), -1)
-        out += pictures(patches, np.ones(len(patches), np.int32), places, processor.images)
+        out += unpatchify(patches, np.ones(len(patches), np.int32), places, processor.images)
         first += len(patches)
     return out
 

@@ -34,7 +34,7 @@ def main() -> int:
     args = _arguments()
     addresses = [part.strip() for part in args.address.split(",") if part.strip()]
     try:
-        image = images.read_image_file(args.image) if args.image else own_picture()
+        image = images.read_image_file(args.image) if args.image else own_image()
         secure = dict(token_file=args.token_file, tls_ca=args.tls_ca, tls=args.tls)
         with SamClient(addresses, timeout_s=args.timeout_s, wait_s=args.wait_s, **secure) as client:
             for address, info in zip(addresses, client.info(), strict=True):
@@ -49,7 +49,7 @@ def main() -> int:
     return int(not held)
 
 
-def own_picture() -> np.ndarray:
+def own_image() -> np.ndarray:
     """u8[480, 640, 3]: a red disc on a green slope, slightly noisy."""
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     slope = 90 + 60 * columns / WIDTH + 40 * rows / HEIGHT

@@ -97,15 +97,15 @@ def load(
 def _load(data: bytes, upright: bool, exact: bool) -> PIL.Image.Image:
     import PIL.Image
 
-    picture = PIL.Image.open(io.BytesIO(data))
-    if picture.format == "TIFF" and (picture.tag_v2.get(_SUBFILE_TYPE, 0) & 1 or kind_of(data[:HEAD])):
+    image = PIL.Image.open(io.BytesIO(data))
+    if image.format == "TIFF" and (image.tag_v2.get(_SUBFILE_TYPE, 0) & 1 or kind_of(data[:HEAD])):
         raise ImageError("its first picture is a thumbnail, as in a camera's raw file: convert it to JPEG or PNG")
-    if exact and getattr(picture, "n_frames", 1) > 1:
-        raise ImageError(f"holds {picture.n_frames} frames or pages; save one alone")
-    if exact and any(";16" in str(tile[3]) for tile in picture.tile) and not picture.mode.startswith("I"):
+    if exact and getattr(image, "n_frames", 1) > 1:
+        raise ImageError(f"holds {image.n_frames} frames or pages; save one alone")
+    if exact and any(";16" in str(tile[3]) for tile in image.tile) and not image.mode.startswith("I"):
         raise ImageError("holds colour or alpha of 16 bits; save it with 8 bits, or as grey of 16")
-    picture.load()
-    return _turned(picture) if upright else picture
+    image.load()
+    return _turned(image) if upright else image
 
 
 def _named(where: str, step, argument):
@@ -126,31 +126,31 @@ def _named(where: str, step, argument):
         raise ImageError(f"{where} is not a readable picture ({why})") from None
 
 
-def _turned(picture: PIL.Image.Image) -> PIL.Image.Image:
+def _turned(image: PIL.Image.Image) -> PIL.Image.Image:
     """By its EXIF orientation, as every viewer shows it."""
     from PIL.Image import Transpose
 
-    turn = _TURNS.get(picture.getexif().get(_ORIENTATION))
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION))
     if turn is None:
-        return picture
-    turned = picture.transpose(Transpose[turn])
-    turned.format = picture.format
+        return image
+    turned = image.transpose(Transpose[turn])
+    turned.format = image.format
     return turned
 
 
-def _rgb(picture: PIL.Image.Image) -> np.ndarray:
-    if picture.mode == "RGB" and "transparency" not in picture.info:
-        return np.array(picture)
-    if picture.mode == "F":
+def _rgb(image: PIL.Image.Image) -> np.ndarray:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return np.array(image)
+    if image.mode == "F":
         raise ImageError("holds floating-point values, which have no known range; save it as an 8-bit PNG first")
-    if picture.mode.startswith("I"):  # 16 or 32 bits of grey, which convert("RGB") would clip at 255
-        values = np.asarray(picture)
+    if image.mode.startswith("I"):  # 16 or 32 bits of grey, which convert("RGB") would clip at 255
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError("32-bit grey outside 0 … 65535 has no known range: save 8 or 16 bits")
         values = values.astype(np.uint16)
-        if "transparency" in picture.info:
-            values[values == picture.info["transparency"]] = 65535
+        if "transparency" in image.info:
+            values[values == image.info["transparency"]] = 65535
         return to_rgb(values)
-    if picture.has_transparency_data:
-        return to_rgb(np.asarray(picture.convert("RGBA")))
-    return np.array(picture.convert("RGB"))
+    if image.has_transparency_data:
+        return to_rgb(np.asarray(image.convert("RGBA")))
+    return np.array(image.convert("RGB"))

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = ROOT / "assets" / "tiny-base"
-PICTURES = synthetic.IMAGES
+IMAGES = synthetic.IMAGES
 
 FORKS = """
 import json, os, runpy, sys
@@ -253,15 +253,15 @@ def skipped(done: Done, *needles: str) -> None:
 
 
 def test_a_broken_picture(run, broken, tmp_path):
-    picture = sorted((broken / PICTURES).glob("*.jpg"))[0]
-    picture.write_bytes(picture.read_bytes()[:900])
-    skipped(run(*collect(broken, tmp_path / "w")), f"{picture} is not a readable picture")
+    image = sorted((broken / IMAGES).glob("*.jpg"))[0]
+    image.write_bytes(image.read_bytes()[:900])
+    skipped(run(*collect(broken, tmp_path / "w")), f"{image} is not a readable picture")
 
 
 def test_a_picture_of_another_size_than_its_annotations(run, broken, tmp_path):
-    picture = sorted((broken / PICTURES).glob("*.jpg"))[0]
-    PIL.Image.new("RGB", (50, 40)).save(picture)
-    skipped(run(*collect(broken, tmp_path / "w")), f"{picture} is 50 x 40 pixels", "112 x 112")
+    image = sorted((broken / IMAGES).glob("*.jpg"))[0]
+    PIL.Image.new("RGB", (50, 40)).save(image)
+    skipped(run(*collect(broken, tmp_path / "w")), f"{image} is 50 x 40 pixels", "112 x 112")
 
 
 def test_a_mask_of_another_size_than_its_picture(run, broken, tmp_path):

@@ -29,7 +29,7 @@ SIZE = (64, 48)  # w, h of every picture
 BOX = (10, 8, 40, 30)
 
 
-def picture() -> Image.Image:
+def make_image() -> Image.Image:
     """A red square, where BOX is, on blue: GrabCut finds it."""
     image = Image.new("RGB", SIZE, (30, 40, 200))
     image.paste((220, 30, 30), BOX)
@@ -64,7 +64,7 @@ def refer_files(root: pathlib.Path, name: str) -> None:
     (root / folder / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     (root / refcoco.IMAGES).mkdir(parents=True, exist_ok=True)
     for image in images:
-        picture().save(root / refcoco.IMAGES / image["file_name"], quality=95)
+        make_image().save(root / refcoco.IMAGES / image["file_name"], quality=95)
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +75,11 @@ def root(tmp_path_factory):
     corners = [[BOX[0], BOX[1]], [BOX[2] - 1, BOX[1]], [BOX[2] - 1, BOX[3] - 1], [BOX[0], BOX[3] - 1]]
     for split in ("val", "test", "train"):
         (root / split).mkdir()
-        picture().save(root / split / "a.jpg", quality=95)
+        make_image().save(root / split / "a.jpg", quality=95)
         shapes = [{"label": "target", "points": corners}]
         record = {"text": ["what is red?", "the red one"], "is_sentence": True, "shapes": shapes}
         (root / split / "a.json").write_text(json.dumps(record))
-    picture().save(root / "mine.png")
+    make_image().save(root / "mine.png")
     lines = [{"image": "mine.png", "query": "red", "segmentation": [polygon()]}]
     lines += [{"image": "mine.png", "query": "green", "mask": None}]
     (root / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -111,7 +111,7 @@ def test_the_training_mix_leaves_held_out_pictures_out(root, capsys):
     }  # fmt: skip
     assert shares["refcocog"] == 2 * shares["refcoco"] == 2 * shares["refcoco+"] == 20 * shares["reasonseg"]
     held_out = open_samples(DataConfig(root=str(root), dataset="refcoco", split_by="unc", split="testA"))
-    assert not set(held_out.picture_keys) & {key for part in samples.parts for key in part.picture_keys}
+    assert not set(held_out.image_keys) & {key for part in samples.parts for key in part.image_keys}
     assert "2 of 4 samples are on pictures of refcoco/unc/val and were left out" in "\n".join(samples.notes)
     config.grpo.data.mix.reasonseg = None
     assert len(open_samples(build_config(TrainConfig, config).grpo.data).parts) == 3

@@ -18,8 +18,8 @@ def write(workdir, ious, union=1000, turns=2, sentences=0, **settings):
     results = [SampleResult(f"s{i}", round(v * union), union, Status.FINISHED, turns, 0) for i, v in enumerate(ious)]
     settings = {"data": {"root": str(workdir), "split": "val"}} | settings
     example = {"id": "s0", "query": "the | one\nhere", "iou": 0.0, "status": "finished", "ious": [], "gt": {}}
-    pictures = {r.id: f"p{i // sentences}" for i, r in enumerate(results)} if sentences else None
-    return write_files(workdir, results, settings, [example | {"image": "", "record": ""}], pictures)
+    images = {r.id: f"p{i // sentences}" for i, r in enumerate(results)} if sentences else None
+    return write_files(workdir, results, settings, [example | {"image": "", "record": ""}], images)
 
 
 def test_differences_by_hand(tmp_path, capsys):

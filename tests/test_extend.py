@@ -7,7 +7,7 @@ import typing
 
 import numpy as np
 import pytest
-from agent_fakes import picture, run, same_states
+from agent_fakes import make_image, run, same_states
 
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.replay import replay, state_to_json
@@ -57,7 +57,7 @@ def test_a_tool(recipe, monkeypatch):
     assert tool_schemas()[-1]["function"]["name"] == "zoom_out"
     assert json.dumps(tool_schemas()[-1]) in prompts.system_prompt("full")
     assert "finish(mask_id) or zoom_out(factor)." in prompts.system_prompt("brief")
-    image = picture(224, 224)
+    image = make_image(224, 224)
     texts = [render_call(call) for call in (Zoom((112, 56, 168, 112)), tool(3), tool(2), tool(2))]
     state = run(texts, image=image)
     # 56 wide: 56 more on each side, then to the whole image, which cannot be widened

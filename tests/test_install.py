@@ -52,8 +52,8 @@ def test_configs_and_the_tiny_policy_come_with_it(installed):
     assert f"Version: {rsagent_jax.__version__}\n" in next(installed.site.glob("*.dist-info/METADATA")).read_text()
     done = installed("rsagent-synthetic", "--out=data", "--train=2", "--val=1", "--test=1")
     assert done.returncode == 0, done.stderr
-    picture = sorted(installed.empty.glob("data/images/**/*.jpg"))[0]
-    done = installed("rsagent-segment", picture, "the red circle", "--out=out", "--config.agent.max_turns=1")
+    image = sorted(installed.empty.glob("data/images/**/*.jpg"))[0]
+    done = installed("rsagent-segment", image, "the red circle", "--out=out", "--config.agent.max_turns=1")
     assert done.returncode == 0 and "ended: " in done.stdout, done.stderr
     assert (installed.empty / "out/mask.png").is_file()
     done = installed("rsagent-evaluate", "--config=configs/eval_quikstart.py", "--workdir=x")

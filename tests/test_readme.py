@@ -134,11 +134,11 @@ def test_the_image_budgets_of_the_architecture_page_are_those_of_the_code():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     images = PixelLimits(factor=28, min_pixels=3_136, max_pixels=12_845_056)
     shown = [("1316 x 728", 1_222, (1080, 1920), 1_003_520), ("980 x 980", 1_225, (2000, 2000), 1_003_520)]
-    for size, tokens, picture, limit in shown:
-        (h, w), (oh, ow) = image_sizes(AgentConfig(), picture, dataclasses.replace(images, max_pixels=limit), images)
+    for size, tokens, image, limit in shown:
+        (h, w), (oh, ow) = image_sizes(AgentConfig(), image, dataclasses.replace(images, max_pixels=limit), images)
         assert f"{w} x {h}" == size in text and h * w // 784 == tokens and f"{tokens:,}" in text
         assert f"{ow} x {oh}" in text and str(oh * ow // 784) in text
     assert get_tpu_config().agent.max_pixels == 1_003_520 and "1,003,520" in text
-    for picture, tokens in (((1080, 1920), "2,691"), ((2000, 2000), "5,041")):
-        (h, w), _ = image_sizes(AgentConfig(), picture, images, images)
+    for image, tokens in (((1080, 1920), "2,691"), ((2000, 2000), "5,041")):
+        (h, w), _ = image_sizes(AgentConfig(), image, images, images)
         assert f"{h * w // 784:,}" == tokens in text

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import PIL.Image
 import pytest
-from agent_fakes import DiscSegmenter, picture, same_states
+from agent_fakes import DiscSegmenter, make_image, same_states
 
 from rsagent_jax.agent.replay import replay
 from rsagent_jax.agent.tools import Finish, Segment, Zoom, render_call
@@ -37,7 +37,7 @@ def play(turns, processor, out, segmenter=None):
     """The command's own function with scripted turns for the policy."""
     script = iter(turns)
     policy = TextPolicy(lambda task, state: next(script), processor, slots=1)
-    return segment(policy, segmenter or DiscSegmenter(), processor, CONFIG, picture(60, 90), "the disc", out)
+    return segment(policy, segmenter or DiscSegmenter(), processor, CONFIG, make_image(60, 90), "the disc", out)
 
 
 def read(path) -> np.ndarray:
@@ -52,7 +52,7 @@ def test_prints_the_turns_and_writes_the_committed_mask(processor, tmp_path, cap
     mask = read(tmp_path / "mask.png")
     assert mask.shape == (60, 90) and set(np.unique(mask)) == {0, 255}
     np.testing.assert_array_equal(mask == 255, state.masks[0].mask)
-    overlay, image = read(tmp_path / "overlay.png"), picture(60, 90)
+    overlay, image = read(tmp_path / "overlay.png"), make_image(60, 90)
     assert overlay.shape == (60, 90, 3)
     # tinted inside, untouched away from the outline
     assert (overlay != image).any(-1)[state.masks[0].mask].mean() > 0.95
@@ -76,7 +76,7 @@ def test_three_malformed_turns_end_invalid_with_an_empty_mask(processor, tmp_pat
     state = play(["what?", "\x1b[31mred\x07 " * 80, ""], processor, tmp_path)
     assert state.status is Status.INVALID
     assert not read(tmp_path / "mask.png").any()
-    np.testing.assert_array_equal(read(tmp_path / "overlay.png"), picture(60, 90))
+    np.testing.assert_array_equal(read(tmp_path / "overlay.png"), make_image(60, 90))
     out = capsys.readouterr().out
     assert "ended: invalid after 3 turns; the mask is empty" in out
     assert "malformed (no_call)" in out and "\x1b" not in out and "\x07" not in out
@@ -103,7 +103,7 @@ def test_the_command_with_the_tiny_base(tmp_path):
     """The base knows no tools, so it ends early; the command says so and still leaves everything it promises."""
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # the camera was turned: to be shown a quarter turn clockwise
-    PIL.Image.fromarray(np.rot90(picture(90, 150))).save(tmp_path / "photo.png", exif=exif)
+    PIL.Image.fromarray(np.rot90(make_image(90, 150))).save(tmp_path / "photo.png", exif=exif)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "rsagent_jax.segment", str(tmp_path / "photo.png"), "the red circle"]
     command += ["--config.sampling.max_new_tokens=28", "--config.agent.max_turns=2", f"--out={out}"]
@@ -113,6 +113,6 @@ def test_the_command_with_the_tiny_base(tmp_path):
     assert "does not know the tools" in done.stdout and "checkpoints/grpo" in done.stdout
     assert "ended: max_turns after 2 turns; the mask is empty" in done.stdout
     assert read(out / "mask.png").shape == (90, 150) and read(out / "overlay.png").shape == (90, 150, 3)
-    np.testing.assert_array_equal(read(out / "image.png"), picture(90, 150))
+    np.testing.assert_array_equal(read(out / "image.png"), make_image(90, 150))
     state = replay((out / "trajectory.json").read_text())
     assert state.status is Status.MAX_TURNS and state.query == "the red circle"

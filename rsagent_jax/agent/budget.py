@@ -22,7 +22,7 @@ from rsagent_jax.types import DataError, ParseError
 # The typical trajectory, for checking a config (ours): this question about a picture of this size, a mask in every
 # turn but the last, turns of agent.typical_turn tokens.
 QUERY = "the person in the red jacket who stands second from the left"
-PICTURE = (1080, 1920)  # h, w
+TYPICAL_SIZE = (1080, 1920)  # h, w
 ANY_SIZE = (99_999, 99_999)  # a view whose size takes as many digits as any
 
 # The longest answers to a call that cannot be read or done; tests/agent/test_budget.py compares them with the sources.
@@ -175,10 +175,10 @@ def image_sizes(
 def typical_size(views: PixelLimits) -> tuple[int, int]:
     """(h, w) of the picture that a config is checked with: a square where only those can be shown."""
     try:
-        fixed_size(*PICTURE, views)
+        fixed_size(*TYPICAL_SIZE, views)
     except DataError:
-        return PICTURE[:1] * 2
-    return PICTURE
+        return TYPICAL_SIZE[:1] * 2
+    return TYPICAL_SIZE
 
 
 def _tokens(size: tuple[int, int], limits: PixelLimits) -> int:

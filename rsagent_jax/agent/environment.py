@@ -226,10 +226,10 @@ def _observe(after: EnvState, proposal: Proposal, error: ParseError | None) -> O
         return Observation(prompts.view_text(after.view.size_view, style), after.view.render(after.image))
     record, request = after.masks[-1], proposal.request
     text = prompts.segment_text(record.id, record.score, float(record.mask.mean()), after.view.size_view, style)
-    picture = draw_overlay(
+    image = draw_overlay(
         after.image, record.mask, after.config.history_size, request.points, request.labels, request.box
     )
-    return Observation(text, picture)
+    return Observation(text, image)
 
 
 def _announce(seen: Observation, masks: Sequence[MaskRecord], last: bool, config: AgentConfig) -> Observation:

@@ -37,21 +37,21 @@ def draw_overlay(
     h, w = mask.shape
     scale = size / max(h, w)
     fit = overlay_size(h, w, size)[::-1]
-    picture = cv2.resize(image, fit, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    overlay = cv2.resize(image, fit, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     # share of each small pixel that the mask covers: a thin mask fades but does not vanish
     cover = cv2.resize(mask.astype(np.float32), fit, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
     alpha = ALPHA * cover[..., None]
-    picture = np.round(picture * (1 - alpha) + np.array(TINT, np.float32) * alpha).astype(np.uint8)
+    overlay = np.round(overlay * (1 - alpha) + np.array(TINT, np.float32) * alpha).astype(np.uint8)
     inside = (cover >= 0.5).astype(np.uint8)
-    picture[cv2.dilate(inside, np.ones((3, 3), np.uint8)) > inside] = OUTLINE
+    overlay[cv2.dilate(inside, np.ones((3, 3), np.uint8)) > inside] = OUTLINE
 
     radius = max(2, size // 96)
     to_fit = np.array(fit) / (w, h)
     for point, label in zip(points_original, labels, strict=True):
         x, y = np.floor((np.asarray(point, float) + 0.5) * to_fit).astype(int).tolist()
-        cv2.circle(picture, (x, y), radius + 1, (255, 255, 255), -1)
-        cv2.circle(picture, (x, y), radius, POSITIVE if label == 1 else NEGATIVE, -1)
+        cv2.circle(overlay, (x, y), radius + 1, (255, 255, 255), -1)
+        cv2.circle(overlay, (x, y), radius, POSITIVE if label == 1 else NEGATIVE, -1)
     if box_original is not None:
         x1, y1, x2, y2 = np.round(np.asarray(box_original, float) * np.tile(to_fit, 2)).astype(int).tolist()
-        cv2.rectangle(picture, (x1, y1), (max(x1, x2 - 1), max(y1, y2 - 1)), OUTLINE, 1)
-    return picture
+        cv2.rectangle(overlay, (x1, y1), (max(x1, x2 - 1), max(y1, y2 - 1)), OUTLINE, 1)
+    return overlay

@@ -21,7 +21,7 @@ from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.build import build_config, to_dict
 from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.masks import decode_rle, encode_rle
-from rsagent_jax.runtime.image_files import checksum, picture_by_checksum, read_image
+from rsagent_jax.runtime.image_files import checksum, image_by_checksum, read_image
 from rsagent_jax.types import DataError, Status, Turn
 from sam_bridge.types import FailureKind, SegmentReply
 
@@ -97,7 +97,7 @@ def read_source(text: str, path: str | pathlib.Path | None = None) -> np.ndarray
         image = json.loads(text)["image"]
         path, size, wanted = path or image["path"], (image["height"], image["width"]), image.get("sha256")
     remedy = "a trajectory was made on it: put it back"
-    return read_image(path, remedy) if wanted is None else picture_by_checksum(path, wanted, size, remedy)
+    return read_image(path, remedy) if wanted is None else image_by_checksum(path, wanted, size, remedy)
 
 
 def _reply_to_json(reply: SegmentReply | SegmentFailure | None) -> dict[str, Any] | None:

@@ -171,5 +171,5 @@ def filter_page(found: Filtered, kept, shown, rules: FilterConfig, settings, fai
 def _example(row: dict[str, Any]) -> Example:
     header = trajectories.record_header(base64.b64decode(row["record"]))
     names = {name: row[name] for name in ("id", "query", "iou", "gt")}
-    picture, status = header["picture"]["path"], Status(row["status"])
-    return Example(**names, status=status, ious=tuple(row["ious"]), image=picture, record=header["replay"])
+    image, status = header["picture"]["path"], Status(row["status"])
+    return Example(**names, status=status, ious=tuple(row["ious"]), image=image, record=header["replay"])

@@ -22,7 +22,7 @@ from rsagent_jax.masks import encode_rle
 from rsagent_jax.rollout.failures import UNREADABLE, Failures
 from rsagent_jax.rollout.policy import PolicyFailure
 from rsagent_jax.runtime import journal
-from rsagent_jax.runtime.image_files import keep_picture, read_image
+from rsagent_jax.runtime.image_files import keep_image, read_image
 from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.types import DataError, Sample
 
@@ -79,8 +79,8 @@ class ProblemWriter:
         c, rejected = self.config, Counter()
         if not sample.gt_mask.any():
             return [], Counter({"no target to ask for": 1})
-        picture = sample.image, sample.gt_mask, sample.query
-        messages = problem_prompt.problem_question(*picture, c.queries, self.words, c.picture_size)
+        image = sample.image, sample.gt_mask, sample.query
+        messages = problem_prompt.problem_question(*image, c.queries, self.words, c.image_size)
         kept: dict[str, str] = {}
         malformed = None  # the last answer
         for _ in range(c.tries):
@@ -107,10 +107,10 @@ class ProblemWriter:
         # The picture's own file; a copy where it is none, or where an EXIF orientation would turn it.
         own = sample.path and np.array_equal(read_image(sample.path, upright=True), sample.image)
         row = {"id": sample.id, "uid": uid, "name": sample.query, "queries": queries, "rejected": dict(rejected)}
-        row["image"] = os.path.abspath(sample.path if own else keep_picture(self.workdir, sample.image))
+        row["image"] = os.path.abspath(sample.path if own else keep_image(self.workdir, sample.image))
         row["segmentation"] = encode_rle(sample.gt_mask)
         if sample.ignore_mask is not None and sample.ignore_mask.any():
-            row["ignore"] = os.path.abspath(keep_picture(self.workdir, sample.ignore_mask.astype(np.uint8) * 255))
+            row["ignore"] = os.path.abspath(keep_image(self.workdir, sample.ignore_mask.astype(np.uint8) * 255))
         return row
 
 

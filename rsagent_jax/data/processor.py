@@ -138,7 +138,7 @@ def image_patches(image: np.ndarray, config: ImageConfig, limits: PixelLimits | 
     return patches.reshape(len(patches), -1), grid
 
 
-def pictures(
+def unpatchify(
     patches: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray, config: ImageConfig
 ) -> list[np.ndarray]:
     """The images of one row's patch buffer as the policy sees them: list of u8[h, w, 3]. Undoes `image_patches`."""

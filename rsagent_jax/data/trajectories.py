@@ -25,7 +25,7 @@ from rsagent_jax.data.processor import Processor, image_patches
 from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens
-from rsagent_jax.runtime.image_files import checksum, decode_image, picture_by_checksum, png
+from rsagent_jax.runtime.image_files import checksum, decode_image, image_by_checksum, png
 from rsagent_jax.runtime.journal import write_whole
 from rsagent_jax.types import DataError, Trajectory
 
@@ -38,8 +38,8 @@ def encode_by_reference(state: EnvState, path: str, header: dict, played: Trajec
     `path` names its picture, "" = no file.
     """
     arrays = {"tokens": played.tokens, "positions": played.positions, "sampled": played.loss_mask}
-    picture = {"path": path, "sha256": checksum(state.image)}
-    header = header | {"picture": picture, "replay": state_to_json(state, path)}
+    image = {"path": path, "sha256": checksum(state.image)}
+    header = header | {"picture": image, "replay": state_to_json(state, path)}
     return pack_record(header, arrays if path else arrays | {"source": np.frombuffer(png(state.image), np.uint8)})
 
 
@@ -55,7 +55,7 @@ def _source(header: dict, arrays) -> np.ndarray:
     path, wanted = header["picture"]["path"], header["picture"]["sha256"]
     remedy = "stored trajectories refer to it; put it back, or name its new place: rsagent_jax.refilter --root"
     image = json.loads(header["replay"])["image"]
-    return picture_by_checksum(path, wanted, (image["height"], image["width"]), remedy)
+    return image_by_checksum(path, wanted, (image["height"], image["width"]), remedy)
 
 
 def decode_record(record: bytes, processor: Processor) -> Item:

@@ -42,7 +42,7 @@ def curve(
     found: Sequence[tuple[Counts, Sequence[tuple[int, Pixels]]]],
     rules: MetricConfig,
     max_turns: int,
-    pictures: Mapping[str, str] | None = None,
+    images: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each number of turns: gIoU with its 95% interval and cIoU of the latest (or committed) masks, the share
     of trajectories that had ended, and gIoU had an oracle picked the best mask so far. `pictures`: of each id, which
@@ -52,7 +52,7 @@ def curve(
         results = [metrics.judge(after(counts, masks, k), rules) for counts, masks in found]
         totals = metrics.total_results(results)
         counted = [r.iou for r in results if not r.dropped]
-        of = None if pictures is None else [pictures[r.id] for r in results if not r.dropped]
+        of = None if images is None else [images[r.id] for r in results if not r.dropped]
         played = [(counts, [pixels for turn, pixels in masks if turn <= k]) for counts, masks in found]
         best = [_best(*p, r, rules) for p, r in zip(played, results, strict=True) if not r.dropped]
         rows.append(

@@ -158,14 +158,14 @@ def total_results(results: Sequence[SampleResult]) -> Totals:
     return Totals(len(counted), {reason: why[reason] for reason in ("failure", "empty")}, giou, ciou)
 
 
-def bootstrap_ci(values: Sequence[float], pictures: Sequence[str] | None = None, **options) -> tuple[float, float]:
+def bootstrap_ci(values: Sequence[float], images: Sequence[str] | None = None, **options) -> tuple[float, float]:
     """95% percentile interval of the mean. pictures, options, errors: of `cluster_bootstrap_ci`."""
     rows = np.stack([np.asarray(values, np.float64), np.ones(len(values))], axis=-1)
-    return cluster_bootstrap_ci(rows, lambda sums: sums[:, 0] / sums[:, 1], pictures, **options)
+    return cluster_bootstrap_ci(rows, lambda sums: sums[:, 0] / sums[:, 1], images, **options)
 
 
 def cluster_bootstrap_ci(
-    rows: np.ndarray, statistic: Callable, pictures: Sequence[str] | None = None, *, n: int = 2000, seed: int = 0
+    rows: np.ndarray, statistic: Callable, images: Sequence[str] | None = None, *, n: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """95% percentile interval of a statistic of sums, from `n` resamples of the pictures with replacement.
 
@@ -176,8 +176,8 @@ def cluster_bootstrap_ci(
     if not len(rows):
         raise DataError("no results to compute an interval from")
     sums = rows
-    if pictures is not None:
-        _, cluster = np.unique(np.asarray(pictures), return_inverse=True)
+    if images is not None:
+        _, cluster = np.unique(np.asarray(images), return_inverse=True)
         sums = np.stack([np.bincount(cluster, column) for column in rows.T], axis=-1)
     count, rng = len(sums), np.random.default_rng(seed)
     # One resample at a time: all at once would be n x 10^4 indices on RefCOCO.
@@ -187,7 +187,7 @@ def cluster_bootstrap_ci(
 
 
 def summarize_results(
-    results: Iterable[SampleResult], settings: dict[str, Any], *, benchmark: str, pictures: dict[str, str] | None = None
+    results: Iterable[SampleResult], settings: dict[str, Any], *, benchmark: str, images: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """What results.json holds; the same whatever the order of `results`. JSON-ready if `settings` is.
 
@@ -207,7 +207,7 @@ def summarize_results(
     totals, endings = total_results(results), Counter(r.status for r in results)
     if (lost := endings[Status.ENV_FAILED]) and results[0].rules.failure_policy == "refuse":
         raise DataError(f"benchmark {benchmark!r}: {lost} of {len(results)} samples are not measured (env_failed)")
-    of = None if pictures is None else [pictures[r.id] for r in counted]
+    of = None if images is None else [images[r.id] for r in counted]
     rules = {"resolution": "original", **to_dict(results[0].rules)}
     turns, errors = sum(r.turns for r in results), sum(r.tool_errors for r in results)
     out = {

@@ -60,8 +60,8 @@ def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
             f" {lost[:3]}; evaluate both with the same config.data"
         )
     pairs = [(first[i], second[i]) for i in sorted(first)]
-    named = a.pictures or b.pictures
-    pictures = named and [named[p.id] for p, _ in pairs]
+    named = a.images or b.images
+    images = named and [named[p.id] for p, _ in pairs]
 
     def difference(parts: Callable[[Prediction], tuple[float, float]]) -> GainInterval:
         """Of two ratios of sums of `parts` (numerator, denominator), both formed anew from each resample."""
@@ -71,7 +71,7 @@ def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
             i, u, j, v = sums.T
             return j / np.maximum(v, 1) - i / np.maximum(u, 1)
 
-        return GainInterval(float(gap(rows.sum(axis=0, keepdims=True))[0]), cluster_bootstrap_ci(rows, gap, pictures))
+        return GainInterval(float(gap(rows.sum(axis=0, keepdims=True))[0]), cluster_bootstrap_ci(rows, gap, images))
 
     gaps = np.array([q.iou - p.iou for p, q in pairs])
     order = sorted(pairs, key=lambda pair: (-abs(pair[1].iou - pair[0].iou), pair[0].id))
@@ -83,7 +83,7 @@ def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
         difference(lambda p: (p.turns, 1)),
         *(int(n) for n in ((gaps > 0).sum(), (gaps < 0).sum(), (gaps == 0).sum())),
         tuple((p.id, p.iou, q.iou) for p, q in order),
-        "picture" if pictures else "sample",
+        "picture" if images else "sample",
     )
 
 

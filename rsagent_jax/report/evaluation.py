@@ -82,7 +82,7 @@ class Evaluation:
         return tuple(p for p in self.predictions if not p.dropped)
 
     @property
-    def pictures(self) -> dict[str, str] | None:
+    def images(self) -> dict[str, str] | None:
         """The picture of each id, which intervals are resampled by; None where the files do not name them."""
         return {p.id: p.picture for p in self.predictions} if all(p.picture for p in self.predictions) else None
 
@@ -182,8 +182,8 @@ def what_failed(results: Mapping[str, Any]) -> str:
 
 def headline_figures(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """(name, value, what stands under it) of each figure."""
-    results, rows, pictures = evaluation.results, evaluation.counted, evaluation.pictures
-    of = pictures and [pictures[p.id] for p in rows]
+    results, rows, images = evaluation.results, evaluation.counted, evaluation.images
+    of = images and [images[p.id] for p in rows]
     found = [float(p.iou >= GOOD_IOU) for p in rows]
     finished = [float(p.status is Status.FINISHED) for p in rows]
     counts = np.array([[p.intersection, p.union] for p in rows], np.float64)

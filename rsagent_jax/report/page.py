@@ -38,7 +38,7 @@ def render_page(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shared = (picture, histogram, interval, span, call_json, thought_of)
+    shared = (data_uri, histogram, interval, span, call_json, thought_of)
     environment.globals |= {function.__name__: function for function in shared} | {"GOOD_IOU": GOOD_IOU}
     text = environment.get_template(template).render(**values)
     return re.sub(r"[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f]", "\ufffd", text)
@@ -63,7 +63,7 @@ def thought_of(text: str) -> str:
     return found[1].strip() if found else ""
 
 
-def picture(image: np.ndarray) -> str:
+def data_uri(image: np.ndarray) -> str:
     """u8[h, w, 3] as the data URI of a JPEG of a size that can be looked at. Small ones grow by whole factors."""
     longer = max(image.shape[:2])
     scale = math.ceil(SMALLEST / longer) if longer < SMALLEST else min(1.0, LARGEST / longer)

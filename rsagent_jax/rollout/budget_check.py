@@ -32,8 +32,8 @@ def check_budget(
     budget = trajectory_budget(agent, room, texts, size, views, images)
     turn, turns = budget.typical_turn, budget.max_turns
     needed = budget.needs(turn)
-    picture = f"{size[1]}x{size[0]} picture"
-    typical = f"a typical trajectory ({picture}, {turns} turns of {turn} tokens, the last one finish)"
+    image = f"{size[1]}x{size[0]} picture"
+    typical = f"a typical trajectory ({image}, {turns} turns of {turn} tokens, the last one finish)"
     takes = (
         f"the opening takes {budget.opening} tokens, a mask's overlay {budget.mask}, a view at most {budget.view},"
         f" finish {budget.finish}"

@@ -57,7 +57,7 @@ def png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def keep_picture(workdir: pathlib.Path, image: np.ndarray) -> str:
+def keep_image(workdir: pathlib.Path, image: np.ndarray) -> str:
     """The path of a PNG below `workdir` for a picture that is no file of its own, written once. DataError if it cannot
     be written."""
     path = workdir / "pictures" / f"{checksum(image)}-{'x'.join(map(str, image.shape))}.png"
@@ -68,7 +68,7 @@ def keep_picture(workdir: pathlib.Path, image: np.ndarray) -> str:
     return str(path)
 
 
-def picture_by_checksum(
+def image_by_checksum(
     path: str | pathlib.Path, sha256: str, size: tuple[int, int], remedy: str = "put it back"
 ) -> np.ndarray:
     """The picture of a record: as stored or turned upright, whichever has these pixels and this size (h, w).

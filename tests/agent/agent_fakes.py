@@ -20,7 +20,7 @@ def disc(h: int, w: int, x: float, y: float, radius: float) -> np.ndarray:
     return (xs - x) ** 2 + (ys - y) ** 2 <= radius**2
 
 
-def picture(h: int, w: int, seed: int = 0) -> np.ndarray:
+def make_image(h: int, w: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
 
 
@@ -81,7 +81,7 @@ def box(*corners: float) -> Segment:
 
 def run(turns, segmenter=None, image=None, query="the disc", **config) -> EnvState:
     """Plays scripted turns, texts or calls, until they are used up or the trajectory ends."""
-    image = picture(112, 112) if image is None else image
+    image = make_image(112, 112) if image is None else image
     segmenter = segmenter or DiscSegmenter()
     state = reset(image, query, AgentConfig(**{"prompt": "brief", **config}), LIMITS)
     for turn in turns:

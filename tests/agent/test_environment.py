@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from agent_fakes import LIMITS, DiscSegmenter, box, click, disc, picture, run
+from agent_fakes import LIMITS, DiscSegmenter, box, click, disc, make_image, run
 
 from rsagent_jax.agent.environment import (
     SegmentFailure,
@@ -43,14 +43,14 @@ def test_two_turns_and_finished():
 
 
 def test_opening_shows_question_and_view_whatever_came_after():
-    state = reset(picture(100, 100), "the disc", AgentConfig(prompt="brief"), LIMITS)
+    state = reset(make_image(100, 100), "the disc", AgentConfig(prompt="brief"), LIMITS)
     for later in (state, run([Zoom((0, 0, 56, 56)), BAD], image=state.image, max_turns=3)):
         seen = opening_observation(later)
         assert seen.text == 'Segment "the disc" in this 112x112 image.' and seen.image.shape == (112, 112, 3)
 
 
 def test_coordinates_reach_the_tool_in_original_pixels():
-    segmenter, image = DiscSegmenter(), picture(224, 224)
+    segmenter, image = DiscSegmenter(), make_image(224, 224)
     # crop 56..168 x 56..112 at its own size, then turned: view (10, 20) is crop (112 - 1 - 20, 10), original (147, 66)
     run([Zoom((56, 56, 168, 112)), Rotate(1), click(10, 20)], segmenter, image)
     np.testing.assert_allclose(segmenter.requests[0].points, [(147, 66)], atol=1e-9)
@@ -61,12 +61,12 @@ def test_coordinates_reach_the_tool_in_original_pixels():
 
 def test_points_stay_on_the_image_in_an_enlarged_view():
     segmenter = DiscSegmenter()
-    run([click(0, 0), click(111, 111)], segmenter, picture(56, 56)[:40, :40])
+    run([click(0, 0), click(111, 111)], segmenter, make_image(56, 56)[:40, :40])
     assert [request.points for request in segmenter.requests] == [((0, 0),), ((39, 39),)]
 
 
 def test_views_change_and_say_their_size():
-    image = picture(224, 224)
+    image = make_image(224, 224)
     seen = [t.observation for t in run([Zoom((0, 0, 112, 56)), Rotate(3), ResetView()], image=image).turns]
     assert [o.text for o in seen] == ["View 112x56.", "View 56x112.", "View 224x224."]
     for o, pixels in zip(seen, (image[:56, :112], np.rot90(image[:56, :112], 3), image), strict=True):
@@ -124,7 +124,7 @@ def test_the_last_turn_is_announced_with_the_best_mask_whatever_came_before_it()
     ],
 )
 def test_endings_and_the_final_mask(turns, config, status, played, mask_id):
-    state = run(turns, image=picture(224, 224), **config)
+    state = run(turns, image=make_image(224, 224), **config)
     assert (state.status, len(state.turns)) == (status, played)
     assert (state.turns[-1].observation is None) == (status is not None) if turns else True
     assert all(turn.observation is not None for turn in state.turns[:-1])
@@ -142,7 +142,7 @@ def test_malformed_and_repeated_turns_are_counted_and_a_repeat_spares_the_tool()
     state = run([GO, AGAIN, OTHER, GO, AGAIN, GO], segmenter)
     assert [turn.repeated for turn in state.turns] == [False, True, False, False, True, True]
     assert len(segmenter.requests) == 5  # the third of a row only ends it
-    assert not run([GO, IN, GO], image=picture(224, 224)).turns[2].repeated  # the same words in another view
+    assert not run([GO, IN, GO], image=make_image(224, 224)).turns[2].repeated  # the same words in another view
 
 
 BROKEN = "unavailable timeout exhausted internal invalid_image".split()

@@ -3,7 +3,7 @@
 import json
 
 import numpy as np
-from agent_fakes import DiscSegmenter, box, click, picture, run, same_states
+from agent_fakes import DiscSegmenter, box, click, make_image, run, same_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,7 +15,7 @@ from rsagent_jax.types import Status
 from sam_bridge.types import FailureKind
 from tests.refusals import refused
 
-IMAGE = picture(90, 130)
+IMAGE = make_image(90, 130)
 whole = st.integers(-20, 150).map(float)
 corners = st.tuples(whole, whole, whole, whole)
 actions = st.one_of(
@@ -98,7 +98,7 @@ def test_records_from_before_the_announcement_replay_without_it():
 def test_a_record_that_does_not_fit_is_a_data_error():
     text = state_to_json(run([box(10, 10, 60, 60), Finish(1)], image=IMAGE))
     record = json.loads(text)
-    refused("image of", replay, text, picture(91, 130))
+    refused("image of", replay, text, make_image(91, 130))
     refused("has changed", replay, json.dumps({**record, "status": "max_turns"}), IMAGE)
     refused("version 9", replay, json.dumps({**record, "version": 9}), IMAGE)
     for bad in ("", "[]", "{}", json.dumps({**record, "turns": 3}), json.dumps({**record, "limits": {"x": 1}})):

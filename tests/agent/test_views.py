@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from agent_fakes import LIMITS, picture
+from agent_fakes import LIMITS, make_image
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -54,7 +54,7 @@ def test_a_picture_of_nearly_200_to_1_is_shown_as_transformers_shows_it():
     assert fit(29, 5700, QWEN) is QWEN
     view = View.whole(29, 5700, QWEN)
     assert view.size_view == (5712, 28) and view.rotate(1).size_view == (28, 5712)
-    assert view.render(picture(29, 5700)).shape == (28, 5712, 3)
+    assert view.render(make_image(29, 5700)).shape == (28, 5712, 3)
 
 
 @settings(max_examples=500)
@@ -138,7 +138,7 @@ def test_pixels_agree_with_coordinates(view, u, v):
 
 @given(st.integers(0, 3), st.integers(0, 111), st.integers(0, 55))
 def test_turned_pixels_are_exact(turns, x, y):
-    image = picture(56, 112)
+    image = make_image(56, 112)
     view = View.whole(56, 112, LIMITS).rotate(turns)
     assert view.size_view == ((112, 56) if turns % 2 == 0 else (56, 112))
     x_view, y_view = view.to_view(np.array([[x, y]]))[0]
@@ -151,11 +151,11 @@ def test_rotation_is_counter_clockwise_and_closes():
     # the top right corner goes to the top left
     np.testing.assert_allclose(view.rotate(1).to_view(np.array([[111, 0]])), [[0, 0]], atol=1e-9)
     assert view.rotate(1).rotate(3) == view.rotate(2).rotate(2) == view
-    np.testing.assert_array_equal(view.rotate(1).render(picture(56, 112)), np.rot90(picture(56, 112)))
+    np.testing.assert_array_equal(view.rotate(1).render(make_image(56, 112)), np.rot90(make_image(56, 112)))
 
 
 def test_identity_view_keeps_every_pixel_and_coordinate():
-    image = picture(112, 140)
+    image = make_image(112, 140)
     view = View.whole(112, 140, LIMITS)
     assert view.size_view == (140, 112)
     np.testing.assert_array_equal(view.render(image), image)

@@ -7,13 +7,13 @@ import shutil
 
 import numpy as np
 import pytest
-from agent_fakes import picture
+from agent_fakes import make_image
 from tokenizers import Tokenizer
 
 from rsagent_jax.agent import environment, prompts
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import AgentConfig, SamplingConfig
-from rsagent_jax.data.processor import ImageConfig, Processor, image_patches, pictures
+from rsagent_jax.data.processor import ImageConfig, Processor, image_patches, unpatchify
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, mrope_positions
 from rsagent_jax.types import DataError
 from tests.refusals import refused
@@ -29,7 +29,7 @@ def test_patches_are_those_of_transformers(limits):
     theirs = Qwen2VLImageProcessorPil(min_pixels=limits[0], max_pixels=limits[1])
     config = dataclasses.replace(small.processor().images, limits=PixelLimits(28, *limits))
     for i, (h, w) in enumerate(SIZES):
-        image = picture(h, w, seed=i)
+        image = make_image(h, w, seed=i)
         wanted = theirs(images=[image], return_tensors="np")
         patches, grid = image_patches(image, config)
         assert [list(grid)] == wanted["image_grid_thw"].tolist(), (h, w)
@@ -41,20 +41,20 @@ def test_a_rows_pictures_come_back_from_its_patch_buffer():
     """Two images, one of which leaves windows partly empty."""
     processor = small.processor()
     config = dataclasses.replace(processor.images, limits=PixelLimits(28, 3136, 12_845_056))
-    images = [picture(112, 112, seed=0), picture(56, 140, seed=1)]
+    images = [make_image(112, 112, seed=0), make_image(56, 140, seed=1)]
     patches, grids = zip(*[image_patches(i, config) for i in images], strict=True)
     is_image = np.ones(16 + 10, bool)
     buffer = fill_patch_buffer(np.concatenate(patches), grids, is_image, 256, processor.config.vision)
-    found = pictures(buffer.patches, buffer.segment_ids, buffer.positions, config)
+    found = unpatchify(buffer.patches, buffer.segment_ids, buffer.positions, config)
     assert len(found) == 2
     for image, back in zip(images, found, strict=True):
         np.testing.assert_array_equal(back, image)
-    assert pictures(buffer.patches, np.zeros_like(buffer.segment_ids), buffer.positions, config) == []
+    assert unpatchify(buffer.patches, np.zeros_like(buffer.segment_ids), buffer.positions, config) == []
 
 
 def test_a_picture_of_the_right_size_is_not_resampled():
     """Every patch, by hand: merge blocks of 2 x 2 row by row, inside a patch channel, frame, y, x."""
-    config, image = small.processor().images, picture(56, 84)
+    config, image = small.processor().images, make_image(56, 84)
     patches, grid = image_patches(image, config)
     assert grid == (1, 4, 6)
     x = (image / 255.0 - np.array(config.mean)) / np.array(config.std)
@@ -71,7 +71,7 @@ def test_a_view_is_never_resized_on_its_way_to_the_model(size, limits):
     """Also where its picture fits no size between the weights' limits and is shown below their minimum."""
     processor = small.processor()
     config = dataclasses.replace(processor.images, limits=PixelLimits(28, *limits))
-    state = environment.reset(picture(*size), "it", AgentConfig(), config.limits)
+    state = environment.reset(make_image(*size), "it", AgentConfig(), config.limits)
     shown = environment.opening_observation(state).image
     processor = Processor(processor.tokenizer, config, processor.config)
     prompt, _ = processor.prompt(prompts.IMAGE, [shown], limits=state.limits)
@@ -80,11 +80,11 @@ def test_a_view_is_never_resized_on_its_way_to_the_model(size, limits):
     buffer = fill_patch_buffer(
         prompt.patches, prompt.grids, np.ones(len(prompt.patches) // 4, bool), 8192, processor.config.vision
     )
-    np.testing.assert_array_equal(pictures(buffer.patches, buffer.segment_ids, buffer.positions, config)[0], shown)
+    np.testing.assert_array_equal(unpatchify(buffer.patches, buffer.segment_ids, buffer.positions, config)[0], shown)
 
 
 def test_a_text_with_two_images_has_each_placeholder_widened_to_its_own_image():
-    p, one, two = small.processor(), picture(112, 112, 1), picture(56, 84, 2)
+    p, one, two = small.processor(), make_image(112, 112, 1), make_image(56, 84, 2)
     text = f"a{prompts.IMAGE}b{prompts.IMAGE}c"
     prompt, end = p.prompt(text, [one, two], start=5)
     assert prompt.grids == ((1, 8, 8), (1, 4, 6))
@@ -103,7 +103,7 @@ def test_a_text_with_two_images_has_each_placeholder_widened_to_its_own_image():
 @pytest.mark.parametrize("images", [0, 1, 3])
 def test_placeholders_that_are_not_the_images_are_an_error(images):
     with pytest.raises(ValueError, match=f"2 image placeholders for {images} images"):
-        small.processor().prompt(prompts.IMAGE * 2, [picture(56, 56)] * images)
+        small.processor().prompt(prompts.IMAGE * 2, [make_image(56, 56)] * images)
 
 
 def test_pieces_encoded_one_by_one_decode_to_their_text():

@@ -163,7 +163,7 @@ def test_intervals_of_ratios_are_scipys_and_a_picture_comes_with_all_of_its_sent
 
 def test_results_say_what_they_were_resampled_by():
     results = [result(str(i), i % 7, 7) for i in range(12)]
-    by_picture = summarize_results(results, {}, benchmark="toy", pictures={str(i): f"p{i // 3}" for i in range(12)})
-    assert (by_picture["ci_unit"], by_picture["pictures"]) == ("picture", 4)
+    by_image = summarize_results(results, {}, benchmark="toy", images={str(i): f"p{i // 3}" for i in range(12)})
+    assert (by_image["ci_unit"], by_image["pictures"]) == ("picture", 4)
     alone = summarize_results(results, {}, benchmark="toy")
-    assert (alone["ci_unit"], alone["pictures"]) == ("sample", None) and alone["giou"] == by_picture["giou"]
+    assert (alone["ci_unit"], alone["pictures"]) == ("sample", None) and alone["giou"] == by_image["giou"]

@@ -143,11 +143,11 @@ def test_page_of_an_evaluation(runs):
     assert f"{figures['giou']:.3f}" in text and "{:.3f} to {:.3f}".format(*figures["giou_ci95"]) in text
     assert "agent.max_turns" in text and "weights_sha256" in text and "0.25 s" in text
     evaluation = report.load_evaluation(runs / "grpo")
-    pictures = check_page(text)
+    images = check_page(text)
     observed = sum(t.observation is not None and t.observation.image is not None for e in evaluation.examples
                    for t in report.replay(e.record).turns)  # fmt: skip
-    assert len(pictures) == observed + 2 * len(evaluation.examples)  # and question and answer of each
-    assert all(max(p.size) >= page.SMALLEST for p in pictures)
+    assert len(images) == observed + 2 * len(evaluation.examples)  # and question and answer of each
+    assert all(max(p.size) >= page.SMALLEST for p in images)
 
 
 def test_sections_are_sorted(runs):
@@ -196,8 +196,8 @@ def test_a_trajectory_that_cannot_be_shown_says_why(runs, damage):
 
 def test_ciou_interval_of_equal_rows_has_no_width():
     row = report.Prediction("a", 30, 40, 0.75, Status.FINISHED, 2)
-    for pictures in (None, list("aabbb")):
-        rows = [report.dataclasses.replace(row, picture=name) for name in pictures or [""] * 5]
+    for images in (None, list("aabbb")):
+        rows = [report.dataclasses.replace(row, picture=name) for name in images or [""] * 5]
         figures = {"giou": 0.75, "ciou": 0.75, "giou_ci95": [0.75, 0.75], "mean_turns": 2}
         shown = report.headline_figures(report.Evaluation(None, figures, tuple(rows), ()))
         assert shown[1] == ("cIoU", "0.750", "0.750 to 0.750")

@@ -14,11 +14,11 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_files(workdir, results, settings, examples, pictures=None, benchmark="toy", **more):
+def write_files(workdir, results, settings, examples, images=None, benchmark="toy", **more):
     """The three files; `pictures`: of each id, `more`: keys of results.json."""
     workdir.mkdir(parents=True)
     (workdir / "results.json").write_text(json.dumps(summarize_results(results, settings, benchmark=benchmark) | more))
-    named = [{"picture": pictures[r.id]} if pictures else {} for r in results]
+    named = [{"picture": images[r.id]} if images else {} for r in results]
     rows = [{"mask": None} | {key: getattr(r, key) for key in FIELDS} for r in results]
     write_lines(workdir / "predictions.jsonl", [row | name for row, name in zip(rows, named, strict=True)])
     write_lines(workdir / "trajectories.jsonl", examples)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
-from agent_fakes import DiscSegmenter, disc, picture
+from agent_fakes import DiscSegmenter, disc, make_image
 from flax import nnx
 
 from rsagent_jax.agent.environment import EnvState
@@ -162,7 +162,7 @@ def engine(seed: int = 0, **sampling) -> Engine:
 
 
 def sample(i: int, h: int = 112, w: int = 112) -> Sample:
-    return Sample(f"s{i}", picture(h, w, seed=i), f"disc number {i}", disc(h, w, w / 2, h / 2, 14))
+    return Sample(f"s{i}", make_image(h, w, seed=i), f"disc number {i}", disc(h, w, w / 2, h / 2, 14))
 
 
 def task(i: int, uid: int | None = None, h: int = 112, w: int = 112) -> Task:

@@ -117,5 +117,5 @@ def test_the_ladder_has_a_rung_that_just_holds_an_overlay():
 @pytest.mark.parametrize("side", [20, 84, 90, 384])
 def test_the_grid_of_a_square_is_that_of_its_patches(side):
     processor = small.processor()
-    picture = np.zeros((side, side, 3), np.uint8)
-    assert processor.square(side) == image_patches(picture, processor.images)[1]
+    image = np.zeros((side, side, 3), np.uint8)
+    assert processor.square(side) == image_patches(image, processor.images)[1]

@@ -13,18 +13,18 @@ from sam_bridge.backends import load_backend
 from sam_bridge.client import SamClient
 from sam_bridge.local import LocalSegmenter
 from sam_bridge.server import Server
-from tests.sam_bridge.fakes import DISC, FakeBackend, make_picture
+from tests.sam_bridge.fakes import DISC, FakeBackend, make_image
 
 
 @pytest.fixture(scope="session")
-def picture() -> np.ndarray:
-    return make_picture()
+def image() -> np.ndarray:
+    return make_image()
 
 
 @pytest.fixture(scope="session")
-def disc(picture: np.ndarray) -> np.ndarray:
+def disc(image: np.ndarray) -> np.ndarray:
     """bool[h, w] of the red disc."""
-    mask = np.zeros(picture.shape[:2], np.uint8)
+    mask = np.zeros(image.shape[:2], np.uint8)
     cv2.circle(mask, DISC[:2], DISC[2], 1, -1)
     return mask.astype(bool)
 

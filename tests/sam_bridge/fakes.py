@@ -18,7 +18,7 @@ DISC = (40, 50, 18)  # x, y, radius of the red disc in the picture
 BOX = SegmentRequest(box=(22.0, 32.0, 59.0, 69.0))  # tight around it
 
 
-def make_picture(height: int = 96, width: int = 128) -> np.ndarray:
+def make_image(height: int = 96, width: int = 128) -> np.ndarray:
     """u8[h, w, 3]: a red disc and a blue square over noisy green hills."""
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:height, :width]

@@ -79,70 +79,70 @@ def test_request_round_trip(box, clicks, refine):
 
 
 @pytest.mark.parametrize("request_", REQUESTS)
-def test_masks_equal_the_back_ends_own(local, serve, connect, picture, request_):
+def test_masks_equal_the_back_ends_own(local, serve, connect, image, request_):
     client = connect(serve(local).address)
     own = LocalSegmenter(local.backend)
-    for image in (picture, np.asfortranarray(picture), np.ascontiguousarray(picture[:, ::-1])):
-        theirs, ours = client.segment(image, request_), own.segment(image, request_)
+    for shown in (image, np.asfortranarray(image), np.ascontiguousarray(image[:, ::-1])):
+        theirs, ours = client.segment(shown, request_), own.segment(shown, request_)
         np.testing.assert_array_equal(theirs.mask, ours.mask)
         assert (theirs.score, theirs.logits_id) == (ours.score, ours.logits_id)
         click = SegmentRequest(points=((60.0, 20.0),), labels=(0,), refine_logits_id=theirs.logits_id)
         np.testing.assert_array_equal(client.segment(image, click).mask, own.segment(image, click).mask)
 
 
-def test_all_masks_come_back_when_they_are_asked_for(fake, serve, connect, picture):
+def test_all_masks_come_back_when_they_are_asked_for(fake, serve, connect, image):
     client = connect(serve(LocalSegmenter(fake())).address)
-    asked, plain = client.segment(picture, dataclasses.replace(BOX, candidates=True)), client.segment(picture, BOX)
+    asked, plain = client.segment(image, dataclasses.replace(BOX, candidates=True)), client.segment(image, BOX)
     assert plain.candidates == () and plain.logits_id != asked.logits_id
     for theirs, mask in zip(asked.candidates, (plain.mask, ~plain.mask), strict=True):
         np.testing.assert_array_equal(theirs, mask)
 
 
-def test_image_is_encoded_once_and_timings_add_up(local, serve, connect, picture):
+def test_image_is_encoded_once_and_timings_add_up(local, serve, connect, image):
     server = serve(local)
     client = connect(server.address)
-    first = client.segment(picture, BOX)
+    first = client.segment(image, BOX)
     assert set(first.timings_s) == {"queue", "encode", "decode", "rle", "total", "transport"}
     assert first.timings_s["encode"] > 0.0 and all(s >= 0.0 for s in first.timings_s.values())
     for request in REQUESTS:
-        assert client.segment(picture, request).timings_s["encode"] == 0.0
-    connect(server.address).segment(picture, BOX)
+        assert client.segment(image, request).timings_s["encode"] == 0.0
+    connect(server.address).segment(image, BOX)
     (info,) = client.info()
     assert (info.backend, info.encodes, info.segments) == ("grabcut", 1, len(REQUESTS) + 2)
 
 
-def test_many_first_requests_at_once_encode_once(fake, serve, connect, picture):
+def test_many_first_requests_at_once_encode_once(fake, serve, connect, image):
     backend = fake()
     client = connect(serve(LocalSegmenter(backend), workers=4).address)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        masks = list(pool.map(lambda _: client.segment(picture, BOX).mask, range(32)))
+        masks = list(pool.map(lambda _: client.segment(image, BOX).mask, range(32)))
     assert backend.encoded == 1
     assert all(mask.sum() == 37 * 37 for mask in masks)
 
 
-def test_evicted_image_is_sent_again(fake, serve, connect, picture):
-    local = LocalSegmenter(fake(), image_bytes=picture.nbytes)  # room for one
+def test_evicted_image_is_sent_again(fake, serve, connect, image):
+    local = LocalSegmenter(fake(), image_bytes=image.nbytes)  # room for one
     client = connect(serve(local).address)
-    for image in (picture, picture[::-1], picture):
-        assert client.segment(image, BOX).mask.sum() == 37 * 37
+    for shown in (image, image[::-1], image):
+        assert client.segment(shown, BOX).mask.sum() == 37 * 37
     assert local.images.made == 3 and local.images.evictions == 2
 
 
-def test_image_that_never_fits_is_one_typed_error(fake, serve, connect, picture):
+def test_image_that_never_fits_is_one_typed_error(fake, serve, connect, image):
     client = connect(serve(LocalSegmenter(fake(), image_bytes=10)).address)
-    error = failure(client.segment, picture, BOX)
+    error = failure(client.segment, image, BOX)
     assert error.kind is FailureKind.EXHAUSTED and "cache is too small" in error.detail
 
 
-def test_bad_input_is_typed_on_both_ends(local, serve, connect, picture):
+def test_bad_input_is_typed_on_both_ends(local, serve, connect, image):
     server = serve(local)
     client = connect(server.address)
     empty = SegmentRequest(box=(5.0, 5.0, 5.0, 9.0))
-    assert failure(client.segment, picture, empty).kind is FailureKind.INVALID_PROMPT
-    assert failure(client.segment, picture[..., 0], BOX).kind is FailureKind.INVALID_IMAGE
-    assert failure(client.segment, picture, SegmentRequest(refine_logits_id="x")).kind is FailureKind.UNKNOWN_LOGITS
+    assert failure(client.segment, image, empty).kind is FailureKind.INVALID_PROMPT
+    assert failure(client.segment, image[..., 0], BOX).kind is FailureKind.INVALID_IMAGE
+    assert failure(client.segment, image, SegmentRequest(refine_logits_id="x")).kind is FailureKind.UNKNOWN_LOGITS
     # A client that does not check is answered by the server's own checks.
-    client.segment(picture, BOX)
+    client.segment(image, BOX)
     slot = client.slots[0]
     key = wire.request_to_proto("", BOX)
     key.image_hash = next(iter(local.images._kept))
@@ -160,56 +160,56 @@ def test_bad_input_is_typed_on_both_ends(local, serve, connect, picture):
         assert dict(caught.value.trailing_metadata())[wire.REASON_KEY] == reason
 
 
-def test_back_end_fault_is_internal_and_logged(fake, serve, connect, picture, caplog):
+def test_back_end_fault_is_internal_and_logged(fake, serve, connect, image, caplog):
     client = connect(serve(LocalSegmenter(fake(fail=ZeroDivisionError("oops")))).address)
-    error = failure(client.segment, picture, BOX)
+    error = failure(client.segment, image, BOX)
     assert error.kind is FailureKind.INTERNAL and "oops" in error.detail and not error.kind.callers_fault
     assert "Traceback" in caplog.text
 
 
-def test_deadline_is_timeout(fake, serve, connect, picture):
+def test_deadline_is_timeout(fake, serve, connect, image):
     hold = threading.Event()
     client = connect(serve(LocalSegmenter(fake(hold=hold))).address, timeout_s=0.3)
     start = time.monotonic()
-    assert failure(client.segment, picture, BOX).kind is FailureKind.TIMEOUT
+    assert failure(client.segment, image, BOX).kind is FailureKind.TIMEOUT
     assert time.monotonic() - start < 2.0
     hold.set()
 
 
-def test_full_queue_is_exhausted_and_health_still_answers(fake, serve, connect, picture):
+def test_full_queue_is_exhausted_and_health_still_answers(fake, serve, connect, image):
     hold = threading.Event()
     backend = fake(hold=hold)
     server = serve(LocalSegmenter(backend), workers=1, queue=1)
     patient, hasty = connect(server.address), connect(server.address, wait_s=0.3)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        busy = [pool.submit(patient.segment, picture, BOX) for _ in range(2)]
+        busy = [pool.submit(patient.segment, image, BOX) for _ in range(2)]
         until(lambda: server.gate.waiting == 1)
-        assert failure(hasty.segment, picture, BOX).kind is FailureKind.EXHAUSTED
+        assert failure(hasty.segment, image, BOX).kind is FailureKind.EXHAUSTED
         assert healthy(server.address)
         hold.set()
         assert all(f.result(10).mask.any() for f in busy)
 
 
-def test_crowd_larger_than_the_queue_loses_no_call(fake, serve, connect, picture):
+def test_crowd_larger_than_the_queue_loses_no_call(fake, serve, connect, image):
     client = connect(serve(LocalSegmenter(fake()), workers=1, queue=2).address)
     with concurrent.futures.ThreadPoolExecutor(24) as pool:
-        assert all(pool.map(lambda _: client.segment(picture, BOX).mask.any(), range(48)))
+        assert all(pool.map(lambda _: client.segment(image, BOX).mask.any(), range(48)))
 
 
 @pytest.mark.parametrize("listens", [False, True])
-def test_dead_or_silent_address_is_one_clear_error_within_wait(connect, picture, listens):
+def test_dead_or_silent_address_is_one_clear_error_within_wait(connect, image, listens):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         if listens:  # accepts connections, never speaks
             probe.listen()
         client = connect(address := f"127.0.0.1:{probe.getsockname()[1]}", wait_s=0.5)
         start = time.monotonic()
-        error = failure(client.segment, picture, BOX)
+        error = failure(client.segment, image, BOX)
         assert error.kind is FailureKind.UNAVAILABLE and address in error.detail
         assert 0.4 < time.monotonic() - start < 1.5 + listens / 2
 
 
-def test_other_protocol_version_is_refused_at_once(fake, serve, connect, picture, monkeypatch):
+def test_other_protocol_version_is_refused_at_once(fake, serve, connect, image, monkeypatch):
     server = serve(LocalSegmenter(fake()))
     client = connect(server.address)
     with monkeypatch.context() as patch:
@@ -217,14 +217,14 @@ def test_other_protocol_version_is_refused_at_once(fake, serve, connect, picture
         reply = client.slots[0].stub.Info(pb.InfoRequest())
     assert reply.protocol == 99
     monkeypatch.setattr(client.slots[0].stub, "Info", lambda *_, **__: reply)
-    error = failure(client.segment, picture, BOX)
+    error = failure(client.segment, image, BOX)
     assert error.kind is FailureKind.INTERNAL and "protocol 99" in error.detail
 
 
-def test_closed_client_is_unavailable_at_once(fake, serve, connect, picture):
+def test_closed_client_is_unavailable_at_once(fake, serve, connect, image):
     client = connect(serve(LocalSegmenter(fake())).address)
     client.close()
-    assert failure(client.segment, picture, BOX).kind is FailureKind.UNAVAILABLE
+    assert failure(client.segment, image, BOX).kind is FailureKind.UNAVAILABLE
 
 
 def test_a_server_bears_its_own_clients_keep_alive_pings(fake, serve, monkeypatch):

@@ -138,13 +138,13 @@ def test_a_dead_device_is_told_and_the_call_goes_elsewhere(fake, serve, connect)
     assert told.is_set() and client.counters()["ejections"] >= 1
 
 
-def test_an_image_on_its_way_is_sent_once_by_a_client(fake, serve, connect, picture):
+def test_an_image_on_its_way_is_sent_once_by_a_client(fake, serve, connect, image):
     backend, hold = fake(), threading.Event()
     encode = backend.encode
-    backend.encode = lambda image: (hold.wait(10), encode(image))[1]
+    backend.encode = lambda sent: (hold.wait(10), encode(sent))[1]
     client = connect(serve(LocalSegmenter(backend), workers=8).address)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        calls = [pool.submit(client.segment, picture, BOX) for _ in range(8)]
+        calls = [pool.submit(client.segment, image, BOX) for _ in range(8)]
         until(lambda: client.counters()["puts"] == 1)
         time.sleep(0.2)
         hold.set()

@@ -13,10 +13,10 @@ from tests.sam_bridge.fakes import BOX, healthy
 
 
 @pytest.fixture
-def target(local, serve, connect, picture):
+def target(local, serve, connect, image):
     server = serve(local)
     client = connect(server.address)
-    expected = client.segment(picture, BOX).mask
+    expected = client.segment(image, BOX).mask
     with grpc.insecure_channel(server.address) as channel:
         yield channel, client, expected
         assert healthy(server.address)
@@ -24,16 +24,16 @@ def target(local, serve, connect, picture):
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(request_=fuzzed())
-def test_a_typed_status_for_whatever_comes(target, picture, request_):
+def test_a_typed_status_for_whatever_comes(target, image, request_):
     channel, client, expected = target
-    code, reason = send(channel, *request_(image_hash(picture)))
+    code, reason = send(channel, *request_(image_hash(image)))
     assert typed(code, reason), (code, reason)
-    np.testing.assert_array_equal(client.segment(picture, BOX).mask, expected)
+    np.testing.assert_array_equal(client.segment(image, BOX).mask, expected)
 
 
-def test_bytes_that_are_no_message_and_a_message_above_the_limit(target, picture):
+def test_bytes_that_are_no_message_and_a_message_above_the_limit(target, image):
     channel, client, expected = target
     assert send(channel, SEGMENT, b"\xff\xff\xff") == (grpc.StatusCode.INVALID_ARGUMENT, "invalid_prompt")
     code, _ = send(channel, SEGMENT, bytes(66 << 20))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    np.testing.assert_array_equal(client.segment(picture, BOX).mask, expected)
+    np.testing.assert_array_equal(client.segment(image, BOX).mask, expected)

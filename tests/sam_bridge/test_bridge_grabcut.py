@@ -32,8 +32,8 @@ CLICK = ((40.0, 50.0),)
         SegmentRequest(box=(-5.0, 30.0, 61.0, 70.0)),
     ],
 )
-def test_finds_the_disc(local, picture, disc, request_):
-    reply = local.segment(picture, request_)
+def test_finds_the_disc(local, image, disc, request_):
+    reply = local.segment(image, request_)
     assert reply.mask.dtype == bool and reply.mask.shape == disc.shape
     assert iou(reply.mask, disc) > 0.95
     assert 0.9 < reply.score <= 1.0
@@ -49,42 +49,42 @@ def test_a_click_in_the_middle_finds_most_shapes_on_photographs(local):
     assert np.mean(found) > 0.8 and np.mean(np.array(found) >= 0.9) > 0.7  # from a disc alone: 0.4 and 0.3
 
 
-def test_two_objects_by_two_clicks_and_one_added_or_taken_away_by_refining(local, picture, disc):
+def test_two_objects_by_two_clicks_and_one_added_or_taken_away_by_refining(local, image, disc):
     square = np.zeros_like(disc)
     square[20:49, 85:116] = True
-    both = local.segment(picture, SegmentRequest(points=((40.0, 50.0), (100.0, 34.0)), labels=(1, 1)))
+    both = local.segment(image, SegmentRequest(points=((40.0, 50.0), (100.0, 34.0)), labels=(1, 1)))
     assert iou(both.mask, disc | square) > 0.95
     # Box outside = certain background, start = the earlier mask: only the disc's part of it is left.
-    one = local.segment(picture, SegmentRequest(box=BOX.box, refine_logits_id=both.logits_id))
+    one = local.segment(image, SegmentRequest(box=BOX.box, refine_logits_id=both.logits_id))
     assert iou(one.mask, disc) > 0.95
-    first = local.segment(picture, SegmentRequest(points=CLICK, labels=(1,)))
+    first = local.segment(image, SegmentRequest(points=CLICK, labels=(1,)))
     request = SegmentRequest(points=((100.0, 34.0),), labels=(1,), refine_logits_id=first.logits_id)
-    assert iou(local.segment(picture, request).mask, disc | square) > 0.95
+    assert iou(local.segment(image, request).mask, disc | square) > 0.95
 
 
-def test_score_tells_a_shape_from_mere_texture(local, picture):
-    good = local.segment(picture, BOX).score
-    texture = local.segment(picture, SegmentRequest(box=(70.0, 60.0, 100.0, 90.0))).score
+def test_score_tells_a_shape_from_mere_texture(local, image):
+    good = local.segment(image, BOX).score
+    texture = local.segment(image, SegmentRequest(box=(70.0, 60.0, 100.0, 90.0))).score
     assert good > texture + 0.2
 
 
-def test_same_mask_from_any_thread_whatever_it_did_before(local, picture):
+def test_same_mask_from_any_thread_whatever_it_did_before(local, image):
     request = SegmentRequest(points=((33.0, 44.0),), labels=(1,))
-    expected = local.segment(picture, request)
+    expected = local.segment(image, request)
 
     def disturbed(seed: int) -> np.ndarray:
         cv2.setRNGSeed(seed)
         cv2.randu(np.zeros(seed + 1, np.uint8), 0, 255)
-        return local.segment(picture, request).mask
+        return local.segment(image, request).mask
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for mask in pool.map(disturbed, range(12)):
             np.testing.assert_array_equal(mask, expected.mask)
 
 
-def test_large_picture_is_worked_on_small_and_answered_large(local, picture, disc):
+def test_large_picture_is_worked_on_small_and_answered_large(local, image, disc):
     scale = 8
-    large = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
+    large = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
     assert max(large.shape) > MAX_SIDE
     reply = local.segment(large, SegmentRequest(box=tuple(scale * v for v in BOX.box)))
     assert reply.mask.shape == large.shape[:2]
@@ -116,15 +116,15 @@ BAD_PROMPTS = [
 
 
 @pytest.mark.parametrize("request_", BAD_PROMPTS)
-def test_bad_prompt(local, picture, request_):
-    error = failure(local.segment, picture, request_)
+def test_bad_prompt(local, image, request_):
+    error = failure(local.segment, image, request_)
     assert error.kind is FailureKind.INVALID_PROMPT and error.kind.callers_fault
 
 
-def test_unknown_logits_and_logits_of_another_image(local, picture):
-    other = local.segment(picture, BOX).logits_id
-    for image, refine in ((picture, "nothing"), (picture[::-1], other)):
-        error = failure(local.segment, image, SegmentRequest(refine_logits_id=refine))
+def test_unknown_logits_and_logits_of_another_image(local, image):
+    other = local.segment(image, BOX).logits_id
+    for shown, refine in ((image, "nothing"), (image[::-1], other)):
+        error = failure(local.segment, shown, SegmentRequest(refine_logits_id=refine))
         assert error.kind is FailureKind.UNKNOWN_LOGITS
 
 

@@ -52,10 +52,10 @@ def side_car():
     side_car.close()
 
 
-def test_spawned_side_car_serves_and_gives_the_same_masks(side_car, local, picture):
+def test_spawned_side_car_serves_and_gives_the_same_masks(side_car, local, image):
     assert healthy(side_car.address) and healthy(side_car.address, "sam_bridge.v1.SamBridge")
     with spawn_segmenter("connect", addresses=[side_car.address]) as client:
-        np.testing.assert_array_equal(client.segment(picture, BOX).mask, local.segment(picture, BOX).mask)
+        np.testing.assert_array_equal(client.segment(image, BOX).mask, local.segment(image, BOX).mask)
 
 
 @pytest.mark.parametrize(
@@ -91,19 +91,19 @@ def test_sigterm_ends_it_with_status_0():
     child.stdout.close()
 
 
-def test_killed_in_use_no_call_is_lost_and_masks_stay_the_same(picture, local):
-    first = local.segment(picture, BOX)
+def test_killed_in_use_no_call_is_lost_and_masks_stay_the_same(image, local):
+    first = local.segment(image, BOX)
     refined = SegmentRequest(points=((100.0, 34.0),), labels=(1,), refine_logits_id=first.logits_id)
-    expected = [first.mask, local.segment(picture, refined).mask]
+    expected = [first.mask, local.segment(image, refined).mask]
     with SideCar("grabcut") as side_car, side_car.connect() as client:
-        client.segment(picture, BOX)
+        client.segment(image, BOX)
         stop, wrong, answered = threading.Event(), [], []
 
         def use():
             while not stop.is_set():
                 for request, mask in zip((BOX, refined), expected, strict=True):
                     try:
-                        same = np.array_equal(client.segment(picture, request).mask, mask)
+                        same = np.array_equal(client.segment(image, request).mask, mask)
                     except SegmenterError as error:
                         wrong.append(error)
                     else:
@@ -119,7 +119,7 @@ def test_killed_in_use_no_call_is_lost_and_masks_stay_the_same(picture, local):
             until(lambda pid=pid: side_car.pid != pid, 20)
             assert side_car.restarts == restarts
         # A mask made before the kill can still be refined: the client makes it again.
-        np.testing.assert_array_equal(client.segment(picture, refined).mask, expected[1])
+        np.testing.assert_array_equal(client.segment(image, refined).mask, expected[1])
         stop.set()
         for user in users:
             user.join()
@@ -150,15 +150,15 @@ def test_ordinary_exit_without_close_ends_the_child():
     assert done.returncode == 0 and gone(int(done.stdout), 5)
 
 
-def test_one_that_lives_but_answers_nothing_is_killed_and_restarted(picture, monkeypatch):
+def test_one_that_lives_but_answers_nothing_is_killed_and_restarted(image, monkeypatch):
     monkeypatch.setattr("sam_bridge.spawn.HEALTH_TIMEOUT_S", 0.5)
     monkeypatch.setattr("sam_bridge.spawn.HEALTH_EVERY_S", 0.2)
     with SideCar("grabcut") as side_car, side_car.connect() as client:
-        mask, pid = client.segment(picture, BOX).mask, side_car.pid
+        mask, pid = client.segment(image, BOX).mask, side_car.pid
         time.sleep(1.0)
         assert side_car.restarts == 0  # one that answers is left alone
         os.kill(pid, signal.SIGSTOP)
-        np.testing.assert_array_equal(client.segment(picture, BOX).mask, mask)
+        np.testing.assert_array_equal(client.segment(image, BOX).mask, mask)
         assert side_car.restarts == 1 == client.counters()["restarts"]
         assert gone(pid, 5)
 
@@ -168,9 +168,9 @@ def test_check_draws_what_came_back(side_car, tmp_path):
     done = run("-m", "sam_bridge.check", f"--address={side_car.address}", f"--out={out}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all held" in done.stdout and "FAILS" not in done.stdout and "the box finds the disc" in done.stdout
-    with PIL.Image.open(out) as picture:
-        assert picture.size == (4 * 320, 240 + 18)
-        red = np.asarray(picture)[18:, :320].astype(int)
+    with PIL.Image.open(out) as image:
+        assert image.size == (4 * 320, 240 + 18)
+        red = np.asarray(image)[18:, :320].astype(int)
     disc = red[105, 125] - red[20, 300]  # the middle of the disc against a corner: tinted
     assert disc[0] > 80
     nobody = run("-m", "sam_bridge.check", "--address=127.0.0.1:9", "--wait_s=0.3", f"--out={out}")
@@ -202,12 +202,12 @@ def test_side_car_that_cannot_start_says_why():
     assert error.kind is FailureKind.UNAVAILABLE and "--checkpoint" in error.detail
 
 
-def test_open_segmenter_modes(picture):
+def test_open_segmenter_modes(image):
     with spawn_segmenter("inprocess") as own:
         assert isinstance(own, LocalSegmenter)
-        expected = own.segment(picture, BOX).mask
+        expected = own.segment(image, BOX).mask
     with spawn_segmenter("spawn") as spawned:
-        np.testing.assert_array_equal(spawned.segment(picture, BOX).mask, expected)
+        np.testing.assert_array_equal(spawned.segment(image, BOX).mask, expected)
     with pytest.raises(ValueError, match="options: spawn, connect, inprocess"):
         spawn_segmenter("magic").__enter__()
     start = time.monotonic()

@@ -35,21 +35,21 @@ def files(tmp_path_factory):
     return {name: str(folder / name) for name in ("cert.pem", "key.pem", "token", "other")}
 
 
-def test_tls_and_token_on_an_open_address(fake, serve, connect, picture, files):
+def test_tls_and_token_on_an_open_address(fake, serve, connect, image, files):
     local = LocalSegmenter(fake())
     secure = dict(token=TOKEN, tls_cert=files["cert.pem"], tls_key=files["key.pem"])
     server = serve(local, address="0.0.0.0:0", **secure)
     address = f"127.0.0.1:{server.address.rpartition(':')[2]}"
     client = connect(address, token_file=files["token"], tls_ca=files["cert.pem"])
-    assert client.segment(picture, BOX).mask.sum() == 37 * 37
+    assert client.segment(image, BOX).mask.sum() == 37 * 37
     for token_file in ("", files["other"]):
         stranger = connect(address, token_file=token_file, tls_ca=files["cert.pem"])
-        error = failure(stranger.segment, picture, BOX)
+        error = failure(stranger.segment, image, BOX)
         assert error.kind is FailureKind.INTERNAL and "token" in error.detail
     plain = connect(address, wait_s=0.5)
-    assert failure(plain.segment, picture, BOX).kind is FailureKind.UNAVAILABLE
+    assert failure(plain.segment, image, BOX).kind is FailureKind.UNAVAILABLE
     distrustful = connect(address, token_file=files["token"], tls=True, wait_s=0.5)
-    assert failure(distrustful.segment, picture, BOX).kind is FailureKind.UNAVAILABLE
+    assert failure(distrustful.segment, image, BOX).kind is FailureKind.UNAVAILABLE
     assert local.segments == 1
 
 
@@ -93,9 +93,9 @@ def test_an_address_off_this_machine_needs_tls_and_a_token(fake, files, address,
         Server(LocalSegmenter(fake()), address, **{"": {}, "tls": tls, "token": dict(token=TOKEN)}[secure])
 
 
-def test_insecure_allows_it_and_a_port_in_use_is_said(fake, serve, connect, picture):
+def test_insecure_allows_it_and_a_port_in_use_is_said(fake, serve, connect, image):
     port = serve(LocalSegmenter(fake()), address="0.0.0.0:0", insecure=True).address.rpartition(":")[2]
-    assert connect(f"127.0.0.1:{port}").segment(picture, BOX).mask.any()
+    assert connect(f"127.0.0.1:{port}").segment(image, BOX).mask.any()
     with pytest.raises(SetupError, match="Address already in use"):
         Server(LocalSegmenter(fake()), f"127.0.0.1:{port}")
 
@@ -112,13 +112,13 @@ def test_files_that_cannot_be_used(fake, files, tmp_path):
         SamClient(["192.0.2.1:50051"], token_file=files["token"])
 
 
-def test_metrics_count_calls_images_and_seconds(fake, serve, connect, picture):
+def test_metrics_count_calls_images_and_seconds(fake, serve, connect, image):
     local = LocalSegmenter(fake())
     server = serve(local)
     client = connect(server.address)
     for x in (30.0, 40.0):
-        client.segment(picture, SegmentRequest(box=(10.0, 10.0, x, 40.0)))
-    failure(client.segment, picture, SegmentRequest(box=(10.0, 10.0, 20.0, 20.0), refine_logits_id="nothing"))
+        client.segment(image, SegmentRequest(box=(10.0, 10.0, x, 40.0)))
+    failure(client.segment, image, SegmentRequest(box=(10.0, 10.0, 20.0, 20.0), refine_logits_id="nothing"))
     lines = generate_latest(server.metrics.registry).decode().splitlines()
     for line in (
         'sam_bridge_calls_total{rpc="Segment",status="ok"} 2.0',
@@ -127,7 +127,7 @@ def test_metrics_count_calls_images_and_seconds(fake, serve, connect, picture):
         'sam_bridge_calls_total{rpc="Put",status="ok"} 1.0',
         'sam_bridge_seconds_count{rpc="Segment",stage="decode"} 2.0',
         "sam_bridge_encodes_total 1.0",
-        f"sam_bridge_image_bytes {float(picture.nbytes)}",
+        f"sam_bridge_image_bytes {float(image.nbytes)}",
         "sam_bridge_waiting 0.0",
     ):
         assert line in lines

@@ -19,9 +19,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 RAMP = np.linspace(0, 65535, 60)[None].repeat(40, 0)  # black to white: mean 127.5 of 255
 
 
-def saved(picture, kind="PNG", **options):
+def saved(image, kind="PNG", **options):
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -64,8 +64,8 @@ def test_what_has_no_one_reading_is_refused(bad, says):
 def test_files(tmp_path):
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    picture = PIL.Image.fromarray(rgb)
-    for name, saved in (("rgb", picture), ("palette", picture.quantize(4)), ("grey", picture.convert("L"))):
+    image = PIL.Image.fromarray(rgb)
+    for name, saved in (("rgb", image), ("palette", image.quantize(4)), ("grey", image.convert("L"))):
         saved.save(tmp_path / f"{name}.png")
         np.testing.assert_array_equal(
             images.read_image_file(tmp_path / f"{name}.png"), np.asarray(saved.convert("RGB"))
@@ -75,7 +75,7 @@ def test_files(tmp_path):
     np.testing.assert_array_equal(images.read_image_file(tmp_path / "deep.png")[..., 0], np.round(deep / 257.0))
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # stored lying on its side: to be turned a quarter clockwise
-    picture.save(tmp_path / "turned.png", exif=exif)
+    image.save(tmp_path / "turned.png", exif=exif)
     np.testing.assert_array_equal(images.read_image_file(tmp_path / "turned.png"), np.rot90(rgb, -1))
     (tmp_path / "broken.png").write_bytes((tmp_path / "rgb.png").read_bytes()[:60])
     (tmp_path / "text.png").write_text("no picture")

@@ -90,12 +90,12 @@ def test_the_multimask_switch_and_bf16_as_under_autocast(reference, change):
     assert all_equal(result)
 
 
-def test_candidates_are_the_predictors_three_masks(reference, picture):
+def test_candidates_are_the_predictors_three_masks(reference, image):
     predictor, options = reference
     segmenter = LocalSegmenter(backend.Sam2(options, QUICK))
-    predictor.predictor.set_image(picture)
+    predictor.predictor.set_image(image)
     theirs, scores, _ = predictor.predictor.predict(box=np.array(BOX.box), multimask_output=True)
-    ours = segmenter.segment(picture, dataclasses.replace(BOX, candidates=True))
+    ours = segmenter.segment(image, dataclasses.replace(BOX, candidates=True))
     segmenter.close()
     assert len(ours.candidates) == 3 and ours.score == pytest.approx(float(scores.max()), abs=1e-6)
     np.testing.assert_array_equal(np.stack(ours.candidates), theirs.astype(bool))
@@ -106,7 +106,7 @@ def test_batches_leave_nothing_of_each_other(reference):
     """Encoded together: the same features as alone within rounding, and each keeps only its own memory."""
     sam2 = backend.Sam2(reference[1], QUICK)
     (model,) = sam2._models
-    prepared = [model.prepare(picture) for picture in bridge_exact.pictures(SIZES)]
+    prepared = [model.prepare(image) for image in bridge_exact.random_images(SIZES)]
     alone = [model.encode([one], 0)[0] for one in prepared]
     for one, other in zip(alone, model.encode(prepared, 0), strict=True):
         tensors = (other.embed, *other.high_res)
@@ -120,24 +120,24 @@ def test_batches_leave_nothing_of_each_other(reference):
 
 def test_two_devices_share_the_images_and_give_equal_masks(reference):
     two = LocalSegmenter(backend.Sam2(dataclasses.replace(reference[1], device="cpu,cpu"), QUICK))
-    pictures = bridge_exact.pictures(((40, 50), (50, 40), (64, 64), (41, 51)))
+    images = bridge_exact.random_images(((40, 50), (50, 40), (64, 64), (41, 51)))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        masks = list(pool.map(lambda p: two.segment(p, SegmentRequest(box=(3.0, 3.0, 30.0, 30.0))).mask, pictures))
+        masks = list(pool.map(lambda p: two.segment(p, SegmentRequest(box=(3.0, 3.0, 30.0, 30.0))).mask, images))
     assert all(lane.items["encode"] > 0 and lane.items["decode"] > 0 for lane in two.backend._lanes)
-    for picture, mask in zip(pictures, masks, strict=True):
-        reference[0].predictor.set_image(picture)
+    for image, mask in zip(images, masks, strict=True):
+        reference[0].predictor.set_image(image)
         enlarged, _, _ = reference[0].predict(SegmentRequest(box=(3.0, 3.0, 30.0, 30.0)), None)
         np.testing.assert_array_equal(mask, enlarged > 0)
     assert two.about.identity.startswith("sam2 sam2.1_tiny ")  # whatever the devices are
     two.close()
 
 
-def test_random_weights_are_the_same_in_every_process(picture):
+def test_random_weights_are_the_same_in_every_process(image):
     masks = []
     for noise in (1, 2):
         torch.manual_seed(noise)
         local = LocalSegmenter(backend.Sam2(Options(checkpoint=RANDOM, threads=1), QUICK))
-        masks.append(local.segment(picture, BOX).mask)
+        masks.append(local.segment(image, BOX).mask)
         local.close()
     np.testing.assert_array_equal(*masks)
     assert 0 < masks[0].mean() < 1

@@ -38,53 +38,53 @@ def test_a_photograph_above_the_limit_of_the_wire_has_its_object_found_at_its_ow
     assert theirs.logits_id == ours.logits_id and client.counters()["puts"] == 1
 
 
-def test_client_and_local_agree_on_boxes_clicks_and_refined_masks(small_limits, local, serve, connect, picture):
+def test_client_and_local_agree_on_boxes_clicks_and_refined_masks(small_limits, local, serve, connect, image):
     own = LocalSegmenter(local.backend)
     client = connect(serve(local).address)
-    key = image_hash(shrink.shrink(picture))
+    key = image_hash(shrink.shrink(image))
     for request in (
         BOX,
         SegmentRequest(points=((40.2, 50.9), (128.0, 96.0)), labels=(1, 0)),
     ):
-        ours, theirs = own.segment(picture, request), client.segment(picture, request)
+        ours, theirs = own.segment(image, request), client.segment(image, request)
         click = SegmentRequest(points=((60.0, 20.0),), labels=(0,), refine_logits_id=ours.logits_id)
-        for one, other in ((ours, theirs), (own.segment(picture, click), client.segment(picture, click))):
+        for one, other in ((ours, theirs), (own.segment(image, click), client.segment(image, click))):
             np.testing.assert_array_equal(one.mask, other.mask)
-            assert one.mask.shape == picture.shape[:2] and 0 < one.mask.sum() < one.mask.size
+            assert one.mask.shape == image.shape[:2] and 0 < one.mask.sum() < one.mask.size
             assert (one.score, one.logits_id) == (other.score, other.logits_id)
         assert own.logits.get(f"{key}/{ours.logits_id}") is not None  # the hash is of what is sent
     assert client.counters()["puts"] == 1
 
 
-def test_a_forgotten_mask_of_a_large_picture_is_made_again(small_limits, serve, connect, picture):
+def test_a_forgotten_mask_of_a_large_picture_is_made_again(small_limits, serve, connect, image):
     local = LocalSegmenter(load_backend("grabcut"))
     client = connect(serve(local).address)
-    first = client.segment(picture, BOX)
+    first = client.segment(image, BOX)
     refine = SegmentRequest(points=((60.0, 20.0),), labels=(0,), refine_logits_id=first.logits_id)
-    wanted = client.segment(picture, refine)
+    wanted = client.segment(image, refine)
     local.logits._kept.clear()
-    np.testing.assert_array_equal(client.segment(picture, refine).mask, wanted.mask)
+    np.testing.assert_array_equal(client.segment(image, refine).mask, wanted.mask)
     assert client.counters()["remade"] == 1
 
 
-def test_candidates_come_back_in_the_pictures_size(small_limits, fake, serve, connect, picture):
+def test_candidates_come_back_in_the_pictures_size(small_limits, fake, serve, connect, image):
     backend = fake()
     request = SegmentRequest(box=(0.0, 0.0, 64.0, 96.0), candidates=True)  # the left half
-    reply = connect(serve(LocalSegmenter(backend)).address).segment(picture, request)
+    reply = connect(serve(LocalSegmenter(backend)).address).segment(image, request)
     assert backend.seen == (42, 55, 3)  # 96 x 128 in 48 * 48 pixels: 41.57 x 55.43
     assert [m.shape for m in reply.candidates] == [(96, 128)] * 2
     # 27 of 55 columns are the left half: its edge lies at 27 * 128 / 55 = 62.8
     assert [np.flatnonzero(m.any(axis=0))[[0, -1]].tolist() for m in reply.candidates] == [[0, 62], [63, 127]]
 
 
-def test_a_picture_up_to_the_limit_is_not_touched(picture):
-    assert shrink.shrink(picture) is picture
+def test_a_picture_up_to_the_limit_is_not_touched(image):
+    assert shrink.shrink(image) is image
     edge = np.broadcast_to(np.uint8(7), (4096, 4096, 3))
     assert shrink.shrink(edge) is edge
     seen = []
     request = SegmentRequest(box=(0.0, 0.0, 9.0, 9.0))
-    shrink.ask_shrunk(picture, request, lambda *asked: seen.append(asked))
-    assert seen[0][0] is picture and seen[0][1] is request
+    shrink.ask_shrunk(image, request, lambda *asked: seen.append(asked))
+    assert seen[0][0] is image and seen[0][1] is request
 
 
 def test_errors_speak_of_the_callers_picture(local, connect):

@@ -135,8 +135,8 @@ def test_more_scenes_keep_the_earlier_ones(dataset, tmp_path):
 
 def test_splits_and_seeds_differ(dataset, tmp_path):
     write(tmp_path / "other", train=24, val=6, test=4, seed=6)
-    pictures = [p.read_bytes() for root in (dataset, tmp_path / "other") for p in sorted(root.rglob("*.jpg"))]
-    assert len(set(pictures)) == len(pictures) == 2 * sum(COUNTS.values())
+    images = [p.read_bytes() for root in (dataset, tmp_path / "other") for p in sorted(root.rglob("*.jpg"))]
+    assert len(set(images)) == len(images) == 2 * sum(COUNTS.values())
 
 
 def test_second_run_finds_it_there(copied):

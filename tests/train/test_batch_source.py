@@ -316,8 +316,8 @@ def test_the_trajectory_that_a_reward_fails_on_is_kept(tmp_path):
     (tmp_path / "bad_reward.py").write_text("def f(trajectory, sample):\n    return trajectory.nothing\n")
     reward = (RewardGroup("own", 1.0, (RewardTerm(f"{tmp_path}/bad_reward.py:f"),)),)
     s = source([[trajectory(0, 20), trajectory(0, 10)]], reward=reward)
-    picture = sample(0)
-    state = environment.reset(picture.image, picture.query, AgentConfig(), small.processor().images.limits)
+    image = sample(0)
+    state = environment.reset(image.image, image.query, AgentConfig(), small.processor().images.limits)
     state = environment.abort(state, Status.MAX_CONTEXT)
     run, s.workdir = s.driver.run, tmp_path
     s.driver.run = lambda tasks: [(t, state) for t, _ in run(tasks)]
@@ -325,8 +325,8 @@ def test_the_trajectory_that_a_reward_fails_on_is_kept(tmp_path):
         RewardError, match=r"own/f .*AttributeError for sample s0: .*bad_reward.py, line 2.*\n.*reward_err"
     ):
         s.next(nothing_new, None)
-    kept = replay((tmp_path / "reward_error.json").read_text(), picture.image)
-    assert (kept.query, kept.status) == (picture.query, Status.MAX_CONTEXT)
+    kept = replay((tmp_path / "reward_error.json").read_text(), image.image)
+    assert (kept.query, kept.status) == (image.query, Status.MAX_CONTEXT)
 
 
 class Broken(list):

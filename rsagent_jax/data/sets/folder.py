@@ -47,7 +47,7 @@ class _Entry(Entry):
             target = pathlib.Path(self.mask)
         else:
             target = json.dumps(self.segmentation, sort_keys=True).encode() if self.segmentation else b""
-        return Inputs(pathlib.Path(self.picture), target, pathlib.Path(self.ignore) if self.ignore else b"")
+        return Inputs(pathlib.Path(self.image), target, pathlib.Path(self.ignore) if self.ignore else b"")
 
 
 def load_folder(root: str | pathlib.Path, split: str = "train", limit: int | None = None) -> SampleIndex:
@@ -160,7 +160,7 @@ def _path(root: pathlib.Path, key: str, value: Any) -> str | None:
 
 
 def _load(entry: _Entry) -> Sample:
-    image = read_image(entry.picture, f"it is named in {entry.line}", upright=True)
+    image = read_image(entry.image, f"it is named in {entry.line}", upright=True)
     h, w = image.shape[:2]
     mask, ignore = np.zeros((h, w), bool), np.zeros((h, w), bool)  # nothing is meant
     if entry.mask is not None:
@@ -170,7 +170,7 @@ def _load(entry: _Entry) -> Sample:
         mask = decode_segmentation(entry.segmentation, h, w, f"{entry.line} (sample {entry.id})")
     if entry.ignore is not None:
         ignore |= _labels(entry.ignore, h, w, entry) != 0
-    return Sample(entry.id, image, entry.query, mask, ignore if ignore.any() or entry.ignore else None, entry.picture)
+    return Sample(entry.id, image, entry.query, mask, ignore if ignore.any() or entry.ignore else None, entry.image)
 
 
 def _labels(path: str, height: int, width: int, entry: _Entry) -> np.ndarray:

@@ -24,7 +24,7 @@ _COCO_NAME = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})\.(?:jpg|jpeg|png)", re.
 class Inputs:
     """What a sample is made of beside its question: a path for a file, bytes for what is no file of its own."""
 
-    picture: pathlib.Path | bytes
+    image: pathlib.Path | bytes
     target: pathlib.Path | bytes  # the mask's file, or the record that it is drawn from; b"" where nothing is meant
     ignore: pathlib.Path | bytes = b""
 
@@ -35,12 +35,12 @@ class Entry:
 
     id: str
     query: str
-    picture: str  # the file that holds it
+    image: str  # the file that holds it
 
     @property
-    def picture_key(self) -> str:
+    def image_key(self) -> str:
         """Names the picture, equal in all data sets that hold it."""
-        return picture_key(self.picture)
+        return image_key(self.image)
 
     def inputs(self) -> Inputs:
         """Nothing is decoded for it."""
@@ -61,7 +61,7 @@ class SampleIndex(Sequence):
     notes: tuple[str, ...] = ()  # what was left out on the way here, and why
     # What `fingerprint` takes of a picture file: "content", its bytes; or "stat", path, size and time of change, where
     # reading every picture costs too much.
-    picture_hash: str = "content"
+    image_hash: str = "content"
 
     def __post_init__(self):
         if not self.entries:
@@ -87,9 +87,9 @@ class SampleIndex(Sequence):
         return [entry.id for entry in self.entries]
 
     @property
-    def picture_keys(self) -> list[str]:
-        """The pictures' names in order; see `picture_key`."""
-        return [entry.picture_key for entry in self.entries]
+    def image_keys(self) -> list[str]:
+        """The pictures' names in order; see `image_key`."""
+        return [entry.image_key for entry in self.entries]
 
     def keep(self, wanted: Sequence[int], note: str = "") -> SampleIndex:
         """The samples at these places, in this order."""
@@ -104,7 +104,7 @@ class SampleIndex(Sequence):
         entry = self.entries[i]
         inputs = entry.inputs()
         text = [part.encode("utf-8", "surrogatepass") for part in (entry.id, entry.query)]
-        parts = [*text, _digest(inputs.picture, self.picture_hash), _digest(inputs.target), _digest(inputs.ignore)]
+        parts = [*text, _digest(inputs.image, self.image_hash), _digest(inputs.target), _digest(inputs.ignore)]
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
 
@@ -136,7 +136,7 @@ def read_file(path: pathlib.Path) -> bytes:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def picture_key(path: str | pathlib.Path) -> str:
+def image_key(path: str | pathlib.Path) -> str:
     """A name that copies of one picture share: "coco/<image id>" by COCO's file names, else the absolute path."""
     known = _COCO_NAME.fullmatch(pathlib.PurePath(path).name)
     return coco_key(int(known[1])) if known else os.path.abspath(path)

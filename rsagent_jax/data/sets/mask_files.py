@@ -32,35 +32,35 @@ FEW_COLOURS = 16  # of a drawing; a cut-out of a photograph has more
 def read_mask(source: str | pathlib.Path | bytes, where: str, remedy: str, upright: bool = True) -> np.ndarray:
     """A mask file or its bytes -> u8[h, w] of OBJECT, IGNORED and 0. `where` names it in the DataError."""
     with mending(where, remedy):
-        picture = images.load(source, where, upright, exact=True)
+        image = images.load(source, where, upright, exact=True)
     try:
-        return _labels(picture)
+        return _labels(image)
     except ValueError as error:
         raise DataError(f"{where} {error}; {remedy}") from None
 
 
-def _labels(picture: PIL.Image.Image) -> np.ndarray:
-    if picture.mode == "P":
-        return _by_index(picture)
-    if picture.has_transparency_data:
-        alpha = np.asarray(picture.convert("RGBA").getchannel("A"))
+def _labels(image: PIL.Image.Image) -> np.ndarray:
+    if image.mode == "P":
+        return _by_index(image)
+    if image.has_transparency_data:
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
         if (alpha != alpha.flat[0]).any() or not alpha.flat[0]:
-            return _by_alpha(picture, alpha)
-    if picture.mode == "PA":
-        return _by_index(picture)
-    return _one_level(_levels(picture), _is_lossy(picture)).astype(np.uint8) * OBJECT
+            return _by_alpha(image, alpha)
+    if image.mode == "PA":
+        return _by_index(image)
+    return _one_level(_levels(image), _is_lossy(image)).astype(np.uint8) * OBJECT
 
 
-def _levels(picture: PIL.Image.Image) -> np.ndarray:
+def _levels(image: PIL.Image.Image) -> np.ndarray:
     """One number a pixel, [h, w]: grey as it is; of colours, their place in 24 bits, so that black is 0."""
-    if picture.mode in ("1", "L", "F") or picture.mode.startswith("I"):
-        return np.asarray(picture)
-    if picture.mode in ("LA", "La"):
-        return np.asarray(picture)[..., 0]
-    colours = np.asarray(picture.convert("RGB"))
+    if image.mode in ("1", "L", "F") or image.mode.startswith("I"):
+        return np.asarray(image)
+    if image.mode in ("LA", "La"):
+        return np.asarray(image)[..., 0]
+    colours = np.asarray(image.convert("RGB"))
     if (colours == colours[..., :1]).all():
         return colours[..., 0]
-    if _is_lossy(picture):
+    if _is_lossy(image):
         if np.ptp(colours, axis=2).max() < 32:
             return colours.max(axis=2)
         raise ValueError("holds colours that its compression blurs; save the mask in black and white, as PNG")
@@ -86,10 +86,10 @@ def _one_level(levels: np.ndarray, lossy: bool) -> np.ndarray:
     return found
 
 
-def _by_index(picture: PIL.Image.Image) -> np.ndarray:
-    index = np.asarray(picture.getchannel("P") if picture.mode == "PA" else picture)
+def _by_index(image: PIL.Image.Image) -> np.ndarray:
+    index = np.asarray(image.getchannel("P") if image.mode == "PA" else image)
     used = np.flatnonzero(np.bincount(index.ravel(), minlength=256))
-    if clear := _transparent(picture, used):
+    if clear := _transparent(image, used):
         if 0 in used and 0 not in clear:
             raise ValueError(
                 f"has index {min(clear)} for what is transparent and index 0 beside it: which of them is the object?"
@@ -97,7 +97,7 @@ def _by_index(picture: PIL.Image.Image) -> np.ndarray:
             )
         index = np.where(np.isin(index, sorted(clear)), 0, index)
         used = np.flatnonzero(np.bincount(index.ravel(), minlength=256))
-    palette = np.asarray(picture.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+    palette = np.asarray(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
     black = [i for i in used if i < len(palette) and not palette[i].any()]
     if black and palette[0].any() and not clear:
         raise ValueError(
@@ -109,21 +109,21 @@ def _by_index(picture: PIL.Image.Image) -> np.ndarray:
     return np.where(border, IGNORED, found * OBJECT).astype(np.uint8)
 
 
-def _transparent(picture: PIL.Image.Image, used: np.ndarray) -> set[int]:
+def _transparent(image: PIL.Image.Image, used: np.ndarray) -> set[int]:
     """Indices of a palette that show nothing, of those in use."""
-    said = picture.info.get("transparency")
+    said = image.info.get("transparency")
     clear = [said] if isinstance(said, int) else [i for i, alpha in enumerate(said or b"") if not alpha]
     return set(clear) & set(used.tolist())
 
 
-def _by_alpha(picture: PIL.Image.Image, alpha: np.ndarray) -> np.ndarray:
+def _by_alpha(image: PIL.Image.Image, alpha: np.ndarray) -> np.ndarray:
     """Of a cut-out: what is opaque. Colours that are all one, or many (a photograph), say nothing; a mask in them must
     agree."""
     opaque = _one_level(alpha, lossy=False)
     try:
-        colours = _one_level(_levels(picture), _is_lossy(picture))
+        colours = _one_level(_levels(image), _is_lossy(image))
     except ValueError:
-        shown = np.asarray(picture.convert("RGB"))[opaque]
+        shown = np.asarray(image.convert("RGB"))[opaque]
         if len(np.unique(shown, axis=0)) <= min(FEW_COLOURS, len(shown) // 4):  # several objects, not a photograph
             raise
         return opaque.astype(np.uint8) * OBJECT
@@ -132,5 +132,5 @@ def _by_alpha(picture: PIL.Image.Image, alpha: np.ndarray) -> np.ndarray:
     return opaque.astype(np.uint8) * OBJECT
 
 
-def _is_lossy(picture: PIL.Image.Image) -> bool:
-    return picture.format in _LOSSY or picture.info.get("compression") == "jpeg"
+def _is_lossy(image: PIL.Image.Image) -> bool:
+    return image.format in _LOSSY or image.info.get("compression") == "jpeg"

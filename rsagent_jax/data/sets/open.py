@@ -21,12 +21,12 @@ OPTIONS = ("dataset", "split_by", "unit", "texts", "raw")  # fields that a loade
 def open_samples(config: DataConfig) -> SampleIndex | Mixture:
     """What the config names, lazily. DataError where it names nothing, or files are missing or broken."""
     if not config.mix:
-        return dataclasses.replace(_excluding(_open(config), config), picture_hash=config.fingerprint)
+        return dataclasses.replace(_excluding(_open(config), config), image_hash=config.fingerprint)
     parts = []
     for part in config.mix:
         inherited = dataclasses.replace(part.data, root=part.data.root or config.root)
         samples = _excluding(_excluding(_open(inherited), inherited), config)
-        parts.append((part, dataclasses.replace(samples, picture_hash=part.data.fingerprint)))
+        parts.append((part, dataclasses.replace(samples, image_hash=part.data.fingerprint)))
     return Mixture(parts)
 
 
@@ -53,8 +53,8 @@ def _open(c: DataConfig) -> SampleIndex:
 def _excluding(samples: SampleIndex, c: DataConfig) -> SampleIndex:
     """Without the samples on pictures of the sets that `c.exclude` names; what was left out stands in `notes`."""
     for name in c.exclude:
-        held_out = set(open_samples(_named(name, c)).picture_keys)
-        kept = [i for i, key in enumerate(samples.picture_keys) if key not in held_out]
+        held_out = set(open_samples(_named(name, c)).image_keys)
+        kept = [i for i, key in enumerate(samples.image_keys) if key not in held_out]
         if not kept:
             raise DataError(f"data.exclude: nothing of {samples.name} is left without the pictures of {name}")
         note = f"{len(samples) - len(kept)} of {len(samples)} samples are on pictures of {name} and were left out"

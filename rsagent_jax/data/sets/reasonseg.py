@@ -39,7 +39,7 @@ class _Entry(Entry):
     shapes: list[dict]
 
     def inputs(self) -> Inputs:
-        return Inputs(pathlib.Path(self.picture), json.dumps(self.shapes, sort_keys=True).encode())
+        return Inputs(pathlib.Path(self.image), json.dumps(self.shapes, sort_keys=True).encode())
 
 
 def load_reasonseg(
@@ -57,10 +57,10 @@ def load_reasonseg(
             break
         record = _read(path)
         for n, text in enumerate(record["text"] if texts == "all" else record["text"][:1]):
-            id, picture = f"reasonseg/{split}/{path.stem}/{n}", str(path.with_suffix(".jpg"))
-            entries.append(_Entry(id, text.strip(), picture, str(path), record["shapes"]))
-    pictures, annotations = ({p.stem for p in _real(folder, pattern)} for pattern in ("*.jpg", "*.json"))
-    if lost := sorted(pictures ^ annotations):
+            id, image = f"reasonseg/{split}/{path.stem}/{n}", str(path.with_suffix(".jpg"))
+            entries.append(_Entry(id, text.strip(), image, str(path), record["shapes"]))
+    images, annotations = ({p.stem for p in _real(folder, pattern)} for pattern in ("*.jpg", "*.json"))
+    if lost := sorted(images ^ annotations):
         raise DataError(
             f"{folder}: {len(lost)} files lack their other half, such as {lost[:3]}; each <id>.jpg needs its <id>.json:"
             " unpack the data set again"
@@ -75,9 +75,9 @@ def _real(folder: pathlib.Path, pattern: str) -> Iterator[pathlib.Path]:
 
 def _load(entry: _Entry) -> Sample:
     # LISA reads pictures with OpenCV, which turns them upright.
-    image = read_image(entry.picture, "unpack the data set again", upright=True)
+    image = read_image(entry.image, "unpack the data set again", upright=True)
     labels = draw_shapes(entry.shapes, *image.shape[:2], entry.annotation)
-    return Sample(entry.id, image, entry.query, labels == OBJECT, labels == IGNORED, entry.picture)
+    return Sample(entry.id, image, entry.query, labels == OBJECT, labels == IGNORED, entry.image)
 
 
 def draw_shapes(shapes: list[dict], height: int, width: int, where: str) -> np.ndarray:

@@ -38,12 +38,12 @@ class _Entry(Entry):
     targets: tuple[tuple[int, list | dict], ...]  # (annotation id, COCO segmentation); the mask is their union
 
     @property
-    def picture_key(self) -> str:
+    def image_key(self) -> str:
         return coco_key(self.image_id)
 
     def inputs(self) -> Inputs:
         target = json.dumps([segmentation for _, segmentation in self.targets], sort_keys=True)
-        return Inputs(pathlib.Path(self.picture), target.encode())
+        return Inputs(pathlib.Path(self.image), target.encode())
 
 
 def load_refcoco(
@@ -65,7 +65,7 @@ def load_refcoco(
     root = pathlib.Path(root).expanduser()
     refs_path, instances_path = _check_layout(root, dataset, split_by)
     refs = _select_split(_read_refs(refs_path, several=dataset == GENERALIZED), split, refs_path)
-    pictures, annotations = _read_instances(instances_path, root / IMAGES)
+    images, annotations = _read_instances(instances_path, root / IMAGES)
 
     name = f"{dataset}/{split_by}/{split}"
     entries: list[_Entry] = []
@@ -74,7 +74,7 @@ def load_refcoco(
             break
         # ref["file_name"] carries an annotation suffix and names no file: the picture comes from its image_id.
         where = f"reference {ref['ref_id']} in {refs_path}"
-        picture, size = _look_up(pictures, ref["image_id"], "image", where, instances_path)
+        image, size = _look_up(images, ref["image_id"], "image", where, instances_path)
         targets = []
         for ann_id in _ann_ids(ref):
             image_id, segmentation = _look_up(annotations, ann_id, "annotation", where, instances_path)
@@ -87,12 +87,12 @@ def load_refcoco(
         for sentence in ref["sentences"] if unit == "sentence" else ref["sentences"][:1]:
             query = _text(sentence["raw"]) if raw else _text(sentence["sent"]).lower()
             sample_id = f"{name}/{ref['ref_id']}/{sentence['sent_id']}"
-            entries.append(_Entry(sample_id, query, picture, ref["image_id"], size, tuple(targets)))
+            entries.append(_Entry(sample_id, query, image, ref["image_id"], size, tuple(targets)))
     return SampleIndex(name, entries[:limit], _load)
 
 
 def _load(entry: _Entry) -> Sample:
-    image = read_image(entry.picture, "unpack all of COCO train2014 (train2014.zip) into its folder")
+    image = read_image(entry.image, "unpack all of COCO train2014 (train2014.zip) into its folder")
     h, w = entry.size
     if image.shape[:2] != (h, w):
         raise DataError(
@@ -102,7 +102,7 @@ def _load(entry: _Entry) -> Sample:
     mask = np.zeros((h, w), bool)
     for ann_id, segmentation in entry.targets:
         mask |= decode_segmentation(segmentation, h, w, f"annotation {ann_id} (sample {entry.id})")
-    return Sample(id=entry.id, image=image, query=entry.query, gt_mask=mask, path=entry.picture)
+    return Sample(id=entry.id, image=image, query=entry.query, gt_mask=mask, path=entry.image)
 
 
 def _text(text: str) -> str:
@@ -186,12 +186,12 @@ def _read_json(path: pathlib.Path) -> Any:
         raise DataError(f"{path} is not valid JSON ({error}): {why} Download it again") from None
 
 
-def _read_instances(path: pathlib.Path, images: pathlib.Path) -> tuple[dict[int, tuple], dict[int, tuple]]:
+def _read_instances(path: pathlib.Path, folder: pathlib.Path) -> tuple[dict[int, tuple], dict[int, tuple]]:
     """instances.json -> (path, (h, w)) by image id, (image id, segmentation) by annotation id. Raises DataError."""
     instances = _read_json(path)
     try:
-        pictures = {
-            row["id"]: (str(images / row["file_name"]), (int(row["height"]), int(row["width"])))
+        images = {
+            row["id"]: (str(folder / row["file_name"]), (int(row["height"]), int(row["width"])))
             for row in instances["images"]
         }
         annotations = {row["id"]: (row["image_id"], row["segmentation"]) for row in instances["annotations"]}
@@ -205,7 +205,7 @@ def _read_instances(path: pathlib.Path, images: pathlib.Path) -> tuple[dict[int,
                     f"{path}: {kind} id {row['id']} stands twice, the second time in row {number}, for different"
                     f" {kind}s: give each an id of its own, or take the file from one download"
                 )
-    return pictures, annotations
+    return images, annotations
 
 
 def _look_up(table: dict, key: int, what: str, where: str, instances_path: pathlib.Path):

@@ -42,13 +42,13 @@ class _Entry(Entry):  # its picture is in the file of a shard
     target: int  # which object of the picture
 
     @property
-    def picture_key(self) -> str:
+    def image_key(self) -> str:
         return coco_key(self.image_id)
 
     def read(self) -> tuple[str, dict[str, list]]:
         """(where it is, for messages; its record's features)."""
         where = f"{self.picture}, picture {self.image_id}"
-        return where, _example(pathlib.Path(self.picture), self.record, where)
+        return where, _example(pathlib.Path(self.image), self.record, where)
 
     def inputs(self) -> Inputs:
         _, fields = self.read()

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 
-def picture(path, seed=0, size=(9, 8)):
+def write_image(path, seed=0, size=(9, 8)):
     """Noise, `size` (w, h)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(path)
@@ -25,6 +25,6 @@ def square(x, y, side, label="target"):
 
 def write_reasonseg(folder, stem, *shapes, text=("What can one drink from?",), encoding="utf-8", **more):
     """A picture of 40 x 30 pixels with its JSON."""
-    picture(folder / f"{stem}.jpg", size=(40, 30))
+    write_image(folder / f"{stem}.jpg", size=(40, 30))
     record = {"text": text, "is_sentence": True, "shapes": list(shapes)} | more
     (folder / f"{stem}.json").write_bytes(json.dumps(record, ensure_ascii=False).encode(encoding))

@@ -11,7 +11,7 @@ import pytest
 from rsagent_jax.config.schema import DataConfig
 from rsagent_jax.data.sets import refcoco
 from rsagent_jax.data.sets.open import open_samples
-from tests.data.sets.small_sets import picture, square, write_lines, write_reasonseg
+from tests.data.sets.small_sets import square, write_image, write_lines, write_reasonseg
 
 TFDS = pathlib.Path(__file__).parents[2] / "golden/ref_coco"
 
@@ -24,7 +24,7 @@ def prints(root, by="content", **more):
 def folder(root, *records, seeds=(0, 1, 2)):
     """`seeds` of the picture, the mask and the ignore mask."""
     for name, seed in zip(("a.png", "m.png", "i.png"), seeds, strict=True):
-        picture(root / name, seed)
+        write_image(root / name, seed)
     return prints(write_lines(root, *({"id": "x"} | record for record in records)))
 
 
@@ -51,7 +51,7 @@ def test_pictures_by_content_or_by_stat_masks_always_by_content(tmp_path):
     assert prints(tmp_path / "d", "stat") == [stat] != [content]
     os.utime(tmp_path / "d/a.png", (1, 1))
     assert prints(tmp_path / "d", "stat") != [stat] and prints(tmp_path / "d") == [content]
-    picture(tmp_path / "d/m.png", 7)
+    write_image(tmp_path / "d/m.png", 7)
     assert prints(tmp_path / "d") != [content]
 
 
@@ -78,7 +78,7 @@ def test_reasonseg(tmp_path):
     assert other_text[0] == before[0] and other_text[1] != before[1]
     assert not set(other_shape) & set(before)
     write()
-    picture(tmp_path / "val/a.jpg", 1)
+    write_image(tmp_path / "val/a.jpg", 1)
     assert not set(read()) & set(before)
 
 
@@ -104,7 +104,7 @@ def test_refcoco(copied):
     (copied / refcoco.IMAGES / images[first["image_id"]]).unlink()
     changed = [k for k, (a, b) in enumerate(zip(before, read(), strict=True)) if a != b]
     samples = refcoco.load_refcoco(copied, split="val")
-    assert changed == [k for k, key in enumerate(samples.picture_keys) if key == f"coco/{first['image_id']}"]
+    assert changed == [k for k, key in enumerate(samples.image_keys) if key == f"coco/{first['image_id']}"]
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "array_record"])

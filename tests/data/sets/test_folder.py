@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rsagent_jax.data.sets.folder import load_folder
-from tests.data.sets.small_sets import picture, write_lines
+from tests.data.sets.small_sets import write_image, write_lines
 from tests.refusals import refused
 
 SHAPE = (20, 30)
@@ -20,7 +20,7 @@ FORM = 'the form is one JSON object per line: {"image": "a.jpg"'
 
 @pytest.fixture
 def root(tmp_path):
-    picture(tmp_path / "a.png", size=SHAPE[::-1])
+    write_image(tmp_path / "a.png", size=SHAPE[::-1])
     mask = np.zeros(SHAPE, np.uint8)
     mask[2:7, 3:9] = 7  # any value but black
     Image.fromarray(mask).save(tmp_path / "m.png")
@@ -46,7 +46,7 @@ def test_every_kind_of_mask(root):
 def test_copies_of_coco_pictures_are_known_as_such(root):
     names = ["COCO_train2014_000000000042.jpg", "000000000042.jpg", "other.jpg"]
     samples = write(root, *({"image": name} for name in names))
-    assert samples.picture_keys == ["coco/42", "coco/42", str(root / "other.jpg")]
+    assert samples.image_keys == ["coco/42", "coco/42", str(root / "other.jpg")]
 
 
 def test_all_bad_lines_stand_in_one_message(root):

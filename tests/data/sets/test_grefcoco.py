@@ -8,7 +8,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from rsagent_jax.data.sets import refcoco
-from tests.data.sets.small_sets import picture
+from tests.data.sets.small_sets import write_image
 from tests.refusals import refused
 
 SQUARES = {11: [2, 2, 12, 2, 12, 12, 2, 12], 12: [8, 8, 20, 8, 20, 20, 8, 20], 21: [0, 0, 5, 0, 5, 5, 0, 5]}
@@ -28,7 +28,7 @@ def root(tmp_path):
     (tmp_path / "grefcoco").mkdir()
     images = [{"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "height": 24, "width": 30} for i in (1, 2)]
     for image in images:
-        picture(tmp_path / refcoco.IMAGES / image["file_name"], size=(30, 24))
+        write_image(tmp_path / refcoco.IMAGES / image["file_name"], size=(30, 24))
     annotations = [{"id": k, "image_id": k // 10, "segmentation": [polygon]} for k, polygon in SQUARES.items()]
     (tmp_path / "grefcoco/instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     (tmp_path / "grefcoco/grefs(unc).p").write_bytes(pickle.dumps(REFS, protocol=2))
@@ -47,7 +47,7 @@ def test_multi_target_no_target_and_single_target(root):
     np.testing.assert_array_equal(several.gt_mask, parts.any(axis=2))
     assert none.gt_mask.shape == (24, 30) and not none.gt_mask.any() and none.query == "the dog"
     assert one.gt_mask.sum() == 100
-    assert load(root).picture_keys == ["coco/1"] * 3
+    assert load(root).image_keys == ["coco/1"] * 3
     assert load(root, "testA").ids == ["grefcoco/unc/testA/4/40"]
 
 

@@ -34,14 +34,14 @@ def coloured(*channels):
 
 
 def palette(index, colours):
-    picture = Image.fromarray(index.astype(np.uint8), "P")
-    picture.putpalette(colours)
-    return picture
+    image = Image.fromarray(index.astype(np.uint8), "P")
+    image.putpalette(colours)
+    return image
 
 
-def labels(picture, kind="PNG", **options):
+def labels(image, kind="PNG", **options):
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return read_mask(buffer.getvalue(), "m.png", "it is named in line 3")
 
 
@@ -74,8 +74,8 @@ def labels(picture, kind="PNG", **options):
         (palette(OBJECT, [255, 0, 0] * 256), "PNG", {"transparency": 0}),
     ],
 )
-def test_what_says_300_is_300(picture, kind, options):
-    np.testing.assert_array_equal(labels(picture, kind, **options), OBJECT.astype(np.uint8))
+def test_what_says_300_is_300(image, kind, options):
+    np.testing.assert_array_equal(labels(image, kind, **options), OBJECT.astype(np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ def test_what_says_300_is_300(picture, kind, options):
         (coloured(ALPHA, HALF, ALPHA * 0, ALPHA), "PNG", "2 levels or colours"),  # a red and a yellow one, cut out
     ],
 )
-def test_what_says_two_things_is_refused(picture, kind, says):
-    refused(rf"m\.png.*{says}.*; it is named in line 3", labels, picture, kind)
+def test_what_says_two_things_is_refused(image, kind, says):
+    refused(rf"m\.png.*{says}.*; it is named in line 3", labels, image, kind)
 
 
 def test_a_transparent_background_of_a_palette_is_index_0_and_changes_nothing_else():
@@ -118,10 +118,10 @@ def test_empty_and_full_masks():
 
 
 def test_vocs_border_is_neither_right_nor_wrong(tmp_path):
-    picture = palette(np.where(BORDER, 255, OBJECT), VOC)
-    found = labels(picture)
+    image = palette(np.where(BORDER, 255, OBJECT), VOC)
+    found = labels(image)
     assert ((found == 1) == OBJECT).all() and ((found == 255) == BORDER).all()
-    picture.save(tmp_path / "m.png")
+    image.save(tmp_path / "m.png")
     Image.fromarray(PHOTO).save(tmp_path / "a.png")
     Image.fromarray(np.broadcast_to(np.arange(W) > 50, (H, W))).save(tmp_path / "i.png")
     first, second = load_folder(write_lines(tmp_path, {"mask": "m.png"}, {"mask": "m.png", "ignore": "i.png"}))

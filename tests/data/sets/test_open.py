@@ -18,7 +18,7 @@ from rsagent_jax.config.build import build_config, template
 from rsagent_jax.config.schema import CollectConfig, DataConfig, EvalConfig, MixPart, TrainConfig
 from rsagent_jax.data.sets.open import Mixture, open_samples
 from rsagent_jax.runtime.command import parse_arguments
-from tests.data.sets.small_sets import picture, write_lines, write_reasonseg
+from tests.data.sets.small_sets import write_image, write_lines, write_reasonseg
 from tests.refusals import refused
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -27,7 +27,7 @@ TFDS = ROOT / "tests/golden/ref_coco/tfrecord"
 
 def lines(root, names):
     for name in names:
-        picture(root / name)
+        write_image(root / name)
     return write_lines(root, *({"image": name, "mask": None} for name in names))
 
 
@@ -54,7 +54,7 @@ def test_a_loader_of_ones_own_is_that_of_the_recipe(tmp_path):
     samples = open_samples(build_config(CollectConfig, {"processor": "p", "data": data}).data)
     assert samples.ids == ["boxes/val/0", "boxes/val/1"] and samples[0].query == "a box, with a comma"
     assert samples[0].gt_mask.sum() == 5 * 2 and samples[0].gt_mask[3:5, 2:7].all()
-    assert samples.picture_keys == [str(tmp_path / "a.png")] * 2 and samples.fingerprint(0) != samples.fingerprint(1)
+    assert samples.image_keys == [str(tmp_path / "a.png")] * 2 and samples.fingerprint(0) != samples.fingerprint(1)
     assert pickle.loads(pickle.dumps(samples))[1].gt_mask.sum() == 1
     assert len(open_samples(DataConfig(**data, limit=1))) == 1
     says = r"test\.csv is missing: data\.root must be the folder that holds it"
@@ -91,7 +91,7 @@ def test_pictures_of_other_sets_are_left_out_and_counted(copied, tmp_path):
     whole = open_samples(DataConfig(root=str(copied)))
     left = open_samples(DataConfig(root=str(copied), exclude=("refcocog/umd/val", "refcocog/umd/test")))
     key = f"coco/{shared[0]['image_id']}"
-    gone = [i for i, k in zip(whole.ids, whole.picture_keys, strict=True) if k == key]
+    gone = [i for i, k in zip(whole.ids, whole.image_keys, strict=True) if k == key]
     assert gone and left.ids == [i for i in whole.ids if i not in gone]
     assert left.notes == (
         f"{len(gone)} of {len(whole)} samples are on pictures of refcocog/umd/val and were left out",
@@ -155,13 +155,13 @@ def run_check(root, out, *more):
 
 
 def test_check_reports_broken_pictures_and_draws_the_rest(copied, tmp_path):
-    picture = sorted((copied / "images/mscoco/images/train2014").glob("*.jpg"))[-1]
-    picture.write_bytes(picture.read_bytes()[:400])
+    image = sorted((copied / "images/mscoco/images/train2014").glob("*.jpg"))[-1]
+    image.write_bytes(image.read_bytes()[:400])
     (copied / "synthetic.json").unlink()
     refcocog = ("--config.data.dataset=refcocog", "--config.data.split_by=umd")
     done = run_check(copied, tmp_path / "out", "--samples=0", *refcocog)
     assert done.returncode == 1, done.stderr
-    assert "3 of 4 samples looked at were read" in done.stdout and f"{picture} is not a readable picture" in done.stdout
+    assert "3 of 4 samples looked at were read" in done.stdout and f"{image} is not a readable picture" in done.stdout
     assert "DIFFERS" in done.stdout  # four synthetic samples are not RefCOCOg's 5023 references
     report = json.loads((tmp_path / "out/check.json").read_text())
     assert len(report["unreadable"]) == 1 and report["read"] == 3
@@ -186,10 +186,10 @@ def test_check_finds_what_cannot_be_shown_and_keeps_its_place_in_the_exit_status
 def test_published_counts_are_compared_for_whole_splits_only(copied, monkeypatch):
     data = DataConfig(root=str(copied), split="val")
     samples = open_samples(data)
-    pictures = len(set(samples.picture_keys))
+    images = len(set(samples.image_keys))
     assert "synthetic" in data_check.count_row(samples, data)["verdict"]
     (copied / "synthetic.json").unlink()
-    for published, verdict in [((6, pictures, len(samples)), "ok"), ((6, pictures, 4896), "DIFFERS")]:
+    for published, verdict in [((6, images, len(samples)), "ok"), ((6, images, 4896), "DIFFERS")]:
         monkeypatch.setitem(data_check.PUBLISHED, "refcocog/umd/val", published)
         assert data_check.count_row(samples, data)["verdict"] == verdict
     limited = DataConfig(root=str(copied), split="val", limit=2)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from rsagent_jax.data.sets.reasonseg import draw_shapes, load_reasonseg
-from tests.data.sets.small_sets import picture, square
+from tests.data.sets.small_sets import square, write_image
 from tests.data.sets.small_sets import write_reasonseg as write
 from tests.refusals import refused
 
@@ -116,7 +116,7 @@ def test_missing_and_foreign_files_are_named(tmp_path):
     (tmp_path / "val/a.jpg").unlink()
     refused(r"1 files lack their other half, such as \['a'\]", load_reasonseg, tmp_path)
     refused(r"no ReasonSeg split 'test' under .* There are: val", load_reasonseg, tmp_path, "test")
-    picture(tmp_path / "val/a.jpg")
+    write_image(tmp_path / "val/a.jpg")
     for damaged, says in (b'{"text": "\x81', "neither UTF-8 nor cp1252"), ('{"text"'.encode("utf-16"), "UTF-16"):
         (tmp_path / "val/a.json").write_bytes(damaged)
         refused(rf"a\.json .*{says}.*; unpack the data set again", load_reasonseg, tmp_path)

@@ -36,7 +36,7 @@ def edit_instances(root, change):
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
-def first_picture(root):
+def first_image(root):
     return root / refcoco.IMAGES / "COCO_train2014_000010000001.jpg"
 
 
@@ -164,7 +164,7 @@ def test_other_colour_modes_become_rgb(tmp_path, mode):
 
 
 def test_exif_rotation_is_not_applied(copied):
-    path = first_picture(copied)
+    path = first_image(copied)
     before = load_refcoco(copied)[0]
     stored = PIL.Image.open(path)
     stored.load()
@@ -254,7 +254,7 @@ def test_references_to_nothing_or_to_another_picture(copied, dataset):
 
 
 def test_missing_broken_and_resized_pictures_are_named(copied):
-    samples, path = load_refcoco(copied), first_picture(copied)
+    samples, path = load_refcoco(copied), first_image(copied)
     whole = path.read_bytes()
     jpeg_head = b"\xff\xd8\xff\xe0" + struct.pack(">H", 9)
     for content in (b"", b"no picture", whole[:600], whole[: len(whole) // 2], jpeg_head):

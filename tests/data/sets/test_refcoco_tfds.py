@@ -34,7 +34,7 @@ def test_equal_to_what_tensorflow_datasets_reads(kind, below):
             rows += [(n, k, ann_id, text, sent) for text, sent in zip(raws[k], sent_ids[k], strict=True)]
     assert samples.ids == [f"refcocog/umd/val/ann{ann}/{sent}" for _, _, ann, _, sent in rows]
     assert sum("Größe" in text for _, _, _, text, _ in rows) == 3
-    for sample, key, (n, k, _, text, _) in zip(samples, samples.picture_keys, rows, strict=True):
+    for sample, key, (n, k, _, text, _) in zip(samples, samples.image_keys, rows, strict=True):
         assert sample.query == text.strip().lower() and key == f"coco/{wanted[f'{n}/image_id']}"
         np.testing.assert_array_equal(sample.gt_mask, wanted[f"{n}/masks"][k])
         # TensorFlow's JPEG decoder rounds its cosine transform more coarsely than Pillow's: a few levels of 255.
