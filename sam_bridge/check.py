@@ -54,11 +54,12 @@ def own_image() -> np.ndarray:
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     slope = 90 + 60 * columns / WIDTH + 40 * rows / HEIGHT
     image = np.stack([slope * 0.5, slope, slope * 0.4], axis=-1)
-    image[_disc()] = (210, 50, 50)
+    image[disc_mask()] = (210, 50, 50)
     return (image + np.random.default_rng(0).normal(0, 6, image.shape)).clip(0, 255).astype(np.uint8)
 
 
-def _disc() -> np.ndarray:
+def disc_mask() -> np.ndarray:
+    """bool[480, 640]: the disc of `own_image`, what a box around it should give."""
     rows, columns = np.mgrid[:HEIGHT, :WIDTH] + 0.5
     return (columns - CENTRE[0]) ** 2 + (rows - CENTRE[1]) ** 2 < RADIUS**2
 
@@ -98,7 +99,7 @@ def _exercise(client: SamClient, image: np.ndarray, box, judged: bool) -> tuple[
         refused = error.kind is FailureKind.UNKNOWN_LOGITS
     hold("an unknown mask to refine is refused", refused)
     if judged:
-        truth = _disc()
+        truth = disc_mask()
         iou = (by_box.mask & truth).sum() / (by_box.mask | truth).sum()
         hold(f"the box finds the disc: IoU {iou:.3f}, at least {GOOD_IOU}", iou >= GOOD_IOU)
     stages = {stage: [1e3 * reply.timings_s.get(stage, 0.0) for reply in again] for stage in again[0].timings_s}
