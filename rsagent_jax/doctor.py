@@ -48,7 +48,7 @@ def main(
     pages = compare_hosts(gather_pages(findings, deadline_s))
     result = pages_json(pages, time.perf_counter() - start)
     if processes.is_lead():
-        counts = ", ".join(f"{count} {verdict}" for verdict, count in result["counts"].items() if count)
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in result["counts"].items())
         print(pages_table(pages))
         print(f"{counts}; {result['seconds']:.0f} s")
         if directory is not None:

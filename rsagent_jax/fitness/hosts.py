@@ -1,4 +1,4 @@
-"""The findings of all hosts: gathered, compared with each other, and printed as one table."""
+"""The findings of all hosts: gathered, compared with each other, printed as one table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import socket
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax._src import distributed  # its key-value store: no device takes part, so a wedged one does not stop the page
@@ -28,10 +29,8 @@ class Page:
 
 
 def gather_pages(findings: Sequence[Finding], wait_s: float) -> list[Page]:
-    """Of all hosts on the lead, this one's own elsewhere. A host that says nothing in time has one finding, wrong."""
+    """Of all hosts on the lead, elsewhere this one's own. A host that says nothing in time has one finding, wrong."""
     own = Page(jax.process_index(), socket.gethostname(), tuple(findings))
-    if jax.process_count() == 1:
-        return [own]
     store = distributed.global_state.client
     if own.host:
         store.key_value_set(f"{KEY}/{own.host}", json.dumps(dataclasses.asdict(own)))
@@ -40,69 +39,61 @@ def gather_pages(findings: Sequence[Finding], wait_s: float) -> list[Page]:
     for host in range(1, jax.process_count()):
         try:
             said = json.loads(store.blocking_key_value_get(f"{KEY}/{host}", int(1000 * wait_s)))
-            found = tuple(Finding(**f | {"verdict": Verdict(f["verdict"])}) for f in said["findings"])
+            found = tuple(Finding(**one | {"verdict": Verdict(one["verdict"])}) for one in said["findings"])
             pages.append(Page(host, said["name"], found))
         except jax.errors.JaxRuntimeError:
-            remedy = "see what the command said there; start it on all hosts at the same time"
-            silent = Finding("host", Verdict.WRONG, f"host {host} did not answer within {wait_s:.0f} s", "", remedy)
-            pages.append(Page(host, "?", (silent,)))
+            figure, remedy = f"host {host} did not answer within {wait_s:.0f} s", "see what the command said there"
+            pages.append(Page(host, "?", (Finding("host", Verdict.WRONG, figure, "", remedy),)))
     return pages
 
 
 def compare_hosts(pages: Sequence[Page]) -> list[Page]:
-    """With a host slow whose figure is far from the median, and wrong whose versions, devices or masks are not those
+    """A host is slow whose figure is far from the median, and wrong whose versions, devices or segmenter are not those
     of most hosts."""
     values, words = collections.defaultdict(list), collections.defaultdict(collections.Counter)
-    for finding in (f for page in pages for f in page.findings):
+    for finding in (finding for page in pages for finding in page.findings):
+        words[finding.name][finding.alike] += 1
         if finding.value is not None:
             values[finding.name].append(finding.value)
-        if finding.alike:
-            words[finding.name][finding.alike] += 1
 
-    def judged(f: Finding) -> Finding:
-        if f.alike and f.alike != (usual := words[f.name].most_common(1)[0][0]):
-            remedy = "install and start the same on all hosts"
-            return dataclasses.replace(f, verdict=Verdict.WRONG, against=f"most hosts have {usual}", remedy=remedy)
-        if f.verdict is Verdict.OK and f.value is not None:
-            median = statistics.median(values[f.name])
-            ratio = f.value / median if f.higher_is_better else median / max(f.value, 1e-12)
-            if median > 0 and ratio < FAR:
-                against = f"{ratio:.2f} of the speed of the hosts' median"
-                remedy = "look what else runs on this host; leave it out, or ask for another"
+    def compared(f: Finding) -> Finding:
+        if f.alike != (usual := words[f.name].most_common(1)[0][0]) and f.alike and usual:
+            more = dict(
+                verdict=Verdict.WRONG, against=f"most hosts: {usual}", remedy="install and start the same on all"
+            )
+            return dataclasses.replace(f, **more)
+        if f.verdict is Verdict.OK and f.value:
+            ratio = f.value / statistics.median(values[f.name])
+            ratio = ratio if f.higher_is_better else 1 / ratio
+            if ratio < FAR:
+                against, remedy = (
+                    f"{ratio:.2f} of the hosts' median",
+                    "see what else runs on this host; ask for another",
+                )
                 return dataclasses.replace(f, verdict=Verdict.SLOW, against=against, remedy=remedy)
         return f
 
-    return [dataclasses.replace(page, findings=tuple(map(judged, page.findings))) for page in pages]
+    return [dataclasses.replace(page, findings=tuple(map(compared, page.findings))) for page in pages]
 
 
 def pages_table(pages: Sequence[Page]) -> str:
-    """A line per check and verdict: hosts that say the same share one, with the figure of the middle one."""
-    groups: dict[tuple[str, Verdict], list[tuple[Page, Finding]]] = {}
-    names = list(dict.fromkeys(f.name for page in pages for f in page.findings))
+    """A line per check and verdict: hosts that agree share one, with the figure of the middle one."""
+    groups: dict[str, dict[Verdict, list]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for page in pages:
         for f in page.findings:
-            groups.setdefault((f.name, f.verdict), []).append((page, f))
-    lines, width = [], max(map(len, names), default=0)
-    for (name, verdict), group in sorted(groups.items(), key=lambda item: names.index(item[0][0])):
-        middle = sorted(group, key=lambda one: one[1].value or 0.0)[len(group) // 2][1]
-        hosts = "" if len(pages) == 1 else f" [{_hosts([page for page, _ in group], len(pages))}]"
-        against = f"  ({middle.against})" if middle.against else ""
-        lines.append(f"{verdict:7}  {name:{width}}{hosts}  {middle.figure}{against}")
-        lines += [f"{'':7}  {'':{width}}  -> {middle.remedy}"] * bool(middle.remedy)
+            groups[f.name][f.verdict].append((f.value or 0.0, page.host, page.name, f))
+    lines, width = [], max(map(len, groups), default=0)
+    for name, by_verdict in groups.items():
+        for verdict, group in by_verdict.items():
+            f = sorted(group, key=lambda one: one[:2])[len(group) // 2][3]
+            hosts = "all" if len(group) == len(pages) else ", ".join(f"{host} {where}" for _, host, where, _ in group)
+            who = f"[hosts: {hosts}]  " if len(pages) > 1 else ""
+            lines.append(f"{verdict:7}  {name:{width}}  {who}{f.figure}" + (f"  ({f.against})" if f.against else ""))
+            lines += [f"{'':{width + 9}}  -> {f.remedy}"] * bool(f.remedy)
     return "\n".join(lines)
 
 
-def _hosts(pages: Sequence[Page], count: int) -> str:
-    if len(pages) == count:
-        return f"all {count} hosts"
-    return ", ".join(f"{page.host} {page.name}" for page in pages)
-
-
-def pages_json(pages: Sequence[Page], seconds: float) -> dict:
-    counts = collections.Counter(f.verdict for page in pages for f in page.findings)
-    return {
-        "ok": not counts[Verdict.WRONG],
-        "counts": {verdict.value: counts[verdict] for verdict in Verdict},
-        "seconds": round(seconds, 1),
-        "hosts": [dataclasses.asdict(page) for page in pages],
-    }
+def pages_json(pages: Sequence[Page], seconds: float) -> dict[str, Any]:
+    counts = collections.Counter(finding.verdict.value for page in pages for finding in page.findings)
+    ok, hosts = not counts[Verdict.WRONG], [dataclasses.asdict(page) for page in pages]
+    return {"ok": ok, "counts": dict(counts), "seconds": round(seconds, 1), "hosts": hosts}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import pathlib
 import platform
 import re
@@ -20,81 +21,66 @@ from rsagent_jax.rollout.startup import SPACE
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.train.startup import checkpoint_bytes
 
-PACKAGES = "jax jaxlib libtpu flax optax orbax-checkpoint numpy transformers grpcio".split()
+PACKAGES = "jax jaxlib flax optax orbax-checkpoint numpy transformers grpcio".split()
 ACCELERATORS = ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*")  # device files of TPUs and of NVIDIA's GPUs
 DEV = pathlib.Path("/dev")
 
 
 def check_versions(examined: Examined) -> list[Finding]:
-    """Against the exact pins of requirements.txt; libtpu has none there."""
+    """Against the pins of requirements.txt; an installed package has none beside it."""
     del examined
-    have = {name: version for name in PACKAGES if (version := _version(name))}
+    packages = PACKAGES + ["libtpu"] * (importlib.util.find_spec("libtpu") is not None)
+    have = {name: importlib.metadata.version(name) for name in packages}
     file = pathlib.Path(shipped("requirements.txt"))
     pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", file.read_text(), re.MULTILINE)) if file.is_file() else {}
     other = [f"{name} {pins[name]}" for name in have if pins.get(name, have[name]) != have[name]]
-    said = f"python {platform.python_version()}, " + ", ".join(f"{name} {have[name]}" for name in have)
-    against = (
-        f"requirements.txt has {', '.join(other)}" if other else f"{file.name}: the same" if pins else "no pins here"
-    )
-    remedy = "pip install -r requirements.txt, on every host"
-    return [Finding.judged("versions", not other, Verdict.WRONG, said, against, remedy, alike=said)]
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    figure = ", ".join([f"python {platform.python_version()}", *map(" ".join, have.items())])
+    against, remedy = f"{file}: {', '.join(other) or 'nothing else'}", "pip install -r requirements.txt, on every host"
+    return [Finding.judged("versions", not other, Verdict.WRONG, figure, against, remedy, alike=figure)]
 
 
 def check_devices(examined: Examined) -> list[Finding]:
     """Against the slice that the config names, and against the device files of this host."""
-    devices, own = jax.devices(), jax.local_devices()
-    kind, named = own[0].device_kind, getattr(examined.config, "slice", "")
+    devices, own, named = jax.devices(), jax.local_devices(), getattr(examined.config, "slice", "")
+    chip, kind = chip_of(own[0]), own[0].device_kind
     figure = f"{len(devices)} x {kind}, {len(own)} on each of {jax.process_count()} hosts"
     files = sorted(str(path) for pattern in ACCELERATORS for path in DEV.glob(pattern))
+    good, against, remedy = True, "the config names no slice", ""
     if own[0].platform == "cpu" and files:
-        remedy = (
-            'pip install "jax[tpu]" or "jax[cuda12]"; unset JAX_PLATFORMS; see that no other process holds the devices'
-        )
-        return [Finding("devices", Verdict.WRONG, figure, f"this host has {files[0]}", remedy)]
-    if not named:
-        return [Finding("devices", Verdict.OK, figure, "the config names no slice", value=float(len(own)), alike=kind)]
-    wanted, chip = parse_topology(named), chip_of(own[0])
-    good = len(devices) == wanted.devices and chip is not None and chip.name == wanted.chip.name
-    against = f"slice {named}: {wanted.devices} x {wanted.chip.name}"
-    remedy = "give --config.slice of the slice that this is, and start the command on all of its hosts"
-    return [Finding.judged("devices", good, Verdict.WRONG, figure, against, remedy, value=float(len(own)), alike=kind)]
+        good, against = False, f"this host has {files[0]}"
+        remedy = 'pip install "jax[tpu]" or "jax[cuda12]"; unset JAX_PLATFORMS; end other processes with the devices'
+    elif named:
+        slice = parse_topology(named)
+        good = chip is not None and (len(devices), chip.name) == (slice.devices, slice.chip.name)
+        against = f"slice {named}: {slice.devices} x {slice.chip.name}"
+        remedy = "give the --config.slice that this is, and start the command on all of its hosts"
+    more = dict(value=float(len(own)), alike=kind)
+    return [Finding.judged("devices", good, Verdict.WRONG, figure, against, remedy, **more)]
 
 
 def check_mesh(examined: Examined) -> list[Finding]:
-    """Whether devices, rows and parameters divide as the config wants. A DataError says what does not."""
+    """Whether devices, rows and parameters divide as the config wants; a DataError says what does not."""
     config = examined.settled
     if not isinstance(config, TrainConfig):
         mesh = processes.local_mesh(config.sampling.tensor)
-        shape = dict(mesh.shape) if mesh else {"devices": 1}
-        return [Finding("mesh", Verdict.OK, f"{shape} on each host", "sampling.tensor divides a host's devices")]
+        return [Finding("mesh", Verdict.OK, f"{dict(mesh.shape) if mesh else 'one device'} on each host")]
     mesh = sharding.make_mesh(config.mesh)
     sharding.param_shardings(convert.abstract_model(examined.policy), mesh)
-    share = processes.row_share(mesh)
     rows = {stage: getattr(config, stage).batch.rows for stage in config.stages}
     for stage, count in rows.items():
-        share.of(count, f"{stage}.batch.rows")
-    said = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    return [Finding("mesh", Verdict.OK, said, f"rows of a micro-batch: {rows}; all parameters divide")]
+        processes.row_share(mesh).of(count, f"{stage}.batch.rows")
+    return [Finding("mesh", Verdict.OK, f"{dict(mesh.shape)}, rows {rows}", "rows and parameters divide")]
 
 
 def check_space(examined: Examined) -> list[Finding]:
     """Room for the checkpoints of all stages, as train.py wants it before it starts."""
-    directory = examined.workdir
-    if directory is None or "://" in str(directory):
+    config, directory, needed = examined.settled, examined.workdir, SPACE
+    if directory is None or not directory.is_dir():
         return not_run("disk", "no --workdir on a disk of this machine was given")
-    config, needed = examined.settled, SPACE
     if isinstance(config, TrainConfig):
         model = convert.abstract_model(examined.policy)
         needed += sum(checkpoint_bytes(model, config, stage) for stage in config.stages)
     free = shutil.disk_usage(directory).free
-    against = f"{needed / GIB:.2f} GiB for a checkpoint of each stage and what lies beside it"
+    figure, against = f"{free / GIB:.2f} GiB free in {directory}", f"{needed / GIB:.2f} GiB for checkpoints and logs"
     remedy = "make room, or give another --workdir"
-    figure = f"{free / GIB:.2f} GiB free in {directory}"
     return [Finding.judged("disk", free >= needed, Verdict.WRONG, figure, against, remedy)]

@@ -30,6 +30,7 @@ from rsagent_jax.types import Batch
 
 SLOWER = 2.5  # times the projection, which is a bound: well-tuned models reach half of it
 LEAST_MFU = 0.15  # of the peak measured, where nothing is projected
+TIMED = ("tower", "gradients")
 Compiled = dict[str, tuple[Job, jax.stages.Traced, jax.stages.Compiled]]  # by program: tower, gradients, update, …
 
 
@@ -87,36 +88,36 @@ def _step(examined: Examined, stage: str, mesh: jax.sharding.Mesh, programs: Com
         return metrics
 
     update_s, metrics = fastest(update), jax.device_get(update())
-    sequences = settings.trajectories_per_step if stage == "sft" else settings.prompts * settings.group
-    count = math.ceil(sequences / settings.batch.rows)
-    flops = sum(programs[name][0].model_flops for name in ("tower", "gradients") if name in run) / micro_s / mesh.size
-    chip, mfu = chip_of(jax.local_devices()[0]), flops / min(matmul_flops(examined.config.policy.dtype))
-    figure = f"{count * micro_s + update_s:.2f} s, {count} micro-batches of {micro_s:.3f}"
-    figure += f"; MFU {mfu:.0%} of the peak measured"
-    figure += f", {flops / chip.bf16_flops:.0%} of the nominal" if chip else ""
     name, numbers = f"step, {stage}", (metrics["loss"], metrics["l2_grads"])
     if not np.isfinite(numbers).all():
         remedy = "--config.policy.attention=blocks, another jax or driver; see the attention kernels' lines"
         return Finding(name, Verdict.WRONG, "loss and gradients' norm are {} and {}".format(*numbers), "finite", remedy)
-    good, against = _compared(examined, settings.batch, mesh.size, chip, programs["gradients"], micro_s, mfu)
+    sequences = settings.trajectories_per_step if stage == "sft" else settings.prompts * settings.group
+    count, timed = math.ceil(sequences / settings.batch.rows), [programs[name] for name in TIMED if name in programs]
+    flops = sum(job.model_flops for job, *_ in timed) / micro_s / mesh.size
+    chip, mfu = chip_of(jax.local_devices()[0]), flops / min(matmul_flops(examined.config.policy.dtype))
+    figure = f"{count * micro_s + update_s:.2f} s, {count} micro-batches of {micro_s:.3f}"
+    figure += f"; MFU {mfu:.0%} of the peak measured"
+    figure += f", {flops / chip.bf16_flops:.0%} of the nominal" if chip else ""
+    if projected := _projected(examined, settings.batch, mesh.size, chip, timed):
+        good, against = micro_s <= SLOWER * projected, f"{projected:.3f} s a micro-batch projected (--aot)"
+    elif jax.default_backend() == "cpu":
+        good, against = True, "nothing is projected for a CPU; not judged"
+    else:
+        good, against = mfu >= LEAST_MFU, f"{LEAST_MFU:.0%} at least; nothing is projected for this device"
     remedy = "another remat, longer rows, mesh.tensor; trace a step (--config.profiler_port, docs/tpu.md)"
     return Finding.judged(name, good, Verdict.SLOW, figure, against, remedy, value=mfu)
 
 
-def _compared(
-    examined: Examined, batch: BatchConfig, devices: int, chip: Chip | None, program, seconds: float, mfu: float
-):
-    """(whether it is fast enough, what that was told by): the projection of --aot, where it knows the devices."""
-    job, traced, compiled = program
+def _projected(examined: Examined, batch: BatchConfig, devices: int, chip: Chip | None, timed: list) -> float:
+    """Seconds of a micro-batch by the roofline of aot/report.py; 0 where it does not know these devices."""
     slices = (Topology(name, chip, shape) for name, (kind, shape) in SLICES.items() if chip and kind == chip.name)
-    if (topology := next((slice for slice in slices if slice.devices == devices), None)) is not None:
-        kernels = attention_flops(examined.policy, workload(batch, examined.policy, vision_trained=True))
-        report = analyse(traced, compiled, job, topology, kernels)
-        against = f"{report.projected_step_s:.3f} s of gradients projected, MFU {report.projected_mfu:.0%}"
-        return seconds <= SLOWER * report.projected_step_s, against
-    if jax.default_backend() == "cpu":
-        return True, "nothing is projected for a CPU; not judged"
-    return mfu >= LEAST_MFU, f"{LEAST_MFU:.0%} at least; nothing is projected for this device"
+    topology = next((slice for slice in slices if slice.devices == devices), None)
+    if topology is None:
+        return 0.0
+    kernels = attention_flops(examined.policy, workload(batch, examined.policy, vision_trained=True))
+    reports = [analyse(traced, compiled, job, topology, kernels) for job, traced, compiled in timed]
+    return sum(report.projected_step_s or 0.0 for report in reports)
 
 
 def _arrays(examined: Examined, stage: str, mesh: jax.sharding.Mesh):

@@ -1,0 +1,344 @@
+"""Each check of `rsagent_jax.doctor` finds a machine fit, and finds what is wrong where something is."""
+
+import contextlib
+import dataclasses
+import http.server
+import pathlib
+import shutil
+import threading
+import time
+import types
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from rsagent_jax.aot.topology import CHIPS
+from rsagent_jax.config.schema import OptimConfig, SegmenterConfig
+from rsagent_jax.fitness import checks, decoding, kernels, machine, places, segmenting, speed, training
+from rsagent_jax.fitness.checks import Check, run_checks
+from rsagent_jax.fitness.finding import Examined, Finding, Verdict
+from rsagent_jax.models.qwen25_vl import attention
+from rsagent_jax.types import DataError
+from sam_bridge import check
+from sam_bridge.types import About, SegmentReply
+from tests.rollout import small
+
+pytestmark = pytest.mark.slow
+
+OK, SLOW, WRONG, NOT_RUN = Verdict
+
+
+@pytest.fixture
+def examined(tmp_path):
+    config = small.train_config("nowhere", 2, 1, OptimConfig(warmup_steps=1), 2)
+    return Examined(dataclasses.replace(config, stages=("sft",)), tmp_path)
+
+
+def with_(examined, **fields) -> Examined:
+    return Examined(dataclasses.replace(examined.config, **fields), examined.workdir)
+
+
+def told(findings: list[Finding]) -> list[tuple[Verdict, str]]:
+    assert all(f.remedy for f in findings if f.verdict in (SLOW, WRONG))
+    return [(f.verdict, f"{f.figure} ({f.against}) {f.remedy}") for f in findings]
+
+
+def only(findings: list[Finding]) -> tuple[Verdict, str]:
+    (one,) = told(findings)
+    return one
+
+
+def of_table(name: str, examined: Examined) -> list[Finding]:
+    """As the command runs it: what it raises is a line."""
+    return run_checks(examined, 120, lambda _: None, [c for c in checks.CHECKS if c.name == name])[0]
+
+
+# ---------------------------------------------------------------------------------------------- what there is
+
+
+def test_versions_are_those_of_the_requirements(examined, tmp_path, monkeypatch):
+    assert only(machine.check_versions(examined))[0] is OK
+    (tmp_path / "requirements.txt").write_text("jax==0.1.2\nnumpy==9.9\n")
+    monkeypatch.setattr(machine, "shipped", lambda name: str(tmp_path / name))
+    verdict, said = only(machine.check_versions(examined))
+    assert verdict is WRONG and "requirements.txt: jax 0.1.2, numpy 9.9" in said and "pip install -r" in said
+
+
+def test_devices_are_those_of_the_slice_and_of_the_host(examined, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "DEV", tmp_path)
+    assert only(machine.check_devices(examined)) == (OK, "1 x cpu, 1 on each of 1 hosts (the config names no slice) ")
+    verdict, said = only(machine.check_devices(with_(examined, slice="v6e-8")))
+    assert verdict is WRONG and "slice v6e-8: 8 x v6e" in said and "--config.slice" in said
+    chips = [types.SimpleNamespace(device_kind="TPU v6 lite", platform="tpu")] * 8
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: chips)
+        patch.setattr(jax, "local_devices", lambda: chips)
+        assert only(machine.check_devices(with_(examined, slice="v6e-8")))[0] is OK
+        assert only(machine.check_devices(with_(examined, slice="v5e-8")))[0] is WRONG
+    (tmp_path / "vfio").mkdir()
+    (tmp_path / "vfio" / "0").touch()
+    verdict, said = only(machine.check_devices(examined))
+    assert verdict is WRONG and f"this host has {tmp_path}/vfio/0" in said and "jax[tpu]" in said
+
+
+def test_a_mesh_that_does_not_divide_is_wrong(examined):
+    assert only(machine.check_mesh(examined))[0] is OK
+    three = dataclasses.replace(examined.config.mesh, data=3)
+    verdict, said = only(of_table("mesh", with_(examined, mesh=three)))
+    assert verdict is WRONG and "does not cover 1 devices" in said and "docs/tpu.md" in said
+
+
+def test_a_full_disk_is_wrong(examined, monkeypatch):
+    assert only(machine.check_space(examined))[0] is OK
+    assert only(machine.check_space(Examined(examined.config)))[0] is NOT_RUN
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10 << 20))
+    verdict, said = only(machine.check_space(examined))
+    assert verdict is WRONG and "0.01 GiB free" in said and "another --workdir" in said
+
+
+# ---------------------------------------------------------------------------------------------- far away
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on loopback that knows org/name at main; `gated` repositories are refused."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            *_, name, _, revision, _ = self.path.split("/")
+            code, error = {"gated": (403, "GatedRepo"), "name": (200, "")}.get(name, (401, "RepoNotFound"))
+            if code == 200 and revision != "main":
+                code, error = 404, "RevisionNotFound"
+            self.send_response(code)
+            for key, value in (
+                ("X-Error-Code", error),
+                ("X-Repo-Commit", "c"),
+                ("ETag", '"e"'),
+                ("Content-Length", "2"),
+            ):
+                self.send_header(key, value)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def hub_says(examined, weights: str) -> tuple[Verdict, str]:
+    policy = dataclasses.replace(examined.config.policy, weights=weights)
+    return only(of_table("hub", with_(examined, policy=policy)))
+
+
+def test_a_hub_is_asked_for_what_the_config_names(examined, hub):
+    assert only(places.check_hub(examined)) == (NOT_RUN, "not used: no weights are given as org/name () ")
+    assert hub_says(examined, "org/name")[0] is OK and hub_says(examined, "org/name@main")[0] is OK
+    for name, error in (
+        ("org/gated", "Gated"),
+        ("org/none", "RepositoryNotFound"),
+        ("org/name@v2", "RevisionNotFound"),
+    ):
+        verdict, said = hub_says(examined, name)
+        assert verdict is WRONG and error in said and "HF_TOKEN" in said, said
+
+
+def test_a_hub_that_does_not_answer_is_wrong(examined, hub):
+    hub.shutdown()
+    hub.server_close()
+    verdict, said = hub_says(examined, "org/name")
+    assert verdict is WRONG and "HF_ENDPOINT" in said
+
+
+def test_a_bucket_is_looked_for(examined, tmp_path, monkeypatch):
+    assert only(places.check_buckets(examined))[0] is NOT_RUN
+    sft = dataclasses.replace(examined.config.sft, trajectories="gs://ours/collected")
+    remote = with_(examined, sft=sft)
+    monkeypatch.setattr(epath, "Path", lambda name: pathlib.Path(name.replace("gs:/", str(tmp_path))))
+    verdict, said = only(of_table("bucket", remote))
+    assert verdict is WRONG and "does not exist" in said and "gs://ours/collected" in said and "service account" in said
+    (tmp_path / "ours").mkdir()
+    verdict, said = only(of_table("bucket", remote))
+    assert verdict is OK and "is not there yet" in said
+
+
+# ---------------------------------------------------------------------------------------------- how fast
+
+
+def test_a_device_far_below_its_nominal_figures_is_slow(examined, monkeypatch):
+    monkeypatch.setattr(speed, "matmul_flops", lambda dtype: (90e12, 100e12))
+    monkeypatch.setattr(speed, "memory_bandwidth", lambda: (700e9,))
+    half = with_(examined, policy=dataclasses.replace(examined.config.policy, dtype="bfloat16"))
+    assert only(speed.check_matmul(half))[0] is OK and only(speed.check_bandwidth(half))[0] is OK
+    monkeypatch.setattr(speed, "chip_of", lambda device: CHIPS["v5e"])  # 197 TFLOP/s, 819 GB/s
+    verdict, said = only(speed.check_matmul(half))
+    assert verdict is SLOW and "90 TFLOP/s to 100 on 2 devices (197 nominal)" in said
+    assert only(speed.check_bandwidth(half))[0] is OK
+    monkeypatch.setattr(speed, "memory_bandwidth", lambda: (700e9, 300e9))
+    assert only(speed.check_bandwidth(half))[0] is SLOW
+
+
+def test_what_is_measured_is_what_was_done(monkeypatch):
+    """By a clock of our own: a chain of 8 products of 1024 x 1024 in 1 s, 4 passes over 256 MiB in 2 s."""
+    seconds = []
+    monkeypatch.setattr(speed, "fastest", lambda run: (jax.block_until_ready(run()), seconds[0])[1])
+    for cached in (speed.matmul_flops, speed.memory_bandwidth):
+        cached.cache_clear()
+    seconds[:] = [1.0]
+    assert speed.matmul_flops("float32") == (8 * 2 * 1024**3,)
+    seconds[:] = [2.0]
+    assert speed.memory_bandwidth() == (4 * 2 * 2**28 / 2,)
+    for cached in (speed.matmul_flops, speed.memory_bandwidth):
+        cached.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------- what is computed
+
+
+def test_a_wrong_attention_kernel_is_found(examined, monkeypatch):
+    assert {verdict for verdict, _ in told(kernels.check_kernels(examined))} == {OK}
+    ours = attention._blocks
+
+    def wrong(segments, causal, q, k, v):  # the values right, a gradient not
+        o = ours(segments, causal, q, k, v)
+        return o + (1e-3 * k.sum() - jax.lax.stop_gradient(1e-3 * k.sum()))
+
+    monkeypatch.setattr(attention, "_blocks", wrong)
+    assert {verdict for verdict, _ in told(kernels.check_kernels(examined))} == {WRONG}
+    monkeypatch.setattr(attention, "_blocks", lambda *args: ours(*args) * jnp.nan)
+    assert all(verdict is WRONG and "inf" in said for verdict, said in told(kernels.check_kernels(examined)))
+    plain = with_(examined, policy=dataclasses.replace(examined.config.policy, attention="plain"))
+    assert only(kernels.check_kernels(plain))[0] is NOT_RUN
+
+
+def test_the_kernels_of_each_platform(examined):
+    auto = dataclasses.replace(examined.config.policy, dtype="bfloat16")
+    assert [kernels.kernels_of(auto, p) for p in ("tpu", "gpu", "cpu")] == [("splash",), ("cudnn",), ("blocks",)]
+    splash = dataclasses.replace(auto, attention="splash", dtype="float32")
+    assert kernels.kernels_of(splash, "cpu") == ("splash",) and kernels.kernels_of(auto, "gpu") == ("cudnn",)
+
+
+def test_log_probs_of_engine_and_trainer_that_part_are_found(examined, monkeypatch):
+    assert only(decoding.check_engine(examined))[0] is NOT_RUN
+    both = with_(examined, stages=("sft", "grpo"))
+    agree, decode = told(decoding.check_engine(both))
+    assert agree[0] is OK and "sampled tokens" in agree[1] and decode[0] is OK and "tokens/s" in decode[1]
+    ours = decoding.batch_logprobs
+    monkeypatch.setattr(decoding, "batch_logprobs", lambda *args: ours(*args) - 0.01)
+    (verdict, said), _ = told(decoding.check_engine(both))
+    assert verdict is WRONG and "1.0e-02 nats at most" in said and "0.001" in said and "do not train GRPO" in said
+    monkeypatch.setattr(decoding, "device_memory", lambda: 1 << 20)
+    verdict, said = only(decoding.check_engine(both))
+    assert verdict is WRONG and "there are 0.00" in said and "sampling.slots" in said
+
+
+def test_a_training_step_is_weighed_and_timed(examined, monkeypatch):
+    (memory, weighed), (step, timed) = told(training.check_training(examined))
+    assert memory is OK and "sft gradients" in weighed and step is OK and "MFU" in timed and "2 micro-batches" in timed
+    with monkeypatch.context() as patch:  # what --aot would project for a v5e
+        patch.setattr(training, "chip_of", lambda device: CHIPS["v5e"])
+        _, (step, timed) = told(training.check_training(examined))
+        assert step is SLOW and "a micro-batch projected" in timed and "of the nominal" in timed and "remat" in timed
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(training, "matmul_flops", lambda dtype: (1e18,))
+    monkeypatch.setattr(training, "device_memory", lambda: None)
+    (memory, _), (step, timed) = told(training.check_training(examined))
+    assert memory is NOT_RUN and step is SLOW and "15% at least" in timed
+
+
+def test_a_step_that_does_not_fit_is_not_run(examined, monkeypatch):
+    monkeypatch.setattr(training, "device_memory", lambda: 1 << 10)
+    verdict, said = only(training.check_training(examined))
+    assert verdict is WRONG and "parameters and gradients alone" in said and "larger slice" in said
+
+
+def test_a_loss_that_is_no_number_is_wrong(examined, monkeypatch):
+    ours = training.random_policy
+
+    def broken(*args):
+        graphdef, params = ours(*args)
+        return graphdef, jax.tree.map(lambda x: x * jnp.nan, params)
+
+    monkeypatch.setattr(training, "random_policy", broken)
+    _, (verdict, said) = told(training.check_training(examined))
+    assert verdict is WRONG and "nan" in said and "finite" in said
+
+
+# ---------------------------------------------------------------------------------------------- the segmenter
+
+
+class Fixed:
+    """The same mask for every prompt, or the next of several."""
+
+    def __init__(self, *masks, way_s=0.0, identity="fixed"):
+        self.masks, self.way_s, self.about, self.asked = masks, way_s, About("fixed", identity), 0
+
+    def segment(self, image, request):
+        self.asked += 1
+        return SegmentReply(self.masks[self.asked % len(self.masks)], 0.9, "", {"total": 0.01, "transport": self.way_s})
+
+
+def asked(examined, monkeypatch, segmenter):
+    monkeypatch.setattr(segmenting, "open_segmenter", lambda config: contextlib.nullcontext(segmenter))
+    return told(segmenting.check_masks(examined))
+
+
+def test_a_segmenter_with_other_masks_is_wrong_and_one_far_away_is_slow(examined, monkeypatch):
+    disc = check.disc_mask()
+    good, far = asked(examined, monkeypatch, Fixed(disc, way_s=0.2))
+    assert good[0] is OK and far[0] is SLOW and "200.0 of them on the way" in far[1] and "nearer" in far[1]
+    bad, near = asked(examined, monkeypatch, Fixed(np.roll(disc, 150, axis=1)))
+    assert bad[0] is WRONG and "0.7 at least" in bad[1] and "sam_bridge.check" in bad[1] and near[0] is OK
+    unequal, _ = asked(examined, monkeypatch, Fixed(disc, disc | np.roll(disc, 1, axis=1)))
+    assert unequal[0] is WRONG and "equal prompts give unequal masks" in unequal[1]
+    random, _ = asked(examined, monkeypatch, Fixed(~disc, identity="sam2 random"))
+    assert random[0] is OK and "not judged" in random[1]
+
+
+def test_the_real_segmenter_finds_the_disc_and_an_absent_one_is_wrong(examined):
+    here = with_(examined, segmenter=SegmenterConfig(mode="inprocess"))
+    assert [verdict for verdict, _ in told(segmenting.check_masks(here))] == [OK, OK]
+    away = with_(examined, segmenter=SegmenterConfig(mode="connect", addresses=("127.0.0.1:9",), wait_s=0.1))
+    verdict, said = only(of_table("segmenter", away))
+    assert verdict is WRONG and "127.0.0.1:9" in said and "docs/sidecar.md" in said
+
+
+# ---------------------------------------------------------------------------------------------- all of them
+
+
+def test_a_check_that_raises_or_hangs_is_a_line_and_the_others_go_on(examined):
+    woken, heard = threading.Event(), []
+
+    def raises(_):
+        raise DataError("half of it is gone\nand more")
+
+    def hangs(_):
+        woken.wait(60)
+        return []
+
+    fine = Finding("fine", OK, "1")
+    table = (Check("a", raises, "mend a"), Check("b", hangs, "mend b"), Check("c", lambda _: [fine], "mend c"))
+    start = time.monotonic()
+    findings, still_hangs = run_checks(examined, 0.2, heard.append, table)
+    woken.set()
+    assert time.monotonic() - start < 10 and still_hangs and heard == ["a", "b", "c"] and findings[2] == fine
+    assert [f.verdict for f in findings] == [WRONG, WRONG, OK] and [f.remedy for f in findings] == [
+        "mend a",
+        "mend b",
+        "",
+    ]
+    assert findings[0].figure == "DataError: half of it is gone" and "no answer within" in findings[1].figure
+
+
+def test_every_check_says_what_to_do_where_it_raises():
+    names = [c.name for c in checks.CHECKS]
+    assert len(set(names)) == len(names) == 12 and all(c.remedy for c in checks.CHECKS)
