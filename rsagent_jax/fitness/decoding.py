@@ -23,8 +23,7 @@ from rsagent_jax.rollout.programs import Turns
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.train.step import batch_logprobs
 
-PLAYED, WORDS, DRAWN = 4, 24, 16  # trajectories; text tokens about an image; tokens drawn in each
-GRID = (1, 8, 8)  # patches of the image
+PLAYED, WORDS, DRAWN = 4, 24, 16  # trajectories; text tokens about an image of one window; tokens drawn in each
 EXACT, ROUNDED = 1e-3, 0.15  # nats: fp32 on a CPU, and where products round to bf16
 LEAST_SHARE = 0.4  # of the bandwidth measured
 PROJECTED = 1 / 1.15  # docs/scaling.md: what a decode step moves over what it must read
@@ -62,8 +61,9 @@ def check_engine(examined: Examined) -> list[Finding]:
 def _play(engine: Engine) -> list[Item]:
     """A turn of a few trajectories."""
     rng, prompts, items = np.random.default_rng(0), {}, []
+    side = engine.config.vision.window_size // engine.config.vision.patch_size
     for slot in range(min(PLAYED, engine.slots)):
-        prompts[slot] = prompt, end = random_prompt(engine.config, (GRID,), WORDS, rng)
+        prompts[slot] = prompt, end = random_prompt(engine.config, ((1, side, side),), WORDS, rng)
         engine.submit(Request(slot, prompt, end, None, Task(None, slot, slot), 0, DRAWN))
     while len(items) < len(prompts):
         for slot, drawn in engine.step():

@@ -30,8 +30,18 @@ from rsagent_jax.types import Batch
 
 SLOWER = 2.5  # times the projection, which is a bound: well-tuned models reach half of it
 LEAST_MFU = 0.15  # of the peak measured, where nothing is projected
-TIMED = ("tower", "gradients")
+MICRO = ("tower", "gradients")
 Compiled = dict[str, tuple[Job, jax.stages.Traced, jax.stages.Compiled]]  # by program: tower, gradients, update, …
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTimes:
+    """Seconds of a micro-batch (tower and gradients) and of an update, and what they gave."""
+
+    micro_s: float
+    update_s: float
+    loss: float
+    l2_grads: float
 
 
 def check_training(examined: Examined) -> list[Finding]:
@@ -51,7 +61,7 @@ def check_training(examined: Examined) -> list[Finding]:
             memory = _memory(stage, *max((_needed(job, done), job.program) for job, _, done in programs.values()))
         found.append(memory)
         if processes.allgather_sum([memory.verdict is Verdict.WRONG]) == [0]:
-            found.append(_step(examined, stage, mesh, programs))
+            found.append(judge_step(examined, stage, mesh.size, programs, _timed(examined, stage, mesh, programs)))
     return found
 
 
@@ -72,9 +82,9 @@ def _memory(stage: str, needed: int, program: str) -> Finding:
     return Finding.judged(name, needed <= have, Verdict.WRONG, figure, against, remedy)
 
 
-def _step(examined: Examined, stage: str, mesh: jax.sharding.Mesh, programs: Compiled) -> Finding:
-    """Times the compiled programs on a policy of random weights."""
-    settings, run = getattr(examined.settled, stage), {name: compiled for name, (*_, compiled) in programs.items()}
+def _timed(examined: Examined, stage: str, mesh: jax.sharding.Mesh, programs: Compiled) -> StepTimes:
+    """Of the compiled programs, on a policy of random weights."""
+    run = {name: compiled for name, (*_, compiled) in programs.items()}
     state, base, batch, ref = _arrays(examined, stage, mesh)
     micro_s = 0.0
     if "tower" in run:
@@ -88,19 +98,25 @@ def _step(examined: Examined, stage: str, mesh: jax.sharding.Mesh, programs: Com
         return metrics
 
     update_s, metrics = fastest(update), jax.device_get(update())
-    name, numbers = f"step, {stage}", (metrics["loss"], metrics["l2_grads"])
-    if not np.isfinite(numbers).all():
+    return StepTimes(micro_s, update_s, float(metrics["loss"]), float(metrics["l2_grads"]))
+
+
+def judge_step(examined: Examined, stage: str, devices: int, programs: Compiled, times: StepTimes) -> Finding:
+    """Against the projection of --aot where it knows these devices, else by MFU."""
+    name, settings = f"step, {stage}", getattr(examined.settled, stage)
+    if not np.isfinite((times.loss, times.l2_grads)).all():
         remedy = "--config.policy.attention=blocks, another jax or driver; see the attention kernels' lines"
-        return Finding(name, Verdict.WRONG, "loss and gradients' norm are {} and {}".format(*numbers), "finite", remedy)
+        figure = f"loss {times.loss}, norm of the gradients {times.l2_grads}"
+        return Finding(name, Verdict.WRONG, figure, "finite", remedy)
     sequences = settings.trajectories_per_step if stage == "sft" else settings.prompts * settings.group
-    count, timed = math.ceil(sequences / settings.batch.rows), [programs[name] for name in TIMED if name in programs]
-    flops = sum(job.model_flops for job, *_ in timed) / micro_s / mesh.size
+    count, micro = math.ceil(sequences / settings.batch.rows), [programs[name] for name in MICRO if name in programs]
+    flops = sum(job.model_flops for job, *_ in micro) / times.micro_s / devices
     chip, mfu = chip_of(jax.local_devices()[0]), flops / min(matmul_flops(examined.config.policy.dtype))
-    figure = f"{count * micro_s + update_s:.2f} s, {count} micro-batches of {micro_s:.3f}"
+    figure = f"{count * times.micro_s + times.update_s:.2f} s, {count} micro-batches of {times.micro_s:.3f}"
     figure += f"; MFU {mfu:.0%} of the peak measured"
     figure += f", {flops / chip.bf16_flops:.0%} of the nominal" if chip else ""
-    if projected := _projected(examined, settings.batch, mesh.size, chip, timed):
-        good, against = micro_s <= SLOWER * projected, f"{projected:.3f} s a micro-batch projected (--aot)"
+    if projected := _projected(examined, settings.batch, devices, chip, micro):
+        good, against = times.micro_s <= SLOWER * projected, f"{projected:.3g} s a micro-batch projected (--aot)"
     elif jax.default_backend() == "cpu":
         good, against = True, "nothing is projected for a CPU; not judged"
     else:
@@ -109,14 +125,14 @@ def _step(examined: Examined, stage: str, mesh: jax.sharding.Mesh, programs: Com
     return Finding.judged(name, good, Verdict.SLOW, figure, against, remedy, value=mfu)
 
 
-def _projected(examined: Examined, batch: BatchConfig, devices: int, chip: Chip | None, timed: list) -> float:
+def _projected(examined: Examined, batch: BatchConfig, devices: int, chip: Chip | None, micro: list) -> float:
     """Seconds of a micro-batch by the roofline of aot/report.py; 0 where it does not know these devices."""
     slices = (Topology(name, chip, shape) for name, (kind, shape) in SLICES.items() if chip and kind == chip.name)
     topology = next((slice for slice in slices if slice.devices == devices), None)
     if topology is None:
         return 0.0
     kernels = attention_flops(examined.policy, workload(batch, examined.policy, vision_trained=True))
-    reports = [analyse(traced, compiled, job, topology, kernels) for job, traced, compiled in timed]
+    reports = [analyse(traced, compiled, job, topology, kernels) for job, traced, compiled in micro]
     return sum(report.projected_step_s or 0.0 for report in reports)
 
 

@@ -18,7 +18,7 @@ from etils import epath
 
 from rsagent_jax.aot.topology import CHIPS
 from rsagent_jax.config.schema import OptimConfig, SegmenterConfig
-from rsagent_jax.fitness import checks, decoding, kernels, machine, places, segmenting, speed, training
+from rsagent_jax.fitness import checks, kernels, machine, places, segmenting, speed
 from rsagent_jax.fitness.checks import Check, run_checks
 from rsagent_jax.fitness.finding import Examined, Finding, Verdict
 from rsagent_jax.models.qwen25_vl import attention
@@ -225,52 +225,6 @@ def test_the_kernels_of_each_platform(examined):
     assert [kernels.kernels_of(auto, p) for p in ("tpu", "gpu", "cpu")] == [("splash",), ("cudnn",), ("blocks",)]
     splash = dataclasses.replace(auto, attention="splash", dtype="float32")
     assert kernels.kernels_of(splash, "cpu") == ("splash",) and kernels.kernels_of(auto, "gpu") == ("cudnn",)
-
-
-def test_log_probs_of_engine_and_trainer_that_part_are_found(examined, monkeypatch):
-    assert only(decoding.check_engine(examined))[0] is NOT_RUN
-    both = with_(examined, stages=("sft", "grpo"))
-    agree, decode = told(decoding.check_engine(both))
-    assert agree[0] is OK and "sampled tokens" in agree[1] and decode[0] is OK and "tokens/s" in decode[1]
-    ours = decoding.batch_logprobs
-    monkeypatch.setattr(decoding, "batch_logprobs", lambda *args: ours(*args) - 0.01)
-    (verdict, said), _ = told(decoding.check_engine(both))
-    assert verdict is WRONG and "1.0e-02 nats at most" in said and "0.001" in said and "do not train GRPO" in said
-    monkeypatch.setattr(decoding, "device_memory", lambda: 1 << 20)
-    verdict, said = only(decoding.check_engine(both))
-    assert verdict is WRONG and "there are 0.00" in said and "sampling.slots" in said
-
-
-def test_a_training_step_is_weighed_and_timed(examined, monkeypatch):
-    (memory, weighed), (step, timed) = told(training.check_training(examined))
-    assert memory is OK and "sft gradients" in weighed and step is OK and "MFU" in timed and "2 micro-batches" in timed
-    with monkeypatch.context() as patch:  # what --aot would project for a v5e
-        patch.setattr(training, "chip_of", lambda device: CHIPS["v5e"])
-        _, (step, timed) = told(training.check_training(examined))
-        assert step is SLOW and "a micro-batch projected" in timed and "of the nominal" in timed and "remat" in timed
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(training, "matmul_flops", lambda dtype: (1e18,))
-    monkeypatch.setattr(training, "device_memory", lambda: None)
-    (memory, _), (step, timed) = told(training.check_training(examined))
-    assert memory is NOT_RUN and step is SLOW and "15% at least" in timed
-
-
-def test_a_step_that_does_not_fit_is_not_run(examined, monkeypatch):
-    monkeypatch.setattr(training, "device_memory", lambda: 1 << 10)
-    verdict, said = only(training.check_training(examined))
-    assert verdict is WRONG and "parameters and gradients alone" in said and "larger slice" in said
-
-
-def test_a_loss_that_is_no_number_is_wrong(examined, monkeypatch):
-    ours = training.random_policy
-
-    def broken(*args):
-        graphdef, params = ours(*args)
-        return graphdef, jax.tree.map(lambda x: x * jnp.nan, params)
-
-    monkeypatch.setattr(training, "random_policy", broken)
-    _, (verdict, said) = told(training.check_training(examined))
-    assert verdict is WRONG and "nan" in said and "finite" in said
 
 
 # ---------------------------------------------------------------------------------------------- the segmenter
