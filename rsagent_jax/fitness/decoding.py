@@ -113,4 +113,4 @@ def _decoding(engine: Engine) -> Finding:
     against = f"{PROJECTED:.0%} projected" + (" for a TPU; not judged on a CPU" if on_cpu else "")
     remedy = "more sampling.slots; trace a step (--config.profiler_port, docs/tpu.md)"
     good = on_cpu or share >= LEAST_SHARE
-    return Finding.judged("engine, decoding", good, Verdict.SLOW, figure, against, remedy, value=share)
+    return Finding.judged("engine, decoding", good, Verdict.SLOW, figure, against, remedy, value=1 / seconds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import pathlib
@@ -10,7 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from rsagent_jax.config.import_path import first_line
 from rsagent_jax.fitness.finding import Examined, Finding, Verdict, not_run
+from rsagent_jax.types import DataError
 
 REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 TIMEOUT_S = 10.0
@@ -33,8 +34,12 @@ def ask_hub(name: str) -> str:
     endpoint = os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT
     repository, revision = REPOSITORY.fullmatch(name).groups()
     url = huggingface_hub.hf_hub_url(repository, "config.json", revision=revision, endpoint=endpoint)
-    with contextlib.suppress(EntryNotFoundError):  # a segmenter's repository may have none, and is readable
+    try:
         huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT_S, endpoint=endpoint)
+    except EntryNotFoundError:
+        pass  # a segmenter's repository may have none, and is readable
+    except Exception as error:  # of half a dozen libraries; what it says is to stand on the page with the name
+        raise DataError(f"{name} on {endpoint}: {type(error).__name__}: {first_line(error)}") from error
     return f"{name} on {endpoint} may be read"
 
 

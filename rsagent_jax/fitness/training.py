@@ -122,7 +122,7 @@ def judge_step(examined: Examined, stage: str, devices: int, programs: Compiled,
     else:
         good, against = mfu >= LEAST_MFU, f"{LEAST_MFU:.0%} at least; nothing is projected for this device"
     remedy = "another remat, longer rows, mesh.tensor; trace a step (--config.profiler_port, docs/tpu.md)"
-    return Finding.judged(name, good, Verdict.SLOW, figure, against, remedy, value=mfu)
+    return Finding.judged(name, good, Verdict.SLOW, figure, against, remedy, value=flops)
 
 
 def _projected(examined: Examined, batch: BatchConfig, devices: int, chip: Chip | None, micro: list) -> float:
