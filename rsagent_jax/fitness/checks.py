@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import threading
 from collections.abc import Callable, Sequence
 
@@ -68,3 +69,4 @@ def _run(check: Check, examined: Examined, done: list[Finding]) -> None:
     except Exception as error:  # noqa: BLE001  the page shall come, whatever is wrong
         figure = f"{type(error).__name__}: {first_line(error)}"
         done.append(Finding(check.name, Verdict.WRONG, figure, "", check.remedy))
+    gc.collect()  # modules hold their arrays in circles, and the next check may need the memory

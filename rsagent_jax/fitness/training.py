@@ -11,6 +11,7 @@ import numpy as np
 from rsagent_jax.aot.report import Job, analyse
 from rsagent_jax.aot.stages import attention_flops, stage_jobs, workload
 from rsagent_jax.aot.topology import GIB, SLICES, Chip, Topology
+from rsagent_jax.config.import_path import first_line
 from rsagent_jax.config.schema import BatchConfig, TrainConfig
 from rsagent_jax.data.packing import Item, pack
 from rsagent_jax.fitness.finding import Examined, Finding, Verdict, device_memory, not_run
@@ -30,6 +31,7 @@ from rsagent_jax.types import Batch
 
 SLOWER = 2.5  # times the projection, which is a bound: well-tuned models reach half of it
 LEAST_MFU = 0.15  # of the peak measured, where nothing is projected
+SMALLER = "policy.remat=full, fewer batch.rows, optim.offload, policy.lora, or a larger slice (docs/scaling.md)"
 MICRO = ("tower", "gradients")
 Compiled = dict[str, tuple[Job, jax.stages.Traced, jax.stages.Compiled]]  # by program: tower, gradients, update, …
 
@@ -50,19 +52,31 @@ def check_training(examined: Examined) -> list[Finding]:
         return not_run("training step", "this config trains nothing")
     mesh, found = sharding.make_mesh(examined.settled.mesh), []
     for stage in examined.config.stages:
-        programs: Compiled = {}
         least = 8 * examined.numbers // mesh.size  # fp32 parameters and their gradients
         part = examined.config.policy.lora.rank or getattr(examined.config, stage).optim.freeze
-        memory = _memory(stage, 0 if part else least, "parameters and gradients alone")
-        if processes.allgather_sum([memory.verdict is Verdict.WRONG]) == [0]:
-            for job in stage_jobs(examined.settled, stage, examined.policy, mesh):
-                traced = job.trace()
-                programs[job.program.removeprefix(f"{stage} ")] = job, traced, traced.lower().compile()
-            memory = _memory(stage, *max((_needed(job, done), job.program) for job, _, done in programs.values()))
+        memory, programs = _memory(stage, 0 if part else least, "parameters and gradients alone"), {}
+        if _nowhere_wrong(memory):
+            memory, programs = _compiled(examined, stage, mesh)
         found.append(memory)
-        if processes.allgather_sum([memory.verdict is Verdict.WRONG]) == [0]:
+        if _nowhere_wrong(memory):
             found.append(judge_step(examined, stage, mesh.size, programs, _timed(examined, stage, mesh, programs)))
     return found
+
+
+def _nowhere_wrong(finding: Finding) -> bool:
+    return processes.allgather_sum([finding.verdict is Verdict.WRONG]) == [0]
+
+
+def _compiled(examined: Examined, stage: str, mesh: jax.sharding.Mesh) -> tuple[Finding, Compiled]:
+    """How much memory the fullest of a stage's programs needs, and all of them."""
+    programs: Compiled = {}
+    for job in stage_jobs(examined.settled, stage, examined.policy, mesh):
+        try:
+            traced = job.trace()
+            programs[job.program.removeprefix(f"{stage} ")] = job, traced, traced.lower().compile()
+        except jax.errors.JaxRuntimeError as error:  # the compiler for TPU refuses what does not fit
+            return Finding(f"memory, {stage}", Verdict.WRONG, f"{job.program}: {first_line(error)}", "", SMALLER), {}
+    return _memory(stage, *max((_needed(job, done), job.program) for job, _, done in programs.values())), programs
 
 
 def _needed(job: Job, compiled: jax.stages.Compiled) -> int:
@@ -78,8 +92,7 @@ def _memory(stage: str, needed: int, program: str) -> Finding:
     if have is None:
         return Finding(name, Verdict.NOT_RUN, figure, "not known how much there is")
     against = f"{have / GIB:.2f} GiB" + (" free in this machine" if jax.default_backend() == "cpu" else "")
-    remedy = "policy.remat=full, fewer batch.rows, optim.offload, policy.lora, or a larger slice (docs/scaling.md)"
-    return Finding.judged(name, needed <= have, Verdict.WRONG, figure, against, remedy)
+    return Finding.judged(name, needed <= have, Verdict.WRONG, figure, against, SMALLER)
 
 
 def _timed(examined: Examined, stage: str, mesh: jax.sharding.Mesh, programs: Compiled) -> StepTimes:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -68,6 +69,14 @@ def test_the_page_its_json_and_the_exit_status(verdict, status, tmp_path, monkey
     assert said["ok"] == (status == 0) and said["hosts"][0]["findings"][0]["verdict"] == verdict
     assert json.loads((tmp_path / "doctor.json").read_text()) == said
     assert command.run_command("rsagent_jax.doctor", ["--config=configs/problems.py"]) == 2
+
+
+def test_the_commands_of_its_page_are_commands():
+    block = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8").split("```\n")[1]
+    lines = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+    assert len(lines) == 2 and all(line[:3] == ["python", "-m", "rsagent_jax.doctor"] for line in lines)
+    for line in lines:
+        assert command.parse_arguments(doctor.main, line[3:])[1]["config"].stages
 
 
 @pytest.mark.slow

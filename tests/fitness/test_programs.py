@@ -71,3 +71,15 @@ def test_a_step_that_does_not_fit_is_not_run(examined, monkeypatch):
     monkeypatch.setattr(training, "device_memory", lambda: 1 << 10)
     verdict, said = only(training.check_training(examined))
     assert verdict is WRONG and "parameters and gradients alone" in said and "larger slice" in said
+
+
+def test_a_program_that_the_compiler_refuses_is_wrong(examined, monkeypatch):
+    class Refused:
+        program = "sft gradients"
+
+        def trace(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 17.44G of 15.75G hbm.\nmore")
+
+    monkeypatch.setattr(training, "stage_jobs", lambda *args: [Refused()])
+    verdict, said = only(training.check_training(examined))
+    assert verdict is WRONG and "sft gradients: RESOURCE_EXHAUSTED: Used 17.44G of 15.75G" in said and "remat" in said
