@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import huggingface_hub
+
 from rsagent_jax.config.import_path import first_line
 from rsagent_jax.fitness.finding import Examined, Finding, Verdict, not_run
 from rsagent_jax.types import DataError
@@ -23,20 +25,19 @@ def check_hub(examined: Examined) -> list[Finding]:
     names = [name for name in given if REPOSITORY.fullmatch(name) and not pathlib.Path(name).exists()]
     if not names:
         return not_run("hub", "not used: no weights are given as org/name")
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return not_run("hub", "HF_HUB_OFFLINE is set: it is not asked")
     return [Finding("hub", Verdict.OK, "; ".join(map(ask_hub, names)))]
 
 
 def ask_hub(name: str) -> str:
     """A HEAD of its config.json, as a download begins. Raises where it may not be read."""
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
-
     endpoint = os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT
     repository, revision = REPOSITORY.fullmatch(name).groups()
     url = huggingface_hub.hf_hub_url(repository, "config.json", revision=revision, endpoint=endpoint)
     try:
         huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT_S, endpoint=endpoint)
-    except EntryNotFoundError:
+    except huggingface_hub.errors.EntryNotFoundError:
         pass  # a segmenter's repository may have none, and is readable
     except Exception as error:  # of half a dozen libraries; what it says is to stand on the page with the name
         raise DataError(f"{name} on {endpoint}: {type(error).__name__}: {first_line(error)}") from error

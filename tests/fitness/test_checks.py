@@ -152,11 +152,16 @@ def test_a_hub_is_asked_for_what_the_config_names(examined, hub):
         assert verdict is WRONG and error in said and "HF_TOKEN" in said, said
 
 
+def test_a_hub_is_not_asked_where_it_must_not_be(examined, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert hub_says(examined, "org/name") == (NOT_RUN, "HF_HUB_OFFLINE is set: it is not asked () ")
+
+
 def test_a_hub_that_does_not_answer_is_wrong(examined, hub):
     hub.shutdown()
     hub.server_close()
     verdict, said = hub_says(examined, "org/name")
-    assert verdict is WRONG and "HF_ENDPOINT" in said
+    assert verdict is WRONG and "org/name on http://127.0.0.1:" in said and "HF_ENDPOINT" in said
 
 
 def test_a_bucket_is_looked_for(examined, tmp_path, monkeypatch):
