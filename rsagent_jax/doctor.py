@@ -45,7 +45,7 @@ def main(
         command.use_compilation_cache(config.cache_dir, directory / "compiled")
     progress = lambda name: print(f"  {name} …", file=sys.stderr, flush=True)  # noqa: E731
     findings, hangs = run_checks(Examined(config, directory), deadline_s, progress)
-    pages = compare_hosts(gather_pages(findings, deadline_s))
+    pages = compare_hosts(gather_pages(findings, 2 * deadline_s))
     result = pages_json(pages, time.perf_counter() - start)
     if processes.is_lead():
         counts = ", ".join(f"{count} {verdict}" for verdict, count in result["counts"].items())

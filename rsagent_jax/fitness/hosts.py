@@ -7,6 +7,7 @@ import dataclasses
 import json
 import socket
 import statistics
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,10 +36,11 @@ def gather_pages(findings: Sequence[Finding], wait_s: float) -> list[Page]:
     if own.host:
         store.key_value_set(f"{KEY}/{own.host}", json.dumps(dataclasses.asdict(own)))
         return [own]
-    pages = [own]
+    pages, end = [own], time.monotonic() + wait_s
     for host in range(1, jax.process_count()):
         try:
-            said = json.loads(store.blocking_key_value_get(f"{KEY}/{host}", int(1000 * wait_s)))
+            left_ms = max(1, int(1000 * (end - time.monotonic())))
+            said = json.loads(store.blocking_key_value_get(f"{KEY}/{host}", left_ms))
             found = tuple(Finding(**one | {"verdict": Verdict(one["verdict"])}) for one in said["findings"])
             pages.append(Page(host, said["name"], found))
         except jax.errors.JaxRuntimeError:

@@ -35,7 +35,8 @@ def check_versions(examined: Examined) -> list[Finding]:
     pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", file.read_text(), re.MULTILINE)) if file.is_file() else {}
     other = [f"{name} {pins[name]}" for name in have if pins.get(name, have[name]) != have[name]]
     figure = ", ".join([f"python {platform.python_version()}", *map(" ".join, have.items())])
-    against, remedy = f"{file}: {', '.join(other) or 'nothing else'}", "pip install -r requirements.txt, on every host"
+    against = f"{file}: {', '.join(other) or 'the same'}" if pins else "the package comes without a list of pins"
+    remedy = "pip install -r requirements.txt, on every host"
     return [Finding.judged("versions", not other, Verdict.WRONG, figure, against, remedy, alike=figure)]
 
 

@@ -125,7 +125,9 @@ def judge_step(examined: Examined, stage: str, devices: int, programs: Compiled,
     count, micro = math.ceil(sequences / settings.batch.rows), [programs[name] for name in MICRO if name in programs]
     flops = sum(job.model_flops for job, *_ in micro) / times.micro_s / devices
     chip, mfu = chip_of(jax.local_devices()[0]), flops / min(matmul_flops(examined.config.policy.dtype))
-    figure = f"{count * times.micro_s + times.update_s:.2f} s, {count} micro-batches of {times.micro_s:.3f}"
+    figure = (
+        f"{count * times.micro_s + times.update_s:.2f} s at most, {count} full micro-batches of {times.micro_s:.3f}"
+    )
     figure += f"; MFU {mfu:.0%} of the peak measured"
     figure += f", {flops / chip.bf16_flops:.0%} of the nominal" if chip else ""
     if projected := _projected(examined, settings.batch, devices, chip, micro):

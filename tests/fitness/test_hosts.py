@@ -46,7 +46,7 @@ def test_a_host_far_from_the_median_is_slow_and_one_with_other_versions_is_wrong
 def test_a_host_that_says_nothing_is_a_line(monkeypatch):
     class Store:
         def blocking_key_value_get(self, key, milliseconds):
-            assert milliseconds == 500
+            assert 0 < milliseconds <= 500
             raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
 
     monkeypatch.setattr(jax, "process_index", lambda: 0)

@@ -48,7 +48,7 @@ def test_a_training_step_is_weighed_and_timed(examined, monkeypatch):
     monkeypatch.setattr(training, "judge_step", lambda *args: kept.extend(args) or judge(*args))
     (memory, weighed), (step, timed) = told(training.check_training(examined))
     assert memory is OK and "sft gradients" in weighed
-    assert step is OK and "MFU" in timed and "128 micro-batches" in timed and "not judged" in timed
+    assert step is OK and "MFU" in timed and "128 full micro-batches" in timed and "not judged" in timed
     *same, times = kept
     assert times.update_s > 0 and 5 < times.loss < 10  # ln(512) is 6.2
     verdict, said = only([judge(*same, dataclasses.replace(times, l2_grads=float("nan")))])
