@@ -18,33 +18,29 @@ EXACT, ROUNDED = 2e-5, 3e-2  # of the largest value: fp32 on a CPU, and where pr
 def check_kernels(examined: Examined) -> list[Finding]:
     """On this process's first device, with the policy's head dims and a few of its heads."""
     policy, config, platform = examined.policy, examined.settled, jax.default_backend()
-    if not (kinds := kernels_of(config.policy, platform)):
+    if (kind := kernel_of(config.policy, platform)) == "plain":
         return not_run("attention", "the config asks for the plain one")
-    text, vision = policy.text, policy.vision
+    text, vision, found = policy.text, policy.vision, []
     heads = {
         "text": (min(4, text.num_attention_heads // text.num_key_value_heads), 1, text.head_dim),
         "images": (2, 2, vision.hidden_size // vision.num_heads),
     }
-    exact = platform == "cpu" and config.policy.dtype == "float32"
-    bound, found = EXACT if exact else ROUNDED, []
-    for kind in kinds:
-        for length in (SHORT,) if platform == "cpu" or not _has_long_rows(config) else (SHORT, LONG):
-            for name, (n, k, h) in heads.items():
-                values, grads = _differences(kind, config.policy.dtype, name == "text", length, n, k, h)
-                figure = f"values {values:.1e}, gradients {grads:.1e} of the largest"
-                remedy = "--config.policy.attention=blocks until another jax, driver or device agrees"
-                title = f"attention, {kind}, {name}, {length} places"
-                good = max(values, grads) <= bound
-                found.append(Finding.judged(title, good, Verdict.WRONG, figure, f"{bound:.0e} from plain", remedy))
+    bound = EXACT if platform == "cpu" and config.policy.dtype == "float32" else ROUNDED
+    remedy = "--config.policy.attention=blocks until another jax, driver or device agrees"
+    for length in (SHORT,) if platform == "cpu" or not _has_long_rows(config) else (SHORT, LONG):
+        for name, sizes in heads.items():
+            values, grads = _differences(kind, config.policy.dtype, name == "text", length, *sizes)
+            title, good = f"attention, {kind}, {name}, {length} places", max(values, grads) <= bound
+            figure, against = f"values {values:.1e}, gradients {grads:.1e} of the largest", f"{bound:.0e} from plain"
+            found.append(Finding.judged(title, good, Verdict.WRONG, figure, against, remedy))
     return found
 
 
-def kernels_of(policy: PolicyConfig, platform: str) -> tuple[str, ...]:
-    """Those beside the plain one that attention.in_segments may choose."""
-    if policy.attention != "auto":
-        return tuple({policy.attention} - {"plain"})
+def kernel_of(policy: PolicyConfig, platform: str) -> str:
+    """The one beside plain that attention.in_segments chooses on this platform; on a CPU for long rows."""
     fused = jnp.dtype(policy.dtype).itemsize == 2
-    return {"tpu": ("splash",), "gpu": ("cudnn",) if fused else ("blocks",)}.get(platform, ("blocks",))
+    auto = {"tpu": "splash", "gpu": "cudnn" if fused else "blocks"}.get(platform, "blocks")
+    return auto if policy.attention == "auto" else policy.attention
 
 
 def _has_long_rows(config) -> bool:

@@ -30,22 +30,15 @@ def check_masks(examined: Examined) -> list[Finding]:
             seconds.append(time.perf_counter() - start)
             way.append(reply.timings_s.get("transport", 0.0))
             same &= bool((reply.mask == first.mask).all())
-    where = ", ".join(config.addresses) if config.mode == "connect" else config.mode
     judged, iou = RANDOM not in identity, mask_iou(first.mask, check.disc_mask())
-    figure = f"IoU {iou:.3f} with the disc of the box" + ("" if same else "; equal prompts give unequal masks")
+    figure = f"IoU {iou:.3f} with a disc" + "; equal prompts give unequal masks" * (not same) + f"; {identity}"
     against = f"{check.GOOD_IOU} at least" if judged else "random weights: not judged"
-    remedy = (
-        f"python -m sam_bridge.check draws the masks of {where}; look at its checkpoint and model (docs/sidecar.md)"
-    )
-    good = same and (iou >= check.GOOD_IOU or not judged)
-    mask = Finding.judged(
-        "segmenter, mask", good, Verdict.WRONG, f"{figure}; {identity}", against, remedy, alike=identity
-    )
+    remedy = "python -m sam_bridge.check draws its masks; look at its checkpoint and model (docs/sidecar.md)"
+    good, more = same and (iou >= check.GOOD_IOU or not judged), dict(alike=identity)
+    mask = Finding.judged("segmenter, mask", good, Verdict.WRONG, figure, against, remedy, **more)
     total, on_way = statistics.median(seconds), statistics.median(way)
     figure = f"{1e3 * total:.1f} ms a prompt, {1e3 * on_way:.1f} of them on the way"
     remedy = "put the side-cars nearer: same zone, or on the hosts themselves (docs/sidecar.md)"
-    against, good = f"{1e3 * SLOW_WAY_S:.0f} ms on the way", on_way <= SLOW_WAY_S
-    trip = Finding.judged(
-        "segmenter, round trip", good, Verdict.SLOW, figure, against, remedy, value=total, higher_is_better=False
-    )
-    return [mask, trip]
+    against, more = f"{1e3 * SLOW_WAY_S:.0f} ms on the way", dict(value=total, higher_is_better=False)
+    good = on_way <= SLOW_WAY_S
+    return [mask, Finding.judged("segmenter, round trip", good, Verdict.SLOW, figure, against, remedy, **more)]

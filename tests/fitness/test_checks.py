@@ -227,9 +227,9 @@ def test_a_wrong_attention_kernel_is_found(examined, monkeypatch):
 
 def test_the_kernels_of_each_platform(examined):
     auto = dataclasses.replace(examined.config.policy, dtype="bfloat16")
-    assert [kernels.kernels_of(auto, p) for p in ("tpu", "gpu", "cpu")] == [("splash",), ("cudnn",), ("blocks",)]
-    splash = dataclasses.replace(auto, attention="splash", dtype="float32")
-    assert kernels.kernels_of(splash, "cpu") == ("splash",) and kernels.kernels_of(auto, "gpu") == ("cudnn",)
+    assert [kernels.kernel_of(auto, p) for p in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "blocks"]
+    assert kernels.kernel_of(dataclasses.replace(auto, dtype="float32"), "gpu") == "blocks"
+    assert kernels.kernel_of(dataclasses.replace(auto, attention="splash"), "cpu") == "splash"
 
 
 # ---------------------------------------------------------------------------------------------- the segmenter
