@@ -177,7 +177,7 @@ def _labels(path: str, height: int, width: int, entry: _Entry) -> np.ndarray:
     labels = read_mask(path, path, f"it is named in {entry.line}")
     if labels.shape != (height, width):
         raise DataError(
-            f"{path} is {labels.shape[1]} x {labels.shape[0]} pixels, its image {entry.picture} {width} x {height}"
+            f"{path} is {labels.shape[1]} x {labels.shape[0]} pixels, its image {entry.image} {width} x {height}"
             f" ({entry.line}): a mask is as large as its image, turned upright"
         )
     return labels

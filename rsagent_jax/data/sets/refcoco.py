@@ -96,7 +96,7 @@ def _load(entry: _Entry) -> Sample:
     h, w = entry.size
     if image.shape[:2] != (h, w):
         raise DataError(
-            f"{entry.picture} is {image.shape[1]} x {image.shape[0]} pixels, but its annotations are drawn for"
+            f"{entry.image} is {image.shape[1]} x {image.shape[0]} pixels, but its annotations are drawn for"
             f" {w} x {h} (sample {entry.id}): use the original COCO train2014 pictures, not resized or rotated ones"
         )
     mask = np.zeros((h, w), bool)

@@ -47,7 +47,7 @@ class _Entry(Entry):  # its picture is in the file of a shard
 
     def read(self) -> tuple[str, dict[str, list]]:
         """(where it is, for messages; its record's features)."""
-        where = f"{self.picture}, picture {self.image_id}"
+        where = f"{self.image}, picture {self.image_id}"
         return where, _example(pathlib.Path(self.image), self.record, where)
 
     def inputs(self) -> Inputs:
