@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import operator
 import os
 import pathlib
 import re
@@ -47,6 +48,17 @@ class Entry:
         raise NotImplementedError
 
 
+@dataclasses.dataclass(frozen=True)
+class CocoEntry(Entry):
+    """Its picture is COCO's of this number, wherever it is stored."""
+
+    image_id: int
+
+    @property
+    def image_key(self) -> str:
+        return f"coco/{self.image_id}"
+
+
 @dataclasses.dataclass(eq=False, repr=False)  # a text of all entries helps nobody
 class SampleIndex(Sequence):
     """A lazy, picklable sequence of samples: `len(index)`, `index[i]`.
@@ -57,7 +69,7 @@ class SampleIndex(Sequence):
 
     name: str
     entries: Sequence[Entry]
-    load: Callable[[Any], Sample]  # an entry -> its sample
+    load: Callable[[Any], Sample] = operator.methodcaller("load")  # an entry -> its sample
     notes: tuple[str, ...] = ()  # what was left out on the way here, and why
     # What `fingerprint` takes of a picture file: "content", its bytes; or "stat", path, size and time of change, where
     # reading every picture costs too much.
@@ -139,11 +151,7 @@ def read_file(path: pathlib.Path) -> bytes:
 def image_key(path: str | pathlib.Path) -> str:
     """A name that copies of one picture share: "coco/<image id>" by COCO's file names, else the absolute path."""
     known = _COCO_NAME.fullmatch(pathlib.PurePath(path).name)
-    return coco_key(int(known[1])) if known else os.path.abspath(path)
-
-
-def coco_key(image_id: int) -> str:
-    return f"coco/{image_id}"
+    return f"coco/{int(known[1])}" if known else os.path.abspath(path)
 
 
 def spread(total: int, wanted: int) -> list[int]:

@@ -9,13 +9,13 @@ import itertools
 from collections.abc import Sequence
 
 from rsagent_jax.config.import_path import first_line, import_path, place
-from rsagent_jax.config.ranges import DATASETS, REFER
+from rsagent_jax.config.ranges import DATASETS
 from rsagent_jax.config.schema import DataConfig, MixPart
 from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.types import DataError, Sample
 
-TFDS = "rsagent_jax.data.sets.refcoco_tfds:load_refcoco_tfds"
-OPTIONS = ("dataset", "split_by", "unit", "texts", "raw")  # fields that a loader gets if it has parameters so named
+# Fields that a loader gets if it has parameters so named.
+OPTIONS = ("dataset", "layout", "split_by", "unit", "texts", "raw")
 
 
 def open_samples(config: DataConfig) -> SampleIndex | Mixture:
@@ -32,7 +32,7 @@ def open_samples(config: DataConfig) -> SampleIndex | Mixture:
 
 def _open(c: DataConfig) -> SampleIndex:
     """By a word of the table, or a loader of the user's own: both are called with (root=…, split=…, limit=…)."""
-    path = TFDS if c.layout == "tfds" and c.dataset in REFER else DATASETS.get(c.dataset, c.dataset)
+    path = DATASETS.get(c.dataset, c.dataset)
     # Pictures are excluded before samples are counted, so `limit` waits until then.
     arguments = {"root": c.root, "split": c.split, "limit": None if c.exclude else c.limit or None}
     parameters = inspect.signature(import_path(path)).parameters
