@@ -27,7 +27,7 @@ from rsagent_jax.agent.views import check_shape
 from rsagent_jax.config.ranges import CountOrZero
 from rsagent_jax.config.schema import CollectConfig, DataConfig, EvalConfig, ProblemsConfig, TrainConfig
 from rsagent_jax.data.sets.index import SampleIndex, spread
-from rsagent_jax.data.sets.open import Mixture, open_samples
+from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.tiny.synthetic import STAMP
 from rsagent_jax.types import DataError, Sample
 
@@ -57,7 +57,7 @@ def main(
     data = config.grpo.data if isinstance(config, TrainConfig) else config.data
     samples = open_samples(data)
     print(f"{samples.name}: {len(samples)} samples")
-    rows = [count_row(index, data) for index in (samples.parts if isinstance(samples, Mixture) else (samples,))]
+    rows = [count_row(index, data) for index in samples.parts or (samples,)]
     for line in (*samples.notes, *("  ".join(f"{key} {value}" for key, value in row.items()) for row in rows)):
         print(f"  {line}")
     chosen = spread(len(samples), wanted)
@@ -99,7 +99,7 @@ def count_row(samples: SampleIndex, data: DataConfig) -> dict:
     return row | {"published": f"{wanted} samples, {wanted_images} pictures", "verdict": "ok" if same else "DIFFERS"}
 
 
-def examine(samples: SampleIndex | Mixture, chosen: list[int]) -> dict[int, str | tuple[bool, float]]:
+def examine(samples: SampleIndex, chosen: list[int]) -> dict[int, str | tuple[bool, float]]:
     """Decodes the pictures and masks at these places, in order: (whether it has ignored pixels, share of it that the
     mask covers), or what is wrong with what evaluate, collect and train call unreadable."""
 

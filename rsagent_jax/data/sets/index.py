@@ -6,12 +6,10 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import operator
 import os
 import pathlib
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -47,6 +45,10 @@ class Entry:
         """Nothing is decoded for it."""
         raise NotImplementedError
 
+    def load(self) -> Sample:
+        """DataError for a picture or mask that is missing, broken or of another size than stated."""
+        raise NotImplementedError
+
 
 @dataclasses.dataclass(frozen=True)
 class CocoEntry(Entry):
@@ -63,22 +65,23 @@ class CocoEntry(Entry):
 class SampleIndex(Sequence):
     """A lazy, picklable sequence of samples: `len(index)`, `index[i]`.
 
-    `index[i]` raises DataError for a picture or mask that is missing, broken or of another size than stated, the index
-    itself where there is nothing, or two samples share an id.
+    `index[i]` raises what its entry's `load` does, the index itself DataError where there is nothing, or two samples
+    share an id.
     """
 
     name: str
     entries: Sequence[Entry]
-    load: Callable[[Any], Sample] = operator.methodcaller("load")  # an entry -> its sample
+    _: dataclasses.KW_ONLY
     notes: tuple[str, ...] = ()  # what was left out on the way here, and why
     # What `fingerprint` takes of a picture file: "content", its bytes; or "stat", path, size and time of change, where
     # reading every picture costs too much.
     image_hash: str = "content"
+    parts: tuple[SampleIndex, ...] = ()  # of a mix: its sets, whose samples stand in it as often as they are drawn
 
     def __post_init__(self):
         if not self.entries:
             raise DataError(f"{self.name}: there is no sample in it")
-        if twice := [id for id, count in collections.Counter(self.ids).items() if count > 1]:
+        if not self.parts and (twice := [id for id, count in collections.Counter(self.ids).items() if count > 1]):
             raise DataError(
                 f"{self.name}: {len(twice)} sample ids occur more than once, such as {twice[:3]}; every id must be"
                 " unique: take the files from one download, or give each line of your own data an id of its own"
@@ -91,7 +94,7 @@ class SampleIndex(Sequence):
         entry = self.entries[i]
         if not entry.query.strip():
             raise DataError(f"sample {entry.id} asks nothing: its text is blank")
-        return self.load(entry)
+        return entry.load()
 
     @property
     def ids(self) -> list[str]:
