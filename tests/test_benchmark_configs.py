@@ -13,11 +13,7 @@ import evaluate
 from configs import eval as eval_configs
 from configs import grpo_mix_tpu
 from rsagent_jax.config.build import build_config
-from rsagent_jax.config.schema import (
-    DataConfig,
-    EvalConfig,
-    TrainConfig,
-)
+from rsagent_jax.config.schema import DataConfig, EvalConfig, TrainConfig
 from rsagent_jax.data.sets import refcoco
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.runtime import command

@@ -84,7 +84,7 @@ def test_what_cannot_be_read_is_counted_and_the_rest_is_kept():
     for drawn in whole:
         before = pipeline.skipped
         assert pipeline.take(6) == [x for x in drawn if x % 2]
-        assert pipeline.skipped - before == len(pipeline.problems) == sum(x % 2 == 0 for x in drawn)
+        assert pipeline.skipped - before == sum(x % 2 == 0 for x in drawn)
     assert pipeline.state() == {"position": 54, "skipped": sum(x % 2 == 0 for x in itertools.chain(*whole))}
     with pytest.raises(DataError, match="none of the 1 samples drawn could be read; the first: sample 0: picture 0"):
         Pipeline([0], odd_only, seed=0).take(1)

@@ -42,10 +42,7 @@ def test_client_and_local_agree_on_boxes_clicks_and_refined_masks(small_limits, 
     own = LocalSegmenter(local.backend)
     client = connect(serve(local).address)
     key = image_hash(shrink.shrink(image))
-    for request in (
-        BOX,
-        SegmentRequest(points=((40.2, 50.9), (128.0, 96.0)), labels=(1, 0)),
-    ):
+    for request in (BOX, SegmentRequest(points=((40.2, 50.9), (128.0, 96.0)), labels=(1, 0))):
         ours, theirs = own.segment(image, request), client.segment(image, request)
         click = SegmentRequest(points=((60.0, 20.0),), labels=(0,), refine_logits_id=ours.logits_id)
         for one, other in ((ours, theirs), (own.segment(image, click), client.segment(image, click))):
