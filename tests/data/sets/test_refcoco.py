@@ -153,16 +153,6 @@ def test_the_form_that_is_right_is_named(segmentation, says):
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
-def test_other_colour_modes_become_rgb(tmp_path, mode):
-    path = tmp_path / "x.jpg"
-    PIL.Image.new("RGB", (30, 20), (200, 100, 50)).convert(mode).save(path, quality=95)
-    image = image_files.read_image(path)
-    assert image.shape == (20, 30, 3) and image.dtype == np.uint8 and image.flags.writeable
-    expected = (124, 124, 124) if mode == "L" else (200, 100, 50)  # 0.299 * 200 + 0.587 * 100 + 0.114 * 50 = 124.2
-    assert np.abs(image.astype(int) - expected).max() <= 6
-
-
 def test_exif_rotation_is_not_applied(copied):
     path = first_image(copied)
     before = load_refcoco(copied)[0]
