@@ -190,11 +190,7 @@ class _Model:
 
     def decode(self, jobs: list[_Job]) -> list[Decoded]:
         with self._context():
-            multi = [self._wants_three(job.request) for job in jobs]
-            if len(jobs) == 1:
-                found = self._decode_one(jobs[0], multi[0])
-            else:
-                found = self._decode_many(jobs, multi)
+            found = self._decode(jobs, [self._wants_three(job.request) for job in jobs])
             return [self._finish(job, masks, scores) for job, (masks, scores) in zip(jobs, found, strict=True)]
 
     def _wants_three(self, request: SegmentRequest) -> bool:
@@ -202,28 +198,11 @@ class _Model:
         alone = len(request.points) == 1 and request.box is None and not request.refine_logits_id
         return request.candidates or self.multimask == "always" or (self.multimask == "point" and alone)
 
-    def _decode_one(self, job: _Job, three: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The package's own path, on tensors of the predictor's shapes."""
-        coords, labels = self._points(job)
-        mask = None if job.logits is None else torch.as_tensor(job.logits, device=self.device)[None]
-        points = (coords[None], labels[None]) if len(labels) else None
-        sparse, dense = self._net.sam_prompt_encoder(points=points, boxes=None, masks=mask)
-        masks, scores, _, _ = self._net.sam_mask_decoder(
-            image_embeddings=job.encoding.embed,
-            image_pe=self._image_pe,
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=three,
-            repeat_image=False,
-            high_res_features=list(job.encoding.high_res),
-        )
-        return [(masks[0], scores[0])]
-
-    def _decode_many(self, jobs: list[_Job], three: list[bool]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _decode(self, jobs: list[_Job], three: list[bool]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """[(logits [C, H, W], scores [C])], C = 3 where `three`, else 1."""
         decoder = self._net.sam_mask_decoder
         sparse, shown = self._sparse(jobs)
-        self._padding.shown = None if shown.all() else shown[:, None, None, :]
+        self._padding.shown = None if shown.all() else shown[:, None, None, :].to(self.device)
         try:
             masks, scores, _, _ = decoder.predict_masks(
                 image_embeddings=_batch([job.encoding.embed for job in jobs]),
@@ -235,20 +214,19 @@ class _Model:
             )
         finally:
             self._padding.shown = None
-        if decoder.dynamic_multimask_via_stability:
+        single, single_scores = masks[:, :1], scores[:, :1]
+        if decoder.dynamic_multimask_via_stability and not all(three):
             single, single_scores = decoder._dynamic_multimask_via_stability(masks, scores)
-        else:
-            single, single_scores = masks[:, :1], scores[:, :1]
         return [(masks[i, 1:], scores[i, 1:]) if three[i] else (single[i], single_scores[i]) for i in range(len(jobs))]
 
     def _sparse(self, jobs: list[_Job]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(embeddings [B, N, D], bool[B, own tokens + N] of what attention may see)."""
+        """(embeddings [B, N, D], bool[B, own tokens + N] of what attention may see, on the CPU)."""
         prompts = [self._points(job) for job in jobs]
         longest = max(len(labels) for _, labels in prompts)
         shown = torch.ones(len(jobs), self._own_tokens + (longest + 1 if longest else 0), dtype=torch.bool)
         if not longest:  # every job only refines: the predictor then gives no tokens at all
             sparse, _ = self._net.sam_prompt_encoder(points=None, boxes=None, masks=None)
-            return sparse.expand(len(jobs), -1, -1), shown.to(self.device)
+            return sparse.expand(len(jobs), -1, -1), shown
         coords = torch.zeros(len(jobs), longest, 2, device=self.device)
         labels = torch.full((len(jobs), longest), -1, dtype=torch.int, device=self.device)
         for i, (xy, kinds) in enumerate(prompts):
@@ -256,7 +234,7 @@ class _Model:
             shown[i, self._own_tokens + len(kinds) :] = False
             shown[i, -1] = len(kinds) > 0  # the one "not a point" token, which the encoder appends to clicks
         sparse, _ = self._net.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=None)
-        return sparse, shown.to(self.device)
+        return sparse, shown
 
     def _dense(self, jobs: list[_Job]) -> torch.Tensor:
         """[B, D, H, W]: the embedded masks that are refined, "no mask" elsewhere."""
@@ -267,6 +245,8 @@ class _Model:
         if refining:
             stacked = np.stack([jobs[i].logits for i in refining])
             embedded = encoder._embed_masks(torch.as_tensor(stacked, device=self.device))
+            if len(jobs) == 1:  # as it is: under autocast it is bf16
+                return embedded
             dense = dense.clone()
             dense[refining] = embedded.to(dense.dtype)
         return dense
