@@ -103,15 +103,6 @@ def test_image_is_encoded_once_and_timings_add_up(local, serve, connect, image):
     assert (info.backend, info.encodes, info.segments) == ("grabcut", 1, len(REQUESTS) + 2)
 
 
-def test_many_first_requests_at_once_encode_once(fake, serve, connect, image):
-    backend = fake()
-    client = connect(serve(LocalSegmenter(backend), workers=4).address)
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        masks = list(pool.map(lambda _: client.segment(image, BOX).mask, range(32)))
-    assert backend.encoded == 1
-    assert all(mask.sum() == 37 * 37 for mask in masks)
-
-
 def test_evicted_image_is_sent_again(fake, serve, connect, image):
     local = LocalSegmenter(fake(), image_bytes=image.nbytes)  # room for one
     client = connect(serve(local).address)

@@ -52,12 +52,6 @@ def side_car():
     side_car.close()
 
 
-def test_spawned_side_car_serves_and_gives_the_same_masks(side_car, local, image):
-    assert healthy(side_car.address) and healthy(side_car.address, "sam_bridge.v1.SamBridge")
-    with spawn_segmenter("connect", addresses=[side_car.address]) as client:
-        np.testing.assert_array_equal(client.segment(image, BOX).mask, local.segment(image, BOX).mask)
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -202,12 +196,14 @@ def test_side_car_that_cannot_start_says_why():
     assert error.kind is FailureKind.UNAVAILABLE and "--checkpoint" in error.detail
 
 
-def test_open_segmenter_modes(image):
+def test_open_segmenter_modes(side_car, image):
     with spawn_segmenter("inprocess") as own:
         assert isinstance(own, LocalSegmenter)
         expected = own.segment(image, BOX).mask
-    with spawn_segmenter("spawn") as spawned:
-        np.testing.assert_array_equal(spawned.segment(image, BOX).mask, expected)
+    assert healthy(side_car.address) and healthy(side_car.address, "sam_bridge.v1.SamBridge")
+    for mode in ("spawn", "connect"):
+        with spawn_segmenter(mode, addresses=[side_car.address]) as segmenter:
+            np.testing.assert_array_equal(segmenter.segment(image, BOX).mask, expected)
     with pytest.raises(ValueError, match="options: spawn, connect, inprocess"):
         spawn_segmenter("magic").__enter__()
     start = time.monotonic()

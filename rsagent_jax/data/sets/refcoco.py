@@ -85,14 +85,16 @@ def _read_entries(
     root: pathlib.Path, dataset: str, split_by: str, split: str, unit: str, raw: bool
 ) -> Iterator[_Entry]:
     refs_path, instances_path = _check_layout(root, dataset, split_by)
-    refs = _select_split(_read_refs(refs_path, several=dataset == GENERALIZED), split, refs_path)
+    several = dataset == GENERALIZED
+    refs = _select_split(_read_refs(refs_path, several), split, refs_path)
     images, annotations = _read_instances(instances_path, root / IMAGES)
     for ref in refs:
         # ref["file_name"] carries an annotation suffix and names no file: the picture comes from its image_id.
         where = f"reference {ref['ref_id']} in {refs_path}"
         image, size = _look_up(images, ref["image_id"], "image", where, instances_path)
         targets = []
-        for ann_id in _ann_ids(ref):
+        ann_ids = [a for a in ref["ann_id"] if a != NO_TARGET] if several else [ref["ann_id"]]
+        for ann_id in ann_ids:
             image_id, segmentation = _look_up(annotations, ann_id, "annotation", where, instances_path)
             if image_id != ref["image_id"]:
                 raise DataError(
@@ -112,12 +114,6 @@ def _text(text: str) -> str:
         return text.encode("latin1").decode("utf-8").strip()
     except UnicodeError:
         return text.strip()
-
-
-def _ann_ids(ref: dict) -> list[int]:
-    if isinstance(ref["ann_id"], int):
-        return [ref["ann_id"]]
-    return [ann_id for ann_id in ref["ann_id"] if ann_id != NO_TARGET]
 
 
 # ---------------------------------------------------------------------------------------------------- files

@@ -1,7 +1,6 @@
 """The loader: refer's rules on hand-made references, pycocotools' masks, and one clear message per bad input."""
 
 import json
-import os
 import pickle
 import struct
 import subprocess
@@ -182,18 +181,11 @@ def test_missing_files_are_marked(copied, tmp_path):
     refused(r"no refcoco\+ under", load_refcoco, copied, "refcoco+", "unc")
 
 
-def test_truncated_and_malicious_pickles(copied, tmp_path):
+def test_unreadable_pickles_are_named(copied):
+    """What else a pickle may try: test_unpickle.py."""
     path = copied / REFS
     path.write_bytes(path.read_bytes()[:3000])
     refused(r"refs\(umd\)\.p is cut short", load_refcoco, copied)
-
-    class Attack:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'witness'}",)
-
-    path.write_bytes(pickle.dumps([Attack()], 2))
-    refused(r"refs\(umd\)\.p is refused: it wants to import posix\.system", load_refcoco, copied)
-    assert not (tmp_path / "witness").exists()
     path.unlink()
     path.mkdir()
     refused(r"cannot read .*refs\(umd\)\.p: Is a directory", load_refcoco, copied)
