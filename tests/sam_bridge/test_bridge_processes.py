@@ -71,20 +71,6 @@ def test_command_line_refuses_with_one_line_and_status_2(side_car, arguments, sa
     assert says in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_sigterm_ends_it_with_status_0():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        metrics = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-m", "sam_bridge", "--backend=grabcut", "--address=127.0.0.1:0"]
-    child = subprocess.Popen([*command, f"--metrics_address={metrics}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline().startswith("sam_bridge ready address=127.0.0.1:")
-    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as page:
-        assert b"sam_bridge_encodes_total 0.0" in page.read()
-    child.terminate()
-    assert child.wait(10) == 0
-    child.stdout.close()
-
-
 def test_killed_in_use_no_call_is_lost_and_masks_stay_the_same(image, local):
     first = local.segment(image, BOX)
     refined = SegmentRequest(points=((100.0, 34.0),), labels=(1,), refine_logits_id=first.logits_id)
@@ -173,10 +159,16 @@ def test_check_draws_what_came_back(side_car, tmp_path):
 
 @pytest.mark.parametrize("grace_s", [20.0, 0.0])
 def test_sigterm_drains(grace_s):
-    """A call under way when SIGTERM comes is answered within the grace, and given up without one."""
+    """A call under way when SIGTERM comes is answered within the grace, and given up without one; status 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        metrics = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [sys.executable, "-m", "sam_bridge", "--backend=tests.sam_bridge.fakes:Slow", "--address=127.0.0.1:0"]
-    child = subprocess.Popen([*command, f"--grace_s={grace_s}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    address = child.stdout.readline().split("address=")[1].split()[0]
+    command += [f"--grace_s={grace_s}", f"--metrics_address={metrics}"]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    address = child.stdout.readline().split("sam_bridge ready address=")[1].split()[0]
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as page:
+        assert b"sam_bridge_encodes_total 0.0" in page.read()
     with SamClient([address], wait_s=0.2) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
         image = np.zeros((8, 8, 3), np.uint8)
         client.segment(image, SegmentRequest(box=(0, 0, 1, 1)))  # quick: the connection and the image are there

@@ -38,8 +38,9 @@ class Entry:
 
     @property
     def image_key(self) -> str:
-        """Names the picture, equal in all data sets that hold it."""
-        return image_key(self.image)
+        """A name that copies of one picture share: "coco/<image id>" by COCO's file names, else the absolute path."""
+        known = _COCO_NAME.fullmatch(pathlib.PurePath(self.image).name)
+        return f"coco/{int(known[1])}" if known else os.path.abspath(self.image)
 
     def inputs(self) -> Inputs:
         """Nothing is decoded for it."""
@@ -103,7 +104,7 @@ class SampleIndex(Sequence):
 
     @property
     def image_keys(self) -> list[str]:
-        """The pictures' names in order; see `image_key`."""
+        """The pictures' names in order; see `Entry.image_key`."""
         return [entry.image_key for entry in self.entries]
 
     def keep(self, wanted: Sequence[int], note: str = "") -> SampleIndex:
@@ -149,12 +150,6 @@ def read_file(path: pathlib.Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-
-
-def image_key(path: str | pathlib.Path) -> str:
-    """A name that copies of one picture share: "coco/<image id>" by COCO's file names, else the absolute path."""
-    known = _COCO_NAME.fullmatch(pathlib.PurePath(path).name)
-    return f"coco/{int(known[1])}" if known else os.path.abspath(path)
 
 
 def spread(total: int, wanted: int) -> list[int]:
