@@ -16,8 +16,8 @@ from rsagent_jax.config.schema import DataConfig, EvalConfig, TrainConfig
 from rsagent_jax.data.sets import refcoco
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.runtime import command
-from rsagent_jax.types import DataError
 from tests.data.sets.small_sets import write_lines, write_reasonseg, write_refer
+from tests.refusals import refused
 from tests.rollout import small
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -159,8 +159,8 @@ def test_a_policy_and_the_untrained_row(monkeypatch, tmp_path, root):
             (stage / "policy").symlink_to(small.weights())
         config.policy.weights = str(stage)
 
-    with pytest.raises(DataError, match=r"bound.row is untrained, but .* is a checkpoint of train.py"):
-        run(monkeypatch, tmp_path / "x", "folder-mine", root, checkpoint)
+    says = r"bound.row is untrained, but .* is a checkpoint of train.py"
+    refused(says, run, monkeypatch, tmp_path / "x", "folder-mine", root, checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -172,15 +172,14 @@ def test_a_policy_and_the_untrained_row(monkeypatch, tmp_path, root):
     ],
 )
 def test_a_row_that_is_not_known_is_said(monkeypatch, tmp_path, root, change, match):
-    with pytest.raises(DataError, match=match):
-        run(monkeypatch, tmp_path / "w", "refcoco-val", root, change)
+    refused(match, run, monkeypatch, tmp_path / "w", "refcoco-val", root, change)
 
 
 def test_a_benchmark_that_is_not_known_is_said():
     with pytest.raises(ValueError, match="refcocog-val, refcocog-test"):
         eval_configs.get_config("refcocog-testA")
-    with pytest.raises(DataError, match=r"'refcoco' is unknown; there are refcoco-val"):
-        command.load_config_file(str(ROOT / "configs/eval.py:refcoco"))
+    says = "'refcoco' is unknown; there are refcoco-val"
+    refused(says, command.load_config_file, str(ROOT / "configs/eval.py:refcoco"))
 
 
 def test_the_recipe_of_a_benchmark_is_a_config(tmp_path):

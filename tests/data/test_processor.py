@@ -15,7 +15,6 @@ from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import AgentConfig, SamplingConfig
 from rsagent_jax.data.processor import ImageConfig, Processor, image_patches, unpatchify
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, mrope_positions
-from rsagent_jax.types import DataError
 from tests.refusals import refused
 from tests.rollout import small
 
@@ -103,8 +102,8 @@ def test_pieces_encoded_one_by_one_decode_to_their_text():
 
 def test_a_tokenizer_of_another_model_is_a_data_error():
     p = small.processor()
-    with pytest.raises(DataError, match="of different models"):
-        Processor(p.tokenizer, p.images, dataclasses.replace(p.config, image_token_id=p.config.image_token_id + 1))
+    other = dataclasses.replace(p.config, image_token_id=p.config.image_token_id + 1)
+    refused("of different models", Processor, p.tokenizer, p.images, other)
     raw = json.loads(p.tokenizer.to_str())
     for token in ("<|im_end|>", "<|image_pad|>"):
         other = {**raw, "added_tokens": [t for t in raw["added_tokens"] if t["content"] != token]}
