@@ -254,17 +254,11 @@ class _Model:
     def _points(self, job: _Job) -> tuple[torch.Tensor, torch.Tensor]:
         """(f32[N, 2] in the model's pixels, i32[N]): the box's corners as labels 2 and 3, then the clicks."""
         request, size = job.request, (job.encoding.height, job.encoding.width)
-        parts, labels = [], []
-        if request.box is not None:
-            corners = torch.as_tensor(np.asarray(request.box, np.float64), dtype=torch.float, device=self.device)
-            parts.append(self._transforms.transform_boxes(corners, normalize=True, orig_hw=size)[0])
-            labels += [2, 3]
-        if request.points:
-            clicks = torch.as_tensor(np.asarray(request.points, np.float64), dtype=torch.float, device=self.device)
-            parts.append(self._transforms.transform_coords(clicks, normalize=True, orig_hw=size))
-            labels += request.labels
-        coords = torch.cat(parts) if parts else torch.zeros(0, 2, device=self.device)
-        return coords, torch.tensor(labels, dtype=torch.int, device=self.device)
+        corners = [] if request.box is None else [request.box[:2], request.box[2:]]
+        places = np.asarray([*corners, *request.points], np.float64).reshape(-1, 2)
+        coords = torch.as_tensor(places, dtype=torch.float, device=self.device)
+        labels = torch.tensor([2, 3][: len(corners)] + list(request.labels), dtype=torch.int, device=self.device)
+        return self._transforms.transform_coords(coords, normalize=True, orig_hw=size), labels
 
     def _finish(self, job: _Job, masks: torch.Tensor, scores: torch.Tensor) -> Decoded:
         """The mask with the best score, enlarged to the image: bilinear, then > 0."""
