@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from sam_bridge import shrink
 from sam_bridge.backends import load_backend
 from sam_bridge.local import LocalSegmenter, image_hash
-from sam_bridge.prompts import check_request
-from sam_bridge.types import SegmentRequest
+from sam_bridge.types import SegmentRequest, check_request
 from tests.sam_bridge.fakes import BOX, failure, iou
 
 
