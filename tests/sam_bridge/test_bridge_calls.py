@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from sam_bridge import bridge_pb2 as pb
-from sam_bridge import fleet, rle, server, wire
+from sam_bridge import rle, server, wire
+from sam_bridge.client import _CHANNEL_OPTIONS
 from sam_bridge.local import LocalSegmenter
 from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
 from tests.sam_bridge.fakes import BOX, failure, healthy, until
@@ -220,7 +221,7 @@ def test_a_server_bears_its_own_clients_keep_alive_pings(fake, serve, monkeypatc
     option = "grpc.http2.min_ping_interval_without_data_ms"
     quick = [(key, value // 100 if key == option else value) for key, value in server._OPTIONS]
     monkeypatch.setattr(server, "_OPTIONS", quick)
-    every_s = dict(fleet._CHANNEL_OPTIONS)["grpc.keepalive_time_ms"] / 1000 / 100
+    every_s = dict(_CHANNEL_OPTIONS)["grpc.keepalive_time_ms"] / 1000 / 100
     host, _, port = serve(LocalSegmenter(fake())).address.rpartition(":")
 
     def frame(kind, flags=0, payload=b""):
