@@ -32,7 +32,7 @@ from rsagent_jax.types import DataError
 
 def shown_tokens(item: Item, processor: Processor) -> Iterator[tuple[str, int, Any]]:
     """In order ("trained" | "context", id, text) of a token and ("image", its number of tokens, u8[h, w, 3])."""
-    images, at = zip(item.grids, shown_images(item, processor), strict=True), 0
+    images, at = zip(item.grids, item_images(item, processor), strict=True), 0
     while at < len(item.tokens):
         id, trained = int(item.tokens[at]), bool(item.loss_mask[at])
         if id == processor.image_id and not trained:
@@ -46,7 +46,7 @@ def shown_tokens(item: Item, processor: Processor) -> Iterator[tuple[str, int, A
         at += count
 
 
-def shown_images(item: Item, processor: Processor) -> list[np.ndarray]:
+def item_images(item: Item, processor: Processor) -> list[np.ndarray]:
     """The images as the policy sees them, u8[h, w, 3] each."""
     is_image, vision = (item.tokens == processor.image_id) & ~item.loss_mask, processor.config.vision
     buffer = fill_patch_buffer(item.patches, item.grids, is_image, padded_patches(item.grids, vision), vision)

@@ -80,7 +80,7 @@ def test_masks_equal_the_back_ends_own(local, serve, connect, image, request_):
         np.testing.assert_array_equal(theirs.mask, ours.mask)
         assert (theirs.score, theirs.logits_id) == (ours.score, ours.logits_id)
         click = SegmentRequest(points=((60.0, 20.0),), labels=(0,), refine_logits_id=theirs.logits_id)
-        np.testing.assert_array_equal(client.segment(image, click).mask, own.segment(image, click).mask)
+        np.testing.assert_array_equal(client.segment(shown, click).mask, own.segment(shown, click).mask)
 
 
 def test_all_masks_come_back_when_they_are_asked_for(fake, serve, connect, image):
