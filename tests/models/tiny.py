@@ -33,9 +33,8 @@ from rsagent_jax.models.qwen25_vl.positions import (
     patch_layout,
 )
 
-PATCHES = dict(
-    in_channels=3, patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=112
-)  # of VisionConfig
+# Of VisionConfig.
+PATCHES = dict(in_channels=3, patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=112)
 
 VOCAB, IMAGE, VIDEO, VISION_START, VISION_END, EOS = 96, 90, 91, 92, 93, 2
 # Options of the pinned jaxlib that compile four times faster: these tests spend their time in the compiler.
@@ -95,7 +94,8 @@ class Case:
                     "mrope_section": list(self.mrope_section),
                 },
             },
-            "vision_config": {
+            "vision_config": PATCHES
+            | {
                 "model_type": "qwen2_5_vl_vision",
                 "depth": self.depth,
                 "hidden_size": self.vision_hidden,
@@ -104,10 +104,7 @@ class Case:
                 "num_heads": self.vision_heads,
                 "out_hidden_size": self.hidden,
                 "fullatt_block_indexes": list(self.fullatt),
-                "in_channels": 3,
                 "patch_size": self.patch_size,
-                "temporal_patch_size": 2,
-                "spatial_merge_size": 2,
                 "window_size": self.window_size,
             },
         }
@@ -180,15 +177,8 @@ def pack(sequences: list[Sequence], config: Qwen25VLConfig, length: int = 0, cap
     capacity = max(capacity, padded_patches(grids, config.vision))
     patches = np.concatenate([s.patches for s in sequences])
     buffer = fill_patch_buffer(patches, grids, tokens == IMAGE, capacity, config.vision)
-    return Row(
-        tokens,
-        np.pad(positions, ((0, 0), (0, pad))),
-        segments,
-        buffer.patches,
-        buffer.segment_ids,
-        buffer.positions,
-        buffer.image_slots,
-    )
+    positions = np.pad(positions, ((0, 0), (0, pad)))
+    return Row(tokens, positions, segments, buffer.patches, buffer.segment_ids, buffer.positions, buffer.image_slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,9 +340,8 @@ def measure_ours(pair: Pair, seq: Sequence, prompt: int) -> Measured:
     """One program: activations, loss and gradients. The loss is on the tokens after the first `prompt` ones."""
     row = pack([seq], pair.config)
     targets = jnp.roll(jnp.asarray(row.tokens), -1)[None]
-    mask = jnp.asarray((np.arange(len(seq.tokens)) >= prompt) & (np.arange(len(seq.tokens)) < len(seq.tokens) - 1))[
-        None
-    ]
+    at, last = jnp.arange(len(seq.tokens))[None], len(seq.tokens) - 1
+    mask = (at >= prompt) & (at < last)
     graphdef, state = nnx.split(pair.ours)
 
     def forward(state, args):
