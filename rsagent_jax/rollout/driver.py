@@ -8,13 +8,13 @@ never encoded twice.
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import cachetools
 import numpy as np
 
 from rsagent_jax.agent import budget, environment
@@ -77,13 +77,20 @@ class Driver:
         """`on_turn` is told of every finished turn; `workers` tool calls run at a time."""
         self.policy, self.segmenter, self.processor, self.agent = policy, segmenter, processor, agent
         self.limits = pixel_limits(agent, processor)
-        self.texts, self.budgets = budget.Texts.of(agent, processor.encode), {}  # budgets by a picture's size
         self.workers, self.on_turn = workers, on_turn
         self.cancelled: set[int] = set()
-        # By the sample's id(), with the sample: were it gone, another one could get its id, and its opening.
-        self.openings: dict[int, tuple[Sample, concurrent.futures.Future]] = {}
-        self.lock = threading.Lock()
         self.stats: dict[str, float] = {}
+        texts, images = budget.Texts.of(agent, processor.encode), processor.images.limits
+        # (h, w) of a picture -> its budget
+        self.budget_of = functools.cache(
+            lambda size: budget.trajectory_budget(agent, self.policy, texts, size, self.limits, images)
+        )
+        # The tasks of a sample share its opening; no more samples than slots are played at a time. What is kept holds
+        # the image, so that no other one gets its id().
+        self.openings = cachetools.LRUCache(policy.slots)
+        self._shared_opening = cachetools.cached(
+            self.openings, key=lambda sample: (id(sample.image), sample.query), condition=threading.Condition()
+        )(self._opening)
 
     def run(self, tasks: Sequence[Task]) -> list[tuple[Trajectory, EnvState]]:
         """All tasks' trajectories in their order, with the final states (for replay records)."""
@@ -113,7 +120,7 @@ class Driver:
                     slot = self.policy.pick(task, sorted(free))
                     free.remove(slot)
                     runs[slot] = _Run(number, task, slot)
-                    jobs.submit(slot, functools.partial(self._open, task))
+                    jobs.submit(slot, functools.partial(self._shared_opening, task.sample))
                 before = time.perf_counter()
                 for slot, completion in self.policy.step() if asked else ():
                     asked.remove(slot)
@@ -129,13 +136,14 @@ class Driver:
                 before, idle = time.perf_counter(), not asked and any(r.state is not None for r in runs.values())
                 ended = jobs.take(wait=not asked)
                 stats["waiting" if idle else "host"] += time.perf_counter() - before
-                for slot, result, error in ended:
+                for slot, result in ended:
                     run = runs[slot]
-                    if isinstance(error, Overdue) and run.state is not None:
-                        result = self._overdue(run, str(error))
-                    elif error is not None:
-                        raise error
-                    opened, run.next, run.state = run.state is not None, result, result.state
+                    opened = run.state is not None
+                    if isinstance(result, Overdue):
+                        if not opened:
+                            raise result
+                        result = self._overdue(run, str(result))
+                    run.next, run.state = result, result.state
                     if opened:
                         self.on_turn(run.task, run.state)
                     if run.state.status is None:
@@ -180,25 +188,8 @@ class Driver:
 
     ############################## On host threads ##############################
 
-    def _open(self, task: Task) -> _Next:
-        """The state before the first turn, and the opening, which the tasks of a sample share."""
-        sample = task.sample
-        with self.lock:
-            _, future = self.openings.get(id(sample), (None, None))
-            first = future is None
-            if first:
-                future = concurrent.futures.Future()
-                self.openings[id(sample)] = sample, future
-                if len(self.openings) > self.policy.slots:  # no more samples than that are played at a time
-                    del self.openings[next(iter(self.openings))]
-        if first:
-            try:
-                future.set_result(self._opening(sample))
-            except BaseException as error:  # noqa: BLE001 - for those who wait for it
-                future.set_exception(error)
-        return future.result()
-
     def _opening(self, sample: Sample) -> _Next:
+        """The state before the first turn, and what the policy reads before it."""
         start = functools.partial(environment.reset, sample.image, sample.query, self.agent, self.limits)
         return self._ahead(start(), lambda: start(last=True), 0, 0, 0, 0)
 
@@ -243,7 +234,7 @@ class Driver:
 
         if state.status is not None:
             return _Next(state)
-        (prompt, end), bounds = read(state), self._budget(state)
+        (prompt, end), bounds = read(state), self.budget_of(state.image.shape[:2])
         tokens, last = bounds.next_turn(length - skip + len(prompt.tokens), drawn, state.last)
         if tokens and last and self.agent.announce_last and not state.last:
             state = as_last()
@@ -253,15 +244,6 @@ class Driver:
         if not tokens or patches > self.policy.patches:
             return _Next(environment.abort(state, Status.MAX_CONTEXT))
         return _Next(state, prompt, end, skip, tokens)
-
-    def _budget(self, state: EnvState) -> budget.Budget:
-        size = state.image.shape[:2]
-        if size not in self.budgets:
-            images = self.processor.images.limits
-            self.budgets[size] = budget.trajectory_budget(
-                self.agent, self.policy, self.texts, size, self.limits, images
-            )
-        return self.budgets[size]
 
     ############################## On the driver's thread ##############################
 

@@ -249,10 +249,11 @@ def test_turns_get_the_room_that_is_left_beside_a_mask_and_a_finish():
     starts = np.flatnonzero(np.diff(one(*turns)[0].loss_mask.astype(int)) == 1) + 1
     policy, budgets = Policy({"s0": turns}, max_new_tokens=150), []
     driver = Driver(policy, DiscSegmenter(), small.processor(), TIGHT)
-    bounds = driver._budget(environment.reset(small.sample(0).image, "q", TIGHT, driver.limits))
+    bounds = driver.budget_of((112, 112))
     reserve = 1 + bounds.mask + bounds.announcement + FINISH
     policy.context = int(starts[1]) + reserve + 60
-    submit, driver.budgets = policy.submit, {}
+    driver.budget_of.cache_clear()
+    submit = policy.submit
     policy.submit = lambda request: (budgets.append(request.budget), submit(request))
     ((trajectory, _),) = driver.run([task(0)])
     end = (
@@ -270,7 +271,7 @@ def test_a_view_that_leaves_no_room_for_a_finish_is_refused_and_the_trajectory_g
     def run(context):
         policy = Policy({"s0": (look, answer)}, context=context)
         driver = Driver(policy, DiscSegmenter(), processor, TIGHT)
-        return *driver.run([task(0, h=224, w=224)])[0], driver.budgets[224, 224]
+        return *driver.run([task(0, h=224, w=224)])[0], driver.budget_of((224, 224))
 
     whole, _, bounds = run(1000)
     assert whole.grids == ((1, 16, 16), (1, 14, 16)) and whole.status is Status.FINISHED
