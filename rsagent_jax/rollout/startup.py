@@ -12,29 +12,19 @@ import shutil
 
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.config.import_path import import_path
-from rsagent_jax.config.schema import AgentConfig, BatchConfig, SamplingConfig, SegmentConfig, SegmenterConfig
+from rsagent_jax.config.schema import AgentConfig, BatchConfig, SamplingConfig, SegmenterConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.rollout.budget_check import check_budget
 from rsagent_jax.rollout.engine import fill_sampling_defaults
-from rsagent_jax.runtime import processes, sharding
+from rsagent_jax.runtime import processes
 from rsagent_jax.types import DataError
 from sam_bridge.backends import NAMES, RANDOM
 
 SPACE = 64 << 20  # bytes for logs, reports and compiled programs
 GIB = 1 << 30
-
-
-def check_segment(config: SegmentConfig, weights: str, out: pathlib.Path) -> None:
-    """`weights`: those that will be played, --weights included."""
-    check_policy(weights, config.agent, config.sampling)
-    check_disk(out)
-    check_segmenter(config.segmenter)
-
-
-# ---------------------------------------------------------------------------------------------- one thing each
 
 
 def check_disk(directory: pathlib.Path, more: int = 0) -> None:
@@ -94,12 +84,9 @@ def check_rollout(
 
     group: of the config that holds `sampling`, and `batch` where they are trained on; "" where they stand at its root.
     """
-    where, budget = f"{group}.sampling".lstrip("."), check_budget(agent, processor, sampling, batch, group)
+    budget = check_budget(agent, processor, sampling, batch, group)
     mesh = processes.local_mesh(sampling.tensor)
-    if shape.text.num_key_value_heads % sampling.tensor:
-        heads = shape.text.num_key_value_heads
-        raise DataError(f"{where}.tensor = {sampling.tensor} must divide the policy's {heads} key-value heads")
-    fill_sampling_defaults(sampling, shape.vision.window_patches, sharding.parts("rows", mesh))
+    fill_sampling_defaults(sampling, shape, mesh, f"{group}.sampling".lstrip("."))
     return budget
 
 
