@@ -38,10 +38,9 @@ from rsagent_jax.evals import bounds, by_turn, metrics, records
 from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
 from rsagent_jax.report import evaluation
-from rsagent_jax.rollout import failures
 from rsagent_jax.rollout.driver import Driver, pixel_limits
-from rsagent_jax.rollout.open import open_engine
-from rsagent_jax.rollout.play import play_samples
+from rsagent_jax.rollout.engine import open_engine
+from rsagent_jax.rollout.play import Failure, failure_of, play_samples, unmeasured
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
 from rsagent_jax.runtime import command, processes
 from rsagent_jax.runtime import journal as journals
@@ -95,7 +94,7 @@ def main(
     if config.metric.failure_policy != "refuse":
         kept = kept | found.failed
     elif lost := [found.failed[ids[k]].failure[0] for k in mine if ids[k] in found.failed]:
-        raise failures.unmeasured(lost, len(mine))
+        raise unmeasured(lost, len(mine))
     if missing := [id for id in ids if id not in kept and id not in found.unreadable]:
         print(f"shard {share.index} of {share.count} is done; {len(missing)} samples are left to the others")
         return
@@ -144,19 +143,17 @@ def measure(
     """
     last = time.perf_counter()
 
-    def keep(uid: int, sample: Sample, trajectory: Trajectory, state: EnvState) -> failures.Failure | None:
+    def keep(uid: int, sample: Sample, trajectory: Trajectory, state: EnvState) -> Failure | None:
         nonlocal last
         since, last = last, time.perf_counter()
         record = make_record(workdir, sample, trajectory, state, last - since)
         journal.add(record.to_row())
         return record.failure
 
-    def keep_unreadable(uid: int, place: int, why: str) -> None:
-        journal.add({"id": samples.ids[place], "failed": {"kind": failures.UNREADABLE, "why": why}})
+    def keep_failure(uid: int, id: str, failure: Failure) -> None:
+        journal.add({"id": id, "failed": {"kind": failure[0], "why": failure[1]}})
 
-    unreadable = keep_unreadable if config.data.unreadable == "skip" else None
-    options = {"total": total, "label": "evaluate", "give_up_after": config.segmenter.give_up_after}
-    play_samples(driver, samples, [(k, k) for k in left], keep, unreadable, **options)
+    play_samples(driver, samples, [(k, k) for k in left], keep, keep_failure, config, total, "evaluate")
 
 
 def evaluation_resume_fingerprint(config: EvalConfig, row: dict) -> dict[str, Any]:
@@ -227,5 +224,5 @@ def make_record(workdir: pathlib.Path, sample, trajectory, state, seconds: float
         "record": state_to_json(state, path),
     }
     masks = by_turn.mask_pixels(trajectory, sample)
-    failure = failures.failure_of(state)
+    failure = failure_of(state)
     return records.Record(counts, encode_rle(trajectory.final_mask), seconds, example, masks, failure)

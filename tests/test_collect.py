@@ -23,7 +23,7 @@ from rsagent_jax.config import schema
 from rsagent_jax.config.schema import CollectConfig, FilterConfig, SegmenterConfig, TeacherConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.rollout.driver import Driver, pixel_limits
-from rsagent_jax.rollout.text_policy import TextPolicy
+from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.runtime import journal as journals
 from rsagent_jax.runtime.command import run_command
 from rsagent_jax.runtime.journal import Journal

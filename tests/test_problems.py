@@ -12,7 +12,7 @@ from agent_fakes import disc
 from PIL import Image
 
 from configs import problems as problems_config
-from rsagent_jax.collecting import problem_prompt
+from rsagent_jax.collecting import problem_writer
 from rsagent_jax.collecting.problem_writer import ANSWERS, ProblemWriter, write_set
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import ProblemsConfig, RemoteConfig
@@ -129,8 +129,8 @@ def test_what_failed_is_counted_and_asked_again_by_the_next_start(tmp_path, samp
      ('{"q": []}', "KeyError"), ('{"queries": ["a", ]}', "JSONDecodeError"), ("{" * 100_000 + "}", "no JSON")],
 )  # fmt: skip
 def test_an_answer_that_cannot_be_read_is_typed(text, match):
-    with pytest.raises(problem_prompt.BadAnswer, match=match):
-        problem_prompt.read_answer(text)
+    with pytest.raises(problem_writer.BadAnswer, match=match):
+        problem_writer.read_answer(text)
 
 
 def test_a_query_is_kept_only_if_it_can_stand_alone():
@@ -142,7 +142,7 @@ def test_a_query_is_kept_only_if_it_can_stand_alone():
         ("Go on", "x", "too short or too long"),
         ("a " * 9, "x", "too short or too long"),
     ):
-        assert problem_prompt.fault(query, name, (3, 8)) == reason
+        assert problem_writer.fault(query, name, (3, 8)) == reason
 
 
 def test_the_config_is_the_commands_and_names_its_own_fields(tmp_path):

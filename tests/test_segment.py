@@ -15,7 +15,7 @@ from rsagent_jax.agent.tools import Finish, Segment, Zoom, render_call
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import SegmentConfig
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.rollout.text_policy import TextPolicy
+from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.runtime.command import load_config_file
 from rsagent_jax.segment import segment
 from rsagent_jax.types import Status

@@ -40,6 +40,11 @@ class _Next:
     budget: int = 0  # tokens that the next turn may have
 
 
+# tokens, positions, loss_mask and log-probs of a part of the context
+Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+NO_TOKENS = np.zeros(0, np.int32), np.zeros((3, 0), np.int32), np.zeros(0, bool), np.zeros(0, np.float32)
+
+
 @dataclasses.dataclass
 class _Run:
     """One trajectory under way: its state and the context so far, in pieces."""
@@ -53,10 +58,7 @@ class _Run:
     position: int = 0  # of the next token
     length: int = 0  # tokens of the context
     drawn: int = 0  # of them sampled
-    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
-    positions: list[np.ndarray] = dataclasses.field(default_factory=list)
-    loss_mask: list[np.ndarray] = dataclasses.field(default_factory=list)
-    logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
+    parts: list[Part] = dataclasses.field(default_factory=lambda: [NO_TOKENS])
     patches: list[np.ndarray] = dataclasses.field(default_factory=list)
     grids: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
     asked: float = 0.0  # when the policy got the turn under way
@@ -262,12 +264,10 @@ class Driver:
     def _add(self, run: _Run, completion: Completion) -> str:
         """Appends the pending prompt and the sampled turn to the context; returns the turn's text."""
         pending, skip, n = run.next.pending, run.next.skip, len(completion.tokens)
-        forced = np.zeros(len(pending.tokens) - skip)
+        forced = np.zeros(len(pending.tokens) - skip, np.float32)
         turn_positions = np.broadcast_to(run.position + np.arange(n), (3, n)).astype(np.int32)
-        run.tokens += [pending.tokens[skip:], completion.tokens]
-        run.positions += [pending.positions[:, skip:], turn_positions]
-        run.loss_mask += [forced.astype(bool), np.ones(n, bool)]
-        run.logprobs += [forced.astype(np.float32), completion.logprobs]
+        run.parts.append((pending.tokens[skip:], pending.positions[:, skip:], forced.astype(bool), forced))
+        run.parts.append((completion.tokens, turn_positions, np.ones(n, bool), completion.logprobs))
         run.patches.append(pending.patches)
         run.grids += pending.grids
         run.position += n
@@ -279,7 +279,7 @@ class Driver:
 
     def _finish(self, run: _Run) -> Trajectory:
         mask, mask_id = environment.final_mask(run.state)
-        join = lambda parts, empty, axis=0: np.concatenate(parts, axis) if parts else empty  # noqa: E731
+        tokens, positions, loss_mask, logprobs = (np.concatenate(part, -1) for part in zip(*run.parts, strict=True))
         return Trajectory(
             sample_id=run.task.sample.id,
             group_id=run.task.group_id,
@@ -289,11 +289,11 @@ class Driver:
             final_mask=mask,
             final_mask_id=mask_id,
             status=run.state.status,
-            tokens=join(run.tokens, np.zeros(0, np.int32)),
-            positions=join(run.positions, np.zeros((3, 0), np.int32), 1),
-            loss_mask=join(run.loss_mask, np.zeros(0, bool)),
-            logprobs=join(run.logprobs, np.zeros(0, np.float32)),
-            patches=join(run.patches, self.processor.no_patches()),
+            tokens=tokens,
+            positions=positions,
+            loss_mask=loss_mask,
+            logprobs=logprobs,
+            patches=np.concatenate([self.processor.no_patches(), *run.patches]),
             grids=tuple(run.grids),
             seconds={"tool": run.state.tool_seconds, "policy": run.policy_seconds},
         )

@@ -18,8 +18,7 @@ from rsagent_jax.data.trajectories import open_records
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.rewards import make_reward
-from rsagent_jax.rollout.budget_check import check_budget
-from rsagent_jax.rollout.startup import check_disk, check_rollout, check_segmenter, check_weights
+from rsagent_jax.rollout.startup import check_budget, check_disk, check_rollout, check_segmenter, check_weights
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.train.batch_source import steps_of
 from rsagent_jax.train.state import partition_params

@@ -18,9 +18,9 @@ from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import AgentConfig, BatchConfig, CollectConfig, EvalConfig, SegmentConfig, TrainConfig
 from rsagent_jax.data.processor import ImageConfig, Processor
 from rsagent_jax.models.qwen25_vl.config import size_config
-from rsagent_jax.rollout.budget_check import check_budget
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.text_policy import TextPolicy
+from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.rollout.startup import check_budget
 from rsagent_jax.types import DataError, ParseError, Status
 from tests.refusals import refused
 from tests.rollout import small

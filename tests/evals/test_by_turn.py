@@ -11,7 +11,7 @@ from agent_fakes import DiscSegmenter
 from rsagent_jax.config.schema import MetricConfig
 from rsagent_jax.evals import by_turn, metrics
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.text_policy import TextPolicy
+from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.types import Status
 from sam_bridge.types import FailureKind
 from tests.rollout import small

@@ -46,8 +46,7 @@ from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
-from rsagent_jax.rollout.policy import Task
-from rsagent_jax.rollout.text_policy import TextPolicy
+from rsagent_jax.rollout.policy import Task, TextPolicy
 from rsagent_jax.tiny import vocab
 from rsagent_jax.types import Completion, Sample, Status, Trajectory, Turn
 from sam_bridge.types import SegmentReply

@@ -14,7 +14,7 @@ from rsagent_jax.agent.replay import replay, state_to_json
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.text_policy import TextPolicy
+from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.types import Status
 from sam_bridge.types import FailureKind
 from tests.refusals import refused
@@ -34,7 +34,7 @@ class Policy(TextPolicy):
             setattr(self, name, value)
 
     def step(self):
-        self.together.append(sorted(r.task.uid for r in self.requests.values()))
+        self.together.append(sorted(request.task.uid for request, _ in self.turns.values()))
         return super().step()
 
     def _complete(self, text, budget):
@@ -349,7 +349,7 @@ def test_a_slot_that_is_free_takes_the_next_task_and_all_come_back_in_order():
     assert [len(t.turns) for t, _ in out] == lengths
     turns = [uid for uids in policy.together for uid in uids]
     assert sorted(turns) == sorted(10 + i for i, n in enumerate(lengths) for _ in range(n))
-    assert max(map(len, policy.together)) <= 2 and policy.requests == {}
+    assert max(map(len, policy.together)) <= 2 and policy.turns == {}
     assert turns.index(12) < len(turns) - 1 - turns[::-1].index(11)  # the third task began before the second ended
     assert sorted(seen) == sorted((10 + i, n + 1) for i in range(5) for n in range(lengths[i]))
     alone = play(scripts, [task(3, uid=13)])[0][0]
@@ -391,7 +391,7 @@ def test_a_cancelled_trajectory_is_an_ending_and_leaves_the_others_alone():
     )
     out = driver.run([task(i) for i in range(3)])
     assert [t.status for t, _ in out] == [Status.FINISHED, Status.CANCELLED, Status.FINISHED]
-    assert len(out[1][0].turns) == 1 and policy.requests == {}
+    assert len(out[1][0].turns) == 1 and policy.turns == {}
     np.testing.assert_array_equal(out[0][0].tokens, play(scripts, [task(0)])[0][0].tokens)
 
 
@@ -402,7 +402,7 @@ def test_closing_the_iterator_drops_what_is_under_way():
     play_ = driver.play([task(i) for i in range(4)])
     next(play_)
     play_.close()
-    assert policy.requests == {} and len(driver.run([task(2)])) == 1
+    assert policy.turns == {} and len(driver.run([task(2)])) == 1
 
 
 def test_a_budget_of_sampled_tokens_keeps_a_finish_back_and_ends_the_trajectory():

@@ -6,7 +6,7 @@ import numpy as np
 from agent_fakes import DiscSegmenter, run
 
 from rsagent_jax.agent.environment import abort
-from rsagent_jax.rollout.failures import UNREADABLE, Failures, failure_of, is_segmenters, readable_sample, unmeasured
+from rsagent_jax.rollout.play import UNREADABLE, Failures, failure_of, is_segmenters, readable_sample, unmeasured
 from rsagent_jax.types import Sample, Status
 from sam_bridge.types import FailureKind
 from tests.refusals import refused
