@@ -89,21 +89,20 @@ def main(
             measure(config, workdir, samples, left, len(mine), driver, journal)
 
     ############################## Results ##############################
-    found = records.read_records(workdir, settings, current)
-    kept = found.measured
-    if config.metric.failure_policy != "refuse":
-        kept = kept | found.failed
-    elif lost := [found.failed[ids[k]].failure[0] for k in mine if ids[k] in found.failed]:
-        raise unmeasured(lost, len(mine))
-    if missing := [id for id in ids if id not in kept and id not in found.unreadable]:
+    played, unreadable = records.read_records(workdir, settings, current)
+    refuse = config.metric.failure_policy == "refuse"
+    lost = {id: record.failure[0] for id, record in played.items() if refuse and record.failure}
+    if kinds := [lost[ids[k]] for k in mine if ids[k] in lost]:
+        raise unmeasured(kinds, len(mine))
+    kept = {id: record for id, record in played.items() if id not in lost}
+    if missing := [id for id in ids if id not in kept and id not in unreadable]:
         print(f"shard {share.index} of {share.count} is done; {len(missing)} samples are left to the others")
         return
     if not kept:
-        first = next(iter(found.unreadable.values()))
-        raise DataError(f"none of the {len(ids)} samples can be read; the first: {first}")
+        raise DataError(f"none of the {len(ids)} samples can be read; the first: {next(iter(unreadable.values()))}")
     images = {id: key for id, key in zip(ids, samples.image_keys, strict=True) if id in kept}
     row["weights_sha256"] = settings.get("weights_sha256")
-    summary = write_results(workdir, config, row, [kept[id] for id in images], images, found.unreadable)
+    summary = write_results(workdir, config, row, [kept[id] for id in images], images, unreadable)
     print(headline(summary), evaluation.what_failed(summary), workdir / "report" / "index.html", sep="\n")
 
 

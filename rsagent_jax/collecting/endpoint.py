@@ -14,6 +14,7 @@ import os
 import threading
 import time
 
+import cachetools
 import numpy as np
 import openai
 
@@ -32,8 +33,6 @@ _AGAIN = {  # asked again; the first that fits names the kind
     openai.InternalServerError: "server",
 }
 TEACHER = "teacher.remote"  # the config group
-_SHARED: dict[tuple[RemoteConfig, str], Endpoint] = {}
-_LOCK = threading.Lock()
 
 
 @dataclasses.dataclass
@@ -69,12 +68,10 @@ class Endpoint:
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
     @classmethod
+    @cachetools.cached({}, condition=threading.Condition())
     def shared(cls, config: RemoteConfig, name: str = TEACHER) -> Endpoint:
         """The one of this process; threads that ask for it at the same time get the same."""
-        with _LOCK:
-            if (config, name) not in _SHARED:
-                _SHARED[config, name] = cls(config, name)
-            return _SHARED[config, name]
+        return cls(config, name)
 
     def complete(self, messages: list[dict]) -> str:
         """The answer's text; waits for it. PolicyFailure when it is given up on, DataError where asking again is of no

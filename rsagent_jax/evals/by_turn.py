@@ -45,7 +45,7 @@ def curve(
     images: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each number of turns: gIoU with its 95% interval and cIoU of the latest (or committed) masks, the share
-    of trajectories that had ended, and gIoU had an oracle picked the best mask so far. `pictures`: of each id, which
+    of trajectories that had ended, and gIoU had an oracle picked the best mask so far. `images`: of each id, which
     intervals are resampled by."""
     rows = []
     for k in range(1, max_turns + 1):

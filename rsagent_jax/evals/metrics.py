@@ -94,11 +94,6 @@ class SampleResult:
         return "empty" if not self.union and self.rules.empty_policy == "dropped" else None
 
 
-def score(trajectory: Trajectory, sample: Sample, rules: MetricConfig = LISA) -> SampleResult:
-    """Judges the final mask. Raises ValueError if the trajectory is another sample's or its mask another size."""
-    return judge(count(trajectory, sample), rules)
-
-
 def count(trajectory: Trajectory, sample: Sample) -> Counts:
     """Raises ValueError if the trajectory is another sample's or its mask another size."""
     if trajectory.sample_id != sample.id:
@@ -159,7 +154,7 @@ def total_results(results: Sequence[SampleResult]) -> Totals:
 
 
 def bootstrap_ci(values: Sequence[float], images: Sequence[str] | None = None, **options) -> tuple[float, float]:
-    """95% percentile interval of the mean. pictures, options, errors: of `cluster_bootstrap_ci`."""
+    """95% percentile interval of the mean. images, options, errors: of `cluster_bootstrap_ci`."""
     rows = np.stack([np.asarray(values, np.float64), np.ones(len(values))], axis=-1)
     return cluster_bootstrap_ci(rows, lambda sums: sums[:, 0] / sums[:, 1], images, **options)
 
@@ -170,7 +165,7 @@ def cluster_bootstrap_ci(
     """95% percentile interval of a statistic of sums, from `n` resamples of the pictures with replacement.
 
     rows: f64[N, K], what is summed over samples; statistic: sums f64[n, K] -> f64[n]. A picture comes into a resample
-    with all of its samples. `pictures` names the picture of each row; None = every sample is one of its own. Raises
+    with all of its samples. `images` names the picture of each row; None = every sample is one of its own. Raises
     DataError without rows.
     """
     if not len(rows):
@@ -193,7 +188,7 @@ def summarize_results(
 
     `settings` comes back with the metric's rules under `metric`. `tool_error_rate` is the share of turns whose call was
     malformed or refused. `n` counts the samples in gIoU, `dropped` what the rules left out. `n_acc`, `t_acc` and
-    `giou_target` are there where a sample has no target. `pictures`: the picture of each id, which intervals are
+    `giou_target` are there where a sample has no target. `images`: the picture of each id, which intervals are
     resampled by. DataError if there are no results, an id appears twice, or the rules refuse one that failed.
     """
     results = sorted(results, key=lambda result: result.id)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from rsagent_jax.config.schema import MetricConfig
-from rsagent_jax.evals.metrics import count, judge, other_conventions, score, summarize_results
+from rsagent_jax.evals.metrics import count, judge, other_conventions, summarize_results
 from rsagent_jax.types import DataError, Status
-from tests.evals.test_metrics import sample, trajectory
+from tests.evals.test_metrics import sample, score, trajectory
 from tests.refusals import refused
 
 
