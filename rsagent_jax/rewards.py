@@ -126,11 +126,8 @@ def make_reward(groups: Sequence[RewardGroup]) -> Callable[[Trajectory, Sample],
       ValueError: from the reward, for an ENV_FAILED trajectory (a broken tool is never scored; drop it from its
         group), or for a sample that is not the trajectory's own.
     """
-    functions = {
-        term: import_path(term.function, ("trajectory", "sample"), dict(term.arguments))
-        for group in groups
-        for term in group.terms
-    }
+    terms = [term for group in groups for term in group.terms]
+    functions = {t: import_path(t.function, ("trajectory", "sample"), dict(t.arguments)) for t in terms}
 
     def reward(trajectory: Trajectory, sample: Sample) -> Reward:
         if not trajectory.status.judged:

@@ -112,9 +112,8 @@ def test_what_failed_is_counted_and_asked_again_by_the_next_start(tmp_path, samp
     empty = dataclasses.replace(samples[2], gt_mask=np.zeros((112, 112), bool))
     with Server([lambda body: answer(*GOOD) if of(body) == "disc 0" else good("no")]) as server:
         writer, config = write(tmp_path / "w", [*samples[:2], empty], server)
-        assert (
-            writer.failures.counts == {"malformed answer": 1} and len(server.asked) == 3
-        )  # an empty mask asks nothing
+        # an empty mask asks nothing
+        assert writer.failures.counts == {"malformed answer": 1} and len(server.asked) == 3
         write_set(tmp_path / "w", config, dict(writer.failures.counts))
     report = json.loads((tmp_path / "w/problems.json").read_text())
     assert report["not_answered"] == {"malformed answer": 1} and report["left_out"] == {"no target to ask for": 1}

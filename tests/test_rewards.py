@@ -16,20 +16,12 @@ from rsagent_jax.agent.tools import Finish, ResetView, Rotate, Segment, Zoom
 from rsagent_jax.config.import_path import import_path
 from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
 from rsagent_jax.rewards import make_reward, read_only
-from rsagent_jax.types import MaskRecord, ParseError, Sample, Status, Trajectory, Turn
+from rsagent_jax.types import MaskRecord, ParseError, Status, Trajectory, Turn
+from tests.evals.test_metrics import row, sample  # row(n) against row(m): IoU = min(n, m) / max(n, m)
 from tests.refusals import refused
 
 BOX = Segment(box=(0, 0, 5, 1))
 ERROR = ParseError("bad_json", "…")
-
-
-def row(n, size=10):
-    """bool[1, size] with the first n pixels set: against row(m), IoU = min(n, m) / max(n, m)."""
-    return np.arange(size)[None] < n
-
-
-def sample(gt, ignore=None):
-    return Sample("s", np.zeros((*gt.shape, 3), np.uint8), "the row", gt, ignore)
 
 
 def turn(call, error=None, repeated=False):
@@ -172,9 +164,8 @@ def test_point_excess_is_per_call():
 def test_format_needs_a_proper_ending(status):
     turns = [turn(BOX), turn(None, ERROR), turn(BOX, ERROR), turn(Finish(1))]
     # A refused call is well-formed: 3 of 4.
-    assert rewards.format_ok(trajectory(turns, status=status), sample(row(8))) == (
-        0.75 if status == "finished" else 0.0
-    )
+    share = 0.75 if status == "finished" else 0.0
+    assert rewards.format_ok(trajectory(turns, status=status), sample(row(8))) == share
 
 
 def test_default_reward_by_hand():

@@ -1,6 +1,5 @@
 """One picture, one sentence: what is printed and written, and every kind of picture file a user may bring."""
 
-import json
 import pathlib
 import subprocess
 import sys
@@ -48,7 +47,8 @@ def test_prints_the_turns_and_writes_the_committed_mask(processor, tmp_path, cap
     # 90 x 60 is shown as 112 x 84: the masks must come back in the picture's own size
     zoom = render_call(Zoom((0, 0, 60, 60)))
     state = play([zoom, BOX, render_call(Finish(1), "good")], processor, tmp_path)
-    assert state.status is Status.FINISHED
+    assert state.status is Status.FINISHED and state.query == "the disc"
+    same_states(replay((tmp_path / "trajectory.json").read_text()), state)
     mask = read(tmp_path / "mask.png")
     assert mask.shape == (60, 90) and set(np.unique(mask)) == {0, 255}
     np.testing.assert_array_equal(mask == 255, state.masks[0].mask)
@@ -63,13 +63,6 @@ def test_prints_the_turns_and_writes_the_committed_mask(processor, tmp_path, cap
     area = 100 * state.masks[0].mask.mean()
     assert f"mask 1, score 0.88, area {area:.1f} %" in out and "a view of" in out
     assert f"ended: finished after 3 turns; mask 1: score 0.88, area {area:.1f} %" in out
-
-
-def test_the_trajectory_replays_from_its_own_file(processor, tmp_path):
-    state = play([BOX, "no call at all", render_call(Finish(1))], processor, tmp_path)
-    text = (tmp_path / "trajectory.json").read_text()
-    same_states(replay(text), state)
-    assert json.loads(text)["query"] == "the disc"
 
 
 def test_three_malformed_turns_end_invalid_with_an_empty_mask(processor, tmp_path, capsys):

@@ -102,11 +102,8 @@ class Budget:
 
     def turns_that_fit(self, turn: int) -> int:
         """Turns of `turn` tokens, masks and a finish, at most max_turns."""
-        fit = [
-            n
-            for n in range(1, self.max_turns + 1)
-            if self.needs(turn, n) <= self.context and (not self.max_tokens or n * turn <= self.max_tokens)
-        ]
+        most = self.max_tokens or self.context
+        fit = [n for n in range(1, self.max_turns + 1) if self.needs(turn, n) <= self.context and n * turn <= most]
         return max(fit, default=0)
 
     @property

@@ -249,14 +249,9 @@ class Engine:
         mine = self.used[slot]
         if mine.length or len(mine.opening.tokens) < 2:
             return None
-        same = [
-            s
-            for s, x in self.used.items()
-            if s != slot
-            and self._lane(s) == self._lane(slot)
-            and (x.has_opening or s in self.lanes)
-            and _equal(x.opening, mine.opening)
-        ]
+        neighbours = [s for s in self.used if s != slot and self._lane(s) == self._lane(slot)]
+        readers = [s for s in neighbours if self.used[s].has_opening or s in self.lanes]
+        same = [s for s in readers if _equal(self.used[s].opening, mine.opening)]
         return max(same, key=lambda s: self.used[s].has_opening) if same else None
 
     def _copy(self, copies: dict[int, tuple[int, int]]) -> None:

@@ -15,7 +15,6 @@ from rsagent_jax.aot.compiled import Program
 from rsagent_jax.config.schema import MeshConfig
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.runtime import sharding
-from rsagent_jax.types import DataError
 from tests.rollout import small
 from tests.rollout.small import THREE_IMAGES, Task, click, finish, task, zoom
 
@@ -138,14 +137,6 @@ def weights(cases: list[dict]) -> dict:
     return {"cases": [load(**case) for case in cases]}
 
 
-def refused(data: int, tensor: int) -> dict:
-    try:
-        make_engine(data, tensor)
-    except DataError as error:
-        return {"error": str(error)}
-    return {"error": ""}
-
-
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    print(json.dumps({"play": play, "weights": weights, "refused": refused}[job.pop("what")](**job)))
+    print(json.dumps({"play": play, "weights": weights}[job.pop("what")](**job)))

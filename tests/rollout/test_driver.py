@@ -77,10 +77,8 @@ def pieces(trajectory, cut=None):
         parts.append((turn.text + ("" if cut_here else "<|im_end|>"), [], True))
         if turn.observation is not None and i + 1 < len(trajectory.turns):
             image = turn.observation.image
-            text = ("<|im_end|>" if cut_here else "") + prompts.observation_turn(
-                turn.observation.text, image is not None
-            )
-            parts.append((text, [] if image is None else [image], False))
+            text = prompts.observation_turn(turn.observation.text, image is not None)
+            parts.append(("<|im_end|>" * cut_here + text, [] if image is None else [image], False))
     return parts
 
 
@@ -256,9 +254,8 @@ def test_turns_get_the_room_that_is_left_beside_a_mask_and_a_finish():
     submit = policy.submit
     policy.submit = lambda request: (budgets.append(request.budget), submit(request))
     ((trajectory, _),) = driver.run([task(0)])
-    end = (
-        int(np.flatnonzero(np.diff(trajectory.loss_mask.astype(int)) == 1)[2]) + 1
-    )  # where the third, announced turn begins
+    # where the third, announced turn begins
+    end = int(np.flatnonzero(np.diff(trajectory.loss_mask.astype(int)) == 1)[2]) + 1
     assert budgets == [min(150, policy.context - int(starts[0]) - reserve), 60, policy.context - end]
     assert budgets[0] > 60 > FINISH and trajectory.turns[2].last
 
@@ -337,13 +334,8 @@ def test_a_slot_that_is_free_takes_the_next_task_and_all_come_back_in_order():
     lengths = [2, 7, 2, 2, 2]
     scripts = {f"s{i}": (*[click(40, 40 + j) for j in range(n - 1)], finish(1)) for i, n in enumerate(lengths)}
     policy, seen = Policy(scripts, slots=2), []
-    driver = Driver(
-        policy,
-        DiscSegmenter(),
-        small.processor(),
-        AGENT,
-        on_turn=lambda task, state: seen.append((task.uid, len(state.turns))),
-    )
+    note = lambda task, state: seen.append((task.uid, len(state.turns)))  # noqa: E731
+    driver = Driver(policy, DiscSegmenter(), small.processor(), AGENT, on_turn=note)
     out = driver.run([task(i, uid=10 + i) for i in range(5)])
     assert [(t.sample_id, t.group_id, t.query) for t, _ in out] == [(f"s{i}", i, f"disc number {i}") for i in range(5)]
     assert [len(t.turns) for t, _ in out] == lengths
@@ -382,13 +374,8 @@ def test_a_broken_tool_costs_its_own_trajectory_and_frees_its_slot_and_thread(ho
 def test_a_cancelled_trajectory_is_an_ending_and_leaves_the_others_alone():
     scripts = {f"s{i}": (click(30, 40), click(50, 40), finish(2)) for i in range(3)}
     policy = Policy(scripts, slots=2)
-    driver = Driver(
-        policy,
-        DiscSegmenter(),
-        small.processor(),
-        AGENT,
-        on_turn=lambda task, state: driver.cancel(1) if task.uid == 1 else None,
-    )
+    stop = lambda task, state: driver.cancel(1) if task.uid == 1 else None  # noqa: E731
+    driver = Driver(policy, DiscSegmenter(), small.processor(), AGENT, on_turn=stop)
     out = driver.run([task(i) for i in range(3)])
     assert [t.status for t, _ in out] == [Status.FINISHED, Status.CANCELLED, Status.FINISHED]
     assert len(out[1][0].turns) == 1 and policy.turns == {}

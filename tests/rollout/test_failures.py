@@ -19,9 +19,8 @@ def test_a_run_of_failures_ends_the_command_and_one_answer_breaks_it(capsys):
     failures = Failures(3)
     for failure in (AWAY, AWAY, None, AWAY, AWAY):
         failures.played("s1", failure)
-    refused(
-        "failed 3 trajectories in a row, the last with: segmenter, unavailable: nobody", failures.played, "s9", AWAY
-    )
+    says = "failed 3 trajectories in a row, the last with: segmenter, unavailable: nobody"
+    refused(says, failures.played, "s9", AWAY)
     failures.add(UNREADABLE, "s4", "a.jpg is cut")
     failures.tell()
     out = capsys.readouterr().out
