@@ -41,11 +41,12 @@ from rsagent_jax.report import evaluation
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.engine import open_engine
 from rsagent_jax.rollout.play import Failure, failure_of, play_samples, unmeasured
+from rsagent_jax.rollout.policy import Task
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
 from rsagent_jax.runtime import command, processes
 from rsagent_jax.runtime import journal as journals
 from rsagent_jax.runtime.image_files import keep_image
-from rsagent_jax.types import DataError, Sample, Trajectory
+from rsagent_jax.types import DataError, Trajectory
 from sam_bridge.types import Segmenter
 
 
@@ -142,10 +143,10 @@ def measure(
     """
     last = time.perf_counter()
 
-    def keep(uid: int, sample: Sample, trajectory: Trajectory, state: EnvState) -> Failure | None:
+    def keep(task: Task, trajectory: Trajectory, state: EnvState) -> Failure | None:
         nonlocal last
         since, last = last, time.perf_counter()
-        record = make_record(workdir, sample, trajectory, state, last - since)
+        record = make_record(workdir, task.sample, trajectory, state, last - since)
         journal.add(record.to_row())
         return record.failure
 

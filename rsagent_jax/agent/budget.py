@@ -17,7 +17,7 @@ from rsagent_jax.agent.overlay import overlay_size
 from rsagent_jax.agent.tools import Finish, render_call
 from rsagent_jax.agent.views import PixelLimits, fit, fixed_size, round_size
 from rsagent_jax.config.schema import AgentConfig
-from rsagent_jax.types import DataError, ParseError
+from rsagent_jax.types import ParseError
 
 # The typical trajectory, for checking a config (ours): this question about a picture of this size, a mask in every
 # turn but the last, turns of agent.typical_turn tokens.
@@ -171,11 +171,7 @@ def image_sizes(
 
 def typical_size(views: PixelLimits) -> tuple[int, int]:
     """(h, w) of the picture that a config is checked with: a square where only those can be shown."""
-    try:
-        fixed_size(*TYPICAL_SIZE, views)
-    except DataError:
-        return TYPICAL_SIZE[:1] * 2
-    return TYPICAL_SIZE
+    return TYPICAL_SIZE if fit(*TYPICAL_SIZE, views) == views else TYPICAL_SIZE[:1] * 2
 
 
 def _tokens(size: tuple[int, int], limits: PixelLimits) -> int:

@@ -83,14 +83,14 @@ class Collector:
         keep = (self._keep, self._keep_failure)
         self.failures = play_samples(driver, self.samples, left, *keep, self.config, total, "collect")
 
-    def _keep(self, uid: int, sample: Sample, trajectory: Trajectory, state: EnvState) -> Failure | None:
+    def _keep(self, task: Task, trajectory: Trajectory, state: EnvState) -> Failure | None:
         failure = failure_of(state)
         if failure is None and not trajectory.loss_mask.any():
             failure = "no room", "its prompt does not fit teacher.own.sampling's limits"
         if failure:
-            self._keep_failure(uid, sample.id, failure)
+            self._keep_failure(task.uid, task.sample.id, failure)
         else:
-            self.journal.add(self._row(uid, sample, state, trajectory))
+            self.journal.add(self._row(task.uid, task.sample, state, trajectory))
         return failure
 
     def _keep_failure(self, uid: int, id: str, failure: Failure) -> None:

@@ -49,7 +49,6 @@ NO_TOKENS = np.zeros(0, np.int32), np.zeros((3, 0), np.int32), np.zeros(0, bool)
 class _Run:
     """One trajectory under way: its state and the context so far, in pieces."""
 
-    number: int  # of the task
     task: Task
     slot: int
     state: EnvState | None = None
@@ -96,21 +95,22 @@ class Driver:
 
     def run(self, tasks: Sequence[Task]) -> list[tuple[Trajectory, EnvState]]:
         """All tasks' trajectories in their order, with the final states (for replay records)."""
-        return [outcome for _, *outcome in sorted(self.play(tasks), key=lambda played: played[0])]
+        played = {task: (trajectory, state) for task, trajectory, state in self.play(tasks)}
+        return [played[task] for task in tasks]
 
     def cancel(self, uid: int) -> None:
         """Ends a trajectory as CANCELLED, at the driver's next round; from any thread."""
         self.cancelled.add(uid)
 
-    def play(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Trajectory, EnvState]]:
-        """(number of the task, trajectory, final state) as they end; a task is taken when there is a slot for it.
+    def play(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Trajectory, EnvState]]:
+        """(task, trajectory, final state) as they end; a task is taken when there is a slot for it.
 
         Closing the iterator drops what is under way.
         """
         self.policy.begin()
         self.cancelled.clear()
         self.openings.clear()
-        waiting = enumerate(tasks)
+        waiting = iter(tasks)
         following = next(waiting, None)
         free, runs, asked = set(range(self.policy.slots)), {}, set()
         jobs = Jobs(self.workers, self.agent.tool_deadline_s)
@@ -118,10 +118,10 @@ class Driver:
         try:
             while following or runs:
                 while following and free:
-                    (number, task), following = following, next(waiting, None)
+                    task, following = following, next(waiting, None)
                     slot = self.policy.pick(task, sorted(free))
                     free.remove(slot)
-                    runs[slot] = _Run(number, task, slot)
+                    runs[slot] = _Run(task, slot)
                     jobs.submit(slot, functools.partial(self._shared_opening, task.sample))
                 before = time.perf_counter()
                 for slot, completion in self.policy.step() if asked else ():
@@ -160,7 +160,7 @@ class Driver:
                     self.policy.release(slot)
                     asked.discard(slot)
                     free.add(slot)
-                    yield run.number, self._finish(run), run.state
+                    yield run.task, self._finish(run), run.state
         finally:
             for slot in runs:
                 jobs.drop(slot)

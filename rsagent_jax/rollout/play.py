@@ -27,8 +27,8 @@ SHOWN = 3  # of each kind, on the terminal
 READERS = 2  # threads that read the samples to come
 AHEAD = 4  # samples that are read before a slot is free for them
 
-# (uid, sample, trajectory, final state) -> why it is not done, None where it is
-Keep = Callable[[int, Sample, Trajectory, EnvState], Failure | None]
+# (task, trajectory, final state) -> why it is not done, None where it is
+Keep = Callable[[Task, Trajectory, EnvState], Failure | None]
 
 
 def readable_sample(samples: Sequence[Sample], place: int) -> Sample:
@@ -123,8 +123,6 @@ def play_samples(
     where the segmenter failed segmenter.give_up_after trajectories in a row.
     """
     failed = Failures(config.segmenter.give_up_after)
-    under_way: dict[int, tuple[int, Sample]] = {}  # by the driver's number of the task
-    numbers = itertools.count()
     bar = tqdm(total=total, initial=total - len(attempts), desc=label, unit="trajectory", mininterval=2.0)
 
     def tasks(pool: concurrent.futures.Executor) -> Iterator[Task]:
@@ -139,17 +137,14 @@ def play_samples(
                     failed.add(UNREADABLE, samples.ids[place], str(error))
                 bar.update(len(uids))
                 continue
-            for uid in uids:
-                under_way[next(numbers)] = uid, sample
-                yield Task(sample, place, uid)
+            yield from (Task(sample, place, uid) for uid in uids)
 
     pool = concurrent.futures.ThreadPoolExecutor(READERS)
     try:
-        for number, trajectory, state in driver.play(tasks(pool)):
-            uid, sample = under_way.pop(number)
-            failure = keep(uid, sample, trajectory, state)
+        for task, trajectory, state in driver.play(tasks(pool)):
+            failure = keep(task, trajectory, state)
             bar.update()
-            failed.played(sample.id, failure)
+            failed.played(task.sample.id, failure)
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()

@@ -41,16 +41,15 @@ def check_disk(directory: pathlib.Path, more: int = 0) -> None:
         )
 
 
-def check_weights(weights: str) -> Qwen25VLConfig:
-    """The policy's shape. DataError for a directory without weights, or with those of another model."""
+def check_weights(weights: str) -> tuple[Qwen25VLConfig, Processor]:
+    """The policy's shape and processor. DataError for a directory without weights, or with those of another model."""
     directory = policy_directory(weights)
-    shape, path = load_config(directory), pathlib.Path(weights)
-    Processor.load(directory)
+    shape, path, processor = load_config(directory), pathlib.Path(weights), Processor.load(directory)
     if directory == path:
         convert.check_files(directory, shape)
     elif not any(step.name.isdecimal() for step in path.iterdir()):
         raise DataError(f"{path} holds no finished checkpoint; run train.py until one is saved")
-    return shape
+    return shape, processor
 
 
 def check_segmenter(config: SegmenterConfig) -> None:
@@ -72,8 +71,7 @@ def check_segmenter(config: SegmenterConfig) -> None:
 
 
 def check_policy(weights: str, agent: AgentConfig, sampling: SamplingConfig, group: str = "") -> str:
-    shape = check_weights(weights)
-    return check_rollout(agent, sampling, shape, Processor.load(policy_directory(weights)), group)
+    return check_rollout(agent, sampling, *check_weights(weights), group)
 
 
 def check_rollout(

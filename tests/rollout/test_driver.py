@@ -409,8 +409,8 @@ def test_samples_that_are_gone_when_they_have_been_played_keep_their_openings_to
     """A stream of samples that nobody else holds: Python gives the id() of one that is gone to the next."""
     act = lambda task, state: finish(None)  # noqa: E731
     driver = Driver(TextPolicy(act, small.processor(), slots=2), DiscSegmenter(), small.processor(), AGENT, workers=2)
-    for number, trajectory, _ in driver.play(task(i) for i in range(60)):
-        assert f'"disc number {number}"' in small.processor().decode(trajectory.tokens)
+    for played, trajectory, _ in driver.play(task(i) for i in range(60)):
+        assert f'"{played.sample.query}"' in small.processor().decode(trajectory.tokens)
     assert len(driver.openings) <= 2
 
 

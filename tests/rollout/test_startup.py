@@ -31,7 +31,7 @@ def test_a_back_end_of_ones_own_is_called_without_arguments(tmp_path):
 
 def test_weights_are_looked_at_without_reading_them(tmp_path):
     weights = shutil.copytree("assets/tiny-base", tmp_path / "w")
-    assert startup.check_weights(str(weights)).text.hidden_size == 128
+    assert startup.check_weights(str(weights))[0].text.hidden_size == 128
     file = weights / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     refused("model.safetensors is not a readable safetensors file", startup.check_weights, str(weights))
