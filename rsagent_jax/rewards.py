@@ -27,8 +27,6 @@ from rsagent_jax.types import DataError, Reward, Sample, Status, Trajectory
 
 LARGEST = 1e6  # a term's value; beyond, sums and their float32 are not exact any more
 
-# --- IoU ---
-
 
 def _ious(trajectory: Trajectory, sample: Sample) -> list[float]:
     """IoU of the empty mask, with which every trajectory starts, then of each mask in the order it was made."""

@@ -106,7 +106,6 @@ class ProblemWriter:
         self.config, self.samples, self.workdir, self.answers = config, samples, workdir, answers
         self.words = (config.min_words, config.max_words)
         self.failures = Failures(give_up_after=0)
-        self.usage: dict[str, float] = {}
         self.lock = threading.Lock()
 
     def run(self, left: list[tuple[int, int]], total: int) -> None:
@@ -124,7 +123,6 @@ class ProblemWriter:
             finally:
                 pool.shutdown(cancel_futures=True)
         self.failures.tell()
-        self.usage = endpoint.told()
 
     def _work(self, uid: int, place: int, endpoint: Endpoint) -> None:
         try:
