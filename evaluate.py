@@ -34,7 +34,7 @@ from rsagent_jax.config.schema import EvalConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.data.sets.open import open_samples
-from rsagent_jax.evals import bounds, by_turn, metrics, records
+from rsagent_jax.evals import bounds, metrics, records
 from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
 from rsagent_jax.report import evaluation
@@ -186,7 +186,9 @@ def write_results(
         **row,
         "unreadable": unreadable,
         "segmenter_failures": dict(Counter(r.failure[0] for r in kept if r.failure)),
-        "by_turn": by_turn.curve([(r.counts, r.masks) for r in kept], config.metric, config.agent.max_turns, images),
+        "by_turn": metrics.turn_curve(
+            [(r.counts, r.masks) for r in kept], config.metric, config.agent.max_turns, images
+        ),
         "conventions": metrics.other_conventions([r.counts for r in kept]),
     }
     predictions = [
@@ -223,6 +225,6 @@ def make_record(workdir: pathlib.Path, sample, trajectory, state, seconds: float
         "image": path,
         "record": state_to_json(state, path),
     }
-    masks = by_turn.mask_pixels(trajectory, sample)
+    masks = metrics.mask_pixels(trajectory, sample)
     failure = failure_of(state)
     return records.Record(counts, encode_rle(trajectory.final_mask), seconds, example, masks, failure)

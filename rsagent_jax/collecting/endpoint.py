@@ -135,19 +135,13 @@ class Remote:
         self.config = config.remote  # the endpoint draws its own random numbers
 
     def act(self, state: EnvState, gt_mask: np.ndarray) -> str:
-        return clean(Endpoint.shared(self.config).complete(messages_of(state)))
-
-
-def messages_of(state: EnvState) -> list[dict]:
-    """The conversation so far, as the policy has it, in the endpoint's form; some servers take parts of users only."""
-    messages = conversation(state)
-    parts = [[*map(message_part, m.parts)] if m.role == "user" else m.parts[0] for m in messages]
-    return [{"role": m.role, "content": content} for m, content in zip(messages, parts, strict=True)]
-
-
-def clean(text: str) -> str:
-    """A turn as it is stored: without its terminator, and without anything that would be read as a special token."""
-    return text.removesuffix(prompts.TERMINATOR).strip().replace("<|", "(|")
+        messages = []
+        for m in conversation(state):  # parts for users only: some servers take none of others
+            content = [*map(message_part, m.parts)] if m.role == "user" else m.parts[0]
+            messages.append({"role": m.role, "content": content})
+        text = Endpoint.shared(self.config).complete(messages)
+        # Without its terminator, and without anything that would be read as a special token.
+        return text.removesuffix(prompts.TERMINATOR).strip().replace("<|", "(|")
 
 
 def message_part(value: str | np.ndarray) -> dict:

@@ -7,8 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from rsagent_jax.evals.by_turn import Pixels
-from rsagent_jax.evals.metrics import Counts
+from rsagent_jax.evals.metrics import Counts, Pixels
 from rsagent_jax.runtime import journal
 from rsagent_jax.types import Status
 
@@ -23,7 +22,7 @@ class Record:
     mask: dict[str, Any]  # COCO RLE of the final mask
     seconds: float  # of the wave it ran in, divided among it
     example: dict[str, Any]  # a line of trajectories.jsonl
-    masks: tuple[tuple[int, Pixels], ...] = ()  # of every mask: the turn that made it, its pixels (evals/by_turn.py)
+    masks: tuple[tuple[int, Pixels], ...] = ()  # of every mask: the turn that made it, its pixels
     failure: tuple[str, str] | None = None  # (kind, why) where the segmenter ended it: no measurement
 
     def to_row(self) -> dict[str, Any]:

@@ -68,8 +68,7 @@ def parse(text: str) -> Tool | ParseError:
     try:
         return _call(_load(_body(text)))
     except Malformed as e:
-        reason, detail = e.args
-        return ParseError(reason, detail)
+        return ParseError(*e.args)
 
 
 def render_call(call: Tool, thought: str = "") -> str:
