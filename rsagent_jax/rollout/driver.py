@@ -306,11 +306,10 @@ def pixel_limits(agent: AgentConfig, processor: Processor) -> PixelLimits:
     longer be the view's: DataError.
     """
     limits = processor.images.limits
-    if 0 < agent.min_pixels < limits.min_pixels or agent.max_pixels > limits.max_pixels:
+    low, high = agent.min_pixels or limits.min_pixels, agent.max_pixels or limits.max_pixels
+    if low < limits.min_pixels or high > limits.max_pixels:
         raise DataError(
             f"agent.min_pixels {agent.min_pixels} and agent.max_pixels {agent.max_pixels} must lie within the weights'"
             f" own {limits.min_pixels} to {limits.max_pixels}; to go beyond, edit the weights' preprocessor_config.json"
         )
-    return dataclasses.replace(
-        limits, min_pixels=agent.min_pixels or limits.min_pixels, max_pixels=agent.max_pixels or limits.max_pixels
-    )
+    return dataclasses.replace(limits, min_pixels=low, max_pixels=high)

@@ -27,9 +27,6 @@ SHOWN = 3  # of each kind, on the terminal
 READERS = 2  # threads that read the samples to come
 AHEAD = 4  # samples that are read before a slot is free for them
 
-# (task, trajectory, final state) -> why it is not done, None where it is
-Keep = Callable[[Task, Trajectory, EnvState], Failure | None]
-
 
 def readable_sample(samples: Sequence[Sample], place: int) -> Sample:
     """DataError for a sample that cannot be read, or whose picture no view can show."""
@@ -108,7 +105,7 @@ def play_samples(
     driver: Driver,
     samples: SampleIndex,
     attempts: Sequence[tuple[int, int]],
-    keep: Keep,
+    keep: Callable[[Task, Trajectory, EnvState], Failure | None],
     keep_failure: Callable[[int, str, Failure], None],
     config: EvalConfig | CollectConfig,
     total: int,
@@ -116,9 +113,9 @@ def play_samples(
 ) -> Failures:
     """A trajectory for each of `attempts`, (uid, place among the samples); those of one sample stand together.
 
-    keep: is given each as it ends. keep_failure: is given (uid, id, why) where the sample cannot be read, unless
-    data.unreadable stops there. total: attempts that there were before the command was started again, for the progress
-    bar.
+    keep: is given each as it ends, and says why it is not done, if it is not. keep_failure: is given (uid, id, why)
+    where the sample cannot be read, unless data.unreadable stops there. total: attempts that there were before the
+    command was started again, for the progress bar.
     Returns what failed, which is told on the terminal however this ends. DataError where a sample cannot be read, or
     where the segmenter failed segmenter.give_up_after trajectories in a row.
     """

@@ -116,7 +116,7 @@ class RolloutPrograms:
         self.layer_def, _ = nnx.split(shell.decoder.layers)
         shell.decoder.layers = None
         self.unstacked_def, _ = nnx.split(shell, nnx.Param)
-        self.block = kv.block_size(sampling.context)
+        self.block = kv.SMALL if sampling.context <= 2048 else kv.LARGE
         self.encode = jax.jit(self._encode, donate_argnums=1)
         self.copy = jax.jit(self._copy, donate_argnums=0)
         self.step = jax.jit(self._step, donate_argnums=1, static_argnames=("blocks", "steps"))

@@ -11,7 +11,7 @@ import importlib.util
 import pathlib
 import shutil
 
-from rsagent_jax.agent.budget import Budget, Texts, image_sizes, trajectory_budget, typical_size
+from rsagent_jax.agent.budget import Texts, image_sizes, trajectory_budget, typical_size
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.agent.views import fixed_size
 from rsagent_jax.config.import_path import import_path
@@ -87,8 +87,8 @@ def check_rollout(
     group: of the config that holds `sampling`, and `batch` where they are trained on; "" where they stand at its root.
     """
     budget = check_budget(agent, processor, sampling, batch, group)
-    mesh = processes.local_mesh(sampling.tensor)
-    fill_sampling_defaults(sampling, shape, mesh, f"{group}.sampling".lstrip("."))
+    name = f"{group}.sampling".lstrip(".")
+    fill_sampling_defaults(sampling, shape, processes.local_mesh(sampling.tensor), name)
     return budget
 
 
@@ -120,10 +120,13 @@ def check_budget(
     if budget.max_new_tokens < budget.finish:
         raise DataError(f"{prefix}sampling.max_new_tokens = {budget.max_new_tokens}, but {takes}")
     if budget.longest_turn < turn:
-        field = "sampling.context" if sampling else "batch.tokens"
+        field, drawn = "sampling.context" if sampling else "batch.tokens", turns * turn
+        advice = f"it to {needed} or more, or lower agent.max_turns, agent.max_pixels or agent.typical_turn"
+        if budget.max_tokens and budget.max_tokens < drawn:
+            advice = f"agent.max_tokens to {drawn} or more, or lower agent.max_turns or agent.typical_turn"
         raise DataError(
             f"{prefix}{field} = {room.context}: {typical} would end in turn {budget.turns_that_fit(turn) + 1};"
-            f" {takes}. {_advice(budget, needed)}"
+            f" {takes}. Raise {advice}"
         )
     patch = processor.images.patch_size
     shown = [(1, h // patch, w // patch) for h, w in image_sizes(agent, size, views, images)]
@@ -141,13 +144,6 @@ def check_budget(
         f" {typical} takes {needed}, with room for {budget.views_that_fit} views in place of masks; the worst case,"
         f" {budget.worst}, {worst}"
     )
-
-
-def _advice(budget: Budget, needed: int) -> str:
-    drawn = budget.max_turns * budget.typical_turn
-    if budget.max_tokens and budget.max_tokens < drawn:
-        return f"Raise agent.max_tokens to {drawn} or more, or lower agent.max_turns or agent.typical_turn"
-    return f"Raise it to {needed} or more, or lower agent.max_turns, agent.max_pixels or agent.typical_turn"
 
 
 def _is_module(name: str) -> bool:
