@@ -141,19 +141,16 @@ class Driver:
                 for slot, result in ended:
                     run = runs[slot]
                     opened = run.state is not None
-                    if isinstance(result, Overdue):
-                        if not opened:
-                            raise result
-                        result = self._overdue(run, str(result))
-                    run.next, run.state = result, result.state
+                    run.next = self._overdue(run, result) if isinstance(result, Overdue) else result
+                    run.state = run.next.state
                     if opened:
                         self.on_turn(run.task, run.state)
                     if run.state.status is None:
                         self.policy.submit(self._request(run))
                         asked.add(slot)
-                for slot in [s for s, r in runs.items() if r.task.uid in self.cancelled and r.state is not None]:
-                    if runs[slot].state.status is None:
-                        runs[slot].state = environment.abort(runs[slot].state, Status.CANCELLED)
+                for run in runs.values():
+                    if run.task.uid in self.cancelled and run.state is not None and run.state.status is None:
+                        run.state = environment.abort(run.state, Status.CANCELLED)
                 for slot in [s for s, r in runs.items() if r.state is not None and r.state.status is not None]:
                     run = runs.pop(slot)
                     jobs.drop(slot)
@@ -249,11 +246,14 @@ class Driver:
 
     ############################## On the driver's thread ##############################
 
-    def _overdue(self, run: _Run, detail: str) -> _Next:
+    def _overdue(self, run: _Run, overdue: Overdue) -> _Next:
+        """What a tool's silence is answered with. Raises that of an opening, which no tool has a part in."""
+        if run.state is None:
+            raise overdue
         proposal = environment.propose(run.state, run.text)
         if proposal.request is None:
             return _Next(environment.abort(run.state, Status.ENV_FAILED))
-        failure = SegmentFailure(FailureKind.TIMEOUT, detail, self.agent.tool_deadline_s)
+        failure = SegmentFailure(FailureKind.TIMEOUT, str(overdue), self.agent.tool_deadline_s)
         return _Next(environment.apply_reply(run.state, proposal, failure))
 
     def _request(self, run: _Run) -> Request:
