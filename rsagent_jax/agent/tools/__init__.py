@@ -68,7 +68,8 @@ def parse(text: str) -> Tool | ParseError:
     try:
         return _call(_load(_body(text)))
     except Malformed as e:
-        return ParseError(*e.args)
+        reason, detail = e.args
+        return ParseError(reason, detail)
 
 
 def render_call(call: Tool, thought: str = "") -> str:
