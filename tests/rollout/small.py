@@ -46,8 +46,7 @@ from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
-from rsagent_jax.rollout.policy import Task
-from rsagent_jax.rollout.text_policy import TextPolicy
+from rsagent_jax.rollout.policy import Task, TextPolicy
 from rsagent_jax.tiny import vocab
 from rsagent_jax.types import Completion, Sample, Status, Trajectory, Turn
 from sam_bridge.types import SegmentReply
@@ -73,31 +72,22 @@ def assert_as_declared(boundary) -> None:
 
 
 def raw_config(hidden: int = 32, layers: int = 2, heads: int = 2, kv_heads: int = 2) -> dict:
-    """config.json of the tiny base at other sizes; windows of 56 pixels, so that an image of 112 has several."""
-    base, ids, head = read_json(vocab.BASE / "config.json"), tokenizer().get_vocab(), hidden // heads
-    special = {"bos": "endoftext", "eos": "im_end", "image": "image_pad", "video": "video_pad"}
+    """config.json: the shipped base's in other sizes, with windows of 56 pixels: an image of 112 has several."""
+    raw, ids, head = read_json(vocab.BASE / "config.json"), tokenizer().get_vocab(), hidden // heads
+    special = dict(bos="endoftext", eos="im_end", image="image_pad", video="video_pad")
     special |= {name: name for name in ("vision_start", "vision_end")}
-    return base | {
+    vision = dict(hidden_size=32, intermediate_size=48, num_heads=min(heads, 4), out_hidden_size=hidden, window_size=56)
+    sizes = dict(num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    return raw | {
         "torch_dtype": "float32",
         "vocab_size": VOCAB,
         "hidden_size": hidden,
         "intermediate_size": 48,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        **sizes,
         "rope_scaling": {"type": "mrope", "mrope_section": [head // 8, head // 8, head // 4]},
         "tie_word_embeddings": False,
         **{f"{name}_token_id": ids[f"<|{token}|>"] for name, token in special.items()},
-        "vision_config": base["vision_config"]
-        | {
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": min(heads, 4),
-            "out_hidden_size": hidden,
-            "fullatt_block_indexes": [1],
-            "window_size": 56,
-        },
+        "vision_config": raw["vision_config"] | vision | {"depth": 2, "fullatt_block_indexes": [1]},
     }
 
 
