@@ -23,8 +23,6 @@ from rsagent_jax.types import Batch
 # (log-probs f32[B, T] aligned to their own token, batch, reference log-probs) -> (loss sum, denominator, metric sums)
 Objective = Callable[[jax.Array, Batch, jax.Array], tuple[jax.Array, jax.Array, losses.LossMetrics]]
 
-jax.tree_util.register_dataclass(Batch, [f.name for f in dataclasses.fields(Batch)], [])
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +43,12 @@ def batch_logprobs(
     `params` are all of the model's. `embedded`: the batch has the tower's merged tokens in place of its patches.
     """
     model = nnx.merge(graphdef, params)
-    merged = batch.patches if embedded else encode_images(model.vision, batch, compute)
-    x = model.place(batch.tokens, merged, batch.image_slots, compute)
-    hidden = model.decoder(x, batch.positions, batch.segment_ids, compute)
+    hidden = model(batch, compute, embedded=embedded)
     # Every place predicts the next token; the last one's is nobody's. Shifting the targets keeps T a round number.
     targets, wanted = (jnp.roll(a, -1, axis=1) for a in (batch.tokens, batch.loss_mask))
     wanted = wanted.at[:, -1].set(False)
     head, mesh = model.decoder.head_VD, compute.mesh
     return jnp.roll(token_logprobs(hidden, head, targets, wanted, temperature=temperature, mesh=mesh), 1, axis=1)
-
-
-def encode_images(tower, batch: Batch, compute: Compute) -> jax.Array:
-    """The tower's merged tokens [B, P / merge_unit, D], in the dtype of the activations."""
-    return tower(batch.patches, batch.patch_segment_ids, batch.patch_positions, compute)
 
 
 def micro_step(
@@ -141,7 +132,8 @@ def make_programs(
     tower = nnx.graphdef(nnx.merge(graphdef, nnx.merge_state(state.params, base)).vision)
 
     def embed(base, batch):
-        merged = encode_images(nnx.merge(tower, base["vision"]), batch, compute)
+        vision = nnx.merge(tower, base["vision"])
+        merged = vision(batch.patches, batch.patch_segment_ids, batch.patch_positions, compute)
         return dataclasses.replace(batch, patches=merged)
 
     def micro(params, base, batch, ref):
@@ -184,27 +176,22 @@ def grpo_objective(config: GrpoConfig) -> Objective:
     """The objective that the config's switches choose."""
 
     def objective(logprobs, batch: Batch, ref):
-        if config.normalize == "token":
-            weights, denominator = losses.token_weights(batch.loss_mask, batch.segment_ids)
-        elif config.normalize == "sequence":
-            weights, denominator = losses.sequence_weights(batch.loss_mask, batch.segment_ids)
-        else:
-            length = float(config.sampling.context)
-            weights, denominator = losses.constant_weights(batch.loss_mask, batch.segment_ids, length=length)
+        mask, segments, length = batch.loss_mask, batch.segment_ids, float(config.sampling.context)
+        weights, denominator = losses.loss_weights(config.normalize, mask, segments, length=length)
         # KL is to the reference, not to the engine: it keeps the weights without the correction (as TRL).
         policy_weights, old, metrics = weights, batch.old_logprobs, {}
         if config.tis_clip > 0:
             old = jax.lax.stop_gradient(logprobs)
             tis = losses.truncated_importance_weights
-            correction, metrics = tis(old, batch.old_logprobs, batch.loss_mask, cap=config.tis_clip)
+            correction, metrics = tis(old, batch.old_logprobs, mask, cap=config.tis_clip)
             policy_weights = weights * correction
-        arrays = logprobs, old, batch.advantages, batch.loss_mask, batch.segment_ids, policy_weights
+        arrays = logprobs, old, batch.advantages, mask, segments, policy_weights
         clip = dict(clip_low=config.clip_low, clip_high=config.clip_high)
-        loss, more = losses.OBJECTIVES[config.ratio](*arrays, **clip)
+        loss, more = losses.policy_loss(config.ratio, *arrays, **clip)
         metrics = metrics | more
         if config.kl > 0:
             penalty = dict(estimator=losses.KL_ESTIMATORS[config.kl_estimator], coefficient=config.kl)
-            kl, more = losses.kl_loss(logprobs, ref, batch.loss_mask, weights, **penalty)
+            kl, more = losses.kl_loss(logprobs, ref, mask, weights, **penalty)
             loss, metrics = loss + kl, metrics | more
         return loss, denominator, metrics
 

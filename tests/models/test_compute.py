@@ -95,24 +95,18 @@ def gradients(compute, grouped=True):
     """(loss, gradients as one flat dict) of a packed row with three images."""
     model = tiny.random_model(CASE, seed=1)
     graphdef, state = nnx.split(model)
-    row = tiny.pack(
-        [tiny.sequence(CASE, 1, ((1, 10, 6),)), tiny.sequence(CASE, 2, ((1, 4, 8), (1, 4, 4)))],
-        model.config,
-        length=96,
-        capacity=256,
-    )
-    targets = jnp.roll(row.tokens, -1)[None]
-    mask = jnp.asarray(np.append(row.segment_ids[1:] == row.segment_ids[:-1], False) & (row.segment_ids > 0))[None]
+    parts = [tiny.sequence(CASE, 1, ((1, 10, 6),)), tiny.sequence(CASE, 2, ((1, 4, 8), (1, 4, 4)))]
+    row = tiny.pack(parts, model.config, length=96, capacity=256)
 
-    def loss(state, args):
+    def loss(state, row):
         model = nnx.merge(graphdef, state)
-        return tiny.sft_loss(model, model(*args, compute), targets, mask)
+        return tiny.sft_loss(model, model(row, compute), row)
 
     period = vision.period
     if not grouped:
         vision.period = lambda config: None
     try:
-        value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=tiny.QUICK)(state, row.arrays())
+        value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=tiny.QUICK)(state, row)
     finally:
         vision.period = period
     return float(value), {jax.tree_util.keystr(p): np.asarray(g) for p, g in jax.tree_util.tree_leaves_with_path(grads)}
@@ -178,7 +172,7 @@ def test_what_a_policy_keeps_is_not_computed_again():
         row = tiny.pack([tiny.sequence(CASE, 1, ((1, 4, 4),))], model.config, length=64, capacity=64)
 
         def loss(state):
-            return jnp.sum(nnx.merge(graphdef, state)(*row.arrays(), Compute(remat=remat)))
+            return jnp.sum(nnx.merge(graphdef, state)(row, Compute(remat=remat)))
 
         return str(jax.make_jaxpr(jax.grad(loss))(state)).count("dot_general")
 
