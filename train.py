@@ -45,13 +45,11 @@ from rsagent_jax.train.run_identity import STAGES
 from rsagent_jax.train.state import (
     EMPTY,
     cast_frozen,
-    create_state,
     init_adapters,
     make_optimizer,
     make_plain,
     partition_params,
     skip,
-    state_shardings,
     updates_made,
 )
 from rsagent_jax.train.step import Objective, grpo_objective, make_programs, sft_objective
@@ -216,12 +214,10 @@ def run_stage(
 
     ############################## State, programs ##############################
     tx, schedule = make_optimizer(settings.optim, steps * updates)
-    replicated = sharding.replicated(mesh)
-    where = state_shardings(params, tx, replicated, offload=settings.optim.offload)
-    shardings = (where, sharding.rows(mesh), replicated)
-    state = jax.jit(lambda p: create_state(p, tx), out_shardings=where, donate_argnums=0)(params)
-    compared = policy.graphdef if lora.rank else None
-    programs = make_programs(graphdef, tx, stage.objective, compute, stage.temperature, shardings, base, compared)
+    reference_graph = policy.graphdef if lora.rank else None
+    options = dict(temperature=stage.temperature, offload=settings.optim.offload, reference=reference_graph)
+    programs = make_programs(graphdef, tx, stage.objective, compute, params, base, **options)
+    state = programs.create_state(params)
     to_plain = make_plain(base, lora, compute.dtype)
     checkpoints = Checkpoints(workdir / "checkpoints" / name, policy.weights, lora)
     stack.callback(checkpoints.close)

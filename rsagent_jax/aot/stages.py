@@ -35,14 +35,7 @@ from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, size_config
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.runtime import sharding
-from rsagent_jax.train.state import (
-    EMPTY,
-    create_state,
-    make_optimizer,
-    partition_params,
-    state_shardings,
-    vision_frozen,
-)
+from rsagent_jax.train.state import EMPTY, make_optimizer, partition_params, vision_frozen
 from rsagent_jax.train.step import Sums, grpo_objective, make_programs, sft_objective
 from rsagent_jax.types import Batch, DataError
 
@@ -103,15 +96,14 @@ def stage_jobs(
     params, half, base = shapes(params, jnp.float32), shapes(params, compute.dtype), shapes(base, compute.dtype)
     half = EMPTY if lora.rank else half  # of the reference, which is the base alone
     tx, _ = make_optimizer(settings.optim, 1000)
-    shardings = (state_shardings(params, tx, whole, offload=settings.optim.offload), rows, whole)
-    compared = plain if lora.rank else None
-    programs = make_programs(graphdef, tx, objective, compute, temperature, shardings, base, compared)
-    state = place_shapes(jax.eval_shape(lambda p: create_state(p, tx), params), shardings[0])
+    options = dict(temperature=temperature, offload=settings.optim.offload, reference=plain if lora.rank else None)
+    programs = make_programs(graphdef, tx, objective, compute, params, base, **options)
+    state = place_shapes(jax.eval_shape(programs.create_state, params), programs.shardings)
     pixels = abstract_batch(settings.batch, policy, rows)
     batch = place_shapes(jax.eval_shape(programs.embed, base, pixels), rows)
     ref = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32, sharding=rows)
     sums = jax.eval_shape(programs.micro, params, base, batch, ref)
-    sums = place_shapes(sums, Sums(shardings[0].params, whole, whole, whole))  # metrics lie whole on every device
+    sums = place_shapes(sums, Sums(programs.shardings.params, whole, whole, whole))  # metrics lie whole on every device
 
     sequences = settings.trajectories_per_step if stage == "sft" else settings.prompts * settings.group
     count = math.ceil(sequences / settings.batch.rows)  # micro-batches, if every sequence fills its row

@@ -16,8 +16,9 @@ from flax import nnx
 from rsagent_jax.config.schema import GrpoConfig
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.logprobs import token_logprobs
+from rsagent_jax.runtime import sharding
 from rsagent_jax.train import losses
-from rsagent_jax.train.state import EMPTY, TrainState, vision_frozen
+from rsagent_jax.train.state import EMPTY, TrainState, create_state, state_shardings, vision_frozen
 from rsagent_jax.types import Batch
 
 # (log-probs f32[B, T] aligned to their own token, batch, reference log-probs) -> (loss sum, denominator, metric sums)
@@ -95,6 +96,8 @@ def apply_gradients(
 class TrainPrograms:
     """The jitted programs of a stage; `train_step` is the replicated of a step. `base` is what is not trained."""
 
+    shardings: TrainState  # where the state's arrays live
+    create_state: Callable  # params -> TrainState, at the start of a stage; params are donated
     embed: Callable  # (base, batch) -> batch for all that follows; the tower's work done, if it is not trained
     micro: Callable  # (params, base, batch, ref) -> Sums
     add: Callable
@@ -115,18 +118,21 @@ def make_programs(
     tx,
     objective: Objective,
     compute: Compute,
-    temperature: float,
-    shardings,
+    params: nnx.State,
     base: nnx.State = EMPTY,
+    *,
+    temperature: float = 1.0,
+    offload: bool = False,
     reference=None,
 ) -> TrainPrograms:
-    """`shardings` is (state, rows, replicated) of sharding.py. The gradients have the parameters' shardings.
+    """The programs on the mesh of `compute`. The gradients have the parameters' shardings.
 
-    `base` (arrays or shapes, with shardings) is what partition_params does not train. `reference` is the graph of a
-    reference policy that is the base alone, the plain one under fresh adapters; without it `logprobs` takes parameters
-    as the state has them.
+    `params` and `base` (arrays or shapes, with shardings) are what partition_params trains, and what it does not.
+    `offload`: as state_shardings has it. `reference` is the graph of a reference policy that is the base alone, the
+    plain one under fresh adapters; without it `logprobs` takes parameters as the state has them.
     """
-    state, rows, replicated = shardings
+    rows, replicated = sharding.rows(compute.mesh), sharding.replicated(compute.mesh)
+    state = state_shardings(params, tx, replicated, offload=offload)
     base = jax.tree.map(lambda x: x.sharding, base)
     frozen_vision = vision_frozen(state.params)
     tower = nnx.graphdef(nnx.merge(graphdef, nnx.merge_state(state.params, base)).vision)
@@ -152,6 +158,8 @@ def make_programs(
     sums = Sums(state.params, replicated, replicated, replicated)
     compared = EMPTY if reference else state.params
     return TrainPrograms(
+        shardings=state,
+        create_state=jax.jit(lambda p: create_state(p, tx), out_shardings=state, donate_argnums=0),
         embed=jax.jit(embed, in_shardings=(base, rows), out_shardings=rows)
         if frozen_vision
         else lambda base, batch: batch,
