@@ -38,6 +38,7 @@ TOOL_FAILURES = tuple(kind.value for kind in FailureKind if not kind.callers_fau
 
 
 class BatchSource(Protocol):
+    steps: int  # of the stage
     examples: dict[str, Any]  # of the last step, for people; {} where there are none
 
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
@@ -63,12 +64,7 @@ class SftSource:
         decode = functools.partial(trajectories.decode_record, processor=processor)
         what = f"{config.trajectories}, record"
         self.pipeline = _pipeline(self.records, decode, config.read, seed, share, config.unreadable, what)
-        self.dropped, self.examples = 0, {}
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of the stage."""
-        return steps_of(self.config, len(self.records))
+        self.dropped, self.examples, self.steps = 0, {}, steps_of(config, len(self.records))
 
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         del policy, key  # what is read next depends on the position only
@@ -114,7 +110,7 @@ class GrpoSource:
         """`workdir`: where a trajectory that a reward fails on is left."""
         share.of(config.prompts, "grpo.prompts")  # a group never crosses a process
         self.config, self.driver, self.engine, self.processor = config, driver, engine, processor
-        self.share, self.workdir = share, workdir
+        self.share, self.workdir, self.steps = share, workdir, config.steps
         self.pipeline = _pipeline(samples, _showable, config.read, seed, share, config.data.unreadable)
         self.advantage = advantage_function(config.advantage, config.ddof)
         self.reward = make_reward(config.reward)

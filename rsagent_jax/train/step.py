@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from rsagent_jax.config.schema import GrpoConfig
+from rsagent_jax.config.schema import GrpoConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.logprobs import token_logprobs
 from rsagent_jax.runtime import sharding
@@ -204,3 +204,12 @@ def grpo_objective(config: GrpoConfig) -> Objective:
         return loss, denominator, metrics
 
     return objective
+
+
+def stage_objective(config: TrainConfig, stage: str) -> tuple[Objective, float, float, int]:
+    """What tells the steps of SFT and GRPO apart: the objective, the temperature of its log-probs, the weight of the
+    divergence from the policy that the stage began with, and the optimiser steps on the batches of a step."""
+    if stage == "sft":
+        return sft_objective, 1.0, 0.0, 1
+    grpo = config.grpo
+    return grpo_objective(grpo), grpo.sampling.temperature or 1.0, grpo.kl, grpo.updates
