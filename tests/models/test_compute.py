@@ -34,16 +34,10 @@ def segments(rows, t):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(
-    ("kind", "t", "fused"),  # a whole number of tiles; padded to one; a kernel with one backward program, and with two
-    [
-        ("blocks", 640, True),
-        ("blocks", 300, True),
-        ("splash", 640, True),
-        ("splash", 300, True),
-        ("splash", 640, False),
-    ],
-)
+# a whole number of tiles; padded to one; a backward pass of one program, and of two
+@pytest.mark.parametrize(("kind", "t", "fused"), [
+    ("blocks", 640, True), ("blocks", 300, True), ("splash", 640, True), ("splash", 300, True), ("splash", 640, False),
+])  # fmt: skip
 def test_attention_and_its_gradients_equal_the_plain_ones(kind, t, fused, causal, monkeypatch):
     """Padding may see anything, but stays finite."""
     monkeypatch.setattr(attention, "is_fused", lambda length: fused)
