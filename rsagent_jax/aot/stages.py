@@ -33,6 +33,7 @@ from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.attention import LANES, is_fused, tile, tiles_between
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, size_config
+from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.runtime import sharding
 from rsagent_jax.train.state import EMPTY, make_optimizer, partition_params, vision_frozen
@@ -43,8 +44,7 @@ from rsagent_jax.types import Batch, DataError
 def policy_config(weights: str) -> Qwen25VLConfig:
     """The shape of the policy: from a directory of weights, or a published size that the name tells (…-7B-…)."""
     if pathlib.Path(weights).is_dir():
-        inner = pathlib.Path(weights) / "policy"
-        return load_config(inner if inner.is_dir() else weights)
+        return load_config(policy_directory(weights))
     if match := re.search(r"(?<!\d)(3|7|32|72)b", weights.lower()):
         return size_config(match[0])
     raise DataError(

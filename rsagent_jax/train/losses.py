@@ -16,8 +16,6 @@ The clip ranges, the normalisation, KL and truncated importance sampling are our
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
@@ -91,30 +89,21 @@ def policy_loss(
         clipped = jnp.where(advantages > 0, r > high, (advantages < 0) & (r < low))
         loss = -jnp.sum(weights * jnp.where(clipped, jnp.where(advantages > 0, high, low), r) * advantages)
     # Tokens are the old policy's: kl_old estimates KL(old || policy); entropy_sampled, -log p, the entropy.
-    per_token = dict(ratio=r, clip_fraction=clipped, kl_old=kl_k3(log_ratio))
+    per_token = dict(ratio=r, clip_fraction=clipped, kl_old=kl_estimate("k3", log_ratio))
     sums = _sums(loss_mask, **per_token, entropy_sampled=-logprobs.astype(jnp.float32))
     return loss, sums | {"ratio_max": jax.lax.stop_gradient(jnp.max(jnp.where(loss_mask, r, 0.0)))}
 
 
-# --- KL to a reference policy, per token; d = log p_ref - log p of the sampled token (Schulman's estimators) ---
+def kl_estimate(estimator: str, d: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """KL(policy || reference) per token, as `grpo.kl_estimator` says; d = log p_ref - log p of the sampled token.
 
-
-def kl_k1(d: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """-d. Unbiased, noisy; its gradient is 0 in expectation, so it is for watching and not for penalising."""
-    return -d
-
-
-def kl_k2(d: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """d^2 / 2. A biased value, with the gradient of KL(policy || reference) on on-policy samples."""
-    return 0.5 * d**2
-
-
-def kl_k3(d: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """e^d - d - 1. Unbiased, never negative; its gradient is that of KL(reference || policy). GRPO's and Seg-Zero's."""
-    return jnp.expm1(d) - d
-
-
-KL_ESTIMATORS: dict[str, Callable[[Array], Array]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+    k1  -d. Unbiased, noisy; its gradient is 0 in expectation, so it is for watching and not for penalising
+    k2  d^2 / 2. A biased value, with the gradient of KL(policy || reference) on on-policy samples
+    k3  e^d - d - 1. Unbiased, never negative; its gradient is that of KL(reference || policy). GRPO's and Seg-Zero's
+    """
+    if estimator == "k1":
+        return -d
+    return 0.5 * d**2 if estimator == "k2" else jnp.expm1(d) - d
 
 
 def kl_loss(
@@ -123,11 +112,11 @@ def kl_loss(
     loss_mask: Mask,
     weights: Floats,
     *,
-    estimator: Callable[[Array], Array],
+    estimator: str,
     coefficient: float,
 ) -> tuple[Scalar, LossMetrics]:
     """coefficient * sum of weights * KL, to add to an objective's sum; metric `kl_ref` without the coefficient."""
-    kl = estimator(_log_ratio(ref_logprobs, logprobs, loss_mask))
+    kl = kl_estimate(estimator, _log_ratio(ref_logprobs, logprobs, loss_mask))
     return coefficient * jnp.sum(weights * kl), _sums(loss_mask, kl_ref=kl)
 
 
@@ -146,7 +135,7 @@ def truncated_importance_weights(
     """
     log_ratio = jax.lax.stop_gradient(_log_ratio(trainer_logprobs, engine_logprobs, loss_mask))
     ratio = jnp.exp(log_ratio)
-    metrics = _sums(loss_mask, tis_ratio=ratio, tis_truncated=ratio > cap, mismatch_kl=kl_k3(log_ratio))
+    metrics = _sums(loss_mask, tis_ratio=ratio, tis_truncated=ratio > cap, mismatch_kl=kl_estimate("k3", log_ratio))
     return jnp.minimum(ratio, cap), metrics | {"mismatch_logprob_max": jnp.max(jnp.abs(log_ratio))}
 
 

@@ -198,7 +198,7 @@ def grpo_objective(config: GrpoConfig) -> Objective:
         loss, more = losses.policy_loss(config.ratio, *arrays, **clip)
         metrics = metrics | more
         if config.kl > 0:
-            penalty = dict(estimator=losses.KL_ESTIMATORS[config.kl_estimator], coefficient=config.kl)
+            penalty = dict(estimator=config.kl_estimator, coefficient=config.kl)
             kl, more = losses.kl_loss(logprobs, ref, mask, weights, **penalty)
             loss, metrics = loss + kl, metrics | more
         return loss, denominator, metrics

@@ -14,8 +14,8 @@ from rsagent_jax.config.schema import GrpoConfig
 from rsagent_jax.train import losses
 
 CLIP = dict(clip_low=0.2, clip_high=0.3)
-RATIOS, NORMALIZE = (typing.get_args(typing.get_type_hints(GrpoConfig)[name]) for name in ("ratio", "normalize"))
-WEIGHTS = {name: functools.partial(losses.loss_weights, name, length=8.0) for name in NORMALIZE}
+WORDS = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(GrpoConfig).items()}
+WEIGHTS = {name: functools.partial(losses.loss_weights, name, length=8.0) for name in WORDS["normalize"]}
 
 # One row: trajectory 1 has trained tokens 1, 2 and a forced token 3; trajectory 2 has one trained token; then padding.
 SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 0]])
@@ -70,7 +70,7 @@ def test_sft_is_the_negative_log_likelihood_of_trained_tokens():
     np.testing.assert_array_equal(grad, -MASK.astype(jnp.float32))
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("ratio", WORDS["ratio"])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_at_ratio_one_the_gradient_is_reinforce(ratio, name):
     # d/dlogp = -A * weight; with the token normalisation and its denominator that is -A / N.
@@ -142,7 +142,7 @@ def test_gradient_is_the_finite_difference(ratio):
         assert (up - down) / (2 * h) == pytest.approx(grad[t], rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("ratio", WORDS["ratio"])
 def test_a_hopeless_token_does_not_spoil_the_others(ratio):
     # A log-prob 200 above the old one is a ratio of e^200 = inf in fp32; A < 0 leaves it unclipped.
     logprobs = logprobs_with([1.0, 1.0, 1.0]).at[0, 5].add(200.0)
@@ -160,21 +160,22 @@ def test_entropy_estimate_and_bf16_input():
 
 def test_kl_estimators_by_hand():
     d = jnp.array([0.0, np.log(2.0), -np.log(2.0)])
-    np.testing.assert_allclose(losses.kl_k1(d), [0, -0.693147, 0.693147], rtol=1e-5)
-    np.testing.assert_allclose(losses.kl_k2(d), [0, 0.240227, 0.240227], rtol=1e-5)  # 0.693147^2 / 2
-    np.testing.assert_allclose(losses.kl_k3(d), [0, 2 - 0.693147 - 1, 0.5 + 0.693147 - 1], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(losses.kl_estimate("k1", d), [0, -0.693147, 0.693147], rtol=1e-5)
+    np.testing.assert_allclose(losses.kl_estimate("k2", d), [0, 0.240227, 0.240227], rtol=1e-5)  # 0.693147^2 / 2
+    np.testing.assert_allclose(
+        losses.kl_estimate("k3", d), [0, 2 - 0.693147 - 1, 0.5 + 0.693147 - 1], rtol=1e-5, atol=1e-7
+    )
 
 
-@pytest.mark.parametrize("name", losses.KL_ESTIMATORS)
+@pytest.mark.parametrize("name", WORDS["kl_estimator"])
 def test_kl_estimators_in_expectation(name):
     """Summed over all outcomes of a 3-way policy p with a reference q, values and gradients are as documented."""
     logits = jnp.array([0.3, -0.2, 0.5])
     p, q = jax.nn.softmax(logits), jnp.array([0.5, 0.3, 0.2])
     kl_pq, kl_qp = jnp.sum(p * jnp.log(p / q)), jnp.sum(q * jnp.log(q / p))
-    estimator = losses.KL_ESTIMATORS[name]
 
     def expectation(logits):  # sampled from p held fixed, as a batch of tokens is
-        return jnp.sum(p * estimator(jnp.log(q) - jax.nn.log_softmax(logits)))
+        return jnp.sum(p * losses.kl_estimate(name, jnp.log(q) - jax.nn.log_softmax(logits)))
 
     if name != "k2":
         assert expectation(logits) == pytest.approx(float(kl_pq), rel=1e-5)
@@ -192,7 +193,7 @@ def test_kl_loss_is_weighted_and_masked():
     # Reference twice as likely at the first token, equal elsewhere: k3 = 2 - ln 2 - 1 = 0.306853, times 0.5 * 1/2.
     ref = logprobs_with([2.0, 1.0, 1.0])
     weights, _ = WEIGHTS["sequence"](MASK, SEGMENTS)
-    loss, metrics = losses.kl_loss(LOGPROBS, ref, MASK, weights, estimator=losses.kl_k3, coefficient=0.5)
+    loss, metrics = losses.kl_loss(LOGPROBS, ref, MASK, weights, estimator="k3", coefficient=0.5)
     assert loss == pytest.approx(0.306853 / 4, rel=1e-5)
     assert losses.mean_metrics(metrics)["kl_ref"] == pytest.approx(0.306853 / 3, rel=1e-5)
 
@@ -246,7 +247,7 @@ def every_value(batch):
     for name, normalise in WEIGHTS.items():
         weights, denominator = normalise(batch["mask"], batch["segments"])
         arrays = [batch[n] for n in ("logprobs", "old", "advantages", "mask", "segments")]
-        for ratio in RATIOS:
+        for ratio in WORDS["ratio"]:
             loss_sum, metrics = losses.policy_loss(ratio, *arrays, weights, **CLIP)
             values[f"{ratio} {name}"] = loss_sum, denominator, metrics
     return values

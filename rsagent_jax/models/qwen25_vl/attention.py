@@ -9,6 +9,7 @@ cudnn   the fused kernel on GPU
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -163,11 +164,7 @@ def _kernel(q_NTH, k_KTH, v_KTH, segments_T, tiles_QK, *, causal: bool, interpre
         mask_value=splash.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
         residual_checkpoint_name="attention" if named else None,
-        mask_function=_not_after if causal else None,
+        mask_function=operator.ge if causal else None,
         interpret=interpret,
     )
     return kernel(q_NTH, k_KTH, v_KTH, splash.SegmentIds(segments_T, segments_T))
-
-
-def _not_after(queries, keys):
-    return queries >= keys
