@@ -119,7 +119,7 @@ def test_bf16_runs_and_stays_near_fp32():
         hidden = model(row, Compute("bfloat16"))
         return hidden, model.logits(hidden)
 
-    hidden, logits = tiny.run(pair.ours, half, tiny.pack([seq], pair.config))
+    hidden, logits = tiny.jitted(pair.ours, half)(tiny.pack([seq], pair.config))
     whole = tiny.hf_logits(pair.hf, seq)
     assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
     assert np.linalg.norm(logits[0] - whole) <= 0.02 * np.linalg.norm(whole)  # bf16 keeps 8 bits: 0.4 % a rounding

@@ -260,14 +260,9 @@ def jitted(model: Qwen25VL, function):
     return lambda *args: program(state, *args)
 
 
-def run(model: Qwen25VL, function, *args):
-    """function(model, *args), jitted."""
-    return jitted(model, function)(*args)
-
-
 def logits(model: Qwen25VL, row: Batch) -> np.ndarray:
     """f32[T, V] of one packed row."""
-    return np.asarray(run(model, lambda m, row: m.logits(m(row)), row))[0]
+    return np.asarray(jitted(model, lambda m, row: m.logits(m(row)))(row))[0]
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from rsagent_jax.runtime import sharding
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train.checkpoint import NO_ADAPTERS, Checkpoints
 from rsagent_jax.train.state import cast_frozen, create_state, make_optimizer, partition_params
+from tests import mesh_worker
 from tests.refusals import refused
 from tests.rollout import small
 
@@ -88,18 +89,8 @@ def go(stored, compiled, monkeypatch):
             **{name: dataclasses.replace(getattr(base, name), **part) for name in ("sft", "grpo")},
         )
         workdir.mkdir(exist_ok=True)
-        log = log_class(workdir)
-        graphdef, params = small.split(small.model())
-        if weights is not None:  # instead of the file's
-            params = convert.with_values(params, {name: jnp.asarray(value) for name, value in weights.items()})
-        params = jax.device_put(params, sharding.param_shardings(small.model(), sharding.make_mesh(MeshConfig())))
-        mesh = sharding.make_mesh(config.mesh)
-        try:
-            with contextlib.ExitStack() as stack:
-                policy = train.Policy(small.weights(), small.processor(), mesh, graphdef, params)
-                return small.flat(train.run_stage(stage, config, workdir, log, policy, stack).params)
-        finally:
-            log.close()
+        with contextlib.closing(log_class(workdir)) as log:
+            return small.flat(mesh_worker.run_stage(stage, config, workdir, log, weights))
 
     return run
 
