@@ -16,7 +16,6 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import pathlib
-import sys
 import time
 
 import jax
@@ -120,13 +119,10 @@ def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int
     jax.config.update("jax_platforms", "cpu")  # the compiler is asked for, not a TPU
     if quick:
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    policy = stages.policy_config(config.policy.weights)
-    names = topology.TABLE if name == "all" else (name,)
     reports = []
-    for target in map(topology.parse_topology, names):
-        settled = stages.fill_topology_defaults(config, target, policy)
+    for target in map(topology.parse_topology, topology.TABLE if name == "all" else (name,)):
         for stage in config.stages:
-            found = stages.report_stage(settled, stage, target, lambda line: print(line, file=sys.stderr), only)
+            found = stages.report_stage(config, stage, target, only)
             reports += [dataclasses.replace(report, quick=quick) for report in found]
     print(report.reports_table(reports))
     print(report.reports_to_json(reports))

@@ -10,8 +10,9 @@ import dataclasses
 import math
 import pathlib
 import re
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -53,14 +54,13 @@ def policy_config(weights: str) -> Qwen25VLConfig:
     )
 
 
-def report_stage(
-    config: TrainConfig, stage: str, topology: Topology, say: Callable[[str], None], only: str = ""
-) -> list[ProgramReport]:
+def report_stage(config: TrainConfig, stage: str, topology: Topology, only: str = "") -> list[ProgramReport]:
     """Compiles every program of a stage with `only` in its name; one that does not fit is a report like the others.
 
-    The rollout's are for the devices of one host.
+    The rollout's are for the devices of one host. Says on stderr how long each program took.
     """
     policy = policy_config(config.policy.weights)
+    config = fill_topology_defaults(config, topology, policy)
     found, tensor = devices(topology), config.grpo.sampling.tensor
     mesh, host = sharding.make_mesh(config.mesh, found), None
     if stage == "grpo" and topology.host.devices % tensor == 0:
@@ -72,7 +72,7 @@ def report_stage(
         if only in job.program:
             start = time.perf_counter()
             reports.append(report_job(job, topology, attention_flops(policy, job.work or micro_batch)))
-            say(f"{job.program} for {topology.name}: {time.perf_counter() - start:.0f} s")
+            print(f"{job.program} for {topology.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return reports
 
 
