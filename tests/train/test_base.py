@@ -18,12 +18,10 @@ from rsagent_jax.train.state import (
     EMPTY,
     PARTS,
     cast_frozen,
-    create_state,
     init_adapters,
     make_optimizer,
     make_plain,
     partition_params,
-    state_shardings,
     vision_frozen,
 )
 from rsagent_jax.train.step import batch_logprobs, grpo_objective, make_programs, micro_step
@@ -65,17 +63,15 @@ class Stage:
     def __init__(self, freeze=(), adapters=OFF, dtype="float32"):
         plain, params = small.split(small.model())
         params = jax.device_put(params, sharding.param_shardings(small.model(), mesh()))
-        self.compute = dataclasses.replace(small.COMPUTE, dtype=dtype)
+        self.compute = dataclasses.replace(small.COMPUTE, dtype=dtype, mesh=mesh())
         self.graphdef, params, base = partition_params(plain, params, adapters, freeze)
         self.base = cast_frozen(base, dtype)
         if adapters.rank:
             params = init_adapters(self.graphdef, params, self.base, jax.random.key(0), mesh())
-        tx, _ = make_optimizer(OPTIM, 4)
-        whole = sharding.replicated(mesh())
-        where = state_shardings(params, tx, whole)
-        self.state = jax.jit(lambda p: create_state(p, tx), out_shardings=where)(params)
-        shardings, compared = (where, sharding.rows(mesh()), whole), plain if adapters.rank else None
-        self.programs = make_programs(self.graphdef, tx, OBJECTIVE, self.compute, 1.0, shardings, self.base, compared)
+        tx, reference = make_optimizer(OPTIM, 4)[0], plain if adapters.rank else None
+        made = self.graphdef, tx, OBJECTIVE, self.compute, params, self.base
+        self.programs = make_programs(*made, reference=reference)
+        self.state = self.programs.create_state(params)
 
     def steps(self, count: int):
         """Metrics of every step; the batch is seen once."""
