@@ -51,7 +51,7 @@ from rsagent_jax.train.state import (
     skip,
     updates_made,
 )
-from rsagent_jax.train.step import make_programs, stage_objective
+from rsagent_jax.train.step import make_programs, make_stage
 from rsagent_jax.types import Batch
 
 
@@ -141,14 +141,14 @@ def check_inputs(config: TrainConfig, workdir: pathlib.Path, processor: Processo
     return inputs
 
 
-def open_source(
-    name: str, config: TrainConfig, workdir: pathlib.Path, policy: Policy, stack: contextlib.ExitStack
-) -> BatchSource:
-    """Stored trajectories for SFT; for GRPO groups of trajectories that this process's own engine plays with the tools.
-    `stack` closes what is opened."""
-    share, own = processes.row_share(policy.mesh), processes.own_directory(workdir)
-    if name == "sft":
-        return SftSource(config.sft, policy.processor, config.seed, share)
+def setup_sft(config: TrainConfig, workdir: pathlib.Path, policy: Policy, stack: contextlib.ExitStack) -> BatchSource:
+    """Stored trajectories."""
+    del workdir, stack
+    return SftSource(config.sft, policy.processor, config.seed, processes.row_share(policy.mesh))
+
+
+def setup_grpo(config: TrainConfig, workdir: pathlib.Path, policy: Policy, stack: contextlib.ExitStack) -> BatchSource:
+    """Groups of trajectories that this process's own engine plays with the tools. `stack` closes what is opened."""
     c, dtype, processor = config.grpo, config.policy.dtype, policy.processor
     segmenter = stack.enter_context(open_segmenter(config.segmenter))
     model = nnx.merge(policy.graphdef, processes.local_copy(policy.params, policy.mesh, dtype))
@@ -157,7 +157,11 @@ def open_source(
     engine.warm_up()
     engine.release_memory()  # the state is made beside nothing of the engine's
     driver = Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
+    share, own = processes.row_share(policy.mesh), processes.own_directory(workdir)
     return GrpoSource(c, open_samples(c.data), driver, engine, processor, config.seed, share, own)
+
+
+SETUPS = {"sft": setup_sft, "grpo": setup_grpo}
 
 
 def stage_key(config: TrainConfig, name: str) -> jax.Array:
@@ -173,8 +177,8 @@ def run_stage(
     stack: contextlib.ExitStack,
 ) -> Policy:
     """Trains one stage to its end, from its newest checkpoint if it has one."""
-    settings, source = getattr(config, name), open_source(name, config, workdir, policy, stack)
-    objective, temperature, kl, updates = stage_objective(config, name)
+    stage, settings = make_stage(config, name), getattr(config, name)
+    source, updates = SETUPS[name](config, workdir, policy, stack), stage.updates
     steps, key, mesh = source.steps, stage_key(config, name), policy.mesh
 
     ############################## What is trained, what is only read ##############################
@@ -183,7 +187,7 @@ def run_stage(
     # In the dtype of the activations: the parameters are cast to it wherever they are used. With adapters the base
     # alone is the reference.
     copied = EMPTY if lora.rank else params
-    reference = jax.tree.map(lambda p: jnp.array(p, compute.dtype, copy=True), copied) if kl > 0 else None
+    reference = jax.tree.map(lambda p: jnp.array(p, compute.dtype, copy=True), copied) if stage.kl > 0 else None
     base = cast_frozen(base, compute.dtype)
     if lora.rank:
         params = init_adapters(graphdef, params, base, jax.random.fold_in(key, 0), mesh)
@@ -191,8 +195,8 @@ def run_stage(
     ############################## State, programs ##############################
     tx, schedule = make_optimizer(settings.optim, steps * updates)
     reference_graph = policy.graphdef if lora.rank else None
-    options = dict(temperature=temperature, offload=settings.optim.offload, reference=reference_graph)
-    programs = make_programs(graphdef, tx, objective, compute, params, base, **options)
+    options = dict(offload=settings.optim.offload, reference=reference_graph)
+    programs = make_programs(graphdef, tx, stage, compute, params, base, **options)
     state = programs.create_state(params)
     to_plain = make_plain(base, lora, compute.dtype)
     checkpoints = Checkpoints(workdir / "checkpoints" / name, policy.weights, lora)
@@ -223,7 +227,7 @@ def run_stage(
         if batches:
             zeros = processes.put_rows(np.zeros(batches[0].tokens.shape, np.float32), mesh)
             batches = [programs.embed(base, processes.put_rows(batch, mesh)) for batch in batches]
-            refs = [programs.logprobs(reference, base, batch) if kl > 0 else zeros for batch in batches]
+            refs = [programs.logprobs(reference, base, batch) if stage.kl > 0 else zeros for batch in batches]
             for _ in range(updates):
                 state, update = programs.train_step(state, base, batches, refs)
             made += updates

@@ -196,7 +196,7 @@ def ours(directory: pathlib.Path):
     from rsagent_jax.models.qwen25_vl.positions import padded_patches
     from rsagent_jax.runtime import processes, sharding
     from rsagent_jax.train.state import EMPTY, make_optimizer
-    from rsagent_jax.train.step import make_programs, sft_objective
+    from rsagent_jax.train.step import Stage, make_programs, sft_objective
 
     config = load_config(directory)
     mesh = sharding.make_mesh(MeshConfig())
@@ -207,7 +207,7 @@ def ours(directory: pathlib.Path):
     (batch,) = pack(items, BatchConfig(rows=len(items), tokens=len(items[0].tokens), patches=places), config)
     tx, _ = make_optimizer(OptimConfig(lr=LR, b1=B1, b2=B2, eps=EPS, clip_norm=CLIP), 1)
     compute = Compute.of(PolicyConfig(weights="", dtype="float32", remat="none", scan_layers=False), mesh)
-    programs = make_programs(graphdef, tx, sft_objective, compute, params)
+    programs = make_programs(graphdef, tx, Stage(sft_objective), compute, params)
     state = programs.create_state(params)
 
     blind = dataclasses.replace(batch, patches=np.zeros_like(batch.patches))

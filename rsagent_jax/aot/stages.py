@@ -38,7 +38,7 @@ from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.runtime import sharding
 from rsagent_jax.train.state import EMPTY, make_optimizer, partition_params, vision_frozen
-from rsagent_jax.train.step import Sums, make_programs, stage_objective
+from rsagent_jax.train.step import Sums, make_programs, make_stage
 from rsagent_jax.types import Batch, DataError
 
 
@@ -82,7 +82,7 @@ def stage_jobs(
     """The stage's programs: the tower if it is not trained, a micro-batch's gradients, their sum if there are several,
     the update, log-probs for KL. With one host's rollout mesh, the engine's as well."""
     settings, sampling, lora = getattr(config, stage), config.grpo.sampling, config.policy.lora
-    objective, temperature, kl, _ = stage_objective(config, stage)
+    made = make_stage(config, stage)
     compute, rows, whole = Compute.of(config.policy, mesh), sharding.rows(mesh), sharding.replicated(mesh)
     plain, params = nnx.split(convert.abstract_model(policy), nnx.Param)
     graphdef, params, base = partition_params(plain, params, lora, settings.optim.freeze)
@@ -95,8 +95,8 @@ def stage_jobs(
     params, half, base = shapes(params, jnp.float32), shapes(params, compute.dtype), shapes(base, compute.dtype)
     half = EMPTY if lora.rank else half  # of the reference, which is the base alone
     tx, _ = make_optimizer(settings.optim, 1000)
-    options = dict(temperature=temperature, offload=settings.optim.offload, reference=plain if lora.rank else None)
-    programs = make_programs(graphdef, tx, objective, compute, params, base, **options)
+    options = dict(offload=settings.optim.offload, reference=plain if lora.rank else None)
+    programs = make_programs(graphdef, tx, made, compute, params, base, **options)
     state = place_shapes(jax.eval_shape(programs.create_state, params), programs.shardings)
     pixels = abstract_batch(settings.batch, policy, rows)
     batch = place_shapes(jax.eval_shape(programs.embed, base, pixels), rows)
@@ -108,7 +108,7 @@ def stage_jobs(
     count = math.ceil(sequences / settings.batch.rows)  # micro-batches, if every sequence fills its row
     waiting = (count - 1) * device_bytes(batch)  # train.py puts all micro-batches of a step on the devices at once
     moments, grads = device_bytes(state.opt_state), device_bytes(params)  # offloaded moments are none
-    reference = device_bytes(half) if kl > 0 else 0
+    reference = device_bytes(half) if made.kl > 0 else 0
     trained = step_workload(settings, policy, params, adapted=lora.rank > 0)
     forward = dataclasses.replace(trained, trained=False, vision_trained=False, embed_trained=False, adapters=0)
     held = moments + device_bytes(params) + reference + device_bytes(base)  # what a step leaves on the devices
@@ -122,7 +122,7 @@ def stage_jobs(
     resident = moments + reference + (grads if count > 1 else 0) + waiting
     flops = model_flops(policy, trained).total
     yield Job(f"{stage} gradients", lambda: programs.micro.trace(params, base, batch, ref), flops, resident)
-    if kl > 0:  # the policy that is trained stays, while the reference reads the batch
+    if made.kl > 0:  # the policy that is trained stays, while the reference reads the batch
         resident = moments + device_bytes(params) + waiting
         flops = model_flops(policy, forward).total
         yield Job(f"{stage} log-probs", lambda: programs.logprobs.trace(half, base, batch), flops, resident)

@@ -52,15 +52,23 @@ def batch_logprobs(
     return jnp.roll(token_logprobs(hidden, head, targets, wanted, temperature=temperature, mesh=mesh), 1, axis=1)
 
 
-def micro_step(
-    graphdef, objective: Objective, compute: Compute, temperature, params, base, batch, ref, *, embedded: bool = False
-) -> Sums:
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What tells the steps of SFT and GRPO apart."""
+
+    objective: Objective
+    temperature: float = 1.0  # of the log-probs
+    kl: float = 0.0  # weight of the divergence from the policy that the stage began with
+    updates: int = 1  # optimiser steps on the batches of a step
+
+
+def micro_step(graphdef, stage: Stage, compute: Compute, params, base, batch, ref, *, embedded: bool = False) -> Sums:
     """Gradient sums of one micro-batch for `params`; the parameters of `base` are only read."""
 
     def loss_fn(p):
         replicated = nnx.merge_state(p, base)
-        logprobs = batch_logprobs(graphdef, replicated, batch, compute, temperature, embedded=embedded)
-        loss, denominator, metrics = objective(logprobs, batch, ref)
+        logprobs = batch_logprobs(graphdef, replicated, batch, compute, stage.temperature, embedded=embedded)
+        loss, denominator, metrics = stage.objective(logprobs, batch, ref)
         return loss, (denominator, metrics)
 
     (loss, (denominator, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -116,12 +124,11 @@ class TrainPrograms:
 def make_programs(
     graphdef,
     tx,
-    objective: Objective,
+    stage: Stage,
     compute: Compute,
     params: nnx.State,
     base: nnx.State = EMPTY,
     *,
-    temperature: float = 1.0,
     offload: bool = False,
     reference=None,
 ) -> TrainPrograms:
@@ -143,11 +150,11 @@ def make_programs(
         return dataclasses.replace(batch, patches=merged)
 
     def micro(params, base, batch, ref):
-        return micro_step(graphdef, objective, compute, temperature, params, base, batch, ref, embedded=frozen_vision)
+        return micro_step(graphdef, stage, compute, params, base, batch, ref, embedded=frozen_vision)
 
     def logprobs(params, base, batch):
         params = nnx.merge_state(params, base)
-        return batch_logprobs(reference or graphdef, params, batch, compute, temperature, embedded=frozen_vision)
+        return batch_logprobs(reference or graphdef, params, batch, compute, stage.temperature, embedded=frozen_vision)
 
     def update(old, sums):
         if any(s.memory_kind == "pinned_host" for s in jax.tree.leaves(state.opt_state)):
@@ -206,10 +213,8 @@ def grpo_objective(config: GrpoConfig) -> Objective:
     return objective
 
 
-def stage_objective(config: TrainConfig, stage: str) -> tuple[Objective, float, float, int]:
-    """What tells the steps of SFT and GRPO apart: the objective, the temperature of its log-probs, the weight of the
-    divergence from the policy that the stage began with, and the optimiser steps on the batches of a step."""
-    if stage == "sft":
-        return sft_objective, 1.0, 0.0, 1
+def make_stage(config: TrainConfig, name: str) -> Stage:
+    if name == "sft":
+        return Stage(sft_objective)
     grpo = config.grpo
-    return grpo_objective(grpo), grpo.sampling.temperature or 1.0, grpo.kl, grpo.updates
+    return Stage(grpo_objective(grpo), grpo.sampling.temperature or 1.0, grpo.kl, grpo.updates)

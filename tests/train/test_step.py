@@ -16,7 +16,7 @@ from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.runtime import sharding
 from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.state import create_state, make_optimizer, partition_params, skip, state_shardings, updates_made
-from rsagent_jax.train.step import grpo_objective, make_programs
+from rsagent_jax.train.step import Stage, grpo_objective, make_programs
 from tests.rollout import small
 
 
@@ -122,7 +122,7 @@ def test_offloaded_moments_train_the_same_and_stay_in_host_memory(tmp_path):
         params = jax.device_put(params, sharding.param_shardings(small.model(), mesh))
         graphdef, params, base = partition_params(graphdef, params, LoraConfig(), ("vision",))
         compute = dataclasses.replace(small.COMPUTE, mesh=mesh)
-        programs = make_programs(graphdef, tx, objective, compute, params, base, offload=offload)
+        programs = make_programs(graphdef, tx, Stage(objective), compute, params, base, offload=offload)
         return programs, programs.create_state(params), base
 
     shape = BatchConfig(rows=1, tokens=64, patches=32)
