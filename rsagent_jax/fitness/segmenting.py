@@ -19,7 +19,7 @@ SLOW_WAY_S = 0.05  # of one prompt, beside the segmenter's own work
 def check_masks(examined: Examined) -> list[Finding]:
     """Opened as a run opens it: started as a child of ours, in this process, or connected to."""
     config = examined.config.segmenter
-    image, (x, y), r = check.own_image(), check.CENTRE, check.RADIUS
+    (image, disc), (x, y), r = check.own_image(), check.CENTRE, check.RADIUS
     request = SegmentRequest(box=(x - r, y - r, x + r, y + r))
     with open_segmenter(config) as segmenter:
         identity, first = segmenter.about.identity, segmenter.segment(image, request)
@@ -30,7 +30,7 @@ def check_masks(examined: Examined) -> list[Finding]:
             seconds.append(time.perf_counter() - start)
             way.append(reply.timings_s.get("transport", 0.0))
             same &= bool((reply.mask == first.mask).all())
-    judged, iou = RANDOM not in identity, mask_iou(first.mask, check.disc_mask())
+    judged, iou = RANDOM not in identity, mask_iou(first.mask, disc)
     figure = f"IoU {iou:.3f} with a disc" + "; equal prompts give unequal masks" * (not same) + f"; {identity}"
     against = f"{check.GOOD_IOU} at least" if judged else "random weights: not judged"
     remedy = "python -m sam_bridge.check draws its masks; look at its checkpoint and model (docs/sidecar.md)"

@@ -114,19 +114,23 @@ def summary_page(summary: Summary) -> str:
     """The page of the three policies."""
     examples = summary.evaluations["grpo"].examples
     bounds = [e.results["giou_ci95"] for e in summary.evaluations.values()]
+    kept = [(NAMES[n], e, {example.id: example for example in e.examples}) for n, e in summary.evaluations.items()]
+
+    def tries(samples: list[Example]) -> list[tuple]:
+        return [(s, [(name, evaluation, by_id.get(s.id)) for name, evaluation, by_id in kept]) for s in samples]
+
     return render_page(
         "quickstart.html",
         title="RSAgent-JAX: base, SFT, GRPO",
         verdict=_verdict("GRPO", "SFT", summary.gain),
         names=NAMES,
         summary=summary,
-        kept={name: {e.id: e for e in evaluation.examples} for name, evaluation in summary.evaluations.items()},
         rows=_rows(summary),
         axis=(min(0.0, *(b[0] for b in bounds)), max(b[1] for b in bounds)),
         absent_note=ABSENT_NOTE,
         took=_duration(summary.seconds),
         curves=curves(summary.steps),
-        sections=dict(zip(("Good: highest", "Bad: lowest"), choose(examples), strict=True)),
+        sections=dict(zip(("Good: highest", "Bad: lowest"), map(tries, choose(examples)), strict=True)),
         settings=setting_rows(summary.evaluations["grpo"].results.get("settings", {})),
     )
 

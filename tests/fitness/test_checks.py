@@ -252,7 +252,7 @@ def asked(examined, monkeypatch, segmenter):
 
 
 def test_a_segmenter_with_other_masks_is_wrong_and_one_far_away_is_slow(examined, monkeypatch):
-    disc = check.disc_mask()
+    _, disc = check.own_image()
     good, far = asked(examined, monkeypatch, Fixed(disc, way_s=0.2))
     assert good[0] is OK and far[0] is SLOW and "200.0 of them on the way" in far[1] and "nearer" in far[1]
     bad, near = asked(examined, monkeypatch, Fixed(np.roll(disc, 150, axis=1)))

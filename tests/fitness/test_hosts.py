@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shlex
 import socket
 import subprocess
@@ -16,8 +17,8 @@ from rsagent_jax.fitness import hosts
 from rsagent_jax.fitness.finding import Finding, Verdict
 from rsagent_jax.fitness.hosts import Page, compare_hosts, gather_pages, pages_table
 from rsagent_jax.runtime import command
-from tests.runtime.test_processes import ROOT
 
+ROOT = pathlib.Path(__file__).parents[2]
 OK, SLOW, WRONG, NOT_RUN = Verdict
 
 
