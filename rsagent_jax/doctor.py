@@ -43,8 +43,9 @@ def main(
     directory = command.make_workdir(workdir) if workdir else None
     if directory is not None:  # what is compiled here, train.py need not compile again
         command.use_compilation_cache(config.cache_dir, directory / "compiled")
+    examined = Examined.of(config, directory)
     progress = lambda name: print(f"  {name} …", file=sys.stderr, flush=True)  # noqa: E731
-    findings, hangs = run_checks(Examined(config, directory), deadline_s, progress)
+    findings, hangs = run_checks(examined, deadline_s, progress)
     pages = compare_hosts(gather_pages(findings, 2 * deadline_s))
     result = pages_json(pages, time.perf_counter() - start)
     if processes.is_lead():

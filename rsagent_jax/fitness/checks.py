@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from rsagent_jax.config.import_path import first_line
 from rsagent_jax.fitness import decoding, kernels, machine, places, segmenting, speed, training
 from rsagent_jax.fitness.finding import Examined, Finding, Verdict
+from rsagent_jax.types import DataError
 
 AFTER_A_HANG_S = 20.0  # of each later check: a wedged device stops them all, and the page has to come
 
@@ -59,7 +60,10 @@ def run_checks(
             done = [
                 Finding(check.name, Verdict.WRONG, f"no answer within {wait_s:.0f} s", "--deadline_s", check.remedy)
             ]
-        findings += done
+        earlier = {f.figure: f.name for f in findings if f.verdict is Verdict.WRONG}
+        for f in done:  # a mesh that cannot be made stops many: it is said once
+            once = f.verdict is not Verdict.WRONG or f.figure not in earlier
+            findings.append(f if once else Finding(f.name, Verdict.NOT_RUN, f"for want of: {earlier[f.figure]}"))
     return findings, hangs
 
 
@@ -68,5 +72,6 @@ def _run(check: Check, examined: Examined, done: list[Finding]) -> None:
         done += check.run(examined)
     except Exception as error:  # noqa: BLE001  the page shall come, whatever is wrong
         figure = f"{type(error).__name__}: {first_line(error)}"
-        done.append(Finding(check.name, Verdict.WRONG, figure, "", check.remedy))
+        remedy = "do as it says; else " * isinstance(error, DataError) + check.remedy
+        done.append(Finding(check.name, Verdict.WRONG, figure, "", remedy))
     gc.collect()  # modules hold their arrays in circles, and the next check may need the memory

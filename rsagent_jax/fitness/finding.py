@@ -11,6 +11,7 @@ import pathlib
 import jax
 
 from rsagent_jax.aot.stages import policy_config
+from rsagent_jax.aot.topology import parse_topology
 from rsagent_jax.config.schema import EvalConfig, SamplingConfig, SegmentConfig, TrainConfig
 from rsagent_jax.config.slices import fill_slice_defaults
 from rsagent_jax.models.qwen25_vl import convert
@@ -52,12 +53,15 @@ class Examined:
     """The config on this machine, and where it would write (None: not told)."""
 
     config: TrainConfig | EvalConfig | SegmentConfig
+    policy: Qwen25VLConfig  # the shape alone: no weights are read
     workdir: pathlib.Path | None = None
 
-    @functools.cached_property
-    def policy(self) -> Qwen25VLConfig:
-        """The shape alone: no weights are read, and a published size is known by its name."""
-        return policy_config(self.config.policy.weights)
+    @classmethod
+    def of(cls, config: TrainConfig | EvalConfig | SegmentConfig, workdir: pathlib.Path | None = None) -> Examined:
+        """DataError for weights of no known shape (a published size is known by its name), and for an unknown slice."""
+        if getattr(config, "slice", ""):
+            parse_topology(config.slice)
+        return cls(config, policy_config(config.policy.weights), workdir)
 
     @functools.cached_property
     def settled(self) -> TrainConfig | EvalConfig | SegmentConfig:

@@ -35,11 +35,11 @@ OK, SLOW, WRONG, NOT_RUN = Verdict
 @pytest.fixture
 def examined(tmp_path):
     config = small.train_config("nowhere", 2, 1, OptimConfig(warmup_steps=1), 2)
-    return Examined(dataclasses.replace(config, stages=("sft",)), tmp_path)
+    return Examined.of(dataclasses.replace(config, stages=("sft",)), tmp_path)
 
 
 def with_(examined, **fields) -> Examined:
-    return Examined(dataclasses.replace(examined.config, **fields), examined.workdir)
+    return dataclasses.replace(examined, config=dataclasses.replace(examined.config, **fields))
 
 
 def told(findings: list[Finding]) -> list[tuple[Verdict, str]]:
@@ -94,7 +94,7 @@ def test_a_mesh_that_does_not_divide_is_wrong(examined):
 
 def test_a_full_disk_is_wrong(examined, monkeypatch):
     assert only(machine.check_space(examined))[0] is OK
-    assert only(machine.check_space(Examined(examined.config)))[0] is NOT_RUN
+    assert only(machine.check_space(dataclasses.replace(examined, workdir=None)))[0] is NOT_RUN
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10 << 20))
     verdict, said = only(machine.check_space(examined))
     assert verdict is WRONG and "0.01 GiB free" in said and "another --workdir" in said
@@ -290,12 +290,16 @@ def test_a_check_that_raises_or_hangs_is_a_line_and_the_others_go_on(examined):
     findings, still_hangs = run_checks(examined, 0.2, heard.append, table)
     woken.set()
     assert time.monotonic() - start < 10 and still_hangs and heard == ["a", "b", "c"] and findings[2] == fine
-    assert [f.verdict for f in findings] == [WRONG, WRONG, OK] and [f.remedy for f in findings] == [
-        "mend a",
-        "mend b",
-        "",
-    ]
+    assert [f.verdict for f in findings] == [WRONG, WRONG, OK]
+    assert [f.remedy for f in findings] == ["do as it says; else mend a", "mend b", ""]
     assert findings[0].figure == "DataError: half of it is gone" and "no answer within" in findings[1].figure
+
+
+def test_what_stops_many_checks_is_said_once(examined):
+    three = dataclasses.replace(examined.config.mesh, data=3)
+    table = [c for c in checks.CHECKS if c.name in ("mesh", "training step")]
+    mesh, step = run_checks(with_(examined, mesh=three), 60, lambda _: None, table)[0]
+    assert mesh.verdict is WRONG and (step.verdict, step.figure) == (NOT_RUN, "for want of: mesh")
 
 
 def test_every_check_says_what_to_do_where_it_raises():

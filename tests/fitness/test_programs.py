@@ -20,13 +20,13 @@ OK, SLOW, WRONG, NOT_RUN = Verdict
 @pytest.fixture
 def examined():
     config = small.train_config("nowhere", 2, 1, OptimConfig(warmup_steps=1), 2)
-    return Examined(dataclasses.replace(config, stages=("sft",)))
+    return Examined.of(dataclasses.replace(config, stages=("sft",)))
 
 
 def test_log_probs_of_engine_and_trainer_that_part_are_found(examined, monkeypatch):
     assert only(decoding.check_engine(examined))[0] is NOT_RUN
     both, items, play, ours = (
-        Examined(dataclasses.replace(examined.config, stages=("sft", "grpo"))),
+        dataclasses.replace(examined, config=dataclasses.replace(examined.config, stages=("sft", "grpo"))),
         [],
         decoding._play,
         decoding.batch_logprobs,
