@@ -103,7 +103,6 @@ def _sha256(file: pathlib.Path) -> str:
 @contextlib.contextmanager
 def _explained(name: str, endpoint: str) -> Iterator[None]:
     """The library's errors as a HubError in a line."""
-    import httpx2
     from huggingface_hub import errors
 
     at = f"{name} on {endpoint}"
@@ -122,7 +121,7 @@ def _explained(name: str, endpoint: str) -> Iterator[None]:
             f"{name} is not here as a whole, and {endpoint} cannot be asked (no network, or HF_HUB_OFFLINE is set);"
             " download it where there is a network, or give a directory"
         ) from error
-    except (errors.HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise HubError(f"{name}: the disk is full; make room, or let HF_HOME name another directory") from error
         said = str(error).split("\n")[0][:200]

@@ -32,9 +32,7 @@ class Hub:
 
 def _answer(hub: Hub, handler: BaseHTTPRequestHandler) -> None:
     path = handler.path.partition("?")[0]
-    if info := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
-        repository, revision = info.groups()
-    elif info := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+    if info := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(?:revision|tree)/([^/]+)", path):
         repository, revision = info.groups()
     elif info := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
         repository, revision = info[1], info[2]
@@ -111,7 +109,7 @@ def serve_hub(**options) -> Iterator[Hub]:
         def do_GET(self) -> None:
             _answer(hub, self)
 
-        do_HEAD = do_GET
+        do_HEAD = do_GET  # noqa: N815
 
         def log_message(self, *_: object) -> None:
             pass

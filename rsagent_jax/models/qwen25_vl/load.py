@@ -1,4 +1,4 @@
-"""Opens a policy: a Hugging Face directory, here or on a hub, or a stage's newest checkpoint with its adapters merged."""
+"""Opens a policy: a Hugging Face directory, here or on a hub, or a stage's newest checkpoint, adapters merged."""
 
 from __future__ import annotations
 
