@@ -98,6 +98,7 @@ def question_files(root: pathlib.Path) -> None:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("benchmarks")
+    question_files(root)
     for name in ("refcoco", "refcoco+", "refcocog", "grefcoco"):
         refer_files(root, name)
     corners = [[BOX[0], BOX[1]], [BOX[2] - 1, BOX[1]], [BOX[2] - 1, BOX[3] - 1], [BOX[0], BOX[3] - 1]]
@@ -107,7 +108,6 @@ def root(tmp_path_factory):
         shapes = [{"label": "target", "points": corners}]
         record = {"text": ["what is red?", "the red one"], "is_sentence": True, "shapes": shapes}
         (root / split / "a.json").write_text(json.dumps(record))
-    question_files(root)
     make_image().save(root / "mine.png")
     lines = [{"image": "mine.png", "query": "red", "segmentation": [polygon()]}]
     lines += [{"image": "mine.png", "query": "green", "mask": None}]
