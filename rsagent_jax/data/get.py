@@ -58,6 +58,8 @@ def main(
         flags = [f"--config=configs/eval.py:{row}", f"--config.data.root={folder}", f"--out={folder}/check/{row}"]
         print(f"\n{row}")
         status.append(command.run_command("rsagent_jax.data_check", [*flags, f"--samples={samples}"]))
+        if status[-1] == 130:  # Ctrl-C
+            break
     return max(status, default=0)
 
 

@@ -108,8 +108,10 @@ def load_refcoco_m(root: str | pathlib.Path, split: str = "val", limit: int | No
             for sample in samples:
                 id, sentences, rle = _fields(sample, where, {"id": int, "sentences": list, "mask": dict})
                 size, image = _rle_size(rle, where), str(folder / "images" / pathlib.PurePosixPath(name).name)
+                if not all(isinstance(text, str) for text in sentences):
+                    raise DataError(f"{where} has a sentence that is no text: unpack the data set again")
                 for n, text in enumerate(sentences):
-                    entries.append(_Entry(f"refcoco_m/val/{id}/{n}", str(text).strip(), image, size, (rle,)))
+                    entries.append(_Entry(f"refcoco_m/val/{id}/{n}", text.strip(), image, size, (rle,)))
     return SampleIndex("refcoco_m/val", entries[:limit], _load)
 
 

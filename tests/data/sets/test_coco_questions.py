@@ -104,6 +104,8 @@ def test_refcoco_m(tmp_path):
     assert samples.ids == ["refcoco_m/val/5/0", "refcoco_m/val/5/1", "refcoco_m/val/6/0"]
     assert samples[1].query == "RIGHT" and samples[1].gt_mask.sum() == 9 and samples.image_keys == ["coco/1"] * 3
     refused("refcoco_m has the split val only, not 'testA'", load_refcoco_m, tmp_path, "testA")
+    write(tmp_path, "refcoco_m/validation-00000-of-00002.jsonl", [refcoco_m_row(sentences=[None])])
+    refused("record 0 has a sentence that is no text", load_refcoco_m, tmp_path)
 
 
 def test_another_picture_is_refused(tmp_path):
