@@ -74,7 +74,7 @@ def with_needs(names: Sequence[str]) -> list[str]:
 def describe(name: str, source: Source) -> None:
     print(f"{name}\n  page     {source.page}\n  licence  {source.licence}")
     for file in source.files:
-        size = f"{file.size / 1e9:.2f} GB" if file.size else "size not published"
+        size = f"{file.size / 1e6:,.1f} MB" if file.size else "size not published"
         print(f"  file     {file.url} ({size}, sha256 {file.sha256 or 'not published'})")
     if source.hub:
         print(f"  files    data/ of {source.hub}, by the sizes and checksums that the hub lists")

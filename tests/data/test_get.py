@@ -333,7 +333,7 @@ def test_names_and_what_would_be_done(tmp_path, capsys):
     assert "no data set is called 'refcocg'; did you mean refcocog?; there are coco2014, " in capsys.readouterr().err
     assert run("gseval", "--nofetch") == 0 and run() == 0
     out = capsys.readouterr().out
-    assert "(0.00 GB, sha256 e14630a6" in out and all(f"{name}\n  page" in out for name in sources.SOURCES)
+    assert "(4.2 MB, sha256 e14630a6" in out and all(f"{name}\n  page" in out for name in sources.SOURCES)
     assert run("gseval") == 2 and "--root=DIR is required" in capsys.readouterr().err
 
 
