@@ -39,6 +39,25 @@ class _Entry(Entry):
     def inputs(self) -> Inputs:
         return Inputs(pathlib.Path(self.image), json.dumps(self.targets, sort_keys=True).encode())
 
+    def load(self) -> Sample:
+        image = read_image(self.image, "docs/data.md says which pictures this data set is about, and how they are had")
+        h, w = self.size
+        if image.shape[:2] != (h, w):
+            raise DataError(
+                f"{self.image} is {image.shape[1]} x {image.shape[0]} pixels, but its masks are drawn for {w} x {h}"
+                f" (sample {self.id}): use COCO's original pictures, not resized or rotated ones"
+            )
+        mask = np.zeros((h, w), bool)
+        # Polygons of all targets at once: a speck among them that covers no pixel makes no sample unreadable.
+        polygons = [polygon for target in self.targets if isinstance(target, list) for polygon in target]
+        for target in (*filter(None, [polygons]), *(t for t in self.targets if isinstance(t, dict))):
+            mask |= decode_segmentation(target, h, w, f"sample {self.id}")
+        return Sample(self.id, image, self.query, mask, path=self.image)
+
+
+def _index(name: str, entries: list[_Entry], limit: int | None, notes: tuple[str, ...] = ()) -> SampleIndex:
+    return SampleIndex(name, entries[:limit], _Entry.load, notes)
+
 
 def load_multi_target(
     root: str | pathlib.Path, dataset: str = "muse", split: str = "val", limit: int | None = None
@@ -72,7 +91,7 @@ def load_multi_target(
             break
     left_out = total - len(entries)
     notes = (f"{left_out} of {total} questions have no target and were left out",) if left_out else ()
-    return SampleIndex(f"{dataset}/{split}", entries[:limit], _load, notes)
+    return _index(f"{dataset}/{split}", entries, limit, notes)
 
 
 def load_gseval(root: str | pathlib.Path, split: str = "all", limit: int | None = None) -> SampleIndex:
@@ -90,7 +109,7 @@ def load_gseval(root: str | pathlib.Path, split: str = "all", limit: int | None 
         if kind in GSEVAL_KINDS[split]:
             image = str(folder.joinpath(COCO_FOLDERS, *pathlib.PurePosixPath(image).parts[-2:]))
             entries.append(_Entry(f"gseval/{idx}", caption.strip(), image, _rle_size(rle, where), (rle,)))
-    return SampleIndex(f"gseval/{split}", entries[:limit], _load)
+    return _index(f"gseval/{split}", entries, limit)
 
 
 def load_refcoco_m(root: str | pathlib.Path, split: str = "val", limit: int | None = None) -> SampleIndex:
@@ -112,23 +131,7 @@ def load_refcoco_m(root: str | pathlib.Path, split: str = "val", limit: int | No
                     raise DataError(f"{where} has a sentence that is no text: unpack the data set again")
                 for n, text in enumerate(sentences):
                     entries.append(_Entry(f"refcoco_m/val/{id}/{n}", text.strip(), image, size, (rle,)))
-    return SampleIndex("refcoco_m/val", entries[:limit], _load)
-
-
-def _load(entry: _Entry) -> Sample:
-    image = read_image(entry.image, "docs/data.md says which pictures this data set is about, and how they are had")
-    h, w = entry.size
-    if image.shape[:2] != (h, w):
-        raise DataError(
-            f"{entry.image} is {image.shape[1]} x {image.shape[0]} pixels, but its masks are drawn for {w} x {h}"
-            f" (sample {entry.id}): use COCO's original pictures, not resized or rotated ones"
-        )
-    mask = np.zeros((h, w), bool)
-    # Polygons of all targets at once: a speck among them that covers no pixel makes no sample unreadable.
-    polygons = [polygon for target in entry.targets if isinstance(target, list) for polygon in target]
-    for target in (*filter(None, [polygons]), *(t for t in entry.targets if isinstance(t, dict))):
-        mask |= decode_segmentation(target, h, w, f"sample {entry.id}")
-    return Sample(entry.id, image, entry.query, mask, path=entry.image)
+    return _index("refcoco_m/val", entries, limit)
 
 
 # ---------------------------------------------------------------------------------------------------- records
