@@ -27,7 +27,7 @@ from rsagent_jax.types import DataError, Sample
 from sam_bridge.file_kinds import HEAD, kind_of
 
 COCO_FOLDERS = pathlib.PurePath("images/mscoco/images")
-# By the pictures of each kind: the file numbers them 1 to 4, the paper names them.
+# class_id by kind. The file only numbers them; which is which was told from the texts of each and the paper's names.
 GSEVAL_KINDS = {"all": (1, 2, 3, 4), "stuff": (1,), "part": (2,), "multi": (3,), "single": (4,)}
 
 
@@ -65,7 +65,7 @@ def load_multi_target(
     """Indexes a split of "muse" or "mmr": one sample per question, whose mask is the union of its answer's targets.
 
     The authors' own figures count a mask per target, in the order of the answer's text; a figure of unions is another
-    one. Questions without a target, which their loaders leave out, are left out here and counted in `notes`.
+    one. Questions without a target are left out and counted in `notes`.
     Sample ids read "<dataset>/<split>/<number of the record>/<number of the question>". DataError as `load_refcoco`.
     """
     folder = pathlib.Path(root).expanduser()
