@@ -56,7 +56,7 @@ class _Entry(Entry):
 
 
 def _index(name: str, entries: list[_Entry], limit: int | None, notes: tuple[str, ...] = ()) -> SampleIndex:
-    return SampleIndex(name, entries[:limit], _Entry.load, notes)
+    return SampleIndex(name, entries[:limit], notes=notes)
 
 
 def load_multi_target(
