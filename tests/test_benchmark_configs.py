@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,6 +16,7 @@ from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import DataConfig, EvalConfig, TrainConfig
 from rsagent_jax.data.sets import refcoco
 from rsagent_jax.data.sets.open import open_samples
+from rsagent_jax.masks import encode_rle
 from rsagent_jax.runtime import command
 from tests.data.sets.small_sets import write_lines, write_reasonseg, write_refer
 from tests.refusals import refused
@@ -54,9 +56,36 @@ def refer_files(root: pathlib.Path, name: str) -> None:
         make_image().save(path, quality=95)
 
 
+def question_files(root: pathlib.Path) -> None:
+    """Every split of MUSE and MMR with one question, GSEval with one of each kind, RefCOCO-M with two sentences."""
+    mask = np.zeros(SIZE[::-1], bool)
+    mask[BOX[1] : BOX[3], BOX[0] : BOX[2]] = True
+    pictures, size = root / "images/mscoco/images", {"height": SIZE[1], "width": SIZE[0]}
+    for path in (pictures / "val2017/000000000003.jpg", pictures / "unlabeled2017/000000000004.jpg"):
+        path.parent.mkdir(parents=True)
+        make_image().save(path, quality=95)
+    record = {"coco_url": "http://images.cocodataset.org/val2017/000000000003.jpg", "questions": ["red?"], **size}
+    for folder, name in (("muse", "muse"), ("MMR", "mmr")):
+        (root / folder).mkdir()
+        segmentation = [polygon()] if name == "muse" else encode_rle(mask)
+        for split in eval_configs.SETS[name][3]:
+            records = [record | {"answers": [[{"segmentation": segmentation}]]}]
+            (root / folder / f"{folder}_{split}.json").write_text(json.dumps(records))
+    (root / "gseval").mkdir()
+    row = {"image_path": "unlabeled2017/000000000004.jpg", "caption": "The red one.", "segmentation": encode_rle(mask)}
+    lines = [json.dumps(row | {"idx": k, "class_id": k}) for k in (1, 2, 3, 4)]
+    (root / "gseval/GroundingSuite-Eval.jsonl").write_text("\n".join(lines))
+    (root / "refcoco_m/images").mkdir(parents=True)
+    make_image().save(root / "refcoco_m/images/COCO_train2014_000000000001.jpg", quality=95)
+    sample = {"id": 1, "sentences": ["red", "square"], "mask": encode_rle(mask)}
+    row = {"file_name": "COCO_train2014_000000000001.jpg", "samples": [sample]}
+    (root / "refcoco_m/validation.jsonl").write_text(json.dumps(row))
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("benchmarks")
+    question_files(root)
     for name in ("refcoco", "refcoco+", "refcocog", "grefcoco"):
         refer_files(root, name)
     corners = [[BOX[0], BOX[1]], [BOX[2] - 1, BOX[1]], [BOX[2] - 1, BOX[3] - 1], [BOX[0], BOX[3] - 1]]
@@ -106,13 +135,14 @@ def oracle(row, **more):
 
 
 N = {"refcoco": 4, "refcoco+": 4, "refcocog": 4, "grefcoco": 4, "reasonseg": 1, "folder": 2}
+N |= {"refcoco_m": 2, "muse": 1, "mmr": 1, "gseval": 1, "gseval-all": 4}
 
 
 @pytest.mark.parametrize("benchmark", [*eval_configs.NAMES, "folder-mine"])
 def test_each_benchmark_is_read_and_judged(monkeypatch, tmp_path, root, benchmark):
     results = run(monkeypatch, tmp_path / "w", benchmark, root, oracle("box"))
     name = benchmark.split("-")[0]
-    assert results["n"] == N[name] and results["giou"] > 0.8  # every sentence; ReasonSeg's first text
+    assert results["n"] == N.get(benchmark, N[name]) and results["giou"] > 0.8  # every sentence; ReasonSeg's first text
     assert results["benchmark"].endswith(benchmark.split("-")[1])
     assert results["row"] == "oracle: true box" and results["sees_the_truth"] and results["weights_sha256"] is None
     assert ("n_acc" in results) == (name in ("grefcoco", "folder")) and results.get("n_acc", 1.0) == 1.0
