@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,15 +12,15 @@ import huggingface_hub
 from rsagent_jax.config.import_path import first_line
 from rsagent_jax.fitness.finding import Examined, Finding, Verdict, not_run
 from rsagent_jax.types import DataError
+from sam_bridge.hub import REPOSITORY, is_repository
 
-REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 TIMEOUT_S = 10.0
 
 
 def check_hub(examined: Examined) -> list[Finding]:
     """Whether this machine's token may read the weights and the segmenter given as org/name or org/name@revision."""
     given = (examined.config.policy.weights, examined.config.segmenter.checkpoint)
-    names = [name for name in given if REPOSITORY.fullmatch(name) and not pathlib.Path(name).exists()]
+    names = [name for name in given if is_repository(name)]
     if not names:
         return not_run("hub", "not used: no weights are given as org/name")
     if huggingface_hub.constants.HF_HUB_OFFLINE:

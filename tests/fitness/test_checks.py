@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
-import http.server
 import pathlib
 import shutil
+import socket
 import threading
 import time
 import types
@@ -25,6 +25,7 @@ from rsagent_jax.models.qwen25_vl import attention
 from rsagent_jax.types import DataError
 from sam_bridge import check
 from sam_bridge.types import About, SegmentReply
+from tests.loopback_hub import serve_hub
 from tests.rollout import small
 
 pytestmark = pytest.mark.slow
@@ -105,34 +106,15 @@ def test_a_full_disk_is_wrong(examined, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub on loopback that knows org/name at main; `gated` repositories are refused."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            *_, name, _, revision, _ = self.path.split("/")
-            code, error = {"gated": (403, "GatedRepo"), "name": (200, "")}.get(name, (401, "RepoNotFound"))
-            if code == 200 and revision != "main":
-                code, error = 404, "RevisionNotFound"
-            self.send_response(code)
-            for key, value in (
-                ("X-Error-Code", error),
-                ("X-Repo-Commit", "c"),
-                ("ETag", '"e"'),
-                ("Content-Length", "2"),
-            ):
-                self.send_header(key, value)
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    """asked(examined, weights, **options of the loopback hub) with org/name on it."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    yield server
-    server.shutdown()
-    server.server_close()
+
+    def asked(examined, weights: str, **options) -> tuple[Verdict, str]:
+        with serve_hub(files={"org/name": {"config.json": b"{}"}, "org/bare": {}}, **options) as served:
+            monkeypatch.setenv("HF_ENDPOINT", served.url)
+            return hub_says(examined, weights)
+
+    return asked
 
 
 def hub_says(examined, weights: str) -> tuple[Verdict, str]:
@@ -142,14 +124,15 @@ def hub_says(examined, weights: str) -> tuple[Verdict, str]:
 
 def test_a_hub_is_asked_for_what_the_config_names(examined, hub):
     assert only(places.check_hub(examined)) == (NOT_RUN, "not used: no weights are given as org/name () ")
-    assert hub_says(examined, "org/name")[0] is OK and hub_says(examined, "org/name@main")[0] is OK
-    for name, error in (
-        ("org/gated", "Gated"),
-        ("org/none", "RepositoryNotFound"),
-        ("org/name@v2", "RevisionNotFound"),
+    for name in ("org/name", "org/name@main", "org/bare"):  # the last has no config.json, and may be read
+        assert hub(examined, name)[0] is OK
+    for name, error, options in (
+        ("org/name", "GatedRepo", dict(gated=True, token="t")),
+        ("org/none", "RepositoryNotFound", {}),
+        ("org/name@v2", "RevisionNotFound", {}),
     ):
-        verdict, said = hub_says(examined, name)
-        assert verdict is WRONG and error in said and "HF_TOKEN" in said, said
+        verdict, said = hub(examined, name, **options)
+        assert verdict is WRONG and error in said and name in said and "HF_TOKEN" in said, said
 
 
 def test_a_hub_is_not_asked_where_it_must_not_be(examined, monkeypatch):
@@ -157,10 +140,12 @@ def test_a_hub_is_not_asked_where_it_must_not_be(examined, monkeypatch):
     assert hub_says(examined, "org/name") == (NOT_RUN, "HF_HUB_OFFLINE is set: it is not asked () ")
 
 
-def test_a_hub_that_does_not_answer_is_wrong(examined, hub):
-    hub.shutdown()
-    hub.server_close()
-    verdict, said = hub_says(examined, "org/name")
+def test_a_hub_that_does_not_answer_is_wrong(examined, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with socket.socket() as free:  # bound, and nobody listens
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+        verdict, said = hub_says(examined, "org/name")
     assert verdict is WRONG and "org/name on http://127.0.0.1:" in said and "HF_ENDPOINT" in said
 
 
