@@ -154,7 +154,7 @@ class SamplingConfig:
     temperature: NotNegative = 1.0  # 0 = greedy
     max_new_tokens: Count = 512  # per turn
     context: Count = 8192  # tokens of a whole trajectory, images included
-    slots: CountOrZero = 64  # trajectories at a time
+    slots: CountOrZero = 64  # trajectories at a time; 0, and 0 of tensor: as the slice's preset or the device says
     patches: Count = 4096  # patches of new images per slot and turn
     top_k: CountOrZero = 0  # draw from the k likeliest tokens; 0 = from all
     top_p: Mass = 1.0  # draw from the likeliest tokens of this mass
