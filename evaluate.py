@@ -4,11 +4,11 @@
 
 With --config.bound.row=box|best_of_three|clicks an oracle plays in the policy's place (evals/bounds.py).
 Leaves results.json, predictions.jsonl, trajectories.jsonl (for people) and report/index.html. Run a stopped command
-again and it goes on, and plays again what has changed since. On a slice the same command on every host shares the samples
-out; --shard=i/n evaluates every n-th sample on machines that do not know of each other, and whichever finishes last puts
-the results together: both want one work directory. --aot=v5e-8 says whether the engine fits. There are no results
-until every sample is measured: one that the segmenter failed is played again by the next start (metric.failure_policy
-accepts it instead), one that cannot be read is named and left out (data.unreadable).
+again and it goes on, and plays again what has changed since. On a slice, the same command on every host shares the
+samples out; --shard=i/n evaluates every n-th one, on machines that do not know of each other, and whichever finishes
+last puts the results together. Both want one work directory. There are no results until every sample is measured: one
+that the segmenter failed is played again by the next start (metric.failure_policy accepts it instead), one that cannot
+be read is named and left out (data.unreadable). --aot=v5e-8 says whether the engine fits there.
 """
 
 from __future__ import annotations
