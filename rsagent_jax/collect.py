@@ -29,7 +29,7 @@ from rsagent_jax.collecting.endpoint import Remote, check_endpoint
 from rsagent_jax.config.import_path import import_path
 from rsagent_jax.config.schema import CollectConfig
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.models.qwen25_vl.load import policy_directory
+from rsagent_jax.models.qwen25_vl.load import processor_directory
 from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
 from rsagent_jax.runtime import processes
@@ -63,6 +63,6 @@ def check_collect(config: CollectConfig, workdir: pathlib.Path) -> None:
     else:
         if import_path(config.teacher.function, ("config", "rng")) is Remote:
             check_endpoint(config.teacher.remote)
-        pixel_limits(config.agent, Processor.load(policy_directory(config.processor)))
+        pixel_limits(config.agent, Processor.load(processor_directory(config.processor)))
     check_disk(workdir)
     check_segmenter(config.segmenter)

@@ -19,7 +19,7 @@ from rsagent_jax.config.schema import CollectConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.open import open_samples
-from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
+from rsagent_jax.models.qwen25_vl.load import policy_directory, processor_directory, weights_checksum
 from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.engine import open_engine
 from rsagent_jax.rollout.play import is_segmenters, unmeasured
@@ -40,10 +40,11 @@ class Collected:
 
 def collect_share(config: CollectConfig, workdir: pathlib.Path, share: processes.Share) -> Collected:
     """Plays what is left of this process's attempts."""
-    processor = Processor.load(policy_directory(config.teacher.own.weights or config.processor))
+    own = config.teacher.own
+    processor = Processor.load(policy_directory(own.weights) if own.weights else processor_directory(config.processor))
     samples = open_samples(config.data)
     order = np.random.default_rng(config.seed).permutation(len(samples))[: config.limit or None].tolist()
-    own = dataclasses.replace(config.teacher.own, sampling=processor.with_ends(config.teacher.own.sampling))
+    own = dataclasses.replace(own, sampling=processor.with_ends(own.sampling))
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, own=own))
     tries, checksum = (own.tries, weights_checksum(own.weights)) if own.weights else (1, "")
     ids = samples.ids

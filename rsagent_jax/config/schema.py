@@ -376,7 +376,7 @@ class CollectConfig:
     filter: FilterConfig = FilterConfig()
     concurrent: Count = 32  # trajectories under way at a time
     records_per_file: Count = 1000  # in a file of the kept set
-    processor: Text  # Hugging Face directory with the tokenizer and the image processor
+    processor: Text  # Hugging Face directory or a hub's org/name with the tokenizer and the image processor
     teacher: TeacherConfig = TeacherConfig()
     agent: AgentConfig = AgentConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
