@@ -42,7 +42,7 @@ from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory, weights_checksum
 from rsagent_jax.report import evaluation
 from rsagent_jax.rollout.driver import Driver, pixel_limits
-from rsagent_jax.rollout.engine import open_engine
+from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.play import Failure, failure_of, play_samples, unmeasured
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter

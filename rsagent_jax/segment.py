@@ -28,7 +28,7 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.report.terminal import describe_ending, describe_turn
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.engine import open_engine
+from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.policy import Policy, Task
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
 from rsagent_jax.runtime import processes

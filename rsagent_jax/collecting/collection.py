@@ -21,7 +21,7 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.models.qwen25_vl.load import policy_directory, processor_directory, weights_checksum
 from rsagent_jax.rollout.driver import pixel_limits
-from rsagent_jax.rollout.engine import open_engine
+from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.play import is_segmenters, unmeasured
 from rsagent_jax.rollout.policy import Policy
 from rsagent_jax.runtime import command, processes

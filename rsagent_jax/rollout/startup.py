@@ -22,7 +22,8 @@ from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config
 from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.rollout.driver import pixel_limits
-from rsagent_jax.rollout.engine import engine_layout, fill_sampling_defaults
+from rsagent_jax.rollout.engine import fill_sampling_defaults
+from rsagent_jax.rollout.open import engine_layout
 from rsagent_jax.types import DataError
 from sam_bridge.backends import NAMES, BackendError, local_checkpoint
 
