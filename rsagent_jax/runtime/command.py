@@ -37,6 +37,7 @@ from rsagent_jax.config.build import build_config, build_fields, refuse_config
 from rsagent_jax.config.import_path import closest, first_line, load_file, place, shipped
 from rsagent_jax.config.overrides import put_overrides, split_arguments
 from rsagent_jax.config.pretrain import PretrainConfig
+from rsagent_jax.config.recipe import RecipeConfig
 from rsagent_jax.runtime.help import help_page
 from rsagent_jax.types import DataError
 from sam_bridge.types import SegmenterError
@@ -48,6 +49,7 @@ OWNERS = {  # whose config files a class describes
     schema.ProblemsConfig: "rsagent_jax.problems",
     schema.SegmentConfig: "rsagent_jax.segment",
     PretrainConfig: "rsagent_jax.tiny.pretrain",
+    RecipeConfig: "rsagent_jax.reproduce",
 }
 ROOMS = {"synthetic": "tiny", "pretrain": "tiny", "scaling": "aot"}  # of console scripts, where it is not the root
 
