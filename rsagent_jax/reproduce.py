@@ -71,8 +71,8 @@ def chosen(only: str, steps: Collection[str]) -> set[str]:
 def run_step(step: Step) -> int:
     """Runs the command and, if it ends well, says so in its directory. The exit status; 128 + n after signal n."""
     argv = [shipped(step.argv[0]) if step.argv[0].endswith(".py") else step.argv[0], *step.argv[1:]]
+    start = time.perf_counter() - (seconds_of(step) or 0.0)  # of a stage that is run anew, all of its time
     (step.directory / STAMP).unlink(missing_ok=True)
-    start = time.perf_counter()
     with subprocess.Popen([sys.executable, *argv]) as child:
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:

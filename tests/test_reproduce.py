@@ -117,7 +117,9 @@ def test_a_finished_stage_is_skipped_and_only_runs_what_it_names(recipe, capfd):
     assert [part.split("\n")[0] for part in capfd.readouterr().out.split("== ")[1:]] == [
         *(f"{k}/5 {name}: done" for k, name in enumerate(STAGES, 1)), "report"
     ]  # fmt: skip
+    before = json.loads((recipe / "w/sft/done.json").read_text())["seconds"]
     assert reproduce(recipe, "--only=eval-box, sft") == 0
+    assert json.loads((recipe / "w/sft/done.json").read_text())["seconds"] > before > 0  # both times
     assert [s.split()[1] for s in capfd.readouterr().out.split("== ")[1:-1]] == ["sft", "eval-box"]
     assert reproduce(recipe, "--only=report") == 0 and "fake.py" not in capfd.readouterr().out
     # another command, and what builds upon it

@@ -167,7 +167,7 @@ def _logged(logs: Sequence[pathlib.Path]) -> tuple[dict[str, Any], ...]:
 
 def convention(results: Mapping[str, Any]) -> str:
     """By which rules the figures were counted: LISA's, and what differs from them."""
-    rules = results["settings"]["metric"]
+    rules = results.get("settings", {}).get("metric", {})
     defaults = {f.name: f.default for f in dataclasses.fields(MetricConfig)}
     own = [f"{name} {rules[name]}" for name, value in defaults.items() if rules.get(name, value) != value]
     said = [f"{name} {rules[name]}" for name in ("unit", "texts") if name in rules]
