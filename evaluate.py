@@ -34,19 +34,19 @@ from rsagent_jax.config.schema import EvalConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.data.sets.open import open_samples
-from rsagent_jax.evals import bounds, by_turn, metrics, records
+from rsagent_jax.evals import bounds, metrics, records
 from rsagent_jax.masks import encode_rle, mask_iou
-from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
+from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory, weights_checksum
 from rsagent_jax.report import evaluation
-from rsagent_jax.rollout import failures
 from rsagent_jax.rollout.driver import Driver, pixel_limits
-from rsagent_jax.rollout.open import open_engine
-from rsagent_jax.rollout.play import play_samples
+from rsagent_jax.rollout.engine import open_engine
+from rsagent_jax.rollout.play import Failure, failure_of, play_samples, unmeasured
+from rsagent_jax.rollout.policy import Task
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
 from rsagent_jax.runtime import command, processes
 from rsagent_jax.runtime import journal as journals
 from rsagent_jax.runtime.image_files import keep_image
-from rsagent_jax.types import DataError, Sample, Trajectory
+from rsagent_jax.types import DataError, Trajectory
 from sam_bridge.types import Segmenter
 
 
@@ -54,7 +54,7 @@ def main(
     config: EvalConfig,
     *,
     workdir: str = "",  # directory for everything this command leaves behind
-    weights: str = "",  # a Hugging Face directory, or checkpoints/<stage>; in place of policy.weights
+    weights: str = "",  # a Hugging Face directory, org/name or checkpoints/<stage>; in place of policy.weights
     shard: str = "0/1",  # i/n: evaluate every n-th sample from the i-th on, counted from 0
 ) -> None:
     ############################## Data, who plays ##############################
@@ -90,21 +90,20 @@ def main(
             measure(config, workdir, samples, left, len(mine), driver, journal)
 
     ############################## Results ##############################
-    found = records.read_records(workdir, settings, current)
-    kept = found.measured
-    if config.metric.failure_policy != "refuse":
-        kept = kept | found.failed
-    elif lost := [found.failed[ids[k]].failure[0] for k in mine if ids[k] in found.failed]:
-        raise failures.unmeasured(lost, len(mine))
-    if missing := [id for id in ids if id not in kept and id not in found.unreadable]:
+    played, unreadable = records.read_records(workdir, settings, current)
+    refuse = config.metric.failure_policy == "refuse"
+    lost = {id: record.failure[0] for id, record in played.items() if refuse and record.failure}
+    if kinds := [lost[ids[k]] for k in mine if ids[k] in lost]:
+        raise unmeasured(kinds, len(mine))
+    kept = {id: record for id, record in played.items() if id not in lost}
+    if missing := [id for id in ids if id not in kept and id not in unreadable]:
         print(f"shard {share.index} of {share.count} is done; {len(missing)} samples are left to the others")
         return
     if not kept:
-        first = next(iter(found.unreadable.values()))
-        raise DataError(f"none of the {len(ids)} samples can be read; the first: {first}")
+        raise DataError(f"none of the {len(ids)} samples can be read; the first: {next(iter(unreadable.values()))}")
     images = {id: key for id, key in zip(ids, samples.image_keys, strict=True) if id in kept}
     row["weights_sha256"] = settings.get("weights_sha256")
-    summary = write_results(workdir, config, row, [kept[id] for id in images], images, found.unreadable)
+    summary = write_results(workdir, config, row, [kept[id] for id in images], images, unreadable)
     print(headline(summary), evaluation.what_failed(summary), workdir / "report" / "index.html", sep="\n")
 
 
@@ -112,7 +111,7 @@ def check_evaluate(config: EvalConfig, workdir: pathlib.Path) -> None:
     """What is needed besides data, looked at before weights are loaded; the cheapest first."""
     check_disk(workdir)
     weights = config.policy.weights
-    if config.bound.row == bounds.UNTRAINED and policy_directory(weights) != pathlib.Path(weights):
+    if config.bound.row == bounds.UNTRAINED and policy_directory(weights) != local_weights(weights):
         raise DataError(f"bound.row is {bounds.UNTRAINED}, but {weights} is a checkpoint of train.py; give the weights")
     if config.bound.row not in bounds.ORACLES:
         print(check_policy(weights, config.agent, config.sampling))
@@ -144,19 +143,17 @@ def measure(
     """
     last = time.perf_counter()
 
-    def keep(uid: int, sample: Sample, trajectory: Trajectory, state: EnvState) -> failures.Failure | None:
+    def keep(task: Task, trajectory: Trajectory, state: EnvState) -> Failure | None:
         nonlocal last
         since, last = last, time.perf_counter()
-        record = make_record(workdir, sample, trajectory, state, last - since)
+        record = make_record(workdir, task.sample, trajectory, state, last - since)
         journal.add(record.to_row())
         return record.failure
 
-    def keep_unreadable(uid: int, place: int, why: str) -> None:
-        journal.add({"id": samples.ids[place], "failed": {"kind": failures.UNREADABLE, "why": why}})
+    def keep_failure(uid: int, id: str, failure: Failure) -> None:
+        journal.add({"id": id, "failed": {"kind": failure[0], "why": failure[1]}})
 
-    unreadable = keep_unreadable if config.data.unreadable == "skip" else None
-    options = {"total": total, "label": "evaluate", "give_up_after": config.segmenter.give_up_after}
-    play_samples(driver, samples, [(k, k) for k in left], keep, unreadable, **options)
+    play_samples(driver, samples, [(k, k) for k in left], keep, keep_failure, config, total, "evaluate")
 
 
 def evaluation_resume_fingerprint(config: EvalConfig, row: dict) -> dict[str, Any]:
@@ -189,7 +186,9 @@ def write_results(
         **row,
         "unreadable": unreadable,
         "segmenter_failures": dict(Counter(r.failure[0] for r in kept if r.failure)),
-        "by_turn": by_turn.curve([(r.counts, r.masks) for r in kept], config.metric, config.agent.max_turns, images),
+        "by_turn": metrics.turn_curve(
+            [(r.counts, r.masks) for r in kept], config.metric, config.agent.max_turns, images
+        ),
         "conventions": metrics.other_conventions([r.counts for r in kept]),
     }
     predictions = [
@@ -226,6 +225,6 @@ def make_record(workdir: pathlib.Path, sample, trajectory, state, seconds: float
         "image": path,
         "record": state_to_json(state, path),
     }
-    masks = by_turn.mask_pixels(trajectory, sample)
-    failure = failures.failure_of(state)
+    masks = metrics.mask_pixels(trajectory, sample)
+    failure = failure_of(state)
     return records.Record(counts, encode_rle(trajectory.final_mask), seconds, example, masks, failure)

@@ -16,7 +16,6 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import pathlib
-import sys
 import time
 
 import jax
@@ -28,14 +27,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from rsagent_jax.agent.segmenter import open_segmenter
-from rsagent_jax.config.schema import GrpoConfig, SftConfig, TrainConfig
+from rsagent_jax.config.schema import TrainConfig
 from rsagent_jax.data.processor import Processor, unpatchify
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.data.trajectories import check_collected
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
 from rsagent_jax.rollout.driver import Driver, pixel_limits
-from rsagent_jax.rollout.open import open_engine
+from rsagent_jax.rollout.engine import open_engine
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train import run_identity, startup
@@ -45,16 +44,14 @@ from rsagent_jax.train.run_identity import STAGES
 from rsagent_jax.train.state import (
     EMPTY,
     cast_frozen,
-    create_state,
     init_adapters,
     make_optimizer,
     make_plain,
     partition_params,
     skip,
-    state_shardings,
     updates_made,
 )
-from rsagent_jax.train.step import Objective, grpo_objective, make_programs, sft_objective
+from rsagent_jax.train.step import make_programs, make_stage
 from rsagent_jax.types import Batch
 
 
@@ -67,20 +64,6 @@ class Policy:
     mesh: Mesh
     graphdef: nnx.GraphDef
     params: nnx.State
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """All that differs between SFT and GRPO."""
-
-    name: str
-    settings: SftConfig | GrpoConfig
-    source: BatchSource
-    steps: int
-    objective: Objective
-    updates: int = 1  # optimiser steps on the batches of a step
-    temperature: float = 1.0  # of the log-probs
-    kl: float = 0.0  # weight of the divergence from the policy that the stage began with
 
 
 def main(
@@ -136,13 +119,10 @@ def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int
     jax.config.update("jax_platforms", "cpu")  # the compiler is asked for, not a TPU
     if quick:
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    policy = stages.policy_config(config.policy.weights)
-    names = topology.TABLE if name == "all" else (name,)
     reports = []
-    for target in map(topology.parse_topology, names):
-        settled = stages.fill_topology_defaults(config, target, policy)
+    for target in map(topology.parse_topology, topology.TABLE if name == "all" else (name,)):
         for stage in config.stages:
-            found = stages.report_stage(settled, stage, target, lambda line: print(line, file=sys.stderr), only)
+            found = stages.report_stage(config, stage, target, only)
             reports += [dataclasses.replace(report, quick=quick) for report in found]
     print(report.reports_table(reports))
     print(report.reports_to_json(reports))
@@ -161,14 +141,13 @@ def check_inputs(config: TrainConfig, workdir: pathlib.Path, processor: Processo
     return inputs
 
 
-def setup_sft(config: TrainConfig, workdir: pathlib.Path, policy: Policy, stack: contextlib.ExitStack) -> Stage:
-    """Stored trajectories, and the likelihood of what was sampled in them."""
+def setup_sft(config: TrainConfig, workdir: pathlib.Path, policy: Policy, stack: contextlib.ExitStack) -> BatchSource:
+    """Stored trajectories."""
     del workdir, stack
-    source = SftSource(config.sft, policy.processor, config.seed, processes.row_share(policy.mesh))
-    return Stage("sft", config.sft, source, source.steps, sft_objective)
+    return SftSource(config.sft, policy.processor, config.seed, processes.row_share(policy.mesh))
 
 
-def setup_grpo(config: TrainConfig, workdir: pathlib.Path, policy: Policy, stack: contextlib.ExitStack) -> Stage:
+def setup_grpo(config: TrainConfig, workdir: pathlib.Path, policy: Policy, stack: contextlib.ExitStack) -> BatchSource:
     """Groups of trajectories that this process's own engine plays with the tools. `stack` closes what is opened."""
     c, dtype, processor = config.grpo, config.policy.dtype, policy.processor
     segmenter = stack.enter_context(open_segmenter(config.segmenter))
@@ -179,9 +158,7 @@ def setup_grpo(config: TrainConfig, workdir: pathlib.Path, policy: Policy, stack
     engine.release_memory()  # the state is made beside nothing of the engine's
     driver = Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
     share, own = processes.row_share(policy.mesh), processes.own_directory(workdir)
-    source = GrpoSource(c, open_samples(c.data), driver, engine, processor, config.seed, share, own)
-    temperature = c.sampling.temperature or 1.0
-    return Stage("grpo", c, source, c.steps, grpo_objective(c), c.updates, temperature, c.kl)
+    return GrpoSource(c, open_samples(c.data), driver, engine, processor, config.seed, share, own)
 
 
 SETUPS = {"sft": setup_sft, "grpo": setup_grpo}
@@ -200,8 +177,9 @@ def run_stage(
     stack: contextlib.ExitStack,
 ) -> Policy:
     """Trains one stage to its end, from its newest checkpoint if it has one."""
-    stage, key, mesh = SETUPS[name](config, workdir, policy, stack), stage_key(config, name), policy.mesh
-    settings, source, steps, updates = stage.settings, stage.source, stage.steps, stage.updates
+    stage, settings = make_stage(config, name), getattr(config, name)
+    source, updates = SETUPS[name](config, workdir, policy, stack), stage.updates
+    steps, key, mesh = source.steps, stage_key(config, name), policy.mesh
 
     ############################## What is trained, what is only read ##############################
     compute, lora = Compute.of(config.policy, mesh), config.policy.lora
@@ -216,12 +194,10 @@ def run_stage(
 
     ############################## State, programs ##############################
     tx, schedule = make_optimizer(settings.optim, steps * updates)
-    replicated = sharding.replicated(mesh)
-    where = state_shardings(params, tx, replicated, offload=settings.optim.offload)
-    shardings = (where, sharding.rows(mesh), replicated)
-    state = jax.jit(lambda p: create_state(p, tx), out_shardings=where, donate_argnums=0)(params)
-    compared = policy.graphdef if lora.rank else None
-    programs = make_programs(graphdef, tx, stage.objective, compute, stage.temperature, shardings, base, compared)
+    reference_graph = policy.graphdef if lora.rank else None
+    options = dict(offload=settings.optim.offload, reference=reference_graph)
+    programs = make_programs(graphdef, tx, stage, compute, params, base, **options)
+    state = programs.create_state(params)
     to_plain = make_plain(base, lora, compute.dtype)
     checkpoints = Checkpoints(workdir / "checkpoints" / name, policy.weights, lora)
     stack.callback(checkpoints.close)

@@ -1,6 +1,6 @@
 """Coverage of the 95% intervals of gIoU by simulation: bootstrapped by picture, as we do, and by sentence.
 
-  python benchmarks/intervals.py [--trials=1000] [--pictures=20,50,100,200] [--sentences=3] [--correlation=0.36]
+  python benchmarks/intervals.py [--trials=1000] [--images=20,50,100,200] [--sentences=3] [--correlation=0.36]
 
 A sentence is missed (IoU 0) with probability 0.3, and two sentences of one picture are missed together as the
 correlation says; a mask that is found has an IoU between 0.7 and 1. The true mean is known, so each interval covers it
@@ -25,7 +25,7 @@ TRUTH = (1 - MISSED) * sum(FOUND) / 2
 
 
 def draw(rng: np.random.Generator, images: int, sentences: int, correlation: float) -> np.ndarray:
-    """IoU, f64[pictures, sentences]: a sentence shares its picture's fate with probability sqrt(correlation)."""
+    """IoU, f64[images, sentences]: a sentence shares its picture's fate with probability sqrt(correlation)."""
     shape = (images, sentences)
     shared = rng.random(shape) < correlation**0.5
     missed = np.where(shared, rng.random((images, 1)) < MISSED, rng.random(shape) < MISSED)
@@ -48,7 +48,7 @@ def coverage(images: int, sentences: int, correlation: float, trials: int) -> tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=1000)
-    parser.add_argument("--pictures", default="20,50,100,200")
+    parser.add_argument("--images", default="20,50,100,200")
     parser.add_argument("--sentences", type=int, default=3)
     parser.add_argument("--correlation", type=float, default=0.36)
     options = parser.parse_args()

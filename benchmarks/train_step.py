@@ -195,8 +195,8 @@ def ours(directory: pathlib.Path):
     from rsagent_jax.models.qwen25_vl.config import load_config
     from rsagent_jax.models.qwen25_vl.positions import padded_patches
     from rsagent_jax.runtime import processes, sharding
-    from rsagent_jax.train.state import EMPTY, create_state, make_optimizer, state_shardings
-    from rsagent_jax.train.step import make_programs, sft_objective
+    from rsagent_jax.train.state import EMPTY, make_optimizer
+    from rsagent_jax.train.step import Stage, make_programs, sft_objective
 
     config = load_config(directory)
     mesh = sharding.make_mesh(MeshConfig())
@@ -206,11 +206,9 @@ def ours(directory: pathlib.Path):
     places = max(padded_patches(item.grids, config.vision) for item in items)
     (batch,) = pack(items, BatchConfig(rows=len(items), tokens=len(items[0].tokens), patches=places), config)
     tx, _ = make_optimizer(OptimConfig(lr=LR, b1=B1, b2=B2, eps=EPS, clip_norm=CLIP), 1)
-    whole = sharding.replicated(mesh)
-    shardings = (state_shardings(params, tx, whole), sharding.rows(mesh), whole)
     compute = Compute.of(PolicyConfig(weights="", dtype="float32", remat="none", scan_layers=False), mesh)
-    programs = make_programs(graphdef, tx, sft_objective, compute, 1.0, shardings)
-    state = jax.jit(lambda p: create_state(p, tx), out_shardings=shardings[0], donate_argnums=0)(params)
+    programs = make_programs(graphdef, tx, Stage(sft_objective), compute, params)
+    state = programs.create_state(params)
 
     blind = dataclasses.replace(batch, patches=np.zeros_like(batch.patches))
     seen, unseen = (

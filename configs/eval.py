@@ -4,7 +4,9 @@
       --config.data.root=REFER
 
 Names: refcoco-val, refcoco-testA, refcoco-testB, refcoco+-val, refcoco+-testA, refcoco+-testB, refcocog-val,
-refcocog-test (UMD), grefcoco-val, grefcoco-testA, grefcoco-testB, reasonseg-val, reasonseg-test, and folder-SPLIT for
+refcocog-test (UMD), grefcoco-val, grefcoco-testA, grefcoco-testB, reasonseg-val, reasonseg-test; refcoco_m-val (the
+sentences of RefCOCO val, masks drawn anew); muse-val, muse-test_less, muse-test_many; mmr-val, mmr-test_mixed,
+mmr-test_obj_only, mmr-test_part_only; gseval-all, or a kind: -stuff, -part, -multi, -single; and folder-SPLIT for
 <root>/<SPLIT>.jsonl of your own. Masks come from a side-car at 127.0.0.1:50051 (docs/sidecar.md).
 
 Rows that bound the truth, on the same samples: --config.bound.row=box|best_of_three|clicks (no weights needed), and
@@ -23,6 +25,10 @@ SETS = {
     "refcocog": ("RefCOCOg (UMD)", "refcocog", "umd", ("val", "test")),
     "grefcoco": ("gRefCOCO", "grefcoco", "unc", ("val", "testA", "testB")),
     "reasonseg": ("ReasonSeg", "reasonseg", "", ("val", "test")),
+    "refcoco_m": ("RefCOCO-M", "refcoco_m", "", ("val",)),
+    "muse": ("MUSE", "muse", "", ("val", "test_less", "test_many")),
+    "mmr": ("MMR", "mmr", "", ("val", "test_mixed", "test_obj_only", "test_part_only")),
+    "gseval": ("GSEval", "gseval", "", ("all", "stuff", "part", "multi", "single")),
     "folder": ("folder", "folder", "", ()),  # any split
 }
 NAMES = tuple(f"{name}-{split}" for name, (*_, splits) in SETS.items() for split in splits)
@@ -37,7 +43,7 @@ def get_config(benchmark: str = "refcocog-val"):
     config.benchmark = f"{title} {split}"
     config.data.dataset, config.data.split = dataset, split
     config.data.split_by = split_by or config.data.split_by
-    config.policy.weights = "Qwen2.5-VL-7B-Instruct"
+    config.policy.weights = "Qwen/Qwen2.5-VL-7B-Instruct"
     config.policy.remat = "none"
     config.agent.max_pixels = 1_003_520  # as configs/sft_tpu.py and grpo_tpu.py
     config.segmenter.mode = "connect"

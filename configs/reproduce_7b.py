@@ -15,8 +15,9 @@ from configs.reproduce_quickstart import stage
 from rsagent_jax.config.build import template
 from rsagent_jax.config.recipe import RecipeConfig
 
-# ReasonSeg first: the page shows trajectories of the first, and it is small.
-NAMES = sorted((n for n in benchmarks.NAMES if not n.startswith("grefcoco")), key=lambda n: not n.startswith("reason"))
+# The paper's. ReasonSeg first: the page shows trajectories of the first, and it is small.
+SETS = ("reasonseg", "refcoco", "refcoco+", "refcocog")
+NAMES = tuple(f"{name}-{split}" for name in SETS for split in benchmarks.SETS[name][3])
 WEIGHTS = dict(base="{weights}", sft="{sft}/checkpoints/sft", grpo="{grpo}/checkpoints/grpo")
 TRAINING_DATA = ("--config.grpo.data.root={refer}", "--config.grpo.data.mix.reasonseg.data.root={reasonseg}")
 TEACHER = "url={endpoint}", "model={endpoint_model}"

@@ -38,9 +38,9 @@ from rsagent_jax.data import trajectories
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
-from rsagent_jax.rollout import failures
 from rsagent_jax.rollout.driver import pixel_limits
-from rsagent_jax.rollout.open import open_engine
+from rsagent_jax.rollout.engine import open_engine
+from rsagent_jax.rollout.play import is_segmenters, unmeasured
 from rsagent_jax.rollout.policy import Policy
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
 from rsagent_jax.runtime import journal as journals
@@ -89,9 +89,9 @@ def main(
                     print(f"  endpoint: {Endpoint.shared(config.teacher.remote).told()}")
     state = journals.survey(workdir / filter.ATTEMPTS, settings, current)
     kinds = {id: failed["kind"] for id, failed in state.items() if failed}
-    if lost := [kinds[id] for id, _ in mine if failures.is_segmenters(kinds.get(id, ""))]:
-        raise failures.unmeasured(lost, len(mine))
-    if missing := settings["planned"] - len(state) + sum(map(failures.is_segmenters, kinds.values())):
+    if lost := [kinds[id] for id, _ in mine if is_segmenters(kinds.get(id, ""))]:
+        raise unmeasured(lost, len(mine))
+    if missing := settings["planned"] - len(state) + sum(map(is_segmenters, kinds.values())):
         print(f"shard {share.index} of {share.count} is done; {missing} trajectories are left to the others")
         return
     if len(kinds) == len(state):

@@ -14,28 +14,25 @@ from rsagent_jax.runtime import command
 if __name__ == "__main__":
     command.start_command()
 
-import concurrent.futures
-import dataclasses
 import json
-import os
 import pathlib
+import textwrap
 
 import numpy as np
-import tqdm
 from PIL import Image, ImageDraw
+from tqdm.contrib.concurrent import thread_map
 
 from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.views import check_shape
 from rsagent_jax.config.ranges import CountOrZero
 from rsagent_jax.config.schema import CollectConfig, DataConfig, EvalConfig, ProblemsConfig, TrainConfig
 from rsagent_jax.data.sets.index import SampleIndex, spread
-from rsagent_jax.data.sets.open import Mixture, open_samples
+from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.tiny.synthetic import STAMP
 from rsagent_jax.types import DataError, Sample
 
-# (references, pictures, sentences) of the files that refer's authors distribute. References and pictures:
-# tensorflow-datasets' table; sentences: the papers' totals (RefCOCO 142,210, RefCOCO+ 141,564, RefCOCOg/umd 95,010).
-# They were not counted here.
+# (references, pictures, sentences) of the files that refer's authors distribute, not counted here: tensorflow-datasets'
+# table; of sentences the papers' totals (RefCOCO 142,210, RefCOCO+ 141,564, RefCOCOg/umd 95,010).
 PUBLISHED = {
     "refcoco/unc/train": (42404, 16994, 120624), "refcoco/unc/val": (3811, 1500, 10834),
     "refcoco/unc/testA": (1975, 750, 5657), "refcoco/unc/testB": (1810, 750, 5095),
@@ -45,21 +42,11 @@ PUBLISHED = {
     "refcocog/umd/test": (5023, 2600, 9602),
     "refcocog/google/train": (44822, 24698, None), "refcocog/google/val": (5000, 4650, None),
     "reasonseg/train": (239, 239, None), "reasonseg/val": (200, 200, None), "reasonseg/test": (779, 779, None),
+    "refcoco_m/val": (2080, 1190, 5598), "mmr/val": (8194, None, None),  # its card; the paper
+    "gseval/all": (3715, 2727, None),  # counted in the file of its repository; the paper says 3,800
 }  # fmt: skip
-SHOWN, SIDE, TEXT = 24, 280, 48  # pictures of the contact sheet, and pixels of one with its text
+SHOWN, COLUMNS, SIDE, TEXT = 24, 4, 280, 48  # pictures of the contact sheet, in a row, pixels of one and of its text
 LISTED = 20  # unreadable samples named on the terminal; all of them stand in check.json
-
-
-@dataclasses.dataclass(frozen=True)
-class DataFaults:
-    """What decoding has shown; every sample that was looked at is in exactly one of the two."""
-
-    bad: dict[str, str]  # sample id -> what is wrong
-    good: dict[int, tuple[bool, float]]  # place -> (whether it has ignored pixels, share of it that the mask covers)
-
-    @property
-    def read(self) -> int:
-        return len(self.good)
 
 
 def main(
@@ -72,29 +59,29 @@ def main(
     data = config.grpo.data if isinstance(config, TrainConfig) else config.data
     samples = open_samples(data)
     print(f"{samples.name}: {len(samples)} samples")
-    for note in samples.notes:
-        print(f"  {note}")
-    rows = [count_row(index, data) for index in (samples.parts if isinstance(samples, Mixture) else (samples,))]
-    for row in rows:
-        print("  " + "  ".join(f"{key} {value}" for key, value in row.items()))
+    rows = [count_row(index, data) for index in samples.parts or (samples,)]
+    for line in (*samples.notes, *("  ".join(f"{key} {value}" for key, value in row.items()) for row in rows)):
+        print(f"  {line}")
     chosen = spread(len(samples), wanted)
-    found = examine(samples, chosen)
-    places = list(found.good)
-    contact_sheet([samples[places[k]] for k in spread(found.read, SHOWN)], out / "contact_sheet.png")
-    ignored, covered = sum(i for i, _ in found.good.values()), [share for _, share in found.good.values() if share]
-    report = {"name": samples.name, "samples": len(samples), "notes": list(samples.notes), "counts": rows}
-    empty = found.read - len(covered)
-    report |= {"looked_at": len(chosen), "read": found.read, "empty_masks": empty, "with_ignore": ignored}
-    report |= {"unreadable": found.bad}
+    found, ids = examine(samples, chosen), samples.ids
+    bad = {ids[i]: problem for i, problem in found.items() if isinstance(problem, str)}
+    good = [i for i in chosen if not isinstance(found[i], str)]
+    contact_sheet([samples[good[k]] for k in spread(len(good), SHOWN)], out / "contact_sheet.png")
+    ignored, covered = sum(found[i][0] for i in good), [found[i][1] for i in good if found[i][1]]
+    read, empty = len(good), len(good) - len(covered)
+    report = {
+        "name": samples.name, "samples": len(samples), "notes": list(samples.notes), "counts": rows,
+        "looked_at": len(chosen), "read": read, "empty_masks": empty, "with_ignore": ignored, "unreadable": bad,
+    }  # fmt: skip
     (out / "check.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(
-        f"  {found.read} of {len(chosen)} samples looked at were read; {empty} have an empty mask, {ignored} ignored"
+        f"  {read} of {len(chosen)} samples looked at were read; {empty} have an empty mask, {ignored} ignored"
         f" pixels; a mask covers {np.mean(covered) if covered else 0:.1%} of its picture on average"
     )
-    for id, problem in list(found.bad.items())[:LISTED]:
+    for id, problem in list(bad.items())[:LISTED]:
         print(f"  UNREADABLE {id}: {problem}")
     print(f"  {out / 'contact_sheet.png'}")
-    return 1 if found.bad or any(row["verdict"] == "DIFFERS" for row in rows) else 0
+    return 1 if bad or any(row["verdict"] == "DIFFERS" for row in rows) else 0
 
 
 def count_row(samples: SampleIndex, data: DataConfig) -> dict:
@@ -110,12 +97,14 @@ def count_row(samples: SampleIndex, data: DataConfig) -> dict:
         return row | {"verdict": "part of the split: not compared"}
     if wanted is None:
         return row | {"verdict": "no published number known here"}
-    same = len(samples) == wanted and images == wanted_images
-    return row | {"published": f"{wanted} samples, {wanted_images} pictures", "verdict": "ok" if same else "DIFFERS"}
+    same = len(samples) == wanted and wanted_images in (None, images)
+    published = f"{wanted} samples" + (f", {wanted_images} pictures" if wanted_images else "")
+    return row | {"published": published, "verdict": "ok" if same else "DIFFERS"}
 
 
-def examine(samples: SampleIndex | Mixture, chosen: list[int]) -> DataFaults:
-    """Decodes the pictures and masks at these places; bad is what evaluate, collect and train call unreadable."""
+def examine(samples: SampleIndex, chosen: list[int]) -> dict[int, str | tuple[bool, float]]:
+    """Decodes the pictures and masks at these places, in order: (whether it has ignored pixels, share of it that the
+    mask covers), or what is wrong with what evaluate, collect and train call unreadable."""
 
     def look(i: int) -> str | tuple[bool, float]:
         try:
@@ -125,25 +114,20 @@ def examine(samples: SampleIndex | Mixture, chosen: list[int]) -> DataFaults:
             return str(error)
         return sample.ignore_mask is not None and bool(sample.ignore_mask.any()), float(sample.gt_mask.mean())
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        looked = tqdm.tqdm(pool.map(look, chosen), total=len(chosen), desc="check", unit="sample")
-        results, ids = dict(zip(chosen, looked, strict=True)), samples.ids
-    bad = {ids[i]: result for i, result in results.items() if isinstance(result, str)}
-    return DataFaults(bad, {i: result for i, result in results.items() if not isinstance(result, str)})
+    return dict(zip(chosen, thread_map(look, chosen, desc="check", unit="sample"), strict=True))
 
 
-def contact_sheet(samples: list[Sample], path: pathlib.Path, columns: int = 4) -> None:
+def contact_sheet(samples: list[Sample], path: pathlib.Path) -> None:
     """Pictures with their masks (blue, outlined yellow), ignored pixels in grey, and the text below each."""
-    rows = max(1, -(-len(samples) // columns))
-    sheet = Image.new("RGB", (columns * (SIDE + 8), rows * (SIDE + TEXT)), "white")
+    rows = max(1, -(-len(samples) // COLUMNS))
+    sheet = Image.new("RGB", (COLUMNS * (SIDE + 8), rows * (SIDE + TEXT)), "white")
     draw = ImageDraw.Draw(sheet)
     for n, sample in enumerate(samples):
-        x, y = n % columns * (SIDE + 8), n // columns * (SIDE + TEXT)
+        x, y = n % COLUMNS * (SIDE + 8), n // COLUMNS * (SIDE + TEXT)
         image = sample.image
         if sample.ignore_mask is not None:
             image = np.where(sample.ignore_mask[..., None], image // 4 + 96, image)
         sheet.paste(Image.fromarray(draw_overlay(image, sample.gt_mask, SIDE)), (x, y))
-        text = sample.query.encode("latin-1", "replace").decode("latin-1")
-        for line, start in enumerate(range(0, min(len(text), 120), 40)):
-            draw.text((x, y + SIDE + 2 + 14 * line), text[start : start + 40], fill="black", font_size=12)
+        text = textwrap.fill(sample.query.encode("latin-1", "replace").decode("latin-1"), 40, max_lines=3)
+        draw.multiline_text((x, y + SIDE + 2), text, fill="black", font_size=12, spacing=2)
     sheet.save(path)

@@ -21,7 +21,7 @@ import contextlib
 
 import numpy as np
 
-from rsagent_jax.collecting.endpoint import check_endpoint
+from rsagent_jax.collecting.endpoint import Endpoint, check_endpoint
 from rsagent_jax.collecting.problem_writer import ANSWERS, ProblemWriter, write_set
 from rsagent_jax.config.schema import ProblemsConfig
 from rsagent_jax.data.sets.open import open_samples
@@ -49,7 +49,7 @@ def main(
         mine = [(ids[k], (uid, k)) for uid, k in list(enumerate(order))[share.index :: share.count]]
         writer = ProblemWriter(config, samples, workdir, answers)
         writer.run(answers.left(mine, "objects"), len(mine))
-    print(f"  endpoint: {writer.usage}")
+    print(f"  endpoint: {Endpoint.shared(config.writer, 'writer').told()}")
     done = journal.survey(workdir / ANSWERS, settings, current)
     failed = dict(writer.failures.counts)
     if failed and not done:

@@ -27,8 +27,6 @@ from rsagent_jax.types import DataError, Reward, Sample, Status, Trajectory
 
 LARGEST = 1e6  # a term's value; beyond, sums and their float32 are not exact any more
 
-# --- IoU ---
-
 
 def _ious(trajectory: Trajectory, sample: Sample) -> list[float]:
     """IoU of the empty mask, with which every trajectory starts, then of each mask in the order it was made."""
@@ -126,11 +124,8 @@ def make_reward(groups: Sequence[RewardGroup]) -> Callable[[Trajectory, Sample],
       ValueError: from the reward, for an ENV_FAILED trajectory (a broken tool is never scored; drop it from its
         group), or for a sample that is not the trajectory's own.
     """
-    functions = {
-        term: import_path(term.function, ("trajectory", "sample"), dict(term.arguments))
-        for group in groups
-        for term in group.terms
-    }
+    terms = [term for group in groups for term in group.terms]
+    functions = {t: import_path(t.function, ("trajectory", "sample"), dict(t.arguments)) for t in terms}
 
     def reward(trajectory: Trajectory, sample: Sample) -> Reward:
         if not trajectory.status.judged:

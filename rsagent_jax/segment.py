@@ -27,10 +27,10 @@ from rsagent_jax.config.schema import SegmentConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.report.terminal import describe_ending, describe_turn
-from rsagent_jax.rollout import startup
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.open import open_engine
+from rsagent_jax.rollout.engine import open_engine
 from rsagent_jax.rollout.policy import Policy, Task
+from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
 from rsagent_jax.runtime.image_files import read_image
 from rsagent_jax.types import DataError, Sample, Status
 from sam_bridge.types import Segmenter
@@ -45,7 +45,7 @@ def main(
     config: SegmentConfig = "configs/segment.py",
     *,
     out: str = "",  # directory for the mask, the overlay and the trajectory
-    weights: str = "",  # a Hugging Face directory, or checkpoints/<stage>; in place of policy.weights
+    weights: str = "",  # a Hugging Face directory, org/name or checkpoints/<stage>; in place of policy.weights
 ) -> None:
     image_path = image
     if not pathlib.Path(image_path).exists():
@@ -57,7 +57,9 @@ def main(
     out = command.make_workdir(out, "out")
     command.use_compilation_cache(config.cache_dir, out / "compiled")
     weights = weights or config.policy.weights
-    startup.check_segment(config, weights, out)
+    check_policy(weights, config.agent, config.sampling)
+    check_disk(out)
+    check_segmenter(config.segmenter)
     processor = Processor.load(policy_directory(weights))
     if pathlib.Path(weights).resolve().parts[-2:] == ("assets", "tiny-base"):
         print("note: assets/tiny-base does not know the tools: expect malformed calls and an empty mask.")

@@ -25,14 +25,14 @@ from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor, unpatchify
 from rsagent_jax.data.sets.index import spread
 from rsagent_jax.models.qwen25_vl.load import policy_directory
-from rsagent_jax.models.qwen25_vl.positions import merged_tokens
+from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, merged_tokens, padded_patches
 from rsagent_jax.report.page import render_page
 from rsagent_jax.types import DataError
 
 
 def shown_tokens(item: Item, processor: Processor) -> Iterator[tuple[str, int, Any]]:
     """In order ("trained" | "context", id, text) of a token and ("image", its number of tokens, u8[h, w, 3])."""
-    images, at = zip(item.grids, policy_images(item, processor), strict=True), 0
+    images, at = zip(item.grids, item_images(item, processor), strict=True), 0
     while at < len(item.tokens):
         id, trained = int(item.tokens[at]), bool(item.loss_mask[at])
         if id == processor.image_id and not trained:
@@ -46,16 +46,11 @@ def shown_tokens(item: Item, processor: Processor) -> Iterator[tuple[str, int, A
         at += count
 
 
-def policy_images(item: Item, processor: Processor) -> list[np.ndarray]:
+def item_images(item: Item, processor: Processor) -> list[np.ndarray]:
     """The images as the policy sees them, u8[h, w, 3] each."""
-    merge, out, first = processor.images.merge_size, [], 0
-    for t, h, w in item.grids:
-        patches = item.patches[first : first + t * h * w]
-        order = np.arange(h * w).reshape(h // merge, merge, w // merge, merge).swapaxes(1, 2)  # merge blocks of patches
-        places = np.stack(np.divmod(order.ravel(), w), -1)
-        out += unpatchify(patches, np.ones(len(patches), np.int32), places, processor.images)
-        first += len(patches)
-    return out
+    is_image, vision = (item.tokens == processor.image_id) & ~item.loss_mask, processor.config.vision
+    buffer = fill_patch_buffer(item.patches, item.grids, is_image, padded_patches(item.grids, vision), vision)
+    return unpatchify(buffer.patches, buffer.segment_ids, buffer.positions, processor.images)
 
 
 def tokens_page(directory: pathlib.Path, processor: Processor, samples: int) -> str:

@@ -34,13 +34,17 @@ def main() -> int:
     args = _arguments()
     addresses = [part.strip() for part in args.address.split(",") if part.strip()]
     try:
-        image = images.read_image_file(args.image) if args.image else own_image()
+        if args.image:
+            image, disc = images.read(args.image), None
+            box = args.box or (0.0, 0.0, *image.shape[1::-1])
+        else:
+            image, disc = own_image()
+            box = (CENTRE[0] - RADIUS, CENTRE[1] - RADIUS, CENTRE[0] + RADIUS, CENTRE[1] + RADIUS)
         secure = dict(token_file=args.token_file, tls_ca=args.tls_ca, tls=args.tls)
         with SamClient(addresses, timeout_s=args.timeout_s, wait_s=args.wait_s, **secure) as client:
             for address, info in zip(addresses, client.info(), strict=True):
                 print(f"{address}: {info.identity}, protocol {info.protocol}, {info.segments} masks made so far")
-            judged = not args.image and RANDOM not in info.identity
-            answers, held = _exercise(client, image, args.box if args.image else None, judged)
+            answers, held = _exercise(client, image, box, None if RANDOM in info.identity else disc)
     except (SegmenterError, ValueError, OSError) as error:
         print(f"check failed: {error}", file=sys.stderr)
         return 2
@@ -49,26 +53,20 @@ def main() -> int:
     return int(not held)
 
 
-def own_image() -> np.ndarray:
-    """u8[480, 640, 3]: a red disc on a green slope, slightly noisy."""
+def own_image() -> tuple[np.ndarray, np.ndarray]:
+    """u8[480, 640, 3]: a red disc on a green slope, slightly noisy; and where the disc is, bool[480, 640]."""
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     slope = 90 + 60 * columns / WIDTH + 40 * rows / HEIGHT
     image = np.stack([slope * 0.5, slope, slope * 0.4], axis=-1)
-    image[_disc()] = (210, 50, 50)
-    return (image + np.random.default_rng(0).normal(0, 6, image.shape)).clip(0, 255).astype(np.uint8)
+    disc = (columns + 0.5 - CENTRE[0]) ** 2 + (rows + 0.5 - CENTRE[1]) ** 2 < RADIUS**2
+    image[disc] = (210, 50, 50)
+    return (image + np.random.default_rng(0).normal(0, 6, image.shape)).clip(0, 255).astype(np.uint8), disc
 
 
-def _disc() -> np.ndarray:
-    rows, columns = np.mgrid[:HEIGHT, :WIDTH] + 0.5
-    return (columns - CENTRE[0]) ** 2 + (rows - CENTRE[1]) ** 2 < RADIUS**2
-
-
-def _exercise(client: SamClient, image: np.ndarray, box, judged: bool) -> tuple[list[Answer], bool]:
-    """(what to draw, whether all held), printed as it happens. `judged`: the disc of our own picture must be found."""
-    height, width = image.shape[:2]
-    (x, y), r = CENTRE, RADIUS
-    if box is None:
-        box = (x - r, y - r, x + r, y + r) if (height, width) == (HEIGHT, WIDTH) else (0.0, 0.0, width, height)
+def _exercise(
+    client: SamClient, image: np.ndarray, box: tuple[float, ...], disc: np.ndarray | None
+) -> tuple[list[Answer], bool]:
+    """(what to draw, whether all held), printed as it happens. `disc`: what the box must find."""
     middle, corner = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), (box[0] + 1, box[1] + 1)
     answers, holds = [], []
 
@@ -97,9 +95,8 @@ def _exercise(client: SamClient, image: np.ndarray, box, judged: bool) -> tuple[
     except SegmenterError as error:
         refused = error.kind is FailureKind.UNKNOWN_LOGITS
     hold("an unknown mask to refine is refused", refused)
-    if judged:
-        truth = _disc()
-        iou = (by_box.mask & truth).sum() / (by_box.mask | truth).sum()
+    if disc is not None:
+        iou = (by_box.mask & disc).sum() / (by_box.mask | disc).sum()
         hold(f"the box finds the disc: IoU {iou:.3f}, at least {GOOD_IOU}", iou >= GOOD_IOU)
     stages = {stage: [1e3 * reply.timings_s.get(stage, 0.0) for reply in again] for stage in again[0].timings_s}
     medians = ", ".join(f"{stage} {statistics.median(times):.2f}" for stage, times in stages.items())

@@ -62,14 +62,9 @@ def to_rgb(image: np.ndarray) -> np.ndarray:
     return image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)
 
 
-def read_image_file(path: str | pathlib.Path, upright: bool = True) -> np.ndarray:
-    """A picture file -> u8[h, w, 3] RGB. FileNotFoundError, or ImageError naming the file."""
-    return _named(str(path), _rgb, load(path, upright=upright))
-
-
-def decode_image_bytes(data: bytes, where: str, upright: bool = True) -> np.ndarray:
-    """A picture file's bytes -> u8[h, w, 3] RGB; `where` names it in the ImageError."""
-    return _named(where, _rgb, load(data, where, upright))
+def read(source: str | pathlib.Path | bytes, where: str = "", upright: bool = True) -> np.ndarray:
+    """A picture file, or its bytes -> u8[h, w, 3] RGB. FileNotFoundError, or ImageError that names it (`where`)."""
+    return _named(where or str(source), _rgb, load(source, where, upright))
 
 
 def load(

@@ -14,9 +14,8 @@ import numpy as np
 
 from sam_bridge.backends import Backend, DeadDevice
 from sam_bridge.cache import ByteLRU
-from sam_bridge.prompts import check_request
 from sam_bridge.shrink import ask_shrunk
-from sam_bridge.types import About, FailureKind, SegmenterError, SegmentReply, SegmentRequest
+from sam_bridge.types import About, FailureKind, SegmenterError, SegmentReply, SegmentRequest, check_request
 
 log = logging.getLogger(__name__)
 

@@ -20,11 +20,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from sam_bridge import bridge_pb2 as pb
 from sam_bridge import wire
 from sam_bridge.local import LocalSegmenter, UnknownImage, image_hash
-from sam_bridge.prompts import check_image
 from sam_bridge.rle import encode_mask
 from sam_bridge.security import SetupError, TokenCheck, check_address, server_credentials
 from sam_bridge.telemetry import BridgeMetrics
-from sam_bridge.types import FailureKind, SegmenterError
+from sam_bridge.types import FailureKind, SegmenterError, check_image
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sam_bridge.prompts import check_image, check_pixels, check_request
-from sam_bridge.types import SegmentReply, SegmentRequest
+from sam_bridge.types import SegmentReply, SegmentRequest, check_image, check_pixels, check_request
 
 LARGEST_AS_IT_IS = 4096 * 4096  # pixels: up to here a picture is not touched
 SHRUNK = 2048 * 2048  # pixels of what larger ones are shrunk to, twice what SAM 2 looks at in each direction

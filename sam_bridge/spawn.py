@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import collections
-import concurrent.futures
 import contextlib
 import logging
 import os
@@ -55,17 +54,16 @@ class SideCar(contextlib.AbstractContextManager):
         self.address, self.pid, self.restarts = "", 0, 0
         self._owner = os.getpid()
         self._closing = threading.Event()
-        self._started: concurrent.futures.Future[None] = concurrent.futures.Future()  # the first start
         self._lock = threading.Lock()
         self._child: subprocess.Popen | None = None
         self._listener: Callable[[str], None] = lambda address: None
         self._stderr: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)
-        self._thread = threading.Thread(target=self._supervise, name="sam_bridge supervisor", daemon=True)
-        self._thread.start()
+        first = self._start()
         atexit.register(self.close)
-        if failure := self._started.exception():
-            self.close()
-            raise failure
+        self._thread = threading.Thread(
+            target=self._supervise, args=(first,), name="sam_bridge supervisor", daemon=True
+        )
+        self._thread.start()
 
     def connect(self, **options) -> SamClient:
         """A client (`options`: SamClient's) that follows the child from restart to restart; the caller closes it."""
@@ -96,25 +94,21 @@ class SideCar(contextlib.AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _supervise(self) -> None:
+    def _supervise(self, child: subprocess.Popen | None) -> None:
         backoff_s = FIRST_BACKOFF_S
         while not self._closing.is_set():
             born = time.monotonic()
             try:
-                child = self._start()
-                if not self._started.done():
-                    self._started.set_result(None)
+                child = child or self._start()
                 status = self._attend(child)
                 child.stdin.close()
                 child.stdout.close()
                 if not self._closing.is_set():
                     log.warning("side-car %d ended with status %d; starting another", child.pid, status)
             except SegmenterError as error:
-                if not self._started.done():
-                    self._started.set_exception(error)
-                    return
                 if not self._closing.is_set():
                     log.error("%s", error.detail)
+            child = None
             if time.monotonic() - born > STEADY_S:
                 backoff_s = FIRST_BACKOFF_S
             if not self._closing.wait(backoff_s):

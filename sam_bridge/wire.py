@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from sam_bridge import bridge_pb2 as pb
-from sam_bridge.prompts import MAX_IMAGE_BYTES
 from sam_bridge.rle import decode_mask
-from sam_bridge.types import FailureKind, SegmenterError, SegmentReply, SegmentRequest
+from sam_bridge.types import MAX_IMAGE_BYTES, FailureKind, SegmenterError, SegmentReply, SegmentRequest
 
 PROTOCOL = 2  # both ends must agree; raised when a message changes meaning
 REASON_KEY = "sam-bridge-reason"  # trailing metadata of a failed call: a FailureKind or UNKNOWN_IMAGE

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 import train
 from rsagent_jax.config.schema import LoraConfig, MeshConfig, OptimConfig, TrainConfig
+from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.runtime.train_log import MetricsLog
 
@@ -59,6 +60,20 @@ def with_tools(delay_s: float, played: pathlib.Path, small) -> None:
     train.open_segmenter = lambda _: contextlib.nullcontext(small.SlowSegmenter(delay_s, (56, 56)))
 
 
+def run_stage(stage: str, config: TrainConfig, workdir: pathlib.Path, log: MetricsLog, values=None) -> nnx.State:
+    """The parameters with which a stage ends that begins with those of small.model(), or with `values` by name."""
+    from tests.rollout import small
+
+    mesh, model = sharding.make_mesh(config.mesh), small.model()
+    graphdef, params = small.split(model)
+    host = jax.tree.map(np.asarray, params if values is None else convert.with_values(params, values))
+    put = lambda x, where: jax.make_array_from_callback(x.shape, where, lambda i: x[i])  # noqa: E731
+    params = jax.tree.map(put, host, sharding.param_shardings(model, mesh))
+    with contextlib.ExitStack() as stack:
+        policy = train.Policy(small.weights(), small.processor(), mesh, graphdef, params)
+        return train.run_stage(stage, config, workdir, log, policy, stack).params
+
+
 def main(job: dict) -> None:
     processes.initialize_distributed()
     from agent_fakes import DiscSegmenter
@@ -71,24 +86,13 @@ def main(job: dict) -> None:
     train.open_segmenter = lambda _: contextlib.nullcontext(DiscSegmenter())
     train.tqdm = lambda steps, **_: steps
     settings = config(job["stage"], job["stored"], job["mesh"], job["steps"], small, job["rank"], job["freeze"])
-    mesh = sharding.make_mesh(settings.mesh)
-    model = small.model()
-    graphdef, params = nnx.split(model, nnx.Param)
-    host = jax.tree.map(np.asarray, params)
-    params = jax.tree.map(
-        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]),
-        host,
-        sharding.param_shardings(model, mesh),
-    )
     workdir = pathlib.Path(job["workdir"])
     workdir.mkdir(exist_ok=True)
     if job["delays"]:
         index = jax.process_index()
         with_tools(job["delays"][index], workdir / f"played_{index}.json", small)
     log = MetricsLog(processes.own_directory(workdir))
-    with contextlib.ExitStack() as stack:
-        policy = train.Policy(small.weights(), small.processor(), mesh, graphdef, params)
-        out = train.run_stage(job["stage"], settings, workdir, log, policy, stack).params
+    out = run_stage(job["stage"], settings, workdir, log)
     log.close()
     whole = {
         jax.tree_util.keystr(path): np.asarray(multihost_utils.process_allgather(leaf, tiled=True))

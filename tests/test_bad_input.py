@@ -26,7 +26,6 @@ pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = ROOT / "assets" / "tiny-base"
-IMAGES = synthetic.IMAGES
 
 FORKS = """
 import json, os, runpy, sys
@@ -108,19 +107,6 @@ def said(done: Done, *needles: object) -> str:
     return message
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("bad_input") / "data"
-    synthetic.write_dataset(root, train=3, val=1, test=1, seed=5, progress=False)
-    return root
-
-
-@pytest.fixture
-def broken(data, tmp_path):
-    """A copy to be damaged."""
-    return shutil.copytree(data, tmp_path / "data")
-
-
 @pytest.fixture
 def config(tmp_path):
     """Writes a config file; returns its path."""
@@ -168,17 +154,6 @@ def test_unknown_fields_of_the_file_and_of_the_command_line_are_listed_together(
     assert "policy.weights" not in message  # given on the command line, so not missing
 
 
-def test_an_unknown_field_of_the_command_line_alone(run, tmp_path):
-    said(run(*train(tmp_path, "--config.grpo.stpes=3")), "--config.grpo.stpes; did you mean --config.grpo.steps?")
-    said(run(*train(tmp_path, "--config.agent.promt", "full")), "did you mean --config.agent.prompt?")
-
-
-def test_an_ill_typed_value(run, config, tmp_path):
-    said(run(*train(tmp_path, "--config.grpo.steps=many")), "--config.grpo.steps=many")
-    file = config(HEAD + "    c.policy.weights = 'x'\n    c.grpo.steps = 'many'\n    return c\n")
-    said(run("train.py", f"--config={file}", f"--workdir={tmp_path}"), f"{file}, line 5", "TypeError")
-
-
 def test_a_config_file_that_does_not_exist(run, tmp_path):
     said(run(*train(tmp_path), "--config=configs/quikstart.py"), "configs/quikstart.py", "mean configs/quickstart.py?")
     said(run("evaluate.py", f"--workdir={tmp_path}"), "--config=configs/X.py is required")
@@ -190,12 +165,13 @@ def test_a_config_file_that_does_not_exist(run, tmp_path):
     [
         (HEAD + "    c.sft.epochs = = 3\n", ("mine.py, line 4", "SyntaxError")),
         (HEAD + "    c.sft.epochs = tow\n    return c\n", ("mine.py, line 4", "NameError", "'tow'")),
+        (HEAD + "    c.grpo.steps = 'many'\n    return c\n", ("mine.py, line 4", "TypeError")),
         ("import nunpy\n", ("mine.py, line 1", "ModuleNotFoundError", "nunpy")),
         (HEAD + "    open('/nowhere/at/all')\n    return c\n", ("mine.py, line 4", "FileNotFoundError")),
         (HEAD, ("mine.py", "must return a ConfigDict, got NoneType")),
         ("config = 1\n", ("mine.py", "has no function get_config()")),
     ],
-    ids=["syntax", "name", "import", "open", "return", "get_config"],
+    ids=["syntax", "name", "type", "import", "open", "return", "get_config"],
 )
 def test_an_error_in_the_config_file_names_its_line(run, config, tmp_path, text, needles):
     message = said(run("train.py", f"--config={config(text)}", f"--workdir={tmp_path}"), *needles)
@@ -207,27 +183,13 @@ def test_unknown_flags_and_stray_arguments(run, tmp_path):
     said(run(*train(tmp_path, "config.grpo.steps=3")), "unexpected argument 'config.grpo.steps=3'", "--config.")
 
 
-def test_the_work_directory(run, tmp_path):
-    said(run("train.py", "--config=configs/quickstart.py"), "--workdir=DIR is required")
-    (tmp_path / "file").write_text("")
-    said(run(*train(tmp_path / "file" / "x")), tmp_path / "file" / "x", "cannot be written to")
-
-
-def test_an_unknown_stage(run, tmp_path):
-    said(run(*train(tmp_path, "--config.stages=('sft', 'grop')")), "stages[1]", "'grop'", "sft, grpo")
-
-
 # -------------------------------------------------------------------------------------------------------- data
 
 
-def test_a_missing_data_root(run, tmp_path):
-    said(run(*collect(tmp_path / "none", tmp_path / "w")), tmp_path / "none", "MISSING", "rsagent_jax.tiny.synthetic")
-
-
-def test_a_truncated_reference_file(run, broken, tmp_path):
-    refs = broken / "grefcoco" / "grefs(unc).p"
+def test_a_truncated_reference_file(run, copied, tmp_path):
+    refs = copied / "grefcoco" / "grefs(unc).p"
     refs.write_bytes(refs.read_bytes()[:-40])
-    said(run(*collect(broken, tmp_path / "w")), refs, "Download it again")
+    said(run(*collect(copied, tmp_path / "w")), refs, "Download it again")
 
 
 class Evil:
@@ -238,61 +200,35 @@ class Evil:
         return os.system, (f"touch {self.marker}",)
 
 
-def test_a_pickle_that_wants_to_run_something_runs_nothing(broken, tmp_path):
-    refs = broken / "grefcoco" / "grefs(unc).p"
+def test_a_pickle_that_wants_to_run_something_runs_nothing(copied, tmp_path):
+    refs = copied / "grefcoco" / "grefs(unc).p"
     refs.write_bytes(pickle.dumps([Evil(tmp_path / "ran")], protocol=2))
-    said(fresh(*collect(broken, tmp_path / "w")), refs, "is refused", "system", "Nothing of it was run")
+    said(fresh(*collect(copied, tmp_path / "w")), refs, "is refused", "system", "Nothing of it was run")
     assert not (tmp_path / "ran").exists()
 
 
-def skipped(done: Done, *needles: str) -> None:
-    """Checks that samples were left out with their number and reason, and the others collected."""
+def test_a_broken_picture(run, copied, tmp_path):
+    image = copied / synthetic.IMAGES / "COCO_train2014_000010000001.jpg"  # the first of val
+    image.write_bytes(image.read_bytes()[:900])
+    done = run(*collect(copied, tmp_path / "w", "--config.data.split=val"))
     assert done.status == 0, done.err
-    for needle in ("kept ", "not collected", "unreadable sample", *needles):
+    for needle in ("kept ", "not collected", "unreadable sample", f"{image} is not a readable picture"):
         assert needle in done.out, done.out
 
 
-def test_a_broken_picture(run, broken, tmp_path):
-    image = sorted((broken / IMAGES).glob("*.jpg"))[0]
-    image.write_bytes(image.read_bytes()[:900])
-    skipped(run(*collect(broken, tmp_path / "w")), f"{image} is not a readable picture")
-
-
-def test_a_picture_of_another_size_than_its_annotations(run, broken, tmp_path):
-    image = sorted((broken / IMAGES).glob("*.jpg"))[0]
-    PIL.Image.new("RGB", (50, 40)).save(image)
-    skipped(run(*collect(broken, tmp_path / "w")), f"{image} is 50 x 40 pixels", "112 x 112")
-
-
-def test_a_mask_of_another_size_than_its_picture(run, broken, tmp_path):
-    file = broken / "refcocog" / "instances.json"  # where every sample has a mask
+def test_a_mask_of_another_size_than_its_picture(run, copied, tmp_path):
+    file = copied / "refcocog" / "instances.json"  # where every sample has a mask
     instances = json.loads(file.read_text())
     for annotation in instances["annotations"]:
         annotation["segmentation"] = {"size": [10, 10], "counts": [50, 50]}
     file.write_text(json.dumps(instances))
     refcocog = ("--config.data.dataset=refcocog", "--config.data.split_by=umd")
-    said(run(*collect(broken, tmp_path / "w", *refcocog)), "annotation", "[10, 10]", "[112, 112]")
+    said(run(*collect(copied, tmp_path / "w", *refcocog)), "annotation", "[10, 10]", "[112, 112]")
 
 
 def test_missing_trajectories(run, tmp_path):
     stages = ("--config.stages=('sft',)", f"--config.sft.trajectories={tmp_path / 'none'}")
     said(run(*train(tmp_path / "w", *stages)), tmp_path / "none", "rsagent_jax.collect")
-
-
-@pytest.mark.parametrize(
-    ("settings", "needles"),
-    [
-        (("lora.rank=-1",), ("policy.lora.rank", "-1")),
-        (("lora.rank=8", "lora.targets=('q','gat')"), ("'gat'", "gate, up, down", "did you mean gate?")),
-        (  # the quickstart freezes parts
-            ("lora.rank=8",),
-            ("sft.optim.freeze and policy.lora", "grpo.optim.freeze and policy.lora", "leave optim.freeze empty"),
-        ),
-    ],
-)
-def test_adapters_that_cannot_be(run, tmp_path, settings, needles):
-    stored = f"--config.sft.trajectories={tmp_path / 'none'}"  # not looked for before
-    said(run(*train(tmp_path / "w", stored, *(f"--config.policy.{s}" for s in settings))), *needles)
 
 
 def test_nothing_left_to_train(run, tmp_path):
@@ -308,61 +244,42 @@ def evaluate(data, workdir, weights) -> tuple:
     return ("evaluate.py", *config, f"--workdir={workdir}", f"--weights={weights}")
 
 
-def test_weights_of_another_model(run, data, tmp_path):
+def test_weights_of_another_model(run, dataset, tmp_path):
     other = shutil.copytree(TINY, tmp_path / "llama")
     (other / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
-    said(run(*evaluate(data, tmp_path / "w", other)), other / "config.json", "llama", "qwen2_5_vl")
+    said(run(*evaluate(dataset, tmp_path / "w", other)), other / "config.json", "llama", "qwen2_5_vl")
 
 
-def test_missing_weights(run, data, tmp_path):
-    said(run(*evaluate(data, tmp_path / "w", tmp_path / "none")), tmp_path / "none", "does not exist")
+def test_missing_weights(run, dataset, tmp_path):
+    said(run(*evaluate(dataset, tmp_path / "w", tmp_path / "none")), tmp_path / "none", "does not exist")
 
 
-def test_a_stage_without_a_checkpoint(run, data, tmp_path):
+def test_a_stage_without_a_checkpoint(run, dataset, tmp_path):
     stage = tmp_path / "checkpoints" / "sft"
     shutil.copytree(TINY, stage / "policy")
-    said(run(*evaluate(data, tmp_path / "w", stage)), stage, "no finished checkpoint")
-    hf = f"--out={tmp_path / 'hf'}"
-    said(fresh("-m", "rsagent_jax.export", f"--checkpoint={stage}", hf), "no finished checkpoint")
-    assert not (tmp_path / "hf").exists()
+    said(run(*evaluate(dataset, tmp_path / "w", stage)), stage, "no finished checkpoint")
 
 
 # ------------------------------------------------------------------------------------- segmenters and functions
 
 
-def test_an_unknown_back_end(run, data, tmp_path):
-    wrong = "--config.segmenter.backend=grabcat"
-    said(run(*collect(data, tmp_path / "w", wrong)), "grabcat", "grabcut")
+def test_a_checkpoint_that_does_not_exist(run, dataset, tmp_path):
     sam2 = ("--config.segmenter.backend=sam2", f"--config.segmenter.checkpoint={tmp_path / 'none.pt'}")
     for mode in ("spawn", "inprocess"):  # torch is not loaded to learn that a file is missing
-        done = run(*collect(data, tmp_path / "w", *sam2, f"--config.segmenter.mode={mode}"))
+        done = run(*collect(dataset, tmp_path / "w", *sam2, f"--config.segmenter.mode={mode}"))
         said(done, tmp_path / "none.pt", "does not exist")
 
 
-def test_a_side_car_that_is_not_there(run, data, tmp_path):
+def test_a_side_car_that_is_not_there(run, dataset, tmp_path):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{closed.getsockname()[1]}"
     connect = ("--config.segmenter.mode=connect", "--config.segmenter.wait_s=1.0")
-    said(run(*collect(data, tmp_path / "w", *connect)), "segmenter.addresses is empty")
     start = time.monotonic()
-    done = run(*collect(data, tmp_path / "w", *connect, f"--config.segmenter.addresses=('{address}',)"))
+    done = run(*collect(dataset, tmp_path / "w", *connect, f"--config.segmenter.addresses=('{address}',)"))
     message = said(done, address, "gave up after")
     assert float(message.rpartition("gave up after ")[2].split()[0]) < 2.0  # wait_s, and one try that was under way
     assert time.monotonic() - start < 60
-
-
-def test_a_port_in_use():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        refused = fresh("-m", "sam_bridge", "--backend=grabcut", f"--address={address}")
-    assert refused.status == 2 and "Traceback" not in refused.err
-    assert refused.err.splitlines() == [
-        f"sam_bridge: cannot listen on {address}: " + refused.err.strip().rpartition(": ")[2]
-    ]
-    assert "is another side-car running?" in refused.err
 
 
 def test_two_side_cars_on_one_address():
@@ -374,7 +291,8 @@ def test_two_side_cars_on_one_address():
         address = first.stdout.readline().removeprefix(READY).split()[0]
         second = fresh("-m", "sam_bridge", "--backend=grabcut", f"--address={address}")
         assert second.status == 2 and len(second.err.splitlines()) == 1
-        assert address in second.err and "another side-car" in second.err
+        assert second.err.startswith(f"sam_bridge: cannot listen on {address}: ")
+        assert "is another side-car running?" in second.err
         assert first.poll() is None
     finally:
         first.terminate()
@@ -383,21 +301,21 @@ def test_two_side_cars_on_one_address():
         first.stderr.close()
 
 
-def test_a_teacher_that_does_not_exist(run, data, tmp_path):
+def test_a_teacher_that_does_not_exist(run, dataset, tmp_path):
     wrong = "--config.teacher.function=rsagent_jax.collecting.oracle:Oracel"
-    said(run(*collect(data, tmp_path / "w", wrong)), "'Oracel'", "'Oracle'")
-    said(run(*collect(data, tmp_path / "w", "--config.teacher.function=Oracle")), "module:function")
+    said(run(*collect(dataset, tmp_path / "w", wrong)), "'Oracel'", "'Oracle'")
+    said(run(*collect(dataset, tmp_path / "w", "--config.teacher.function=Oracle")), "module:function")
     teacher = tmp_path / "mine.py"
     teacher.write_text("class Mine:\n    def __init__(self, config): pass\n")
-    done = run(*collect(data, tmp_path / "w", f"--config.teacher.function={teacher}:Mine"))
+    done = run(*collect(dataset, tmp_path / "w", f"--config.teacher.function={teacher}:Mine"))
     said(done, f"{teacher}:Mine", "takes (config)", "called with (config, rng)")
 
 
-def test_a_reward_that_does_not_exist(run, data, tmp_path):
+def test_a_reward_that_does_not_exist(run, dataset, tmp_path):
     wrong = "--config.grpo.reward.final.terms.final_iou.function=rsagent_jax.rewards:final_iuo"
-    said(run(*grpo(data, tmp_path / "w", wrong)), "'final_iuo'", "'final_iou'")
+    said(run(*grpo(dataset, tmp_path / "w", wrong)), "'final_iuo'", "'final_iou'")
     # before SFT, too, whose trajectories are not even looked for
-    both = (f"--config.sft.trajectories={tmp_path / 'none'}", f"--config.grpo.data.root={data}")
+    both = (f"--config.sft.trajectories={tmp_path / 'none'}", f"--config.grpo.data.root={dataset}")
     said(run(*train(tmp_path / "w", *both, wrong)), "'final_iuo'")
     assert not (tmp_path / "w" / "config.json").exists()
 
@@ -429,8 +347,8 @@ def test_segment(run, tmp_path):
     said(run(*segment, photo, "it", out), photo, "not a readable picture")
 
 
-def test_an_interrupted_training_says_how_to_go_on(data, tmp_path):
-    command = [sys.executable, *map(str, grpo(data, tmp_path / "w"))]
+def test_an_interrupted_training_says_how_to_go_on(dataset, tmp_path):
+    command = [sys.executable, *map(str, grpo(dataset, tmp_path / "w"))]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         # a test run that was started in the background passes on an ignored SIGINT

@@ -3,9 +3,9 @@
 import collections
 import json
 import pathlib
-import pickle
 import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,15 +13,13 @@ import evaluate
 from configs import eval as eval_configs
 from configs import grpo_mix_tpu
 from rsagent_jax.config.build import build_config
-from rsagent_jax.config.schema import (
-    DataConfig,
-    EvalConfig,
-    TrainConfig,
-)
+from rsagent_jax.config.schema import DataConfig, EvalConfig, TrainConfig
 from rsagent_jax.data.sets import refcoco
 from rsagent_jax.data.sets.open import open_samples
+from rsagent_jax.masks import encode_rle
 from rsagent_jax.runtime import command
-from rsagent_jax.types import DataError
+from tests.data.sets.small_sets import write_lines, write_reasonseg, write_refer
+from tests.refusals import refused
 from tests.rollout import small
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -45,44 +43,59 @@ def refer_files(root: pathlib.Path, name: str) -> None:
     """Per split two references with two sentences each, on picture 1; gRefCOCO: one with a target, one without. The
     train split stands on pictures 1 and 2: the first half of it is held out with the others."""
     folder, split_by = eval_configs.SETS[name][1:3]
-    several = name == "grefcoco"
-    splits = (*eval_configs.SETS[name][3], "train")
     refs = []
-    for n, split in enumerate(splits):
+    for n, split in enumerate((*eval_configs.SETS[name][3], "train")):
         for k in (0, 1):
             id = 2 * n + k
             sentences = [{"raw": "It", "sent": "it", "sent_id": 10 * id + s, "tokens": ["it"]} for s in (0, 1)]
             image_id = 2 if split == "train" and k else 1
-            ann = ([11] if k else [-1]) if several else 10 + image_id
+            ann = ([11] if k else [-1]) if name == "grefcoco" else 10 * image_id + 1
             refs.append({"ref_id": id, "ann_id": ann, "image_id": image_id, "split": split, "sentences": sentences})
-    (root / folder).mkdir(parents=True)
-    kind = "grefs" if several else "refs"
-    (root / folder / f"{kind}({split_by}).p").write_bytes(pickle.dumps(refs, protocol=2))
-    size = {"height": SIZE[1], "width": SIZE[0]}
-    images = [{"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", **size} for i in (1, 2)]
-    annotations = [{"id": 10 + i, "image_id": i, "segmentation": [polygon()]} for i in (1, 2)]
-    (root / folder / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    (root / refcoco.IMAGES).mkdir(parents=True, exist_ok=True)
-    for image in images:
-        make_image().save(root / refcoco.IMAGES / image["file_name"], quality=95)
+    write_refer(root, folder, split_by, refs, {11: polygon(), 21: polygon()}, SIZE)
+    for path in (root / refcoco.IMAGES).iterdir():
+        make_image().save(path, quality=95)
+
+
+def question_files(root: pathlib.Path) -> None:
+    """Every split of MUSE and MMR with one question, GSEval with one of each kind, RefCOCO-M with two sentences."""
+    mask = np.zeros(SIZE[::-1], bool)
+    mask[BOX[1] : BOX[3], BOX[0] : BOX[2]] = True
+    pictures, size = root / "images/mscoco/images", {"height": SIZE[1], "width": SIZE[0]}
+    for path in (pictures / "val2017/000000000003.jpg", pictures / "unlabeled2017/000000000004.jpg"):
+        path.parent.mkdir(parents=True)
+        make_image().save(path, quality=95)
+    record = {"coco_url": "http://images.cocodataset.org/val2017/000000000003.jpg", "questions": ["red?"], **size}
+    for folder, name in (("muse", "muse"), ("MMR", "mmr")):
+        (root / folder).mkdir()
+        segmentation = [polygon()] if name == "muse" else encode_rle(mask)
+        for split in eval_configs.SETS[name][3]:
+            records = [record | {"answers": [[{"segmentation": segmentation}]]}]
+            (root / folder / f"{folder}_{split}.json").write_text(json.dumps(records))
+    (root / "gseval").mkdir()
+    row = {"image_path": "unlabeled2017/000000000004.jpg", "caption": "The red one.", "segmentation": encode_rle(mask)}
+    lines = [json.dumps(row | {"idx": k, "class_id": k}) for k in (1, 2, 3, 4)]
+    (root / "gseval/GroundingSuite-Eval.jsonl").write_text("\n".join(lines))
+    (root / "refcoco_m/images").mkdir(parents=True)
+    make_image().save(root / "refcoco_m/images/COCO_train2014_000000000001.jpg", quality=95)
+    sample = {"id": 1, "sentences": ["red", "square"], "mask": encode_rle(mask)}
+    row = {"file_name": "COCO_train2014_000000000001.jpg", "samples": [sample]}
+    (root / "refcoco_m/validation.jsonl").write_text(json.dumps(row))
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("benchmarks")
+    question_files(root)
     for name in ("refcoco", "refcoco+", "refcocog", "grefcoco"):
         refer_files(root, name)
     corners = [[BOX[0], BOX[1]], [BOX[2] - 1, BOX[1]], [BOX[2] - 1, BOX[3] - 1], [BOX[0], BOX[3] - 1]]
     for split in ("val", "test", "train"):
-        (root / split).mkdir()
+        shape = {"label": "target", "points": corners}
+        write_reasonseg(root / split, "a", shape, text=["what is red?", "the red one"])
         make_image().save(root / split / "a.jpg", quality=95)
-        shapes = [{"label": "target", "points": corners}]
-        record = {"text": ["what is red?", "the red one"], "is_sentence": True, "shapes": shapes}
-        (root / split / "a.json").write_text(json.dumps(record))
     make_image().save(root / "mine.png")
-    lines = [{"image": "mine.png", "query": "red", "segmentation": [polygon()]}]
-    lines += [{"image": "mine.png", "query": "green", "mask": None}]
-    (root / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    red, green = {"query": "red", "segmentation": [polygon()]}, {"query": "green", "mask": None}
+    write_lines(root, *({"image": "mine.png"} | record for record in (red, green)), split="mine")
     return root
 
 
@@ -122,13 +135,14 @@ def oracle(row, **more):
 
 
 N = {"refcoco": 4, "refcoco+": 4, "refcocog": 4, "grefcoco": 4, "reasonseg": 1, "folder": 2}
+N |= {"refcoco_m": 2, "muse": 1, "mmr": 1, "gseval": 1, "gseval-all": 4}
 
 
 @pytest.mark.parametrize("benchmark", [*eval_configs.NAMES, "folder-mine"])
 def test_each_benchmark_is_read_and_judged(monkeypatch, tmp_path, root, benchmark):
     results = run(monkeypatch, tmp_path / "w", benchmark, root, oracle("box"))
     name = benchmark.split("-")[0]
-    assert results["n"] == N[name] and results["giou"] > 0.8  # every sentence; ReasonSeg's first text
+    assert results["n"] == N.get(benchmark, N[name]) and results["giou"] > 0.8  # every sentence; ReasonSeg's first text
     assert results["benchmark"].endswith(benchmark.split("-")[1])
     assert results["row"] == "oracle: true box" and results["sees_the_truth"] and results["weights_sha256"] is None
     assert ("n_acc" in results) == (name in ("grefcoco", "folder")) and results.get("n_acc", 1.0) == 1.0
@@ -175,8 +189,8 @@ def test_a_policy_and_the_untrained_row(monkeypatch, tmp_path, root):
             (stage / "policy").symlink_to(small.weights())
         config.policy.weights = str(stage)
 
-    with pytest.raises(DataError, match=r"bound.row is untrained, but .* is a checkpoint of train.py"):
-        run(monkeypatch, tmp_path / "x", "folder-mine", root, checkpoint)
+    says = r"bound.row is untrained, but .* is a checkpoint of train.py"
+    refused(says, run, monkeypatch, tmp_path / "x", "folder-mine", root, checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -188,15 +202,14 @@ def test_a_policy_and_the_untrained_row(monkeypatch, tmp_path, root):
     ],
 )
 def test_a_row_that_is_not_known_is_said(monkeypatch, tmp_path, root, change, match):
-    with pytest.raises(DataError, match=match):
-        run(monkeypatch, tmp_path / "w", "refcoco-val", root, change)
+    refused(match, run, monkeypatch, tmp_path / "w", "refcoco-val", root, change)
 
 
 def test_a_benchmark_that_is_not_known_is_said():
     with pytest.raises(ValueError, match="refcocog-val, refcocog-test"):
         eval_configs.get_config("refcocog-testA")
-    with pytest.raises(DataError, match=r"'refcoco' is unknown; there are refcoco-val"):
-        command.load_config_file(str(ROOT / "configs/eval.py:refcoco"))
+    says = "'refcoco' is unknown; there are refcoco-val"
+    refused(says, command.load_config_file, str(ROOT / "configs/eval.py:refcoco"))
 
 
 def test_the_recipe_of_a_benchmark_is_a_config(tmp_path):

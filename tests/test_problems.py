@@ -12,7 +12,7 @@ from agent_fakes import disc
 from PIL import Image
 
 from configs import problems as problems_config
-from rsagent_jax.collecting import problem_prompt
+from rsagent_jax.collecting import problem_writer
 from rsagent_jax.collecting.problem_writer import ANSWERS, ProblemWriter, write_set
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import ProblemsConfig, RemoteConfig
@@ -71,7 +71,7 @@ def test_queries_become_a_data_set_and_what_is_unusable_is_counted(tmp_path, sam
     }
     with Server([lambda body: said[of(body)].pop(0)]) as server:
         writer, config = write(tmp_path / "w", samples, server)
-    assert writer.failures.counts == {} and writer.usage["requests"] == 4
+    assert writer.failures.counts == {} and len(server.asked) == 4
     assert write_set(tmp_path / "w", config, {}) == 2
     report = json.loads((tmp_path / "w/problems.json").read_text())
     wanted = {"malformed answer": 1, "speaks of the mark": 1, "too short or too long": 1, "said of two objects": 2}
@@ -112,9 +112,8 @@ def test_what_failed_is_counted_and_asked_again_by_the_next_start(tmp_path, samp
     empty = dataclasses.replace(samples[2], gt_mask=np.zeros((112, 112), bool))
     with Server([lambda body: answer(*GOOD) if of(body) == "disc 0" else good("no")]) as server:
         writer, config = write(tmp_path / "w", [*samples[:2], empty], server)
-        assert (
-            writer.failures.counts == {"malformed answer": 1} and len(server.asked) == 3
-        )  # an empty mask asks nothing
+        # an empty mask asks nothing
+        assert writer.failures.counts == {"malformed answer": 1} and len(server.asked) == 3
         write_set(tmp_path / "w", config, dict(writer.failures.counts))
     report = json.loads((tmp_path / "w/problems.json").read_text())
     assert report["not_answered"] == {"malformed answer": 1} and report["left_out"] == {"no target to ask for": 1}
@@ -129,8 +128,8 @@ def test_what_failed_is_counted_and_asked_again_by_the_next_start(tmp_path, samp
      ('{"q": []}', "KeyError"), ('{"queries": ["a", ]}', "JSONDecodeError"), ("{" * 100_000 + "}", "no JSON")],
 )  # fmt: skip
 def test_an_answer_that_cannot_be_read_is_typed(text, match):
-    with pytest.raises(problem_prompt.BadAnswer, match=match):
-        problem_prompt.read_answer(text)
+    with pytest.raises(problem_writer.BadAnswer, match=match):
+        problem_writer.read_answer(text)
 
 
 def test_a_query_is_kept_only_if_it_can_stand_alone():
@@ -142,7 +141,7 @@ def test_a_query_is_kept_only_if_it_can_stand_alone():
         ("Go on", "x", "too short or too long"),
         ("a " * 9, "x", "too short or too long"),
     ):
-        assert problem_prompt.fault(query, name, (3, 8)) == reason
+        assert problem_writer.fault(query, name, (3, 8)) == reason
 
 
 def test_the_config_is_the_commands_and_names_its_own_fields(tmp_path):

@@ -37,9 +37,13 @@ def train_flags(argv: list[str]) -> dict:
     return command.parse_arguments(main, argv)[1]
 
 
-def trajectory(final: np.ndarray) -> Trajectory:
-    none = np.zeros(0)
-    return Trajectory("s", 0, "it", (), (), final, None, Status.FINISHED, none, none, none, none, none, ())
+UPPER = np.arange(100).reshape(10, 10) < 50
+
+
+def parts(groups, final: np.ndarray) -> dict[str, float]:
+    """What the reward says of a mask where the upper half of 10 x 10 pixels is meant."""
+    trajectory = Trajectory("s", 0, "it", (), (), final, None, Status.FINISHED, *[np.zeros(0)] * 5, ())
+    return make_reward(groups)(trajectory, Sample("s", np.zeros((10, 10, 3), np.uint8), "it", UPPER)).parts
 
 
 def test_the_pasted_reward_of_the_readme_is_what_the_named_override_trains_with(tmp_path, monkeypatch):
@@ -51,14 +55,9 @@ def test_the_pasted_reward_of_the_readme_is_what_the_named_override_trains_with(
     override = next(a for a in argv if a.startswith("--config.grpo.reward"))
     groups = train_flags(["--config=configs/quickstart.py", override])["config"].grpo.reward
     assert "my_rewards:boundary_bonus" in str(groups)
-    reward = make_reward(groups)
-    gt = np.arange(100).reshape(10, 10) < 50
-    sample = Sample("s", np.zeros((10, 10, 3), np.uint8), "it", gt)
-    near = gt.copy()
-    near[4, 9] = False  # 49 of 50 pixels: IoU 0.98, above the 0.95 of the example
-    far = np.arange(100).reshape(10, 10) < 40  # IoU 0.8
-    assert reward(trajectory(near), sample).parts["final"] == 1.0
-    assert reward(trajectory(far), sample).parts["final"] == 0.0
+    pixels = np.arange(100).reshape(10, 10)
+    assert parts(groups, pixels < 49)["final"] == 1.0  # IoU 0.98, above the 0.95 of the example
+    assert parts(groups, pixels < 40)["final"] == 0.0  # IoU 0.8
 
 
 def test_the_segment_examples_ask_for_what_is_there_and_for_what_is_not():
@@ -102,17 +101,11 @@ def test_the_commands_of_the_rewards_page_make_a_reward(argv, tmp_path, monkeypa
     flags = train_flags(argv[2:])
     groups = flags["config"].grpo.reward
     assert flags["workdir"] and "my_rewards.py:boundary_bonus" in str(groups)
-    gt = np.arange(100).reshape(10, 10) < 50
-    sample = Sample("s", np.zeros((10, 10, 3), np.uint8), "it", gt)
-    parts = make_reward(groups)(trajectory(gt), sample).parts
-    assert [value for name, value in parts.items() if name.endswith("/boundary_bonus")] == [1.0]
-
-
-def test_there_are_commands_on_the_rewards_page():
-    assert len(COMMANDS) == 3
+    assert [value for name, value in parts(groups, UPPER).items() if name.endswith("/boundary_bonus")] == [1.0]
 
 
 def test_every_config_and_module_that_the_readme_names_exists():
+    assert len(COMMANDS) == 3
     for name in re.findall(r"--config=(configs/\w+\.py)", README):
         assert (ROOT / name).exists(), name
     for module in re.findall(r"python -m ([\w.]+)", README):

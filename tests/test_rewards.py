@@ -16,20 +16,12 @@ from rsagent_jax.agent.tools import Finish, ResetView, Rotate, Segment, Zoom
 from rsagent_jax.config.import_path import import_path
 from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
 from rsagent_jax.rewards import make_reward, read_only
-from rsagent_jax.types import MaskRecord, ParseError, Sample, Status, Trajectory, Turn
+from rsagent_jax.types import MaskRecord, ParseError, Status, Trajectory, Turn
+from tests.evals.test_metrics import row, sample  # row(n) against row(m): IoU = min(n, m) / max(n, m)
 from tests.refusals import refused
 
 BOX = Segment(box=(0, 0, 5, 1))
 ERROR = ParseError("bad_json", "…")
-
-
-def row(n, size=10):
-    """bool[1, size] with the first n pixels set: against row(m), IoU = min(n, m) / max(n, m)."""
-    return np.arange(size)[None] < n
-
-
-def sample(gt, ignore=None):
-    return Sample("s", np.zeros((*gt.shape, 3), np.uint8), "the row", gt, ignore)
 
 
 def turn(call, error=None, repeated=False):
@@ -106,11 +98,6 @@ def test_silence_is_no_answer_to_an_absent_target():
         assert rewards.final_iou(dataclasses.replace(silent, final_mask=row(3)), sample(row(3))) == 1.0
 
 
-def test_masks_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"bool\[1, 10\]"):
-        rewards.final_iou(trajectory(final=row(4, size=9)), sample(row(8)))
-
-
 def test_iou_gain_does_not_pay_for_a_detour():
     # IoU 0.5, 0.2, 0.5, 0.8 with 10 true pixels. Against the best so far: 0.5 + 0 + 0 + 0.3 = 0.8.
     # Against the turn before it would be 0.5 + 0 + 0.3 + 0.3 = 1.1.
@@ -172,9 +159,8 @@ def test_point_excess_is_per_call():
 def test_format_needs_a_proper_ending(status):
     turns = [turn(BOX), turn(None, ERROR), turn(BOX, ERROR), turn(Finish(1))]
     # A refused call is well-formed: 3 of 4.
-    assert rewards.format_ok(trajectory(turns, status=status), sample(row(8))) == (
-        0.75 if status == "finished" else 0.0
-    )
+    share = 0.75 if status == "finished" else 0.0
+    assert rewards.format_ok(trajectory(turns, status=status), sample(row(8))) == share
 
 
 def test_default_reward_by_hand():
@@ -245,11 +231,7 @@ def test_a_term_cannot_write_into_what_it_is_given(own, function):
     refused(f"{function}.*read-only", make_reward(groups), t, s)
     assert s.gt_mask.sum() == 8 and t.masks[0].mask.sum() == 2
     assert s.gt_mask.flags.writeable and t.final_mask.flags.writeable  # the caller's own are as they were
-
-
-def test_what_a_term_is_given_is_no_copy():
-    s = sample(row(8))
-    assert np.shares_memory(read_only(s).gt_mask, s.gt_mask) and read_only(s).id == "s"
+    assert np.shares_memory(read_only(s).gt_mask, s.gt_mask) and read_only(s).id == "s"  # and not copied
 
 
 def test_arguments_of_the_config_reach_the_term(own):

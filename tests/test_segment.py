@@ -1,6 +1,5 @@
 """One picture, one sentence: what is printed and written, and every kind of picture file a user may bring."""
 
-import json
 import pathlib
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from rsagent_jax.agent.tools import Finish, Segment, Zoom, render_call
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import SegmentConfig
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.rollout.text_policy import TextPolicy
+from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.runtime.command import load_config_file
 from rsagent_jax.segment import segment
 from rsagent_jax.types import Status
@@ -48,7 +47,8 @@ def test_prints_the_turns_and_writes_the_committed_mask(processor, tmp_path, cap
     # 90 x 60 is shown as 112 x 84: the masks must come back in the picture's own size
     zoom = render_call(Zoom((0, 0, 60, 60)))
     state = play([zoom, BOX, render_call(Finish(1), "good")], processor, tmp_path)
-    assert state.status is Status.FINISHED
+    assert state.status is Status.FINISHED and state.query == "the disc"
+    same_states(replay((tmp_path / "trajectory.json").read_text()), state)
     mask = read(tmp_path / "mask.png")
     assert mask.shape == (60, 90) and set(np.unique(mask)) == {0, 255}
     np.testing.assert_array_equal(mask == 255, state.masks[0].mask)
@@ -65,28 +65,20 @@ def test_prints_the_turns_and_writes_the_committed_mask(processor, tmp_path, cap
     assert f"ended: finished after 3 turns; mask 1: score 0.88, area {area:.1f} %" in out
 
 
-def test_the_trajectory_replays_from_its_own_file(processor, tmp_path):
-    state = play([BOX, "no call at all", render_call(Finish(1))], processor, tmp_path)
-    text = (tmp_path / "trajectory.json").read_text()
-    same_states(replay(text), state)
-    assert json.loads(text)["query"] == "the disc"
-
-
-def test_three_malformed_turns_end_invalid_with_an_empty_mask(processor, tmp_path, capsys):
-    state = play(["what?", "\x1b[31mred\x07 " * 80, ""], processor, tmp_path)
-    assert state.status is Status.INVALID
+@pytest.mark.parametrize(
+    ("turns", "status", "says"),
+    [
+        (["what?", "\x1b[31mred\x07 " * 80, ""], Status.INVALID, "invalid after 3 turns; the mask is empty"),
+        ([render_call(Finish(None))], Status.FINISHED, "1 turn; the policy says that the target is not in the picture"),
+    ],
+)
+def test_an_empty_mask_is_written_and_said_to_be_empty(processor, tmp_path, capsys, turns, status, says):
+    assert play(turns, processor, tmp_path).status is status
     assert not read(tmp_path / "mask.png").any()
     np.testing.assert_array_equal(read(tmp_path / "overlay.png"), make_image(60, 90))
     out = capsys.readouterr().out
-    assert "ended: invalid after 3 turns; the mask is empty" in out
-    assert "malformed (no_call)" in out and "\x1b" not in out and "\x07" not in out
-
-
-def test_an_absent_target_is_said_to_be_absent(processor, tmp_path, capsys):
-    play([render_call(Finish(None))], processor, tmp_path)
-    out = capsys.readouterr().out
-    assert "ended: finished after 1 turn; the policy says that the target is not in the picture" in out
-    assert not read(tmp_path / "mask.png").any()
+    assert f"ended: {status}" in out and says in out and "\x1b" not in out and "\x07" not in out
+    assert ("malformed (no_call)" in out) == (status is Status.INVALID)
 
 
 def test_a_broken_segmenter_leaves_no_mask(processor, tmp_path):

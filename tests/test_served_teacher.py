@@ -45,7 +45,7 @@ def served(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     log = (tmp_path / "server.log").open("w")
     command = [sys.executable, "-m", "tests.serve_worker", str(directory), str(port)]
     server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": path})
@@ -68,7 +68,7 @@ def test_trajectories_come_from_a_real_server(served, tmp_path, samples):  # noq
     url, model = served
     remote = RemoteConfig(url=url, model=model, max_tokens=12, temperature=1.0, retries=1, timeout_s=300.0)
     config = dataclasses.replace(CONFIG, teacher=TeacherConfig(remote=remote))
-    collector = collect(tmp_path / "w", samples[:3], make=Remote, config=config)
+    collector, _ = collect(tmp_path / "w", samples[:3], make=Remote, config=config)
     log = (tmp_path / "server.log").read_text()[-3000:]
     assert collector.failures.counts == {}, (collector.failures.examples, log)
     (journal,) = (tmp_path / "w" / filter.ATTEMPTS).iterdir()

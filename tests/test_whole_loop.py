@@ -72,9 +72,8 @@ def test_training_leaves_metrics_of_both_stages_and_checkpoints(work):
     lines = [json.loads(line) for line in (work / "train/metrics.jsonl").read_text().splitlines()]
     assert [(r["stage"], r["step"]) for r in lines] == [("sft", i) for i in (1, 2, 3, 4)] + [("grpo", 1), ("grpo", 2)]
     assert all(r["loss"] is not None for r in lines) and not any(r.get("no_update") for r in lines)
-    assert {"reward", "reward/final", "reward/process", "reward/format", "giou", "turns", "tool_errors"} <= set(
-        lines[-1]
-    )
+    keys = {"reward", "reward/final", "reward/process", "reward/format", "giou", "turns", "tool_errors"}
+    assert keys <= set(lines[-1])
     assert (work / "train/config.json").exists()
     assert (work / "train/checkpoints/grpo/2").exists()
     for stage in ("sft", "grpo"):

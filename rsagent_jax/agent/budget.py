@@ -17,7 +17,7 @@ from rsagent_jax.agent.overlay import overlay_size
 from rsagent_jax.agent.tools import Finish, render_call
 from rsagent_jax.agent.views import PixelLimits, fit, fixed_size, round_size
 from rsagent_jax.config.schema import AgentConfig
-from rsagent_jax.types import DataError, ParseError
+from rsagent_jax.types import ParseError
 
 # The typical trajectory, for checking a config (ours): this question about a picture of this size, a mask in every
 # turn but the last, turns of agent.typical_turn tokens.
@@ -102,11 +102,8 @@ class Budget:
 
     def turns_that_fit(self, turn: int) -> int:
         """Turns of `turn` tokens, masks and a finish, at most max_turns."""
-        fit = [
-            n
-            for n in range(1, self.max_turns + 1)
-            if self.needs(turn, n) <= self.context and (not self.max_tokens or n * turn <= self.max_tokens)
-        ]
+        most = self.max_tokens or self.context
+        fit = [n for n in range(1, self.max_turns + 1) if self.needs(turn, n) <= self.context and n * turn <= most]
         return max(fit, default=0)
 
     @property
@@ -174,11 +171,7 @@ def image_sizes(
 
 def typical_size(views: PixelLimits) -> tuple[int, int]:
     """(h, w) of the picture that a config is checked with: a square where only those can be shown."""
-    try:
-        fixed_size(*TYPICAL_SIZE, views)
-    except DataError:
-        return TYPICAL_SIZE[:1] * 2
-    return TYPICAL_SIZE
+    return TYPICAL_SIZE if fit(*TYPICAL_SIZE, views) == views else TYPICAL_SIZE[:1] * 2
 
 
 def _tokens(size: tuple[int, int], limits: PixelLimits) -> int:

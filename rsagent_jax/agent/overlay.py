@@ -35,11 +35,10 @@ def draw_overlay(
     box.
     """
     h, w = mask.shape
-    scale = size / max(h, w)
-    fit = overlay_size(h, w, size)[::-1]
-    overlay = cv2.resize(image, fit, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    fit, shrinks = overlay_size(h, w, size)[::-1], size < max(h, w)
+    overlay = cv2.resize(image, fit, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
     # share of each small pixel that the mask covers: a thin mask fades but does not vanish
-    cover = cv2.resize(mask.astype(np.float32), fit, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    cover = cv2.resize(mask.astype(np.float32), fit, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     alpha = ALPHA * cover[..., None]
     overlay = np.round(overlay * (1 - alpha) + np.array(TINT, np.float32) * alpha).astype(np.uint8)
     inside = (cover >= 0.5).astype(np.uint8)

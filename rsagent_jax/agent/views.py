@@ -135,18 +135,12 @@ class View:
     def affine_view_original(self) -> np.ndarray:
         """f64[2, 3] with place_view = A @ (x_original, y_original, 1), in continuous coordinates."""
         x1, y1, x2, y2 = self.region_original
-        crop_w, crop_h = x2 - x1, y2 - y1
-        crop = np.array([[1.0, 0, -x1], [0, 1, -y1], [0, 0, 1]])
-        # a counter-clockwise quarter turn with y down takes (x, y) in a crop W wide to (y, W - x)
-        turn = {
-            0: [[1.0, 0, 0], [0, 1, 0], [0, 0, 1]],
-            1: [[0, 1.0, 0], [-1, 0, crop_w], [0, 0, 1]],
-            2: [[-1.0, 0, crop_w], [0, -1, crop_h], [0, 0, 1]],
-            3: [[0, -1.0, crop_h], [1, 0, 0], [0, 0, 1]],
-        }[self.quarter_turns]
-        turned_w, turned_h = (crop_w, crop_h) if self.quarter_turns % 2 == 0 else (crop_h, crop_w)
-        scale = np.diag([self.size_view[0] / turned_w, self.size_view[1] / turned_h, 1.0])
-        return (scale @ np.array(turn) @ crop)[:2]
+        w, h = x2 - x1, y2 - y1
+        matrix = np.array([[1.0, 0, -x1], [0, 1, -y1], [0, 0, 1]])
+        for _ in range(self.quarter_turns):  # counter-clockwise with y down: (x, y) in a crop w wide to (y, w - x)
+            matrix = np.array([[0, 1, 0], [-1, 0, w], [0, 0, 1]]) @ matrix
+            w, h = h, w
+        return (np.diag([self.size_view[0] / w, self.size_view[1] / h, 1.0]) @ matrix)[:2]
 
     def to_view(self, points_original: np.ndarray) -> np.ndarray:
         """f64[N, 2] pixel indices of the original -> f64[N, 2] pixel indices of the view."""

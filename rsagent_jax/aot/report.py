@@ -108,12 +108,8 @@ def analyse(
     traced: Any, compiled: Any, job: Job, topology: Topology, kernel_flops: KernelFlops | None = None
 ) -> ProgramReport:
     """Reads a `jax.stages.Compiled` for `topology`, of which it may use fewer devices, and what it was made from."""
-    program, memory, work = (
-        hlo.Program(compiled.as_text()),
-        compiled.memory_analysis(),
-        traced_work(traced, kernel_flops),
-    )
-    found = program.collectives()
+    program, work = hlo.Program(compiled.as_text()), traced_work(traced, kernel_flops)
+    memory, found = compiled.memory_analysis(), program.collectives()
     sent, traffic = hlo.collective_bytes(found), program.hbm_traffic_bytes()
     flops = work.product_flops + program.devices * sum(kernel.flops or 0 for kernel in work.kernels)
     chip, speed = topology.chip, program.devices * topology.chip.bf16_flops

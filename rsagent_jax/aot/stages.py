@@ -10,8 +10,9 @@ import dataclasses
 import math
 import pathlib
 import re
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -33,25 +34,18 @@ from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.attention import LANES, is_fused, tile, tiles_between
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, size_config
+from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.runtime import sharding
-from rsagent_jax.train.state import (
-    EMPTY,
-    create_state,
-    make_optimizer,
-    partition_params,
-    state_shardings,
-    vision_frozen,
-)
-from rsagent_jax.train.step import Sums, grpo_objective, make_programs, sft_objective
+from rsagent_jax.train.state import EMPTY, make_optimizer, partition_params, vision_frozen
+from rsagent_jax.train.step import Sums, make_programs, make_stage
 from rsagent_jax.types import Batch, DataError
 
 
 def policy_config(weights: str) -> Qwen25VLConfig:
     """The shape of the policy: from a directory of weights, or a published size that the name tells (…-7B-…)."""
     if pathlib.Path(weights).is_dir():
-        inner = pathlib.Path(weights) / "policy"
-        return load_config(inner if inner.is_dir() else weights)
+        return load_config(policy_directory(weights))
     if match := re.search(r"(?<!\d)(3|7|32|72)b", weights.lower()):
         return size_config(match[0])
     raise DataError(
@@ -60,14 +54,13 @@ def policy_config(weights: str) -> Qwen25VLConfig:
     )
 
 
-def report_stage(
-    config: TrainConfig, stage: str, topology: Topology, say: Callable[[str], None], only: str = ""
-) -> list[ProgramReport]:
+def report_stage(config: TrainConfig, stage: str, topology: Topology, only: str = "") -> list[ProgramReport]:
     """Compiles every program of a stage with `only` in its name; one that does not fit is a report like the others.
 
-    The rollout's are for the devices of one host.
+    The rollout's are for the devices of one host. Says on stderr how long each program took.
     """
     policy = policy_config(config.policy.weights)
+    config = fill_topology_defaults(config, topology, policy)
     found, tensor = devices(topology), config.grpo.sampling.tensor
     mesh, host = sharding.make_mesh(config.mesh, found), None
     if stage == "grpo" and topology.host.devices % tensor == 0:
@@ -79,7 +72,7 @@ def report_stage(
         if only in job.program:
             start = time.perf_counter()
             reports.append(report_job(job, topology, attention_flops(policy, job.work or micro_batch)))
-            say(f"{job.program} for {topology.name}: {time.perf_counter() - start:.0f} s")
+            print(f"{job.program} for {topology.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return reports
 
 
@@ -89,8 +82,7 @@ def stage_jobs(
     """The stage's programs: the tower if it is not trained, a micro-batch's gradients, their sum if there are several,
     the update, log-probs for KL. With one host's rollout mesh, the engine's as well."""
     settings, sampling, lora = getattr(config, stage), config.grpo.sampling, config.policy.lora
-    objective = sft_objective if stage == "sft" else grpo_objective(config.grpo)
-    temperature = 1.0 if stage == "sft" else sampling.temperature or 1.0
+    made = make_stage(config, stage)
     compute, rows, whole = Compute.of(config.policy, mesh), sharding.rows(mesh), sharding.replicated(mesh)
     plain, params = nnx.split(convert.abstract_model(policy), nnx.Param)
     graphdef, params, base = partition_params(plain, params, lora, settings.optim.freeze)
@@ -103,22 +95,20 @@ def stage_jobs(
     params, half, base = shapes(params, jnp.float32), shapes(params, compute.dtype), shapes(base, compute.dtype)
     half = EMPTY if lora.rank else half  # of the reference, which is the base alone
     tx, _ = make_optimizer(settings.optim, 1000)
-    shardings = (state_shardings(params, tx, whole, offload=settings.optim.offload), rows, whole)
-    compared = plain if lora.rank else None
-    programs = make_programs(graphdef, tx, objective, compute, temperature, shardings, base, compared)
-    state = place_shapes(jax.eval_shape(lambda p: create_state(p, tx), params), shardings[0])
+    options = dict(offload=settings.optim.offload, reference=plain if lora.rank else None)
+    programs = make_programs(graphdef, tx, made, compute, params, base, **options)
+    state = place_shapes(jax.eval_shape(programs.create_state, params), programs.shardings)
     pixels = abstract_batch(settings.batch, policy, rows)
     batch = place_shapes(jax.eval_shape(programs.embed, base, pixels), rows)
     ref = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32, sharding=rows)
     sums = jax.eval_shape(programs.micro, params, base, batch, ref)
-    sums = place_shapes(sums, Sums(shardings[0].params, whole, whole, whole))  # metrics lie whole on every device
+    sums = place_shapes(sums, Sums(programs.shardings.params, whole, whole, whole))  # metrics lie whole on every device
 
     sequences = settings.trajectories_per_step if stage == "sft" else settings.prompts * settings.group
     count = math.ceil(sequences / settings.batch.rows)  # micro-batches, if every sequence fills its row
     waiting = (count - 1) * device_bytes(batch)  # train.py puts all micro-batches of a step on the devices at once
     moments, grads = device_bytes(state.opt_state), device_bytes(params)  # offloaded moments are none
-    compares = stage == "grpo" and config.grpo.kl > 0
-    reference = device_bytes(half) if compares else 0
+    reference = device_bytes(half) if made.kl > 0 else 0
     trained = step_workload(settings, policy, params, adapted=lora.rank > 0)
     forward = dataclasses.replace(trained, trained=False, vision_trained=False, embed_trained=False, adapters=0)
     held = moments + device_bytes(params) + reference + device_bytes(base)  # what a step leaves on the devices
@@ -132,7 +122,7 @@ def stage_jobs(
     resident = moments + reference + (grads if count > 1 else 0) + waiting
     flops = model_flops(policy, trained).total
     yield Job(f"{stage} gradients", lambda: programs.micro.trace(params, base, batch, ref), flops, resident)
-    if compares:  # the policy that is trained stays, while the reference reads the batch
+    if made.kl > 0:  # the policy that is trained stays, while the reference reads the batch
         resident = moments + device_bytes(params) + waiting
         flops = model_flops(policy, forward).total
         yield Job(f"{stage} log-probs", lambda: programs.logprobs.trace(half, base, batch), flops, resident)

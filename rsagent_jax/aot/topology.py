@@ -8,12 +8,12 @@ limit when a program does not fit; tests/aot/test_topology.py asks it), a little
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import math
 import os
 import re
 
+from rsagent_jax.config.import_path import closest
 from rsagent_jax.types import DataError
 
 GIB = 2**30
@@ -122,10 +122,9 @@ def parse_topology(name: str) -> Topology:
             f"topology {name!r}: {chip.name} takes {chip.dimensions} sizes, each 1 or even, as in {example[chip.name]}"
         )
     known = [*SLICES, *(Topology("", CHIPS[chip], shape).compiler_name for chip, shape in SLICES.values())]
-    close = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
     raise DataError(
-        f"unknown TPU topology {name!r}" + (f"; did you mean {close[0]}?" if close else "") + "\n"
-        "known slices: " + " ".join(SLICES) + "\nor the shape in chips: " + " ".join(example.values())
+        f"unknown TPU topology {name!r}{closest(plain, known)}\n"
+        f"known slices: {' '.join(SLICES)}\nor the shape in chips: {' '.join(example.values())}"
     )
 
 

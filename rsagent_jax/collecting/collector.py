@@ -19,10 +19,8 @@ from rsagent_jax.data import trajectories
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.failures import UNREADABLE, Failure, Failures, failure_of
-from rsagent_jax.rollout.play import play_samples
-from rsagent_jax.rollout.policy import Policy, Task
-from rsagent_jax.rollout.text_policy import TextPolicy
+from rsagent_jax.rollout.play import Failure, Failures, failure_of, play_samples
+from rsagent_jax.rollout.policy import Policy, Task, TextPolicy
 from rsagent_jax.runtime.journal import Journal, decisive_settings
 from rsagent_jax.types import Sample, Trajectory
 from sam_bridge.types import About
@@ -80,26 +78,24 @@ class Collector:
 
         DataError where going on is of no use.
         """
-        config = self.config
-        driver = Driver(policy, self.segmenter, self.processor, config.agent, workers=config.segmenter.workers)
-        unreadable = lambda uid, k, why: self._keep_failure(uid, self.samples.ids[k], UNREADABLE, why)  # noqa: E731
-        unreadable = unreadable if config.data.unreadable == "skip" else None
-        options = {"total": total, "label": "collect", "give_up_after": config.segmenter.give_up_after}
-        self.failures = play_samples(driver, self.samples, left, self._keep, unreadable, **options)
+        workers = self.config.segmenter.workers
+        driver = Driver(policy, self.segmenter, self.processor, self.config.agent, workers=workers)
+        keep = (self._keep, self._keep_failure)
+        self.failures = play_samples(driver, self.samples, left, *keep, self.config, total, "collect")
 
-    def _keep(self, uid: int, sample: Sample, trajectory: Trajectory, state: EnvState) -> Failure | None:
+    def _keep(self, task: Task, trajectory: Trajectory, state: EnvState) -> Failure | None:
         failure = failure_of(state)
         if failure is None and not trajectory.loss_mask.any():
             failure = "no room", "its prompt does not fit teacher.own.sampling's limits"
         if failure:
-            self._keep_failure(uid, sample.id, *failure)
+            self._keep_failure(task.uid, task.sample.id, failure)
         else:
-            self.journal.add(self._row(uid, sample, state, trajectory))
+            self.journal.add(self._row(task.uid, task.sample, state, trajectory))
         return failure
 
-    def _keep_failure(self, uid: int, id: str, kind: str, why: str) -> None:
+    def _keep_failure(self, uid: int, id: str, failure: Failure) -> None:
         attempt = attempt_id(id, uid % self.tries, self.tries)
-        self.journal.add({"id": attempt, "sample": id, "uid": uid, "failed": {"kind": kind, "why": why}})
+        self.journal.add({"id": attempt, "sample": id, "uid": uid, "failed": {"kind": failure[0], "why": failure[1]}})
 
     def _row(self, uid: int, sample: Sample, state: EnvState, played: Trajectory) -> dict:
         """A line of the journal: what the filter and the report need, and the record itself."""

@@ -14,6 +14,7 @@ import os
 import threading
 import time
 
+import cachetools
 import numpy as np
 import openai
 
@@ -32,8 +33,6 @@ _AGAIN = {  # asked again; the first that fits names the kind
     openai.InternalServerError: "server",
 }
 TEACHER = "teacher.remote"  # the config group
-_SHARED: dict[tuple[RemoteConfig, str], Endpoint] = {}
-_LOCK = threading.Lock()
 
 
 @dataclasses.dataclass
@@ -69,12 +68,10 @@ class Endpoint:
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
     @classmethod
+    @cachetools.cached({}, condition=threading.Condition())
     def shared(cls, config: RemoteConfig, name: str = TEACHER) -> Endpoint:
         """The one of this process; threads that ask for it at the same time get the same."""
-        with _LOCK:
-            if (config, name) not in _SHARED:
-                _SHARED[config, name] = cls(config, name)
-            return _SHARED[config, name]
+        return cls(config, name)
 
     def complete(self, messages: list[dict]) -> str:
         """The answer's text; waits for it. PolicyFailure when it is given up on, DataError where asking again is of no
@@ -138,19 +135,13 @@ class Remote:
         self.config = config.remote  # the endpoint draws its own random numbers
 
     def act(self, state: EnvState, gt_mask: np.ndarray) -> str:
-        return clean(Endpoint.shared(self.config).complete(messages_of(state)))
-
-
-def messages_of(state: EnvState) -> list[dict]:
-    """The conversation so far, as the policy has it, in the endpoint's form; some servers take parts of users only."""
-    messages = conversation(state)
-    parts = [[*map(message_part, m.parts)] if m.role == "user" else m.parts[0] for m in messages]
-    return [{"role": m.role, "content": content} for m, content in zip(messages, parts, strict=True)]
-
-
-def clean(text: str) -> str:
-    """A turn as it is stored: without its terminator, and without anything that would be read as a special token."""
-    return text.removesuffix(prompts.TERMINATOR).strip().replace("<|", "(|")
+        messages = []
+        for m in conversation(state):  # parts for users only: some servers take none of others
+            content = [*map(message_part, m.parts)] if m.role == "user" else m.parts[0]
+            messages.append({"role": m.role, "content": content})
+        text = Endpoint.shared(self.config).complete(messages)
+        # Without its terminator, and without anything that would be read as a special token.
+        return text.removesuffix(prompts.TERMINATOR).strip().replace("<|", "(|")
 
 
 def message_part(value: str | np.ndarray) -> dict:

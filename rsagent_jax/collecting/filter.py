@@ -18,7 +18,7 @@ from rsagent_jax.data import trajectories
 from rsagent_jax.data.npz import pack_record, read_arrays
 from rsagent_jax.report.evaluation import Evaluation, Example
 from rsagent_jax.report.page import render_page, save_page
-from rsagent_jax.rollout.failures import UNREADABLE
+from rsagent_jax.rollout.play import UNREADABLE
 from rsagent_jax.runtime import journal
 from rsagent_jax.types import DataError, Status
 

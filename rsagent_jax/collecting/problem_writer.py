@@ -1,4 +1,8 @@
-"""Writes problems (question and answer) about pictures with a remote model."""
+"""Writes problems about pictures with a remote model: queries that mean one known object of a picture.
+
+The model's answer is text from outside: it is read strictly, and every query that cannot be used has a reason that can
+be counted. The prompt is ours; the paper says that proprietary models wrote its problems, not how they were asked.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,22 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import re
 import threading
 from collections import Counter
 from typing import Any
 
+import cv2
 import numpy as np
 from tqdm import tqdm
 
-from rsagent_jax.collecting import problem_prompt
-from rsagent_jax.collecting.endpoint import Endpoint
+from rsagent_jax.agent.overlay import draw_overlay
+from rsagent_jax.agent.prompts import MAX_QUERY_CHARS, sanitize
+from rsagent_jax.collecting.endpoint import Endpoint, message_part
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import ProblemsConfig
 from rsagent_jax.masks import encode_rle
-from rsagent_jax.rollout.failures import UNREADABLE, Failures
+from rsagent_jax.rollout.play import UNREADABLE, Failures
 from rsagent_jax.rollout.policy import PolicyFailure
 from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.image_files import keep_image, read_image
@@ -27,6 +34,69 @@ from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.types import DataError, Sample
 
 ANSWERS = "answers"  # the journal's folder
+
+_ASK = """The second image is the first one with one object marked: tinted blue, outlined in yellow. The data set \
+calls it "{name}".
+
+Write {count} queries that mean exactly this object and nothing else in the first image. Each must need reasoning: \
+about what the object is for, what it does or what happens to it, how it relates to other things in the picture, or \
+common knowledge. Do not call the object by its name or its usual synonyms. Do not speak of images, marks, tints, \
+outlines or masks: whoever reads a query sees only the first image. Queries may be questions or instructions, must \
+differ from each other, and have {low} to {high} words.
+
+Answer with JSON alone: {{"queries": ["…", …]}}"""
+
+# What tells of the mark, which nobody else can see.
+_MARK = re.compile(
+    r"\b(highlight\w*|outlin\w*|overla\w*|mask(ed|s)?|(un)?marked|tint\w*"
+    r"|(first|second|other) (image|picture)|bounding box)\b",
+    re.IGNORECASE,
+)
+
+
+class BadAnswer(ValueError):
+    """The answer as a whole cannot be read."""
+
+
+def problem_question(
+    image: np.ndarray, mask: np.ndarray, name: str, count: int, words: tuple[int, int], size: int
+) -> list[dict]:
+    """Messages for an OpenAI-compatible endpoint. u8[h, w, 3], bool[h, w]; both pictures at most `size` pixels long."""
+    text = _ASK.format(name=sanitize(name), count=count, low=words[0], high=words[1])
+    longest = min(size, max(mask.shape))
+    marked = draw_overlay(image, mask, longest)
+    plain = cv2.resize(image, marked.shape[1::-1], interpolation=cv2.INTER_AREA)
+    return [{"role": "user", "content": [message_part(part) for part in (plain, marked, text)]}]
+
+
+def read_answer(text: str) -> list[str]:
+    """The queries as they were written. BadAnswer where there is no JSON object with a list of texts."""
+    start, end = text.find("{"), text.rfind("}")
+    if start < 0 or end < start:
+        raise BadAnswer("no JSON object")
+    try:
+        queries = json.loads(text[start : end + 1])["queries"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadAnswer(f"no JSON object with queries ({type(error).__name__})") from None
+    if not isinstance(queries, list) or not queries or not all(isinstance(q, str) for q in queries):
+        raise BadAnswer("queries is no list of texts")
+    return queries
+
+
+def fault(query: str, name: str, words: tuple[int, int]) -> str | None:
+    """Why a query cannot be used, or None. `name` is the data set's own expression."""
+    if sanitize(query) != " ".join(query.split()).strip() or len(query) > MAX_QUERY_CHARS:
+        return "cannot stand in a prompt"
+    if not words[0] <= len(query.split()) <= words[1]:
+        return "too short or too long"
+    if _MARK.search(query):
+        return "speaks of the mark"
+    return "the data set's own words" if normal(query) == normal(name) else None
+
+
+def normal(query: str) -> str:
+    """Equal for queries that differ in case, spaces and punctuation only."""
+    return " ".join(re.findall(r"\w+", query.casefold()))
 
 
 class ProblemWriter:
@@ -36,7 +106,6 @@ class ProblemWriter:
         self.config, self.samples, self.workdir, self.answers = config, samples, workdir, answers
         self.words = (config.min_words, config.max_words)
         self.failures = Failures(give_up_after=0)
-        self.usage: dict[str, float] = {}
         self.lock = threading.Lock()
 
     def run(self, left: list[tuple[int, int]], total: int) -> None:
@@ -54,7 +123,6 @@ class ProblemWriter:
             finally:
                 pool.shutdown(cancel_futures=True)
         self.failures.tell()
-        self.usage = endpoint.told()
 
     def _work(self, uid: int, place: int, endpoint: Endpoint) -> None:
         try:
@@ -65,7 +133,7 @@ class ProblemWriter:
             row = self._row(uid, sample, *self._ask(endpoint, sample))
         except PolicyFailure as failure:
             return self._fail(failure.kind, sample.id, failure)
-        except problem_prompt.BadAnswer as error:
+        except BadAnswer as error:
             return self._fail("malformed answer", sample.id, error)
         with self.lock:
             self.answers.add(row)
@@ -80,19 +148,19 @@ class ProblemWriter:
         if not sample.gt_mask.any():
             return [], Counter({"no target to ask for": 1})
         image = sample.image, sample.gt_mask, sample.query
-        messages = problem_prompt.problem_question(*image, c.queries, self.words, c.image_size)
+        messages = problem_question(*image, c.queries, self.words, c.image_size)
         kept: dict[str, str] = {}
         malformed = None  # the last answer
         for _ in range(c.tries):
             try:
-                said, malformed = problem_prompt.read_answer(endpoint.complete(messages)), None
-            except problem_prompt.BadAnswer as error:
+                said, malformed = read_answer(endpoint.complete(messages)), None
+            except BadAnswer as error:
                 malformed = error
                 rejected["malformed answer"] += 1
                 continue
             for query in said[: c.queries]:
-                words = problem_prompt.normal(query)
-                reason = problem_prompt.fault(query, sample.query, self.words)
+                words = normal(query)
+                reason = fault(query, sample.query, self.words)
                 if reason := reason or ("said twice" if words in kept else None):
                     rejected[reason] += 1
                 else:
@@ -132,7 +200,7 @@ def write_set(
             left_out.update(row["rejected"])
             line = {key: row[key] for key in ("image", "segmentation", "ignore") if key != "ignore" or key in row}
             for n, query in enumerate(row["queries"]):
-                words = row["image"], problem_prompt.normal(query)
+                words = row["image"], normal(query)
                 objects[words].add(row["segmentation"]["counts"])
                 rows.append((words, {"id": f"{row['id']}/{n}", "query": query} | line))
         except (KeyError, TypeError, ValueError) as error:

@@ -157,7 +157,8 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         if (item := item_class(hint)) and hasattr(value, "items"):
             return _named_items(item, value, where, problems)
         if not isinstance(value, tuple | list):
-            problems.append(f"{where} must be a list ({_type_name(hint)}), got {value!r}{_as_list(value)}")
+            form = f"; write ('{value}',)" if isinstance(value, str) and value.isidentifier() else ""
+            problems.append(f"{where} must be a list ({_type_name(hint)}), got {value!r}{form}")
             return None
         item = typing.get_args(hint)[0]
         return tuple(_convert(item, v, f"{where}[{i}]", problems) for i, v in enumerate(value))
@@ -206,10 +207,6 @@ def _arguments(values: Any, where: str, problems: list[str]) -> tuple[tuple[str,
             problems.append(f"{where}.{name} must be a number, text, bool or a list of them, got {value!r}")
         kept.append((str(name), value))
     return tuple(sorted(kept))
-
-
-def _as_list(value: Any) -> str:
-    return f"; write ('{value}',)" if isinstance(value, str) and value.isidentifier() else ""
 
 
 def _named_items(cls: Any, values: Any, where: str, problems: list[str]) -> tuple:

@@ -12,15 +12,13 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from rsagent_jax.types import DataError
 
-NONE: Mapping[str, Any] = MappingProxyType({})
 
-
-def import_path(path: str, call: Sequence[str] | None = None, keywords: Mapping[str, Any] = NONE) -> Callable[..., Any]:
+def import_path(path: str, call: Sequence[str] | None = None, keywords: dict | None = None) -> Callable[..., Any]:
     """The callable that `path` names, such as `rsagent_jax.rewards:final_iou` or `my_rewards.py:boundary_bonus`.
 
     A module is found on `sys.path`, where the folder of `train.py` is; a file by its path, which may be absolute or
@@ -51,7 +49,7 @@ def import_path(path: str, call: Sequence[str] | None = None, keywords: Mapping[
     if not callable(function):
         raise DataError(f"{path!r} is a {type(function).__name__}, not a function")
     if call is not None:
-        _check_call(path, function, call, keywords)
+        _check_call(path, function, call, keywords or {})
     return function
 
 

@@ -12,10 +12,10 @@ import contextlib
 import pathlib
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from rsagent_jax.config.ranges import field_type, item_class, plain_type
+from rsagent_jax.config.ranges import item_class, plain_type
 
 
 class GivenText(str):
@@ -32,10 +32,10 @@ def is_given(value: Any) -> bool:
 BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
-def split_arguments(argv: Sequence[str], cls: type) -> tuple[list[tuple[str, str]], list[str]]:
+def split_arguments(argv: Sequence[str], is_switch: Callable[[str], bool]) -> tuple[list[tuple[str, str]], list[str]]:
     """(name, text) of every `--name=text`, `--name text`, `--switch` and `--noswitch`, and the arguments beside them.
 
-    `cls` is a dataclass with a field for every flag; those of its field `config` are flags as well.
+    `is_switch` says of a flag's name whether it may stand without a text.
     """
     pairs, rest, todo = [], [], collections.deque(argv)
     while todo:
@@ -46,9 +46,9 @@ def split_arguments(argv: Sequence[str], cls: type) -> tuple[list[tuple[str, str
             rest.append(arg)
             continue
         name, text = match.groups()
-        if text is None and field_type(cls, name) is bool:
+        if text is None and is_switch(name):
             text = "true"
-        elif text is None and field_type(cls, switch := re.sub("^no-?", "", name)) is bool:
+        elif text is None and is_switch(switch := re.sub("^no-?", "", name)):
             name, text = switch, "false"
         elif text is None:
             text = todo.popleft() if todo and not todo[0].startswith("-") else ""

@@ -76,6 +76,9 @@ BackendName = Annotated[str, Form(f"{'|'.join(NAMES)}|{FUNCTION}", f"{', '.join(
 DATASETS = {
     **dict.fromkeys(REFER, "rsagent_jax.data.sets.refcoco:load_refcoco"),
     "reasonseg": "rsagent_jax.data.sets.reasonseg:load_reasonseg",
+    "refcoco_m": "rsagent_jax.data.sets.coco_questions:load_refcoco_m",
+    **dict.fromkeys(("muse", "mmr"), "rsagent_jax.data.sets.coco_questions:load_multi_target"),
+    "gseval": "rsagent_jax.data.sets.coco_questions:load_gseval",
     "folder": "rsagent_jax.data.sets.folder:load_folder",
 }
 Dataset = Annotated[

@@ -1,9 +1,8 @@
 """What a config leaves open and a slice decides: tensor parallelism, rows per micro-batch, remat policy, slots.
 
 `mesh.tensor = 0`, `batch.rows = 0`, `policy.remat = ""`, and for GRPO `sampling.tensor = 0` and `sampling.slots = 0`
-mean: as the slice's preset says. The presets follow
-docs/scaling.md: `selective` where SFT of the 7B fits with it and its projected time is shorter. GRPO was compiled
-with `full` only; it needs up to 4 GiB more than SFT.
+mean: as the slice's preset says. The presets follow docs/scaling.md: `selective` where SFT of the 7B fits with it and
+its projected time is shorter. GRPO was compiled with `full` only; it needs up to 4 GiB more than SFT.
 """
 
 from __future__ import annotations
@@ -54,23 +53,22 @@ def fill_slice_defaults(config: TrainConfig, hidden_size: int, devices: int) -> 
             ' Without one, leave slice = "" and set mesh.tensor, policy.remat and the batches\' rows'
         )
     preset = known.get(config.slice, Preset())
-    mesh = dataclasses.replace(config.mesh, tensor=config.mesh.tensor or preset.tensor)
+    mesh = _fill(config.mesh, tensor=preset.tensor)
     if devices % mesh.tensor:
         raise DataError(f"mesh.tensor = {mesh.tensor} does not divide {devices} devices")
     groups = devices // mesh.tensor  # a row of a micro-batch each, unless the config says otherwise
-
-    def filled(stage):
-        return dataclasses.replace(stage, batch=dataclasses.replace(stage.batch, rows=stage.batch.rows or groups))
-
-    policy = dataclasses.replace(config.policy, remat=config.policy.remat or preset.remat)
-    given = config.grpo.sampling
-    sampling = dataclasses.replace(
-        given, tensor=given.tensor or preset.rollout_tensor, slots=given.slots or preset.slots
-    )
-    grpo = dataclasses.replace(filled(config.grpo), sampling=sampling)
-    config = dataclasses.replace(config, mesh=mesh, policy=policy, sft=filled(config.sft), grpo=grpo)
+    sft = dataclasses.replace(config.sft, batch=_fill(config.sft.batch, rows=groups))
+    sampling = _fill(config.grpo.sampling, tensor=preset.rollout_tensor, slots=preset.slots)
+    grpo = dataclasses.replace(config.grpo, batch=_fill(config.grpo.batch, rows=groups), sampling=sampling)
+    policy = _fill(config.policy, remat=preset.remat)
+    config = dataclasses.replace(config, mesh=mesh, policy=policy, sft=sft, grpo=grpo)
     for stage in config.stages:
         have = getattr(config, stage).batch.rows
         if have % groups:
             raise DataError(f"{stage}.batch.rows = {have} must be a multiple of the mesh's {groups} groups of devices")
     return config
+
+
+def _fill(config, **values):
+    """The config with these values where it leaves a field open: 0 or ""."""
+    return dataclasses.replace(config, **{name: getattr(config, name) or value for name, value in values.items()})

@@ -25,12 +25,9 @@ from rsagent_jax.types import DataError, Prompt, Sample
 NAMED = 5  # unreadable elements that are named on the terminal, of one start; all are counted
 
 
-@dataclasses.dataclass(frozen=True)
-class Unreadable:
-    """Stands for an element that could not be read, so that the ones after it keep their places."""
-
-    index: int  # in the source
-    problem: str  # which element, and what is wrong with it
+class Unreadable(str):
+    """Stands for an element that could not be read, so that the ones after it keep their places: which element of the
+    source, and what is wrong with it."""
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -56,14 +53,13 @@ class Pipeline:
         self.order = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
         self.position = 0
         self.skipped = 0  # elements of this host that could not be read
-        self.problems: list[Unreadable] = []  # the latest of them
         self.named = 0  # of them, on the terminal
         self._elements: Iterator[Any] | None = None
 
     def take(self, n: int) -> list[Any]:
         """This host's part of the next `n`: n / share.count elements, less those that cannot be read.
 
-        Those are counted in `skipped` and listed in `problems`. DataError if none of the part can be read.
+        Those are counted in `skipped`, and the first named on the terminal. DataError if none of the part can be read.
         """
         return [element for element in self.draw(n) if not isinstance(element, Unreadable)]
 
@@ -76,22 +72,18 @@ class Pipeline:
         count = self.share.of(n, "the number of elements taken")
         taken = [next(self._elements) for _ in range(count)]
         self.position += n
-        self.problems = [element for element in taken if isinstance(element, Unreadable)]
-        self._tell()
-        self.skipped += len(self.problems)
-        if len(self.problems) == count:
-            raise DataError(f"none of the {count} samples drawn could be read; the first: {self.problems[0].problem}")
-        return taken
-
-    def _tell(self) -> None:
-        """Names the latest problems, or stops at the first."""
-        for problem in self.problems:
+        problems = [element for element in taken if isinstance(element, Unreadable)]
+        for problem in problems:
             if self.unreadable == "stop":
-                raise DataError(f"cannot be read: {problem.problem}")
+                raise DataError(f"cannot be read: {problem}")
             if self.named < NAMED:
                 self.named += 1
                 rest = "; what follows is only counted" * (self.named == NAMED)
-                print(f"skipped {problem.problem}{rest}", file=sys.stderr)
+                print(f"skipped {problem}{rest}", file=sys.stderr)
+        self.skipped += len(problems)
+        if len(problems) == count:
+            raise DataError(f"none of the {count} samples drawn could be read; the first: {problems[0]}")
+        return taken
 
     def state(self) -> dict[str, int]:
         """The same on every host but for `skipped`."""
@@ -127,16 +119,15 @@ class _Read:
     what: str
 
     def __call__(self, index: int) -> Any:
+        index = int(index)
         try:
-            return self.transform(self.source[int(index)])
-        except DataError as error:
-            return Unreadable(int(index), f"{self._name(int(index))}: {error}")
+            return self.transform(self.source[index])
         except Exception as error:
-            raise RuntimeError(f"reading {self._name(int(index))}: {type(error).__name__}: {error}") from error
-
-    def _name(self, index: int) -> str:
-        ids = getattr(self.source, "ids", None)
-        return f"{self.what} {index}" + (f" ({ids[index]})" if ids else "")
+            ids = getattr(self.source, "ids", None)
+            name = f"{self.what} {index}" + (f" ({ids[index]})" if ids else "")
+            if isinstance(error, DataError):
+                return Unreadable(f"{name}: {error}")
+            raise RuntimeError(f"reading {name}: {type(error).__name__}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,7 @@ from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import BoundConfig, EvalConfig
 from rsagent_jax.masks import mask_iou
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.policy import Task
-from rsagent_jax.rollout.text_policy import ByteProcessor, TextPolicy
+from rsagent_jax.rollout.policy import ByteProcessor, Task, TextPolicy
 from rsagent_jax.types import Sample
 from sam_bridge.types import Segmenter, SegmentReply, SegmentRequest
 

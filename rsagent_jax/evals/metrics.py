@@ -31,7 +31,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,12 +50,15 @@ CONVENTIONS = {
 }
 
 
+Pixels = dict[str, tuple[int, int, int]]  # (intersection, predicted, true) by ignore_policy
+
+
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What every convention needs of a sample: pixels (intersection, predicted, true) by ignore_policy."""
+    """What every convention needs of a sample."""
 
     id: str
-    pixels: dict[str, tuple[int, int, int]]
+    pixels: Pixels
     status: Status
     turns: int
     tool_errors: int  # turns whose call was malformed or refused
@@ -94,11 +97,6 @@ class SampleResult:
         return "empty" if not self.union and self.rules.empty_policy == "dropped" else None
 
 
-def score(trajectory: Trajectory, sample: Sample, rules: MetricConfig = LISA) -> SampleResult:
-    """Judges the final mask. Raises ValueError if the trajectory is another sample's or its mask another size."""
-    return judge(count(trajectory, sample), rules)
-
-
 def count(trajectory: Trajectory, sample: Sample) -> Counts:
     """Raises ValueError if the trajectory is another sample's or its mask another size."""
     if trajectory.sample_id != sample.id:
@@ -121,7 +119,7 @@ def judge(counts: Counts, rules: MetricConfig = LISA) -> SampleResult:
     return SampleResult(counts.id, intersection, union, *ending, not true, said_empty, rules)
 
 
-def pixel_counts(mask: np.ndarray, sample: Sample) -> dict[str, tuple[int, int, int]]:
+def pixel_counts(mask: np.ndarray, sample: Sample) -> Pixels:
     """(intersection, predicted, true) of bool[h, w] by ignore_policy."""
     ignore, gt = sample.ignore_mask, sample.gt_mask
     excluded = _triple(mask, gt, ignore)
@@ -159,7 +157,7 @@ def total_results(results: Sequence[SampleResult]) -> Totals:
 
 
 def bootstrap_ci(values: Sequence[float], images: Sequence[str] | None = None, **options) -> tuple[float, float]:
-    """95% percentile interval of the mean. pictures, options, errors: of `cluster_bootstrap_ci`."""
+    """95% percentile interval of the mean. images, options, errors: of `cluster_bootstrap_ci`."""
     rows = np.stack([np.asarray(values, np.float64), np.ones(len(values))], axis=-1)
     return cluster_bootstrap_ci(rows, lambda sums: sums[:, 0] / sums[:, 1], images, **options)
 
@@ -170,7 +168,7 @@ def cluster_bootstrap_ci(
     """95% percentile interval of a statistic of sums, from `n` resamples of the pictures with replacement.
 
     rows: f64[N, K], what is summed over samples; statistic: sums f64[n, K] -> f64[n]. A picture comes into a resample
-    with all of its samples. `pictures` names the picture of each row; None = every sample is one of its own. Raises
+    with all of its samples. `images` names the picture of each row; None = every sample is one of its own. Raises
     DataError without rows.
     """
     if not len(rows):
@@ -193,7 +191,7 @@ def summarize_results(
 
     `settings` comes back with the metric's rules under `metric`. `tool_error_rate` is the share of turns whose call was
     malformed or refused. `n` counts the samples in gIoU, `dropped` what the rules left out. `n_acc`, `t_acc` and
-    `giou_target` are there where a sample has no target. `pictures`: the picture of each id, which intervals are
+    `giou_target` are there where a sample has no target. `images`: the picture of each id, which intervals are
     resampled by. DataError if there are no results, an id appears twice, or the rules refuse one that failed.
     """
     results = sorted(results, key=lambda result: result.id)
@@ -239,3 +237,61 @@ def other_conventions(counts: Sequence[Counts]) -> dict[str, dict[str, Any]]:
         name: dataclasses.asdict(total_results([judge(c, rules) for c in counts])) | {"rules": to_dict(rules)}
         for name, rules in CONVENTIONS.items()
     }
+
+
+def mask_pixels(trajectory: Trajectory, sample: Sample) -> tuple[tuple[int, Pixels], ...]:
+    """(turn that made it, counted from 1; its pixels) for every mask of the trajectory."""
+    made = {turn.mask_id: n for n, turn in enumerate(trajectory.turns, start=1) if turn.mask_id is not None}
+    return tuple((made[m.id], pixel_counts(m.mask, sample)) for m in trajectory.masks)
+
+
+def end_after(counts: Counts, masks: Sequence[tuple[int, Pixels]], turns: int) -> Counts:
+    """The counts had the trajectory been ended after so many turns. Tool errors are not known by turn and stay 0."""
+    if turns >= counts.turns:
+        return counts
+    made = [pixels for turn, pixels in masks if turn <= turns]
+    nothing = {policy: (0, 0, true) for policy, (_, _, true) in counts.pixels.items()}
+    latest = made[-1] if made else nothing
+    return dataclasses.replace(counts, pixels=latest, status=Status.MAX_TURNS, turns=turns, tool_errors=0)
+
+
+def turn_curve(
+    found: Sequence[tuple[Counts, Sequence[tuple[int, Pixels]]]],
+    rules: MetricConfig,
+    max_turns: int,
+    images: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """What the trajectories of one run would have been worth had they ended after 1, 2, … turns: a row for each.
+
+    A row has gIoU with its 95% interval and cIoU of the latest (or committed) masks, the share of trajectories that had
+    ended, and gIoU had an oracle picked the best mask so far. `images`: of each id, which intervals are resampled by.
+    With `agent.announce_last` off a policy is not told how many turns it has: under greedy sampling the figures are
+    then those of runs with `agent.max_turns = k`; with it, such a run may end better, since it is told its last turn.
+    """
+    rows = []
+    for k in range(1, max_turns + 1):
+        results = [judge(end_after(counts, masks, k), rules) for counts, masks in found]
+        totals = total_results(results)
+        counted = [r.iou for r in results if not r.dropped]
+        of = None if images is None else [images[r.id] for r in results if not r.dropped]
+        played = [(counts, [pixels for turn, pixels in masks if turn <= k]) for counts, masks in found]
+        best = [_best_iou(*p, r, rules) for p, r in zip(played, results, strict=True) if not r.dropped]
+        rows.append(
+            {
+                "turns": k,
+                "giou": totals.giou,
+                "giou_ci95": list(bootstrap_ci(counted, of)) if counted else None,
+                "ciou": totals.ciou,
+                "ended": float(np.mean([counts.turns <= k for counts, _ in found])),
+                "oracle_best_giou": float(np.mean(best)) if counted else 0.0,
+            }
+        )
+    return rows
+
+
+def _best_iou(counts: Counts, masks: Sequence[Pixels], latest: SampleResult, rules: MetricConfig) -> float:
+    """IoU of the best of these masks and of the latest, by what the samples count."""
+    if latest.status is Status.ENV_FAILED:
+        return latest.iou
+    tries = [dataclasses.replace(counts, status=Status.FINISHED, pixels=pixels) for pixels in masks]
+    return max([latest.iou, *(judge(t, rules).iou for t in tries)])

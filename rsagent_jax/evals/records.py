@@ -7,8 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from rsagent_jax.evals.by_turn import Pixels
-from rsagent_jax.evals.metrics import Counts
+from rsagent_jax.evals.metrics import Counts, Pixels
 from rsagent_jax.runtime import journal
 from rsagent_jax.types import Status
 
@@ -23,7 +22,7 @@ class Record:
     mask: dict[str, Any]  # COCO RLE of the final mask
     seconds: float  # of the wave it ran in, divided among it
     example: dict[str, Any]  # a line of trajectories.jsonl
-    masks: tuple[tuple[int, Pixels], ...] = ()  # of every mask: the turn that made it, its pixels (evals/by_turn.py)
+    masks: tuple[tuple[int, Pixels], ...] = ()  # of every mask: the turn that made it, its pixels
     failure: tuple[str, str] | None = None  # (kind, why) where the segmenter ended it: no measurement
 
     def to_row(self) -> dict[str, Any]:
@@ -46,25 +45,20 @@ def _triples(pixels: dict[str, Any]) -> Pixels:
     return {policy: tuple(triple) for policy, triple in pixels.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class FoundRecords:
-    """What the shards hold of the samples as they are now, by id."""
+def read_records(
+    workdir: pathlib.Path, settings: dict[str, Any], current: Mapping[str, str]
+) -> tuple[dict[str, Record], dict[str, str]]:
+    """(what was played, why a sample cannot be read) by id, of the samples as they are now and of all shards.
 
-    measured: dict[str, Record]
-    failed: dict[str, Record]  # the segmenter ended them
-    unreadable: dict[str, str]  # why
-
-
-def read_records(workdir: pathlib.Path, settings: dict[str, Any], current: Mapping[str, str]) -> FoundRecords:
-    """Of all shards. DataError if they were made with other settings or are damaged."""
-    found = FoundRecords({}, {}, {})
+    DataError if they were made with other settings or are damaged.
+    """
+    played, unreadable = {}, {}
     for where, row in journal.read_journal(workdir / FOLDER, settings, current):
         try:
             if "counts" in row:
-                record = Record.from_row(row)
-                (found.failed if record.failure else found.measured)[row["id"]] = record
+                played[row["id"]] = Record.from_row(row)
             else:
-                found.unreadable[row["id"]] = row["failed"]["why"]
+                unreadable[row["id"]] = row["failed"]["why"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise journal.damaged(where, error) from None
-    return found
+    return played, unreadable

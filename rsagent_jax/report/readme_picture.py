@@ -15,7 +15,7 @@ import textwrap
 
 import numpy as np
 
-from rsagent_jax.agent.environment import EnvState, opening_observation, reset
+from rsagent_jax.agent.environment import opening_observation, reset
 from rsagent_jax.agent.replay import replay
 from rsagent_jax.agent.tools import call_json
 from rsagent_jax.report.evaluation import load_evaluation
@@ -23,10 +23,18 @@ from rsagent_jax.report.page import thought_of
 from rsagent_jax.types import DataError
 
 
-def draw_readme_picture(state: EnvState, path: pathlib.Path) -> None:
-    """`state` is the final one of a trajectory, `path` a PNG file."""
+def main(
+    *,
+    evaluation: str,  # work directory of evaluate.py
+    id: str,  # of a sample, as in predictions.jsonl
+    out: pathlib.Path,  # a PNG file
+) -> None:
     from matplotlib.figure import Figure
 
+    examples = {example.id: example for example in load_evaluation(evaluation).examples}
+    if id not in examples:
+        raise DataError(f"{evaluation} has no trajectory of {id!r}")
+    state = replay(examples[id].record)
     start = reset(state.image, state.query, state.config, state.limits)
     frames = [(opening_observation(start).image, f'"{state.query}"')]
     for turn in state.turns:
@@ -40,16 +48,4 @@ def draw_readme_picture(state: EnvState, path: pathlib.Path) -> None:
         lines = [piece for line in caption.splitlines() for piece in textwrap.wrap(line, 44)]
         axes.set_xlabel("\n".join(lines), loc="left", size=8, parse_math=False)
         axes.set(xticks=[], yticks=[])
-    figure.savefig(path, bbox_inches="tight")
-
-
-def main(
-    *,
-    evaluation: str,  # work directory of evaluate.py
-    id: str,  # of a sample, as in predictions.jsonl
-    out: pathlib.Path,  # a PNG file
-) -> None:
-    examples = {example.id: example for example in load_evaluation(evaluation).examples}
-    if id not in examples:
-        raise DataError(f"{evaluation} has no trajectory of {id!r}")
-    draw_readme_picture(replay(examples[id].record), out)
+    figure.savefig(out, bbox_inches="tight")

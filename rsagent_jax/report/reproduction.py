@@ -227,6 +227,12 @@ def remarks(summary: Summary) -> list[str]:
 def summary_page(summary: Summary) -> str:
     """The page of all rows, and of trajectories of the policies on the first benchmark."""
     last = next(reversed(summary.shown.values()), None)
+    kept = [(NAMES[n], e, {example.id: example for example in e.examples}) for n, e in summary.shown.items()]
+
+    def tries(samples: list[Example]) -> list[tuple]:
+        return [(s, [(name, evaluation, by_id.get(s.id)) for name, evaluation, by_id in kept]) for s in samples]
+
+    chosen = map(tries, choose(last.examples if last else ()))
     bounds = [value for row in summary.rows for value in row["giou_ci95"] or ()]
     return render_page(
         "reproduction.html",
@@ -234,14 +240,13 @@ def summary_page(summary: Summary) -> str:
         names=NAMES,
         summary=summary,
         verdicts=verdicts(summary),
-        kept={name: {e.id: e for e in evaluation.examples} for name, evaluation in summary.shown.items()},
         rows=[row[:-1] for row in table(summary)],
         axis=(min([0.0, *bounds]), max([0.0, *bounds])),
         remarks=remarks(summary),
         took=_duration(summary.seconds),
         curves=curves(summary.steps),
         last=last,
-        sections=dict(zip(("Good: highest", "Bad: lowest"), choose(last.examples if last else ()), strict=True)),
+        sections=dict(zip(("Good: highest", "Bad: lowest"), chosen, strict=True)),
         settings=setting_rows(last.results.get("settings", {})) if last else [],
     )
 

@@ -8,13 +8,13 @@ never encoded twice.
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import cachetools
 import numpy as np
 
 from rsagent_jax.agent import budget, environment
@@ -40,11 +40,15 @@ class _Next:
     budget: int = 0  # tokens that the next turn may have
 
 
+# tokens, positions, loss_mask and log-probs of a part of the context
+Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+NO_TOKENS = np.zeros(0, np.int32), np.zeros((3, 0), np.int32), np.zeros(0, bool), np.zeros(0, np.float32)
+
+
 @dataclasses.dataclass
 class _Run:
     """One trajectory under way: its state and the context so far, in pieces."""
 
-    number: int  # of the task
     task: Task
     slot: int
     state: EnvState | None = None
@@ -53,10 +57,7 @@ class _Run:
     position: int = 0  # of the next token
     length: int = 0  # tokens of the context
     drawn: int = 0  # of them sampled
-    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
-    positions: list[np.ndarray] = dataclasses.field(default_factory=list)
-    loss_mask: list[np.ndarray] = dataclasses.field(default_factory=list)
-    logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
+    parts: list[Part] = dataclasses.field(default_factory=lambda: [NO_TOKENS])
     patches: list[np.ndarray] = dataclasses.field(default_factory=list)
     grids: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
     asked: float = 0.0  # when the policy got the turn under way
@@ -77,31 +78,39 @@ class Driver:
         """`on_turn` is told of every finished turn; `workers` tool calls run at a time."""
         self.policy, self.segmenter, self.processor, self.agent = policy, segmenter, processor, agent
         self.limits = pixel_limits(agent, processor)
-        self.texts, self.budgets = budget.Texts.of(agent, processor.encode), {}  # budgets by a picture's size
         self.workers, self.on_turn = workers, on_turn
         self.cancelled: set[int] = set()
-        # By the sample's id(), with the sample: were it gone, another one could get its id, and its opening.
-        self.openings: dict[int, tuple[Sample, concurrent.futures.Future]] = {}
-        self.lock = threading.Lock()
         self.stats: dict[str, float] = {}
+        texts, images = budget.Texts.of(agent, processor.encode), processor.images.limits
+        # (h, w) of a picture -> its budget
+        self.budget_of = functools.cache(
+            lambda size: budget.trajectory_budget(agent, self.policy, texts, size, self.limits, images)
+        )
+        # The tasks of a sample share its opening; no more samples than slots are played at a time. What is kept holds
+        # the image, so that no other one gets its id().
+        self.openings = cachetools.LRUCache(policy.slots)
+        self._shared_opening = cachetools.cached(
+            self.openings, key=lambda sample: (id(sample.image), sample.query), condition=threading.Condition()
+        )(self._opening)
 
     def run(self, tasks: Sequence[Task]) -> list[tuple[Trajectory, EnvState]]:
         """All tasks' trajectories in their order, with the final states (for replay records)."""
-        return [outcome for _, *outcome in sorted(self.play(tasks), key=lambda played: played[0])]
+        played = {task: (trajectory, state) for task, trajectory, state in self.play(tasks)}
+        return [played[task] for task in tasks]
 
     def cancel(self, uid: int) -> None:
         """Ends a trajectory as CANCELLED, at the driver's next round; from any thread."""
         self.cancelled.add(uid)
 
-    def play(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Trajectory, EnvState]]:
-        """(number of the task, trajectory, final state) as they end; a task is taken when there is a slot for it.
+    def play(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Trajectory, EnvState]]:
+        """(task, trajectory, final state) as they end; a task is taken when there is a slot for it.
 
         Closing the iterator drops what is under way.
         """
         self.policy.begin()
         self.cancelled.clear()
         self.openings.clear()
-        waiting = enumerate(tasks)
+        waiting = iter(tasks)
         following = next(waiting, None)
         free, runs, asked = set(range(self.policy.slots)), {}, set()
         jobs = Jobs(self.workers, self.agent.tool_deadline_s)
@@ -109,11 +118,11 @@ class Driver:
         try:
             while following or runs:
                 while following and free:
-                    (number, task), following = following, next(waiting, None)
+                    task, following = following, next(waiting, None)
                     slot = self.policy.pick(task, sorted(free))
                     free.remove(slot)
-                    runs[slot] = _Run(number, task, slot)
-                    jobs.submit(slot, functools.partial(self._open, task))
+                    runs[slot] = _Run(task, slot)
+                    jobs.submit(slot, functools.partial(self._shared_opening, task.sample))
                 before = time.perf_counter()
                 for slot, completion in self.policy.step() if asked else ():
                     asked.remove(slot)
@@ -129,28 +138,26 @@ class Driver:
                 before, idle = time.perf_counter(), not asked and any(r.state is not None for r in runs.values())
                 ended = jobs.take(wait=not asked)
                 stats["waiting" if idle else "host"] += time.perf_counter() - before
-                for slot, result, error in ended:
+                for slot, result in ended:
                     run = runs[slot]
-                    if isinstance(error, Overdue) and run.state is not None:
-                        result = self._overdue(run, str(error))
-                    elif error is not None:
-                        raise error
-                    opened, run.next, run.state = run.state is not None, result, result.state
+                    opened = run.state is not None
+                    run.next = self._overdue(run, result) if isinstance(result, Overdue) else result
+                    run.state = run.next.state
                     if opened:
                         self.on_turn(run.task, run.state)
                     if run.state.status is None:
                         self.policy.submit(self._request(run))
                         asked.add(slot)
-                for slot in [s for s, r in runs.items() if r.task.uid in self.cancelled and r.state is not None]:
-                    if runs[slot].state.status is None:
-                        runs[slot].state = environment.abort(runs[slot].state, Status.CANCELLED)
+                for run in runs.values():
+                    if run.task.uid in self.cancelled and run.state is not None and run.state.status is None:
+                        run.state = environment.abort(run.state, Status.CANCELLED)
                 for slot in [s for s, r in runs.items() if r.state is not None and r.state.status is not None]:
                     run = runs.pop(slot)
                     jobs.drop(slot)
                     self.policy.release(slot)
                     asked.discard(slot)
                     free.add(slot)
-                    yield run.number, self._finish(run), run.state
+                    yield run.task, self._finish(run), run.state
         finally:
             for slot in runs:
                 jobs.drop(slot)
@@ -180,25 +187,8 @@ class Driver:
 
     ############################## On host threads ##############################
 
-    def _open(self, task: Task) -> _Next:
-        """The state before the first turn, and the opening, which the tasks of a sample share."""
-        sample = task.sample
-        with self.lock:
-            _, future = self.openings.get(id(sample), (None, None))
-            first = future is None
-            if first:
-                future = concurrent.futures.Future()
-                self.openings[id(sample)] = sample, future
-                if len(self.openings) > self.policy.slots:  # no more samples than that are played at a time
-                    del self.openings[next(iter(self.openings))]
-        if first:
-            try:
-                future.set_result(self._opening(sample))
-            except BaseException as error:  # noqa: BLE001 - for those who wait for it
-                future.set_exception(error)
-        return future.result()
-
     def _opening(self, sample: Sample) -> _Next:
+        """The state before the first turn, and what the policy reads before it."""
         start = functools.partial(environment.reset, sample.image, sample.query, self.agent, self.limits)
         return self._ahead(start(), lambda: start(last=True), 0, 0, 0, 0)
 
@@ -243,7 +233,7 @@ class Driver:
 
         if state.status is not None:
             return _Next(state)
-        (prompt, end), bounds = read(state), self._budget(state)
+        (prompt, end), bounds = read(state), self.budget_of(state.image.shape[:2])
         tokens, last = bounds.next_turn(length - skip + len(prompt.tokens), drawn, state.last)
         if tokens and last and self.agent.announce_last and not state.last:
             state = as_last()
@@ -254,22 +244,16 @@ class Driver:
             return _Next(environment.abort(state, Status.MAX_CONTEXT))
         return _Next(state, prompt, end, skip, tokens)
 
-    def _budget(self, state: EnvState) -> budget.Budget:
-        size = state.image.shape[:2]
-        if size not in self.budgets:
-            images = self.processor.images.limits
-            self.budgets[size] = budget.trajectory_budget(
-                self.agent, self.policy, self.texts, size, self.limits, images
-            )
-        return self.budgets[size]
-
     ############################## On the driver's thread ##############################
 
-    def _overdue(self, run: _Run, detail: str) -> _Next:
+    def _overdue(self, run: _Run, overdue: Overdue) -> _Next:
+        """What a tool's silence is answered with. Raises that of an opening, which no tool has a part in."""
+        if run.state is None:
+            raise overdue
         proposal = environment.propose(run.state, run.text)
         if proposal.request is None:
             return _Next(environment.abort(run.state, Status.ENV_FAILED))
-        failure = SegmentFailure(FailureKind.TIMEOUT, detail, self.agent.tool_deadline_s)
+        failure = SegmentFailure(FailureKind.TIMEOUT, str(overdue), self.agent.tool_deadline_s)
         return _Next(environment.apply_reply(run.state, proposal, failure))
 
     def _request(self, run: _Run) -> Request:
@@ -280,12 +264,10 @@ class Driver:
     def _add(self, run: _Run, completion: Completion) -> str:
         """Appends the pending prompt and the sampled turn to the context; returns the turn's text."""
         pending, skip, n = run.next.pending, run.next.skip, len(completion.tokens)
-        forced = np.zeros(len(pending.tokens) - skip)
+        forced = np.zeros(len(pending.tokens) - skip, np.float32)
         turn_positions = np.broadcast_to(run.position + np.arange(n), (3, n)).astype(np.int32)
-        run.tokens += [pending.tokens[skip:], completion.tokens]
-        run.positions += [pending.positions[:, skip:], turn_positions]
-        run.loss_mask += [forced.astype(bool), np.ones(n, bool)]
-        run.logprobs += [forced.astype(np.float32), completion.logprobs]
+        run.parts.append((pending.tokens[skip:], pending.positions[:, skip:], forced.astype(bool), forced))
+        run.parts.append((completion.tokens, turn_positions, np.ones(n, bool), completion.logprobs))
         run.patches.append(pending.patches)
         run.grids += pending.grids
         run.position += n
@@ -297,7 +279,7 @@ class Driver:
 
     def _finish(self, run: _Run) -> Trajectory:
         mask, mask_id = environment.final_mask(run.state)
-        join = lambda parts, empty, axis=0: np.concatenate(parts, axis) if parts else empty  # noqa: E731
+        tokens, positions, loss_mask, logprobs = (np.concatenate(part, -1) for part in zip(*run.parts, strict=True))
         return Trajectory(
             sample_id=run.task.sample.id,
             group_id=run.task.group_id,
@@ -307,11 +289,11 @@ class Driver:
             final_mask=mask,
             final_mask_id=mask_id,
             status=run.state.status,
-            tokens=join(run.tokens, np.zeros(0, np.int32)),
-            positions=join(run.positions, np.zeros((3, 0), np.int32), 1),
-            loss_mask=join(run.loss_mask, np.zeros(0, bool)),
-            logprobs=join(run.logprobs, np.zeros(0, np.float32)),
-            patches=join(run.patches, self.processor.no_patches()),
+            tokens=tokens,
+            positions=positions,
+            loss_mask=loss_mask,
+            logprobs=logprobs,
+            patches=np.concatenate([self.processor.no_patches(), *run.patches]),
             grids=tuple(run.grids),
             seconds={"tool": run.state.tool_seconds, "policy": run.policy_seconds},
         )
@@ -324,11 +306,10 @@ def pixel_limits(agent: AgentConfig, processor: Processor) -> PixelLimits:
     longer be the view's: DataError.
     """
     limits = processor.images.limits
-    if 0 < agent.min_pixels < limits.min_pixels or agent.max_pixels > limits.max_pixels:
+    low, high = agent.min_pixels or limits.min_pixels, agent.max_pixels or limits.max_pixels
+    if low < limits.min_pixels or high > limits.max_pixels:
         raise DataError(
             f"agent.min_pixels {agent.min_pixels} and agent.max_pixels {agent.max_pixels} must lie within the weights'"
             f" own {limits.min_pixels} to {limits.max_pixels}; to go beyond, edit the weights' preprocessor_config.json"
         )
-    return dataclasses.replace(
-        limits, min_pixels=agent.min_pixels or limits.min_pixels, max_pixels=agent.max_pixels or limits.max_pixels
-    )
+    return dataclasses.replace(limits, min_pixels=low, max_pixels=high)

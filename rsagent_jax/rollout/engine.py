@@ -22,14 +22,16 @@ import jax
 import numpy as np
 from flax import nnx
 
-from rsagent_jax.config.schema import SamplingConfig
+from rsagent_jax.config.schema import AgentConfig, SamplingConfig
+from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.compute import Compute
-from rsagent_jax.models.qwen25_vl.config import VisionConfig
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, VisionConfig
+from rsagent_jax.models.qwen25_vl.load import load_policy
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import Grid, fill_patch_buffer, padded_patches
 from rsagent_jax.rollout.policy import Request, Task
 from rsagent_jax.rollout.programs import LAYERS, Images, Piece, RolloutPrograms, Turns, Weights, weight_shardings
-from rsagent_jax.runtime import sharding
+from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.types import Completion, DataError, Prompt
 
 RUNGS = 3  # of the ladder of patch buffers: all of sampling.patches, a quarter, a sixteenth; one more for overlays
@@ -40,10 +42,11 @@ MOST = 0.75  # of the slots with work, of the lanes: see Engine._append_now
 class _Slot:
     """What the host knows of a slot in use."""
 
-    request: Request
-    opening: Prompt | None  # the first prompt: another slot of the lane may copy it
-    left: Prompt | None  # of the current prompt, with image places; None when it is appended
-    image_places: np.ndarray  # i32[T] of `left`
+    opening: Prompt  # the first prompt: another slot of the lane may copy it
+    request: Request | None = None  # the latest, with the rest below
+    left: Prompt | None = None  # of its prompt, with image places; None when it is appended
+    image_places: np.ndarray | None = None  # i32[T] of `left`
+    budget: int = 0  # tokens that its turn may have
     length: int = 0  # tokens in the cache
     done: int = 0  # tokens of the turn so far
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
@@ -72,14 +75,7 @@ class Engine:
 
         overlay: of the images that most turns bring; the ladder of patch buffers gets a rung that just holds one.
         """
-        rows, tensor = (sharding.parts(name, mesh) for name in ("rows", "kv_heads"))
-        if model.config.text.num_key_value_heads % tensor:
-            # It would run, but with a whole cache on every device and its heads on the way in every layer and step.
-            raise DataError(
-                f"sampling.tensor = {tensor} must divide the policy's {model.config.text.num_key_value_heads} key-value"
-                " heads: the devices of a row share them"
-            )
-        sampling = fill_sampling_defaults(sampling, model.config.vision.window_patches, rows)
+        sampling = fill_sampling_defaults(sampling, model.config, mesh)
         self.config, self.sampling, self.mesh = model.config, sampling, mesh
         self.slots, self.context = sampling.slots, sampling.context
         self.max_new_tokens, self.patches = sampling.max_new_tokens, sampling.patches
@@ -165,24 +161,21 @@ class Engine:
     def submit(self, request: Request) -> None:
         """ValueError for a prompt that does not fit; a driver looks before it asks."""
         prompt, vision = request.prompt, self.config.vision
-        length = self.used[request.slot].length if request.slot in self.used else 0
+        x = self.used.get(request.slot) or _Slot(prompt)
         patches = padded_patches(prompt.grids, vision)
         budget = min(request.budget or self.max_new_tokens, self.max_new_tokens)
-        if patches > self.patches or length + len(prompt.tokens) + budget > self.context:
+        if patches > self.patches or x.length + len(prompt.tokens) + budget > self.context:
             raise ValueError(
-                f"slot {request.slot} has {length} of {self.context} tokens: no room for {len(prompt.tokens)} more and"
-                f" a turn, or {patches} patches are more than {self.patches}"
+                f"slot {request.slot} has {x.length} of {self.context} tokens: no room for {len(prompt.tokens)} more"
+                f" and a turn, or {patches} patches are more than {self.patches}"
             )
         places = np.zeros(len(prompt.tokens), np.int32)
         if prompt.grids:
             is_image = prompt.tokens == self.config.image_token_id
             rung = self._rung(patches)
             places = fill_patch_buffer(prompt.patches, prompt.grids, is_image, rung, vision).image_slots
-        old = self.used.get(request.slot)
-        if old is None:
-            self.used[request.slot] = _Slot(request, prompt, prompt, places)
-        else:
-            old.request, old.left, old.image_places = request, prompt, places
+        x.request, x.left, x.image_places, x.budget = request, prompt, places, budget
+        self.used[request.slot] = x
         self.queue.append(request.slot)
 
     def release(self, slot: int) -> None:
@@ -198,7 +191,7 @@ class Engine:
             if grids := self.used[slot].left.grids:
                 by_rung[self._rung(padded_patches(grids, self.config.vision))].append(slot)
         for rung, slots in by_rung.items():
-            self._encode(rung, slots)
+            self.state = self.programs.encode(self.weights, self.state, self._images(rung, slots))
         piece = self._piece() if self._append_now() else None
         if piece is None and not any(x.samples for x in self.used.values()):
             return []
@@ -220,7 +213,8 @@ class Engine:
         A slot's own tokens come out the same: sampling always takes whole chunks from the start of its turn.
         """
         busy, sampling = sum(slot is not None for slot in self.lanes), sum(x.samples for x in self.used.values())
-        return busy >= MOST * len(self.lanes) or sampling < MOST * (sampling + busy + len(self.queue))
+        few_sample = sampling < MOST * (sampling + busy + len(self.queue))
+        return busy > 0 and (few_sample or busy >= MOST * len(self.lanes))
 
     ############################## What a call takes ##############################
 
@@ -255,14 +249,9 @@ class Engine:
         mine = self.used[slot]
         if mine.length or len(mine.opening.tokens) < 2:
             return None
-        same = [
-            s
-            for s, x in self.used.items()
-            if s != slot
-            and self._lane(s) == self._lane(slot)
-            and (x.has_opening or s in self.lanes)
-            and _equal(x.opening, mine.opening)
-        ]
+        neighbours = [s for s in self.used if s != slot and self._lane(s) == self._lane(slot)]
+        readers = [s for s in neighbours if self.used[s].has_opening or s in self.lanes]
+        same = [s for s in readers if _equal(self.used[s].opening, mine.opening)]
         return max(same, key=lambda s: self.used[s].has_opening) if same else None
 
     def _copy(self, copies: dict[int, tuple[int, int]]) -> None:
@@ -279,7 +268,8 @@ class Engine:
         blocks = np.int32(-(-longest // self.programs.block))
         self.state = self.programs.copy(self.state, *self._put((source, target, wanted)), blocks)
 
-    def _encode(self, rung: int, slots: list[int]) -> None:
+    def _images(self, rung: int, slots: list[int]) -> Images:
+        """The patch buffers of these slots' prompts in their lanes; `rung`: of the ladder, which holds each of them."""
         vision, lanes = self.config.vision, self.sampling.lanes
         images = Images(
             np.zeros((lanes, rung, vision.patch_dim), np.float32),
@@ -294,13 +284,11 @@ class Engine:
             images.patches[lane], images.segment_ids[lane] = buffer.patches, buffer.segment_ids
             images.positions[lane], images.wanted[lane] = buffer.positions, True
             self.stats["patches"] += len(prompt.patches)
-        self.state = self.programs.encode(self.weights, self.state, self._put(images))
+        return self._put(images)
 
-    def _piece(self) -> Piece | None:
+    def _piece(self) -> Piece:
         """The next tokens of every lane's slot; slots whose prompt is complete with them start to sample."""
         lanes, size = self.sampling.lanes, self.sampling.prefill
-        if all(slot is None for slot in self.lanes):
-            return None
         ints = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
         slots, counts, lengths = ints(lanes), ints(lanes), ints(lanes)
         tokens, positions, places = ints(lanes, size), ints(lanes, 3, size), ints(lanes, size)
@@ -329,8 +317,7 @@ class Engine:
             r = x.request
             out.open[slot], out.lengths[slot], out.done[slot] = x.samples, x.length, x.done
             out.positions[slot] = r.position + x.done
-            out.budget[slot] = min(r.budget or self.max_new_tokens, self.max_new_tokens)
-            out.uids[slot], out.numbers[slot] = r.task.uid, r.turn
+            out.budget[slot], out.uids[slot], out.numbers[slot] = x.budget, r.task.uid, r.turn
         return self._put(out)
 
     def _take(self, out, open_: np.ndarray) -> list[tuple[int, Completion]]:
@@ -345,8 +332,7 @@ class Engine:
             x.done += n
             x.length += n - int(out.finished[slot])
             self.stats["decode_tokens"] += n
-            budget = min(x.request.budget or self.max_new_tokens, self.max_new_tokens)
-            if out.stopped[slot] or x.done >= budget:
+            if out.stopped[slot] or x.done >= x.budget:
                 x.samples = False
                 done = Completion(np.concatenate(x.tokens), np.concatenate(x.logprobs), bool(out.finished[slot]))
                 ended.append((int(slot), done))
@@ -369,18 +355,14 @@ class Engine:
     def warm_up(self) -> None:
         """Runs every program once without work, so that none is compiled later."""
         self.begin()
-        lanes, size = self.sampling.lanes, self.sampling.prefill
-        z = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
-        c, none = self.config.vision, np.zeros(lanes, bool)
         for rung in self.rungs:
-            images = Images(np.zeros((lanes, rung, c.patch_dim), np.float32), z(lanes, rung), z(lanes, rung, 2), none)
-            self.state = self.programs.encode(self.weights, self.state, self._put(images))
-        self.state = self.programs.copy(self.state, *self._put((z(lanes), z(lanes), none)), np.int32(1))
-        rows = self._put((z(lanes), z(lanes, size), z(lanes, 3, size), z(lanes, size), z(lanes), z(lanes)))
-        kinds = ((Piece(*rows), None), (Piece(*rows), 0), (None, None))
+            self.state = self.programs.encode(self.weights, self.state, self._images(rung, []))
+        self._copy({})
+        piece, turns = self._piece(), self._turns()
+        kinds = ((piece, None), (piece, 0), (None, None))
         for blocks, (piece, steps) in itertools.product(self.programs.buckets, kinds):
-            step = functools.partial(self.programs.step, self.weights, blocks=blocks, steps=steps)
-            self.state, _ = step(self.state, self.key, piece, self._turns())
+            step = functools.partial(self.programs.step, blocks=blocks, steps=steps)
+            self.state, _ = step(self.weights, self.state, self.key, piece, turns)
         self.begin()
 
     def _put(self, tree):
@@ -414,8 +396,20 @@ def ladder(patches: int, overlay: Grid | None, vision: VisionConfig) -> list[int
     return sorted(sizes)
 
 
-def fill_sampling_defaults(sampling: SamplingConfig, window: int, rows: int) -> SamplingConfig:
-    """With lanes = 0 filled in: one for four slots, but one for each row of the mesh. DataError for nonsense."""
+def fill_sampling_defaults(
+    sampling: SamplingConfig, policy: Qwen25VLConfig, mesh: jax.sharding.Mesh | None, name: str = "sampling"
+) -> SamplingConfig:
+    """With lanes = 0 filled in: one for four slots, but one for each row of the mesh.
+
+    DataError for what the policy or the mesh cannot do; `name` is the config's group.
+    """
+    rows, tensor = (sharding.parts(axis, mesh) for axis in ("rows", "kv_heads"))
+    if (heads := policy.text.num_key_value_heads) % tensor:
+        # It would run, but with a whole cache on every device and its heads on the way in every layer and step.
+        raise DataError(
+            f"{name}.tensor = {tensor} must divide the policy's {heads} key-value heads, which a row's devices share"
+        )
+    window = policy.vision.window_patches
     lanes = sampling.lanes or max(rows, sampling.slots // 4 if sampling.slots % 4 == 0 else 1)
     for ok, message in (
         (sampling.patches >= window, f"patches must hold a window of {window}"),
@@ -423,5 +417,26 @@ def fill_sampling_defaults(sampling: SamplingConfig, window: int, rows: int) -> 
         (lanes % rows == 0, f"the {rows} rows of the rollout mesh must share the {lanes} lanes evenly"),
     ):
         if not ok:
-            raise DataError(f"sampling: {message}, got {sampling}")
+            raise DataError(f"{name}: {message}, got {sampling}")
     return dataclasses.replace(sampling, lanes=lanes)
+
+
+def open_engine(
+    weights: str | Qwen25VL,
+    processor: Processor,
+    sampling: SamplingConfig,
+    agent: AgentConfig,
+    dtype: str,
+    key: int | jax.Array,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Engine:
+    """An engine on this process's devices, `sampling.tensor` of them together, or on `mesh`.
+
+    weights: a Hugging Face directory or checkpoints/<stage>, read onto the mesh in `dtype`, so that no device and no
+    host array holds more than its share; or a model that is there. key: seed of what is sampled.
+    """
+    mesh = processes.local_mesh(sampling.tensor) if mesh is None else mesh
+    model = load_policy(weights, mesh, dtype) if isinstance(weights, str) else weights
+    key = jax.random.key(key) if isinstance(key, int) else key
+    overlay = processor.square(agent.history_size)
+    return Engine(model, processor.with_ends(sampling), processor.terminator_id, dtype, key, mesh, overlay)

@@ -103,10 +103,6 @@ ALL = Rows()
 NAMES = ("rows", "kv_heads", None, None)
 
 
-def block_size(context: int) -> int:
-    return SMALL if context <= 2048 else LARGE
-
-
 def empty_cache(config: TextConfig, slots: int, capacity: int, dtype: str, mesh=None) -> tuple[LayerCache, ...]:
     """One LayerCache per layer. dtype int8 adds the scales."""
     s, k, h, c = slots, config.num_key_value_heads, config.head_dim, capacity

@@ -1,49 +1,125 @@
-"""Plays samples through a driver for a command that keeps every trajectory: evaluate.py and rsagent_jax.collect."""
+"""Plays samples for a command that keeps every trajectory: evaluate.py and rsagent_jax.collect.
+
+What could not be played is counted by kind and named, and there is an end where the segmenter stays away.
+"""
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tqdm import tqdm
 
 from rsagent_jax.agent.environment import EnvState
+from rsagent_jax.agent.views import check_shape
+from rsagent_jax.config.schema import CollectConfig, EvalConfig
 from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.failures import UNREADABLE, Failure, Failures, readable_sample
 from rsagent_jax.rollout.policy import Task
-from rsagent_jax.types import DataError, Sample, Trajectory
+from rsagent_jax.types import DataError, Sample, Status, Trajectory
 
+Failure = tuple[str, str]  # (kind, which is counted by; why)
+UNREADABLE = "unreadable sample"
+SHOWN = 3  # of each kind, on the terminal
 READERS = 2  # threads that read the samples to come
 AHEAD = 4  # samples that are read before a slot is free for them
 
-# (uid, sample, trajectory, final state) -> why it is not done, None where it is
-Keep = Callable[[int, Sample, Trajectory, EnvState], Failure | None]
+
+def readable_sample(samples: Sequence[Sample], place: int) -> Sample:
+    """DataError for a sample that cannot be read, or whose picture no view can show."""
+    sample = samples[place]
+    try:
+        check_shape(*sample.image.shape[:2])
+    except DataError as error:
+        raise DataError(f"{sample.path or sample.id}: {error}") from None
+    return sample
+
+
+def failure_of(state: EnvState) -> Failure | None:
+    """Why a trajectory measures nothing: no answer of the segmenter, or no turn to be had. None for another ending."""
+    if state.status is Status.POLICY_FAILED:
+        return state.failure.kind, state.failure.detail
+    if state.status is not Status.ENV_FAILED:
+        return None
+    if state.failure is None:
+        return "segmenter, timeout", "a tool call went past its deadline"
+    return f"segmenter, {state.failure.kind.value}", state.failure.detail
+
+
+def is_segmenters(kind: str) -> bool:
+    """Whether another start can mend it: the tool's failure, not the sample's or the teacher's."""
+    return kind.startswith("segmenter, ")
+
+
+class Failures:
+    """Of one start of a command. `give_up_after`: trajectories in a row that the segmenter may fail; 0 = any number."""
+
+    def __init__(self, give_up_after: int):
+        self.give_up_after, self.in_a_row = give_up_after, 0
+        self.counts: Counter[str] = Counter()
+        self.examples: defaultdict[str, list[str]] = defaultdict(list)  # the first few of each kind
+
+    def add(self, kind: str, id: str, why: str) -> None:
+        self.counts[kind] += 1
+        if len(self.examples[kind]) < SHOWN:
+            self.examples[kind].append(f"{id}: {why}")
+
+    def played(self, id: str, failure: Failure | None) -> None:
+        """To be told of every trajectory once it is kept. DataError where the segmenter failed too many in a row."""
+        if failure is None:
+            self.in_a_row = 0
+            return
+        self.add(failure[0], id, failure[1])
+        if not is_segmenters(failure[0]):
+            return
+        self.in_a_row += 1
+        if self.in_a_row == self.give_up_after:
+            raise DataError(
+                f"the segmenter failed {self.in_a_row} trajectories in a row, the last with: {failure[0]}:"
+                f" {failure[1]}. What was done is kept: mend the side-car and run the same command again"
+                " (segmenter.give_up_after says how many are borne with)"
+            )
+
+    def tell(self) -> None:
+        """On the terminal: every kind with its count, and the first few by name."""
+        for kind, count in sorted(self.counts.items()):
+            print(f"  not done {count}: {kind}")
+            for example in self.examples[kind]:
+                print(f"    {example}")
+
+
+def unmeasured(failed: Iterable[str], total: int) -> DataError:
+    """What to say when there is no result because of these kinds of failures."""
+    counts = Counter(failed)
+    said = ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()))
+    return DataError(
+        f"{counts.total()} of {total} samples are not measured ({said}), so there is no result yet. The others are"
+        " kept: run the same command again"
+    )
 
 
 def play_samples(
     driver: Driver,
     samples: SampleIndex,
     attempts: Sequence[tuple[int, int]],
-    keep: Keep,
-    keep_unreadable: Callable[[int, int, str], None] | None,
-    *,
+    keep: Callable[[Task, Trajectory, EnvState], Failure | None],
+    keep_failure: Callable[[int, str, Failure], None],
+    config: EvalConfig | CollectConfig,
     total: int,
     label: str,
-    give_up_after: int,
 ) -> Failures:
     """A trajectory for each of `attempts`, (uid, place among the samples); those of one sample stand together.
 
-    keep: is given each as it ends. keep_unreadable: is given (uid, place, why) where the sample cannot be read; None
-    stops there. total: attempts that there were before the command was started again, for the progress bar.
+    keep: is given each as it ends, and says why it is not done, if it is not. keep_failure: is given (uid, id, why)
+    where the sample cannot be read, unless data.unreadable stops there. total: attempts that there were before the
+    command was started again, for the progress bar.
     Returns what failed, which is told on the terminal however this ends. DataError where a sample cannot be read, or
-    where the segmenter failed `give_up_after` trajectories in a row.
+    where the segmenter failed segmenter.give_up_after trajectories in a row.
     """
-    failed = Failures(give_up_after)
-    under_way: dict[int, tuple[int, Sample]] = {}  # by the driver's number of the task
-    numbers = itertools.count()
+    failed = Failures(config.segmenter.give_up_after)
     bar = tqdm(total=total, initial=total - len(attempts), desc=label, unit="trajectory", mininterval=2.0)
 
     def tasks(pool: concurrent.futures.Executor) -> Iterator[Task]:
@@ -51,24 +127,21 @@ def play_samples(
             try:
                 sample = reading.result()
             except DataError as error:
-                if keep_unreadable is None:
+                if config.data.unreadable == "stop":
                     raise
                 for uid in uids:
-                    keep_unreadable(uid, place, str(error))
+                    keep_failure(uid, samples.ids[place], (UNREADABLE, str(error)))
                     failed.add(UNREADABLE, samples.ids[place], str(error))
                 bar.update(len(uids))
                 continue
-            for uid in uids:
-                under_way[next(numbers)] = uid, sample
-                yield Task(sample, place, uid)
+            yield from (Task(sample, place, uid) for uid in uids)
 
     pool = concurrent.futures.ThreadPoolExecutor(READERS)
     try:
-        for number, trajectory, state in driver.play(tasks(pool)):
-            uid, sample = under_way.pop(number)
-            failure = keep(uid, sample, trajectory, state)
+        for task, trajectory, state in driver.play(tasks(pool)):
+            failure = keep(task, trajectory, state)
             bar.update()
-            failed.played(sample.id, failure)
+            failed.played(task.sample.id, failure)
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()

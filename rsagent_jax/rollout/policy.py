@@ -5,11 +5,17 @@ Another engine, in this process or behind a socket, is one more class with these
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Protocol
 
+import numpy as np
+
 from rsagent_jax.agent.environment import EnvState
+from rsagent_jax.agent.views import PixelLimits
+from rsagent_jax.data.processor import Processor
 from rsagent_jax.types import Completion, Prompt, Sample
 
 
@@ -66,3 +72,85 @@ class Policy(Protocol):
 
     def release(self, slot: int) -> None:
         """The slot's trajectory is over; a turn under way is dropped."""
+
+
+class TextPolicy:
+    """Turns that a function writes: the oracle's, a remote model's, a test's, played and stored as the engine's are.
+
+    `act(task, state)` -> the turn's text, on `threads` threads at a time; log-probs are 0. A PolicyFailure that `act`
+    raises ends its trajectory, any other exception ends the run.
+    """
+
+    def __init__(
+        self,
+        act: Callable[[Task, EnvState], str],
+        processor: Processor | ByteProcessor,
+        *,
+        slots: int = 64,
+        threads: int = 1,
+        context: int = 1 << 20,
+    ):
+        self.act, self.processor, self.threads = act, processor, threads
+        self.slots, self.context, self.max_new_tokens, self.patches = slots, context, 4096, 1 << 30
+        self.pool = concurrent.futures.ThreadPoolExecutor(threads)
+        self.turns: dict[int, tuple[Request, concurrent.futures.Future]] = {}  # under way, by slot
+
+    def begin(self) -> None:
+        for slot in list(self.turns):  # of a run that was given up
+            self.release(slot)
+
+    def pick(self, task: Task, free: Sequence[int]) -> int:
+        return min(free)
+
+    def submit(self, request: Request) -> None:
+        self.turns[request.slot] = request, self.pool.submit(self.act, request.task, request.state)
+
+    def step(self) -> list[tuple[int, Completion | PolicyFailure]]:
+        when = concurrent.futures.FIRST_COMPLETED if self.threads > 1 else concurrent.futures.ALL_COMPLETED
+        concurrent.futures.wait([turn for _, turn in self.turns.values()], return_when=when)
+        ended = [slot for slot, (_, turn) in self.turns.items() if turn.done()]
+        return [(slot, self._outcome(*self.turns.pop(slot))) for slot in ended]
+
+    def release(self, slot: int) -> None:
+        if slot in self.turns:
+            self.turns.pop(slot)[1].cancel()
+
+    def _outcome(self, request: Request, turn: concurrent.futures.Future) -> Completion | PolicyFailure:
+        try:
+            return self._complete(turn.result(), request.budget)
+        except PolicyFailure as failure:
+            return failure
+
+    def _complete(self, text: str, budget: int) -> Completion:
+        tokens = np.append(self.processor.encode(text), self.processor.terminator_id).astype(np.int32)
+        cut = budget and len(tokens) > budget
+        tokens = tokens[:budget] if cut else tokens
+        return Completion(tokens, np.zeros(len(tokens), np.float32), not cut)
+
+
+class ByteProcessor:
+    """Stands in for the Processor where no weights are, so that there is no vocabulary: a token is a byte of UTF-8.
+
+    Images are not encoded; nobody reads them. `limits`: of the views.
+    """
+
+    terminator_id = 256
+    end_ids = (256,)
+
+    def __init__(self, limits: PixelLimits):
+        self.images = SimpleNamespace(limits=limits)
+        self.config = SimpleNamespace(vision=None)  # asked for where a prompt has images
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return np.asarray(tokens, np.uint8).tobytes().decode(errors="replace")
+
+    def prompt(self, text: str, images: list[np.ndarray], start: int = 0, limits=None) -> tuple[Prompt, int]:
+        tokens = np.array(self.encode(text), np.int32)
+        positions = np.broadcast_to(start + np.arange(len(tokens)), (3, len(tokens))).astype(np.int32)
+        return Prompt(tokens, positions, self.no_patches(), ()), start + len(tokens)
+
+    def no_patches(self) -> np.ndarray:
+        return np.zeros((0, 0), np.float32)

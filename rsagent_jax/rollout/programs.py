@@ -8,7 +8,6 @@ step    appends a piece of a prompt to at most one slot per lane, then samples u
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import jax
@@ -117,7 +116,7 @@ class RolloutPrograms:
         self.layer_def, _ = nnx.split(shell.decoder.layers)
         shell.decoder.layers = None
         self.unstacked_def, _ = nnx.split(shell, nnx.Param)
-        self.block = kv.block_size(sampling.context)
+        self.block = kv.SMALL if sampling.context <= 2048 else kv.LARGE
         self.encode = jax.jit(self._encode, donate_argnums=1)
         self.copy = jax.jit(self._copy, donate_argnums=0)
         self.step = jax.jit(self._step, donate_argnums=1, static_argnames=("blocks", "steps"))
@@ -131,7 +130,7 @@ class RolloutPrograms:
     def buckets(self) -> list[int]:
         """How many blocks of the cache a call may read: 1, 2, 4, ... all."""
         whole = self.blocks
-        return [*itertools.takewhile(lambda n: n < whole, (2**i for i in itertools.count())), whole]
+        return sorted({min(2**i, whole) for i in range(whole.bit_length() + 1)})
 
     def empty(self) -> Slots:
         c, s = self.config, self.sampling

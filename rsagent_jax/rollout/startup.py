@@ -6,35 +6,29 @@ traceback after the first stage. Nothing here imports torch: a back end of our o
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import pathlib
 import shutil
 
+from rsagent_jax.agent.budget import Texts, image_sizes, trajectory_budget, typical_size
 from rsagent_jax.agent.segmenter import open_segmenter
+from rsagent_jax.agent.views import fixed_size
 from rsagent_jax.config.import_path import import_path
-from rsagent_jax.config.schema import AgentConfig, BatchConfig, SamplingConfig, SegmentConfig, SegmenterConfig
+from rsagent_jax.config.schema import AgentConfig, BatchConfig, SamplingConfig, SegmenterConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config
-from rsagent_jax.models.qwen25_vl.load import policy_directory
-from rsagent_jax.rollout.budget_check import check_budget
+from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory
+from rsagent_jax.models.qwen25_vl.positions import padded_patches
+from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.engine import fill_sampling_defaults
-from rsagent_jax.runtime import processes, sharding
+from rsagent_jax.runtime import processes
 from rsagent_jax.types import DataError
-from sam_bridge.backends import NAMES, RANDOM
+from sam_bridge.backends import NAMES, BackendError, local_checkpoint
 
 SPACE = 64 << 20  # bytes for logs, reports and compiled programs
 GIB = 1 << 30
-
-
-def check_segment(config: SegmentConfig, weights: str, out: pathlib.Path) -> None:
-    """`weights`: those that will be played, --weights included."""
-    check_policy(weights, config.agent, config.sampling)
-    check_disk(out)
-    check_segmenter(config.segmenter)
-
-
-# ---------------------------------------------------------------------------------------------- one thing each
 
 
 def check_disk(directory: pathlib.Path, more: int = 0) -> None:
@@ -47,16 +41,15 @@ def check_disk(directory: pathlib.Path, more: int = 0) -> None:
         )
 
 
-def check_weights(weights: str) -> Qwen25VLConfig:
-    """The policy's shape. DataError for a directory without weights, or with those of another model."""
+def check_weights(weights: str) -> tuple[Qwen25VLConfig, Processor]:
+    """The policy's shape and processor. DataError for a directory without weights, or with those of another model."""
     directory = policy_directory(weights)
-    shape, path = load_config(directory), pathlib.Path(weights)
-    Processor.load(directory)
+    shape, path, processor = load_config(directory), local_weights(weights), Processor.load(directory)
     if directory == path:
         convert.check_files(directory, shape)
     elif not any(step.name.isdecimal() for step in path.iterdir()):
         raise DataError(f"{path} holds no finished checkpoint; run train.py until one is saved")
-    return shape
+    return shape, processor
 
 
 def check_segmenter(config: SegmenterConfig) -> None:
@@ -65,8 +58,10 @@ def check_segmenter(config: SegmenterConfig) -> None:
         with open_segmenter(config):
             return
     if config.backend == "sam2":
-        if config.checkpoint != RANDOM and not pathlib.Path(config.checkpoint).is_file():
-            raise DataError(f"segmenter.checkpoint {config.checkpoint} does not exist; give sam2's .pt file")
+        try:  # downloaded now, not while a side-car is waited for
+            local_checkpoint(config.checkpoint)
+        except BackendError as error:
+            raise DataError(f"segmenter.checkpoint: {error}") from error
         if missing := [name for name in ("torch", "sam2") if importlib.util.find_spec(name) is None]:
             raise DataError(f"segmenter.backend sam2 needs {' and '.join(missing)}: see docs/sidecar.md")
     elif config.backend not in NAMES:
@@ -78,8 +73,7 @@ def check_segmenter(config: SegmenterConfig) -> None:
 
 
 def check_policy(weights: str, agent: AgentConfig, sampling: SamplingConfig, group: str = "") -> str:
-    shape = check_weights(weights)
-    return check_rollout(agent, sampling, shape, Processor.load(policy_directory(weights)), group)
+    return check_rollout(agent, sampling, *check_weights(weights), group)
 
 
 def check_rollout(
@@ -94,13 +88,64 @@ def check_rollout(
 
     group: of the config that holds `sampling`, and `batch` where they are trained on; "" where they stand at its root.
     """
-    where, budget = f"{group}.sampling".lstrip("."), check_budget(agent, processor, sampling, batch, group)
-    mesh = processes.local_mesh(sampling.tensor)
-    if shape.text.num_key_value_heads % sampling.tensor:
-        heads = shape.text.num_key_value_heads
-        raise DataError(f"{where}.tensor = {sampling.tensor} must divide the policy's {heads} key-value heads")
-    fill_sampling_defaults(sampling, shape.vision.window_patches, sharding.parts("rows", mesh))
+    budget = check_budget(agent, processor, sampling, batch, group)
+    name = f"{group}.sampling".lstrip(".")
+    fill_sampling_defaults(sampling, shape, processes.local_mesh(sampling.tensor), name)
     return budget
+
+
+def check_budget(
+    agent: AgentConfig,
+    processor: Processor,
+    sampling: SamplingConfig | None = None,
+    batch: BatchConfig | None = None,
+    name: str = "",
+) -> str:
+    """The budget of a trajectory as a line for people. DataError when a typical one cannot reach agent.max_turns.
+
+    sampling: of whoever plays; None in SFT, which reads trajectories and bounds them by a row of `batch`. name: of the
+    stage in the config, "" where the groups stand at its root.
+    """
+    views, prefix = pixel_limits(agent, processor), name and f"{name}."
+    size, images = typical_size(views), processor.images.limits
+    texts = Texts.of(agent, processor.encode, fixed_size(*size, views)[::-1])
+    room = sampling or dataclasses.replace(SamplingConfig(), context=batch.tokens)
+    budget = trajectory_budget(agent, room, texts, size, views, images)
+    turn, turns = budget.typical_turn, budget.max_turns
+    needed = budget.needs(turn)
+    image = f"{size[1]}x{size[0]} picture"
+    typical = f"a typical trajectory ({image}, {turns} turns of {turn} tokens, the last one finish)"
+    takes = (
+        f"the opening takes {budget.opening} tokens, a mask's overlay {budget.mask}, a view at most {budget.view},"
+        f" finish {budget.finish}"
+    )
+    if budget.max_new_tokens < budget.finish:
+        raise DataError(f"{prefix}sampling.max_new_tokens = {budget.max_new_tokens}, but {takes}")
+    if budget.longest_turn < turn:
+        field, drawn = "sampling.context" if sampling else "batch.tokens", turns * turn
+        advice = f"it to {needed} or more, or lower agent.max_turns, agent.max_pixels or agent.typical_turn"
+        if budget.max_tokens and budget.max_tokens < drawn:
+            advice = f"agent.max_tokens to {drawn} or more, or lower agent.max_turns or agent.typical_turn"
+        raise DataError(
+            f"{prefix}{field} = {room.context}: {typical} would end in turn {budget.turns_that_fit(turn) + 1};"
+            f" {takes}. Raise {advice}"
+        )
+    patch = processor.images.patch_size
+    shown = [(1, h // patch, w // patch) for h, w in image_sizes(agent, size, views, images)]
+    view, overlay = (padded_patches((grid,), processor.config.vision) for grid in shown)
+    for field, have, need in (
+        ("sampling.patches", sampling and sampling.patches, max(view, overlay)),
+        ("batch.patches", batch and batch.patches, view + (turns - 1) * overlay),
+        ("batch.tokens", batch and batch.tokens, needed),
+    ):
+        if have is not None and have < need:
+            raise DataError(f"{prefix}{field} = {have}, but {typical} takes {need}")
+    worst = "fits" if budget.worst <= budget.context else "does not, so it is told its last turn"
+    return (
+        f"{prefix}budget of {room.context} tokens: {takes}. {turns} turns of up to {budget.longest_turn} tokens fit;"
+        f" {typical} takes {needed}, with room for {budget.views_that_fit} views in place of masks; the worst case,"
+        f" {budget.worst}, {worst}"
+    )
 
 
 def _is_module(name: str) -> bool:

@@ -24,7 +24,6 @@ import inspect
 import pathlib
 import sys
 import tempfile
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -37,6 +36,7 @@ from rsagent_jax.config.build import build_config, build_fields, refuse_config
 from rsagent_jax.config.import_path import closest, first_line, load_file, place, shipped
 from rsagent_jax.config.overrides import put_overrides, split_arguments
 from rsagent_jax.config.pretrain import PretrainConfig
+from rsagent_jax.config.ranges import field_type
 from rsagent_jax.config.recipe import RecipeConfig
 from rsagent_jax.runtime.help import help_page
 from rsagent_jax.types import DataError
@@ -51,7 +51,6 @@ OWNERS = {  # whose config files a class describes
     PretrainConfig: "rsagent_jax.tiny.pretrain",
     RecipeConfig: "rsagent_jax.reproduce",
 }
-ROOMS = {"synthetic": "tiny", "pretrain": "tiny", "scaling": "aot"}  # of console scripts, where it is not the root
 
 
 def start_command() -> None:
@@ -63,7 +62,7 @@ def start_command() -> None:
 def console_script() -> None:
     """`rsagent-NAME` of an installed package: train, evaluate, or a module of rsagent_jax."""
     name = pathlib.Path(sys.argv[0]).stem.removeprefix("rsagent-").replace("-", "_")
-    module = ".".join(filter(None, ("rsagent_jax", ROOMS.get(name), name)))
+    module = f"rsagent_jax.tiny.{name}" if name == "synthetic" else f"rsagent_jax.{name}"
     sys.exit(run_command(shipped(f"{name}.py") if name in ("train", "evaluate") else module, sys.argv[1:]))
 
 
@@ -73,7 +72,8 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     try:
         if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv):
             with contextlib.suppress(BrokenPipeError):  # of `| head`
-                print(help_page(source_of(name).read_text(encoding="utf-8"), known_configs()), flush=True)
+                file = name if name.endswith(".py") else importlib.util.find_spec(name).origin  # not imported
+                print(help_page(pathlib.Path(file).read_text(encoding="utf-8"), known_configs()), flush=True)
             return 0
         main = (load_file(pathlib.Path(name).resolve()) if name.endswith(".py") else importlib.import_module(name)).main
         quieten()
@@ -90,11 +90,6 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         return 130
 
 
-def source_of(name: str) -> pathlib.Path:
-    """The file of a command: a path, or that of a module, which is looked for and not imported."""
-    return pathlib.Path(name if name.endswith(".py") else importlib.util.find_spec(name).origin)
-
-
 def parse_arguments(main: Callable[..., Any], argv: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
     """What `main` is to be called with. One DataError lists everything that is wrong with a config, or with flags."""
     hints = {name: _without_none(hint) for name, hint in typing.get_type_hints(main, include_extras=True).items()}
@@ -102,11 +97,16 @@ def parse_arguments(main: Callable[..., Any], argv: Sequence[str]) -> tuple[list
     named = [p for p in parameters.values() if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
     own = [(p.name, hints[p.name], *[p.default] * (p.default is not p.empty)) for p in named if p.name != "config"]
     flags, values, config = dataclasses.make_dataclass("Flags", own, kw_only=True), {}, {}
-    everything = flags
+    classes = typing.get_args(hints.get("config")) or (hints.get("config"),)
+
+    def is_switch(name: str) -> bool:
+        group, _, field = name.partition(".")
+        return bool in ([field_type(cls, field) for cls in classes] if group == "config" else [hints.get(name)])
+
+    pairs, given = split_arguments(argv, is_switch)
     if "config" in parameters:
-        cls, values["config"] = _config_file(argv, hints["config"], parameters["config"].default)
-        everything = dataclasses.make_dataclass("CommandLine", [("config", cls)], bases=(flags,), kw_only=True)
-    pairs, given = split_arguments(argv, everything)
+        file = [parameters["config"].default, *(text for name, text in pairs if name == "config")][-1]
+        cls, values["config"] = _config_file(file, classes)
     problems, wrong = put_overrides([pair for pair in pairs if pair[0] != "config"], values), []
     if "config" in parameters:
         config = {"config": build_config(cls, values.pop("config"), problems)}
@@ -117,8 +117,8 @@ def parse_arguments(main: Callable[..., Any], argv: Sequence[str]) -> tuple[list
 
 def _without_none(hint: Any) -> Any:
     """`int` of `int | None`; any other type as it is."""
-    options = [option for option in typing.get_args(hint) if option is not type(None)]
-    return options[0] if isinstance(hint, types.UnionType | typing._UnionGenericAlias) and len(options) == 1 else hint
+    options = typing.get_args(hint)
+    return options[0] if len(options) == 2 and options[1] is type(None) else hint
 
 
 def _positional(parameters: Mapping[str, inspect.Parameter], hints: dict[str, Any], given: list[str]) -> list[Any]:
@@ -172,12 +172,8 @@ def use_compilation_cache(directory: str, fallback: pathlib.Path) -> None:
 # ---------------------------------------------------------------------------------------------- the config file
 
 
-def _config_file(argv: Sequence[str], hint: Any, default: Any) -> tuple[type, dict[str, Any]]:
-    """The class of the config that --config names, one of the types in `hint`, and what the file says."""
-    classes = typing.get_args(hint) or (hint,)
-    only_config = dataclasses.make_dataclass("OnlyConfig", [("config", classes[0])])
-    texts = [text for name, text in split_arguments(argv, only_config)[0] if name == "config"]
-    path = [default, *texts][-1]
+def _config_file(path: Any, classes: Sequence[type]) -> tuple[type, dict[str, Any]]:
+    """The class of a config file, one of `classes`, and what the file says."""
     if path in ("", inspect.Parameter.empty):
         raise DataError("--config=configs/X.py is required")
     config = load_config_file(path)

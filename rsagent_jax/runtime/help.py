@@ -98,12 +98,8 @@ def _classes(tree: ast.Module, annotation: ast.expr) -> list[type]:
 
 
 def _section(title: str, rows: list[Row]) -> list[str]:
-    if not rows:
-        return []
-    indent = " " * COLUMN
-    heads = [(f"  {name}".ljust(COLUMN - 1) + " ", text or "-") for name, text in rows]
-    return [
-        "",
-        f"{title}:",
-        *(textwrap.fill(text, WIDTH, initial_indent=h, subsequent_indent=indent) for h, text in heads),
-    ]
+    lines = ["", f"{title}:"] if rows else []
+    for name, text in rows:
+        head = f"  {name}".ljust(COLUMN - 1) + " "
+        lines.append(textwrap.fill(text or "-", WIDTH, initial_indent=head, subsequent_indent=" " * COLUMN))
+    return lines

@@ -23,7 +23,7 @@ def read_image(path: str | pathlib.Path, remedy: str = "put it back", upright: b
     `remedy` is what the owner of this file can do where it is missing or cannot be read.
     """
     with mending(path, remedy):
-        return images.read_image_file(path, upright)
+        return images.read(path, upright=upright)
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def mending(where: str | pathlib.Path, remedy: str) -> Iterator[None]:
 def decode_image(data: bytes, where: str) -> np.ndarray:
     """A picture's bytes -> u8[h, w, 3] RGB as stored; `where` names it in the DataError."""
     try:
-        return images.decode_image_bytes(data, where, upright=False)
+        return images.read(data, where, upright=False)
     except images.ImageError as error:
         raise DataError(str(error)) from None
 

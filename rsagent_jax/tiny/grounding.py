@@ -83,9 +83,9 @@ class SceneRows:
         self.photos = scenes.load_photos()
         self.scene_config = scenes.SceneConfig(size=SIDE)
 
-    def make(self, seed: tuple[int, ...], rows: int, tokens: int, talk: bool = True) -> GroundingRows:
+    def make(self, step: int, seed: tuple[int, ...], rows: int, tokens: int, talk: bool = True) -> GroundingRows:
         """`rows` fresh scenes; without `talk` only their pictures and labels."""
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng((*seed, step))
         return jax.tree.map(lambda *a: np.stack(a), *[self._row(rng, tokens, talk) for _ in range(rows)])
 
     def _row(self, rng: np.random.Generator, length: int, talk: bool) -> GroundingRows:
@@ -106,9 +106,7 @@ class SceneRows:
     def row(self, scene: scenes.Scene, turns: list[Question], length: int) -> GroundingRows:
         """One scene and as many of the turns as fit into `length` tokens."""
         ids, mask, target = self._conversation(turns, length)
-        masks = np.stack([o.mask for o in scene.objects])
-        # f64[O, M]: how much of each merged token every object covers, row-major
-        shares = masks.reshape(len(masks), 4, SIDE // 4, 4, SIDE // 4).mean((2, 4)).reshape(len(masks), -1)
+        shares = _coverage(scene, 4)  # of the merged tokens
         cells = _cells(scene, shares)
         self._look_at_words(ids, target, cells)
         patches, grid = image_patches(scene.image, self.processor.images)
@@ -144,13 +142,11 @@ class SceneRows:
 
     def _answer(self, turn: Question) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids i32[N], trained bool[N], target i32[N] of what the assistant says."""
-        if turn.lines:
-            said = [self.processor.encode(line.answer) for line in turn.lines]
-            marked = np.concatenate([self._targets(*pair) for pair in zip(said, turn.lines, strict=True)])
-            decides = [np.arange(len(ids)) == line.decides for ids, line in zip(said, turn.lines, strict=True)]
-            return np.concatenate(said), (marked > 0) | np.concatenate(decides), marked
-        said = self.processor.encode(turn.answer + "<|im_end|>")
-        return said, np.ones(len(said), bool), self._targets(said, turn)
+        lines = turn.lines or (dataclasses.replace(turn, answer=turn.answer + "<|im_end|>"),)
+        said = [self.processor.encode(line.answer) for line in lines]
+        marked = np.concatenate([self._targets(*pair) for pair in zip(said, lines, strict=True)])
+        decides = [np.arange(len(ids)) == line.decides for ids, line in zip(said, lines, strict=True)]
+        return np.concatenate(said), (marked > 0) | np.concatenate(decides) | (not turn.lines), marked
 
     def _listed(self, lines: Iterator[Question], length: int) -> Question:
         """As many of the lines as fit into `length` tokens, as the answer to one question."""
@@ -283,14 +279,16 @@ def _corners(scene: scenes.Scene, shares: np.ndarray) -> tuple[np.ndarray, np.nd
     return np.where(there, values[most], -1), np.where(there, names[most], -1)
 
 
+def _coverage(scene: scenes.Scene, side: int) -> np.ndarray:
+    """f64[O, side * side]: how much of each cell of a grid over the image every object covers, row-major."""
+    masks, cell = np.stack([o.mask for o in scene.objects]), SIDE // side
+    return masks.reshape(len(masks), side, cell, side, cell).mean((2, 4)).reshape(len(masks), -1)
+
+
 def _patch_labels(scene: scenes.Scene, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What covers the most of each patch, if it covers a fifth of it."""
-    labels, boxes = np.zeros((PATCHES, 3), np.int32), np.zeros((PATCHES, 4), np.float32)
-    best = np.full(PATCHES, 0.2)
-    for o in scene.objects:
-        share = o.mask.reshape(8, 14, 8, 14).mean((1, 3))[positions[:, 0], positions[:, 1]]
-        here = share > best
-        best[here] = share[here]
-        labels[here] = 1 + COLORS.index(o.color), 1 + SHAPES.index(o.shape), 1 + SIZES.index(o.size)
-        boxes[here] = np.asarray(o.box) / SIDE
-    return labels, boxes
+    """`labels` and `boxes`: what covers the most of each patch, if it covers a fifth of it."""
+    shares = _coverage(scene, 8)[:, positions @ (8, 1)]
+    kinds = [(COLORS.index(o.color), SHAPES.index(o.shape), SIZES.index(o.size)) for o in scene.objects]
+    labels, boxes = 1 + np.array(kinds, np.int32), np.array([o.box for o in scene.objects]) / SIDE
+    there, most = shares.max(0)[:, None] > 0.2, shares.argmax(0)
+    return np.where(there, labels[most], 0), np.where(there, boxes[most], 0).astype(np.float32)

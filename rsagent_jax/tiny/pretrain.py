@@ -21,7 +21,6 @@ if __name__ == "__main__":
     command.start_command()
 
 import collections
-import dataclasses
 import functools
 import json
 import pathlib
@@ -226,19 +225,16 @@ def evaluate_grounding(model: Qwen25VL, maker: SceneRows, seed: int, count: int)
         maker.row(scene, [grounding.grounding_question(s.text, scene, s.object_index, point)], 128)
         for (scene, point), s in zip(cases, said, strict=True)
     ]
+    at = [
+        [t for t in np.flatnonzero(row.loss_mask) if int(row.tokens[t]) in lookup][-2 if point else -4 :]
+        for row, (_, point) in zip(rows, cases, strict=True)
+    ]
     forward = functools.partial(nnx.jit(lambda m, r: jnp.argmax(m.logits(_hidden(m, r)[0]), axis=-1)), model)
     results = collections.defaultdict(list)
-    for i in range(0, len(rows), 64):
-        batch = jax.tree.map(lambda *a: np.stack(a), *rows[i : i + 64])
-        at = [
-            [t for t in np.flatnonzero(mask) if int(row[t]) in lookup][-2 if point else -4 :]
-            for row, mask, (_, point) in zip(batch.tokens, batch.loss_mask, cases[i : i + 64], strict=True)
-        ]
-        tokens = fill_in(forward, batch, at)
-        for row, places, (scene, point), s in zip(tokens, at, cases[i : i + 64], said[i : i + 64], strict=True):
-            guess, thing = [lookup.get(int(row[t]), 0) for t in places], scene.objects[s.object_index]
-            value = float(thing.mask[guess[1], guess[0]]) if point else _box_iou(guess, thing.box)
-            results[f"{'click' if point else 'iou'}_{s.kind}"].append(value)
+    for ids, (scene, point), s in zip(read_answers(forward, rows, at), cases, said, strict=True):
+        guess, thing = [lookup.get(id, 0) for id in ids], scene.objects[s.object_index]
+        value = float(thing.mask[guess[1], guess[0]]) if point else _box_iou(guess, thing.box)
+        results[f"{'click' if point else 'iou'}_{s.kind}"].append(value)
     results |= _presence(forward, maker, rng, [scene for scene, point in cases if point])
     return {k: round(float(np.mean(v)), 4) for k, v in sorted(results.items())}
 
@@ -254,29 +250,29 @@ def _presence(forward, maker: SceneRows, rng: np.random.Generator, seen: Sequenc
                 ask, no = grounding.presence_question(name)
                 rows.append(maker.row(scene, [ask], 128))
                 asked.append((key, maker.processor.encode(no)[0]))
-    for i in range(0, len(rows), 64):
-        batch = jax.tree.map(lambda *a: np.stack(a), *rows[i : i + 64])
-        said = np.asarray(forward(batch))
-        for b, (key, no) in enumerate(asked[i : i + 64]):
-            at = np.flatnonzero(batch.loss_mask[b])[-1] - 1  # before the terminator that `row` puts after the answer
-            results[key].append(float((said[b, at] == no) == (key == "absent_told")))
+    ends = [np.flatnonzero(row.loss_mask)[-1:] for row in rows]  # the terminator that `row` puts after the answer
+    for (id,), (key, no) in zip(read_answers(forward, rows, ends), asked, strict=True):
+        results[key].append(float((id == no) == (key == "absent_told")))
     return results
 
 
-def fill_in(
-    forward: Callable[[GroundingRows], jax.Array], rows: GroundingRows, at: Sequence[Sequence[int]]
-) -> np.ndarray:
-    """i32[B, T]: the tokens of `rows` with places `at[b]` replaced, first to last, by what the policy says there.
+def read_answers(
+    forward: Callable[[GroundingRows], jax.Array], rows: Sequence[GroundingRows], at: Sequence[Sequence[int]]
+) -> list[list[int]]:
+    """Of each row, without the axis B: what the policy says at the places `at`, each after its own words before.
 
-    `forward` gives the token that the policy predicts after each place.
+    `forward` gives the token that the policy predicts after each place, of rows with the axis B.
     """
-    tokens = np.array(rows.tokens)
-    for k in range(max(map(len, at))):
-        said = np.asarray(forward(dataclasses.replace(rows, tokens=tokens)))
-        for b, places in enumerate(at):
-            if k < len(places):
-                tokens[b, places[k]] = said[b, places[k] - 1]
-    return tokens
+    answers = []
+    for i in range(0, len(rows), 64):
+        batch, places = jax.tree.map(lambda *a: np.stack(a), *rows[i : i + 64]), at[i : i + 64]
+        for k in range(max(map(len, places))):
+            said = np.asarray(forward(batch))
+            for b, row_places in enumerate(places):
+                if k < len(row_places):
+                    batch.tokens[b, row_places[k]] = said[b, row_places[k] - 1]
+        answers += [batch.tokens[b, row_places].tolist() for b, row_places in enumerate(places)]
+    return answers
 
 
 def _box_iou(a, b) -> float:
@@ -319,8 +315,8 @@ def pretrain(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -
         loss = see_loss if name == "see" else functools.partial(ground_loss, image_at=image_at)
         step_fn = make_step(loss, tx, graphdef, targets, config, jnp.asarray(maker.numbers), jnp.asarray(maker.words))
         shares = (config.relation_share, config.all_share, stage.list_share, config.absent_share, config.presence_share)
-        make = functools.partial(_make, SceneRows(processor, *shares), (config.seed, number), stage, name == "ground")
-        made = grain.MapDataset.range(stage.steps).map(make)
+        drawn = dict(seed=(config.seed, number), rows=stage.rows, tokens=stage.tokens, talk=name == "ground")
+        made = grain.MapDataset.range(stage.steps).map(functools.partial(SceneRows(processor, *shares).make, **drawn))
         for step, rows in enumerate(prefetched(made, 1, config.workers, 2), start=1):
             params, opt_state, metrics = step_fn(params, opt_state, rows)
             if step % 50 == 0:
@@ -335,10 +331,6 @@ def pretrain(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -
     convert.save_model(model, out, raw)
     write({"stage": "end", **evaluate_grounding(model, maker, config.seed, config.eval_scenes)})
     log.close()
-
-
-def _make(maker: SceneRows, seed: tuple[int, int], stage: StageConfig, talk: bool, step: int) -> GroundingRows:
-    return maker.make((*seed, step), stage.rows, stage.tokens, talk)
 
 
 def main(

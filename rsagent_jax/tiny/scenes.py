@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import pathlib
 import re
@@ -120,10 +121,8 @@ def jpeg_roundtrip(image: np.ndarray, quality: int = 90) -> np.ndarray:
 def make_scene(rng: np.random.Generator, config: SceneConfig, photos: tuple[np.ndarray, ...]) -> Scene:
     """Draws one scene. Same generator state, config and photos: same scene, bit for bit."""
     planes = np.ascontiguousarray(_background(rng, photos[rng.integers(len(photos))], config.size).transpose(2, 0, 1))
-    while True:  # a crowded draw is thrown away whole: patching it would favour small objects at the border
-        placed = _place(rng, _choose_shapes(rng, config), config)
-        if placed is not None:
-            break
+    while (placed := _place(rng, _choose_shapes(rng, config), config)) is None:
+        pass  # a crowded draw is thrown away whole: patching it would favour small objects at the border
     masks = []
     for one in placed:
         for mask in masks:
@@ -255,13 +254,10 @@ def _place(rng: np.random.Generator, shapes: list[_Shape], config: SceneConfig) 
     for k in (*pair, *rest):
         hidden = placed[pair[0]] if pair and k == pair[1] else None
         others = [p for p in placed.values() if p is not hidden]
-        for _ in range(40):
-            spot = _try_spot(rng, shapes[k], hidden, others, config)
-            if spot is not None:
-                placed[k] = spot
-                break
-        else:
+        spots = (_try_spot(rng, shapes[k], hidden, others, config) for _ in range(40))
+        if (spot := next(filter(None, spots), None)) is None:
             return None
+        placed[k] = spot
     return [placed[k] for k in range(len(shapes))]
 
 
@@ -312,20 +308,18 @@ def _coverage(outline: np.ndarray, size: int) -> tuple[tuple[slice, slice], np.n
 
 def _paint(rng: np.random.Generator, planes: np.ndarray, placed: _Placed) -> np.ndarray:
     """Blends the shape into f32[3, h, w] (in place), shaded and a little grainy; returns its own mask, bool[h, w]."""
-    rows, columns = placed.window
+    rows, cols = placed.window
     angle, strength = 2 * math.pi * rng.random(), rng.uniform(0.04, 0.12) / placed.shape.radius
     down = strength * math.sin(angle) * (np.arange(rows.start, rows.stop, dtype=np.float32) - np.float32(placed.y))
-    right = (
-        strength * math.cos(angle) * (np.arange(columns.start, columns.stop, dtype=np.float32) - np.float32(placed.x))
-    )
+    right = strength * math.cos(angle) * (np.arange(cols.start, cols.stop, dtype=np.float32) - np.float32(placed.x))
     shade = np.float32(1) + down[:, None] + right[None]
     grain = 3.5 * rng.standard_normal(shade.shape, dtype=np.float32)
     color = np.array(COLORS[placed.shape.color]) * rng.uniform(0.9, 1.03) + rng.uniform(-8, 8, 3)
     for plane, value in zip(planes, color.tolist(), strict=True):
-        under = plane[rows, columns]
+        under = plane[rows, cols]
         under += placed.alpha * (shade * np.float32(value) + grain - under)
     mask = np.zeros(planes.shape[1:], bool)
-    mask[rows, columns] = placed.alpha >= 0.5
+    mask[rows, cols] = placed.alpha >= 0.5
     return mask
 
 
@@ -347,9 +341,15 @@ def expressions_of(objects: tuple[SceneObject, ...], config: SceneConfig) -> tup
     A relation is stated with a clear margin, along its dominant axis, and only if no other object of that kind lies on
     that side of the anchor at all: people disagree about "left of" for diagonals, so those never decide.
     """
-    centers = [o.center for o in objects]
     kinds = [(o.color, o.shape) for o in objects]
     anchors = [i for i, kind in enumerate(kinds) if kinds.count(kind) == 1]
+    margin = config.relation_margin * config.size
+
+    def along(i: int, origin: int, direction: tuple[int, int]) -> float:
+        """How far object `i` lies from another in a direction, pixels."""
+        (x, y), (x0, y0) = objects[i].center, objects[origin].center
+        return (x - x0) * direction[0] + (y - y0) * direction[1]
+
     out: list[Expression] = []
     for k, target in enumerate(objects):
         size, color, shape = target.size, target.color, target.shape
@@ -368,40 +368,19 @@ def expressions_of(objects: tuple[SceneObject, ...], config: SceneConfig) -> tup
                 out.append(Expression(f"the {size} {head}", k, "attribute"))
         for head, members in groups.items():
             rivals = [i for i in members if i != k]
-            places = _places(k, rivals, centers, config) if rivals else []
-            out += [Expression(f"the {word} {head}", k, "relation") for word in places]
+            for word, direction in SUPERLATIVES.items():
+                if rivals and all(along(k, i, direction) >= margin for i in rivals):
+                    out.append(Expression(f"the {word} {head}", k, "relation"))
             # "the circle above ..." is said only if there are more circles; "the red one above ..." is left out.
-            if head == f"{color} {shape}" or (head == shape and rivals):
-                for word, a in _relations(k, rivals, anchors, centers, config):
+            if head == f"{color} one" or (head == shape and not rivals):
+                continue
+            for a, (word, direction) in itertools.product(anchors, RELATIONS.items()):
+                across = abs(along(k, a, direction[::-1]))
+                is_clear = a != k and along(k, a, direction) >= max(margin, 1.2 * across)
+                if is_clear and all(along(i, a, direction) <= 0 for i in rivals):
                     text = f"the {head} {word} the {objects[a].color} {objects[a].shape}"
                     out.append(Expression(text, k, "relation"))
     return tuple(out)
-
-
-def _places(k: int, rivals: list[int], centers: list[tuple[float, float]], config: SceneConfig) -> list[str]:
-    """The superlatives that object `k` wins against every rival by the margin."""
-    margin = config.relation_margin * config.size
-    (x, y), others = centers[k], [centers[i] for i in rivals]
-    return [
-        word for word, (ux, uy) in SUPERLATIVES.items() if all((x - p) * ux + (y - q) * uy >= margin for p, q in others)
-    ]
-
-
-def _relations(
-    k: int, rivals: list[int], anchors: list[int], centers: list[tuple[float, float]], config: SceneConfig
-) -> list[tuple[str, int]]:
-    """(relation, anchor) pairs that are clearly true of object `k` and not even loosely true of a rival."""
-    margin = config.relation_margin * config.size
-    out = []
-    for a in anchors:
-        dx, dy = centers[k][0] - centers[a][0], centers[k][1] - centers[a][1]
-        for word, (ux, uy) in RELATIONS.items():
-            along, across = dx * ux + dy * uy, abs(dx * uy) + abs(dy * ux)
-            if a == k or along < margin or along < 1.2 * across:
-                continue
-            if all((centers[i][0] - centers[a][0]) * ux + (centers[i][1] - centers[a][1]) * uy <= 0 for i in rivals):
-                out.append((word, a))
-    return out
 
 
 SENTENCE = re.compile(

@@ -23,6 +23,7 @@ import pathlib
 import pickle
 import shutil
 import tempfile
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -68,17 +69,18 @@ def scene_at(
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene = scenes.make_scene(rng, config, photos)
     named = sorted({e.object_index for e in scene.expressions})
-    references = []
-    for k in rng.permutation(named)[:refs_per_image].tolist():
-        count = 1 + int(rng.random() < 0.5)
-        drawn = [scenes.sample_expression(rng, scene, config, k).text for _ in range(count)]
-        references.append(Reference(k, tuple(dict.fromkeys(drawn))))
+
+    def reference(index: int | None, draw: Callable[[], str | None]) -> Reference:
+        drawn = [draw() for _ in range(1 + int(rng.random() < 0.5))]
+        return Reference(index, tuple(dict.fromkeys(filter(None, drawn))))
+
+    references = [
+        reference(k, lambda k=k: scenes.sample_expression(rng, scene, config, k).text)
+        for k in rng.permutation(named)[:refs_per_image].tolist()
+    ]
     if rng.random() < ABSENT * len(references):
-        count = 1 + int(rng.random() < 0.5)
-        drawn = [absent.sample_absent(rng, scene, config) for _ in range(count)]
-        texts = tuple(dict.fromkeys(text for text in drawn if text))
-        references += [Reference(None, texts)] if texts else []
-    return scene, tuple(references)
+        references.append(reference(None, lambda: absent.sample_absent(rng, scene, config)))
+    return scene, tuple(r for r in references if r.texts)
 
 
 def write_dataset(
@@ -109,17 +111,13 @@ def write_dataset(
         return found
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-        try:
-            written = _write(partial, stamp, config, progress)
-            partial.chmod(0o755)  # mkdtemp makes private directories
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent) as partial:
+            written = _write(pathlib.Path(partial) / out.name, stamp, config, progress)
             if (out / STAMP).exists():  # damaged, or another process was faster
                 if found := _check_target(out, stamp):
                     return found
                 shutil.rmtree(out)
-            os.rename(partial, out)  # fails where somebody else has put files meanwhile
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)  # also after Ctrl-C
+            os.rename(pathlib.Path(partial) / out.name, out)  # fails where somebody else has put files meanwhile
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror or error} ({error.filename})") from None
     return written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 import time
@@ -17,7 +18,7 @@ from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.segmenter import counters
 from rsagent_jax.agent.views import check_shape
-from rsagent_jax.config.schema import GrpoConfig, ReadConfig, SftConfig
+from rsagent_jax.config.schema import GrpoConfig, SftConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item, fits, pack_evenly
 from rsagent_jax.data.pipeline import Pipeline, Unreadable
@@ -38,6 +39,7 @@ TOOL_FAILURES = tuple(kind.value for kind in FailureKind if not kind.callers_fau
 
 
 class BatchSource(Protocol):
+    steps: int  # of the stage
     examples: dict[str, Any]  # of the last step, for people; {} where there are none
 
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
@@ -61,14 +63,9 @@ class SftSource:
         self.config, self.processor, self.share = config, processor, share
         self.records = trajectories.open_records(config.trajectories)
         decode = functools.partial(trajectories.decode_record, processor=processor)
-        what = f"{config.trajectories}, record"
-        self.pipeline = _pipeline(self.records, decode, config.read, seed, share, config.unreadable, what)
-        self.dropped, self.examples = 0, {}
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of the stage."""
-        return steps_of(self.config, len(self.records))
+        how = dict(seed=seed, share=share, unreadable=config.unreadable, **dataclasses.asdict(config.read))
+        self.pipeline = Pipeline(self.records, decode, what=f"{config.trajectories}, record", **how)
+        self.dropped, self.examples, self.steps = 0, {}, steps_of(config, len(self.records))
 
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         del policy, key  # what is read next depends on the position only
@@ -114,8 +111,9 @@ class GrpoSource:
         """`workdir`: where a trajectory that a reward fails on is left."""
         share.of(config.prompts, "grpo.prompts")  # a group never crosses a process
         self.config, self.driver, self.engine, self.processor = config, driver, engine, processor
-        self.share, self.workdir = share, workdir
-        self.pipeline = _pipeline(samples, _showable, config.read, seed, share, config.data.unreadable)
+        self.share, self.workdir, self.steps = share, workdir, config.steps
+        how = dict(seed=seed, share=share, unreadable=config.data.unreadable, **dataclasses.asdict(config.read))
+        self.pipeline = Pipeline(samples, _showable, **how)
         self.advantage = advantage_function(config.advantage, config.ddof)
         self.reward = make_reward(config.reward)
         self.examples: dict[str, Any] = {}  # the first group of the last step, for people
@@ -245,13 +243,6 @@ class GrpoSource:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.pipeline.restore(state)
-
-
-def _pipeline(
-    source: Sequence[Any], transform, read: ReadConfig, seed: int, share: Share, unreadable: str, what: str = "sample"
-) -> Pipeline:
-    said = dict(seed=seed, share=share, unreadable=unreadable, what=what)
-    return Pipeline(source, transform, threads=read.threads, workers=read.workers, ahead=read.ahead, **said)
 
 
 def _showable(sample: Sample) -> Sample:

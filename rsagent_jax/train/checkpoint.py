@@ -55,7 +55,7 @@ class Checkpoints:
         step = self.manager.latest_step()
         if step is None:
             return None
-        trees, saved = jax.tree.map(_abstract, _trees(like)), self.directory / str(step)
+        trees, saved = jax.tree.map(ocp.utils.to_shape_dtype_struct, _trees(like)), self.directory / str(step)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         if self.adapters:
             args["lora"] = ocp.args.JsonRestore()
@@ -82,7 +82,7 @@ class Checkpoints:
         tree = convert.flat_state(like)
         try:
             with ocp.StandardCheckpointer() as reader:
-                values = reader.restore(self.directory / "base", jax.tree.map(_abstract, tree))
+                values = reader.restore(self.directory / "base", jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise DataError(
                 f"{self.directory}/base does not fit the parameters that this config leaves untrained"
@@ -103,7 +103,3 @@ def _trees(state: TrainState) -> dict[str, dict[str, jax.Array]]:
         "params": convert.flat_state(state.params),
         "optimizer": {f"leaf_{i:05d}": leaf for i, leaf in enumerate(rest)},
     }
-
-
-def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

@@ -4,13 +4,8 @@ Arrays are f32[B, T] and aligned to the target token: `logprobs[b, t]` is log p(
 segment), any finite number where undefined. `loss_mask` bool[B, T] is True where token t was sampled, never on
 padding. `segment_ids` i32[B, T] is 1.. per trajectory, 0 padding; a trajectory never crosses rows.
 
-Nothing here divides by a count. A loss is a *sum* of per-token losses times `weights`, and the normalisation that
-makes the weights returns its denominator:
-
-    weights, denominator = token_weights(loss_mask, segment_ids)
-    loss_sum, metrics = grpo_loss(
-        logprobs, old_logprobs, advantages, loss_mask, segment_ids, weights, clip_low=0.2, clip_high=0.28
-    )
+Nothing here divides by a count. A loss is a *sum* of per-token losses times `weights`, and `loss_weights` returns the
+denominator as well.
 
 Micro-batches, shards and hosts add sums and denominators and divide once, `sum / max(denominator, 1)`, so that
 accumulation equals the large batch whatever the lengths. Metrics are sums too: `merge_metrics` adds them,
@@ -20,8 +15,6 @@ The clip ranges, the normalisation, KL and truncated importance sampling are our
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,29 +30,23 @@ LossMetrics = dict[str, Scalar]
 _MAX_LOG_RATIO = 20.0
 
 
-# --- Normalisation: (loss_mask, segment_ids) -> weights f32[B, T] (0 off the mask), denominator f32[] ---
+def loss_weights(normalize: str, loss_mask: Mask, segment_ids: Segments, *, length: float) -> tuple[Floats, Scalar]:
+    """(weights, 0 off the mask; denominator), as `grpo.normalize` says.
 
-
-def token_weights(loss_mask: Mask, segment_ids: Segments) -> tuple[Floats, Scalar]:
-    """Every trained token of the batch counts the same (DAPO): long trajectories weigh more. Denominator: tokens."""
-    del segment_ids
+    token     every trained token counts the same (DAPO): long trajectories weigh more. Denominator: trained tokens
+    sequence  every trajectory counts the same, 1 / its trained tokens each (published GRPO). Denominator: trajectories
+    constant  every token counts 1 / `length` in every batch (Dr. GRPO): no bias by length. Denominator: trajectories
+    """
     weights = loss_mask.astype(jnp.float32)
-    return weights, weights.sum()
-
-
-def sequence_weights(loss_mask: Mask, segment_ids: Segments) -> tuple[Floats, Scalar]:
-    """Every trajectory counts the same, 1 / its trained tokens each (GRPO as published). Denominator: trajectories."""
+    if normalize == "token":
+        return weights, weights.sum()
+    if normalize == "constant":
+        weights = weights / length
     lengths_BS = _segment_sums(loss_mask, segment_ids)
-    lengths_BT = jnp.take_along_axis(lengths_BS, segment_ids, axis=1)
-    return jnp.where(loss_mask, 1.0 / jnp.maximum(lengths_BT, 1.0), 0.0), _trained_segments(lengths_BS)
-
-
-def constant_weights(loss_mask: Mask, segment_ids: Segments, *, length: float) -> tuple[Floats, Scalar]:
-    """Every token counts 1 / `length` in every batch (Dr. GRPO): no bias by length. Denominator: trajectories."""
-    return loss_mask.astype(jnp.float32) / length, _trained_segments(_segment_sums(loss_mask, segment_ids))
-
-
-# --- Stage 1 ---
+    if normalize == "sequence":
+        lengths_BT = jnp.take_along_axis(lengths_BS, segment_ids, axis=1)
+        weights = jnp.where(loss_mask, 1.0 / jnp.maximum(lengths_BT, 1.0), 0.0)
+    return weights, jnp.sum(lengths_BS[:, 1:] > 0, dtype=jnp.float32)
 
 
 def sft_loss(logprobs: Floats, loss_mask: Mask) -> tuple[Scalar, Scalar]:
@@ -67,12 +54,8 @@ def sft_loss(logprobs: Floats, loss_mask: Mask) -> tuple[Scalar, Scalar]:
     return -jnp.sum(jnp.where(loss_mask, logprobs.astype(jnp.float32), 0.0)), loss_mask.sum(dtype=jnp.float32)
 
 
-# --- Stage 2. The three objectives share a signature, so that the config chooses one by name. `old_logprobs` are
-# those of the policy that the ratio is taken to; `advantages` f32[B, T] are constant over a trajectory. Each returns
-# (loss_sum, Metrics). ---
-
-
-def grpo_loss(
+def policy_loss(
+    ratio: str,
     logprobs: Floats,
     old_logprobs: Floats,
     advantages: Floats,
@@ -83,84 +66,44 @@ def grpo_loss(
     clip_low: float | Scalar,
     clip_high: float | Scalar,
 ) -> tuple[Scalar, LossMetrics]:
-    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with each token's own ratio r: GRPO, and DAPO's clip-higher."""
-    del segment_ids  # the ratio is the token's own
-    log_ratio = _log_ratio(logprobs, old_logprobs, loss_mask)
-    return _clipped_surrogate(log_ratio, logprobs, advantages, loss_mask, weights, clip_low, clip_high)
+    """(loss sum, metrics) of the objective that `grpo.ratio` names. r is the ratio to the policy of `old_logprobs`;
+    the advantages A are constant over a trajectory.
 
-
-def gspo_loss(
-    logprobs: Floats,
-    old_logprobs: Floats,
-    advantages: Floats,
-    loss_mask: Mask,
-    segment_ids: Segments,
-    weights: Floats,
-    *,
-    clip_low: float | Scalar,
-    clip_high: float | Scalar,
-) -> tuple[Scalar, LossMetrics]:
-    """GSPO (arXiv 2507.18071): as GRPO with one ratio per trajectory, the geometric mean of its tokens' ratios.
-
-    The published objective is this with `sequence_weights`. Ratios are near 1: its clip range is about 3e-4 and 4e-4.
+    grpo   -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with each token's own r: GRPO, and DAPO's clip-higher
+    gspo   (arXiv 2507.18071) the same with one r per trajectory, the geometric mean of its tokens'. The published
+           objective has weights by sequence, and a clip range of about 3e-4 and 4e-4: these ratios are near 1
+    cispo  (MiniMax-M1, arXiv 2506.13585) REINFORCE with a clipped, constant weight, -stop(clip(r)) A log p. Every token
+           keeps a gradient, clipped or not. clip_low = 1 leaves the lower side open, as published
     """
     log_ratio = _log_ratio(logprobs, old_logprobs, loss_mask)
-    lengths_BS = _segment_sums(loss_mask, segment_ids)
-    means_BS = _segment_sums(log_ratio, segment_ids) / jnp.maximum(lengths_BS, 1.0)
-    log_ratio = jnp.where(loss_mask, jnp.take_along_axis(means_BS, segment_ids, axis=1), 0.0)
-    return _clipped_surrogate(log_ratio, logprobs, advantages, loss_mask, weights, clip_low, clip_high)
+    if ratio == "gspo":
+        lengths_BS = _segment_sums(loss_mask, segment_ids)
+        means_BS = _segment_sums(log_ratio, segment_ids) / jnp.maximum(lengths_BS, 1.0)
+        log_ratio = jnp.where(loss_mask, jnp.take_along_axis(means_BS, segment_ids, axis=1), 0.0)
+    r, low, high = jnp.exp(log_ratio), 1.0 - clip_low, 1.0 + clip_high
+    if ratio == "cispo":
+        bounded = jax.lax.stop_gradient(jnp.clip(r, low, high))
+        loss = -jnp.sum(weights * bounded * advantages * jnp.where(loss_mask, logprobs.astype(jnp.float32), 0.0))
+        clipped = (r < low) | (r > high)
+    else:  # the case is spelt out: jnp.minimum splits the gradient where its arguments tie
+        clipped = jnp.where(advantages > 0, r > high, (advantages < 0) & (r < low))
+        loss = -jnp.sum(weights * jnp.where(clipped, jnp.where(advantages > 0, high, low), r) * advantages)
+    # Tokens are the old policy's: kl_old estimates KL(old || policy); entropy_sampled, -log p, the entropy.
+    per_token = dict(ratio=r, clip_fraction=clipped, kl_old=kl_estimate("k3", log_ratio))
+    sums = _sums(loss_mask, **per_token, entropy_sampled=-logprobs.astype(jnp.float32))
+    return loss, sums | {"ratio_max": jax.lax.stop_gradient(jnp.max(jnp.where(loss_mask, r, 0.0)))}
 
 
-def cispo_loss(
-    logprobs: Floats,
-    old_logprobs: Floats,
-    advantages: Floats,
-    loss_mask: Mask,
-    segment_ids: Segments,
-    weights: Floats,
-    *,
-    clip_low: float | Scalar,
-    clip_high: float | Scalar,
-) -> tuple[Scalar, LossMetrics]:
-    """CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE with a clipped, constant weight, -stop(clip(r)) A log p.
+def kl_estimate(estimator: str, d: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """KL(policy || reference) per token, as `grpo.kl_estimator` says; d = log p_ref - log p of the sampled token.
 
-    Every token keeps a gradient, clipped or not. clip_low = 1 leaves the lower side open, as published.
+    k1  -d. Unbiased, noisy; its gradient is 0 in expectation, so it is for watching and not for penalising
+    k2  d^2 / 2. A biased value, with the gradient of KL(policy || reference) on on-policy samples
+    k3  e^d - d - 1. Unbiased, never negative; its gradient is that of KL(reference || policy). GRPO's and Seg-Zero's
     """
-    del segment_ids
-    log_ratio = _log_ratio(logprobs, old_logprobs, loss_mask)
-    ratio = jnp.exp(log_ratio)
-    bounded = jax.lax.stop_gradient(jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high))
-    loss = -jnp.sum(weights * bounded * advantages * jnp.where(loss_mask, logprobs.astype(jnp.float32), 0.0))
-    clipped = (ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)
-    return loss, _policy_metrics(log_ratio, logprobs, clipped, loss_mask)
-
-
-OBJECTIVES: dict[str, Callable[..., tuple[Array, LossMetrics]]] = {
-    "grpo": grpo_loss,
-    "gspo": gspo_loss,
-    "cispo": cispo_loss,
-}
-
-
-# --- KL to a reference policy, per token; d = log p_ref - log p of the sampled token (Schulman's estimators) ---
-
-
-def kl_k1(d: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """-d. Unbiased, noisy; its gradient is 0 in expectation, so it is for watching and not for penalising."""
-    return -d
-
-
-def kl_k2(d: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """d^2 / 2. A biased value, with the gradient of KL(policy || reference) on on-policy samples."""
-    return 0.5 * d**2
-
-
-def kl_k3(d: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """e^d - d - 1. Unbiased, never negative; its gradient is that of KL(reference || policy). GRPO's and Seg-Zero's."""
-    return jnp.expm1(d) - d
-
-
-KL_ESTIMATORS: dict[str, Callable[[Array], Array]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+    if estimator == "k1":
+        return -d
+    return 0.5 * d**2 if estimator == "k2" else jnp.expm1(d) - d
 
 
 def kl_loss(
@@ -169,11 +112,11 @@ def kl_loss(
     loss_mask: Mask,
     weights: Floats,
     *,
-    estimator: Callable[[Array], Array],
+    estimator: str,
     coefficient: float,
 ) -> tuple[Scalar, LossMetrics]:
     """coefficient * sum of weights * KL, to add to an objective's sum; metric `kl_ref` without the coefficient."""
-    kl = estimator(_log_ratio(ref_logprobs, logprobs, loss_mask))
+    kl = kl_estimate(estimator, _log_ratio(ref_logprobs, logprobs, loss_mask))
     return coefficient * jnp.sum(weights * kl), _sums(loss_mask, kl_ref=kl)
 
 
@@ -192,7 +135,7 @@ def truncated_importance_weights(
     """
     log_ratio = jax.lax.stop_gradient(_log_ratio(trainer_logprobs, engine_logprobs, loss_mask))
     ratio = jnp.exp(log_ratio)
-    metrics = _sums(loss_mask, tis_ratio=ratio, tis_truncated=ratio > cap, mismatch_kl=kl_k3(log_ratio))
+    metrics = _sums(loss_mask, tis_ratio=ratio, tis_truncated=ratio > cap, mismatch_kl=kl_estimate("k3", log_ratio))
     return jnp.minimum(ratio, cap), metrics | {"mismatch_logprob_max": jnp.max(jnp.abs(log_ratio))}
 
 
@@ -221,22 +164,6 @@ def _log_ratio(numerator: Array, denominator: Array, loss_mask: Array) -> Array:
     return jnp.clip(jnp.where(loss_mask, difference, 0.0), -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
 
 
-def _clipped_surrogate(log_ratio, logprobs, advantages, loss_mask, weights, clip_low, clip_high):
-    """PPO's pessimistic surrogate. The case is spelt out: jnp.minimum splits the gradient where its arguments tie."""
-    ratio = jnp.exp(log_ratio)
-    clipped = jnp.where(advantages > 0, ratio > 1.0 + clip_high, (advantages < 0) & (ratio < 1.0 - clip_low))
-    bound = jnp.where(advantages > 0, 1.0 + clip_high, 1.0 - clip_low)
-    loss = -jnp.sum(weights * jnp.where(clipped, bound, ratio) * advantages)
-    return loss, _policy_metrics(log_ratio, logprobs, clipped, loss_mask)
-
-
-def _policy_metrics(log_ratio, logprobs, clipped, loss_mask) -> LossMetrics:
-    """Tokens are the old policy's: `kl_old` estimates KL(old || policy), k3; `entropy_sampled`, -log p, the entropy."""
-    ratio, entropy = jnp.exp(log_ratio), -logprobs.astype(jnp.float32)
-    sums = _sums(loss_mask, ratio=ratio, clip_fraction=clipped, kl_old=kl_k3(log_ratio), entropy_sampled=entropy)
-    return sums | {"ratio_max": jax.lax.stop_gradient(jnp.max(jnp.where(loss_mask, ratio, 0.0)))}
-
-
 def _sums(loss_mask: Array, **per_token: Array) -> LossMetrics:
     sums = {name: jnp.sum(jnp.where(loss_mask, x, 0.0), dtype=jnp.float32) for name, x in per_token.items()}
     return jax.lax.stop_gradient(sums | {"tokens": loss_mask.sum(dtype=jnp.float32)})
@@ -248,7 +175,3 @@ def _segment_sums(values_BT: Array, segment_ids: Array) -> Array:
     return jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, num_segments=length + 1))(
         values_BT.astype(jnp.float32), segment_ids
     )
-
-
-def _trained_segments(lengths_BS: Array) -> Array:
-    return jnp.sum(lengths_BS[:, 1:] > 0, dtype=jnp.float32)

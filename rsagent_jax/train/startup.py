@@ -12,14 +12,11 @@ from flax import nnx
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.config import slices
 from rsagent_jax.config.schema import SftConfig, TrainConfig
-from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.data.trajectories import open_records
 from rsagent_jax.models.qwen25_vl import convert
-from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.rewards import make_reward
-from rsagent_jax.rollout.budget_check import check_budget
-from rsagent_jax.rollout.startup import check_disk, check_rollout, check_segmenter, check_weights
+from rsagent_jax.rollout.startup import check_budget, check_disk, check_rollout, check_segmenter, check_weights
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.train.batch_source import steps_of
 from rsagent_jax.train.state import partition_params
@@ -31,7 +28,7 @@ def check_train(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
     if "grpo" in config.stages:
         make_reward(config.grpo.reward)
     _nothing_left_open(config)
-    shape = check_weights(config.policy.weights)
+    shape, processor = check_weights(config.policy.weights)
     config = slices.fill_slice_defaults(config, shape.text.hidden_size, len(jax.devices()))
     mesh, model = sharding.make_mesh(config.mesh), convert.abstract_model(shape)
     sharding.param_shardings(model, mesh)
@@ -45,7 +42,6 @@ def check_train(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
         # fp32 parameters with both moments, and the base in the dtype of the activations
         needed += 12 * _numbers(trained) + jnp.dtype(config.policy.dtype).itemsize * _numbers(base)
     check_disk(workdir, needed)
-    processor = Processor.load(policy_directory(config.policy.weights))
     if "sft" in config.stages:
         share.of(config.sft.trajectories_per_step, "sft.trajectories_per_step")
         print(check_budget(config.agent, processor, batch=config.sft.batch, name="sft"))

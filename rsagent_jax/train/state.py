@@ -66,18 +66,11 @@ def state_shardings(
     With `offload`, each device's part of the moments is in its host's memory; the update fetches it and sends it back.
     Left to itself, the compiler puts moments, which start as constants, on every device.
     """
-    keystr = jax.tree_util.keystr
-    beside = {keystr(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-
-    def place(path, _):  # a moment's path ends in its parameter's path
-        where = find(path)
-        moment = isinstance(path[0], jax.tree_util.GetAttrKey) and path[0].name == "opt_state" and where is not whole
-        return where.with_memory_kind("pinned_host") if offload and moment else where
-
-    def find(path):
-        return next((beside[s] for i in range(len(path)) if (s := keystr(path[i:])) in beside), whole)
-
-    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(lambda p: create_state(p, tx), params))
+    state = jax.eval_shape(lambda p: create_state(p, tx), params)
+    where = jax.tree.map(lambda p: p.sharding, params)
+    moments = jax.tree.map(lambda s: s.with_memory_kind("pinned_host") if offload else s, where)
+    beside = dict(transform_non_params=lambda _: whole)
+    return TrainState(whole, where, optax.tree_map_params(tx, lambda _, s: s, state.opt_state, moments, **beside))
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTransformation, Callable[[int], Any]]:
@@ -104,21 +97,16 @@ def partition_params(graphdef, params: nnx.State, adapters: LoraConfig, freeze: 
         model = nnx.merge(graphdef, params)
         lora.declare(model, adapters)
         return nnx.split(model, LoraParam, nnx.Param)
-    frozen = frozen_paths(params, freeze)
+    paths = {path: ".".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
+    if absent := [part for part in freeze if not any(name.startswith(PARTS[part]) for name in paths.values())]:
+        raise DataError(f"optim.freeze: this policy has no {', '.join(absent)} (a tied head is frozen with embed)")
+    prefixes = tuple(prefix for part in freeze for prefix in PARTS[part])
+    frozen = {path for path, name in paths.items() if name.startswith(prefixes)}
     flat = nnx.to_flat_state(params)
     trained, base = (nnx.from_flat_state([(k, v) for k, v in flat if (k in frozen) == part]) for part in (False, True))
     if not jax.tree.leaves(trained):
         raise DataError(f"optim.freeze: {', '.join(freeze)} are all there is; nothing is left to train")
     return graphdef, trained, base
-
-
-def frozen_paths(params: nnx.State, parts: tuple[str, ...]) -> set[tuple]:
-    """Paths of the parameters that belong to one of `parts` (PARTS)."""
-    paths = {path: ".".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
-    if absent := [part for part in parts if not any(name.startswith(PARTS[part]) for name in paths.values())]:
-        raise DataError(f"optim.freeze: this policy has no {', '.join(absent)} (a tied head is frozen with embed)")
-    prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
-    return {path for path, name in paths.items() if name.startswith(prefixes)}
 
 
 def vision_frozen(trained: nnx.State) -> bool:

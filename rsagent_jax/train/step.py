@@ -13,17 +13,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from rsagent_jax.config.schema import GrpoConfig
+from rsagent_jax.config.schema import GrpoConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.logprobs import token_logprobs
+from rsagent_jax.runtime import sharding
 from rsagent_jax.train import losses
-from rsagent_jax.train.state import EMPTY, TrainState, vision_frozen
+from rsagent_jax.train.state import EMPTY, TrainState, create_state, state_shardings, vision_frozen
 from rsagent_jax.types import Batch
 
 # (log-probs f32[B, T] aligned to their own token, batch, reference log-probs) -> (loss sum, denominator, metric sums)
 Objective = Callable[[jax.Array, Batch, jax.Array], tuple[jax.Array, jax.Array, losses.LossMetrics]]
-
-jax.tree_util.register_dataclass(Batch, [f.name for f in dataclasses.fields(Batch)], [])
 
 
 @jax.tree_util.register_dataclass
@@ -45,9 +44,7 @@ def batch_logprobs(
     `params` are all of the model's. `embedded`: the batch has the tower's merged tokens in place of its patches.
     """
     model = nnx.merge(graphdef, params)
-    merged = batch.patches if embedded else encode_images(model.vision, batch, compute)
-    x = model.place(batch.tokens, merged, batch.image_slots, compute)
-    hidden = model.decoder(x, batch.positions, batch.segment_ids, compute)
+    hidden = model(batch, compute, embedded=embedded)
     # Every place predicts the next token; the last one's is nobody's. Shifting the targets keeps T a round number.
     targets, wanted = (jnp.roll(a, -1, axis=1) for a in (batch.tokens, batch.loss_mask))
     wanted = wanted.at[:, -1].set(False)
@@ -55,20 +52,23 @@ def batch_logprobs(
     return jnp.roll(token_logprobs(hidden, head, targets, wanted, temperature=temperature, mesh=mesh), 1, axis=1)
 
 
-def encode_images(tower, batch: Batch, compute: Compute) -> jax.Array:
-    """The tower's merged tokens [B, P / merge_unit, D], in the dtype of the activations."""
-    return tower(batch.patches, batch.patch_segment_ids, batch.patch_positions, compute)
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What tells the steps of SFT and GRPO apart."""
+
+    objective: Objective
+    temperature: float = 1.0  # of the log-probs
+    kl: float = 0.0  # weight of the divergence from the policy that the stage began with
+    updates: int = 1  # optimiser steps on the batches of a step
 
 
-def micro_step(
-    graphdef, objective: Objective, compute: Compute, temperature, params, base, batch, ref, *, embedded: bool = False
-) -> Sums:
+def micro_step(graphdef, stage: Stage, compute: Compute, params, base, batch, ref, *, embedded: bool = False) -> Sums:
     """Gradient sums of one micro-batch for `params`; the parameters of `base` are only read."""
 
     def loss_fn(p):
         replicated = nnx.merge_state(p, base)
-        logprobs = batch_logprobs(graphdef, replicated, batch, compute, temperature, embedded=embedded)
-        loss, denominator, metrics = objective(logprobs, batch, ref)
+        logprobs = batch_logprobs(graphdef, replicated, batch, compute, stage.temperature, embedded=embedded)
+        loss, denominator, metrics = stage.objective(logprobs, batch, ref)
         return loss, (denominator, metrics)
 
     (loss, (denominator, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -104,6 +104,8 @@ def apply_gradients(
 class TrainPrograms:
     """The jitted programs of a stage; `train_step` is the replicated of a step. `base` is what is not trained."""
 
+    shardings: TrainState  # where the state's arrays live
+    create_state: Callable  # params -> TrainState, at the start of a stage; params are donated
     embed: Callable  # (base, batch) -> batch for all that follows; the tower's work done, if it is not trained
     micro: Callable  # (params, base, batch, ref) -> Sums
     add: Callable
@@ -122,34 +124,37 @@ class TrainPrograms:
 def make_programs(
     graphdef,
     tx,
-    objective: Objective,
+    stage: Stage,
     compute: Compute,
-    temperature: float,
-    shardings,
+    params: nnx.State,
     base: nnx.State = EMPTY,
+    *,
+    offload: bool = False,
     reference=None,
 ) -> TrainPrograms:
-    """`shardings` is (state, rows, replicated) of sharding.py. The gradients have the parameters' shardings.
+    """The programs on the mesh of `compute`. The gradients have the parameters' shardings.
 
-    `base` (arrays or shapes, with shardings) is what partition_params does not train. `reference` is the graph of a
-    reference policy that is the base alone, the plain one under fresh adapters; without it `logprobs` takes parameters
-    as the state has them.
+    `params` and `base` (arrays or shapes, with shardings) are what partition_params trains, and what it does not.
+    `offload`: as state_shardings has it. `reference` is the graph of a reference policy that is the base alone, the
+    plain one under fresh adapters; without it `logprobs` takes parameters as the state has them.
     """
-    state, rows, replicated = shardings
+    rows, replicated = sharding.rows(compute.mesh), sharding.replicated(compute.mesh)
+    state = state_shardings(params, tx, replicated, offload=offload)
     base = jax.tree.map(lambda x: x.sharding, base)
     frozen_vision = vision_frozen(state.params)
     tower = nnx.graphdef(nnx.merge(graphdef, nnx.merge_state(state.params, base)).vision)
 
     def embed(base, batch):
-        merged = encode_images(nnx.merge(tower, base["vision"]), batch, compute)
+        vision = nnx.merge(tower, base["vision"])
+        merged = vision(batch.patches, batch.patch_segment_ids, batch.patch_positions, compute)
         return dataclasses.replace(batch, patches=merged)
 
     def micro(params, base, batch, ref):
-        return micro_step(graphdef, objective, compute, temperature, params, base, batch, ref, embedded=frozen_vision)
+        return micro_step(graphdef, stage, compute, params, base, batch, ref, embedded=frozen_vision)
 
     def logprobs(params, base, batch):
         params = nnx.merge_state(params, base)
-        return batch_logprobs(reference or graphdef, params, batch, compute, temperature, embedded=frozen_vision)
+        return batch_logprobs(reference or graphdef, params, batch, compute, stage.temperature, embedded=frozen_vision)
 
     def update(old, sums):
         if any(s.memory_kind == "pinned_host" for s in jax.tree.leaves(state.opt_state)):
@@ -160,6 +165,8 @@ def make_programs(
     sums = Sums(state.params, replicated, replicated, replicated)
     compared = EMPTY if reference else state.params
     return TrainPrograms(
+        shardings=state,
+        create_state=jax.jit(lambda p: create_state(p, tx), out_shardings=state, donate_argnums=0),
         embed=jax.jit(embed, in_shardings=(base, rows), out_shardings=rows)
         if frozen_vision
         else lambda base, batch: batch,
@@ -184,28 +191,30 @@ def grpo_objective(config: GrpoConfig) -> Objective:
     """The objective that the config's switches choose."""
 
     def objective(logprobs, batch: Batch, ref):
-        if config.normalize == "token":
-            weights, denominator = losses.token_weights(batch.loss_mask, batch.segment_ids)
-        elif config.normalize == "sequence":
-            weights, denominator = losses.sequence_weights(batch.loss_mask, batch.segment_ids)
-        else:
-            length = float(config.sampling.context)
-            weights, denominator = losses.constant_weights(batch.loss_mask, batch.segment_ids, length=length)
+        mask, segments, length = batch.loss_mask, batch.segment_ids, float(config.sampling.context)
+        weights, denominator = losses.loss_weights(config.normalize, mask, segments, length=length)
         # KL is to the reference, not to the engine: it keeps the weights without the correction (as TRL).
         policy_weights, old, metrics = weights, batch.old_logprobs, {}
         if config.tis_clip > 0:
             old = jax.lax.stop_gradient(logprobs)
             tis = losses.truncated_importance_weights
-            correction, metrics = tis(old, batch.old_logprobs, batch.loss_mask, cap=config.tis_clip)
+            correction, metrics = tis(old, batch.old_logprobs, mask, cap=config.tis_clip)
             policy_weights = weights * correction
-        arrays = logprobs, old, batch.advantages, batch.loss_mask, batch.segment_ids, policy_weights
+        arrays = logprobs, old, batch.advantages, mask, segments, policy_weights
         clip = dict(clip_low=config.clip_low, clip_high=config.clip_high)
-        loss, more = losses.OBJECTIVES[config.ratio](*arrays, **clip)
+        loss, more = losses.policy_loss(config.ratio, *arrays, **clip)
         metrics = metrics | more
         if config.kl > 0:
-            penalty = dict(estimator=losses.KL_ESTIMATORS[config.kl_estimator], coefficient=config.kl)
-            kl, more = losses.kl_loss(logprobs, ref, batch.loss_mask, weights, **penalty)
+            penalty = dict(estimator=config.kl_estimator, coefficient=config.kl)
+            kl, more = losses.kl_loss(logprobs, ref, mask, weights, **penalty)
             loss, metrics = loss + kl, metrics | more
         return loss, denominator, metrics
 
     return objective
+
+
+def make_stage(config: TrainConfig, name: str) -> Stage:
+    if name == "sft":
+        return Stage(sft_objective)
+    grpo = config.grpo
+    return Stage(grpo_objective(grpo), grpo.sampling.temperature or 1.0, grpo.kl, grpo.updates)

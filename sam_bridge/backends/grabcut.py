@@ -68,19 +68,16 @@ class GrabCut:
 
     def decode(self, encoding: GrabCutEncoding, request: SegmentRequest, logits: np.ndarray | None) -> Decoded:
         """`logits` are the working mask packed to bits, u8[ceil(h' * w' / 8)]."""
-        shape = encoding.pixels.shape[:2]
-        start = None
+        shape, prompt = encoding.pixels.shape[:2], _to_working(request, encoding)
+        box, start, core = prompt.box, None, None
         if logits is not None:
-            start = np.unpackbits(logits, count=shape[0] * shape[1]).reshape(shape).astype(bool)
-        prompt = _to_working(request, encoding)
-        reached = _reached(prompt, encoding) if start is None else None
-        trimap = _trimap(prompt, shape, start, reached)
-        box = prompt.box
-        if reached is not None:
-            x, y, width, height = cv2.boundingRect(reached.astype(np.uint8))
+            start = np.unpackbits(logits, count=shape[0] * shape[1]).reshape(shape)
+        elif box is None and prompt.objects:  # no box says how far to look
+            start = _reached(prompt, encoding)
+            core = cv2.erode(start, np.ones((3, 3), np.uint8))
+            x, y, width, height = cv2.boundingRect(start)
             box = (x, y, x + width, y + height)
-        region = _region(box, shape)
-        found, score = _cut(encoding, trimap, prompt, region)
+        found, score = _cut(encoding, _trimap(prompt, shape, start, core), prompt, _region(box, shape))
         mask = found
         if shape != (encoding.height, encoding.width):
             size = (encoding.width, encoding.height)
@@ -117,15 +114,13 @@ def _to_working(request: SegmentRequest, encoding: GrabCutEncoding) -> _Prompt:
     return _Prompt(box, objects, backgrounds, bool(request.refine_logits_id))
 
 
-def _trimap(prompt: _Prompt, shape: tuple[int, int], start: np.ndarray | None, reached: np.ndarray | None):
+def _trimap(prompt: _Prompt, shape: tuple[int, int], start: np.ndarray | None, core: np.ndarray | None) -> np.ndarray:
     """u8[h', w'] of cv2.GC_*. Later strokes win: mask or colours, discs, certain cores, what a box excludes."""
+    trimap = np.full(shape, cv2.GC_PR_BGD if prompt.box is None else cv2.GC_PR_FGD, np.uint8)
     if start is not None:
-        trimap = np.where(start, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
-    else:
-        trimap = np.full(shape, cv2.GC_PR_BGD if prompt.box is None else cv2.GC_PR_FGD, np.uint8)
-    if reached is not None:
-        trimap[reached] = cv2.GC_PR_FGD
-        trimap[cv2.erode(reached.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)] = cv2.GC_FGD
+        trimap[:] = np.where(start, cv2.GC_PR_FGD, cv2.GC_PR_BGD)
+    if core is not None:
+        trimap[core > 0] = cv2.GC_FGD
     radius = max(CORE_RADIUS, round(min(shape) / DISC_SHARE))
     strokes = (
         (prompt.objects, radius, cv2.GC_PR_FGD),
@@ -144,19 +139,14 @@ def _trimap(prompt: _Prompt, shape: tuple[int, int], start: np.ndarray | None, r
     return trimap
 
 
-def _reached(prompt: _Prompt, encoding: GrabCutEncoding) -> np.ndarray | None:
-    """bool[h', w']: all that is joined to an object click by pixels within TOLERANCE of its colour.
-
-    None if there is no click, or a box says how far to look.
-    """
-    if prompt.box is not None or not prompt.objects:
-        return None
+def _reached(prompt: _Prompt, encoding: GrabCutEncoding) -> np.ndarray:
+    """u8[h', w'] of 0 and 1: all that is joined to an object click by pixels within TOLERANCE of its colour."""
     shape = encoding.pixels.shape[:2]
     reached = np.zeros((len(prompt.objects), shape[0] + 2, shape[1] + 2), np.uint8)  # with the frame that OpenCV wants
     flags = 4 | cv2.FLOODFILL_MASK_ONLY | cv2.FLOODFILL_FIXED_RANGE | (1 << 8)  # 4 neighbours; writes 1 into `reached`
     for mask, click in zip(reached, prompt.objects, strict=True):
         cv2.floodFill(encoding.smooth, mask, click, 0, (TOLERANCE,) * 3, (TOLERANCE,) * 3, flags)
-    return reached[:, 1:-1, 1:-1].any(axis=0)
+    return reached[:, 1:-1, 1:-1].max(axis=0)
 
 
 def _cut(encoding: GrabCutEncoding, trimap: np.ndarray, prompt: _Prompt, region) -> tuple[np.ndarray, float]:

@@ -190,11 +190,7 @@ class _Model:
 
     def decode(self, jobs: list[_Job]) -> list[Decoded]:
         with self._context():
-            multi = [self._wants_three(job.request) for job in jobs]
-            if len(jobs) == 1:
-                found = self._decode_one(jobs[0], multi[0])
-            else:
-                found = self._decode_many(jobs, multi)
+            found = self._decode(jobs, [self._wants_three(job.request) for job in jobs])
             return [self._finish(job, masks, scores) for job, (masks, scores) in zip(jobs, found, strict=True)]
 
     def _wants_three(self, request: SegmentRequest) -> bool:
@@ -202,28 +198,11 @@ class _Model:
         alone = len(request.points) == 1 and request.box is None and not request.refine_logits_id
         return request.candidates or self.multimask == "always" or (self.multimask == "point" and alone)
 
-    def _decode_one(self, job: _Job, three: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The package's own path, on tensors of the predictor's shapes."""
-        coords, labels = self._points(job)
-        mask = None if job.logits is None else torch.as_tensor(job.logits, device=self.device)[None]
-        points = (coords[None], labels[None]) if len(labels) else None
-        sparse, dense = self._net.sam_prompt_encoder(points=points, boxes=None, masks=mask)
-        masks, scores, _, _ = self._net.sam_mask_decoder(
-            image_embeddings=job.encoding.embed,
-            image_pe=self._image_pe,
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=three,
-            repeat_image=False,
-            high_res_features=list(job.encoding.high_res),
-        )
-        return [(masks[0], scores[0])]
-
-    def _decode_many(self, jobs: list[_Job], three: list[bool]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _decode(self, jobs: list[_Job], three: list[bool]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """[(logits [C, H, W], scores [C])], C = 3 where `three`, else 1."""
         decoder = self._net.sam_mask_decoder
         sparse, shown = self._sparse(jobs)
-        self._padding.shown = None if shown.all() else shown[:, None, None, :]
+        self._padding.shown = None if shown.all() else shown[:, None, None, :].to(self.device)
         try:
             masks, scores, _, _ = decoder.predict_masks(
                 image_embeddings=_batch([job.encoding.embed for job in jobs]),
@@ -235,20 +214,19 @@ class _Model:
             )
         finally:
             self._padding.shown = None
-        if decoder.dynamic_multimask_via_stability:
+        single, single_scores = masks[:, :1], scores[:, :1]
+        if decoder.dynamic_multimask_via_stability and not all(three):
             single, single_scores = decoder._dynamic_multimask_via_stability(masks, scores)
-        else:
-            single, single_scores = masks[:, :1], scores[:, :1]
         return [(masks[i, 1:], scores[i, 1:]) if three[i] else (single[i], single_scores[i]) for i in range(len(jobs))]
 
     def _sparse(self, jobs: list[_Job]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(embeddings [B, N, D], bool[B, own tokens + N] of what attention may see)."""
+        """(embeddings [B, N, D], bool[B, own tokens + N] of what attention may see, on the CPU)."""
         prompts = [self._points(job) for job in jobs]
         longest = max(len(labels) for _, labels in prompts)
         shown = torch.ones(len(jobs), self._own_tokens + (longest + 1 if longest else 0), dtype=torch.bool)
         if not longest:  # every job only refines: the predictor then gives no tokens at all
             sparse, _ = self._net.sam_prompt_encoder(points=None, boxes=None, masks=None)
-            return sparse.expand(len(jobs), -1, -1), shown.to(self.device)
+            return sparse.expand(len(jobs), -1, -1), shown
         coords = torch.zeros(len(jobs), longest, 2, device=self.device)
         labels = torch.full((len(jobs), longest), -1, dtype=torch.int, device=self.device)
         for i, (xy, kinds) in enumerate(prompts):
@@ -256,7 +234,7 @@ class _Model:
             shown[i, self._own_tokens + len(kinds) :] = False
             shown[i, -1] = len(kinds) > 0  # the one "not a point" token, which the encoder appends to clicks
         sparse, _ = self._net.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=None)
-        return sparse, shown.to(self.device)
+        return sparse, shown
 
     def _dense(self, jobs: list[_Job]) -> torch.Tensor:
         """[B, D, H, W]: the embedded masks that are refined, "no mask" elsewhere."""
@@ -267,6 +245,8 @@ class _Model:
         if refining:
             stacked = np.stack([jobs[i].logits for i in refining])
             embedded = encoder._embed_masks(torch.as_tensor(stacked, device=self.device))
+            if len(jobs) == 1:  # as it is: under autocast it is bf16
+                return embedded
             dense = dense.clone()
             dense[refining] = embedded.to(dense.dtype)
         return dense
@@ -274,17 +254,11 @@ class _Model:
     def _points(self, job: _Job) -> tuple[torch.Tensor, torch.Tensor]:
         """(f32[N, 2] in the model's pixels, i32[N]): the box's corners as labels 2 and 3, then the clicks."""
         request, size = job.request, (job.encoding.height, job.encoding.width)
-        parts, labels = [], []
-        if request.box is not None:
-            corners = torch.as_tensor(np.asarray(request.box, np.float64), dtype=torch.float, device=self.device)
-            parts.append(self._transforms.transform_boxes(corners, normalize=True, orig_hw=size)[0])
-            labels += [2, 3]
-        if request.points:
-            clicks = torch.as_tensor(np.asarray(request.points, np.float64), dtype=torch.float, device=self.device)
-            parts.append(self._transforms.transform_coords(clicks, normalize=True, orig_hw=size))
-            labels += request.labels
-        coords = torch.cat(parts) if parts else torch.zeros(0, 2, device=self.device)
-        return coords, torch.tensor(labels, dtype=torch.int, device=self.device)
+        corners = [] if request.box is None else [request.box[:2], request.box[2:]]
+        places = np.asarray([*corners, *request.points], np.float64).reshape(-1, 2)
+        coords = torch.as_tensor(places, dtype=torch.float, device=self.device)
+        labels = torch.tensor([2, 3][: len(corners)] + list(request.labels), dtype=torch.int, device=self.device)
+        return self._transforms.transform_coords(coords, normalize=True, orig_hw=size), labels
 
     def _finish(self, job: _Job, masks: torch.Tensor, scores: torch.Tensor) -> Decoded:
         """The mask with the best score, enlarged to the image: bilinear, then > 0."""

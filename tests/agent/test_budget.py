@@ -18,10 +18,10 @@ from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import AgentConfig, BatchConfig, CollectConfig, EvalConfig, SegmentConfig, TrainConfig
 from rsagent_jax.data.processor import ImageConfig, Processor
 from rsagent_jax.models.qwen25_vl.config import size_config
-from rsagent_jax.rollout.budget_check import check_budget
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.text_policy import TextPolicy
-from rsagent_jax.types import DataError, ParseError, Status
+from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.rollout.startup import check_budget
+from rsagent_jax.types import ParseError, Status
 from tests.refusals import refused
 from tests.rollout import small
 from tests.rollout.small import click, finish, zoom
@@ -215,5 +215,5 @@ def test_what_does_not_let_a_typical_trajectory_end_is_refused_with_the_figure_t
         assert "4 turns of up to" in check_budget(*arguments)
     else:
         refused(words, check_budget, *arguments)
-    with pytest.raises(DataError, match=r"sft.batch.tokens = 2048"):
-        check_budget(config.agent, Real(), batch=BatchConfig(tokens=2048, patches=16384), name="sft")
+    short = BatchConfig(tokens=2048, patches=16384)
+    refused(r"sft.batch.tokens = 2048", check_budget, config.agent, Real(), batch=short, name="sft")

@@ -231,14 +231,5 @@ def test_abort_and_misuse():
     assert run_tool(DiscSegmenter(), going, propose(going, BAD)) is None
 
 
-def test_states_are_not_changed_by_later_turns():
-    before = run([GO])
-    kept = dataclasses.replace(before)
-    proposal = propose(before, render_call(click(60, 60)))
-    after = apply_reply(before, proposal, run_tool(DiscSegmenter(), before, proposal))
-    assert len(before.turns) == 1 and len(after.turns) == 2
-    assert all(getattr(before, f.name) is getattr(kept, f.name) for f in dataclasses.fields(before))
-
-
 def test_reset_checks_its_input():
     refused("u8", reset, np.zeros((5, 5)), "q", AgentConfig(), LIMITS)

@@ -1,9 +1,7 @@
 """Records are read to the bit as np.load reads them, without the parser that threads cannot share."""
 
 import ast
-import concurrent.futures
 import io
-import threading
 
 import numpy as np
 import pytest
@@ -57,23 +55,3 @@ def test_the_parser_is_not_asked(monkeypatch):
         assert len([file[name] for name in file.files]) == len(asked) == 2
     read_arrays(content)
     assert len(asked) == 2
-
-
-def test_many_threads_read_while_another_parses_deeply():
-    content = saved(**{f"a{i}": np.full((3, 7), i) for i in range(20)})
-    deep, stop = "(" * 60 + "1" + ")" * 60, threading.Event()
-
-    def read():
-        for _ in range(40):
-            assert all((value == int(name[1:])).all() for name, value in read_arrays(content).items())
-
-    def parse():
-        while not stop.is_set():
-            ast.parse(deep)
-
-    with concurrent.futures.ThreadPoolExecutor(5) as pool:
-        parser, readers = pool.submit(parse), [pool.submit(read) for _ in range(4)]
-        concurrent.futures.wait(readers)
-        stop.set()
-    for thread in (parser, *readers):
-        thread.result()

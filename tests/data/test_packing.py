@@ -143,7 +143,7 @@ def programs():
         @jax.jit
         def run(batch):
             ref = -1.0 - (batch.tokens % 7) / 7.0  # any function of the token
-            return step.micro_step(graphdef, objective, small.COMPUTE, 1.0, params, EMPTY, batch, ref)
+            return step.micro_step(graphdef, step.Stage(objective), small.COMPUTE, params, EMPTY, batch, ref)
 
         return run
 

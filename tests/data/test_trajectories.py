@@ -17,7 +17,7 @@ from rsagent_jax.data import trajectories
 from rsagent_jax.data.npz import pack_record, read_arrays
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.text_policy import TextPolicy
+from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.runtime.image_files import png
 from rsagent_jax.types import DataError
 from tests.refusals import refused

@@ -9,9 +9,9 @@ import pytest
 from agent_fakes import DiscSegmenter
 
 from rsagent_jax.config.schema import MetricConfig
-from rsagent_jax.evals import by_turn, metrics
+from rsagent_jax.evals import metrics
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.text_policy import TextPolicy
+from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.types import Status
 from sam_bridge.types import FailureKind
 from tests.rollout import small
@@ -32,13 +32,13 @@ def play(max_turns, rules=metrics.LISA):
         agent = dataclasses.replace(small.AGENT, max_turns=max_turns, announce_last=False)
         policy = TextPolicy(small.scripted(SCRIPTS), small.processor())
         ((t, _),) = Driver(policy, DiscSegmenter(14.0, fail=fail), small.processor(), agent).run([small.task(i)])
-        found.append((metrics.count(t, small.sample(i)), by_turn.mask_pixels(t, small.sample(i))))
+        found.append((metrics.count(t, small.sample(i)), metrics.mask_pixels(t, small.sample(i))))
     return found
 
 
 @pytest.mark.parametrize("rules", [metrics.LISA, MetricConfig(ending_policy="zero", failure_policy="dropped")])
 def test_a_row_of_the_curve_is_a_run_with_so_many_turns(rules):
-    rows = by_turn.curve(play(8), rules, 5)
+    rows = metrics.turn_curve(play(8), rules, 5)
     for row in rows:
         totals = metrics.total_results([metrics.judge(c, rules) for c, _ in play(row["turns"])])
         assert (row["giou"], row["ciou"]) == (totals.giou, totals.ciou)
@@ -50,10 +50,10 @@ def test_a_row_of_the_curve_is_a_run_with_so_many_turns(rules):
 def test_the_best_mask_so_far_is_an_oracles_choice():
     found = play(8)
     single = [found[0]]
-    rows = by_turn.curve(single, metrics.LISA, 4)
+    rows = metrics.turn_curve(single, metrics.LISA, 4)
     assert rows[1]["giou"] == rows[3]["giou"] == pytest.approx(1.0) and rows[2]["giou"] < 0.1
     assert [round(row["oracle_best_giou"], 6) for row in rows] == [round(rows[0]["giou"], 6), 1.0, 1.0, 1.0]
     counts, masks = found[3]
-    assert by_turn.after(counts, masks, 1).status is Status.MAX_TURNS and counts.status is Status.ENV_FAILED
-    broken = by_turn.curve([found[3]], metrics.LISA, 2)
+    assert metrics.end_after(counts, masks, 1).status is Status.MAX_TURNS and counts.status is Status.ENV_FAILED
+    broken = metrics.turn_curve([found[3]], metrics.LISA, 2)
     assert broken[0]["giou"] > 0.9 and broken[1]["giou"] == broken[1]["oracle_best_giou"] == 0.0

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from rsagent_jax.config.schema import MetricConfig
-from rsagent_jax.evals.metrics import count, judge, other_conventions, score, summarize_results
-from rsagent_jax.types import DataError, Status
-from tests.evals.test_metrics import sample, trajectory
+from rsagent_jax.evals.metrics import count, judge, other_conventions, summarize_results
+from rsagent_jax.types import Status
+from tests.evals.test_metrics import sample, score, trajectory
 from tests.refusals import refused
 
 
@@ -124,5 +124,5 @@ def test_what_is_dropped_is_counted_and_the_rules_are_saved():
     # LISA: (1 + 0 + 2/2.00001 + 1/3.00001) / 4; Seg-Zero: only c and d
     assert others["lisa"]["giou"] == pytest.approx((1 + 0 + 1 + 1 / 3) / 4, abs=1e-5)
     assert others["seg_zero"]["giou"] == pytest.approx((1 + 1 / 3) / 2) and others["seg_zero"]["n"] == 2
-    with pytest.raises(DataError, match="the rules drop all of its 2 samples"):
-        summarize_results([judge(c, dropping) for c in counts[:2]], {}, benchmark="toy")
+    lost = [judge(c, dropping) for c in counts[:2]]
+    refused("the rules drop all of its 2 samples", summarize_results, lost, {}, benchmark="toy")

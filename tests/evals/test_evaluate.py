@@ -33,12 +33,8 @@ class Away(DiscSegmenter):
         return super().segment(image, request)
 
 
-def truth(i, x=50):
-    return disc(100 + i, 100, x, 40, 20)
-
-
 def write_mask(root, i, x=50):
-    PIL.Image.fromarray(truth(i, x).astype(np.uint8) * 255).save(root / f"m{i}.png")
+    PIL.Image.fromarray(disc(100 + i, 100, x, 40, 20).astype(np.uint8) * 255).save(root / f"m{i}.png")
 
 
 def write_lines(root, queries=QUERIES):

@@ -34,20 +34,13 @@ def segments(rows, t):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("kind", ["blocks", "splash"])
-@pytest.mark.parametrize("t", [640, 300])  # a whole number of tiles; padded to one
-def test_attention_and_its_gradients_equal_the_plain_ones(kind, causal, t):
-    check_attention(kind, causal, t)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_kernel_of_two_backward_programs_gives_the_same_gradients(causal, monkeypatch):
-    monkeypatch.setattr(attention, "is_fused", lambda length: False)
-    check_attention("splash", causal, 640)
-
-
-def check_attention(kind, causal, t):
+# a whole number of tiles; padded to one; a backward pass of one program, and of two
+@pytest.mark.parametrize(("kind", "t", "fused"), [
+    ("blocks", 640, True), ("blocks", 300, True), ("splash", 640, True), ("splash", 300, True), ("splash", 640, False),
+])  # fmt: skip
+def test_attention_and_its_gradients_equal_the_plain_ones(kind, t, fused, causal, monkeypatch):
     """Padding may see anything, but stays finite."""
+    monkeypatch.setattr(attention, "is_fused", lambda length: fused)
     b, n, k, h = 2, 4, 2, 16
     rng = np.random.default_rng(1)
     q, key, v, weight = (
@@ -95,24 +88,18 @@ def gradients(compute, grouped=True):
     """(loss, gradients as one flat dict) of a packed row with three images."""
     model = tiny.random_model(CASE, seed=1)
     graphdef, state = nnx.split(model)
-    row = tiny.pack(
-        [tiny.sequence(CASE, 1, ((1, 10, 6),)), tiny.sequence(CASE, 2, ((1, 4, 8), (1, 4, 4)))],
-        model.config,
-        length=96,
-        capacity=256,
-    )
-    targets = jnp.roll(row.tokens, -1)[None]
-    mask = jnp.asarray(np.append(row.segment_ids[1:] == row.segment_ids[:-1], False) & (row.segment_ids > 0))[None]
+    parts = [tiny.sequence(CASE, 1, ((1, 10, 6),)), tiny.sequence(CASE, 2, ((1, 4, 8), (1, 4, 4)))]
+    row = tiny.pack(parts, model.config, length=96, capacity=256)
 
-    def loss(state, args):
+    def loss(state, row):
         model = nnx.merge(graphdef, state)
-        return tiny.sft_loss(model, model(*args, compute), targets, mask)
+        return tiny.sft_loss(model, model(row, compute), row)
 
     period = vision.period
     if not grouped:
         vision.period = lambda config: None
     try:
-        value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=tiny.QUICK)(state, row.arrays())
+        value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=tiny.QUICK)(state, row)
     finally:
         vision.period = period
     return float(value), {jax.tree_util.keystr(p): np.asarray(g) for p, g in jax.tree_util.tree_leaves_with_path(grads)}
@@ -124,20 +111,17 @@ def assert_equal(got, want):
         assert np.linalg.norm(g - want[1][name]) <= 1e-5 * np.linalg.norm(want[1][name]) + 1e-9, name
 
 
-@pytest.mark.parametrize("remat", [*(r for r in REMAT if r != "none"), "save:attention,mlp_up"])
-def test_remat_policies_give_the_gradients_of_none(remat):
-    assert_equal(gradients(Compute(remat=remat)), gradients(Compute()))
-
-
-@pytest.mark.parametrize("remat", ["none", "full", "selective"])
-def test_layers_one_after_the_other_give_the_gradients_of_the_loop(remat):
-    assert_equal(gradients(Compute(remat=remat, scan_layers=False)), gradients(Compute()))
-
-
-@pytest.mark.parametrize("kind", ["blocks", "splash"])
-@pytest.mark.parametrize("remat", ["none", "attention"])
-def test_the_whole_model_with_other_attention_gives_the_same_gradients(kind, remat):
-    assert_equal(gradients(Compute(attention=kind, remat=remat)), gradients(Compute()))
+@pytest.mark.parametrize(
+    "compute",
+    [
+        *(Compute(remat=remat) for remat in (*REMAT, "save:attention,mlp_up") if remat != "none"),
+        *(Compute(remat=remat, scan_layers=False) for remat in ("none", "full", "selective")),
+        *(Compute(remat=remat, attention=kind) for remat in ("none", "attention") for kind in ("blocks", "splash")),
+    ],
+    ids=str,
+)
+def test_remat_unrolled_layers_and_other_attention_give_the_gradients_of_the_plain_pass(compute):
+    assert_equal(gradients(compute), gradients(Compute()))
 
 
 def test_a_scan_over_groups_of_vision_blocks_equals_a_scan_per_run():
@@ -157,15 +141,8 @@ def test_a_scan_over_groups_of_vision_blocks_equals_a_scan_per_run():
     ],
 )
 def test_only_regular_towers_are_scanned_in_groups(depth, full, every):
-    config = vision.VisionConfig(
-        depth=depth,
-        hidden_size=16,
-        intermediate_size=16,
-        num_heads=2,
-        out_hidden_size=16,
-        fullatt_block_indexes=full,
-        **tiny.PATCHES,
-    )
+    sizes = dict(hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16)
+    config = vision.VisionConfig(depth=depth, fullatt_block_indexes=full, **sizes, **tiny.PATCHES)
     assert vision.period(config) == every
 
 
@@ -178,7 +155,7 @@ def test_what_a_policy_keeps_is_not_computed_again():
         row = tiny.pack([tiny.sequence(CASE, 1, ((1, 4, 4),))], model.config, length=64, capacity=64)
 
         def loss(state):
-            return jnp.sum(nnx.merge(graphdef, state)(*row.arrays(), Compute(remat=remat)))
+            return jnp.sum(nnx.merge(graphdef, state)(row, Compute(remat=remat)))
 
         return str(jax.make_jaxpr(jax.grad(loss))(state)).count("dot_general")
 

@@ -70,10 +70,9 @@ def test_logits_are_those_of_the_matrices_with_the_adapters_added(targets):
 def test_gradients_of_the_adapters_follow_from_those_of_the_matrices():
     """With W' = W + s A B: dA = s dW' B^T and dB = s A^T dW', where dW' is autodiff's through the plain model."""
     graphdef, adapters, plain = adapted(ALL)
-    targets, mask = jnp.roll(row().tokens, -1)[None], jnp.asarray(row().segment_ids > 0, jnp.float32)[None]
 
     def loss(model):
-        return tiny.sft_loss(model, model(*row().arrays(), Compute(remat="full")), targets, mask)
+        return tiny.sft_loss(model, model(row(), Compute(remat="full")), row())
 
     def gradient(f, x):
         return convert.flat_state(jax.jit(jax.grad(f), compiler_options=tiny.QUICK)(x))

@@ -17,28 +17,27 @@ SMALL = tiny.Case("small", ((1, 4, 10),), depth=1, fullatt=(0,))
 
 @functools.cache
 def program():
-    """(model, function of (row, mask) -> (loss, hub name -> gradient))."""
+    """(model, function of a row -> (loss, hub name -> gradient))."""
     model = tiny.random_model(SMALL, seed=1)
     graphdef, state = nnx.split(model)
 
-    def loss(state, args, targets, mask):
+    def loss(state, row):
         model = nnx.merge(graphdef, state)
-        return tiny.sft_loss(model, model(*args), targets, mask)
+        return tiny.sft_loss(model, model(row), row)
 
     compiled = jax.jit(jax.value_and_grad(loss), compiler_options=tiny.QUICK)
 
-    def call(row, mask):
-        value, grads = compiled(state, row.arrays(), jnp.roll(row.tokens, -1)[None], jnp.asarray(mask)[None])
+    def call(row):
+        value, grads = compiled(state, row)
         return float(value), tiny.to_hub(nnx.merge(graphdef, grads), "float32")
 
     return model, call
 
 
 def gradients(parts):
-    """Of a packed row; the loss is on every token that has a next one in its own sequence. All rows have one shape."""
+    """Of a packed row. All rows have one shape."""
     model, call = program()
-    row = tiny.pack(parts, model.config, length=96, capacity=256)
-    return call(row, np.append(row.segment_ids[1:] == row.segment_ids[:-1], False) & (row.segment_ids > 0))
+    return call(tiny.pack(parts, model.config, length=96, capacity=256))
 
 
 def parts():

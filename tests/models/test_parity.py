@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,18 +66,15 @@ def test_packed_rows_of_a_batch_read_as_each_sequence_alone_whatever_stands_in_t
     pair = tiny.pair(case)
     a, b = tiny.sequence(case, 1, ((1, 18, 4), (1, 4, 6))), tiny.sequence(case, 2, ((1, 8, 10),))
     c, d = tiny.sequence(case, 3, ()), tiny.sequence(case, 4, ((1, 2, 2), (1, 10, 10)))
-    program = tiny.jitted(pair.ours, lambda m, *args: m.logits(m(*args)))
+    program = tiny.jitted(pair.ours, lambda m, row: m.logits(m(row)))
 
     def run(*rows):
         packed = [tiny.pack(list(parts), pair.config, length=112, capacity=576) for parts in rows]
         spoilt = [spoil(row, seed) for seed, row in enumerate(packed)]
-        batches = [
-            [jnp.concatenate(pieces) for pieces in zip(*(r.arrays() for r in rs), strict=True)]
-            for rs in (packed, spoilt)
-        ]
-        clean, dirty = (np.asarray(program(*batch)) for batch in batches)
+        stack = lambda rows: jax.tree.map(lambda *pieces: np.concatenate(pieces), *rows)  # noqa: E731
+        clean, dirty = (np.asarray(program(stack(rows))) for rows in (packed, spoilt))
         for row, x, y in zip(packed, clean, dirty, strict=True):
-            assert np.array_equal(x[row.segment_ids > 0], y[row.segment_ids > 0])
+            assert np.array_equal(x[row.segment_ids[0] > 0], y[row.segment_ids[0] > 0])
         return clean
 
     together = run((a, b, c), (d, a))
@@ -94,12 +92,13 @@ def test_packed_rows_of_a_batch_read_as_each_sequence_alone_whatever_stands_in_t
 
 def spoil(row, seed):
     """The same row with other things in its padding."""
-    rng = np.random.default_rng(seed)
+    text, seen = row.segment_ids > 0, row.patch_segment_ids[..., None] > 0
+    noise = np.random.default_rng(seed).integers(0, tiny.VOCAB, row.tokens.shape)
     return dataclasses.replace(
         row,
-        tokens=np.where(row.segment_ids > 0, row.tokens, rng.integers(0, tiny.VOCAB, len(row.tokens))).astype(np.int32),
-        patches=np.where(row.patch_segment_ids[:, None] > 0, row.patches, 50.0).astype(np.float32),
-        patch_positions=np.where(row.patch_segment_ids[:, None] > 0, row.patch_positions, 99).astype(np.int32),
+        tokens=np.where(text, row.tokens, noise).astype(np.int32),
+        patches=np.where(seen, row.patches, 50.0).astype(np.float32),
+        patch_positions=np.where(seen, row.patch_positions, 99).astype(np.int32),
     )
 
 
@@ -116,11 +115,11 @@ def test_bf16_runs_and_stays_near_fp32():
     pair = tiny.pair(CASE["tall, left-over windows"])
     seq = tiny.sequence(pair.case, seed=9)
 
-    def half(model, *args):
-        hidden = model(*args, Compute("bfloat16"))
+    def half(model, row):
+        hidden = model(row, Compute("bfloat16"))
         return hidden, model.logits(hidden)
 
-    hidden, logits = tiny.run(pair.ours, half, *tiny.pack([seq], pair.config).arrays())
+    hidden, logits = tiny.jitted(pair.ours, half)(tiny.pack([seq], pair.config))
     whole = tiny.hf_logits(pair.hf, seq)
     assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
     assert np.linalg.norm(logits[0] - whole) <= 0.02 * np.linalg.norm(whole)  # bf16 keeps 8 bits: 0.4 % a rounding

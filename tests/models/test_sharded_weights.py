@@ -1,11 +1,5 @@
 """Weights on 8 simulated devices: the plain load's values, and only what the devices hold."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -13,6 +7,7 @@ from safetensors.numpy import load_file
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
 from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.models.qwen25_vl.load import load_policy
+from tests.simulated import run_simulated
 
 from . import tiny
 
@@ -61,11 +56,11 @@ from rsagent_jax.config.schema import MeshConfig
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
 from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.models.qwen25_vl.load import load_policy
-from rsagent_jax.runtime import sharding
+from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.state import create_state
 
-directory, address, number = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+directory = pathlib.Path(sys.argv[1])
 counts, check_finite = [], tensor_files.check_finite
 tensor_files.check_finite = lambda block, tensor: (counts.append(block.nbytes), check_finite(block, tensor))
 def on_its_shards(value, wanted):
@@ -74,25 +69,8 @@ def on_its_shards(value, wanted):
 """
 
 
-def run(script, directory, devices, processes=1):
-    """Processes of that many simulated devices each."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    command, root = (
-        [sys.executable, "-c", PREAMBLE + script, str(directory), address],
-        pathlib.Path(__file__).parents[2],
-    )
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    children = [subprocess.Popen([*command, str(i)], cwd=root, env=env, **pipes) for i in range(processes)]
-    try:
-        errors = [child.communicate(timeout=280)[1] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    for child, error in zip(children, errors, strict=True):
-        assert child.returncode == 0, error[-3000:]
+def run(script, directory, devices, count=1):
+    run_simulated(["-c", PREAMBLE + script, str(directory)], devices, count)
 
 
 def assert_exported_as_it_was(directory):
@@ -153,7 +131,7 @@ def test_eight_devices_hold_the_plain_loads_values_and_read_what_they_hold(tmp_p
 
 TWO_PROCESSES = """
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(address, 2, number)
+processes.initialize_distributed()
 assert jax.device_count() == 4 and jax.local_device_count() == 2
 model = load_policy(str(directory), sharding.make_mesh(MeshConfig(fsdp=4)))
 params = convert.flat_params(model).values()
@@ -168,7 +146,7 @@ convert.save_model(model, directory / "out", json.loads((directory / "config.jso
 def test_two_processes_read_half_each_and_gather_an_export(tmp_path):
     """Needs JAX's CPU collectives (gloo, part of jaxlib)."""
     tiny.write(WIDE, tmp_path, dtype="bfloat16")
-    run(TWO_PROCESSES, tmp_path, devices=2, processes=2)
+    run(TWO_PROCESSES, tmp_path, devices=2, count=2)
     assert_exported_as_it_was(tmp_path)
 
 

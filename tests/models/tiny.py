@@ -32,10 +32,10 @@ from rsagent_jax.models.qwen25_vl.positions import (
     padded_patches,
     patch_layout,
 )
+from rsagent_jax.types import Batch
 
-PATCHES = dict(
-    in_channels=3, patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=112
-)  # of VisionConfig
+# of VisionConfig
+PATCHES = dict(in_channels=3, patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=112)
 
 VOCAB, IMAGE, VIDEO, VISION_START, VISION_END, EOS = 96, 90, 91, 92, 93, 2
 # Options of the pinned jaxlib that compile four times faster: these tests spend their time in the compiler.
@@ -95,7 +95,8 @@ class Case:
                     "mrope_section": list(self.mrope_section),
                 },
             },
-            "vision_config": {
+            "vision_config": PATCHES
+            | {
                 "model_type": "qwen2_5_vl_vision",
                 "depth": self.depth,
                 "hidden_size": self.vision_hidden,
@@ -104,10 +105,7 @@ class Case:
                 "num_heads": self.vision_heads,
                 "out_hidden_size": self.hidden,
                 "fullatt_block_indexes": list(self.fullatt),
-                "in_channels": 3,
                 "patch_size": self.patch_size,
-                "temporal_patch_size": 2,
-                "spatial_merge_size": 2,
                 "window_size": self.window_size,
             },
         }
@@ -125,23 +123,6 @@ CASES = (
     Case("text only", (), seed=7),
 )  # fmt: skip
 CASE = {case.name: case for case in CASES}
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One packed row in the order of Qwen25VL.__call__, and the parts it was packed from."""
-
-    tokens: np.ndarray  # i32[T]
-    positions: np.ndarray  # i32[3, T]
-    segment_ids: np.ndarray  # i32[T]; sequence 1.., 0 padding
-    patches: np.ndarray  # f32[P, C]
-    patch_segment_ids: np.ndarray  # i32[P]
-    patch_positions: np.ndarray  # i32[P, 2]
-    image_slots: np.ndarray  # i32[T]
-
-    def arrays(self) -> tuple[jax.Array, ...]:
-        """The arguments of Qwen25VL.__call__, a batch of one."""
-        return tuple(jnp.asarray(getattr(self, f.name))[None] for f in dataclasses.fields(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +150,11 @@ def sequence(case: Case, seed: int, grids: tuple[Grid, ...] | None = None) -> Se
     return Sequence(np.concatenate(parts).astype(np.int32), patches, grids)
 
 
-def pack(sequences: list[Sequence], config: Qwen25VLConfig, length: int = 0, capacity: int = 0) -> Row:
-    """Several sequences in one row, padded to at least `length` tokens and `capacity` patch places (text needs 0)."""
+def pack(sequences: list[Sequence], config: Qwen25VLConfig, length: int = 0, capacity: int = 0) -> Batch:
+    """Several sequences in one row, padded to at least `length` tokens and `capacity` patch places (text needs 0).
+
+    The loss is on every token that has an earlier one in its sequence.
+    """
     tokens = np.concatenate([s.tokens for s in sequences])
     grids = sum((s.grids for s in sequences), ())
     positions = np.concatenate([mrope_positions(s.tokens, s.grids, IMAGE)[0] for s in sequences], axis=1)
@@ -180,15 +164,9 @@ def pack(sequences: list[Sequence], config: Qwen25VLConfig, length: int = 0, cap
     capacity = max(capacity, padded_patches(grids, config.vision))
     patches = np.concatenate([s.patches for s in sequences])
     buffer = fill_patch_buffer(patches, grids, tokens == IMAGE, capacity, config.vision)
-    return Row(
-        tokens,
-        np.pad(positions, ((0, 0), (0, pad))),
-        segments,
-        buffer.patches,
-        buffer.segment_ids,
-        buffer.positions,
-        buffer.image_slots,
-    )
+    loss_mask = np.append(False, segments[1:] == segments[:-1]) & (segments > 0)
+    rows = tokens, np.pad(positions, ((0, 0), (0, pad))), segments, loss_mask, None, None, *dataclasses.astuple(buffer)
+    return Batch(*(None if row is None else row[None] for row in rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,14 +258,9 @@ def jitted(model: Qwen25VL, function):
     return lambda *args: program(state, *args)
 
 
-def run(model: Qwen25VL, function, *args):
-    """function(model, *args), jitted."""
-    return jitted(model, function)(*args)
-
-
-def logits(model: Qwen25VL, row: Row, **options) -> np.ndarray:
+def logits(model: Qwen25VL, row: Batch) -> np.ndarray:
     """f32[T, V] of one packed row."""
-    return np.asarray(run(model, lambda m, *a: m.logits(m(*a, **options)), *row.arrays()))[0]
+    return np.asarray(jitted(model, lambda m, row: m.logits(m(row)))(row))[0]
 
 
 @contextlib.contextmanager
@@ -326,10 +299,11 @@ class Measured:
     gradients: dict[str, np.ndarray | None]  # hub name -> gradient; None where torch never came
 
 
-def sft_loss(model: Qwen25VL, hidden_BTD, targets_BT, mask_BT):
-    """Mean of -log p over the tokens that the mask marks."""
-    logprobs = token_logprobs(hidden_BTD, model.decoder.head_VD, targets_BT, piece=4096)
-    return -jnp.sum(logprobs * mask_BT) / jnp.sum(mask_BT)
+def sft_loss(model: Qwen25VL, hidden_BTD, batch: Batch):
+    """Mean of -log p over the tokens that the batch's mask marks."""
+    targets, wanted = (jnp.roll(a, -1, axis=1) for a in (batch.tokens, batch.loss_mask))
+    logprobs = token_logprobs(hidden_BTD, model.decoder.head_VD, targets, piece=4096)
+    return -jnp.sum(logprobs * wanted) / jnp.sum(wanted)
 
 
 def hugging_face_order(grids: tuple[Grid, ...], config: Qwen25VLConfig) -> np.ndarray:
@@ -348,23 +322,19 @@ def hugging_face_order(grids: tuple[Grid, ...], config: Qwen25VLConfig) -> np.nd
 
 def measure_ours(pair: Pair, seq: Sequence, prompt: int) -> Measured:
     """One program: activations, loss and gradients. The loss is on the tokens after the first `prompt` ones."""
-    row = pack([seq], pair.config)
-    targets = jnp.roll(jnp.asarray(row.tokens), -1)[None]
-    mask = jnp.asarray((np.arange(len(seq.tokens)) >= prompt) & (np.arange(len(seq.tokens)) < len(seq.tokens) - 1))[
-        None
-    ]
+    row = dataclasses.replace(pack([seq], pair.config), loss_mask=np.arange(len(seq.tokens))[None] > prompt)
     graphdef, state = nnx.split(pair.ours)
 
-    def forward(state, args):
+    def forward(state, row):
         model, records, mergers = nnx.merge(graphdef, state), {}, []
         place = model.place
         model.place = lambda tokens, merged, *rest: (mergers.append(merged), place(tokens, merged, *rest))[1]
         with recorded(records):
-            hidden = model(*args)
-        return sft_loss(model, hidden, targets, mask), (records, mergers[0], model.logits(hidden))
+            hidden = model(row)
+        return sft_loss(model, hidden, row), (records, mergers[0], model.logits(hidden))
 
     program = jax.jit(jax.value_and_grad(forward, has_aux=True), compiler_options=QUICK)
-    (loss, (records, merged, logits)), grads = program(state, row.arrays())
+    (loss, (records, merged, logits)), grads = program(state, row)
     places, out = hugging_face_order(seq.grids, pair.config), {}
     unit = pair.config.vision.merge_unit
     for kind, scans in records.items():

@@ -41,13 +41,12 @@ from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.compute import Compute
-from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, read_json
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
-from rsagent_jax.rollout.policy import Task
-from rsagent_jax.rollout.text_policy import TextPolicy
+from rsagent_jax.rollout.policy import Task, TextPolicy
 from rsagent_jax.tiny import vocab
 from rsagent_jax.types import Completion, Sample, Status, Trajectory, Turn
 from sam_bridge.types import SegmentReply
@@ -73,37 +72,22 @@ def assert_as_declared(boundary) -> None:
 
 
 def raw_config(hidden: int = 32, layers: int = 2, heads: int = 2, kv_heads: int = 2) -> dict:
-    """config.json; windows of 56 pixels, so that an image of 112 has several."""
-    ids, head = tokenizer().get_vocab(), hidden // heads
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
+    """config.json: the shipped base's in other sizes, with windows of 56 pixels: an image of 112 has several."""
+    raw, ids, head = read_json(vocab.BASE / "config.json"), tokenizer().get_vocab(), hidden // heads
+    special = dict(bos="endoftext", eos="im_end", image="image_pad", video="video_pad")
+    special |= {name: name for name in ("vision_start", "vision_end")}
+    vision = dict(hidden_size=32, intermediate_size=48, num_heads=min(heads, 4), out_hidden_size=hidden, window_size=56)
+    sizes = dict(num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    return raw | {
         "torch_dtype": "float32",
         "vocab_size": VOCAB,
         "hidden_size": hidden,
         "intermediate_size": 48,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
+        **sizes,
         "rope_scaling": {"type": "mrope", "mrope_section": [head // 8, head // 8, head // 4]},
         "tie_word_embeddings": False,
-        "eos_token_id": ids["<|im_end|>"],
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "vision_config": {
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": min(heads, 4),
-            "out_hidden_size": hidden,
-            "fullatt_block_indexes": [1],
-            "patch_size": 14,
-            "window_size": 56,
-        },
+        **{f"{name}_token_id": ids[f"<|{token}|>"] for name, token in special.items()},
+        "vision_config": raw["vision_config"] | vision | {"depth": 2, "fullatt_block_indexes": [1]},
     }
 
 
@@ -276,9 +260,8 @@ def random_item(seed: int, texts: tuple[int, ...], grids=(), advantage: float = 
     tokens = tokens.astype(np.int32)
     sampled = (rng.random(len(tokens)) < 0.5) & (tokens != image)
     sampled[0] = False
-    patches = rng.normal(size=(sum(int(np.prod(g)) for g in grids), processor().config.vision.patch_dim)).astype(
-        np.float32
-    )
+    size = (sum(int(np.prod(g)) for g in grids), processor().config.vision.patch_dim)
+    patches = rng.normal(size=size).astype(np.float32)
     logprobs = np.where(sampled, rng.normal(-2, 0.3, len(tokens)), 0).astype(np.float32)
     positions, _ = mrope_positions(tokens, tuple(grids), image)
     return Item(tokens, positions, sampled, logprobs, patches, tuple(grids), advantage)

@@ -14,7 +14,7 @@ from rsagent_jax.agent.replay import replay, state_to_json
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.text_policy import TextPolicy
+from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.types import Status
 from sam_bridge.types import FailureKind
 from tests.refusals import refused
@@ -34,7 +34,7 @@ class Policy(TextPolicy):
             setattr(self, name, value)
 
     def step(self):
-        self.together.append(sorted(r.task.uid for r in self.requests.values()))
+        self.together.append(sorted(request.task.uid for request, _ in self.turns.values()))
         return super().step()
 
     def _complete(self, text, budget):
@@ -77,10 +77,8 @@ def pieces(trajectory, cut=None):
         parts.append((turn.text + ("" if cut_here else "<|im_end|>"), [], True))
         if turn.observation is not None and i + 1 < len(trajectory.turns):
             image = turn.observation.image
-            text = ("<|im_end|>" if cut_here else "") + prompts.observation_turn(
-                turn.observation.text, image is not None
-            )
-            parts.append((text, [] if image is None else [image], False))
+            text = prompts.observation_turn(turn.observation.text, image is not None)
+            parts.append(("<|im_end|>" * cut_here + text, [] if image is None else [image], False))
     return parts
 
 
@@ -249,15 +247,15 @@ def test_turns_get_the_room_that_is_left_beside_a_mask_and_a_finish():
     starts = np.flatnonzero(np.diff(one(*turns)[0].loss_mask.astype(int)) == 1) + 1
     policy, budgets = Policy({"s0": turns}, max_new_tokens=150), []
     driver = Driver(policy, DiscSegmenter(), small.processor(), TIGHT)
-    bounds = driver._budget(environment.reset(small.sample(0).image, "q", TIGHT, driver.limits))
+    bounds = driver.budget_of((112, 112))
     reserve = 1 + bounds.mask + bounds.announcement + FINISH
     policy.context = int(starts[1]) + reserve + 60
-    submit, driver.budgets = policy.submit, {}
+    driver.budget_of.cache_clear()
+    submit = policy.submit
     policy.submit = lambda request: (budgets.append(request.budget), submit(request))
     ((trajectory, _),) = driver.run([task(0)])
-    end = (
-        int(np.flatnonzero(np.diff(trajectory.loss_mask.astype(int)) == 1)[2]) + 1
-    )  # where the third, announced turn begins
+    # where the third, announced turn begins
+    end = int(np.flatnonzero(np.diff(trajectory.loss_mask.astype(int)) == 1)[2]) + 1
     assert budgets == [min(150, policy.context - int(starts[0]) - reserve), 60, policy.context - end]
     assert budgets[0] > 60 > FINISH and trajectory.turns[2].last
 
@@ -270,7 +268,7 @@ def test_a_view_that_leaves_no_room_for_a_finish_is_refused_and_the_trajectory_g
     def run(context):
         policy = Policy({"s0": (look, answer)}, context=context)
         driver = Driver(policy, DiscSegmenter(), processor, TIGHT)
-        return *driver.run([task(0, h=224, w=224)])[0], driver.budgets[224, 224]
+        return *driver.run([task(0, h=224, w=224)])[0], driver.budget_of((224, 224))
 
     whole, _, bounds = run(1000)
     assert whole.grids == ((1, 16, 16), (1, 14, 16)) and whole.status is Status.FINISHED
@@ -336,19 +334,14 @@ def test_a_slot_that_is_free_takes_the_next_task_and_all_come_back_in_order():
     lengths = [2, 7, 2, 2, 2]
     scripts = {f"s{i}": (*[click(40, 40 + j) for j in range(n - 1)], finish(1)) for i, n in enumerate(lengths)}
     policy, seen = Policy(scripts, slots=2), []
-    driver = Driver(
-        policy,
-        DiscSegmenter(),
-        small.processor(),
-        AGENT,
-        on_turn=lambda task, state: seen.append((task.uid, len(state.turns))),
-    )
+    note = lambda task, state: seen.append((task.uid, len(state.turns)))  # noqa: E731
+    driver = Driver(policy, DiscSegmenter(), small.processor(), AGENT, on_turn=note)
     out = driver.run([task(i, uid=10 + i) for i in range(5)])
     assert [(t.sample_id, t.group_id, t.query) for t, _ in out] == [(f"s{i}", i, f"disc number {i}") for i in range(5)]
     assert [len(t.turns) for t, _ in out] == lengths
     turns = [uid for uids in policy.together for uid in uids]
     assert sorted(turns) == sorted(10 + i for i, n in enumerate(lengths) for _ in range(n))
-    assert max(map(len, policy.together)) <= 2 and policy.requests == {}
+    assert max(map(len, policy.together)) <= 2 and policy.turns == {}
     assert turns.index(12) < len(turns) - 1 - turns[::-1].index(11)  # the third task began before the second ended
     assert sorted(seen) == sorted((10 + i, n + 1) for i in range(5) for n in range(lengths[i]))
     alone = play(scripts, [task(3, uid=13)])[0][0]
@@ -381,16 +374,11 @@ def test_a_broken_tool_costs_its_own_trajectory_and_frees_its_slot_and_thread(ho
 def test_a_cancelled_trajectory_is_an_ending_and_leaves_the_others_alone():
     scripts = {f"s{i}": (click(30, 40), click(50, 40), finish(2)) for i in range(3)}
     policy = Policy(scripts, slots=2)
-    driver = Driver(
-        policy,
-        DiscSegmenter(),
-        small.processor(),
-        AGENT,
-        on_turn=lambda task, state: driver.cancel(1) if task.uid == 1 else None,
-    )
+    stop = lambda task, state: driver.cancel(1) if task.uid == 1 else None  # noqa: E731
+    driver = Driver(policy, DiscSegmenter(), small.processor(), AGENT, on_turn=stop)
     out = driver.run([task(i) for i in range(3)])
     assert [t.status for t, _ in out] == [Status.FINISHED, Status.CANCELLED, Status.FINISHED]
-    assert len(out[1][0].turns) == 1 and policy.requests == {}
+    assert len(out[1][0].turns) == 1 and policy.turns == {}
     np.testing.assert_array_equal(out[0][0].tokens, play(scripts, [task(0)])[0][0].tokens)
 
 
@@ -401,7 +389,7 @@ def test_closing_the_iterator_drops_what_is_under_way():
     play_ = driver.play([task(i) for i in range(4)])
     next(play_)
     play_.close()
-    assert policy.requests == {} and len(driver.run([task(2)])) == 1
+    assert policy.turns == {} and len(driver.run([task(2)])) == 1 and driver.run([]) == []
 
 
 def test_a_budget_of_sampled_tokens_keeps_a_finish_back_and_ends_the_trajectory():
@@ -413,16 +401,12 @@ def test_a_budget_of_sampled_tokens_keeps_a_finish_back_and_ends_the_trajectory(
     assert t.status is Status.MAX_CONTEXT and t.loss_mask.sum() == first + FINISH + 5  # the second turn was cut
 
 
-def test_no_tasks_give_no_trajectories():
-    assert play({}, []) == []
-
-
 def test_samples_that_are_gone_when_they_have_been_played_keep_their_openings_to_themselves():
     """A stream of samples that nobody else holds: Python gives the id() of one that is gone to the next."""
     act = lambda task, state: finish(None)  # noqa: E731
     driver = Driver(TextPolicy(act, small.processor(), slots=2), DiscSegmenter(), small.processor(), AGENT, workers=2)
-    for number, trajectory, _ in driver.play(task(i) for i in range(60)):
-        assert f'"disc number {number}"' in small.processor().decode(trajectory.tokens)
+    for played, trajectory, _ in driver.play(task(i) for i in range(60)):
+        assert f'"{played.sample.query}"' in small.processor().decode(trajectory.tokens)
     assert len(driver.openings) <= 2
 
 

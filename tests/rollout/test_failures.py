@@ -6,7 +6,7 @@ import numpy as np
 from agent_fakes import DiscSegmenter, run
 
 from rsagent_jax.agent.environment import abort
-from rsagent_jax.rollout.failures import UNREADABLE, Failures, failure_of, is_segmenters, readable_sample, unmeasured
+from rsagent_jax.rollout.play import UNREADABLE, Failures, failure_of, is_segmenters, readable_sample, unmeasured
 from rsagent_jax.types import Sample, Status
 from sam_bridge.types import FailureKind
 from tests.refusals import refused
@@ -19,9 +19,8 @@ def test_a_run_of_failures_ends_the_command_and_one_answer_breaks_it(capsys):
     failures = Failures(3)
     for failure in (AWAY, AWAY, None, AWAY, AWAY):
         failures.played("s1", failure)
-    refused(
-        "failed 3 trajectories in a row, the last with: segmenter, unavailable: nobody", failures.played, "s9", AWAY
-    )
+    says = "failed 3 trajectories in a row, the last with: segmenter, unavailable: nobody"
+    refused(says, failures.played, "s9", AWAY)
     failures.add(UNREADABLE, "s4", "a.jpg is cut")
     failures.tell()
     out = capsys.readouterr().out

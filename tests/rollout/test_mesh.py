@@ -10,9 +10,13 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from rsagent_jax.rollout.engine import fill_sampling_defaults
+from rsagent_jax.runtime import sharding
+from tests.refusals import refused
 from tests.rollout import on_mesh, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # for machines that do other things beside
@@ -144,5 +148,6 @@ def test_weights_of_a_training_mesh_reach_the_rollout_mesh_without_needless_copi
 
 
 def test_a_tensor_axis_that_does_not_divide_the_key_value_heads_is_refused():
-    error = run({"what": "refused", "data": 1, "tensor": 8})["error"]
-    assert "sampling.tensor = 8 must divide the policy's 4 key-value heads" in error
+    mesh, policy = jax.sharding.AbstractMesh((1, 1, 8), sharding.AXES), small.model(**on_mesh.SHAPE).config
+    says = "sampling.tensor = 8 must divide the policy's 4 key-value heads"
+    refused(says, fill_sampling_defaults, on_mesh.SAMPLING, policy, mesh)

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from rsagent_jax.data.processor import image_patches
-from rsagent_jax.models.qwen25_vl.config import VisionConfig
+from rsagent_jax.models.qwen25_vl.config import size_config
 from rsagent_jax.rollout.engine import Engine, ladder
 from rsagent_jax.rollout.policy import Request
 from rsagent_jax.types import Prompt
-from tests.models.tiny import PATCHES
 from tests.rollout import small
 from tests.rollout.small import task
 
@@ -99,15 +98,7 @@ def test_every_turn_ends_in_every_order_of_arrival(engine):
 
 
 def test_the_ladder_has_a_rung_that_just_holds_an_overlay():
-    vision = VisionConfig(
-        hidden_size=32,
-        out_hidden_size=32,
-        intermediate_size=48,
-        depth=2,
-        num_heads=2,
-        fullatt_block_indexes=(1,),
-        **PATCHES,
-    )
+    vision = size_config("7b").vision
     assert ladder(6144, None, vision) == [384, 1536, 6144]
     assert ladder(6144, (1, 28, 28), vision) == [384, 832, 1536, 6144]  # 384 pixels: 784 patches in 13 bins of 64
     assert ladder(1024, (1, 12, 12), vision) == [64, 192, 256, 1024]

@@ -19,25 +19,19 @@ def test_a_full_disk(tmp_path, monkeypatch):
 def test_a_warm_up_that_is_longer_than_the_epochs(monkeypatch):
     monkeypatch.setattr(train_startup, "open_records", lambda directory: range(100))
     config = dataclasses.replace(SftConfig(trajectories_per_step=10), optim=OptimConfig(warmup_steps=21))
-    refused(
-        r"sft\.optim\.warmup_steps must be at most the stage's 20 updates, got 21",
-        train_startup._check_trajectories,
-        config,
-    )
+    says = r"sft\.optim\.warmup_steps must be at most the stage's 20 updates, got 21"
+    refused(says, train_startup._check_trajectories, config)
 
 
 def test_a_back_end_of_ones_own_is_called_without_arguments(tmp_path):
     (tmp_path / "mine.py").write_text("def make(size): return None\n")
-    refused(
-        r"mine.py:make' takes \(size\), but is called with \(\)",
-        startup.check_segmenter,
-        SegmenterConfig(mode="inprocess", backend=f"{tmp_path}/mine.py:make"),
-    )
+    config = SegmenterConfig(mode="inprocess", backend=f"{tmp_path}/mine.py:make")
+    refused(r"mine.py:make' takes \(size\), but is called with \(\)", startup.check_segmenter, config)
 
 
 def test_weights_are_looked_at_without_reading_them(tmp_path):
     weights = shutil.copytree("assets/tiny-base", tmp_path / "w")
-    assert startup.check_weights(str(weights)).text.hidden_size == 128
+    assert startup.check_weights(str(weights))[0].text.hidden_size == 128
     file = weights / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     refused("model.safetensors is not a readable safetensors file", startup.check_weights, str(weights))

@@ -10,10 +10,10 @@ from rsagent_jax.config.ranges import CountOrZero
 from rsagent_jax.config.schema import EvalConfig, SegmentConfig, TrainConfig
 from rsagent_jax.runtime import command
 from rsagent_jax.runtime.help import field_rows
-from rsagent_jax.types import DataError
+from tests.refusals import refused
 
 ROOT = pathlib.Path(__file__).parents[2]
-ROOMS = [f"rsagent_jax.{name}" for name in ("aot.scaling", "tiny.pretrain", "tiny.synthetic")]
+ROOMS = [f"rsagent_jax.{name}" for name in ("aot.scaling", "data.get", "tiny.pretrain", "tiny.synthetic")]
 MODULES = [f"rsagent_jax.{p.stem}" for p in (ROOT / "rsagent_jax").glob("*.py") if "start_command" in p.read_text()]
 HEAVY = ("jax", "flax", "torch", "transformers", "openai", "orbax", "grain", "tensorflow_datasets", "matplotlib")
 
@@ -22,10 +22,8 @@ def line(main, *argv):
     return command.parse_arguments(main, argv)
 
 
-def refused(main, *argv) -> str:
-    with pytest.raises(DataError) as error:
-        line(main, *argv)
-    return str(error.value)
+def wrong(main, *argv) -> str:
+    return refused(".", line, main, *argv)
 
 
 def test_help_of_every_command_needs_nothing_heavy_and_ends_with_0():
@@ -37,8 +35,7 @@ def test_help_of_every_command_needs_nothing_heavy_and_ends_with_0():
         f"print('LOADED', *[name for name in {HEAVY!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    *pages, _ = done.stdout.split("COMMAND ")[1:], None
-    pages = dict(page.split("\n", 1) for page in pages[0])
+    pages = dict(page.split("\n", 1) for page in done.stdout.split("COMMAND ")[1:])
     assert done.stdout.endswith("LOADED\n") and list(pages) == names
     assert all("Flags:\n  --" in page for page in pages.values())
     train = pages["train.py"]
@@ -74,11 +71,11 @@ def test_flags_are_parameters():
     )
     assert line(main, "--fast", "--out=x", "--", "--dtype=y")[0] == ["--dtype=y"]
     assert line(main, "--fast", "--out=x", "a")[1]["fast"] is True
-    assert refused(main, "--out=x") == "IMAGE is missing; the arguments are: IMAGE"
-    assert refused(main, "a") == "command line: missing flag --out (Path)"
-    assert refused(main, "a", "--out=x", "--sample=3") == "command line: unknown flag --sample; did you mean --samples?"
-    assert refused(main, "a", "--out=x", "--samples=-1") == "command line: --samples must be at least 0, got -1"
-    assert "must be true or false" in refused(main, "a", "--out=x", "--fast=perhaps")
+    assert wrong(main, "--out=x") == "IMAGE is missing; the arguments are: IMAGE"
+    assert wrong(main, "a") == "command line: missing flag --out (Path)"
+    assert wrong(main, "a", "--out=x", "--sample=3") == "command line: unknown flag --sample; did you mean --samples?"
+    assert wrong(main, "a", "--out=x", "--samples=-1") == "command line: --samples must be at least 0, got -1"
+    assert "must be true or false" in wrong(main, "a", "--out=x", "--fast=perhaps")
 
 
 def train(config: TrainConfig, *, workdir: str = ""):
@@ -87,7 +84,7 @@ def train(config: TrainConfig, *, workdir: str = ""):
 
 def test_did_you_mean_stays_in_the_stage_that_was_meant():
     def hint(name: str) -> str:
-        return refused(train, "--config=configs/quickstart.py", f"--config.{name}=1").partition("; ")[2]
+        return wrong(train, "--config=configs/quickstart.py", f"--config.{name}=1").partition("; ")[2]
 
     assert "sft" not in hint("grpo.epochs") and "grpo" not in hint("sft.grup")  # only the other has them
     assert hint("sft.zzz").startswith("known fields: ")
@@ -110,14 +107,15 @@ def test_a_config_of_another_command_is_said():
         (evaluate, "quickstart.py", "train.py", "evaluate.py"),
         (train, "tiny_base.py", "rsagent_jax.tiny.pretrain", "train.py"),
     ):
-        said = refused(main, f"--config=configs/{file}")
+        said = wrong(main, f"--config=configs/{file}")
         assert said == f"configs/{file} is a config of {owner}; here one of {wanted} is needed"
     assert line(segment, "it")[1]["config"].sampling.slots == 1
-    assert "is a config of evaluate.py" in refused(segment, "it", "--config=configs/eval.py")
+    assert "is a config of evaluate.py" in wrong(segment, "it", "--config=configs/eval.py")
 
 
 def test_the_directory_that_a_command_writes_to(tmp_path):
     assert command.make_workdir(str(tmp_path / "a/b")).is_dir()
-    for directory, said in (("", "--out=DIR is required"), ("gs://b/x", "is no path; mount the bucket")):
-        with pytest.raises(DataError, match=said):
-            command.make_workdir(directory, "out")
+    refused("--out=DIR is required", command.make_workdir, "", "out")
+    (tmp_path / "file").write_text("")
+    refused(f"{tmp_path}/file/x cannot be written to", command.make_workdir, f"{tmp_path}/file/x", "out")
+    refused("is no path; mount the bucket", command.make_workdir, "gs://b/x", "out")

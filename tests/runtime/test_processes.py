@@ -5,12 +5,7 @@ train.run_stage: sources, rollouts, programs, checkpoints.
 """
 
 import json
-import os
-import pathlib
 import shutil
-import socket
-import subprocess
-import sys
 import types
 
 import jax
@@ -24,10 +19,11 @@ from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError
 from tests.refusals import refused
 from tests.rollout import small
+from tests.simulated import run_simulated
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parents[2]
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # most of the time is compilation
 MESHES = {
     "fsdp": {"fsdp": 8},
     "data, fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
@@ -69,39 +65,12 @@ def train_on(stored, tmp_path_factory):
             job = dict(stage=stage, mesh=mesh, devices=n * devices, steps=steps, workdir=str(workdir))
             job |= dict(rank=rank, freeze=freeze, delays=delays)
             job |= dict(stored=str(stored), weights=str(small.weights()), out=str(workdir / "params.npz"))
-            launch(job, n, devices, compiled)
+            cache = {} if n > 1 else {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
+            run_simulated(["-m", "tests.mesh_worker", json.dumps(job)], devices, n, QUICK, **cache)
             done[key] = workdir
         return done[key]
 
     return go
-
-
-def launch(job, n, devices, compiled):
-    """Starts the processes of one run and waits for all; what one says on stderr is shown if it fails."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "agent")])
-    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # most of the time is compilation
-    env = os.environ | {
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {quick} --xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": path,
-    }
-    if n == 1:
-        env["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
-    running = []
-    for i in range(n):
-        who = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(n), "JAX_PROCESS_ID": str(i)}
-        command = [sys.executable, "-m", "tests.mesh_worker", json.dumps(job)]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        running.append(subprocess.Popen(command, cwd=ROOT, env=env | (who if n > 1 else {}), **pipes))
-    try:
-        said = [p.communicate(timeout=400)[1] for p in running]
-    finally:
-        for p in running:
-            p.kill()
-    assert all(p.returncode == 0 for p in running), "\n".join(s[-3000:] for s in said)
 
 
 def assert_same(got: Run, want: Run):

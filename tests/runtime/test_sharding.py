@@ -1,10 +1,6 @@
 """Meshes and where arrays live on 8 simulated devices; that steps on them are those of one, test_processes.py shows."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -15,6 +11,7 @@ from rsagent_jax.config.schema import MeshConfig
 from rsagent_jax.runtime import sharding
 from tests.refusals import refused
 from tests.rollout import small
+from tests.simulated import run_simulated
 
 
 @pytest.mark.parametrize(
@@ -101,13 +98,7 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def split():
     """What a process with 8 devices says of a state and of gradients that are split over them."""
-    root = pathlib.Path(__file__).parents[2]
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    path = f"{root}{os.pathsep}{root}/tests/agent"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", SPLIT], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_simulated(["-c", SPLIT], devices=8).splitlines()[-1])
 
 
 @pytest.mark.slow

@@ -10,10 +10,9 @@ import cv2
 import numpy as np
 import pytest
 
-from sam_bridge import fleet
 from sam_bridge.backends import DeadDevice
 from sam_bridge.backends.grabcut import GrabCut
-from sam_bridge.client import SamClient
+from sam_bridge.client import SamClient, rank
 from sam_bridge.local import LocalSegmenter, image_hash
 from sam_bridge.server import Server
 from sam_bridge.types import FailureKind, SegmentRequest
@@ -59,7 +58,7 @@ def test_a_dead_side_car_is_out_and_comes_back(fake, serve, connect):
 
 def test_losing_a_side_car_moves_only_its_own_images(connect):
     slots = connect("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3").slots
-    before, after = ([fleet.rank(some, str(i))[0] for i in range(200)] for some in (slots, slots[:2]))
+    before, after = ([rank(some, str(i))[0] for i in range(200)] for some in (slots, slots[:2]))
     assert set(before) == set(slots)
     assert all(a is b for a, b in zip(after, before, strict=True) if b is not slots[2])
 
@@ -95,7 +94,7 @@ def test_draining_lets_calls_end_and_sends_new_ones_elsewhere(fake, serve, conne
     backends = [fake(hold=hold), fake()]
     first, second = (Server(LocalSegmenter(backend)) for backend in backends)
     client = connect(first.address, second.address)
-    mine = next(i for i in IMAGES if fleet.rank(client.slots, image_hash(i))[0].address == first.address)
+    mine = next(i for i in IMAGES if rank(client.slots, image_hash(i))[0].address == first.address)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         under_way = pool.submit(client.segment, mine, BOX)
         until(lambda: backends[0].decoded == 1)

@@ -52,12 +52,6 @@ def side_car():
     side_car.close()
 
 
-def test_spawned_side_car_serves_and_gives_the_same_masks(side_car, local, image):
-    assert healthy(side_car.address) and healthy(side_car.address, "sam_bridge.v1.SamBridge")
-    with spawn_segmenter("connect", addresses=[side_car.address]) as client:
-        np.testing.assert_array_equal(client.segment(image, BOX).mask, local.segment(image, BOX).mask)
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -75,20 +69,6 @@ def test_command_line_refuses_with_one_line_and_status_2(side_car, arguments, sa
     done = run("-m", "sam_bridge", *(a.format(taken=side_car.address) for a in arguments))
     assert done.returncode == 2 and done.stdout == ""
     assert says in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_sigterm_ends_it_with_status_0():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        metrics = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-m", "sam_bridge", "--backend=grabcut", "--address=127.0.0.1:0"]
-    child = subprocess.Popen([*command, f"--metrics_address={metrics}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline().startswith("sam_bridge ready address=127.0.0.1:")
-    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as page:
-        assert b"sam_bridge_encodes_total 0.0" in page.read()
-    child.terminate()
-    assert child.wait(10) == 0
-    child.stdout.close()
 
 
 def test_killed_in_use_no_call_is_lost_and_masks_stay_the_same(image, local):
@@ -179,10 +159,16 @@ def test_check_draws_what_came_back(side_car, tmp_path):
 
 @pytest.mark.parametrize("grace_s", [20.0, 0.0])
 def test_sigterm_drains(grace_s):
-    """A call under way when SIGTERM comes is answered within the grace, and given up without one."""
+    """A call under way when SIGTERM comes is answered within the grace, and given up without one; status 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        metrics = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [sys.executable, "-m", "sam_bridge", "--backend=tests.sam_bridge.fakes:Slow", "--address=127.0.0.1:0"]
-    child = subprocess.Popen([*command, f"--grace_s={grace_s}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    address = child.stdout.readline().split("address=")[1].split()[0]
+    command += [f"--grace_s={grace_s}", f"--metrics_address={metrics}"]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    address = child.stdout.readline().split("sam_bridge ready address=")[1].split()[0]
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as page:
+        assert b"sam_bridge_encodes_total 0.0" in page.read()
     with SamClient([address], wait_s=0.2) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
         image = np.zeros((8, 8, 3), np.uint8)
         client.segment(image, SegmentRequest(box=(0, 0, 1, 1)))  # quick: the connection and the image are there
@@ -202,12 +188,14 @@ def test_side_car_that_cannot_start_says_why():
     assert error.kind is FailureKind.UNAVAILABLE and "--checkpoint" in error.detail
 
 
-def test_open_segmenter_modes(image):
+def test_open_segmenter_modes(side_car, image):
     with spawn_segmenter("inprocess") as own:
         assert isinstance(own, LocalSegmenter)
         expected = own.segment(image, BOX).mask
-    with spawn_segmenter("spawn") as spawned:
-        np.testing.assert_array_equal(spawned.segment(image, BOX).mask, expected)
+    assert healthy(side_car.address) and healthy(side_car.address, "sam_bridge.v1.SamBridge")
+    for mode in ("spawn", "connect"):
+        with spawn_segmenter(mode, addresses=[side_car.address]) as segmenter:
+            np.testing.assert_array_equal(segmenter.segment(image, BOX).mask, expected)
     with pytest.raises(ValueError, match="options: spawn, connect, inprocess"):
         spawn_segmenter("magic").__enter__()
     start = time.monotonic()

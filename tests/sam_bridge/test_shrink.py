@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from sam_bridge import shrink
 from sam_bridge.backends import load_backend
 from sam_bridge.local import LocalSegmenter, image_hash
-from sam_bridge.prompts import check_request
-from sam_bridge.types import SegmentRequest
+from sam_bridge.types import SegmentRequest, check_request
 from tests.sam_bridge.fakes import BOX, failure, iou
 
 
@@ -42,10 +41,7 @@ def test_client_and_local_agree_on_boxes_clicks_and_refined_masks(small_limits, 
     own = LocalSegmenter(local.backend)
     client = connect(serve(local).address)
     key = image_hash(shrink.shrink(image))
-    for request in (
-        BOX,
-        SegmentRequest(points=((40.2, 50.9), (128.0, 96.0)), labels=(1, 0)),
-    ):
+    for request in (BOX, SegmentRequest(points=((40.2, 50.9), (128.0, 96.0)), labels=(1, 0))):
         ours, theirs = own.segment(image, request), client.segment(image, request)
         click = SegmentRequest(points=((60.0, 20.0),), labels=(0,), refine_logits_id=ours.logits_id)
         for one, other in ((ours, theirs), (own.segment(image, click), client.segment(image, click))):

@@ -46,7 +46,7 @@ def test_a_run_leaves_its_log_and_a_policy_in_the_hub_format(trained):
 def test_the_losses_on_words_and_looks_are_those_of_numpy(trained):
     model, processor = load_policy(trained / "out"), Processor.load(trained / "out")
     maker = SceneRows(processor, 0.4, 0.25, list_share=1.0)
-    rows = maker.make((1, 2), rows=3, tokens=208)
+    rows = maker.make(2, (1,), rows=3, tokens=208)
     config = dataclasses.replace(small_config(), aux_weight=0.0, corner_weight=0.0)
     image_at = int(np.flatnonzero(rows.tokens[0] == processor.image_id)[0])
     _, merged, look = pretrain._hidden(model, rows, config.look_layer, image_at)
@@ -78,14 +78,13 @@ def test_the_losses_on_words_and_looks_are_those_of_numpy(trained):
 
 def test_coordinates_are_read_with_the_policys_own_before_them(trained):
     maker = SceneRows(Processor.load(trained / "out"), 0.4, 0.25)
-    rows = maker.make((1, 3), rows=2, tokens=208)
-    at = [[9, 12, 13], [20]]
-    truth = rows.tokens.copy()
-    tokens = pretrain.fill_in(lambda r: r.tokens + 5, rows, at)  # a policy that says: the last token plus five
-    assert tokens[0, [9, 12, 13]].tolist() == [truth[0, 8] + 5, truth[0, 11] + 5, truth[0, 11] + 10]
-    assert tokens[1, 20] == truth[1, 19] + 5
-    tokens[0, [9, 12, 13]], tokens[1, 20] = truth[0, [9, 12, 13]], truth[1, 20]
-    np.testing.assert_array_equal(tokens, truth)
+    rows = [maker._row(np.random.default_rng(seed), 208, True) for seed in (1, 3)]
+    first, second = (row.tokens.copy() for row in rows)
+    answers = pretrain.read_answers(
+        lambda r: r.tokens + 5, rows, [[9, 12, 13], [20]]
+    )  # it says: the last one plus five
+    assert answers == [[first[8] + 5, first[11] + 5, first[11] + 10], [second[19] + 5]]
+    np.testing.assert_array_equal([row.tokens for row in rows], [first, second])
 
 
 def test_no_steps_only_evaluate(trained, tmp_path, capsys):

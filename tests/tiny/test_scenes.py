@@ -124,16 +124,6 @@ def test_no_sentence_is_none():
     assert absent.sample_absent(rng, scene, CONFIG) is None
 
 
-def test_same_seed_same_scene(photos):
-    def draw(seed):
-        return scenes.make_scene(np.random.default_rng(seed), CONFIG, photos)
-
-    a, b, c = draw(3), draw(3), draw(4)
-    assert (a.image == b.image).all() and a.expressions == b.expressions
-    assert all((p.mask == q.mask).all() and p.point == q.point for p, q in zip(a.objects, b.objects, strict=True))
-    assert (a.image != c.image).any()
-
-
 @pytest.mark.parametrize("size", [64, 224])
 def test_other_sizes_scale(photos, size):
     config = scenes.SceneConfig(size=size)

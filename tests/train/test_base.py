@@ -18,15 +18,13 @@ from rsagent_jax.train.state import (
     EMPTY,
     PARTS,
     cast_frozen,
-    create_state,
     init_adapters,
     make_optimizer,
     make_plain,
     partition_params,
-    state_shardings,
     vision_frozen,
 )
-from rsagent_jax.train.step import batch_logprobs, grpo_objective, make_programs, micro_step
+from rsagent_jax.train.step import Stage, batch_logprobs, grpo_objective, make_programs, micro_step
 from tests.refusals import refused
 from tests.rollout import small
 
@@ -34,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 OFF, LORA = LoraConfig(), LoraConfig(rank=4, alpha=8.0)
 OPTIM = OptimConfig(lr=1e-2, eps=1e-3, weight_decay=0.1)  # a large eps: the sign of a gradient near zero is rounding
-OBJECTIVE = grpo_objective(GrpoConfig(normalize="sequence", kl=0.1, tis_clip=0.0, sampling=small.SAMPLING))
+GRPO = Stage(grpo_objective(GrpoConfig(normalize="sequence", kl=0.1, tis_clip=0.0, sampling=small.SAMPLING)))
 
 
 def parts(freeze=(), adapters=OFF):
@@ -59,23 +57,21 @@ def ref():
     return -1.0 - (batch().tokens % 7) / 7.0  # any function of the token
 
 
-class Stage:
+class Small:
     """Programs and state of a small stage, as train.run_stage makes them."""
 
     def __init__(self, freeze=(), adapters=OFF, dtype="float32"):
         plain, params = small.split(small.model())
         params = jax.device_put(params, sharding.param_shardings(small.model(), mesh()))
-        self.compute = dataclasses.replace(small.COMPUTE, dtype=dtype)
+        self.compute = dataclasses.replace(small.COMPUTE, dtype=dtype, mesh=mesh())
         self.graphdef, params, base = partition_params(plain, params, adapters, freeze)
         self.base = cast_frozen(base, dtype)
         if adapters.rank:
             params = init_adapters(self.graphdef, params, self.base, jax.random.key(0), mesh())
-        tx, _ = make_optimizer(OPTIM, 4)
-        whole = sharding.replicated(mesh())
-        where = state_shardings(params, tx, whole)
-        self.state = jax.jit(lambda p: create_state(p, tx), out_shardings=where)(params)
-        shardings, compared = (where, sharding.rows(mesh()), whole), plain if adapters.rank else None
-        self.programs = make_programs(self.graphdef, tx, OBJECTIVE, self.compute, 1.0, shardings, self.base, compared)
+        tx, reference = make_optimizer(OPTIM, 4)[0], plain if adapters.rank else None
+        made = self.graphdef, tx, GRPO, self.compute, params, self.base
+        self.programs = make_programs(*made, reference=reference)
+        self.state = self.programs.create_state(params)
 
     def steps(self, count: int):
         """Metrics of every step; the batch is seen once."""
@@ -95,7 +91,7 @@ def masked_steps(freeze: tuple[str, ...]):
     values = {name: jnp.asarray(v) for name, v in small.flat(params).items()}
     labels = {name: "frozen" if name.startswith(prefixes) else "trained" for name in names}
     tx = optax.partition({"trained": make_optimizer(OPTIM, 4)[0], "frozen": optax.set_to_zero()}, labels)
-    gradients = jax.jit(lambda p: micro_step(graphdef, OBJECTIVE, small.COMPUTE, 1.0, p, EMPTY, batch(), ref()))
+    gradients = jax.jit(lambda p: micro_step(graphdef, GRPO, small.COMPUTE, p, EMPTY, batch(), ref()))
     opt, out = tx.init(values), []
     for _ in range(2):
         sums = gradients(convert.with_values(params, values))
@@ -109,7 +105,7 @@ def masked_steps(freeze: tuple[str, ...]):
 
 @pytest.mark.parametrize("freeze", [("vision", "merger", "embed"), ("vision",)])
 def test_frozen_parts_stay_bit_for_bit_and_the_rest_trains_as_if_their_gradients_were_thrown_away(freeze):
-    stage = Stage(freeze)
+    stage = Small(freeze)
     assert vision_frozen(stage.state.params) == ("merger" in freeze)
     before = small.flat(stage.base)
     got = stage.steps(2)
@@ -129,7 +125,7 @@ def test_frozen_parts_stay_bit_for_bit_and_the_rest_trains_as_if_their_gradients
 
 def test_a_batch_that_was_seen_needs_the_tower_no_more():
     """The same sums and log-probs as with the tower inside the program; a broken tower changes nothing any more."""
-    stage = Stage(("vision", "merger"))
+    stage = Small(("vision", "merger"))
     params, seen = stage.state.params, stage.programs.embed(stage.base, batch())
     unit = small.processor().config.vision.merge_unit
     assert seen.patches.shape == (1, 96 // unit, 32) and seen.tokens is not None
@@ -137,9 +133,9 @@ def test_a_batch_that_was_seen_needs_the_tower_no_more():
     values = {name: value * np.nan if name.startswith("vision.") else value for name, value in values.items()}
     broken = convert.with_values(stage.base, values)
     got = stage.programs.micro(params, broken, seen, ref())
-    want = jax.jit(
-        lambda p, b: micro_step(stage.graphdef, OBJECTIVE, stage.compute, 1.0, p, b, batch(), ref(), embedded=False)
-    )(params, stage.base)
+    want = jax.jit(lambda p, b: micro_step(stage.graphdef, GRPO, stage.compute, p, b, batch(), ref(), embedded=False))(
+        params, stage.base
+    )
     assert float(got.loss) == pytest.approx(float(want.loss), rel=1e-6)
     for name, value in small.flat(want.grads).items():
         assert np.linalg.norm(small.flat(got.grads)[name] - value) <= 1e-5 * np.linalg.norm(value), name
@@ -150,7 +146,7 @@ def test_a_batch_that_was_seen_needs_the_tower_no_more():
 
 
 def test_adapters_train_alone_and_the_base_alone_is_their_reference():
-    stage, start = Stage(adapters=LORA), small.flat(small.split(small.model())[1])
+    stage, start = Small(adapters=LORA), small.flat(small.split(small.model())[1])
     seen = stage.programs.embed(stage.base, batch())
     graphdef, params = small.split(small.model())
     plain = jax.jit(lambda p: batch_logprobs(graphdef, p, batch(), small.COMPUTE, 1.0))(params)
@@ -171,7 +167,7 @@ def test_adapters_train_alone_and_the_base_alone_is_their_reference():
 
 
 def test_the_base_is_kept_in_the_dtype_of_the_activations():
-    stage = Stage(("vision", "merger"), dtype="bfloat16")
+    stage = Small(("vision", "merger"), dtype="bfloat16")
     start = small.flat(small.split(small.model())[1])
     assert {v.dtype for v in jax.tree.leaves(stage.state.params)} == {jnp.dtype("float32")}
     for name, value in small.flat(stage.base).items():

@@ -12,7 +12,15 @@ from rsagent_jax.agent import environment
 from rsagent_jax.agent.environment import SegmentFailure
 from rsagent_jax.agent.replay import replay
 from rsagent_jax.config.reward import RewardGroup, RewardTerm
-from rsagent_jax.config.schema import AgentConfig, BatchConfig, GrpoConfig, ReadConfig, SamplingConfig, SftConfig
+from rsagent_jax.config.schema import (
+    AgentConfig,
+    BatchConfig,
+    DataConfig,
+    GrpoConfig,
+    ReadConfig,
+    SamplingConfig,
+    SftConfig,
+)
 from rsagent_jax.data import packing, trajectories
 from rsagent_jax.data.npz import pack_record
 from rsagent_jax.rewards import RewardError
@@ -73,8 +81,9 @@ def nothing_new():
     """The policy's parameters, which this engine has no use for."""
 
 
-def source(groups, **config) -> GrpoSource:
+def source(groups, samples=None, **config) -> GrpoSource:
     """Every step plays all groups; `groups[i]` are the trajectories of sample i."""
+    samples = [sample(i) for i in range(len(groups))] if samples is None else samples
     settings = GrpoConfig(
         **{
             "prompts": len(groups),
@@ -87,7 +96,7 @@ def source(groups, **config) -> GrpoSource:
         | config
     )
     played = Played(groups)
-    return GrpoSource(settings, [sample(i) for i in range(len(groups))], played, played, small.processor(), seed=0)
+    return GrpoSource(settings, samples, played, played, small.processor(), seed=0)
 
 
 def step_of(groups, **config):
@@ -173,14 +182,8 @@ def test_a_step_in_which_too_many_tools_broke_stops_before_the_update_and_counts
     groups = [[broken(0, "unavailable"), broken(0, "internal")], [broken(1, ""), trajectory(1, 10)]]
     with pytest.raises(DataError, match=r"3 of this step's 4 .*\(unavailable 1, timeout 1, internal 1\)") as error:
         step_of(groups)
-    for words in (
-        "grpo.max_env_failed = 0.5",
-        "No update",
-        "checkpoint is as it was",
-        "side-car's log",
-        "same command",
-    ):
-        assert words in str(error.value)
+    said = ("grpo.max_env_failed = 0.5", "No update", "checkpoint is as it was", "side-car's log", "same command")
+    assert all(words in str(error.value) for words in said)
     with pytest.raises(DataError, match=r"2 of this step's 2 .* segmenter"):  # nothing is left to judge
         step_of([[broken(0), broken(0)]], max_env_failed=1.0)
 
@@ -203,11 +206,8 @@ def test_only_a_share_above_the_bound_stops_the_training(bound, stops):
 
 def test_trajectories_that_never_called_the_segmenter_do_not_speak_for_it():
     """A side-car that is gone: what is left are the malformed ones, and their rewards could still differ."""
-    refused(
-        r"1 of this step's 1 trajectories that called the segmenter",
-        step_of,
-        [[broken(0), malformed(0, 18), malformed(0, 19), malformed(0, 20)]],
-    )
+    groups = [[broken(0), malformed(0, 18), malformed(0, 19), malformed(0, 20)]]
+    refused(r"1 of this step's 1 trajectories that called the segmenter", step_of, groups)
 
 
 def several_processes(monkeypatch, others: dict[str, int], batches: int) -> None:
@@ -224,9 +224,8 @@ def several_processes(monkeypatch, others: dict[str, int], batches: int) -> None
 def test_processes_stop_together_or_go_on_together_whatever_happened_on_one(monkeypatch):
     alone = source([[broken(0), broken(0)]])
     several_processes(monkeypatch, {"called": 6, "usable": 6, "teaching": 4}, batches=2)
-    batches, metrics = alone.next(
-        nothing_new, None
-    )  # 2 of 8 failed: here nothing is left, and two micro-batches are needed
+    batches, metrics = alone.next(nothing_new, None)
+    # 2 of 8 failed: here nothing is left, and two micro-batches are needed
     assert trained(batches) == {} and len(batches) == 2 and not any(b.segment_ids.any() for b in batches)
     assert metrics["no_update"] == 0.0 and metrics["endings/env_failed"] == 1.0 and "reward" not in metrics
     fine = source([[trajectory(0, 20), trajectory(0, 10)]])
@@ -297,19 +296,13 @@ def test_samples_are_visited_in_a_shuffled_order_that_continues_from_a_saved_pos
     again = source(groups, prompts=2)
     again.restore({"position": 4})
     again.next(nothing_new, None)
-    assert [t.sample.id for t in again.driver.tasks[::2]] == seen[4:6] and again.state() == {
-        "position": 6,
-        "skipped": 0,
-    }
+    assert [t.sample.id for t in again.driver.tasks[::2]] == seen[4:6]
+    assert again.state() == {"position": 6, "skipped": 0}
 
 
 def test_a_reward_that_does_not_exist_is_said_before_the_first_rollout():
-    refused(
-        "final_iou",
-        source,
-        [[trajectory(0, 20)]],
-        reward=(RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_io"),)),),
-    )
+    reward = (RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_io"),)),)
+    refused("final_iou", source, [[trajectory(0, 20)]], reward=reward)
 
 
 def test_the_trajectory_that_a_reward_fails_on_is_kept(tmp_path):
@@ -321,9 +314,8 @@ def test_the_trajectory_that_a_reward_fails_on_is_kept(tmp_path):
     state = environment.abort(state, Status.MAX_CONTEXT)
     run, s.workdir = s.driver.run, tmp_path
     s.driver.run = lambda tasks: [(t, state) for t, _ in run(tasks)]
-    with pytest.raises(
-        RewardError, match=r"own/f .*AttributeError for sample s0: .*bad_reward.py, line 2.*\n.*reward_err"
-    ):
+    says = r"own/f .*AttributeError for sample s0: .*bad_reward.py, line 2.*\n.*reward_err"
+    with pytest.raises(RewardError, match=says):
         s.next(nothing_new, None)
     kept = replay((tmp_path / "reward_error.json").read_text(), image.image)
     assert (kept.query, kept.status) == (image.query, Status.MAX_CONTEXT)
@@ -343,11 +335,9 @@ def test_a_sample_that_cannot_be_read_leaves_its_place_empty_and_is_counted():
     whole = source(groups)
     whole.next(nothing_new, None)
     uids = {t.sample.id: t.uid for t in whole.driver.tasks}
-    s = source(groups)
-    settings = dataclasses.replace(s.config, read=ReadConfig(threads=1, ahead=1))
-    played = Played(groups)
-    s = GrpoSource(settings, Broken(sample(i) for i in range(3)), played, played, small.processor(), seed=0)
+    s = source(groups, Broken(sample(i) for i in range(3)), read=ReadConfig(threads=1, ahead=1))
     batches, metrics = s.next(nothing_new, None)
+    played = s.driver
     assert sorted(trained(batches)) == [11, 13] and metrics["unreadable"] == 1.0
     assert {t.sample.id: t.uid for t in played.tasks} == {id: uid for id, uid in uids.items() if id != "s1"}
     assert [t.group_id for t in played.tasks] == [0, 0, 1, 1] and s.state() == {"position": 3, "skipped": 1}
@@ -357,32 +347,30 @@ def test_a_sample_that_cannot_be_read_leaves_its_place_empty_and_is_counted():
 
 def test_a_sample_that_cannot_be_shown_is_one_that_cannot_be_read():
     groups = [[trajectory(i, 20), trajectory(i, 10)] for i in range(3)]
-    played, samples = Played(groups), [sample(i) for i in range(3)]
+    samples = [sample(i) for i in range(3)]
     thin = {"image": np.zeros((10, 2010, 3), np.uint8), "gt_mask": np.zeros((10, 2010), bool)}  # 201:1
     samples[1] = dataclasses.replace(samples[1], **thin)
-    settings = source(groups).config
-    s = GrpoSource(settings, samples, played, played, small.processor(), seed=0)
-    batches, metrics = s.next(nothing_new, None)
+    batches, metrics = source(groups, samples).next(nothing_new, None)
     assert sorted(trained(batches)) == [11, 13] and metrics["unreadable"] == 1.0
-    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, unreadable="stop"))
-    s = GrpoSource(settings, samples, played, played, small.processor(), seed=0)
+    s = source(groups, samples, data=DataConfig(unreadable="stop"))
     refused("cannot be read: sample 1: image of 10x2010 pixels .* crop it", s.next, nothing_new, None)
 
 
 # --- Stored trajectories ---
 
 
-def record(t) -> bytes:
-    """Of a trajectory without images."""
-    return pack_record({}, {"tokens": t.tokens, "positions": t.positions, "sampled": t.loss_mask})
+def store(directory, stored):
+    """Trajectories without images, or bytes that are none."""
+    writer = trajectories.RecordWriter(directory)
+    for t in stored:
+        record = t if isinstance(t, bytes) else {"tokens": t.tokens, "positions": t.positions, "sampled": t.loss_mask}
+        writer.write(record if isinstance(t, bytes) else pack_record({}, record))
+    writer.close({})
+    return directory
 
 
 def test_a_stored_trajectory_that_cannot_be_read_is_counted_and_the_others_are_learnt_from(tmp_path):
-    writer = trajectories.RecordWriter(tmp_path)
-    for i in range(4):
-        t = trajectory(i, 10, n=12, images=0)
-        writer.write(b"nonsense" if i == 2 else record(t))
-    writer.close({})
+    store(tmp_path, [b"nonsense" if i == 2 else trajectory(i, 10, n=12, images=0) for i in range(4)])
     s = sft(tmp_path, trajectories_per_step=4)
     batches, metrics = s.next(None, None)
     assert ids(batches) == [0, 1, 3] and metrics["unreadable"] == 1.0 and metrics["trajectories"] == 3.0
@@ -393,13 +381,11 @@ def test_a_stored_trajectory_that_cannot_be_read_is_counted_and_the_others_are_l
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """Ten trajectories without images; number 3 is longer than a row."""
-    directory = tmp_path_factory.mktemp("set")
-    writer = trajectories.RecordWriter(directory)
-    for i in range(10):
-        t = trajectory(i, 10, n=70 if i == 3 else 12, images=0)
-        writer.write(record(t))
-    writer.close({})
-    return directory
+    stored = [trajectory(i, 10, n=70 if i == 3 else 12, images=0) for i in range(10)]
+    return store(tmp_path_factory.mktemp("set"), stored)
+
+
+ONE_BY_ONE = dict(trajectories_per_step=1, batch=BatchConfig(rows=1, tokens=80, patches=16))
 
 
 def sft(stored, **config) -> SftSource:
@@ -426,12 +412,12 @@ def test_each_epoch_has_its_own_order_and_a_saved_position_continues_it(stored):
     def order(s, n):
         return [ids(s.next(None, None)[0]) for _ in range(n)]
 
-    whole = order(sft(stored, trajectories_per_step=1, batch=BatchConfig(rows=1, tokens=80, patches=16)), 20)
+    whole = order(sft(stored, **ONE_BY_ONE), 20)
     assert sorted(whole[:10]) == sorted(whole[10:]) == [[i] for i in range(10)] and whole[:10] != whole[10:]
-    s = sft(stored, trajectories_per_step=1, batch=BatchConfig(rows=1, tokens=80, patches=16))
+    s = sft(stored, **ONE_BY_ONE)
     order(s, 7)
     state = s.state()
-    resumed = sft(stored, trajectories_per_step=1, batch=BatchConfig(rows=1, tokens=80, patches=16))
+    resumed = sft(stored, **ONE_BY_ONE)
     resumed.restore(state)
     assert order(resumed, 13) == whole[7:]
 

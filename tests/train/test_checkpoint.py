@@ -23,7 +23,7 @@ from rsagent_jax.runtime import sharding
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train.checkpoint import NO_ADAPTERS, Checkpoints
 from rsagent_jax.train.state import cast_frozen, create_state, make_optimizer, partition_params
-from rsagent_jax.types import DataError
+from tests import mesh_worker
 from tests.refusals import refused
 from tests.rollout import small
 
@@ -89,18 +89,8 @@ def go(stored, compiled, monkeypatch):
             **{name: dataclasses.replace(getattr(base, name), **part) for name in ("sft", "grpo")},
         )
         workdir.mkdir(exist_ok=True)
-        log = log_class(workdir)
-        graphdef, params = small.split(small.model())
-        if weights is not None:  # instead of the file's
-            params = convert.with_values(params, {name: jnp.asarray(value) for name, value in weights.items()})
-        params = jax.device_put(params, sharding.param_shardings(small.model(), sharding.make_mesh(MeshConfig())))
-        mesh = sharding.make_mesh(config.mesh)
-        try:
-            with contextlib.ExitStack() as stack:
-                policy = train.Policy(small.weights(), small.processor(), mesh, graphdef, params)
-                return small.flat(train.run_stage(stage, config, workdir, log, policy, stack).params)
-        finally:
-            log.close()
+        with contextlib.closing(log_class(workdir)) as log:
+            return small.flat(mesh_worker.run_stage(stage, config, workdir, log, weights))
 
     return run
 
@@ -270,41 +260,28 @@ def test_a_checkpoint_of_other_adapters_is_one_data_error(adapted, saved, other,
 
 
 def test_a_lost_base_is_a_data_error(adapted, tmp_path):
-    directory = shutil.copytree(adapted, tmp_path / "grpo")
+    directory, lost = shutil.copytree(adapted, tmp_path / "grpo"), "base does not fit the parameters that this config"
     shutil.rmtree(directory / "base")
     refused("is not of the model in", load_policy, str(directory))
-    checkpoints = Checkpoints(directory, small.weights(), ADAPTERS)
-    refused(
-        "base does not fit the parameters that this config leaves untrained",
-        checkpoints.restore_base,
-        state_and_base(ADAPTERS)[1],
-    )
-    checkpoints.close()
+    with closing(directory, ADAPTERS) as checkpoints:
+        refused(f"{lost} leaves untrained", checkpoints.restore_base, state_and_base(ADAPTERS)[1])
 
 
-def test_the_policy_files_beside_a_checkpoint_must_be_those_of_its_model(saved, tmp_path):
+def test_a_checkpoint_whose_parts_do_not_belong_together_is_a_data_error(saved, tmp_path):
     directory = shutil.copytree(saved, tmp_path / "sft")
     shutil.copyfile(small.weights(48, 2) / "config.json", directory / "policy" / "config.json")
+    refused("is not of the model in", load_policy, str(directory))
+    shutil.rmtree(directory / "0" / "params")
+    with closing(directory) as checkpoints:  # which puts the right policy files back
+        refused(MISFIT, checkpoints.restore, state_of())
     refused("is not of the model in", load_policy, str(directory))
 
 
 def test_a_stage_without_a_finished_checkpoint_is_a_data_error(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "sft", small.weights())
-    assert checkpoints.restore(state_of()) is None
-    checkpoints.close()
+    with closing(tmp_path / "sft") as checkpoints:
+        assert checkpoints.restore(state_of()) is None
     refused("holds no finished checkpoint", load_policy, str(tmp_path / "sft"))
     refused("does not exist", load_policy, str(tmp_path / "nowhere"))
-
-
-def test_a_checkpoint_that_lost_a_part_is_a_data_error(saved, tmp_path):
-    directory = shutil.copytree(saved, tmp_path / "sft")
-    shutil.rmtree(directory / "0" / "params")
-    with pytest.raises(DataError):
-        load_policy(str(directory))
-    checkpoints = Checkpoints(directory, small.weights())
-    with pytest.raises(DataError):
-        checkpoints.restore(state_of())
-    checkpoints.close()
 
 
 def test_policy_files_travel_with_the_checkpoints(saved):
@@ -313,13 +290,6 @@ def test_policy_files_travel_with_the_checkpoints(saved):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         assert (saved / "policy" / name).read_bytes() == (small.weights() / name).read_bytes()
     assert not list((saved / "policy").glob("*.safetensors"))
-
-
-def files(directory, *names):
-    for name in names:
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_text("{}")
-    return directory
 
 
 @pytest.mark.parametrize(
@@ -334,11 +304,8 @@ def files(directory, *names):
         ("7b", ("7b/config.json", "7b/model.safetensors", "7b/policy/config.json"), "7b"),
         ("policy", ("policy/config.json", "policy/model.safetensors"), "policy"),
         ("7", ("7/config.json", "7/model.safetensors", "policy/config.json"), "7"),
-        (
-            "tokens",
-            ("tokens/config.json", "tokens/tokenizer.json", "policy/config.json"),
-            "tokens",
-        ),  # no weights needed
+        # no weights needed
+        ("tokens", ("tokens/config.json", "tokens/tokenizer.json", "policy/config.json"), "tokens"),
         ("sft", ("sft/policy/config.json", "sft/7/params/a"), "sft/policy"),
         ("sft", ("sft/policy/config.json", "sft/7/params/a", "policy/config.json"), "sft/policy"),
         # what was meant is said
@@ -349,7 +316,9 @@ def files(directory, *names):
     ],
 )
 def test_what_a_folder_holds_says_what_it_is_and_not_its_neighbours(given, holds, found, tmp_path):
-    files(tmp_path, *holds)
+    for name in holds:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
     if (tmp_path / found).exists():
         assert policy_directory(str(tmp_path / given)) == tmp_path / found
     else:

@@ -1,6 +1,7 @@
 """Objectives against hand arithmetic and hand-derived gradients, and packed against unpacked."""
 
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rsagent_jax.config.schema import GrpoConfig
 from rsagent_jax.train import losses
 
 CLIP = dict(clip_low=0.2, clip_high=0.3)
-WEIGHTS = {
-    "token": losses.token_weights,
-    "sequence": losses.sequence_weights,
-    "constant": functools.partial(losses.constant_weights, length=8.0),
-}
+WORDS = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(GrpoConfig).items()}
+WEIGHTS = {name: functools.partial(losses.loss_weights, name, length=8.0) for name in WORDS["normalize"]}
 
 # One row: trajectory 1 has trained tokens 1, 2 and a forced token 3; trajectory 2 has one trained token; then padding.
 SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 0]])
@@ -31,17 +30,17 @@ def logprobs_with(ratios):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def value_and_grad(objective, logprobs, weights, clip):
+def value_and_grad(ratio, logprobs, old, advantages, weights, clip):
     def loss(lp):
-        return losses.OBJECTIVES[objective](lp, LOGPROBS, ADVANTAGES, MASK, SEGMENTS, weights, **clip)
+        return losses.policy_loss(ratio, lp, old, advantages, MASK, SEGMENTS, weights, **clip)
 
     return jax.value_and_grad(loss, has_aux=True)(logprobs)
 
 
-def loss_and_grad(objective, logprobs, weights=None, clip=CLIP):
+def loss_and_grad(ratio, logprobs, weights=None, clip=CLIP, old=LOGPROBS, advantages=ADVANTAGES):
     weights = MASK.astype(jnp.float32) if weights is None else weights
-    (loss, metrics), grad = value_and_grad(objective, logprobs, weights, clip)
-    return float(loss), losses.mean_metrics(metrics), np.asarray(grad[0])
+    (loss, metrics), grad = value_and_grad(ratio, logprobs, old, advantages, weights, clip)
+    return loss, losses.mean_metrics(metrics), np.asarray(grad[0])
 
 
 def test_normalisations():
@@ -58,8 +57,8 @@ def test_normalisations():
 
 def test_a_trajectory_without_trained_tokens_is_not_counted():
     mask = MASK.at[0, 5].set(False)
-    assert losses.sequence_weights(mask, SEGMENTS)[1] == 1
-    weights, count = losses.sequence_weights(jnp.zeros_like(MASK), SEGMENTS)
+    assert WEIGHTS["sequence"](mask, SEGMENTS)[1] == 1
+    weights, count = WEIGHTS["sequence"](jnp.zeros_like(MASK), SEGMENTS)
     assert count == 0 and not weights.any()
 
 
@@ -71,14 +70,14 @@ def test_sft_is_the_negative_log_likelihood_of_trained_tokens():
     np.testing.assert_array_equal(grad, -MASK.astype(jnp.float32))
 
 
-@pytest.mark.parametrize("objective", losses.OBJECTIVES)
+@pytest.mark.parametrize("ratio", WORDS["ratio"])
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_at_ratio_one_the_gradient_is_reinforce(objective, name):
+def test_at_ratio_one_the_gradient_is_reinforce(ratio, name):
     # d/dlogp = -A * weight; with the token normalisation and its denominator that is -A / N.
     weights, _ = WEIGHTS[name](MASK, SEGMENTS)
     # A clip range of zero width puts ratio 1 on both of its edges: the gradient must not be halved there.
     for clip in (CLIP, dict(clip_low=0.0, clip_high=0.0)):
-        _, metrics, grad = loss_and_grad(objective, logprobs_with([1.0, 1.0, 1.0]), weights, clip)
+        _, metrics, grad = loss_and_grad(ratio, logprobs_with([1.0, 1.0, 1.0]), weights, clip)
         np.testing.assert_allclose(grad, -np.asarray(ADVANTAGES * weights)[0], rtol=1e-6)
         assert metrics["clip_fraction"] == 0 and metrics["ratio"] == metrics["ratio_max"] == 1
 
@@ -108,17 +107,14 @@ def test_grpo_clips_both_signs(ratios, loss, grad, clipped):
 
 
 def test_a_token_without_advantage_is_never_counted_as_clipped():
-    call = functools.partial(losses.grpo_loss, **CLIP)
-    loss, metrics = call(
-        logprobs_with([0.1, 9.0, 0.1]), LOGPROBS, 0 * ADVANTAGES, MASK, SEGMENTS, MASK.astype(jnp.float32)
-    )
+    loss, metrics, _ = loss_and_grad("grpo", logprobs_with([0.1, 9.0, 0.1]), advantages=0 * ADVANTAGES)
     assert loss == 0 and metrics["clip_fraction"] == 0
 
 
 def test_gspo_uses_the_geometric_mean_ratio_of_its_trajectory():
     # Trajectory 1: sqrt(1.5 * 0.6) = sqrt(0.9) = 0.948683 on both tokens, inside the range though 1.5 alone is not.
     # Trajectory 2: 0.7, A < 0, clipped to 0.8. Weights 1/2, 1/2, 1: -(2 * 0.948683 - 0.8).
-    weights, _ = losses.sequence_weights(MASK, SEGMENTS)
+    weights, _ = WEIGHTS["sequence"](MASK, SEGMENTS)
     value, metrics, grad = loss_and_grad("gspo", logprobs_with([1.5, 0.6, 0.7]), weights)
     ratio = np.sqrt(0.9)
     assert value == pytest.approx(-(2 * ratio - 0.8), rel=1e-5)
@@ -137,49 +133,49 @@ def test_cispo_keeps_a_clipped_gradient():
     assert metrics["clip_fraction"] == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("objective", ["grpo", "gspo"])
-def test_gradient_is_the_finite_difference(objective):
+@pytest.mark.parametrize("ratio", ["grpo", "gspo"])
+def test_gradient_is_the_finite_difference(ratio):
     logprobs, h = logprobs_with([1.1, 0.7, 0.9]), 1e-2
-    _, _, grad = loss_and_grad(objective, logprobs)
+    _, _, grad = loss_and_grad(ratio, logprobs)
     for t in range(MASK.shape[1]):
-        up, down = (loss_and_grad(objective, logprobs.at[0, t].add(step))[0] for step in (h, -h))
+        up, down = (loss_and_grad(ratio, logprobs.at[0, t].add(step))[0] for step in (h, -h))
         assert (up - down) / (2 * h) == pytest.approx(grad[t], rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("objective", losses.OBJECTIVES)
-def test_a_hopeless_token_does_not_spoil_the_others(objective):
+@pytest.mark.parametrize("ratio", WORDS["ratio"])
+def test_a_hopeless_token_does_not_spoil_the_others(ratio):
     # A log-prob 200 above the old one is a ratio of e^200 = inf in fp32; A < 0 leaves it unclipped.
     logprobs = logprobs_with([1.0, 1.0, 1.0]).at[0, 5].add(200.0)
-    value, _, grad = loss_and_grad(objective, logprobs)
+    value, _, grad = loss_and_grad(ratio, logprobs)
     assert np.isfinite(value) and np.isfinite(grad).all()
     np.testing.assert_allclose(grad[[1, 2]], [-2.0, -2.0])
 
 
 def test_entropy_estimate_and_bf16_input():
     # (1 + 2 + 0.5) / 3; bf16 holds these numbers exactly and the loss is fp32 all the same.
-    call = functools.partial(losses.grpo_loss, **CLIP)
     bf16 = LOGPROBS.astype(jnp.bfloat16)
-    loss, metrics = call(bf16, bf16, ADVANTAGES, MASK, SEGMENTS, MASK.astype(jnp.float32))
-    assert loss.dtype == jnp.float32 and losses.mean_metrics(metrics)["entropy_sampled"] == pytest.approx(3.5 / 3)
+    loss, metrics, _ = loss_and_grad("grpo", bf16, old=bf16)
+    assert loss.dtype == jnp.float32 and metrics["entropy_sampled"] == pytest.approx(3.5 / 3)
 
 
 def test_kl_estimators_by_hand():
     d = jnp.array([0.0, np.log(2.0), -np.log(2.0)])
-    np.testing.assert_allclose(losses.kl_k1(d), [0, -0.693147, 0.693147], rtol=1e-5)
-    np.testing.assert_allclose(losses.kl_k2(d), [0, 0.240227, 0.240227], rtol=1e-5)  # 0.693147^2 / 2
-    np.testing.assert_allclose(losses.kl_k3(d), [0, 2 - 0.693147 - 1, 0.5 + 0.693147 - 1], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(losses.kl_estimate("k1", d), [0, -0.693147, 0.693147], rtol=1e-5)
+    np.testing.assert_allclose(losses.kl_estimate("k2", d), [0, 0.240227, 0.240227], rtol=1e-5)  # 0.693147^2 / 2
+    np.testing.assert_allclose(
+        losses.kl_estimate("k3", d), [0, 2 - 0.693147 - 1, 0.5 + 0.693147 - 1], rtol=1e-5, atol=1e-7
+    )
 
 
-@pytest.mark.parametrize("name", losses.KL_ESTIMATORS)
+@pytest.mark.parametrize("name", WORDS["kl_estimator"])
 def test_kl_estimators_in_expectation(name):
     """Summed over all outcomes of a 3-way policy p with a reference q, values and gradients are as documented."""
     logits = jnp.array([0.3, -0.2, 0.5])
     p, q = jax.nn.softmax(logits), jnp.array([0.5, 0.3, 0.2])
     kl_pq, kl_qp = jnp.sum(p * jnp.log(p / q)), jnp.sum(q * jnp.log(q / p))
-    estimator = losses.KL_ESTIMATORS[name]
 
     def expectation(logits):  # sampled from p held fixed, as a batch of tokens is
-        return jnp.sum(p * estimator(jnp.log(q) - jax.nn.log_softmax(logits)))
+        return jnp.sum(p * losses.kl_estimate(name, jnp.log(q) - jax.nn.log_softmax(logits)))
 
     if name != "k2":
         assert expectation(logits) == pytest.approx(float(kl_pq), rel=1e-5)
@@ -196,8 +192,8 @@ def test_kl_estimators_in_expectation(name):
 def test_kl_loss_is_weighted_and_masked():
     # Reference twice as likely at the first token, equal elsewhere: k3 = 2 - ln 2 - 1 = 0.306853, times 0.5 * 1/2.
     ref = logprobs_with([2.0, 1.0, 1.0])
-    weights, _ = losses.sequence_weights(MASK, SEGMENTS)
-    loss, metrics = losses.kl_loss(LOGPROBS, ref, MASK, weights, estimator=losses.kl_k3, coefficient=0.5)
+    weights, _ = WEIGHTS["sequence"](MASK, SEGMENTS)
+    loss, metrics = losses.kl_loss(LOGPROBS, ref, MASK, weights, estimator="k3", coefficient=0.5)
     assert loss == pytest.approx(0.306853 / 4, rel=1e-5)
     assert losses.mean_metrics(metrics)["kl_ref"] == pytest.approx(0.306853 / 3, rel=1e-5)
 
@@ -251,9 +247,9 @@ def every_value(batch):
     for name, normalise in WEIGHTS.items():
         weights, denominator = normalise(batch["mask"], batch["segments"])
         arrays = [batch[n] for n in ("logprobs", "old", "advantages", "mask", "segments")]
-        for objective, loss in losses.OBJECTIVES.items():
-            loss_sum, metrics = loss(*arrays, weights, **CLIP)
-            values[f"{objective} {name}"] = loss_sum, denominator, metrics
+        for ratio in WORDS["ratio"]:
+            loss_sum, metrics = losses.policy_loss(ratio, *arrays, weights, **CLIP)
+            values[f"{ratio} {name}"] = loss_sum, denominator, metrics
     return values
 
 

@@ -16,7 +16,7 @@ from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.runtime import sharding
 from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.state import create_state, make_optimizer, partition_params, skip, state_shardings, updates_made
-from rsagent_jax.train.step import grpo_objective, make_programs
+from rsagent_jax.train.step import Stage, grpo_objective, make_programs
 from tests.rollout import small
 
 
@@ -111,7 +111,6 @@ def test_the_correction_for_the_engine_weighs_the_surrogate_and_not_the_kl(estim
 def test_offloaded_moments_train_the_same_and_stay_in_host_memory(tmp_path):
     """Two updates with the moments in host memory against two without, and once more from a checkpoint."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    whole = sharding.replicated(mesh)
     tx, _ = make_optimizer(OptimConfig(lr=1e-2), 4)
 
     def objective(logprobs, batch, ref):
@@ -122,11 +121,9 @@ def test_offloaded_moments_train_the_same_and_stay_in_host_memory(tmp_path):
         graphdef, params = small.split(small.model())
         params = jax.device_put(params, sharding.param_shardings(small.model(), mesh))
         graphdef, params, base = partition_params(graphdef, params, LoraConfig(), ("vision",))
-        where = state_shardings(params, tx, whole, offload=offload)
-        shardings = (where, sharding.rows(mesh), whole)
-        programs = make_programs(graphdef, tx, objective, small.COMPUTE, 1.0, shardings, base)
-        state = jax.jit(lambda p: create_state(p, tx), out_shardings=where, donate_argnums=0)(params)
-        return programs, state, base
+        compute = dataclasses.replace(small.COMPUTE, mesh=mesh)
+        programs = make_programs(graphdef, tx, Stage(objective), compute, params, base, offload=offload)
+        return programs, programs.create_state(params), base
 
     shape = BatchConfig(rows=1, tokens=64, patches=32)
     batch = packing.empty_batch(shape, small.processor().config)

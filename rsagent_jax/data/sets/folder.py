@@ -49,6 +49,28 @@ class _Entry(Entry):
             target = json.dumps(self.segmentation, sort_keys=True).encode() if self.segmentation else b""
         return Inputs(pathlib.Path(self.image), target, pathlib.Path(self.ignore) if self.ignore else b"")
 
+    def load(self) -> Sample:
+        image = read_image(self.image, f"it is named in {self.line}", upright=True)
+        h, w = image.shape[:2]
+        mask, ignore = np.zeros((h, w), bool), np.zeros((h, w), bool)  # nothing is meant
+        if self.mask is not None:
+            labels = self._labels(self.mask, h, w)
+            mask, ignore = labels == OBJECT, labels == IGNORED
+        elif self.segmentation is not None:
+            mask = decode_segmentation(self.segmentation, h, w, f"{self.line} (sample {self.id})")
+        if self.ignore is not None:
+            ignore |= self._labels(self.ignore, h, w) != 0
+        return Sample(self.id, image, self.query, mask, ignore if ignore.any() or self.ignore else None, self.image)
+
+    def _labels(self, path: str, height: int, width: int) -> np.ndarray:
+        labels = read_mask(path, path, f"it is named in {self.line}")
+        if labels.shape != (height, width):
+            raise DataError(
+                f"{path} is {labels.shape[1]} x {labels.shape[0]} pixels, its image {self.image} {width} x {height}"
+                f" ({self.line}): a mask is as large as its image, turned upright"
+            )
+        return labels
+
 
 def load_folder(root: str | pathlib.Path, split: str = "train", limit: int | None = None) -> SampleIndex:
     """Indexes <root>/<split>.jsonl. Sample ids read "folder/<split>/<id>". One DataError lists all bad lines."""
@@ -85,7 +107,7 @@ def load_folder(root: str | pathlib.Path, split: str = "train", limit: int | Non
         more = f"\n  … and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         text = f"{path}: {len(problems)} bad lines:\n  " + "\n  ".join(problems[:_LISTED]) + more
         raise DataError(f"{text}\n{_FORM}")
-    return SampleIndex(f"folder/{split}", entries, _load)
+    return SampleIndex(f"folder/{split}", entries)
 
 
 def _refuse_other_json(path: pathlib.Path, data: bytes) -> None:
@@ -157,27 +179,3 @@ def _path(root: pathlib.Path, key: str, value: Any) -> str | None:
     if "\0" in value or "://" in value or value.startswith("data:"):
         raise ValueError(f"{key} must be the path of a file on this machine")
     return str(root / value)
-
-
-def _load(entry: _Entry) -> Sample:
-    image = read_image(entry.image, f"it is named in {entry.line}", upright=True)
-    h, w = image.shape[:2]
-    mask, ignore = np.zeros((h, w), bool), np.zeros((h, w), bool)  # nothing is meant
-    if entry.mask is not None:
-        labels = _labels(entry.mask, h, w, entry)
-        mask, ignore = labels == OBJECT, labels == IGNORED
-    elif entry.segmentation is not None:
-        mask = decode_segmentation(entry.segmentation, h, w, f"{entry.line} (sample {entry.id})")
-    if entry.ignore is not None:
-        ignore |= _labels(entry.ignore, h, w, entry) != 0
-    return Sample(entry.id, image, entry.query, mask, ignore if ignore.any() or entry.ignore else None, entry.image)
-
-
-def _labels(path: str, height: int, width: int, entry: _Entry) -> np.ndarray:
-    labels = read_mask(path, path, f"it is named in {entry.line}")
-    if labels.shape != (height, width):
-        raise DataError(
-            f"{path} is {labels.shape[1]} x {labels.shape[0]} pixels, its image {entry.picture} {width} x {height}"
-            f" ({entry.line}): a mask is as large as its image, turned upright"
-        )
-    return labels

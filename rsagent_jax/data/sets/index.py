@@ -9,8 +9,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -39,34 +38,51 @@ class Entry:
 
     @property
     def image_key(self) -> str:
-        """Names the picture, equal in all data sets that hold it."""
-        return image_key(self.image)
+        """A name that copies of one picture share: "coco/<image id>" by COCO's file names, else the absolute path."""
+        known = _COCO_NAME.fullmatch(pathlib.PurePath(self.image).name)
+        return f"coco/{int(known[1])}" if known else os.path.abspath(self.image)
 
     def inputs(self) -> Inputs:
         """Nothing is decoded for it."""
         raise NotImplementedError
+
+    def load(self) -> Sample:
+        """DataError for a picture or mask that is missing, broken or of another size than stated."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class CocoEntry(Entry):
+    """Its picture is COCO's of this number, wherever it is stored."""
+
+    image_id: int
+
+    @property
+    def image_key(self) -> str:
+        return f"coco/{self.image_id}"
 
 
 @dataclasses.dataclass(eq=False, repr=False)  # a text of all entries helps nobody
 class SampleIndex(Sequence):
     """A lazy, picklable sequence of samples: `len(index)`, `index[i]`.
 
-    `index[i]` raises DataError for a picture or mask that is missing, broken or of another size than stated, the index
-    itself where there is nothing, or two samples share an id.
+    `index[i]` raises what its entry's `load` does, the index itself DataError where there is nothing, or two samples
+    share an id.
     """
 
     name: str
     entries: Sequence[Entry]
-    load: Callable[[Any], Sample]  # an entry -> its sample
+    _: dataclasses.KW_ONLY
     notes: tuple[str, ...] = ()  # what was left out on the way here, and why
     # What `fingerprint` takes of a picture file: "content", its bytes; or "stat", path, size and time of change, where
     # reading every picture costs too much.
     image_hash: str = "content"
+    parts: tuple[SampleIndex, ...] = ()  # of a mix: its sets, whose samples stand in it as often as they are drawn
 
     def __post_init__(self):
         if not self.entries:
             raise DataError(f"{self.name}: there is no sample in it")
-        if twice := [id for id, count in collections.Counter(self.ids).items() if count > 1]:
+        if not self.parts and (twice := [id for id, count in collections.Counter(self.ids).items() if count > 1]):
             raise DataError(
                 f"{self.name}: {len(twice)} sample ids occur more than once, such as {twice[:3]}; every id must be"
                 " unique: take the files from one download, or give each line of your own data an id of its own"
@@ -79,7 +95,7 @@ class SampleIndex(Sequence):
         entry = self.entries[i]
         if not entry.query.strip():
             raise DataError(f"sample {entry.id} asks nothing: its text is blank")
-        return self.load(entry)
+        return entry.load()
 
     @property
     def ids(self) -> list[str]:
@@ -88,7 +104,7 @@ class SampleIndex(Sequence):
 
     @property
     def image_keys(self) -> list[str]:
-        """The pictures' names in order; see `image_key`."""
+        """The pictures' names in order; see `Entry.image_key`."""
         return [entry.image_key for entry in self.entries]
 
     def keep(self, wanted: Sequence[int], note: str = "") -> SampleIndex:
@@ -134,16 +150,6 @@ def read_file(path: pathlib.Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-
-
-def image_key(path: str | pathlib.Path) -> str:
-    """A name that copies of one picture share: "coco/<image id>" by COCO's file names, else the absolute path."""
-    known = _COCO_NAME.fullmatch(pathlib.PurePath(path).name)
-    return coco_key(int(known[1])) if known else os.path.abspath(path)
-
-
-def coco_key(image_id: int) -> str:
-    return f"coco/{image_id}"
 
 
 def spread(total: int, wanted: int) -> list[int]:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import inspect
 import itertools
 from collections.abc import Sequence
 
 from rsagent_jax.config.import_path import first_line, import_path, place
-from rsagent_jax.config.ranges import DATASETS, REFER
+from rsagent_jax.config.ranges import DATASETS
 from rsagent_jax.config.schema import DataConfig, MixPart
 from rsagent_jax.data.sets.index import SampleIndex
-from rsagent_jax.types import DataError, Sample
+from rsagent_jax.types import DataError
 
-TFDS = "rsagent_jax.data.sets.refcoco_tfds:load_refcoco_tfds"
-OPTIONS = ("dataset", "split_by", "unit", "texts", "raw")  # fields that a loader gets if it has parameters so named
+# Fields that a loader gets if it has parameters so named.
+OPTIONS = ("dataset", "layout", "split_by", "unit", "texts", "raw")
 
 
-def open_samples(config: DataConfig) -> SampleIndex | Mixture:
+def open_samples(config: DataConfig) -> SampleIndex:
     """What the config names, lazily. DataError where it names nothing, or files are missing or broken."""
     if not config.mix:
         return dataclasses.replace(_excluding(_open(config), config), image_hash=config.fingerprint)
@@ -27,12 +26,27 @@ def open_samples(config: DataConfig) -> SampleIndex | Mixture:
         inherited = dataclasses.replace(part.data, root=part.data.root or config.root)
         samples = _excluding(_excluding(_open(inherited), inherited), config)
         parts.append((part, dataclasses.replace(samples, image_hash=part.data.fingerprint)))
-    return Mixture(parts)
+    return _mixed(parts)
+
+
+def _mixed(parts: Sequence[tuple[MixPart, SampleIndex]]) -> SampleIndex:
+    """Several sets in one: drawn from evenly, part p comes up with its share of the weights.
+
+    Its length is the shortest at which every sample stands in it once and the shares hold: parts that are small for
+    their weight are repeated. So whatever shuffles or divides a plain sequence does the same for a mix.
+    """
+    total, sets = sum(part.weight for part, _ in parts), tuple(samples for _, samples in parts)
+    length = max(len(samples) * total / part.weight for part, samples in parts)
+    counts = [max(len(samples), round(length * part.weight / total)) for part, samples in parts]
+    repeated = (itertools.islice(itertools.cycle(s.entries), n) for n, s in zip(counts, sets, strict=True))
+    name = " + ".join(f"{n} of {s.name}" for n, s in zip(counts, sets, strict=True))
+    notes = tuple(f"{s.name}: {note}" for s in sets for note in s.notes)
+    return SampleIndex(name, list(itertools.chain(*repeated)), notes=notes, parts=sets)
 
 
 def _open(c: DataConfig) -> SampleIndex:
     """By a word of the table, or a loader of the user's own: both are called with (root=…, split=…, limit=…)."""
-    path = TFDS if c.layout == "tfds" and c.dataset in REFER else DATASETS.get(c.dataset, c.dataset)
+    path = DATASETS.get(c.dataset, c.dataset)
     # Pictures are excluded before samples are counted, so `limit` waits until then.
     arguments = {"root": c.root, "split": c.split, "limit": None if c.exclude else c.limit or None}
     parameters = inspect.signature(import_path(path)).parameters
@@ -69,39 +83,3 @@ def _named(name: str, c: DataConfig) -> DataConfig:
     layout = "refer" if words[0] == "grefcoco" else c.layout
     root = c.exclude_root or c.root
     return DataConfig(root=root, dataset=words[0], layout=layout, split_by=split_by, split=words[-1])
-
-
-class Mixture(Sequence):
-    """Several sets in one: drawn from evenly, part p comes up with its share of the weights.
-
-    Its length is the shortest at which every sample stands in it once and the shares hold: parts that are small for
-    their weight are repeated. So whatever shuffles or divides a plain sequence does the same for a mix.
-    """
-
-    def __init__(self, parts: Sequence[tuple[MixPart, SampleIndex]]):
-        total = sum(part.weight for part, _ in parts)
-        self.parts = tuple(samples for _, samples in parts)
-        length = max(len(samples) * total / part.weight for part, samples in parts)
-        self.counts = tuple(max(len(s), round(length * part.weight / total)) for part, s in parts)
-        self.ends = tuple(itertools.accumulate(self.counts))
-        self.name = " + ".join(f"{c} of {s.name}" for c, s in zip(self.counts, self.parts, strict=True))
-        self.notes = tuple(f"{s.name}: {note}" for s in self.parts for note in s.notes)
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, i: int) -> Sample:
-        part, k = self._place(i)
-        return self.parts[part][k]
-
-    @property
-    def ids(self) -> list[str]:
-        """In order; samples of repeated parts stand there as often as they are drawn."""
-        return [self.parts[p].entries[k].id for p, k in map(self._place, range(len(self)))]
-
-    def _place(self, i: int) -> tuple[int, int]:
-        i = i + len(self) if i < 0 else i
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        part = bisect.bisect_right(self.ends, i)
-        return part, int(i - (self.ends[part] - self.counts[part])) % len(self.parts[part])

@@ -41,6 +41,12 @@ class _Entry(Entry):
     def inputs(self) -> Inputs:
         return Inputs(pathlib.Path(self.image), json.dumps(self.shapes, sort_keys=True).encode())
 
+    def load(self) -> Sample:
+        # LISA reads pictures with OpenCV, which turns them upright.
+        image = read_image(self.image, "unpack the data set again", upright=True)
+        labels = draw_shapes(self.shapes, *image.shape[:2], self.annotation)
+        return Sample(self.id, image, self.query, labels == OBJECT, labels == IGNORED, self.image)
+
 
 def load_reasonseg(
     root: str | pathlib.Path, split: str = "val", texts: str = "first", limit: int | None = None
@@ -65,19 +71,12 @@ def load_reasonseg(
             f"{folder}: {len(lost)} files lack their other half, such as {lost[:3]}; each <id>.jpg needs its <id>.json:"
             " unpack the data set again"
         )
-    return SampleIndex(f"reasonseg/{split}", entries[:limit], _load)
+    return SampleIndex(f"reasonseg/{split}", entries[:limit])
 
 
 def _real(folder: pathlib.Path, pattern: str) -> Iterator[pathlib.Path]:
     """Without macOS's "._" files, which hold a Finder window's settings and no data."""
     return (path for path in folder.glob(pattern) if not path.name.startswith("._"))
-
-
-def _load(entry: _Entry) -> Sample:
-    # LISA reads pictures with OpenCV, which turns them upright.
-    image = read_image(entry.image, "unpack the data set again", upright=True)
-    labels = draw_shapes(entry.shapes, *image.shape[:2], entry.annotation)
-    return Sample(entry.id, image, entry.query, labels == OBJECT, labels == IGNORED, entry.image)
 
 
 def draw_shapes(shapes: list[dict], height: int, width: int, where: str) -> np.ndarray:

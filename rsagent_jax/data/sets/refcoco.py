@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from rsagent_jax.data.sets.index import Entry, Inputs, SampleIndex, coco_key, read_file
+from rsagent_jax.data.sets.index import CocoEntry, Inputs, SampleIndex, read_file
 from rsagent_jax.data.sets.unpickle import loads_data
 from rsagent_jax.masks import decode_segmentation
 from rsagent_jax.runtime.image_files import read_image
@@ -32,18 +34,26 @@ NO_TARGET = -1  # its ann_id where nothing in the picture is meant
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry(Entry):
-    image_id: int
+class _Entry(CocoEntry):
     size: tuple[int, int]  # (h, w) as instances.json says; held against the file when it is read
     targets: tuple[tuple[int, list | dict], ...]  # (annotation id, COCO segmentation); the mask is their union
-
-    @property
-    def image_key(self) -> str:
-        return coco_key(self.image_id)
 
     def inputs(self) -> Inputs:
         target = json.dumps([segmentation for _, segmentation in self.targets], sort_keys=True)
         return Inputs(pathlib.Path(self.image), target.encode())
+
+    def load(self) -> Sample:
+        image = read_image(self.image, "unpack all of COCO train2014 (train2014.zip) into its folder")
+        h, w = self.size
+        if image.shape[:2] != (h, w):
+            raise DataError(
+                f"{self.image} is {image.shape[1]} x {image.shape[0]} pixels, but its annotations are drawn for"
+                f" {w} x {h} (sample {self.id}): use the original COCO train2014 pictures, not resized or rotated ones"
+            )
+        mask = np.zeros((h, w), bool)
+        for ann_id, segmentation in self.targets:
+            mask |= decode_segmentation(segmentation, h, w, f"annotation {ann_id} (sample {self.id})")
+        return Sample(id=self.id, image=image, query=self.query, gt_mask=mask, path=self.image)
 
 
 def load_refcoco(
@@ -54,29 +64,37 @@ def load_refcoco(
     unit: str = "sentence",
     limit: int | None = None,
     raw: bool = False,
+    layout: str = "refer",
 ) -> SampleIndex:
     """Indexes one split.
 
     unit: "sentence", every sentence of every reference is a sample (LISA's rule); or "reference", only its first one.
     limit: keep the first so many samples. raw: the annotator's own text (`raw`, stripped) for the query, not the
     normalised `sent` (stripped, lower case). Sample ids read "<dataset>/<split_by>/<split>/<ref_id>/<sent_id>".
+    layout: "refer", or "tfds" for the files of refcoco_tfds.py.
     Raises DataError where files are missing or broken, or where the split does not exist.
     """
-    root = pathlib.Path(root).expanduser()
-    refs_path, instances_path = _check_layout(root, dataset, split_by)
-    refs = _select_split(_read_refs(refs_path, several=dataset == GENERALIZED), split, refs_path)
-    images, annotations = _read_instances(instances_path, root / IMAGES)
+    read_entries = _read_entries
+    if layout == "tfds":
+        from rsagent_jax.data.sets.refcoco_tfds import read_entries  # not above: Grain imports JAX
+    entries = read_entries(pathlib.Path(root).expanduser(), dataset, split_by, split, unit, raw)
+    return SampleIndex(f"{dataset}/{split_by}/{split}", list(itertools.islice(entries, limit)))
 
-    name = f"{dataset}/{split_by}/{split}"
-    entries: list[_Entry] = []
+
+def _read_entries(
+    root: pathlib.Path, dataset: str, split_by: str, split: str, unit: str, raw: bool
+) -> Iterator[_Entry]:
+    refs_path, instances_path = _check_layout(root, dataset, split_by)
+    several = dataset == GENERALIZED
+    refs = _select_split(_read_refs(refs_path, several), split, refs_path)
+    images, annotations = _read_instances(instances_path, root / IMAGES)
     for ref in refs:
-        if limit is not None and len(entries) >= limit:
-            break
         # ref["file_name"] carries an annotation suffix and names no file: the picture comes from its image_id.
         where = f"reference {ref['ref_id']} in {refs_path}"
         image, size = _look_up(images, ref["image_id"], "image", where, instances_path)
         targets = []
-        for ann_id in _ann_ids(ref):
+        ann_ids = [a for a in ref["ann_id"] if a != NO_TARGET] if several else [ref["ann_id"]]
+        for ann_id in ann_ids:
             image_id, segmentation = _look_up(annotations, ann_id, "annotation", where, instances_path)
             if image_id != ref["image_id"]:
                 raise DataError(
@@ -86,23 +104,8 @@ def load_refcoco(
             targets.append((ann_id, segmentation))
         for sentence in ref["sentences"] if unit == "sentence" else ref["sentences"][:1]:
             query = _text(sentence["raw"]) if raw else _text(sentence["sent"]).lower()
-            sample_id = f"{name}/{ref['ref_id']}/{sentence['sent_id']}"
-            entries.append(_Entry(sample_id, query, image, ref["image_id"], size, tuple(targets)))
-    return SampleIndex(name, entries[:limit], _load)
-
-
-def _load(entry: _Entry) -> Sample:
-    image = read_image(entry.image, "unpack all of COCO train2014 (train2014.zip) into its folder")
-    h, w = entry.size
-    if image.shape[:2] != (h, w):
-        raise DataError(
-            f"{entry.picture} is {image.shape[1]} x {image.shape[0]} pixels, but its annotations are drawn for"
-            f" {w} x {h} (sample {entry.id}): use the original COCO train2014 pictures, not resized or rotated ones"
-        )
-    mask = np.zeros((h, w), bool)
-    for ann_id, segmentation in entry.targets:
-        mask |= decode_segmentation(segmentation, h, w, f"annotation {ann_id} (sample {entry.id})")
-    return Sample(id=entry.id, image=image, query=entry.query, gt_mask=mask, path=entry.image)
+            sample_id = f"{dataset}/{split_by}/{split}/{ref['ref_id']}/{sentence['sent_id']}"
+            yield _Entry(sample_id, query, image, ref["image_id"], size, tuple(targets))
 
 
 def _text(text: str) -> str:
@@ -111,12 +114,6 @@ def _text(text: str) -> str:
         return text.encode("latin1").decode("utf-8").strip()
     except UnicodeError:
         return text.strip()
-
-
-def _ann_ids(ref: dict) -> list[int]:
-    if isinstance(ref["ann_id"], int):
-        return [ref["ann_id"]]
-    return [ann_id for ann_id in ref["ann_id"] if ann_id != NO_TARGET]
 
 
 # ---------------------------------------------------------------------------------------------------- files

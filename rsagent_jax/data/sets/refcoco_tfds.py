@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 
 import grain
 
-from rsagent_jax.data.sets.index import Entry, Inputs, SampleIndex, coco_key
+from rsagent_jax.data.sets.index import CocoEntry, Inputs
 from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.runtime.image_files import decode_image
 from rsagent_jax.types import DataError, Sample
@@ -36,57 +36,37 @@ _FILE = re.compile(r"ref_coco-(?P<split>\w+)\.(?:tfrecord|array_record)-\d{5}-of
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry(Entry):  # its picture is in the file of a shard
-    image_id: int
+class _Entry(CocoEntry):  # its picture is in the file of a shard
     record: int  # its number in the file
     target: int  # which object of the picture
 
-    @property
-    def image_key(self) -> str:
-        return coco_key(self.image_id)
-
     def read(self) -> tuple[str, dict[str, list]]:
         """(where it is, for messages; its record's features)."""
-        where = f"{self.picture}, picture {self.image_id}"
+        where = f"{self.image}, picture {self.image_id}"
         return where, _example(pathlib.Path(self.image), self.record, where)
 
     def inputs(self) -> Inputs:
         _, fields = self.read()
         return Inputs(fields["image"][0], fields["objects/mask"][self.target])
 
+    def load(self) -> Sample:
+        where, fields = self.read()
+        image = decode_image(fields["image"][0], where)
+        # not 0, whatever it is: TFDS's own rule; it writes PNGs of 8 bits
+        mask = decode_image(fields["objects/mask"][self.target], f"{where}, mask {self.target}")[..., 0] > 0
+        if mask.shape != image.shape[:2]:
+            raise DataError(f"{where}: its mask {self.target} has {mask.shape} pixels (h, w), it has {image.shape[:2]}")
+        return Sample(id=self.id, image=image, query=self.query, gt_mask=mask)
 
-def load_refcoco_tfds(
-    root: str | pathlib.Path,
-    dataset: str = "refcocog",
-    split_by: str = "umd",
-    split: str = "val",
-    unit: str = "sentence",
-    limit: int | None = None,
-    raw: bool = False,
-) -> SampleIndex:
-    """Indexes one split; `unit`, `limit` and `raw` as in `refcoco.load_refcoco`, but the text is `raw` in lower case
-    where `raw` is False. DataError where files are missing or broken.
-    """
-    name, entries = f"{dataset}/{split_by}/{split}", []
-    for file in _shards(pathlib.Path(root).expanduser(), dataset, split_by, split):
+
+def read_entries(root: pathlib.Path, dataset: str, split_by: str, split: str, unit: str, raw: bool) -> Iterator[_Entry]:
+    """What refcoco.load_refcoco asks for; the text is `raw` in lower case where `raw` is False."""
+    for file in _shards(root, dataset, split_by, split):
         for number in range(len(_records(file))):
-            entries += _entries(file, number, name, unit, raw)
-            if limit is not None and len(entries) >= limit:
-                return SampleIndex(name, entries[:limit], _load)
-    return SampleIndex(name, entries, _load)
+            yield from _of_picture(file, number, f"{dataset}/{split_by}/{split}", unit, raw)
 
 
-def _load(entry: _Entry) -> Sample:
-    where, fields = entry.read()
-    image = decode_image(fields["image"][0], where)
-    # not 0, whatever it is: TFDS's own rule; it writes PNGs of 8 bits
-    mask = decode_image(fields["objects/mask"][entry.target], f"{where}, mask {entry.target}")[..., 0] > 0
-    if mask.shape != image.shape[:2]:
-        raise DataError(f"{where}: its mask {entry.target} has {mask.shape} pixels (h, w), it has {image.shape[:2]}")
-    return Sample(id=entry.id, image=image, query=entry.query, gt_mask=mask)
-
-
-def _entries(file: pathlib.Path, number: int, name: str, unit: str, raw: bool) -> Iterator[_Entry]:
+def _of_picture(file: pathlib.Path, number: int, name: str, unit: str, raw: bool) -> Iterator[_Entry]:
     """One per sentence, or per object with unit="reference"."""
     where = f"{file}, record {number}"
     fields = _example(file, number, where)

@@ -9,6 +9,7 @@ cudnn   the fused kernel on GPU
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -140,17 +141,8 @@ def _kernel(q_NTH, k_KTH, v_KTH, segments_T, tiles_QK, *, causal: bool, interpre
     """The kernel for one row and one device's heads. Its own name keeps the softmax's sums with its output."""
     length = len(segments_T)
     block, fused = tile(length), is_fused(length)
-    sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=None if fused else block,
-        block_kv_dq=None if fused else block,
-        use_fused_bwd_kernel=fused,
-    )
+    always = "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv block_kv_dkv_compute".split()
+    sizes = dict.fromkeys(always, block) | dict.fromkeys(("block_q_dq", "block_kv_dq"), None if fused else block)
     places = jnp.arange(length) if causal else None
 
     def tables(axis: int):
@@ -166,17 +158,13 @@ def _kernel(q_NTH, k_KTH, v_KTH, segments_T, tiles_QK, *, causal: bool, interpre
         by_query,
         None if fused else by_query,
         tables(0),
-        block_sizes=sizes,
+        block_sizes=splash.BlockSizes(**sizes, use_fused_bwd_kernel=fused),
         is_mqa=False,
         save_residuals=False,
         mask_value=splash.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
         residual_checkpoint_name="attention" if named else None,
-        mask_function=_not_after if causal else None,
+        mask_function=operator.ge if causal else None,
         interpret=interpret,
     )
     return kernel(q_NTH, k_KTH, v_KTH, splash.SegmentIds(segments_T, segments_T))
-
-
-def _not_after(queries, keys):
-    return queries >= keys

@@ -116,25 +116,20 @@ class Qwen25VLConfig:
         ):
             if source[name] not in (only, None):
                 problems.append(f"{name} = {source[name]!r} is not supported (only {only!r})")
-        if problems:
-            raise DataError(f"{where}: " + "; ".join(problems))
         parts = {"text": _pick(TextConfig, text), "vision": _pick(VisionConfig, vision), "eos_token_ids": eos}
         config = _pick(cls, theirs | parts)
-        config._check(where)
-        return config
-
-    def _check(self, where: str) -> None:
-        text, vision, wrong = self.text, self.vision, []
+        text, vision = config.text, config.vision
         if sum(text.mrope_section) * 2 != text.head_dim:
-            wrong.append(f"mrope_section {text.mrope_section} does not sum to head_dim / 2")
+            problems.append(f"mrope_section {text.mrope_section} does not sum to head_dim / 2")
         if text.num_attention_heads % text.num_key_value_heads:
-            wrong.append("heads are not a multiple of key/value heads")
+            problems.append("heads are not a multiple of key/value heads")
         if vision.out_hidden_size != text.hidden_size:
-            wrong.append("vision out_hidden_size differs from the decoder's hidden_size")
+            problems.append("vision out_hidden_size differs from the decoder's hidden_size")
         if vision.hidden_size % (4 * vision.num_heads):
-            wrong.append("vision head_dim is not a multiple of 4")
-        if wrong:
-            raise DataError(f"{where}: " + "; ".join(wrong))
+            problems.append("vision head_dim is not a multiple of 4")
+        if problems:
+            raise DataError(f"{where}: " + "; ".join(problems))
+        return config
 
 
 def load_config(directory: str | pathlib.Path) -> Qwen25VLConfig:

@@ -40,14 +40,11 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     def __init__(self, config: TextConfig, rngs: nnx.Rngs):
         self.config = config
-        self.embed = param(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"))
+        table = (config.vocab_size, config.hidden_size), ("vocab", "embed")
+        self.embed = param(rngs, *table)
         self.layers = DecoderLayer(config, rngs, stack=(config.num_hidden_layers,))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
-        self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else param(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"))
-        )
+        self.lm_head = None if config.tie_word_embeddings else param(rngs, *table)
 
     @property
     def head_VD(self) -> jax.Array:
@@ -75,9 +72,8 @@ def mrope_angles(positions_B3T: jax.Array, config: TextConfig) -> tuple[jax.Arra
     """(cos, sin) fp32 [B, T, H]: contiguous runs of frequencies turn with the temporal, height and width position."""
     half = config.head_dim // 2
     inverse = 1.0 / config.rope_theta ** (jnp.arange(half, dtype=jnp.float32) / half)
-    axis = jnp.repeat(
-        jnp.arange(len(config.mrope_section)) % 3, jnp.array(config.mrope_section), total_repeat_length=half
-    )
+    sections = jnp.array(config.mrope_section)
+    axis = jnp.repeat(jnp.arange(len(sections)) % 3, sections, total_repeat_length=half)
     angles = jnp.moveaxis(positions_B3T.astype(jnp.float32), 1, -1)[..., axis] * inverse
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,6 +12,9 @@ from rsagent_jax.models.qwen25_vl.compute import PLAIN, Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.language import Decoder
 from rsagent_jax.models.qwen25_vl.vision import VisionTower
+from rsagent_jax.types import Batch
+
+jax.tree_util.register_dataclass(Batch, [f.name for f in dataclasses.fields(Batch)], [])
 
 
 class Qwen25VL(nnx.Module):
@@ -26,21 +31,16 @@ class Qwen25VL(nnx.Module):
         seen = jnp.take_along_axis(merged_BMD, jnp.maximum(image_slots_BT - 1, 0)[..., None], axis=1)
         return jnp.where((image_slots_BT > 0)[..., None], seen, x)
 
-    def __call__(
-        self,
-        tokens_BT: jax.Array,
-        positions_B3T: jax.Array,
-        segment_ids_BT: jax.Array,
-        patches_BPC: jax.Array,
-        patch_segment_ids_BP: jax.Array,
-        patch_positions_BP2: jax.Array,
-        image_slots_BT: jax.Array,
-        compute: Compute = PLAIN,
-    ) -> jax.Array:
-        """Normed hidden states [B, T, D] of packed rows; `token_logprobs` turns them into log-probabilities."""
-        merged = self.vision(patches_BPC, patch_segment_ids_BP, patch_positions_BP2, compute)
-        x = self.place(tokens_BT, merged, image_slots_BT, compute)
-        return self.decoder(x, positions_B3T, segment_ids_BT, compute)
+    def __call__(self, batch: Batch, compute: Compute = PLAIN, *, embedded: bool = False) -> jax.Array:
+        """Normed hidden states [B, T, D] of packed rows; `token_logprobs` turns them into log-probabilities.
+
+        `embedded`: the batch has the tower's merged tokens in place of its patches.
+        """
+        merged = batch.patches
+        if not embedded:
+            merged = self.vision(merged, batch.patch_segment_ids, batch.patch_positions, compute)
+        x = self.place(batch.tokens, merged, batch.image_slots, compute)
+        return self.decoder(x, batch.positions, batch.segment_ids, compute)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """f32[B, T, V]; for few tokens only."""

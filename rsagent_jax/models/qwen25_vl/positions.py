@@ -31,33 +31,25 @@ def mrope_positions(
     own rows and columns added to `start`, and the text after it goes on at start + max(h, w).
     Returns (positions, the next free position). ValueError when placeholders and grids disagree.
     """
-    tokens = np.asarray(tokens)
-    out = np.empty((3, len(tokens)), np.int32)
-    is_image = tokens == image_id
-    i, grid_index, position = 0, 0, start
-    while i < len(tokens):
-        if not is_image[i]:
-            stop = i + 1
-            while stop < len(tokens) and not is_image[stop]:
-                stop += 1
-            out[:, i:stop] = position + np.arange(stop - i)
-            position += stop - i
-        else:
-            if grid_index == len(grids):
-                raise ValueError(f"image token at {i}, but only {len(grids)} images were given")
-            t, h, w = grids[grid_index][0], grids[grid_index][1] // merge, grids[grid_index][2] // merge
-            stop = i + t * h * w
-            if stop > len(tokens) or not is_image[i:stop].all():
-                raise ValueError(f"image {grid_index} needs {t * h * w} image tokens, fewer stand at {i}")
-            index = np.indices((t, h, w)).reshape(3, -1)
-            index[0] = 0  # a still image does not advance in time, whatever its grid says
-            out[:, i:stop] = position + index
-            position += max(h, w)
-            grid_index += 1
-        i = stop
-    if grid_index != len(grids):
-        raise ValueError(f"{len(grids)} images were given, but image tokens for {grid_index}")
-    return out, position
+    is_image, pieces, at, position = np.asarray(tokens) == image_id, [], 0, start
+    for number, (t, rows, columns) in enumerate(grids):
+        h, w = rows // merge, columns // merge
+        places = np.flatnonzero(is_image[at:])
+        if not len(places):
+            raise ValueError(f"{len(grids)} images were given, but image tokens for {number}")
+        text, size = int(places[0]), t * h * w
+        if not is_image[at + text : at + text + size].sum() == size:
+            raise ValueError(f"image {number} needs {size} image tokens, fewer stand at {at + text}")
+        index = np.indices((t, h, w)).reshape(3, -1)
+        index[0] = 0  # a still image does not advance in time, whatever its grid says
+        pieces += [np.tile(position + np.arange(text), (3, 1)), position + text + index]
+        position += text + max(h, w)
+        at += text + size
+    if is_image[at:].any():
+        raise ValueError(f"image token at {at + int(is_image[at:].argmax())}, but only {len(grids)} images were given")
+    rest = len(is_image) - at
+    pieces.append(np.tile(position + np.arange(rest), (3, 1)))
+    return np.concatenate(pieces, axis=1).astype(np.int32), position + rest
 
 
 @functools.lru_cache(maxsize=4096)

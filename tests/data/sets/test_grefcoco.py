@@ -8,7 +8,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from rsagent_jax.data.sets import refcoco
-from tests.data.sets.small_sets import write_image
+from tests.data.sets.small_sets import write_refer
 from tests.refusals import refused
 
 SQUARES = {11: [2, 2, 12, 2, 12, 12, 2, 12], 12: [8, 8, 20, 8, 20, 20, 8, 20], 21: [0, 0, 5, 0, 5, 5, 0, 5]}
@@ -25,13 +25,7 @@ REFS = [ref(1, [11, 12]), ref(2, [-1], text="The DOG"), ref(3, [11]), ref(4, [21
 
 @pytest.fixture
 def root(tmp_path):
-    (tmp_path / "grefcoco").mkdir()
-    images = [{"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "height": 24, "width": 30} for i in (1, 2)]
-    for image in images:
-        write_image(tmp_path / refcoco.IMAGES / image["file_name"], size=(30, 24))
-    annotations = [{"id": k, "image_id": k // 10, "segmentation": [polygon]} for k, polygon in SQUARES.items()]
-    (tmp_path / "grefcoco/instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    (tmp_path / "grefcoco/grefs(unc).p").write_bytes(pickle.dumps(REFS, protocol=2))
+    write_refer(tmp_path, "grefcoco", "unc", REFS, SQUARES, (30, 24))
     return tmp_path
 
 

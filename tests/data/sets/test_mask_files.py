@@ -46,7 +46,7 @@ def labels(image, kind="PNG", **options):
 
 
 @pytest.mark.parametrize(
-    ("picture", "kind", "options"),
+    ("image", "kind", "options"),
     [
         (grey(255), "PNG", {}),
         (grey(1), "PNG", {}),
@@ -79,7 +79,7 @@ def test_what_says_300_is_300(image, kind, options):
 
 
 @pytest.mark.parametrize(
-    ("picture", "kind", "says"),
+    ("image", "kind", "says"),
     [
         (Image.fromarray(SOFT), "PNG", "2 levels or colours beside black, such as 100, 255.*without soft edges"),
         (Image.fromarray(np.where(OBJECT, 255, 9).astype(np.uint8)), "PNG", "such as 9, 255"),

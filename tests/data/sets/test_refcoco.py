@@ -1,7 +1,6 @@
 """The loader: refer's rules on hand-made references, pycocotools' masks, and one clear message per bad input."""
 
 import json
-import os
 import pickle
 import struct
 import subprocess
@@ -153,16 +152,6 @@ def test_the_form_that_is_right_is_named(segmentation, says):
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
-def test_other_colour_modes_become_rgb(tmp_path, mode):
-    path = tmp_path / "x.jpg"
-    PIL.Image.new("RGB", (30, 20), (200, 100, 50)).convert(mode).save(path, quality=95)
-    image = image_files.read_image(path)
-    assert image.shape == (20, 30, 3) and image.dtype == np.uint8 and image.flags.writeable
-    expected = (124, 124, 124) if mode == "L" else (200, 100, 50)  # 0.299 * 200 + 0.587 * 100 + 0.114 * 50 = 124.2
-    assert np.abs(image.astype(int) - expected).max() <= 6
-
-
 def test_exif_rotation_is_not_applied(copied):
     path = first_image(copied)
     before = load_refcoco(copied)[0]
@@ -192,18 +181,11 @@ def test_missing_files_are_marked(copied, tmp_path):
     refused(r"no refcoco\+ under", load_refcoco, copied, "refcoco+", "unc")
 
 
-def test_truncated_and_malicious_pickles(copied, tmp_path):
+def test_unreadable_pickles_are_named(copied):
+    """What else a pickle may try: test_unpickle.py."""
     path = copied / REFS
     path.write_bytes(path.read_bytes()[:3000])
     refused(r"refs\(umd\)\.p is cut short", load_refcoco, copied)
-
-    class Attack:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'witness'}",)
-
-    path.write_bytes(pickle.dumps([Attack()], 2))
-    refused(r"refs\(umd\)\.p is refused: it wants to import posix\.system", load_refcoco, copied)
-    assert not (tmp_path / "witness").exists()
     path.unlink()
     path.mkdir()
     refused(r"cannot read .*refs\(umd\)\.p: Is a directory", load_refcoco, copied)

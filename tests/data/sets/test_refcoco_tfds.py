@@ -1,5 +1,6 @@
 """The TFDS reader against files and values that tensorflow-datasets itself wrote (tests/golden/make_ref_coco.py)."""
 
+import functools
 import itertools
 import json
 import pathlib
@@ -14,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsagent_jax.data.sets import refcoco_tfds
-from rsagent_jax.data.sets.refcoco_tfds import load_refcoco_tfds
+from rsagent_jax.data.sets.refcoco import load_refcoco
 from rsagent_jax.types import DataError
 from tests.refusals import refused
 
+load_refcoco_tfds = functools.partial(load_refcoco, layout="tfds")
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden/ref_coco"
 VERSION = "ref_coco/refcocog_umd/1.1.0"
 NAME = "ref_coco-validation.tfrecord-00000-of-00001"

@@ -1,0 +1,36 @@
+"""Processes of their own with simulated devices, whose number is set before jax starts."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+from rsagent_jax.runtime.processes import VARIABLES
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run_simulated(arguments: list[str], devices: int, count: int = 1, flags: str = "", **env: str) -> str:
+    """What the first of `count` processes prints that run python with these arguments, on `devices` devices each.
+
+    Several find each other by processes.initialize_distributed. What one says on stderr is shown if it fails.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags} --xla_force_host_platform_device_count={devices}"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "agent")])
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path} | env
+    running = []
+    for i in range(count):
+        who = dict(zip(VARIABLES, (address, str(count), str(i)), strict=True)) if count > 1 else {}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running.append(subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env | who, **pipes))
+    try:
+        said = [process.communicate(timeout=400) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert all(p.returncode == 0 for p in running), "\n".join(error[-3000:] for _, error in said)
+    return said[0][0]
