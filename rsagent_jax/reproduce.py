@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Collection
 
-from rsagent_jax.config.import_path import closest, shipped
+from rsagent_jax.config.import_path import closest
 from rsagent_jax.config.recipe import RecipeConfig, Step, plan_steps
 from rsagent_jax.report.reproduction import STAMP, command_line, seconds_of, waits_for, write_report
 from rsagent_jax.runtime.journal import write_whole
@@ -70,10 +70,9 @@ def chosen(only: str, steps: Collection[str]) -> set[str]:
 
 def run_step(step: Step) -> int:
     """Runs the command and, if it ends well, says so in its directory. The exit status; 128 + n after signal n."""
-    argv = [shipped(step.argv[0]) if step.argv[0].endswith(".py") else step.argv[0], *step.argv[1:]]
     start = time.perf_counter() - (seconds_of(step) or 0.0)  # of a stage that is run anew, all of its time
     (step.directory / STAMP).unlink(missing_ok=True)
-    with subprocess.Popen([sys.executable, *argv]) as child:
+    with subprocess.Popen([sys.executable, *step.argv]) as child:
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             status = child.wait()

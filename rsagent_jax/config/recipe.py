@@ -14,7 +14,7 @@ import string
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from rsagent_jax.config.import_path import closest
+from rsagent_jax.config.import_path import closest, shipped
 from rsagent_jax.config.ranges import Form, Seed, Text
 
 POLICIES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
@@ -37,7 +37,7 @@ class RecipeStage:
     @property
     def names(self) -> list[str]:
         """What stands in braces in its arguments."""
-        texts = [self.command, *self.arguments, *self.more]
+        texts = (*self.arguments, *self.more)
         return [name for text in texts for _, name, *_ in string.Formatter().parse(text) if name is not None]
 
 
@@ -94,9 +94,8 @@ def plan_steps(config: RecipeConfig, workdir: pathlib.Path) -> dict[str, Step]:
     for stage in config.stages:
         directory = pathlib.Path(stage.given or workdir / stage.name)
         values[stage.name] = directory
-        command = stage.command if stage.command.endswith(".py") else f"-m {stage.command}"
-        texts = [*command.split(" "), *stage.arguments, *stage.more]
-        argv = tuple(text.format_map(values) for text in texts)
+        command = (shipped(stage.command),) if stage.command.endswith(".py") else ("-m", stage.command)
+        argv = (*command, *(text.format_map(values) for text in (*stage.arguments, *stage.more)))
         named = () if stage.given else dict.fromkeys((*stage.names, *stage.needs))
         needs, lacks = (tuple(name for name in named if name in group) for group in (steps, lacking))
         made_of = json.dumps([str(directory), argv, *(steps[name].key for name in needs)])

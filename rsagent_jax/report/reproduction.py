@@ -48,6 +48,7 @@ NOTES = (
     "Called cIoU in the summary of the ablation; beside the final 0.665 gIoU and 0.579 cIoU it might be gIoU.",
     "One summary says test, a report on the paper says an average; the convention is not told.",
 )
+_OPTIONAL = ("paper gIoU", "paper cIoU", "N-acc", "T-acc", "waits for")  # columns of the table
 # (stage, key of metrics.jsonl, title, label of the y axis); rewards' own parts are added as they come
 _CURVES = (
     ("sft", "loss", "SFT loss", "nats per token"),
@@ -175,7 +176,7 @@ def convention(results: Mapping[str, Any]) -> str:
 
 
 def table(summary: Summary) -> list[list[str]]:
-    """The head and a row of each player. Columns in which nobody has anything are left out."""
+    """The head and a row of each player, without those of _OPTIONAL in which nobody has anything."""
     head = ["benchmark", "policy", "paper gIoU", "gIoU", "95% interval", "paper cIoU", "cIoU", "95% interval", "N-acc"]
     head += ["T-acc", "turns", "tool errors", "samples", "convention", "waits for", "command"]
     rows = []
@@ -189,7 +190,7 @@ def table(summary: Summary) -> list[list[str]]:
         errors = _percent(r["tool_error_rate"]) if r["n"] else ""
         cells += [*accuracies, _figure(r["mean_turns"], ".2f"), errors, _figure(r["n"], "d")]
         rows.append([*cells, r["convention"] or "", r["waits"].removeprefix("waits for "), r["command"]])
-    kept = [k for k in range(len(head)) if any(row[k] for row in rows)]
+    kept = [k for k, name in enumerate(head) if name not in _OPTIONAL or any(row[k] for row in rows)]
     return [[row[k] for k in kept] for row in (head, *rows)]
 
 

@@ -78,7 +78,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         main = (load_file(pathlib.Path(name).resolve()) if name.endswith(".py") else importlib.import_module(name)).main
         quieten()
         arguments, flags = parse_arguments(main, argv)
-        resumes = isinstance(flags.get("config"), schema.TrainConfig)
+        resumes = isinstance(flags.get("config"), schema.TrainConfig | RecipeConfig)
         return main(*arguments, **flags) or 0
     except (DataError, SegmenterError) as error:
         kind = "segmenter: " if isinstance(error, SegmenterError) else ""
