@@ -4,10 +4,11 @@
 
 With --config.bound.row=box|best_of_three|clicks an oracle plays in the policy's place (evals/bounds.py).
 Leaves results.json, predictions.jsonl, trajectories.jsonl (for people) and report/index.html. Run a stopped command
-again and it goes on, and plays again what has changed since; --shard=i/n evaluates every n-th sample, on as many
-machines as write to one work directory, and whichever finishes last puts the results together. There are no results
-until every sample is measured: one that the segmenter failed is played again by the next start (metric.failure_policy
-accepts it instead), one that cannot be read is named and left out (data.unreadable).
+again and it goes on, and plays again what has changed since. On a slice, the same command on every host shares the
+samples out; --shard=i/n evaluates every n-th one, on machines that do not know of each other, and whichever finishes
+last puts the results together. Both want one work directory. There are no results until every sample is measured: one
+that the segmenter failed is played again by the next start (metric.failure_policy accepts it instead), one that cannot
+be read is named and left out (data.unreadable). --aot=v5e-8 says whether the engine fits there.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.segmenter import open_segmenter
@@ -39,7 +42,7 @@ from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory, weights_checksum
 from rsagent_jax.report import evaluation
 from rsagent_jax.rollout.driver import Driver, pixel_limits
-from rsagent_jax.rollout.engine import open_engine
+from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.play import Failure, failure_of, play_samples, unmeasured
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
@@ -55,15 +58,36 @@ def main(
     *,
     workdir: str = "",  # directory for everything this command leaves behind
     weights: str = "",  # a Hugging Face directory, org/name or checkpoints/<stage>; in place of policy.weights
-    shard: str = "0/1",  # i/n: evaluate every n-th sample from the i-th on, counted from 0
-) -> None:
-    ############################## Data, who plays ##############################
-    workdir, share = command.make_workdir(workdir), processes.parse_share(shard, "--shard")
+    shard: str = "",  # i/n: evaluate every n-th sample from the i-th on, counted from 0
+    aot: str = "",  # a TPU slice or topology to compile the engine for instead of evaluating
+) -> int | None:
     if weights:
         config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=weights))
-    oracle = config.bound.row in bounds.ORACLES
-    if oracle:
+    if aot:
+        from rsagent_jax.aot import stages  # loads the TPU compiler
+
+        return stages.compile_engine(config.sampling, config.policy.weights, config.policy.dtype, aot)
+    processes.initialize_distributed()
+    workdir, share = command.make_workdir(workdir), processes.own_share(shard, "--shard")
+    if config.bound.row in bounds.ORACLES:
         config = bounds.fill_bound_defaults(config)
+    played = processes.all_or_none(lambda: play_share(config, workdir, share))
+    # What the others of a slice played is there now, so one of them puts it together.
+    processes.all_or_none(lambda: finish(config, workdir, share, played) if processes.is_lead() else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Played:
+    """What the results are made of, besides what the journal holds."""
+
+    samples: SampleIndex
+    current: dict[str, str]  # fingerprint by id
+    row: dict[str, Any]  # who played, for results.json
+    settings: dict[str, Any]  # of the journal
+
+
+def play_share(config: EvalConfig, workdir: pathlib.Path, share: processes.Share) -> Played:
+    """Plays what is left of this process's samples."""
     check_evaluate(config, workdir)
     samples = open_samples(config.data)
     for note in samples.notes:
@@ -71,7 +95,7 @@ def main(
     ids = samples.ids
     current = journals.fingerprints(samples, {id: k for k, id in enumerate(ids)})
 
-    ############################## Trajectories ##############################
+    oracle = config.bound.row in bounds.ORACLES
     with contextlib.ExitStack() as stack:
         segmenter = stack.enter_context(open_segmenter(config.segmenter))
         row = {"row": bounds.title(config.bound), "sees_the_truth": oracle}
@@ -88,21 +112,29 @@ def main(
         if left:
             driver = bounds.oracle_driver(config, segmenter) if oracle else policy_driver(config, segmenter, workdir)
             measure(config, workdir, samples, left, len(mine), driver, journal)
+    return Played(samples, current, row, settings)
 
-    ############################## Results ##############################
-    played, unreadable = records.read_records(workdir, settings, current)
+
+def finish(config: EvalConfig, workdir: pathlib.Path, share: processes.Share, made: Played) -> None:
+    """Puts the results together once every sample is measured; says what is left else. DataError for what failed."""
+    samples, row, ids = made.samples, made.row, made.samples.ids
+    alone = jax.process_count() == 1
+    mine = range(share.index, len(ids), share.count) if alone else range(len(ids))
+    played, unreadable = records.read_records(workdir, made.settings, made.current)
     refuse = config.metric.failure_policy == "refuse"
     lost = {id: record.failure[0] for id, record in played.items() if refuse and record.failure}
     if kinds := [lost[ids[k]] for k in mine if ids[k] in lost]:
         raise unmeasured(kinds, len(mine))
     kept = {id: record for id, record in played.items() if id not in lost}
     if missing := [id for id in ids if id not in kept and id not in unreadable]:
+        if not alone:
+            raise processes.not_shared(len(missing), workdir)
         print(f"shard {share.index} of {share.count} is done; {len(missing)} samples are left to the others")
         return
     if not kept:
         raise DataError(f"none of the {len(ids)} samples can be read; the first: {next(iter(unreadable.values()))}")
     images = {id: key for id, key in zip(ids, samples.image_keys, strict=True) if id in kept}
-    row["weights_sha256"] = settings.get("weights_sha256")
+    row["weights_sha256"] = made.settings.get("weights_sha256")
     summary = write_results(workdir, config, row, [kept[id] for id in images], images, unreadable)
     print(headline(summary), evaluation.what_failed(summary), workdir / "report" / "index.html", sep="\n")
 

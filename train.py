@@ -34,7 +34,7 @@ from rsagent_jax.data.trajectories import check_collected
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
 from rsagent_jax.rollout.driver import Driver, pixel_limits
-from rsagent_jax.rollout.engine import open_engine
+from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train import run_identity, startup

@@ -51,4 +51,6 @@ def get_config(benchmark: str = "refcocog-val"):
     config.segmenter.workers = 8
     config.sampling.context = 6144  # as in training
     config.sampling.patches = 6144
+    config.sampling.tensor = 0  # devices that share a slot, and slots: as the device says (config/slices.py)
+    config.sampling.slots = 0
     return config

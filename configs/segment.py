@@ -19,6 +19,7 @@ def get_config(policy: str = "tiny"):
     if policy == "full":
         config.agent.max_pixels = 1_003_520
         config.sampling.context = 6144  # as in training
+        config.sampling.tensor = 0  # devices that hold the policy together: as their kind says (config/slices.py)
         config.sampling.patches = 5632  # such a picture, its left-over windows in bins
         return config
     if policy != "tiny":

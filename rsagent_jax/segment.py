@@ -28,9 +28,10 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.report.terminal import describe_ending, describe_turn
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.engine import open_engine
+from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.policy import Policy, Task
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
+from rsagent_jax.runtime import processes
 from rsagent_jax.runtime.image_files import read_image
 from rsagent_jax.types import DataError, Sample, Status
 from sam_bridge.types import Segmenter
@@ -47,7 +48,14 @@ def main(
     out: str = "",  # directory for the mask, the overlay and the trajectory
     weights: str = "",  # a Hugging Face directory, org/name or checkpoints/<stage>; in place of policy.weights
 ) -> None:
-    image_path = image
+    processes.initialize_distributed()
+    # A slice's hosts all start it, and one of them has all that it takes.
+    ask = lambda: ask_policy(image, query, config, out, weights or config.policy.weights)  # noqa: E731
+    processes.all_or_none(lambda: ask() if processes.is_lead() else None)
+
+
+def ask_policy(image_path: str, query: str, config: SegmentConfig, out: str, weights: str) -> None:
+    """Checks, opens everything, plays."""
     if not pathlib.Path(image_path).exists():
         raise DataError(f"{image_path} does not exist")
     # The orientation is applied, unlike for COCO: a mask of a photograph should lie as its owner sees it.
@@ -56,7 +64,6 @@ def main(
         raise DataError("the query is empty; say what to segment, such as 'the red circle'")
     out = command.make_workdir(out, "out")
     command.use_compilation_cache(config.cache_dir, out / "compiled")
-    weights = weights or config.policy.weights
     check_policy(weights, config.agent, config.sampling)
     check_disk(out)
     check_segmenter(config.segmenter)

@@ -24,7 +24,7 @@ from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor, unpatchify
 from rsagent_jax.data.sets.index import spread
-from rsagent_jax.models.qwen25_vl.load import policy_directory
+from rsagent_jax.models.qwen25_vl.load import processor_directory
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, merged_tokens, padded_patches
 from rsagent_jax.report.page import render_page
 from rsagent_jax.types import DataError
@@ -73,7 +73,7 @@ def main(
     out: pathlib.Path,  # an HTML file
     samples: CountOrZero = 4,  # how many, evenly spread; 0 = all
 ) -> None:
-    text = tokens_page(trajectories, Processor.load(policy_directory(processor)), samples)
+    text = tokens_page(trajectories, Processor.load(processor_directory(processor)), samples)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 import evaluate
+from configs import collect_tpu, grpo_mix_tpu, grpo_tpu, segment, sft_tpu
 from configs import eval as eval_configs
-from configs import grpo_mix_tpu
 from rsagent_jax.config.build import build_config
-from rsagent_jax.config.schema import DataConfig, EvalConfig, TrainConfig
+from rsagent_jax.config.schema import CollectConfig, DataConfig, EvalConfig, SegmentConfig, TrainConfig
 from rsagent_jax.data.sets import refcoco
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.masks import encode_rle
@@ -219,3 +219,16 @@ def test_the_recipe_of_a_benchmark_is_a_config(tmp_path):
     config = build_config(EvalConfig, command.load_config_file(str(file)))
     assert config.benchmark == "Kitchens test" and config.metric.empty_below == 10
     assert (config.data.dataset, config.data.split, config.data.root) == ("folder", "test", "kitchens")
+
+
+def test_configs_of_full_size_have_one_prompt_one_pixel_budget_and_one_context():
+    """What trajectories were collected with, both stages train on and evaluations and users are answered with."""
+    collected = [collect_tpu.get_config(how) for how in ("remote", "self")]
+    collected[0].teacher.remote.url = "http://host:8000/v1"
+    collected = [build_config(CollectConfig, config) for config in collected]
+    evaluated = build_config(EvalConfig, eval_configs.get_config())
+    asked = build_config(SegmentConfig, segment.get_config("full"))
+    sft, grpo = (build_config(TrainConfig, module.get_config()) for module in (sft_tpu, grpo_tpu))
+    assert {c.agent for c in (*collected, evaluated, asked, sft, grpo)} == {grpo.agent}
+    samplings = (collected[1].teacher.own.sampling, evaluated.sampling, asked.sampling, grpo.grpo.sampling)
+    assert {s.context for s in samplings} == {sft.sft.batch.tokens} == {grpo.grpo.batch.tokens}

@@ -12,7 +12,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -23,12 +23,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from rsagent_jax.aot import rollout
 from rsagent_jax.aot.flops import Workload, model_flops
-from rsagent_jax.aot.report import Job, ProgramReport, report_job
+from rsagent_jax.aot.report import Job, ProgramReport, report_job, reports_table, reports_to_json
 from rsagent_jax.aot.rollout import device_bytes, place_shapes
-from rsagent_jax.aot.topology import Topology, devices
+from rsagent_jax.aot.topology import Topology, devices, parse_topology
 from rsagent_jax.aot.traced import KernelFlops
 from rsagent_jax.config import slices
-from rsagent_jax.config.schema import BatchConfig, TrainConfig
+from rsagent_jax.config.schema import BatchConfig, SamplingConfig, TrainConfig
 from rsagent_jax.data.packing import empty_batch
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.attention import LANES, is_fused, tile, tiles_between
@@ -67,13 +67,34 @@ def report_stage(config: TrainConfig, stage: str, topology: Topology, only: str 
         alone = topology.host == topology  # then the policy lies on the same devices as the engine
         host = rollout.host_mesh(found if alone else devices(topology.host), tensor)
     micro_batch = workload(getattr(config, stage).batch, policy, vision_trained=True)
+    jobs = (job for job in stage_jobs(config, stage, policy, mesh, host) if only in job.program)
+    return _report_jobs(jobs, topology, policy, micro_batch)
+
+
+def _report_jobs(
+    jobs: Iterable[Job], topology: Topology, policy: Qwen25VLConfig, micro_batch: Workload
+) -> list[ProgramReport]:
     reports = []
-    for job in stage_jobs(config, stage, policy, mesh, host):
-        if only in job.program:
-            start = time.perf_counter()
-            reports.append(report_job(job, topology, attention_flops(policy, job.work or micro_batch)))
-            print(f"{job.program} for {topology.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    for job in jobs:
+        start = time.perf_counter()
+        reports.append(report_job(job, topology, attention_flops(policy, job.work or micro_batch)))
+        print(f"{job.program} for {topology.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return reports
+
+
+def compile_engine(sampling: SamplingConfig, weights: str, dtype: str, name: str) -> int:
+    """For evaluate.py, collect and segment: compiles the engine that a host of a slice has to itself, and prints the
+    table. 3 if a program does not fit, else 0."""
+    jax.config.update("jax_platforms", "cpu")  # the compiler is asked for, not a TPU
+    policy, topology = policy_config(weights), parse_topology(name)
+    found = devices(topology.host)
+    sampling = slices.fill_engine_defaults(sampling, policy.text.hidden_size, found)
+    mesh = rollout.host_mesh(found[: sampling.tensor * sampling.slots], sampling.tensor)
+    jobs = rollout.rollout_jobs(sampling, policy, dtype, mesh, 0)
+    reports = _report_jobs(jobs, topology, policy, Workload(1, sampling.context, (sampling.context,)))
+    print(reports_table(reports))
+    print(reports_to_json(reports))
+    return 0 if all(report.fits for report in reports) else 3
 
 
 def stage_jobs(

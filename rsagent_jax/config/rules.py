@@ -66,10 +66,8 @@ def lora(c) -> Iterator[str]:
 
 
 def own(c) -> Iterator[str]:
-    if c.weights:
-        yield from _slots("sampling", c.sampling)
-        if c.tries > 1 and not c.sampling.temperature:
-            yield "sampling.temperature is 0, so all tries are the same; raise it, or set tries = 1"
+    if c.weights and c.tries > 1 and not c.sampling.temperature:
+        yield "sampling.temperature is 0, so all tries are the same; raise it, or set tries = 1"
 
 
 def collect_rules(c) -> Iterator[str]:
@@ -85,8 +83,6 @@ def problems_rules(c) -> Iterator[str]:
 
 
 def evaluation(c) -> Iterator[str]:
-    if c.bound.row in ("", "untrained"):
-        yield from _slots("sampling", c.sampling)
     if c.data.mix:
         yield "data.mix: samples of a mix come up more than once; evaluate its parts"
 
@@ -126,9 +122,3 @@ def _grpo(c) -> Iterator[str]:
             f"grpo.batch.tokens must be at least grpo.sampling.context = {c.sampling.context}, got {c.batch.tokens}:"
             " a trajectory never spans rows"
         )
-
-
-def _slots(where: str, c) -> Iterator[str]:
-    for name in ("slots", "tensor"):
-        if not getattr(c, name):
-            yield f"{where}.{name} must be at least 1, got 0 (only training has slices that decide it)"

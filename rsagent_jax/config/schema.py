@@ -154,7 +154,7 @@ class SamplingConfig:
     temperature: NotNegative = 1.0  # 0 = greedy
     max_new_tokens: Count = 512  # per turn
     context: Count = 8192  # tokens of a whole trajectory, images included
-    slots: CountOrZero = 64  # trajectories at a time
+    slots: CountOrZero = 64  # trajectories at a time; 0, and 0 of tensor: as the slice's preset or the device says
     patches: Count = 4096  # patches of new images per slot and turn
     top_k: CountOrZero = 0  # draw from the k likeliest tokens; 0 = from all
     top_p: Mass = 1.0  # draw from the likeliest tokens of this mass
@@ -376,7 +376,7 @@ class CollectConfig:
     filter: FilterConfig = FilterConfig()
     concurrent: Count = 32  # trajectories under way at a time
     records_per_file: Count = 1000  # in a file of the kept set
-    processor: Text  # Hugging Face directory with the tokenizer and the image processor
+    processor: Text  # Hugging Face directory or a hub's org/name with the tokenizer and the image processor
     teacher: TeacherConfig = TeacherConfig()
     agent: AgentConfig = AgentConfig()
     segmenter: SegmenterConfig = SegmenterConfig()

@@ -8,8 +8,9 @@ its projected time is shorter. GRPO was compiled with `full` only; it needs up t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-from rsagent_jax.config.schema import TrainConfig
+from rsagent_jax.config.schema import SamplingConfig, TrainConfig
 from rsagent_jax.types import DataError
 
 
@@ -41,6 +42,23 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "7b": _SMALL,
     "72b": {"v5p-256": Preset(rollout_tensor=4, slots=32), "v6e-256": Preset(tensor=2, rollout_tensor=4, slots=4)},
 }
+
+
+# An engine without a trainer beside it (evaluate.py, collect, segment), by kind of device: devices that share a slot,
+# and slots for such a group; contexts of 6k tokens, weights and cache in bf16. docs/scaling.md has what they need.
+ENGINES: dict[str, dict[str, tuple[int, int]]] = {
+    "7b": {"TPU v5 lite": (4, 64), "TPU v6 lite": (2, 64), "TPU v5": (1, 128), "TPU v4": (2, 64), "TPU7x": (1, 128)},
+    "32b": {"TPU v6 lite": (8, 64), "TPU v5": (4, 128), "TPU7x": (2, 64)},
+    "72b": {"TPU v6 lite": (8, 32), "TPU v5": (4, 64), "TPU7x": (2, 16)},
+}
+ENGINES["3b"] = {kind: (min(tensor, 2), slots) for kind, (tensor, slots) in ENGINES["7b"].items()}  # it has 2 KV heads
+
+
+def fill_engine_defaults(sampling: SamplingConfig, hidden_size: int, devices: Sequence) -> SamplingConfig:
+    """With tensor = 0 and slots = 0 filled in for an engine on these devices of a host, which it has to itself."""
+    tensor, slots = ENGINES.get(SIZES.get(hidden_size), {}).get(devices[0].device_kind, (1, 64))
+    sampling = _fill(sampling, tensor=tensor)
+    return _fill(sampling, slots=slots * max(1, len(devices) // sampling.tensor))
 
 
 def fill_slice_defaults(config: TrainConfig, hidden_size: int, devices: int) -> TrainConfig:

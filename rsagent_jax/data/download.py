@@ -72,7 +72,7 @@ def obtain_all(files: Sequence[RemoteFile], root: pathlib.Path, downloads: pathl
 
     def obtain(file: RemoteFile) -> str | None:
         try:
-            path, sha256 = download(file, downloads, report)
+            path, sha256 = download_file(file, downloads, report)
             done = {"url": file.url, "sha256": sha256, "files": unpack(path, file, root)}
         except DataError as error:
             return str(error)
@@ -104,7 +104,7 @@ def open_url(url: str, start: int = 0) -> http.client.HTTPResponse:
         raise DataError(f"{url} is no address: {error}") from None
 
 
-def download(
+def download_file(
     file: RemoteFile, folder: pathlib.Path, report: Callable[[int], object] = lambda n: None
 ) -> tuple[pathlib.Path, str]:
     """The checked file in `folder`, and its sha256. One DataError says what failed; what has come is kept.

@@ -22,16 +22,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from rsagent_jax.config.schema import AgentConfig, SamplingConfig
-from rsagent_jax.data.processor import Processor
+from rsagent_jax.config.schema import SamplingConfig
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, VisionConfig
-from rsagent_jax.models.qwen25_vl.load import load_policy
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import Grid, fill_patch_buffer, padded_patches
 from rsagent_jax.rollout.policy import Request, Task
 from rsagent_jax.rollout.programs import LAYERS, Images, Piece, RolloutPrograms, Turns, Weights, weight_shardings
-from rsagent_jax.runtime import processes, sharding
+from rsagent_jax.runtime import sharding
 from rsagent_jax.types import Completion, DataError, Prompt
 
 RUNGS = 3  # of the ladder of patch buffers: all of sampling.patches, a quarter, a sixteenth; one more for overlays
@@ -419,24 +417,3 @@ def fill_sampling_defaults(
         if not ok:
             raise DataError(f"{name}: {message}, got {sampling}")
     return dataclasses.replace(sampling, lanes=lanes)
-
-
-def open_engine(
-    weights: str | Qwen25VL,
-    processor: Processor,
-    sampling: SamplingConfig,
-    agent: AgentConfig,
-    dtype: str,
-    key: int | jax.Array,
-    mesh: jax.sharding.Mesh | None = None,
-) -> Engine:
-    """An engine on this process's devices, `sampling.tensor` of them together, or on `mesh`.
-
-    weights: a Hugging Face directory or checkpoints/<stage>, read onto the mesh in `dtype`, so that no device and no
-    host array holds more than its share; or a model that is there. key: seed of what is sampled.
-    """
-    mesh = processes.local_mesh(sampling.tensor) if mesh is None else mesh
-    model = load_policy(weights, mesh, dtype) if isinstance(weights, str) else weights
-    key = jax.random.key(key) if isinstance(key, int) else key
-    overlay = processor.square(agent.history_size)
-    return Engine(model, processor.with_ends(sampling), processor.terminator_id, dtype, key, mesh, overlay)

@@ -23,7 +23,7 @@ from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.engine import fill_sampling_defaults
-from rsagent_jax.runtime import processes
+from rsagent_jax.rollout.open import engine_layout
 from rsagent_jax.types import DataError
 from sam_bridge.backends import NAMES, BackendError, local_checkpoint
 
@@ -90,7 +90,8 @@ def check_rollout(
     """
     budget = check_budget(agent, processor, sampling, batch, group)
     name = f"{group}.sampling".lstrip(".")
-    fill_sampling_defaults(sampling, shape, processes.local_mesh(sampling.tensor), name)
+    sampling, mesh = engine_layout(sampling, shape)
+    fill_sampling_defaults(sampling, shape, mesh, name)
     return budget
 
 

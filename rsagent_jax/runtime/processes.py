@@ -79,6 +79,26 @@ def parse_share(text: str, what: str) -> Share:
     return Share(int(index), int(count))
 
 
+def own_share(text: str, what: str) -> Share:
+    """Which part of the work is this process's: as `text` says, else as many as there are share it evenly. DataError
+    for a text that is no i/n, and for one where the processes know of each other."""
+    if not text:
+        return Share(jax.process_index(), jax.process_count())
+    if jax.process_count() > 1:
+        raise DataError(
+            f"{what}={text} is for machines that do not know of each other; the {jax.process_count()} processes of this"
+            " slice share the work by themselves: leave it out"
+        )
+    return parse_share(text, what)
+
+
+def not_shared(missing: int, workdir: pathlib.Path) -> DataError:
+    return DataError(
+        f"{missing} trajectories that other processes played are not in {workdir}: the hosts of a slice need one work"
+        " directory that all of them share"
+    )
+
+
 def row_share(mesh: Mesh) -> Share:
     """Which part of a batch's rows this process's devices hold. Processes of one tensor group hold the same part."""
     groups = mesh.devices.reshape(-1, mesh.shape["tensor"])
@@ -134,11 +154,13 @@ def all_or_none(check: Callable[[], T]) -> T:
     return result
 
 
-def local_mesh(tensor: int) -> Mesh | None:
-    """This process's devices, `tensor` of them to a row; None for a single device. For programs that it runs alone."""
+def local_mesh(tensor: int, rows: int) -> Mesh | None:
+    """This process's devices, `tensor` of them to a row, and at most `rows` of these; None for a single device. For
+    programs that it runs alone."""
     mine = sorted(jax.local_devices(), key=lambda d: d.id)
     if tensor < 1 or len(mine) % tensor:
         raise DataError(f"sampling.tensor = {tensor} must divide the {len(mine)} devices of a process")
+    mine = mine[: tensor * rows]
     return None if len(mine) == 1 else Mesh(np.array(mine).reshape(-1, 1, tensor), sharding.AXES)
 
 

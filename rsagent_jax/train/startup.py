@@ -35,12 +35,10 @@ def check_train(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
     share, needed = processes.row_share(mesh), 0
     for stage in config.stages:
         settings = getattr(config, stage)
-        _, trained, base = partition_params(*nnx.split(model, nnx.Param), config.policy.lora, settings.optim.freeze)
         share.of(settings.batch.rows, f"{stage}.batch.rows")
         if any(p.name.isdecimal() for p in (workdir / "checkpoints" / stage).glob("*")):
             continue  # its room is taken already
-        # fp32 parameters with both moments, and the base in the dtype of the activations
-        needed += 12 * _numbers(trained) + jnp.dtype(config.policy.dtype).itemsize * _numbers(base)
+        needed += checkpoint_bytes(model, config, stage)
     check_disk(workdir, needed)
     if "sft" in config.stages:
         share.of(config.sft.trajectories_per_step, "sft.trajectories_per_step")
@@ -56,6 +54,13 @@ def check_train(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
             with open_segmenter(config.segmenter):
                 pass
     return config
+
+
+def checkpoint_bytes(model: nnx.Module, config: TrainConfig, stage: str) -> int:
+    """Of one checkpoint: fp32 parameters with both moments, and the base in the dtype of the activations."""
+    freeze = getattr(config, stage).optim.freeze
+    _, trained, base = partition_params(*nnx.split(model, nnx.Param), config.policy.lora, freeze)
+    return 12 * _numbers(trained) + jnp.dtype(config.policy.dtype).itemsize * _numbers(base)
 
 
 def _check_trajectories(config: SftConfig) -> None:

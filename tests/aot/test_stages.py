@@ -1,6 +1,7 @@
 """What --aot compiles: the shapes, the memory that stays, the settings a slice decides, and the command itself."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import subprocess
@@ -209,3 +210,17 @@ def test_the_kernels_flops_are_those_of_the_tiles_that_the_rows_segments_share()
     assert flops("splash_mha_dq_segmented", (vision,)) == 3 * tile * 80 * 16 * images
     assert flops("splash_mha_dkv_segmented", (vision,)) == 4 * tile * 80 * 16 * images
     assert flops("other_kernel", (text,)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tensor", "slots"),
+    [("v5e-8", "7b", 4, 128), ("v6e-8", "7b", 2, 256), ("v5p-8", "7b", 1, 512), ("v6e-64", "72b", 8, 32)],
+)
+def test_an_engine_alone_is_laid_out_by_the_kind_of_device(name, size, tensor, slots):
+    """By the kinds that the compiler's devices call themselves; what a config says stands."""
+    hidden, found = size_config(size).text.hidden_size, devices(parse_topology(name).host)
+    fill = functools.partial(slices.fill_engine_defaults, hidden_size=hidden, devices=found)
+    open_ = SamplingConfig(tensor=0, slots=0)
+    assert (fill(open_).tensor, fill(open_).slots) == (tensor, slots)
+    assert fill(SamplingConfig(tensor=2, slots=0)).slots % 2 == 0 and fill(SamplingConfig(tensor=2)).slots == 64
+    assert slices.fill_engine_defaults(open_, 64, jax.devices()[:1]) == SamplingConfig(tensor=1, slots=64)

@@ -96,7 +96,7 @@ def make_zip(members, compress=zipfile.ZIP_STORED) -> bytes:
 
 def fetched(server, folder, data=DATA, **known) -> bytes:
     server.files = server.files or {"/a.bin": data}
-    path, digest = download.download(RemoteFile(f"{server.url}/a.bin", **known), folder)
+    path, digest = download.download_file(RemoteFile(f"{server.url}/a.bin", **known), folder)
     assert path == folder / "a.bin" and not (folder / "a.bin.partial").exists()
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     return path.read_bytes()

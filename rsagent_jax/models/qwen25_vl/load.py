@@ -38,14 +38,19 @@ def copy_policy_files(weights: pathlib.Path, target: pathlib.Path) -> None:
 
 
 @functools.cache
-def local_weights(weights: str) -> pathlib.Path:
+def local_weights(weights: str, more: tuple[str, ...] = ("*.safetensors", tensor_files.INDEX)) -> pathlib.Path:
     """The directory that `weights` names: itself, or where the files of a hub's `org/name[@revision]` have been put."""
     if not hub.is_repository(weights):
         return pathlib.Path(weights)
     try:
-        return hub.download(weights, (*POLICY_FILES, "*.safetensors", tensor_files.INDEX))
+        return hub.download(weights, (*POLICY_FILES, *more))
     except hub.HubError as error:
         raise DataError(f"weights: {error}") from error
+
+
+def processor_directory(name: str) -> pathlib.Path:
+    """Where tokenizer and image settings are, when nothing else is wanted: from a hub, these files alone."""
+    return local_weights(name, ()) if hub.is_repository(name) else policy_directory(name)
 
 
 def policy_directory(weights: str) -> pathlib.Path:

@@ -1,0 +1,85 @@
+"""The checks that compile programs: the engine against the trainer, a training step weighed and timed."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from rsagent_jax.aot.topology import CHIPS
+from rsagent_jax.config.schema import OptimConfig
+from rsagent_jax.fitness import decoding, training
+from rsagent_jax.fitness.finding import Examined, Finding, Verdict
+from tests.fitness.test_checks import only, told
+from tests.rollout import small
+
+pytestmark = pytest.mark.slow
+
+OK, SLOW, WRONG, NOT_RUN = Verdict
+
+
+@pytest.fixture
+def examined():
+    config = small.train_config("nowhere", 2, 1, OptimConfig(warmup_steps=1), 2)
+    return Examined.of(dataclasses.replace(config, stages=("sft",)))
+
+
+def test_log_probs_of_engine_and_trainer_that_part_are_found(examined, monkeypatch):
+    assert only(decoding.check_engine(examined))[0] is NOT_RUN
+    both, items, play, ours = (
+        dataclasses.replace(examined, config=dataclasses.replace(examined.config, stages=("sft", "grpo"))),
+        [],
+        decoding._play,
+        decoding.batch_logprobs,
+    )
+    monkeypatch.setattr(decoding, "_play", lambda engine: items or items.extend(play(engine)) or items)
+    agree, decode = told(decoding.check_engine(both))
+    assert agree[0] is OK and "sampled tokens" in agree[1] and decode[0] is OK and "tokens/s" in decode[1]
+    monkeypatch.setattr(decoding, "_decoding", lambda engine: Finding("", OK, ""))
+    monkeypatch.setattr(decoding, "batch_logprobs", lambda *args: ours(*args) - 0.01)
+    (verdict, said), _ = told(decoding.check_engine(both))
+    assert verdict is WRONG and "1.0e-02 nats at most" in said and "0.001" in said and "do not train GRPO" in said
+    monkeypatch.setattr(decoding, "device_memory", lambda: 1 << 20)
+    verdict, said = only(decoding.check_engine(both))
+    assert verdict is WRONG and "there are 0.00" in said and "sampling.slots" in said
+
+
+def test_a_training_step_is_weighed_and_timed(examined, monkeypatch):
+    judge, kept = training.judge_step, []
+    monkeypatch.setattr(training, "judge_step", lambda *args: kept.extend(args) or judge(*args))
+    (memory, weighed), (step, timed) = told(training.check_training(examined))
+    assert memory is OK and "sft gradients" in weighed
+    assert step is OK and "MFU" in timed and "128 full micro-batches" in timed and "not judged" in timed
+    *same, times = kept
+    assert times.update_s > 0 and 5 < times.loss < 10  # ln(512) is 6.2
+    verdict, said = only([judge(*same, dataclasses.replace(times, l2_grads=float("nan")))])
+    assert verdict is WRONG and "gradients nan" in said and "finite" in said
+    monkeypatch.setattr(training, "matmul_flops", lambda dtype: (1e9,))
+    flops = same[3]["gradients"][0].model_flops
+    with monkeypatch.context() as patch:  # a device for which nothing is projected
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        verdict, said = only([judge(*same, dataclasses.replace(times, micro_s=flops / 1e9))])
+        assert verdict is OK and "MFU 100%" in said
+        verdict, said = only([judge(*same, dataclasses.replace(times, micro_s=flops / 1e8))])
+        assert verdict is SLOW and "MFU 10%" in said and "15% at least" in said and "remat" in said
+    monkeypatch.setattr(training, "chip_of", lambda device: CHIPS["v5e"])
+    verdict, said = only([judge(*same, times)])
+    assert verdict is SLOW and "a micro-batch projected" in said and "of the nominal" in said
+    assert only([judge(*same, dataclasses.replace(times, micro_s=1e-9))])[0] is OK
+
+
+def test_a_step_that_does_not_fit_is_not_run(examined, monkeypatch):
+    monkeypatch.setattr(training, "device_memory", lambda: 1 << 10)
+    verdict, said = only(training.check_training(examined))
+    assert verdict is WRONG and "parameters and gradients alone" in said and "larger slice" in said
+
+
+def test_a_program_that_the_compiler_refuses_is_wrong(examined, monkeypatch):
+    class Refused:
+        program = "sft gradients"
+
+        def trace(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 17.44G of 15.75G hbm.\nmore")
+
+    monkeypatch.setattr(training, "stage_jobs", lambda *args: [Refused()])
+    verdict, said = only(training.check_training(examined))
+    assert verdict is WRONG and "sft gradients: RESOURCE_EXHAUSTED: Used 17.44G of 15.75G" in said and "remat" in said
