@@ -12,7 +12,6 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-builtin-rules
 export PYTHONUNBUFFERED = 1
 
-STARTED := $(shell date +%s)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -71,24 +70,7 @@ quickstart: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
 quickstart: setup-runtime
 	@if [ -e $(RUN) ]; then echo "== starting over: removing $(RUN)"; rm -rf $(RUN); fi
-	@echo "== 1/5 a synthetic data set in the gRefCOCO format"
-	$(PY) -m rsagent_jax.tiny.synthetic --out=$(RUN)/data --train=1500 --val=200 --test=200 --seed=$(SEED)
-	@echo "== 2/5 trajectories of the oracle teacher"
-	$(PY) -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=$(RUN)/collect \
-	  --config.data.root=$(RUN)/data --config.seed=$(SEED)
-	@echo "== 3/5 SFT, then GRPO"
-	$(PY) train.py --config=configs/quickstart.py --workdir=$(RUN)/train \
-	  --config.sft.trajectories=$(RUN)/collect --config.grpo.data.root=$(RUN)/data --config.seed=$(SEED)
-	@echo "== 4/5 the benchmark: before, after SFT, after GRPO"
-	$(PY) evaluate.py --config=configs/eval_quickstart.py --workdir=$(RUN)/eval-base \
-	  --weights=assets/tiny-base --config.data.root=$(RUN)/data
-	$(PY) evaluate.py --config=configs/eval_quickstart.py --workdir=$(RUN)/eval-sft \
-	  --weights=$(RUN)/train/checkpoints/sft --config.data.root=$(RUN)/data
-	$(PY) evaluate.py --config=configs/eval_quickstart.py --workdir=$(RUN)/eval-grpo \
-	  --weights=$(RUN)/train/checkpoints/grpo --config.data.root=$(RUN)/data
-	@echo "== 5/5 the summary"
-	$(PY) -m rsagent_jax.report.quickstart --train=$(RUN)/train --base=$(RUN)/eval-base --sft=$(RUN)/eval-sft \
-	  --grpo=$(RUN)/eval-grpo --out=$(RUN) --started=$(STARTED)
+	$(PY) -m rsagent_jax.reproduce --config=configs/reproduce_quickstart.py --workdir=$(RUN) --config.seed=$(SEED)
 
 # All tests: two files at a time. ARGS: one process, as pytest's own options want it. test-fast: without the slow ones.
 test: setup

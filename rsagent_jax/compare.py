@@ -19,7 +19,7 @@ import pathlib
 from collections.abc import Sequence
 
 from rsagent_jax.config.ranges import CountOrZero
-from rsagent_jax.report.comparison import Comparison, check_comparable, compare, text_table
+from rsagent_jax.report.comparison import Comparison, check_comparable, compare, markdown, text_table
 from rsagent_jax.report.evaluation import Evaluation, load_evaluation
 from rsagent_jax.types import DataError
 
@@ -43,12 +43,6 @@ def sample_table(c: Comparison, base: str, queries: dict[str, str], shown: int) 
     figures = ((id, there, here, here - there) for id, there, here in c.samples[:shown])
     rows = [[id, queries.get(id, ""), f"{a:.3f}", f"{b:.3f}", f"{gap:+.3f}"] for id, a, b, gap in figures]
     return [["sample", "query", base, c.name, "difference"], *rows]
-
-
-def markdown(rows: list[list[str]]) -> str:
-    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
-    lines = ["| " + " | ".join(row) + " |" for row in escaped]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def note(found: Sequence[Comparison]) -> str:

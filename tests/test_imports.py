@@ -27,7 +27,7 @@ TORCH_FILE = "sam_bridge/backends/sam2.py"
 MAX_LINES = 450
 
 # Lower rungs first: a unit may import those below it, and what is in itself. The longest prefix names the unit.
-COMMANDS = ("collect", "compare", "data_check", "doctor", "export", "problems", "refilter", "segment", "show_tokens")
+COMMANDS = tuple("collect compare data_check doctor export problems refilter reproduce segment show_tokens".split())
 RUNGS = (
     ("array_types",),
     ("types",),

@@ -62,13 +62,13 @@ def test_the_pasted_reward_of_the_readme_is_what_the_named_override_trains_with(
 
 def test_the_segment_examples_ask_for_what_is_there_and_for_what_is_not():
     """By the scene's own truth: the first names one object, alone, and the second nothing."""
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    makefile, recipe = ((ROOT / name).read_text() for name in ("Makefile", "configs/reproduce_quickstart.py"))
     command = block("### Try it on a picture", "").replace("\\\n", " ")
     asked = [shlex.split(line)[3:5] for line in command.splitlines()]
     (present, absent), (image_id,) = [q for _, q in asked], {int(re.search(r"(\d+)\.jpg$", p)[1]) for p, _ in asked}
     number, index = divmod(image_id - 1, 10_000_000)
     split = synthetic.SPLITS[number]
-    assert split != "train" and index < int(re.search(rf"--{split}=(\d+)", makefile)[1])
+    assert split != "train" and index < int(re.search(rf"--{split}=(\d+)", recipe)[1])
     assert re.search(r"^SEED \?= 0$", makefile, re.MULTILINE) and "scene of seed 0" in README
     config = scenes.SceneConfig()
     scene, references = synthetic.scene_at(0, split, index, 1, config, scenes.load_photos())

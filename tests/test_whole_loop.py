@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -36,29 +38,33 @@ TELLS_APART = (
 def run(*command: str, modules: str = "") -> str:
     """`modules`: a directory to import from as well."""
     env = os.environ | ({"PYTHONPATH": modules} if modules else {})
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=280, env=env)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=580, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
+def reproduce(work: pathlib.Path, *more: str) -> tuple[str, ...]:
+    """The quickstart's recipe on a handful of scenes; with one of the three evaluations, for time."""
+    cache = f"--config.cache_dir={work}/compiled"
+    small = {
+        "data": ("--train=24", "--val=2", "--test=6"),
+        "collect": ("--config.limit=16", "--config.segmenter.mode=inprocess"),
+        "train": ("--config=configs/debug.py", cache, *TELLS_APART),
+        "eval-grpo": ("--config.sampling.slots=2", cache),
+    }
+    flags = [f"--config.stages.{stage}.more={arguments}" for stage, arguments in small.items()]
+    flags += [f"--config.stages.{stage}=None" for stage in ("eval-base", "eval-sft")]
+    config = "--config=configs/reproduce_quickstart.py"
+    return ("-m", "rsagent_jax.reproduce", config, f"--workdir={work}", *flags, *more)
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> pathlib.Path:
-    """Data, trajectories, and a policy trained by configs/debug.py."""
+    """All stages of the quickstart, with the policy trained by configs/debug.py."""
     work = tmp_path_factory.mktemp("loop")
-    run("-m", "rsagent_jax.tiny.synthetic", f"--out={work}/data", "--train=24", "--val=2", "--test=6")
-    data = f"--config.data.root={work}/data"
-    collect = ("-m", "rsagent_jax.collect", "--config=configs/collect_quickstart.py", f"--workdir={work}/collect", data)
-    run(*collect, "--config.limit=16", "--config.segmenter.mode=inprocess")
     (work / "varied.py").write_text(VARIED)
-    train(work)
+    run(*reproduce(work), modules=str(work))
     return work
-
-
-def train(work: pathlib.Path) -> str:
-    return run(
-        "train.py", "--config=configs/debug.py", f"--workdir={work}/train", f"--config.sft.trajectories={work}/collect",
-        f"--config.grpo.data.root={work}/data", f"--config.cache_dir={work}/compiled", *TELLS_APART, modules=str(work),
-    )  # fmt: skip
 
 
 @pytest.mark.timeout(600)
@@ -77,12 +83,7 @@ def test_training_leaves_metrics_of_both_stages_and_checkpoints(work):
 
 
 def test_evaluation_leaves_results_predictions_and_a_report_and_a_trajectory_replays(work):
-    out = work / "eval"
-    run(
-        "evaluate.py", "--config=configs/eval_quickstart.py", f"--workdir={out}",
-        f"--weights={work}/train/checkpoints/grpo",
-        f"--config.data.root={work}/data", "--config.sampling.slots=6", f"--config.cache_dir={work}/compiled",
-    )  # fmt: skip
+    out = work / "eval-grpo"
     results = json.loads((out / "results.json").read_text())
     assert {"benchmark", "n", "giou", "ciou", "giou_ci95", "failures", "mean_turns", "settings"} <= set(results)
     predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
@@ -98,9 +99,32 @@ def test_evaluation_leaves_results_predictions_and_a_report_and_a_trajectory_rep
     assert len(state.turns) == predictions[0]["turns"]
 
 
+def test_the_recipe_leaves_a_summary_and_a_table(work):
+    summary = json.loads((work / "summary.json").read_text())
+    results = json.loads((work / "eval-grpo/results.json").read_text())
+    assert all(summary["grpo"][key] == results[key] for key in ("giou", "ciou", "mean_turns"))
+    assert summary["base"] is summary["sft"] is summary["gain_ci95"] is None and summary["seconds"] > 1
+    assert (work / "report/index.html").stat().st_size > 10_000
+    assert (work / "table.md").read_text().count("| synthetic scenes, test | ") == 1
+
+
+def test_an_evaluation_killed_in_the_middle_goes_on_to_the_same_table(work):
+    before, out = (work / "table.md").read_text(), work / "eval-grpo"
+    out.rename(work / "eval-grpo-before")
+    command = [sys.executable, *reproduce(work)]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    while child.poll() is None and sum(path.read_text().count("\n") for path in out.glob("*/*.jsonl")) < 3:
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL and not (out / "results.json").exists()
+    said = run(*reproduce(work), modules=str(work))
+    assert "== 3/4 train: done" in said and "goes on: " in said
+    assert (work / "table.md").read_text() == before
+
+
 def test_a_finished_run_started_again_has_nothing_to_do(work):
     before = (work / "train/metrics.jsonl").read_text()
-    out = train(work)
+    out = run(*reproduce(work, "--only=train"), modules=str(work))
     assert "sft: done, 4 of 4 steps; nothing to do" in out and "grpo: done, 2 of 2 steps; nothing to do" in out
     assert "nothing was trained: sft and grpo had been done before" in out
     assert (work / "train/metrics.jsonl").read_text() == before

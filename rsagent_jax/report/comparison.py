@@ -110,3 +110,9 @@ def text_table(rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     sides = [str.ljust if i < text_columns else str.rjust for i in range(len(widths))]
     lines = ["  ".join(side(*cell) for side, *cell in zip(sides, row, widths, strict=True)) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in escaped]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

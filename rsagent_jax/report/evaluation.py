@@ -3,7 +3,7 @@
     write_evaluation(workdir)     results.json, predictions.jsonl, trajectories.jsonl -> report/index.html
 
 Trajectories are played again by `agent.replay`, so the pictures are the very observations that the policy was given.
-`quickstart.py` shows the same trajectories of several policies beside each other.
+`reproduction.py` shows the same trajectories of several policies beside each other.
 """
 
 from __future__ import annotations
@@ -85,6 +85,17 @@ class Evaluation:
     def images(self) -> dict[str, str] | None:
         """The picture of each id, which intervals are resampled by; None where the files do not name them."""
         return {p.id: p.picture for p in self.predictions} if all(p.picture for p in self.predictions) else None
+
+    @property
+    def counted_images(self) -> list[str] | None:
+        """The pictures of `counted`."""
+        return (images := self.images) and [images[p.id] for p in self.counted]
+
+    @property
+    def ciou_ci95(self) -> tuple[float, float]:
+        """95% interval of cIoU, by picture."""
+        counts = np.array([[p.intersection, p.union] for p in self.counted], np.float64)
+        return metrics.cluster_bootstrap_ci(counts, lambda s: s[:, 0] / (s[:, 1] + 1e-10), self.counted_images)
 
     @property
     def endings(self) -> list[tuple[Status, int, float, float]]:
@@ -182,15 +193,12 @@ def what_failed(results: Mapping[str, Any]) -> str:
 
 def headline_figures(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """(name, value, what stands under it) of each figure."""
-    results, rows, images = evaluation.results, evaluation.counted, evaluation.images
-    of = images and [images[p.id] for p in rows]
+    results, rows, of = evaluation.results, evaluation.counted, evaluation.counted_images
     found = [float(p.iou >= GOOD_IOU) for p in rows]
     finished = [float(p.status is Status.FINISHED) for p in rows]
-    counts = np.array([[p.intersection, p.union] for p in rows], np.float64)
-    ciou_ci95 = metrics.cluster_bootstrap_ci(counts, lambda sums: sums[:, 0] / (sums[:, 1] + 1e-10), of)
     figures = [
         ("gIoU", f"{results['giou']:.3f}", span(results["giou_ci95"])),
-        ("cIoU", f"{results['ciou']:.3f}", span(ciou_ci95)),
+        ("cIoU", f"{results['ciou']:.3f}", span(evaluation.ciou_ci95)),
         (f"P@{GOOD_IOU}", f"{np.mean(found):.1%}", span(metrics.bootstrap_ci(found, of), ".1%")),
         ("finished", f"{np.mean(finished):.1%}", span(metrics.bootstrap_ci(finished, of), ".1%")),
         ("turns", f"{results['mean_turns']:.2f}", span(metrics.bootstrap_ci([p.turns for p in rows], of), ".2f")),

@@ -37,6 +37,7 @@ from rsagent_jax.config.import_path import closest, first_line, load_file, place
 from rsagent_jax.config.overrides import put_overrides, split_arguments
 from rsagent_jax.config.pretrain import PretrainConfig
 from rsagent_jax.config.ranges import field_type
+from rsagent_jax.config.recipe import RecipeConfig
 from rsagent_jax.runtime.help import help_page
 from rsagent_jax.types import DataError
 from sam_bridge.types import SegmenterError
@@ -48,6 +49,7 @@ OWNERS = {  # whose config files a class describes
     schema.ProblemsConfig: "rsagent_jax.problems",
     schema.SegmentConfig: "rsagent_jax.segment",
     PretrainConfig: "rsagent_jax.tiny.pretrain",
+    RecipeConfig: "rsagent_jax.reproduce",
 }
 
 
@@ -76,7 +78,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         main = (load_file(pathlib.Path(name).resolve()) if name.endswith(".py") else importlib.import_module(name)).main
         quieten()
         arguments, flags = parse_arguments(main, argv)
-        resumes = isinstance(flags.get("config"), schema.TrainConfig)
+        resumes = isinstance(flags.get("config"), schema.TrainConfig | RecipeConfig)
         return main(*arguments, **flags) or 0
     except (DataError, SegmenterError) as error:
         kind = "segmenter: " if isinstance(error, SegmenterError) else ""

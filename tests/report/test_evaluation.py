@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import time
 import xml.etree.ElementTree as ET
 
 import cv2
@@ -18,12 +17,12 @@ from PIL import Image
 from rsagent_jax.agent.environment import abort, final_mask
 from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.tools import Finish, Segment, Zoom, render_call
+from rsagent_jax.config.recipe import RecipeConfig, RecipeStage, plan_steps
 from rsagent_jax.evals import metrics
 from rsagent_jax.masks import intersection_union
 from rsagent_jax.report import evaluation as report
-from rsagent_jax.report import page, quickstart
+from rsagent_jax.report import page, reproduction
 from rsagent_jax.report.comparison import compare
-from rsagent_jax.runtime.command import run_command
 from rsagent_jax.types import Status
 from sam_bridge.types import FailureKind
 from tests.refusals import refused
@@ -32,8 +31,6 @@ from tests.report.written import rle, write_files, write_lines
 SIDE = 112
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> \"' </style>"
 TITLES = ["SFT loss", "GRPO reward", "reward: final", "reward: process", "process: gain", "Turns"]
-
-SUMMARY = "rsagent_jax.report.quickstart"
 
 
 def scene(seed):
@@ -99,9 +96,18 @@ def runs(tmp_path_factory):
     return root
 
 
-def arguments(runs, out, **other):
-    paths = {name: runs / name for name in ("train", "base", "sft", "grpo")} | {"out": out} | other
-    return [f"--{name}={path}" for name, path in paths.items()] + [f"--started={time.time() - 75}"]
+def write_summary(runs, out, **other):
+    """The report of a recipe whose stages are all given; summary.json."""
+    paths = {name: runs / name for name in ("train", "base", "sft", "grpo")} | other
+    stages = tuple(
+        RecipeStage(name=name, command="evaluate.py", given=str(path), benchmark=EVIL, row=name)
+        if name != "train"
+        else RecipeStage(name=name, command="train.py", given=str(path))
+        for name, path in paths.items()
+    )
+    out.mkdir()
+    reproduction.write_report(EVIL, plan_steps(RecipeConfig(stages=stages), out), out, {})
+    return json.loads((out / "summary.json").read_text())
 
 
 def content(uri):
@@ -207,19 +213,23 @@ def test_ciou_interval_of_equal_rows_has_no_width():
 
 
 def test_summary(runs, tmp_path, capsys):
-    assert run_command(SUMMARY, arguments(runs, tmp_path / "out")) == 0
-    value = json.loads((tmp_path / "out" / "summary.json").read_text())
+    value = write_summary(runs, tmp_path / "out")
     figures = {name: json.loads((runs / name / "results.json").read_text()) for name in ("base", "sft", "grpo")}
     for name, expected in figures.items():
-        assert value[name] == {key: expected[key] for key in quickstart.KEYS}
+        assert value[name] == {key: expected[key] for key in reproduction.KEYS}
     assert value["gain"] == pytest.approx(figures["grpo"]["giou"] - figures["sft"]["giou"], abs=1e-9)
     gain = compare(*(report.load_evaluation(runs / name) for name in ("sft", "grpo")), "after GRPO").giou
     assert value["gain_ci95"] == list(gain.ci95)
     assert value["gain_ci95"][0] <= value["gain"] <= value["gain_ci95"][1]
-    assert 75 <= value["seconds"] < 300
     lines = capsys.readouterr().out.splitlines()
     assert len({len(line) for line in lines[:5]}) == 1  # aligned
-    assert lines[4].split()[:3] == ["after", "GRPO", f"{figures['grpo']['giou']:.3f}"]
+    assert lines[4].removeprefix(EVIL).split()[:3] == ["after", "GRPO", f"{figures['grpo']['giou']:.3f}"]
+    rows = {row["row"]: row for row in value["rows"]}
+    evaluation = report.load_evaluation(runs / "sft")
+    assert rows["sft"]["ciou_ci95"] == list(evaluation.ciou_ci95) and "failure_policy zero" in rows["sft"]["convention"]
+    markdown = [line.split(" | ") for line in (tmp_path / "out/table.md").read_text().splitlines() if "|" in line]
+    assert [len(cells) for cells in markdown if len(cells) > 1] == [len(markdown[0])] * 4
+    assert markdown[3][2:4] == [f"{figures['sft']['giou']:.3f}", page.span(figures["sft"]["giou_ci95"])]
     text = (tmp_path / "out" / "report" / "index.html").read_text(encoding="utf-8")
     check_page(text)
     assert all(f"<b>{title}</b>" in text for title in TITLES) and "Tool errors</b>" not in text
@@ -233,42 +243,42 @@ def test_summary_shows_accuracies_where_targets_are_absent(runs, tmp_path, capsy
         path = tmp_path / name / "results.json"
         figures = json.loads(path.read_text()) | dict(zip(("n_acc", "t_acc"), accuracies, strict=True))
         path.write_text(json.dumps(figures | {"giou_target": 0.25}))
-    assert run_command(SUMMARY, arguments(tmp_path, tmp_path / "out", train=runs / "train")) == 0
-    value = json.loads((tmp_path / "out" / "summary.json").read_text())
+    value = write_summary(tmp_path, tmp_path / "out", train=runs / "train")
     assert (value["sft"]["n_acc"], value["sft"]["t_acc"], value["sft"]["giou_target"]) == (0.5, 0.75, 0.25)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[3:] == ["cIoU", "N-acc", "T-acc", "turns", "tool", "errors", "samples"]
+    assert lines[0].split()[-6:] == ["N-acc", "T-acc", "turns", "tool", "errors", "samples"]
     shares = [re.findall(r"(\S+%|-) ", line)[:2] for line in lines[2:5]]
     assert shares == [["100.0%", "0.0%"], ["50.0%", "75.0%"], ["87.5%", "-"]]
-    assert quickstart.ABSENT_NOTE in lines
+    assert reproduction.ABSENT_NOTE in lines
     text = (tmp_path / "out" / "report" / "index.html").read_text(encoding="utf-8")
     check_page(text)
-    assert ">N-acc</th>" in text and ">87.5%</td>" in text and quickstart.ABSENT_NOTE in text
+    assert ">N-acc</th>" in text and ">87.5%</td>" in text and reproduction.ABSENT_NOTE in text
 
 
 def test_choose_takes_no_sample_twice():
     rows = [report.Example(str(i), "", i / 10, Status.FINISHED, (), {}, "", "") for i in range(10)]
-    good, bad = quickstart.choose(rows)
+    good, bad = reproduction.choose(rows)
     assert [e.id for e in good] == ["9", "8", "7", "6"] and [e.id for e in bad] == ["0", "1", "2", "3"]
-    good, bad = quickstart.choose(rows[:3])
+    good, bad = reproduction.choose(rows[:3])
     assert [e.id for e in good] == ["2", "1"] and [e.id for e in bad] == ["0"]
-    assert quickstart.choose([]) == ([], [])
+    assert reproduction.choose([]) == ([], [])
 
 
-@pytest.mark.parametrize("name", ["train", "base", "sft", "grpo"])
-def test_a_missing_directory_is_one_line_and_status_2(runs, tmp_path, capsys, name):
-    assert run_command(SUMMARY, arguments(runs, tmp_path / "out", **{name: tmp_path / "none"})) == 2
-    said = capsys.readouterr()
-    script_name, file = ("train.py", "metrics.jsonl") if name == "train" else ("evaluate.py", "results.json")
-    assert said.out == "" and said.err.count("\n") == 1
-    assert f"{tmp_path / 'none' / file} is missing" in said.err and f"python {script_name} " in said.err
-    assert not (tmp_path / "out").exists()
+def test_what_is_missing_is_an_empty_cell_that_says_why(runs, tmp_path, capsys):
+    """And the rest is shown all the same."""
+    value = write_summary(runs, tmp_path / "out", sft=tmp_path / "none", train=tmp_path / "none")
+    assert value["sft"] is value["gain"] is value["gain_ci95"] is None and value["grpo"]["n"] == 12
+    row = value["rows"][1]
+    assert row["giou"] is row["ciou_ci95"] is row["n"] is None
+    assert f"{tmp_path / 'none' / 'results.json'} is missing; it is made by: python evaluate.py" in row["waits"]
+    text = (tmp_path / "out/report/index.html").read_text(encoding="utf-8")
+    check_page(text)
+    assert "No steps were logged." in text and text.count('class="policy"') == 16 and "waits for" in text
 
 
-def test_other_samples_are_not_compared(runs, tmp_path, capsys):
+def test_other_samples_are_not_compared(runs, tmp_path):
     write_run(tmp_path / "small", 0.9, n=5)
-    assert run_command(SUMMARY, arguments(runs, tmp_path / "out", grpo=tmp_path / "small")) == 2
-    assert "do not cover the same samples" in capsys.readouterr().err
+    refused("do not cover the same samples", write_summary, runs, tmp_path / "out", grpo=tmp_path / "small")
 
 
 def test_examples_may_be_none(tmp_path):
@@ -276,7 +286,7 @@ def test_examples_may_be_none(tmp_path):
         write_run(tmp_path / name, 0.9, n=3, kept=0)
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "metrics.jsonl").write_text("")
-    assert run_command(SUMMARY, arguments(tmp_path, tmp_path / "out")) == 0
+    write_summary(tmp_path, tmp_path / "out")
     assert "None of the 0 examples kept" in report.write_evaluation(tmp_path / "sft").read_text(encoding="utf-8")
 
 

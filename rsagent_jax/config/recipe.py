@@ -1,0 +1,104 @@
+"""The fields of configs/reproduce_*.py, and the stages that they plan (rsagent_jax/reproduce.py runs them).
+
+A stage is a command of this project. Its arguments name what it needs: `{refer}` is a field of the recipe, `{sft}` the
+directory of an earlier stage, so the order of the stages and what each waits for are read off the arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import string
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from rsagent_jax.config.import_path import closest, shipped
+from rsagent_jax.config.ranges import Form, Seed, Text
+
+POLICIES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
+BOUNDS = {"box": "oracle: true box", "best_of_three": "oracle: best of three masks", "clicks": "oracle: clicks"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeStage:
+    """A command; <workdir>/<name> is the directory of what it leaves behind."""
+
+    name: Annotated[str, Form(r"[a-z][\w+-]*", "a name for a directory, such as eval-sft")]
+    command: Text  # train.py, evaluate.py, or a module such as rsagent_jax.collect
+    arguments: tuple[Text, ...] = ()  # of the command; {field} of the recipe, {stage} = that one's directory
+    more: tuple[Text, ...] = ()  # of the command as well, after those above: your own changes
+    needs: tuple[Text, ...] = ()  # stages that must be done before, besides those that the arguments name
+    given: str = ""  # a directory that takes the place of this stage's, which is not run then
+    benchmark: str = ""  # of evaluate.py: the row of the table that it makes
+    row: Literal["", *POLICIES, *BOUNDS] = ""  # who is evaluated
+
+    @property
+    def names(self) -> list[str]:
+        """What stands in braces in its arguments."""
+        texts = (*self.arguments, *self.more)
+        return [name for text in texts for _, name, *_ in string.Formatter().parse(text) if name is not None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """configs/reproduce_*.py of rsagent_jax.reproduce. A stage whose arguments name a field that is empty waits."""
+
+    title: Text = "RSAgent-JAX"  # of the page
+    seed: Seed = 0  # of data, collection and training
+    weights: str = ""  # the policy before training: a Hugging Face directory
+    slice: str = ""  # the TPU slice that trains: v6e-8, v5p-8, …
+    refer: str = ""  # root of RefCOCO, RefCOCO+ and RefCOCOg (docs/data.md)
+    reasonseg: str = ""  # root of ReasonSeg
+    endpoint: str = ""  # of the model that writes problems and of the teacher, such as http://host:8000/v1
+    endpoint_model: str = ""  # its name there
+    sidecars: tuple[Text, ...] = ()  # addresses of the segmenter's side-cars
+    stages: tuple[RecipeStage, ...] = ()  # in this order
+
+    def conflicts(self) -> Iterator[str]:
+        if not self.stages:
+            yield "stages is empty"
+        known = {field.name for field in dataclasses.fields(self)} - {"stages"}
+        for stage in self.stages:
+            try:
+                names = {*stage.names, *stage.needs}
+            except ValueError as error:
+                yield f"stages.{stage.name}.arguments: {error}; a brace itself is written twice"
+                continue
+            if stage.name in known:
+                yield f"stages.{stage.name}: the name is taken by a field, or by another stage"
+            known.add(stage.name)
+            for name in sorted(names - known):
+                said = f"is neither a field nor this or an earlier stage{closest(name, known)}"
+                yield f"stages.{stage.name}.arguments: {{{name}}} {said}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A stage of a run."""
+
+    stage: RecipeStage
+    directory: pathlib.Path
+    argv: tuple[str, ...]  # after `python`
+    needs: tuple[str, ...]  # stages
+    lacks: tuple[str, ...]  # fields of the recipe that it needs and that are empty
+    key: str  # of the command and of all that it builds upon
+
+
+def plan_steps(config: RecipeConfig, workdir: pathlib.Path) -> dict[str, Step]:
+    """What every stage runs, by its name and in the order of the recipe."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "stages"}
+    lacking = {name for name, value in values.items() if value in ("", ())}
+    steps: dict[str, Step] = {}
+    for stage in config.stages:
+        directory = pathlib.Path(stage.given or workdir / stage.name)
+        values[stage.name] = directory
+        command = (shipped(stage.command),) if stage.command.endswith(".py") else ("-m", stage.command)
+        argv = (*command, *(text.format_map(values) for text in (*stage.arguments, *stage.more)))
+        named = () if stage.given else dict.fromkeys((*stage.names, *stage.needs))
+        needs, lacks = (tuple(name for name in named if name in group) for group in (steps, lacking))
+        made_of = json.dumps([str(directory), argv, *(steps[name].key for name in needs)])
+        key = hashlib.sha256(made_of.encode()).hexdigest()
+        steps[stage.name] = Step(stage, directory, argv, needs, lacks, key)
+    return steps

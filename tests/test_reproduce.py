@@ -1,0 +1,207 @@
+"""The recipe: what a stage runs, what is skipped, what a failure or a kill leaves, and that the table is the same."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from rsagent_jax.config.build import build_config
+from rsagent_jax.config.recipe import RecipeConfig, RecipeStage, plan_steps
+from rsagent_jax.evals.metrics import SampleResult
+from rsagent_jax.report.reproduction import PAPER
+from rsagent_jax.runtime import command
+from rsagent_jax.types import Status
+from tests.refusals import refused
+from tests.report.written import write_files, write_lines
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Does what the real commands do: it leaves files, goes on with those that are missing, and can be killed in between.
+FAKE = """
+import os, pathlib, shutil, signal, sys
+source, out, *needed = map(pathlib.Path, sys.argv[1:])
+if not all((path / "a").exists() for path in needed) or not source.exists():
+    sys.exit(3)
+out.mkdir(exist_ok=True)
+for path in sorted(source.iterdir()):
+    if not (out / path.name).exists():
+        shutil.copy(path, out)
+        with open(source.parent / "log", "a") as log:
+            print(out.name, path.name, file=log)
+        kill = source.parent / f"kill-{out.name}"
+        if kill.exists():
+            kill.unlink()
+            os.killpg(0, signal.SIGKILL)
+"""
+STAGES = ("data", "sft", "eval-base", "eval-sft", "eval-box")
+RECIPE = """
+from ml_collections import ConfigDict
+from rsagent_jax.config.build import template
+from rsagent_jax.config.recipe import RecipeConfig
+
+FAKE = {fake!r}
+def get_config():
+    config = template(RecipeConfig)
+    stages = dict(
+        data=dict(command=FAKE, arguments=("{src}/data", "{{data}}")),
+        sft=dict(command=FAKE, arguments=("{src}/train", "{{sft}}", "{{data}}")),
+    )
+    for row, needed in dict(base="data", sft="sft", box="data").items():
+        arguments = (f"{src}/{{row}}", f"{{{{eval-{{row}}}}}}", f"{{{{{{needed}}}}}}")
+        stages[f"eval-{{row}}"] = dict(command=FAKE, arguments=arguments, benchmark="ReasonSeg test", row=row)
+    config.stages = ConfigDict(stages, sort_keys=False)
+    return config
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe of stages that copy files, as a config file."""
+    source = tmp_path / "src"
+    for name in ("data", "train"):
+        (source / name).mkdir(parents=True)
+        write_lines(source / name / "a", [{}])
+    write_lines(source / "train" / "metrics.jsonl", [{"stage": "sft", "step": 1, "loss": 1.0}])
+    for name, i in (("base", 10), ("sft", 40), ("box", 80)):
+        results = [SampleResult(f"s{n}", i + n, 100, Status.FINISHED, 2, 0) for n in range(3)]
+        write_files(source / name, results, {"metric": {"unit": "sentence"}}, [], benchmark="ReasonSeg test")
+    (tmp_path / "fake.py").write_text(FAKE)
+    (tmp_path / "recipe.py").write_text(RECIPE.format(fake=str(tmp_path / "fake.py"), src=source))
+    return tmp_path
+
+
+def argv(recipe, *more):
+    return [f"--config={recipe}/recipe.py", f"--workdir={recipe}/w", *more]
+
+
+def reproduce(recipe, *more) -> int:
+    return command.run_command("rsagent_jax.reproduce", argv(recipe, *more))
+
+
+def log(recipe) -> list[str]:
+    """(stage, file) of every file that a stage has made, in their order."""
+    return (recipe / "src/log").read_text().splitlines()
+
+
+@pytest.mark.slow
+def test_a_kill_in_any_stage_and_the_same_command_again_give_the_same_table(recipe):
+    assert reproduce(recipe) == 0
+    names = ("table.md", "summary.json", "report/index.html")
+    whole, made = [(recipe / "w" / name).read_text() for name in names], sorted(log(recipe))
+    for killed in STAGES:
+        (recipe / "w").rename(recipe / f"before-{killed}")
+        (recipe / "src/log").unlink()
+        (recipe / f"src/kill-{killed}").touch()
+        start = [sys.executable, "-m", "rsagent_jax.reproduce", *argv(recipe)]
+        done = subprocess.run(start, cwd=ROOT, start_new_session=True, capture_output=True)
+        assert done.returncode == -9 and not (recipe / "w/table.md").exists()
+        assert reproduce(recipe) == 0
+        assert sorted(log(recipe)) == made  # nothing lost, nothing done twice
+        table, summary, page = ((recipe / "w" / name).read_text() for name in names)
+        assert table == whole[0]
+        assert {**json.loads(summary), "seconds": 0} == {**json.loads(whole[1]), "seconds": 0}
+        assert len(page) == pytest.approx(len(whole[2]), abs=100)  # it says how long it took
+
+
+def test_a_finished_stage_is_skipped_and_only_runs_what_it_names(recipe, capfd):
+    assert reproduce(recipe) == 0
+    out = capfd.readouterr().out
+    line = f"python {recipe}/fake.py {recipe}/src/sft {recipe}/w/eval-sft {recipe}/w/sft"
+    assert f"\n== 4/5 eval-sft\n{line}\n" in out and out.count("\npython ") == 5
+    assert subprocess.run([sys.executable, *line.split()[1:]]).returncode == 0  # by hand
+    made = log(recipe)
+    assert reproduce(recipe) == 0 and log(recipe) == made
+    assert [part.split("\n")[0] for part in capfd.readouterr().out.split("== ")[1:]] == [
+        *(f"{k}/5 {name}: done" for k, name in enumerate(STAGES, 1)), "report"
+    ]  # fmt: skip
+    before = json.loads((recipe / "w/sft/done.json").read_text())["seconds"]
+    assert reproduce(recipe, "--only=eval-box, sft") == 0
+    assert json.loads((recipe / "w/sft/done.json").read_text())["seconds"] > before > 0  # both times
+    assert [s.split()[1] for s in capfd.readouterr().out.split("== ")[1:-1]] == ["sft", "eval-box"]
+    assert reproduce(recipe, "--only=report") == 0 and "fake.py" not in capfd.readouterr().out
+    # another command, and what builds upon it
+    assert reproduce(recipe, f"--config.stages.sft.more=('{recipe}/w/data',)") == 0
+    assert [s.split()[1] for s in capfd.readouterr().out.split("== ")[1:-1] if "done" not in s] == ["sft", "eval-sft"]
+    assert reproduce(recipe, "--only=evl-box") == 2
+    assert "there is no stage 'evl-box'; did you mean eval-box?" in capfd.readouterr().err
+
+
+def test_the_table_holds_the_papers_figure_and_ours(recipe, capfd):
+    reproduce(recipe)
+    head, _, base, sft, box = [line.split(" | ") for line in (recipe / "w/table.md").read_text().splitlines()[2:7]]
+    assert (head[0], head[1:8]) == (
+        "| benchmark", "policy|gIoU|95% interval|paper cIoU|cIoU|95% interval|turns".split("|")
+    )  # fmt: skip
+    assert base[1:3] + base[4:6] == ["base", "0.110", "0.301 [2]", "0.110"]  # (10 + 11 + 12) / 300
+    assert sft[1:3] + sft[4:6] == ["after SFT", "0.410", "0.554 [2]", "0.410"]
+    assert box[1:3] + box[4:6] == ["oracle: true box", "0.810", "", "0.810"]
+    assert base[-2] == "LISA's rules, unit sentence, failure_policy zero" and base[-1].startswith(
+        f"python {recipe}/fake.py "
+    )
+    assert "after SFT over base: +0.300 gIoU, 95% interval +0.300 to +0.300 (clear of zero)" in capfd.readouterr().out
+
+
+def test_a_stage_that_fails_leaves_its_row_empty_and_the_others_go_on(recipe, capfd):
+    (recipe / "src/train").rename(recipe / "src/lost")
+    assert reproduce(recipe) == 3
+    said = capfd.readouterr()
+    again = f"python {recipe}/fake.py {recipe}/src/train {recipe}/w/sft {recipe}/w/data"
+    assert said.err == f"error: sft failed with status 3; again: {again}\n"
+    assert "== 4/5 eval-sft: waits for sft\n" in said.out
+    rows = json.loads((recipe / "w/summary.json").read_text())["rows"]
+    assert [(row["row"], row["n"], row["waits"]) for row in rows] == [
+        ("base", 3, ""), ("sft", None, "waits for sft"), ("box", 3, "")
+    ]  # fmt: skip
+    page = (recipe / "w/report/index.html").read_text()
+    assert "failed with status 3" in page and ">oracle: true box</td>" in page
+    (recipe / "src/lost").rename(recipe / "src/train")
+    assert reproduce(recipe) == 0
+    assert [row["n"] for row in json.loads((recipe / "w/summary.json").read_text())["rows"]] == [3, 3, 3]
+
+
+def stages(*items: RecipeStage) -> RecipeConfig:
+    return build_config(RecipeConfig, {"stages": items})
+
+
+def test_what_a_stage_names_must_be_there():
+    one = RecipeStage(name="one", command="x.py", arguments=("{two}", "{one}", "{{}}"))
+    refused(r"stages.one.arguments: \{two\} is neither a field nor this or an earlier stage", stages, one)
+    two = RecipeStage(name="two", command="x.py", arguments=("{on}/a",))
+    refused(r"\{on\} is .*; did you mean one\?", stages, dataclasses.replace(one, arguments=()), two)
+    refused("a brace itself is written twice", stages, dataclasses.replace(one, arguments=("{",)))
+    refused("stages.seed: the name is taken", stages, dataclasses.replace(two, name="seed", arguments=()))
+    refused("stages is empty", stages)
+
+
+def test_empty_fields_are_waited_for_and_given_directories_are_not_made(tmp_path):
+    a = RecipeStage(name="a", command="x.py", arguments=("{refer}",))
+    b = RecipeStage(name="b", command="x.py", arguments=("{a}/c", "{b}"), needs=("a",))
+    steps = plan_steps(stages(a, b), tmp_path)
+    assert (steps["a"].lacks, steps["b"].needs, steps["b"].argv) == (
+        ("refer",), ("a",), ("x.py", f"{tmp_path}/a/c", f"{tmp_path}/b")
+    )  # fmt: skip
+    given = plan_steps(stages(dataclasses.replace(a, given="/there"), b), tmp_path)
+    assert given["a"].lacks == () and given["b"].argv[1] == "/there/c" and given["b"].key != steps["b"].key
+
+
+GIVEN = ("--config.refer=R", "--config.reasonseg=S", "--config.endpoint=http://h/v1", "--config.endpoint_model=m")
+
+
+@pytest.mark.parametrize("name", ["quickstart", "7b"])
+def test_every_stage_of_the_recipes_is_a_command_line_that_its_command_takes(name, tmp_path):
+    reproduce = importlib.import_module("rsagent_jax.reproduce")
+    flags = [f"--config=configs/reproduce_{name}.py", *GIVEN]
+    steps = plan_steps(command.parse_arguments(reproduce.main, flags)[1]["config"], tmp_path)
+    for step in steps.values():
+        module = step.argv[1] if step.argv[0] == "-m" else step.argv[0].removesuffix(".py")
+        main = importlib.import_module(module).main
+        taken = command.parse_arguments(main, step.argv[2 if step.argv[0] == "-m" else 1 :])[1]
+        assert not step.lacks and str(tmp_path / step.stage.name) in (taken.get("workdir"), str(taken.get("out")))
+        if step.stage.row:
+            assert taken["config"].benchmark == step.stage.benchmark
+    players = {(step.stage.benchmark, step.stage.row) for step in steps.values() if step.stage.row}
+    assert name == "quickstart" or players >= {*PAPER}
+    assert len(players) == {"quickstart": 3, "7b": 50}[name]
