@@ -17,7 +17,6 @@ from flax import nnx
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.segmenter import counters
-from rsagent_jax.agent.views import check_shape
 from rsagent_jax.config.schema import GrpoConfig, SftConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item, fits, pack_evenly
@@ -113,7 +112,7 @@ class GrpoSource:
         self.config, self.driver, self.engine, self.processor = config, driver, engine, processor
         self.share, self.workdir, self.steps = share, workdir, config.steps
         how = dict(seed=seed, share=share, unreadable=config.data.unreadable, **dataclasses.asdict(config.read))
-        self.pipeline = Pipeline(samples, _showable, **how)
+        self.pipeline = Pipeline(samples, **how)
         self.advantage = advantage_function(config.advantage, config.ddof)
         self.reward = make_reward(config.reward)
         self.examples: dict[str, Any] = {}  # the first group of the last step, for people
@@ -243,12 +242,6 @@ class GrpoSource:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.pipeline.restore(state)
-
-
-def _showable(sample: Sample) -> Sample:
-    """DataError for a picture that no view can show: to be skipped like one that cannot be decoded."""
-    check_shape(*sample.image.shape[:2])
-    return sample
 
 
 def _failure(state: EnvState) -> str:

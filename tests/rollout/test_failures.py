@@ -6,7 +6,8 @@ import numpy as np
 from agent_fakes import DiscSegmenter, run
 
 from rsagent_jax.agent.environment import abort
-from rsagent_jax.rollout.play import UNREADABLE, Failures, failure_of, is_segmenters, readable_sample, unmeasured
+from rsagent_jax.data.sets.index import Entry, SampleIndex
+from rsagent_jax.rollout.play import UNREADABLE, Failures, failure_of, is_segmenters, unmeasured
 from rsagent_jax.types import Sample, Status
 from sam_bridge.types import FailureKind
 from tests.refusals import refused
@@ -43,8 +44,8 @@ def test_only_the_segmenters_endings_are_its_failures():
 
 def test_a_picture_that_no_view_can_show_is_unreadable_by_name():
     thin = Sample("s", np.zeros((10, 2010, 3), np.uint8), "q", np.zeros((10, 2010), bool), path="thin.png")
-    refused("thin.png: image of 10x2010 pixels", readable_sample, [thin], 0)
-    assert readable_sample([small.sample(0)], 0).id == "s0"
+    entry = type("Thin", (Entry,), {"load": lambda self: thin})("s", "q", "thin.png")
+    refused("thin.png: image of 10x2010 pixels", SampleIndex("set", [entry]).__getitem__, 0)
 
 
 def test_the_count_is_by_kind():

@@ -25,7 +25,6 @@ REMAT: dict[str, tuple[str, ...] | None] = {
     "selective": ("attention", "mlp_gate", "mlp_up"),  # the dear products; q, k, v and the output's are made again
     "dots": NAMES,  # every matrix product's result; norms and activation functions are made again
 }
-ATTENTION = ("auto", "plain", "blocks", "splash", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
