@@ -10,8 +10,6 @@ until every sample is measured: one that the segmenter failed is played again by
 accepts it instead), one that cannot be read is named and left out (data.unreadable).
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

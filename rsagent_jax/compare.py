@@ -6,8 +6,6 @@ The first is the one the others are held against. Each is a work directory of ev
 difference on the same sample, so it is narrower than the two policies' own intervals suggest.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

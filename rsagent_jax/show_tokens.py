@@ -6,8 +6,6 @@ Green tokens are in the loss (reasoning, tool calls and their terminators), grey
 images). The tokens are those that training reads, through the same code.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ SIGTERM and SIGINT drain it: new calls are refused, those under way get --grace_
 for a command line that cannot work, 3 when its device is gone and a supervisor should start it anew.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

@@ -12,8 +12,6 @@ A malformed call (no action can be read) and a refused one (the action cannot be
 observation. Only malformed calls in a row end a trajectory as INVALID.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ view was refused for want of room, and an ending that came from outside. Everyth
 overlays, counters, endings) is done again by the environment, and the ending must come out the same.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -4,8 +4,6 @@ The model's answer is text from outside: it is read strictly, and every query th
 be counted. The prompt is ours; the paper says that proprietary models wrote its problems, not how they were asked.
 """
 
-from __future__ import annotations
-
 import collections
 import functools
 import json

@@ -5,8 +5,6 @@ up, only decide who decodes an element, so their number changes nothing. A posit
 elements that all hosts together have taken; starting at it costs nothing, as any element can be reached directly.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence

@@ -6,8 +6,6 @@ picture's own file, which the header names together with a checksum of its pixel
 is in the record. Patches are made when read. (Records of earlier versions hold the images themselves, as PNG.)
 """
 
-from __future__ import annotations
-
 import json
 import pathlib
 

@@ -5,8 +5,6 @@ takes the next task. The ids, log-probs and the sampled mark of every token go i
 never encoded twice.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools

@@ -3,8 +3,6 @@
 What could not be played is counted by kind and named, and there is an end where the segmenter stays away.
 """
 
-from __future__ import annotations
-
 import collections
 import concurrent.futures
 import itertools

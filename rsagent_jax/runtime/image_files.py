@@ -1,7 +1,5 @@
 """Picture files of samples and records, read by `sam_bridge.images`; what is wrong is a DataError with the remedy."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Where batches come from: stored trajectories (SFT) or the policy's own (GRPO). The step decides what comes next."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import pathlib

@@ -7,8 +7,6 @@ Both are written only when everything has been checked, so they always describe 
 counts from the first checkpoint that it had a part in: before there is one, anything may change.
 """
 
-from __future__ import annotations
-
 import datetime
 import fnmatch
 import hashlib

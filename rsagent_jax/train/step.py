@@ -3,8 +3,6 @@
 The functions are pure; train.py jits them. `Objective` is all that differs between the stages.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 

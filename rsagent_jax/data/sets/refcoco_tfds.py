@@ -9,8 +9,6 @@ kept, pictures and masks are decoded when a sample is asked for. TFDS does not k
 "<dataset>/<split_by>/<split>/ann<annotation id>/<sentence id>".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import mmap

@@ -4,8 +4,6 @@ The device sees fixed shapes only. Hugging Face computes the same positions and 
 `get_vision_window_index`, with the windows in another order.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 
