@@ -249,9 +249,9 @@ class Driver:
         if run.state is None:
             raise overdue
         proposal = environment.propose(run.state, run.text)
-        if proposal.request is None:
-            return _Next(environment.abort(run.state, Status.ENV_FAILED))
         failure = SegmentFailure(FailureKind.TIMEOUT, str(overdue), self.agent.tool_deadline_s)
+        if proposal.request is None:
+            return _Next(dataclasses.replace(run.state, status=Status.ENV_FAILED, failure=failure))
         return _Next(environment.apply_reply(run.state, proposal, failure))
 
     def _request(self, run: _Run) -> Request:

@@ -31,8 +31,6 @@ def failure_of(state: EnvState) -> Failure | None:
         return state.failure.kind, state.failure.detail
     if state.status is not Status.ENV_FAILED:
         return None
-    if state.failure is None:
-        return "segmenter, timeout", "a tool call went past its deadline"
     return f"segmenter, {state.failure.kind.value}", state.failure.detail
 
 

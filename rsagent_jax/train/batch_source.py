@@ -130,7 +130,7 @@ class GrpoSource:
         self.engine.release_memory()  # weights and cache give their memory to the gradients
         played, states = [t for t, _ in outcomes], [state for _, state in outcomes]
         items, metrics = all_or_none(lambda: self._judge(played, chosen, states))
-        broken = Counter(_failure(state) for t, state in outcomes if t.status is Status.ENV_FAILED)
+        broken = Counter(state.failure.kind.value for t, state in outcomes if t.status is Status.ENV_FAILED)
         teaches, failures = self._all_agree(outcomes, broken, items)
         # Where nothing teaches on any process no batch is made on any, and no update.
         batches = pack_evenly(items, c.batch, self.processor.config, self.share) if teaches else []
@@ -240,11 +240,6 @@ class GrpoSource:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.pipeline.restore(state)
-
-
-def _failure(state: EnvState) -> str:
-    """The kind of failure that ended a trajectory; a call past the tool's deadline may have left none."""
-    return (state.failure.kind if state.failure else FailureKind.TIMEOUT).value
 
 
 def _item(t: Trajectory, advantage: float) -> Item:

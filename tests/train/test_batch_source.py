@@ -43,11 +43,8 @@ def state_of(t: Trajectory):
     """What the driver would know of it: the segmenter answered where there is a mask, and failed where the tool did."""
     broken = t.status is Status.ENV_FAILED
     replies = (object(),) if broken or t.final_mask.any() else (None,)
-    return types.SimpleNamespace(replies=replies, failure=failure(t.seconds.get("kind", "timeout")) if broken else None)
-
-
-def failure(kind: str) -> SegmentFailure | None:
-    return SegmentFailure(FailureKind(kind), "") if kind else None
+    failure = SegmentFailure(FailureKind(t.seconds.get("kind", "timeout")), "") if broken else None
+    return types.SimpleNamespace(replies=replies, failure=failure)
 
 
 class Played:
@@ -179,7 +176,7 @@ def malformed(i: int, n: int) -> Trajectory:
 
 
 def test_a_step_in_which_too_many_tools_broke_stops_before_the_update_and_counts_them_by_kind():
-    groups = [[broken(0, "unavailable"), broken(0, "internal")], [broken(1, ""), trajectory(1, 10)]]
+    groups = [[broken(0, "unavailable"), broken(0, "internal")], [broken(1), trajectory(1, 10)]]
     with pytest.raises(DataError, match=r"3 of this step's 4 .*\(unavailable 1, timeout 1, internal 1\)") as error:
         step_of(groups)
     said = ("grpo.max_env_failed = 0.5", "No update", "checkpoint is as it was", "side-car's log", "same command")
