@@ -197,12 +197,7 @@ class Driver:
         by a terminator. After a finished turn (skip = 1) it is already part of the trajectory, as a sampled token.
         """
         proposal = environment.propose(state, text)
-        start = time.perf_counter()
-        try:
-            reply = environment.run_tool(self.segmenter, state, proposal)
-        except Exception as error:  # noqa: BLE001 - a segmenter that breaks its promise fails the trajectory, not the run
-            detail = f"{type(error).__name__}: {error}"
-            reply = SegmentFailure(FailureKind.INTERNAL, detail, time.perf_counter() - start)
+        reply = environment.run_tool(self.segmenter, state, proposal)
 
         def after(proposal: environment.Proposal) -> _Next:
             step = functools.partial(environment.apply_reply, state, proposal, reply)
