@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from rsagent_jax.config.ranges import CountOrZero
 from rsagent_jax.report.comparison import Comparison, check_comparable, compare, text_table
 from rsagent_jax.report.evaluation import Evaluation, load_evaluation
+from rsagent_jax.runtime.journal import writing
 from rsagent_jax.types import DataError
 
 
@@ -96,9 +97,7 @@ def main(
         print(f"\nSamples on which {comparison.name} and {names[0]} differ most\n{text_table(rows, 2)}")
         text += [f"## Samples on which {comparison.name} and {names[0]} differ most", markdown(rows)]
     if out:
-        try:
+        with writing(f"--out={out}"):
             out.write_text("\n\n".join(text) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"--out={out} cannot be written ({error.strerror or error})") from None
     gaps = {c.name: {k: dataclasses.asdict(getattr(c, k)) for k in ("giou", "ciou", "turns")} for c in found}
     print("\n" + json.dumps({"base": names[0], "differences": gaps}))
