@@ -340,17 +340,8 @@ def test_a_sample_that_cannot_be_read_leaves_its_place_empty_and_is_counted():
     assert [t.group_id for t in played.tasks] == [0, 0, 1, 1] and s.state() == {"position": 3, "skipped": 1}
     s.restore({"position": 3})  # of a checkpoint from before they were counted
     assert s.next(nothing_new, None)[1]["unreadable"] == 1.0
-
-
-def test_a_sample_that_cannot_be_shown_is_one_that_cannot_be_read():
-    groups = [[trajectory(i, 20), trajectory(i, 10)] for i in range(3)]
-    samples = [sample(i) for i in range(3)]
-    thin = {"image": np.zeros((10, 2010, 3), np.uint8), "gt_mask": np.zeros((10, 2010), bool)}  # 201:1
-    samples[1] = dataclasses.replace(samples[1], **thin)
-    batches, metrics = source(groups, samples).next(nothing_new, None)
-    assert sorted(trained(batches)) == [11, 13] and metrics["unreadable"] == 1.0
-    s = source(groups, samples, data=DataConfig(unreadable="stop"))
-    refused("cannot be read: sample 1: image of 10x2010 pixels .* crop it", s.next, nothing_new, None)
+    s = source(groups, Broken(sample(i) for i in range(3)), data=DataConfig(unreadable="stop"))
+    refused("cannot be read: sample 1: picture 1 is missing", s.next, nothing_new, None)
 
 
 # --- Stored trajectories ---
