@@ -3,9 +3,8 @@
 None of it changes what is computed, up to rounding; every variant is tested against the plain one.
 """
 
-from __future__ import annotations
-
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +37,7 @@ class Compute:
     scan_layers: bool = True  # False: one layer after the other, each compiled; nothing is stacked for a loop
 
     @classmethod
-    def of(cls, policy: PolicyConfig, mesh: jax.sharding.Mesh | None = None) -> Compute:
+    def of(cls, policy: PolicyConfig, mesh: jax.sharding.Mesh | None = None) -> Self:
         """What the config asks for, on this mesh."""
         return cls(policy.dtype, policy.remat, policy.attention, mesh, policy.scan_layers)
 
