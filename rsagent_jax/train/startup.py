@@ -9,7 +9,7 @@ from flax import nnx
 
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.config import slices
-from rsagent_jax.config.schema import TrainConfig
+from rsagent_jax.config.schema import SftConfig, TrainConfig
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.data.trajectories import open_records
 from rsagent_jax.models.qwen25_vl import convert
@@ -43,9 +43,7 @@ def check_train(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
     if "sft" in config.stages:
         share.of(config.sft.trajectories_per_step, "sft.trajectories_per_step")
         print(check_budget(config.agent, processor, batch=config.sft.batch, name="sft"))
-        steps, warmup = steps_of(config.sft, len(open_records(config.sft.trajectories))), config.sft.optim.warmup_steps
-        if steps < warmup:
-            raise DataError(f"sft.optim.warmup_steps must be at most the stage's {steps} updates, got {warmup}")
+        _check_trajectories(config.sft)
     if "grpo" in config.stages:
         share.of(config.grpo.prompts, "grpo.prompts")
         print(check_rollout(config.agent, config.grpo.sampling, shape, processor, "grpo", config.grpo.batch))
@@ -56,6 +54,14 @@ def check_train(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
             with open_segmenter(config.segmenter):
                 pass
     return config
+
+
+def _check_trajectories(config: SftConfig) -> None:
+    steps = steps_of(config, len(open_records(config.trajectories)))
+    if steps < config.optim.warmup_steps:
+        raise DataError(
+            f"sft.optim.warmup_steps must be at most the stage's {steps} updates, got {config.optim.warmup_steps}"
+        )
 
 
 def _nothing_left_open(config: TrainConfig) -> None:
