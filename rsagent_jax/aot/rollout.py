@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -24,6 +25,11 @@ from rsagent_jax.rollout import kv_cache as kv
 from rsagent_jax.rollout.engine import fill_sampling_defaults
 from rsagent_jax.rollout.programs import Images, Piece, RolloutPrograms, Slots, Turns, weight_shardings
 from rsagent_jax.runtime import processes, sharding
+
+
+def host_mesh(devices: list, tensor: int) -> Mesh:
+    """processes.local_mesh of a host with these devices, be it a single one: the mesh says for which chip."""
+    return Mesh(np.array(devices).reshape(-1, 1, tensor), sharding.AXES)
 
 
 def rollout_jobs(

@@ -34,7 +34,7 @@ from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, size_config
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
-from rsagent_jax.runtime import processes, sharding
+from rsagent_jax.runtime import sharding
 from rsagent_jax.train.state import EMPTY, make_optimizer, partition_params, vision_frozen
 from rsagent_jax.train.step import Sums, make_programs, make_stage
 from rsagent_jax.types import Batch, DataError
@@ -63,7 +63,7 @@ def report_stage(config: TrainConfig, stage: str, topology: Topology, only: str 
     mesh, host = sharding.make_mesh(config.mesh, found), None
     if stage == "grpo" and topology.host.devices % tensor == 0:
         alone = topology.host == topology  # then the policy lies on the same devices as the engine
-        host = processes.rows_mesh(found if alone else devices(topology.host), tensor)  # which says for which chip
+        host = rollout.host_mesh(found if alone else devices(topology.host), tensor)
     micro_batch = workload(getattr(config, stage).batch, policy, vision_trained=True)
     reports = []
     for job in stage_jobs(config, stage, policy, mesh, host):

@@ -137,12 +137,7 @@ def local_mesh(tensor: int) -> Mesh | None:
     mine = sorted(jax.local_devices(), key=lambda d: d.id)
     if tensor < 1 or len(mine) % tensor:
         raise DataError(f"sampling.tensor = {tensor} must divide the {len(mine)} devices of a process")
-    return None if len(mine) == 1 else rows_mesh(mine, tensor)
-
-
-def rows_mesh(devices: Sequence[Any], tensor: int) -> Mesh:
-    """A mesh with `tensor` of the devices to a row."""
-    return Mesh(np.array(devices).reshape(-1, 1, tensor), sharding.AXES)
+    return None if len(mine) == 1 else Mesh(np.array(mine).reshape(-1, 1, tensor), sharding.AXES)
 
 
 def local_copy(params: Any, mesh: Mesh, dtype: str) -> Any:

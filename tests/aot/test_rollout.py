@@ -16,7 +16,6 @@ from rsagent_jax.config.schema import BatchConfig, MeshConfig, SamplingConfig
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import size_config
 from rsagent_jax.runtime import sharding
-from rsagent_jax.runtime.processes import rows_mesh
 from tests.aot.test_stages import TINY
 
 SLOTS, CONTEXT, CHUNK, PATCHES = 32, 4096, 4, 256
@@ -34,7 +33,7 @@ def shape():
 
 @pytest.fixture(scope="module")
 def jobs():
-    mesh = rows_mesh(devices(parse_topology("v5e:2x2")), tensor=2)
+    mesh = rollout.host_mesh(devices(parse_topology("v5e:2x2")), tensor=2)
     return {job.program: job for job in rollout.rollout_jobs(SAMPLING, shape(), "bfloat16", mesh, resident=1000)}
 
 
@@ -130,14 +129,14 @@ def test_training_stays_on_the_device_and_the_policy_is_read_in_place_by_a_singl
     policy = stages.policy_config(TRAINED.policy.weights)
     found = devices(parse_topology("v5e:2x2"))
     mesh = sharding.make_mesh(MeshConfig(), found)
-    alone = {j.program: j for j in stages.stage_jobs(TRAINED, "grpo", policy, mesh, rows_mesh(found, 1))}
+    alone = {j.program: j for j in stages.stage_jobs(TRAINED, "grpo", policy, mesh, rollout.host_mesh(found, 1))}
     assert list(alone)[-4:] == ["rollout weights", "rollout encode", "rollout append", "rollout decode"]
     params = sum(v.size for v in convert.flat_params(convert.abstract_model(policy)).values())
     assert alone["rollout decode"].decoding.training_bytes == pytest.approx(params * (4 + 8 + 2) / 4, rel=0.05)
     one_of_four = params * 4 / 4
     held = alone["rollout decode"].decoding.training_bytes - alone["rollout weights"].resident_bytes
     assert held == pytest.approx(one_of_four, rel=0.05)
-    host = rows_mesh(devices(parse_topology("v5e:1x1")), 1)
+    host = rollout.host_mesh(devices(parse_topology("v5e:1x1")), 1)
     several = {j.program: j for j in stages.stage_jobs(TRAINED, "grpo", policy, mesh, host)}
     assert several["rollout weights"].resident_bytes == several["rollout decode"].decoding.training_bytes
 
