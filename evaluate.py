@@ -11,8 +11,6 @@ that the segmenter failed is played again by the next start (metric.failure_poli
 be read is named and left out (data.unreadable). --aot=v5e-8 says whether the engine fits there.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

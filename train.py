@@ -6,8 +6,6 @@
 Run the same command again and it goes on from the newest checkpoint.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

@@ -27,10 +27,12 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from rsagent_jax.agent import environment  # noqa: E402
 from rsagent_jax.config.schema import AgentConfig  # noqa: E402
-from rsagent_jax.data.pipeline import OpeningPrompt, Pipeline  # noqa: E402
+from rsagent_jax.data.pipeline import Pipeline  # noqa: E402
 from rsagent_jax.data.processor import Processor, image_patches  # noqa: E402
 from rsagent_jax.data.sets.folder import load_folder  # noqa: E402
+from rsagent_jax.types import Prompt, Sample  # noqa: E402
 
 BASE = ROOT / "assets/tiny-base"
 PIXELS = 1_003_520  # the limit of configs/grpo_tpu.py
@@ -82,7 +84,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_images(pathlib.Path(folder), options.images, width, height)
         samples = load_folder(folder)
-        prepare = OpeningPrompt(processor, AgentConfig(), limits)
+
+        def prepare(sample: Sample) -> Prompt:
+            """What opens a trajectory: resized, cut into patches, with positions."""
+            state = environment.reset(sample.image, sample.query, AgentConfig(), limits)
+            return processor.prompt(*environment.read_before(state, 0), limits=state.limits)[0]
+
         pipeline = Pipeline(samples, prepare, seed=0, threads=1)
         data = [(pathlib.Path(folder) / f"{i}.jpg").read_bytes() for i in range(min(options.images, 16))]
         at = iter(range(1 << 62))

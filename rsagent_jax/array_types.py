@@ -4,8 +4,6 @@ jaxtyping's names, through this one file. Nothing is checked while the package r
 (tests/conftest.py). An axis alone is written " T", with a space: ruff takes "T" for the name of a variable.
 """
 
-from __future__ import annotations
-
 import typing
 
 import numpy as np

@@ -15,8 +15,6 @@ With --config.teacher.own.weights a policy of our own acts through the rollout e
 the filter keeps the first good try; the very ids that it sampled are stored.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ The first is the one the others are held against. Each is a work directory of ev
 difference on the same sample, so it is narrower than the two policies' own intervals suggest.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":
@@ -21,6 +19,7 @@ from collections.abc import Sequence
 from rsagent_jax.config.ranges import CountOrZero
 from rsagent_jax.report.comparison import Comparison, check_comparable, compare, markdown, text_table
 from rsagent_jax.report.evaluation import Evaluation, load_evaluation
+from rsagent_jax.runtime.journal import writing
 from rsagent_jax.types import DataError
 
 
@@ -92,9 +91,7 @@ def main(
         print(f"\nSamples on which {comparison.name} and {names[0]} differ most\n{text_table(rows, 2)}")
         text += [f"## Samples on which {comparison.name} and {names[0]} differ most", markdown(rows)]
     if out:
-        try:
+        with writing(f"--out={out}"):
             out.write_text("\n\n".join(text) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"--out={out} cannot be written ({error.strerror or error})") from None
     gaps = {c.name: {k: dataclasses.asdict(getattr(c, k)) for k in ("giou", "ciou", "turns")} for c in found}
     print("\n" + json.dumps({"base": names[0], "differences": gaps}))

@@ -8,8 +8,6 @@ config.json names; training keeps fp32 parameters, so anything narrower rounds t
 (10^9 bytes each) are split into shards with an index, as on the hub.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Masks once for everybody: RLE in both of its forms, COCO polygons, IoU."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -10,8 +10,6 @@ stopped command goes on where it was, and what failed is tried again. Without th
 own expressions.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ trajectories.jsonl and report/index.html, and prints a table. What is not said i
 --root=OLD=NEW names the new place of pictures that the trajectories refer to.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ A researcher's own term is a function in a file or in any importable module (doc
         return float(trajectory.final_mask.mean() < 0.5)
 """
 
-from __future__ import annotations
-
 import dataclasses
 import numbers
 import traceback

@@ -6,8 +6,6 @@ Leaves mask.png (0 or 255, the picture's own size), overlay.png, image.png (the 
 trajectory.json, which agent/replay.py plays again.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ Green tokens are in the loss (reasoning, tool calls and their terminators), grey
 images). The tokens are those that training reads, through the same code.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":
@@ -27,7 +25,7 @@ from rsagent_jax.data.sets.index import spread
 from rsagent_jax.models.qwen25_vl.load import processor_directory
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, merged_tokens, padded_patches
 from rsagent_jax.report.page import render_page
-from rsagent_jax.types import DataError
+from rsagent_jax.runtime.journal import writing
 
 
 def shown_tokens(item: Item, processor: Processor) -> Iterator[tuple[str, int, Any]]:
@@ -74,9 +72,7 @@ def main(
     samples: CountOrZero = 4,  # how many, evenly spread; 0 = all
 ) -> None:
     text = tokens_page(trajectories, Processor.load(processor_directory(processor)), samples)
-    try:
+    with writing(f"--out={out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"--out={out} cannot be written ({error.strerror or error})") from None
     print(out)

@@ -8,8 +8,6 @@ Frames: a name ends in `_original` (pixels of the image file, float, XYXY, y dow
 smart-resized view that the model was last shown). `agent/views.py` holds the only conversion between the two.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 from typing import ClassVar

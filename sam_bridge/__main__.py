@@ -4,8 +4,6 @@ SIGTERM and SIGINT drain it: new calls are refused, those under way get --grace_
 for a command line that cannot work, 3 when its device is gone and a supervisor should start it anew.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os
@@ -83,9 +81,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--metrics_address", default="", help="host:port for Prometheus, such as 127.0.0.1:9464")
     parser.add_argument("--log", choices=telemetry.LOG_FORMATS, default="text", help="lines on stderr")
     for field in dataclasses.fields(backends.Options):
-        parser.add_argument(
-            f"--{field.name}", type=type(field.default), default=field.default, help="sam2; see the docs"
-        )
+        kind = type(field.default)
+        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help="sam2; see the docs")
     parser.add_argument("--parent_pid", type=int, default=0, help="exit when this process does (used by spawn.py)")
     return parser.parse_args()
 

@@ -1,7 +1,5 @@
 """Dynamic batches: whatever waits when the worker is free goes through together. Nothing waits for company."""
 
-from __future__ import annotations
-
 import collections
 import concurrent.futures
 import logging

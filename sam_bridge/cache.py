@@ -1,7 +1,5 @@
 """A least-recently-used store bounded by bytes, which makes each missing value once however many ask for it."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import operator
 import threading

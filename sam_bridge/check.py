@@ -5,8 +5,6 @@ looks whether equal prompts give equal masks and a bad one a typed refusal, meas
 status 0 when everything held, 1 when something did not, 2 when nobody answers.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

@@ -1,7 +1,5 @@
 """The segmenter at the other end of a wire: finds the side-car for an image, survives restarts, types every failure."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import dataclasses

@@ -5,8 +5,6 @@ Counted for 7 pictures and 42 prompts of SAM 2.1 tiny with two threads: `keep_fr
 million to 0.3 to 0.5, and system time from 4 s to 1 to 2.5. With one thread time does not change.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 

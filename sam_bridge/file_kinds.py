@@ -1,7 +1,5 @@
 """What a file is by its first bytes, for the message about one that is not what it should be."""
 
-from __future__ import annotations
-
 import pathlib
 
 HEAD = 512  # bytes that are enough

@@ -1,7 +1,5 @@
 """A segmenter in this process: a back end with its image and logits caches. The server wraps one; tests use it bare."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

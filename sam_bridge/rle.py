@@ -1,7 +1,5 @@
 """COCO's run-length masks in both of its forms: bool[h, w] <-> compressed counts or a list of runs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

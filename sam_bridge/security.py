@@ -1,7 +1,5 @@
 """Who may listen where, and who may call: TLS, a bearer token, and that loopback needs neither."""
 
-from __future__ import annotations
-
 import errno
 import hmac
 import ipaddress

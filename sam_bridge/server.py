@@ -1,7 +1,5 @@
 """The gRPC server around a LocalSegmenter: bounded work, bounded queue, bounded memory, every failure typed."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import dataclasses

@@ -5,8 +5,6 @@ nothing that they would see. Client and LocalSegmenter both go through `ask_shru
 is behind it (caches, wire, server, back ends) knows the shrunk picture only.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

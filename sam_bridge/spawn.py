@@ -1,7 +1,5 @@
 """Side-cars as child processes: started, watched, restarted and never orphaned; and one way to get any segmenter."""
 
-from __future__ import annotations
-
 import atexit
 import collections
 import contextlib

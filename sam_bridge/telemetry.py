@@ -1,7 +1,5 @@
 """What a side-car tells about itself: Prometheus metrics over HTTP, and logs as lines of text or JSON."""
 
-from __future__ import annotations
-
 import json
 import logging
 import sys

@@ -4,8 +4,6 @@ well-formed image and prompt are, checked by the client before it sends and agai
 Coordinates are pixels of the original image, float, XYXY, y down. Arrays are numpy.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 import math

@@ -1,7 +1,5 @@
 """Between the dataclasses of types.py and the messages of bridge.proto, and what both ends agree on."""
 
-from __future__ import annotations
-
 from sam_bridge import bridge_pb2 as pb
 from sam_bridge.rle import decode_mask
 from sam_bridge.types import MAX_IMAGE_BYTES, FailureKind, SegmenterError, SegmentReply, SegmentRequest

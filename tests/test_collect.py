@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from rsagent_jax.collecting.collector import Collector, attempt_id, collection_r
 from rsagent_jax.config import schema
 from rsagent_jax.config.schema import CollectConfig, FilterConfig, SegmenterConfig, TeacherConfig
 from rsagent_jax.data import trajectories
+from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.runtime import journal as journals
@@ -189,6 +191,10 @@ def test_the_segmenters_failures_leave_no_set_and_a_changed_sample_is_played_aga
         ids = [f"s{i}" for i in range(6)]
         notes = ()
         queries = dict.fromkeys(range(6), "as ever")
+
+        def __getitem__(self, i):  # refused as an index refuses
+            entry = types.SimpleNamespace(id=self.ids[i], query="q", load=lambda: list.__getitem__(self, i))
+            return SampleIndex("samples", [entry])[0]
 
         def fingerprint(self, i):
             return f"{i} {self.queries[i]}"

@@ -6,11 +6,9 @@ known beforehand. So a config can be checked before it costs anything, and a tra
 which turn is its last: `finish` always fits.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sized
-from typing import Protocol
+from typing import Protocol, Self
 
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.overlay import overlay_size
@@ -54,7 +52,7 @@ class Texts:
     finish: int  # the shortest turn that ends a trajectory, its terminator included
 
     @classmethod
-    def of(cls, agent: AgentConfig, encode: Encode, size_view=ANY_SIZE, query: str = QUERY) -> Texts:
+    def of(cls, agent: AgentConfig, encode: Encode, size_view=ANY_SIZE, query: str = QUERY) -> Self:
         style, highest = agent.prompt, 10 ** len(str(agent.max_turns)) - 1  # the mask's id
 
         def observed(text: str, has_image: bool) -> int:

@@ -1,7 +1,5 @@
 """Where to click and what to box for a region: geometry of the simulated user of interactive segmentation."""
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 

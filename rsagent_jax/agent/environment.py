@@ -12,8 +12,6 @@ A malformed call (no action can be read) and a refused one (the action cannot be
 observation. Only malformed calls in a row end a trajectory as INVALID.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -131,17 +129,20 @@ def refuse_view(proposal: Proposal) -> Proposal:
 
 
 def run_tool(segmenter: Segmenter, state: EnvState, proposal: Proposal) -> SegmentReply | SegmentFailure | None:
-    """Runs the proposal's request, if it has one. A SegmenterError becomes a value; other exceptions are bugs."""
+    """Runs the proposal's request, if it has one. A SegmenterError becomes a value, and so does a segmenter's breaking
+    its promise, by another exception or an improper reply: it fails the trajectory, not the run."""
     if proposal.request is None:
         return None
     start = time.perf_counter()
     try:
         reply = segmenter.segment(state.image, proposal.request)
-    except SegmenterError as e:
-        return SegmentFailure(e.kind, e.detail, time.perf_counter() - start)
-    if reply.mask.dtype != bool or reply.mask.shape != state.image.shape[:2] or not np.isfinite(reply.score):
-        detail = f"reply with mask {reply.mask.dtype}{list(reply.mask.shape)}, score {reply.score}"
-        return SegmentFailure(FailureKind.INTERNAL, detail, time.perf_counter() - start)
+        if reply.mask.dtype != bool or reply.mask.shape != state.image.shape[:2] or not np.isfinite(reply.score):
+            raise ValueError(f"reply with mask {reply.mask.dtype}{list(reply.mask.shape)}, score {reply.score}")
+    except Exception as error:  # noqa: BLE001
+        typed = isinstance(error, SegmenterError)
+        kind = error.kind if typed else FailureKind.INTERNAL
+        detail = error.detail if typed else f"{type(error).__name__}: {error}"
+        return SegmentFailure(kind, detail, time.perf_counter() - start)
     return dataclasses.replace(reply, timings_s={**reply.timings_s, "call": time.perf_counter() - start})
 
 

@@ -1,7 +1,5 @@
 """Mask -> observation: a mask drawn on the original image, small enough for the history pool."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import cv2

@@ -8,8 +8,6 @@ Text from outside (queries) goes through `sanitize`, so that it cannot open a ro
 policy is never repeated to it. Both prompt styles are ours, not the paper's.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

@@ -5,8 +5,6 @@ view was refused for want of room, and an ending that came from outside. Everyth
 overlays, counters, endings) is done again by the environment, and the ending must come out the same.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
@@ -88,15 +86,17 @@ def _turn_to_json(turn: Turn, reply: SegmentReply | SegmentFailure | None) -> di
     return {"text": turn.text, "reply": _reply_to_json(reply), **{name: True for name, on in marks.items() if on}}
 
 
-def read_source(text: str, path: str | pathlib.Path | None = None) -> np.ndarray:
+def read_source(
+    text: str, path: str | pathlib.Path | None = None, remedy: str = "a trajectory was made on it: put it back"
+) -> np.ndarray:
     """The picture u8[h, w, 3] that the record was made on, turned as it was then; `path` is its place by now.
 
-    DataError if it is gone or has changed. A record without a checksum (before there were any) takes it as stored.
+    DataError, with the remedy, if it is gone or has changed. A record without a checksum (before there were any) takes
+    it as stored.
     """
     with _data_errors():
         image = json.loads(text)["image"]
         path, size, wanted = path or image["path"], (image["height"], image["width"]), image.get("sha256")
-    remedy = "a trajectory was made on it: put it back"
     return read_image(path, remedy) if wanted is None else image_by_checksum(path, wanted, size, remedy)
 
 

@@ -1,7 +1,5 @@
 """Opens the segmenter that the config names; a side-car that cannot be had is the user's to mend, in one line."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

@@ -8,8 +8,6 @@ Bytes sent follow the ring algorithms: with n devices in a group and an operand 
 On a torus an all-to-all passes through other chips too, which is not counted.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools

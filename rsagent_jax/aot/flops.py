@@ -10,8 +10,6 @@ Conventions, so that shares of the peak compare with published ones:
   - the vision tower attends inside windows of 112 x 112 pixels, cut off at an image's edge, or inside a whole image.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig

@@ -5,13 +5,11 @@ sent over the links at theirs, as if the three overlapped entirely and each ran 
 real step takes longer.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -38,7 +36,7 @@ class Decoding:
     step_bytes: float | None = None  # HBM traffic of a decode step
     projected_tokens_per_s: float | None = None  # of the host: slots over the projected time of a step
 
-    def compiled(self, peak: int, hbm: int, traffic: int, seconds: float | None) -> Decoding:
+    def compiled(self, peak: int, hbm: int, traffic: int, seconds: float | None) -> Self:
         """With what a compiled program tells; traffic and seconds are of one run."""
         fit = max(0, self.slots + (hbm - peak) // self.slot_bytes * (self.devices // self.tensor))
         if not (self.steps and seconds):

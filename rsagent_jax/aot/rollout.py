@@ -4,8 +4,6 @@ Every process runs an engine of its own on its own devices, so the mesh is one h
 slot has a context as long as it may get, every lane appends a piece of a prompt.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator

@@ -7,8 +7,6 @@ is added to --results, and what stands there for rows of TOKENS is not compiled 
 What stands in --out above the mark TABLES is kept.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ The programs are those of train.py, made by the same functions from the same con
 row holds one sequence that fills it: a first view and as many overlays as fit the patches, then text.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import pathlib

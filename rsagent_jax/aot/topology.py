@@ -5,13 +5,12 @@ https://jax-ml.github.io/scaling-book/tpus. Memory per device is what libtpu's c
 limit when a program does not fit; tests/aot/test_topology.py asks it), a little below the nominal size.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import math
 import os
 import re
+from typing import Self
 
 from rsagent_jax.config.import_path import closest
 from rsagent_jax.types import DataError
@@ -77,7 +76,7 @@ class Topology:
         return math.prod(self.shape) * self.chip.devices_per_chip
 
     @property
-    def host(self) -> Topology:
+    def host(self) -> Self:
         """What one process drives: 2x2 chips, but all of a slice of at most eight chips of v5e or v6e."""
         if self.chip.dimensions == 2 and math.prod(self.shape) <= 8:
             return self

@@ -4,8 +4,6 @@ A multiply-add is 2 FLOPs. Everything element-wise is left out, as in flops.py, 
 done twice counts twice: rematerialisation shows here and not in the model's FLOPs. Our programs have no convolutions.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """Plays a collection's trajectories side by side, by a teacher or by a policy, into its journal."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import hashlib

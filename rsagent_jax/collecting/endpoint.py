@@ -5,14 +5,13 @@ refuses for now, fails at, answers too slowly or by half is asked again with gro
 are counted. What is never going to work (a wrong key, an unknown model) ends the command with one clear error.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import dataclasses
 import os
 import threading
 import time
+from typing import Self
 
 import cachetools
 import numpy as np
@@ -69,7 +68,7 @@ class Endpoint:
 
     @classmethod
     @cachetools.cached({}, condition=threading.Condition())
-    def shared(cls, config: RemoteConfig, name: str = TEACHER) -> Endpoint:
+    def shared(cls, config: RemoteConfig, name: str = TEACHER) -> Self:
         """The one of this process; threads that ask for it at the same time get the same."""
         return cls(config, name)
 

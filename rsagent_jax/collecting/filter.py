@@ -1,7 +1,5 @@
 """The filter of collected trajectories: what is kept, what is dropped and why, and the page that shows both."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import json

@@ -5,8 +5,6 @@ simulator of interactive segmentation: the middle of the largest wrong region, p
 and negative where it covers too much. Its thoughts are short templates.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from rsagent_jax.agent.clicks import largest_part, middle, prompt_of

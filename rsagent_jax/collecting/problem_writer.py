@@ -4,10 +4,8 @@ The model's answer is text from outside: it is read strictly, and every query th
 be counted. The prompt is ours; the paper says that proprietary models wrote its problems, not how they were asked.
 """
 
-from __future__ import annotations
-
 import collections
-import concurrent.futures
+import functools
 import json
 import os
 import pathlib
@@ -18,7 +16,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.prompts import MAX_QUERY_CHARS, sanitize
@@ -110,21 +108,13 @@ class ProblemWriter:
 
     def run(self, left: list[tuple[int, int]], total: int) -> None:
         """`left`: (uid, place in the samples). DataError where going on is of no use."""
-        endpoint = Endpoint.shared(self.config.writer, "writer")
-        with (
-            concurrent.futures.ThreadPoolExecutor(self.config.writer.concurrent) as pool,
-            tqdm(total=total, initial=total - len(left), desc="problems", unit="object", mininterval=2.0) as bar,
-        ):
-            try:
-                asked = [pool.submit(self._work, *job, endpoint) for job in left]
-                for answered in concurrent.futures.as_completed(asked):
-                    answered.result()
-                    bar.update()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        work = functools.partial(self._work, Endpoint.shared(self.config.writer, "writer"))
+        bar = dict(total=total, initial=total - len(left), desc="problems", unit="object", mininterval=2.0)
+        thread_map(work, left, max_workers=self.config.writer.concurrent, **bar)
         self.failures.tell()
 
-    def _work(self, uid: int, place: int, endpoint: Endpoint) -> None:
+    def _work(self, endpoint: Endpoint, job: tuple[int, int]) -> None:
+        uid, place = job
         try:
             sample = self.samples[place]
         except DataError as error:

@@ -1,7 +1,5 @@
 """ConfigDicts to the frozen dataclasses of config.py and back; one error lists everything that is wrong."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import difflib

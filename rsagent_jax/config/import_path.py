@@ -1,7 +1,5 @@
 """`module:function` and `file.py:function` in configs: the one place that turns the string into the callable."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import importlib

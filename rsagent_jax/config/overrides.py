@@ -4,8 +4,6 @@ Names are new only where a config holds items by name: reward groups, their term
 `=None` takes such an item out, and sets any other field to its default.
 """
 
-from __future__ import annotations
-
 import ast
 import collections
 import contextlib

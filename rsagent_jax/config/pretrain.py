@@ -1,7 +1,5 @@
 """The fields of configs/tiny_base.py: how the tiny base of the quickstart is made (rsagent_jax/tiny/pretrain.py)."""
 
-from __future__ import annotations
-
 import dataclasses
 
 

@@ -3,8 +3,6 @@
 A check answers `value in check` and says in words what is right; words of a fixed set are a plain `Literal`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

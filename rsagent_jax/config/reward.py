@@ -3,8 +3,6 @@
 On the command line groups, terms and arguments are reached, added and removed (None) by name; see docs/rewards.md.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 

@@ -4,8 +4,6 @@ Each function is a method of one class of config.py, `c`. It yields what is wron
 that class. What takes data, weights or devices to know is rsagent_jax/rollout/startup.py's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from rsagent_jax.config.ranges import DATASETS, REFER

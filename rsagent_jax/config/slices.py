@@ -5,8 +5,6 @@ mean: as the slice's preset says. The presets follow docs/scaling.md: `selective
 its projected time is shorter. GRPO was compiled with `full` only; it needs up to 4 GiB more than SFT.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Does a checkpoint's own chat template write what agent/prompts writes? Otherwise it was trained on another layout."""
 
-from __future__ import annotations
-
 import pathlib
 from typing import Any
 

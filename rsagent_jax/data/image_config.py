@@ -1,11 +1,9 @@
 """How a weights directory wants pictures prepared: what transformers 4 and 5 save of its image processor."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import pathlib
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image
 
@@ -42,7 +40,7 @@ class ImageConfig:
     std: tuple[float, ...]
 
     @classmethod
-    def load(cls, directory: str | pathlib.Path, vision: VisionConfig | None = None) -> ImageConfig:
+    def load(cls, directory: str | pathlib.Path, vision: VisionConfig | None = None) -> Self:
         """As transformers 4 and 5 save it (`image_processor_settings`).
 
         One DataError lists what is missing or no number of its kind, what contradicts `vision`, and what would change

@@ -5,8 +5,6 @@ threads together (python/cpython issue 106905), so that two reader threads at it
 writes is one fixed form, which a regular expression reads.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

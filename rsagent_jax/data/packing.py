@@ -1,7 +1,5 @@
 """Trajectories -> batches of fixed shape: several per row, told apart by segment ids, with the row's images."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

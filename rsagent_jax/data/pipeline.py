@@ -5,8 +5,6 @@ up, only decide who decodes an element, so their number changes nothing. A posit
 elements that all hosts together have taken; starting at it costs nothing, as any element can be reached directly.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +13,8 @@ from typing import Any
 import grain
 from absl import flags
 
-from rsagent_jax.agent import environment
-from rsagent_jax.agent.views import PixelLimits
-from rsagent_jax.config.schema import AgentConfig
-from rsagent_jax.data.processor import Processor
 from rsagent_jax.runtime.processes import Share
-from rsagent_jax.types import DataError, Prompt, Sample
+from rsagent_jax.types import DataError
 
 NAMED = 5  # unreadable elements that are named on the terminal, of one start; all are counted
 
@@ -128,17 +122,3 @@ class _Read:
             if isinstance(error, DataError):
                 return Unreadable(f"{name}: {error}")
             raise RuntimeError(f"reading {name}: {type(error).__name__}: {error}") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class OpeningPrompt:
-    """A sample with the prompt that opens its trajectory: decoded, resized, cut into patches, with positions."""
-
-    processor: Processor
-    agent: AgentConfig
-    limits: PixelLimits
-
-    def __call__(self, sample: Sample) -> tuple[Sample, Prompt]:
-        state = environment.reset(sample.image, sample.query, self.agent, self.limits)
-        prompt, _ = self.processor.prompt(*environment.read_before(state, 0), limits=state.limits)
-        return sample, prompt

@@ -3,11 +3,10 @@
 Text is encoded once, piece by piece, and never decoded and encoded again: training uses the ids that were sampled.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 from PIL import Image
@@ -47,7 +46,7 @@ class Processor:
             )
 
     @classmethod
-    def load(cls, directory: str | pathlib.Path) -> Processor:
+    def load(cls, directory: str | pathlib.Path) -> Self:
         """DataError for files that are missing, broken or of different models, and for another chat template."""
         path, config = pathlib.Path(directory) / "tokenizer.json", load_config(directory)
         if kind := kind_of_file(path):

@@ -1,7 +1,5 @@
 """ArrayRecord shards, opened so that a broken one is a fault by name: the library takes it for one of 0 records."""
 
-from __future__ import annotations
-
 import pathlib
 
 from array_record.python.array_record_module import ArrayRecordReader

@@ -6,8 +6,6 @@ picture's own file, which the header names together with a checksum of its pixel
 is in the record. Patches are made when read. (Records of earlier versions hold the images themselves, as PNG.)
 """
 
-from __future__ import annotations
-
 import json
 import pathlib
 
@@ -16,7 +14,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from rsagent_jax.agent.environment import EnvState, read_before
-from rsagent_jax.agent.replay import replay, state_to_json
+from rsagent_jax.agent.replay import read_source, replay, state_to_json
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.data.npz import pack_record, read_arrays
@@ -25,11 +23,13 @@ from rsagent_jax.data.processor import Processor, image_patches
 from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens
-from rsagent_jax.runtime.image_files import checksum, decode_image, image_by_checksum, png
+from rsagent_jax.runtime.image_files import checksum, png, read_image
 from rsagent_jax.runtime.journal import write_whole
 from rsagent_jax.types import DataError, Trajectory
 
 STAMP = "collect.json"  # written last: a directory without it is not complete
+_AGAIN = "collect the set again"
+_MOVED = "stored trajectories refer to it; put it back, or name its new place: rsagent_jax.refilter --root"
 
 
 def encode_by_reference(state: EnvState, path: str, header: dict, played: Trajectory) -> bytes:
@@ -48,31 +48,26 @@ def shown_images(state: EnvState) -> list[np.ndarray]:
     return [image for turn in range(max(1, len(state.turns))) for image in read_before(state, turn)[1]]
 
 
-def _source(header: dict, arrays) -> np.ndarray:
-    """The picture of a record, known by its checksum; stored upright or turned by its EXIF orientation."""
-    if "source" in arrays:
-        return decode_image(arrays["source"].tobytes(), "the picture in a stored trajectory")
-    path, wanted = header["picture"]["path"], header["picture"]["sha256"]
-    remedy = "stored trajectories refer to it; put it back, or name its new place: rsagent_jax.refilter --root"
-    image = json.loads(header["replay"])["image"]
-    return image_by_checksum(path, wanted, (image["height"], image["width"]), remedy)
-
-
 def decode_record(record: bytes, processor: Processor) -> Item:
     """The training item of a record. DataError when it is broken, or made with another tokenizer or image settings."""
     try:
         arrays = read_arrays(record)
         count = sum(name.startswith("image_") for name in arrays)
-        images = [decode_image(arrays[f"image_{i}"].tobytes(), "an image of a stored trajectory") for i in range(count)]
+        files = [arrays[f"image_{i}"].tobytes() for i in range(count)]
+        images = [read_image(file, _AGAIN, where="an image of a stored trajectory") for file in files]
         header, limits = json.loads(arrays["header"].tobytes()), None
         if "picture" in header:
-            state = replay(header["replay"], _source(header, arrays))
+            if "source" in arrays:
+                image = read_image(arrays["source"].tobytes(), _AGAIN, where="the picture in a stored trajectory")
+            else:
+                image = read_source(header["replay"], header["picture"]["path"], _MOVED)
+            state = replay(header["replay"], image)
             images, limits = shown_images(state), state.limits
         tokens, positions, loss_mask = arrays["tokens"], arrays["positions"], arrays["sampled"]
     except DataError:
         raise
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"a stored trajectory cannot be read ({error}); collect the set again") from error
+        raise DataError(f"a stored trajectory cannot be read ({error}); {_AGAIN}") from error
     patched = [image_patches(image, processor.images, limits) for image in images]
     grids = tuple(grid for _, grid in patched)
     wanted = sum(merged_tokens(grid, processor.images.merge_size) for grid in grids)
@@ -91,7 +86,7 @@ def record_header(record: bytes) -> dict:
     try:
         return json.loads(read_arrays(record)["header"].tobytes())
     except (KeyError, ValueError) as error:
-        raise DataError(f"a stored trajectory cannot be read ({error}); collect the set again") from error
+        raise DataError(f"a stored trajectory cannot be read ({error}); {_AGAIN}") from error
 
 
 class RecordWriter:
@@ -157,7 +152,7 @@ def open_records(directory: str | pathlib.Path) -> grain.sources.ArrayRecordData
     except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
         for shard in sorted(directory.glob("*.array_record")):
             open_array_record(shard, "collect the set again, or refilter it")
-        raise DataError(f"{directory}: the set cannot be read ({error!r}); collect the set again") from error
+        raise DataError(f"{directory}: the set cannot be read ({error!r}); {_AGAIN}") from error
     if count != stated or stated == 0:
-        raise DataError(f"{directory}: {count} trajectories on disk, {STAMP} says {stated}; collect the set again")
+        raise DataError(f"{directory}: {count} trajectories on disk, {STAMP} says {stated}; {_AGAIN}")
     return source

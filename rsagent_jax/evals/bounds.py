@@ -9,8 +9,6 @@ The first three look at the truth. They act through the same environment and the
 policy does, in pixels of the original picture, and need neither weights nor an accelerator.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

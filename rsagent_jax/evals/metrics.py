@@ -26,8 +26,6 @@ intervals would be too narrow (docs/evaluation.md has the coverage).
 `failures` in the summary counts every ending except FINISHED by kind.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import Counter

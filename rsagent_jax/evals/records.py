@@ -1,11 +1,9 @@
 """The results of an evaluation under way, in a journal (runtime/journal.py): one line per evaluated sample."""
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from rsagent_jax.evals.metrics import Counts, Pixels
 from rsagent_jax.runtime import journal
@@ -32,7 +30,7 @@ class Record:
         return row | ({"failed": {"kind": failure[0], "why": failure[1]}} if failure else {})
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Record:
+    def from_row(cls, row: dict[str, Any]) -> Self:
         """ValueError, KeyError or TypeError for a row that is not one."""
         pixels = _triples(row["counts"]["pixels"])
         counts = Counts(**row["counts"] | {"pixels": pixels, "status": Status(row["counts"]["status"])})

@@ -4,8 +4,6 @@ A paired interval is of the difference on the same sample, so it is narrower tha
 suggest.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -6,8 +6,6 @@ Trajectories are played again by `agent.replay`, so the pictures are the very ob
 `reproduction.py` shows the same trajectories of several policies beside each other.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import pathlib

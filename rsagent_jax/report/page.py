@@ -4,8 +4,6 @@ Templates escape whatever they are given, so a string of a model or of a data se
 says. The page also forbids the browser scripts and outside resources.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import math

@@ -3,8 +3,6 @@
 python -m rsagent_jax.report.readme_picture --evaluation=runs/quickstart/eval-grpo --id=SAMPLE --out=docs/trajectory.png
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """What a trajectory says on the terminal while it is played: each turn, and how it ended."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

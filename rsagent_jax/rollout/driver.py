@@ -5,8 +5,6 @@ takes the next task. The ids, log-probs and the sampled mark of every token go i
 never encoded twice.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools
@@ -199,12 +197,7 @@ class Driver:
         by a terminator. After a finished turn (skip = 1) it is already part of the trajectory, as a sampled token.
         """
         proposal = environment.propose(state, text)
-        start = time.perf_counter()
-        try:
-            reply = environment.run_tool(self.segmenter, state, proposal)
-        except Exception as error:  # noqa: BLE001 - a segmenter that breaks its promise fails the trajectory, not the run
-            detail = f"{type(error).__name__}: {error}"
-            reply = SegmentFailure(FailureKind.INTERNAL, detail, time.perf_counter() - start)
+        reply = environment.run_tool(self.segmenter, state, proposal)
 
         def after(proposal: environment.Proposal) -> _Next:
             step = functools.partial(environment.apply_reply, state, proposal, reply)
@@ -251,9 +244,9 @@ class Driver:
         if run.state is None:
             raise overdue
         proposal = environment.propose(run.state, run.text)
-        if proposal.request is None:
-            return _Next(environment.abort(run.state, Status.ENV_FAILED))
         failure = SegmentFailure(FailureKind.TIMEOUT, str(overdue), self.agent.tool_deadline_s)
+        if proposal.request is None:
+            return _Next(dataclasses.replace(run.state, status=Status.ENV_FAILED, failure=failure))
         return _Next(environment.apply_reply(run.state, proposal, failure))
 
     def _request(self, run: _Run) -> Request:

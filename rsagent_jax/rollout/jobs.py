@@ -1,7 +1,5 @@
 """Work on host threads, one job per slot, each with a deadline; a job that hangs costs its slot and nobody else."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import dataclasses
 import threading

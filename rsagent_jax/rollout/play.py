@@ -3,8 +3,6 @@
 What could not be played is counted by kind and named, and there is an end where the segmenter stays away.
 """
 
-from __future__ import annotations
-
 import collections
 import concurrent.futures
 import itertools
@@ -14,12 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from tqdm import tqdm
 
 from rsagent_jax.agent.environment import EnvState
-from rsagent_jax.agent.views import check_shape
 from rsagent_jax.config.schema import CollectConfig, EvalConfig
 from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import Task
-from rsagent_jax.types import DataError, Sample, Status, Trajectory
+from rsagent_jax.types import DataError, Status, Trajectory
 
 Failure = tuple[str, str]  # (kind, which is counted by; why)
 UNREADABLE = "unreadable sample"
@@ -28,24 +25,12 @@ READERS = 2  # threads that read the samples to come
 AHEAD = 4  # samples that are read before a slot is free for them
 
 
-def readable_sample(samples: Sequence[Sample], place: int) -> Sample:
-    """DataError for a sample that cannot be read, or whose picture no view can show."""
-    sample = samples[place]
-    try:
-        check_shape(*sample.image.shape[:2])
-    except DataError as error:
-        raise DataError(f"{sample.path or sample.id}: {error}") from None
-    return sample
-
-
 def failure_of(state: EnvState) -> Failure | None:
     """Why a trajectory measures nothing: no answer of the segmenter, or no turn to be had. None for another ending."""
     if state.status is Status.POLICY_FAILED:
         return state.failure.kind, state.failure.detail
     if state.status is not Status.ENV_FAILED:
         return None
-    if state.failure is None:
-        return "segmenter, timeout", "a tool call went past its deadline"
     return f"segmenter, {state.failure.kind.value}", state.failure.detail
 
 
@@ -153,7 +138,7 @@ def _read_ahead(pool, samples, attempts) -> Iterator[tuple[int, list[int], concu
     """(place, its uids, the sample being read), a few samples ahead."""
     ahead: collections.deque = collections.deque()
     for place, of_sample in itertools.groupby(attempts, key=lambda attempt: attempt[1]):
-        ahead.append((place, [uid for uid, _ in of_sample], pool.submit(readable_sample, samples, place)))
+        ahead.append((place, [uid for uid, _ in of_sample], pool.submit(samples.__getitem__, place)))
         if len(ahead) > AHEAD:
             yield ahead.popleft()
     yield from ahead

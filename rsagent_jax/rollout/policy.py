@@ -3,8 +3,6 @@
 Another engine, in this process or behind a socket, is one more class with these five methods and four numbers.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -74,6 +72,34 @@ class Policy(Protocol):
         """The slot's trajectory is over; a turn under way is dropped."""
 
 
+class ByteProcessor:
+    """Stands in for the Processor where no weights are, so that there is no vocabulary: a token is a byte of UTF-8.
+
+    Images are not encoded; nobody reads them. `limits`: of the views.
+    """
+
+    terminator_id = 256
+    end_ids = (256,)
+
+    def __init__(self, limits: PixelLimits):
+        self.images = SimpleNamespace(limits=limits)
+        self.config = SimpleNamespace(vision=None)  # asked for where a prompt has images
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return np.asarray(tokens, np.uint8).tobytes().decode(errors="replace")
+
+    def prompt(self, text: str, images: list[np.ndarray], start: int = 0, limits=None) -> tuple[Prompt, int]:
+        tokens = np.array(self.encode(text), np.int32)
+        positions = np.broadcast_to(start + np.arange(len(tokens)), (3, len(tokens))).astype(np.int32)
+        return Prompt(tokens, positions, self.no_patches(), ()), start + len(tokens)
+
+    def no_patches(self) -> np.ndarray:
+        return np.zeros((0, 0), np.float32)
+
+
 class TextPolicy:
     """Turns that a function writes: the oracle's, a remote model's, a test's, played and stored as the engine's are.
 
@@ -126,31 +152,3 @@ class TextPolicy:
         cut = budget and len(tokens) > budget
         tokens = tokens[:budget] if cut else tokens
         return Completion(tokens, np.zeros(len(tokens), np.float32), not cut)
-
-
-class ByteProcessor:
-    """Stands in for the Processor where no weights are, so that there is no vocabulary: a token is a byte of UTF-8.
-
-    Images are not encoded; nobody reads them. `limits`: of the views.
-    """
-
-    terminator_id = 256
-    end_ids = (256,)
-
-    def __init__(self, limits: PixelLimits):
-        self.images = SimpleNamespace(limits=limits)
-        self.config = SimpleNamespace(vision=None)  # asked for where a prompt has images
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return np.asarray(tokens, np.uint8).tobytes().decode(errors="replace")
-
-    def prompt(self, text: str, images: list[np.ndarray], start: int = 0, limits=None) -> tuple[Prompt, int]:
-        tokens = np.array(self.encode(text), np.int32)
-        positions = np.broadcast_to(start + np.arange(len(tokens)), (3, len(tokens))).astype(np.int32)
-        return Prompt(tokens, positions, self.no_patches(), ()), start + len(tokens)
-
-    def no_patches(self) -> np.ndarray:
-        return np.zeros((0, 0), np.float32)

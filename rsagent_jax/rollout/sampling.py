@@ -1,7 +1,5 @@
 """Draws a token per slot: temperature, top-k, top-p. Nothing is sorted: bisection finds both filters' thresholds."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

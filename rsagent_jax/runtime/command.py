@@ -12,8 +12,6 @@ and `*rest` are given by position, all others as --name=value, switches as --nam
 parameter is its line of --help (runtime/help.py). What `main` returns is the exit status, None being 0.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import dataclasses

@@ -4,8 +4,6 @@ Sources are parsed, not imported, so that the answer needs neither jax nor the w
 flag or a field are the comment that stands beside it, or above it, where it is declared.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import functools

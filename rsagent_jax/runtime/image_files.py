@@ -1,7 +1,5 @@
 """Picture files of samples and records, read by `sam_bridge.images`; what is wrong is a DataError with the remedy."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io
@@ -16,14 +14,16 @@ from rsagent_jax.types import DataError
 from sam_bridge import images
 
 
-def read_image(path: str | pathlib.Path, remedy: str = "put it back", upright: bool = False) -> np.ndarray:
-    """A picture file -> u8[h, w, 3] RGB, whatever it holds; see the table in sam_bridge/images.py.
+def read_image(
+    source: str | pathlib.Path | bytes, remedy: str = "put it back", upright: bool = False, where: str = ""
+) -> np.ndarray:
+    """A picture file, or its bytes -> u8[h, w, 3] RGB, whatever it holds; see the table in sam_bridge/images.py.
 
     `upright` applies the EXIF orientation. COCO's annotations are drawn on the pixels as stored, so not there.
-    `remedy` is what the owner of this file can do where it is missing or cannot be read.
+    `remedy` is what its owner can do where it is missing or cannot be read; `where` names bytes in the DataError.
     """
-    with mending(path, remedy):
-        return images.read(path, upright=upright)
+    with mending(where or source, remedy):
+        return images.read(source, where, upright)
 
 
 @contextlib.contextmanager
@@ -35,14 +35,6 @@ def mending(where: str | pathlib.Path, remedy: str) -> Iterator[None]:
         raise DataError(f"{where} is missing: {remedy}") from None
     except images.ImageError as error:
         raise DataError(f"{error}; {remedy}") from None
-
-
-def decode_image(data: bytes, where: str) -> np.ndarray:
-    """A picture's bytes -> u8[h, w, 3] RGB as stored; `where` names it in the DataError."""
-    try:
-        return images.read(data, where, upright=False)
-    except images.ImageError as error:
-        raise DataError(str(error)) from None
 
 
 def checksum(image: np.ndarray) -> str:

@@ -262,8 +262,8 @@ def write_whole(path: pathlib.Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: pathlib.Path) -> Iterator[None]:
-    """OSErrors within are DataErrors about `path`."""
+def writing(path: pathlib.Path | str) -> Iterator[None]:
+    """OSErrors within are DataErrors about `path`, or the flag that names it."""
     try:
         yield
     except OSError as error:

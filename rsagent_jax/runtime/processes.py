@@ -3,8 +3,6 @@
 Every process issues the same compiled programs in the same order. With one process all of this is the identity.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import pathlib

@@ -4,8 +4,6 @@ Parameters carry logical axis names (models/qwen25_vl/layers.param), activations
 RULES maps both to mesh axes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

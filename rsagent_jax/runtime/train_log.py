@@ -1,7 +1,5 @@
 """What a run logs: metrics.jsonl (one object per step) beside TensorBoard events, and rollouts.jsonl."""
 
-from __future__ import annotations
-
 import json
 import math
 import pathlib

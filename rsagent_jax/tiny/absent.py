@@ -1,7 +1,5 @@
 """Sentences about nothing in a scene: what an empty mask is right for (`finish(null)`)."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from rsagent_jax.tiny import scenes

@@ -13,8 +13,6 @@ towards a narrow bell over neighbouring numbers, so that near misses are told fr
 no steps it only evaluates.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

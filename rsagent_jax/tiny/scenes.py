@@ -5,8 +5,6 @@ construction, and one generator seeded by `rng` makes the same scene everywhere.
 and scale with `size`. Frame: original pixels, y down, boxes XYXY with x2/y2 exclusive.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import itertools

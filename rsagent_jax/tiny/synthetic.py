@@ -9,8 +9,6 @@ Scene `index` of a split depends on (seed, split, index) only: asking for more k
 The directory appears whole or not at all.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ Real weights bring their own tokenizer.json; this one belongs to the tiny base. 
 short on a CPU. Where Qwen2.5 splits numbers into digits, this pre-tokenizer keeps up to three digits together.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import pathlib

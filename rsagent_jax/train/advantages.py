@@ -5,8 +5,6 @@ statistic and get advantage 0. A group that carries no signal (`zero_variance`) 
 given `ddof`, which only the z-score has a use for.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Where batches come from: stored trajectories (SFT) or the policy's own (GRPO). The step decides what comes next."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import pathlib
@@ -17,7 +15,6 @@ from flax import nnx
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.segmenter import counters
-from rsagent_jax.agent.views import check_shape
 from rsagent_jax.config.schema import GrpoConfig, SftConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item, fits, pack_evenly
@@ -113,7 +110,7 @@ class GrpoSource:
         self.config, self.driver, self.engine, self.processor = config, driver, engine, processor
         self.share, self.workdir, self.steps = share, workdir, config.steps
         how = dict(seed=seed, share=share, unreadable=config.data.unreadable, **dataclasses.asdict(config.read))
-        self.pipeline = Pipeline(samples, _showable, **how)
+        self.pipeline = Pipeline(samples, **how)
         self.advantage = advantage_function(config.advantage, config.ddof)
         self.reward = make_reward(config.reward)
         self.examples: dict[str, Any] = {}  # the first group of the last step, for people
@@ -133,7 +130,7 @@ class GrpoSource:
         self.engine.release_memory()  # weights and cache give their memory to the gradients
         played, states = [t for t, _ in outcomes], [state for _, state in outcomes]
         items, metrics = all_or_none(lambda: self._judge(played, chosen, states))
-        broken = Counter(_failure(state) for t, state in outcomes if t.status is Status.ENV_FAILED)
+        broken = Counter(state.failure.kind.value for t, state in outcomes if t.status is Status.ENV_FAILED)
         teaches, failures = self._all_agree(outcomes, broken, items)
         # Where nothing teaches on any process no batch is made on any, and no update.
         batches = pack_evenly(items, c.batch, self.processor.config, self.share) if teaches else []
@@ -243,17 +240,6 @@ class GrpoSource:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.pipeline.restore(state)
-
-
-def _showable(sample: Sample) -> Sample:
-    """DataError for a picture that no view can show: to be skipped like one that cannot be decoded."""
-    check_shape(*sample.image.shape[:2])
-    return sample
-
-
-def _failure(state: EnvState) -> str:
-    """The kind of failure that ended a trajectory; a call past the tool's deadline may have left none."""
-    return (state.failure.kind if state.failure else FailureKind.TIMEOUT).value
 
 
 def _item(t: Trajectory, advantage: float) -> Item:

@@ -8,8 +8,6 @@ So a stage's directory is a whole policy wherever the weights it started from ha
 than what is trained. Whoever loads the policy gets adapters merged.
 """
 
-from __future__ import annotations
-
 import pathlib
 from typing import Any
 

@@ -14,8 +14,6 @@ accumulation equals the large batch whatever the lengths. Metrics are sums too: 
 The clip ranges, the normalisation, KL and truncated importance sampling are ours: the paper only says GRPO.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

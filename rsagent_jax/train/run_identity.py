@@ -7,18 +7,17 @@ Both are written only when everything has been checked, so they always describe 
 counts from the first checkpoint that it had a part in: before there is one, anything may change.
 """
 
-from __future__ import annotations
-
 import datetime
 import fnmatch
 import hashlib
-import importlib.metadata
 import json
 import os
 import pathlib
 from collections.abc import Collection, Iterable
+from importlib.metadata import version
 from typing import Any
 
+import rsagent_jax
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import PolicyConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl.config import read_json
@@ -28,6 +27,7 @@ from rsagent_jax.runtime.train_log import keep_lines
 from rsagent_jax.types import DataError
 
 HISTORY = "config_history.jsonl"
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")  # whose versions it names
 STAGES = ("sft", "grpo")
 # What may differ between two starts: where and how fast it runs, not what is learnt. Paths are here because what they
 # lead to is compared instead (`check_inputs`).
@@ -180,7 +180,7 @@ def record_start(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, s
     entry = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "saved": saved_steps(workdir),  # updates, by stage, that it goes on from
-        "versions": {name: _version(name) for name in ("rsagent_jax", "jax", "flax", "optax", "orbax-checkpoint")},
+        "versions": {"rsagent_jax": rsagent_jax.__version__} | {name: version(name) for name in LIBRARIES},
         "inputs": inputs,
         "config": _plain(config),
     }
@@ -190,13 +190,6 @@ def record_start(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, s
         file.flush()
         os.fsync(file.fileno())
     write_whole(workdir / "config.json", json.dumps(entry["config"], indent=2) + "\n")
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed as a package"
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:

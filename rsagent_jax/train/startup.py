@@ -1,7 +1,5 @@
 """What train.py needs, looked at before weights are loaded and programs compiled; the cheapest first."""
 
-from __future__ import annotations
-
 import math
 import pathlib
 

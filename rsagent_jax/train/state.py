@@ -4,8 +4,6 @@ What is only read, the base, is no part of the state: it has no gradients and no
 activations (what the forward pass casts it to anyway) and is lent to the programs as an argument of its own.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

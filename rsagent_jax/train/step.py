@@ -3,8 +3,6 @@
 The functions are pure; train.py jits them. `Objective` is all that differs between the stages.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -66,8 +64,8 @@ def micro_step(graphdef, stage: Stage, compute: Compute, params, base, batch, re
     """Gradient sums of one micro-batch for `params`; the parameters of `base` are only read."""
 
     def loss_fn(p):
-        replicated = nnx.merge_state(p, base)
-        logprobs = batch_logprobs(graphdef, replicated, batch, compute, stage.temperature, embedded=embedded)
+        both = nnx.merge_state(p, base)
+        logprobs = batch_logprobs(graphdef, both, batch, compute, stage.temperature, embedded=embedded)
         loss, denominator, metrics = stage.objective(logprobs, batch, ref)
         return loss, (denominator, metrics)
 
@@ -102,7 +100,7 @@ def apply_gradients(
 
 @dataclasses.dataclass(frozen=True)
 class TrainPrograms:
-    """The jitted programs of a stage; `train_step` is the replicated of a step. `base` is what is not trained."""
+    """The jitted programs of a stage; `train_step` runs those of a step. `base` is what is not trained."""
 
     shardings: TrainState  # where the state's arrays live
     create_state: Callable  # params -> TrainState, at the start of a stage; params are donated

@@ -9,8 +9,6 @@ taken for background now and then. Measured on 120 coloured shapes over photogra
 mean IoU 0.40 from the disc, 0.90 with its colour, 0.94 with a certain inner part and a frame; an exact box: 0.81.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import cv2

@@ -374,7 +374,7 @@ def test_every_number_and_word_of_every_config_has_its_range():
 def test_the_words_of_the_config_are_those_of_the_code():
     from rsagent_jax.agent.prompts import STYLES
     from rsagent_jax.evals import bounds
-    from rsagent_jax.models.qwen25_vl.compute import ATTENTION, NAMES, REMAT
+    from rsagent_jax.models.qwen25_vl.compute import NAMES, REMAT
     from rsagent_jax.train.state import PARTS
     from sam_bridge.spawn import MODES
 
@@ -386,8 +386,7 @@ def test_the_words_of_the_config_are_those_of_the_code():
         return set(typing.get_args(hint))
 
     for path, known in {
-        "agent.prompt": STYLES, "policy.attention": ATTENTION, "sft.optim.freeze": PARTS,
-        "segmenter.mode": MODES,
+        "agent.prompt": STYLES, "sft.optim.freeze": PARTS, "segmenter.mode": MODES,
         "bound.row": ("", *bounds.ORACLES, bounds.UNTRAINED),
     }.items():  # fmt: skip
         assert words(path) == set(known), path

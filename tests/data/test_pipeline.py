@@ -1,21 +1,14 @@
 """The order is a function of seed, position and share; threads, processes and restarts do not show."""
 
-import dataclasses
 import itertools
 import operator
 
 import grain
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsagent_jax.agent import environment, prompts
-from rsagent_jax.agent.views import PixelLimits
-from rsagent_jax.config.schema import AgentConfig, DataConfig
-from rsagent_jax.data.pipeline import OpeningPrompt, Pipeline
-from rsagent_jax.data.processor import Processor
-from rsagent_jax.data.sets.open import open_samples
+from rsagent_jax.data.pipeline import Pipeline
 from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError
 from tests.refusals import refused
@@ -132,17 +125,3 @@ def test_what_cannot_be_read_is_named_and_may_stop_the_command(capfd):
     refused(rf"^cannot be read: sample {even[0]} \(s{even[0]}\): picture {even[0]} is missing$", pipeline.take, 1)
     pipeline = Pipeline([0], odd_only, seed=0, unreadable="stop", what="record")
     refused("^cannot be read: record 0: picture 0", pipeline.take, 1)
-
-
-def test_opening_prompts_are_those_of_the_driver(dataset):
-    samples, processor = open_samples(DataConfig(root=str(dataset), split="val")), Processor.load(BASE)
-    limits = PixelLimits(**dataclasses.asdict(processor.images.limits))
-    agent = AgentConfig(prompt="brief", history_size=112)
-    taken = Pipeline(samples, OpeningPrompt(processor, agent, limits), seed=1).take(4)
-    for sample, prompt in taken:
-        opening = environment.opening_observation(environment.reset(sample.image, sample.query, agent, limits))
-        text = prompts.opening(prompts.system_prompt("brief"), opening.text)
-        wanted, _ = processor.prompt(text, [opening.image])
-        for field in ("tokens", "positions", "patches"):
-            np.testing.assert_array_equal(getattr(prompt, field), getattr(wanted, field))
-    assert len({sample.id for sample, _ in taken}) == 4

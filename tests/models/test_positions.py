@@ -90,24 +90,24 @@ def test_windows_are_hugging_faces_left_over_windows_included(grid, window_size)
     torch = pytest.importorskip("torch")
     utils = pytest.importorskip("transformers.vision_utils")
     config = dataclasses.replace(VISION, window_size=window_size)
-    layout = patch_layout(grid, config)
+    source, coords, merged_place = patch_layout(grid, config)
     index, bounds = utils.get_vision_window_index(torch.tensor([grid]), 2, window_size, config.patch_size)
     patches = (index.numpy()[:, None] * 4 + np.arange(4)).reshape(-1)
     theirs = np.empty(len(patches), int)  # the window of every patch
     theirs[patches] = np.searchsorted(bounds.numpy(), np.arange(len(patches)), side="right")
-    real = layout.source >= 0
-    assert np.array_equal(np.sort(layout.source[real]), np.sort(patches))
+    real = source >= 0
+    assert np.array_equal(np.sort(source[real]), np.sort(patches))
     # As the tower masks: two places see each other when they share a bin and a window of the image.
     bin_number = np.arange(len(real)) // config.window_patches
-    cells = layout.coords // (config.window_side * config.spatial_merge_size)
+    cells = coords // (config.window_side * config.spatial_merge_size)
     ours = np.column_stack([bin_number, cells])[real]
     sees = (ours[:, None] == ours[None]).all(-1)
-    of_place = theirs[layout.source[real]]
+    of_place = theirs[source[real]]
     assert np.array_equal(sees, of_place[:, None] == of_place[None])
-    coords = utils.get_vision_position_ids(torch.tensor([grid]), 2).numpy()
-    assert np.array_equal(layout.coords[real], coords[layout.source[real]]) and not layout.coords[~real].any()
-    assert len(layout.source) == padded_patches((grid,), config)
-    merged_order = layout.source[::4][layout.merged_place] // 4  # the merged token that stands at the place of token m
+    wanted = utils.get_vision_position_ids(torch.tensor([grid]), 2).numpy()
+    assert np.array_equal(coords[real], wanted[source[real]]) and not coords[~real].any()
+    assert len(source) == padded_patches((grid,), config)
+    merged_order = source[::4][merged_place] // 4  # the merged token that stands at the place of token m
     assert np.array_equal(merged_order, np.arange(merged_tokens(grid)))
 
 

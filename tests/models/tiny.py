@@ -313,10 +313,10 @@ def hugging_face_order(grids: tuple[Grid, ...], config: Qwen25VLConfig) -> np.nd
 
     places, at, unit, vision = [np.empty(0, int)], 0, config.vision.merge_unit, config.vision
     for grid in grids:
-        layout = patch_layout(grid, vision)
+        source, _, merged_place = patch_layout(grid, vision)
         index, _ = utils.get_vision_window_index(torch.tensor([grid]), 2, vision.window_size, vision.patch_size)
-        places.append((layout.merged_place[index.numpy()][:, None] * unit + np.arange(unit)).reshape(-1) + at)
-        at += len(layout.source)
+        places.append((merged_place[index.numpy()][:, None] * unit + np.arange(unit)).reshape(-1) + at)
+        at += len(source)
     return np.concatenate(places)
 
 

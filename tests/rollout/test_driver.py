@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import time
 
 import numpy as np
 import pytest
@@ -369,6 +370,12 @@ def test_a_broken_tool_costs_its_own_trajectory_and_frees_its_slot_and_thread(ho
     assert [t.status for t, _ in out] == [Status.ENV_FAILED if i in (1, 3) else Status.FINISHED for i in shapes]
     failure = out[1][1].failure
     assert failure.kind is kind and re.search(detail, failure.detail)
+
+
+def test_a_turn_that_hangs_without_a_tool_is_a_timeout_as_well(monkeypatch):
+    monkeypatch.setattr(environment, "apply_reply", lambda *_, **__: time.sleep(0.5))
+    t, state = one(BAD, agent=dataclasses.replace(AGENT, tool_deadline_s=0.1))
+    assert t.status is Status.ENV_FAILED and state.failure.kind is FailureKind.TIMEOUT
 
 
 def test_a_cancelled_trajectory_is_an_ending_and_leaves_the_others_alone():

@@ -1,13 +1,11 @@
 """Failures are counted by kind and named; the segmenter's in a row end the command."""
 
-import dataclasses
-
 import numpy as np
 from agent_fakes import DiscSegmenter, run
 
-from rsagent_jax.agent.environment import abort
-from rsagent_jax.rollout.play import UNREADABLE, Failures, failure_of, is_segmenters, readable_sample, unmeasured
-from rsagent_jax.types import Sample, Status
+from rsagent_jax.data.sets.index import Entry, SampleIndex
+from rsagent_jax.rollout.play import UNREADABLE, Failures, failure_of, is_segmenters, unmeasured
+from rsagent_jax.types import Sample
 from sam_bridge.types import FailureKind
 from tests.refusals import refused
 from tests.rollout import small
@@ -37,14 +35,12 @@ def test_only_the_segmenters_endings_are_its_failures():
     assert failure_of(broken) == ("segmenter, timeout", "as the test asked")
     fine = run([small.click(5, 5), small.finish(1)])
     assert failure_of(fine) is None and failure_of(run(["x"] * 3)) is None
-    late = abort(dataclasses.replace(fine, status=None), Status.ENV_FAILED)
-    assert failure_of(late) == ("segmenter, timeout", "a tool call went past its deadline")
 
 
 def test_a_picture_that_no_view_can_show_is_unreadable_by_name():
     thin = Sample("s", np.zeros((10, 2010, 3), np.uint8), "q", np.zeros((10, 2010), bool), path="thin.png")
-    refused("thin.png: image of 10x2010 pixels", readable_sample, [thin], 0)
-    assert readable_sample([small.sample(0)], 0).id == "s0"
+    entry = type("Thin", (Entry,), {"load": lambda self: thin})("s", "q", "thin.png")
+    refused("thin.png: image of 10x2010 pixels", SampleIndex("set", [entry]).__getitem__, 0)
 
 
 def test_the_count_is_by_kind():

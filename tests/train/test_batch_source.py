@@ -43,11 +43,8 @@ def state_of(t: Trajectory):
     """What the driver would know of it: the segmenter answered where there is a mask, and failed where the tool did."""
     broken = t.status is Status.ENV_FAILED
     replies = (object(),) if broken or t.final_mask.any() else (None,)
-    return types.SimpleNamespace(replies=replies, failure=failure(t.seconds.get("kind", "timeout")) if broken else None)
-
-
-def failure(kind: str) -> SegmentFailure | None:
-    return SegmentFailure(FailureKind(kind), "") if kind else None
+    failure = SegmentFailure(FailureKind(t.seconds.get("kind", "timeout")), "") if broken else None
+    return types.SimpleNamespace(replies=replies, failure=failure)
 
 
 class Played:
@@ -179,7 +176,7 @@ def malformed(i: int, n: int) -> Trajectory:
 
 
 def test_a_step_in_which_too_many_tools_broke_stops_before_the_update_and_counts_them_by_kind():
-    groups = [[broken(0, "unavailable"), broken(0, "internal")], [broken(1, ""), trajectory(1, 10)]]
+    groups = [[broken(0, "unavailable"), broken(0, "internal")], [broken(1), trajectory(1, 10)]]
     with pytest.raises(DataError, match=r"3 of this step's 4 .*\(unavailable 1, timeout 1, internal 1\)") as error:
         step_of(groups)
     said = ("grpo.max_env_failed = 0.5", "No update", "checkpoint is as it was", "side-car's log", "same command")
@@ -343,17 +340,8 @@ def test_a_sample_that_cannot_be_read_leaves_its_place_empty_and_is_counted():
     assert [t.group_id for t in played.tasks] == [0, 0, 1, 1] and s.state() == {"position": 3, "skipped": 1}
     s.restore({"position": 3})  # of a checkpoint from before they were counted
     assert s.next(nothing_new, None)[1]["unreadable"] == 1.0
-
-
-def test_a_sample_that_cannot_be_shown_is_one_that_cannot_be_read():
-    groups = [[trajectory(i, 20), trajectory(i, 10)] for i in range(3)]
-    samples = [sample(i) for i in range(3)]
-    thin = {"image": np.zeros((10, 2010, 3), np.uint8), "gt_mask": np.zeros((10, 2010), bool)}  # 201:1
-    samples[1] = dataclasses.replace(samples[1], **thin)
-    batches, metrics = source(groups, samples).next(nothing_new, None)
-    assert sorted(trained(batches)) == [11, 13] and metrics["unreadable"] == 1.0
-    s = source(groups, samples, data=DataConfig(unreadable="stop"))
-    refused("cannot be read: sample 1: image of 10x2010 pixels .* crop it", s.next, nothing_new, None)
+    s = source(groups, Broken(sample(i) for i in range(3)), data=DataConfig(unreadable="stop"))
+    refused("cannot be read: sample 1: picture 1 is missing", s.next, nothing_new, None)
 
 
 # --- Stored trajectories ---

@@ -13,8 +13,6 @@ White space between the parts is free. Whatever a policy writes, `parse` returns
 reason can be counted. Details never quote the policy, so nothing it writes comes back to it as a special token.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """What the tools share: checks of arguments, and the proposal that a call becomes in its view."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self

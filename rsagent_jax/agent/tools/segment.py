@@ -1,10 +1,8 @@
 """segment(box?, points?, labels?, refine?): a mask from a box, points or an earlier mask."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -44,7 +42,7 @@ class Segment(Tool):
     }
 
     @classmethod
-    def read(cls, arguments: dict[str, Any]) -> Segment:
+    def read(cls, arguments: dict[str, Any]) -> Self:
         call = super().read(arguments)
         if arguments.get("labels") is None:
             call = dataclasses.replace(call, labels=(1,) * len(call.points))

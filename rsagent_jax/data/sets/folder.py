@@ -13,8 +13,6 @@
 Pictures are turned upright by their EXIF orientation, as every viewer shows them; masks belong to that.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import pathlib

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rsagent_jax.agent.views import check_shape
 from rsagent_jax.types import DataError, Sample
 
 # COCO's file names of 2014 and 2017, so that a user's copy of a picture is known as the same picture.
@@ -66,8 +67,8 @@ class CocoEntry(Entry):
 class SampleIndex(Sequence):
     """A lazy, picklable sequence of samples: `len(index)`, `index[i]`.
 
-    `index[i]` raises what its entry's `load` does, the index itself DataError where there is nothing, or two samples
-    share an id.
+    `index[i]` raises what its entry's `load` does, and DataError for a picture that no view can show; the index itself
+    DataError where there is nothing, or two samples share an id.
     """
 
     name: str
@@ -95,7 +96,12 @@ class SampleIndex(Sequence):
         entry = self.entries[i]
         if not entry.query.strip():
             raise DataError(f"sample {entry.id} asks nothing: its text is blank")
-        return entry.load()
+        sample = entry.load()
+        try:
+            check_shape(*sample.image.shape[:2])  # which alone decides whether a view can show it (views.fit)
+        except DataError as error:
+            raise DataError(f"{sample.path or sample.id}: {error}") from None
+        return sample
 
     @property
     def ids(self) -> list[str]:

@@ -12,8 +12,6 @@ Several objects in one file, soft edges, several pages and a palette whose index
 Like pictures, masks are turned upright by their EXIF orientation.
 """
 
-from __future__ import annotations
-
 import pathlib
 
 import numpy as np

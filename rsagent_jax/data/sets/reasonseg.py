@@ -11,8 +11,6 @@ mask, a label with "ignore" in it is neither right nor wrong, "flag" is left out
 not.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import pathlib

@@ -9,8 +9,6 @@ Nothing but text is held in memory: pictures and masks are decoded when a sample
 files is a DataError that names the path and the remedy.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import itertools

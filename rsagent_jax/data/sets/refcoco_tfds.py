@@ -9,8 +9,6 @@ kept, pictures and masks are decoded when a sample is asked for. TFDS does not k
 "<dataset>/<split_by>/<split>/ann<annotation id>/<sentence id>".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import mmap
@@ -22,7 +20,7 @@ import grain
 
 from rsagent_jax.data.sets.index import CocoEntry, Inputs
 from rsagent_jax.data.shards import open_array_record
-from rsagent_jax.runtime.image_files import decode_image
+from rsagent_jax.runtime.image_files import read_image
 from rsagent_jax.types import DataError, Sample
 from sam_bridge.file_kinds import kind_of_file
 
@@ -51,9 +49,9 @@ class _Entry(CocoEntry):  # its picture is in the file of a shard
 
     def load(self) -> Sample:
         where, fields = self.read()
-        image = decode_image(fields["image"][0], where)
+        image = read_image(fields["image"][0], _AGAIN, where=where)
         # not 0, whatever it is: TFDS's own rule; it writes PNGs of 8 bits
-        mask = decode_image(fields["objects/mask"][self.target], f"{where}, mask {self.target}")[..., 0] > 0
+        mask = read_image(fields["objects/mask"][self.target], _AGAIN, where=f"{where}, mask {self.target}")[..., 0] > 0
         if mask.shape != image.shape[:2]:
             raise DataError(f"{where}: its mask {self.target} has {mask.shape} pixels (h, w), it has {image.shape[:2]}")
         return Sample(id=self.id, image=image, query=self.query, gt_mask=mask)

@@ -5,8 +5,6 @@ says. Here a pickle may build None, bool, int, float, str, bytes, list, tuple, d
 (as Python numbers). Everything else is a DataError that names what the file wanted to import.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 import re

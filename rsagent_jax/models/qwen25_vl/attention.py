@@ -6,8 +6,6 @@ splash  jax's Pallas kernel for TPU: holds no scores, skips tiles of other segme
 cudnn   the fused kernel on GPU
 """
 
-from __future__ import annotations
-
 import functools
 import operator
 from collections.abc import Callable

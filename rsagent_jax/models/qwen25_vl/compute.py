@@ -3,9 +3,8 @@
 None of it changes what is computed, up to rounding; every variant is tested against the plain one.
 """
 
-from __future__ import annotations
-
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,6 @@ REMAT: dict[str, tuple[str, ...] | None] = {
     "selective": ("attention", "mlp_gate", "mlp_up"),  # the dear products; q, k, v and the output's are made again
     "dots": NAMES,  # every matrix product's result; norms and activation functions are made again
 }
-ATTENTION = ("auto", "plain", "blocks", "splash", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Compute:
     scan_layers: bool = True  # False: one layer after the other, each compiled; nothing is stacked for a loop
 
     @classmethod
-    def of(cls, policy: PolicyConfig, mesh: jax.sharding.Mesh | None = None) -> Compute:
+    def of(cls, policy: PolicyConfig, mesh: jax.sharding.Mesh | None = None) -> Self:
         """What the config asks for, on this mesh."""
         return cls(policy.dtype, policy.remat, policy.attention, mesh, policy.scan_layers)
 

@@ -1,7 +1,5 @@
 """The shape of a Qwen2.5-VL, as transformers reads Hugging Face's config.json (flat as on the hub, or nested)."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import importlib
@@ -9,7 +7,7 @@ import json
 import os
 import pathlib
 import sys
-from typing import Any
+from typing import Any, Self
 
 from rsagent_jax.types import DataError
 from sam_bridge.file_kinds import HEAD, kind_of
@@ -84,7 +82,7 @@ class Qwen25VLConfig:
     eos_token_ids: tuple[int, ...]
 
     @classmethod
-    def from_hf(cls, raw: dict[str, Any], where: str = "config.json") -> Qwen25VLConfig:
+    def from_hf(cls, raw: dict[str, Any], where: str = "config.json") -> Self:
         """Reads the dict of a config.json. DataError lists every field that is missing or not supported."""
         problems = []
         if raw.get("model_type") != "qwen2_5_vl":

@@ -5,8 +5,6 @@ transformers' modules say `model.language_model…` and `model.visual…`. Both 
 every tool knows those.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

@@ -5,8 +5,6 @@ with torch's on the same machine, benchmarks/rollout.py the decoding with transf
 forms up to rounding; the parity tests hold them to Hugging Face's.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

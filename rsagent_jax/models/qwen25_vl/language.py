@@ -1,7 +1,5 @@
 """The decoder: M-RoPE, grouped-query attention, SwiGLU; packed rows in training, a KV cache per slot in rollouts."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from flax import nnx

@@ -4,8 +4,6 @@ A layer built with `stack=(L,)` holds L layers' parameters with a leading axis "
 Parameters are kept in fp32 and cast to the dtype of the activations where they are used.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from flax import nnx

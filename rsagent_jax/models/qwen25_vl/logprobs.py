@@ -1,7 +1,5 @@
 """Log-probabilities of given tokens: by pieces of the vocabulary, and only where somebody asks for them."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

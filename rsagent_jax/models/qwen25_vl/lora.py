@@ -5,8 +5,6 @@ once, and in `compute.scan_layers` that module is a copy of one layer which exis
 with no adapter at all, or with flax's TraceContextError. Here they are declared and stacked as every parameter is.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """Qwen2.5-VL: the vision tower's embeddings stand where the image tokens are, the decoder reads the row."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

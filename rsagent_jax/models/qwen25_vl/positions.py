@@ -4,8 +4,6 @@ The device sees fixed shapes only. Hugging Face computes the same positions and 
 `get_vision_window_index`, with the windows in another order.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 
@@ -74,22 +72,15 @@ def _bins(rows: int, columns: int, side: int) -> np.ndarray:
     return np.stack([np.pad(np.concatenate(b), (0, r), constant_values=-1) for b, r in zip(bins, room, strict=True)])
 
 
-@dataclasses.dataclass(frozen=True)
-class PatchLayout:
-    """Where one image's patches go: in window order, in bins of a full window's size.
+def patch_layout(
+    grid: Grid, config: VisionConfig
+) -> tuple[Int32[np.ndarray, " P"], Int32[np.ndarray, "P 2"], Int32[np.ndarray, " M"]]:
+    """Where one image's patches go, in window order, in bins of a full window's size: (source, coords, merged_place).
 
     `source[j]` is the index in the processor's order of the patch at buffer place j, -1 for padding; `coords` its
     (row, column), for the rotary angles and to tell the windows of a bin apart; `merged_place[m]` is the place of
     merged token m in the merged buffer.
     """
-
-    source: Int32[np.ndarray, " P"]
-    coords: Int32[np.ndarray, "P 2"]
-    merged_place: Int32[np.ndarray, " M"]
-
-
-def patch_layout(grid: Grid, config: VisionConfig) -> PatchLayout:
-    """The layout of one image of `grid` patches."""
     t, h, w = grid
     merge, unit = config.spatial_merge_size, config.merge_unit
     mh, mw = h // merge, w // merge
@@ -102,9 +93,8 @@ def patch_layout(grid: Grid, config: VisionConfig) -> PatchLayout:
     coords = np.tile(coords, (t, 1))
     merged_place = np.empty(t * mh * mw, np.int32)
     merged_place[order[order >= 0]] = np.flatnonzero(order >= 0)
-    return PatchLayout(
-        source.astype(np.int32), np.where(source[:, None] >= 0, coords[source], 0).astype(np.int32), merged_place
-    )
+    coords = np.where(source[:, None] >= 0, coords[source], 0)
+    return source.astype(np.int32), coords.astype(np.int32), merged_place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,14 +135,13 @@ def fill_patch_buffer(
     segments, coords = np.zeros(capacity, np.int32), np.zeros((capacity, 2), np.int32)
     slots, places, at, read = np.zeros(len(is_image), np.int32), [], 0, 0
     for number, grid in enumerate(grids, start=1):
-        layout = patch_layout(grid, config)
-        here = slice(at, at + len(layout.source))
-        real = layout.source >= 0
-        out[here][real] = patches[read + layout.source[real]]
+        source, own_coords, merged_place = patch_layout(grid, config)
+        here, real = slice(at, at + len(source)), source >= 0
+        out[here][real] = patches[read + source[real]]
         segments[here] = np.where(real, number, 0)
-        coords[here] = layout.coords
-        places.append(layout.merged_place + at // config.merge_unit + 1)
-        at += len(layout.source)
+        coords[here] = own_coords
+        places.append(merged_place + at // config.merge_unit + 1)
+        at += len(source)
         read += int(np.prod(grid))
     if places:
         slots[is_image] = np.concatenate(places)

@@ -4,8 +4,6 @@ A file is an 8-byte little-endian length, a JSON header of that length, and the 
 offsets point (https://github.com/huggingface/safetensors#format).
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -4,8 +4,6 @@ Patches come in window order, in bins of a full window's size (positions.py), so
 bins, most of them one window, and a full block attends inside each image's segment.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import jax
