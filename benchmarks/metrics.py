@@ -50,7 +50,7 @@ def ours(masks, count: int) -> tuple[float, float]:
         sample = Sample(str(i), image, "", gt, ignore)
         parts = (nothing,) * 5
         trajectory = Trajectory(str(i), 0, "", (), (), said, None, Status.FINISHED, *parts, ())
-        results.append(metrics.score(trajectory, sample))
+        results.append(metrics.judge(metrics.count(trajectory, sample)))
     totals = metrics.total_results(results)
     return totals.giou, totals.ciou
 
