@@ -4,6 +4,7 @@ Every process issues the same compiled programs in the same order. With one proc
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # its key-value store has no public name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -19,6 +21,8 @@ from rsagent_jax.runtime import sharding
 from rsagent_jax.types import DataError
 
 T = TypeVar("T")
+_MEETINGS = itertools.count()  # of all_or_none, in the same order on every process
+A_WEEK_MS = 7 * 24 * 3600 * 1000
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -138,13 +142,18 @@ def allgather_sum(counts: Sequence[int]) -> list[int]:
 def all_or_none(check: Callable[[], T]) -> T:
     """What `check` returns, once it has passed on every process; a DataError on all where it fails on one.
 
-    Without it, those where it passes would go on and wait for the others.
+    Without it, those where it passes would go on and wait for the others. They wait here for as long as it takes, on
+    the processes' own store: a collective of the CPU backend gives up after half a minute.
     """
     try:
         result, problem = check(), None
     except DataError as error:
         result, problem = None, error
-    (failed,) = allgather_sum([problem is not None])
+    failed = 0
+    if (count := jax.process_count()) > 1:
+        store, name = distributed.global_state.client, f"rsagent_jax/all_or_none/{next(_MEETINGS)}"
+        store.key_value_set(f"{name}/{jax.process_index()}", str(int(problem is not None)))
+        failed = sum(int(store.blocking_key_value_get(f"{name}/{i}", A_WEEK_MS)) for i in range(count))
     if problem is not None:
         raise problem
     if failed:
