@@ -7,8 +7,6 @@ against the published ones, decodes pictures and masks, and draws a contact shee
 read, or shown to a policy, or a count differs; 2 if the set cannot be opened.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

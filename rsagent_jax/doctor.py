@@ -11,8 +11,6 @@ last line of stdout is the same as JSON, and with --workdir so is doctor.json th
 the first prints one table of all of them, and a host far from their median is slow. See docs/doctor.md.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

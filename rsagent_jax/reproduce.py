@@ -10,8 +10,6 @@ own command had come. A stage that fails leaves its row of the table empty, and 
 the same; the exit status is that of the first that failed. Leaves table.md, summary.json and report/index.html.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

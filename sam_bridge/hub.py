@@ -5,8 +5,6 @@ The library does the work, and the environment counts as everywhere: HF_TOKEN, H
 HF_HUB_OFFLINE. Here are the room on the disk beforehand, the sums afterwards, and an error that says what to do.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import errno

@@ -1,7 +1,5 @@
 """A process's part of a collection, and the set that is kept of all parts."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import pathlib

@@ -4,8 +4,6 @@ A stage is a command of this project. Its arguments name what it needs: `{refer}
 directory of an earlier stage, so the order of the stages and what each waits for are read off the arguments.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -6,8 +6,6 @@
 <folder>/NAME.done         unpacked: NAME may be deleted, nothing is fetched again
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import dataclasses
 import glob

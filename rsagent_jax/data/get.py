@@ -8,8 +8,6 @@ step; run the same command again when it is done. Ends with the table of rsagent
 finds something wrong or a step waits for you, 2 if a file could not be had.
 """
 
-from __future__ import annotations
-
 from rsagent_jax.runtime import command
 
 if __name__ == "__main__":

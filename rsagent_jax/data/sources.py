@@ -7,8 +7,6 @@ checked. None was fetched here, where these addresses could not be reached; they
 issues name.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

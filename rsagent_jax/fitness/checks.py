@@ -1,7 +1,5 @@
 """The table of checks. Another one is a file with a function of this kind, and a line here."""
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import threading

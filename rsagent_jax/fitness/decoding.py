@@ -1,7 +1,5 @@
 """The rollout engine: its log-probs against the trainer's on the tokens that it drew, and how well it reads memory."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

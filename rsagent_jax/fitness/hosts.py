@@ -1,7 +1,5 @@
 """The findings of all hosts: gathered, compared with each other, printed as one table."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Each attention kernel that the config could use against the plain one: values and gradients."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,7 +1,5 @@
 """What there is: versions, devices and the mesh over them, room on the disk."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import pathlib

@@ -1,8 +1,6 @@
 """Weights and sequences of a config's shape with random content: a machine is as fast with them, and nothing has to be
 downloaded."""
 
-from __future__ import annotations
-
 import jax
 import numpy as np
 from flax import nnx

@@ -1,7 +1,5 @@
 """Whether what the config names far away can be reached. What a client library raises is the line on the page."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The segmenter that the config names: a mask that is known beforehand, and how long a prompt is on its way."""
 
-from __future__ import annotations
-
 import statistics
 import time
 

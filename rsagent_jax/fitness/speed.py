@@ -1,7 +1,5 @@
 """How fast this process's devices multiply and read memory, measured here and now."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """A training step of the config: the programs that train.py would run, compiled, weighed and timed."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

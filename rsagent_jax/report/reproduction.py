@@ -6,8 +6,6 @@ Intervals of gains are paired: the same sample under both policies. What has not
 what it waits for.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

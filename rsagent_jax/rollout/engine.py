@@ -9,8 +9,6 @@ else; one more copies a shared opening, and the vision tower has one per rung of
 `Engine.programs_at_most`, all of which `warm_up` compiles.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """One way to an engine, for train.py, evaluate.py, collect and segment."""
 
-from __future__ import annotations
-
 import jax
 
 from rsagent_jax.config import slices

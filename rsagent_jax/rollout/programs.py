@@ -5,8 +5,6 @@ copy    the context that a slot shares with another of its lane, instead of read
 step    appends a piece of a prompt to at most one slot per lane, then samples up to K tokens in every open slot
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -4,8 +4,6 @@ Values of the config are right when this starts (config/build.py). A mistake is 
 traceback after the first stage. Nothing here imports torch: a back end of our own is looked for, not loaded.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import pathlib

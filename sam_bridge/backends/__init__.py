@@ -1,7 +1,5 @@
 """Back ends: how an image is encoded once and how a prompt on it becomes a mask. Found by name through `load`."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import importlib.util

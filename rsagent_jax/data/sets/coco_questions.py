@@ -10,8 +10,6 @@ What was seen: GSEval's file, the loaders of MUSE and MMR and MMR's table of fie
 of MUSE, MMR or RefCOCO-M itself. `python -m rsagent_jax.data.get` says where each is had.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import pathlib

@@ -1,7 +1,5 @@
 """The one way to samples: train.py, evaluate.py and collect all open what their `data` names here."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import itertools

@@ -1,7 +1,5 @@
 """Opens a policy: a Hugging Face directory, here or on a hub, or a stage's newest checkpoint, adapters merged."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
