@@ -84,6 +84,7 @@ def main(
     weights = policy_directory(config.policy.weights)
     processor = Processor.load(weights)
     inputs = processes.all_or_none(lambda: check_inputs(config, workdir, processor))
+    processes.check_same(inputs)
 
     ############################## Work directory, log ##############################
     processes.all_or_none(lambda: run_identity.record_start(workdir, config, inputs) if processes.is_lead() else None)

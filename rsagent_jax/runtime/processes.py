@@ -5,6 +5,7 @@ Every process issues the same compiled programs in the same order. With one proc
 
 import dataclasses
 import itertools
+import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from rsagent_jax.runtime import sharding
 from rsagent_jax.types import DataError
 
 T = TypeVar("T")
-_MEETINGS = itertools.count()  # of all_or_none, in the same order on every process
+_MEETINGS = itertools.count()  # of exchange, in the same order on every process
 A_WEEK_MS = 7 * 24 * 3600 * 1000
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -149,16 +150,32 @@ def all_or_none(check: Callable[[], T]) -> T:
         result, problem = check(), None
     except DataError as error:
         result, problem = None, error
-    failed = 0
-    if (count := jax.process_count()) > 1:
-        store, name = distributed.global_state.client, f"rsagent_jax/all_or_none/{next(_MEETINGS)}"
-        store.key_value_set(f"{name}/{jax.process_index()}", str(int(problem is not None)))
-        failed = sum(int(store.blocking_key_value_get(f"{name}/{i}", A_WEEK_MS)) for i in range(count))
+    failed = sum(map(int, exchange(str(int(problem is not None)))))
     if problem is not None:
         raise problem
     if failed:
         raise DataError(f"{failed} of {jax.process_count()} processes could not start; what they said is in their logs")
     return result
+
+
+def exchange(text: str) -> list[str]:
+    """What every process says, in their order, once all have said it; outside of the devices."""
+    if jax.process_count() == 1:
+        return [text]
+    store, name = distributed.global_state.client, f"rsagent_jax/exchange/{next(_MEETINGS)}"
+    store.key_value_set(f"{name}/{jax.process_index()}", text)
+    return [store.blocking_key_value_get(f"{name}/{i}", A_WEEK_MS) for i in range(jax.process_count())]
+
+
+def check_same(values: dict[str, str]) -> None:
+    """DataError, on every process, that names what is not the same on all of them."""
+    said = [json.loads(text) for text in exchange(json.dumps(values))]
+    for name in values:
+        if len(found := {one.get(name) for one in said}) > 1:
+            raise DataError(
+                f"{name} is not the same on all {len(said)} hosts ({', '.join(map(str, sorted(found, key=str)))}): give"
+                " them the same files; a name on a hub with its revision, org/name@revision"
+            )
 
 
 def local_mesh(tensor: int, rows: int) -> Mesh | None:

@@ -188,15 +188,20 @@ def test_all_processes_start_or_none_does(monkeypatch):
         raise DataError("seed: 0 there, 1 now")
 
     assert processes.allgather_sum([1, 2]) == [1, 2] and processes.all_or_none(lambda: "ready") == "ready"
+    processes.check_same({"policy.weights": "a"})
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for failed_elsewhere in (0, 1):
         gather = lambda mine, other=failed_elsewhere: np.stack([mine, np.full_like(mine, other)])  # noqa: E731
         monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
         assert processes.allgather_sum([3, 0]) == [3 + failed_elsewhere, failed_elsewhere]
+        monkeypatch.setattr(processes, "exchange", lambda text, other=failed_elsewhere: [text, str(other)])
         refused("seed", processes.all_or_none, refuse)
         if not failed_elsewhere:
             assert processes.all_or_none(lambda: "ready") == "ready"
     refused("1 of 2 processes could not start", processes.all_or_none, lambda: "ready")
+    monkeypatch.setattr(processes, "exchange", lambda text: [text, '{"policy.weights": "b", "grpo.data": "c"}'])
+    processes.check_same({"grpo.data": "c"})
+    refused("policy.weights is not the same on all 2 hosts", processes.check_same, {"policy.weights": "a"})
 
 
 @pytest.mark.parametrize(("name", "value"), [("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1"), ("JAX_PROCESS_ID", "0")])
