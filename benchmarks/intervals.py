@@ -1,6 +1,6 @@
 """Coverage of the 95% intervals of gIoU by simulation: bootstrapped by picture, as we do, and by sentence.
 
-  python benchmarks/intervals.py [--trials=1000] [--images=20,50,100,200] [--sentences=3] [--correlation=0.36]
+  python benchmarks/intervals.py [--trials=1000] [--pictures=20,50,100,200] [--sentences=3] [--correlation=0.36]
 
 A sentence is missed (IoU 0) with probability 0.3, and two sentences of one picture are missed together as the
 correlation says; a mask that is found has an IoU between 0.7 and 1. The true mean is known, so each interval covers it
@@ -48,14 +48,14 @@ def coverage(images: int, sentences: int, correlation: float, trials: int) -> tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=1000)
-    parser.add_argument("--images", default="20,50,100,200")
+    parser.add_argument("--pictures", default="20,50,100,200")
     parser.add_argument("--sentences", type=int, default=3)
     parser.add_argument("--correlation", type=float, default=0.36)
     options = parser.parse_args()
     print(f"{options.sentences} sentences a picture, misses correlated {options.correlation}; nominal 0.95")
     print("pictures  by picture  by sentence")
     found = {}
-    for images in map(int, options.images.split(",")):
+    for images in map(int, options.pictures.split(",")):
         found[images] = coverage(images, options.sentences, options.correlation, options.trials)
         print(f"{images:8d}  {found[images][0]:10.3f}  {found[images][1]:11.3f}", flush=True)
     print(json.dumps({"coverage": {n: {"picture": a, "sentence": b} for n, (a, b) in found.items()}}))

@@ -60,6 +60,6 @@ def main(
 
 def problems_resume_fingerprint(config: ProblemsConfig) -> dict:
     """What an answer depends on: work that is taken up again must agree in it."""
-    names = ("seed", "limit", "queries", "min_words", "max_words", "image_size")
+    names = ("seed", "limit", "queries", "min_words", "max_words", "picture_size")
     groups = {name: journal.decisive_settings(getattr(config, name)) for name in ("writer", "data")}
     return {name: getattr(config, name) for name in names} | groups

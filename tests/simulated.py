@@ -6,8 +6,7 @@ import socket
 import subprocess
 import sys
 
-from rsagent_jax.runtime.processes import VARIABLES
-
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 ROOT = pathlib.Path(__file__).parents[1]
 
 

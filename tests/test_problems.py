@@ -49,7 +49,7 @@ def answer(*queries):
 def write(workdir, samples, server, **more):
     """One run over what is left; the Writer."""
     remote = RemoteConfig(url=server.url, model="m", backoff_s=0.001, retries=1, concurrent=2)
-    config = ProblemsConfig(**{"writer": remote, "image_size": 80} | more)
+    config = ProblemsConfig(**{"writer": remote, "picture_size": 80} | more)
     answers = Journal(workdir / ANSWERS, Share(), {}, {f"o{i}": "as ever" for i in range(len(samples))})
     left = [(i, i) for i in range(len(samples)) if f"o{i}" not in answers.done]
     writer = ProblemWriter(config, samples, workdir, answers)

@@ -98,6 +98,11 @@ def test_silence_is_no_answer_to_an_absent_target():
         assert rewards.final_iou(dataclasses.replace(silent, final_mask=row(3)), sample(row(3))) == 1.0
 
 
+def test_masks_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"bool\[1, 10\]"):
+        rewards.final_iou(trajectory(final=row(4, size=9)), sample(row(8)))
+
+
 def test_iou_gain_does_not_pay_for_a_detour():
     # IoU 0.5, 0.2, 0.5, 0.8 with 10 true pixels. Against the best so far: 0.5 + 0 + 0 + 0.3 = 0.8.
     # Against the turn before it would be 0.5 + 0 + 0.3 + 0.3 = 1.1.

@@ -40,7 +40,7 @@ def rollout_jobs(
     resident: bytes per device that training holds meanwhile. given: the policy's parameters where the engine reads
     them in place; None where it gets a local copy.
     """
-    s = fill_sampling_defaults(sampling, policy, mesh)
+    s = fill_sampling_defaults(sampling, policy, mesh, "grpo.sampling" if resident else "sampling")
     model, rows = convert.abstract_model(policy), sharding.rows(mesh)
     params, programs = nnx.state(model, nnx.Param), RolloutPrograms(model, s, 0, Compute(dtype, mesh=mesh))
     where = weight_shardings(programs, params, mesh)

@@ -122,7 +122,7 @@ def parse_topology(name: str) -> Topology:
         )
     known = [*SLICES, *(Topology("", CHIPS[chip], shape).compiler_name for chip, shape in SLICES.values())]
     raise DataError(
-        f"unknown TPU topology {name!r}{closest(plain, known)}\n"
+        f"unknown TPU topology {name!r}{closest(plain, known, cutoff=0.5)}\n"
         f"known slices: {' '.join(SLICES)}\nor the shape in chips: {' '.join(example.values())}"
     )
 

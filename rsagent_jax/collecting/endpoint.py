@@ -67,7 +67,7 @@ class Endpoint:
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
     @classmethod
-    @cachetools.cached({}, condition=threading.Condition())
+    @cachetools.cached({}, lambda cls, config, name=TEACHER: (config, name), condition=threading.Condition())
     def shared(cls, config: RemoteConfig, name: str = TEACHER) -> Self:
         """The one of this process; threads that ask for it at the same time get the same."""
         return cls(config, name)

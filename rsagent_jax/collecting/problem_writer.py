@@ -138,7 +138,7 @@ class ProblemWriter:
         if not sample.gt_mask.any():
             return [], Counter({"no target to ask for": 1})
         image = sample.image, sample.gt_mask, sample.query
-        messages = problem_question(*image, c.queries, self.words, c.image_size)
+        messages = problem_question(*image, c.queries, self.words, c.picture_size)
         kept: dict[str, str] = {}
         malformed = None  # the last answer
         for _ in range(c.tries):

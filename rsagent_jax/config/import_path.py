@@ -57,9 +57,9 @@ def shipped(path: str) -> str:
     return str(ours) if not here.exists() and ours.exists() else path
 
 
-def closest(word: str, candidates: Iterable[str], form: str = "{}") -> str:
-    """`; did you mean X?`, or nothing where no candidate is near; `form` is how X is written."""
-    match = difflib.get_close_matches(word, list(candidates), n=1)
+def closest(word: str, candidates: Iterable[str], form: str = "{}", cutoff: float = 0.6) -> str:
+    """`; did you mean X?`, or nothing where no candidate is near; `form` is how X is written; `cutoff`: difflib's."""
+    match = difflib.get_close_matches(word, list(candidates), 1, cutoff)
     return f"; did you mean {form.replace('{}', match[0])}?" if match else ""
 
 

@@ -395,7 +395,7 @@ class ProblemsConfig:
     min_words: Count = 5  # of a query
     max_words: Count = 40  # of a query
     tries: Count = 2  # answers of no use before an object is given up
-    image_size: Count = 1024  # longer side of what the writer is shown, pixels
+    picture_size: Count = 1024  # longer side of what the writer is shown, pixels
     data: DataConfig = DataConfig()
     conflicts = rules.problems_rules
 

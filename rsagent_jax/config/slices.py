@@ -21,7 +21,7 @@ class Preset:
 
 
 SIZES = {2048: "3b", 3584: "7b", 5120: "32b", 8192: "72b"}  # hidden size -> name
-# 3B has those of 7B, which need more.
+# 3B has those of 7B, which need more, but a slot on two devices at most: it has two key-value heads.
 _SMALL = {
     "v5e-8": Preset(rollout_tensor=4, slots=32),  # 7B with policy.lora only
     "v5e-16": Preset(tensor=2, rollout_tensor=4, slots=32),  # rows of 6k tokens on a device each would not fit
@@ -36,7 +36,7 @@ _SMALL = {
     "tpu7x-8": Preset(),
 }
 PRESETS: dict[str, dict[str, Preset]] = {
-    "3b": _SMALL,
+    "3b": {name: dataclasses.replace(p, rollout_tensor=min(2, p.rollout_tensor)) for name, p in _SMALL.items()},
     "7b": _SMALL,
     "72b": {"v5p-256": Preset(rollout_tensor=4, slots=32), "v6e-256": Preset(tensor=2, rollout_tensor=4, slots=4)},
 }

@@ -80,16 +80,14 @@ class Driver:
         self.cancelled: set[int] = set()
         self.stats: dict[str, float] = {}
         texts, images = budget.Texts.of(agent, processor.encode), processor.images.limits
-        # (h, w) of a picture -> its budget
-        self.budget_of = functools.cache(
-            lambda size: budget.trajectory_budget(agent, self.policy, texts, size, self.limits, images)
-        )
         # The tasks of a sample share its opening; no more samples than slots are played at a time. What is kept holds
         # the image, so that no other one gets its id().
         self.openings = cachetools.LRUCache(policy.slots)
-        self._shared_opening = cachetools.cached(
-            self.openings, key=lambda sample: (id(sample.image), sample.query), condition=threading.Condition()
-        )(self._opening)
+        limits = self.limits
+        # (h, w) of a picture -> its budget. Not by way of self: an engine is freed as soon as its driver is dropped.
+        self.budget_of = functools.cache(
+            lambda size: budget.trajectory_budget(agent, policy, texts, size, limits, images)
+        )
 
     def run(self, tasks: Sequence[Task]) -> list[tuple[Trajectory, EnvState]]:
         """All tasks' trajectories in their order, with the final states (for replay records)."""
@@ -108,6 +106,8 @@ class Driver:
         self.policy.begin()
         self.cancelled.clear()
         self.openings.clear()
+        key = lambda sample: (id(sample.image), sample.query)  # noqa: E731
+        shared_opening = cachetools.cached(self.openings, key, condition=threading.Condition())(self._opening)
         waiting = iter(tasks)
         following = next(waiting, None)
         free, runs, asked = set(range(self.policy.slots)), {}, set()
@@ -120,7 +120,7 @@ class Driver:
                     slot = self.policy.pick(task, sorted(free))
                     free.remove(slot)
                     runs[slot] = _Run(task, slot)
-                    jobs.submit(slot, functools.partial(self._shared_opening, task.sample))
+                    jobs.submit(slot, functools.partial(shared_opening, task.sample))
                 before = time.perf_counter()
                 for slot, completion in self.policy.step() if asked else ():
                     asked.remove(slot)

@@ -40,6 +40,8 @@ def loss_weights(normalize: str, loss_mask: Mask, segment_ids: Segments, *, leng
         return weights, weights.sum()
     if normalize == "constant":
         weights = weights / length
+    elif normalize != "sequence":
+        raise ValueError(f"normalize {normalize!r}")
     lengths_BS = _segment_sums(loss_mask, segment_ids)
     if normalize == "sequence":
         lengths_BT = jnp.take_along_axis(lengths_BS, segment_ids, axis=1)
@@ -83,6 +85,8 @@ def policy_loss(
         bounded = jax.lax.stop_gradient(jnp.clip(r, low, high))
         loss = -jnp.sum(weights * bounded * advantages * jnp.where(loss_mask, logprobs.astype(jnp.float32), 0.0))
         clipped = (r < low) | (r > high)
+    elif ratio not in ("grpo", "gspo"):
+        raise ValueError(f"ratio {ratio!r}")
     else:  # the case is spelt out: jnp.minimum splits the gradient where its arguments tie
         clipped = jnp.where(advantages > 0, r > high, (advantages < 0) & (r < low))
         loss = -jnp.sum(weights * jnp.where(clipped, jnp.where(advantages > 0, high, low), r) * advantages)
@@ -101,7 +105,11 @@ def kl_estimate(estimator: str, d: Float[Array, "*axes"]) -> Float[Array, "*axes
     """
     if estimator == "k1":
         return -d
-    return 0.5 * d**2 if estimator == "k2" else jnp.expm1(d) - d
+    if estimator == "k2":
+        return 0.5 * d**2
+    if estimator != "k3":
+        raise ValueError(f"estimator {estimator!r}")
+    return jnp.expm1(d) - d
 
 
 def kl_loss(

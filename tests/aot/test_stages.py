@@ -47,7 +47,8 @@ OPEN = TrainConfig(
 def test_every_preset_of_the_table_gives_a_mesh_that_splits_the_policy(size, name):
     """Every large parameter divides over the mesh, and the tensor axis divides the heads."""
     policy, topology = size_config(size), parse_topology(name)
-    config = stages.fill_topology_defaults(OPEN, topology, policy)
+    grpo = dataclasses.replace(OPEN.grpo, sampling=SamplingConfig(tensor=0, slots=0))
+    config = stages.fill_topology_defaults(dataclasses.replace(OPEN, grpo=grpo), topology, policy)
     assert config.mesh.tensor >= 1 and config.policy.remat and config.sft.batch.rows == config.grpo.batch.rows > 0
     fake = np.array([None] * topology.devices, object)
     sizes = (config.mesh.data, topology.devices // config.mesh.tensor, config.mesh.tensor)
@@ -58,6 +59,7 @@ def test_every_preset_of_the_table_gives_a_mesh_that_splits_the_policy(size, nam
         ruled = [sharding.RULES[n] for n in names]
         assert tuple(spec) == tuple(ruled) or np.prod(shape) < sharding.LARGE, path
     assert policy.text.num_key_value_heads % config.mesh.tensor == 0
+    assert policy.text.num_key_value_heads % config.grpo.sampling.tensor == 0
     assert policy.vision.num_heads % config.mesh.tensor == 0
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -426,3 +427,13 @@ def test_narrower_limits_make_smaller_views_with_matching_patches():
     trajectory, state = one(zoom(0, 0, 60, 60), finish(None), agent=dataclasses.replace(AGENT, max_pixels=84 * 84))
     assert state.view.size_view == (84, 84)
     assert trajectory.grids == ((1, 6, 6), (1, 6, 6))  # 84 / 14 patches a side
+
+
+def test_a_driver_that_is_dropped_holds_its_engine_no_longer():
+    """Without the garbage collector: weights and cache of two engines may not fit."""
+    driver = Driver(TextPolicy(lambda task, state: finish(None), small.processor()), DiscSegmenter(),
+                    small.processor(), AGENT)  # fmt: skip
+    driver.run([task(1)])
+    engine = weakref.ref(driver.policy)
+    del driver
+    assert engine() is None

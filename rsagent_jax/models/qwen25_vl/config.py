@@ -114,6 +114,8 @@ class Qwen25VLConfig:
         ):
             if source[name] not in (only, None):
                 problems.append(f"{name} = {source[name]!r} is not supported (only {only!r})")
+        if problems:  # before arithmetic with what they say
+            raise DataError(f"{where}: " + "; ".join(problems))
         parts = {"text": _pick(TextConfig, text), "vision": _pick(VisionConfig, vision), "eos_token_ids": eos}
         config = _pick(cls, theirs | parts)
         text, vision = config.text, config.vision
