@@ -41,7 +41,7 @@ def check_engine(examined: Examined) -> list[Finding]:
         figure, against = f"weights and cache need {needed / GIB:.2f} GiB on each device", f"there are {have / GIB:.2f}"
         remedy = "fewer sampling.slots, a larger sampling.tensor, or another slice (docs/scaling.md)"
         return [Finding("engine", Verdict.WRONG, figure, against, remedy)]
-    mesh = processes.local_mesh(sampling.tensor)
+    mesh = processes.local_mesh(sampling.tensor, sampling.slots)
     graphdef, params = random_policy(examined.policy, mesh, settings.dtype)
     sampling = dataclasses.replace(sampling, temperature=sampling.temperature or 1.0)
     ends, key = examined.policy.eos_token_ids[0], jax.random.key(0)

@@ -13,7 +13,7 @@ import jax
 from rsagent_jax.aot.stages import policy_config
 from rsagent_jax.aot.topology import parse_topology
 from rsagent_jax.config.schema import EvalConfig, SamplingConfig, SegmentConfig, TrainConfig
-from rsagent_jax.config.slices import fill_slice_defaults
+from rsagent_jax.config.slices import fill_engine_defaults, fill_slice_defaults
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 
@@ -75,7 +75,7 @@ class Examined:
         """Of the rollouts; None where there are none."""
         if isinstance(self.config, TrainConfig):
             return self.settled.grpo.sampling if "grpo" in self.config.stages else None
-        return self.config.sampling
+        return fill_engine_defaults(self.config.sampling, self.policy.text.hidden_size, jax.local_devices())
 
     @functools.cached_property
     def numbers(self) -> int:

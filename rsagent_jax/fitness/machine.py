@@ -61,7 +61,7 @@ def check_mesh(examined: Examined) -> list[Finding]:
     """Whether devices, rows and parameters divide as the config wants; a DataError says what does not."""
     config = examined.settled
     if not isinstance(config, TrainConfig):
-        mesh = processes.local_mesh(config.sampling.tensor)
+        mesh = processes.local_mesh(examined.sampling.tensor, examined.sampling.slots)
         return [Finding("mesh", Verdict.OK, f"{dict(mesh.shape) if mesh else 'one device'} on each host")]
     mesh = sharding.make_mesh(config.mesh)
     sharding.param_shardings(convert.abstract_model(examined.policy), mesh)
