@@ -18,7 +18,7 @@ from agent_fakes import DiscSegmenter
 from PIL import Image
 
 from rsagent_jax import collect as command
-from rsagent_jax.collecting import filter
+from rsagent_jax.collecting import collection, filter
 from rsagent_jax.collecting.collector import Collector, attempt_id, collection_resume_fingerprint, teacher_policy
 from rsagent_jax.config import schema
 from rsagent_jax.config.schema import CollectConfig, FilterConfig, SegmenterConfig, TeacherConfig
@@ -207,9 +207,10 @@ def test_the_segmenters_failures_leave_no_set_and_a_changed_sample_is_played_aga
     config = dataclasses.replace(CONFIG, processor=str(small.weights()), segmenter=SegmenterConfig(give_up_after=2))
 
     def run(segmenter, config=config):
-        monkeypatch.setattr(command, "open_samples", lambda _: data)
-        monkeypatch.setattr(command, "open_segmenter", lambda _: contextlib.nullcontext(segmenter))
-        monkeypatch.setattr(command, "import_path", lambda *_: Scripted)
+        monkeypatch.setattr(collection, "open_samples", lambda _: data)
+        monkeypatch.setattr(collection, "open_segmenter", lambda _: contextlib.nullcontext(segmenter))
+        for module in (command, collection):
+            monkeypatch.setattr(module, "import_path", lambda *_: Scripted)
         command.main(config, workdir=str(workdir))
 
     patient = dataclasses.replace(config, segmenter=SegmenterConfig(give_up_after=0))
