@@ -36,7 +36,7 @@ from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.evals import bounds, metrics, records
 from rsagent_jax.masks import encode_rle, mask_iou
-from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
+from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory, weights_checksum
 from rsagent_jax.report import evaluation
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.engine import open_engine
@@ -54,7 +54,7 @@ def main(
     config: EvalConfig,
     *,
     workdir: str = "",  # directory for everything this command leaves behind
-    weights: str = "",  # a Hugging Face directory, or checkpoints/<stage>; in place of policy.weights
+    weights: str = "",  # a Hugging Face directory, org/name or checkpoints/<stage>; in place of policy.weights
     shard: str = "0/1",  # i/n: evaluate every n-th sample from the i-th on, counted from 0
 ) -> None:
     ############################## Data, who plays ##############################
@@ -111,7 +111,7 @@ def check_evaluate(config: EvalConfig, workdir: pathlib.Path) -> None:
     """What is needed besides data, looked at before weights are loaded; the cheapest first."""
     check_disk(workdir)
     weights = config.policy.weights
-    if config.bound.row == bounds.UNTRAINED and policy_directory(weights) != pathlib.Path(weights):
+    if config.bound.row == bounds.UNTRAINED and policy_directory(weights) != local_weights(weights):
         raise DataError(f"bound.row is {bounds.UNTRAINED}, but {weights} is a checkpoint of train.py; give the weights")
     if config.bound.row not in bounds.ORACLES:
         print(check_policy(weights, config.agent, config.sampling))

@@ -16,7 +16,7 @@ from rsagent_jax.config.schema import TrainConfig
 def get_config():
     config = template(TrainConfig)
     config.stages = ("sft",)
-    config.policy.weights = "Qwen2.5-VL-7B-Instruct"
+    config.policy.weights = "Qwen/Qwen2.5-VL-7B-Instruct"
     config.policy.remat = ""  # this, mesh.tensor and batch.rows: as the slice's preset says
     config.mesh.tensor = 0
     config.agent.max_pixels = 1_003_520  # 1,280 tokens for the first view (ours)

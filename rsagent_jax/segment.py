@@ -45,7 +45,7 @@ def main(
     config: SegmentConfig = "configs/segment.py",
     *,
     out: str = "",  # directory for the mask, the overlay and the trajectory
-    weights: str = "",  # a Hugging Face directory, or checkpoints/<stage>; in place of policy.weights
+    weights: str = "",  # a Hugging Face directory, org/name or checkpoints/<stage>; in place of policy.weights
 ) -> None:
     image_path = image
     if not pathlib.Path(image_path).exists():

@@ -64,7 +64,7 @@ class SegmenterConfig:
     # spawn: start and supervise a side-car; connect: use `addresses`; inprocess: no bridge
     mode: Literal["spawn", "connect", "inprocess"] = "spawn"
     backend: BackendName = "grabcut"  # sam2: with `checkpoint` (spawn, inprocess); docs/sidecar.md
-    checkpoint: str = ""  # sam2's .pt file, or "random" for a test
+    checkpoint: str = ""  # sam2's .pt file, a hub's org/name that has one, or "random" for a test
     model: Literal["", *SAM2_MODELS] = ""  # sam2.1_large, sam2_tiny, …; "" = as the checkpoint's file name says
     device: Devices = "cpu"  # of sam2: cpu, cuda, cuda:0,cuda:1
     dtype: Literal[*DTYPES] = "float32"  # of sam2: or bfloat16
@@ -242,7 +242,7 @@ class LoraConfig:
 class PolicyConfig:
     """The policy's weights and numerics."""
 
-    weights: Text  # a Hugging Face directory, or a checkpoint directory of train.py
+    weights: Text  # a Hugging Face directory, a hub's org/name[@revision], or checkpoints/<stage> of train.py
     dtype: Activations = "bfloat16"  # of activations; parameters stay fp32 in training
     # What the backward pass keeps: none (no remat) | full | attention | selective | dots | save:NAMES | offload:NAMES
     remat: Remat = "full"  # "" = as the slice's preset says
@@ -337,7 +337,7 @@ class RemoteConfig:
 class OwnConfig:
     """A policy of our own as the teacher, through the rollout engine: rejection sampling."""
 
-    weights: str = ""  # a Hugging Face directory or checkpoints/<stage> of train.py; "" = teacher.function acts
+    weights: str = ""  # as policy.weights; "" = teacher.function acts
     tries: Count = 4  # trajectories per sample; filter.per_sample says how many of the good ones are kept
     dtype: Activations = "bfloat16"  # of activations
     sampling: SamplingConfig = SamplingConfig()  # at temperature 0 all tries are the same

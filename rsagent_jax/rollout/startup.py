@@ -19,13 +19,13 @@ from rsagent_jax.config.schema import AgentConfig, BatchConfig, SamplingConfig, 
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config
-from rsagent_jax.models.qwen25_vl.load import policy_directory
+from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.engine import fill_sampling_defaults
 from rsagent_jax.runtime import processes
 from rsagent_jax.types import DataError
-from sam_bridge.backends import NAMES, RANDOM
+from sam_bridge.backends import NAMES, BackendError, local_checkpoint
 
 SPACE = 64 << 20  # bytes for logs, reports and compiled programs
 GIB = 1 << 30
@@ -44,7 +44,7 @@ def check_disk(directory: pathlib.Path, more: int = 0) -> None:
 def check_weights(weights: str) -> tuple[Qwen25VLConfig, Processor]:
     """The policy's shape and processor. DataError for a directory without weights, or with those of another model."""
     directory = policy_directory(weights)
-    shape, path, processor = load_config(directory), pathlib.Path(weights), Processor.load(directory)
+    shape, path, processor = load_config(directory), local_weights(weights), Processor.load(directory)
     if directory == path:
         convert.check_files(directory, shape)
     elif not any(step.name.isdecimal() for step in path.iterdir()):
@@ -58,8 +58,10 @@ def check_segmenter(config: SegmenterConfig) -> None:
         with open_segmenter(config):
             return
     if config.backend == "sam2":
-        if config.checkpoint != RANDOM and not pathlib.Path(config.checkpoint).is_file():
-            raise DataError(f"segmenter.checkpoint {config.checkpoint} does not exist; give sam2's .pt file")
+        try:  # downloaded now, not while a side-car is waited for
+            local_checkpoint(config.checkpoint)
+        except BackendError as error:
+            raise DataError(f"segmenter.checkpoint: {error}") from error
         if missing := [name for name in ("torch", "sam2") if importlib.util.find_spec(name) is None]:
             raise DataError(f"segmenter.backend sam2 needs {' and '.join(missing)}: see docs/sidecar.md")
     elif config.backend not in NAMES:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sam_bridge import hub
 from sam_bridge.types import SegmentRequest
 
 NAMES = ("grabcut", "sam2")
@@ -35,7 +36,7 @@ class DeadDevice(Exception):
 class Options:
     """What `python -m sam_bridge` passes on to a back end. All of it is for sam2."""
 
-    checkpoint: str = ""  # a .pt file of Meta's, or "random"
+    checkpoint: str = ""  # a .pt file of Meta's, a hub's org/name that has one, or "random"
     model: str = ""  # one of SAM2_MODELS; "" = as the checkpoint's file name says
     device: str = "cpu"  # cpu, cuda, cuda:1; several with commas, one worker each
     dtype: str = "float32"  # bfloat16: matrix products in bf16, as torch.autocast does
@@ -76,6 +77,21 @@ class Backend(Protocol):
 DEFAULTS = Options()
 
 
+def local_checkpoint(name: str) -> str:
+    """The file that `--checkpoint` names: itself, "random", or the one .pt file of a hub's `org/name[@revision]`."""
+    if name == RANDOM or pathlib.Path(name).is_file():
+        return name
+    if not hub.is_repository(name):
+        raise BackendError(f"{name} does not exist; give sam2's .pt file, or facebook/sam2.1-hiera-large and its like")
+    try:
+        found = sorted(hub.download(name, ["*.pt"]).glob("*.pt"))
+    except hub.HubError as error:
+        raise BackendError(str(error)) from error
+    if len(found) != 1:
+        raise BackendError(f"{name} holds {len(found)} .pt files, not one; download the one you mean and give its path")
+    return str(found[0])
+
+
 def load_backend(name: str, options: Options = DEFAULTS) -> Backend:
     """A built-in name, or `module:factory` or `file.py:factory` for one of your own, which takes no arguments."""
     if name == "sam2":
@@ -85,7 +101,7 @@ def load_backend(name: str, options: Options = DEFAULTS) -> Backend:
             from sam_bridge.backends.sam2 import Sam2
         except ImportError as error:
             raise BackendError(f"the sam2 back end needs torch and sam2, see docs/sidecar.md: {error}") from error
-        return Sam2(options)
+        return Sam2(dataclasses.replace(options, checkpoint=local_checkpoint(options.checkpoint)))
     changed = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
     if changed:
         raise BackendError(f"{', '.join(changed)}: only the sam2 back end has such an option, not {name!r}")

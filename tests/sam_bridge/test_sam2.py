@@ -154,6 +154,7 @@ def test_names_and_files_are_the_packages_own():
 def test_what_cannot_be_had_is_one_clear_error(reference, tmp_path):
     broken = tmp_path / "sam2_hiera_tiny.pt"
     broken.write_bytes(b"no weights")
+    (unnamed := tmp_path / "weights.pt").touch()
     path = reference[1].checkpoint
     for options, says in (
         (Options(), "--checkpoint=FILE.pt"),
@@ -162,7 +163,7 @@ def test_what_cannot_be_had_is_one_clear_error(reference, tmp_path):
         (Options(checkpoint=path, model="sam2_tiny"), "not one of sam2_tiny"),
         (Options(checkpoint=path, model="sam2.1_small"), "not one of sam2.1_small"),
         (Options(checkpoint=path, model="sam3"), "options: sam2.1_tiny"),
-        (Options(checkpoint="weights.pt"), "does not tell its model"),
+        (Options(checkpoint=str(unnamed)), "does not tell its model"),
         (Options(checkpoint=RANDOM, device="tpu"), "unknown device|neither cpu nor cuda"),
         (Options(checkpoint=RANDOM, device="cuda:77"), "is not there"),
         (Options(checkpoint=RANDOM, dtype="float8"), "float32, bfloat16"),

@@ -1,4 +1,4 @@
-"""Opens a policy: a Hugging Face directory, or a stage's newest checkpoint with its adapters merged."""
+"""Opens a policy: a Hugging Face directory, here or on a hub, or a stage's newest checkpoint, adapters merged."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from rsagent_jax.config.import_path import first_line
-from rsagent_jax.models.qwen25_vl import convert, lora
+from rsagent_jax.models.qwen25_vl import convert, lora, tensor_files
 from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.runtime import sharding
 from rsagent_jax.types import DataError
+from sam_bridge import hub
 
 # transformers 5 saves image settings in processor_config.json; 4 has the last four beside tokenizer.json.
 POLICY_FILES = """config.json tokenizer.json tokenizer_config.json preprocessor_config.json processor_config.json
@@ -36,6 +37,17 @@ def copy_policy_files(weights: pathlib.Path, target: pathlib.Path) -> None:
             (target / name).unlink(missing_ok=True)
 
 
+@functools.cache
+def local_weights(weights: str) -> pathlib.Path:
+    """The directory that `weights` names: itself, or where the files of a hub's `org/name[@revision]` have been put."""
+    if not hub.is_repository(weights):
+        return pathlib.Path(weights)
+    try:
+        return hub.download(weights, (*POLICY_FILES, "*.safetensors", tensor_files.INDEX))
+    except hub.HubError as error:
+        raise DataError(f"weights: {error}") from error
+
+
 def policy_directory(weights: str) -> pathlib.Path:
     """Where config.json, tokenizer and image settings are: the Hugging Face directory, or a checkpoint's `policy/`.
 
@@ -43,10 +55,12 @@ def policy_directory(weights: str) -> pathlib.Path:
     Face directory (train.py writes a config.json of its own into a workdir), then `policy/config.json` a stage. Only
     for one that is neither is it asked whether a workdir or a step was given in place of a stage.
     """
-    path = pathlib.Path(weights)
+    path = local_weights(weights)
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
-        raise DataError(f"{path} {what}; give a Hugging Face directory or checkpoints/<stage> of train.py")
+        raise DataError(
+            f"{path} {what}; give a Hugging Face directory, a hub's org/name, or checkpoints/<stage> of train.py"
+        )
     if (path / "config.json").exists() and any(path.glob("*.safetensors*")):
         return path
     if (path / "policy" / "config.json").exists():
@@ -65,7 +79,7 @@ def load_policy(weights: str, mesh: Mesh | None = None, dtype: str = "float32") 
     than its shards; without one everything goes to the default device. Values are rounded once, merged adapters after
     the sum.
     """
-    path, config = pathlib.Path(weights), load_config(policy_directory(weights))
+    path, config = local_weights(weights), load_config(policy_directory(weights))
     model = convert.abstract_model(config)
     shardings = None if mesh is None else sharding.param_shardings(model, mesh)
     if policy_directory(weights) == path:
@@ -115,7 +129,7 @@ def _read(
 
 def weight_files(weights: str) -> list[pathlib.Path]:
     """The files that `load_policy` reads numbers from: a Hugging Face directory's, or a stage's newest checkpoint's."""
-    path = pathlib.Path(weights)
+    path = local_weights(weights)
     if files := sorted(path.glob("*.safetensors")):
         return files
     newest = max((int(p.name) for p in path.glob("*") if p.name.isdecimal()), default=0)
