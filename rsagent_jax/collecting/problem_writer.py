@@ -31,6 +31,7 @@ from rsagent_jax.rollout.policy import PolicyFailure
 from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.image_files import keep_image, read_image
 from rsagent_jax.runtime.journal import Journal
+from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.types import DataError, Sample
 
 ANSWERS = "answers"  # the journal's folder
@@ -216,9 +217,9 @@ def write_set(
     if not lines:
         raise DataError(f"none of the queries can be used: {dict(left_out)}; see {workdir / ANSWERS}")
     path = workdir / f"{config.data.split}.jsonl"
-    journal.write_whole(path, "".join(lines.values()))
+    write_whole(path, "".join(lines.values()))
     report = {"problems": len(lines), "left_out": dict(left_out), "not_answered": failed, "config": to_dict(config)}
-    journal.write_whole(workdir / "problems.json", json.dumps(report, indent=2) + "\n")
+    write_whole(workdir / "problems.json", json.dumps(report, indent=2) + "\n")
     print(f"{len(lines)} problems in {path}")
     for reason, count in sorted(left_out.items()):
         print(f"  left out {count}: {reason}")

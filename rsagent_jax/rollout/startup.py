@@ -24,6 +24,7 @@ from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.engine import fill_sampling_defaults
 from rsagent_jax.runtime import processes
+from rsagent_jax.runtime.paths import is_remote
 from rsagent_jax.types import DataError
 from sam_bridge.backends import NAMES, BackendError, local_checkpoint
 
@@ -32,7 +33,9 @@ GIB = 1 << 30
 
 
 def check_disk(directory: pathlib.Path, more: int = 0) -> None:
-    """DataError unless `more` bytes and a little have room where `directory` is."""
+    """DataError unless `more` bytes and a little have room where `directory` is. A bucket has room for anything."""
+    if is_remote(directory):
+        return
     free = shutil.disk_usage(directory).free
     if free < more + SPACE:
         raise DataError(

@@ -23,7 +23,6 @@ import importlib.util
 import inspect
 import pathlib
 import sys
-import tempfile
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -38,6 +37,7 @@ from rsagent_jax.config.overrides import put_overrides, split_arguments
 from rsagent_jax.config.pretrain import PretrainConfig
 from rsagent_jax.config.ranges import field_type
 from rsagent_jax.runtime.help import help_page
+from rsagent_jax.runtime.paths import bucket_problem, check_writable, open_path
 from rsagent_jax.types import DataError
 from sam_bridge.types import SegmenterError
 
@@ -81,6 +81,11 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     except (DataError, SegmenterError) as error:
         kind = "segmenter: " if isinstance(error, SegmenterError) else ""
         print(f"error: {kind}{error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not (said := bucket_problem(error)):
+            raise
+        print(f"error: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = "; run the same command again to go on from the last checkpoint" if resumes else ""
@@ -147,13 +152,9 @@ def make_workdir(directory: str, flag: str = "workdir") -> pathlib.Path:
     """The directory that --workdir (or another flag) names, made if need be and known to be writable."""
     if not directory:
         raise DataError(f"--{flag}=DIR is required")
-    if "://" in directory:
-        raise DataError(f"--{flag}={directory} is no path; mount the bucket and give the folder it is on")
-    path = pathlib.Path(directory).expanduser()
+    path = open_path(directory)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):  # now, not after an hour of work
-            pass
+        check_writable(path)
     except OSError as error:
         raise DataError(f"--{flag}={path} cannot be written to: {error.strerror or error}") from error
     return path
@@ -163,7 +164,7 @@ def use_compilation_cache(directory: str, fallback: pathlib.Path) -> None:
     """Compiled programs are kept and found again by the next run."""
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(directory) if directory else fallback))
+    jax.config.update("jax_compilation_cache_dir", str(open_path(directory) if directory else fallback))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
