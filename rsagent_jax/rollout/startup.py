@@ -11,6 +11,8 @@ import importlib.util
 import pathlib
 import shutil
 
+import orbax.checkpoint as ocp
+
 from rsagent_jax.agent.budget import Texts, image_sizes, trajectory_budget, typical_size
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.agent.views import fixed_size
@@ -50,7 +52,7 @@ def check_weights(weights: str) -> tuple[Qwen25VLConfig, Processor]:
     shape, path, processor = load_config(directory), local_weights(weights), Processor.load(directory)
     if directory == path:
         convert.check_files(directory, shape)
-    elif not any(step.name.isdecimal() for step in path.iterdir()):
+    elif not ocp.utils.checkpoint_steps(path):
         raise DataError(f"{path} holds no finished checkpoint; run train.py until one is saved")
     return shape, processor
 

@@ -152,9 +152,10 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 def check_writable(path: pathlib.Path) -> None:
     """Makes the directory and writes to it, now and not after an hour of work. OSError or DataError."""
     if is_remote(path):
-        probe = path / f".probe-{uuid.uuid4().hex[:8]}"
-        write_whole(probe, b"1")
-        remove_file(probe)
+        with writing(path):
+            probe = path / f".probe-{uuid.uuid4().hex[:8]}"
+            _file_system().pipe_file(str(probe), b"1")
+            remove_file(probe)
         return
     make_directory(path)
     with tempfile.TemporaryFile(dir=path):
@@ -171,7 +172,7 @@ class AppendFile:
         """Nothing is touched before the first `add`."""
         self.path = path
         self.number: int | None = None  # of the last part
-        self.unmerged: list[bytes] = []
+        self.singles = 0  # parts of one line
 
     def add(self, text: str) -> None:
         """On the disk, or in the bucket, when this returns. DataError if it cannot be."""
@@ -183,32 +184,27 @@ class AppendFile:
                     os.fsync(file.fileno())
                 return
             if self.number is None:
-                self._begin()
-            number, data = self.number + 1, text.encode()
-            _file_system().pipe_file(_part(self.path, number, number), data)
-            self.number = number
-            self.unmerged.append(data)
-            if len(self.unmerged) >= MERGE:
+                parts = _parts(self.path)
+                self.number, self.singles = parts[-1][1] if parts else 0, sum(a == b for a, b in parts)
+                self._merge()  # of a start before this
+            _file_system().pipe_file(_part(self.path, self.number + 1, self.number + 1), text.encode())
+            self.number += 1
+            self.singles += 1
+            if self.singles >= MERGE:
                 self._merge()
 
-    def _begin(self) -> None:
-        """Where an earlier start ended; its single lines are read, to be merged with this one's."""
-        parts = _parts(self.path)
-        self.number = parts[-1][1] if parts else 0
-        singles = [_part(self.path, *part) for part in parts if part[0] == part[1]]
-        self.unmerged = [_file_system().cat_file(name) for name in singles]
-        if singles:
-            self._merge()
-
     def _merge(self) -> None:
-        first = self.number - len(self.unmerged) + 1
-        _file_system().pipe_file(_part(self.path, first, self.number), b"".join(self.unmerged))
-        _remove_covered(self.path)
-        self.unmerged = []
+        """The parts of one line, which are the last ones."""
+        singles = [part for part in _parts(self.path) if part[0] == part[1]]
+        if len(singles) > 1:
+            data = b"".join(_read_parts(self.path, singles))
+            _file_system().pipe_file(_part(self.path, singles[0][0], singles[-1][1]), data)
+            _remove_covered(self.path)
+        self.singles = 0
 
     def close(self) -> None:
-        with writing(self.path):
-            if len(self.unmerged) > 1:
+        if self.singles > 1:
+            with writing(self.path):
                 self._merge()
 
 
@@ -220,13 +216,11 @@ def open_lines(path: pathlib.Path) -> IO[bytes]:
     if not parts:
         return io.BytesIO(read_bytes(path))
     joined = tempfile.TemporaryFile()  # noqa: SIM115 whoever asked for it closes it
-    for first, last in parts:
-        try:
-            data = _file_system().cat_file(_part(path, first, last))
-        except FileNotFoundError:  # its writer has merged it since
-            joined.close()
-            return open_lines(path)
-        joined.write(data)
+    try:
+        joined.writelines(_read_parts(path, parts))
+    except FileNotFoundError:  # its writer has merged some since
+        joined.close()
+        return open_lines(path)
     joined.seek(0)
     return joined
 
@@ -277,6 +271,13 @@ def _parts(path: pathlib.Path) -> list[tuple[int, int]]:
         if not kept or last > kept[-1][1]:
             kept.append((first, last))
     return kept
+
+
+def _read_parts(path: pathlib.Path, parts: Sequence[tuple[int, int]], at_once: int = 16) -> Iterator[bytes]:
+    for start in range(0, len(parts), at_once):
+        names = [_part(path, *part) for part in parts[start : start + at_once]]
+        contents = _file_system().cat(names)
+        yield from (contents[name.removeprefix(SCHEME)] for name in names)
 
 
 def _remove_covered(path: pathlib.Path) -> None:

@@ -18,6 +18,8 @@ import pathlib
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import orbax.checkpoint as ocp
+
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import PolicyConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl.config import read_json
@@ -48,8 +50,7 @@ ROLLOUTS = ("agent.", "segmenter.")  # SFT has its own check of what its traject
 
 def saved_steps(workdir: pathlib.Path) -> dict[str, int]:
     """Stage -> TrainState.step of its newest finished checkpoint, for stages that have one."""
-    names = {stage: (workdir / "checkpoints" / stage).glob("*") for stage in STAGES}
-    steps = {stage: [int(p.name) for p in paths if p.name.isdecimal()] for stage, paths in names.items()}
+    steps = {stage: ocp.utils.checkpoint_steps(workdir / "checkpoints" / stage) for stage in STAGES}
     return {stage: max(found) for stage, found in steps.items() if found}
 
 

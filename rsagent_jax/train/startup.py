@@ -7,6 +7,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 from flax import nnx
 
 from rsagent_jax.agent.segmenter import open_segmenter
@@ -37,7 +38,7 @@ def check_train(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
         settings = getattr(config, stage)
         _, trained, base = partition_params(*nnx.split(model, nnx.Param), config.policy.lora, settings.optim.freeze)
         share.of(settings.batch.rows, f"{stage}.batch.rows")
-        if any(p.name.isdecimal() for p in (workdir / "checkpoints" / stage).glob("*")):
+        if ocp.utils.checkpoint_steps(workdir / "checkpoints" / stage):
             continue  # its room is taken already
         # fp32 parameters with both moments, and the base in the dtype of the activations
         needed += 12 * _numbers(trained) + jnp.dtype(config.policy.dtype).itemsize * _numbers(base)

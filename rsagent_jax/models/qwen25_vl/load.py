@@ -148,7 +148,7 @@ def weight_files(weights: str) -> list[pathlib.Path]:
     path = local_weights(weights)
     if files := sorted(path.glob("*.safetensors")):
         return files
-    newest = max((int(p.name) for p in path.glob("*") if p.name.isdecimal()), default=0)
+    newest = max(ocp.utils.checkpoint_steps(path), default=0)
     parts = (path / "base", path / str(newest) / "params")
     return sorted(file for part in parts for file in files_below(part))
 
