@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from rsagent_jax.config.ranges import CountOrZero
 from rsagent_jax.report.comparison import Comparison, check_comparable, compare, text_table
 from rsagent_jax.report.evaluation import Evaluation, load_evaluation
+from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.types import DataError
 
 
@@ -98,9 +99,6 @@ def main(
         print(f"\nSamples on which {comparison.name} and {names[0]} differ most\n{text_table(rows, 2)}")
         text += [f"## Samples on which {comparison.name} and {names[0]} differ most", markdown(rows)]
     if out:
-        try:
-            out.write_text("\n\n".join(text) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"--out={out} cannot be written ({error.strerror or error})") from None
+        write_whole(out, "\n\n".join(text) + "\n")
     gaps = {c.name: {k: dataclasses.asdict(getattr(c, k)) for k in ("giou", "ciou", "turns")} for c in found}
     print("\n" + json.dumps({"base": names[0], "differences": gaps}))

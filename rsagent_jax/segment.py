@@ -17,7 +17,6 @@ import pathlib
 import time
 
 import numpy as np
-import PIL.Image
 
 from rsagent_jax.agent.environment import EnvState, final_mask
 from rsagent_jax.agent.overlay import draw_overlay
@@ -31,7 +30,8 @@ from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import open_engine
 from rsagent_jax.rollout.policy import Policy, Task
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
-from rsagent_jax.runtime.image_files import read_image
+from rsagent_jax.runtime.image_files import png, read_image
+from rsagent_jax.runtime.paths import open_path, remove_file, write_whole
 from rsagent_jax.types import DataError, Sample, Status
 from sam_bridge.types import Segmenter
 
@@ -48,7 +48,7 @@ def main(
     weights: str = "",  # a Hugging Face directory, org/name or checkpoints/<stage>; in place of policy.weights
 ) -> None:
     image_path = image
-    if not pathlib.Path(image_path).exists():
+    if not open_path(image_path).exists():
         raise DataError(f"{image_path} does not exist")
     # The orientation is applied, unlike for COCO: a mask of a photograph should lie as its owner sees it.
     image, query = read_image(image_path, "name a picture file", upright=True), query.strip()
@@ -81,7 +81,7 @@ def segment(
 ) -> EnvState:
     """Plays one trajectory on image u8[h, w, 3], prints its turns, writes FILES into `out`."""
     for name in FILES:  # a mask of an earlier question must not stand beside a failure of this one
-        (out / name).unlink(missing_ok=True)
+        remove_file(out / name)
     since = time.perf_counter()
 
     def show(task: Task, state: EnvState) -> None:
@@ -96,13 +96,13 @@ def segment(
     ((_, state),) = driver.run([task])
 
     # Saved, not referred to: plain readers would not turn and flatten the user's file as this command did.
-    PIL.Image.fromarray(image).save(out / "image.png", compress_level=1)
-    (out / "trajectory.json").write_text(state_to_json(state, task.sample.path) + "\n", encoding="utf-8")
+    write_whole(out / "image.png", png(image))
+    write_whole(out / "trajectory.json", state_to_json(state, task.sample.path) + "\n")
     if state.status is Status.ENV_FAILED:
         raise DataError(f"segmenter: {state.failure.kind}: {state.failure.detail}; no mask is written")
     mask, mask_id = final_mask(state)
-    PIL.Image.fromarray(mask.astype(np.uint8) * 255).save(out / "mask.png")
-    PIL.Image.fromarray(draw_overlay(image, mask, max(mask.shape))).save(out / "overlay.png", compress_level=1)
+    write_whole(out / "mask.png", png(mask.astype(np.uint8) * 255))
+    write_whole(out / "overlay.png", png(draw_overlay(image, mask, max(mask.shape))))
     print(describe_ending(state, mask, mask_id))
     print(f"{out / 'mask.png'}  {out / 'overlay.png'}  {out / 'trajectory.json'}")
     return state

@@ -27,7 +27,7 @@ from rsagent_jax.data.sets.index import spread
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, merged_tokens, padded_patches
 from rsagent_jax.report.page import render_page
-from rsagent_jax.types import DataError
+from rsagent_jax.runtime.paths import make_directory, write_whole, writing
 
 
 def shown_tokens(item: Item, processor: Processor) -> Iterator[tuple[str, int, Any]]:
@@ -74,9 +74,7 @@ def main(
     samples: CountOrZero = 4,  # how many, evenly spread; 0 = all
 ) -> None:
     text = tokens_page(trajectories, Processor.load(policy_directory(processor)), samples)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"--out={out} cannot be written ({error.strerror or error})") from None
+    with writing(out):
+        make_directory(out.parent)
+        write_whole(out, text)
     print(out)

@@ -182,9 +182,9 @@ def test_weights_are_fetched_once_and_again_where_they_changed(bucket):
     paths.put_files(base, run_path("base"))
     assert weights_checksum("gs://bucket/base") == weights_checksum(str(base))
     copy = policy_directory("gs://bucket/base")
-    assert copy == paths.local_copy(run_path("base")) and copy.is_dir()
+    assert copy == paths.fetch_folder(run_path("base")) and copy.is_dir()
     paths.write_whole(run_path("base/config.json"), "{}")
-    assert paths.local_copy(run_path("base")) != copy
+    assert paths.fetch_folder(run_path("base")) != copy
 
 
 # ------------------------------------------------------------------------------------------------ the whole loop

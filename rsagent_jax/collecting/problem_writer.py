@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import json
-import os
 import pathlib
 import re
 import threading
@@ -31,7 +30,7 @@ from rsagent_jax.rollout.policy import PolicyFailure
 from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.image_files import keep_image, read_image
 from rsagent_jax.runtime.journal import Journal
-from rsagent_jax.runtime.paths import write_whole
+from rsagent_jax.runtime.paths import absolute_name, write_whole
 from rsagent_jax.types import DataError, Sample
 
 ANSWERS = "answers"  # the journal's folder
@@ -176,10 +175,10 @@ class ProblemWriter:
         # The picture's own file; a copy where it is none, or where an EXIF orientation would turn it.
         own = sample.path and np.array_equal(read_image(sample.path, upright=True), sample.image)
         row = {"id": sample.id, "uid": uid, "name": sample.query, "queries": queries, "rejected": dict(rejected)}
-        row["image"] = os.path.abspath(sample.path if own else keep_image(self.workdir, sample.image))
+        row["image"] = absolute_name(sample.path if own else keep_image(self.workdir, sample.image))
         row["segmentation"] = encode_rle(sample.gt_mask)
         if sample.ignore_mask is not None and sample.ignore_mask.any():
-            row["ignore"] = os.path.abspath(keep_image(self.workdir, sample.ignore_mask.astype(np.uint8) * 255))
+            row["ignore"] = absolute_name(keep_image(self.workdir, sample.ignore_mask.astype(np.uint8) * 255))
         return row
 
 

@@ -29,8 +29,8 @@ from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens
 from rsagent_jax.runtime.image_files import checksum, decode_image, image_by_checksum, png
 from rsagent_jax.runtime.paths import (
+    fetch_folder,
     is_remote,
-    local_copy,
     make_directory,
     open_path,
     put_files,
@@ -164,7 +164,7 @@ def open_records(directory: str | pathlib.Path) -> grain.sources.ArrayRecordData
             f"{directory} holds no complete set of trajectories ({STAMP} is missing);"
             " make one with: python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=DIR"
         )
-    directory = local_copy(directory, ("*.array_record", STAMP))
+    directory = fetch_folder(directory, ("*.array_record", STAMP))
     try:
         stated = int(read_json(directory / STAMP)["records"])
         source = grain.sources.ArrayRecordDataSource(sorted(map(str, directory.glob("*.array_record"))))

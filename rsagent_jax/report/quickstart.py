@@ -25,6 +25,7 @@ from typing import Any
 from rsagent_jax.report.comparison import GainInterval, compare, text_table
 from rsagent_jax.report.evaluation import Evaluation, Example, load_evaluation, read_objects, setting_rows
 from rsagent_jax.report.page import line_chart, render_page, save_page, smoothed, span
+from rsagent_jax.runtime.paths import make_directory, write_whole
 from rsagent_jax.types import DataError
 
 KEYS = ("giou", "ciou", "mean_turns", "tool_error_rate", "n", "giou_ci95")  # of results.json, kept per policy
@@ -167,9 +168,9 @@ def main(
     started: float,  # when the quickstart began, as `date +%s` says it
 ) -> None:
     summary = summarize_run(train, dict(base=base, sft=sft, grpo=grpo), started)
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     path = out / "summary.json"
-    path.write_text(json.dumps(summary.to_json(), indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(summary.to_json(), indent=2) + "\n")
     shown = save_page(summary_page(summary), out)
     notes = [ABSENT_NOTE, ""] if summary.absent else []
     verdicts = [_verdict("GRPO", "SFT", summary.gain), _verdict("SFT", "base", summary.sft_gain)]

@@ -21,11 +21,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import pathlib
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -33,11 +34,11 @@ from ml_collections import ConfigDict
 from rsagent_jax.config import schema
 from rsagent_jax.config.build import build_config, build_fields, refuse_config
 from rsagent_jax.config.import_path import closest, first_line, load_file, place, shipped
-from rsagent_jax.config.overrides import put_overrides, split_arguments
+from rsagent_jax.config.overrides import put_overrides, read_text, split_arguments
 from rsagent_jax.config.pretrain import PretrainConfig
 from rsagent_jax.config.ranges import field_type
 from rsagent_jax.runtime.help import help_page
-from rsagent_jax.runtime.paths import bucket_problem, check_writable, open_path
+from rsagent_jax.runtime.paths import bucket_problem, bucket_used, check_writable, open_path
 from rsagent_jax.types import DataError
 from sam_bridge.types import SegmenterError
 
@@ -54,14 +55,22 @@ OWNERS = {  # whose config files a class describes
 def start_command() -> None:
     """Of a file's `if __name__ == "__main__"`. It stands above what the file imports, which --help does without."""
     main = sys.modules["__main__"]
-    sys.exit(run_command(main.__spec__.name if main.__spec__ else main.__file__, sys.argv[1:]))
+    _exit(run_command(main.__spec__.name if main.__spec__ else main.__file__, sys.argv[1:]))
 
 
 def console_script() -> None:
     """`rsagent-NAME` of an installed package: train, evaluate, or a module of rsagent_jax."""
     name = pathlib.Path(sys.argv[0]).stem.removeprefix("rsagent-").replace("-", "_")
     module = f"rsagent_jax.tiny.{name}" if name == "synthetic" else f"rsagent_jax.{name}"
-    sys.exit(run_command(shipped(f"{name}.py") if name in ("train", "evaluate") else module, sys.argv[1:]))
+    _exit(run_command(shipped(f"{name}.py") if name in ("train", "evaluate") else module, sys.argv[1:]))
+
+
+def _exit(status: int) -> NoReturn:
+    if status and bucket_used():  # threads of Orbax's would wait for a bucket that is gone, a quarter of an hour
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def run_command(name: str, argv: Sequence[str]) -> int:
@@ -134,7 +143,7 @@ def _positional(parameters: Mapping[str, inspect.Parameter], hints: dict[str, An
         hint = "; an override starts with --config." if "=" in given[-1] else ""
         raise DataError(f"unexpected argument {given[len(names)]!r}{hint}")
     names += rest * (len(given) - len(names))
-    return [hints[name](text) for name, text in zip(names, given, strict=True)]
+    return [read_text(hints[name], text) for name, text in zip(names, given, strict=True)]
 
 
 def quieten() -> None:

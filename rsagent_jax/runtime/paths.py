@@ -56,7 +56,13 @@ def open_path(text: str | os.PathLike) -> pathlib.Path:
 
 
 def absolute(path: pathlib.Path) -> pathlib.Path:
+    """epath would put a bucket's below the working directory."""
     return path if is_remote(path) else path.absolute()
+
+
+def absolute_name(path: str) -> str:
+    """The same of a text, without . and .. in it."""
+    return path if is_remote(path) else os.path.abspath(path)
 
 
 @functools.cache
@@ -70,8 +76,14 @@ def _file_system() -> Any:
         raise DataError(f"gs:// needs the extra gcs ({error}): pip install -e .[gcs]") from None
     # A listing must show what tensorstore and other hosts wrote.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints what it raises
+    for name in ("gcsfs", "absl"):  # they, the latter for Orbax, print what is raised as well
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return fsspec.filesystem("gcs", finalize_on_close=True)
+
+
+def bucket_used() -> bool:
+    """Whether this process has opened any."""
+    return _file_system.cache_info().currsize > 0
 
 
 # ------------------------------------------------------------------------------------------------- whole files
@@ -288,7 +300,7 @@ def _remove_covered(path: pathlib.Path) -> None:
 # ------------------------------------------------------------------------------------------ copies on this machine
 
 
-def local_copy(path: pathlib.Path, patterns: Sequence[str] = ("*",)) -> pathlib.Path:
+def fetch_folder(path: pathlib.Path, patterns: Sequence[str] = ("*",)) -> pathlib.Path:
     """The folder itself; of a bucket, one on this machine with those of its files that match, fetched once a host.
 
     For what only reads local files: safetensors, tokenizers, ArrayRecord. DataError where they have no room.

@@ -27,7 +27,7 @@ from rsagent_jax.data.sets.index import Entry, Inputs, SampleIndex
 from rsagent_jax.data.sets.mask_files import IGNORED, OBJECT, read_mask
 from rsagent_jax.masks import POLYGONS, RLE, decode_segmentation
 from rsagent_jax.runtime.image_files import read_image
-from rsagent_jax.runtime.paths import open_path, read_bytes
+from rsagent_jax.runtime.paths import is_remote, open_path, read_bytes
 from rsagent_jax.types import DataError, Sample
 from sam_bridge.file_kinds import HEAD, kind_of
 
@@ -177,6 +177,6 @@ def _path(root: pathlib.Path, key: str, value: Any) -> str | None:
         return None
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{key} must be text, the path of a picture" + ", or null for none" * (key != "image"))
-    if "\0" in value or "://" in value or value.startswith("data:"):
-        raise ValueError(f"{key} must be the path of a file on this machine")
-    return str(root / value)
+    if "\0" in value or ("://" in value and not is_remote(value)) or value.startswith("data:"):
+        raise ValueError(f"{key} must be the path of a file on this machine or in a bucket")
+    return value if is_remote(value) else str(root / value)

@@ -6,14 +6,13 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from rsagent_jax.runtime.paths import is_remote, read_bytes, remote_versions
+from rsagent_jax.runtime.paths import absolute_name, is_remote, read_bytes, remote_versions
 from rsagent_jax.types import DataError, Sample
 
 # COCO's file names of 2014 and 2017, so that a user's copy of a picture is known as the same picture.
@@ -41,9 +40,7 @@ class Entry:
     def image_key(self) -> str:
         """A name that copies of one picture share: "coco/<image id>" by COCO's file names, else the absolute path."""
         known = _COCO_NAME.fullmatch(pathlib.PurePath(self.image).name)
-        if known:
-            return f"coco/{int(known[1])}"
-        return self.image if is_remote(self.image) else os.path.abspath(self.image)
+        return f"coco/{int(known[1])}" if known else absolute_name(self.image)
 
     def inputs(self) -> Inputs:
         """Nothing is decoded for it."""

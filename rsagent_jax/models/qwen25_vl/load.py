@@ -20,10 +20,10 @@ from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.runtime import sharding
 from rsagent_jax.runtime.paths import (
     absolute,
+    fetch_folder,
     file_size,
     files_below,
     is_remote,
-    local_copy,
     make_directory,
     open_path,
     remove_file,
@@ -55,7 +55,7 @@ def local_weights(weights: str) -> pathlib.Path:
         path = open_path(weights)
         is_hugging_face = (path / "config.json").exists() and any(path.glob("*.safetensors*"))
         files = (*POLICY_FILES, "*.safetensors", tensor_files.INDEX)
-        return local_copy(path, files) if is_hugging_face else path
+        return fetch_folder(path, files) if is_hugging_face else path
     if not hub.is_repository(weights):
         return pathlib.Path(weights)
     try:
@@ -80,7 +80,7 @@ def policy_directory(weights: str) -> pathlib.Path:
     if (path / "config.json").exists() and any(path.glob("*.safetensors*")):
         return path
     if (path / "policy" / "config.json").exists():
-        return local_copy(path / "policy")
+        return fetch_folder(path / "policy")
     if any(path.glob("checkpoints/*/policy/config.json")):
         raise DataError(f"{path} holds no weights itself; give {path}/checkpoints/<stage>")
     if path.name.isdigit() and (path.parent / "policy" / "config.json").exists():
