@@ -332,17 +332,18 @@ def fetch_folder(path: pathlib.Path, patterns: Sequence[str] = ("*",)) -> pathli
 
 @contextlib.contextmanager
 def local_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Where to write what only writes local files: `path` itself, or a folder whose files are put there at the end."""
+    """`path` itself, or a place on this machine, not made yet, whose files are put there at the end: for what only
+    writes local files."""
     if not is_remote(path):
-        make_directory(path)
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield pathlib.Path(folder)
-        put_files(pathlib.Path(folder), path)
+        yield (here := pathlib.Path(folder) / path.name)
+        put_files(here, path)
 
 
 def put_files(folder: pathlib.Path, path: pathlib.Path) -> None:
+    """What is below a folder of this machine, into a bucket."""
     with writing(path):
         for file in sorted(files_below(folder)):
             _file_system().put_file(str(file), f"{path}/{file.relative_to(folder)}")

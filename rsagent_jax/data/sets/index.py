@@ -128,9 +128,9 @@ def _digest(source: pathlib.Path | bytes, by: str = "content") -> bytes:
     """The checksum of a file's bytes, or (`by` "stat") what the file system says of it; or the bytes themselves."""
     if isinstance(source, bytes):
         return source
-    if is_remote(source):  # the bucket keeps checksums
-        return remote_versions(str(source.parent)).get(source.name, "missing").encode()
     try:
+        if is_remote(source):  # the bucket keeps checksums
+            return remote_versions(str(source.parent)).get(source.name, "missing").encode()
         stat = source.stat()
         if by == "stat":
             return f"{source} {stat.st_size} {stat.st_mtime_ns}".encode("utf-8", "surrogateescape")
