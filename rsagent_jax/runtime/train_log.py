@@ -88,6 +88,7 @@ class MetricsLog:
         self.events.add_image(name, image, step, dataformats="HWC")
 
     def _send(self) -> None:
+        """TensorBoard's events, where they belong."""
         self.events.flush()
         self.sent = time.monotonic()
         if self.local != self.board:

@@ -21,6 +21,7 @@ from rsagent_jax.config.import_path import first_line
 from rsagent_jax.config.schema import LoraConfig
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.load import copy_policy_files
+from rsagent_jax.runtime import processes
 from rsagent_jax.runtime.paths import absolute
 from rsagent_jax.train.state import EMPTY, TrainState
 from rsagent_jax.types import DataError
@@ -36,7 +37,8 @@ class Checkpoints:
         self.directory = absolute(directory)
         self.adapters = {"rank": adapters.rank, "alpha": adapters.alpha} if adapters.rank else None
         self.has_base = False  # the one on disk is that of this run
-        copy_policy_files(weights, self.directory / "policy")
+        if processes.is_lead():
+            copy_policy_files(weights, self.directory / "policy")
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
