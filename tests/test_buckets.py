@@ -147,8 +147,11 @@ def test_what_a_reader_meets_is_one_line_too(bucket, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_an_error_of_anything_else_is_nobody_elses():
-    assert paths.bucket_problem(ValueError("403")) == ""
+def test_an_error_of_anything_else_is_not_the_buckets(bucket):
+    run_path()
+    assert paths.bucket_problem(ValueError("403")) == paths.bucket_problem(ValueError("gs://bucket/x is odd")) == ""
+    said = 'Error writing "w/0" in OCDBT database at gs://bucket/x/: UNAVAILABLE'  # tensorstore's
+    assert "run the same command again when it is back" in paths.bucket_problem(ValueError(said))
 
 
 # --------------------------------------------------------------------------------------------- data and weights

@@ -34,7 +34,9 @@ os.environ.setdefault("EPATH_USE_TF", "false")  # else etils imports TensorFlow 
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 SCHEME = "gs://"
 MERGE = 256  # lines in a merged part
-CLIENTS = {"gcsfs", "fsspec", "aiohttp", "google", "tensorstore"}  # whose errors are the bucket's
+# Modules whose errors are the bucket's, and how tensorstore begins its own.
+CLIENTS = ("gcsfs", "fsspec", "aiohttp", "google.api_core", "google.auth", "google.cloud")
+_TENSORSTORE = re.compile(r"Error (reading|writing|opening|deleting|listing) .*gs://", re.DOTALL)
 _PART = re.compile(r"part-(\d{8})-(\d{8})")
 
 
@@ -358,7 +360,7 @@ def bucket_problem(error: BaseException) -> str:
     while error is not None and error not in chain:
         chain.append(error)
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    if not any(map(_is_clients, chain)):
+    if not bucket_used() or not any(map(_is_clients, chain)):
         return ""
     said = next((text for e in chain if (text := " ".join(str(e).split()))), type(chain[0]).__name__)[:300]
     if any(isinstance(e, FileNotFoundError) for e in chain) or "NOT_FOUND" in said:
@@ -375,7 +377,6 @@ def bucket_problem(error: BaseException) -> str:
 
 
 def _is_clients(error: BaseException) -> bool:
-    frames = traceback.walk_tb(error.__traceback__)
-    return type(error).__module__.partition(".")[0] in CLIENTS or any(
-        frame.f_globals.get("__name__", "").partition(".")[0] in CLIENTS for frame, _ in frames
-    )
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    where = (type(error).__module__, *frames)
+    return any(name.startswith(CLIENTS) for name in where) or _TENSORSTORE.search(str(error)) is not None

@@ -22,7 +22,7 @@ from rsagent_jax.config.schema import LoraConfig
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.load import copy_policy_files
 from rsagent_jax.runtime import processes
-from rsagent_jax.runtime.paths import absolute
+from rsagent_jax.runtime.paths import absolute, bucket_problem
 from rsagent_jax.train.state import EMPTY, TrainState
 from rsagent_jax.types import DataError
 
@@ -65,6 +65,8 @@ class Checkpoints:
         try:
             restored = self.manager.restore(step, args=ocp.args.Composite(source=ocp.args.JsonRestore(), **args))
         except (ValueError, KeyError, TypeError) as error:
+            if bucket_problem(error):
+                raise
             raise DataError(
                 f"{saved} does not fit the model and optimiser of this config ({first_line(error)}); {REMEDY}"
             ) from error
@@ -87,6 +89,8 @@ class Checkpoints:
             with ocp.StandardCheckpointer() as reader:
                 values = reader.restore(self.directory / "base", jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            if bucket_problem(error) and not isinstance(error, FileNotFoundError):
+                raise
             raise DataError(
                 f"{self.directory}/base does not fit the parameters that this config leaves untrained"
                 f" ({first_line(error)}); {REMEDY}"

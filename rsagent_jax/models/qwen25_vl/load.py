@@ -20,6 +20,7 @@ from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.runtime import sharding
 from rsagent_jax.runtime.paths import (
     absolute,
+    bucket_problem,
     fetch_folder,
     file_size,
     files_below,
@@ -125,6 +126,8 @@ def load_policy(weights: str, mesh: Mesh | None = None, dtype: str = "float32") 
                 merge = functools.partial(lora.merge_adapters, scale=scale, dtype=jnp.dtype(dtype))
                 values = jax.jit(merge, donate_argnums=0, out_shardings=places)(values, adapters)
         except (ValueError, KeyError, TypeError, OSError) as error:
+            if bucket_problem(error):
+                raise
             raise DataError(f"{path}/{step} is not of the model in {path}/policy ({first_line(error)})") from error
     return convert.with_params(model, values)
 
