@@ -57,7 +57,7 @@ $(FULL): | $(RUNTIME)
 	@echo "== installing what the side-car and the tests need (torch, sam2, pytest, ...): a few minutes"
 	$(PY) -m pip install $(call pin,torch) $(call pin,setuptools) $(call pin,wheel)
 	$(PY) -m pip install --no-deps $(call pin,torchvision)
-	SAM2_BUILD_CUDA=0 $(PY) -m pip install --no-build-isolation -e ".[demo,sidecar,dev$(DEVICE_EXTRA)]"
+	SAM2_BUILD_CUDA=0 $(PY) -m pip install --no-build-isolation -e ".[demo,gcs,sidecar,dev$(DEVICE_EXTRA)]"
 	$(PY) -m pip check
 	@touch $@
 

@@ -47,6 +47,7 @@ from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmente
 from rsagent_jax.runtime import command, processes
 from rsagent_jax.runtime import journal as journals
 from rsagent_jax.runtime.image_files import keep_image
+from rsagent_jax.runtime.paths import remove_file, write_whole
 from rsagent_jax.types import DataError, Trajectory
 from sam_bridge.types import Segmenter
 
@@ -106,7 +107,7 @@ def play_share(config: EvalConfig, workdir: pathlib.Path, share: processes.Share
         mine = range(share.index, len(samples), share.count)
         left = journal.left([(ids[k], k) for k in mine], "samples")
         if not journal.done.issuperset(ids):  # what an earlier start said is not the result of these samples
-            (workdir / "results.json").unlink(missing_ok=True)
+            remove_file(workdir / "results.json")
         if left:
             driver = bounds.oracle_driver(config, segmenter) if oracle else policy_driver(config, segmenter, workdir)
             measure(config, workdir, samples, left, len(mine), driver, journal)
@@ -226,9 +227,9 @@ def write_results(
         | {name: getattr(result, name) for name in ("intersection", "union", "iou", "status", "turns")}
         for result, r in zip(results, kept, strict=True)
     ]
-    journals.write_whole(workdir / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
-    journals.write_whole(workdir / "trajectories.jsonl", "".join(json.dumps(r.example) + "\n" for r in kept))
-    journals.write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
+    write_whole(workdir / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
+    write_whole(workdir / "trajectories.jsonl", "".join(json.dumps(r.example) + "\n" for r in kept))
+    write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
     evaluation.write_evaluation(workdir)
     return summary
 

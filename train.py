@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from PIL import Image
 from tqdm import tqdm
 
 from rsagent_jax.agent.segmenter import open_segmenter
@@ -34,6 +33,8 @@ from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.runtime import processes, sharding
+from rsagent_jax.runtime.image_files import png
+from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train import run_identity, startup
 from rsagent_jax.train.batch_source import BatchSource, GrpoSource, SftSource
@@ -253,10 +254,10 @@ def save_first_batch(workdir: pathlib.Path, stage: str, batch: Batch, processor:
             inside = bool(trained)
         out.append(processor.decode([token]))
     path = workdir / f"first_batch_{stage}.txt"
-    path.write_text("".join(out) + ("]]" if inside else "") + "\n", encoding="utf-8")
+    write_whole(path, "".join(out) + ("]]" if inside else "") + "\n")
     images = unpatchify(batch.patches[0], batch.patch_segment_ids[0], batch.patch_positions[0], processor.images)
     if images:
         height = max(len(image) for image in images)
         strip = np.concatenate([np.pad(i, ((0, height - len(i)), (0, 4), (0, 0))) for i in images], axis=1)
-        Image.fromarray(strip).save(path.with_suffix(".png"))
+        write_whole(path.with_suffix(".png"), png(strip))
         log.image(f"{stage}/first_batch", strip, 1)

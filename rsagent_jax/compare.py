@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from rsagent_jax.config.ranges import CountOrZero
 from rsagent_jax.report.comparison import Comparison, check_comparable, compare, markdown, text_table
 from rsagent_jax.report.evaluation import Evaluation, load_evaluation
-from rsagent_jax.runtime.journal import writing
+from rsagent_jax.runtime.paths import write_whole, writing
 from rsagent_jax.types import DataError
 
 
@@ -92,6 +92,6 @@ def main(
         text += [f"## Samples on which {comparison.name} and {names[0]} differ most", markdown(rows)]
     if out:
         with writing(f"--out={out}"):
-            out.write_text("\n\n".join(text) + "\n", encoding="utf-8")
+            write_whole(out, "\n\n".join(text) + "\n")
     gaps = {c.name: {k: dataclasses.asdict(getattr(c, k)) for k in ("giou", "ciou", "turns")} for c in found}
     print("\n" + json.dumps({"base": names[0], "differences": gaps}))

@@ -26,6 +26,8 @@ from rsagent_jax.config.ranges import CountOrZero
 from rsagent_jax.config.schema import CollectConfig, DataConfig, EvalConfig, ProblemsConfig, TrainConfig
 from rsagent_jax.data.sets.index import SampleIndex, spread
 from rsagent_jax.data.sets.open import open_samples
+from rsagent_jax.runtime.image_files import png
+from rsagent_jax.runtime.paths import open_path, write_whole
 from rsagent_jax.tiny.synthetic import STAMP
 from rsagent_jax.types import DataError, Sample
 
@@ -71,7 +73,7 @@ def main(
         "name": samples.name, "samples": len(samples), "notes": list(samples.notes), "counts": rows,
         "looked_at": len(chosen), "read": read, "empty_masks": empty, "with_ignore": ignored, "unreadable": bad,
     }  # fmt: skip
-    (out / "check.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(out / "check.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     print(
         f"  {read} of {len(chosen)} samples looked at were read; {empty} have an empty mask, {ignored} ignored"
         f" pixels; a mask covers {np.mean(covered) if covered else 0:.1%} of its picture on average"
@@ -89,7 +91,7 @@ def count_row(samples: SampleIndex, data: DataConfig) -> dict:
     refs, wanted_images, sentences = PUBLISHED.get(samples.name, (None, None, None))
     part = next((p.data for p in data.mix if p.data.dataset == samples.name.split("/")[0]), data)
     wanted = sentences if part.unit == "sentence" and samples.name.startswith("refcoco") else refs
-    if (pathlib.Path(part.root or data.root) / STAMP).exists():
+    if (open_path(part.root or data.root) / STAMP).exists():
         return row | {"verdict": "synthetic scenes: not compared"}
     if part.limit or data.limit or samples.notes or part.texts != "first":
         return row | {"verdict": "part of the split: not compared"}
@@ -128,4 +130,4 @@ def contact_sheet(samples: list[Sample], path: pathlib.Path) -> None:
         sheet.paste(Image.fromarray(draw_overlay(image, sample.gt_mask, SIDE)), (x, y))
         text = textwrap.fill(sample.query.encode("latin-1", "replace").decode("latin-1"), 40, max_lines=3)
         draw.multiline_text((x, y + SIDE + 2), text, fill="black", font_size=12, spacing=2)
-    sheet.save(path)
+    write_whole(path, png(np.asarray(sheet)))

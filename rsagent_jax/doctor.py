@@ -27,7 +27,7 @@ from rsagent_jax.fitness.checks import run_checks
 from rsagent_jax.fitness.finding import Examined
 from rsagent_jax.fitness.hosts import compare_hosts, gather_pages, pages_json, pages_table
 from rsagent_jax.runtime import processes
-from rsagent_jax.runtime.journal import write_whole
+from rsagent_jax.runtime.paths import write_whole
 
 
 def main(

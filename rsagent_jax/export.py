@@ -23,6 +23,7 @@ from rsagent_jax.config.ranges import Positive
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import copy_policy_files, load_policy, policy_directory
+from rsagent_jax.runtime.paths import is_remote, local_directory
 from rsagent_jax.types import DataError
 
 
@@ -76,4 +77,8 @@ def main(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,  # instead of the one in config.json
     max_shard_gb: Positive = 5.0,  # 10^9 bytes per file at most
 ) -> None:
-    print(export(checkpoint, out, dtype, max_shard_gb))
+    if is_remote(out) and out.exists():
+        raise DataError(f"{out} exists; choose another --out")
+    with local_directory(out) as here:
+        said = export(checkpoint, here, dtype, max_shard_gb)
+    print(said.replace(str(here), str(out)))

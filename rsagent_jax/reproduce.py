@@ -25,7 +25,7 @@ from collections.abc import Collection
 from rsagent_jax.config.import_path import closest
 from rsagent_jax.config.recipe import RecipeConfig, Step, plan_steps
 from rsagent_jax.report.reproduction import STAMP, command_line, seconds_of, waits_for, write_report
-from rsagent_jax.runtime.journal import write_whole
+from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.types import DataError
 
 REPORT = "report"  # of --only: no stage

@@ -15,7 +15,6 @@ import pathlib
 import time
 
 import numpy as np
-import PIL.Image
 
 from rsagent_jax.agent.environment import EnvState, final_mask
 from rsagent_jax.agent.overlay import draw_overlay
@@ -30,7 +29,8 @@ from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.policy import Policy, Task
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
 from rsagent_jax.runtime import processes
-from rsagent_jax.runtime.image_files import read_image
+from rsagent_jax.runtime.image_files import png, read_image
+from rsagent_jax.runtime.paths import open_path, remove_file, write_whole
 from rsagent_jax.types import DataError, Sample, Status
 from sam_bridge.types import Segmenter
 
@@ -54,7 +54,7 @@ def main(
 
 def ask_policy(image_path: str, query: str, config: SegmentConfig, out: str, weights: str) -> None:
     """Checks, opens everything, plays."""
-    if not pathlib.Path(image_path).exists():
+    if not open_path(image_path).exists():
         raise DataError(f"{image_path} does not exist")
     # The orientation is applied, unlike for COCO: a mask of a photograph should lie as its owner sees it.
     image, query = read_image(image_path, "name a picture file", upright=True), query.strip()
@@ -86,7 +86,7 @@ def segment(
 ) -> EnvState:
     """Plays one trajectory on image u8[h, w, 3], prints its turns, writes FILES into `out`."""
     for name in FILES:  # a mask of an earlier question must not stand beside a failure of this one
-        (out / name).unlink(missing_ok=True)
+        remove_file(out / name)
     since = time.perf_counter()
 
     def show(task: Task, state: EnvState) -> None:
@@ -101,13 +101,13 @@ def segment(
     ((_, state),) = driver.run([task])
 
     # Saved, not referred to: plain readers would not turn and flatten the user's file as this command did.
-    PIL.Image.fromarray(image).save(out / "image.png", compress_level=1)
-    (out / "trajectory.json").write_text(state_to_json(state, task.sample.path) + "\n", encoding="utf-8")
+    write_whole(out / "image.png", png(image))
+    write_whole(out / "trajectory.json", state_to_json(state, task.sample.path) + "\n")
     if state.status is Status.ENV_FAILED:
         raise DataError(f"segmenter: {state.failure.kind}: {state.failure.detail}; no mask is written")
     mask, mask_id = final_mask(state)
-    PIL.Image.fromarray(mask.astype(np.uint8) * 255).save(out / "mask.png")
-    PIL.Image.fromarray(draw_overlay(image, mask, max(mask.shape))).save(out / "overlay.png", compress_level=1)
+    write_whole(out / "mask.png", png(mask.astype(np.uint8) * 255))
+    write_whole(out / "overlay.png", png(draw_overlay(image, mask, max(mask.shape))))
     print(describe_ending(state, mask, mask_id))
     print(f"{out / 'mask.png'}  {out / 'overlay.png'}  {out / 'trajectory.json'}")
     return state

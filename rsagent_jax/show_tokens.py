@@ -25,7 +25,7 @@ from rsagent_jax.data.sets.index import spread
 from rsagent_jax.models.qwen25_vl.load import processor_directory
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer, merged_tokens, padded_patches
 from rsagent_jax.report.page import render_page
-from rsagent_jax.runtime.journal import writing
+from rsagent_jax.runtime.paths import make_directory, write_whole, writing
 
 
 def shown_tokens(item: Item, processor: Processor) -> Iterator[tuple[str, int, Any]]:
@@ -73,6 +73,6 @@ def main(
 ) -> None:
     text = tokens_page(trajectories, Processor.load(processor_directory(processor)), samples)
     with writing(f"--out={out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        make_directory(out.parent)
+        write_whole(out, text)
     print(out)

@@ -32,6 +32,7 @@ RUNGS = (
     ("array_types",),
     ("types",),
     ("masks",),
+    ("runtime.paths",),  # what a flag that is a path is read as
     ("config",),
     ("runtime",),
     ("models", "rewards", "agent"),
@@ -178,6 +179,7 @@ def test_torch_and_sam2_are_in_one_file():
 
 INDIRECT = {  # not imported by name
     "importlib-resources",  # by tensorflow-datasets, which does not say so
+    "google-cloud-storage",  # by Orbax, for gs://
     "hydra-core", "iopath", "torchvision",  # by sam2
     "scikit-image",  # only its photographs
     "transformers",  # where weights are opened: models/qwen25_vl/config.py, hugging_face

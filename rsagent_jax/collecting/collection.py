@@ -24,6 +24,7 @@ from rsagent_jax.rollout.play import is_segmenters, unmeasured
 from rsagent_jax.rollout.policy import Policy
 from rsagent_jax.runtime import command, processes
 from rsagent_jax.runtime import journal as journals
+from rsagent_jax.runtime.paths import remove_file
 from rsagent_jax.types import DataError
 
 
@@ -63,7 +64,7 @@ def collect_share(config: CollectConfig, workdir: pathlib.Path, share: processes
                 )
             left = journal.left(mine, "trajectories")
             if current.keys() - journal.done:  # what an earlier start kept is not the set of these samples
-                (workdir / trajectories.STAMP).unlink(missing_ok=True)
+                remove_file(workdir / trajectories.STAMP)
             filter.write_rules(workdir, config.filter)
             if left:
                 policy = open_teacher(config, processor, workdir)

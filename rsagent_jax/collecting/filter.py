@@ -18,6 +18,7 @@ from rsagent_jax.report.evaluation import Evaluation, Example
 from rsagent_jax.report.page import render_page, save_page
 from rsagent_jax.rollout.play import UNREADABLE
 from rsagent_jax.runtime import journal
+from rsagent_jax.runtime.paths import write_whole, writing
 from rsagent_jax.types import DataError, Status
 
 ATTEMPTS = "attempts"  # the journal's folder in a work directory of collect
@@ -42,7 +43,7 @@ class Filtered:
 
 def write_rules(workdir: pathlib.Path, rules: FilterConfig) -> None:
     """Keeps a collection's own filter, for `rsagent_jax.refilter`."""
-    journal.write_whole(workdir / ATTEMPTS / RULES, json.dumps(to_dict(rules), indent=2) + "\n")
+    write_whole(workdir / ATTEMPTS / RULES, json.dumps(to_dict(rules), indent=2) + "\n")
 
 
 def read_rules(workdir: pathlib.Path) -> FilterConfig:
@@ -50,9 +51,9 @@ def read_rules(workdir: pathlib.Path) -> FilterConfig:
     path, stamp = workdir / ATTEMPTS / RULES, workdir / trajectories.STAMP
     try:
         if path.exists():
-            return FilterConfig(**json.loads(path.read_text(encoding="utf-8")))
+            return FilterConfig(**json.loads(path.read_bytes()))
         # a collection of an earlier version said it at its end
-        return FilterConfig(**json.loads(stamp.read_text(encoding="utf-8"))["filter"])
+        return FilterConfig(**json.loads(stamp.read_bytes())["filter"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         if path.exists():
             raise DataError(f"{path} cannot be read ({error!r}); run the collection's command again") from None
@@ -93,7 +94,7 @@ def write_kept_set(
     kept_of: Counter[str] = Counter()  # by sample
     kept: list[dict] = []
     shown: dict[bool, list[tuple[dict, str]]] = {True: [], False: []}
-    with journal.writing(out):
+    with writing(out):
         writer = trajectories.RecordWriter(out, per_file)
         for where, row in journal.read_journal(workdir / ATTEMPTS, settings, current, by="uid"):
             try:
@@ -116,7 +117,7 @@ def write_kept_set(
                 writer.write(_moved(record, *moved) if moved else record)
                 kept.append({key: value for key, value in row.items() if key not in ("record", "gt", "ious", "query")})
         lines = (json.dumps({key: row[key] for key in ("id", "iou", "turns", "status")}) + "\n" for row in kept)
-        journal.write_whole(out / "trajectories.jsonl", "".join(lines))
+        write_whole(out / "trajectories.jsonl", "".join(lines))
         dropped = {why: count for why, count in sorted(counts.items()) if why != "kept"}
         means = [float(np.mean([row[key] for row in kept])) if kept else 0.0 for key in ("iou", "turns", "tokens")]
         found = Filtered(len(kept), dropped, *means)

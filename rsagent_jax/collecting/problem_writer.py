@@ -7,7 +7,6 @@ be counted. The prompt is ours; the paper says that proprietary models wrote its
 import collections
 import functools
 import json
-import os
 import pathlib
 import re
 import threading
@@ -29,6 +28,7 @@ from rsagent_jax.rollout.policy import PolicyFailure
 from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.image_files import keep_image, read_image
 from rsagent_jax.runtime.journal import Journal
+from rsagent_jax.runtime.paths import absolute_name, write_whole
 from rsagent_jax.types import DataError, Sample
 
 ANSWERS = "answers"  # the journal's folder
@@ -165,10 +165,10 @@ class ProblemWriter:
         # The picture's own file; a copy where it is none, or where an EXIF orientation would turn it.
         own = sample.path and np.array_equal(read_image(sample.path, upright=True), sample.image)
         row = {"id": sample.id, "uid": uid, "name": sample.query, "queries": queries, "rejected": dict(rejected)}
-        row["image"] = os.path.abspath(sample.path if own else keep_image(self.workdir, sample.image))
+        row["image"] = absolute_name(sample.path if own else keep_image(self.workdir, sample.image))
         row["segmentation"] = encode_rle(sample.gt_mask)
         if sample.ignore_mask is not None and sample.ignore_mask.any():
-            row["ignore"] = os.path.abspath(keep_image(self.workdir, sample.ignore_mask.astype(np.uint8) * 255))
+            row["ignore"] = absolute_name(keep_image(self.workdir, sample.ignore_mask.astype(np.uint8) * 255))
         return row
 
 
@@ -206,9 +206,9 @@ def write_set(
     if not lines:
         raise DataError(f"none of the queries can be used: {dict(left_out)}; see {workdir / ANSWERS}")
     path = workdir / f"{config.data.split}.jsonl"
-    journal.write_whole(path, "".join(lines.values()))
+    write_whole(path, "".join(lines.values()))
     report = {"problems": len(lines), "left_out": dict(left_out), "not_answered": failed, "config": to_dict(config)}
-    journal.write_whole(workdir / "problems.json", json.dumps(report, indent=2) + "\n")
+    write_whole(workdir / "problems.json", json.dumps(report, indent=2) + "\n")
     print(f"{len(lines)} problems in {path}")
     for reason, count in sorted(left_out.items()):
         print(f"  left out {count}: {reason}")

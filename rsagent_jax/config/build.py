@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import difflib
 import math
+import pathlib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -167,7 +168,9 @@ def _leaf(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     kind, before = plain_type(hint), len(problems)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if not isinstance(value, pathlib.PurePath if kind is pathlib.Path else kind) or (
+        kind is int and isinstance(value, bool)
+    ):
         problems.append(f"{where} must be {kind.__name__}, got {value!r} ({type(value).__name__})")
     elif typing.get_origin(hint) is typing.Literal:
         words = typing.get_args(hint)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rsagent_jax.config.ranges import item_class, plain_type
+from rsagent_jax.runtime.paths import open_path
 
 
 class GivenText(str):
@@ -78,7 +79,7 @@ def read_text(hint: Any, text: str) -> Any:
     if kind is str:
         return str(text)
     if kind is pathlib.Path:
-        return pathlib.Path(text).expanduser()
+        return open_path(text)
     if kind is bool:
         if text.lower() not in BOOLS:
             raise ValueError("true or false")

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 
 import tqdm
 
-from rsagent_jax.runtime.journal import write_whole, writing
+from rsagent_jax.runtime.paths import write_whole, writing
 from rsagent_jax.types import DataError
 from sam_bridge.file_kinds import kind_of_file
 

@@ -22,7 +22,7 @@ from rsagent_jax.config.import_path import closest
 from rsagent_jax.config.ranges import Count, CountOrZero
 from rsagent_jax.data.download import obtain_all
 from rsagent_jax.data.sources import SOURCES, Source, files_of
-from rsagent_jax.runtime.journal import write_whole
+from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.types import DataError
 
 MIRROR = "RSAGENT_DATA_URL"  # in place of --base_url

@@ -8,6 +8,8 @@ is in the record. Patches are made when read. (Records of earlier versions hold 
 
 import json
 import pathlib
+import shutil
+import tempfile
 
 import grain
 import numpy as np
@@ -24,7 +26,15 @@ from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens
 from rsagent_jax.runtime.image_files import checksum, png, read_image
-from rsagent_jax.runtime.journal import write_whole
+from rsagent_jax.runtime.paths import (
+    fetch_folder,
+    is_remote,
+    make_directory,
+    open_path,
+    put_files,
+    remove_file,
+    write_whole,
+)
 from rsagent_jax.types import DataError, Trajectory
 
 STAMP = "collect.json"  # written last: a directory without it is not complete
@@ -94,17 +104,18 @@ class RecordWriter:
 
     def __init__(self, directory: pathlib.Path, per_file: int = 1 << 30):
         """`per_file`: records in one ArrayRecord file."""
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / STAMP).unlink(missing_ok=True)
+        make_directory(directory)
+        remove_file(directory / STAMP)
         for old in directory.glob("trajectories-*.array_record"):
-            old.unlink()
+            remove_file(old)
         self.directory, self.per_file = directory, per_file
+        self.local = pathlib.Path(tempfile.mkdtemp()) if is_remote(directory) else directory
         self.records = 0
         self.writer = self._open()
 
     def _open(self) -> ArrayRecordWriter:
         number = self.records // self.per_file
-        return ArrayRecordWriter(str(self.directory / f"trajectories-{number:05d}.array_record"), "group_size:1")
+        return ArrayRecordWriter(str(self.local / f"trajectories-{number:05d}.array_record"), "group_size:1")
 
     def write(self, record: bytes) -> None:
         if self.records and self.records % self.per_file == 0:
@@ -115,13 +126,16 @@ class RecordWriter:
 
     def close(self, stamp: dict) -> None:
         self.writer.close()
+        if self.local != self.directory:
+            put_files(self.local, self.directory)
+            shutil.rmtree(self.local)
         write_whole(self.directory / STAMP, json.dumps({"records": self.records, **stamp}, indent=2) + "\n")
 
 
 def check_collected(directory: str | pathlib.Path, agent: AgentConfig, limits: PixelLimits) -> None:
     """DataError unless the set was collected with the prompt, overlays and views that training shows: those of `agent`,
     under the pixel `limits` of the run's weights and config. A set that does not say is let through with a note."""
-    collected = read_json(pathlib.Path(directory) / STAMP).get("config", {})
+    collected = read_json(open_path(directory) / STAMP).get("config", {})
     here = {"agent.prompt": agent.prompt, "agent.history_size": agent.history_size}
     here |= {name: getattr(limits, name) for name in ("min_pixels", "max_pixels")}
     try:
@@ -139,12 +153,13 @@ def check_collected(directory: str | pathlib.Path, agent: AgentConfig, limits: P
 
 def open_records(directory: str | pathlib.Path) -> grain.sources.ArrayRecordDataSource:
     """Random access to a stored set; DataError when it is not there or not complete."""
-    directory = pathlib.Path(directory)
+    directory = open_path(directory)
     if not (directory / STAMP).exists():
         raise DataError(
             f"{directory} holds no complete set of trajectories ({STAMP} is missing);"
             " make one with: python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=DIR"
         )
+    directory = fetch_folder(directory, ("*.array_record", STAMP))
     try:
         stated = int(read_json(directory / STAMP)["records"])
         source = grain.sources.ArrayRecordDataSource(sorted(map(str, directory.glob("*.array_record"))))

@@ -22,6 +22,7 @@ from rsagent_jax.evals import metrics
 from rsagent_jax.masks import decode_segmentation
 from rsagent_jax.report.page import GOOD_IOU, LARGEST, SMALLEST, render_page, save_page, span
 from rsagent_jax.runtime.journal import flatten_settings
+from rsagent_jax.runtime.paths import open_path, read_lines
 from rsagent_jax.types import DataError, Status
 
 NEEDED = ("benchmark", "n", "giou", "ciou", "giou_ci95", "mean_turns")  # keys of results.json
@@ -104,7 +105,7 @@ class Evaluation:
     def play(self, example: Example) -> Film | str:
         """The trajectory, or why it cannot be played again."""
         try:
-            paths = (pathlib.Path(example.image), self.workdir / example.image)  # relative to here, or to the directory
+            paths = (open_path(example.image), self.workdir / example.image)  # relative to here, or to the directory
             if (path := next((p for p in paths if p.is_file()), None)) is None:
                 raise DataError(f"image {example.image} is missing")
             image = read_source(example.record, path)
@@ -118,7 +119,7 @@ class Evaluation:
 
 def load_evaluation(workdir: str | pathlib.Path) -> Evaluation:
     """Reads the three files, or raises a DataError that names the one that is missing or damaged."""
-    workdir = pathlib.Path(workdir)
+    workdir = open_path(workdir)
     made_by = f"python evaluate.py --config=configs/eval_X.py --workdir={workdir}"
     _, results = next(read_objects(workdir / "results.json", made_by, lines=False))
     if missing := [key for key in NEEDED if key not in results]:
@@ -131,9 +132,9 @@ def load_evaluation(workdir: str | pathlib.Path) -> Evaluation:
 
 def read_objects(path: pathlib.Path, made_by: str, lines: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, object) of each line of a file, or of all of it; `made_by` is the command that writes it."""
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path} is missing; it is made by: {made_by}")
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_lines(path).decode(errors="replace")
     for number, part in enumerate(text.split("\n") if lines else [text], start=1):
         if part.strip() or not lines:
             where = f"{path}, line {number}" if lines else f"{path}"

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from rsagent_jax.agent.tools import call_json
+from rsagent_jax.runtime.paths import make_directory, write_whole
 
 SMALLEST, LARGEST = 320, 640  # longer side of a picture on the page, pixels
 GOOD_IOU = 0.5  # from here on a mask counts as found: the usual threshold of P@0.5
@@ -45,8 +46,8 @@ def render_page(template: str, **values: Any) -> str:
 def save_page(text: str, workdir: pathlib.Path) -> pathlib.Path:
     """Puts a page where every command of this project leaves its report."""
     path = workdir / "report" / "index.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    make_directory(path.parent)
+    write_whole(path, text)
     return path
 
 

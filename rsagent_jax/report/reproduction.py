@@ -19,7 +19,7 @@ from rsagent_jax.config.schema import MetricConfig
 from rsagent_jax.report.comparison import GainInterval, compare, markdown, text_table
 from rsagent_jax.report.evaluation import Evaluation, Example, load_evaluation, read_objects, setting_rows
 from rsagent_jax.report.page import line_chart, render_page, save_page, smoothed, span
-from rsagent_jax.runtime.journal import write_whole
+from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.types import DataError
 
 KEYS = ("giou", "ciou", "mean_turns", "tool_error_rate", "n", "giou_ci95")  # of results.json, kept per policy

@@ -9,6 +9,8 @@ import importlib.util
 import pathlib
 import shutil
 
+import orbax.checkpoint as ocp
+
 from rsagent_jax.agent.budget import Texts, image_sizes, trajectory_budget, typical_size
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.agent.views import fixed_size
@@ -22,6 +24,7 @@ from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.engine import fill_sampling_defaults
 from rsagent_jax.rollout.open import engine_layout
+from rsagent_jax.runtime.paths import is_remote
 from rsagent_jax.types import DataError
 from sam_bridge.backends import NAMES, BackendError, local_checkpoint
 
@@ -30,7 +33,9 @@ GIB = 1 << 30
 
 
 def check_disk(directory: pathlib.Path, more: int = 0) -> None:
-    """DataError unless `more` bytes and a little have room where `directory` is."""
+    """DataError unless `more` bytes and a little have room where `directory` is. A bucket has room for anything."""
+    if is_remote(directory):
+        return
     free = shutil.disk_usage(directory).free
     if free < more + SPACE:
         raise DataError(
@@ -45,7 +50,7 @@ def check_weights(weights: str) -> tuple[Qwen25VLConfig, Processor]:
     shape, path, processor = load_config(directory), local_weights(weights), Processor.load(directory)
     if directory == path:
         convert.check_files(directory, shape)
-    elif not any(step.name.isdecimal() for step in path.iterdir()):
+    elif not ocp.utils.checkpoint_steps(path):
         raise DataError(f"{path} holds no finished checkpoint; run train.py until one is saved")
     return shape, processor
 

@@ -19,12 +19,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import pathlib
 import sys
-import tempfile
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -32,11 +32,12 @@ from ml_collections import ConfigDict
 from rsagent_jax.config import schema
 from rsagent_jax.config.build import build_config, build_fields, refuse_config
 from rsagent_jax.config.import_path import closest, first_line, load_file, place, shipped
-from rsagent_jax.config.overrides import put_overrides, split_arguments
+from rsagent_jax.config.overrides import put_overrides, read_text, split_arguments
 from rsagent_jax.config.pretrain import PretrainConfig
 from rsagent_jax.config.ranges import field_type
 from rsagent_jax.config.recipe import RecipeConfig
 from rsagent_jax.runtime.help import help_page
+from rsagent_jax.runtime.paths import bucket_problem, bucket_used, check_writable, open_path
 from rsagent_jax.types import DataError
 from sam_bridge.types import SegmenterError
 
@@ -54,14 +55,22 @@ OWNERS = {  # whose config files a class describes
 def start_command() -> None:
     """Of a file's `if __name__ == "__main__"`. It stands above what the file imports, which --help does without."""
     main = sys.modules["__main__"]
-    sys.exit(run_command(main.__spec__.name if main.__spec__ else main.__file__, sys.argv[1:]))
+    _exit(run_command(main.__spec__.name if main.__spec__ else main.__file__, sys.argv[1:]))
 
 
 def console_script() -> None:
     """`rsagent-NAME` of an installed package: train, evaluate, or a module of rsagent_jax."""
     name = pathlib.Path(sys.argv[0]).stem.removeprefix("rsagent-").replace("-", "_")
     module = f"rsagent_jax.tiny.{name}" if name == "synthetic" else f"rsagent_jax.{name}"
-    sys.exit(run_command(shipped(f"{name}.py") if name in ("train", "evaluate") else module, sys.argv[1:]))
+    _exit(run_command(shipped(f"{name}.py") if name in ("train", "evaluate") else module, sys.argv[1:]))
+
+
+def _exit(status: int) -> NoReturn:
+    if status and bucket_used():  # threads of Orbax's would wait for a bucket that is gone, a quarter of an hour
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def run_command(name: str, argv: Sequence[str]) -> int:
@@ -81,6 +90,11 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     except (DataError, SegmenterError) as error:
         kind = "segmenter: " if isinstance(error, SegmenterError) else ""
         print(f"error: {kind}{error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not (said := bucket_problem(error)):
+            raise
+        print(f"error: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = "; run the same command again to go on from the last checkpoint" if resumes else ""
@@ -129,7 +143,7 @@ def _positional(parameters: Mapping[str, inspect.Parameter], hints: dict[str, An
         hint = "; an override starts with --config." if "=" in given[-1] else ""
         raise DataError(f"unexpected argument {given[len(names)]!r}{hint}")
     names += rest * (len(given) - len(names))
-    return [hints[name](text) for name, text in zip(names, given, strict=True)]
+    return [read_text(hints[name], text) for name, text in zip(names, given, strict=True)]
 
 
 def quieten() -> None:
@@ -147,13 +161,9 @@ def make_workdir(directory: str, flag: str = "workdir") -> pathlib.Path:
     """The directory that --workdir (or another flag) names, made if need be and known to be writable."""
     if not directory:
         raise DataError(f"--{flag}=DIR is required")
-    if "://" in directory:
-        raise DataError(f"--{flag}={directory} is no path; mount the bucket and give the folder it is on")
-    path = pathlib.Path(directory).expanduser()
+    path = open_path(directory)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):  # now, not after an hour of work
-            pass
+        check_writable(path)
     except OSError as error:
         raise DataError(f"--{flag}={path} cannot be written to: {error.strerror or error}") from error
     return path
@@ -163,7 +173,7 @@ def use_compilation_cache(directory: str, fallback: pathlib.Path) -> None:
     """Compiled programs are kept and found again by the next run."""
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(directory) if directory else fallback))
+    jax.config.update("jax_compilation_cache_dir", str(open_path(directory) if directory else fallback))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

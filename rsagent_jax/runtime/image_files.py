@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from rsagent_jax.runtime.journal import write_whole, writing
+from rsagent_jax.runtime.paths import is_remote, make_directory, open_path, read_bytes, write_whole, writing
 from rsagent_jax.types import DataError
 from sam_bridge import images
 
@@ -23,7 +23,12 @@ def read_image(
     `remedy` is what its owner can do where it is missing or cannot be read; `where` names bytes in the DataError.
     """
     with mending(where or source, remedy):
-        return images.read(source, where, upright)
+        return images.read(source if isinstance(source, bytes) else image_source(source), where or str(source), upright)
+
+
+def image_source(path: str | pathlib.Path) -> str | pathlib.Path | bytes:
+    """What sam_bridge.images reads: the path itself, or the bytes of a bucket's object."""
+    return read_bytes(open_path(path)) if is_remote(path) else path
 
 
 @contextlib.contextmanager
@@ -54,7 +59,7 @@ def keep_image(workdir: pathlib.Path, image: np.ndarray) -> str:
     be written."""
     path = workdir / "pictures" / f"{checksum(image)}-{'x'.join(map(str, image.shape))}.png"
     with writing(path):
-        path.parent.mkdir(exist_ok=True)
+        make_directory(path.parent)
         if not path.exists():
             write_whole(path, png(image))
     return str(path)

@@ -15,15 +15,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import AgentConfig, DataConfig, RemoteConfig, SamplingConfig
+from rsagent_jax.runtime.paths import AppendFile, cut_half_line, make_directory, open_lines, write_lines, writing
 from rsagent_jax.types import DataError
 
 if TYPE_CHECKING:  # readers of data leave jax out
@@ -81,14 +80,12 @@ class Journal:
                 more = ", …" if len(ids) > SHOWN else ""
                 self.notes.append(f"{what}: {len(ids)} ({', '.join(ids[:SHOWN])}{more})")
         with writing(self.path):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_directory(folder)
             if not self.path.exists():  # as a whole, so that no other shard ever sees it empty
-                write_whole(self.path, json.dumps({"format": FORMAT, "settings": settings}) + "\n")
-            self.file = self.path.open("ab")
-            data = self.path.read_bytes()
-            if half := len(data) - data.rfind(b"\n") - 1:  # what a kill left of the last line
-                self.file.truncate(len(data) - half)
+                write_lines(self.path, (json.dumps({"format": FORMAT, "settings": settings}) + "\n").encode())
+            if half := cut_half_line(self.path):
                 self.notes.append(f"{self.path}: a half-written line at its end ({half} bytes) was cut off")
+        self.file = AppendFile(self.path)
 
     def left(self, work: Sequence[tuple[str, T]], what: str) -> list[T]:
         """Of (id, job) the jobs that are not done; says on the terminal how many are, and the notes."""
@@ -102,16 +99,12 @@ class Journal:
         """On the disk when this returns. DataError if the disk is full."""
         # Later than the row that this one takes the place of: clocks of machines differ.
         at = max(time.time(), self.times.get(row["id"], 0.0) + 1e-3)
-        with writing(self.path):
-            self.file.write((json.dumps(row | {"fingerprint": self.current[row["id"]], "at": at}) + "\n").encode())
-            self.file.flush()
-            os.fsync(self.file.fileno())
+        self.file.add(json.dumps(row | {"fingerprint": self.current[row["id"]], "at": at}) + "\n")
         if "failed" not in row:
             self.done.add(row["id"])
 
     def close(self) -> None:
-        with writing(self.path):  # what is still buffered may not fit either
-            self.file.close()
+        self.file.close()
 
 
 def read_journal(
@@ -127,7 +120,7 @@ def read_journal(
     """
     lines = _latest(folder, settings, current, by)
     with contextlib.ExitStack() as stack:
-        files = {path: stack.enter_context(path.open("rb")) for path in sorted({line.path for line in lines})}
+        files = {path: stack.enter_context(open_lines(path)) for path in sorted({line.path for line in lines})}
         for line in sorted(lines, key=lambda line: (line.key, line.where)):
             files[line.path].seek(line.offset)
             yield line.where, json.loads(files[line.path].readline())
@@ -143,7 +136,7 @@ def survey(
 def settings_of(folder: pathlib.Path) -> dict[str, Any]:
     """What the work was done with. DataError if there is none."""
     for path in sorted(folder.glob("*-of-*.jsonl")):
-        with path.open("rb") as file:
+        with open_lines(path) as file:
             return _head(path, file.readline())["settings"]
     raise DataError(f"{folder} holds nothing: there is no <i>-of-<n>.jsonl in it")
 
@@ -167,7 +160,7 @@ def _latest(
 ) -> list[_Line]:
     latest: dict[str, _Line] = {}
     for path in sorted(folder.glob("*-of-*.jsonl")):
-        with path.open("rb") as file:
+        with open_lines(path) as file:
             offset = len(head := file.readline())
             _check_settings(_head(path, head), settings, folder)
             for number, line in enumerate(file, start=2):
@@ -248,26 +241,3 @@ def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str,
 
 def damaged(where: str, error: Exception) -> DataError:
     return DataError(f"{where} is damaged ({error!r}); remove that line and run again")
-
-
-def write_whole(path: pathlib.Path, content: str | bytes) -> None:
-    """The file as a whole or not at all; text as UTF-8."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # other shards write it, too
-    try:
-        with writing(path):
-            partial.write_bytes(content if isinstance(content, bytes) else content.encode())
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def writing(path: pathlib.Path | str) -> Iterator[None]:
-    """OSErrors within are DataErrors about `path`, or the flag that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be written ({error.strerror or error}). What was written is kept: make room and run the"
-            " same command again"
-        ) from None

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rsagent_jax.runtime import sharding
+from rsagent_jax.runtime.paths import make_directory
 from rsagent_jax.types import DataError
 
 T = TypeVar("T")
@@ -56,7 +57,7 @@ def is_lead() -> bool:
 def own_directory(workdir: pathlib.Path) -> pathlib.Path:
     """Where this process keeps its log and examples: the lead in `workdir` itself, others beside them."""
     path = workdir if is_lead() else workdir / f"process_{jax.process_index()}"
-    path.mkdir(parents=True, exist_ok=True)
+    make_directory(path)
     return path
 
 

@@ -4,13 +4,16 @@ import json
 import math
 import pathlib
 import sys
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from rsagent_jax.runtime.journal import damaged, write_whole
+from rsagent_jax.runtime.journal import damaged
+from rsagent_jax.runtime.paths import AppendFile, is_remote, put_files, read_lines, write_lines
 from rsagent_jax.types import DataError
 
 # tensorboardX imports torch wherever it is installed, only to accept tensors; this side never loads torch.
@@ -23,6 +26,8 @@ finally:
     if _keep_out:
         del sys.modules["torch"]
 
+SEND_S = 60  # seconds between two uploads of TensorBoard's events
+
 
 class MetricsLog:
     """metrics.jsonl and TensorBoard's events; rollouts.jsonl, one group of trajectories per GRPO step, for people.
@@ -32,7 +37,11 @@ class MetricsLog:
 
     def __init__(self, workdir: pathlib.Path):
         self.path, self.rollouts = workdir / "metrics.jsonl", workdir / "rollouts.jsonl"
-        self.events = SummaryWriter(str(workdir / "tensorboard"))
+        self.lines = {path: AppendFile(path) for path in (self.path, self.rollouts)}
+        self.board, self.sent = workdir / "tensorboard", time.monotonic()
+        # Events of a bucket are written here and go there once a minute.
+        self.local = pathlib.Path(tempfile.mkdtemp()) if is_remote(workdir) else self.board
+        self.events = SummaryWriter(str(self.local))
         self.counts: Counter[str] = Counter()  # since the start: steps, and what is to be said of them at the end
 
     def rewind(self, stage: str, step: int) -> None:
@@ -46,11 +55,12 @@ class MetricsLog:
         values = {name: float(value) for name, value in values.items()}
         self.counts["steps"] += 1
         self.counts.update({k: int(v) for k, v in values.items() if k == "no_update" or k.startswith("env_failed/")})
-        with self.path.open("a", encoding="utf-8") as file:
-            finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-            file.write(json.dumps({"step": step, "stage": stage, **finite}) + "\n")
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self.lines[self.path].add(json.dumps({"step": step, "stage": stage, **finite}) + "\n")
         for name, value in values.items():
             self.events.add_scalar(f"{stage}/{name}", value, step)
+        if time.monotonic() - self.sent > SEND_S:
+            self._send()
         if not math.isfinite(values.get("loss", 0.0)):
             loss = f"{stage} step {step}: the loss is {values['loss']}"
             raise DataError(f"{loss}; lower the learning rate or see l2_grads")
@@ -58,8 +68,7 @@ class MetricsLog:
     def examples(self, step: int, examples: dict[str, Any]) -> None:
         """What a GRPO step's first group said and got, as JSON values; nothing where there is none."""
         if examples:
-            with self.rollouts.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **examples}) + "\n")
+            self.lines[self.rollouts].add(json.dumps({"step": step, **examples}) + "\n")
 
     def failures(self) -> list[str]:
         """For the terminal: what was logged since the start and taught nothing, or was lost to a broken tool."""
@@ -76,8 +85,18 @@ class MetricsLog:
         """u8[h, w, 3], for TensorBoard."""
         self.events.add_image(name, image, step, dataformats="HWC")
 
+    def _send(self) -> None:
+        """TensorBoard's events, where they belong."""
+        self.events.flush()
+        self.sent = time.monotonic()
+        if self.local != self.board:
+            put_files(self.local, self.board)
+
     def close(self) -> None:
+        self._send()
         self.events.close()
+        for file in self.lines.values():
+            file.close()
 
 
 def keep_lines(path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -87,7 +106,7 @@ def keep_lines(path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]) -> No
     """
     if not path.exists():
         return
-    content = path.read_bytes()
+    content = read_lines(path)
     *lines, rest = content.split(b"\n")
     try:
         whole = isinstance(json.loads(rest), dict)
@@ -105,4 +124,4 @@ def keep_lines(path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]) -> No
         except (ValueError, KeyError, TypeError) as error:
             raise damaged(f"{path}, line {number}", error) from None
     if b"".join(kept) != content:
-        write_whole(path, b"".join(kept))
+        write_lines(path, b"".join(kept))

@@ -29,6 +29,7 @@ import tqdm
 
 from rsagent_jax.data.sets.refcoco import IMAGES, NO_TARGET
 from rsagent_jax.masks import draw_polygons, iou
+from rsagent_jax.runtime.paths import local_directory
 from rsagent_jax.tiny import absent, scenes
 from rsagent_jax.types import DataError
 from sam_bridge.rle import encode_mask, mask_runs
@@ -230,7 +231,8 @@ def main(
     size: int = 112,  # side of the square images, pixels
     refs_per_image: int | None = None,  # 2 in train, 1 in val and test where it is not given
 ) -> None:
-    wrote = write_dataset(out, train, val, test, seed, size, refs_per_image)
+    with local_directory(out) as here:
+        wrote = write_dataset(here, train, val, test, seed, size, refs_per_image)
     head = "already there: " if wrote.already_there else ""
     print(
         f"{head}{wrote.scenes} scenes, {wrote.references} references and {wrote.absent} to what is absent,"

@@ -25,6 +25,7 @@ from rsagent_jax.rewards import RewardError, make_reward
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task
+from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum
 from rsagent_jax.train.advantages import advantage_function, zero_variance
 from rsagent_jax.types import Batch, DataError, Sample, Status, Trajectory
@@ -228,7 +229,7 @@ class GrpoSource:
         if self.workdir is None:
             return error
         path = self.workdir / REWARD_ERROR
-        path.write_text(state_to_json(state, sample.path) + "\n", encoding="utf-8")
+        write_whole(path, state_to_json(state, sample.path) + "\n")
         return RewardError(f"{error}\n  The trajectory is in {path}; rsagent_jax.agent.replay.replay reads it.")
 
     def _usable(self, t: Trajectory) -> bool:

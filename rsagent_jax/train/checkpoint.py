@@ -19,6 +19,8 @@ from rsagent_jax.config.import_path import first_line
 from rsagent_jax.config.schema import LoraConfig
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.load import copy_policy_files
+from rsagent_jax.runtime import processes
+from rsagent_jax.runtime.paths import absolute, bucket_problem
 from rsagent_jax.train.state import EMPTY, TrainState
 from rsagent_jax.types import DataError
 
@@ -30,10 +32,11 @@ class Checkpoints:
     """One stage's checkpoints; the newest two are kept."""
 
     def __init__(self, directory: pathlib.Path, weights: pathlib.Path, adapters: LoraConfig = NO_ADAPTERS):
-        self.directory = directory.absolute()
+        self.directory = absolute(directory)
         self.adapters = {"rank": adapters.rank, "alpha": adapters.alpha} if adapters.rank else None
         self.has_base = False  # the one on disk is that of this run
-        copy_policy_files(weights, self.directory / "policy")
+        if processes.is_lead():
+            copy_policy_files(weights, self.directory / "policy")
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -60,6 +63,8 @@ class Checkpoints:
         try:
             restored = self.manager.restore(step, args=ocp.args.Composite(source=ocp.args.JsonRestore(), **args))
         except (ValueError, KeyError, TypeError) as error:
+            if bucket_problem(error):
+                raise
             raise DataError(
                 f"{saved} does not fit the model and optimiser of this config ({first_line(error)}); {REMEDY}"
             ) from error
@@ -82,6 +87,8 @@ class Checkpoints:
             with ocp.StandardCheckpointer() as reader:
                 values = reader.restore(self.directory / "base", jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            if bucket_problem(error) and not isinstance(error, FileNotFoundError):
+                raise
             raise DataError(
                 f"{self.directory}/base does not fit the parameters that this config leaves untrained"
                 f" ({first_line(error)}); {REMEDY}"

@@ -11,18 +11,20 @@ import datetime
 import fnmatch
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Collection, Iterable
 from importlib.metadata import version
 from typing import Any
+
+import orbax.checkpoint as ocp
 
 import rsagent_jax
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import PolicyConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weight_files
-from rsagent_jax.runtime.journal import ChangedField, damaged, flatten_settings, write_whole, writing
+from rsagent_jax.runtime.journal import ChangedField, damaged, flatten_settings
+from rsagent_jax.runtime.paths import AppendFile, file_size, open_path, read_lines, write_whole
 from rsagent_jax.runtime.train_log import keep_lines
 from rsagent_jax.types import DataError
 
@@ -48,8 +50,7 @@ ROLLOUTS = ("agent.", "segmenter.")  # SFT has its own check of what its traject
 
 def saved_steps(workdir: pathlib.Path) -> dict[str, int]:
     """Stage -> TrainState.step of its newest finished checkpoint, for stages that have one."""
-    names = {stage: (workdir / "checkpoints" / stage).glob("*") for stage in STAGES}
-    steps = {stage: [int(p.name) for p in paths if p.name.isdecimal()] for stage, paths in names.items()}
+    steps = {stage: ocp.utils.checkpoint_steps(workdir / "checkpoints" / stage) for stage in STAGES}
     return {stage: max(found) for stage, found in steps.items() if found}
 
 
@@ -105,7 +106,7 @@ def weights_fingerprint(weights: str) -> str:
 
 
 def trajectories_fingerprint(directory: str) -> str:
-    path = pathlib.Path(directory)
+    path = open_path(directory)
     return fingerprint([path / "collect.json", *path.glob("*.array_record")])
 
 
@@ -118,7 +119,7 @@ def fingerprint(files: Iterable[pathlib.Path], piece: int = 1 << 16) -> str:
     """Of names, sizes and 64 KiB each at the beginning, the middle and the end: other weights differ everywhere."""
     digest = hashlib.sha256()
     for path in sorted(p for p in files if p.is_file()):
-        size = path.stat().st_size
+        size = file_size(path)
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:
             for offset in (0, size // 2, max(0, size - piece)):
@@ -163,7 +164,7 @@ def _refuse(workdir: pathlib.Path, saved: dict[str, int], differ: list[ChangedFi
 def last_start(workdir: pathlib.Path) -> dict[str, Any] | None:
     """The last whole line of the history; of a run from before there was one, what config.json says. DataError."""
     history, config = workdir / HISTORY, workdir / "config.json"
-    lines = history.read_bytes().split(b"\n")[:-1] if history.exists() else []
+    lines = read_lines(history).split(b"\n")[:-1] if history.exists() else []
     if not lines:
         return {"config": read_json(config)} if config.exists() else None
     try:
@@ -185,10 +186,7 @@ def record_start(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, s
         "config": _plain(config),
     }
     keep_lines(workdir / HISTORY, lambda _: True)
-    with writing(workdir / HISTORY), (workdir / HISTORY).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    AppendFile(workdir / HISTORY).add(json.dumps(entry) + "\n")
     write_whole(workdir / "config.json", json.dumps(entry["config"], indent=2) + "\n")
 
 

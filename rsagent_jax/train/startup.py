@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 from flax import nnx
 
 from rsagent_jax.agent.segmenter import open_segmenter
@@ -34,7 +35,7 @@ def check_train(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
     for stage in config.stages:
         settings = getattr(config, stage)
         share.of(settings.batch.rows, f"{stage}.batch.rows")
-        if any(p.name.isdecimal() for p in (workdir / "checkpoints" / stage).glob("*")):
+        if ocp.utils.checkpoint_steps(workdir / "checkpoints" / stage):
             continue  # its room is taken already
         needed += checkpoint_bytes(model, config, stage)
     check_disk(workdir, needed)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pathlib
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from rsagent_jax.evals import records
 from rsagent_jax.evals.metrics import Counts, judge, summarize_results
-from rsagent_jax.runtime import journal
+from rsagent_jax.runtime import journal, paths
 from rsagent_jax.runtime.processes import Share, parse_share
 from rsagent_jax.types import Status
 from tests.refusals import refused
@@ -85,7 +86,7 @@ def test_a_damaged_line_is_named(tmp_path):
 def test_a_full_disk_is_said_and_what_was_written_is_kept(tmp_path):
     write(tmp_path, Share(), (0, 2))
     with opened(tmp_path) as book:
-        book.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+        book.file.path = pathlib.Path("/dev/full")
         refused("No space left on device.*What was written is kept", book.add, record(1).to_row())
     assert set(records.read_records(tmp_path, SETTINGS, CURRENT)[0]) == {"s0", "s2"}
 
@@ -102,10 +103,10 @@ def test_what_was_not_measured_comes_back_apart(tmp_path):
 
 
 def test_whole_files_replace_whole_files(tmp_path):
-    journal.write_whole(tmp_path / "a.json", "one")
-    journal.write_whole(tmp_path / "a.json", "two")
+    paths.write_whole(tmp_path / "a.json", "one")
+    paths.write_whole(tmp_path / "a.json", "two")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "two"
-    refused("cannot be written", journal.write_whole, tmp_path / "none" / "a.json", "one")
+    refused("cannot be written", paths.write_whole, tmp_path / "none" / "a.json", "one")
 
 
 def test_shares_of_the_command_line():

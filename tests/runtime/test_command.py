@@ -118,4 +118,4 @@ def test_the_directory_that_a_command_writes_to(tmp_path):
     refused("--out=DIR is required", command.make_workdir, "", "out")
     (tmp_path / "file").write_text("")
     refused(f"{tmp_path}/file/x cannot be written to", command.make_workdir, f"{tmp_path}/file/x", "out")
-    refused("is no path; mount the bucket", command.make_workdir, "gs://b/x", "out")
+    refused("s3://b/x is neither a path of this machine nor gs://", command.make_workdir, "s3://b/x", "out")

@@ -25,6 +25,7 @@ from rsagent_jax.data.sets.index import Entry, Inputs, SampleIndex
 from rsagent_jax.data.sets.mask_files import IGNORED, OBJECT, read_mask
 from rsagent_jax.masks import POLYGONS, RLE, decode_segmentation
 from rsagent_jax.runtime.image_files import read_image
+from rsagent_jax.runtime.paths import is_remote, open_path, read_bytes
 from rsagent_jax.types import DataError, Sample
 from sam_bridge.file_kinds import HEAD, kind_of
 
@@ -42,10 +43,10 @@ class _Entry(Entry):
 
     def inputs(self) -> Inputs:
         if self.mask is not None:
-            target = pathlib.Path(self.mask)
+            target = open_path(self.mask)
         else:
             target = json.dumps(self.segmentation, sort_keys=True).encode() if self.segmentation else b""
-        return Inputs(pathlib.Path(self.image), target, pathlib.Path(self.ignore) if self.ignore else b"")
+        return Inputs(open_path(self.image), target, open_path(self.ignore) if self.ignore else b"")
 
     def load(self) -> Sample:
         image = read_image(self.image, f"it is named in {self.line}", upright=True)
@@ -74,10 +75,10 @@ def load_folder(root: str | pathlib.Path, split: str = "train", limit: int | Non
     """Indexes <root>/<split>.jsonl. Sample ids read "folder/<split>/<id>". One DataError lists all bad lines."""
     if split.endswith(".jsonl"):
         raise DataError(f"data.split is the file's name without .jsonl, not {split!r}")
-    root = pathlib.Path(root).expanduser()
+    root = open_path(root)
     path = root / f"{split}.jsonl"
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         there = ", ".join(sorted(p.name for p in root.glob("*.jsonl"))) or "no .jsonl file"
         raise DataError(f"cannot read {path} ({error.strerror or error}); {root} has: {there}") from None
@@ -174,6 +175,6 @@ def _path(root: pathlib.Path, key: str, value: Any) -> str | None:
         return None
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{key} must be text, the path of a picture" + ", or null for none" * (key != "image"))
-    if "\0" in value or "://" in value or value.startswith("data:"):
-        raise ValueError(f"{key} must be the path of a file on this machine")
-    return str(root / value)
+    if "\0" in value or ("://" in value and not is_remote(value)) or value.startswith("data:"):
+        raise ValueError(f"{key} must be the path of a file on this machine or in a bucket")
+    return value if is_remote(value) else str(root / value)

@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rsagent_jax.agent.views import check_shape
+from rsagent_jax.runtime.paths import absolute_name, is_remote, read_bytes, remote_versions
 from rsagent_jax.types import DataError, Sample
 
 # COCO's file names of 2014 and 2017, so that a user's copy of a picture is known as the same picture.
@@ -41,7 +41,7 @@ class Entry:
     def image_key(self) -> str:
         """A name that copies of one picture share: "coco/<image id>" by COCO's file names, else the absolute path."""
         known = _COCO_NAME.fullmatch(pathlib.PurePath(self.image).name)
-        return f"coco/{int(known[1])}" if known else os.path.abspath(self.image)
+        return f"coco/{int(known[1])}" if known else absolute_name(self.image)
 
     def inputs(self) -> Inputs:
         """Nothing is decoded for it."""
@@ -135,6 +135,8 @@ def _digest(source: pathlib.Path | bytes, by: str = "content") -> bytes:
     if isinstance(source, bytes):
         return source
     try:
+        if is_remote(source):  # the bucket keeps checksums
+            return remote_versions(str(source.parent)).get(source.name, "missing").encode()
         stat = source.stat()
         if by == "stat":
             return f"{source} {stat.st_size} {stat.st_mtime_ns}".encode("utf-8", "surrogateescape")
@@ -153,7 +155,7 @@ def _file_checksum(path: pathlib.Path, size: int, mtime_ns: int) -> bytes:
 def read_file(path: pathlib.Path) -> bytes:
     """DataError where it is missing or cannot be read."""
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
 

@@ -17,7 +17,7 @@ import pathlib
 import numpy as np
 import PIL.Image
 
-from rsagent_jax.runtime.image_files import mending
+from rsagent_jax.runtime.image_files import image_source, mending
 from rsagent_jax.types import DataError
 from sam_bridge import images
 
@@ -30,6 +30,7 @@ FEW_COLOURS = 16  # of a drawing; a cut-out of a photograph has more
 def read_mask(source: str | pathlib.Path | bytes, where: str, remedy: str, upright: bool = True) -> np.ndarray:
     """A mask file or its bytes -> u8[h, w] of OBJECT, IGNORED and 0. `where` names it in the DataError."""
     with mending(where, remedy):
+        source = source if isinstance(source, bytes) else image_source(source)
         image = images.load(source, where, upright, exact=True)
     try:
         return _labels(image)

@@ -23,6 +23,7 @@ import numpy as np
 from rsagent_jax.data.sets.index import Entry, Inputs, SampleIndex, read_file
 from rsagent_jax.data.sets.mask_files import IGNORED, OBJECT
 from rsagent_jax.runtime.image_files import read_image
+from rsagent_jax.runtime.paths import open_path
 from rsagent_jax.types import DataError, Sample
 from sam_bridge.file_kinds import HEAD, kind_of
 
@@ -37,7 +38,7 @@ class _Entry(Entry):
     shapes: list[dict]
 
     def inputs(self) -> Inputs:
-        return Inputs(pathlib.Path(self.image), json.dumps(self.shapes, sort_keys=True).encode())
+        return Inputs(open_path(self.image), json.dumps(self.shapes, sort_keys=True).encode())
 
     def load(self) -> Sample:
         # LISA reads pictures with OpenCV, which turns them upright.
@@ -54,7 +55,7 @@ def load_reasonseg(
     texts: "first", one sample per picture (the benchmark's rule), or "all", one per paraphrase (train has up to five).
     Sample ids read "reasonseg/<split>/<file>/<number of the text>". DataError where files are missing or broken.
     """
-    folder = _folder(pathlib.Path(root).expanduser(), split)
+    folder = _folder(open_path(root), split)
     entries: list[_Entry] = []
     for path in sorted(_real(folder, "*.json")):
         if limit is not None and len(entries) >= limit:

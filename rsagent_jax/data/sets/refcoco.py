@@ -23,6 +23,7 @@ from rsagent_jax.data.sets.index import CocoEntry, Inputs, SampleIndex, read_fil
 from rsagent_jax.data.sets.unpickle import loads_data
 from rsagent_jax.masks import decode_segmentation
 from rsagent_jax.runtime.image_files import read_image
+from rsagent_jax.runtime.paths import open_path
 from rsagent_jax.types import DataError, Sample
 from sam_bridge.file_kinds import HEAD, kind_of
 
@@ -38,7 +39,7 @@ class _Entry(CocoEntry):
 
     def inputs(self) -> Inputs:
         target = json.dumps([segmentation for _, segmentation in self.targets], sort_keys=True)
-        return Inputs(pathlib.Path(self.image), target.encode())
+        return Inputs(open_path(self.image), target.encode())
 
     def load(self) -> Sample:
         image = read_image(self.image, "unpack all of COCO train2014 (train2014.zip) into its folder")
@@ -75,7 +76,7 @@ def load_refcoco(
     read_entries = _read_entries
     if layout == "tfds":
         from rsagent_jax.data.sets.refcoco_tfds import read_entries  # not above: Grain imports JAX
-    entries = read_entries(pathlib.Path(root).expanduser(), dataset, split_by, split, unit, raw)
+    entries = read_entries(open_path(root), dataset, split_by, split, unit, raw)
     return SampleIndex(f"{dataset}/{split_by}/{split}", list(itertools.islice(entries, limit)))
 
 

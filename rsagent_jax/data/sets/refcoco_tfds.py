@@ -21,6 +21,7 @@ import grain
 from rsagent_jax.data.sets.index import CocoEntry, Inputs
 from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.runtime.image_files import read_image
+from rsagent_jax.runtime.paths import fetch_folder
 from rsagent_jax.types import DataError, Sample
 from sam_bridge.file_kinds import kind_of_file
 
@@ -127,7 +128,8 @@ def _shards(root: pathlib.Path, dataset: str, split_by: str, split: str) -> list
         raise DataError(f"{folder} has nothing in split {wanted!r}. It has: {there}")
     if len(shards) != (count := shards[0][1]):
         raise DataError(f"{folder}: {len(shards)} of the {count} files of split {wanted!r} are there; copy all of them")
-    return [path for path, _ in shards]
+    copy = fetch_folder(folder, (f"ref_coco-{wanted}.*",))
+    return [copy / path.name for path, _ in shards]
 
 
 @functools.lru_cache(maxsize=64)  # per process: an open file does not travel to a worker, its name does

@@ -9,6 +9,7 @@ import pathlib
 import sys
 from typing import Any, Self
 
+from rsagent_jax.runtime.paths import read_bytes
 from rsagent_jax.types import DataError
 from sam_bridge.file_kinds import HEAD, kind_of
 
@@ -156,7 +157,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object from a file, or one DataError."""
     data = b""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         value = json.loads(data.decode("utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing; give a Hugging Face directory of Qwen2.5-VL weights") from error

@@ -1,0 +1,382 @@
+"""What a path may be: a place on this machine (pathlib), or gs://bucket/path (etils.epath, without a mount).
+
+This module alone knows the difference. An object of a bucket is written as a whole or not at all, and nothing can be
+appended to it, so a file that grows line by line is a folder of parts there:
+
+    metrics.jsonl/part-00000001-00000256      lines 1 to 256, merged
+    metrics.jsonl/part-00000257-00000257      a line since then
+
+A part whose numbers another one covers is left over from a merge that was cut short, and does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import functools
+import hashlib
+import io
+import logging
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import traceback
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+from rsagent_jax.types import DataError
+
+os.environ.setdefault("EPATH_USE_TF", "false")  # else etils imports TensorFlow wherever it is installed
+# Else gcsfs asks for every bucket's kind, which takes a right of its own, and warns where it has not got it.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+SCHEME = "gs://"
+MERGE = 256  # lines in a merged part
+# Modules whose errors are the bucket's, and how tensorstore begins its own.
+CLIENTS = ("gcsfs", "fsspec", "aiohttp", "google.api_core", "google.auth", "google.cloud")
+_TENSORSTORE = re.compile(r"Error (reading|writing|opening|deleting|listing) .*gs://", re.DOTALL)
+_PART = re.compile(r"part-(\d{8})-(\d{8})")
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    return str(path).startswith(SCHEME)
+
+
+def open_path(text: str | os.PathLike) -> pathlib.Path:
+    """A path of this machine with ~ filled in, or an epath.Path of a bucket. DataError for any other address."""
+    text = os.fspath(text)
+    if not is_remote(text):
+        if "://" in text:
+            raise DataError(f"{text} is neither a path of this machine nor gs://bucket/path")
+        return pathlib.Path(text).expanduser()
+    from etils import epath
+
+    _file_system()
+    return epath.Path(text)
+
+
+def absolute(path: pathlib.Path) -> pathlib.Path:
+    """epath would put a bucket's below the working directory."""
+    return path if is_remote(path) else path.absolute()
+
+
+def absolute_name(path: str) -> str:
+    """The same of a text, without . and .. in it."""
+    return path if is_remote(path) else os.path.abspath(path)
+
+
+@functools.cache
+def _file_system() -> Any:
+    """gcsfs, as epath uses it as well."""
+    try:
+        import fsspec
+        import gcsfs  # noqa: F401 found by fsspec
+        import google.cloud.storage  # noqa: F401 by Orbax
+    except ImportError as error:
+        raise DataError(f"gs:// needs the extra gcs ({error}): pip install -e .[gcs]") from None
+    # A listing must show what tensorstore and other hosts wrote.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    for name in ("gcsfs", "absl"):  # they, the latter for Orbax, print what is raised as well
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return fsspec.filesystem("gcs", finalize_on_close=True)
+
+
+def bucket_used() -> bool:
+    """Whether this process has opened any."""
+    return _file_system.cache_info().currsize > 0
+
+
+# ------------------------------------------------------------------------------------------------- whole files
+
+
+def read_bytes(path: pathlib.Path) -> bytes:
+    """OSError where it is missing or cannot be read."""
+    return _file_system().cat_file(str(path)) if is_remote(path) else path.read_bytes()
+
+
+def file_size(path: pathlib.Path) -> int:
+    """Bytes."""
+    return path.stat().length if is_remote(path) else path.stat().st_size
+
+
+def files_below(path: pathlib.Path) -> list[pathlib.Path]:
+    """Of all folders below, in no order."""
+    if is_remote(path):
+        return [open_path(SCHEME + name) for name in _file_system().find(str(path))]
+    return [file for file in path.rglob("*") if file.is_file()]
+
+
+@functools.lru_cache(maxsize=64)
+def remote_versions(folder: str) -> dict[str, str]:
+    """What tells one state of each object of a folder from another, by name; one listing for all of them."""
+    return {e["name"].rpartition("/")[2]: _version(e) for e in _file_system().ls(folder, detail=True)}
+
+
+def _version(entry: dict[str, Any]) -> str:
+    return " ".join(str(entry.get(key, "")) for key in ("size", "md5Hash", "crc32c"))
+
+
+def write_whole(path: pathlib.Path, content: str | bytes) -> None:
+    """The file as a whole or not at all; text as UTF-8."""
+    data = content if isinstance(content, bytes) else content.encode()
+    with writing(path):
+        if is_remote(path):
+            _file_system().pipe_file(str(path), data)
+            return
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # other shards write it, too
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def make_directory(path: pathlib.Path) -> None:
+    """Its parents as well. A bucket has no folders."""
+    if not is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove_file(path: pathlib.Path) -> None:
+    """Nothing where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        _file_system().rm_file(str(path)) if is_remote(path) else path.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """OSErrors within, and whatever a bucket's client raises, are DataErrors about `path`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        if said := bucket_problem(error):
+            raise DataError(f"{path} cannot be written: {said}") from None
+        if not isinstance(error, OSError):
+            raise
+        raise DataError(
+            f"{path} cannot be written ({error.strerror or error}). What was written is kept: make room and run the"
+            " same command again"
+        ) from None
+
+
+def check_writable(path: pathlib.Path) -> None:
+    """Makes the directory and writes to it, now and not after an hour of work. OSError or DataError."""
+    if is_remote(path):
+        with writing(path):
+            probe = path / f".probe-{uuid.uuid4().hex[:8]}"
+            _file_system().pipe_file(str(probe), b"1")
+            remove_file(probe)
+        return
+    make_directory(path)
+    with tempfile.TemporaryFile(dir=path):
+        pass
+
+
+# --------------------------------------------------------------------------------------- files that grow by lines
+
+
+class AppendFile:
+    """Appends to a file; in a bucket, a part at a time."""
+
+    def __init__(self, path: pathlib.Path):
+        """Nothing is touched before the first `add`."""
+        self.path = path
+        self.number: int | None = None  # of the last part
+        self.singles = 0  # parts of one line
+
+    def add(self, text: str) -> None:
+        """On the disk, or in the bucket, when this returns. DataError if it cannot be."""
+        with writing(self.path):
+            if not is_remote(self.path):
+                with self.path.open("ab") as file:
+                    file.write(text.encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+                return
+            if self.number is None:
+                parts = _parts(self.path)
+                self.number, self.singles = parts[-1][1] if parts else 0, sum(a == b for a, b in parts)
+                self._merge()  # of a start before this
+            _file_system().pipe_file(_part(self.path, self.number + 1, self.number + 1), text.encode())
+            self.number += 1
+            self.singles += 1
+            if self.singles >= MERGE:
+                self._merge()
+
+    def _merge(self) -> None:
+        """The parts of one line, which are the last ones."""
+        singles = [part for part in _parts(self.path) if part[0] == part[1]]
+        if len(singles) > 1:
+            data = b"".join(_read_parts(self.path, singles))
+            _file_system().pipe_file(_part(self.path, singles[0][0], singles[-1][1]), data)
+            _remove_covered(self.path)
+        self.singles = 0
+
+    def close(self) -> None:
+        if self.singles > 1:
+            with writing(self.path):
+                self._merge()
+
+
+def open_lines(path: pathlib.Path) -> IO[bytes]:
+    """A file to read from its beginning, parts joined."""
+    parts = _parts(path) if is_remote(path) else []
+    if not is_remote(path):
+        return path.open("rb")
+    if not parts:
+        return io.BytesIO(read_bytes(path))
+    joined = tempfile.TemporaryFile()  # noqa: SIM115 whoever asked for it closes it
+    try:
+        joined.writelines(_read_parts(path, parts))
+    except FileNotFoundError:  # its writer has merged some since
+        joined.close()
+        return open_lines(path)
+    joined.seek(0)
+    return joined
+
+
+def read_lines(path: pathlib.Path) -> bytes:
+    """All of it at once."""
+    with open_lines(path) as file:
+        return file.read()
+
+
+def write_lines(path: pathlib.Path, content: bytes) -> None:
+    """In place of what is there, as a whole or not at all; more may be appended."""
+    if not is_remote(path):
+        return write_whole(path, content)
+    with writing(path):
+        parts = _parts(path)
+        _file_system().pipe_file(_part(path, 1, parts[-1][1] if parts else 1), content)
+        return _remove_covered(path)
+
+
+def cut_half_line(path: pathlib.Path) -> int:
+    """Of a file that a kill left with half a line at its end, how many bytes were cut off. A part is always whole."""
+    if is_remote(path):
+        return 0
+    data = path.read_bytes()
+    if half := len(data) - data.rfind(b"\n") - 1:
+        os.truncate(path, len(data) - half)
+    return half
+
+
+def _part(path: pathlib.Path, first: int, last: int) -> str:
+    return f"{path}/part-{first:08d}-{last:08d}"
+
+
+def _all_parts(path: pathlib.Path) -> list[tuple[int, int]]:
+    try:
+        names = _file_system().ls(str(path), detail=False)
+    except FileNotFoundError:
+        return []
+    found = (_PART.fullmatch(name.rpartition("/")[2]) for name in names)
+    return [(int(match[1]), int(match[2])) for match in found if match]
+
+
+def _parts(path: pathlib.Path) -> list[tuple[int, int]]:
+    """Those that count, in order."""
+    kept: list[tuple[int, int]] = []
+    for first, last in sorted(_all_parts(path), key=lambda part: (part[0], -part[1])):
+        if not kept or last > kept[-1][1]:
+            kept.append((first, last))
+    return kept
+
+
+def _read_parts(path: pathlib.Path, parts: Sequence[tuple[int, int]], at_once: int = 16) -> Iterator[bytes]:
+    for start in range(0, len(parts), at_once):
+        names = [_part(path, *part) for part in parts[start : start + at_once]]
+        contents = _file_system().cat(names)
+        yield from (contents[name.removeprefix(SCHEME)] for name in names)
+
+
+def _remove_covered(path: pathlib.Path) -> None:
+    if covered := set(_all_parts(path)) - set(_parts(path)):
+        _file_system().rm([_part(path, *part) for part in covered])
+
+
+# ------------------------------------------------------------------------------------------ copies on this machine
+
+
+def fetch_folder(path: pathlib.Path, patterns: Sequence[str] = ("*",)) -> pathlib.Path:
+    """The folder itself; of a bucket, one on this machine with those of its files that match, fetched once a host.
+
+    For what only reads local files: safetensors, tokenizers, ArrayRecord. DataError where they have no room.
+    """
+    if not is_remote(path):
+        return path
+    entries = [e for e in _file_system().ls(str(path), detail=True) if e["type"] == "file"]
+    versions = {e["name"].rpartition("/")[2]: _version(e) for e in entries}
+    versions = {n: v for n, v in sorted(versions.items()) if any(fnmatch.fnmatch(n, p) for p in patterns)}
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rsagent_jax" / "buckets"
+    folder = cache / hashlib.sha256(f"{path} {versions}".encode()).hexdigest()[:24]
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    needed = sum(e["size"] for e in entries if e["name"].rpartition("/")[2] in versions)
+    if (free := shutil.disk_usage(cache).free) < needed:
+        raise DataError(
+            f"{path}: its files take {needed / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB of free space; make room,"
+            " or set XDG_CACHE_HOME"
+        )
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as partial:
+        whole = pathlib.Path(partial) / "whole"
+        whole.mkdir()
+        _file_system().get([f"{path}/{name}" for name in versions], [str(whole / name) for name in versions])
+        with contextlib.suppress(OSError):  # another process was faster
+            os.rename(whole, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def local_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """`path` itself, or a place on this machine, not made yet, whose files are put there at the end: for what only
+    writes local files."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield (here := pathlib.Path(folder) / path.name)
+        put_files(here, path)
+
+
+def put_files(folder: pathlib.Path, path: pathlib.Path) -> None:
+    """What is below a folder of this machine, into a bucket."""
+    with writing(path):
+        for file in sorted(files_below(folder)):
+            _file_system().put_file(str(file), f"{path}/{file.relative_to(folder)}")
+
+
+# ---------------------------------------------------------------------------------------------- what goes wrong
+
+
+def bucket_problem(error: BaseException) -> str:
+    """What a bucket's client raised, in words, and the remedy; "" for an error of something else."""
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if not bucket_used() or not any(map(_is_clients, chain)):
+        return ""
+    said = next((text for e in chain if (text := " ".join(str(e).split()))), type(chain[0]).__name__)[:300]
+    if any(isinstance(e, FileNotFoundError) for e in chain) or "NOT_FOUND" in said:
+        return f"there is no such bucket or object ({said}); make the bucket, or give another"
+    if re.search(r"\b40[13]\b|Forbidden|Unauthorized|PERMISSION_DENIED|Anonymous|[Cc]redentials|UNAUTHENTICATED", said):
+        return (
+            f"this machine has no right to it ({said}); give its service account roles/storage.objectAdmin there, or"
+            " run: gcloud auth application-default login"
+        )
+    return (
+        f"the bucket does not answer ({said}). What was written there is kept: run the same command again when it is"
+        " back"
+    )
+
+
+def _is_clients(error: BaseException) -> bool:
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    where = (type(error).__module__, *frames)
+    return any(name.startswith(CLIENTS) for name in where) or _TENSORSTORE.search(str(error)) is not None
