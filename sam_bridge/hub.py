@@ -25,7 +25,7 @@ class HubError(ValueError):
 
 def is_repository(name: str) -> bool:
     """Whether it has the form of a repository's name and nothing of that name is on this disk."""
-    return REPOSITORY.fullmatch(name) is not None and not pathlib.Path(name).exists()
+    return REPOSITORY.fullmatch(str(name)) is not None and not pathlib.Path(name).exists()
 
 
 def download(name: str, patterns: Sequence[str]) -> pathlib.Path:

@@ -7,6 +7,7 @@ import pytest
 from tests.simulated import run_simulated
 
 pytestmark = pytest.mark.slow
+QUICK = "--xla_backend_optimization_level=0"  # most of the time is compilation
 TIMES = ("seconds_per_sample",)
 
 
@@ -22,7 +23,7 @@ def test_evaluation_and_collection_of_two_processes_equal_those_of_one(dataset, 
     collect = ["-m", "rsagent_jax.collect", "--config=configs/collect_quickstart.py", data, "--config.limit=5"]
     for count in (1, 2):
         workdir = tmp_path / str(count)
-        said = run_simulated([*evaluate, f"--workdir={workdir}/eval"], 1, count)
+        said = run_simulated([*evaluate, f"--workdir={workdir}/eval"], 1, count, QUICK)
         assert said.count("gIoU") == 1  # by one of them
         run_simulated([*collect, f"--workdir={workdir}/collect"], 1, count)
     assert results(tmp_path / "1/eval") == results(tmp_path / "2/eval")

@@ -69,6 +69,7 @@ def test_flops_are_two_per_parameter_and_token_and_attention(jobs):
     assert jobs["rollout append"].model_flops == pytest.approx(step + piece)
 
 
+@pytest.mark.slow
 def test_the_compiled_step_reads_weights_and_live_cache_once_and_holds_no_second_cache(decode):
     """Cut before the loop, the live cache was copied (a third of all memory); gathered for the whole row of logits, the
     head travelled in every step (4.1 x what must be read, at 7B)."""
@@ -92,6 +93,7 @@ def test_slots_that_fit_are_those_that_are_there_and_those_the_rest_of_the_memor
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_what_a_program_does_not_read_stays_on_the_device(jobs, decode):
     """Arguments and residents together are weights, slots and training, whichever of them the program takes."""
     d, job = decode.decoding, jobs["rollout encode"]
@@ -102,6 +104,7 @@ def test_what_a_program_does_not_read_stays_on_the_device(jobs, decode):
     assert memory.argument_size_in_bytes + job.resident_bytes == pytest.approx(whole + pixels, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_report_says_slots_and_rate(decode):
     line = reports_table([decode]).splitlines()[-1]
     assert line.startswith("rollout decode: 32 slots on 4 devices, 2 to a slot;") and "tokens/s" in line

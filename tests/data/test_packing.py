@@ -180,6 +180,7 @@ def test_packing_changes_neither_the_loss_nor_a_gradient(objective):
     assert_same_sums(run(packed), functools.reduce(step.add, alone))
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up_to_the_large_batch_and_empty_rows_weigh_nothing():
     run = programs()["grpo"]
     (packed,) = pack(mixed(), SHAPE, config())

@@ -108,6 +108,7 @@ def test_the_loss_by_pieces_of_a_split_head_has_the_gradients_of_the_whole_and_l
     assert max(split["some"]) < 1e-5 * max(split["some_size"]) and min(split["some_size"]) > 0.1
 
 
+@pytest.mark.slow
 def test_parameters_and_both_moments_are_spread_over_fsdp_and_tensor(split):
     local, size = split["local"], split["size"]
     kernels = [k for k in local if "kernel" in k]

@@ -12,6 +12,7 @@ import pytest
 from sam_bridge import backends, hub
 from tests.loopback_hub import SHA, serve_hub
 
+pytestmark = pytest.mark.slow  # each start of a process imports the library
 ROOT = pathlib.Path(__file__).parents[2]
 BIG = np.random.default_rng(0).bytes(24 << 20)  # the library writes pieces of 10 MiB
 FILES = {"org/toy": {"config.json": b"{}", "model.safetensors": BIG, "model.bin": b"not asked for"}}
