@@ -116,7 +116,8 @@ def _explained(name: str, endpoint: str) -> Iterator[None]:
         ) from error
     except errors.LocalEntryNotFoundError as error:  # IncompleteSnapshotError is one
         raise HubError(
-            f"{name} is no directory here, its copy from the hub is not here as a whole, and {endpoint} cannot be asked (no network, or HF_HUB_OFFLINE is set);"
+            f"{name} is no directory here, its copy from the hub is not here as a whole, and {endpoint} cannot be asked"
+            " (no network, or HF_HUB_OFFLINE is set);"
             " download it where there is a network, or give a directory"
         ) from error
     except (errors.HTTPError, OSError) as error:
