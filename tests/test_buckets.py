@@ -108,9 +108,16 @@ def test_a_bucket_that_vanishes_loses_nothing_that_was_done(bucket):
     book = Journal(folder, Share(), SETTINGS, CURRENT)
     for i in range(3):
         book.add({"id": f"s{i}"})
+    until = time.monotonic() + 10
+    while len(paths.read_lines(book.path).splitlines()) < 4:  # by itself
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert len(bucket.names("run/shards/00000-of-00001.jsonl/")) == 2  # the settings, and a part of three lines
     bucket.stop()
     try:
-        refused("the bucket does not answer.*kept: run the same command again", book.add, {"id": "s3"})
+        book.add({"id": "s3"})  # waits for a second
+        refused("the bucket does not answer.*kept: run the same command again", book.close)
+        refused("the bucket does not answer", book.add, {"id": "s4"})
         refused("gs://bucket/run cannot be written: the bucket does not", command.make_workdir, "gs://bucket/run")
     finally:
         bucket.start()
