@@ -23,6 +23,7 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,7 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 SCHEME = "gs://"
 MERGE = 256  # lines in a merged part
 SEND_S = 1.0  # that a gathered line waits
+KEPT_DAYS, PARTIAL_DAYS = 30, 2  # of a copy on this machine since its last use; of one that a kill cut short
 # Modules whose errors are the bucket's, and how tensorstore begins its own.
 CLIENTS = ("gcsfs", "fsspec", "aiohttp", "google.api_core", "google.auth", "google.cloud")
 _TENSORSTORE = re.compile(r"Error (reading|writing|opening|deleting|listing) .*gs://", re.DOTALL)
@@ -350,7 +352,8 @@ def _remove_covered(path: pathlib.Path) -> None:
 def fetch_folder(path: pathlib.Path, patterns: Sequence[str] = ("*",)) -> pathlib.Path:
     """The folder itself; of a bucket, one on this machine with those of its files that match, fetched once a host.
 
-    For what only reads local files: safetensors, tokenizers, ArrayRecord. DataError where they have no room.
+    For what only reads local files: safetensors, tokenizers, ArrayRecord. A copy that nobody has asked for in KEPT_DAYS
+    is removed by the next fetch. DataError where there is no room.
     """
     if not is_remote(path):
         return path
@@ -360,8 +363,13 @@ def fetch_folder(path: pathlib.Path, patterns: Sequence[str] = ("*",)) -> pathli
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rsagent_jax" / "buckets"
     folder = cache / hashlib.sha256(f"{path} {versions}".encode()).hexdigest()[:24]
     if folder.is_dir():
+        os.utime(folder)
         return folder
     cache.mkdir(parents=True, exist_ok=True)
+    for old in cache.iterdir():
+        days = (time.time() - old.stat().st_mtime) / 86400
+        if days > (PARTIAL_DAYS if old.name.startswith(".partial-") else KEPT_DAYS):
+            shutil.rmtree(old, ignore_errors=True)
     needed = sum(e["size"] for e in entries if e["name"].rpartition("/")[2] in versions)
     if (free := shutil.disk_usage(cache).free) < needed:
         raise DataError(
