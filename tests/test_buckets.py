@@ -264,6 +264,9 @@ def test_commands_read_and_write_buckets_and_say_when_one_vanishes_in_the_middle
     base, recipe = f"{ROOT}/assets/tiny-base", f"--config={ROOT}/configs/reproduce_quickstart.py"
     study = "--collected=gs://bucket/collect", "--out=gs://bucket/study", "--min_iou=0.5"
     tokens = "--trajectories=gs://bucket/collect", f"--processor={base}", "--out=gs://bucket/t.html"
+    scene = "--out=gs://bucket/scenes", "--train=1", "--val=0", "--test=0"
+    assert run("tiny.synthetic", *scene) == 0 and run("tiny.synthetic", *scene, "--seed=1") == 2
+    assert "gs://bucket/scenes holds synthetic scenes made with other settings" in capsys.readouterr().err
     commands = {
         "collect": (COLLECT, "collect/collect.json"),
         "refilter": (study, "study/iou-0.50/collect.json"),

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from rsagent_jax.runtime import paths
+from rsagent_jax.models.qwen25_vl.load import weights_checksum
+from rsagent_jax.runtime import command, paths
 from tests.loopback_bucket import LoopbackBucket
 from tests.loopback_hub import serve_hub
 
@@ -110,7 +111,11 @@ def test_a_recipe_killed_in_every_stage_gives_the_table_of_one_that_was_left_alo
         alone.kill()
     said = finish(start("gs://bucket/run"))
     assert said.count(": done\n") == 4 and "goes on: " in said  # in the last stage, which was killed as well
-    assert_same_figures(tmp_path / "run", paths.open_path("gs://bucket/run"))
+    there = paths.open_path("gs://bucket/run")
+    assert_same_figures(tmp_path / "run", there)
+    assert len(paths.read_lines(there / "train/config_history.jsonl").splitlines()) == 3  # its starts
+    export = f"--checkpoint={there}/train/checkpoints/grpo", "--out=gs://bucket/hf"
+    assert command.run_command("rsagent_jax.export", export) == 0 and weights_checksum("gs://bucket/hf")
 
 
 def assert_same_figures(here: pathlib.Path, there: pathlib.Path) -> None:
