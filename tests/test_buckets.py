@@ -81,6 +81,21 @@ def test_lines_are_parts_that_are_joined_and_merged_as_they_come(bucket, monkeyp
     assert paths.read_lines(path) == b"0\n1\nnew\n"
 
 
+def test_gathered_lines_are_one_part_and_many_are_sent_at_once(bucket, monkeypatch):
+    monkeypatch.setattr(paths, "MERGE", 4)
+    path = run_path("run/a.jsonl")
+    file = paths.AppendFile(path, gather=True)
+    for i in range(6):
+        file.add(f"{i}\n")
+    assert bucket.names("") == ["run/a.jsonl/part-00000001-00000004"]  # two wait
+    file.close()
+    file = paths.AppendFile(path, gather=True)
+    file.add("6\n")
+    file.close()
+    assert bucket.names("")[1:] == ["run/a.jsonl/part-00000005-00000007"]
+    assert paths.read_lines(path) == b"0\n1\n2\n3\n4\n5\n6\n"
+
+
 def test_a_merge_that_was_cut_short_doubles_no_line(bucket):
     path = run_path("run/a.jsonl")
     for name, text in ("00000001-00000002", "0\n1\n"), ("00000001-00000001", "0\n"), ("00000002-00000002", "1\n"):

@@ -1,12 +1,13 @@
 """The recipe on several hosts of a slice: what runs where, and what a host that fails or ends means for the others."""
 
+import os
 import sys
 import threading
 import time
 
 import pytest
 
-from rsagent_jax.runtime import hosts
+from rsagent_jax.runtime import hosts, processes
 from rsagent_jax.runtime.hosts import Hosts
 from rsagent_jax.types import DataError
 from tests.simulated import run_simulated
@@ -101,6 +102,23 @@ def test_hosts_that_were_given_something_else_are_told():
     _, other = on_two_hosts(compare, compare)
     assert "host 1 was given another --workdir than host 0" in str(other)
     assert Hosts().run(python("raise SystemExit(3)"), False) == 3
+
+
+def test_parents_meet_beside_the_port_of_their_children(monkeypatch):
+    asked = []
+    for name in (*hosts.VARIABLES, hosts.PORT):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(processes, "has_tpu", lambda: True)
+    monkeypatch.setattr(
+        processes.jax.distributed, "initialize", lambda *a, **k: asked.append((a, os.getenv(hosts.PORT)))
+    )
+    processes.initialize_distributed()
+    processes.initialize_distributed(beside=1)
+    assert hosts.PORT not in os.environ
+    for name, value in zip(hosts.VARIABLES, ("h:70", "2", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    processes.initialize_distributed(beside=1)
+    assert asked == [((), None), ((), "8483"), (("h:71", 2, 1), None)]
 
 
 @pytest.mark.slow
