@@ -32,6 +32,7 @@ from rsagent_jax.runtime.paths import make_directory, remove_file, write_whole
 from rsagent_jax.types import DataError
 
 REPORT = "report"  # of --only: no stage
+SHARED_S = 60  # until a host sees what another has written: NFS remembers for a while that a file was not there
 
 
 def main(
@@ -40,10 +41,10 @@ def main(
     workdir: str = "",  # directory for everything this command leaves behind
     only: str = "",  # names of stages, with commas: these are run, done or not; report = none of them
 ) -> int:
-    directory = command.make_workdir(workdir)
-    steps = plan_steps(config, directory)
-    wanted = chosen(only, steps)
     with join_hosts() as hosts:
+        directory = command.make_workdir(workdir)
+        steps = plan_steps(config, directory)
+        wanted = chosen(only, steps)
         hosts.check_same({"--workdir or --config": " ".join(step.key for step in steps.values()), "--only": only})
         failed = run_steps(steps, wanted, hosts, again=bool(only))
         print(f"== {REPORT}", flush=True)
@@ -104,6 +105,10 @@ def run_step(step: Step, hosts: Hosts) -> int:
         stamp = {"command": command_line(step), "seconds": time.perf_counter() - start, "key": step.key}
         write_whole(step.directory / STAMP, json.dumps(stamp, indent=2) + "\n")
     hosts.from_lead(lambda: STAMP)
-    if seconds_of(step) is None:
+    until = time.monotonic() + SHARED_S
+    while seconds_of(step) is None:
+        if time.monotonic() < until:
+            time.sleep(1)
+            continue
         raise DataError(f"{step.directory / STAMP} of host 0 is not here: the hosts need one --workdir that they share")
     return 0
