@@ -9,10 +9,12 @@ import types
 import numpy as np
 import pytest
 
+from rsagent_jax.config.recipe import RecipeConfig, RecipeStage, plan_steps
 from rsagent_jax.config.schema import DataConfig
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.evals.metrics import SampleResult
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
+from rsagent_jax.report.reproduction import seconds_of
 from rsagent_jax.runtime import command, paths
 from rsagent_jax.runtime.journal import Journal, read_journal
 from rsagent_jax.runtime.processes import Share
@@ -179,6 +181,15 @@ def test_an_error_of_anything_else_is_not_the_buckets(bucket):
     assert "run the same command again when it is back" in paths.bucket_problem(ValueError(said))
 
 
+def test_a_stage_may_be_given_in_a_bucket(bucket):
+    collect = RecipeStage(name="collect", command="x.py", given="gs://bucket/collected")
+    sft = RecipeStage(name="sft", command="x.py", arguments=("{collect}", "{sft}"))
+    steps = plan_steps(RecipeConfig(stages=(collect, sft)), command.make_workdir("gs://bucket/run"))
+    assert steps["collect"].directory == run_path("collected") and seconds_of(steps["collect"]) == 0.0
+    assert steps["sft"].argv == ("x.py", "gs://bucket/collected", "gs://bucket/run/sft")
+    assert seconds_of(steps["sft"]) is None
+
+
 # --------------------------------------------------------------------------------------------- data and weights
 
 
@@ -260,13 +271,7 @@ def test_a_copy_that_nobody_uses_is_removed(bucket, tmp_path):
 
 
 def run(name: str, *flags: str) -> int:
-    return command.run_command(f"rsagent_jax.{name}", flags)
-
-
-COLLECT = (
-    f"--config={ROOT}/configs/collect_quickstart.py", "--workdir=gs://bucket/collect", "--config.limit=4",
-    "--config.data.root=gs://bucket/data", "--config.segmenter.mode=inprocess",
-)  # fmt: skip
+    return command.run_command(f"{ROOT}/{name}" if name.endswith(".py") else f"rsagent_jax.{name}", flags)
 
 
 def test_commands_read_and_write_buckets_and_say_when_one_vanishes_in_the_middle(bucket, scenes, tmp_path, capsys):
@@ -275,7 +280,9 @@ def test_commands_read_and_write_buckets_and_say_when_one_vanishes_in_the_middle
         results = [SampleResult(f"s{n}", 10 + n, 100, Status.FINISHED, 2, 0) for n in range(3)]
         write_files(tmp_path / name, results, {"metric": {"unit": "sentence"}}, [], benchmark="x")
         paths.put_files(tmp_path / name, run_path(name))
-    check = f"--config={ROOT}/configs/eval_quickstart.py", "--config.data.root=gs://bucket/data"
+    data, inside = "--config.data.root=gs://bucket/data", "--config.segmenter.mode=inprocess"
+    check = f"--config={ROOT}/configs/eval_quickstart.py", data
+    collect = f"--config={ROOT}/configs/collect_quickstart.py", "--workdir=gs://bucket/collect", data, inside
     base, recipe = f"{ROOT}/assets/tiny-base", f"--config={ROOT}/configs/reproduce_quickstart.py"
     study = "--collected=gs://bucket/collect", "--out=gs://bucket/study", "--min_iou=0.5"
     tokens = "--trajectories=gs://bucket/collect", f"--processor={base}", "--out=gs://bucket/t.html"
@@ -283,9 +290,10 @@ def test_commands_read_and_write_buckets_and_say_when_one_vanishes_in_the_middle
     assert run("tiny.synthetic", *scene) == 0 and run("tiny.synthetic", *scene, "--seed=1") == 2
     assert "gs://bucket/scenes holds synthetic scenes made with other settings" in capsys.readouterr().err
     commands = {
-        "collect": (COLLECT, "collect/collect.json"),
+        "collect": ((*collect, "--config.limit=4"), "collect/collect.json"),
         "refilter": (study, "study/iou-0.50/collect.json"),
         "data_check": ((*check, "--out=gs://bucket/check"), "check/check.json"),
+        "evaluate.py": ((*check, "--workdir=gs://bucket/eval", inside, "--config.bound.row=box"), "eval/results.json"),
         "show_tokens": (tokens, "t.html"),
         "compare": (("gs://bucket/a", "gs://bucket/b", "--out=gs://bucket/c.md"), "c.md"),
         "reproduce": ((recipe, "--workdir=gs://bucket/w", "--only=report"), "w/table.md"),

@@ -26,7 +26,7 @@ SHUTDOWN_S = 10  # of jax's, for one another
 POLL_S = 0.5
 GONE = "rsagent_jax/hosts/gone"
 GRACE_S, KILL_S = 10.0, 5.0  # for a child to end by itself once that of another host has failed; after SIGTERM
-_LIBC = ctypes.CDLL(None)
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # of Linux; looked up here, since a forked child should do little
 
 
 def has_tpu() -> bool:
@@ -144,6 +144,6 @@ def _stop(child: subprocess.Popen) -> None:
 
 
 def _die_with_parent() -> None:
-    """In a child, of Linux: it ends when its parent does, however that ended."""
-    if hasattr(_LIBC, "prctl"):
-        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    """In a child: it ends when its parent does, however that ended."""
+    if _PRCTL:
+        _PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
