@@ -7,29 +7,11 @@ import time
 
 import pytest
 
+from rsagent_jax.report.reproduction import STAMP
 from rsagent_jax.runtime import hosts, processes
 from rsagent_jax.runtime.hosts import Hosts
 from rsagent_jax.types import DataError
 from tests.simulated import run_simulated
-
-JOB = """
-import os, pathlib, sys
-out = pathlib.Path(sys.argv[1])
-out.mkdir(exist_ok=True)
-(out / f"host{os.environ['JAX_PROCESS_ID']}").touch()
-"""
-RECIPE = """
-from ml_collections import ConfigDict
-from rsagent_jax.config.build import template
-from rsagent_jax.config.recipe import RecipeConfig
-
-def get_config():
-    config = template(RecipeConfig)
-    one = dict(command={job!r}, arguments=("{{one}}",))
-    both = dict(command={job!r}, arguments=("{{both}}", "{{one}}"), all_hosts=True)
-    config.stages = ConfigDict(dict(one=one, both=both), sort_keys=False)
-    return config
-"""
 
 
 class Store(dict):
@@ -122,13 +104,13 @@ def test_parents_meet_beside_the_port_of_their_children(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_hosts_run_what_joins_them_on_both_and_all_else_once(tmp_path):
-    (tmp_path / "job.py").write_text(JOB)
-    (tmp_path / "recipe.py").write_text(RECIPE.format(job=str(tmp_path / "job.py")))
-    flags = [f"--config={tmp_path}/recipe.py", f"--workdir={tmp_path}/w"]
+def test_two_hosts_share_what_joins_them_and_do_all_else_once(tmp_path):
+    flags = ["--config=configs/reproduce_quickstart.py", f"--workdir={tmp_path}", "--only=data,collect"]
+    flags.append("--config.stages.data.more=('--train=9','--val=0','--test=0')")
+    flags.append("--config.stages.collect.more=('--config.limit=6','--config.segmenter.mode=inprocess')")
     said = run_simulated(["-m", "rsagent_jax.reproduce", *flags], 1, 2)
-    assert "== 2/2 both\npython " in said
-    assert [len(list((tmp_path / "w" / name).glob("host*"))) for name in ("one", "both")] == [1, 2]
-    assert (tmp_path / "w/one/host0").exists() and (tmp_path / "w/table.md").exists()
-    said = run_simulated(["-m", "rsagent_jax.reproduce", *flags], 1, 2)
-    assert "== 1/2 one: done\n== 2/2 both: done\n" in said
+    assert said.count(" references and ") == 1 and said.count(" of 6 trajectories") == 1  # by host 0
+    assert sorted(path.name for path in (tmp_path / "collect/attempts").glob("0*")) == [
+        "00000-of-00002.jsonl", "00001-of-00002.jsonl"
+    ]  # fmt: skip
+    assert all((tmp_path / name / STAMP).exists() for name in ("data", "collect")) and (tmp_path / "table.md").exists()
