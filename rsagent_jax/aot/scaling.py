@@ -2,8 +2,9 @@
 
   python -m rsagent_jax.aot.scaling --results=docs/scaling.jsonl --out=docs/scaling.md [--only=7b:v5e]
 
-Every line of the table is one call of `train.py --aot`, so that anybody can repeat it. A call takes minutes; its report
-is added to --results, and what stands there for rows of TOKENS is not compiled again. Interrupt and go on as you like.
+Every line of the tables is one call of `train.py --aot`, or of `evaluate.py --aot` for an engine alone, so that anybody
+can repeat it. A call takes minutes; its report is added to --results, and what stands there for rows of TOKENS is not
+compiled again. Interrupt and go on as you like.
 What stands in --out above the mark TABLES is kept.
 """
 
@@ -13,6 +14,7 @@ if __name__ == "__main__":
     command.start_command()
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -26,29 +28,57 @@ FULLY = ":fully"  # ends the name of a line that was compiled without --aot_quic
 TOKENS = 6144  # of a row and of a slot: configs/sft_tpu.py and grpo_tpu.py; lines of other lengths are compiled again
 EARLIER = 4096  # of lines that do not say
 SLOTS = {"v5e-16": 32, "v6e-8": 128, "v5p-8": 256}  # of a host, beside the training state of the 7B
-SIZES = ("3b", "7b", "72b")
+SIZES = ("3b", "7b", "32b", "72b")
+ENGINE = "engine"  # of a line: the engine that evaluation and collecting have to themselves
+LORA, OFFLOAD = "+lora16", "+offload"  # after the remat policy: adapters of rank 16 alone; AdamW's moments on the host
+# What 32B and 72B are trained on; v*-8 hold adapters alone.
+LARGE = {
+    "32b:sft": {"v6e-64": "full", "v5e-256": "full", "v5p-64": "selective", "tpu7x-64": "selective",
+                "v6e-8": "full+lora16", "v5p-8": "full+lora16"},
+    "72b:sft": {"v6e-64": "full+offload", "v5e-256": "full", "v5p-64": "full", "tpu7x-64": "selective",
+                "v5p-8": "full+lora16"},
+    "32b:grpo": {"v6e-64": "full", "v5p-64": "full"},
+    "72b:grpo": {"v5p-64": "full", "tpu7x-64": "full"},
+}  # fmt: skip
+ENGINES = {"7b": ("v5e-8", "v6e-8", "v5p-8", "tpu7x-8"), "32b": ("v6e-8", "v5p-8", "tpu7x-8")}
+ENGINES["72b"] = ENGINES["32b"]
 
 
 def calls() -> Iterator[tuple[str, list[str]]]:
     """(name, arguments of train.py) of every line, most wanted first."""
     for size in ("7b", "3b"):
         for stage, remat in (("sft", "full"), ("grpo", "full"), ("sft", "selective")):
-            only = ["--aot_only=grpo"] if stage == "grpo" else []
             for where in TABLE:
-                yield f"{size}:{where}:{stage}:{remat}", [*_arguments(size, where, stage, remat), *only]
+                yield f"{size}:{where}:{stage}:{remat}", _arguments(size, where, stage, remat)
         for where in ("v5p-256", "v6e-256") if size == "7b" else ():
             yield f"72b:{where}:sft:full", _arguments("72b", where, "sft", "full")
+    for kind, lines in LARGE.items():
+        size, stage = kind.split(":")
+        for where, remat in lines.items():
+            yield f"{size}:{where}:{stage}:{remat}", _arguments(size, where, stage, remat)
+    for size, slices in ENGINES.items():
+        for where in slices:
+            arguments = ["--config=configs/eval.py:refcoco-testA", f"--weights={_weights(size)}", f"--aot={where}"]
+            yield f"{size}:{where}:{ENGINE}", arguments
     for where, slots in SLOTS.items():
-        more = [f"--config.grpo.sampling.slots={slots}", "--aot_only=rollout"]
-        yield f"7b:{where}:rollout:{slots}", [*_arguments("7b", where, "grpo", "full"), *more]
+        arguments = [*_arguments("7b", where, "grpo", "full")[:-1], f"--config.grpo.sampling.slots={slots}"]
+        yield f"7b:{where}:rollout:{slots}", [*arguments, "--aot_only=rollout"]
     for where in ("v6e-8", "v5e-16", "v5p-8"):
         yield f"7b:{where}:sft:full{FULLY}", _arguments("7b", where, "sft", "full", quick=False)
 
 
 def _arguments(size: str, where: str, stage: str, remat: str, quick: bool = True) -> list[str]:
-    policy = [f"--config.policy.weights=Qwen2.5-VL-{size.upper()}-Instruct", f"--config.policy.remat={remat}"]
+    plain = remat.removesuffix(LORA).removesuffix(OFFLOAD)
+    policy = [f"--config.policy.weights={_weights(size)}", f"--config.policy.remat={plain}"]
+    policy += ["--config.policy.lora.rank=16"] * remat.endswith(LORA)
+    policy += [f"--config.{stage}.optim.offload=True"] * remat.endswith(OFFLOAD)
     target = [f"--config.slice={where}", f"--aot={where}", f"--aot_quick={str(quick).lower()}"]
-    return [f"--config=configs/{stage}_tpu.py", *policy, *target]
+    only = ["--aot_only=grpo"] * (stage == "grpo")
+    return [f"--config=configs/{stage}_tpu.py", *policy, *target, *only]
+
+
+def _weights(size: str) -> str:
+    return f"Qwen2.5-VL-{size.upper()}-Instruct"
 
 
 def read_results(results: pathlib.Path) -> list[dict]:
@@ -61,7 +91,11 @@ def compile_missing(results: pathlib.Path, only: str) -> None:
     for name, arguments in calls():
         if name in have or only not in name:
             continue
-        done = subprocess.run([sys.executable, "train.py", *arguments], capture_output=True, text=True, check=False)
+        script = "evaluate.py" if name.endswith(ENGINE) else "train.py"
+        quick = os.environ | {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}  # what --aot_quick asks for
+        environment = quick if name.endswith(ENGINE) else os.environ
+        command_line = [sys.executable, script, *arguments]
+        done = subprocess.run(command_line, capture_output=True, text=True, check=False, env=environment)
         if done.returncode not in (0, 3):
             print(f"{name}: {(done.stderr.strip() or 'failed').splitlines()[-1]}", file=sys.stderr)
             continue
@@ -82,6 +116,8 @@ def scaling_tables(lines: list[dict]) -> str:
             out += _table(f"{stage.upper()}, {size.upper()}", COLUMNS, rows)
     rollouts = [_rollout_row(n, by[n]) for n in names if ":rollout:" in n and n in by]
     out += _table("Rollouts, 7B", ROLLOUT_COLUMNS, rollouts)
+    engines = [_engine_row(n, by[n]) for n in names if n.endswith(ENGINE) and n in by]
+    out += _table("Engines alone, for evaluation and collecting", ENGINE_COLUMNS, engines)
     pairs = [(name, name.removesuffix(FULLY)) for name in by if name.endswith(FULLY)]
     pairs = [(f, q) for f, q in pairs if q in by and by[f].get("tokens") == by[q].get("tokens")]
     rows = [_row(n, by[n], how) for pair in pairs for n, how in zip(pair, ("fully", "quick"), strict=True)]
@@ -104,6 +140,10 @@ ROLLOUT_COLUMNS = (
     "slice | tensor | tokens a slot | slots a host (a device) | weights | cache | training | peak GiB | of | fits"
     " | GiB a step | ratio | projected tokens/s a host | a slice"
 )
+ENGINE_COLUMNS = (
+    "size | slice | tensor | slots a host (a device) | weights | cache | peak GiB | of | fits | slots that fit"
+    " | GiB a step | ratio | projected tokens/s a host"
+)
 
 
 def _peak(line: dict) -> tuple[dict, list[str]]:
@@ -121,6 +161,14 @@ def _row(name: str, line: dict, how: str = "") -> list[str]:
         sent = f"{sum(r['collective_bytes'].values()) / GIB:.1f}"
         found = [f"{r['hlo_to_model_flops']:.2f}", sent, f"{step:.2f}", f"{r['projected_mfu']:.0%}", r["bound_by"]]
     return [where, f"{remat}, {how}" if how else remat, tokens, *_peak(line)[1], *found]
+
+
+def _engine_row(name: str, line: dict) -> list[str]:
+    """Of the rollouts' cells, those that no trainer changes."""
+    where, tensor, _, slots, weights, cache, _, peak, limit, fits, *rates = _rollout_row(name, line)
+    fit = min(r["decoding"]["slots_fit"] for r in line["reports"] if r["decoding"])
+    size = name.split(":")[0].upper()
+    return [size, where, tensor, slots, weights, cache, peak, limit, fits, str(fit), *rates[:3]]
 
 
 def _rollout_row(name: str, line: dict) -> list[str]:
