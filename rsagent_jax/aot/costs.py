@@ -40,6 +40,7 @@ EVALUATED = (10_834 + 5_657 + 5_095) + (10_758 + 5_726 + 4_889) + (4_896 + 9_602
 COLLECTED = 10_000
 # A trajectory's tokens that are sampled and that are appended, and patches of its eight images (1,222 + 7 x 112 tokens)
 SAMPLED, APPENDED, PATCHES = 8 * 150, 4_477 - 8 * 150, 4 * (1_222 + 7 * 112)
+PLAYING = {f"rollout {name}" for name in ("weights", "encode", "append", "decode")}
 PIECE, BUFFER = 64, 6_144  # sampling.prefill and sampling.patches of the configs
 
 
@@ -104,7 +105,8 @@ def costs(lines: list[dict], assumed: Assumptions) -> Iterator[Cost]:
         remat, *more = rest[0].split("+") if rest else [""]
         topology, preset = parse_topology(where), PRESETS.get(size, {}).get(where)
         how = "".join(f", {word}" for word in more)
-        if stage == ENGINE:
+        alone = fit.get(f"{size}:{where}:{ENGINE}")  # has more slots than beside a trainer
+        if stage in (ENGINE, "rollout") and _whole(line) and (alone is None or alone is line):
             for what, count in (("evaluation", EVALUATED), ("collection", COLLECTED)):
                 seconds = rollout_seconds(line, count / _hosts(topology, line), assumed) / count
                 yield Cost(size, what, where, seconds, count * seconds / 3600)
@@ -133,9 +135,15 @@ def _hosts(topology: Topology, line: dict) -> float:
 def _played(size: str, topology: Topology, lines: dict[str, dict]) -> dict | None:
     """The line of a slice's rollouts, else of an engine alone on the same kind of chip."""
     for start in (f"{size}:{topology.name}:rollout", f"{size}:{topology.chip.name}-8:{ENGINE}"):
-        if name := next((name for name in lines if name.startswith(start)), None):
-            return lines[name]
+        for name, line in lines.items():
+            if name.startswith(start) and _whole(line):
+                return line
     return None
+
+
+def _whole(line: dict) -> bool:
+    """Whether an engine's line has all its programs."""
+    return {r["program"] for r in line["reports"]} >= PLAYING
 
 
 def costs_table(found: list[Cost], prices: dict[str, float]) -> str:

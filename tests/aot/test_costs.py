@@ -41,8 +41,8 @@ def test_a_training_step_is_its_micro_batches_and_one_update():
 
 
 def test_rollouts_encode_append_and_decode():
-    """128 slots have 32 lanes. 256 trajectories: of 8,024 patches in 32 buffers of 6,144; of 3,277 tokens in 32 pieces of
-    64, 0.4 s each without the decoding in them; two rounds of 1,200 tokens, 0.1 s for 8. All at half the speed."""
+    """128 slots have 32 lanes. 256 trajectories: of 8,024 patches in 32 buffers of 6,144; of 3,277 tokens in 32 pieces
+    of 64, 0.4 s each without the decoding in them; two rounds of 1,200 tokens, 0.1 s for 8. All at half the speed."""
     by_hand = 256 * 8024 / (32 * 6144) * 2.0 + 256 * 3277 / (32 * 64) * 0.4 + 2 * 1200 / 8 * 0.1
     assert costs.rollout_seconds(line("", *ROLLOUT), 256, ASSUMED) == pytest.approx(2 * by_hand)
     few = 32 * 8024 / (32 * 6144) * 2.0 + 32 * 3277 / (32 * 64) * 0.4 + 1200 / 8 * 0.1  # a round, however few
@@ -57,7 +57,7 @@ def test_hours_of_the_stages():
     )
     lines = [SFT, grpo, line("7b:v6e-8:rollout:128", *ROLLOUT), line("7b:v6e-16:engine", *ROLLOUT)]
     found = {cost.stage: cost for cost in costs.costs(lines, ASSUMED)}
-    assert list(found) == ["SFT", "GRPO", "evaluation", "collection"]
+    assert list(found) == ["SFT", "GRPO", "evaluation", "collection"] and found["evaluation"].slice == "v6e-16"
     assert found["SFT"].hours == pytest.approx(79 * (16 * 8 + 0.5) / 3600)
     step = 8 * (2 + 1) + 1 + 0.25 / 0.5 + costs.rollout_seconds(line("", *ROLLOUT), 64, ASSUMED)
     assert found["GRPO"].unit_seconds == pytest.approx(step) and found["GRPO"].hours == pytest.approx(step / 3.6)
