@@ -102,25 +102,23 @@ def costs(lines: list[dict], assumed: Assumptions) -> Iterator[Cost]:
     fit = {line["name"]: line for line in lines if line.get("tokens") == TOKENS and _fits(line)}
     for name, line in fit.items():
         size, where, stage, *rest = name.split(":")
-        remat, *more = rest[0].split("+") if rest else [""]
         topology, preset = parse_topology(where), PRESETS.get(size, {}).get(where)
-        how = "".join(f", {word}" for word in more)
         alone = fit.get(f"{size}:{where}:{ENGINE}")  # has more slots than beside a trainer
         if stage in (ENGINE, "rollout") and _whole(line) and (alone is None or alone is line):
             for what, count in (("evaluation", EVALUATED), ("collection", COLLECTED)):
                 seconds = rollout_seconds(line, count / _hosts(topology, line), assumed) / count
                 yield Cost(size, what, where, seconds, count * seconds / 3600)
-        elif stage == "sft" and preset and remat == preset.remat and len(rest) == 1:
+        elif stage == "sft" and preset and rest == [preset.remat]:
             updates = math.ceil(EPOCHS * SFT_TRAJECTORIES / BATCH)
             micro_batches = math.ceil(BATCH / (topology.devices // preset.tensor))
             seconds = step_seconds(line, topology, micro_batches, assumed)
-            yield Cost(size, f"SFT{how}", where, seconds, updates * seconds / 3600)
+            yield Cost(size, "SFT", where, seconds, updates * seconds / 3600)
         elif stage == "grpo" and preset and (played := _played(size, topology, fit)):
             micro_batches = math.ceil(GRPO_TRAJECTORIES / (topology.devices // preset.tensor))
             weights = played["reports"][0]["projected_step_s"] / assumed.bandwidth
             seconds = step_seconds(line, topology, micro_batches, assumed) + weights
             seconds += rollout_seconds(played, GRPO_TRAJECTORIES / _hosts(topology, played), assumed)
-            yield Cost(size, f"GRPO{how}", where, seconds, GRPO_STEPS * seconds / 3600)
+            yield Cost(size, "GRPO", where, seconds, GRPO_STEPS * seconds / 3600)
 
 
 def _fits(line: dict) -> bool:
@@ -151,7 +149,7 @@ def costs_table(found: list[Cost], prices: dict[str, float]) -> str:
     head = ["size", "stage", "slice", "seconds a step or trajectory", "hours", "chip-hours"]
     head += ["cost"] * bool(prices)
     order = {"SFT": 0, "GRPO": 1, "evaluation": 2, "collection": 3}
-    found = sorted(found, key=lambda c: (int(c.size[:-1]), order[c.stage.split(",")[0]], c.stage, c.slice))
+    found = sorted(found, key=lambda c: (int(c.size[:-1]), order[c.stage], c.slice))
     rows = []
     for cost in found:
         topology = parse_topology(cost.slice)

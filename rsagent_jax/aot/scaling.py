@@ -30,16 +30,13 @@ EARLIER = 4096  # of lines that do not say
 SLOTS = {"v5e-16": 32, "v6e-8": 128, "v5p-8": 256}  # of a host, beside the training state of the 7B
 SIZES = ("3b", "7b", "32b", "72b")
 ENGINE = "engine"  # of a line: the engine that evaluation and collecting have to themselves
-LORA, OFFLOAD = "+lora16", "+offload"  # after the remat policy: adapters of rank 16 alone; AdamW's moments on the host
-# What 32B and 72B are trained on; v*-8 hold adapters alone.
+# What 32B and 72B are trained on: the presets of config/slices.py.
 LARGE = {
-    "32b:sft": {"v6e-64": "full", "v5e-256": "full", "v5p-64": "selective", "tpu7x-64": "selective",
-                "v6e-8": "full+lora16", "v5p-8": "full+lora16"},
-    "72b:sft": {"v6e-64": "full+offload", "v5e-256": "full", "v5p-64": "full", "tpu7x-64": "selective",
-                "v5p-8": "full+lora16"},
-    "32b:grpo": {"v6e-64": "full", "v5p-64": "full"},
-    "72b:grpo": {"v5p-64": "full", "tpu7x-64": "full"},
-}  # fmt: skip
+    "32b:sft": {"v6e-64": "full", "v5e-256": "full"},
+    "32b:grpo": {"v6e-64": "full"},
+    "72b:sft": {"v5p-64": "full"},
+    "72b:grpo": {"v5p-64": "full"},
+}
 ENGINES = {"7b": ("v5e-8", "v6e-8", "v5p-8", "tpu7x-8"), "32b": ("v6e-8", "v5p-8", "tpu7x-8")}
 ENGINES["72b"] = ENGINES["32b"]
 
@@ -69,10 +66,7 @@ def calls() -> Iterator[tuple[str, list[str]]]:
 
 
 def _arguments(size: str, where: str, stage: str, remat: str, quick: bool = True) -> list[str]:
-    plain = remat.removesuffix(LORA).removesuffix(OFFLOAD)
-    policy = [f"--config.policy.weights={_weights(size)}", f"--config.policy.remat={plain}"]
-    policy += ["--config.policy.lora.rank=16"] * remat.endswith(LORA)
-    policy += [f"--config.{stage}.optim.offload=True"] * remat.endswith(OFFLOAD)
+    policy = [f"--config.policy.weights={_weights(size)}", f"--config.policy.remat={remat}"]
     target = [f"--config.slice={where}", f"--aot={where}", f"--aot_quick={str(quick).lower()}"]
     only = ["--aot_only=grpo"] * (stage == "grpo")
     return [f"--config=configs/{stage}_tpu.py", *policy, *target, *only]
