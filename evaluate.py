@@ -36,6 +36,7 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.evals import bounds, metrics, records
+from rsagent_jax.evals.behaviour import recorded_behaviour, summarize_behaviours
 from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory, weights_checksum
 from rsagent_jax.report import evaluation
@@ -221,6 +222,7 @@ def write_results(
         "by_turn": metrics.turn_curve(
             [(r.counts, r.masks) for r in kept], config.metric, config.agent.max_turns, images
         ),
+        "behaviour": summarize_behaviours([recorded_behaviour(r, config.metric) for r in kept]),
         "conventions": metrics.other_conventions([r.counts for r in kept]),
     }
     predictions = [

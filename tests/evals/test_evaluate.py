@@ -83,7 +83,7 @@ def test_a_sample_that_the_segmenter_failed_is_played_again_and_counts_for_nothi
     back = Away()
     results = run(back)
     assert back.asked == 2 and "goes on: 4 of 6 samples are done" in capsys.readouterr().out
-    for key in ("n", "giou", "ciou", "giou_ci95", "failures", "by_turn"):
+    for key in ("n", "giou", "ciou", "giou_ci95", "failures", "by_turn", "behaviour"):
         assert results[key] == whole[key]
     assert results["giou"] > 0.9 and results["failures"]["env_failed"] == 0
 

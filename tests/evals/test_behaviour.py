@@ -1,0 +1,55 @@
+"""Recovery, harm and agreement of thought and act, counted by hand."""
+
+import pytest
+
+from rsagent_jax.agent.tools import Finish, ResetView, Rotate, Segment, Zoom, render_call
+from rsagent_jax.evals.behaviour import behaviour, named_acts, summarize_behaviours
+
+CLICK, BOX = Segment(points=((5.0, 5.0),), labels=(1,)), Segment(box=(1.0, 1.0, 9.0, 9.0))
+
+
+def turns(*said):
+    return [render_call(call, thought) for thought, call in said]
+
+
+def test_a_wrong_first_mask_that_is_mended_is_a_recovery_and_the_reverse_is_harm():
+    found = [
+        behaviour(turns(("I click.", CLICK), ("I box it.", BOX), ("Done.", Finish(2))), (0.2, 0.9), 0.9),  # recovered
+        behaviour(turns(("I click.", CLICK), ("I finish.", Finish(1))), (0.2,), 0.2),  # wrong, committed
+        behaviour(turns(("I click.", CLICK), ("Done.", Finish(1))), (0.8,), 0.8),  # right at once
+        behaviour(turns(("I box it.", BOX), ("I click.", CLICK), ("Done.", Finish(2))), (0.9, 0.1), 0.1),  # harmed
+        behaviour(turns(("I box it.", BOX), ("Done.", Finish(1))), (0.6,), 0.6),  # neither
+        behaviour(turns(("It is not here; I finish.", Finish(None))), (), 1.0),  # no mask at all
+    ]
+    figures = summarize_behaviours(found)
+    assert figures["first_masks"] == 5 and figures["first_iou"] == pytest.approx((0.2 + 0.2 + 0.8 + 0.9 + 0.6) / 5)
+    assert (figures["first_wrong"], figures["recovery"]) == (2, 0.5)
+    assert (figures["first_right"], figures["harm"]) == (2, 0.5)
+    assert figures["calls"] == 7 / 6 and figures["agreement"] == 1.0 and figures["acts_named"] == 13
+
+
+def test_a_thought_agrees_with_one_of_the_acts_that_it_names():
+    said = turns(
+        ("The cup is here; I box it.", CLICK),  # says one, does the other
+        ("I click on it.", BOX),
+        ("The mask misses a part; I add a click.", Segment((1.0, 1.0, 9.0, 9.0), ((5.0, 5.0),), (1,))),  # both: fine
+        ("I look at it closer.", Zoom((1.0, 1.0, 9.0, 9.0))),
+        ("I rotate.", Rotate(1)),
+        ("I need the whole image.", ResetView()),
+        ("Hm.", CLICK),  # names none
+    )
+    found = behaviour([*said, "<think>I finish.</think> nothing"], (), 0.0)  # named, and malformed
+    assert (found.spoken, found.agreeing, found.calls) == (7, 4, 4)
+
+
+def test_only_the_thought_is_read():
+    assert named_acts('<tool_call>{"name": "segment", "arguments": {"box": [1, 2, 3, 4]}}</tool_call>') == set()
+    assert named_acts("<think>A mailbox.</think>") == set() and named_acts("<think>I BOX it") == {"box"}
+
+
+def test_nothing_to_count_is_none():
+    figures = summarize_behaviours([behaviour([], (), 0.0)])
+    assert {name for name, value in figures.items() if value is None} == {
+        "first_iou", "recovery", "harm", "agreement",
+    }  # fmt: skip
+    assert summarize_behaviours([])["calls"] is None
