@@ -38,8 +38,8 @@ _SMALL = {
 PRESETS: dict[str, dict[str, Preset]] = {
     "3b": {name: dataclasses.replace(p, rollout_tensor=min(2, p.rollout_tensor)) for name, p in _SMALL.items()},
     "7b": _SMALL,
-    # Compiled, but for the rollouts of GRPO beside training: those are arithmetic. The hosts of v5e-256 and v6e-256 do
-    # not hold an engine of these sizes, and are more than a step of GRPO has prompts.
+    # Compiled, but for rollouts on v5p-256. The hosts of v5e-256 and v6e-256 do not hold an engine of these sizes, and
+    # are more than a step of GRPO has prompts.
     "32b": {
         "v5e-256": Preset(tensor=4, slots=0),
         "v6e-64": Preset(tensor=2, rollout_tensor=4, slots=4),
