@@ -37,6 +37,7 @@ from rsagent_jax.runtime.image_files import png
 from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train import run_identity, startup
+from rsagent_jax.train.alarms import Alarms
 from rsagent_jax.train.batch_source import BatchSource, GrpoSource, SftSource
 from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.run_identity import STAGES
@@ -212,6 +213,8 @@ def run_stage(
         else:
             print(f"{name}: done, {done} of {steps} steps; nothing to do")
     processes.all_or_none(lambda: log.rewind(name, done))
+    open_alarms = lambda: Alarms(config.alarms, log.path.parent, name, done, lead=processes.is_lead())  # noqa: E731
+    alarms = stack.enter_context(contextlib.closing(processes.all_or_none(open_alarms)))
 
     def policy_for_rollouts() -> nnx.State:  # no name holds it: it is gone as soon as the engine has its weights
         return processes.local_copy(to_plain(state.params, base), mesh, compute.dtype)
@@ -237,6 +240,7 @@ def run_stage(
             metrics |= dict.fromkeys(("loss", "l2_grads", "l2_updates"), 0.0)
         log.write(name, step, metrics | {"seconds": time.perf_counter() - start})
         log.examples(step, source.examples)
+        alarms.add(step, metrics, source.examples)
         every = settings.checkpoint_every
         if step == steps or (every and step % every == 0):
             checkpoints.save(state, source.state(), base)

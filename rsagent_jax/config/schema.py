@@ -12,6 +12,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from rsagent_jax.config import rules
+from rsagent_jax.config.alarms import AlarmsConfig
 from rsagent_jax.config.ranges import (
     Activations,
     BackendName,
@@ -266,6 +267,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     sft: SftConfig = SftConfig()
     grpo: GrpoConfig = GrpoConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
     cache_dir: str = ""  # compiled programs are kept here; "" = in the work directory
     profiler_port: Port = 0  # every process serves jax.profiler on it (docs/tpu.md); 0 = none
     conflicts = rules.train_rules

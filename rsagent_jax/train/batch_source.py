@@ -20,7 +20,7 @@ from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item, fits, pack_evenly
 from rsagent_jax.data.pipeline import Pipeline, Unreadable
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.masks import mask_iou
+from rsagent_jax.masks import intersection_union, mask_iou
 from rsagent_jax.rewards import RewardError, make_reward
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
@@ -216,10 +216,11 @@ class GrpoSource:
                 for t, a, r in zip(played[: c.group], advantages, rewards, strict=False)
             ],
         }
-        ends = (*self.processor.end_ids, *c.sampling.stop_ids)
+        ends, tokens = (*self.processor.end_ids, *c.sampling.stop_ids), np.concatenate([t.tokens for t in played])
         counts = {
             "dropped": float(np.mean(valid & ~usable)),
             "overlong": float(np.mean(valid & overlong)),  # not trained on, by grpo.mask_overlong
+            "image_tokens": float((tokens == self.processor.image_id).sum() / max(len(tokens), 1)),  # share of all
             "cut": sum(_cut(t, ends).sum() for t in played) / max(sum(len(t.turns) for t in played), 1),  # of the turns
         }
         return items, _summary(played, chosen, rewards, flat) | counts
@@ -269,7 +270,10 @@ def _summary(played, chosen, rewards, flat) -> dict[str, float]:
     if kept:
         out = {"reward": float(np.mean([r.total for r in kept]))}
         out |= {f"reward/{part}": float(np.mean([r.parts[part] for r in kept])) for part in kept[0].parts}
-        out["giou"] = float(np.mean([mask_iou(t.final_mask, chosen[t.group_id]) for t in played if t.status.judged]))
+        pairs = [(t.final_mask, chosen[t.group_id]) for t in played if t.status.judged]
+        out["giou"] = float(np.mean([mask_iou(mask, sample) for mask, sample in pairs]))
+        sums = np.sum([intersection_union(mask, s.gt_mask, s.ignore_mask) for mask, s in pairs], axis=0)
+        out["ciou"] = float(sums[0] / max(sums[1], 1))
     turns = [turn for t in played for turn in t.turns]
     endings = Counter(t.status for t in played)
     out |= {

@@ -34,7 +34,7 @@ STAGES = ("sft", "grpo")
 # What may differ between two starts: where and how fast it runs, not what is learnt. Paths are here because what they
 # lead to is compared instead (`check_inputs`).
 FREE = (
-    *("cache_dir", "profiler_port", "slice", "mesh.*"),
+    *("cache_dir", "profiler_port", "slice", "mesh.*", "alarms.*"),
     *("policy.weights", "policy.remat", "policy.attention", "policy.scan_layers"),
     *("sft.trajectories", "grpo.data.root", "grpo.data.exclude_root"),
     *("grpo.data.mix*.data.root", "grpo.data.mix*.data.exclude_root"),

@@ -134,6 +134,19 @@ def test_advantages_are_taken_inside_groups_and_reach_every_token_of_their_traje
     assert [t.uid for t in played.tasks] == [0, 1, 2, 3] and [t.group_id for t in played.tasks] == [0, 0, 1, 1]
 
 
+def test_ciou_is_of_sums_and_images_are_counted_by_tokens():
+    """One object found whole and a larger one found by a ninth, so the mean of IoUs is not the IoU of sums."""
+    small_one, large_one = dataclasses.replace(sample(0), gt_mask=disc(56, 56, 28, 28, 8)), sample(1)
+    broken_one = trajectory(1, 20, status=Status.ENV_FAILED)
+    groups = [[trajectory(0, 8), trajectory(0, 8)], [trajectory(1, 7, images=2), broken_one]]
+    _, metrics = source(groups, [small_one, large_one]).next(nothing_new, None)
+    a, b, inside = (int(disc(56, 56, 28, 28, r).sum()) for r in (8, 20, 7))
+    assert metrics["ciou"] == pytest.approx((2 * a + inside) / (2 * a + b))
+    assert metrics["giou"] == pytest.approx((2 + inside / b) / 3)
+    # 1 + 4 + 20 tokens with one image, 1 + 8 + 20 with two; the one that the tool broke takes its place as well
+    assert metrics["image_tokens"] == pytest.approx((4 + 4 + 8 + 4) / (25 + 25 + 29 + 25))
+
+
 def test_a_copy_of_the_policy_is_gone_when_the_rollouts_start(monkeypatch):
     """train.py hands it over without keeping a name: on a pod it is as large as the engine's weights."""
 

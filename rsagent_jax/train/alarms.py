@@ -1,0 +1,296 @@
+"""Alarms in words: what is going wrong in a run, since when, and what to do about it.
+
+Each is a pure function of what the stage has logged so far and of the bounds in the config (config/alarms.py). It is
+said once per occurrence, with up to three trajectories of the step: on the terminal, and as a line of
+<workdir>/alarms.jsonl (stage, step, alarm, since, sentence, examples). A run that goes on from a checkpoint reads its
+own metrics.jsonl first, so that what is still going on is not said again.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from rsagent_jax.config.alarms import AlarmsConfig
+from rsagent_jax.runtime.paths import AppendFile, read_lines
+from rsagent_jax.runtime.train_log import keep_lines
+from rsagent_jax.types import DataError
+
+FILE = "alarms.jsonl"
+SHOWN, WIDTH = 3, 300  # trajectories with an alarm; characters of each on the terminal
+FEW = 10  # values of which a median says nothing yet
+SURE = 3.0  # standard errors by which the means of two windows differ
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What holds after the last step."""
+
+    since: int  # step
+    text: str  # what holds, and what to do
+
+
+class History:
+    """The finite values of every metric, with the steps that they were logged at."""
+
+    def __init__(self):
+        self.columns: dict[str, tuple[list[int], list[float]]] = {}
+
+    def add(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                steps, values = self.columns.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(float(value))
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        return self.columns.get(name, ([], []))
+
+    def last(self, name: str) -> float:
+        return self.series(name)[1][-1]
+
+    def streak(self, name: str, holds: Callable[[float], bool], least: int) -> int | None:
+        """The first step of the latest values in a row for which it holds; None for fewer than `least`."""
+        steps, values = self.series(name)
+        count = 0
+        while count < len(values) and holds(values[-1 - count]):
+            count += 1
+        return steps[-count] if count >= least else None
+
+
+# --- Alarms: each is (history, bounds) -> Finding or None ---
+
+
+def flat_groups(h: History, c: AlarmsConfig) -> Finding | None:
+    """No group of a step has a spread of rewards, `steps` steps in a row."""
+    if (since := h.streak("zero_variance", lambda v: v >= 1, c.steps)) is None:
+        return None
+    return Finding(
+        since,
+        "in every group all rewards are the same, and nothing is learned; raise grpo.sampling.temperature or"
+        " grpo.group, lower grpo.min_spread, or take samples that are neither too easy nor too hard",
+    )
+
+
+def one_call(h: History, c: AlarmsConfig) -> Finding | None:
+    """Trajectories have one turn, or one call of segment before they finish: nothing is looked at and corrected."""
+    for name, unit in (("turns", "turns"), ("behaviour/calls", "segment calls")):
+        if (since := h.streak(name, lambda v: v <= c.one_call, c.steps)) is not None:
+            return Finding(
+                since,
+                f"a trajectory has {h.last(name):.2f} {unit}: no mask is looked at and corrected; lower the cost of a"
+                " call (reward term call_cost), reward the gain of each turn, or show SFT more corrections",
+            )
+    return None
+
+
+def format_saturated(h: History, c: AlarmsConfig) -> Finding | None:
+    """The format reward is full over a window, and gIoU lies below its best window."""
+    (_, full), (steps, giou) = h.series(f"reward/{c.format_part}"), h.series("giou")
+    n = c.window
+    if min(len(full), len(giou)) < n or np.mean(full[-n:]) < c.format_full:
+        return None
+    means = np.convolve(giou[:-n], np.full(n, 1 / n), "valid") if len(giou) >= 2 * n else np.zeros(0)
+    if not len(means):
+        return None
+    best = int(np.argmax(means))
+    before, now = np.array(giou[best : best + n]), np.array(giou[-n:])
+    fall = before.mean() - now.mean()
+    if fall < c.iou_fall or fall <= SURE * _error(before, now):
+        return None
+    return Finding(
+        steps[-n],
+        f"the format reward is full ({np.mean(full[-n:]):.2f}) while gIoU has fallen from {before.mean():.3f} (steps"
+        f" {steps[best]}-{steps[best + n - 1]}) to {now.mean():.3f}; lower the weight of reward group"
+        f" {c.format_part.partition('/')[0]!r} or the learning rate, or go back to an earlier checkpoint",
+    )
+
+
+def ious_part(h: History, c: AlarmsConfig) -> Finding | None:
+    """Against the first window one of gIoU and cIoU has risen and the other has fallen."""
+    (steps, giou), (_, ciou), n = h.series("giou"), h.series("ciou"), c.window
+    if len(giou) != len(ciou) or len(giou) < 2 * n:
+        return None
+    g, i = np.array(giou), np.array(ciou)
+    up_g, up_i = g[-n:].mean() - g[:n].mean(), i[-n:].mean() - i[:n].mean()
+    apart, sure = abs(up_g - up_i), SURE * _error((g - i)[:n], (g - i)[-n:])
+    if up_g * up_i >= 0 or apart < c.parting or apart <= sure:
+        return None
+    why = "large masks go wrong" if up_i < 0 else "small masks go wrong"
+    return Finding(
+        steps[-n],
+        f"gIoU has gone {up_g:+.3f} and cIoU {up_i:+.3f} since steps {steps[0]}-{steps[n - 1]}: {why}, as of a click"
+        " that takes the background; look at the trajectories with the worst masks, and at reward terms that pay for"
+        " stopping early",
+    )
+
+
+def gradient_explodes(h: History, c: AlarmsConfig) -> Finding | None:
+    """The gradient's norm, before it is clipped, against its own running median; steps without an update aside."""
+    return _explodes(
+        h, c, "l2_grads", 0.0, "the gradient's norm is", "lower the learning rate or optim.clip_norm, and look at"
+        " the step's longest trajectory"
+    )  # fmt: skip
+
+
+def kl_explodes(h: History, c: AlarmsConfig) -> Finding | None:
+    """The divergence from the reference against its own running median."""
+    return _explodes(
+        h, c, "kl_ref", c.kl_floor, "the KL from the reference is", "lower the learning rate or raise grpo.kl"
+    )  # fmt: skip
+
+
+def engine_gap(h: History, c: AlarmsConfig) -> Finding | None:
+    """KL between the engine's and the trainer's distributions, as TIS measures it (grpo.tis_clip above 0)."""
+    if not c.gap or (since := h.streak("mismatch_kl", lambda v: v > c.gap, 1)) is None:
+        return None
+    return Finding(
+        since,
+        f"engine and trainer are {h.last('mismatch_kl'):.3g} nats per token apart (alarms.gap = {c.gap:g}): the policy"
+        " that is trained is not the one that plays; set grpo.sampling.kv_dtype and policy.dtype to float32 to see"
+        " whether it is precision, and check that sampling has no top_k or top_p that training does not know of",
+    )
+
+
+def env_failures(h: History, c: AlarmsConfig) -> Finding | None:
+    """The segmenter, not the policy, ended a share of the trajectories."""
+    if (since := h.streak("endings/env_failed", lambda v: v > c.env_failed, c.steps)) is None:
+        return None
+    return Finding(
+        since,
+        f"the segmenter ends {h.last('endings/env_failed'):.0%} of the trajectories; see the side-car's log and"
+        " env_failed/* for the kind, and raise segmenter.timeout_s or the number of side-cars if it is timeout",
+    )
+
+
+def truncation(h: History, c: AlarmsConfig) -> Finding | None:
+    """Turns are cut by max_new_tokens, or trajectories end by their budget."""
+    for name, what, field in (
+        ("cut", "of the turns are cut off by their budget of tokens", "grpo.sampling.max_new_tokens"),
+        ("endings/max_context", "of the trajectories end by their budget of tokens", "grpo.sampling.context"),
+    ):
+        if (since := h.streak(name, lambda v: v > c.truncated, c.steps)) is not None:
+            return Finding(since, f"{h.last(name):.0%} {what}; raise {field}, or see whether the texts ramble")
+    return None
+
+
+def no_entropy(h: History, c: AlarmsConfig) -> Finding | None:
+    """The policy's entropy, as the mean of -log p over its sampled tokens."""
+    if (since := h.streak("entropy_sampled", lambda v: v < c.entropy, c.steps)) is None:
+        return None
+    return Finding(
+        since,
+        f"the entropy is {h.last('entropy_sampled'):.2g} nats per token: the policy always says the same; raise"
+        " grpo.sampling.temperature or grpo.clip_high, lower the learning rate, or go back to an earlier checkpoint",
+    )
+
+
+def image_share(h: History, c: AlarmsConfig) -> Finding | None:
+    """Images take nearly all of the context."""
+    if (since := h.streak("image_tokens", lambda v: v > c.image_tokens, c.steps)) is None:
+        return None
+    return Finding(
+        since,
+        f"images take {h.last('image_tokens'):.0%} of all tokens; lower agent.max_pixels or agent.history_size",
+    )
+
+
+ALARMS = (
+    *(flat_groups, one_call, format_saturated, ious_part, gradient_explodes, kl_explodes, engine_gap),
+    *(env_failures, truncation, no_entropy, image_share),
+)
+
+
+def _explodes(h: History, c: AlarmsConfig, name: str, floor: float, what: str, remedy: str) -> Finding | None:
+    steps, values = h.series(name)
+    if not c.explode or not values or values[-1] <= floor:
+        return None
+    before = [v for v in values[:-1] if v > 0][-c.median :]
+    if len(before) < FEW or values[-1] <= c.explode * (middle := float(np.median(before))):
+        return None
+    return Finding(
+        steps[-1], f"{what} {values[-1]:.3g}, {values[-1] / middle:.0f} times its running median {middle:.3g}; {remedy}"
+    )
+
+
+def _error(a: np.ndarray, b: np.ndarray) -> float:
+    """Standard error of the difference of two windows' means, from the spread of their steps."""
+    return math.sqrt(a.var() / len(a) + b.var() / len(b))
+
+
+# --- What is said ---
+
+
+class Watch:
+    """Which alarms of a stage go on, and which begin."""
+
+    def __init__(self, bounds: AlarmsConfig):
+        self.bounds, self.history = bounds, History()
+        self.held: dict[str, int] = {}  # alarm -> step that it last held after
+
+    def add(self, step: int, metrics: Mapping[str, float | None]) -> tuple[dict[str, Finding], dict[str, Finding]]:
+        """What holds now, and what of it is a new occurrence, by the alarm's name."""
+        self.history.add(step, metrics)
+        holds = {alarm.__name__: f for alarm in ALARMS if (f := alarm(self.history, self.bounds))}
+        new = {name: f for name, f in holds.items() if step - self.held.get(name, -math.inf) > self.bounds.again}
+        self.held |= dict.fromkeys(holds, step)
+        return holds, new
+
+
+class Alarms:
+    """Of a stage that goes on after step `done`; `directory` is where its metrics.jsonl is."""
+
+    def __init__(self, bounds: AlarmsConfig, directory: pathlib.Path, stage: str, done: int = 0, *, lead: bool = True):
+        """lead: says it on the terminal, too. DataError naming the line of a damaged file."""
+        self.stage, self.lead, self.counts = stage, lead, Counter()
+        self.watch, self.file = Watch(bounds), AppendFile(directory / FILE)
+        keep_lines(directory / FILE, lambda row: row["stage"] != stage or row["step"] <= done)
+        log = directory / "metrics.jsonl"
+        for row in map(json.loads, read_lines(log).splitlines()) if log.exists() else ():
+            if row["stage"] == stage and row["step"] <= done:
+                self.watch.add(row["step"], row)
+
+    def add(self, step: int, metrics: Mapping[str, float], examples: Mapping[str, Any]) -> None:
+        """Says what begins after this step. `examples`: of the step, as rollouts.jsonl has them.
+
+        DataError where engine and trainer are apart and alarms.stop_on_gap is set. That figure is of all processes, so
+        all of them stop.
+        """
+        holds, new = self.watch.add(step, metrics)
+        played = list(examples.get("trajectories", ()))[:SHOWN]
+        for name, finding in new.items():
+            self.counts[name] += 1
+            row = {"stage": self.stage, "step": step, "alarm": name, "since": finding.since, "sentence": finding.text}
+            shown = {k: examples[k] for k in ("id", "query") if k in examples} | {"trajectories": played}
+            self.file.add(json.dumps(row | {"examples": shown if played else None}) + "\n")
+            if self.lead:
+                tqdm.write(said(self.stage, step, name, finding, played))
+        if self.watch.bounds.stop_on_gap and (gap := holds.get(engine_gap.__name__)):
+            raise DataError(
+                f"{self.stage} step {step}: {gap.text}. The run stops here, by alarms.stop_on_gap; its last checkpoint"
+                " is as it was"
+            )
+
+    def close(self) -> None:
+        """Counts, on the terminal, what was said since the start."""
+        self.file.close()
+        if self.lead and self.counts:
+            by_name = ", ".join(f"{name} {n}" for name, n in self.counts.items())
+            print(f"{self.stage}: {self.counts.total()} alarms ({by_name}); see {self.file.path}")
+
+
+def said(stage: str, step: int, name: str, finding: Finding, played: Sequence[Mapping[str, Any]]) -> str:
+    """The sentence, and a line for each of the trajectories."""
+    since = f"since step {finding.since}" if finding.since < step else "in this step"
+    lines = [f"ALARM {name}, {stage} step {step}, {since}: {finding.text}."]
+    for t in played:
+        reward = "none" if t["reward"] is None else f"{t['reward']['total']:.2f}"
+        text = " | ".join(" ".join(turn.split()) for turn in t["turns"])
+        lines.append(f"    {t['status']}, reward {reward}: {text[:WIDTH]}{'…' * (len(text) > WIDTH)}")
+    return "\n".join(lines)
