@@ -131,6 +131,10 @@ def test_a_finished_run_started_again_has_nothing_to_do(work):
     assert len((work / "train/config_history.jsonl").read_text().splitlines()) == 2
 
 
+def read_alarms(directory: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "alarms.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.timeout(600)
 def test_adapters_through_both_stages_then_exported(work):
     """GRPO starts from what SFT's adapters made of the policy; what is exported is the last stage's, merged."""
@@ -139,9 +143,13 @@ def test_adapters_through_both_stages_then_exported(work):
         f"--config.grpo.data.root={work}/data", f"--config.cache_dir={work}/compiled", "--config.policy.lora.rank=4",
         "--config.sft.optim.freeze=()", "--config.grpo.optim.freeze=()", "--config.grpo.kl=0.01",
         "--config.sft.optim.warmup_steps=0", "--config.grpo.optim.warmup_steps=0", *TELLS_APART,
+        "--config.alarms.image_tokens=0.0", "--config.alarms.steps=1",  # beyond which any image is
     )  # fmt: skip
-    run(*command, modules=str(work))
-    assert "grpo: done, 2 of 2 steps" in run(*command, modules=str(work))
+    assert "ALARM image_share, grpo step 1, in this step: images take " in run(*command, modules=str(work))
+    out = run(*command, modules=str(work))
+    assert "grpo: done, 2 of 2 steps" in out and "ALARM" not in out
+    (alarm,) = [row for row in read_alarms(work / "lora") if row["alarm"] == "image_share"]
+    assert (alarm["stage"], alarm["step"], len(alarm["examples"]["trajectories"])) == ("grpo", 1, 3)
     lines = [json.loads(line) for line in (work / "lora/metrics.jsonl").read_text().splitlines()]
     first = next(line for line in lines if line["stage"] == "grpo")
     assert abs(first["kl_ref"]) < 1e-6  # the reference is what the fresh adapters stand on
