@@ -162,6 +162,7 @@ class Trajectory:
     patches: Float32[np.ndarray, "P patch_dim"]
     grids: tuple[tuple[int, int, int], ...]
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # where the time went: tool, policy
+    versions: Int32[np.ndarray, " T"] | None = None  # Driver.version of the weights that drew each token; None: unknown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,6 +117,13 @@ def _grpo(c) -> Iterator[str]:
     for name in c.turn_credit:
         if name not in names:
             yield f"grpo.turn_credit: {name!r} is no group of grpo.reward, which has {', '.join(names)}"
+    if bool(c.surplus) != bool(c.max_staleness):
+        yield (
+            f"grpo.surplus and grpo.max_staleness go together, got {c.surplus} and {c.max_staleness}: groups in flight"
+            " beyond prompts, and how many steps a group may take; 0 and 0 wait for all"
+        )
+    if c.surplus and c.refill:
+        yield "grpo.refill needs surplus = 0: its rounds wait for their groups"
     if c.minibatches > c.prompts * c.group:
         most = c.prompts * c.group
         yield f"grpo.minibatches must be at most the {most} trajectories of a step, got {c.minibatches}"

@@ -222,6 +222,10 @@ class GrpoConfig:
     tis_clip: NotNegative = 2.0  # truncated importance sampling between engine and trainer; 0 = off
     drop_zero_variance: bool = True  # groups that have nothing to teach are not trained on
     refill: CountOrZero = 0  # rounds at most in which other prompts are played in place of such groups; 0 = none
+    # Groups in flight beyond `prompts`. What is not done when `prompts` groups are goes on under the weights of the
+    # next steps, at most max_staleness of them; 0 and 0 = a step waits for all that it began.
+    surplus: CountOrZero = 0
+    max_staleness: CountOrZero = 0
     curriculum: BelowOne = 0.0  # chance to pass over a sample whose last group was perfect, by how well it did; 0 = off
     min_spread: NotNegative = 0.0  # of a group's rewards; with less it counts as one of those
     mask_overlong: bool = True  # trajectories that ended by their budget of tokens are not trained on

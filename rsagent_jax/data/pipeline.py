@@ -76,9 +76,8 @@ class Pipeline:
     def read_at(self, places: Sequence[int], *, needed: bool = True) -> list[Any]:
         """This host's part of the elements at these places, with what `draw` has for those that cannot be read.
 
-        Read when asked for and not ahead; the position stays.
+        Read when asked for and not ahead; the position stays. Hosts may get one more or less than others.
         """
-        self.share.of(len(places), "the number of elements taken")
         mine = [self.index_at(place) for place in places[self.share.index :: self.share.count]]
         with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
             return self._counted(list(pool.map(self.read, mine)), needed)
@@ -94,7 +93,7 @@ class Pipeline:
                 rest = "; what follows is only counted" * (self.named == NAMED)
                 print(f"skipped {problem}{rest}", file=sys.stderr)
         self.skipped += len(problems)
-        if needed and len(problems) == len(taken):
+        if needed and taken and len(problems) == len(taken):
             raise DataError(f"none of the {len(taken)} samples drawn could be read; the first: {problems[0]}")
         return taken
 

@@ -29,6 +29,7 @@ from rsagent_jax.rollout.policy import Task
 from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum, exchange
 from rsagent_jax.train.advantages import advantage_function, scale_by_batch, zero_variance
+from rsagent_jax.train.carry_over import InFlight
 from rsagent_jax.train.prompts import Prompts
 from rsagent_jax.train.rollouts import Rollouts
 from rsagent_jax.train.turn_credit import by_token, earned_by_turn
@@ -117,6 +118,8 @@ class GrpoSource:
         how = dict(seed=seed, share=share, unreadable=config.data.unreadable, **dataclasses.asdict(config.read))
         self.pipeline = Pipeline(samples, **how)
         self.prompts = Prompts(self.pipeline, config.curriculum)
+        self.in_flight = InFlight(driver, config.group, config.max_staleness)
+        self.again: list[int] = []  # prompts that were in flight when the run was stopped
         self.advantage = advantage_function(config.advantage, config.ddof)
         self.reward = make_reward(config.reward)
         self.turn_reward = make_reward([group for group in config.reward if group.name in config.turn_credit])
@@ -125,7 +128,7 @@ class GrpoSource:
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         c, start = self.config, time.perf_counter()
         self.engine.load(policy(), key)
-        played = self._play()
+        played = self._play_on() if c.surplus else self._play()
         rollout_seconds = time.perf_counter() - start
         self.engine.release_memory()  # weights and cache give their memory to the gradients
         items, metrics = self._judge(played)
@@ -147,6 +150,8 @@ class GrpoSource:
         }
         if c.refill:  # of all processes
             metrics |= {"rounds": float(len(played.figures)), "refilled": float(played.drawn - c.prompts)}
+        if c.surplus:  # of this process
+            metrics |= {"in_flight": float(len(self.in_flight.groups)), **played.staleness(self.driver.version)}
         if c.curriculum:
             metrics |= {"passed_over": float(self.prompts.passed_over)}  # samples, since the start of the stage
         return batches, metrics
@@ -210,6 +215,23 @@ class GrpoSource:
                 " grpo.sampling.patches if prompts do not fit a slot, or grpo.batch.patches"
             )
         return teaching > 0, dict(zip(TOOL_FAILURES, kinds, strict=True))
+
+    def _play_on(self) -> Rollouts:
+        """`prompts` groups that are done, of those in flight: `surplus` more, over all processes, when it begins."""
+        c, out = self.config, Rollouts(self.config.group)
+        missing = c.prompts + c.surplus - allgather_sum([len(self.in_flight.groups)])[0]
+        again, self.again = self.again[:missing], self.again[missing:]
+        new = [(self.prompts.places[i], s) for i, s in self.prompts.draw_again(again)] if again else []
+        missing -= len(again)
+        if (missing := missing + -missing % self.share.count) > 0:
+            drawn = all_or_none(lambda: self.prompts.draw(missing))
+            new += [(self.prompts.places[i], sample) for i, sample in drawn]
+        groups = self.in_flight.play(new, self.share.of(c.prompts, "grpo.prompts"))
+        outcomes = [outcome for place, group in enumerate(groups) for outcome in group.in_order(place)]
+        out.add([group.sample for group in groups], outcomes, c.prompts, self.driver.metrics())
+        all_or_none(lambda: self._score(out))
+        self.prompts.learn(out.success())
+        return out
 
     def _score(self, out: Rollouts) -> None:
         """Rewards of what has none yet. A broken tool's trajectory has no reward and no advantage."""
@@ -291,10 +313,15 @@ class GrpoSource:
         return bool(t.loss_mask.any()) and fits(_item(t, 0.0), self.config.batch, self.processor.config)
 
     def state(self) -> dict[str, Any]:
-        return self.prompts.state()
+        """What is in flight is kept by its prompts, and begun anew after a restart."""
+        if not self.config.surplus:
+            return self.prompts.state()
+        everywhere = [json.loads(said) for said in exchange(json.dumps([*self.in_flight.groups, *self.again]))]
+        return self.prompts.state() | {"in_flight": sorted({number for own in everywhere for number in own})}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.prompts.restore(state)
+        self.again = list(state.get("in_flight", []))
 
 
 def _item(t: Trajectory, advantage: float | np.ndarray) -> Item:

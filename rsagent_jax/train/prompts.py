@@ -28,16 +28,26 @@ class Prompts:
         self.pipeline, self.curriculum = pipeline, curriculum
         self.success: dict[str, float] = {}  # by id, of its last group
         self.passed_over = 0
+        self.places: list[int] = []  # of the last draw in the endless order
 
     def draw(self, n: int, *, needed: bool = True) -> list[tuple[int, Sample]]:
         """(place among the `n`, sample) of each that can be read; DataError as from Pipeline.draw."""
-        share = self.pipeline.share
-        places = range(share.index, n, share.count)
         if self.curriculum:
-            elements = self.pipeline.read_at(self._next(n), needed=needed)
+            self.places = self._next(n)
+            elements = self.pipeline.read_at(self.places, needed=needed)
         else:
+            self.places = list(range(self.pipeline.position, self.pipeline.position + n))
             elements = self.pipeline.draw(n, needed=needed)
-        return [(i, s) for i, s in zip(places, elements, strict=True) if not isinstance(s, Unreadable)]
+        return self._readable(elements, n)
+
+    def draw_again(self, places: list[int]) -> list[tuple[int, Sample]]:
+        """The same of what stands at these places."""
+        self.places = places
+        return self._readable(self.pipeline.read_at(places, needed=False), len(places))
+
+    def _readable(self, elements: Sequence[Any], n: int) -> list[tuple[int, Sample]]:
+        mine = range(self.pipeline.share.index, n, self.pipeline.share.count)
+        return [(i, s) for i, s in zip(mine, elements, strict=True) if not isinstance(s, Unreadable)]
 
     def learn(self, success: Mapping[str, float]) -> None:
         """How well this process's groups did, by sample id; all processes tell each other."""
@@ -46,7 +56,7 @@ class Prompts:
             for said in exchange(json.dumps(own)):
                 self.success |= json.loads(said)
 
-    def _next(self, n: int) -> Sequence[int]:
+    def _next(self, n: int) -> list[int]:
         """Places of the next `n` in the endless order, from the pipeline's position on; it moves behind the last."""
         found, ids = [], self.pipeline.source.ids
         while len(found) < n:

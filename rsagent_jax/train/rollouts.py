@@ -72,6 +72,12 @@ class Rollouts:
                 ious.setdefault(sample.id, []).append(mask_iou(trajectory.final_mask, sample))
         return {id: float(np.mean(values)) for id, values in ious.items()}
 
+    def staleness(self, version: int) -> dict[str, float]:
+        """How many versions ago the weights were current that drew a sampled token: mean and largest."""
+        ages = [version - t.versions[t.loss_mask] for t in self.trajectories]
+        found = np.concatenate([*ages, np.zeros(0, int)])
+        return {"staleness": float(found.mean()) if len(found) else 0.0, "staleness_max": float(found.max(initial=0))}
+
     def metrics(self) -> dict[str, float]:
         """The driver's figures over all rounds: counts and seconds add up, shares and rates weigh by a round's time."""
         if len(self.figures) == 1:

@@ -181,6 +181,8 @@ BAD = [
     ("grpo.prompts=0", "grpo.prompts must be at least 1, got 0"),
     ("grpo.epochs=0", "grpo.epochs must be at least 1, got 0"),
     ("grpo.updates=2", "unknown field --config.grpo.updates: it is grpo.epochs now"),
+    ("grpo.surplus=4", "grpo.surplus and grpo.max_staleness go together, got 4 and 0"),
+    ("grpo.surplus=4 grpo.max_staleness=1 grpo.refill=2", "grpo.refill needs surplus = 0"),
     ("grpo.minibatches=65", "grpo.minibatches must be at most the 64 trajectories of a step, got 65"),
     (
         "grpo.turn_credit=('proces',)",
