@@ -46,9 +46,10 @@ class BatchSource(Protocol):
     examples: dict[str, Any]  # of the last step, for people; {} where there are none
 
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
-        """This process's rows of one optimiser step's micro-batches, and what there is to log of them.
+        """This process's rows of a step's micro-batches, and what there is to log of them.
 
-        All of one shape, equally many on every process; none where nothing teaches, and then there is no update.
+        All of one shape, equally many on every process, in a run for each minibatch (packing.pack_evenly); none where
+        nothing teaches, and then there is no update.
         policy: gives the parameters to play with, whole inside this process, when they are asked for.
         """
 
@@ -181,7 +182,7 @@ class GrpoSource:
             if missing <= 0:
                 break
             out.replaced = ~teach
-        self.prompts.learn(out.success())
+        self._learn(out)
         return out
 
     def _all_agree(
@@ -224,14 +225,19 @@ class GrpoSource:
         new = [(self.prompts.places[i], s) for i, s in self.prompts.draw_again(again)] if again else []
         missing -= len(again)
         if (missing := missing + -missing % self.share.count) > 0:
-            drawn = all_or_none(lambda: self.prompts.draw(missing))
+            needed = not new and not self.in_flight.groups
+            drawn = all_or_none(lambda: self.prompts.draw(missing, needed=needed))
             new += [(self.prompts.places[i], sample) for i, sample in drawn]
         groups = self.in_flight.play(new, self.share.of(c.prompts, "grpo.prompts"))
         outcomes = [outcome for place, group in enumerate(groups) for outcome in group.in_order(place)]
         out.add([group.sample for group in groups], outcomes, c.prompts, self.driver.metrics())
         all_or_none(lambda: self._score(out))
-        self.prompts.learn(out.success())
+        self._learn(out)
         return out
+
+    def _learn(self, out: Rollouts) -> None:
+        if self.config.curriculum:
+            self.prompts.learn(out.success())
 
     def _score(self, out: Rollouts) -> None:
         """Rewards of what has none yet. A broken tool's trajectory has no reward and no advantage."""

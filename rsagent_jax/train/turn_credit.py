@@ -54,7 +54,7 @@ def cut_after(trajectory: Trajectory, turns: int) -> Trajectory:
 
 def rewards_to_go(totals: Float[np.ndarray, "n G"], earned: Sequence[Float[np.ndarray, " turns"]]) -> Values:
     """V of every turn; K is that of the longest. `earned`: of each trajectory in the order of `totals`, row by row."""
-    longest = max(1, *map(len, earned))
+    longest = max([1, *map(len, earned)])
     before = np.zeros((totals.size, longest))
     for row, parts in zip(before, earned, strict=True):
         row[1 : len(parts)] = np.cumsum(parts)[: len(parts) - 1]
