@@ -40,6 +40,7 @@ from rsagent_jax.train import run_identity, startup
 from rsagent_jax.train.alarms import Alarms
 from rsagent_jax.train.batch_source import BatchSource, GrpoSource, SftSource
 from rsagent_jax.train.checkpoint import Checkpoints
+from rsagent_jax.train.losses import mean_over_updates
 from rsagent_jax.train.run_identity import STAGES
 from rsagent_jax.train.state import (
     EMPTY,
@@ -231,10 +232,16 @@ def run_stage(
             zeros = processes.put_rows(np.zeros(batches[0].tokens.shape, np.float32), mesh)
             batches = [programs.embed(base, processes.put_rows(batch, mesh)) for batch in batches]
             refs = [programs.logprobs(reference, base, batch) if stage.kl > 0 else zeros for batch in batches]
-            for _ in range(updates):
-                state, update = programs.train_step(state, base, batches, refs)
-            made += updates
-            metrics |= jax.device_get(update) | {"lr": schedule(made - 1)}
+            if stage.tis_clip > 0:
+                batches, corrected = programs.correct_for_engine(state.params, base, batches)
+                metrics |= jax.device_get(corrected)
+            said = []
+            for part in stage.minibatch_slices(len(batches)):
+                state, update = programs.train_step(state, base, batches[part], refs[part])
+                said.append(update)
+            state = state if len(said) == updates else skip(state, updates - len(said))
+            made += len(said)
+            metrics |= mean_over_updates(jax.device_get(said)) | {"lr": schedule(made - 1)}
         else:  # nothing teaches, on no process: sums over nothing
             state = skip(state, updates)
             metrics |= dict.fromkeys(("loss", "l2_grads", "l2_updates"), 0.0)

@@ -10,10 +10,14 @@ A researcher's own term is a function in a file or in any importable module (doc
         return float(trajectory.final_mask.mean() < 0.5)
 """
 
+import asyncio
 import dataclasses
+import inspect
 import numbers
+import threading
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,6 +104,25 @@ def format_ok(trajectory: Trajectory, sample: Sample) -> float:
     return sum(turn.call is not None for turn in trajectory.turns) / len(trajectory.turns)
 
 
+def overlong(trajectory: Trajectory, sample: Sample, limit: int, window: int) -> float:
+    """How far the trajectory's tokens, images included, are into the last `window` before `limit`, in [0, 1]; 1 where
+    they are over it, or the budget ended the trajectory.
+
+    With weight -1 it is DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13) with limit = L_max and window =
+    L_cache. Ours: L_max is a whole trajectory's `grpo.sampling.context`, where DAPO's is an answer's.
+    """
+    return 1.0 if trajectory.status is Status.MAX_CONTEXT else _into(len(trajectory.tokens), limit, window)
+
+
+def many_turns(trajectory: Trajectory, sample: Sample, limit: int = 8, window: int = 2) -> float:
+    """The same of turns, with the limit `agent.max_turns`. Ours."""
+    return _into(len(trajectory.turns), limit, window)
+
+
+def _into(length: int, limit: int, window: int) -> float:
+    return min(max((length - (limit - window)) / window, 0.0), 1.0) if window else float(length > limit)
+
+
 # --- Composition ---
 
 
@@ -108,43 +131,81 @@ class RewardError(DataError):
 
 
 def make_reward(groups: Sequence[RewardGroup]) -> Callable[[Trajectory, Sample], Reward]:
-    """The reward that `grpo.reward` of the config describes.
+    """The reward of one trajectory by itself, as make_scorer has it of many; a term of scope "group" sees it alone.
+
+    Raises:
+      DataError: here, as make_scorer.
+      RewardError, ValueError: from the reward, where make_scorer gives or raises it.
+    """
+    score = make_scorer(groups)
+
+    def reward(trajectory: Trajectory, sample: Sample) -> Reward:
+        (scored,) = score([[trajectory]], [sample])
+        if isinstance(scored, RewardError):
+            raise scored
+        return scored
+
+    return reward
+
+
+def make_scorer(
+    groups: Sequence[RewardGroup],
+) -> Callable[[Sequence[Sequence[Trajectory]], Sequence[Sample]], list[Reward | RewardError]]:
+    """The reward that `grpo.reward` of the config describes, of the judged trajectories of each sample, in their order.
 
     total = sum over groups of weight * clip(sum over terms of weight * term).
 
     Functions are resolved here, once, so that a misspelt path, or one that cannot be called as it will be, fails before
     the first rollout. `Reward.parts` holds each term unweighted under `group/function` and each clipped group, before
-    its weight, under `group`. Terms get arrays that they cannot write into.
+    its weight, under `group`. Terms get arrays that they cannot write into. Those that are `async def` run side by
+    side, and beside the others. A trajectory has a RewardError in place of a reward where a term raised, was late, or
+    returned anything but a number of at most LARGEST; of scope "group", one for each trajectory.
 
     Raises:
       DataError: here, for a path that does not resolve.
-      RewardError: from the reward, for a term that raises, or that returns anything but a number of at most LARGEST.
-      ValueError: from the reward, for an ENV_FAILED trajectory (a broken tool is never scored; drop it from its
+      ValueError: from the scorer, for an ENV_FAILED trajectory (a broken tool is never scored; drop it from its
         group), or for a sample that is not the trajectory's own.
     """
-    terms = [term for group in groups for term in group.terms]
-    functions = {t: import_path(t.function, ("trajectory", "sample"), dict(t.arguments)) for t in terms}
+    terms = [[Term(term, f"{g.name}/{label}") for term, label in zip(g.terms, g.labels(), strict=True)] for g in groups]
+    waiting = EventLoop()
 
-    def reward(trajectory: Trajectory, sample: Sample) -> Reward:
-        if not trajectory.status.judged:
-            raise ValueError(f"sample {trajectory.sample_id}: a trajectory {trajectory.status} has no reward; drop it")
-        if trajectory.sample_id != sample.id:
-            raise ValueError(f"trajectory of sample {trajectory.sample_id} scored against sample {sample.id}")
-        total, parts = 0.0, {}
-        shown = read_only(trajectory), read_only(sample)
-        for group in groups:
-            value = 0.0
-            for term, label in zip(group.terms, group.labels(), strict=True):
-                raw = _value(functions[term], term, f"{group.name}/{label}", *shown)
-                parts[f"{group.name}/{label}"] = raw
-                value += term.weight * raw
-            if group.clip:
-                value = min(max(value, group.clip[0]), group.clip[1])
-            parts[group.name] = value
-            total += group.weight * value
-        return Reward(total=total, parts=parts)
+    def score(played: Sequence[Sequence[Trajectory]], samples: Sequence[Sample]) -> list[Reward | RewardError]:
+        for trajectories, sample in zip(played, samples, strict=True):
+            for trajectory in trajectories:
+                _check_scored(trajectory, sample)
+        shown = [(tuple(map(read_only, ts)), read_only(s)) for ts, s in zip(played, samples, strict=True) if ts]
+        every = [term for group in terms for term in group]
+        started = {term: waiting.start(term.gather(shown), term.config.deadline_s) for term in every if term.waits}
+        values = {term: term.values(shown) for term in every if not term.waits}
+        values |= {term: term.checked(shown, result()) for term, result in started.items()}
+        return [_compose(groups, terms, {term: found[i] for term, found in values.items()})
+                for i in range(sum(map(len, played)))]  # fmt: skip
 
-    return reward
+    return score
+
+
+def _check_scored(trajectory: Trajectory, sample: Sample) -> None:
+    if not trajectory.status.judged:
+        raise ValueError(f"sample {trajectory.sample_id}: a trajectory {trajectory.status} has no reward; drop it")
+    if trajectory.sample_id != sample.id:
+        raise ValueError(f"trajectory of sample {trajectory.sample_id} scored against sample {sample.id}")
+
+
+def _compose(groups, terms: Sequence[Sequence["Term"]], values: dict["Term", "Value"]) -> Reward | RewardError:
+    """Of one trajectory: the reward, or the error of the first term that has one."""
+    total, parts = 0.0, {}
+    for group, own in zip(groups, terms, strict=True):
+        sum_of_terms = 0.0
+        for term in own:
+            if isinstance(value := values[term], RewardError):
+                return value
+            parts[term.label] = value
+            sum_of_terms += term.config.weight * value
+        if group.clip:
+            sum_of_terms = min(max(sum_of_terms, group.clip[0]), group.clip[1])
+        parts[group.name] = sum_of_terms
+        total += group.weight * sum_of_terms
+    return Reward(total=total, parts=parts)
 
 
 def read_only(value: Any) -> Any:
@@ -161,18 +222,112 @@ def read_only(value: Any) -> Any:
     return value
 
 
-def _value(function, term: RewardTerm, label: str, trajectory: Trajectory, sample: Sample) -> float:
-    what = f"reward term {label} ({term.function})"
-    try:
-        value = function(trajectory, sample, **dict(term.arguments))
-    except Exception as error:  # whatever the user's function raises is the user's to mend
-        frames = traceback.extract_tb(error.__traceback__)  # ours, then the user's
-        at, kind = place(error, frames[1].filename if len(frames) > 1 else term.function), type(error).__name__
-        raise RewardError(f"{what} raised {kind} for sample {sample.id}: {at}: {first_line(error)}") from error
-    # A bool is refused: `iou > 0.5` is a Python or a numpy bool by accident, and only one of them is a number.
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not abs(value) <= LARGEST:
-        raise RewardError(
-            f"{what} returned {repr(value)[:80]} for sample {sample.id};"
-            f" it must be a float between {-LARGEST:.0f} and {LARGEST:.0f}"
-        )
-    return float(value)
+# --- One term, of all trajectories of a step ---
+
+Value = float | RewardError
+Shown = Sequence[tuple[tuple[Trajectory, ...], Sample]]  # the judged trajectories of each sample, one at least
+LATE_S = 2.0  # after its deadline a coroutine has been told so, or does not listen
+
+
+class Term:
+    """What the config says of a term, and the function."""
+
+    def __init__(self, config: RewardTerm, label: str):
+        """DataError where the function cannot be called as it will be."""
+        self.config, self.label, self.arguments = config, label, dict(config.arguments)
+        self.grouped = config.scope == "group"
+        given = ("trajectories" if self.grouped else "trajectory", "sample")
+        self.function = import_path(config.function, given, self.arguments)
+        self.waits = any(map(inspect.iscoroutinefunction, (self.function, type(self.function).__call__)))
+        self.what = f"reward term {label} ({config.function})"
+
+    def calls(self, shown: Shown) -> list[tuple[Any, Sample]]:
+        """What the function is called with, one call after the other."""
+        if self.grouped:
+            return list(shown)
+        return [(trajectory, sample) for trajectories, sample in shown for trajectory in trajectories]
+
+    def values(self, shown: Shown) -> list[Value]:
+        """Of every trajectory."""
+        out = []
+        for call in self.calls(shown):
+            try:
+                out.append(self.function(*call, **self.arguments))
+            except Exception as error:  # noqa: BLE001 - whatever the user's function raises is the user's to mend
+                out.append(error)
+        return self.checked(shown, out)
+
+    async def gather(self, shown: Shown) -> list[Any]:
+        """What an async function returned, or the error that it raised, of each call."""
+
+        async def one(call):
+            try:
+                async with asyncio.timeout(self.config.deadline_s) as deadline:
+                    return await self.function(*call, **self.arguments)
+            except Exception as error:  # noqa: BLE001 - as in `values`
+                return _Late() if deadline.expired() else error
+
+        return await asyncio.gather(*map(one, self.calls(shown)))
+
+    def checked(self, shown: Shown, results: Sequence[Any] | None) -> list[Value]:
+        """Of every trajectory, from what was returned or raised by each call; None: nothing was, until too late."""
+        calls = self.calls(shown)
+        out = []
+        for (of, sample), result in zip(calls, results or [_Late()] * len(calls), strict=True):
+            if not self.grouped:
+                out.append(self._check(result, sample))
+            elif isinstance(result, Exception):
+                out += [self._check(result, sample)] * len(of)
+            elif not isinstance(result, Sequence | np.ndarray) or len(result) != len(of):
+                said = f"{len(result)} values" if hasattr(result, "__len__") else repr(result)[:80]
+                text = f"{self.what} returned {said} for the {len(of)} trajectories of sample {sample.id}; one each"
+                out += [RewardError(text)] * len(of)
+            else:
+                out += [self._check(value, sample) for value in result]
+        return out
+
+    def _check(self, value: Any, sample: Sample) -> Value:
+        if isinstance(value, _Late):
+            late = f"within {self.config.deadline_s:g} s, its deadline_s"
+            return RewardError(f"{self.what} gave no value for sample {sample.id} {late}")
+        if isinstance(value, Exception):
+            frames = traceback.extract_tb(value.__traceback__)  # ours, then the user's
+            at = place(value, frames[1].filename if len(frames) > 1 else self.config.function)
+            raised = f"{self.what} raised {type(value).__name__} for sample {sample.id}"
+            error = RewardError(f"{raised}: {at}: {first_line(value)}")
+            error.__cause__ = value
+            return error
+        # A bool is refused: `iou > 0.5` is a Python or a numpy bool by accident, and only one of them is a number.
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not abs(value) <= LARGEST:
+            return RewardError(
+                f"{self.what} returned {repr(value)[:80]} for sample {sample.id};"
+                f" it must be a float between {-LARGEST:.0f} and {LARGEST:.0f}"
+            )
+        return float(value)
+
+
+class _Late(Exception):
+    """No value until the deadline."""
+
+
+class EventLoop:
+    """Runs coroutines on a thread of its own, so that one that never gives way holds nobody up."""
+
+    def __init__(self):
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self, coroutine: Coroutine[Any, Any, list[Any]], deadline_s: float) -> Callable[[], list[Any] | None]:
+        """What waits for its result; None if there is none soon after the deadline, and the thread is left behind."""
+        if self.loop is None:
+            self.loop = asyncio.new_event_loop()
+            threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        future, until = asyncio.run_coroutine_threadsafe(coroutine, self.loop), time.monotonic() + deadline_s + LATE_S
+
+        def result() -> list[Any] | None:
+            try:
+                return future.result(max(0.0, until - time.monotonic()))
+            except TimeoutError:
+                self.loop = None
+                return None
+
+        return result

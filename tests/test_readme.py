@@ -90,6 +90,7 @@ REWARDS = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
 COMMANDS = [
     shlex.split(text.replace("\\\n", " "))
     for text in re.findall(r"^```\n(python train.py.*?)^```", REWARDS, re.DOTALL | re.MULTILINE)
+    if "boundary_bonus" in text
 ]
 
 
@@ -102,6 +103,13 @@ def test_the_commands_of_the_rewards_page_make_a_reward(argv, tmp_path, monkeypa
     groups = flags["config"].grpo.reward
     assert flags["workdir"] and "my_rewards.py:boundary_bonus" in str(groups)
     assert [value for name, value in parts(groups, UPPER).items() if name.endswith("/boundary_bonus")] == [1.0]
+
+
+def test_the_judge_of_the_rewards_page_is_a_term():
+    flags = train_flags(shlex.split(block("## A term of a group", "", REWARDS).replace("\\\n", " "))[2:])
+    groups = flags["config"].grpo.reward
+    assert callable(make_reward(groups)) and groups[-1].terms[0].deadline_s == 120.0
+    assert flags["config"].grpo.on_reward_error == "drop"
 
 
 def test_every_config_and_module_that_the_readme_names_exists():

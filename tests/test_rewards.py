@@ -58,6 +58,7 @@ def own(tmp_path):
     path = tmp_path / "my_rewards.py"
     path.write_text(OWN)
     modules, places = dict(sys.modules), list(sys.path)
+    sys.modules.pop("my_rewards", None)  # the README's, of another test
     yield path
     sys.modules.clear()
     sys.modules.update(modules)
@@ -158,6 +159,22 @@ def test_point_excess_is_per_call():
     # Budget 4: 2 + 0 + 1. Budget 2: 4 + 1 + 3.
     assert rewards.point_excess(trajectory([*calls, turn(Finish(1))]), sample(row(8))) == 3.0
     assert rewards.point_excess(trajectory(calls), sample(row(8)), budget=2) == 8.0
+
+
+@pytest.mark.parametrize(("tokens", "share"), [(0, 0.0), (80, 0.0), (90, 0.5), (99, 0.95), (100, 1.0), (130, 1.0)])
+def test_overlong_is_the_soft_punishment_of_dapo(tokens, share):
+    # L_max 100, L_cache 20: 0 up to 80, then ((100 - 20) - n) / 20 down to -1, as weight -1 has it; beyond -1.
+    t = dataclasses.replace(trajectory([turn(BOX)]), tokens=np.zeros(tokens))
+    assert rewards.overlong(t, sample(row(8)), limit=100, window=20) == pytest.approx(share)
+    cut = dataclasses.replace(t, status=Status.MAX_CONTEXT)  # by a budget that leaves room for a turn's end
+    assert rewards.overlong(cut, sample(row(8)), limit=100, window=20) == 1.0
+    assert rewards.overlong(t, sample(row(8)), limit=100, window=0) == float(tokens > 100)
+
+
+def test_many_turns_by_hand():
+    # Limit 8, window 2: 6 turns 0, 7 a half, 8 one.
+    counts = [rewards.many_turns(trajectory([turn(BOX)] * n), sample(row(8))) for n in (1, 6, 7, 8)]
+    assert counts == [0.0, 0.0, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("status", [s for s in Status if s is not Status.ENV_FAILED])

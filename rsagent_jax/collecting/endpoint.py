@@ -77,6 +77,10 @@ class Endpoint:
         use."""
         return asyncio.run_coroutine_threadsafe(self._complete(messages), self.loop).result()
 
+    async def complete_async(self, messages: list[dict]) -> str:
+        """The same on any event loop; the request ends with its waiter."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._complete(messages), self.loop))
+
     def told(self) -> dict[str, float]:
         """The usage so far and what it cost, for people."""
         c, u = self.config, self.usage

@@ -23,6 +23,7 @@ class AlarmsConfig:
     gap: NotNegative = 0.1  # nats per token: KL between the engine and the trainer; 0 = off
     stop_on_gap: bool = False  # such a gap ends the run, before the next step
     env_failed: Fraction = 0.1  # share of a step's trajectories that the segmenter failed; 1 = off
+    reward_failed: Fraction = 0.1  # the same without a reward (grpo.on_reward_error = drop); 1 = off
     truncated: Fraction = 0.2  # share of turns cut by their budget, or of trajectories by theirs; 1 = off
     entropy: NotNegative = 0.01  # nats per sampled token at least; 0 = off
     image_tokens: Fraction = 0.9  # share of a step's tokens that images take; 1 = off

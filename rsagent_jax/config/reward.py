@@ -5,17 +5,23 @@ On the command line groups, terms and arguments are reached, added and removed (
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
-from rsagent_jax.config.ranges import Arguments, Finite, Function, Text, Weight
+from rsagent_jax.config.ranges import Arguments, Finite, Function, Positive, Text, Weight
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardTerm:
-    """One term of the reward: function(trajectory, sample, **arguments) -> float."""
+    """One term of the reward: function(trajectory, sample, **arguments) -> float.
+
+    Of scope "group": function(trajectories, sample, **arguments) -> as many floats. Either may be `async def`.
+    """
 
     function: Function  # module:function or file.py:function
     weight: Weight = 1.0  # inside its group; negative for a cost
     arguments: Arguments = ()  # (name, value) pairs
+    scope: Literal["trajectory", "group"] = "trajectory"  # group: it sees all judged trajectories of a sample at once
+    deadline_s: Positive = 60.0  # of an async function: all of a step's values are there by then, or missing
     # Its name in the config. It is logged under its function's name, or this where two of a group share a function's.
     name: str = dataclasses.field(default="", compare=False)
 

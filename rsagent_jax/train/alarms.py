@@ -29,7 +29,7 @@ SURE = 3.0  # standard errors by which the means of two windows differ
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class Symptom:
     """What holds after the last step."""
 
     since: int  # step
@@ -64,25 +64,25 @@ class History:
         return steps[-count] if count >= least else None
 
 
-# --- Alarms: each is (history, bounds) -> Finding or None ---
+# --- Alarms: each is (history, bounds) -> Symptom or None ---
 
 
-def flat_groups(h: History, c: AlarmsConfig) -> Finding | None:
+def flat_groups(h: History, c: AlarmsConfig) -> Symptom | None:
     """No group of a step has a spread of rewards, `steps` steps in a row."""
     if (since := h.streak("zero_variance", lambda v: v >= 1, c.steps)) is None:
         return None
-    return Finding(
+    return Symptom(
         since,
         "in every group all rewards are the same, and nothing is learned; raise grpo.sampling.temperature or"
         " grpo.group, lower grpo.min_spread, or take samples that are neither too easy nor too hard",
     )
 
 
-def one_call(h: History, c: AlarmsConfig) -> Finding | None:
+def one_call(h: History, c: AlarmsConfig) -> Symptom | None:
     """Trajectories have one turn, or one call of segment before they finish: nothing is looked at and corrected."""
     for name, unit in (("turns", "turns"), ("behaviour/calls", "segment calls")):
         if (since := h.streak(name, lambda v: v <= c.one_call, c.steps)) is not None:
-            return Finding(
+            return Symptom(
                 since,
                 f"a trajectory has {h.last(name):.2f} {unit}: no mask is looked at and corrected; lower the cost of a"
                 " call (reward term call_cost), reward the gain of each turn, or show SFT more corrections",
@@ -90,7 +90,7 @@ def one_call(h: History, c: AlarmsConfig) -> Finding | None:
     return None
 
 
-def format_saturated(h: History, c: AlarmsConfig) -> Finding | None:
+def format_saturated(h: History, c: AlarmsConfig) -> Symptom | None:
     """The format reward is full over a window, and gIoU lies below its best window."""
     (_, full), (steps, giou) = h.series(f"reward/{c.format_part}"), h.series("giou")
     n = c.window
@@ -104,7 +104,7 @@ def format_saturated(h: History, c: AlarmsConfig) -> Finding | None:
     fall = before.mean() - now.mean()
     if fall < c.iou_fall or fall <= SURE * _error(before, now):
         return None
-    return Finding(
+    return Symptom(
         steps[-n],
         f"the format reward is full ({np.mean(full[-n:]):.2f}) while gIoU has fallen from {before.mean():.3f} (steps"
         f" {steps[best]}-{steps[best + n - 1]}) to {now.mean():.3f}; lower the weight of reward group"
@@ -112,7 +112,7 @@ def format_saturated(h: History, c: AlarmsConfig) -> Finding | None:
     )
 
 
-def ious_part(h: History, c: AlarmsConfig) -> Finding | None:
+def ious_part(h: History, c: AlarmsConfig) -> Symptom | None:
     """Against the first window one of gIoU and cIoU has risen and the other has fallen."""
     (steps, giou), (_, ciou), n = h.series("giou"), h.series("ciou"), c.window
     if len(giou) != len(ciou) or len(giou) < 2 * n:
@@ -123,7 +123,7 @@ def ious_part(h: History, c: AlarmsConfig) -> Finding | None:
     if up_g * up_i >= 0 or apart < c.parting or apart <= sure:
         return None
     why = "large masks go wrong" if up_i < 0 else "small masks go wrong"
-    return Finding(
+    return Symptom(
         steps[-n],
         f"gIoU has gone {up_g:+.3f} and cIoU {up_i:+.3f} since steps {steps[0]}-{steps[n - 1]}: {why}, as of a click"
         " that takes the background; look at the trajectories with the worst masks, and at reward terms that pay for"
@@ -131,7 +131,7 @@ def ious_part(h: History, c: AlarmsConfig) -> Finding | None:
     )
 
 
-def gradient_explodes(h: History, c: AlarmsConfig) -> Finding | None:
+def gradient_explodes(h: History, c: AlarmsConfig) -> Symptom | None:
     """The gradient's norm, before it is clipped, against its own running median; steps without an update aside."""
     return _explodes(
         h, c, "l2_grads", 0.0, "the gradient's norm is", "lower the learning rate or optim.clip_norm, and look at"
@@ -139,18 +139,18 @@ def gradient_explodes(h: History, c: AlarmsConfig) -> Finding | None:
     )  # fmt: skip
 
 
-def kl_explodes(h: History, c: AlarmsConfig) -> Finding | None:
+def kl_explodes(h: History, c: AlarmsConfig) -> Symptom | None:
     """The divergence from the reference against its own running median."""
     return _explodes(
         h, c, "kl_ref", c.kl_floor, "the KL from the reference is", "lower the learning rate or raise grpo.kl"
     )  # fmt: skip
 
 
-def engine_gap(h: History, c: AlarmsConfig) -> Finding | None:
+def engine_gap(h: History, c: AlarmsConfig) -> Symptom | None:
     """KL between the engine's and the trainer's distributions, as TIS measures it (grpo.tis_clip above 0)."""
     if not c.gap or (since := h.streak("mismatch_kl", lambda v: v > c.gap, 1)) is None:
         return None
-    return Finding(
+    return Symptom(
         since,
         f"engine and trainer are {h.last('mismatch_kl'):.3g} nats per token apart (alarms.gap = {c.gap:g}): the policy"
         " that is trained is not the one that plays; set grpo.sampling.kv_dtype and policy.dtype to float32 to see"
@@ -158,44 +158,55 @@ def engine_gap(h: History, c: AlarmsConfig) -> Finding | None:
     )
 
 
-def env_failures(h: History, c: AlarmsConfig) -> Finding | None:
+def env_failures(h: History, c: AlarmsConfig) -> Symptom | None:
     """The segmenter, not the policy, ended a share of the trajectories."""
     if (since := h.streak("endings/env_failed", lambda v: v > c.env_failed, c.steps)) is None:
         return None
-    return Finding(
+    return Symptom(
         since,
         f"the segmenter ends {h.last('endings/env_failed'):.0%} of the trajectories; see the side-car's log and"
         " env_failed/* for the kind, and raise segmenter.timeout_s or the number of side-cars if it is timeout",
     )
 
 
-def truncation(h: History, c: AlarmsConfig) -> Finding | None:
+def reward_failures(h: History, c: AlarmsConfig) -> Symptom | None:
+    """A term of the reward, such as a judge, gives no value for a share of the trajectories."""
+    if (since := h.streak("reward_failed", lambda v: v > c.reward_failed, c.steps)) is None:
+        return None
+    return Symptom(
+        since,
+        f"{h.last('reward_failed'):.0%} of the trajectories have no reward; the step's message names the term, and"
+        " reward_error.json holds a trajectory. If it asks a server, see whether that answers within deadline_s",
+    )
+
+
+def truncation(h: History, c: AlarmsConfig) -> Symptom | None:
     """Turns are cut by max_new_tokens, or trajectories end by their budget."""
     for name, what, field in (
         ("cut", "of the turns are cut off by their budget of tokens", "grpo.sampling.max_new_tokens"),
         ("endings/max_context", "of the trajectories end by their budget of tokens", "grpo.sampling.context"),
     ):
         if (since := h.streak(name, lambda v: v > c.truncated, c.steps)) is not None:
-            return Finding(since, f"{h.last(name):.0%} {what}; raise {field}, or see whether the texts ramble")
+            return Symptom(since, f"{h.last(name):.0%} {what}; raise {field}, or see whether the texts ramble")
     return None
 
 
-def no_entropy(h: History, c: AlarmsConfig) -> Finding | None:
+def no_entropy(h: History, c: AlarmsConfig) -> Symptom | None:
     """The policy's entropy, as the mean of -log p over its sampled tokens."""
     if (since := h.streak("entropy_sampled", lambda v: v < c.entropy, c.steps)) is None:
         return None
-    return Finding(
+    return Symptom(
         since,
         f"the entropy is {h.last('entropy_sampled'):.2g} nats per token: the policy always says the same; raise"
         " grpo.sampling.temperature or grpo.clip_high, lower the learning rate, or go back to an earlier checkpoint",
     )
 
 
-def image_share(h: History, c: AlarmsConfig) -> Finding | None:
+def image_share(h: History, c: AlarmsConfig) -> Symptom | None:
     """Images take nearly all of the context."""
     if (since := h.streak("image_tokens", lambda v: v > c.image_tokens, c.steps)) is None:
         return None
-    return Finding(
+    return Symptom(
         since,
         f"images take {h.last('image_tokens'):.0%} of all tokens; lower agent.max_pixels or agent.history_size",
     )
@@ -203,18 +214,18 @@ def image_share(h: History, c: AlarmsConfig) -> Finding | None:
 
 ALARMS = (
     *(flat_groups, one_call, format_saturated, ious_part, gradient_explodes, kl_explodes, engine_gap),
-    *(env_failures, truncation, no_entropy, image_share),
+    *(env_failures, reward_failures, truncation, no_entropy, image_share),
 )
 
 
-def _explodes(h: History, c: AlarmsConfig, name: str, floor: float, what: str, remedy: str) -> Finding | None:
+def _explodes(h: History, c: AlarmsConfig, name: str, floor: float, what: str, remedy: str) -> Symptom | None:
     steps, values = h.series(name)
     if not c.explode or not values or values[-1] <= floor:
         return None
     before = [v for v in values[:-1] if v > 0][-c.median :]
     if len(before) < FEW or values[-1] <= c.explode * (middle := float(np.median(before))):
         return None
-    return Finding(
+    return Symptom(
         steps[-1], f"{what} {values[-1]:.3g}, {values[-1] / middle:.0f} times its running median {middle:.3g}; {remedy}"
     )
 
@@ -234,7 +245,7 @@ class Watch:
         self.bounds, self.history = bounds, History()
         self.held: dict[str, int] = {}  # alarm -> step that it last held after
 
-    def add(self, step: int, metrics: Mapping[str, float | None]) -> tuple[dict[str, Finding], dict[str, Finding]]:
+    def add(self, step: int, metrics: Mapping[str, float | None]) -> tuple[dict[str, Symptom], dict[str, Symptom]]:
         """What holds now, and what of it is a new occurrence, by the alarm's name."""
         self.history.add(step, metrics)
         holds = {alarm.__name__: f for alarm in ALARMS if (f := alarm(self.history, self.bounds))}
@@ -264,13 +275,13 @@ class Alarms:
         """
         holds, new = self.watch.add(step, metrics)
         played = list(examples.get("trajectories", ()))[:SHOWN]
-        for name, finding in new.items():
+        for name, symptom in new.items():
             self.counts[name] += 1
-            row = {"stage": self.stage, "step": step, "alarm": name, "since": finding.since, "sentence": finding.text}
+            row = {"stage": self.stage, "step": step, "alarm": name, "since": symptom.since, "sentence": symptom.text}
             shown = {k: examples[k] for k in ("id", "query") if k in examples} | {"trajectories": played}
             self.file.add(json.dumps(row | {"examples": shown if played else None}) + "\n")
             if self.lead:
-                tqdm.write(said(self.stage, step, name, finding, played))
+                tqdm.write(said(self.stage, step, name, symptom, played))
         if self.watch.bounds.stop_on_gap and (gap := holds.get(engine_gap.__name__)):
             raise DataError(
                 f"{self.stage} step {step}: {gap.text}. The run stops here, by alarms.stop_on_gap; its last checkpoint"
@@ -285,10 +296,10 @@ class Alarms:
             print(f"{self.stage}: {self.counts.total()} alarms ({by_name}); see {self.file.path}")
 
 
-def said(stage: str, step: int, name: str, finding: Finding, played: Sequence[Mapping[str, Any]]) -> str:
+def said(stage: str, step: int, name: str, symptom: Symptom, played: Sequence[Mapping[str, Any]]) -> str:
     """The sentence, and a line for each of the trajectories."""
-    since = f"since step {finding.since}" if finding.since < step else "in this step"
-    lines = [f"ALARM {name}, {stage} step {step}, {since}: {finding.text}."]
+    since = f"since step {symptom.since}" if symptom.since < step else "in this step"
+    lines = [f"ALARM {name}, {stage} step {step}, {since}: {symptom.text}."]
     for t in played:
         reward = "none" if t["reward"] is None else f"{t['reward']['total']:.2f}"
         text = " | ".join(" ".join(turn.split()) for turn in t["turns"])

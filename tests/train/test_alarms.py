@@ -44,7 +44,7 @@ def occurrences(rows, bounds=AlarmsConfig()) -> list[tuple[str, int, int]]:
     """(alarm, the step that it is said after, since when)."""
     watch, out = Watch(bounds), []
     for step, row in enumerate(rows, start=1):
-        out += [(name, step, finding.since) for name, finding in watch.add(step, row)[1].items()]
+        out += [(name, step, symptom.since) for name, symptom in watch.add(step, row)[1].items()]
     return out
 
 
@@ -58,6 +58,7 @@ LEVELS = {
     "flat_groups": {"zero_variance": 1.0},
     "one_call": {"behaviour/calls": 0.97},
     "env_failures": {"endings/env_failed": 0.2},
+    "reward_failures": {"reward_failed": 0.15},
     "truncation": {"cut": 0.3},
     "no_entropy": {"entropy_sampled": 0.002},
     "image_share": {"image_tokens": 0.95},
@@ -147,11 +148,11 @@ def lines(directory) -> list[dict]:
 def test_every_alarm_can_be_switched_off():
     off = AlarmsConfig(
         **dict.fromkeys(("one_call", "explode", "gap", "entropy"), 0.0),
-        **dict.fromkeys(("iou_fall", "parting", "env_failed", "truncated", "image_tokens"), 1.0),
+        **dict.fromkeys(("iou_fall", "parting", "env_failed", "reward_failed", "truncated", "image_tokens"), 1.0),
     )
     rows = stream((12, {}), *((12, wrong) for name, wrong in LEVELS.items() if name != "flat_groups"))
     rows += stream((12, {"mismatch_kl": 9.0, "l2_grads": 99.0, "kl_ref": 99.0, "giou": 0.9, "ciou": 0.1}))
-    assert len(occurrences(rows)) >= 9 and occurrences(rows, off) == []
+    assert len(occurrences(rows)) >= 10 and occurrences(rows, off) == []
 
 
 def test_what_is_printed_and_written(tmp_path, capsys):
@@ -209,4 +210,4 @@ def test_stages_do_not_mix(tmp_path):
 
 
 def test_each_is_named_and_explained():
-    assert len({alarm.__name__ for alarm in ALARMS}) == len(ALARMS) == 11 and all(a.__doc__ for a in ALARMS)
+    assert len({alarm.__name__ for alarm in ALARMS}) == len(ALARMS) == 12 and all(a.__doc__ for a in ALARMS)
