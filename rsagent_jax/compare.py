@@ -17,41 +17,25 @@ import pathlib
 from collections.abc import Sequence
 
 from rsagent_jax.config.ranges import CountOrZero
-from rsagent_jax.report.comparison import Comparison, check_comparable, compare, markdown, text_table
+from rsagent_jax.report.comparison import (
+    Comparison,
+    check_comparable,
+    compare,
+    comparison_head,
+    comparison_note,
+    comparison_row,
+    markdown,
+    text_table,
+)
 from rsagent_jax.report.evaluation import Evaluation, load_evaluation
 from rsagent_jax.runtime.paths import absolute, write_whole, writing
 from rsagent_jax.types import DataError
-
-
-def comparison_table(
-    evaluations: Sequence[Evaluation], names: Sequence[str], found: Sequence[Comparison]
-) -> list[list[str]]:
-    """Rows of cells; the first row is the head."""
-    differ = f"minus {names[0]}, 95% interval"
-    rows = [["", "gIoU", differ, "cIoU", differ, "turns", differ, "better / worse / same", "n"]]
-    for k, (evaluation, name) in enumerate(zip(evaluations, names, strict=True)):
-        r, c = evaluation.results, found[k - 1] if k else None
-        figures = [f"{r['giou']:.3f}", f"{r['ciou']:.3f}", f"{r['mean_turns']:.2f}"]
-        gaps = [f"{d} *" if d.clear else str(d) for d in (c.giou, c.ciou, c.turns)] if c else ["", "", ""]
-        counts = f"{c.better} / {c.worse} / {c.same}" if c else ""
-        rows.append([name, *(cell for pair in zip(figures, gaps, strict=True) for cell in pair), counts, str(r["n"])])
-    return rows
 
 
 def sample_table(c: Comparison, base: str, queries: dict[str, str], shown: int) -> list[list[str]]:
     figures = ((id, there, here, here - there) for id, there, here in c.samples[:shown])
     rows = [[id, queries.get(id, ""), f"{a:.3f}", f"{b:.3f}", f"{gap:+.3f}"] for id, a, b, gap in figures]
     return [["sample", "query", base, c.name, "difference"], *rows]
-
-
-def note(found: Sequence[Comparison]) -> str:
-    text = "* zero is outside the interval. Intervals: 95%, paired bootstrap over pictures"
-    if old := [c.name for c in found if c.unit == "sample"]:
-        text += (
-            f"; over samples for {', '.join(old)}, whose predictions name no pictures: where a picture has several"
-            " sentences, these intervals are too narrow"
-        )
-    return text + "."
 
 
 def names_of(workdirs: Sequence[pathlib.Path]) -> list[str]:
@@ -83,9 +67,14 @@ def main(
     check_comparable(evaluations)
     found = [compare(evaluations[0], e, n) for e, n in zip(evaluations[1:], names[1:], strict=True)]
     queries = {example.id: example.query for e in evaluations for example in e.examples}
-    main_table = comparison_table(evaluations, names, found)
-    print(f"{text_table(main_table)}\n{note(found)}")
-    text = [f"# {names[0]} and {', '.join(names[1:])}", markdown(main_table), note(found).replace("*", "\\*", 1)]
+    rows = map(comparison_row, names, evaluations, [None, *found])
+    main_table = [comparison_head(names[0]), *rows]
+    print(f"{text_table(main_table)}\n{comparison_note(found)}")
+    text = [
+        f"# {names[0]} and {', '.join(names[1:])}",
+        markdown(main_table),
+        comparison_note(found).replace("*", "\\*", 1),
+    ]
     for comparison in found:
         rows = sample_table(comparison, names[0], queries, samples)
         print(f"\nSamples on which {comparison.name} and {names[0]} differ most\n{text_table(rows, 2)}")

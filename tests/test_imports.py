@@ -42,6 +42,7 @@ RUNGS = (
     ("aot", "report"),
     ("collecting", "fitness"),
     COMMANDS,
+    ("ablate",),  # runs its stages as reproduce does
 )
 RUNG = {f"rsagent_jax.{unit}": rung for rung, units in enumerate(RUNGS) for unit in units}
 ENTRY = len(RUNGS) - 1
@@ -143,7 +144,7 @@ def test_the_rule_itself_catches_what_it_should():
 
 def test_the_root_holds_the_commands_and_what_everybody_reads():
     root = {path.stem for path in (ROOT / "rsagent_jax").glob("*.py")} - {"__init__"}
-    assert root == {"array_types", "types", "masks", "rewards", *COMMANDS}
+    assert root == {"array_types", "types", "masks", "rewards", *COMMANDS, "ablate"}
 
 
 def test_public_names_are_unique():

@@ -114,3 +114,29 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in escaped]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def comparison_head(base: str) -> list[str]:
+    """Of a table whose rows are `comparison_row`; `base`: the name of what the others are held against."""
+    differ = f"minus {base}, 95% interval"
+    return ["", "gIoU", differ, "cIoU", differ, "turns", differ, "better / worse / same", "n"]
+
+
+def comparison_row(name: str, evaluation: Evaluation, c: Comparison | None) -> list[str]:
+    """c: with the base; None of the base itself."""
+    r = evaluation.results
+    figures = [f"{r['giou']:.3f}", f"{r['ciou']:.3f}", f"{r['mean_turns']:.2f}"]
+    gaps = [f"{d} *" if d.clear else str(d) for d in (c.giou, c.ciou, c.turns)] if c else ["", "", ""]
+    counts = f"{c.better} / {c.worse} / {c.same}" if c else ""
+    return [name, *(cell for pair in zip(figures, gaps, strict=True) for cell in pair), counts, str(r["n"])]
+
+
+def comparison_note(found: Sequence[Comparison]) -> str:
+    """What stands under such a table."""
+    text = "* zero is outside the interval. Intervals: 95%, paired bootstrap over pictures"
+    if old := [c.name for c in found if c.unit == "sample"]:
+        text += (
+            f"; over samples for {', '.join(old)}, whose predictions name no pictures: where a picture has several"
+            " sentences, these intervals are too narrow"
+        )
+    return text + "."

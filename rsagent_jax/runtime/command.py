@@ -32,6 +32,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from rsagent_jax.config import schema
+from rsagent_jax.config.ablation import AblationConfig
 from rsagent_jax.config.build import build_config, build_fields, refuse_config
 from rsagent_jax.config.import_path import closest, first_line, load_file, place, shipped
 from rsagent_jax.config.overrides import put_overrides, read_text, split_arguments
@@ -52,6 +53,7 @@ OWNERS = {  # whose config files a class describes
     schema.SegmentConfig: "rsagent_jax.segment",
     PretrainConfig: "rsagent_jax.tiny.pretrain",
     RecipeConfig: "rsagent_jax.reproduce",
+    AblationConfig: "rsagent_jax.ablate",
 }
 
 
@@ -104,7 +106,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         main = (load_file(pathlib.Path(name).resolve()) if name.endswith(".py") else importlib.import_module(name)).main
         quieten()
         arguments, flags = parse_arguments(main, argv)
-        resumes = isinstance(flags.get("config"), schema.TrainConfig | RecipeConfig)
+        resumes = isinstance(flags.get("config"), schema.TrainConfig | RecipeConfig | AblationConfig)
         return main(*arguments, **flags) or 0
     except (DataError, SegmenterError) as error:
         kind = "segmenter: " if isinstance(error, SegmenterError) else ""
@@ -221,7 +223,7 @@ def config_owner(config: ConfigDict) -> type | None:
 
 def known_configs() -> Iterator[tuple[str, type | None, str]]:
     """(path, class, first sentence of its docstring) of every file of configs/."""
-    for file in sorted(pathlib.Path(shipped("configs")).glob("[a-z]*.py")):
+    for file in sorted(pathlib.Path(shipped("configs")).rglob("[a-z]*.py")):
         with contextlib.suppress(DataError):
             doc = " ".join((ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split())
             yield str(file), config_owner(load_config_file(str(file))), doc.partition(". ")[0]
