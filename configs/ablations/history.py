@@ -8,7 +8,7 @@ One SFT, one run of GRPO, three evaluations.
 
 from configs.ablations._quickstart import ablation
 
-ROOM = ("--config.sampling.context=1344", "--config.sampling.patches=100")  # for the largest
+ROOM = ("--config.sampling.context=1344", "--config.sampling.patches=128")  # for the largest
 
 
 def get_config():
