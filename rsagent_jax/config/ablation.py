@@ -35,9 +35,9 @@ class AblationConfig:
     weights: str = ""  # the policy before training
     benchmark: Text = "test"  # its name in the table
     stages: tuple[RecipeStage, ...] = ()  # of all variants: data, collection, what they start from
-    train_command: Text = "train.py"
+    train_command: Text = "train.py"  # trains a variant
     train: tuple[Text, ...] = ()  # its arguments
-    evaluate_command: Text = "evaluate.py"
+    evaluate_command: Text = "evaluate.py"  # evaluates a variant
     evaluate: tuple[Text, ...] = ()  # its arguments, but for --weights
     variants: tuple[AblationVariant, ...] = ()  # in this order
 

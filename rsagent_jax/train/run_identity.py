@@ -7,6 +7,7 @@ Both are written only when everything has been checked, so they always describe 
 counts from the first checkpoint that it had a part in: before there is one, anything may change.
 """
 
+import dataclasses
 import datetime
 import fnmatch
 import hashlib
@@ -20,6 +21,7 @@ import orbax.checkpoint as ocp
 
 import rsagent_jax
 from rsagent_jax.config.build import to_dict
+from rsagent_jax.config.reward import RewardTerm
 from rsagent_jax.config.rules import RENAMED
 from rsagent_jax.config.schema import PolicyConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl.config import read_json
@@ -41,7 +43,7 @@ FREE = (
     *("grpo.data.mix*.data.root", "grpo.data.mix*.data.exclude_root"),
     *(f"{stage}.{name}" for stage in STAGES for name in ("checkpoint_every", "read.*", "batch.rows", "optim.offload")),
     *(f"grpo.sampling.{name}" for name in ("slots", "chunk", "prefill", "lanes", "tensor")),
-    *("grpo.max_env_failed", "agent.tool_deadline_s"),
+    *("grpo.max_env_failed", "grpo.on_reward_error", "grpo.reward*.deadline_s", "agent.tool_deadline_s"),
     *(f"segmenter.{name}" for name in ("addresses", "token_file", "tls", "tls_ca", "timeout_s", "wait_s", "workers")),
     "segmenter.device",
 )
@@ -69,7 +71,7 @@ def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) ->
     for name in sorted({*was, *now} - {"stages"}):
         if name not in now and "[" not in name:
             continue  # a field that this version does not have
-        there, here = was.get(name, None if "[" in name else defaults.get(name)), now.get(name)
+        there, here = was.get(name, _term_default(name, was) if "[" in name else defaults.get(name)), now.get(name)
         stage = name.partition(".")[0]
         if there == here or any(fnmatch.fnmatchcase(name, pattern) for pattern in FREE):
             continue
@@ -79,6 +81,13 @@ def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) ->
         if why is not None:
             differ.append(ChangedField(name.replace("[", ".").replace("]", ""), there, here, why))
     return differ
+
+
+def _term_default(name: str, was: Collection[str]) -> Any:
+    """Of a field of the reward's terms that the version which wrote `was` did not have; None of anything else."""
+    term, _, field = name.rpartition(".")
+    known = {f.name: f.default for f in dataclasses.fields(RewardTerm)}
+    return known.get(field) if f"{term}.function" in was else None
 
 
 def _why_not_longer(name: str, old: dict[str, Any], new: dict[str, Any], last: int) -> str | None:

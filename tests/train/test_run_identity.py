@@ -110,11 +110,27 @@ def test_terms_of_the_reward_are_compared_by_name_whatever_their_order():
     fewer = with_field(BASE, "grpo.reward", (final, dataclasses.replace(process, terms=process.terms[:-1]), form))
     term = "grpo.reward.process.terms.rsagent_jax.rewards:overshoot"
     for old, new in ((BASE, fewer), (fewer, BASE)):
-        assert fields(old, new, "grpo") == [f"{term}.{field}" for field in ("arguments", "function", "name", "weight")]
+        assert fields(old, new, "grpo") == [
+            f"{term}.{field}" for field in ("arguments", "function", "name", "scope", "weight")
+        ]
     twice = with_field(BASE, "grpo.reward", (dataclasses.replace(final, terms=final.terms * 2), process, form))
-    assert len(fields(BASE, twice, "grpo")) == 4
+    assert len(fields(BASE, twice, "grpo")) == 5
     heavier = with_field(BASE, "grpo.reward", (dataclasses.replace(final, weight=2.0), process, form))
     assert fields(BASE, heavier, "grpo") == ["grpo.reward.final.weight"]
+
+
+def test_a_run_of_a_version_whose_terms_had_fewer_fields_goes_on():
+    old = plain(BASE)
+    for group in old["grpo"]["reward"]:
+        for term in group["terms"]:
+            del term["scope"], term["deadline_s"]
+    found = [d.field for d in run_identity.refused(old, plain(BASE), ("grpo",))]
+    assert found == []
+    final, *others = DEFAULT_REWARD
+    grouped = dataclasses.replace(final, terms=(dataclasses.replace(final.terms[0], scope="group", deadline_s=5.0),))
+    new = plain(with_field(BASE, "grpo.reward", (grouped, *others)))
+    (field,) = (d.field for d in run_identity.refused(old, new, ("grpo",)))
+    assert field.endswith("final_iou.scope")
 
 
 def test_sets_of_a_mix_may_move_and_not_change():
