@@ -28,6 +28,7 @@ from rsagent_jax.rollout.policy import Task
 from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum
 from rsagent_jax.train.advantages import advantage_function, zero_variance
+from rsagent_jax.train.rollouts import Judged
 from rsagent_jax.types import Batch, DataError, Sample, Status, Trajectory
 from sam_bridge.types import FailureKind
 
@@ -39,6 +40,7 @@ TOOL_FAILURES = tuple(kind.value for kind in FailureKind if not kind.callers_fau
 class BatchSource(Protocol):
     steps: int  # of the stage
     examples: dict[str, Any]  # of the last step, for people; {} where there are none
+    judged: Sequence[Judged]  # every trajectory of the last step; () where none are played
 
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         """This process's rows of one optimiser step's micro-batches, and what there is to log of them.
@@ -55,6 +57,8 @@ class BatchSource(Protocol):
 
 class SftSource:
     """Stored trajectories, shuffled anew each epoch; the position is the number of trajectories read."""
+
+    judged: Sequence[Judged] = ()
 
     def __init__(self, config: SftConfig, processor: Processor, seed: int, share: Share = ALONE):
         share.of(config.trajectories_per_step, "sft.trajectories_per_step")
@@ -115,10 +119,13 @@ class GrpoSource:
         self.advantage = advantage_function(config.advantage, config.ddof)
         self.reward = make_reward(config.reward)
         self.examples: dict[str, Any] = {}  # the first group of the last step, for people
+        self.judged: list[Judged] = []
 
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         c, start = self.config, time.perf_counter()
+        self.judged = []
         self.engine.load(policy(), key)
+        load_seconds = time.perf_counter() - start
         mine = range(self.share.index, c.prompts, self.share.count)
         elements = all_or_none(lambda: self.pipeline.draw(c.prompts))
         drawn = [(i, s) for i, s in zip(mine, elements, strict=True) if not isinstance(s, Unreadable)]
@@ -128,8 +135,10 @@ class GrpoSource:
         outcomes = self.driver.run(tasks)
         rollout_seconds = time.perf_counter() - start
         rollout_metrics = self.driver.metrics()
+        waiting = rollout_metrics["rollout/tool_wait"] * rollout_metrics["rollout/seconds"]
         self.engine.release_memory()  # weights and cache give their memory to the gradients
         played, states = [t for t, _ in outcomes], [state for _, state in outcomes]
+        judged_from = time.perf_counter()
         items, metrics = all_or_none(lambda: self._judge(played, chosen, states))
         broken = Counter(state.failure.kind.value for t, state in outcomes if t.status is Status.ENV_FAILED)
         teaches, failures = self._all_agree(outcomes, broken, items)
@@ -140,7 +149,12 @@ class GrpoSource:
             "no_update": float(not teaches),
             "unreadable": float(self.pipeline.skipped),  # samples, since the start of the stage
             **{f"env_failed/{kind}": float(n) for kind, n in failures.items()},  # of all processes
+            "perf/total_num_tokens": float(sum(len(t.tokens) for t in played)),  # of this process's share
             "rollout_seconds": rollout_seconds,
+            "seconds/weights": load_seconds,
+            "seconds/rollout": rollout_seconds - load_seconds - waiting,
+            "seconds/tool": waiting,  # nothing to do but to wait for it
+            "seconds/reward": time.perf_counter() - judged_from,
             "tokens_per_s": tokens / rollout_seconds,
             **rollout_metrics,
             **counters(self.driver.segmenter),
@@ -203,6 +217,10 @@ class GrpoSource:
         usable = np.array([self._usable(t) for t in played])
         trained &= usable
         items = [_item(t, float(a)) for t, a, ok in zip(played, advantages, trained, strict=True) if ok]
+        self.judged = [
+            Judged(chosen[t.group_id], t, state, r, float(a), bool(ok))
+            for t, state, r, a, ok in zip(played, states, rewards, advantages, trained, strict=True)
+        ]
         self.examples = {
             "id": chosen[0].id,
             "query": chosen[0].query,

@@ -9,6 +9,7 @@ import pytest
 
 from rsagent_jax.config import overrides, ranges
 from rsagent_jax.config.build import build_config, template, to_dict
+from rsagent_jax.config.data import MixPart
 from rsagent_jax.config.ranges import hints
 from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
 from rsagent_jax.config.schema import (
@@ -18,7 +19,6 @@ from rsagent_jax.config.schema import (
     DataConfig,
     EvalConfig,
     MeshConfig,
-    MixPart,
     PolicyConfig,
     ProblemsConfig,
     SegmentConfig,
