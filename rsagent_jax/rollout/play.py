@@ -106,7 +106,9 @@ def play_samples(
     where the segmenter failed segmenter.give_up_after trajectories in a row.
     """
     failed = Failures(config.segmenter.give_up_after)
-    bar = tqdm(total=total, initial=total - len(attempts), desc=label, unit="trajectory", mininterval=2.0, leave=leave)
+    # One that goes away stands under another: only a terminal can show that.
+    bar = dict(total=total, initial=total - len(attempts), desc=label, unit="trajectory", mininterval=2.0)
+    bar = tqdm(**bar, leave=leave, disable=False if leave else None)
 
     def tasks(pool: concurrent.futures.Executor) -> Iterator[Task]:
         for place, uids, reading in _read_ahead(pool, samples, attempts):

@@ -32,7 +32,8 @@ pytestmark = pytest.mark.slow
 STEPS = 4
 MISFIT = "does not fit the model and optimiser of this config"
 OPTIM = OptimConfig(lr=3e-3, warmup_steps=1, schedule="cosine", weight_decay=0.01)
-TIMES = ("seconds", "rollout_seconds", "tokens_per_s", "tool_seconds")
+TIMES = ("seconds", "rollout_seconds", "tokens_per_s", "tool_seconds", "perf/throughput")
+PARTS = ("seconds/", "rollout/")
 
 
 class Stopped(Exception):
@@ -98,7 +99,7 @@ def go(stored, compiled, monkeypatch):
 def lines(workdir) -> list[dict]:
     """Without times, and without how the engine's work fell together: that depends on when a tool's thread is done."""
     out = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES and not k.startswith("rollout/")} for line in out]
+    return [{k: v for k, v in line.items() if k not in TIMES and not k.startswith(PARTS)} for line in out]
 
 
 def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:

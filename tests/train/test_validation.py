@@ -22,6 +22,9 @@ from rsagent_jax.data import trajectories
 from rsagent_jax.models.qwen25_vl.fingerprint import params_checksum
 from rsagent_jax.models.qwen25_vl.load import load_policy
 from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.runtime import processes
+from rsagent_jax.runtime.processes import Share
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train import validation
 from rsagent_jax.train.validation import Validator
@@ -288,3 +291,31 @@ def test_a_config_of_a_validation_that_cannot_be_is_refused(settings, says):
     given = {"policy": {"weights": "w"}, "validation": {"sets": {"mine": {}}} | settings}
     refused(says, build_config, TrainConfig, given)
     assert build_config(TrainConfig, given | {"validation": {"sets": {"mine": {}}, "keep_best": "val/mine/ciou"}})
+
+
+def test_two_processes_share_a_set_out_and_both_get_the_figures_of_all(config, tmp_path, monkeypatch):
+    scripts = {f"folder/mine/v{i}": (small.click(18 + 4 * i, 30), small.finish(1)) for i in range(N)}
+    policy = TextPolicy(small.scripted(scripts), small.processor())
+    driver = Driver(policy, DiscSegmenter(), small.processor(), small.AGENT)
+    sets = validation.open_validation_sets(config.validation)
+
+    def figures(index: int, count: int, heard: list[str]) -> dict[str, float]:
+        """Of process `index`, which is told what is `heard`; what it says itself goes into `said`."""
+
+        def exchange(text: str) -> list[str]:
+            if text == "0":  # nothing went wrong
+                return [text]
+            said.append(text)
+            return heard or [text]
+
+        made = Validator(config, "grpo", sets, driver, tmp_path / f"{index}{count}")
+        made.share = Share(index, count)
+        with monkeypatch.context() as patch:
+            patch.setattr(processes, "exchange", exchange)
+            return made._play("mine", 1)
+
+    said: list[str] = []
+    whole, *_ = figures(0, 1, []), figures(0, 2, []), figures(1, 2, [])
+    heard = said[1:]
+    assert [len(json.loads(text)[0]) for text in said] == [5, 3, 2]
+    assert figures(0, 2, heard) == figures(1, 2, heard) == whole and whole["n"] == N and 0 < whole["giou"] < 1
