@@ -135,7 +135,7 @@ class GrpoSource:
         outcomes = self.driver.run(tasks)
         rollout_seconds = time.perf_counter() - start
         rollout_metrics = self.driver.metrics()
-        waiting = rollout_metrics["rollout/tool_wait"] * rollout_metrics["rollout/seconds"]
+        waiting = rollout_metrics.get("rollout/tool_wait", 0.0) * rollout_seconds
         self.engine.release_memory()  # weights and cache give their memory to the gradients
         played, states = [t for t, _ in outcomes], [state for _, state in outcomes]
         judged_from = time.perf_counter()
