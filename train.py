@@ -40,7 +40,7 @@ from rsagent_jax.train import run_identity, startup
 from rsagent_jax.train.batch_source import BatchSource, GrpoSource, SftSource
 from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.first_batch import save_first_batch
-from rsagent_jax.train.rollouts import ReplaySource, dump_rollouts, rollout_figures
+from rsagent_jax.train.judged import ReplaySource, dump_rollouts, rollout_figures
 from rsagent_jax.train.run_identity import STAGES
 from rsagent_jax.train.state import (
     EMPTY,

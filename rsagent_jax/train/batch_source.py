@@ -28,7 +28,7 @@ from rsagent_jax.rollout.policy import Task
 from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum
 from rsagent_jax.train.advantages import advantage_function, zero_variance
-from rsagent_jax.train.rollouts import Judged
+from rsagent_jax.train.judged import Judged
 from rsagent_jax.types import Batch, DataError, Sample, Status, Trajectory
 from sam_bridge.types import FailureKind
 
