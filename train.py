@@ -182,7 +182,9 @@ def open_validator(
     """Through GRPO's engine, or SFT's own; None where the config names no set."""
     if not config.validation.sets:
         return None
-    driver = source.driver if isinstance(source, GrpoSource) else open_player(config, policy, stack)
+    player = source.driver if isinstance(source, GrpoSource) else open_player(config, policy, stack)
+    how = dict(workers=config.segmenter.workers)  # a driver of its own: GRPO's may have trajectories under way
+    driver = Driver(player.policy, player.segmenter, policy.processor, config.agent, **how)
     return Validator(config, stage, open_validation_sets(config.validation), driver, workdir)
 
 
