@@ -178,10 +178,10 @@ def open_player(config: TrainConfig, policy: Policy, stack: contextlib.ExitStack
 
 def open_validator(
     config: TrainConfig, stage: str, workdir: pathlib.Path, policy: Policy, source: BatchSource, stack
-) -> Validator | None:
-    """Through GRPO's engine, or SFT's own; None where the config names no set."""
+) -> Validator:
+    """Through GRPO's engine, or SFT's own; without either where the config names no set."""
     if not config.validation.sets:
-        return None
+        return Validator(config, stage, {}, None, workdir)
     player = source.driver if isinstance(source, GrpoSource) else open_player(config, policy, stack)
     how = dict(workers=config.segmenter.workers)  # a driver of its own: GRPO's may have trajectories under way
     driver = Driver(player.policy, player.segmenter, policy.processor, config.agent, **how)
@@ -249,12 +249,10 @@ def run_stage(
     def policy_for_rollouts() -> nnx.State:  # no name holds it: it is gone as soon as the engine has its weights
         return processes.local_copy(to_plain(state.params, base), mesh, compute.dtype)
 
-    if validator:
-        validator.begin(done)
-    if validator and not done:
+    validator.begin(done)
+    if validator.sets and not done:
         log.write(name, 0, validator.run(policy_for_rollouts, 0))
-    if validator and done < steps and validator.stop(done):
-        print(f"{name}: stopped early after step {done} of {steps}; nothing to do")
+    if done < steps and validator.stop(done):
         steps = done
 
     ############################## Train loop ##############################
@@ -284,8 +282,7 @@ def run_stage(
             state = skip(state, updates)
             metrics |= dict.fromkeys(("loss", "l2_grads", "l2_updates"), 0.0)
         clock.lap("update")
-        validated = validator is not None and validator.due(step, steps)
-        if validated:
+        if validated := validator.due(step, steps):
             batches = refs = None
             metrics |= validator.run(policy_for_rollouts, step)
             clock.lap("validation")
@@ -301,7 +298,5 @@ def run_stage(
             checkpoints.save(state, source.state(), base, validator.score(step) if validated else None)
             clock.lap("checkpoint")  # of the next step's time
         if ended:
-            said = f"{config.validation.early_stop} validations without a better {config.validation.keep_best}"
-            print(f"{name}: stopped early after step {step}: {said}")
             break
     return dataclasses.replace(policy, params=make_plain(base, lora, "float32")(state.params, base))

@@ -104,8 +104,16 @@ def overlaps(config: TrainConfig) -> list[str]:
 class Validator:
     """One stage's validation."""
 
-    def __init__(self, config: TrainConfig, stage: str, sets: Mapping[str, SampleIndex], driver: Driver, workdir):
-        """`driver` plays through an engine, whose weights are another's whenever this is not running."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        stage: str,
+        sets: Mapping[str, SampleIndex],
+        driver: Driver | None,
+        workdir: pathlib.Path,
+    ):
+        """`driver` plays through an engine, whose weights are another's whenever this is not running. Without sets
+        nothing is ever due."""
         self.config, self.stage, self.sets, self.driver = config, stage, sets, driver
         self.share = processes.Share(jax.process_index(), jax.process_count())
         self.workdir = processes.own_directory(workdir)
@@ -137,7 +145,7 @@ class Validator:
 
     def due(self, step: int, steps: int) -> bool:
         every = self.config.validation.every
-        return step == steps or bool(every and step % every == 0)
+        return bool(self.sets) and (step == steps or bool(every and step % every == 0))
 
     def run(self, policy: Callable[[], nnx.State], step: int) -> dict[str, float]:
         """The figures of the weights that `policy` gives, by the names that they are logged under.
@@ -178,10 +186,14 @@ class Validator:
         return None if value is None else value if c.best_mode == "max" else -value
 
     def stop(self, step: int) -> bool:
-        """Whether so many validations up to `step` have passed since the best one that the stage ends."""
+        """Whether so many validations up to `step` have passed since the best one that the stage ends; it says so."""
         scores = [s for k in sorted(self.history) if k <= step and (s := self.score(k)) is not None]
         patience = self.config.validation.early_stop
-        return bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
+        ends = bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
+        if ends:
+            best = self.config.validation.keep_best
+            print(f"{self.stage}: stops after step {step}: {patience} validations in a row without a better {best}")
+        return ends
 
     ############################## One set ##############################
 
