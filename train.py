@@ -256,8 +256,9 @@ def run_stage(
         steps = done
 
     ############################## Train loop ##############################
-    peak = chip.bf16_flops if (chip := chip_of(jax.local_devices()[0])) else None
-    made, clock, work = updates_made(state), StepClock(), WorkCounter(policy.processor.config.text, mesh, peak)
+    made, clock, chip = updates_made(state), StepClock(), chip_of(jax.local_devices()[0])
+    promised = (chip.bf16_flops, chip.devices_per_chip) if chip else ()
+    work = WorkCounter(policy.processor.config.text, mesh, *promised)
     bar = dict(initial=done, total=steps, desc=name, unit="step", mininterval=2.0, disable=None)  # on a terminal
     for step in tqdm(range(done + 1, steps + 1), **bar):
         batches = refs = None  # the last step's give their memory to the rollouts

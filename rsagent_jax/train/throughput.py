@@ -1,7 +1,7 @@
 """Where a step's time goes, and how much work was done in it, under the names and definitions of verl.
 
     perf/total_num_tokens   tokens of the step's trajectories: prompts, pictures, observations and turns
-    perf/throughput         of them per second of the whole step and device
+    perf/throughput         of them per second of the whole step and chip
     perf/mfu/actor          FLOPs of the update over what the devices promise in its time
 
 Source: verl (volcengine/verl), trainer/ppo/metric_utils.py and utils/flops_counter.py. Its FLOPs are 6 per parameter
@@ -68,9 +68,10 @@ def verl_flops(config: TextConfig, lengths: np.ndarray) -> float:
 class WorkCounter:
     """verl's figures of a step, over all processes."""
 
-    def __init__(self, config: TextConfig, mesh: Mesh, peak: float | None = None):
+    def __init__(self, config: TextConfig, mesh: Mesh, peak: float | None = None, devices_per_chip: int = 1):
         """peak: FLOP/s that a device promises; None where that is not known, and then there is no MFU."""
         self.config, self.devices, self.peak = config, mesh.devices.size, peak
+        self.chips = self.devices / devices_per_chip
         # Processes of one tensor group hold the same rows.
         self.copies = jax.process_count() // processes.row_share(mesh).count
         self.lengths = np.zeros(0, np.int64)
@@ -85,7 +86,7 @@ class WorkCounter:
         tokens = int(metrics.get("perf/total_num_tokens", self.lengths.sum()))
         giga = int(verl_flops(self.config, self.lengths) * passes / 1e9)
         tokens, giga = (n / self.copies for n in processes.allgather_sum([tokens, giga]))
-        out = {"perf/total_num_tokens": tokens, "perf/throughput": tokens / metrics["seconds"] / self.devices}
+        out = {"perf/total_num_tokens": tokens, "perf/throughput": tokens / metrics["seconds"] / self.chips}
         if self.peak and giga:
             out["perf/mfu/actor"] = giga * 1e9 / metrics["seconds/update"] / (self.peak * self.devices)
         return out

@@ -53,4 +53,6 @@ def test_throughput_is_per_device_and_mfu_of_the_updates_time(monkeypatch):
     }
     played = work.figures(seconds | {"perf/total_num_tokens": 20.0}, passes=1)  # more than is trained on
     assert played["perf/throughput"] == 20 / 4 / n
+    halves = WorkCounter(TEXT, mesh, 1e13, 2).figures(seconds | {"perf/total_num_tokens": 20.0}, passes=1)
+    assert halves["perf/throughput"] == 20 / 4 / (n / 2)
     assert "perf/mfu/actor" not in WorkCounter(TEXT, mesh).figures(seconds, passes=1)  # an unknown device
