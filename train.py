@@ -41,6 +41,7 @@ from rsagent_jax.train.batch_source import BatchSource, GrpoSource, SftSource
 from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.first_batch import save_first_batch
 from rsagent_jax.train.judged import ReplaySource, dump_rollouts, rollout_figures
+from rsagent_jax.train.losses import mean_over_updates
 from rsagent_jax.train.run_identity import STAGES
 from rsagent_jax.train.state import (
     EMPTY,
@@ -273,12 +274,18 @@ def run_stage(
             zeros = processes.put_rows(np.zeros(batches[0].tokens.shape, np.float32), mesh)
             batches = [programs.embed(base, processes.put_rows(batch, mesh)) for batch in batches]
             refs = [programs.logprobs(reference, base, batch) if stage.kl > 0 else zeros for batch in batches]
+            if stage.tis_clip > 0:
+                batches, corrected = programs.correct_for_engine(state.params, base, batches)
+                metrics |= jax.device_get(corrected)
             jax.block_until_ready(refs)
             clock.lap("logprobs")
-            for _ in range(updates):
-                state, update = programs.train_step(state, base, batches, refs)
-            made += updates
-            metrics |= jax.device_get(update) | {"lr": schedule(made - 1)}
+            said = []
+            for part in stage.minibatch_slices(len(batches)):
+                state, update = programs.train_step(state, base, batches[part], refs[part])
+                said.append(update)
+            state = state if len(said) == updates else skip(state, updates - len(said))
+            made += len(said)
+            metrics |= mean_over_updates(jax.device_get(said)) | {"lr": schedule(made - 1)}
         else:  # nothing teaches, on no process: sums over nothing
             state = skip(state, updates)
             metrics |= dict.fromkeys(("loss", "l2_grads", "l2_updates"), 0.0)
@@ -291,7 +298,7 @@ def run_stage(
             dump = processes.own_directory(workdir) / "dumps" / f"step_{step:06d}"
             dump_rollouts(dump, step, source.judged, config.agent, source.driver.limits)
         metrics |= clock.read()
-        log.write(name, step, metrics | work.figures(metrics, passes=updates))
+        log.write(name, step, metrics | work.figures(metrics, passes=stage.epochs))
         log.examples(step, source.examples)
         every, ended = settings.checkpoint_every, validated and validator.stop(step)
         if step == steps or ended or (every and step % every == 0) or (validated and config.validation.keep_best):

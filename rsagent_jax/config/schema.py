@@ -169,20 +169,33 @@ ADVANTAGES = {"zscore": "group_zscore", "mean": "mean_only", "loo": "leave_one_o
 class GrpoConfig:
     """Group-relative policy optimisation."""
 
-    steps: Count = 100  # rollouts, each followed by `updates`
+    steps: Count = 100  # rollouts, each followed by epochs * minibatches updates
     prompts: Count = 16  # (paper) per step
     group: Annotated[int, Range(low=2)] = 4  # (paper) samples per prompt
-    updates: Count = 1  # optimiser steps per rollout
+    epochs: Count = 1  # passes over a rollout's batch
+    minibatches: Count = 1  # parts of that batch, an optimiser step each
     advantage: Literal[*ADVANTAGES] = "zscore"  # of a group: z-score, less the mean, leave-one-out
-    ddof: Annotated[int, Range(low=0, high=1)] = 1  # of the standard deviation in zscore
-    ratio: Literal["grpo", "gspo", "cispo"] = "grpo"  # of the policies: by token, GSPO by sequence, CISPO clipped
+    ddof: Annotated[int, Range(low=0, high=1)] = 1  # of the standard deviation in zscore and in advantage_scale
+    # Divides by the standard deviation of all the step's rewards, or of all its advantages (docs/grpo.md).
+    advantage_scale: Literal["none", "rewards", "advantages"] = "none"
+    turn_credit: tuple[Text, ...] = ()  # reward groups that are earned turn by turn, such as ("process",)
+    ratio: Literal["grpo", "gspo", "cispo", "sapo"] = "grpo"  # by token, GSPO by sequence, CISPO and SAPO: docs/grpo.md
     clip_low: BelowOne = 0.2  # the ratio is clipped below 1 - this
     clip_high: NotNegative = 0.2  # and above 1 + this
+    tau_pos: Positive = 1.0  # sapo: how fast the gradient fades with the ratio, where the advantage is positive
+    tau_neg: Positive = 1.05  # and where it is not
+    entropy: NotNegative = 0.0  # weight of the entropy bonus; 0 = none
     kl: NotNegative = 0.0  # weight of the divergence from the reference; 0 = no reference
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of that divergence
     normalize: Literal["token", "sequence", "constant"] = "token"  # what the loss is divided by
     tis_clip: NotNegative = 2.0  # truncated importance sampling between engine and trainer; 0 = off
     drop_zero_variance: bool = True  # groups that have nothing to teach are not trained on
+    refill: CountOrZero = 0  # rounds at most in which other prompts are played in place of such groups; 0 = none
+    # Groups in flight beyond `prompts`. What is not done when `prompts` groups are goes on under the weights of the
+    # next steps, at most max_staleness of them; 0 and 0 = a step waits for all that it began.
+    surplus: CountOrZero = 0
+    max_staleness: CountOrZero = 0
+    curriculum: BelowOne = 0.0  # chance to pass over a sample whose last group was perfect, by how well it did; 0 = off
     min_spread: NotNegative = 0.0  # of a group's rewards; with less it counts as one of those
     mask_overlong: bool = True  # trajectories that ended by their budget of tokens are not trained on
     # Of a step's trajectories that called the segmenter: where a larger share failed because of it, the run stops.
@@ -195,6 +208,11 @@ class GrpoConfig:
     sampling: SamplingConfig = SamplingConfig()
     checkpoint_every: CountOrZero = 0  # steps; 0 = only at the end
     dump_every: CountOrZero = 0  # steps whose every trajectory is kept, for SFT, replay and --replay; 0 = none
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps per rollout."""
+        return self.epochs * self.minibatches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

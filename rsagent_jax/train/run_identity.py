@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 
 import rsagent_jax
 from rsagent_jax.config.build import to_dict
+from rsagent_jax.config.rules import RENAMED
 from rsagent_jax.config.schema import PolicyConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weight_files
@@ -64,6 +65,7 @@ def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) ->
     if len({tuple(s for s in config["stages"] if s in STAGES[: last + 1]) for config in (old, new)}) > 1:
         differ.append(ChangedField("stages", old["stages"], new["stages"], f"{STAGES[last]} has checkpoints"))
     defaults, was, now = flatten_settings(_DEFAULTS), flatten_settings(old), flatten_settings(new)
+    was = {RENAMED.get(name, name): value for name, value in was.items()}
     for name in sorted({*was, *now} - {"stages"}):
         if name not in now and "[" not in name:
             continue  # a field that this version does not have

@@ -79,7 +79,7 @@ def go(stored, compiled, monkeypatch):
     monkeypatch.setattr(train, "open_samples", lambda _: [small.sample(i, 56, 56) for i in range(5)])
     monkeypatch.setattr(train, "open_segmenter", lambda _: contextlib.nullcontext(DiscSegmenter()))
     monkeypatch.setattr(train, "tqdm", lambda steps, **_: steps)
-    base = small.train_config(stored, 2, 1, OPTIM, STEPS, sampling=dict(context=400), updates=2, tis_clip=0.0)
+    base = small.train_config(stored, 2, 1, OPTIM, STEPS, sampling=dict(context=400), epochs=2)
     base = dataclasses.replace(base, sft=dataclasses.replace(base.sft, trajectories_per_step=3))
 
     def run(stage, workdir, log_class=MetricsLog, lora=NO_ADAPTERS, freeze=(), weights=None):
