@@ -10,6 +10,7 @@ import json
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Mapping
 
 import grain
 import numpy as np
@@ -43,14 +44,14 @@ _MOVED = "stored trajectories refer to it; put it back, or name its new place: r
 
 
 def encode_by_reference(
-    state: EnvState, path: str, header: dict, played: Trajectory, *, logprobs: bool = False
+    state: EnvState, path: str, header: dict, played: Trajectory, more: Mapping[str, np.ndarray] | None = None
 ) -> bytes:
     """A finished trajectory, `played` by the driver into `state`, whose images are made again when it is read.
 
-    `path` names its picture, "" = no file. logprobs: the record holds them as well.
+    `path` names its picture, "" = no file. more: arrays that the record holds as well: logprobs and advantages, f32[T].
     """
     arrays = {"tokens": played.tokens, "positions": played.positions, "sampled": played.loss_mask}
-    arrays |= {"logprobs": played.logprobs} if logprobs else {}
+    arrays |= more or {}
     image = {"path": path, "sha256": checksum(state.image)}
     header = header | {"picture": image, "replay": state_to_json(state, path)}
     return pack_record(header, arrays if path else arrays | {"source": np.frombuffer(png(state.image), np.uint8)})
@@ -92,7 +93,7 @@ def decode_record(record: bytes, processor: Processor) -> Item:
         )
     patches = np.concatenate([p for p, _ in patched]) if patched else processor.no_patches()
     logprobs = arrays.get("logprobs", np.zeros(len(tokens), np.float32))
-    return Item(tokens, positions, loss_mask, logprobs, patches, grids, float(header.get("advantage", 0.0)))
+    return Item(tokens, positions, loss_mask, logprobs, patches, grids, arrays.get("advantages", 0.0))
 
 
 def record_header(record: bytes) -> dict:

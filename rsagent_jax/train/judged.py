@@ -35,7 +35,7 @@ class Judged:
     trajectory: Trajectory
     state: EnvState  # the final one
     reward: Reward | None  # None where a broken tool ended it
-    advantage: float
+    advantage: float | np.ndarray  # of the trajectory, or f32[T] of each token
     trained: bool  # whether it is in the step's batch
 
 
@@ -80,10 +80,11 @@ def dump_rollouts(
             "status": t.status.value,
             "iou": mask_iou(t.final_mask, j.sample),
             "reward": None if j.reward is None else {"total": float(j.reward.total), **j.reward.parts},
-            "advantage": j.advantage,
+            "advantage": float(np.mean(j.advantage)),
             "trained": j.trained,
         }
-        writer.write(trajectories.encode_by_reference(j.state, j.sample.path, header, t, logprobs=True))
+        arrays = {"logprobs": t.logprobs, "advantages": np.full(len(t.tokens), j.advantage, np.float32)}
+        writer.write(trajectories.encode_by_reference(j.state, j.sample.path, header, t, arrays))
     writer.close({"config": {"agent": to_dict(agent)}, "pixel_limits": dataclasses.asdict(limits), "step": step})
 
 
@@ -105,7 +106,7 @@ class ReplaySource:
         for i in range(self.share.index, len(self.records), self.share.count):
             record = self.records[i]
             header = trajectories.record_header(record)
-            if "logprobs" not in read_arrays(record) or "advantage" not in header:
+            if not {"logprobs", "advantages"} <= read_arrays(record).keys():
                 raise DataError(
                     f"--replay={self.directory}: record {i} has no log-probs and advantage; give a directory that"
                     " grpo.dump_every wrote, such as WORKDIR/dumps/step_000010"
