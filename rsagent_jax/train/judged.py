@@ -116,10 +116,8 @@ class ReplaySource:
                 items.append(trajectories.decode_record(record, self.processor))
         kept = [i for i in items if fits(i, self.config.batch, self.processor.config)]
         if not kept:
-            raise DataError(
-                f"--replay={self.directory}: of {len(headers)} trajectories {len(items)} were trained on, and none fits"
-                " a row of grpo.batch: there is nothing to make an update from"
-            )
+            why = "none fits a row of grpo.batch" if items else "none was trained on: the step made no update"
+            raise DataError(f"--replay={self.directory}: of its {len(headers)} trajectories {why}")
         rewards = [h["reward"]["total"] for h in headers if h["reward"] is not None]
         metrics = {"giou": float(np.mean([h["iou"] for h in headers])), "dropped": float(len(items) - len(kept))}
         metrics |= {"reward": float(np.mean(rewards))} if rewards else {}

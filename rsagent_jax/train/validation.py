@@ -7,7 +7,8 @@ those of evaluate.py with checkpoint k and the shapes of grpo.sampling.
     <workdir>/validation.jsonl                     a line per validation: stage, step, checksum of the weights, figures
     <workdir>/validation/<stage>/<step>/<set>/     some of its trajectories, as SFT and replay read them
 
-A line also tells the next start what need not be played again: the same weights on the same samples.
+A line also tells what need not be played again: the same weights on the same samples, as after a restart, or at the end
+of SFT and before GRPO.
 """
 
 import dataclasses
@@ -121,10 +122,12 @@ class Validator:
         self.path = self.workdir / RESULTS
         self.found: dict[int, dict[str, Any]] = {}  # of this stage, by step, of earlier starts: the last line of each
         self.history: dict[int, dict[str, Any]] = {}  # those that stand before the step that comes next
+        self.known: dict[tuple[str, str], dict[str, float]] = {}  # figures by (checksum, settings), of any stage
 
         def remember(line: dict[str, Any]) -> bool:
             if line["stage"] == stage:
                 self.found[line["step"]] = line
+            self.known[line["checksum"], line["settings"]] = line["values"]
             return True
 
         keep_lines(self.path, remember)
@@ -156,14 +159,23 @@ class Validator:
         start, dtype = time.perf_counter(), self.config.policy.dtype
         params = policy()
         checksum = params_checksum(params, dtype)
-        known = self.found.get(step, {})
-        known = known if (known.get("checksum"), known.get("settings")) == (checksum, self.settings) else {}
-        if processes.allgather_sum([bool(known)]) == [self.share.count]:
-            self.history[step] = known
-            return known["values"]
-        key = jax.random.key(self.config.seed)
-        self.driver.policy.load(params, key, greedy=self.config.validation.greedy)
-        del params
+        values = self.known.get((checksum, self.settings))
+        if processes.allgather_sum([values is not None]) != [self.share.count]:
+            key = jax.random.key(self.config.seed)
+            self.driver.policy.load(params, key, greedy=self.config.validation.greedy)
+            del params  # a copy of the parameters need not stay while the engine plays with its own
+            values = self._measure(step)
+        line = {"stage": self.stage, "step": step, "checksum": checksum, "settings": self.settings, "values": values}
+        self.history[step] = line | {"seconds": time.perf_counter() - start}
+        self.known[checksum, self.settings] = values
+        if any(self.found.get(step, {}).get(name) != value for name, value in line.items()):
+            file = AppendFile(self.path)
+            file.add(json.dumps(self.history[step]) + "\n")
+            file.close()
+        return values
+
+    def _measure(self, step: int) -> dict[str, float]:
+        """The figures of the weights that the engine holds, which are released."""
         try:
             found = {name: self._play(name, step) for name in self.sets}
         finally:
@@ -172,11 +184,6 @@ class Validator:
         for figure in FIGURES:  # the mean over the sets
             if all(figure in figures for figures in found.values()):
                 values[f"val/{figure}"] = math.fsum(figures[figure] for figures in found.values()) / len(found)
-        line = {"stage": self.stage, "step": step, "checksum": checksum, "settings": self.settings, "values": values}
-        self.history[step] = line | {"seconds": time.perf_counter() - start}
-        file = AppendFile(self.path)
-        file.add(json.dumps(self.history[step]) + "\n")
-        file.close()
         return values
 
     def score(self, step: int) -> float | None:

@@ -13,7 +13,7 @@ from rsagent_jax.runtime.help import field_rows
 from tests.refusals import refused
 
 ROOT = pathlib.Path(__file__).parents[2]
-ROOMS = [f"rsagent_jax.{name}" for name in ("aot.scaling", "data.get", "tiny.pretrain", "tiny.synthetic")]
+ROOMS = [f"rsagent_jax.{name}" for name in ("aot.costs", "aot.scaling", "data.get", "tiny.pretrain", "tiny.synthetic")]
 MODULES = [f"rsagent_jax.{p.stem}" for p in (ROOT / "rsagent_jax").glob("*.py") if "start_command" in p.read_text()]
 HEAVY = ("jax", "flax", "torch", "transformers", "openai", "orbax", "grain", "tensorflow_datasets", "matplotlib")
 

@@ -249,7 +249,8 @@ def test_a_stage_ends_after_so_many_validations_without_a_new_best(scores, mode,
 
 
 def test_what_an_earlier_start_validated_after_its_checkpoint_counts_no_longer(tmp_path):
-    lines = [{"stage": s, "step": k, "values": {"val/giou": k / 10}} for s in ("sft", "grpo") for k in (0, 2, 4)]
+    line = {"checksum": "a", "settings": "b"}
+    lines = [line | {"stage": s, "step": k, "values": {"val/giou": k / 10}} for s in ("sft", "grpo") for k in (0, 2, 4)]
     (tmp_path / validation.RESULTS).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"sta')
     made = validator(tmp_path, {})
     made.begin(2)
