@@ -3,6 +3,7 @@
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -119,3 +120,24 @@ def test_the_directory_that_a_command_writes_to(tmp_path):
     (tmp_path / "file").write_text("")
     refused(f"{tmp_path}/file/x cannot be written to", command.make_workdir, f"{tmp_path}/file/x", "out")
     refused("s3://b/x is neither a path of this machine nor gs://", command.make_workdir, "s3://b/x", "out")
+
+
+def test_a_reader_that_has_gone_ends_a_command_quietly():
+    for flush in (True, False):
+        body = f"def main():\n    print(1, flush={flush})\n"
+        start = (
+            f"import sys; from rsagent_jax.runtime import command\n{body}\nsys.modules['m'] = sys.modules[__name__]\n"
+        )
+        argv = [sys.executable, "-c", f"{start}command._exit(command.run_command('m', []))"]
+        child = subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        child.stdout.close()
+        assert (child.wait(), child.stderr.read()) == (command.NO_READER, b"")
+
+
+def test_a_pipe_of_anything_else_stays_visible(monkeypatch):
+    def main():
+        raise BrokenPipeError("of a side-car")
+
+    monkeypatch.setitem(sys.modules, "broken", types.SimpleNamespace(main=main))
+    with pytest.raises(BrokenPipeError, match="side-car"):
+        command.run_command("broken", [])
