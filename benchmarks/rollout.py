@@ -15,8 +15,9 @@ turns    16 trajectories of 8 turns, 16 at a time; each side in a process of its
 latency  a tool that takes 0.5 s; 32 trajectories, throughput against the engine without latency and half the slots
   hidden        twice as many slots
   synchronous   the same slots, but a step waits until every live trajectory has its observation
-tail     steps of 4 prompts x 4 in 16 slots, of 2 to 8 turns of lognormal length (median 10 tokens, sigma
-         1) and lognormal tools (median 0.5 s): trajectories a second that reach a step, and the slots that were busy
+tail     steps of 4 prompts x 4 in 16 slots, of 2 to 8 turns of lognormal length (median 20 tokens, sigma 1, at most 96)
+         and lognormal tools (median 0.5 s): trajectories a second that reach a step, and the slots that were busy;
+         views of 224 and overlays of 84, so that sampling takes the time, as on an accelerator, and not reading
   wait for all  a step plays its own and waits for the last
   refill        a quarter of the groups teaches nothing, and is replaced in rounds (grpo.refill)
   carry over    4 groups more are in flight, and what is not done goes on in the next step (grpo.surplus)
@@ -67,8 +68,8 @@ class Work:
     view: int = 448  # pixels
     overlay: int = 168
     tool_s: float = 0.5
-    median_turn: int = 10  # tokens, in the tail
-    steps: int = 6  # of the tail
+    median_turn: int = 20  # tokens, in the tail
+    steps: int = 4  # of the tail
     prompts: int = 4  # of a step there
 
     @property
@@ -239,7 +240,7 @@ def latency(directory: pathlib.Path, processor, work: Work) -> dict:
     return {"rows": rows, "latency_hidden": shares["hidden"], "latency_synchronous": shares["sync"]}
 
 
-def tail(directory: pathlib.Path, processor, work: Work) -> dict:
+def tail(directory: pathlib.Path, processor, work: Work, toy: bool) -> dict:
     from rsagent_jax.agent.tools import Finish, Segment, render_call
     from rsagent_jax.config.schema import AgentConfig
     from rsagent_jax.rollout.driver import Driver
@@ -263,6 +264,8 @@ def tail(directory: pathlib.Path, processor, work: Work) -> dict:
     def driver() -> Driver:
         return Scripted(policy, _rollout_tail.Tools(work.tool_s), processor, agent, workers=policy.slots)
 
+    if not toy:
+        work = dataclasses.replace(work, view=224, overlay=84, new_tokens=96, prefill=48)
     agent = AgentConfig(prompt="brief", history_size=work.overlay, max_turns=work.turns, announce_last=False)
     own = engine(directory, processor, work)
     policy = _rollout_tail.Unequal(own, work.median_turn)
@@ -322,8 +325,10 @@ def one(options: argparse.Namespace) -> dict:
     processor = Processor.load(directory)
     if options.side in SIDES:
         return turns(options.side, directory, processor, work)
-    if options.side in ("latency", "tail"):
-        return {"latency": latency, "tail": tail}[options.side](directory, processor, work)
+    if options.side == "latency":
+        return latency(directory, processor, work)
+    if options.side == "tail":
+        return tail(directory, processor, work, options.toy)
     return decode(directory, processor, work, options.toy)
 
 
