@@ -23,7 +23,7 @@ class Item:
     logprobs: Float32[np.ndarray, " T"]
     patches: Float32[np.ndarray, "P C"]
     grids: tuple[Grid, ...]
-    advantage: float = 0.0
+    advantage: float | Float32[np.ndarray, " T"] = 0.0  # of the trajectory, or of each token
 
 
 def fits(item: Item, batch: BatchConfig, config: Qwen25VLConfig) -> bool:
