@@ -78,7 +78,7 @@ def root(tmp_path_factory):
 def compiled(tmp_path_factory):
     """What several runs and evaluations compile, once."""
     directory = str(tmp_path_factory.mktemp("compiled"))
-    settings = {"jax_compilation_cache_dir": directory, "jax_persistent_cache_min_compile_time_secs": 0.2}
+    settings = {"jax_compilation_cache_dir": directory, "jax_persistent_cache_min_compile_time_secs": 0.0}
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
