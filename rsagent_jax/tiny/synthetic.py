@@ -29,7 +29,7 @@ import tqdm
 
 from rsagent_jax.data.sets.refcoco import IMAGES, NO_TARGET
 from rsagent_jax.masks import draw_polygons, iou
-from rsagent_jax.runtime.paths import local_directory
+from rsagent_jax.runtime.paths import local_directory, read_bytes
 from rsagent_jax.tiny import absent, scenes
 from rsagent_jax.types import DataError
 from sam_bridge.rle import encode_mask, mask_runs
@@ -233,6 +233,8 @@ def main(
 ) -> None:
     with local_directory(out) as here:
         wrote = write_dataset(here, train, val, test, seed, size, refs_per_image)
+        if here != out and (out / STAMP).exists() and read_bytes(out / STAMP) != (here / STAMP).read_bytes():
+            raise DataError(f"{out} holds synthetic scenes made with other settings: choose another --out")
     head = "already there: " if wrote.already_there else ""
     print(
         f"{head}{wrote.scenes} scenes, {wrote.references} references and {wrote.absent} to what is absent,"
