@@ -129,8 +129,7 @@ class GrpoSource:
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         c, start = self.config, time.perf_counter()
         self.engine.load(policy(), key)
-        played = self._play_on() if c.surplus else self._play()
-        rollout_seconds = time.perf_counter() - start
+        played = self._play_on(start) if c.surplus else self._play(start)
         self.engine.release_memory()  # weights and cache give their memory to the gradients
         items, metrics = self._judge(played)
         broken = Counter(state.failure.kind.value for t, state in played.outcomes if t.status is Status.ENV_FAILED)
@@ -143,8 +142,8 @@ class GrpoSource:
             "no_update": float(not teaches),
             "unreadable": float(self.pipeline.skipped),  # samples, since the start of the stage
             **{f"env_failed/{kind}": float(n) for kind, n in failures.items()},  # of all processes
-            "rollout_seconds": rollout_seconds,
-            "tokens_per_s": tokens / rollout_seconds,
+            "rollout_seconds": played.seconds,
+            "tokens_per_s": tokens / played.seconds,
             **played.metrics(),
             **counters(self.driver.segmenter),
             **_fill(items, batches),
@@ -157,8 +156,9 @@ class GrpoSource:
             metrics |= {"passed_over": float(self.prompts.passed_over)}  # samples, since the start of the stage
         return batches, metrics
 
-    def _play(self) -> Rollouts:
-        """`prompts` groups, with their rewards; with `refill`, others in place of those that teach nothing.
+    def _play(self, start: float) -> Rollouts:
+        """`prompts` groups, with their rewards; with `refill`, others in place of those that teach nothing. `start`:
+        when the step began.
 
         Every round is agreed upon by all processes, and all draw equally many prompts in it: as many as are missing
         over all of them, rounded up. So a step may have some groups more than `prompts`, never more than processes.
@@ -173,6 +173,7 @@ class GrpoSource:
             first, places = len(out.samples), [(out.drawn + i, sample) for i, sample in drawn]
             tasks = [Task(s, first + g, i * c.group + k) for g, (i, s) in enumerate(places) for k in range(c.group)]
             outcomes = self.driver.run(tasks)
+            out.seconds += time.perf_counter() - start  # without the wait for other processes
             out.add([s for _, s in drawn], outcomes, missing, self.driver.metrics())
             all_or_none(lambda: self._score(out))
             if last:
@@ -181,7 +182,7 @@ class GrpoSource:
             missing = c.prompts - allgather_sum([int(teach.sum())])[0]
             if missing <= 0:
                 break
-            out.replaced = ~teach
+            out.replaced, start = ~teach, time.perf_counter()
         self._learn(out)
         return out
 
@@ -217,7 +218,7 @@ class GrpoSource:
             )
         return teaching > 0, dict(zip(TOOL_FAILURES, kinds, strict=True))
 
-    def _play_on(self) -> Rollouts:
+    def _play_on(self, start: float) -> Rollouts:
         """`prompts` groups that are done, of those in flight: `surplus` more, over all processes, when it begins."""
         c, out = self.config, Rollouts(self.config.group)
         missing = c.prompts + c.surplus - allgather_sum([len(self.in_flight.groups)])[0]
@@ -229,6 +230,7 @@ class GrpoSource:
             drawn = all_or_none(lambda: self.prompts.draw(missing, needed=needed))
             new += [(self.prompts.places[i], sample) for i, sample in drawn]
         groups = self.in_flight.play(new, self.share.of(c.prompts, "grpo.prompts"))
+        out.seconds = time.perf_counter() - start
         outcomes = [outcome for place, group in enumerate(groups) for outcome in group.in_order(place)]
         out.add([group.sample for group in groups], outcomes, c.prompts, self.driver.metrics())
         all_or_none(lambda: self._score(out))
