@@ -137,8 +137,8 @@ class GrpoSource:
         self.judged, self.reward_seconds = [], 0.0
         self.engine.load(policy(), key)
         load_seconds = time.perf_counter() - start
-        played = self._play_on() if c.surplus else self._play()
-        rollout_seconds, figures = time.perf_counter() - start, played.metrics()
+        played = self._play_on(start) if c.surplus else self._play(start)
+        figures = played.metrics()
         waiting = figures.get("rollout/tool_wait", 0.0) * figures.get("rollout/seconds", 0.0)
         self.engine.release_memory()  # weights and cache give their memory to the gradients
         judged_from = time.perf_counter()
@@ -154,12 +154,12 @@ class GrpoSource:
             "unreadable": float(self.pipeline.skipped),  # samples, since the start of the stage
             **{f"env_failed/{kind}": float(n) for kind, n in failures.items()},  # of all processes
             "perf/total_num_tokens": float(sum(len(t.tokens) for t in played.trajectories)),  # of this process's share
-            "rollout_seconds": rollout_seconds,
+            "rollout_seconds": played.seconds,
             "seconds/weights": load_seconds,
-            "seconds/rollout": rollout_seconds - load_seconds - waiting - self.reward_seconds,
+            "seconds/rollout": played.seconds - load_seconds - waiting,
             "seconds/tool": waiting,  # nothing to do but to wait for it
             "seconds/reward": self.reward_seconds + time.perf_counter() - judged_from,
-            "tokens_per_s": tokens / rollout_seconds,
+            "tokens_per_s": tokens / played.seconds,
             **figures,
             **counters(self.driver.segmenter),
             **_fill(items, batches),
@@ -172,8 +172,9 @@ class GrpoSource:
             metrics |= {"passed_over": float(self.prompts.passed_over)}  # samples, since the start of the stage
         return batches, metrics
 
-    def _play(self) -> Rollouts:
-        """`prompts` groups, with their rewards; with `refill`, others in place of those that teach nothing.
+    def _play(self, start: float) -> Rollouts:
+        """`prompts` groups, with their rewards; with `refill`, others in place of those that teach nothing. `start`:
+        when the step began.
 
         Every round is agreed upon by all processes, and all draw equally many prompts in it: as many as are missing
         over all of them, rounded up. So a step may have some groups more than `prompts`, never more than processes.
@@ -188,6 +189,7 @@ class GrpoSource:
             first, places = len(out.samples), [(out.drawn + i, sample) for i, sample in drawn]
             tasks = [Task(s, first + g, i * c.group + k) for g, (i, s) in enumerate(places) for k in range(c.group)]
             outcomes = self.driver.run(tasks)
+            out.seconds += time.perf_counter() - start  # without the wait for other processes
             out.add([s for _, s in drawn], outcomes, missing, self.driver.metrics())
             all_or_none(lambda: self._score(out))
             if last:
@@ -196,7 +198,7 @@ class GrpoSource:
             missing = c.prompts - allgather_sum([int(teach.sum())])[0]
             if missing <= 0:
                 break
-            out.replaced = ~teach
+            out.replaced, start = ~teach, time.perf_counter()
         self._learn(out)
         return out
 
@@ -232,7 +234,7 @@ class GrpoSource:
             )
         return teaching > 0, dict(zip(TOOL_FAILURES, kinds, strict=True))
 
-    def _play_on(self) -> Rollouts:
+    def _play_on(self, start: float) -> Rollouts:
         """`prompts` groups that are done, of those in flight: `surplus` more, over all processes, when it begins."""
         c, out = self.config, Rollouts(self.config.group)
         missing = c.prompts + c.surplus - allgather_sum([len(self.in_flight.groups)])[0]
@@ -244,6 +246,7 @@ class GrpoSource:
             drawn = all_or_none(lambda: self.prompts.draw(missing, needed=needed))
             new += [(self.prompts.places[i], sample) for i, sample in drawn]
         groups = self.in_flight.play(new, self.share.of(c.prompts, "grpo.prompts"))
+        out.seconds = time.perf_counter() - start
         outcomes = [outcome for place, group in enumerate(groups) for outcome in group.in_order(place)]
         out.add([group.sample for group in groups], outcomes, c.prompts, self.driver.metrics())
         all_or_none(lambda: self._score(out))
