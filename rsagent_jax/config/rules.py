@@ -11,6 +11,8 @@ from rsagent_jax.config.ranges import DATASETS, REFER
 ORDER = ("sft", "grpo")
 RENAMED = {"grpo.updates": "grpo.epochs"}  # since 0.1: passes over a rollout's batch
 SIDE_CAR = ("checkpoint", "model", "device", "dtype", "multimask")  # options of a back end of our own
+# Of a validation, that a best checkpoint may be chosen by.
+FIGURES = ("giou", "ciou", "turns", "tool_error_rate", "first_iou", "recovery", "harm", "calls", "agreement")
 SECURITY = ("token_file", "tls", "tls_ca")  # of a connection
 
 
@@ -138,3 +140,19 @@ def _grpo(c) -> Iterator[str]:
             f"grpo.batch.tokens must be at least grpo.sampling.context = {c.sampling.context}, got {c.batch.tokens}:"
             " a trajectory never spans rows"
         )
+
+
+def validation(c) -> Iterator[str]:
+    names = [s.name for s in c.sets]
+    for name in dict.fromkeys(n for n in names if names.count(n) > 1):
+        yield f"sets: {name!r} appears more than once"
+    for s in c.sets:
+        if s.data.mix:
+            yield f"sets.{s.name}.data.mix: samples of a mix come up more than once; make each part a set"
+    _, *words = c.keep_best.split("/")
+    if words and (words[-1] not in FIGURES or len(words) > 2):
+        yield f"keep_best: {c.keep_best!r} is no figure; known are val/ and val/SET/ with {', '.join(FIGURES)}"
+    elif len(words) == 2 and words[0] not in names:
+        yield f"keep_best: {c.keep_best!r} names no set; there are {', '.join(names) or 'none'}"
+    if c.early_stop and not (c.sets and c.keep_best):
+        yield "early_stop needs sets and keep_best: it counts validations without a new best"

@@ -87,8 +87,10 @@ class Engine:
         self.load(params, key)
         self.begin()
 
-    def load(self, params: nnx.State, key: jax.Array) -> None:
+    def load(self, params: nnx.State, key: jax.Array, *, greedy: bool = False) -> None:
         """New weights, cast and laid out for decoding, and the key that the next trajectories' keys are folded from.
+
+        greedy: until the next `load` the likeliest token is taken, whatever sampling.temperature says.
 
         One resharding, from whatever layout `params` have. Of the parts outside of the decoder's layers, those whose
         dtype and layout agree already are not copied: they share their memory with `params`, so whoever donates these
@@ -100,6 +102,7 @@ class Engine:
         start = time.perf_counter()
         self.weights = None  # freed before the new ones are made
         self.weights, self.key = jax.block_until_ready(self._laid_out(params)), key
+        self.greedy = greedy
         self.seconds["weights"] = time.perf_counter() - start
 
     def _laid_out(self, params: nnx.State) -> Weights:
@@ -334,7 +337,8 @@ class Engine:
         return Piece(*self._put((slots, tokens, positions, places, counts, lengths)))
 
     def _turns(self) -> Turns:
-        out = Turns(np.zeros(self.slots, bool), *(np.zeros(self.slots, np.int32) for _ in range(6)))
+        ints = (np.zeros(self.slots, np.int32) for _ in range(6))
+        out = Turns(np.zeros(self.slots, bool), *ints, np.full(self.slots, self.greedy))
         for slot, x in self.used.items():
             r = x.request
             out.open[slot], out.lengths[slot], out.done[slot] = x.samples, x.length, x.done

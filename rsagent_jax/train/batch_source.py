@@ -30,6 +30,7 @@ from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum, exchange
 from rsagent_jax.train.advantages import advantage_function, scale_by_batch, zero_variance
 from rsagent_jax.train.carry_over import InFlight
+from rsagent_jax.train.judged import Judged
 from rsagent_jax.train.prompts import Prompts
 from rsagent_jax.train.rollouts import Rollouts
 from rsagent_jax.train.turn_credit import by_token, earned_by_turn
@@ -44,6 +45,7 @@ TOOL_FAILURES = tuple(kind.value for kind in FailureKind if not kind.callers_fau
 class BatchSource(Protocol):
     steps: int  # of the stage
     examples: dict[str, Any]  # of the last step, for people; {} where there are none
+    judged: Sequence[Judged]  # every trajectory of the last step; () where none are played
 
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         """This process's rows of a step's micro-batches, and what there is to log of them.
@@ -61,6 +63,8 @@ class BatchSource(Protocol):
 
 class SftSource:
     """Stored trajectories, shuffled anew each epoch; the position is the number of trajectories read."""
+
+    judged: Sequence[Judged] = ()
 
     def __init__(self, config: SftConfig, processor: Processor, seed: int, share: Share = ALONE):
         share.of(config.trajectories_per_step, "sft.trajectories_per_step")
@@ -125,15 +129,21 @@ class GrpoSource:
         self.score = make_scorer(config.reward)
         self.turn_reward = make_reward([group for group in config.reward if group.name in config.turn_credit])
         self.examples: dict[str, Any] = {}  # the first group of the last step, for people
+        self.judged: list[Judged] = []
+        self.reward_seconds = 0.0  # of the step
 
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         c, start = self.config, time.perf_counter()
+        self.judged, self.reward_seconds = [], 0.0
         self.engine.load(policy(), key)
-        played = self._play_on() if c.surplus else self._play()
-        rollout_seconds = time.perf_counter() - start
+        load_seconds = time.perf_counter() - start
+        played = self._play_on(start) if c.surplus else self._play(start)
+        figures = played.metrics()
+        waiting = figures.get("rollout/tool_wait", 0.0) * figures.get("rollout/seconds", 0.0)
         self.engine.release_memory()  # weights and cache give their memory to the gradients
         if errors := played.reward_errors:
             print(f"grpo: {len(errors)} of {len(played.rewards)} trajectories have no reward, such as: {errors[0]}")
+        judged_from = time.perf_counter()
         items, metrics = self._judge(played)
         broken = Counter(state.failure.kind.value for t, state in played.outcomes if t.status is Status.ENV_FAILED)
         teaches, failures = self._all_agree(played.outcomes, broken, items)
@@ -145,9 +155,14 @@ class GrpoSource:
             "no_update": float(not teaches),
             "unreadable": float(self.pipeline.skipped),  # samples, since the start of the stage
             **{f"env_failed/{kind}": float(n) for kind, n in failures.items()},  # of all processes
-            "rollout_seconds": rollout_seconds,
-            "tokens_per_s": tokens / rollout_seconds,
-            **played.metrics(),
+            "perf/total_num_tokens": float(sum(len(t.tokens) for t in played.trajectories)),  # of this process's share
+            "rollout_seconds": played.seconds,
+            "seconds/weights": load_seconds,
+            "seconds/rollout": played.seconds - load_seconds - waiting,
+            "seconds/tool": waiting,  # nothing to do but to wait for it
+            "seconds/reward": self.reward_seconds + time.perf_counter() - judged_from,
+            "tokens_per_s": tokens / played.seconds,
+            **figures,
             **counters(self.driver.segmenter),
             **_fill(items, batches),
         }
@@ -159,8 +174,9 @@ class GrpoSource:
             metrics |= {"passed_over": float(self.prompts.passed_over)}  # samples, since the start of the stage
         return batches, metrics
 
-    def _play(self) -> Rollouts:
-        """`prompts` groups, with their rewards; with `refill`, others in place of those that teach nothing.
+    def _play(self, start: float) -> Rollouts:
+        """`prompts` groups, with their rewards; with `refill`, others in place of those that teach nothing. `start`:
+        when the step began.
 
         Every round is agreed upon by all processes, and all draw equally many prompts in it: as many as are missing
         over all of them, rounded up. So a step may have some groups more than `prompts`, never more than processes.
@@ -175,6 +191,7 @@ class GrpoSource:
             first, places = len(out.samples), [(out.drawn + i, sample) for i, sample in drawn]
             tasks = [Task(s, first + g, i * c.group + k) for g, (i, s) in enumerate(places) for k in range(c.group)]
             outcomes = self.driver.run(tasks)
+            out.seconds += time.perf_counter() - start  # without the wait for other processes
             out.add([s for _, s in drawn], outcomes, missing, self.driver.metrics())
             all_or_none(lambda: self._score(out))
             if last:
@@ -183,7 +200,7 @@ class GrpoSource:
             missing = c.prompts - allgather_sum([int(teach.sum())])[0]
             if missing <= 0:
                 break
-            out.replaced = ~teach
+            out.replaced, start = ~teach, time.perf_counter()
         self._learn(out)
         return out
 
@@ -219,7 +236,7 @@ class GrpoSource:
             )
         return teaching > 0, dict(zip(TOOL_FAILURES, kinds, strict=True))
 
-    def _play_on(self) -> Rollouts:
+    def _play_on(self, start: float) -> Rollouts:
         """`prompts` groups that are done, of those in flight: `surplus` more, over all processes, when it begins."""
         c, out = self.config, Rollouts(self.config.group)
         missing = c.prompts + c.surplus - allgather_sum([len(self.in_flight.groups)])[0]
@@ -231,6 +248,7 @@ class GrpoSource:
             drawn = all_or_none(lambda: self.prompts.draw(missing, needed=needed))
             new += [(self.prompts.places[i], sample) for i, sample in drawn]
         groups = self.in_flight.play(new, self.share.of(c.prompts, "grpo.prompts"))
+        out.seconds = time.perf_counter() - start
         outcomes = [outcome for place, group in enumerate(groups) for outcome in group.in_order(place)]
         out.add([group.sample for group in groups], outcomes, c.prompts, self.driver.metrics())
         all_or_none(lambda: self._score(out))
@@ -244,7 +262,7 @@ class GrpoSource:
     def _score(self, out: Rollouts) -> None:
         """Rewards of what has none yet. A broken tool's trajectory has no reward and no advantage, nor has one without
         a value of every term where grpo.on_reward_error says to drop it."""
-        new = out.outcomes[len(out.rewards) :]
+        start, new = time.perf_counter(), out.outcomes[len(out.rewards) :]
         groups = [[t for t, _ in new[i : i + self.config.group]] for i in range(0, len(new), self.config.group)]
         samples = [out.samples[group[0].group_id] for group in groups]
         scored = iter(self.score([[t for t in group if t.status.judged] for group in groups], samples))
@@ -265,6 +283,7 @@ class GrpoSource:
                 reward = None
             out.rewards.append(reward)
             out.earned.append(earned)
+        self.reward_seconds += time.perf_counter() - start
 
     def _flat(self, out: Rollouts) -> np.ndarray:
         """bool[groups]: nothing to teach, in no turn."""
@@ -292,10 +311,12 @@ class GrpoSource:
         c, played, chosen, rewards = self.config, out.trajectories, out.samples, out.rewards
         advantages, trained, flat = self._advantages(out), self._trained(out), np.repeat(self._flat(out), c.group)
         trained &= ~np.repeat(out.replaced, c.group) & ~(flat & c.drop_zero_variance)
-        items = [
-            _item(t, by_token(a, t.loss_mask) if c.turn_credit else float(a[0]))
-            for t, a, ok in zip(played, advantages, trained, strict=True)
-            if ok
+        by_turn = zip(played, advantages, strict=True)
+        credit = [by_token(a, t.loss_mask) if c.turn_credit else float(a[0]) for t, a in by_turn]
+        items = [_item(t, a) for t, a, ok in zip(played, credit, trained, strict=True) if ok]
+        self.judged = [
+            Judged(chosen[t.group_id], t, state, r, a, bool(ok))
+            for (t, state), r, a, ok in zip(out.outcomes, rewards, credit, trained, strict=True)
         ]
         self.examples = {
             "id": chosen[0].id,

@@ -27,6 +27,7 @@ class Rollouts:
     reward_errors: list[str] = dataclasses.field(default_factory=list)  # of those with grpo.on_reward_error = drop
     earned: list[np.ndarray] = dataclasses.field(default_factory=list)  # by turn; none without grpo.turn_credit
     figures: list[dict[str, float]] = dataclasses.field(default_factory=list)  # the driver's, of each round
+    seconds: float = 0.0  # from a round's beginning to the end of its last trajectory, added up
     replaced: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, bool))  # groups, by others
 
     def add(

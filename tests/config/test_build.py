@@ -9,6 +9,7 @@ import pytest
 
 from rsagent_jax.config import overrides, ranges
 from rsagent_jax.config.build import build_config, template, to_dict
+from rsagent_jax.config.data import MixPart
 from rsagent_jax.config.ranges import hints
 from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
 from rsagent_jax.config.schema import (
@@ -18,7 +19,6 @@ from rsagent_jax.config.schema import (
     DataConfig,
     EvalConfig,
     MeshConfig,
-    MixPart,
     PolicyConfig,
     ProblemsConfig,
     SegmentConfig,
@@ -138,7 +138,7 @@ def test_every_default_of_every_field_is_overridable_from_the_template():
             value = getattr(config, f.name)
             if dataclasses.is_dataclass(value):
                 yield from fields(value, f"{prefix}{f.name}.")
-            elif f.name not in ("reward", "mix"):  # reached by the names of their items
+            elif f.name not in ("reward", "mix", "sets"):  # reached by the names of their items
                 yield prefix + f.name
 
     names = set(leaves(template(TrainConfig)))

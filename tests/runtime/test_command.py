@@ -87,7 +87,7 @@ def test_did_you_mean_stays_in_the_stage_that_was_meant():
     def hint(name: str) -> str:
         return wrong(train, "--config=configs/quickstart.py", f"--config.{name}=1").partition("; ")[2]
 
-    assert "sft" not in hint("grpo.epochs") and "grpo" not in hint("sft.grup")  # only the other has them
+    assert "sft" not in hint("grpo.trajectories") and "grpo" not in hint("sft.grup")  # only the other has them
     assert hint("sft.zzz").startswith("known fields: ")
     assert hint("grpo.optm.lr") == "did you mean --config.grpo.optim.lr?"
     assert hint("sft.learn.lr") == "did you mean --config.sft.optim.lr?"

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rsagent_jax.config.data import MixPart
 from rsagent_jax.config.reward import DEFAULT_REWARD
-from rsagent_jax.config.schema import DataConfig, GrpoConfig, MixPart, PolicyConfig, SftConfig, TrainConfig
+from rsagent_jax.config.schema import DataConfig, GrpoConfig, PolicyConfig, SftConfig, TrainConfig
 from rsagent_jax.runtime.journal import flatten_settings
 from rsagent_jax.train import run_identity
 from rsagent_jax.types import DataError
