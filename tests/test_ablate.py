@@ -3,8 +3,6 @@
 import importlib
 import json
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -174,7 +172,5 @@ def test_every_command_of_a_shipped_ablation_is_one_that_its_command_takes(path,
 
 
 def test_the_help_names_the_shipped_ablations():
-    command_line = [sys.executable, "-m", "rsagent_jax.ablate", "--help"]
-    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "--only" in done.stdout
-    assert all(f"configs/ablations/{name}.py" in done.stdout for name in VARIANTS)
+    known = {pathlib.Path(path).stem: cls for path, cls, _ in command.known_configs() if "ablations" in path}
+    assert known == dict.fromkeys(VARIANTS, AblationConfig)
