@@ -21,6 +21,7 @@ def get_config():
 
     config.sft.trajectories_per_step = 3
     config.sft.epochs = 2.0
+    config.sft.turns = "useful"
     config.sft.batch = dict(rows=1, tokens=896, patches=768)  # eight turns of 48 tokens take 887
     config.sft.optim.freeze = ("vision", "merger")
     config.sft.optim.lr = 8e-4

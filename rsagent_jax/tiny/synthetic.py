@@ -90,6 +90,7 @@ def write_dataset(
     seed: int = 0,
     size: int = 112,
     refs_per_image: int | None = None,
+    split: float = 0.0,
     progress: bool = True,
 ) -> Written:
     """Writes `train` + `val` + `test` scenes of `size` px under `out`; does nothing if they are there already.
@@ -103,7 +104,7 @@ def write_dataset(
         raise DataError(f"ask for at least one scene, and 0 to 9999999 per split; got {counts}")
     if seed < 0 or min(per_image.values()) < 1:
         raise DataError(f"seed must be >= 0 and refs_per_image >= 1; got {seed} and {refs_per_image}")
-    config = scenes.SceneConfig(size=size)
+    config = scenes.SceneConfig(size=size, split=split)
     stamp = {"format": _FORMAT, "seed": seed, "scenes": counts, "refs_per_image": per_image}
     stamp["config"] = dataclasses.asdict(config)
     if found := _check_target(out, stamp):
@@ -230,9 +231,10 @@ def main(
     seed: int = 0,
     size: int = 112,  # side of the square images, pixels
     refs_per_image: int | None = None,  # 2 in train, 1 in val and test where it is not given
+    split: float = 0.0,  # share of the objects that are cut in two, which one click cannot both reach
 ) -> None:
     with local_directory(out) as here:
-        wrote = write_dataset(here, train, val, test, seed, size, refs_per_image)
+        wrote = write_dataset(here, train, val, test, seed, size, refs_per_image, split)
     head = "already there: " if wrote.already_there else ""
     print(
         f"{head}{wrote.scenes} scenes, {wrote.references} references and {wrote.absent} to what is absent,"
