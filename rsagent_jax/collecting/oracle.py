@@ -121,4 +121,4 @@ def _name(query: str) -> str:
     name = sanitize(query).rstrip(".!?,;: ")
     if not name or len(name) > MAX_NAME_CHARS or sanitize(query).endswith("?"):
         return "the target"
-    return name if name.lower().startswith(("the ", "a ", "an ")) else f"the {name}"
+    return name if name.lower().startswith(("the ", "a ", "an ", "every ")) else f"the {name}"

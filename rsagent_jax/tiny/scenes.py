@@ -46,8 +46,6 @@ class SceneConfig:
     max_objects: int = 5  # at most 6
     occlusion: float = 0.25  # probability that one pair overlaps
     twins: float = 0.35  # probability that two objects share colour and shape
-    split: float = 0.0  # probability that an object is cut into two equal parts, which one click cannot both reach
-    split_px: float = 4.0  # width of the cut, at size 112
     min_visible: float = 0.6  # visible share of the hidden object of a pair
     relation_share: float = 0.18  # where an object has both kinds; with those that need one, 25% of all sentences
     relation_margin: float = 0.15  # of `size`: distance along the axis that a stated relation has at least
@@ -123,8 +121,6 @@ def make_scene(rng: np.random.Generator, config: SceneConfig, photos: tuple[np.n
     planes = np.ascontiguousarray(_background(rng, photos[rng.integers(len(photos))], config.size).transpose(2, 0, 1))
     while (placed := _place(rng, _choose_shapes(rng, config), config)) is None:
         pass  # a crowded draw is thrown away whole: patching it would favour small objects at the border
-    if config.split:
-        placed = [_split(rng, one, config) if rng.random() < config.split else one for one in placed]
     masks = []
     for one in placed:
         for mask in masks:
@@ -296,19 +292,6 @@ def _try_spot(
     return _Placed(shape, x, y, window, alpha)
 
 
-def _split(rng: np.random.Generator, placed: _Placed, config: SceneConfig) -> _Placed:
-    """The same with a straight cut, in a random direction, that leaves as much on one side as on the other."""
-    rows, cols = placed.window
-    angle, width = math.pi * rng.random(), config.split_px * config.size / 112
-    ys, xs = np.arange(rows.start, rows.stop)[:, None], np.arange(cols.start, cols.stop)[None]
-    along = math.cos(angle) * xs + math.sin(angle) * ys  # f64[window], pixels across the cut
-    order = np.argsort(along, axis=None)
-    area = np.cumsum(placed.alpha.reshape(-1)[order])
-    middle = along.reshape(-1)[order][np.searchsorted(area, area[-1] / 2)]
-    kept = np.clip(np.abs(along - middle) - width / 2 + 0.5, 0, 1).astype(np.float32)
-    return dataclasses.replace(placed, alpha=placed.alpha * kept)
-
-
 def _coverage(outline: np.ndarray, size: int) -> tuple[tuple[slice, slice], np.ndarray]:
     """Anti-aliased polygon: its window (rows, columns) and the covered share of each pixel, f32."""
     x0, y0 = np.maximum(np.floor(outline.min(0)).astype(int) - 1, 0).tolist()
@@ -396,6 +379,15 @@ def expressions_of(objects: tuple[SceneObject, ...], config: SceneConfig) -> tup
                     text = f"the {head} {word} the {objects[a].color} {objects[a].shape}"
                     out.append(Expression(text, k, "relation"))
     return tuple(out)
+
+
+def plurals_of(objects: tuple[SceneObject, ...]) -> dict[str, tuple[int, ...]]:
+    """Every sentence that names all objects of one kind, two or three of them, and their indices."""
+    heads: dict[str, list[int]] = {}
+    for k, o in enumerate(objects):
+        for head in (f"{o.color} {o.shape}", o.shape, f"{o.color} one"):
+            heads.setdefault(head, []).append(k)
+    return {f"every {head}": tuple(members) for head, members in heads.items() if len(members) in (2, 3)}
 
 
 SENTENCE = re.compile(
