@@ -60,13 +60,14 @@ def main(
     weights: str = "",  # a Hugging Face directory, org/name or checkpoints/<stage>; in place of policy.weights
     shard: str = "",  # i/n: evaluate every n-th sample from the i-th on, counted from 0
     aot: str = "",  # a TPU slice or topology to compile the engine for instead of evaluating
+    aot_only: str = "",  # with --aot: only programs with this in their name, such as decode
 ) -> int | None:
     if weights:
         config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=weights))
     if aot:
         from rsagent_jax.aot import stages  # loads the TPU compiler
 
-        return stages.compile_engine(config.sampling, config.policy.weights, config.policy.dtype, aot)
+        return stages.compile_engine(config.sampling, config.policy.weights, config.policy.dtype, aot, aot_only)
     processes.initialize_distributed()
     workdir, share = command.make_workdir(workdir), processes.own_share(shard, "--shard")
     if config.bound.row in bounds.ORACLES:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from rsagent_jax.config.ranges import CountOrZero
 from rsagent_jax.report.comparison import Comparison, check_comparable, compare, markdown, text_table
 from rsagent_jax.report.evaluation import Evaluation, load_evaluation
-from rsagent_jax.runtime.paths import write_whole, writing
+from rsagent_jax.runtime.paths import absolute, write_whole, writing
 from rsagent_jax.types import DataError
 
 
@@ -56,7 +56,7 @@ def note(found: Sequence[Comparison]) -> str:
 
 def names_of(workdirs: Sequence[pathlib.Path]) -> list[str]:
     """The shortest tails of the paths that tell them apart."""
-    parts = [path.absolute().parts for path in workdirs]
+    parts = [absolute(path).parts for path in workdirs]
     for n in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-n:]) for p in parts]
         if len(set(names)) == len(names):

@@ -8,6 +8,9 @@ Every stage is a command of this project, run as a child process and printed, so
 Run the same command again and it goes on: a stage that is done is skipped, one that was stopped goes on from where its
 own command had come. A stage that fails leaves its row of the table empty, and those that do not need it are run all
 the same; the exit status is that of the first that failed. Leaves table.md, summary.json and report/index.html.
+
+On a slice of several hosts, the same command on each of them, with one work directory that all share: train.py,
+evaluate.py and collect run on all, everything else on the first. A stage that fails on one host ends on all.
 """
 
 from rsagent_jax.runtime import command
@@ -17,18 +20,19 @@ if __name__ == "__main__":
 
 import json
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from rsagent_jax.config.import_path import closest
 from rsagent_jax.config.recipe import RecipeConfig, Step, plan_steps
 from rsagent_jax.report.reproduction import STAMP, command_line, seconds_of, waits_for, write_report
-from rsagent_jax.runtime.paths import write_whole
+from rsagent_jax.runtime.hosts import Hosts, join_hosts
+from rsagent_jax.runtime.paths import make_directory, remove_file, write_whole
 from rsagent_jax.types import DataError
 
 REPORT = "report"  # of --only: no stage
+SHARED_S = 60  # until a host sees what another has written: NFS remembers for a while that a file was not there
 
 
 def main(
@@ -37,25 +41,42 @@ def main(
     workdir: str = "",  # directory for everything this command leaves behind
     only: str = "",  # names of stages, with commas: these are run, done or not; report = none of them
 ) -> int:
-    steps = plan_steps(config, command.make_workdir(workdir))
-    wanted = chosen(only, steps)
+    with join_hosts() as hosts:
+        directory = command.make_workdir(workdir)
+        steps = plan_steps(config, directory)
+        wanted = chosen(only, steps)
+        hosts.check_same({"--workdir or --config": " ".join(step.key for step in steps.values()), "--only": only})
+        failed = run_steps(steps, wanted, hosts, again=bool(only))
+        print(f"== {REPORT}", flush=True)
+        if hosts.is_lead:
+            write_report(config.title, steps, directory, failed)
+        hosts.from_lead(lambda: REPORT)
+    return next(iter(failed.values()), 0)
+
+
+def run_steps(steps: Mapping[str, Step], wanted: Collection[str], hosts: Hosts, again: bool) -> dict[str, int]:
+    """Runs those that are wanted and not done; `again`: those that are done, too. The status of each that failed."""
     failed: dict[str, int] = {}
+
+    def stands(step: Step) -> str:
+        """Why it is not run; "" where it is."""
+        if seconds_of(step) is not None and (step.stage.given or not again):
+            return "done"
+        return waits_for(step, steps, failed) if step.lacks or not again else ""
+
     for k, (name, step) in enumerate(steps.items(), start=1):
         head = f"== {k}/{len(steps)} {name}"
         if name not in wanted:
             continue
-        if seconds_of(step) is not None and (step.stage.given or not only):
-            print(f"{head}: done", flush=True)
-        elif step.lacks or (not only and waits_for(step, steps, failed)):
-            print(f"{head}: {waits_for(step, steps, failed)}", flush=True)
-        else:
-            print(f"{head}\n{command_line(step)}", flush=True)
-            if status := run_step(step):
-                failed[name] = status
-                print(f"error: {name} failed with status {status}; again: {command_line(step)}", file=sys.stderr)
-    print(f"== {REPORT}", flush=True)
-    write_report(config.title, steps, command.make_workdir(workdir), failed)
-    return next(iter(failed.values()), 0)
+        if why := hosts.from_lead(lambda step=step: stands(step)):
+            print(f"{head}: {why}", flush=True)
+            continue
+        runs_here = hosts.is_lead or step.stage.everywhere
+        print(f"{head}\n{command_line(step)}" if runs_here else f"{head}: runs on host 0", flush=True)
+        if status := run_step(step, hosts):
+            failed[name] = status
+            print(f"error: {name} failed with status {status}; again: {command_line(step)}", file=sys.stderr)
+    return failed
 
 
 def chosen(only: str, steps: Collection[str]) -> set[str]:
@@ -66,21 +87,28 @@ def chosen(only: str, steps: Collection[str]) -> set[str]:
     return names or {*steps}
 
 
-def run_step(step: Step) -> int:
-    """Runs the command and, if it ends well, says so in its directory. The exit status; 128 + n after signal n."""
+def run_step(step: Step, hosts: Hosts) -> int:
+    """Runs the command and, if it ends well, says so in its directory. The exit status, as `Hosts.run` has it.
+    DataError on a host that does not find what another one has written."""
     start = time.perf_counter() - (seconds_of(step) or 0.0)  # of a stage that is run anew, all of its time
-    (step.directory / STAMP).unlink(missing_ok=True)
-    with subprocess.Popen([sys.executable, *step.argv]) as child:
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        try:
-            status = child.wait()
-        except BaseException:  # nothing goes on behind the back of whoever stopped this
-            child.terminate()
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, before)
-    if status == 0:
-        step.directory.mkdir(parents=True, exist_ok=True)
+    if hosts.is_lead:
+        remove_file(step.directory / STAMP)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which stops the command, too
+    try:
+        status = hosts.run([sys.executable, *step.argv], step.stage.everywhere)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if status:
+        return status
+    if hosts.is_lead:
+        make_directory(step.directory)
         stamp = {"command": command_line(step), "seconds": time.perf_counter() - start, "key": step.key}
         write_whole(step.directory / STAMP, json.dumps(stamp, indent=2) + "\n")
-    return status if status >= 0 else 128 - status
+    hosts.from_lead(lambda: STAMP)
+    until = time.monotonic() + SHARED_S
+    while seconds_of(step) is None:
+        if time.monotonic() < until:
+            time.sleep(1)
+            continue
+        raise DataError(f"{step.directory / STAMP} of host 0 is not here: the hosts need one --workdir that they share")
+    return 0

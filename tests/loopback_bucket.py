@@ -24,7 +24,10 @@ def with_preconditions(handler: Callable) -> Callable:
             generation = storage.get_file_obj(names.get("bucket_name"), name)["generation"]
         except NotFound:
             generation = "0"
-        if getattr(storage, "forbidden", False):
+        storage.left = None if (left := getattr(storage, "left", None)) is None else left - 1
+        if storage.left is not None and storage.left < 0:
+            response.status = HTTPStatus.SERVICE_UNAVAILABLE
+        elif getattr(storage, "forbidden", False):
             response.status = HTTPStatus.FORBIDDEN
         elif request.query.get("ifGenerationMatch", [generation]) != [generation]:
             response.status = HTTPStatus.PRECONDITION_FAILED
@@ -42,7 +45,8 @@ HANDLERS = [(path, {m: with_preconditions(h) for m, h in handlers.items()}) for 
 
 
 class LoopbackBucket:
-    """gs://bucket. It may go away and come back with what it held: `stop`, `start`; `storage.forbidden` refuses all."""
+    """gs://bucket. It may go away and come back with what it held: `stop`, `start`; `storage.forbidden` refuses all;
+    `storage.left` requests are answered, if it is a number, and none after them."""
 
     def __init__(self):
         server.HANDLERS = HANDLERS

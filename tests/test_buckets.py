@@ -3,25 +3,30 @@
 import json
 import os
 import pathlib
-import signal
-import subprocess
-import sys
 import time
 import types
 
 import numpy as np
 import pytest
 
+from rsagent_jax.config.recipe import RecipeConfig, RecipeStage, plan_steps
 from rsagent_jax.config.schema import DataConfig
 from rsagent_jax.data.sets.open import open_samples
+from rsagent_jax.evals.metrics import SampleResult
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
+from rsagent_jax.report.reproduction import seconds_of
 from rsagent_jax.runtime import command, paths
 from rsagent_jax.runtime.journal import Journal, read_journal
 from rsagent_jax.runtime.processes import Share
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.tiny.synthetic import write_dataset
+from rsagent_jax.types import Status
+from tests.data.sets import test_coco_questions as coco_questions
+from tests.data.sets.small_sets import square, write_image, write_reasonseg
+from tests.data.sets.small_sets import write_lines as folder_lines
 from tests.loopback_bucket import LoopbackBucket
 from tests.refusals import refused
+from tests.report.written import write_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 SETTINGS, CURRENT = {"seed": 1}, {f"s{i}": "made of this" for i in range(9)}
@@ -78,6 +83,21 @@ def test_lines_are_parts_that_are_joined_and_merged_as_they_come(bucket, monkeyp
     assert paths.read_lines(path) == b"0\n1\nnew\n"
 
 
+def test_gathered_lines_are_one_part_and_many_are_sent_at_once(bucket, monkeypatch):
+    monkeypatch.setattr(paths, "MERGE", 4)
+    path = run_path("run/a.jsonl")
+    file = paths.AppendFile(path, gather=True)
+    for i in range(6):
+        file.add(f"{i}\n")
+    assert bucket.names("") == ["run/a.jsonl/part-00000001-00000004"]  # two wait
+    file.close()
+    file = paths.AppendFile(path, gather=True)
+    file.add("6\n")
+    file.close()
+    assert bucket.names("")[1:] == ["run/a.jsonl/part-00000005-00000007"]
+    assert paths.read_lines(path) == b"0\n1\n2\n3\n4\n5\n6\n"
+
+
 def test_a_merge_that_was_cut_short_doubles_no_line(bucket):
     path = run_path("run/a.jsonl")
     for name, text in ("00000001-00000002", "0\n1\n"), ("00000001-00000001", "0\n"), ("00000002-00000002", "1\n"):
@@ -108,9 +128,16 @@ def test_a_bucket_that_vanishes_loses_nothing_that_was_done(bucket):
     book = Journal(folder, Share(), SETTINGS, CURRENT)
     for i in range(3):
         book.add({"id": f"s{i}"})
+    until = time.monotonic() + 10
+    while len(paths.read_lines(book.path).splitlines()) < 4:  # by itself
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert len(bucket.names("run/shards/00000-of-00001.jsonl/")) == 2  # the settings, and a part of three lines
     bucket.stop()
     try:
-        refused("the bucket does not answer.*kept: run the same command again", book.add, {"id": "s3"})
+        book.add({"id": "s3"})  # waits for a second
+        refused("the bucket does not answer.*kept: run the same command again", book.close)
+        refused("the bucket does not answer", book.add, {"id": "s4"})
         refused("gs://bucket/run cannot be written: the bucket does not", command.make_workdir, "gs://bucket/run")
     finally:
         bucket.start()
@@ -154,6 +181,15 @@ def test_an_error_of_anything_else_is_not_the_buckets(bucket):
     assert "run the same command again when it is back" in paths.bucket_problem(ValueError(said))
 
 
+def test_a_stage_may_be_given_in_a_bucket(bucket):
+    collect = RecipeStage(name="collect", command="x.py", given="gs://bucket/collected")
+    sft = RecipeStage(name="sft", command="x.py", arguments=("{collect}", "{sft}"))
+    steps = plan_steps(RecipeConfig(stages=(collect, sft)), command.make_workdir("gs://bucket/run"))
+    assert steps["collect"].directory == run_path("collected") and seconds_of(steps["collect"]) == 0.0
+    assert steps["sft"].argv == ("x.py", "gs://bucket/collected", "gs://bucket/run/sft")
+    assert seconds_of(steps["sft"]) is None
+
+
 # --------------------------------------------------------------------------------------------- data and weights
 
 
@@ -190,76 +226,86 @@ def test_weights_are_fetched_once_and_again_where_they_changed(bucket):
     assert paths.fetch_folder(run_path("base")) != copy
 
 
-# ------------------------------------------------------------------------------------------------ the whole loop
+@pytest.mark.parametrize("fields", [
+    {"dataset": "reasonseg", "split": "val"}, {"dataset": "folder"}, {"dataset": "mmr", "split": "val"},
+    {"dataset": "gseval", "split": "all"}, {"dataset": "refcoco_m", "split": "val"},
+], ids=lambda fields: fields["dataset"])  # fmt: skip
+def test_every_layout_is_read_from_a_bucket(bucket, tmp_path, fields):
+    write_reasonseg(tmp_path / "ReasonSeg/val", "a", square(1, 1, 3))
+    write_image(tmp_path / "a.png", size=(30, 24))
+    folder_lines(tmp_path, {"image": "a.png", "query": "it", "segmentation": [[0, 0, 10, 0, 10, 10]]})
+    coco_questions.write(tmp_path, "MMR/MMR_val.json", [coco_questions.muse_records()[1]])
+    coco_questions.write(tmp_path, "gseval/GroundingSuite-Eval.jsonl", coco_questions.gseval_rows()[:1])
+    coco_questions.write(tmp_path, "refcoco_m/validation-0.jsonl", [coco_questions.refcoco_m_row()])
+    pictures = tmp_path / "images/mscoco/images"
+    of_gseval = pathlib.PurePath(coco_questions.gseval_rows()[0]["image_path"]).parts[-2:]
+    of_refcoco_m = tmp_path / "refcoco_m/images" / coco_questions.refcoco_m_row()["file_name"]
+    for path in (pictures / "train2014/COCO_train2014_000000000001.jpg", pictures.joinpath(*of_gseval), of_refcoco_m):
+        write_image(path, size=(30, 24))
+    paths.put_files(tmp_path, run_path("sets"))
+    here, there = (open_samples(DataConfig(root=str(root), **fields)) for root in (tmp_path, run_path("sets")))
+    assert here.ids == there.ids and len(there) > 0
+    np.testing.assert_array_equal(here[0].image, there[0].image)
+    np.testing.assert_array_equal(here[0].gt_mask, there[0].gt_mask)
+    assert there.fingerprint(0) and there[0].path.startswith("gs://bucket/sets/")
 
-VARIED = """
-def by_tokens(trajectory, sample):
-    return float(trajectory.tokens.sum() % 97) / 97
-"""
-CLOCK = ("second", "tokens_per_s", "rollout/")  # metrics of time, and of what time decides
+
+def test_a_copy_that_nobody_uses_is_removed(bucket, tmp_path):
+    for name in ("a", "b"):
+        paths.write_whole(run_path(f"{name}/x"), name)
+    old, left = paths.fetch_folder(run_path("a")), tmp_path / "cache/rsagent_jax/buckets/.partial-x"
+    left.mkdir()
+    long_ago = time.time() - 86400 * (paths.KEPT_DAYS + 1)
+    os.utime(old, (long_ago, long_ago))
+    assert paths.fetch_folder(run_path("a")) == old  # used, so kept
+    new = paths.fetch_folder(run_path("b"))
+    assert old.is_dir() and left.is_dir()
+    for folder in (old, left):
+        os.utime(folder, (long_ago, long_ago))
+    paths.write_whole(run_path("b/x"), "changed")
+    assert paths.fetch_folder(run_path("b")) != new
+    assert not old.exists() and not left.exists() and new.is_dir()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_debug_run_in_a_bucket_killed_and_resumed_is_that_of_a_disk(bucket, tmp_path):
-    write_dataset(f"{tmp_path}/data", train=24, val=2, test=4)
-    paths.put_files(tmp_path / "data", run_path("data"))
-    (tmp_path / "varied.py").write_text(VARIED)
-    inside, cache = "--config.segmenter.mode=inprocess", f"--config.cache_dir={tmp_path}/compiled"
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+# ------------------------------------------------------------------------------------------------ commands
 
-    def start(*words: str) -> subprocess.Popen:
-        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        return subprocess.Popen([sys.executable, *words, inside], cwd=ROOT, env=environment, **streams)
 
-    def finish(process: subprocess.Popen) -> str:
-        said, _ = process.communicate(timeout=280)
-        assert process.returncode == 0, said[-3000:]
-        return said
+def run(name: str, *flags: str) -> int:
+    return command.run_command(f"{ROOT}/{name}" if name.endswith(".py") else f"rsagent_jax.{name}", flags)
 
-    def train(workdir: str | pathlib.Path) -> subprocess.Popen:
-        return start(
-            "train.py", "--config=configs/debug.py", f"--workdir={workdir}", cache,
-            "--config.sft.trajectories=gs://bucket/collect", "--config.grpo.data.root=gs://bucket/data",
-            "--config.sft.steps=3", "--config.sft.checkpoint_every=1", "--config.grpo.steps=1",
-            "--config.grpo.min_spread=0", "--config.grpo.reward.final.terms.final_iou.function=varied:by_tokens",
-        )  # fmt: skip
 
-    finish(start(
-        "-m", "rsagent_jax.collect", "--config=configs/collect_quickstart.py", "--workdir=gs://bucket/collect",
-        "--config.data.root=gs://bucket/data", "--config.limit=12",
-    ))  # fmt: skip
-    finish(train(tmp_path / "local"))
-    killed = train("gs://bucket/train")
-    until = time.monotonic() + 200
-    while not bucket.names("train/checkpoints/sft/1/commit_success.txt"):
-        assert killed.poll() is None and time.monotonic() < until, killed.communicate()[0][-3000:]
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert "goes on after step" in finish(train("gs://bucket/train"))
-    logs = [paths.read_lines(w / "metrics.jsonl").splitlines() for w in (tmp_path / "local", run_path("train"))]
-    local, remote = ([json.loads(line) for line in log] for log in logs)
-    assert [(row["stage"], row["step"]) for row in remote] == [("sft", 1), ("sft", 2), ("sft", 3), ("grpo", 1)]
-    for here, there in zip(local, remote, strict=True):
-        assert here.keys() == there.keys()
-        assert {k: v for k, v in here.items() if not any(c in k for c in CLOCK)} == {
-            k: v for k, v in there.items() if not any(c in k for c in CLOCK)
-        }
-    assert len(paths.read_lines(run_path("train/config_history.jsonl")).splitlines()) == 2
-    finish(start(
-        "evaluate.py", "--config=configs/eval_quickstart.py", "--workdir=gs://bucket/eval", cache,
-        "--weights=gs://bucket/train/checkpoints/grpo", "--config.data.root=gs://bucket/data",
-        "--config.sampling.slots=8",  # the programs of training
-    ))  # fmt: skip
-    assert json.loads(paths.read_bytes(run_path("eval/results.json")))["n"] == 5
-    assert len(paths.read_bytes(run_path("eval/report/index.html"))) > 10_000
-    for words in (
-        ("export", "--checkpoint=gs://bucket/train/checkpoints/grpo", "--out=gs://bucket/hf"),
-        ("refilter", "--collected=gs://bucket/collect", "--out=gs://bucket/study", "--min_iou=0.5"),
-        ("data_check", f"--config={ROOT}/configs/eval_quickstart.py", "--config.data.root=gs://bucket/data", "--out=gs://bucket/check"),
-        ("show_tokens", "--trajectories=gs://bucket/collect", f"--processor={ROOT}/assets/tiny-base", "--out=gs://bucket/t.html"),
-    ):  # fmt: skip
-        assert command.run_command(f"rsagent_jax.{words[0]}", words[1:]) == 0, words
-    assert weights_checksum("gs://bucket/hf")
-    assert {"study/iou-0.50/collect.json", "check/check.json", "t.html"} <= {*bucket.names("")}
+def test_commands_read_and_write_buckets_and_say_when_one_vanishes_in_the_middle(bucket, scenes, tmp_path, capsys):
+    paths.put_files(scenes, run_path("data"))
+    for name in ("a", "b"):
+        results = [SampleResult(f"s{n}", 10 + n, 100, Status.FINISHED, 2, 0) for n in range(3)]
+        write_files(tmp_path / name, results, {"metric": {"unit": "sentence"}}, [], benchmark="x")
+        paths.put_files(tmp_path / name, run_path(name))
+    data, inside = "--config.data.root=gs://bucket/data", "--config.segmenter.mode=inprocess"
+    check = f"--config={ROOT}/configs/eval_quickstart.py", data
+    collect = f"--config={ROOT}/configs/collect_quickstart.py", "--workdir=gs://bucket/collect", data, inside
+    base, recipe = f"{ROOT}/assets/tiny-base", f"--config={ROOT}/configs/reproduce_quickstart.py"
+    study = "--collected=gs://bucket/collect", "--out=gs://bucket/study", "--min_iou=0.5"
+    tokens = "--trajectories=gs://bucket/collect", f"--processor={base}", "--out=gs://bucket/t.html"
+    scene = "--out=gs://bucket/scenes", "--train=1", "--val=0", "--test=0"
+    assert run("tiny.synthetic", *scene) == 0 and run("tiny.synthetic", *scene, "--seed=1") == 2
+    assert "gs://bucket/scenes holds synthetic scenes made with other settings" in capsys.readouterr().err
+    commands = {
+        "collect": ((*collect, "--config.limit=4"), "collect/collect.json"),
+        "refilter": (study, "study/iou-0.50/collect.json"),
+        "data_check": ((*check, "--out=gs://bucket/check"), "check/check.json"),
+        "evaluate.py": ((*check, "--workdir=gs://bucket/eval", inside, "--config.bound.row=box"), "eval/results.json"),
+        "show_tokens": (tokens, "t.html"),
+        "compare": (("gs://bucket/a", "gs://bucket/b", "--out=gs://bucket/c.md"), "c.md"),
+        "reproduce": ((recipe, "--workdir=gs://bucket/w", "--only=report"), "w/table.md"),
+    }
+    for name, (flags, made) in commands.items():
+        capsys.readouterr()
+        for answered in (1, 5):
+            bucket.storage.left = answered
+            assert run(name, *flags) == 2, name
+            said = capsys.readouterr().err
+            assert said.count("error: ") == 1 and "the bucket does not answer" in said, (name, said)
+            bucket.storage.left = None
+            assert not bucket.names(made)
+        assert run(name, *flags) == 0, capsys.readouterr().err
+        assert bucket.names(made)

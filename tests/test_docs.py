@@ -18,6 +18,7 @@ OURS = re.compile(
 # The vendor's commands that docs/tpu.md names, with the flags that its pages (listed there) give them.
 GCLOUD = {
     "services enable": "project",
+    "storage rsync": "recursive exclude",
     "storage buckets create": "project location uniform-bucket-level-access",
     "storage buckets add-iam-policy-binding": "role member",
     "compute tpus tpu-vm create": "zone project accelerator-type version",

@@ -80,15 +80,15 @@ def _report_jobs(
     return reports
 
 
-def compile_engine(sampling: SamplingConfig, weights: str, dtype: str, name: str) -> int:
-    """For evaluate.py, collect and segment: compiles the engine that a host of a slice has to itself, and prints the
-    table. 3 if a program does not fit, else 0."""
+def compile_engine(sampling: SamplingConfig, weights: str, dtype: str, name: str, only: str = "") -> int:
+    """For evaluate.py, collect and segment: compiles the engine that a host of a slice has to itself, or its programs
+    with `only` in the name, and prints the table. 3 if a program does not fit, else 0."""
     jax.config.update("jax_platforms", "cpu")  # the compiler is asked for, not a TPU
     policy, topology = policy_config(weights), parse_topology(name)
     found = devices(topology.host)
     sampling = slices.fill_engine_defaults(sampling, policy.text.hidden_size, found)
     mesh = rollout.host_mesh(found[: sampling.tensor * sampling.slots], sampling.tensor)
-    jobs = rollout.rollout_jobs(sampling, policy, dtype, mesh, 0)
+    jobs = (job for job in rollout.rollout_jobs(sampling, policy, dtype, mesh, 0) if only in job.program)
     reports = _report_jobs(jobs, topology, policy, Workload(1, sampling.context, (sampling.context,)))
     print(reports_table(reports))
     print(reports_to_json(reports))

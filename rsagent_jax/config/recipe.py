@@ -14,8 +14,10 @@ from typing import Annotated, Literal
 
 from rsagent_jax.config.import_path import closest, shipped
 from rsagent_jax.config.ranges import Form, Seed, Text
+from rsagent_jax.runtime.paths import open_path
 
 POLICIES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
+SHARED = ("train.py", "evaluate.py", "rsagent_jax.collect", "rsagent_jax.doctor")  # the hosts of a slice share the work
 BOUNDS = {"box": "oracle: true box", "best_of_three": "oracle: best of three masks", "clicks": "oracle: clicks"}
 
 
@@ -28,7 +30,8 @@ class RecipeStage:
     arguments: tuple[Text, ...] = ()  # of the command; {field} of the recipe, {stage} = that one's directory
     more: tuple[Text, ...] = ()  # of the command as well, after those above: your own changes
     needs: tuple[Text, ...] = ()  # stages that must be done before, besides those that the arguments name
-    given: str = ""  # a directory that takes the place of this stage's, which is not run then
+    given: str = ""  # a directory (gs:// too) that takes the place of this stage's, which is not run then
+    all_hosts: bool = False  # a command of your own that joins the hosts of a slice, as train.py does
     benchmark: str = ""  # of evaluate.py: the row of the table that it makes
     row: Literal["", *POLICIES, *BOUNDS] = ""  # who is evaluated
 
@@ -38,6 +41,11 @@ class RecipeStage:
         texts = (*self.arguments, *self.more)
         return [name for text in texts for _, name, *_ in string.Formatter().parse(text) if name is not None]
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether each host of a slice runs it, and not the first alone."""
+        return self.all_hosts or self.command in SHARED
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
@@ -45,7 +53,7 @@ class RecipeConfig:
 
     title: Text = "RSAgent-JAX"  # of the page
     seed: Seed = 0  # of data, collection and training
-    weights: str = ""  # the policy before training: a Hugging Face directory
+    weights: str = ""  # the policy before training: a Hugging Face directory, gs://…, or org/name on a hub
     slice: str = ""  # the TPU slice that trains: v6e-8, v5p-8, …
     refer: str = ""  # root of RefCOCO, RefCOCO+ and RefCOCOg (docs/data.md)
     reasonseg: str = ""  # root of ReasonSeg
@@ -90,7 +98,7 @@ def plan_steps(config: RecipeConfig, workdir: pathlib.Path) -> dict[str, Step]:
     lacking = {name for name, value in values.items() if value in ("", ())}
     steps: dict[str, Step] = {}
     for stage in config.stages:
-        directory = pathlib.Path(stage.given or workdir / stage.name)
+        directory = open_path(stage.given) if stage.given else workdir / stage.name
         values[stage.name] = directory
         command = (shipped(stage.command),) if stage.command.endswith(".py") else ("-m", stage.command)
         argv = (*command, *(text.format_map(values) for text in (*stage.arguments, *stage.more)))

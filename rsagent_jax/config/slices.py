@@ -17,7 +17,7 @@ class Preset:
     tensor: int = 1
     remat: str = "full"
     rollout_tensor: int = 1  # of a host's devices, to hold the engine's weights and slots beside the training state
-    slots: int = 64  # per host, of 6k tokens
+    slots: int = 64  # per host, of 6k tokens; 0: SFT alone, no engine fits a host beside the training state
 
 
 SIZES = {2048: "3b", 3584: "7b", 5120: "32b", 8192: "72b"}  # hidden size -> name
@@ -38,24 +38,45 @@ _SMALL = {
 PRESETS: dict[str, dict[str, Preset]] = {
     "3b": {name: dataclasses.replace(p, rollout_tensor=min(2, p.rollout_tensor)) for name, p in _SMALL.items()},
     "7b": _SMALL,
-    "72b": {"v5p-256": Preset(rollout_tensor=4, slots=32), "v6e-256": Preset(tensor=2, rollout_tensor=4, slots=4)},
+    # Compiled, but for rollouts on v5p-256. The hosts of v5e-256 and v6e-256 do not hold an engine of these sizes, and
+    # are more than a step of GRPO has prompts.
+    "32b": {
+        "v5e-256": Preset(tensor=4, slots=0),
+        "v6e-64": Preset(tensor=2, rollout_tensor=4, slots=4),
+    },
+    "72b": {
+        "v5p-64": Preset(rollout_tensor=4, slots=16),
+        "v5p-256": Preset(rollout_tensor=4, slots=32),
+        "v6e-256": Preset(tensor=2, slots=0),
+    },
 }
 
 
 # An engine without a trainer beside it (evaluate.py, collect, segment), by kind of device: devices that share a slot,
 # and slots for such a group; contexts of 6k tokens, weights and cache in bf16. docs/scaling.md has what they need.
+# Not compiled: v4, and 32B on TPU7x. 72B on TPU7x with twice the slots took 93.94 of 94.75 GiB by a quick compile.
 ENGINES: dict[str, dict[str, tuple[int, int]]] = {
-    "7b": {"TPU v5 lite": (4, 64), "TPU v6 lite": (2, 64), "TPU v5": (1, 128), "TPU v4": (2, 64), "TPU7x": (1, 128)},
-    "32b": {"TPU v6 lite": (8, 64), "TPU v5": (4, 128), "TPU7x": (2, 64)},
-    "72b": {"TPU v6 lite": (8, 32), "TPU v5": (4, 64), "TPU7x": (2, 16)},
+    "7b": {"TPU v5 lite": (4, 64), "TPU v6 lite": (2, 64), "TPU v5": (1, 128), "TPU v4": (2, 64), "TPU7x": (1, 64)},
+    "32b": {"TPU v6 lite": (8, 64), "TPU v5": (4, 128), "TPU7x": (2, 32)},
+    "72b": {"TPU v6 lite": (8, 32), "TPU v5": (4, 64), "TPU7x": (4, 16)},
 }
 ENGINES["3b"] = {kind: (min(tensor, 2), slots) for kind, (tensor, slots) in ENGINES["7b"].items()}  # it has 2 KV heads
 
 
 def fill_engine_defaults(sampling: SamplingConfig, hidden_size: int, devices: Sequence) -> SamplingConfig:
-    """With tensor = 0 and slots = 0 filled in for an engine on these devices of a host, which it has to itself."""
-    tensor, slots = ENGINES.get(SIZES.get(hidden_size), {}).get(devices[0].device_kind, (1, 64))
+    """With tensor = 0 and slots = 0 filled in for an engine on these devices of a host, which it has to itself.
+
+    DataError where the kind's engine wants more devices than this host has: 32B and 72B of v6e eight, and the hosts of
+    larger slices have four.
+    """
+    kind = devices[0].device_kind
+    tensor, slots = ENGINES.get(SIZES.get(hidden_size), {}).get(kind, (1, 64))
     sampling = _fill(sampling, tensor=tensor)
+    if len(devices) % sampling.tensor:
+        raise DataError(
+            f"sampling.tensor = {sampling.tensor} must divide the {len(devices)} devices of a host of {kind}; set"
+            " sampling.tensor and sampling.slots for fewer, or take a slice whose host has more (v6e-8)"
+        )
     return _fill(sampling, slots=slots * max(1, len(devices) // sampling.tensor))
 
 
@@ -75,6 +96,11 @@ def fill_slice_defaults(config: TrainConfig, hidden_size: int, devices: int) -> 
     groups = devices // mesh.tensor  # a row of a micro-batch each, unless the config says otherwise
     sft = dataclasses.replace(config.sft, batch=_fill(config.sft.batch, rows=groups))
     sampling = _fill(config.grpo.sampling, tensor=preset.rollout_tensor, slots=preset.slots)
+    if "grpo" in config.stages and not sampling.slots:
+        raise DataError(
+            f"slice {config.slice!r} has a preset of {size} for SFT alone: a host of it does not hold the weights that"
+            " rollouts need beside the training state. Take another slice, or set grpo.sampling.tensor and .slots"
+        )
     grpo = dataclasses.replace(config.grpo, batch=_fill(config.grpo.batch, rows=groups), sampling=sampling)
     policy = _fill(config.policy, remat=preset.remat)
     config = dataclasses.replace(config, mesh=mesh, policy=policy, sft=sft, grpo=grpo)

@@ -31,6 +31,7 @@ from rsagent_jax.runtime.paths import write_whole, writing
 from rsagent_jax.types import DataError
 from sam_bridge.file_kinds import kind_of_file
 
+HUB = "https://huggingface.co"
 CHUNK, TIMEOUT_S = 1 << 18, 60  # bytes, seconds without any
 TRIES, PAUSE_S = 5, 2.0  # a transfer that breaks is taken up so often without a new byte, after growing pauses
 BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)  # damaged, unknown, encrypted
@@ -89,17 +90,39 @@ def obtain_all(files: Sequence[RemoteFile], root: pathlib.Path, downloads: pathl
         raise DataError("\n".join(problems))
 
 
+def hub_endpoint() -> str:
+    """The hub's address without a slash at its end; HF_ENDPOINT names another one."""
+    return (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+
+
 def open_url(url: str, start: int = 0) -> http.client.HTTPResponse:
-    """Answers from byte `start` on. What cannot be mended by trying again is a DataError, all else an OSError."""
+    """Answers from byte `start` on; a hub is shown the token of HF_TOKEN, and nobody that it leads on to. What cannot
+    be mended by trying again is a DataError, all else an OSError."""
     headers = {"User-Agent": "rsagent-jax"} | ({"Range": f"bytes={start}-"} if start else {})
+    is_hubs = url.startswith(f"{hub_endpoint()}/")
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
+        request = urllib.request.Request(url, headers=headers)
+        if is_hubs and (token := _hub_token()):
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
+        return urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         if error.code in (408, 416, 429) or error.code >= 500:
             raise
+        if is_hubs and error.code in (401, 403):
+            raise DataError(
+                f"{url} answers {error.code} {error.reason}: accept the terms on its page, if it has some, and set"
+                " HF_TOKEN to a token that may read it"
+            ) from None
         raise DataError(f"{url} answers {error.code} {error.reason}: it has moved, or may not be fetched") from None
     except ValueError as error:
         raise DataError(f"{url} is no address: {error}") from None
+
+
+def _hub_token() -> str | None:
+    """Of HF_TOKEN, or of a login that is stored."""
+    from huggingface_hub import get_token
+
+    return get_token()
 
 
 def download_file(

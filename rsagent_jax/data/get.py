@@ -22,7 +22,7 @@ from rsagent_jax.config.import_path import closest
 from rsagent_jax.config.ranges import Count, CountOrZero
 from rsagent_jax.data.download import obtain_all
 from rsagent_jax.data.sources import SOURCES, Source, files_of
-from rsagent_jax.runtime.paths import write_whole
+from rsagent_jax.runtime.paths import is_remote, write_whole
 from rsagent_jax.types import DataError
 
 MIRROR = "RSAGENT_DATA_URL"  # in place of --base_url
@@ -30,7 +30,7 @@ MIRROR = "RSAGENT_DATA_URL"  # in place of --base_url
 
 def main(
     *names: str,  # data sets, such as refcoco, refcocog, reasonseg; none: a list of all
-    root: str = "",  # the folder for all of them, later --config.data.root
+    root: str = "",  # the folder for all of them, on this machine, later --config.data.root
     base_url: str = "",  # a mirror that holds the files by their names; else RSAGENT_DATA_URL; the hub's: HF_ENDPOINT
     jobs: Count = 4,  # files at a time
     fetch: bool = True,  # --nofetch: only say what would be done
@@ -41,6 +41,11 @@ def main(
         describe(name, SOURCES[name])
     if not names or not fetch:
         return 0
+    if is_remote(root):
+        raise DataError(
+            f"--root={root}: archives are unpacked on a disk. Get them into a directory of this machine, then copy it:"
+            f" gcloud storage rsync --recursive --exclude='^downloads/' DIR {root}"
+        )
     folder = command.make_workdir(root, "root")
     downloads = command.make_workdir(str(folder / "downloads"), "root")
     todo = [name for name in wanted if not is_there(name, folder, downloads)]

@@ -9,13 +9,11 @@ issues name.
 
 import dataclasses
 import json
-import os
 from urllib.parse import quote
 
-from rsagent_jax.data.download import RemoteFile, open_url
+from rsagent_jax.data.download import HUB, RemoteFile, hub_endpoint, open_url
 from rsagent_jax.types import DataError
 
-HUB = "https://huggingface.co"
 _COCO = "http://images.cocodataset.org/zips/"
 _PICTURES = "images/mscoco/images"
 _COCO_LICENCE = "annotations CC BY 4.0; pictures by Flickr's terms of use, https://cocodataset.org/#termsofuse"
@@ -36,15 +34,21 @@ class Source:
     checks: tuple[str, ...] = ()  # names of configs/eval.py that rsagent_jax.data_check looks at
 
 
+def _checked(name: str, *splits: str, **rest) -> Source:
+    """Whose splits are checks of the same name."""
+    return Source(**rest, checks=tuple(f"{name}-{split}" for split in splits))
+
+
 def _refer(name: str, snapshot: str, refs: str, *splits: str) -> Source:
     """The authors' own host is gone; these are the web archive's copies that the issues of lichengunc/refer name."""
-    return Source(
+    return _checked(
+        name,
+        *splits,
         page="https://github.com/lichengunc/refer",
         licence="the code Apache-2.0; for the annotations none is stated; pictures: those of coco2014",
         gives=(f"{name}/{refs}", f"{name}/instances.json"),
         files=(RemoteFile(_REFER.format(snapshot, name)),),
         needs=("coco2014",),
-        checks=tuple(f"{name}-{split}" for split in splits),
     )
 
 
@@ -75,7 +79,8 @@ SOURCES = {
     "refcoco": _refer("refcoco", "20220413011718", "refs(unc).p", "val", "testA", "testB"),
     "refcoco+": _refer("refcoco+", "20220413011656", "refs(unc).p", "val", "testA", "testB"),
     "refcocog": _refer("refcocog", "20220413012904", "refs(umd).p", "val", "test"),
-    "grefcoco": Source(
+    "grefcoco": _checked(
+        "grefcoco", "val", "testA", "testB",
         page="https://github.com/henghuiding/gRefCOCO",
         licence="none is stated; pictures: those of coco2014",
         gives=("grefcoco/grefs(unc).*", "grefcoco/instances.json"),
@@ -84,9 +89,9 @@ SOURCES = {
             "open the Google Drive or OneDrive folder that the page links to, and download the annotations",
             "put grefs(unc).json (or .p) and instances.json into {root}/grefcoco/",
         ),
-        checks=("grefcoco-val", "grefcoco-testA", "grefcoco-testB"),
     ),
-    "reasonseg": Source(
+    "reasonseg": _checked(
+        "reasonseg", "val", "test",
         page="https://github.com/dvlab-research/LISA#dataset",
         licence="none is stated for the data; the code Apache-2.0",
         gives=("ReasonSeg/val/*.json", "ReasonSeg/test/*.json"),
@@ -94,16 +99,16 @@ SOURCES = {
             "open https://drive.google.com/drive/folders/125mewyg5Ao6tZ3ZdJ-1-E3n04LGVELqy and download what is in it",
             "unpack them into {root}/ReasonSeg/, so that {root}/ReasonSeg/val/ holds <id>.jpg and <id>.json",
         ),
-        checks=("reasonseg-val", "reasonseg-test"),
     ),
-    "refcoco_m": Source(
+    "refcoco_m": _checked(
+        "refcoco_m", "val",
         page=f"{HUB}/datasets/moondream/refcoco-m",
         licence="MIT; the pictures, which are in it, are COCO's",
         gives=("refcoco_m/validation*.jsonl", "refcoco_m/images/*.jpg"),
         hub="moondream/refcoco-m",
-        checks=("refcoco_m-val",),
     ),
-    "muse": Source(
+    "muse": _checked(
+        "muse", "val", "test_less", "test_many",
         page="https://github.com/MaverickRen/PixelLM",
         licence="Apache-2.0; pictures: those of coco2014 and coco2017",
         gives=("muse/muse_val.json", "muse/muse_test_less.json", "muse/muse_test_many.json"),
@@ -113,9 +118,9 @@ SOURCES = {
             "where it does not open: issue 19 of the page, which names this address, is where others ask for it",
             "put muse_val.json, muse_test_less.json and muse_test_many.json into {root}/muse/",
         ),
-        checks=("muse-val", "muse-test_less", "muse-test_many"),
     ),
-    "mmr": Source(
+    "mmr": _checked(
+        "mmr", "val", "test_mixed", "test_obj_only", "test_part_only",
         page="https://github.com/jdg900/MMR",
         licence="Apache-2.0; pictures: those of coco2017",
         gives=("MMR/MMR_val.json", "MMR/MMR_test_*.json"),
@@ -124,9 +129,9 @@ SOURCES = {
             "open https://drive.google.com/drive/folders/1d8FIs4cCmQLMuYAB4s2-_bH0HUI3CjNC, and download its files",
             "put MMR_val.json and the three MMR_test_….json into {root}/MMR/",
         ),
-        checks=("mmr-val", "mmr-test_mixed", "mmr-test_obj_only", "mmr-test_part_only"),
     ),
-    "gseval": Source(
+    "gseval": _checked(
+        "gseval", "all",
         page="https://github.com/hustvl/GroundingSuite",
         licence="Apache-2.0; pictures: those of unlabeled2017",
         gives=("gseval/GroundingSuite-Eval.jsonl",),
@@ -138,19 +143,18 @@ SOURCES = {
             ),
         ),
         needs=("unlabeled2017",),
-        checks=("gseval-all",),
     ),
 }  # fmt: skip
 
 
 def files_of(name: str, base_url: str = "") -> tuple[RemoteFile, ...]:
     """What is to be fetched for a source, by their names from the mirror `base_url` if there is one. Of a Hugging Face
-    data set, what the hub lists (HF_ENDPOINT names another one), with its checksums."""
+    data set, what the hub lists (HF_ENDPOINT names another one, HF_TOKEN opens what is gated), with its checksums."""
     source = SOURCES[name]
     if not source.hub:
         base = f"{base_url.rstrip('/')}/"
         return tuple(dataclasses.replace(f, url=base + quote(f.name)) if base_url else f for f in source.files)
-    endpoint = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
+    endpoint = hub_endpoint()
     address = f"{endpoint}/api/datasets/{source.hub}/tree/main/data"
     resolve = f"{endpoint}/datasets/{source.hub}/resolve/main/"
     try:

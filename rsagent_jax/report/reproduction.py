@@ -156,7 +156,7 @@ def summarize_recipe(title: str, steps: Mapping[str, Step], failed: Mapping[str,
 def _logged(logs: Sequence[pathlib.Path]) -> tuple[dict[str, Any], ...]:
     """The steps of these metrics.jsonl, as far as they are there; after a resume the later one of a step stands."""
     kept = {}
-    for path in filter(pathlib.Path.exists, logs):
+    for path in (path for path in logs if path.exists()):
         for where, value in read_objects(path, f"python train.py --workdir={path.parent}"):
             if not isinstance(value.get("step"), int) or "stage" not in value:
                 raise DataError(f"{where}: no step or stage; remove {path.parent} and run its stage again")

@@ -21,6 +21,8 @@ import importlib.util
 import inspect
 import os
 import pathlib
+import select
+import signal
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +43,7 @@ from rsagent_jax.runtime.paths import bucket_problem, bucket_used, check_writabl
 from rsagent_jax.types import DataError
 from sam_bridge.types import SegmenterError
 
+NO_READER = 128 + signal.SIGPIPE  # as of a program that the signal ends
 OWNERS = {  # whose config files a class describes
     schema.TrainConfig: "train.py",
     schema.EvalConfig: "evaluate.py",
@@ -66,15 +69,31 @@ def console_script() -> None:
 
 
 def _exit(status: int) -> NoReturn:
-    if status and bucket_used():  # threads of Orbax's would wait for a bucket that is gone, a quarter of an hour
+    try:
         sys.stdout.flush()
+    except BrokenPipeError:
+        status = status or NO_READER
+    if status == NO_READER:  # or Python would complain at its end of what it cannot write
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if status and bucket_used():  # threads of Orbax's would wait for a bucket that is gone, a quarter of an hour
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
 
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, as of `| head`."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # only what is always told: an error, an end
+        return bool(poll.poll(0))
+    except (OSError, ValueError):  # no file: of a test, or closed
+        return False
+
+
 def run_command(name: str, argv: Sequence[str]) -> int:
-    """The exit status of the command in a module, or in a file. Bad input: one message on stderr and 2; Ctrl-C: 130."""
+    """The exit status of the command in a module, or in a file. Bad input: one message on stderr and 2; Ctrl-C: 130;
+    nobody reads its output any more: NO_READER."""
     resumes = False
     try:
         if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv):
@@ -92,6 +111,8 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         print(f"error: {kind}{error}", file=sys.stderr)
         return 2
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return NO_READER
         if not (said := bucket_problem(error)):
             raise
         print(f"error: {said}", file=sys.stderr)

@@ -85,7 +85,7 @@ class Journal:
                 write_lines(self.path, (json.dumps({"format": FORMAT, "settings": settings}) + "\n").encode())
             if half := cut_half_line(self.path):
                 self.notes.append(f"{self.path}: a half-written line at its end ({half} bytes) was cut off")
-        self.file = AppendFile(self.path)
+        self.file = AppendFile(self.path, gather=True)
 
     def left(self, work: Sequence[tuple[str, T]], what: str) -> list[T]:
         """Of (id, job) the jobs that are not done; says on the terminal how many are, and the notes."""
@@ -96,7 +96,8 @@ class Journal:
         return left
 
     def add(self, row: dict[str, Any]) -> None:
-        """On the disk when this returns. DataError if the disk is full."""
+        """On the disk when this returns; in a bucket within a second, and work that a kill has lost is done again.
+        DataError if it, or an earlier row, cannot be written."""
         # Later than the row that this one takes the place of: clocks of machines differ.
         at = max(time.time(), self.times.get(row["id"], 0.0) + 1e-3)
         self.file.add(json.dumps(row | {"fingerprint": self.current[row["id"]], "at": at}) + "\n")

@@ -4,7 +4,7 @@ This module alone knows the difference. An object of a bucket is written as a wh
 appended to it, so a file that grows line by line is a folder of parts there:
 
     metrics.jsonl/part-00000001-00000256      lines 1 to 256, merged
-    metrics.jsonl/part-00000257-00000257      a line since then
+    metrics.jsonl/part-00000257-00000257      a line since then, or those of a second
 
 A part whose numbers another one covers is left over from a merge that was cut short, and does not count.
 """
@@ -22,6 +22,8 @@ import pathlib
 import re
 import shutil
 import tempfile
+import threading
+import time
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
@@ -34,6 +36,8 @@ os.environ.setdefault("EPATH_USE_TF", "false")  # else etils imports TensorFlow 
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 SCHEME = "gs://"
 MERGE = 256  # lines in a merged part
+SEND_S = 1.0  # that a gathered line waits
+KEPT_DAYS, PARTIAL_DAYS = 30, 2  # of a copy on this machine since its last use; of one that a kill cut short
 # Modules whose errors are the bucket's, and how tensorstore begins its own.
 CLIENTS = ("gcsfs", "fsspec", "aiohttp", "google.api_core", "google.auth", "google.cloud")
 _TENSORSTORE = re.compile(r"Error (reading|writing|opening|deleting|listing) .*gs://", re.DOTALL)
@@ -182,42 +186,77 @@ def check_writable(path: pathlib.Path) -> None:
 class AppendFile:
     """Appends to a file; in a bucket, a part at a time."""
 
-    def __init__(self, path: pathlib.Path):
-        """Nothing is touched before the first `add`."""
-        self.path = path
-        self.number: int | None = None  # of the last part
-        self.singles = 0  # parts of one line
+    def __init__(self, path: pathlib.Path, gather: bool = False):
+        """Nothing is touched before the first `add`. `gather`: lines for a bucket may wait for SEND_S, so that a
+        request holds nobody up; a kill then loses them."""
+        self.path, self.gather = path, gather and is_remote(path)
+        self.number: int | None = None  # lines in the bucket
+        self.unmerged = 0  # lines in parts that are to be merged
+        self.waiting: list[str] = []
+        self.lock, self.timer = threading.Lock(), None
+        self.problem: DataError | None = None  # of the first line that could not be sent
 
     def add(self, text: str) -> None:
-        """On the disk, or in the bucket, when this returns. DataError if it cannot be."""
-        with writing(self.path):
-            if not is_remote(self.path):
-                with self.path.open("ab") as file:
-                    file.write(text.encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-                return
-            if self.number is None:
-                parts = _parts(self.path)
-                self.number, self.singles = parts[-1][1] if parts else 0, sum(a == b for a, b in parts)
-                self._merge()  # of a start before this
-            _file_system().pipe_file(_part(self.path, self.number + 1, self.number + 1), text.encode())
-            self.number += 1
-            self.singles += 1
-            if self.singles >= MERGE:
-                self._merge()
+        """A line, on the disk or in the bucket when this returns; of a gathered one, when `close` does. DataError if
+        it, or an earlier one, cannot be."""
+        if not is_remote(self.path):
+            with writing(self.path), self.path.open("ab") as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            return
+        with self.lock:
+            self.waiting.append(text)
+            if not self.gather or self.problem or len(self.waiting) >= MERGE:
+                self._send()
+            elif self.timer is None:
+                self.timer = threading.Timer(SEND_S, self._send_later)
+                self.timer.daemon = True
+                self.timer.start()
+
+    def _send_later(self) -> None:
+        with self.lock, contextlib.suppress(DataError):  # the next `add` or `close` raises it
+            self._send()
+
+    def _send(self) -> None:
+        """What waits, as one part."""
+        self.timer = self.timer and self.timer.cancel()
+        if self.problem:
+            raise self.problem
+        if not self.waiting:
+            return
+        try:
+            with writing(self.path):
+                self._write_part()
+        except DataError as error:
+            self.problem = error
+            raise
+
+    def _write_part(self) -> None:
+        if self.number is None:
+            parts = _parts(self.path)
+            self.number, self.unmerged = parts[-1][1] if parts else 0, sum(map(_lines, _small(parts)))
+            self._merge()  # of a start before this
+        part = (self.number + 1, self.number + len(self.waiting))
+        _file_system().pipe_file(_part(self.path, *part), "".join(self.waiting).encode())
+        self.number, self.waiting = part[1], []
+        self.unmerged += _lines(part)
+        if self.unmerged >= MERGE:
+            self._merge()
 
     def _merge(self) -> None:
-        """The parts of one line, which are the last ones."""
-        singles = [part for part in _parts(self.path) if part[0] == part[1]]
-        if len(singles) > 1:
-            data = b"".join(_read_parts(self.path, singles))
-            _file_system().pipe_file(_part(self.path, singles[0][0], singles[-1][1]), data)
+        """The small parts, which are the last ones."""
+        small = _small(_parts(self.path)) if self.unmerged else []
+        if len(small) > 1:
+            merged = (small[0][0], small[-1][1])
+            _file_system().pipe_file(_part(self.path, *merged), b"".join(_read_parts(self.path, small)))
             _remove_covered(self.path)
-        self.singles = 0
+        self.unmerged = 0
 
     def close(self) -> None:
-        if self.singles > 1:
+        """DataError where a line cannot be written."""
+        with self.lock:
+            self._send()
             with writing(self.path):
                 self._merge()
 
@@ -269,6 +308,14 @@ def _part(path: pathlib.Path, first: int, last: int) -> str:
     return f"{path}/part-{first:08d}-{last:08d}"
 
 
+def _lines(part: tuple[int, int]) -> int:
+    return part[1] - part[0] + 1
+
+
+def _small(parts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [part for part in parts if _lines(part) < MERGE]
+
+
 def _all_parts(path: pathlib.Path) -> list[tuple[int, int]]:
     try:
         names = _file_system().ls(str(path), detail=False)
@@ -305,7 +352,8 @@ def _remove_covered(path: pathlib.Path) -> None:
 def fetch_folder(path: pathlib.Path, patterns: Sequence[str] = ("*",)) -> pathlib.Path:
     """The folder itself; of a bucket, one on this machine with those of its files that match, fetched once a host.
 
-    For what only reads local files: safetensors, tokenizers, ArrayRecord. DataError where they have no room.
+    For what only reads local files: safetensors, tokenizers, ArrayRecord. A copy that nobody has asked for in KEPT_DAYS
+    is removed by the next fetch. DataError where there is no room.
     """
     if not is_remote(path):
         return path
@@ -315,8 +363,13 @@ def fetch_folder(path: pathlib.Path, patterns: Sequence[str] = ("*",)) -> pathli
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rsagent_jax" / "buckets"
     folder = cache / hashlib.sha256(f"{path} {versions}".encode()).hexdigest()[:24]
     if folder.is_dir():
+        os.utime(folder)
         return folder
     cache.mkdir(parents=True, exist_ok=True)
+    for old in cache.iterdir():
+        days = (time.time() - old.stat().st_mtime) / 86400
+        if days > (PARTIAL_DAYS if old.name.startswith(".partial-") else KEPT_DAYS):
+            shutil.rmtree(old, ignore_errors=True)
     needed = sum(e["size"] for e in entries if e["name"].rpartition("/")[2] in versions)
     if (free := shutil.disk_usage(cache).free) < needed:
         raise DataError(

@@ -14,39 +14,45 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax._src import distributed  # its key-value store has no public name
+from jax._src.clusters.cloud_tpu_cluster import coordinator_port
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rsagent_jax.runtime import sharding
+from rsagent_jax.runtime.hosts import PORT, VARIABLES, has_tpu
 from rsagent_jax.runtime.paths import make_directory
 from rsagent_jax.types import DataError
 
 T = TypeVar("T")
 _MEETINGS = itertools.count()  # of exchange, in the same order on every process
 A_WEEK_MS = 7 * 24 * 3600 * 1000
-VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def initialize_distributed() -> None:
+def initialize_distributed(beside: int = 0, **options: Any) -> None:
     """Meets the other processes, before anything asks for devices. Does nothing where there are none.
 
     On a TPU VM jax finds the other hosts of the slice itself; elsewhere VARIABLES say who is who: host:port, n, 0..n-1.
+    beside: how many ports behind the usual one; options: of jax.distributed.initialize.
     """
     given = [os.environ.get(name) for name in VARIABLES]
     if any(given):
         if not all(given) or not (given[1].isdigit() and given[2].isdigit() and int(given[2]) < int(given[1])):
             state = ", ".join(f"{name}={value or ''}" for name, value in zip(VARIABLES, given, strict=True))
             raise DataError(f"several processes need all of host:port, their number and one's own from 0: {state}")
-        jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
-    elif _has_tpu():
-        jax.distributed.initialize()
-
-
-def _has_tpu() -> bool:
-    """Whether this host has TPU chips, by their device files (accel on v4, vfio on later ones), and may use them."""
-    files = (file for pattern in ("accel[0-9]*", "vfio/[0-9]*") for file in pathlib.Path("/dev").glob(pattern))
-    return "tpu" in os.environ.get("JAX_PLATFORMS", "tpu") and any(files)
+        host, _, port = given[0].rpartition(":")
+        if not port.isdigit():
+            raise DataError(f"{VARIABLES[0]}={given[0]} is no host:port")
+        jax.distributed.initialize(f"{host}:{int(port) + beside}", int(given[1]), int(given[2]), **options)
+    elif has_tpu():
+        usual = os.environ.get(PORT)
+        if beside:
+            os.environ[PORT] = str(int(usual or coordinator_port) + beside)
+        try:
+            jax.distributed.initialize(**options)
+        finally:  # children meet at the usual one
+            os.environ.pop(PORT, None)
+            os.environ.update({PORT: usual} if usual else {})
 
 
 def is_lead() -> bool:

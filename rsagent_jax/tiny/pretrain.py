@@ -42,7 +42,9 @@ from rsagent_jax.models.qwen25_vl.attention import attention
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, read_json
 from rsagent_jax.models.qwen25_vl.language import mrope_angles
 from rsagent_jax.models.qwen25_vl.layers import Linear, layer_at
+from rsagent_jax.models.qwen25_vl.load import local_weights
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
+from rsagent_jax.runtime.paths import AppendFile, local_directory, make_directory, open_path
 from rsagent_jax.tiny import absent, grounding, scenes, vocab
 from rsagent_jax.tiny.grounding import COLORS, MAX_OBJECTS, SHAPES, SIDE, SIZES, GroundingRows, SceneRows
 from rsagent_jax.types import DataError
@@ -280,9 +282,11 @@ def _box_iou(a, b) -> float:
 
 
 def pretrain(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    if config.init:  # the weights' own: one built anew follows today's prompts
-        tokenizer = Tokenizer.from_file(str(pathlib.Path(config.init) / "tokenizer.json"))
+    """out: on this machine."""
+    make_directory(workdir)
+    init = config.init and local_weights(config.init)
+    if init:  # the weights' own: one built anew follows today's prompts
+        tokenizer = Tokenizer.from_file(str(init / "tokenizer.json"))
     else:
         tokenizer = vocab.build_tokenizer(config.vocab_size)
     vocab.save_tokenizer(tokenizer, out, SIDE * SIDE, SIDE * SIDE)
@@ -290,19 +294,19 @@ def pretrain(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -
     shape = Qwen25VLConfig.from_hf(raw)
     rngs = nnx.Rngs(config.seed)
     model, head = nnx.jit(lambda rngs: (Qwen25VL(shape, rngs), Head(config.hidden, rngs)))(rngs)
-    if config.init:
-        model = convert.load_model(config.init, shape)
+    if init:
+        model = convert.load_model(init, shape)
     convert.save_model(model, out, raw)
     processor = Processor.load(out)
     maker = SceneRows(processor, config.relation_share, config.all_share)
     opening = processor.encode(prompts.opening(prompts.BASE_SYSTEM, ""))
     image_at = int(np.flatnonzero(opening == processor.image_id)[0])
     targets = jnp.asarray(number_targets(maker.numbers, config.vocab_size, config.sigma))
-    log = (workdir / "pretrain.jsonl").open("a", encoding="utf-8", buffering=1)
+    log = AppendFile(workdir / "pretrain.jsonl")
 
     def write(record: dict) -> None:
         print(json.dumps(record), flush=True)
-        log.write(json.dumps(record) + "\n")
+        log.add(json.dumps(record) + "\n")
 
     for number, (name, stage) in enumerate((("see", config.see), ("ground", config.ground))):
         if stage.steps == 0:
@@ -337,4 +341,6 @@ def main(
     workdir: str = "",  # directory for the log
     out: str,  # where the Hugging Face directory goes
 ) -> None:
-    pretrain(config, command.make_workdir(workdir), pathlib.Path(out))
+    workdir = command.make_workdir(workdir)
+    with local_directory(open_path(out)) as here:
+        pretrain(config, workdir, here)

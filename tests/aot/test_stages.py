@@ -216,7 +216,7 @@ def test_the_kernels_flops_are_those_of_the_tiles_that_the_rows_segments_share()
 
 @pytest.mark.parametrize(
     ("name", "size", "tensor", "slots"),
-    [("v5e-8", "7b", 4, 128), ("v6e-8", "7b", 2, 256), ("v5p-8", "7b", 1, 512), ("v6e-64", "72b", 8, 32)],
+    [("v5e-8", "7b", 4, 128), ("v6e-8", "7b", 2, 256), ("v5p-8", "7b", 1, 512), ("v6e-8", "72b", 8, 32)],
 )
 def test_an_engine_alone_is_laid_out_by_the_kind_of_device(name, size, tensor, slots):
     """By the kinds that the compiler's devices call themselves; what a config says stands."""
@@ -226,3 +226,29 @@ def test_an_engine_alone_is_laid_out_by_the_kind_of_device(name, size, tensor, s
     assert (fill(open_).tensor, fill(open_).slots) == (tensor, slots)
     assert fill(SamplingConfig(tensor=2, slots=0)).slots % 2 == 0 and fill(SamplingConfig(tensor=2)).slots == 64
     assert slices.fill_engine_defaults(open_, 64, jax.devices()[:1]) == SamplingConfig(tensor=1, slots=64)
+
+
+def test_an_engine_that_wants_more_devices_than_a_host_has_is_one_error():
+    """A host of v6e-64 has four chips: 125 GiB for the 137 of the 72B's weights."""
+    found = devices(parse_topology("v6e-64").host)
+    refused(
+        "tensor = 8 must divide the 4 devices.*v6e-8",
+        slices.fill_engine_defaults,
+        SamplingConfig(tensor=0),
+        8192,
+        found,
+    )
+
+
+@pytest.mark.parametrize(("size", "name"), [(s, n) for s in ("32b", "72b") for n in slices.PRESETS[s]])
+def test_presets_of_the_large_sizes_split_the_policy_and_their_hosts(size, name):
+    policy, topology = size_config(size), parse_topology(name)
+    preset = slices.PRESETS[size][name]
+    for tensor in (preset.tensor, preset.rollout_tensor):
+        assert policy.text.num_key_value_heads % tensor == policy.vision.num_heads % tensor == 0
+    assert topology.devices % preset.tensor == topology.host.devices % preset.rollout_tensor == 0
+    config = dataclasses.replace(OPEN, grpo=dataclasses.replace(OPEN.grpo, sampling=SamplingConfig(tensor=0, slots=0)))
+    fill = functools.partial(stages.fill_topology_defaults, topology=topology, policy=policy)
+    if not preset.slots:
+        refused(f"'{name}' has a preset of {size} for SFT alone", fill, dataclasses.replace(config, stages=("grpo",)))
+    assert fill(dataclasses.replace(config, stages=("sft",))).sft.batch.rows * preset.tensor == topology.devices

@@ -44,6 +44,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked = []  # (path, Range header)
+        self.token = ""  # that opens it
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -51,6 +52,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.asked.append((self.path, self.headers["Range"]))
         body = self.server.files.get(self.path, 404)
+        if self.server.token and self.headers["Authorization"] != f"Bearer {self.server.token}":
+            return self.send_error(401)
         if isinstance(body, int):
             return self.send_error(body)
         start = int(self.headers["Range"][len("bytes=") : -1]) if self.headers["Range"] and self.server.ranges else 0
@@ -320,12 +323,42 @@ def test_refcoco_m_comes_from_the_hub_with_the_hubs_checksums(server, tmp_path, 
     assert [s.query for s in samples] == ["left dog", "Dog"]
     np.testing.assert_array_equal(samples[1].gt_mask, mask)
     assert samples[0].image[0, 0, 0] > 240 and pathlib.Path(samples[0].path).read_bytes() == image.getvalue()
+    server.token = "secret"
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    assert run("refcoco_m", f"--root={tmp_path / 'a'}") == 2
+    assert "answers 401" in (said := capsys.readouterr().err) and "set HF_TOKEN to a token that may read it" in said
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert run("refcoco_m", f"--root={tmp_path / 'a'}") == 1 and "samples 2" in capsys.readouterr().out
     listed["lfs"]["oid"] = "1" * 64
     server.files[tree] = json.dumps([listed]).encode()
     assert run("refcoco_m", f"--root={tmp_path / 'b'}") == 2 and "not 1111" in capsys.readouterr().err
     server.files[tree] = b"<html>"
     assert run("refcoco_m", f"--root={tmp_path / 'c'}") == 2
     assert "does not list the files of moondream/refcoco-m" in capsys.readouterr().err
+
+
+def test_a_token_is_shown_to_the_hub_and_not_to_whom_it_leads_on_to(server, tmp_path, monkeypatch):
+    seen = []
+
+    class Leading(Handler):
+        def do_GET(self):
+            seen.append((self.path, self.headers["Authorization"]))
+            if self.path == "/hub/a.bin":
+                self.send_response(302)
+                self.send_header("Location", f"{server.url}/a.bin")
+                return self.end_headers()
+            return super().do_GET()
+
+    server.RequestHandlerClass, server.files = Leading, {"/a.bin": DATA}
+    monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/hub")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    path, _ = download.download_file(RemoteFile(f"{server.url}/hub/a.bin"), tmp_path)
+    assert path.read_bytes() == DATA and seen == [("/hub/a.bin", "Bearer secret"), ("/a.bin", None)]
+
+
+def test_a_bucket_is_copied_to_afterwards(capsys):
+    assert run("gseval", "--root=gs://bucket/data") == 2
+    assert "gcloud storage rsync --recursive --exclude='^downloads/' DIR gs://bucket/data" in capsys.readouterr().err
 
 
 def test_names_and_what_would_be_done(tmp_path, capsys):

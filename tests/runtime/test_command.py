@@ -3,6 +3,7 @@
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -13,7 +14,7 @@ from rsagent_jax.runtime.help import field_rows
 from tests.refusals import refused
 
 ROOT = pathlib.Path(__file__).parents[2]
-ROOMS = [f"rsagent_jax.{name}" for name in ("aot.scaling", "data.get", "tiny.pretrain", "tiny.synthetic")]
+ROOMS = [f"rsagent_jax.{name}" for name in ("aot.costs", "aot.scaling", "data.get", "tiny.pretrain", "tiny.synthetic")]
 MODULES = [f"rsagent_jax.{p.stem}" for p in (ROOT / "rsagent_jax").glob("*.py") if "start_command" in p.read_text()]
 HEAVY = ("jax", "flax", "torch", "transformers", "openai", "orbax", "grain", "tensorflow_datasets", "matplotlib")
 
@@ -119,3 +120,24 @@ def test_the_directory_that_a_command_writes_to(tmp_path):
     (tmp_path / "file").write_text("")
     refused(f"{tmp_path}/file/x cannot be written to", command.make_workdir, f"{tmp_path}/file/x", "out")
     refused("s3://b/x is neither a path of this machine nor gs://", command.make_workdir, "s3://b/x", "out")
+
+
+def test_a_reader_that_has_gone_ends_a_command_quietly():
+    for flush in (True, False):
+        body = f"def main():\n    print(1, flush={flush})\n"
+        start = (
+            f"import sys; from rsagent_jax.runtime import command\n{body}\nsys.modules['m'] = sys.modules[__name__]\n"
+        )
+        argv = [sys.executable, "-c", f"{start}command._exit(command.run_command('m', []))"]
+        child = subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        child.stdout.close()
+        assert (child.wait(), child.stderr.read()) == (command.NO_READER, b"")
+
+
+def test_a_pipe_of_anything_else_stays_visible(monkeypatch):
+    def main():
+        raise BrokenPipeError("of a side-car")
+
+    monkeypatch.setitem(sys.modules, "broken", types.SimpleNamespace(main=main))
+    with pytest.raises(BrokenPipeError, match="side-car"):
+        command.run_command("broken", [])

@@ -21,6 +21,7 @@ import numpy as np
 from rsagent_jax.data.sets.index import Entry, Inputs, SampleIndex, read_file
 from rsagent_jax.masks import decode_segmentation
 from rsagent_jax.runtime.image_files import read_image
+from rsagent_jax.runtime.paths import open_path
 from rsagent_jax.types import DataError, Sample
 from sam_bridge.file_kinds import HEAD, kind_of
 
@@ -35,7 +36,7 @@ class _Entry(Entry):
     targets: tuple[list | dict, ...]  # COCO segmentations; the mask is their union
 
     def inputs(self) -> Inputs:
-        return Inputs(pathlib.Path(self.image), json.dumps(self.targets, sort_keys=True).encode())
+        return Inputs(open_path(self.image), json.dumps(self.targets, sort_keys=True).encode())
 
     def load(self) -> Sample:
         image = read_image(self.image, "docs/data.md says which pictures this data set is about, and how they are had")
@@ -66,7 +67,7 @@ def load_multi_target(
     one. Questions without a target are left out and counted in `notes`.
     Sample ids read "<dataset>/<split>/<number of the record>/<number of the question>". DataError as `load_refcoco`.
     """
-    folder = pathlib.Path(root).expanduser()
+    folder = open_path(root)
     path = folder / {"muse": f"muse/muse_{split}.json", "mmr": f"MMR/MMR_{split}.json"}[dataset]
     entries, total = [], 0
     for number, where, record in _records(path, dataset):
@@ -97,7 +98,7 @@ def load_gseval(root: str | pathlib.Path, split: str = "all", limit: int | None 
 
     Sample ids read "gseval/<idx>", the same in all of them. DataError as `load_refcoco`.
     """
-    folder = pathlib.Path(root).expanduser()
+    folder = open_path(root)
     if split not in GSEVAL_KINDS:
         raise DataError(f"data.split of gseval is one of {', '.join(GSEVAL_KINDS)}, not {split!r}")
     kinds = {"idx": int, "image_path": str, "class_id": int, "caption": str, "segmentation": dict}
@@ -105,7 +106,7 @@ def load_gseval(root: str | pathlib.Path, split: str = "all", limit: int | None 
     for _, where, record in _records(folder / "gseval/GroundingSuite-Eval.jsonl", "gseval"):
         idx, image, kind, caption, rle = _fields(record, where, kinds)
         if kind in GSEVAL_KINDS[split]:
-            image = str(folder.joinpath(COCO_FOLDERS, *pathlib.PurePosixPath(image).parts[-2:]))
+            image = str(folder.joinpath(*COCO_FOLDERS.parts, *pathlib.PurePosixPath(image).parts[-2:]))
             entries.append(_Entry(f"gseval/{idx}", caption.strip(), image, _rle_size(rle, where), (rle,)))
     return _index(f"gseval/{split}", entries, limit)
 
@@ -115,7 +116,7 @@ def load_refcoco_m(root: str | pathlib.Path, split: str = "val", limit: int | No
 
     Sample ids read "refcoco_m/val/<id of the object>/<number of the sentence>". DataError as `load_refcoco`.
     """
-    folder = pathlib.Path(root).expanduser() / "refcoco_m"
+    folder = open_path(root) / "refcoco_m"
     if split != "val":
         raise DataError(f"refcoco_m has the split val only, not {split!r}")
     entries = []

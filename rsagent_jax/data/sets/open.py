@@ -9,6 +9,7 @@ from rsagent_jax.config.import_path import first_line, import_path, place
 from rsagent_jax.config.ranges import DATASETS
 from rsagent_jax.config.schema import DataConfig, MixPart
 from rsagent_jax.data.sets.index import SampleIndex
+from rsagent_jax.runtime.paths import bucket_problem
 from rsagent_jax.types import DataError
 
 # Fields that a loader gets if it has parameters so named.
@@ -55,6 +56,8 @@ def _open(c: DataConfig) -> SampleIndex:
     except DataError:
         raise
     except Exception as error:  # whatever the user's function raises is the user's to mend
+        if bucket_problem(error):
+            raise
         at = place(error, inspect.getsourcefile(load) or path)
         raise DataError(f"data.dataset {path!r} failed: {at}: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(samples, SampleIndex):

@@ -1,0 +1,116 @@
+"""The recipe on several hosts of a slice: what runs where, and what a host that fails or ends means for the others."""
+
+import os
+import sys
+import threading
+import time
+
+import pytest
+
+from rsagent_jax.report.reproduction import STAMP
+from rsagent_jax.runtime import hosts, processes
+from rsagent_jax.runtime.hosts import Hosts
+from rsagent_jax.types import DataError
+from tests.simulated import run_simulated
+
+
+class Store(dict):
+    """jax's key-value store, within one process."""
+
+    key_value_set = dict.__setitem__
+
+    def key_value_dir_get(self, prefix: str) -> list[tuple[str, str]]:
+        return sorted((name, text) for name, text in list(self.items()) if name.startswith(f"{prefix}/"))
+
+
+def on_two_hosts(*works) -> list:
+    """What each of them returns or raises; `works[i]` is given host i."""
+    store, out = Store(), [None, None]
+
+    def go(i: int) -> None:
+        try:
+            with Hosts(i, 2, store) as here:
+                out[i] = works[i](here)
+        except (DataError, SystemExit) as error:
+            out[i] = error
+
+    threads = [threading.Thread(target=go, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for name, value in (("POLL_S", 0.02), ("GRACE_S", 0.2), ("KILL_S", 1.0)):
+        monkeypatch.setattr(hosts, name, value)
+
+
+def python(text: str) -> list[str]:
+    return [sys.executable, "-c", text]
+
+
+def test_a_command_that_fails_on_one_host_ends_on_all_with_one_status():
+    fails, hangs = python("raise SystemExit(4)"), python("import time; time.sleep(60)")
+    start = time.monotonic()
+    assert on_two_hosts(lambda h: h.run(hangs, True), lambda h: h.run(fails, True)) == [4, 4]
+    assert on_two_hosts(lambda h: h.run(fails, False), lambda h: h.run(hangs, False)) == [4, 4]  # the lead's alone
+    deaf = python("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)")
+    killed = python("import os; os.kill(os.getpid(), 9)")
+    assert on_two_hosts(lambda h: h.run(killed, True), lambda h: h.run(deaf, True)) == [137, 137]
+    assert on_two_hosts(lambda h: h.run(python(""), True), lambda h: h.run(python(""), True)) == [0, 0]
+    assert time.monotonic() - start < 20
+
+
+def test_a_host_that_ends_ends_the_others_and_what_they_run():
+    def leave(here):
+        time.sleep(0.1)
+        raise SystemExit(143)
+
+    first, other = on_two_hosts(lambda h: h.run(python("import time; time.sleep(60)"), True), leave)
+    assert str(first) == "host 1 has ended (143): start the same command on all hosts again"
+    assert isinstance(other, SystemExit)
+    _, other = on_two_hosts(leave, lambda h: h.from_lead(lambda: ""))
+    assert str(other) == "host 0 has ended (143): start the same command on all hosts again"
+
+
+def test_hosts_that_were_given_something_else_are_told():
+    def compare(here):
+        here.check_same({"--workdir": f"w{here.index}", "--only": ""})
+        return here.from_lead(lambda: "on")
+
+    _, other = on_two_hosts(compare, compare)
+    assert "host 1 was given another --workdir than host 0" in str(other)
+    assert Hosts().run(python("raise SystemExit(3)"), False) == 3
+
+
+def test_parents_meet_beside_the_port_of_their_children(monkeypatch):
+    asked = []
+    for name in (*hosts.VARIABLES, hosts.PORT):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(processes, "has_tpu", lambda: True)
+    monkeypatch.setattr(
+        processes.jax.distributed, "initialize", lambda *a, **k: asked.append((a, os.getenv(hosts.PORT)))
+    )
+    processes.initialize_distributed()
+    processes.initialize_distributed(beside=1)
+    assert hosts.PORT not in os.environ
+    for name, value in zip(hosts.VARIABLES, ("h:70", "2", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    processes.initialize_distributed(beside=1)
+    assert asked == [((), None), ((), "8483"), (("h:71", 2, 1), None)]
+
+
+@pytest.mark.slow
+def test_two_hosts_share_what_joins_them_and_do_all_else_once(tmp_path):
+    flags = ["--config=configs/reproduce_quickstart.py", f"--workdir={tmp_path}", "--only=data,collect"]
+    flags.append("--config.stages.data.more=('--train=9','--val=0','--test=0')")
+    flags.append("--config.stages.collect.more=('--config.limit=6','--config.segmenter.mode=inprocess')")
+    said = run_simulated(["-m", "rsagent_jax.reproduce", *flags], 1, 2)
+    assert said.count(" references and ") == 1 and said.count(" of 6 trajectories") == 1  # by host 0
+    assert sorted(path.name for path in (tmp_path / "collect/attempts").glob("0*")) == [
+        "00000-of-00002.jsonl", "00001-of-00002.jsonl"
+    ]  # fmt: skip
+    assert all((tmp_path / name / STAMP).exists() for name in ("data", "collect")) and (tmp_path / "table.md").exists()
