@@ -7,7 +7,7 @@ and negative where it covers too much. Its thoughts are short templates.
 
 import numpy as np
 
-from rsagent_jax.agent.clicks import largest_part, middle, prompt_of
+from rsagent_jax.agent.clicks import first_part, largest_part, middle, prompt_of
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.prompts import sanitize
 from rsagent_jax.agent.tools import Finish, ResetView, Segment, render_call
@@ -67,7 +67,7 @@ class Oracle:
         return self._repair(state, gt_mask, latest)
 
     def _repair(self, state: EnvState, gt_mask: np.ndarray, latest: MaskRecord) -> str:
-        missing, extra = largest_part(gt_mask & ~latest.mask), largest_part(latest.mask & ~gt_mask)
+        missing, extra = first_part(gt_mask & ~latest.mask), largest_part(latest.mask & ~gt_mask)
         positive = missing.sum() >= extra.sum()
         point, label = middle(state.view, missing if positive else extra), 1 if positive else 0
         last = state.turns[-1].call

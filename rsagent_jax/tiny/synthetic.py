@@ -255,7 +255,7 @@ def main(
     several: float = 0.0,  # share of the scenes with a question for all objects of a kind
 ) -> None:
     with local_directory(out) as here:
-        wrote = write_dataset(here, train, val, test, seed, size, refs_per_image)
+        wrote = write_dataset(here, train, val, test, seed, size, refs_per_image, several)
         if here != out and (out / STAMP).exists() and read_bytes(out / STAMP) != (here / STAMP).read_bytes():
             raise DataError(f"{out} holds synthetic scenes made with other settings: choose another --out")
     head = "already there: " if wrote.already_there else ""
