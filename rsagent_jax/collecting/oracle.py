@@ -16,7 +16,9 @@ from rsagent_jax.config.schema import TeacherConfig
 from rsagent_jax.masks import iou
 from rsagent_jax.types import MaskRecord
 
-RESTART_INSIDE = 0.5  # a mask with less of it in the target was a wrong guess: a new prompt is shorter than a repair
+# A mask with less of it in the target was a wrong guess: a new prompt is shorter than a repair.
+RESTART_INSIDE = 0.5
+RESTART_IOU = 0.5  # as well, where there are no logits to add to
 PATIENCE = 2  # masks without a better IoU before it gives up and commits the best one
 MAX_NAME_CHARS = 60  # longer queries are called "the target" in thoughts
 
@@ -57,7 +59,9 @@ class Oracle:
             target = self._elsewhere(state.image, gt_mask, use_box) if wrong else gt_mask
             return self._say(_GUESS if wrong else _HERE, state, prompt_of(state.view, target, use_box))
         latest = state.masks[-1]
-        if (latest.mask & gt_mask).sum() <= RESTART_INSIDE * latest.mask.sum():
+        if (latest.mask & gt_mask).sum() <= RESTART_INSIDE * latest.mask.sum() or not (
+            latest.logits_id or ious[-1] >= RESTART_IOU
+        ):
             # A box has no doubt about size, so it is the second try whatever the first one was; then a click.
             use_box = self.config.box > 0 and len(ious) % 2 == 1
             call = prompt_of(state.view, gt_mask, use_box)
