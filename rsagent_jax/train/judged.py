@@ -54,7 +54,7 @@ def rollout_figures(judged: Sequence[Judged]) -> dict[str, float]:
     for j in kept:
         t = j.trajectory
         ious, iou = [mask_iou(m.mask, j.sample) for m in t.masks], mask_iou(t.final_mask, j.sample)
-        found.append(behaviour([turn.text for turn in t.turns], ious, iou))
+        found.append(behaviour([turn.text for turn in t.turns], ious, iou, t.query))
         gaps += [max(ious) - iou] if ious else []
     out = {f"behaviour/{k}": float(v) for k, v in summarize_behaviours(found).items() if v is not None}
     drawn = np.concatenate([t.logprobs[t.loss_mask] for t in played])
