@@ -13,10 +13,11 @@ def get_config():
     config = template(CollectConfig)
     config.processor = shipped("assets/tiny-base")
     config.data.dataset, config.data.split_by = "grefcoco", "unc"  # the scenes with absent targets
-    config.limit = 600
+    config.limit = 900
     config.filter.repeats = True  # the recipe was measured with them
-    config.teacher.box = 0.6
-    config.teacher.wrong_first = 0.06
+    config.teacher.box = 0.0
+    config.teacher.wrong_first = 0.25
+    config.teacher.good = config.filter.min_iou = 0.8
     config.agent.prompt = "brief"
     config.agent.history_size = 112
     config.agent.typical_turn = 48

@@ -24,7 +24,8 @@ def get_config():
     config.weights = shipped("assets/tiny-base")
     stages = dict(
         data=stage(
-            "rsagent_jax.tiny.synthetic", "--out={data}", "--train=1500", "--val=200", "--test=200", "--seed={seed}"
+            "rsagent_jax.tiny.synthetic", "--out={data}", "--train=1500", "--val=200", "--test=200", "--seed={seed}",
+            "--several=1.0", "--refs_per_image=1",
         ),
         collect=stage(
             "rsagent_jax.collect", "--config=configs/collect_quickstart.py", "--workdir={collect}",

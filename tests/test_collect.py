@@ -23,6 +23,7 @@ from rsagent_jax.collecting.collector import Collector, attempt_id, collection_r
 from rsagent_jax.config import schema
 from rsagent_jax.config.schema import CollectConfig, FilterConfig, SegmenterConfig, TeacherConfig
 from rsagent_jax.data import trajectories
+from rsagent_jax.data.npz import pack_record, read_arrays
 from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.policy import TextPolicy
@@ -146,6 +147,27 @@ def test_records_are_what_the_driver_makes_with_images_by_reference(tmp_path, sa
     refused(r"5\.png is not the picture .* its pixels have changed", decode)
     pathlib.Path(samples[5].path).unlink()
     refused(r"5\.png is missing: .*rsagent_jax.refilter --root", decode)
+
+
+def test_what_is_not_worth_imitating_can_be_left_out_of_sft(tmp_path, samples):
+    """A malformed turn, and a mask that is no better than the one before; the context stays whole."""
+    collect(tmp_path / "w", samples)
+    filter.write_kept_set(tmp_path / "w", tmp_path / "all", FilterConfig(min_iou=0.0, malformed=True, repeats=True))
+    for record in trajectories.open_records(tmp_path / "all"):
+        whole = trajectories.decode_record(record, small.processor())
+        useful = trajectories.decode_record(record, small.processor(), "useful")
+        np.testing.assert_array_equal(useful.tokens, whole.tokens)
+        first = whole.loss_mask & ~np.append(False, whole.loss_mask[:-1])
+        turn = np.where(whole.loss_mask, np.cumsum(first) - 1, -1)
+        wanted = {"s2": {1, 2}, "s3": {0, 2}}.get(trajectories.record_header(record)["id"], set(range(turn.max() + 1)))
+        assert set(turn[useful.loss_mask]) == wanted and useful.loss_mask.sum() == np.isin(turn, list(wanted)).sum()
+    header = trajectories.record_header(record)
+    del header["useful"]
+    older = pack_record(header, {k: v for k, v in read_arrays(record).items() if k != "header"})
+    assert trajectories.decode_record(older, small.processor()).loss_mask.any()
+    refused(
+        "does not say which of its turns are useful", trajectories.decode_record, older, small.processor(), "useful"
+    )
 
 
 def test_pictures_may_move_or_be_inside_the_record(tmp_path, samples, capsys):

@@ -72,9 +72,9 @@ def test_the_segment_examples_ask_for_what_is_there_and_for_what_is_not():
     assert re.search(r"^SEED \?= 0$", makefile, re.MULTILINE) and "scene of seed 0" in README
     config = scenes.SceneConfig()
     scene, references = synthetic.scene_at(0, split, index, 1, config, scenes.load_photos())
-    texts = {text: reference.object_index for reference in references for text in reference.texts}
-    assert scenes.objects_described(scene.objects, present) == [texts[present]]
-    assert scenes.objects_described(scene.objects, absent) == [] and texts[absent] is None
+    texts = {text: list(reference.objects) for reference in references for text in reference.texts}
+    assert scenes.objects_described(scene.objects, present) == texts[present]
+    assert scenes.objects_described(scene.objects, absent) == [] and texts[absent] == []
 
 
 def test_the_words_that_the_readme_lists_are_those_of_the_scenes():

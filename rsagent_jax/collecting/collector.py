@@ -50,6 +50,17 @@ def collection_resume_fingerprint(
     return decisive | {"config_sha256": digest}
 
 
+def useful_turns(state: EnvState, sample: Sample) -> list[bool]:
+    """Of every turn: whether it is worth imitating. Not a malformed or refused call, nor a mask that is no better than
+    the best one before it; turns that make no mask are."""
+    best, useful = 0.0, []
+    for turn in state.turns:
+        found = None if turn.mask_id is None else mask_iou(state.masks[turn.mask_id - 1].mask, sample)
+        useful.append(turn.error is None and (found is None or found > best))
+        best = max(best, found or 0.0)
+    return useful
+
+
 def teacher_policy(config: CollectConfig, processor: Processor, make_teacher) -> TextPolicy:
     """`make_teacher(config.teacher, rng)` gives a trajectory its teacher, whose act(state, gt_mask) writes a turn."""
     teachers = weakref.WeakKeyDictionary()  # by task
@@ -110,6 +121,7 @@ class Collector:
             "tools": dict(calls),
             "tokens": len(played.tokens),
             "sampled_tokens": int(played.loss_mask.sum()),
+            "useful": useful_turns(state, sample),
         }
         teacher = self.config.teacher
         provenance = {

@@ -7,7 +7,7 @@ and negative where it covers too much. Its thoughts are short templates.
 
 import numpy as np
 
-from rsagent_jax.agent.clicks import largest_part, middle, prompt_of
+from rsagent_jax.agent.clicks import first_part, largest_part, middle, prompt_of
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.prompts import sanitize
 from rsagent_jax.agent.tools import Finish, ResetView, Segment, render_call
@@ -16,22 +16,23 @@ from rsagent_jax.config.schema import TeacherConfig
 from rsagent_jax.masks import iou
 from rsagent_jax.types import MaskRecord
 
-GOOD_IOU = 0.9  # (paper) the filter of the trajectories, so better masks are not worth a turn
-RESTART_IOU = 0.5  # below this the guess was wrong: a new prompt is shorter than a repair
+# A mask with less of it in the target was a wrong guess: a new prompt is shorter than a repair.
+RESTART_INSIDE = 0.5
+RESTART_IOU = 0.5  # as well, where there are no logits to add to
 PATIENCE = 2  # masks without a better IoU before it gives up and commits the best one
 MAX_NAME_CHARS = 60  # longer queries are called "the target" in thoughts
 
-# Whether it is there is said right after its name: a small policy decides where it has just looked for these words.
-_CLICK = ("{Name} is here; I click on it.", "{Name} is here; I click on its middle.")
-_BOX = ("{Name} is here; I draw a box.", "{Name} is here; I box it.")
-_ABSENT = ("{Name} is not here.", "{Name} is not here; I finish.")
-# A wrong guess is announced as a guess, so that what is learnt from it does not blur the sure first actions.
-_GUESS = ("Perhaps this is {name}; I try.", "Maybe {name} is here; I try.")
-_AGAIN = ("That is not {name}; I try again.", "The mask is wrong; I look for {name} again.")
-_MISSING = ("The mask misses a part; I add a click.", "A part of {name} is missing; I add it.")
-_EXTRA = ("The mask covers too much; I mark the background.", "This part is not {name}; I remove it.")
-_DONE = ("The mask fits {name}; I finish.", "The mask covers {name}. Done.")
-_BEST = ("It does not get better; I take the best mask.", "This is the best mask of {name}; I finish.")
+# Whether it is there is said right after its name, then where, as in grounding: a small policy looks for what it has
+# just named. What is done comes last, right before the call that does it.
+_HERE = "{Name} is here"
+_ABSENT = "{Name} is not here"
+_GUESS = "Perhaps this is {name}"  # a wrong one is announced, so that it does not blur the sure first actions
+_AGAIN = "That is not {name}"
+_MISSING = "A part of {name} is missing"
+_EXTRA = "The mask is more than {name}"
+_DONE = "The mask fits {name}"
+_BEST = "This is the best mask of {name}"
+_LOST = "I need the whole image"
 
 
 class Oracle:
@@ -46,25 +47,31 @@ class Oracle:
             return self._say(_ABSENT, state, Finish(None))
         ious = [iou(record.mask, gt_mask) for record in state.masks]
         best = int(np.argmax(ious)) if ious else -1
-        if ious and ious[best] >= GOOD_IOU:
+        if ious and ious[best] >= self.config.good:
             return self._say(_DONE, state, Finish(state.masks[best].id))
         if ious and (state.last or len(ious) - 1 - best >= PATIENCE):
             return self._say(_BEST, state, Finish(state.masks[best].id))
         if state.view != View.whole(*gt_mask.shape, state.limits):
-            return self._say(("I need the whole image.",), state, ResetView())
+            return self._say(_LOST, state, ResetView())
         if not ious:
             wrong = not state.turns and self.rng.random() < self.config.wrong_first
             use_box = self.rng.random() < self.config.box
             target = self._elsewhere(state.image, gt_mask, use_box) if wrong else gt_mask
-            thoughts = _GUESS if wrong else _BOX if use_box else _CLICK
-            return self._say(thoughts, state, prompt_of(state.view, target, use_box))
-        if ious[-1] < RESTART_IOU:
+            return self._say(_GUESS if wrong else _HERE, state, prompt_of(state.view, target, use_box))
+        latest = state.masks[-1]
+        if (latest.mask & gt_mask).sum() <= RESTART_INSIDE * latest.mask.sum() or not (
+            latest.logits_id or ious[-1] >= RESTART_IOU
+        ):
             # A box has no doubt about size, so it is the second try whatever the first one was; then a click.
-            return self._say(_AGAIN, state, prompt_of(state.view, gt_mask, use_box=len(ious) % 2 == 1))
-        return self._repair(state, gt_mask, state.masks[-1])
+            use_box = self.config.box > 0 and len(ious) % 2 == 1
+            call = prompt_of(state.view, gt_mask, use_box)
+            if call == state.turns[-1].call:
+                call = prompt_of(state.view, gt_mask, not use_box)
+            return self._say(_AGAIN, state, call)
+        return self._repair(state, gt_mask, latest)
 
     def _repair(self, state: EnvState, gt_mask: np.ndarray, latest: MaskRecord) -> str:
-        missing, extra = largest_part(gt_mask & ~latest.mask), largest_part(latest.mask & ~gt_mask)
+        missing, extra = first_part(gt_mask & ~latest.mask), largest_part(latest.mask & ~gt_mask)
         positive = missing.sum() >= extra.sum()
         point, label = middle(state.view, missing if positive else extra), 1 if positive else 0
         last = state.turns[-1].call
@@ -96,10 +103,21 @@ class Oracle:
         wrong[tuple(spots[int(np.argmax(np.abs(image[spots[:, 0], spots[:, 1]] - usual).sum(1)))])] = True
         return wrong
 
-    def _say(self, variants: tuple[str, ...], state: EnvState, call) -> str:
+    def _say(self, thought: str, state: EnvState, call) -> str:
         name = _name(state.query)
-        thought = variants[int(self.rng.integers(len(variants)))]
-        return render_call(call, thought.format(name=name, Name=name[0].upper() + name[1:]))
+        said = thought.format(name=name, Name=name[0].upper() + name[1:])
+        return render_call(call, f"{said}; {_act(call)}.")
+
+
+def _act(call) -> str:
+    """What a thought says that it will do, and where."""
+    if isinstance(call, ResetView):
+        return "I go back"
+    if isinstance(call, Finish):
+        return "I finish"
+    if call.box is None:
+        return f"{[round(v) for v in call.points[-1]]}; I click"
+    return f"{[round(v) for v in call.box]}; I draw a box" + (" and click" if call.points else "")
 
 
 def _name(query: str) -> str:
@@ -107,4 +125,4 @@ def _name(query: str) -> str:
     name = sanitize(query).rstrip(".!?,;: ")
     if not name or len(name) > MAX_NAME_CHARS or sanitize(query).endswith("?"):
         return "the target"
-    return name if name.lower().startswith(("the ", "a ", "an ")) else f"the {name}"
+    return name if name.lower().startswith(("the ", "a ", "an ", "every ")) else f"the {name}"

@@ -155,6 +155,9 @@ class SftConfig:
     epochs: Positive = 2.0  # (paper)
     steps: CountOrZero = 0  # 0 = as many as `epochs` gives
     trajectories_per_step: Count = 128  # (paper) batch size
+    turns: Literal["all", "useful"] = (
+        "all"  # that are trained: useful = without refused calls and masks no better (ours)
+    )
     unreadable: Literal["skip", "stop"] = "skip"  # a trajectory that cannot be read, as data.unreadable
     read: ReadConfig = ReadConfig()
     batch: BatchConfig = BatchConfig()  # of one micro-batch
@@ -333,6 +336,7 @@ class TeacherConfig:
     own: OwnConfig = OwnConfig()
     box: Fraction = 0.5  # share of first prompts that are boxes; the rest are clicks
     wrong_first: Fraction = 0.25  # share of trajectories whose first guess is wrong on purpose
+    good: Fraction = 0.9  # IoU of a mask that it commits to: the filter's, since better ones are not worth a turn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

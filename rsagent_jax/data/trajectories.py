@@ -62,8 +62,11 @@ def shown_images(state: EnvState) -> list[np.ndarray]:
     return [image for turn in range(max(1, len(state.turns))) for image in read_before(state, turn)[1]]
 
 
-def decode_record(record: bytes, processor: Processor) -> Item:
-    """The training item of a record. DataError when it is broken, or made with another tokenizer or image settings."""
+def decode_record(record: bytes, processor: Processor, turns: str = "all") -> Item:
+    """The training item of a record; `turns` as SftConfig.turns.
+
+    DataError when it is broken, or made with another tokenizer or image settings.
+    """
     try:
         arrays = read_arrays(record)
         count = sum(name.startswith("image_") for name in arrays)
@@ -78,6 +81,8 @@ def decode_record(record: bytes, processor: Processor) -> Item:
             state = replay(header["replay"], image)
             images, limits = shown_images(state), state.limits
         tokens, positions, loss_mask = arrays["tokens"], arrays["positions"], arrays["sampled"]
+        if turns == "useful":
+            loss_mask = _without_useless(loss_mask, header)
     except DataError:
         raise
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
@@ -94,6 +99,15 @@ def decode_record(record: bytes, processor: Processor) -> Item:
     patches = np.concatenate([p for p, _ in patched]) if patched else processor.no_patches()
     logprobs = arrays.get("logprobs", np.zeros(len(tokens), np.float32))
     return Item(tokens, positions, loss_mask, logprobs, patches, grids, arrays.get("advantages", 0.0))
+
+
+def _without_useless(sampled: np.ndarray, header: dict) -> np.ndarray:
+    """bool[T]: `sampled` of the turns that are worth imitating alone."""
+    if "useful" not in header:
+        raise DataError(f"a stored trajectory does not say which of its turns are useful (sft.turns); {_AGAIN}")
+    first = sampled & ~np.append(False, sampled[:-1])  # something is forced between any two turns
+    turn = np.cumsum(first) - 1
+    return sampled & np.array([*header["useful"], False])[turn]
 
 
 def record_header(record: bytes) -> dict:

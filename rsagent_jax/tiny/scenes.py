@@ -381,6 +381,15 @@ def expressions_of(objects: tuple[SceneObject, ...], config: SceneConfig) -> tup
     return tuple(out)
 
 
+def plurals_of(objects: tuple[SceneObject, ...]) -> dict[str, tuple[int, ...]]:
+    """Every sentence that names all objects of one kind, two or three of them, and their indices."""
+    heads: dict[str, list[int]] = {}
+    for k, o in enumerate(objects):
+        for head in (f"{o.color} {o.shape}", o.shape, f"{o.color} one"):
+            heads.setdefault(head, []).append(k)
+    return {f"every {head}": tuple(members) for head, members in heads.items() if len(members) in (2, 3)}
+
+
 SENTENCE = re.compile(
     r"the (?:(?P<extreme>\w+most) )?(?P<head>[a-z]+(?: [a-z]+){0,2}?)"
     rf"(?: (?P<relation>{'|'.join(RELATIONS)}) the (?P<anchor>\w+ \w+))?"

@@ -3,7 +3,8 @@
     python -m rsagent_jax.tiny.synthetic --out=DIR --train=200 --val=50 --test=50 --seed=0
 
 The references stand there twice: as RefCOCOg (`refcocog/refs(umd).p`), and as gRefCOCO (`grefcoco/grefs(unc).p`) with
-further ones about things that are not in the picture, which only that layout can say.
+further ones about things that are not in the picture and, with --several, about all objects of a kind, which only that
+layout can say.
 
 Scene `index` of a split depends on (seed, split, index) only: asking for more keeps the earlier ones, ids included.
 The directory appears whole or not at all.
@@ -39,46 +40,57 @@ SPLITS = ("train", "val", "test")
 REFS_PER_IMAGE = {"train": 2, "val": 1, "test": 1}
 ABSENT = 0.2  # references about nothing for each of the others, so a sixth of gRefCOCO's
 STAMP = "synthetic.json"
-_FORMAT = 2  # raised whenever the same arguments would write other bytes
+_FORMAT = 3  # raised whenever the same arguments would write other bytes
 _MAX_PER_SPLIT = 10_000_000  # room for image ids: split s holds s * 10^7 + 1 ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    object_index: int | None  # None: nothing in the scene is meant
+    objects: tuple[int, ...]  # their indices; (): nothing in the scene is meant
     texts: tuple[str, ...]  # one or two different sentences
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
     scenes: int
-    references: int  # to objects
+    references: int  # to an object
+    several: int  # to several of them, in gRefCOCO only
     absent: int  # references to nothing, in gRefCOCO only
-    sentences: int  # of both
+    sentences: int  # of all of them
     already_there: bool
 
 
 def scene_at(
-    seed: int, split: str, index: int, refs_per_image: int, config: scenes.SceneConfig, photos: tuple[np.ndarray, ...]
+    seed: int,
+    split: str,
+    index: int,
+    refs_per_image: int,
+    config: scenes.SceneConfig,
+    photos: tuple[np.ndarray, ...],
+    several: float = 0.0,
 ) -> tuple[scenes.Scene, tuple[Reference, ...]]:
     """Scene `index` of a split with its references, as the dataset on disk has it (before JPEG).
 
-    A reference to nothing comes last, and in every few scenes only.
+    After those to an object comes one to nothing, in every few scenes only, and in `several` of the scenes one to all
+    objects of a kind, if a kind has two or three.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene = scenes.make_scene(rng, config, photos)
     named = sorted({e.object_index for e in scene.expressions})
 
-    def reference(index: int | None, draw: Callable[[], str | None]) -> Reference:
+    def reference(objects: tuple[int, ...], draw: Callable[[], str | None]) -> Reference:
         drawn = [draw() for _ in range(1 + int(rng.random() < 0.5))]
-        return Reference(index, tuple(dict.fromkeys(filter(None, drawn))))
+        return Reference(objects, tuple(dict.fromkeys(filter(None, drawn))))
 
     references = [
-        reference(k, lambda k=k: scenes.sample_expression(rng, scene, config, k).text)
+        reference((k,), lambda k=k: scenes.sample_expression(rng, scene, config, k).text)
         for k in rng.permutation(named)[:refs_per_image].tolist()
     ]
     if rng.random() < ABSENT * len(references):
-        references.append(reference(None, lambda: absent.sample_absent(rng, scene, config)))
+        references.append(reference((), lambda: absent.sample_absent(rng, scene, config)))
+    if several and rng.random() < several and (plurals := sorted(scenes.plurals_of(scene.objects).items())):
+        text, members = plurals[rng.integers(len(plurals))]
+        references.append(Reference(members, (text,)))
     return scene, tuple(r for r in references if r.texts)
 
 
@@ -90,12 +102,14 @@ def write_dataset(
     seed: int = 0,
     size: int = 112,
     refs_per_image: int | None = None,
+    several: float = 0.0,
     progress: bool = True,
 ) -> Written:
     """Writes `train` + `val` + `test` scenes of `size` px under `out`; does nothing if they are there already.
 
     refs_per_image: for every split; None means 2 in train, 1 in val and test. A scene with fewer nameable objects has
-    fewer. Raises DataError for bad numbers, or where `out` holds anything else than this very data set.
+    fewer. several: share of the scenes with a reference to several objects. Raises DataError for bad numbers, or where
+    `out` holds anything else than this very data set.
     """
     out, counts = pathlib.Path(out).expanduser().resolve(), {"train": train, "val": val, "test": test}
     per_image = {s: REFS_PER_IMAGE[s] if refs_per_image is None else refs_per_image for s in SPLITS}
@@ -103,8 +117,10 @@ def write_dataset(
         raise DataError(f"ask for at least one scene, and 0 to 9999999 per split; got {counts}")
     if seed < 0 or min(per_image.values()) < 1:
         raise DataError(f"seed must be >= 0 and refs_per_image >= 1; got {seed} and {refs_per_image}")
+    if not 0 <= several <= 1:
+        raise DataError(f"several must be a share between 0 and 1, got {several}")
     config = scenes.SceneConfig(size=size)
-    stamp = {"format": _FORMAT, "seed": seed, "scenes": counts, "refs_per_image": per_image}
+    stamp = {"format": _FORMAT, "seed": seed, "scenes": counts, "refs_per_image": per_image, "several": several}
     stamp["config"] = dataclasses.asdict(config)
     if found := _check_target(out, stamp):
         return found
@@ -150,7 +166,9 @@ def _write(folder: pathlib.Path, stamp: dict, config: scenes.SceneConfig, progre
     refs, images, annotations = [], [], []
     jobs = [(split, index) for split in SPLITS for index in range(stamp["scenes"][split])]
     for split, index in tqdm.tqdm(jobs, desc="scenes", unit="scene", disable=not progress):
-        scene, chosen = scene_at(stamp["seed"], split, index, stamp["refs_per_image"][split], config, photos)
+        scene, chosen = scene_at(
+            stamp["seed"], split, index, stamp["refs_per_image"][split], config, photos, stamp["several"]
+        )
         image_id = SPLITS.index(split) * _MAX_PER_SPLIT + index + 1
         file_name = f"COCO_train2014_{image_id:012d}.jpg"
         (folder / IMAGES / file_name).write_bytes(scenes.encode_jpeg(scene.image, config.jpeg_quality))
@@ -161,14 +179,14 @@ def _write(folder: pathlib.Path, stamp: dict, config: scenes.SceneConfig, progre
     categories = [{"id": k + 1, "name": name, "supercategory": "shape"} for k, name in enumerate(scenes.SHAPES)]
     info = {"description": "synthetic scenes of RSAgent-JAX, in the layout of RefCOCO"}
     instances = {"info": info, "images": images, "annotations": annotations, "categories": categories}
-    present = [r for r in refs if r["ann_id"] != NO_TARGET]
-    several = [r | {key: [r[key]] for key in ("ann_id", "category_id")} for r in refs]
-    for (dataset, name), content in zip(REFS.items(), (present, several), strict=True):
+    of_one = [r | {key: r[key][0] for key in ("ann_id", "category_id")} for r in refs if _is_of_one(r)]
+    for (dataset, name), content in zip(REFS.items(), (of_one, refs), strict=True):
         (folder / dataset).mkdir()
         (folder / dataset / "instances.json").write_text(json.dumps(instances))
         # Protocol 2, as in the files that refer ships.
         (folder / dataset / name).write_bytes(pickle.dumps(content, protocol=2))
-    counts = {"references": len(present), "absent": len(refs) - len(present)}
+    absent_ones = sum(r["ann_id"] == [NO_TARGET] for r in refs)
+    counts = {"references": len(of_one), "several": len(refs) - len(of_one) - absent_ones, "absent": absent_ones}
     wrote = {"scenes": len(images), **counts, "sentences": sum(len(r["sentences"]) for r in refs)}
     (folder / STAMP).write_text(json.dumps({**stamp, "wrote": wrote}, indent=2) + "\n")
     return Written(**wrote, already_there=False)
@@ -187,22 +205,26 @@ def _annotation(obj: scenes.SceneObject, image_id: int, object_index: int) -> di
     }
 
 
+def _is_of_one(ref: dict) -> bool:
+    """Whether RefCOCOg can say it: exactly one object is meant."""
+    return len(ref["ann_id"]) == 1 and ref["ann_id"][0] != NO_TARGET
+
+
 def _ref(reference: Reference, scene: scenes.Scene, split: str, image_id: int, number: int) -> dict:
-    ref_id, ann_id, category_id = image_id * 10 + number, NO_TARGET, NO_TARGET
-    if reference.object_index is not None:
-        ann_id = image_id * 10 + reference.object_index
-        category_id = scenes.SHAPES.index(scene.objects[reference.object_index].shape) + 1
+    ref_id = image_id * 10 + number
+    ann_ids = [image_id * 10 + k for k in reference.objects] or [NO_TARGET]
+    categories = [scenes.SHAPES.index(scene.objects[k].shape) + 1 for k in reference.objects] or [NO_TARGET]
     sentences = [
         {"raw": f"{text[0].upper()}{text[1:]}.", "sent": text, "sent_id": ref_id * 10 + k, "tokens": text.split()}
         for k, text in enumerate(reference.texts)
     ]
     return {
         "ref_id": ref_id,
-        "ann_id": ann_id,
-        "category_id": category_id,
+        "ann_id": ann_ids,
+        "category_id": categories,
         "image_id": image_id,
         # As in the real files, with the annotation's id at the end: it names no file, and loaders must not use it.
-        "file_name": f"COCO_train2014_{image_id:012d}_{ann_id}.jpg",
+        "file_name": f"COCO_train2014_{image_id:012d}_{ann_ids[0]}.jpg",
         "split": split,
         "sent_ids": [s["sent_id"] for s in sentences],
         "sentences": sentences,
@@ -230,13 +252,14 @@ def main(
     seed: int = 0,
     size: int = 112,  # side of the square images, pixels
     refs_per_image: int | None = None,  # 2 in train, 1 in val and test where it is not given
+    several: float = 0.0,  # share of the scenes with a question for all objects of a kind
 ) -> None:
     with local_directory(out) as here:
-        wrote = write_dataset(here, train, val, test, seed, size, refs_per_image)
+        wrote = write_dataset(here, train, val, test, seed, size, refs_per_image, several)
         if here != out and (out / STAMP).exists() and read_bytes(out / STAMP) != (here / STAMP).read_bytes():
             raise DataError(f"{out} holds synthetic scenes made with other settings: choose another --out")
     head = "already there: " if wrote.already_there else ""
     print(
-        f"{head}{wrote.scenes} scenes, {wrote.references} references and {wrote.absent} to what is absent,"
-        f" {wrote.sentences} sentences in {out}"
+        f"{head}{wrote.scenes} scenes, {wrote.references} references to an object, {wrote.several} to several"
+        f" and {wrote.absent} to what is absent, {wrote.sentences} sentences in {out}"
     )

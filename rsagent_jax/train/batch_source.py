@@ -70,7 +70,7 @@ class SftSource:
         share.of(config.trajectories_per_step, "sft.trajectories_per_step")
         self.config, self.processor, self.share = config, processor, share
         self.records = trajectories.open_records(config.trajectories)
-        decode = functools.partial(trajectories.decode_record, processor=processor)
+        decode = functools.partial(trajectories.decode_record, processor=processor, turns=config.turns)
         how = dict(seed=seed, share=share, unreadable=config.unreadable, **dataclasses.asdict(config.read))
         self.pipeline = Pipeline(self.records, decode, what=f"{config.trajectories}, record", **how)
         self.dropped, self.examples, self.steps = 0, {}, steps_of(config, len(self.records))

@@ -70,11 +70,13 @@ class GrabCut:
         box, start, core = prompt.box, None, None
         if logits is not None:
             start = np.unpackbits(logits, count=shape[0] * shape[1]).reshape(shape)
-        elif box is None and prompt.objects:  # no box says how far to look
-            start = _reached(prompt, encoding)
+        if box is None and (start is not None or prompt.objects):  # no box says how far to look
+            kept = _reached(prompt.objects, encoding)
+            start = (kept if start is None else start | kept) & ~_reached(prompt.backgrounds, encoding) & 1
             core = cv2.erode(start, np.ones((3, 3), np.uint8))
-            x, y, width, height = cv2.boundingRect(start)
-            box = (x, y, x + width, y + height)
+            if start.any():
+                x, y, width, height = cv2.boundingRect(start)
+                box = (x, y, x + width, y + height)
         found, score = _cut(encoding, _trimap(prompt, shape, start, core), prompt, _region(box, shape))
         mask = found
         if shape != (encoding.height, encoding.width):
@@ -137,12 +139,12 @@ def _trimap(prompt: _Prompt, shape: tuple[int, int], start: np.ndarray | None, c
     return trimap
 
 
-def _reached(prompt: _Prompt, encoding: GrabCutEncoding) -> np.ndarray:
-    """u8[h', w'] of 0 and 1: all that is joined to an object click by pixels within TOLERANCE of its colour."""
+def _reached(clicks: list[tuple[int, int]], encoding: GrabCutEncoding) -> np.ndarray:
+    """u8[h', w'] of 0 and 1: all that is joined to one of the clicks by pixels within TOLERANCE of its colour."""
     shape = encoding.pixels.shape[:2]
-    reached = np.zeros((len(prompt.objects), shape[0] + 2, shape[1] + 2), np.uint8)  # with the frame that OpenCV wants
+    reached = np.zeros((len(clicks) + 1, shape[0] + 2, shape[1] + 2), np.uint8)  # with the frame that OpenCV wants
     flags = 4 | cv2.FLOODFILL_MASK_ONLY | cv2.FLOODFILL_FIXED_RANGE | (1 << 8)  # 4 neighbours; writes 1 into `reached`
-    for mask, click in zip(reached, prompt.objects, strict=True):
+    for mask, click in zip(reached, clicks, strict=False):
         cv2.floodFill(encoding.smooth, mask, click, 0, (TOLERANCE,) * 3, (TOLERANCE,) * 3, flags)
     return reached[:, 1:-1, 1:-1].max(axis=0)
 

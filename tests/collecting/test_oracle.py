@@ -1,5 +1,7 @@
 """The oracle reaches IoU >= 0.9 with an ideal segmenter, and repairs its own wrong first guesses."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from agent_fakes import LIMITS, DiscSegmenter, IdealSegmenter, disc
@@ -8,8 +10,9 @@ from rsagent_jax.agent.clicks import largest_part, middle
 from rsagent_jax.agent.environment import apply_reply, final_mask, propose, reset, run_tool
 from rsagent_jax.agent.tools import Finish, ResetView, Rotate, Segment, parse, render_call
 from rsagent_jax.agent.views import View
-from rsagent_jax.collecting.oracle import GOOD_IOU, Oracle, _name
+from rsagent_jax.collecting.oracle import Oracle, _name
 from rsagent_jax.config.schema import AgentConfig, TeacherConfig
+from rsagent_jax.evals.behaviour import behaviour
 from rsagent_jax.types import Status
 
 H, W = 150, 200
@@ -49,8 +52,8 @@ def test_a_wrong_first_guess_is_repaired(box, logits):
     repaired = 0
     for seed in range(10):
         state = play(IdealSegmenter([TARGET, OTHER], logits=logits), TeacherConfig(box=box, wrong_first=1.0), seed)
-        assert state.status is Status.FINISHED and iou(final_mask(state)[0]) >= GOOD_IOU
-        repaired += iou(state.masks[0].mask) < GOOD_IOU and len(state.turns) == 3
+        assert state.status is Status.FINISHED and iou(final_mask(state)[0]) >= TeacherConfig().good
+        repaired += iou(state.masks[0].mask) < TeacherConfig().good and len(state.turns) == 3
     assert repaired >= 8  # by chance some wrong guess may be right enough
 
 
@@ -69,6 +72,35 @@ def test_largest_error_is_clicked(logits, x, label):
     if not logits:  # without logits the first prompt is said again
         first = state.turns[0].call
         assert repair.box == first.box and repair.points[:-1] == first.points
+
+
+def test_of_several_things_each_is_clicked_from_left_to_right():
+    class Adds(IdealSegmenter):  # what a click means to the mask that it refines
+        masks = {}
+
+        def segment(self, image, request):
+            reply = super().segment(image, request)
+            mask = reply.mask | self.masks.get(request.refine_logits_id, False)
+            self.masks[reply.logits_id] = mask
+            return dataclasses.replace(reply, mask=mask)
+
+    both, config = TARGET | OTHER, TeacherConfig(box=0.0, wrong_first=0.0)
+    state = play(Adds([TARGET, OTHER]), config, gt=both, query="every circle")
+    assert iou(final_mask(state)[0], both) == 1 and [t.call.name for t in state.turns] == ["segment"] * 2 + ["finish"]
+    first, second = (state.view.to_original(np.array([t.call.points[-1]]))[0] for t in state.turns[:2])
+    assert np.abs(first - (60, 70)).max() <= 2 and np.abs(second - (150, 90)).max() <= 2
+
+
+def test_thoughts_say_what_is_done_and_where():
+    for seed in range(10):
+        state = play(IdealSegmenter([TARGET, OTHER]), TeacherConfig(box=0.5, wrong_first=0.5), seed)
+        found = behaviour([turn.text for turn in state.turns], (), 0.0)
+        assert found.agreeing == found.spoken == len(state.turns)
+        for turn in state.turns:
+            thought = turn.text.partition("</think>")[0]
+            if isinstance(turn.call, Segment):
+                numbers = turn.call.box if turn.call.box and not turn.call.points else turn.call.points[-1]
+                assert str([round(v) for v in numbers]) in thought
 
 
 def test_everything_is_whole_view_pixels_and_short():
@@ -135,7 +167,8 @@ def test_hostile_query_stays_out_of_the_structure():
 @pytest.mark.parametrize(
     ("query", "name"),
     [("The red circle.", "The red circle"), ("man on the left", "the man on the left"),
-     ("What can hold water?", "the target"), ("x" * 61, "the target"), ("", "the target"), ("...", "the target")],
+     ("What can hold water?", "the target"), ("every red circle", "every red circle"),
+     ("x" * 61, "the target"), ("", "the target"), ("...", "the target")],
 )  # fmt: skip
 def test_names(query, name):
     assert _name(query) == name

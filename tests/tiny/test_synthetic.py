@@ -39,12 +39,12 @@ def test_write_then_read_gives_the_scene_back(dataset, photos, split):
     read = iter(refcoco.load_refcoco(dataset, split=split))
     for scene, references in drawn(split, photos):
         pixels = scenes.jpeg_roundtrip(scene.image, CONFIG.jpeg_quality)
-        for reference in (r for r in references if r.object_index is not None):
+        for reference in (r for r in references if r.objects):
             for text in reference.texts:
                 sample = next(read)
                 assert sample.query == text and (sample.image == pixels).all()
-                assert masks.iou(sample.gt_mask, scene.objects[reference.object_index].mask) >= 0.97
-                assert scenes.objects_described(scene.objects, text) == [reference.object_index]
+                assert masks.iou(sample.gt_mask, scene.objects[reference.objects[0]].mask) >= 0.97
+                assert scenes.objects_described(scene.objects, text) == list(reference.objects)
     assert next(read, None) is None
 
 
@@ -54,16 +54,16 @@ def test_grefcoco_holds_the_same_references_and_absent_ones(dataset, photos):
         read = iter(refcoco.load_refcoco(dataset, "grefcoco", "unc", split))
         by_text = {(sample.path, sample.query): sample for sample in refcoco.load_refcoco(dataset, split=split)}
         for scene, references in drawn(split, photos):
-            assert [r.object_index for r in references[:-1]].count(None) == 0  # at most one, and last
+            assert [r.objects for r in references[:-1]].count(()) == 0  # at most one, and last
             total += len(references)
             for reference, text in ((r, text) for r in references for text in r.texts):
                 sample = next(read)
                 assert sample.query == text
-                if reference.object_index is not None:
+                if reference.objects:
                     assert (sample.gt_mask == by_text.pop((sample.path, text)).gt_mask).all()
                 else:
                     assert not sample.gt_mask.any() and scenes.objects_described(scene.objects, text) == []
-            absent += references[-1].object_index is None
+            absent += references[-1].objects == ()
         assert next(read, None) is None and not by_text
     assert 0.08 < absent / total < 0.25  # a sixth is meant
     refs = pickle.loads((dataset / "grefcoco/grefs(unc).p").read_bytes())
@@ -71,10 +71,33 @@ def test_grefcoco_holds_the_same_references_and_absent_ones(dataset, photos):
     assert len({r["ref_id"] for r in refs}) == len(refs) == total
 
 
+def test_questions_about_several_are_for_all_of_a_kind(tmp_path, photos):
+    """In gRefCOCO alone, after the others; without them the scenes and their other questions are the same."""
+    wrote = synthetic.write_dataset(tmp_path / "x", 6, 0, 6, seed=5, several=1.0, progress=False)
+    for split, per_image in (("train", 2), ("test", 1)):
+        read = iter(refcoco.load_refcoco(tmp_path / "x", "grefcoco", "unc", split))
+        for i in range(6):
+            scene, references = synthetic.scene_at(5, split, i, per_image, CONFIG, photos, several=1.0)
+            alone, others = synthetic.scene_at(5, split, i, per_image, CONFIG, photos)
+            assert (scene.image == alone.image).all() and references[: len(others)] == others
+            assert all(len(r.objects) in (2, 3) for r in references[len(others) :])
+            for reference, text in ((r, text) for r in references for text in r.texts):
+                sample = next(read)
+                wanted = np.any([scene.objects[k].mask for k in reference.objects] or [0 * sample.gt_mask], axis=0)
+                assert sample.query == text and masks.iou(sample.gt_mask, wanted) >= (0.97 if wanted.any() else 0)
+                if len(reference.objects) > 1:
+                    words = text.removeprefix("every ").removesuffix(" one").split()
+                    kinds = [{o.color, o.shape} for o in scene.objects]
+                    assert reference.objects == tuple(k for k, kind in enumerate(kinds) if kind.issuperset(words))
+        assert next(read, None) is None
+    assert wrote.several >= 6
+    refused("share between 0 and 1", synthetic.write_dataset, tmp_path / "y", 1, 0, 0, several=1.5)
+
+
 def test_a_sixth_of_the_references_is_absent(photos):
     """Over many scenes, without writing them."""
     references = [r for i in range(400) for r in synthetic.scene_at(0, "train", i, 2, CONFIG, photos)[1]]
-    assert np.mean([r.object_index is None for r in references]) == pytest.approx(1 / 6, abs=0.03)
+    assert np.mean([r.objects == () for r in references]) == pytest.approx(1 / 6, abs=0.03)
     assert all(1 <= len(r.texts) == len(set(r.texts)) <= 2 for r in references)
 
 
@@ -212,7 +235,7 @@ def test_bad_numbers(tmp_path, wrong):
 def test_command_line(tmp_path, capsys):
     arguments = [f"--out={tmp_path / 'out'}", "--train=2", "--val=1", "--test=0", "--seed=3", "--size=96"]
     assert run_command("rsagent_jax.tiny.synthetic", [*arguments, "--refs_per_image=3"]) == 0
-    assert capsys.readouterr().out.startswith("3 scenes, 9 references and ")
+    assert capsys.readouterr().out.startswith("3 scenes, 9 references to an object, 0 to several and ")
     assert refcoco.load_refcoco(tmp_path / "out", split="val")[0].image.shape == (96, 96, 3)
     assert run_command("rsagent_jax.tiny.synthetic", [*arguments, "--refs_per_image=3"]) == 0
     assert capsys.readouterr().out.startswith("already there: 3 scenes")
