@@ -234,8 +234,7 @@ class AppendFile:
 
     def _write_part(self) -> None:
         if self.number is None:
-            parts = _parts(self.path)
-            self.number, self.unmerged = parts[-1][1] if parts else 0, sum(map(_lines, _small(parts)))
+            self.number = max((last for _, last in _all_parts(self.path)), default=0)
             self._merge()  # of a start before this
         part = (self.number + 1, self.number + len(self.waiting))
         _file_system().pipe_file(_part(self.path, *part), "".join(self.waiting).encode())
@@ -245,20 +244,24 @@ class AppendFile:
             self._merge()
 
     def _merge(self) -> None:
-        """The small parts, which are the last ones."""
-        small = _small(_parts(self.path)) if self.unmerged else []
-        if len(small) > 1:
-            merged = (small[0][0], small[-1][1])
-            _file_system().pipe_file(_part(self.path, *merged), b"".join(_read_parts(self.path, small)))
-            _remove_covered(self.path)
+        """The last part and the small ones right before it, into one; what is older stays as it is."""
+        parts = _parts(self.path)
+        start = len(parts) - 1
+        while start > 0 and _lines(parts[start - 1]) < MERGE:
+            start -= 1
+        if len(last := parts[start:]) > 1:
+            merged = _part(self.path, last[0][0], last[-1][1])
+            _file_system().pipe_file(merged, b"".join(_read_parts(self.path, last)))
+            _file_system().rm([_part(self.path, *part) for part in last])
         self.unmerged = 0
 
     def close(self) -> None:
         """DataError where a line cannot be written."""
         with self.lock:
             self._send()
-            with writing(self.path):
-                self._merge()
+            if self.unmerged:
+                with writing(self.path):
+                    self._merge()
 
 
 def open_lines(path: pathlib.Path) -> IO[bytes]:
@@ -291,7 +294,8 @@ def write_lines(path: pathlib.Path, content: bytes) -> None:
     with writing(path):
         parts = _parts(path)
         _file_system().pipe_file(_part(path, 1, parts[-1][1] if parts else 1), content)
-        return _remove_covered(path)
+        if covered := set(_all_parts(path)) - set(_parts(path)):
+            _file_system().rm([_part(path, *part) for part in covered])
 
 
 def cut_half_line(path: pathlib.Path) -> int:
@@ -310,10 +314,6 @@ def _part(path: pathlib.Path, first: int, last: int) -> str:
 
 def _lines(part: tuple[int, int]) -> int:
     return part[1] - part[0] + 1
-
-
-def _small(parts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    return [part for part in parts if _lines(part) < MERGE]
 
 
 def _all_parts(path: pathlib.Path) -> list[tuple[int, int]]:
@@ -339,11 +339,6 @@ def _read_parts(path: pathlib.Path, parts: Sequence[tuple[int, int]], at_once: i
         names = [_part(path, *part) for part in parts[start : start + at_once]]
         contents = _file_system().cat(names)
         yield from (contents[name.removeprefix(SCHEME)] for name in names)
-
-
-def _remove_covered(path: pathlib.Path) -> None:
-    if covered := set(_all_parts(path)) - set(_parts(path)):
-        _file_system().rm([_part(path, *part) for part in covered])
 
 
 # ------------------------------------------------------------------------------------------ copies on this machine
