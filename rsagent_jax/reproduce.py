@@ -41,7 +41,7 @@ def main(
     workdir: str = "",  # directory for everything this command leaves behind
     only: str = "",  # names of stages, with commas: these are run, done or not; report = none of them
 ) -> int:
-    with join_hosts() as hosts:
+    with Hosts() if only == REPORT else join_hosts() as hosts:
         directory = command.make_workdir(workdir)
         steps = plan_steps(config, directory)
         wanted = chosen(only, steps)

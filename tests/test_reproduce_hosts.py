@@ -1,14 +1,17 @@
 """The recipe on several hosts of a slice: what runs where, and what a host that fails or ends means for the others."""
 
 import os
+import socket
+import subprocess
 import sys
 import threading
 import time
 
 import pytest
+from jax._src.clusters.cloud_tpu_cluster import coordinator_port
 
 from rsagent_jax.report.reproduction import STAMP
-from rsagent_jax.runtime import hosts, processes
+from rsagent_jax.runtime import command, hosts, processes
 from rsagent_jax.runtime.hosts import Hosts
 from rsagent_jax.types import DataError
 from tests.simulated import run_simulated
@@ -87,10 +90,11 @@ def test_hosts_that_were_given_something_else_are_told():
 
 
 def test_parents_meet_beside_the_port_of_their_children(monkeypatch):
-    asked = []
+    asked, places, usual = [], [], int(coordinator_port)
     for name in (*hosts.VARIABLES, hosts.PORT):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(processes, "has_tpu", lambda: True)
+    monkeypatch.setattr(processes, "hold_place", lambda port, index: places.append((port, index)))
     monkeypatch.setattr(
         processes.jax.distributed, "initialize", lambda *a, **k: asked.append((a, os.getenv(hosts.PORT)))
     )
@@ -100,7 +104,30 @@ def test_parents_meet_beside_the_port_of_their_children(monkeypatch):
     for name, value in zip(hosts.VARIABLES, ("h:70", "2", "1"), strict=True):
         monkeypatch.setenv(name, value)
     processes.initialize_distributed(beside=1)
-    assert asked == [((), None), ((), "8483"), (("h:71", 2, 1), None)]
+    assert asked == [((), str(usual)), ((), str(usual + 1)), (("h:71", 2, 1), None)]
+    assert places == [(usual, 0), (usual + 1, 0), (71, 1)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names are Linux's")
+def test_a_second_start_is_refused_and_leaves_the_first_alone(monkeypatch, tmp_path, capsys):
+    """Without it, it meets the first one's service, and jax ends both."""
+    with socket.socket() as probe:  # a number that nobody else has now
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = f"from rsagent_jax.runtime.hosts import hold_place; hold_place({port + 1}, 0); print(flush=True); input()"
+    first = subprocess.Popen(python(code), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    first.stdout.readline()
+    for name, value in zip(hosts.VARIABLES, (f"127.0.0.1:{port}", "1", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *a, **k: joined.append(a))
+    flags = ["--config=configs/reproduce_quickstart.py", f"--workdir={tmp_path}"]
+    assert command.run_command("rsagent_jax.reproduce", flags) == 2
+    assert "runs on this machine" in capsys.readouterr().err
+    assert command.run_command("rsagent_jax.reproduce", [*flags, "--only=report"]) == 0  # beside it, and alone
+    assert (tmp_path / "table.md").exists() and not joined
+    first.communicate(b"\n")
+    hosts.hold_place(port + 1, 0)  # its place is free again
 
 
 @pytest.mark.slow

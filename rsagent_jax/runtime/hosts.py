@@ -12,7 +12,9 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -20,7 +22,7 @@ from typing import Any, Self
 from rsagent_jax.types import DataError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-PORT = "JAX_COORDINATOR_PORT"  # of a TPU VM, in place of jax's own
+PORT, USUAL_PORT = "JAX_COORDINATOR_PORT", 8482  # of a TPU VM, and jax's own where it is not set
 HEARTBEAT_S = 60  # without one a host is gone
 SHUTDOWN_S = 10  # of jax's, for one another
 POLL_S = 0.5
@@ -33,6 +35,26 @@ def has_tpu() -> bool:
     """Whether this host has TPU chips, by their device files (accel on v4, vfio on later ones), and may use them."""
     files = (file for pattern in ("accel[0-9]*", "vfio/[0-9]*") for file in pathlib.Path("/dev").glob(pattern))
     return "tpu" in os.environ.get("JAX_PLATFORMS", "tpu") and any(files)
+
+
+def hold_place(port: int, index: int) -> None:
+    """Keeps this machine's place at a meeting until the process ends. DataError where another process has it.
+
+    Without it a second start would not fail: grpc shares its ports, and a client that reaches the service of the first
+    start ends that one on all hosts. Linux alone has such names, which end with whoever has them.
+    """
+    if sys.platform != "linux":
+        return
+    place = socket.socket(socket.AF_UNIX)
+    try:
+        place.bind(f"\0rsagent_jax/{port}/{index}")
+    except OSError:
+        place.close()
+        raise DataError(
+            f"the same command, or another that joins the hosts of a slice, runs on this machine (port {port}): wait"
+            f" for its end, or stop it. {PORT} keeps two apart that share no chips"
+        ) from None
+    place.detach()  # open as long as the process
 
 
 def join_hosts() -> "Hosts":
