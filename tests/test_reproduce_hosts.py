@@ -14,6 +14,7 @@ from rsagent_jax.report.reproduction import STAMP
 from rsagent_jax.runtime import command, hosts, processes
 from rsagent_jax.runtime.hosts import Hosts
 from rsagent_jax.types import DataError
+from tests.loopback_bucket import LoopbackBucket
 from tests.simulated import run_simulated
 
 
@@ -128,6 +129,22 @@ def test_a_second_start_is_refused_and_leaves_the_first_alone(monkeypatch, tmp_p
     assert (tmp_path / "table.md").exists() and not joined
     first.communicate(b"\n")
     hosts.hold_place(port + 1, 0)  # its place is free again
+
+
+def test_a_failed_stage_ends_with_its_status_on_all_hosts_where_the_work_is_in_a_bucket(tmp_path):
+    """And not with jax's fatal error: host 0, which holds its service, must wait for the others."""
+    (tmp_path / "fails.py").write_text("raise SystemExit(5)")
+    config = (
+        "config = template(RecipeConfig)\n    config.stages = ConfigDict({'a': {'command': %r}})\n    return config"
+    )
+    head = "from ml_collections import ConfigDict\nfrom rsagent_jax.config.build import template\n"
+    head += "from rsagent_jax.config.recipe import RecipeConfig\ndef get_config():\n    "
+    (tmp_path / "recipe.py").write_text(head + config % str(tmp_path / "fails.py"))
+    bucket = LoopbackBucket()
+    argv = ["-m", "rsagent_jax.reproduce", f"--config={tmp_path}/recipe.py", "--workdir=gs://bucket/w"]
+    said = run_simulated(argv, 1, 2, statuses=(5, 5), **bucket.environment)
+    bucket.stop()
+    assert "gIoU" in said and "w/table.md" in bucket.names("w/")
 
 
 @pytest.mark.slow
