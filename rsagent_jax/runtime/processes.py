@@ -104,11 +104,17 @@ def own_share(text: str, what: str) -> Share:
     return parse_share(text, what)
 
 
-def not_shared(missing: int, workdir: pathlib.Path) -> DataError:
-    return DataError(
-        f"{missing} trajectories that other processes played are not in {workdir}: the hosts of a slice need one work"
-        " directory that all of them share"
-    )
+def tell_left(missing: int, what: str, share: Share, workdir: pathlib.Path) -> None:
+    """That other shards have so many to do yet. DataError where there are none, or they are done: they are not here."""
+    if distributed.global_state.client:
+        raise DataError(
+            f"{missing} {what} that other processes have done are not in {workdir}: the hosts of a slice need one work"
+            " directory that all of them share"
+        )
+    if share.count == 1:
+        raise DataError(f"{missing} {what} that were done are not in {workdir}: run the same command again, which does"
+                        " them again")  # fmt: skip
+    print(f"shard {share.index} of {share.count} is done; {missing} {what} are left to the others")
 
 
 def row_share(mesh: Mesh) -> Share:
