@@ -34,7 +34,7 @@ from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, size_config
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
-from rsagent_jax.runtime import sharding
+from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.train.state import EMPTY, make_optimizer, partition_params, vision_frozen
 from rsagent_jax.train.step import Sums, make_programs, make_stage
 from rsagent_jax.types import Batch, DataError
@@ -206,6 +206,9 @@ def attention_flops(policy: Qwen25VLConfig, work: Workload) -> KernelFlops:
 
 
 def fill_topology_defaults(config: TrainConfig, topology: Topology, policy: Qwen25VLConfig) -> TrainConfig:
-    """The config with what it leaves to the slice filled in for this topology."""
+    """The config with what it leaves to the slice filled in for this topology. DataError where its hosts cannot share
+    a step of GRPO."""
     named = config if config.slice else dataclasses.replace(config, slice=topology.name if "-" in topology.name else "")
+    if "grpo" in config.stages:  # as train/startup.py refuses it on the slice
+        processes.Share(count=topology.hosts).of(config.grpo.prompts, "grpo.prompts")
     return slices.fill_slice_defaults(named, policy.text.hidden_size, topology.devices)

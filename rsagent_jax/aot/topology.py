@@ -83,6 +83,11 @@ class Topology:
         return dataclasses.replace(self, shape=(*(min(2, n) for n in self.shape[:2]), 1)[: len(self.shape)])
 
     @property
+    def hosts(self) -> int:
+        """Processes that drive it together."""
+        return self.devices // self.host.devices
+
+    @property
     def wrap(self) -> tuple[bool, ...]:
         """Which axes close into a ring: 16 long on v5e and v6e; all three of a slice made of whole 4x4x4 cubes."""
         if self.chip.dimensions == 2:

@@ -48,7 +48,12 @@ def test_every_preset_of_the_table_gives_a_mesh_that_splits_the_policy(size, nam
     """Every large parameter divides over the mesh, and the tensor axis divides the heads."""
     policy, topology = size_config(size), parse_topology(name)
     grpo = dataclasses.replace(OPEN.grpo, sampling=SamplingConfig(tensor=0, slots=0))
-    config = stages.fill_topology_defaults(dataclasses.replace(OPEN, grpo=grpo), topology, policy)
+    open_ = dataclasses.replace(OPEN, grpo=grpo)
+    if topology.hosts > 16:
+        says = f"grpo.prompts = 16 must be a multiple of the {topology.hosts} processes"
+        refused(says, stages.fill_topology_defaults, open_, topology, policy)
+        open_ = dataclasses.replace(OPEN, grpo=dataclasses.replace(grpo, prompts=topology.hosts))
+    config = stages.fill_topology_defaults(open_, topology, policy)
     assert config.mesh.tensor >= 1 and config.policy.remat and config.sft.batch.rows == config.grpo.batch.rows > 0
     fake = np.array([None] * topology.devices, object)
     sizes = (config.mesh.data, topology.devices // config.mesh.tensor, config.mesh.tensor)
@@ -65,8 +70,9 @@ def test_every_preset_of_the_table_gives_a_mesh_that_splits_the_policy(size, nam
 
 def test_what_the_config_says_goes_before_the_preset():
     topology, policy = parse_topology("v5e-256"), size_config("7b")
-    assert stages.fill_topology_defaults(OPEN, topology, policy).mesh.tensor == 2
-    said = dataclasses.replace(OPEN, mesh=MeshConfig(tensor=4), policy=PolicyConfig(weights="7b", remat="dots"))
+    open_ = dataclasses.replace(OPEN, stages=("sft",))
+    assert stages.fill_topology_defaults(open_, topology, policy).mesh.tensor == 2
+    said = dataclasses.replace(open_, mesh=MeshConfig(tensor=4), policy=PolicyConfig(weights="7b", remat="dots"))
     said = stages.fill_topology_defaults(said, topology, policy)
     assert (said.mesh.tensor, said.policy.remat, said.sft.batch.rows) == (4, "dots", 64)
 
@@ -250,5 +256,7 @@ def test_presets_of_the_large_sizes_split_the_policy_and_their_hosts(size, name)
     config = dataclasses.replace(OPEN, grpo=dataclasses.replace(OPEN.grpo, sampling=SamplingConfig(tensor=0, slots=0)))
     fill = functools.partial(stages.fill_topology_defaults, topology=topology, policy=policy)
     if not preset.slots:
-        refused(f"'{name}' has a preset of {size} for SFT alone", fill, dataclasses.replace(config, stages=("grpo",)))
+        grpo = dataclasses.replace(config.grpo, prompts=topology.hosts)
+        config = dataclasses.replace(config, grpo=grpo, stages=("grpo",))
+        refused(f"'{name}' has a preset of {size} for SFT alone", fill, config)
     assert fill(dataclasses.replace(config, stages=("sft",))).sft.batch.rows * preset.tensor == topology.devices
