@@ -193,12 +193,13 @@ class AppendFile:
         self.number: int | None = None  # lines in the bucket
         self.unmerged = 0  # lines in parts that are to be merged
         self.waiting: list[str] = []
-        self.lock, self.timer = threading.Lock(), None
-        self.problem: DataError | None = None  # of the first line that could not be sent
+        self.lock, self.timer = threading.Lock(), None  # of what waits
+        self.sending = threading.Lock()
+        self.problem: Exception | None = None  # of the first line that could not be sent
 
     def add(self, text: str) -> None:
-        """A line, on the disk or in the bucket when this returns; of a gathered one, when `close` does. DataError if
-        it, or an earlier one, cannot be."""
+        """A line, on the disk or in the bucket when this returns; of a gathered one, when `close` does, and no request
+        is waited for until MERGE of them wait. DataError if it, or an earlier one, cannot be written."""
         if not is_remote(self.path):
             with writing(self.path), self.path.open("ab") as file:
                 file.write(text.encode())
@@ -207,38 +208,42 @@ class AppendFile:
             return
         with self.lock:
             self.waiting.append(text)
-            if not self.gather or self.problem or len(self.waiting) >= MERGE:
-                self._send()
-            elif self.timer is None:
+            gathered = self.gather and not self.problem and len(self.waiting) < MERGE
+            if gathered and self.timer is None:
                 self.timer = threading.Timer(SEND_S, self._send_later)
                 self.timer.daemon = True
                 self.timer.start()
+        if not gathered:
+            self._send()
 
     def _send_later(self) -> None:
-        with self.lock, contextlib.suppress(DataError):  # the next `add` or `close` raises it
+        with contextlib.suppress(Exception):  # the next `add` or `close` raises it
             self._send()
 
     def _send(self) -> None:
-        """What waits, as one part."""
-        self.timer = self.timer and self.timer.cancel()
-        if self.problem:
-            raise self.problem
-        if not self.waiting:
-            return
-        try:
-            with writing(self.path):
-                self._write_part()
-        except DataError as error:
-            self.problem = error
-            raise
+        """What waits, as one part; `add` goes on gathering meanwhile."""
+        with self.sending:
+            if self.problem:
+                raise self.problem
+            with self.lock:
+                self.timer = self.timer and self.timer.cancel()
+                lines, self.waiting = self.waiting, []
+            try:
+                with writing(self.path):
+                    self._write_part(lines)
+            except Exception as error:
+                self.problem = error
+                raise
 
-    def _write_part(self) -> None:
+    def _write_part(self, lines: Sequence[str]) -> None:
+        if not lines:
+            return
         if self.number is None:
             self.number = max((last for _, last in _all_parts(self.path)), default=0)
             self._merge()  # of a start before this
-        part = (self.number + 1, self.number + len(self.waiting))
-        _file_system().pipe_file(_part(self.path, *part), "".join(self.waiting).encode())
-        self.number, self.waiting = part[1], []
+        part = (self.number + 1, self.number + len(lines))
+        _file_system().pipe_file(_part(self.path, *part), "".join(lines).encode())
+        self.number = part[1]
         self.unmerged += _lines(part)
         if self.unmerged >= MERGE:
             self._merge()
@@ -257,11 +262,10 @@ class AppendFile:
 
     def close(self) -> None:
         """DataError where a line cannot be written."""
-        with self.lock:
-            self._send()
+        self._send()
+        with self.sending, writing(self.path):
             if self.unmerged:
-                with writing(self.path):
-                    self._merge()
+                self._merge()
 
 
 def open_lines(path: pathlib.Path) -> IO[bytes]:

@@ -1,7 +1,10 @@
 """Files that grow by lines in a bucket, against one in memory; tests/test_buckets.py has the real client."""
 
+import threading
+import time
 from unittest import mock
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -24,6 +27,49 @@ class Objects(dict):
     def rm(self, names: list[str]) -> None:
         for name in names:
             del self[name]
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    bucket = Objects()
+    monkeypatch.setattr(paths, "_file_system", lambda: bucket)
+    return bucket
+
+
+def test_a_slow_request_holds_nobody_up_who_gathers_lines(bucket, monkeypatch):
+    asked, answered, write = threading.Event(), threading.Event(), bucket.pipe_file
+    monkeypatch.setattr(bucket, "pipe_file", lambda *a: (asked.set(), answered.wait(10), write(*a)), raising=False)
+    monkeypatch.setattr(paths, "SEND_S", 0.01)
+    file = paths.AppendFile(paths.open_path("gs://bucket/a.jsonl"), gather=True)
+    file.add("0\n")
+    assert asked.wait(10)
+    start = time.monotonic()
+    file.add("1\n")
+    assert time.monotonic() - start < 5 and not bucket  # the first is still on its way
+    answered.set()
+    file.close()
+    assert paths.read_lines(file.path) == b"0\n1\n"
+
+
+def test_whatever_ends_a_request_behind_the_work_is_raised_by_the_next_line(bucket, monkeypatch):
+    raised, printed = threading.Event(), []
+
+    def fail(name, data):
+        raised.set()
+        raise RuntimeError("the client is closed")
+
+    monkeypatch.setattr(bucket, "pipe_file", fail, raising=False)
+    monkeypatch.setattr(paths, "SEND_S", 0.01)
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    monkeypatch.setattr(paths, "bucket_used", lambda: False)
+    file = paths.AppendFile(paths.open_path("gs://bucket/a.jsonl"), gather=True)
+    file.add("0\n")
+    assert raised.wait(10)
+    with pytest.raises(RuntimeError, match="is closed"):
+        file.close()
+    with pytest.raises(RuntimeError, match="is closed"):
+        file.add("1\n")
+    assert not printed
 
 
 STARTS = st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=1, max_size=4)  # of bursts of so many lines
