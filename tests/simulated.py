@@ -10,10 +10,15 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def run_simulated(
-    arguments: list[str], devices: int, count: int = 1, flags: str = "", statuses: tuple[int, ...] = (), **env: str
-) -> str:
-    """What the first of `count` processes prints that run python with these arguments, on `devices` devices each.
+def run_simulated(arguments: list[str], devices: int, count: int = 1, flags: str = "", **env: str) -> str:
+    """What the first of `count` processes prints; as run_all_simulated in all else."""
+    return run_all_simulated(arguments, devices, count, flags, **env)[0]
+
+
+def run_all_simulated(
+    arguments: list[str], devices: int, count: int, flags: str = "", statuses: tuple[int, ...] = (), **env: str
+) -> list[str]:
+    """What each of `count` processes prints that run python with these arguments, on `devices` devices each.
 
     Several find each other by processes.initialize_distributed. What one says on stderr is shown if it fails: ends
     otherwise than with its status, 0 unless others are given.
@@ -36,4 +41,4 @@ def run_simulated(
             process.kill()
     ended = tuple(process.returncode for process in running)
     assert ended == (statuses or (0,) * count), "\n".join([f"{ended}", *(error[-3000:] for _, error in said)])
-    return said[0][0]
+    return [out for out, _ in said]

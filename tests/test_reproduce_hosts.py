@@ -15,7 +15,7 @@ from rsagent_jax.runtime import command, hosts, processes
 from rsagent_jax.runtime.hosts import Hosts
 from rsagent_jax.types import DataError
 from tests.loopback_bucket import LoopbackBucket
-from tests.simulated import run_simulated
+from tests.simulated import run_all_simulated
 
 
 class Store(dict):
@@ -66,6 +66,15 @@ def test_a_command_that_fails_on_one_host_ends_on_all_with_one_status():
     assert on_two_hosts(lambda h: h.run(killed, True), lambda h: h.run(deaf, True)) == [137, 137]
     assert on_two_hosts(lambda h: h.run(python(""), True), lambda h: h.run(python(""), True)) == [0, 0]
     assert time.monotonic() - start < 20
+
+
+def test_what_runs_on_one_host_is_not_run_by_the_others(tmp_path):
+    def run(here, everywhere):
+        return here.run(python(f"open({str(tmp_path / f'{everywhere}')!r}, 'a').write('{here.index}')"), everywhere)
+
+    for everywhere, hosts_ in (False, "0"), (True, "01"):
+        assert on_two_hosts(*[lambda h, e=everywhere: run(h, e)] * 2) == [0, 0]
+        assert "".join(sorted((tmp_path / f"{everywhere}").read_text())) == hosts_
 
 
 def test_a_host_that_ends_ends_the_others_and_what_they_run():
@@ -142,9 +151,10 @@ def test_a_failed_stage_ends_with_its_status_on_all_hosts_where_the_work_is_in_a
     (tmp_path / "recipe.py").write_text(head + config % str(tmp_path / "fails.py"))
     bucket = LoopbackBucket()
     argv = ["-m", "rsagent_jax.reproduce", f"--config={tmp_path}/recipe.py", "--workdir=gs://bucket/w"]
-    said = run_simulated(argv, 1, 2, statuses=(5, 5), **bucket.environment)
+    first, other = run_all_simulated(argv, 1, 2, statuses=(5, 5), **bucket.environment)
     bucket.stop()
-    assert "gIoU" in said and "w/table.md" in bucket.names("w/")
+    assert "gIoU" in first and "w/table.md" in bucket.names("w/")
+    assert "== 1/1 a: runs on host 0\n" in other and "gIoU" not in other
 
 
 @pytest.mark.slow
@@ -152,8 +162,9 @@ def test_two_hosts_share_what_joins_them_and_do_all_else_once(tmp_path):
     flags = ["--config=configs/reproduce_quickstart.py", f"--workdir={tmp_path}", "--only=data,collect"]
     flags.append("--config.stages.data.more=('--train=9','--val=0','--test=0')")
     flags.append("--config.stages.collect.more=('--config.limit=6','--config.segmenter.mode=inprocess')")
-    said = run_simulated(["-m", "rsagent_jax.reproduce", *flags], 1, 2)
-    assert said.count(" references and ") == 1 and said.count(" of 6 trajectories") == 1  # by host 0
+    first, other = run_all_simulated(["-m", "rsagent_jax.reproduce", *flags], 1, 2)
+    for once in " references and ", " of 6 trajectories":  # by host 0
+        assert (first.count(once), other.count(once)) == (1, 0)
     assert sorted(path.name for path in (tmp_path / "collect/attempts").glob("0*")) == [
         "00000-of-00002.jsonl", "00001-of-00002.jsonl"
     ]  # fmt: skip
