@@ -280,6 +280,7 @@ def test_a_copy_that_nobody_uses_is_removed(bucket, tmp_path):
     assert old.is_dir() and left.is_dir()
     for folder in (old, left):
         os.utime(folder, (long_ago, long_ago))
+    (old.parent / "removed").symlink_to("by another process")  # listed, and no longer there
     paths.write_whole(run_path("b/x"), "changed")
     assert paths.fetch_folder(run_path("b")) != new
     assert not old.exists() and not left.exists() and new.is_dir()

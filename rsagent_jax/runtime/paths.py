@@ -366,9 +366,10 @@ def fetch_folder(path: pathlib.Path, patterns: Sequence[str] = ("*",)) -> pathli
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     for old in cache.iterdir():
-        days = (time.time() - old.stat().st_mtime) / 86400
-        if days > (PARTIAL_DAYS if old.name.startswith(".partial-") else KEPT_DAYS):
-            shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+            days = (time.time() - old.stat().st_mtime) / 86400
+            if days > (PARTIAL_DAYS if old.name.startswith(".partial-") else KEPT_DAYS):
+                shutil.rmtree(old, ignore_errors=True)
     needed = sum(e["size"] for e in entries if e["name"].rpartition("/")[2] in versions)
     if (free := shutil.disk_usage(cache).free) < needed:
         raise DataError(
