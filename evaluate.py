@@ -64,7 +64,7 @@ def main(
 ) -> int | None:
     if weights:
         config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=weights))
-    if aot:
+    if aot or aot_only:
         from rsagent_jax.aot import stages  # loads the TPU compiler
 
         return stages.compile_engine(config.sampling, config.policy.weights, config.policy.dtype, aot, aot_only)

@@ -112,6 +112,8 @@ class Topology:
 def parse_topology(name: str) -> Topology:
     """`v5e:4x4`, `v5p:2x2x1` (the shape in chips) or `v5e-16`, `v5p-8` (a slice by its size), else one DataError."""
     plain = name.strip().lower().replace("v5litepod", "v5e")
+    if not plain:
+        raise DataError("--aot=SLICE, such as --aot=v5e-16, is missing: what to compile for")
     if plain in SLICES:
         chip, shape = SLICES[plain]
         return Topology(name, CHIPS[chip], shape)

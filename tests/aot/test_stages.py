@@ -16,6 +16,7 @@ from rsagent_jax.aot import stages
 from rsagent_jax.aot.flops import model_flops
 from rsagent_jax.aot.topology import TABLE, devices, parse_topology
 from rsagent_jax.config import slices
+from rsagent_jax.config.import_path import load_file
 from rsagent_jax.config.schema import (
     BatchConfig,
     GrpoConfig,
@@ -29,7 +30,7 @@ from rsagent_jax.config.schema import (
 )
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import size_config
-from rsagent_jax.runtime import sharding
+from rsagent_jax.runtime import command, sharding
 from tests.aot.test_report import DESIGN
 from tests.refusals import refused
 
@@ -145,6 +146,21 @@ def test_what_stays_on_the_device_counts(monkeypatch):
     assert grpo[2].resident_bytes == pytest.approx(0.5 * split + batch, abs=counts)
     frozen = dataclasses.replace(TINY, sft=dataclasses.replace(TINY.sft, optim=OptimConfig(freeze=("vision",))))
     assert next(stages.stage_jobs(frozen, "sft", policy, mesh)).resident_bytes < sft[0].resident_bytes
+
+
+def test_a_name_that_no_program_has_is_an_error_and_one_of_a_single_stage_is_none(monkeypatch):
+    monkeypatch.setattr(stages, "report_job", lambda job, *_: job.program)
+    both, topology = dataclasses.replace(TINY, stages=("sft", "grpo")), parse_topology("v5e:2x2")
+    assert stages.report_stages(both, topology, "rollout d") == ["rollout decode"]
+    names = "no program has this in its name; there are sft .*gradients, .*grpo update, rollout .*decode"
+    refused(f"--aot_only=rolout: {names}", stages.report_stages, both, topology, "rolout")
+    engine = functools.partial(stages.compile_engine, SamplingConfig(context=256), TINY.policy.weights, "bfloat16")
+    refused("--aot_only=decoed: no program.* there are rollout", engine, "v5e:2x2", "decoed")
+    for file, flags in ("train.py", ["--aot_quick"]), ("train.py", ["--aot_only=x"]), ("evaluate.py", ["--aot_only=x"]):
+        config = "configs/eval.py:refcoco-testA" if file == "evaluate.py" else "configs/sft_tpu.py"
+        main = load_file(ROOT / file).main
+        _, given = command.parse_arguments(main, [f"--config={config}", "--config.policy.weights=7b", *flags])
+        refused("--aot=SLICE, such as --aot=v5e-16, is missing", main, **given)
 
 
 def test_with_adapters_the_base_is_an_argument_and_its_tower_a_program():
