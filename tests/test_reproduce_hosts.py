@@ -1,6 +1,7 @@
 """The recipe on several hosts of a slice: what runs where, and what a host that fails or ends means for the others."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import pytest
 from jax._src.clusters.cloud_tpu_cluster import coordinator_port
 
+from rsagent_jax import reproduce
 from rsagent_jax.report.reproduction import STAMP
 from rsagent_jax.runtime import command, hosts, processes
 from rsagent_jax.runtime.hosts import Hosts
@@ -87,6 +89,20 @@ def test_a_host_that_ends_ends_the_others_and_what_they_run():
     assert isinstance(other, SystemExit)
     _, other = on_two_hosts(leave, lambda h: h.from_lead(lambda: ""))
     assert str(other) == "host 0 has ended (143): start the same command on all hosts again"
+
+
+def test_a_host_that_is_stopped_between_stages_tells_the_others(monkeypatch, tmp_path):
+    told, heard = [], []
+    flags = ["--config=configs/reproduce_quickstart.py", f"--workdir={tmp_path}", "--only=report"]
+    monkeypatch.setattr(Hosts, "__exit__", lambda self, kind, error, _: told.append((kind, error.code)))
+    monkeypatch.setattr(reproduce, "write_report", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("by nobody"))
+    try:
+        with pytest.raises(SystemExit):
+            command.run_command("rsagent_jax.reproduce", flags)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == [(SystemExit, 143)] and not heard
 
 
 def test_hosts_that_were_given_something_else_are_told():

@@ -6,6 +6,7 @@ touch no device. What ends one of them ends all: at once where it can still say 
 fatal error. Each takes its child with it.
 """
 
+import contextlib
 import ctypes
 import itertools
 import json
@@ -16,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 from rsagent_jax.types import DataError
@@ -70,6 +71,16 @@ def join_hosts() -> "Hosts":
     initialize_distributed(beside=1, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=SHUTDOWN_S)
     state = distributed.global_state
     return Hosts(state.process_id, state.num_processes, state.client)
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit within, on its way out of which a host stops its command and tells the others."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class HostGone(DataError):
