@@ -104,8 +104,7 @@ def costs(lines: list[dict], assumed: Assumptions) -> Iterator[Cost]:
     for name, line in fit.items():
         size, where, stage, *rest = name.split(":")
         topology, preset = parse_topology(where), PRESETS.get(size, {}).get(where)
-        alone = fit.get(f"{size}:{where}:{ENGINE}")  # has more slots than beside a trainer
-        if stage in (ENGINE, "rollout") and _whole(line) and (alone is None or alone is line):
+        if stage == ENGINE and _whole(line):  # as evaluate.py has it: more slots than beside a trainer
             for what, count in (("evaluation", EVALUATED), ("collection", COLLECTED)):
                 seconds = rollout_seconds(line, count / _hosts(topology, line), assumed) / count
                 yield Cost(size, what, where, seconds, count * seconds / 3600, _engine(line))

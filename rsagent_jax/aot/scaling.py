@@ -3,8 +3,8 @@
   python -m rsagent_jax.aot.scaling --results=docs/scaling.jsonl --out=docs/scaling.md [--only=7b:v5e]
 
 Every line of the tables is one call of `train.py --aot`, or of `evaluate.py --aot` for an engine alone, so that anybody
-can repeat it. A call takes minutes; its report is added to --results, and what stands there for rows of TOKENS is not
-compiled again. Interrupt and go on as you like.
+can repeat it. A call takes minutes; its report is added to --results, and what stands there for rows of TOKENS, by the
+same arguments, is not compiled again. Interrupt and go on as you like.
 What stands in --out above the mark TABLES is kept.
 """
 
@@ -41,7 +41,7 @@ LARGE = {
     "72b:sft": {"v5p-64": "full"},
     "72b:grpo": {"v5p-64": "full"},
 }
-ENGINES = {"7b": ("v5e-8", "v6e-8", "v5p-8", "tpu7x-8"), "32b": ("v6e-8", "v5p-8", "tpu7x-8")}
+ENGINES = {"7b": ("v5e-8", "v5e-16", "v6e-8", "v5p-8", "tpu7x-8"), "32b": ("v6e-8", "v5p-8", "tpu7x-8")}
 ENGINES["72b"] = ENGINES["32b"]
 
 
@@ -86,11 +86,16 @@ def read_results(results: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
+def is_todays(line: dict | None, arguments: list[str]) -> bool:
+    """Whether a line stands for what these arguments would compile now."""
+    return line is not None and line.get("tokens") == TOKENS and line["arguments"] == arguments
+
+
 def compile_missing(results: pathlib.Path, only: str) -> None:
     lines = read_results(results)
-    have = {line["name"] for line in lines if line.get("tokens") == TOKENS}
+    by = {line["name"]: line for line in lines}
     for name, arguments in calls():
-        if name in have or only not in name:
+        if is_todays(by.get(name), arguments) or only not in name:
             continue
         script = "evaluate.py" if name.endswith(ENGINE) else "train.py"
         quick = os.environ | {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}  # what --aot_quick asks for
@@ -109,7 +114,8 @@ def compile_missing(results: pathlib.Path, only: str) -> None:
 
 def scaling_tables(lines: list[dict]) -> str:
     """The tables, in Markdown, from the results' lines."""
-    by, names, out = {line["name"]: line for line in lines}, [name for name, _ in calls()], []
+    by, wanted, out = {line["name"]: line for line in lines}, dict(calls()), []
+    names = list(wanted)
     for stage in ("sft", "grpo"):
         for size in SIZES:
             mine = [n for n in names if n in by and n.startswith(f"{size}:") and f":{stage}:" in n]
@@ -124,9 +130,9 @@ def scaling_tables(lines: list[dict]) -> str:
     pairs = [(f, q) for f, q in pairs if q in by and by[f].get("tokens") == by[q].get("tokens")]
     rows = [_row(n, by[n], how) for pair in pairs for n, how in zip(pair, ("fully", "quick"), strict=True)]
     out += _table("Compiled fully and with --aot_quick: SFT, 7B", COLUMNS, rows)
-    missing = ", ".join(f"`{name}`" for name in names if by.get(name, {}).get("tokens") != TOKENS)
+    missing = ", ".join(f"`{name}`" for name in names if not is_todays(by.get(name), wanted[name]))
     if missing:
-        out += [f"## Not compiled yet with {TOKENS:,} tokens", "", missing, ""]
+        out += [f"## Not compiled yet with {TOKENS:,} tokens and today's settings", "", missing, ""]
     return "\n".join(out)
 
 
