@@ -28,7 +28,6 @@ from typing import Any
 import jax
 
 from rsagent_jax.agent.environment import EnvState
-from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import EvalConfig
@@ -37,17 +36,15 @@ from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.evals import bounds, metrics, records
 from rsagent_jax.evals.behaviour import recorded_behaviour, summarize_behaviours
-from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory, weights_checksum
 from rsagent_jax.report import evaluation
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.open import open_engine
-from rsagent_jax.rollout.play import Failure, failure_of, play_samples, unmeasured
+from rsagent_jax.rollout.play import Failure, play_samples, unmeasured
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
 from rsagent_jax.runtime import command, processes
 from rsagent_jax.runtime import journal as journals
-from rsagent_jax.runtime.image_files import keep_image
 from rsagent_jax.runtime.paths import remove_file, write_whole
 from rsagent_jax.types import DataError, Trajectory
 from sam_bridge.types import Segmenter
@@ -57,7 +54,7 @@ def main(
     config: EvalConfig,
     *,
     workdir: str = "",  # directory for everything this command leaves behind
-    weights: str = "",  # a Hugging Face directory, org/name or checkpoints/<stage>; in place of policy.weights
+    weights: str = "",  # a Hugging Face directory, org/name or checkpoints/<stage>[@best]; in place of policy.weights
     shard: str = "",  # i/n: evaluate every n-th sample from the i-th on, counted from 0
     aot: str = "",  # a TPU slice or topology to compile the engine for instead of evaluating
     aot_only: str = "",  # with --aot: only programs with this in their name, such as decode
@@ -176,7 +173,7 @@ def measure(
     def keep(task: Task, trajectory: Trajectory, state: EnvState) -> Failure | None:
         nonlocal last
         since, last = last, time.perf_counter()
-        record = make_record(workdir, task.sample, trajectory, state, last - since)
+        record = records.make_record(workdir, task.sample, trajectory, state, last - since)
         journal.add(record.to_row())
         return record.failure
 
@@ -241,21 +238,3 @@ def headline(summary: dict) -> str:
         f"{summary['benchmark']}{mark}: n {summary['n']}  gIoU {summary['giou']:.3f} [{low:.3f}, {high:.3f}]"
         f"  cIoU {summary['ciou']:.3f}  turns {summary['mean_turns']:.2f}  tool errors {summary['tool_error_rate']:.3f}"
     )
-
-
-def make_record(workdir: pathlib.Path, sample, trajectory, state, seconds: float) -> records.Record:
-    counts = metrics.count(trajectory, sample)
-    path = sample.path or keep_image(workdir, sample.image)
-    example = {
-        "id": sample.id,
-        "query": sample.query,
-        "iou": metrics.judge(counts).iou,
-        "status": trajectory.status.value,
-        "ious": [mask_iou(m.mask, sample) for m in trajectory.masks],
-        "gt": encode_rle(sample.gt_mask),
-        "image": path,
-        "record": state_to_json(state, path),
-    }
-    masks = metrics.mask_pixels(trajectory, sample)
-    failure = failure_of(state)
-    return records.Record(counts, encode_rle(trajectory.final_mask), seconds, example, masks, failure)

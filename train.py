@@ -14,7 +14,6 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import pathlib
-import time
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,10 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from rsagent_jax.agent.segmenter import open_segmenter
+from rsagent_jax.aot.devices import chip_of
+from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import TrainConfig
-from rsagent_jax.data.processor import Processor, unpatchify
+from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.data.trajectories import check_collected
 from rsagent_jax.models.qwen25_vl.compute import Compute
@@ -33,12 +34,14 @@ from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.runtime import processes, sharding
-from rsagent_jax.runtime.image_files import png
-from rsagent_jax.runtime.paths import write_whole
+from rsagent_jax.runtime.loggers import open_loggers
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train import run_identity, startup
 from rsagent_jax.train.batch_source import BatchSource, GrpoSource, SftSource
 from rsagent_jax.train.checkpoint import Checkpoints
+from rsagent_jax.train.first_batch import save_first_batch
+from rsagent_jax.train.judged import ReplaySource, dump_rollouts, rollout_figures
+from rsagent_jax.train.losses import mean_over_updates
 from rsagent_jax.train.run_identity import STAGES
 from rsagent_jax.train.state import (
     EMPTY,
@@ -51,7 +54,8 @@ from rsagent_jax.train.state import (
     updates_made,
 )
 from rsagent_jax.train.step import make_programs, make_stage
-from rsagent_jax.types import Batch
+from rsagent_jax.train.throughput import StepClock, WorkCounter
+from rsagent_jax.train.validation import Validator, open_validation_sets, overlaps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,7 @@ def main(
     aot: str = "",  # a TPU slice or topology to compile for instead of training, or all
     aot_quick: bool = False,  # with --aot: a fifth of the time, by leaving out what only makes it fast
     aot_only: str = "",  # with --aot: only programs with this in their name, such as rollout
+    replay: str = "",  # a directory that grpo.dump_every wrote: one GRPO update from it, and nothing is played
 ) -> int | None:
     if aot or aot_only or aot_quick:
         return compile_ahead(config, aot, aot_quick, aot_only)
@@ -79,21 +84,25 @@ def main(
     ############################## Checks, before a file is touched ##############################
     processes.initialize_distributed()
     workdir = command.make_workdir(workdir)
-    config = processes.all_or_none(lambda: startup.check_train(config, workdir))
+    if replay:
+        config = processes.all_or_none(lambda: startup.replay_config(config, workdir))
+    config = processes.all_or_none(lambda: startup.check_train(config, workdir, replay=bool(replay)))
     processes.all_or_none(lambda: run_identity.check_config(workdir, config))
     command.use_compilation_cache(config.cache_dir, workdir / "compiled")
     weights = policy_directory(config.policy.weights)
     processor = Processor.load(weights)
-    inputs = processes.all_or_none(lambda: check_inputs(config, workdir, processor))
+    inputs = processes.all_or_none(lambda: check_inputs(config, workdir, processor, replay))
     processes.check_same(inputs)
 
     ############################## Work directory, log ##############################
     processes.all_or_none(lambda: run_identity.record_start(workdir, config, inputs) if processes.is_lead() else None)
     if config.profiler_port:
         jax.profiler.start_server(config.profiler_port)
-    log = MetricsLog(processes.own_directory(workdir))
+    own = processes.own_directory(workdir)
+    loggers = lambda: open_loggers(config.loggers, own, to_dict(config), lead=processes.is_lead())  # noqa: E731
+    log = MetricsLog(own, processes.all_or_none(loggers))
     for name in set(STAGES) - run_identity.saved_steps(workdir).keys():  # of a start that left no checkpoint
-        processes.all_or_none(lambda name=name: log.rewind(name, 0))
+        processes.all_or_none(lambda name=name: log.rewind(name, -1))
 
     ############################## Mesh, policy ##############################
     mesh = sharding.make_mesh(config.mesh)
@@ -103,7 +112,7 @@ def main(
     ############################## Stages ##############################
     for name in config.stages:
         with contextlib.ExitStack() as stack:
-            policy = run_stage(name, config, workdir, log, policy, stack)
+            policy = run_stage(name, config, workdir, log, policy, stack, replay)
     log.close()
     for line in log.failures():
         print(line)
@@ -127,15 +136,17 @@ def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int
     return 0 if all(r.fits for r in reports) else 3
 
 
-def check_inputs(config: TrainConfig, workdir: pathlib.Path, processor: Processor) -> dict[str, str]:
+def check_inputs(config: TrainConfig, workdir: pathlib.Path, processor: Processor, replay: str) -> dict[str, str]:
     """Fingerprints of what the run is given, once it is known to be what the run in `workdir` was given."""
     inputs = {"policy.weights": run_identity.weights_fingerprint(config.policy.weights)}
     if "sft" in config.stages:
         check_collected(config.sft.trajectories, config.agent, pixel_limits(config.agent, processor))
         inputs["sft.trajectories"] = run_identity.trajectories_fingerprint(config.sft.trajectories)
-    if "grpo" in config.stages:
+    if "grpo" in config.stages and not replay:
         inputs["grpo.data"] = run_identity.samples_fingerprint(open_samples(config.grpo.data).ids)
     run_identity.check_same_inputs(workdir, inputs)
+    for warning in overlaps(config):
+        print(warning)
     return inputs
 
 
@@ -146,7 +157,14 @@ def setup_sft(config: TrainConfig, workdir: pathlib.Path, policy: Policy, stack:
 
 
 def setup_grpo(config: TrainConfig, workdir: pathlib.Path, policy: Policy, stack: contextlib.ExitStack) -> BatchSource:
-    """Groups of trajectories that this process's own engine plays with the tools. `stack` closes what is opened."""
+    """Groups of trajectories that this process's own engine plays with the tools."""
+    c, driver = config.grpo, open_player(config, policy, stack)
+    share, own = processes.row_share(policy.mesh), processes.own_directory(workdir)
+    return GrpoSource(c, open_samples(c.data), driver, driver.policy, policy.processor, config.seed, share, own)
+
+
+def open_player(config: TrainConfig, policy: Policy, stack: contextlib.ExitStack) -> Driver:
+    """Plays through an engine on this process's devices, without weights until it is given some. `stack` closes it."""
     c, dtype, processor = config.grpo, config.policy.dtype, policy.processor
     segmenter = stack.enter_context(open_segmenter(config.segmenter))
     model = nnx.merge(policy.graphdef, processes.local_copy(policy.params, policy.mesh, dtype))
@@ -154,9 +172,19 @@ def setup_grpo(config: TrainConfig, workdir: pathlib.Path, policy: Policy, stack
     del model  # with several processes a copy of the parameters
     engine.warm_up()
     engine.release_memory()  # the state is made beside nothing of the engine's
-    driver = Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
-    share, own = processes.row_share(policy.mesh), processes.own_directory(workdir)
-    return GrpoSource(c, open_samples(c.data), driver, engine, processor, config.seed, share, own)
+    return Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
+
+
+def open_validator(
+    config: TrainConfig, stage: str, workdir: pathlib.Path, policy: Policy, source: BatchSource, stack
+) -> Validator:
+    """Through GRPO's engine, or SFT's own; without either where the config names no set."""
+    if not config.validation.sets:
+        return Validator(config, stage, {}, None, workdir)
+    player = source.driver if isinstance(source, GrpoSource) else open_player(config, policy, stack)
+    how = dict(workers=config.segmenter.workers)  # a driver of its own: GRPO's may have trajectories under way
+    driver = Driver(player.policy, player.segmenter, policy.processor, config.agent, **how)
+    return Validator(config, stage, open_validation_sets(config.validation), driver, workdir)
 
 
 SETUPS = {"sft": setup_sft, "grpo": setup_grpo}
@@ -173,11 +201,17 @@ def run_stage(
     log: MetricsLog,
     policy: Policy,
     stack: contextlib.ExitStack,
+    replay: str = "",
 ) -> Policy:
-    """Trains one stage to its end, from its newest checkpoint if it has one."""
+    """Trains one stage to its end, from its newest checkpoint if it has one; or from the dump `replay`."""
     stage, settings = make_stage(config, name), getattr(config, name)
-    source, updates = SETUPS[name](config, workdir, policy, stack), stage.updates
+    if replay:
+        source = ReplaySource(config.grpo, replay, policy.processor, processes.row_share(policy.mesh))
+    else:
+        source = SETUPS[name](config, workdir, policy, stack)
+    updates = stage.updates
     steps, key, mesh = source.steps, stage_key(config, name), policy.mesh
+    validator = open_validator(config, name, workdir, policy, source, stack)
 
     ############################## What is trained, what is only read ##############################
     compute, lora = Compute.of(config.policy, mesh), config.policy.lora
@@ -209,53 +243,66 @@ def run_stage(
             print(f"{name}: goes on after step {done} of {steps}")
         else:
             print(f"{name}: done, {done} of {steps} steps; nothing to do")
-    processes.all_or_none(lambda: log.rewind(name, done))
+    processes.all_or_none(lambda: log.rewind(name, done or -1))
 
     def policy_for_rollouts() -> nnx.State:  # no name holds it: it is gone as soon as the engine has its weights
         return processes.local_copy(to_plain(state.params, base), mesh, compute.dtype)
 
+    validator.begin(done)
+    if validator.sets and not done:
+        log.write(name, 0, validator.run(policy_for_rollouts, 0))
+    if done < steps and validator.stop(done):
+        steps = done
+
     ############################## Train loop ##############################
-    made = updates_made(state)
-    for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=name, unit="step", mininterval=2.0):
-        start = time.perf_counter()
+    made, clock, chip = updates_made(state), StepClock(), chip_of(jax.local_devices()[0])
+    promised = (chip.bf16_flops, chip.devices_per_chip) if chip else ()
+    work = WorkCounter(policy.processor.config.text, mesh, *promised)
+    bar = dict(initial=done, total=steps, desc=name, unit="step", mininterval=2.0, disable=None)  # on a terminal
+    for step in tqdm(range(done + 1, steps + 1), **bar):
         batches = refs = None  # the last step's give their memory to the rollouts
         batches, metrics = source.next(policy_for_rollouts, jax.random.fold_in(key, step))
+        clock.lap("batch", metrics)
+        metrics |= rollout_figures(source.judged)
+        clock.lap("reward")
+        work.begin(batches)
         if batches and not made:
             save_first_batch(processes.own_directory(workdir), name, batches[0], policy.processor, log)
         if batches:
             zeros = processes.put_rows(np.zeros(batches[0].tokens.shape, np.float32), mesh)
             batches = [programs.embed(base, processes.put_rows(batch, mesh)) for batch in batches]
             refs = [programs.logprobs(reference, base, batch) if stage.kl > 0 else zeros for batch in batches]
-            for _ in range(updates):
-                state, update = programs.train_step(state, base, batches, refs)
-            made += updates
-            metrics |= jax.device_get(update) | {"lr": schedule(made - 1)}
+            if stage.tis_clip > 0:
+                batches, corrected = programs.correct_for_engine(state.params, base, batches)
+                metrics |= jax.device_get(corrected)
+            jax.block_until_ready(refs)
+            clock.lap("logprobs")
+            said = []
+            for part in stage.minibatch_slices(len(batches)):
+                state, update = programs.train_step(state, base, batches[part], refs[part])
+                said.append(update)
+            state = state if len(said) == updates else skip(state, updates - len(said))
+            made += len(said)
+            metrics |= mean_over_updates(jax.device_get(said)) | {"lr": schedule(made - 1)}
         else:  # nothing teaches, on no process: sums over nothing
             state = skip(state, updates)
             metrics |= dict.fromkeys(("loss", "l2_grads", "l2_updates"), 0.0)
-        log.write(name, step, metrics | {"seconds": time.perf_counter() - start})
+        clock.lap("update")
+        if validated := validator.due(step, steps):
+            batches = refs = None
+            metrics |= validator.run(policy_for_rollouts, step)
+            clock.lap("validation")
+        if source.judged and settings.dump_every and step % settings.dump_every == 0:
+            dump = processes.own_directory(workdir) / "dumps" / f"step_{step:06d}"
+            dump_rollouts(dump, step, source.judged, config.agent, source.driver.limits)
+        metrics |= clock.read()
+        log.write(name, step, metrics | work.figures(metrics, passes=stage.epochs))
         log.examples(step, source.examples)
-        every = settings.checkpoint_every
-        if step == steps or (every and step % every == 0):
-            checkpoints.save(state, source.state(), base)
-    return dataclasses.replace(policy, params=make_plain(base, lora, "float32")(state.params, base))
-
-
-def save_first_batch(workdir: pathlib.Path, stage: str, batch: Batch, processor: Processor, log: MetricsLog) -> None:
-    """The first row, for a person to see what is learned from: its text, trained tokens between [[ ]], its images."""
-    out, inside = [], False
-    for token, trained, segment in zip(batch.tokens[0], batch.loss_mask[0], batch.segment_ids[0], strict=True):
-        if segment == 0:
+        every, ended = settings.checkpoint_every, validated and validator.stop(step)
+        if step == steps or ended or (every and step % every == 0) or (validated and config.validation.keep_best):
+            clock.lap("other")
+            checkpoints.save(state, source.state(), base, validator.score(step) if validated else None)
+            clock.lap("checkpoint")  # of the next step's time
+        if ended:
             break
-        if trained != inside:
-            out.append("[[" if trained else "]]")
-            inside = bool(trained)
-        out.append(processor.decode([token]))
-    path = workdir / f"first_batch_{stage}.txt"
-    write_whole(path, "".join(out) + ("]]" if inside else "") + "\n")
-    images = unpatchify(batch.patches[0], batch.patch_segment_ids[0], batch.patch_positions[0], processor.images)
-    if images:
-        height = max(len(image) for image in images)
-        strip = np.concatenate([np.pad(i, ((0, height - len(i)), (0, 4), (0, 0))) for i in images], axis=1)
-        write_whole(path.with_suffix(".png"), png(strip))
-        log.image(f"{stage}/first_batch", strip, 1)
+    return dataclasses.replace(policy, params=make_plain(base, lora, "float32")(state.params, base))

@@ -30,6 +30,9 @@ class Around:
     def step(self):
         return self.policy.step()
 
+    def begun(self, slot: int):
+        return self.policy.begun(slot)
+
     def release(self, slot: int) -> None:
         self.policy.release(slot)
 

@@ -1,6 +1,6 @@
 """Rollouts on the CPU: the engine, prefilling every turn anew, and transformers' generate on the same work.
 
-  python benchmarks/rollout.py [--parts=turns,latency,decode] [--toy]
+  python benchmarks/rollout.py [--parts=turns,latency,decode,tail] [--toy]
 
 A random Qwen2.5-VL of about 100 million parameters in fp32 (vocabulary 32,000) plays with the real driver, environment,
 processor and overlays. What it samples (greedy, 32 tokens a turn) goes into its context; the environment hears a
@@ -15,6 +15,12 @@ turns    16 trajectories of 8 turns, 16 at a time; each side in a process of its
 latency  a tool that takes 0.5 s; 32 trajectories, throughput against the engine without latency and half the slots
   hidden        twice as many slots
   synchronous   the same slots, but a step waits until every live trajectory has its observation
+tail     steps of 4 prompts x 4 in 16 slots, of 2 to 8 turns of lognormal length (median 20 tokens, sigma 1, at most 96)
+         and lognormal tools (median 0.5 s): trajectories a second that reach a step, and the slots that were busy;
+         views of 224 and overlays of 84, so that sampling takes the time, as on an accelerator, and not reading
+  wait for all  a step plays its own and waits for the last
+  refill        a quarter of the groups teaches nothing, and is replaced in rounds (grpo.refill)
+  carry over    4 groups more are in flight, and what is not done goes on in the next step (grpo.surplus)
 decode   ms a token in a cache of 1k and of 8k places with 1k of live context, then with more of it
 
 The run fails unless all sides' greedy tokens agree (two tokens nearly tied may differ, and what follows them).
@@ -40,10 +46,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
 
 import numpy as np  # noqa: E402
 
+from benchmarks import _rollout_tail  # noqa: E402
 from benchmarks._rollout_policies import Reprefill, Synchronous, Transformers  # noqa: E402
 from benchmarks.train_step import GLIBC, QUICK, random_model, raw_config  # noqa: E402
 
-PARTS = ("turns", "latency", "decode")
+PARTS = ("turns", "latency", "decode", "tail")
 SIDES = ("engine", "reprefill", "transformers")
 AGREE = 0.9
 
@@ -61,6 +68,9 @@ class Work:
     view: int = 448  # pixels
     overlay: int = 168
     tool_s: float = 0.5
+    median_turn: int = 20  # tokens, in the tail
+    steps: int = 4  # of the tail
+    prompts: int = 4  # of a step there
 
     @property
     def patches(self) -> int:
@@ -79,7 +89,18 @@ class Work:
     @classmethod
     def of(cls, options: argparse.Namespace) -> Work:
         return (
-            cls(tasks=3, slots=3, turns=3, new_tokens=4, context=512, view=112, overlay=56, tool_s=0.02)
+            cls(
+                tasks=3,
+                slots=3,
+                turns=3,
+                new_tokens=4,
+                context=512,
+                view=112,
+                overlay=56,
+                tool_s=0.02,
+                steps=2,
+                prompts=1,
+            )
             if options.toy
             else cls()
         )
@@ -219,6 +240,41 @@ def latency(directory: pathlib.Path, processor, work: Work) -> dict:
     return {"rows": rows, "latency_hidden": shares["hidden"], "latency_synchronous": shares["sync"]}
 
 
+def tail(directory: pathlib.Path, processor, work: Work, toy: bool) -> dict:
+    from rsagent_jax.agent.tools import Finish, Segment, render_call
+    from rsagent_jax.config.schema import AgentConfig
+    from rsagent_jax.rollout.driver import Driver
+    from rsagent_jax.types import Sample
+
+    class Scripted(Driver):
+        """The ids go into the trajectory as they were sampled; the environment hears clicks, then a finish."""
+
+        def _add(self, run, completion):
+            super()._add(run, completion)
+            turn, uid = len(run.state.turns), run.task.uid
+            if turn == _rollout_tail.turns_of(uid, work.turns) - 1:
+                return render_call(Finish(mask_id=None), "Done.")
+            spot = (work.view * (turn + 1.0) / (work.turns + 1), work.view * (uid % 97 + 1.0) / 98)
+            return render_call(Segment(points=(spot,), labels=(1,), refine=None), "I click.")
+
+    def sample(i: int) -> Sample:
+        image = np.random.default_rng(i).integers(0, 256, (work.view, work.view, 3), dtype=np.uint8)
+        return Sample(f"s{i}", image, f"disc number {i}", np.zeros((work.view, work.view), bool))
+
+    def driver() -> Driver:
+        return Scripted(policy, _rollout_tail.Tools(work.tool_s), processor, agent, workers=policy.slots)
+
+    if not toy:
+        work = dataclasses.replace(work, view=224, overlay=84, new_tokens=96, prefill=48)
+    agent = AgentConfig(prompt="brief", history_size=work.overlay, max_turns=work.turns, announce_last=False)
+    own = engine(directory, processor, work)
+    policy = _rollout_tail.Unequal(own, work.median_turn)
+    group = work.slots // work.prompts
+    rows = _rollout_tail.compare(own, driver, sample, prompts=work.prompts, group=group, steps=work.steps)
+    rates = {name: row["trajectories_per_s"] for name, row in rows.items()}
+    return {"tail": rows, "carry_over_vs_wait": rates["carry over"] / rates["wait for all"]}
+
+
 def decode(directory: pathlib.Path, processor, work: Work, toy: bool) -> dict:
     """Seconds of a decode step, the median of macro-steps that take turns."""
     import jax
@@ -271,6 +327,8 @@ def one(options: argparse.Namespace) -> dict:
         return turns(options.side, directory, processor, work)
     if options.side == "latency":
         return latency(directory, processor, work)
+    if options.side == "tail":
+        return tail(directory, processor, work, options.toy)
     return decode(directory, processor, work, options.toy)
 
 
@@ -338,6 +396,14 @@ def main() -> None:
             for name, row in found.pop("rows").items():
                 print(
                     f"{name:28}{row['seconds']:9.2f} s{row['tokens_per_s']:10.1f} tokens/s, {row['tool_wait']:.0%} idle"
+                )
+            summary |= found
+        if "tail" in parts:
+            found = child("tail", directory, options)
+            print(f"{'':14}{'seconds':>9}{'trajectories/s':>16}{'occupancy':>11}{'tool wait':>11}")
+            for name, r in found["tail"].items():
+                print(
+                    f"{name:14}{r['seconds']:9.1f}{r['trajectories_per_s']:16.2f}{r['occupancy']:11.0%}{r['tool_wait']:11.0%}"
                 )
             summary |= found
         if "decode" in parts:

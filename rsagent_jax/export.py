@@ -3,9 +3,9 @@
   python -m rsagent_jax.export --checkpoint=runs/x/train/checkpoints/grpo --out=HF_DIR [--dtype=float32]
       [--max_shard_gb=5]
 
---checkpoint is a stage of train.py (its newest step) or a Hugging Face directory. The dtype is the one that its
-config.json names; training keeps fp32 parameters, so anything narrower rounds them. Weights of more than --max_shard_gb
-(10^9 bytes each) are split into shards with an index, as on the hub.
+--checkpoint is a stage of train.py (its newest step; @best or @STEP names another) or a Hugging Face directory. The
+dtype is the one that its config.json names; training keeps fp32 parameters, so anything narrower rounds them. Weights
+of more than --max_shard_gb (10^9 bytes each) are split into shards with an index, as on the hub.
 """
 
 from rsagent_jax.runtime import command
@@ -72,7 +72,7 @@ def with_dtype(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def main(
     *,
-    checkpoint: str,  # checkpoints/<stage>, or a Hugging Face directory
+    checkpoint: str,  # checkpoints/<stage>[@best|@STEP], or a Hugging Face directory
     out: pathlib.Path,  # directory to make
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,  # instead of the one in config.json
     max_shard_gb: Positive = 5.0,  # 10^9 bytes per file at most

@@ -100,6 +100,25 @@ def format_ok(trajectory: Trajectory, sample: Sample) -> float:
     return sum(turn.call is not None for turn in trajectory.turns) / len(trajectory.turns)
 
 
+def overlong(trajectory: Trajectory, sample: Sample, limit: int, window: int) -> float:
+    """How far the trajectory's tokens, images included, are into the last `window` before `limit`, in [0, 1]; 1 where
+    they are over it, or the budget ended the trajectory.
+
+    With weight -1 it is DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13) with limit = L_max and window =
+    L_cache. Ours: L_max is a whole trajectory's `grpo.sampling.context`, where DAPO's is an answer's.
+    """
+    return 1.0 if trajectory.status is Status.MAX_CONTEXT else _into(len(trajectory.tokens), limit, window)
+
+
+def many_turns(trajectory: Trajectory, sample: Sample, limit: int = 8, window: int = 2) -> float:
+    """The same of turns, with the limit `agent.max_turns`. Ours."""
+    return _into(len(trajectory.turns), limit, window)
+
+
+def _into(length: int, limit: int, window: int) -> float:
+    return min(max((length - (limit - window)) / window, 0.0), 1.0) if window else float(length > limit)
+
+
 # --- Composition ---
 
 

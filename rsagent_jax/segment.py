@@ -44,7 +44,7 @@ def main(
     config: SegmentConfig = "configs/segment.py",
     *,
     out: str = "",  # directory for the mask, the overlay and the trajectory
-    weights: str = "",  # a Hugging Face directory, org/name or checkpoints/<stage>; in place of policy.weights
+    weights: str = "",  # a Hugging Face directory, org/name or checkpoints/<stage>[@best]; in place of policy.weights
 ) -> None:
     processes.initialize_distributed()
     # A slice's hosts all start it, and one of them has all that it takes.

@@ -162,6 +162,7 @@ class Trajectory:
     patches: Float32[np.ndarray, "P patch_dim"]
     grids: tuple[tuple[int, int, int], ...]
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # where the time went: tool, policy
+    versions: Int32[np.ndarray, " T"] | None = None  # Driver.version of the weights that drew each token; None: unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +185,7 @@ class Batch:
     positions: Int32[Array, "B 3 T"]
     segment_ids: Int32[Array, "B T"]  # 1.. per trajectory, 0 padding
     loss_mask: Bool[Array, "B T"]
-    advantages: Float32[Array, "B T"]  # constant over a trajectory; 0 in SFT
+    advantages: Float32[Array, "B T"]  # constant over a trajectory, with grpo.turn_credit over a turn; 0 in SFT
     old_logprobs: Float32[Array, "B T"]  # of the engine; 0 in SFT
     patches: Float[Array, "B P dim"]  # in window order; of a frozen tower its output, after train.step's `embed`
     patch_segment_ids: Int32[Array, "B P"]  # image 1.. inside the row, 0 padding

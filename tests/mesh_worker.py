@@ -60,7 +60,9 @@ def with_tools(delay_s: float, played: pathlib.Path, small) -> None:
     train.open_segmenter = lambda _: contextlib.nullcontext(small.SlowSegmenter(delay_s, (56, 56)))
 
 
-def run_stage(stage: str, config: TrainConfig, workdir: pathlib.Path, log: MetricsLog, values=None) -> nnx.State:
+def run_stage(
+    stage: str, config: TrainConfig, workdir: pathlib.Path, log: MetricsLog, values=None, replay: str = ""
+) -> nnx.State:
     """The parameters with which a stage ends that begins with those of small.model(), or with `values` by name."""
     from tests.rollout import small
 
@@ -71,7 +73,7 @@ def run_stage(stage: str, config: TrainConfig, workdir: pathlib.Path, log: Metri
     params = jax.tree.map(put, host, sharding.param_shardings(model, mesh))
     with contextlib.ExitStack() as stack:
         policy = train.Policy(small.weights(), small.processor(), mesh, graphdef, params)
-        return train.run_stage(stage, config, workdir, log, policy, stack).params
+        return train.run_stage(stage, config, workdir, log, policy, stack, replay).params
 
 
 def main(job: dict) -> None:

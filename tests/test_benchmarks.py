@@ -66,11 +66,16 @@ def test_the_input_path_is_measured_part_by_part():
     assert result["cores"] == pytest.approx(20 / result["images_per_s_core"])
 
 
-def test_the_rollouts_sides_sample_the_same_tokens():
+def test_the_rollouts_sides_sample_the_same_tokens_and_every_way_of_filling_a_step_fills_it():
     pytest.importorskip("transformers")
-    result = last_line("rollout.py", "--toy", "--parts=turns")
+    result = last_line("rollout.py", "--toy", "--parts=turns,tail")
     assert result["agree"] == {"reprefill": 1.0, "transformers": 1.0}
     rows = result["turns"]
     assert {row["tokens"] for row in rows.values()} == {3 * 3 * 4}  # trajectories, turns, tokens a turn
     assert len({row["context"] for row in rows.values()}) == 1
     assert result["vs_reprefill"] > 0 and result["vs_generate"] > 0
+    rows = result["tail"]
+    # two steps of one prompt and three trajectories; a quarter of the groups is replaced
+    assert rows["wait for all"]["trajectories"] == rows["carry over"]["trajectories"] == 6
+    assert rows["refill"]["trajectories"] > 6 and rows["refill"]["trajectories"] % 3 == 0
+    assert all(0 < row["occupancy"] <= 1 and row["trajectories_per_s"] > 0 for row in rows.values())

@@ -17,6 +17,7 @@ from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
 from rsagent_jax.report.reproduction import STAMP, seconds_of
 from rsagent_jax.runtime import command, paths
 from rsagent_jax.runtime.journal import Journal, read_journal
+from rsagent_jax.runtime.loggers import TensorBoard
 from rsagent_jax.runtime.processes import Share
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.tiny.synthetic import write_dataset
@@ -110,7 +111,7 @@ def test_a_merge_that_was_cut_short_doubles_no_line(bucket):
 def test_a_log_of_metrics_reads_as_a_local_one(bucket, tmp_path):
     contents = []
     for workdir in (tmp_path, run_path()):
-        log = MetricsLog(workdir)
+        log = MetricsLog(workdir, [TensorBoard(workdir, {})])
         for step in (1, 2, 3):
             log.write("grpo", step, {"loss": step / 4})
             log.examples(step, {"id": f"s{step}"})

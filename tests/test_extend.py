@@ -18,6 +18,7 @@ from rsagent_jax.config.import_path import import_path
 from rsagent_jax.config.reward import RewardGroup, RewardTerm
 from rsagent_jax.config.schema import ADVANTAGES, GrpoConfig, SegmenterConfig
 from rsagent_jax.rewards import call_cost, make_reward, novel_action
+from rsagent_jax.runtime.loggers import open_loggers
 from rsagent_jax.train import advantages
 from rsagent_jax.types import Sample, Status, Trajectory
 from sam_bridge.types import SegmentRequest
@@ -48,6 +49,14 @@ def test_a_reward_term(recipe):
     reward = make_reward((RewardGroup("mine", 2.0, (term,)),))
     sample = Sample("s", np.zeros((8, 8, 3), np.uint8), "it", np.ones((8, 8), bool))
     assert reward(trajectory(), sample).total == 1.0 and reward(trajectory(status=Status.MAX_TURNS), sample).total == 0
+
+
+def test_a_logger(recipe, tmp_path):
+    (logger,) = open_loggers((f"{recipe('A logger')}:Chat",), tmp_path, {})
+    logger.write("grpo", 0, {"val/giou": 0.25})
+    logger.write("grpo", 1, {"loss": 0.5})
+    logger.close()
+    assert (tmp_path / "chat.txt").read_text() == "grpo 0: gIoU 0.250\n"
 
 
 def test_a_tool(recipe, monkeypatch):

@@ -160,6 +160,22 @@ def test_point_excess_is_per_call():
     assert rewards.point_excess(trajectory(calls), sample(row(8)), budget=2) == 8.0
 
 
+@pytest.mark.parametrize(("tokens", "share"), [(0, 0.0), (80, 0.0), (90, 0.5), (99, 0.95), (100, 1.0), (130, 1.0)])
+def test_overlong_is_the_soft_punishment_of_dapo(tokens, share):
+    # L_max 100, L_cache 20: 0 up to 80, then ((100 - 20) - n) / 20 down to -1, as weight -1 has it; beyond -1.
+    t = dataclasses.replace(trajectory([turn(BOX)]), tokens=np.zeros(tokens))
+    assert rewards.overlong(t, sample(row(8)), limit=100, window=20) == pytest.approx(share)
+    cut = dataclasses.replace(t, status=Status.MAX_CONTEXT)  # by a budget that leaves room for a turn's end
+    assert rewards.overlong(cut, sample(row(8)), limit=100, window=20) == 1.0
+    assert rewards.overlong(t, sample(row(8)), limit=100, window=0) == float(tokens > 100)
+
+
+def test_many_turns_by_hand():
+    # Limit 8, window 2: 6 turns 0, 7 a half, 8 one.
+    counts = [rewards.many_turns(trajectory([turn(BOX)] * n), sample(row(8))) for n in (1, 6, 7, 8)]
+    assert counts == [0.0, 0.0, 0.5, 1.0]
+
+
 @pytest.mark.parametrize("status", [s for s in Status if s is not Status.ENV_FAILED])
 def test_format_needs_a_proper_ending(status):
     turns = [turn(BOX), turn(None, ERROR), turn(BOX, ERROR), turn(Finish(1))]

@@ -137,6 +137,7 @@ def stage_jobs(
 
     sequences = settings.trajectories_per_step if stage == "sft" else settings.prompts * settings.group
     count = math.ceil(sequences / settings.batch.rows)  # micro-batches, if every sequence fills its row
+    summed = math.ceil(count / made.minibatches)  # of an update
     waiting = (count - 1) * device_bytes(batch)  # train.py puts all micro-batches of a step on the devices at once
     moments, grads = device_bytes(state.opt_state), device_bytes(params)  # offloaded moments are none
     reference = device_bytes(half) if made.kl > 0 else 0
@@ -150,13 +151,16 @@ def stage_jobs(
         flops = seen - model_flops(policy, forward).total
         yield Job(f"{stage} tower", lambda: programs.embed.trace(base, pixels), flops, held - tower + waiting)
         waiting += tower
-    resident = moments + reference + (grads if count > 1 else 0) + waiting
+    resident = moments + reference + (grads if summed > 1 else 0) + waiting
     flops = model_flops(policy, trained).total
     yield Job(f"{stage} gradients", lambda: programs.micro.trace(params, base, batch, ref), flops, resident)
     if made.kl > 0:  # the policy that is trained stays, while the reference reads the batch
         resident = moments + device_bytes(params) + waiting
         flops = model_flops(policy, forward).total
         yield Job(f"{stage} log-probs", lambda: programs.logprobs.trace(half, base, batch), flops, resident)
+    if made.tis_clip > 0:  # the policy that several updates begin with reads the batch
+        resident, flops = moments + reference + waiting, model_flops(policy, forward).total
+        yield Job(f"{stage} old log-probs", lambda: programs.correct.trace(params, base, batch), flops, resident)
     resident = reference + device_bytes(base) + count * device_bytes(batch)
     yield Job(f"{stage} update", lambda: programs.apply_gradients.trace(state, sums), 0.0, resident)
     if host is not None:

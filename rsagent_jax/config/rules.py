@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from rsagent_jax.config.ranges import DATASETS, REFER
 
 ORDER = ("sft", "grpo")
+RENAMED = {"grpo.updates": "grpo.epochs"}  # since 0.1: passes over a rollout's batch
 SIDE_CAR = ("checkpoint", "model", "device", "dtype", "multimask")  # options of a back end of our own
+# Of a validation, that a best checkpoint may be chosen by.
+FIGURES = ("giou", "ciou", "turns", "tool_error_rate", "first_iou", "recovery", "harm", "calls", "agreement")
 SECURITY = ("token_file", "tls", "tls_ca")  # of a connection
 
 
@@ -113,10 +116,40 @@ def _grpo(c) -> Iterator[str]:
         yield f"grpo.reward: group {name!r} appears more than once"
     if not c.sampling.temperature:
         yield "grpo.sampling.temperature must be above 0, got 0.0: the samples of a group would all be the same"
-    if c.updates > 1 and c.tis_clip:
-        yield "grpo.tis_clip needs updates = 1: with more, the ratio is taken to the engine's log-probs; set it to 0"
+    for name in c.turn_credit:
+        if name not in names:
+            yield f"grpo.turn_credit: {name!r} is no group of grpo.reward, which has {', '.join(names)}"
+    if bool(c.surplus) != bool(c.max_staleness):
+        yield (
+            f"grpo.surplus and grpo.max_staleness go together, got {c.surplus} and {c.max_staleness}: groups in flight"
+            " beyond prompts, and how many steps a group may take; 0 and 0 wait for all"
+        )
+    if c.surplus and c.refill:
+        yield "grpo.refill needs surplus = 0: its rounds wait for their groups"
+    if c.minibatches > c.prompts * c.group:
+        most = c.prompts * c.group
+        yield f"grpo.minibatches must be at most the {most} trajectories of a step, got {c.minibatches}"
+    if c.advantage_scale != "none" and c.advantage == "zscore":
+        scale = f"grpo.advantage_scale = {c.advantage_scale}"
+        yield f"{scale} would divide a zscore again; set grpo.advantage to mean or loo"
     if c.sampling.context > c.batch.tokens:
         yield (
             f"grpo.batch.tokens must be at least grpo.sampling.context = {c.sampling.context}, got {c.batch.tokens}:"
             " a trajectory never spans rows"
         )
+
+
+def validation(c) -> Iterator[str]:
+    names = [s.name for s in c.sets]
+    for name in dict.fromkeys(n for n in names if names.count(n) > 1):
+        yield f"sets: {name!r} appears more than once"
+    for s in c.sets:
+        if s.data.mix:
+            yield f"sets.{s.name}.data.mix: samples of a mix come up more than once; make each part a set"
+    _, *words = c.keep_best.split("/")
+    if words and (words[-1] not in FIGURES or len(words) > 2):
+        yield f"keep_best: {c.keep_best!r} is no figure; known are val/ and val/SET/ with {', '.join(FIGURES)}"
+    elif len(words) == 2 and words[0] not in names:
+        yield f"keep_best: {c.keep_best!r} names no set; there are {', '.join(names) or 'none'}"
+    if c.early_stop and not (c.sets and c.keep_best):
+        yield "early_stop needs sets and keep_best: it counts validations without a new best"

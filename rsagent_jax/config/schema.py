@@ -12,13 +12,13 @@ import dataclasses
 from typing import Annotated, Literal
 
 from rsagent_jax.config import rules
+from rsagent_jax.config.data import DataConfig, MetricConfig
 from rsagent_jax.config.ranges import (
     Activations,
     BackendName,
     BelowOne,
     Count,
     CountOrZero,
-    Dataset,
     Devices,
     Fraction,
     Function,
@@ -33,6 +33,7 @@ from rsagent_jax.config.ranges import (
     Text,
 )
 from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup
+from rsagent_jax.config.validation import ValidationConfig
 from sam_bridge.backends import DTYPES, MULTIMASK, SAM2_MODELS
 
 
@@ -78,38 +79,6 @@ class SegmenterConfig:
     workers: Count = 2  # tool calls at a time
     give_up_after: CountOrZero = 16  # trajectories in a row that the segmenter failed end the command; 0 = never
     conflicts = rules.segmenter
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which samples; rsagent_jax.data.sets.open.open_samples opens them for every command."""
-
-    root: str = ""  # folder of the data set (docs/data.md)
-    dataset: Dataset = "refcocog"  # or my_set.py:load, called with (root, split, limit): docs/extend.md
-    layout: Literal["refer", "tfds"] = "refer"  # RefCOCO family: refer (refs(*).p), tfds (prepared TFDS ref_coco)
-    split_by: str = "umd"  # of the RefCOCO family
-    split: Text = "train"  # such as train, val, testA
-    # RefCOCO family: sentence = every expression is a sample; reference = the first of each
-    unit: Literal["sentence", "reference"] = "sentence"
-    texts: Literal["first", "all"] = "first"  # of ReasonSeg's paraphrases
-    raw: bool = False  # RefCOCO family: the annotator's own text, not in lower case
-    limit: CountOrZero = 0  # 0 = all
-    unreadable: Literal["skip", "stop"] = "skip"  # samples that cannot be read or shown: counted and named, or stop
-    # What tells a changed picture file: its bytes, or size and time of change.
-    fingerprint: Literal["content", "stat"] = "content"
-    exclude: tuple[Text, ...] = ()  # refcoco/unc/val, reasonseg/test, …: samples on their pictures are left out
-    exclude_root: str = ""  # where those are; "" = root
-    mix: tuple[MixPart, ...] = ()  # several sets by weight, in place of the one above
-    conflicts = rules.data
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MixPart:
-    """One set of a mix; its `data` without a root is under the mix's own."""
-
-    name: Text
-    weight: Positive = 1.0  # share of the samples drawn, after division by the sum
-    data: DataConfig = DataConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,20 +169,33 @@ ADVANTAGES = {"zscore": "group_zscore", "mean": "mean_only", "loo": "leave_one_o
 class GrpoConfig:
     """Group-relative policy optimisation."""
 
-    steps: Count = 100  # rollouts, each followed by `updates`
+    steps: Count = 100  # rollouts, each followed by epochs * minibatches updates
     prompts: Count = 16  # (paper) per step
     group: Annotated[int, Range(low=2)] = 4  # (paper) samples per prompt
-    updates: Count = 1  # optimiser steps per rollout
+    epochs: Count = 1  # passes over a rollout's batch
+    minibatches: Count = 1  # parts of that batch, an optimiser step each
     advantage: Literal[*ADVANTAGES] = "zscore"  # of a group: z-score, less the mean, leave-one-out
-    ddof: Annotated[int, Range(low=0, high=1)] = 1  # of the standard deviation in zscore
-    ratio: Literal["grpo", "gspo", "cispo"] = "grpo"  # of the policies: by token, GSPO by sequence, CISPO clipped
+    ddof: Annotated[int, Range(low=0, high=1)] = 1  # of the standard deviation in zscore and in advantage_scale
+    # Divides by the standard deviation of all the step's rewards, or of all its advantages (docs/grpo.md).
+    advantage_scale: Literal["none", "rewards", "advantages"] = "none"
+    turn_credit: tuple[Text, ...] = ()  # reward groups that are earned turn by turn, such as ("process",)
+    ratio: Literal["grpo", "gspo", "cispo", "sapo"] = "grpo"  # by token, GSPO by sequence, CISPO and SAPO: docs/grpo.md
     clip_low: BelowOne = 0.2  # the ratio is clipped below 1 - this
     clip_high: NotNegative = 0.2  # and above 1 + this
+    tau_pos: Positive = 1.0  # sapo: how fast the gradient fades with the ratio, where the advantage is positive
+    tau_neg: Positive = 1.05  # and where it is not
+    entropy: NotNegative = 0.0  # weight of the entropy bonus; 0 = none
     kl: NotNegative = 0.0  # weight of the divergence from the reference; 0 = no reference
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of that divergence
     normalize: Literal["token", "sequence", "constant"] = "token"  # what the loss is divided by
     tis_clip: NotNegative = 2.0  # truncated importance sampling between engine and trainer; 0 = off
     drop_zero_variance: bool = True  # groups that have nothing to teach are not trained on
+    refill: CountOrZero = 0  # rounds at most in which other prompts are played in place of such groups; 0 = none
+    # Groups in flight beyond `prompts`. What is not done when `prompts` groups are goes on under the weights of the
+    # next steps, at most max_staleness of them; 0 and 0 = a step waits for all that it began.
+    surplus: CountOrZero = 0
+    max_staleness: CountOrZero = 0
+    curriculum: BelowOne = 0.0  # chance to pass over a sample whose last group was perfect, by how well it did; 0 = off
     min_spread: NotNegative = 0.0  # of a group's rewards; with less it counts as one of those
     mask_overlong: bool = True  # trajectories that ended by their budget of tokens are not trained on
     # Of a step's trajectories that called the segmenter: where a larger share failed because of it, the run stops.
@@ -225,6 +207,12 @@ class GrpoConfig:
     optim: OptimConfig = OptimConfig()
     sampling: SamplingConfig = SamplingConfig()
     checkpoint_every: CountOrZero = 0  # steps; 0 = only at the end
+    dump_every: CountOrZero = 0  # steps whose every trajectory is kept, for SFT, replay and --replay; 0 = none
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps per rollout."""
+        return self.epochs * self.minibatches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,25 +254,12 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     sft: SftConfig = SftConfig()
     grpo: GrpoConfig = GrpoConfig()
+    validation: ValidationConfig = ValidationConfig()
+    # Where figures go besides metrics.jsonl: tensorboard, wandb (an extra), console, or file.py:Class (docs/extend.md).
+    loggers: tuple[Text, ...] = ("tensorboard", "console")
     cache_dir: str = ""  # compiled programs are kept here; "" = in the work directory
     profiler_port: Port = 0  # every process serves jax.profiler on it (docs/tpu.md); 0 = none
     conflicts = rules.train_rules
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MetricConfig:
-    """Conventions in which papers differ, beside data.unit and data.texts. The defaults are LISA's."""
-
-    # Ignored pixels: excluded (LISA), target (Seg-Zero), background (LENS).
-    ignore_policy: Literal["excluded", "target", "background"] = "excluded"
-    # IoU where prediction and truth are empty: one (LISA), zero, dropped (Seg-Zero).
-    empty_policy: Literal["one", "zero", "dropped"] = "one"
-    # A sample that the segmenter failed: refuse = no figures until it is measured (ours); zero, with the whole truth as
-    # union; dropped (Seg-Zero).
-    failure_policy: Literal["refuse", "zero", "dropped"] = "refuse"
-    ending_policy: Literal["mask", "zero"] = "mask"  # any other ending than finish: mask = its last one is judged
-    epsilon: Fraction = 1e-5  # IoU = I / (U + epsilon); LISA's
-    empty_below: CountOrZero = 0  # a prediction of fewer pixels counts as empty
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ class Item:
     logprobs: Float32[np.ndarray, " T"]
     patches: Float32[np.ndarray, "P C"]
     grids: tuple[Grid, ...]
-    advantage: float = 0.0
+    advantage: float | Float32[np.ndarray, " T"] = 0.0  # of the trajectory, or of each token
 
 
 def fits(item: Item, batch: BatchConfig, config: Qwen25VLConfig) -> bool:
@@ -65,11 +65,22 @@ def _stack(rows: Sequence[Batch]) -> Batch:
     return Batch(*(np.stack([getattr(row, field.name) for row in rows]) for field in dataclasses.fields(Batch)))
 
 
-def pack_evenly(items: Sequence[Item], batch: BatchConfig, config: Qwen25VLConfig, share: Share) -> list[Batch]:
-    """This process's part of every micro-batch: `batch.rows` / share.count rows each, equally many on every process."""
+def pack_evenly(
+    items: Sequence[Item], batch: BatchConfig, config: Qwen25VLConfig, share: Share, minibatches: int = 1
+) -> list[Batch]:
+    """This process's part of every micro-batch: `batch.rows` / share.count rows each, equally many on every process.
+
+    They are so many equal runs, one for each of `minibatches`: trajectories are dealt out by length, so that the runs
+    are alike and little of them is padding. Where there are fewer trajectories than that on every process, they are one
+    run, of fewer micro-batches than `minibatches` (step.Stage.minibatch_slices reads it so).
+    """
     own = dataclasses.replace(batch, rows=share.of(batch.rows, "batch.rows"))
-    batches = pack(items, own, config)
-    return batches + [empty_batch(own, config)] * (allgather_max(len(batches)) - len(batches))
+    longest = sorted(items, key=lambda i: -len(i.tokens))
+    if minibatches > 1 and allgather_max(len(items)) < minibatches:
+        minibatches = 1
+    runs = [pack(longest[i::minibatches], own, config) for i in range(minibatches)]
+    length = allgather_max(max(map(len, runs)))
+    return [b for run in runs for b in (*run, *[empty_batch(own, config)] * (length - len(run)))]
 
 
 def _row(items: list[Item], batch: BatchConfig, config: Qwen25VLConfig) -> Batch:

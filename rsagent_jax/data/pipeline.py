@@ -5,6 +5,7 @@ up, only decide who decodes an element, so their number changes nothing. A posit
 elements that all hosts together have taken; starting at it costs nothing, as any element can be reached directly.
 """
 
+import concurrent.futures
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -57,15 +58,32 @@ class Pipeline:
         """
         return [element for element in self.draw(n) if not isinstance(element, Unreadable)]
 
-    def draw(self, n: int) -> list[Any]:
+    def draw(self, n: int, *, needed: bool = True) -> list[Any]:
         """The same with an Unreadable in the place of each that cannot be read: the k-th stands at place
-        share.index + k * share.count of the `n`."""
+        share.index + k * share.count of the `n`. Without `needed` it is no error if none can be read."""
         if self._elements is None:
             mine = self.order[self.position + self.share.index :: self.share.count].map(self.read)
             self._elements = iter(prefetched(mine, self.threads, self.workers, self.ahead))
         count = self.share.of(n, "the number of elements taken")
         taken = [next(self._elements) for _ in range(count)]
         self.position += n
+        return self._counted(taken, needed)
+
+    def index_at(self, place: int) -> int:
+        """Which element of the source stands at this place of the endless order."""
+        return int(self.order[place])
+
+    def read_at(self, places: Sequence[int], *, needed: bool = True) -> list[Any]:
+        """This host's part of the elements at these places, with what `draw` has for those that cannot be read.
+
+        Read when asked for and not ahead; the position stays. Hosts may get one more or less than others.
+        """
+        mine = [self.index_at(place) for place in places[self.share.index :: self.share.count]]
+        with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
+            return self._counted(list(pool.map(self.read, mine)), needed)
+
+    def _counted(self, taken: list[Any], needed: bool) -> list[Any]:
+        """The same; names and counts what could not be read. DataError as `draw` says."""
         problems = [element for element in taken if isinstance(element, Unreadable)]
         for problem in problems:
             if self.unreadable == "stop":
@@ -75,8 +93,8 @@ class Pipeline:
                 rest = "; what follows is only counted" * (self.named == NAMED)
                 print(f"skipped {problem}{rest}", file=sys.stderr)
         self.skipped += len(problems)
-        if len(problems) == count:
-            raise DataError(f"none of the {count} samples drawn could be read; the first: {problems[0]}")
+        if needed and taken and len(problems) == len(taken):
+            raise DataError(f"none of the {len(taken)} samples drawn could be read; the first: {problems[0]}")
         return taken
 
     def state(self) -> dict[str, int]:

@@ -10,6 +10,7 @@ import json
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Mapping
 
 import grain
 import numpy as np
@@ -42,12 +43,15 @@ _AGAIN = "collect the set again"
 _MOVED = "stored trajectories refer to it; put it back, or name its new place: rsagent_jax.refilter --root"
 
 
-def encode_by_reference(state: EnvState, path: str, header: dict, played: Trajectory) -> bytes:
+def encode_by_reference(
+    state: EnvState, path: str, header: dict, played: Trajectory, more: Mapping[str, np.ndarray] | None = None
+) -> bytes:
     """A finished trajectory, `played` by the driver into `state`, whose images are made again when it is read.
 
-    `path` names its picture, "" = no file.
+    `path` names its picture, "" = no file. more: arrays that the record holds as well: logprobs and advantages, f32[T].
     """
     arrays = {"tokens": played.tokens, "positions": played.positions, "sampled": played.loss_mask}
+    arrays |= more or {}
     image = {"path": path, "sha256": checksum(state.image)}
     header = header | {"picture": image, "replay": state_to_json(state, path)}
     return pack_record(header, arrays if path else arrays | {"source": np.frombuffer(png(state.image), np.uint8)})
@@ -88,7 +92,8 @@ def decode_record(record: bytes, processor: Processor) -> Item:
             " vocabulary: it was collected with another tokenizer or other image settings; collect the set again"
         )
     patches = np.concatenate([p for p, _ in patched]) if patched else processor.no_patches()
-    return Item(tokens, positions, loss_mask, np.zeros(len(tokens), np.float32), patches, grids)
+    logprobs = arrays.get("logprobs", np.zeros(len(tokens), np.float32))
+    return Item(tokens, positions, loss_mask, logprobs, patches, grids, arrays.get("advantages", 0.0))
 
 
 def record_header(record: bytes) -> dict:
@@ -97,6 +102,13 @@ def record_header(record: bytes) -> dict:
         return json.loads(read_arrays(record)["header"].tobytes())
     except (KeyError, ValueError) as error:
         raise DataError(f"a stored trajectory cannot be read ({error}); {_AGAIN}") from error
+
+
+def picture_paths(directory: str | pathlib.Path) -> list[str]:
+    """The file of every stored trajectory's picture, "" for one that is no file of its own."""
+    records = open_records(directory)
+    headers = (record_header(records[i]) for i in range(len(records)))
+    return [header.get("picture", {}).get("path", "") for header in headers]
 
 
 class RecordWriter:

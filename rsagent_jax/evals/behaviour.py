@@ -24,16 +24,16 @@ from rsagent_jax.types import ParseError, Status, ToolCall
 
 WRONG, RIGHT = 0.5, 0.8  # IoU below which a mask is wrong, and from which it is right
 
-# What a thought says for an act, as a whole word or its beginning.
+# What a thought says for an act: a verb of the one who acts, since pictures hold boxes and points of their own.
 ACTS = {
-    "box": r"box",
-    "click": r"click|point|mark",
-    "zoom": r"zoom|enlarge|closer",
-    "rotate": r"rotat|turn (?:it|the)",
-    "reset_view": r"whole image|reset",
-    "finish": r"finish|done|commit",
+    "box": r"\bI(?:'ll| will)? box\b|\b(?:draw|put|place|use|set|give|with)\b[^.;]{0,20}\bbox\b",
+    "click": r"\bclick(?:ing)?\b|\b(?:add|put|place|use|set|give)\b[^.;]{0,20}\bpoints?\b|\bI mark\b",
+    "zoom": r"\bzoom(?:ing)?\b|\b(?:look|see)\b[^.;]{0,12}\bcloser\b",
+    "rotate": r"\brotat(?:e|ing)\b",
+    "reset_view": r"\bI go back\b|\b(?:need|see|back to)\b[^.;]{0,6}\bwhole image\b|\breset\b",
+    "finish": r"\bI(?:'ll| will)? (?:finish|commit|submit)\b|\b(?:let me|to) (?:finish|commit)\b|\bdone\b",
 }
-_PATTERNS = {act: re.compile(rf"\b(?:{words})", re.IGNORECASE) for act, words in ACTS.items()}
+_PATTERNS = {act: re.compile(words, re.IGNORECASE) for act, words in ACTS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +47,11 @@ class Behaviour:
     agreeing: int  # those that do it
 
 
-def behaviour(texts: Sequence[str], ious: Sequence[float], iou: float) -> Behaviour:
-    """texts: the assistant's turns as `Turn.text` has them; ious: of every mask in order; iou: of the final one."""
+def behaviour(texts: Sequence[str], ious: Sequence[float], iou: float, query: str = "") -> Behaviour:
+    """texts: the assistant's turns as `Turn.text` has them; ious: of every mask in order; iou: of the final one; query:
+    whose words name no act."""
     calls = [parse(text) for text in texts]
-    said = [named_acts(text) for text in texts]
+    said = [named_acts(text, query) for text in texts]
     spoken = [(acts, call) for acts, call in zip(said, calls, strict=True) if acts]
     agreeing = sum(bool(acts & acts_of(call)) for acts, call in spoken)
     return Behaviour(tuple(ious), iou, sum(isinstance(call, Segment) for call in calls), len(spoken), agreeing)
@@ -60,12 +61,14 @@ def recorded_behaviour(record: Record, rules: MetricConfig) -> Behaviour:
     """Of an evaluated sample, its masks judged by `rules`."""
     texts = [turn["text"] for turn in json.loads(record.example["record"])["turns"]]
     made = [dataclasses.replace(record.counts, pixels=p, status=Status.FINISHED) for _, p in record.masks]
-    return behaviour(texts, [judge(counts, rules).iou for counts in made], judge(record.counts, rules).iou)
+    ious, iou = [judge(counts, rules).iou for counts in made], judge(record.counts, rules).iou
+    return behaviour(texts, ious, iou, record.example["query"])
 
 
-def named_acts(text: str) -> set[str]:
-    """The acts that a turn's thought names."""
+def named_acts(text: str, query: str = "") -> set[str]:
+    """The acts that a turn's thought names, by patterns of English: other languages and other words count for none."""
     thought = text.partition("<think>")[2].partition("</think>")[0]
+    thought = re.sub(re.escape(query), " ", thought, flags=re.IGNORECASE) if query else thought
     return {act for act, pattern in _PATTERNS.items() if pattern.search(thought)}
 
 

@@ -5,9 +5,14 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
 
-from rsagent_jax.evals.metrics import Counts, Pixels
+from rsagent_jax.agent.environment import EnvState
+from rsagent_jax.agent.replay import state_to_json
+from rsagent_jax.evals.metrics import Counts, Pixels, count, judge, mask_pixels
+from rsagent_jax.masks import encode_rle, mask_iou
+from rsagent_jax.rollout.play import failure_of
 from rsagent_jax.runtime import journal
-from rsagent_jax.types import Status
+from rsagent_jax.runtime.image_files import keep_image
+from rsagent_jax.types import Sample, Status, Trajectory
 
 FOLDER = "shards"
 
@@ -37,6 +42,27 @@ class Record:
         masks = tuple((turn, _triples(pixels)) for turn, pixels in row["masks"])
         failure = (row["failed"]["kind"], row["failed"]["why"]) if "failed" in row else None
         return cls(counts, row["mask"], row["seconds"], row["example"], masks, failure)
+
+
+def make_record(
+    workdir: pathlib.Path, sample: Sample, trajectory: Trajectory, state: EnvState, seconds: float
+) -> Record:
+    """What an evaluation keeps of a trajectory. A picture that is no file of its own is written below `workdir`."""
+    counts = count(trajectory, sample)
+    path = sample.path or keep_image(workdir, sample.image)
+    example = {
+        "id": sample.id,
+        "query": sample.query,
+        "iou": judge(counts).iou,
+        "status": trajectory.status.value,
+        "ious": [mask_iou(m.mask, sample) for m in trajectory.masks],
+        "gt": encode_rle(sample.gt_mask),
+        "image": path,
+        "record": state_to_json(state, path),
+    }
+    masks = mask_pixels(trajectory, sample)
+    failure = failure_of(state)
+    return Record(counts, encode_rle(trajectory.final_mask), seconds, example, masks, failure)
 
 
 def _triples(pixels: dict[str, Any]) -> Pixels:

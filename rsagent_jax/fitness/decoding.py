@@ -94,7 +94,8 @@ def _decoding(engine: Engine) -> Finding:
     s, programs = engine.sampling, engine.programs
     blocks = max(n for n in programs.buckets if n == 1 or n * programs.block <= s.context)
     places, many = max(1, blocks * programs.block - s.chunk), lambda value: np.full(s.slots, value, np.int32)
-    turns = Turns(np.ones(s.slots, bool), many(places), many(places), many(0), many(s.context), many(0), many(0))
+    numbers = (many(places), many(places), many(0), many(s.context), many(0), many(0))
+    turns = Turns(np.ones(s.slots, bool), *numbers, np.zeros(s.slots, bool))
     turns = engine._put(turns)
 
     def run():

@@ -9,11 +9,11 @@ import shutil
 
 import jax
 
+from rsagent_jax.aot.devices import chip_of
 from rsagent_jax.aot.topology import GIB, parse_topology
 from rsagent_jax.config.import_path import shipped
 from rsagent_jax.config.schema import TrainConfig
 from rsagent_jax.fitness.finding import Examined, Finding, Verdict, not_run
-from rsagent_jax.fitness.speed import chip_of
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.rollout.startup import SPACE
 from rsagent_jax.runtime import processes, sharding

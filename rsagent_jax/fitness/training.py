@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 
+from rsagent_jax.aot.devices import chip_of
 from rsagent_jax.aot.report import Job, analyse
 from rsagent_jax.aot.stages import attention_flops, stage_jobs, workload
 from rsagent_jax.aot.topology import GIB, SLICES, Chip, Topology
@@ -14,7 +15,7 @@ from rsagent_jax.config.schema import BatchConfig, TrainConfig
 from rsagent_jax.data.packing import Item, pack
 from rsagent_jax.fitness.finding import Examined, Finding, Verdict, device_memory, not_run
 from rsagent_jax.fitness.made_up import random_policy, random_prompt
-from rsagent_jax.fitness.speed import chip_of, fastest, matmul_flops
+from rsagent_jax.fitness.speed import fastest, matmul_flops
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.train.state import (

@@ -8,6 +8,7 @@ never encoded twice.
 import collections
 import dataclasses
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,26 +39,30 @@ class _Next:
     budget: int = 0  # tokens that the next turn may have
 
 
-# tokens, positions, loss_mask and log-probs of a part of the context
-Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-NO_TOKENS = np.zeros(0, np.int32), np.zeros((3, 0), np.int32), np.zeros(0, bool), np.zeros(0, np.float32)
+# tokens, positions, loss_mask, log-probs and versions of a part of the context
+Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+NO_TOKENS = (*(np.zeros(shape, np.int32) for shape in (0, (3, 0))), np.zeros(0, bool), np.zeros(0, np.float32))
 
 
 @dataclasses.dataclass
-class _Run:
+class Run:
     """One trajectory under way: its state and the context so far, in pieces."""
 
     task: Task
-    slot: int
+    slot: int = -1
     state: EnvState | None = None
     next: _Next | None = None
     text: str = ""  # of the turn whose tool runs
+    acts: Callable[[], _Next] | None = None  # running that tool
+    known: bool = True  # the slot has read the context; not one in which a trajectory that was broken off goes on
+    begun: Completion | None = None  # what its turn had so far
+    versions: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))  # of those tokens
     position: int = 0  # of the next token
     length: int = 0  # tokens of the context
     drawn: int = 0  # of them sampled
-    parts: list[Part] = dataclasses.field(default_factory=lambda: [NO_TOKENS])
-    patches: list[np.ndarray] = dataclasses.field(default_factory=list)
-    grids: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+    parts: list[Part] = dataclasses.field(default_factory=lambda: [(*NO_TOKENS, np.zeros(0, np.int32))])
+    patches: list[np.ndarray] = dataclasses.field(default_factory=list)  # of each prompt
+    grids: list[tuple[tuple[int, int, int], ...]] = dataclasses.field(default_factory=list)
     asked: float = 0.0  # when the policy got the turn under way
     policy_seconds: float = 0.0
 
@@ -78,6 +83,8 @@ class Driver:
         self.limits = pixel_limits(agent, processor)
         self.workers, self.on_turn = workers, on_turn
         self.cancelled: set[int] = set()
+        self.version = 0  # of the policy's weights, as whoever loads them counts
+        self.broken_off: list[Run] = []  # by the end of the last `play`, for the next one to go on with
         self.stats: dict[str, float] = {}
         texts, images = budget.Texts.of(agent, processor.encode), processor.images.limits
         # The tasks of a sample share its opening; no more samples than slots are played at a time. What is kept holds
@@ -98,17 +105,23 @@ class Driver:
         """Ends a trajectory as CANCELLED, at the driver's next round; from any thread."""
         self.cancelled.add(uid)
 
-    def play(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Trajectory, EnvState]]:
+    def play(
+        self, tasks: Iterable[Task], unfinished: Iterable[Run] = ()
+    ) -> Iterator[tuple[Task, Trajectory, EnvState]]:
         """(task, trajectory, final state) as they end; a task is taken when there is a slot for it.
 
-        Closing the iterator drops what is under way.
+        Closing the iterator breaks off what is under way: `broken_off` has it, for another `play` to go on with as
+        `unfinished`, before the tasks. A turn goes on where it was, its tokens and their log-probs as they were drawn;
+        the policy reads the context anew; a tool call that was running is made again.
         """
         self.policy.begin()
+        self.broken_off = []
         self.cancelled.clear()
         self.openings.clear()
         key = lambda sample: (id(sample.image), sample.query)  # noqa: E731
         shared_opening = cachetools.cached(self.openings, key, condition=threading.Condition())(self._opening)
-        waiting = iter(tasks)
+        unfinished = iter(unfinished)
+        waiting = itertools.chain(unfinished, map(Run, tasks))
         following = next(waiting, None)
         free, runs, asked = set(range(self.policy.slots)), {}, set()
         jobs = Jobs(self.workers, self.agent.tool_deadline_s)
@@ -116,11 +129,17 @@ class Driver:
         try:
             while following or runs:
                 while following and free:
-                    task, following = following, next(waiting, None)
-                    slot = self.policy.pick(task, sorted(free))
+                    run, following = following, next(waiting, None)
+                    slot = run.slot = self.policy.pick(run.task, sorted(free))
                     free.remove(slot)
-                    runs[slot] = _Run(task, slot)
-                    jobs.submit(slot, functools.partial(shared_opening, task.sample))
+                    runs[slot] = run
+                    if run.state is None:
+                        jobs.submit(slot, functools.partial(shared_opening, run.task.sample))
+                    elif run.acts:
+                        jobs.submit(slot, run.acts)
+                    elif run.state.status is None:
+                        self.policy.submit(self._request(run))
+                        asked.add(slot)
                 before = time.perf_counter()
                 for slot, completion in self.policy.step() if asked else ():
                     asked.remove(slot)
@@ -131,7 +150,8 @@ class Driver:
                     stats["tokens"] += len(completion.tokens)
                     run.text = self._add(run, completion)
                     so_far = run.position, run.length, run.drawn, int(completion.finished)
-                    jobs.submit(slot, functools.partial(self._act, run.state, run.text, *so_far))
+                    run.acts = functools.partial(self._act, run.state, run.text, *so_far)
+                    jobs.submit(slot, run.acts)
                 stats["device"] += time.perf_counter() - before
                 before, idle = time.perf_counter(), not asked and any(r.state is not None for r in runs.values())
                 ended = jobs.take(wait=not asked)
@@ -140,7 +160,7 @@ class Driver:
                     run = runs[slot]
                     opened = run.state is not None
                     run.next = self._overdue(run, result) if isinstance(result, Overdue) else result
-                    run.state = run.next.state
+                    run.state, run.acts = run.next.state, None
                     if opened:
                         self.on_turn(run.task, run.state)
                     if run.state.status is None:
@@ -156,6 +176,10 @@ class Driver:
                     asked.discard(slot)
                     free.add(slot)
                     yield run.task, self._finish(run), run.state
+        except GeneratorExit:
+            begun = [self._break_off(run) for run in runs.values()]
+            self.broken_off = [*begun, *([following] if following else ()), *unfinished]
+            raise
         finally:
             for slot in runs:
                 jobs.drop(slot)
@@ -239,7 +263,7 @@ class Driver:
 
     ############################## On the driver's thread ##############################
 
-    def _overdue(self, run: _Run, overdue: Overdue) -> _Next:
+    def _overdue(self, run: Run, overdue: Overdue) -> _Next:
         """What a tool's silence is answered with. Raises that of an opening, which no tool has a part in."""
         if run.state is None:
             raise overdue
@@ -249,20 +273,47 @@ class Driver:
             return _Next(dataclasses.replace(run.state, status=Status.ENV_FAILED, failure=failure))
         return _Next(environment.apply_reply(run.state, proposal, failure))
 
-    def _request(self, run: _Run) -> Request:
+    def _request(self, run: Run) -> Request:
         run.asked, run.position = time.perf_counter(), run.next.position
-        turn = len(run.state.turns)
-        return Request(run.slot, run.next.pending, run.position, run.state, run.task, turn, run.next.budget)
+        turn, pending, context = len(run.state.turns), run.next.pending, ()
+        if not run.known:
+            context, skip, run.known = self._context(run), run.next.skip, True
+            pending = dataclasses.replace(pending, tokens=pending.tokens[skip:], positions=pending.positions[:, skip:])
+        asks = run.slot, pending, run.position, run.state, run.task, turn, run.next.budget
+        return Request(*asks, context=context, begun=run.begun)
 
-    def _add(self, run: _Run, completion: Completion) -> str:
+    def _context(self, run: Run) -> tuple[Prompt, ...]:
+        """All that the slot knew: prompts with their images, and turns, which are text whatever was sampled."""
+        read, images = [], zip(run.patches, run.grids, strict=True)
+        for tokens, positions, sampled, *_ in run.parts:
+            if len(tokens):
+                patches, grids = (self.processor.no_patches(), ()) if sampled[0] else next(images)
+                read.append(Prompt(tokens, positions, patches, grids))
+        return tuple(read)
+
+    def _break_off(self, run: Run) -> Run:
+        """The same for another `play`, in whatever slot and under whatever weights."""
+        asked = run.state is not None and run.state.status is None and run.acts is None
+        begun = self.policy.begun(run.slot) if asked else None
+        if begun is not None:
+            new = np.full(len(begun.tokens) - len(run.versions), self.version, np.int32)
+            run.versions = np.append(run.versions, new)
+        run.begun, run.known = begun, not run.parts[1:]
+        return run
+
+    def _add(self, run: Run, completion: Completion) -> str:
         """Appends the pending prompt and the sampled turn to the context; returns the turn's text."""
         pending, skip, n = run.next.pending, run.next.skip, len(completion.tokens)
         forced = np.zeros(len(pending.tokens) - skip, np.float32)
         turn_positions = np.broadcast_to(run.position + np.arange(n), (3, n)).astype(np.int32)
-        run.parts.append((pending.tokens[skip:], pending.positions[:, skip:], forced.astype(bool), forced))
-        run.parts.append((completion.tokens, turn_positions, np.ones(n, bool), completion.logprobs))
+        versions = np.full(len(forced) + n, self.version, np.int32)
+        versions[len(forced) : len(forced) + len(run.versions)] = run.versions
+        by_part = np.split(versions, [len(forced)])
+        run.parts.append((pending.tokens[skip:], pending.positions[:, skip:], forced.astype(bool), forced, by_part[0]))
+        run.parts.append((completion.tokens, turn_positions, np.ones(n, bool), completion.logprobs, by_part[1]))
+        run.begun, run.versions = None, np.zeros(0, np.int32)
         run.patches.append(pending.patches)
-        run.grids += pending.grids
+        run.grids.append(pending.grids)
         run.position += n
         run.length += len(forced) + n
         run.drawn += n
@@ -270,9 +321,10 @@ class Driver:
         ended = n > 0 and int(completion.tokens[-1]) in self.processor.end_ids  # which is no text
         return self.processor.decode(completion.tokens[:-1] if ended else completion.tokens)
 
-    def _finish(self, run: _Run) -> Trajectory:
+    def _finish(self, run: Run) -> Trajectory:
         mask, mask_id = environment.final_mask(run.state)
-        tokens, positions, loss_mask, logprobs = (np.concatenate(part, -1) for part in zip(*run.parts, strict=True))
+        whole = (np.concatenate(part, -1) for part in zip(*run.parts, strict=True))
+        tokens, positions, loss_mask, logprobs, versions = whole
         return Trajectory(
             sample_id=run.task.sample.id,
             group_id=run.task.group_id,
@@ -287,7 +339,8 @@ class Driver:
             loss_mask=loss_mask,
             logprobs=logprobs,
             patches=np.concatenate([self.processor.no_patches(), *run.patches]),
-            grids=tuple(run.grids),
+            grids=tuple(itertools.chain(*run.grids)),
+            versions=versions,
             seconds={"tool": run.state.tool_seconds, "policy": run.policy_seconds},
         )
 

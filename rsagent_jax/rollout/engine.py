@@ -38,7 +38,8 @@ MOST = 0.75  # of the slots with work, of the lanes: see Engine._append_now
 class _Slot:
     """What the host knows of a slot in use."""
 
-    opening: Prompt  # the first prompt: another slot of the lane may copy it
+    opening: Prompt  # what is read first: another slot of the lane may copy it
+    rest: list[Prompt] = dataclasses.field(default_factory=list)  # to be read after `left`, before the turn
     request: Request | None = None  # the latest, with the rest below
     left: Prompt | None = None  # of its prompt, with image places; None when it is appended
     image_places: np.ndarray | None = None  # i32[T] of `left`
@@ -86,8 +87,10 @@ class Engine:
         self.load(params, key)
         self.begin()
 
-    def load(self, params: nnx.State, key: jax.Array) -> None:
+    def load(self, params: nnx.State, key: jax.Array, *, greedy: bool = False) -> None:
         """New weights, cast and laid out for decoding, and the key that the next trajectories' keys are folded from.
+
+        greedy: until the next `load` the likeliest token is taken, whatever sampling.temperature says.
 
         One resharding, from whatever layout `params` have. Of the parts outside of the decoder's layers, those whose
         dtype and layout agree already are not copied: they share their memory with `params`, so whoever donates these
@@ -99,6 +102,7 @@ class Engine:
         start = time.perf_counter()
         self.weights = None  # freed before the new ones are made
         self.weights, self.key = jax.block_until_ready(self._laid_out(params)), key
+        self.greedy = greedy
         self.seconds["weights"] = time.perf_counter() - start
 
     def _laid_out(self, params: nnx.State) -> Weights:
@@ -156,23 +160,43 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """ValueError for a prompt that does not fit; a driver looks before it asks."""
-        prompt, vision = request.prompt, self.config.vision
-        x = self.used.get(request.slot) or _Slot(prompt)
-        patches = padded_patches(prompt.grids, vision)
+        prompts = [*request.context, request.prompt]
+        x = self.used.get(request.slot) or _Slot(prompts[0])
+        patches = max(padded_patches(prompt.grids, self.config.vision) for prompt in prompts)
         budget = min(request.budget or self.max_new_tokens, self.max_new_tokens)
-        if patches > self.patches or x.length + len(prompt.tokens) + budget > self.context:
+        tokens = sum(len(prompt.tokens) for prompt in prompts)
+        if patches > self.patches or x.length + tokens + budget > self.context:
             raise ValueError(
-                f"slot {request.slot} has {x.length} of {self.context} tokens: no room for {len(prompt.tokens)} more"
+                f"slot {request.slot} has {x.length} of {self.context} tokens: no room for {tokens} more"
                 f" and a turn, or {patches} patches are more than {self.patches}"
             )
-        places = np.zeros(len(prompt.tokens), np.int32)
+        if request.begun is not None:
+            prompts.append(self._text(request.begun.tokens, request.position))
+        x.request, x.rest, x.budget = request, prompts, budget
+        self.used[request.slot] = x
+        self._read_next(request.slot)
+
+    def begun(self, slot: int) -> Completion | None:
+        x = self.used[slot]
+        if not x.samples:
+            return x.request.begun
+        return Completion(np.concatenate(x.tokens), np.concatenate(x.logprobs), False) if x.done else None
+
+    def _text(self, tokens: np.ndarray, position: int) -> Prompt:
+        """Sampled tokens to be read: text, whatever they say."""
+        positions = np.broadcast_to(position + np.arange(len(tokens)), (3, len(tokens))).astype(np.int32)
+        return Prompt(tokens, positions, np.zeros((0, self.config.vision.patch_dim), np.float32), ())
+
+    def _read_next(self, slot: int) -> None:
+        """Lets the slot wait for its lane with the first of what it has to read."""
+        x, vision = self.used[slot], self.config.vision
+        x.left = prompt = x.rest.pop(0)
+        x.image_places = np.zeros(len(prompt.tokens), np.int32)
         if prompt.grids:
             is_image = prompt.tokens == self.config.image_token_id
-            rung = self._rung(patches)
-            places = fill_patch_buffer(prompt.patches, prompt.grids, is_image, rung, vision).image_slots
-        x.request, x.left, x.image_places, x.budget = request, prompt, places, budget
-        self.used[request.slot] = x
-        self.queue.append(request.slot)
+            rung = self._rung(padded_patches(prompt.grids, vision))
+            x.image_places = fill_patch_buffer(prompt.patches, prompt.grids, is_image, rung, vision).image_slots
+        self.queue.append(slot)
 
     def release(self, slot: int) -> None:
         self.used.pop(slot, None)
@@ -302,13 +326,19 @@ class Engine:
             self.stats["prefill_tokens"] += n
             if n < len(x.left.tokens):
                 x.left, x.image_places = _tail(x.left, n), x.image_places[n:]
-            else:
-                x.left, x.samples, x.done, x.tokens, x.logprobs = None, True, 0, [], []
-                self.lanes[lane] = None
+                continue
+            self.lanes[lane] = None
+            if x.rest:
+                self._read_next(slot)
+                continue
+            begun = x.request.begun
+            x.tokens, x.logprobs = ([begun.tokens], [begun.logprobs]) if begun else ([], [])
+            x.left, x.samples, x.done = None, True, len(begun.tokens) if begun else 0
         return Piece(*self._put((slots, tokens, positions, places, counts, lengths)))
 
     def _turns(self) -> Turns:
-        out = Turns(np.zeros(self.slots, bool), *(np.zeros(self.slots, np.int32) for _ in range(6)))
+        ints = (np.zeros(self.slots, np.int32) for _ in range(6))
+        out = Turns(np.zeros(self.slots, bool), *ints, np.full(self.slots, self.greedy))
         for slot, x in self.used.items():
             r = x.request
             out.open[slot], out.lengths[slot], out.done[slot] = x.samples, x.length, x.done

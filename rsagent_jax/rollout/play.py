@@ -95,17 +95,20 @@ def play_samples(
     config: EvalConfig | CollectConfig,
     total: int,
     label: str,
+    leave: bool = True,
 ) -> Failures:
     """A trajectory for each of `attempts`, (uid, place among the samples); those of one sample stand together.
 
     keep: is given each as it ends, and says why it is not done, if it is not. keep_failure: is given (uid, id, why)
     where the sample cannot be read, unless data.unreadable stops there. total: attempts that there were before the
-    command was started again, for the progress bar.
+    command was started again, for the progress bar. leave: it stays on the terminal when all is done.
     Returns what failed, which is told on the terminal however this ends. DataError where a sample cannot be read, or
     where the segmenter failed segmenter.give_up_after trajectories in a row.
     """
     failed = Failures(config.segmenter.give_up_after)
-    bar = tqdm(total=total, initial=total - len(attempts), desc=label, unit="trajectory", mininterval=2.0)
+    # One that goes away stands under another: only a terminal can show that.
+    bar = dict(total=total, initial=total - len(attempts), desc=label, unit="trajectory", mininterval=2.0)
+    bar = tqdm(**bar, leave=leave, disable=False if leave else None)
 
     def tasks(pool: concurrent.futures.Executor) -> Iterator[Task]:
         for place, uids, reading in _read_ahead(pool, samples, attempts):

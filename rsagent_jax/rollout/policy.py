@@ -1,6 +1,6 @@
 """The seam between the driver and whatever writes the assistant's turns: the engine, a teacher, a script.
 
-Another engine, in this process or behind a socket, is one more class with these five methods and four numbers.
+Another engine, in this process or behind a socket, is one more class with these six methods and four numbers.
 """
 
 import concurrent.futures
@@ -37,6 +37,10 @@ class Request:
     task: Task
     turn: int
     budget: int = 0  # tokens that the turn may have, at most max_new_tokens; 0 = max_new_tokens
+    # Of a trajectory that was broken off and goes on in a slot that does not know it: what the slot reads before the
+    # prompt, and what the turn has so far.
+    context: tuple[Prompt, ...] = ()
+    begun: Completion | None = None
 
 
 class PolicyFailure(Exception):
@@ -67,6 +71,9 @@ class Policy(Protocol):
 
     def step(self) -> list[tuple[int, Completion | PolicyFailure]]:
         """Works for a while on the turns it has; returns those that ended, by slot. None under way: returns at once."""
+
+    def begun(self, slot: int) -> Completion | None:
+        """What the slot's turn under way has so far, for a request that goes on with it; None to begin it anew."""
 
     def release(self, slot: int) -> None:
         """The slot's trajectory is over; a turn under way is dropped."""
@@ -136,6 +143,9 @@ class TextPolicy:
         concurrent.futures.wait([turn for _, turn in self.turns.values()], return_when=when)
         ended = [slot for slot, (_, turn) in self.turns.items() if turn.done()]
         return [(slot, self._outcome(*self.turns.pop(slot))) for slot in ended]
+
+    def begun(self, slot: int) -> Completion | None:
+        return None
 
     def release(self, slot: int) -> None:
         if slot in self.turns:

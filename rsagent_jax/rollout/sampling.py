@@ -6,18 +6,21 @@ import jax.numpy as jnp
 from rsagent_jax.config.schema import SamplingConfig
 
 
-def sample_tokens(logits_SV: jax.Array, sampling: SamplingConfig, keys: jax.Array, steps: jax.Array):
-    """(tokens i32[S], log-probs f32[S]); greedy at temperature 0. The draw of step n of a key depends on these alone.
+def sample_tokens(
+    logits_SV: jax.Array, sampling: SamplingConfig, keys: jax.Array, steps: jax.Array, greedy_S: jax.Array
+):
+    """(tokens i32[S], log-probs f32[S]); greedy at temperature 0, and where bool[S] `greedy_S` says so. The draw of
+    step n of a key depends on these alone.
 
     Log-probs are of softmax(logits / temperature), as the trainer computes them: without top-k and top-p, which change
     what is drawn and not what is learned from. At temperature 0 they are of softmax(logits).
     """
     logp = jax.nn.log_softmax(logits_SV / (sampling.temperature or 1.0))
-    if sampling.temperature == 0.0:
-        token = jnp.argmax(logits_SV, axis=-1)
-    else:
+    token = jnp.argmax(logits_SV, axis=-1)
+    if sampling.temperature:
         kept = filtered(logp, sampling.top_k, sampling.top_p)
-        token = jax.vmap(lambda key, n, p: jax.random.categorical(jax.random.fold_in(key, n), p))(keys, steps, kept)
+        drawn = jax.vmap(lambda key, n, p: jax.random.categorical(jax.random.fold_in(key, n), p))(keys, steps, kept)
+        token = jnp.where(greedy_S, token, drawn)
     return token.astype(jnp.int32), jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
 
 

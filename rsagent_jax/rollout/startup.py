@@ -9,8 +9,6 @@ import importlib.util
 import pathlib
 import shutil
 
-import orbax.checkpoint as ocp
-
 from rsagent_jax.agent.budget import Texts, image_sizes, trajectory_budget, typical_size
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.agent.views import fixed_size
@@ -21,6 +19,7 @@ from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config
 from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
+from rsagent_jax.models.qwen25_vl.steps import find_step, split_step
 from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.engine import fill_sampling_defaults
 from rsagent_jax.rollout.open import engine_layout
@@ -50,8 +49,8 @@ def check_weights(weights: str) -> tuple[Qwen25VLConfig, Processor]:
     shape, path, processor = load_config(directory), local_weights(weights), Processor.load(directory)
     if directory == path:
         convert.check_files(directory, shape)
-    elif not ocp.utils.checkpoint_steps(path):
-        raise DataError(f"{path} holds no finished checkpoint; run train.py until one is saved")
+    else:
+        find_step(path, split_step(weights)[1])
     return shape, processor
 
 

@@ -1,47 +1,30 @@
-"""What a run logs: metrics.jsonl (one object per step) beside TensorBoard events, and rollouts.jsonl."""
+"""What a run logs: metrics.jsonl (one object per step) beside its loggers, and rollouts.jsonl."""
 
 import json
 import math
 import pathlib
-import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from rsagent_jax.runtime.journal import damaged
-from rsagent_jax.runtime.paths import AppendFile, is_remote, put_files, read_lines, write_lines
+from rsagent_jax.runtime.loggers import Logger
+from rsagent_jax.runtime.paths import AppendFile, read_lines, write_lines
 from rsagent_jax.types import DataError
-
-# tensorboardX imports torch wherever it is installed, only to accept tensors; this side never loads torch.
-_keep_out = "torch" not in sys.modules
-if _keep_out:
-    sys.modules["torch"] = None
-try:
-    from tensorboardX import SummaryWriter
-finally:
-    if _keep_out:
-        del sys.modules["torch"]
-
-SEND_S = 60  # seconds between two uploads of TensorBoard's events
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard's events; rollouts.jsonl, one group of trajectories per GRPO step, for people.
+    """metrics.jsonl; rollouts.jsonl, one group of trajectories per GRPO step, for people. `loggers` get the same.
 
     On resume, lines after the step that is gone on from are dropped, so that each step stands once.
     """
 
-    def __init__(self, workdir: pathlib.Path):
+    def __init__(self, workdir: pathlib.Path, loggers: Sequence[Logger] = ()):
         self.path, self.rollouts = workdir / "metrics.jsonl", workdir / "rollouts.jsonl"
         self.lines = {path: AppendFile(path) for path in (self.path, self.rollouts)}
-        self.board, self.sent = workdir / "tensorboard", time.monotonic()
-        # Events of a bucket are written here and go there once a minute.
-        self.local = pathlib.Path(tempfile.mkdtemp()) if is_remote(workdir) else self.board
-        self.events = SummaryWriter(str(self.local))
+        self.loggers = list(loggers)
         self.counts: Counter[str] = Counter()  # since the start: steps, and what is to be said of them at the end
 
     def rewind(self, stage: str, step: int) -> None:
@@ -53,14 +36,12 @@ class MetricsLog:
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
         """DataError naming the step when the loss is not finite: training on would only lose time."""
         values = {name: float(value) for name, value in values.items()}
-        self.counts["steps"] += 1
+        self.counts["steps"] += step > 0  # 0: the validation before the first one
         self.counts.update({k: int(v) for k, v in values.items() if k == "no_update" or k.startswith("env_failed/")})
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self.lines[self.path].add(json.dumps({"step": step, "stage": stage, **finite}) + "\n")
-        for name, value in values.items():
-            self.events.add_scalar(f"{stage}/{name}", value, step)
-        if time.monotonic() - self.sent > SEND_S:
-            self._send()
+        for logger in self.loggers:
+            logger.write(stage, step, values)
         if not math.isfinite(values.get("loss", 0.0)):
             loss = f"{stage} step {step}: the loss is {values['loss']}"
             raise DataError(f"{loss}; lower the learning rate or see l2_grads")
@@ -82,19 +63,14 @@ class MetricsLog:
         return said
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
-        """u8[h, w, 3], for TensorBoard."""
-        self.events.add_image(name, image, step, dataformats="HWC")
-
-    def _send(self) -> None:
-        """TensorBoard's events, where they belong."""
-        self.events.flush()
-        self.sent = time.monotonic()
-        if self.local != self.board:
-            put_files(self.local, self.board)
+        """u8[h, w, 3], for those of the loggers that have an `image`."""
+        for logger in self.loggers:
+            if hasattr(logger, "image"):
+                logger.image(name, image, step)
 
     def close(self) -> None:
-        self._send()
-        self.events.close()
+        for logger in self.loggers:
+            logger.close()
         for file in self.lines.values():
             file.close()
 

@@ -45,9 +45,30 @@ def mean_only(rewards: Rewards, valid: Valid, *, ddof: int = 1) -> Advantages:
 
 
 def leave_one_out(rewards: Rewards, valid: Valid, *, ddof: int = 1) -> Advantages:
-    """r - mean of the other members: RLOO. Equal to mean_only times count / (count - 1)."""
+    """r - mean of the other members: RLOO's baseline (arXiv 2402.14740). Equal to mean_only times count / (count - 1).
+
+    All of RLOO, on the policy that sampled: with grpo.normalize = constant, which weighs every token alike, the
+    gradient is that of its sum over a trajectory's log-probs. Off that policy the ratios here are by token, RLOO's is
+    one of the whole trajectory (and its KL is part of the reward).
+    """
     centred, count = _centred(rewards, valid)
     return (centred * count / np.maximum(count - 1, 1)).astype(np.float32)
+
+
+def scale_by_batch(
+    advantages: Float[np.ndarray, "n G ..."], values: Float[np.ndarray, " m"], *, ddof: int = 1, eps: float = 1e-6
+) -> Float32[np.ndarray, "n G ..."]:
+    """advantages / (std + eps), the standard deviation being that of `values`: of all groups of a step together, so
+    that groups keep their relative weights (`grpo.advantage_scale`).
+
+    rewards     every valid reward of the step: TRL's scale_rewards="batch" over `mean` (its eps is 1e-4)
+    advantages  every valid member's advantage, over `mean`: REINFORCE++-baseline (arXiv 2501.03262), which counts a
+                trajectory once for each of its tokens; over `loo`: TRL's RLOO with normalize_advantages. Their mean is
+                0 inside every group, so there is none to take off
+    """
+    deviations = values.astype(np.float64) - np.mean(values, dtype=np.float64) if len(values) else np.zeros(1)
+    std = np.sqrt(np.sum(deviations**2) / max(len(values) - ddof, 1))
+    return (advantages / (std + eps)).astype(np.float32)
 
 
 def zero_variance(rewards: Rewards, valid: Valid, spread: float = _SPREAD) -> Bool[np.ndarray, " n"]:

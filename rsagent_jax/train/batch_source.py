@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from rsagent_jax.agent.segmenter import counters
 from rsagent_jax.config.schema import GrpoConfig, SftConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.packing import Item, fits, pack_evenly
-from rsagent_jax.data.pipeline import Pipeline, Unreadable
+from rsagent_jax.data.pipeline import Pipeline
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.masks import mask_iou
 from rsagent_jax.rewards import RewardError, make_reward
@@ -26,8 +27,13 @@ from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.runtime.paths import write_whole
-from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum
-from rsagent_jax.train.advantages import advantage_function, zero_variance
+from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum, exchange
+from rsagent_jax.train.advantages import advantage_function, scale_by_batch, zero_variance
+from rsagent_jax.train.carry_over import InFlight
+from rsagent_jax.train.judged import Judged
+from rsagent_jax.train.prompts import Prompts
+from rsagent_jax.train.rollouts import Rollouts
+from rsagent_jax.train.turn_credit import by_token, earned_by_turn
 from rsagent_jax.types import Batch, DataError, Sample, Status, Trajectory
 from sam_bridge.types import FailureKind
 
@@ -39,11 +45,13 @@ TOOL_FAILURES = tuple(kind.value for kind in FailureKind if not kind.callers_fau
 class BatchSource(Protocol):
     steps: int  # of the stage
     examples: dict[str, Any]  # of the last step, for people; {} where there are none
+    judged: Sequence[Judged]  # every trajectory of the last step; () where none are played
 
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
-        """This process's rows of one optimiser step's micro-batches, and what there is to log of them.
+        """This process's rows of a step's micro-batches, and what there is to log of them.
 
-        All of one shape, equally many on every process; none where nothing teaches, and then there is no update.
+        All of one shape, equally many on every process, in a run for each minibatch (packing.pack_evenly); none where
+        nothing teaches, and then there is no update.
         policy: gives the parameters to play with, whole inside this process, when they are asked for.
         """
 
@@ -55,6 +63,8 @@ class BatchSource(Protocol):
 
 class SftSource:
     """Stored trajectories, shuffled anew each epoch; the position is the number of trajectories read."""
+
+    judged: Sequence[Judged] = ()
 
     def __init__(self, config: SftConfig, processor: Processor, seed: int, share: Share = ALONE):
         share.of(config.trajectories_per_step, "sft.trajectories_per_step")
@@ -112,41 +122,85 @@ class GrpoSource:
         self.share, self.workdir, self.steps = share, workdir, config.steps
         how = dict(seed=seed, share=share, unreadable=config.data.unreadable, **dataclasses.asdict(config.read))
         self.pipeline = Pipeline(samples, **how)
+        self.prompts = Prompts(self.pipeline, config.curriculum)
+        self.in_flight = InFlight(driver, config.group, config.max_staleness)
+        self.again: list[int] = []  # prompts that were in flight when the run was stopped
         self.advantage = advantage_function(config.advantage, config.ddof)
         self.reward = make_reward(config.reward)
+        self.turn_reward = make_reward([group for group in config.reward if group.name in config.turn_credit])
         self.examples: dict[str, Any] = {}  # the first group of the last step, for people
+        self.judged: list[Judged] = []
+        self.reward_seconds = 0.0  # of the step
 
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         c, start = self.config, time.perf_counter()
+        self.judged, self.reward_seconds = [], 0.0
         self.engine.load(policy(), key)
-        mine = range(self.share.index, c.prompts, self.share.count)
-        elements = all_or_none(lambda: self.pipeline.draw(c.prompts))
-        drawn = [(i, s) for i, s in zip(mine, elements, strict=True) if not isinstance(s, Unreadable)]
-        chosen = [s for _, s in drawn]
-        # uids count over all processes: who plays a trajectory does not change its random numbers.
-        tasks = [Task(s, g, i * c.group + k) for g, (i, s) in enumerate(drawn) for k in range(c.group)]
-        outcomes = self.driver.run(tasks)
-        rollout_seconds = time.perf_counter() - start
-        rollout_metrics = self.driver.metrics()
+        load_seconds = time.perf_counter() - start
+        played = self._play_on(start) if c.surplus else self._play(start)
+        figures = played.metrics()
+        waiting = figures.get("rollout/tool_wait", 0.0) * figures.get("rollout/seconds", 0.0)
         self.engine.release_memory()  # weights and cache give their memory to the gradients
-        played, states = [t for t, _ in outcomes], [state for _, state in outcomes]
-        items, metrics = all_or_none(lambda: self._judge(played, chosen, states))
-        broken = Counter(state.failure.kind.value for t, state in outcomes if t.status is Status.ENV_FAILED)
-        teaches, failures = self._all_agree(outcomes, broken, items)
+        judged_from = time.perf_counter()
+        items, metrics = self._judge(played)
+        broken = Counter(state.failure.kind.value for t, state in played.outcomes if t.status is Status.ENV_FAILED)
+        teaches, failures = self._all_agree(played.outcomes, broken, items)
         # Where nothing teaches on any process no batch is made on any, and no update.
-        batches = pack_evenly(items, c.batch, self.processor.config, self.share) if teaches else []
-        tokens = sum(int(t.loss_mask.sum()) for t in played)
+        how = self.processor.config, self.share, c.minibatches
+        batches = pack_evenly(items, c.batch, *how) if teaches else []
+        tokens = sum(int(t.loss_mask.sum()) for t in played.trajectories)
         metrics |= {
             "no_update": float(not teaches),
             "unreadable": float(self.pipeline.skipped),  # samples, since the start of the stage
             **{f"env_failed/{kind}": float(n) for kind, n in failures.items()},  # of all processes
-            "rollout_seconds": rollout_seconds,
-            "tokens_per_s": tokens / rollout_seconds,
-            **rollout_metrics,
+            "perf/total_num_tokens": float(sum(len(t.tokens) for t in played.trajectories)),  # of this process's share
+            "rollout_seconds": played.seconds,
+            "seconds/weights": load_seconds,
+            "seconds/rollout": played.seconds - load_seconds - waiting,
+            "seconds/tool": waiting,  # nothing to do but to wait for it
+            "seconds/reward": self.reward_seconds + time.perf_counter() - judged_from,
+            "tokens_per_s": tokens / played.seconds,
+            **figures,
             **counters(self.driver.segmenter),
             **_fill(items, batches),
         }
+        if c.refill:  # of all processes
+            metrics |= {"rounds": float(len(played.figures)), "refilled": float(played.drawn - c.prompts)}
+        if c.surplus:  # of this process
+            metrics |= {"in_flight": float(len(self.in_flight.groups)), **played.staleness(self.driver.version)}
+        if c.curriculum:
+            metrics |= {"passed_over": float(self.prompts.passed_over)}  # samples, since the start of the stage
         return batches, metrics
+
+    def _play(self, start: float) -> Rollouts:
+        """`prompts` groups, with their rewards; with `refill`, others in place of those that teach nothing. `start`:
+        when the step began.
+
+        Every round is agreed upon by all processes, and all draw equally many prompts in it: as many as are missing
+        over all of them, rounded up. So a step may have some groups more than `prompts`, never more than processes.
+        """
+        c, out, missing = self.config, Rollouts(self.config.group), self.config.prompts
+        for last in (*[False] * c.refill, True):
+            missing += -missing % self.share.count
+            how = dict(n=missing, needed=not out.figures)  # none of a later round's need be readable
+            drawn = all_or_none(lambda how=how: self.prompts.draw(**how))
+            # uids count over all processes and rounds: who plays a trajectory, and when, does not change its random
+            # numbers.
+            first, places = len(out.samples), [(out.drawn + i, sample) for i, sample in drawn]
+            tasks = [Task(s, first + g, i * c.group + k) for g, (i, s) in enumerate(places) for k in range(c.group)]
+            outcomes = self.driver.run(tasks)
+            out.seconds += time.perf_counter() - start  # without the wait for other processes
+            out.add([s for _, s in drawn], outcomes, missing, self.driver.metrics())
+            all_or_none(lambda: self._score(out))
+            if last:
+                break
+            teach = out.by_group(self._trained(out) & ~np.repeat(self._flat(out), c.group)).any(axis=1)
+            missing = c.prompts - allgather_sum([int(teach.sum())])[0]
+            if missing <= 0:
+                break
+            out.replaced, start = ~teach, time.perf_counter()
+        self._learn(out)
+        return out
 
     def _all_agree(
         self, outcomes: list[tuple[Trajectory, EnvState]], broken: Counter, items: list[Item]
@@ -162,7 +216,7 @@ class GrpoSource:
             t.status is Status.ENV_FAILED or any(r is not None for r in state.replies) for t, state in outcomes
         )
         usable = sum(t.status.judged and self._usable(t) for t, _ in outcomes)
-        teaching = sum(item.advantage != 0 for item in items)
+        teaching = sum(bool(np.any(item.advantage)) for item in items)
         called, usable, teaching, *kinds = allgather_sum([called, usable, teaching, *kinds])
         failed, bound = sum(kinds), self.config.max_env_failed
         if failed and (failed > bound * called or not usable):
@@ -180,29 +234,78 @@ class GrpoSource:
             )
         return teaching > 0, dict(zip(TOOL_FAILURES, kinds, strict=True))
 
-    def _judge(
-        self, played: list[Trajectory], chosen: list[Sample], states: list[EnvState]
-    ) -> tuple[list[Item], dict[str, float]]:
-        """Rewards, advantages and the trained items. A broken tool's trajectory has no reward and no advantage."""
-        c = self.config
-        valid = np.array([t.status.judged for t in played])
-        rewards = [None] * len(played)
-        for i in np.flatnonzero(valid):
-            try:
-                rewards[i] = self.reward(played[i], chosen[played[i].group_id])
-            except RewardError as error:
-                raise self._kept(error, states[i], chosen[played[i].group_id]) from error
-        totals = np.array([0.0 if r is None else r.total for r in rewards], np.float32).reshape(-1, c.group)
-        valid_G = valid.reshape(-1, c.group)
-        advantages = self.advantage(totals, valid_G).reshape(-1)
-        flat = np.repeat(zero_variance(totals, valid_G, c.min_spread), c.group)
-        trained = valid & ~(flat & c.drop_zero_variance)
-        overlong = np.array([t.status is Status.MAX_CONTEXT for t in played])
-        if c.mask_overlong:
-            trained &= ~overlong
-        usable = np.array([self._usable(t) for t in played])
-        trained &= usable
-        items = [_item(t, float(a)) for t, a, ok in zip(played, advantages, trained, strict=True) if ok]
+    def _play_on(self, start: float) -> Rollouts:
+        """`prompts` groups that are done, of those in flight: `surplus` more, over all processes, when it begins."""
+        c, out = self.config, Rollouts(self.config.group)
+        missing = c.prompts + c.surplus - allgather_sum([len(self.in_flight.groups)])[0]
+        again, self.again = self.again[:missing], self.again[missing:]
+        new = [(self.prompts.places[i], s) for i, s in self.prompts.draw_again(again)] if again else []
+        missing -= len(again)
+        if (missing := missing + -missing % self.share.count) > 0:
+            needed = not new and not self.in_flight.groups
+            drawn = all_or_none(lambda: self.prompts.draw(missing, needed=needed))
+            new += [(self.prompts.places[i], sample) for i, sample in drawn]
+        groups = self.in_flight.play(new, self.share.of(c.prompts, "grpo.prompts"))
+        out.seconds = time.perf_counter() - start
+        outcomes = [outcome for place, group in enumerate(groups) for outcome in group.in_order(place)]
+        out.add([group.sample for group in groups], outcomes, c.prompts, self.driver.metrics())
+        all_or_none(lambda: self._score(out))
+        self._learn(out)
+        return out
+
+    def _learn(self, out: Rollouts) -> None:
+        if self.config.curriculum:
+            self.prompts.learn(out.success())
+
+    def _score(self, out: Rollouts) -> None:
+        """Rewards of what has none yet. A broken tool's trajectory has no reward and no advantage."""
+        start = time.perf_counter()
+        for trajectory, state in out.outcomes[len(out.rewards) :]:
+            sample, reward, earned = out.samples[trajectory.group_id], None, np.zeros(0)
+            if trajectory.status.judged:
+                try:
+                    reward = self.reward(trajectory, sample)
+                    if self.config.turn_credit:
+                        earned = earned_by_turn(self.turn_reward, trajectory, sample)
+                except RewardError as error:
+                    raise self._kept(error, state, sample) from error
+            out.rewards.append(reward)
+            out.earned.append(earned)
+        self.reward_seconds += time.perf_counter() - start
+
+    def _flat(self, out: Rollouts) -> np.ndarray:
+        """bool[groups]: nothing to teach, in no turn."""
+        values = out.values()
+        each = [zero_variance(values[..., t], out.valid, self.config.min_spread) for t in range(values.shape[-1])]
+        return np.all(each, axis=0)
+
+    def _trained(self, out: Rollouts) -> np.ndarray:
+        """bool[trajectories]: can be trained on, if its group teaches."""
+        usable = np.array([self._usable(t) for t in out.trajectories])
+        return out.valid.reshape(-1) & usable & ~(out.overlong & self.config.mask_overlong)
+
+    def _advantages(self, out: Rollouts) -> np.ndarray:
+        """f32[trajectories, K] by turn; K = 1 where a trajectory is credited as a whole."""
+        c, values, valid, kept = self.config, out.values(), out.valid, ~out.replaced
+        advantages = np.stack([self.advantage(values[..., t], valid) for t in range(values.shape[-1])], axis=-1)
+        if c.advantage_scale != "none":
+            scaled = {"rewards": values, "advantages": advantages}[c.advantage_scale][kept, :, 0][valid[kept]]
+            everywhere = [x for said in exchange(json.dumps(scaled.tolist())) for x in json.loads(said)]
+            advantages = scale_by_batch(advantages, np.array(everywhere), ddof=c.ddof)
+        return advantages.reshape(-1, advantages.shape[-1])
+
+    def _judge(self, out: Rollouts) -> tuple[list[Item], dict[str, float]]:
+        """Advantages, and the trained items."""
+        c, played, chosen, rewards = self.config, out.trajectories, out.samples, out.rewards
+        advantages, trained, flat = self._advantages(out), self._trained(out), np.repeat(self._flat(out), c.group)
+        trained &= ~np.repeat(out.replaced, c.group) & ~(flat & c.drop_zero_variance)
+        by_turn = zip(played, advantages, strict=True)
+        credit = [by_token(a, t.loss_mask) if c.turn_credit else float(a[0]) for t, a in by_turn]
+        items = [_item(t, a) for t, a, ok in zip(played, credit, trained, strict=True) if ok]
+        self.judged = [
+            Judged(chosen[t.group_id], t, state, r, a, bool(ok))
+            for (t, state), r, a, ok in zip(out.outcomes, rewards, credit, trained, strict=True)
+        ]
         self.examples = {
             "id": chosen[0].id,
             "query": chosen[0].query,
@@ -210,16 +313,17 @@ class GrpoSource:
                 {
                     "status": t.status.value,
                     "turns": [turn.text for turn in t.turns],
-                    "advantage": float(a),
+                    "advantage": float(a[0]),
                     "reward": None if r is None else {"total": r.total, **r.parts},
                 }
                 for t, a, r in zip(played[: c.group], advantages, rewards, strict=False)
             ],
         }
         ends = (*self.processor.end_ids, *c.sampling.stop_ids)
+        valid, usable = out.valid.reshape(-1), np.array([self._usable(t) for t in played])
         counts = {
             "dropped": float(np.mean(valid & ~usable)),
-            "overlong": float(np.mean(valid & overlong)),  # not trained on, by grpo.mask_overlong
+            "overlong": float(np.mean(valid & out.overlong)),  # not trained on, by grpo.mask_overlong
             "cut": sum(_cut(t, ends).sum() for t in played) / max(sum(len(t.turns) for t in played), 1),  # of the turns
         }
         return items, _summary(played, chosen, rewards, flat) | counts
@@ -237,13 +341,18 @@ class GrpoSource:
         return bool(t.loss_mask.any()) and fits(_item(t, 0.0), self.config.batch, self.processor.config)
 
     def state(self) -> dict[str, Any]:
-        return self.pipeline.state()
+        """What is in flight is kept by its prompts, and begun anew after a restart."""
+        if not self.config.surplus:
+            return self.prompts.state()
+        everywhere = [json.loads(said) for said in exchange(json.dumps([*self.in_flight.groups, *self.again]))]
+        return self.prompts.state() | {"in_flight": sorted({number for own in everywhere for number in own})}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.pipeline.restore(state)
+        self.prompts.restore(state)
+        self.again = list(state.get("in_flight", []))
 
 
-def _item(t: Trajectory, advantage: float) -> Item:
+def _item(t: Trajectory, advantage: float | np.ndarray) -> Item:
     return Item(t.tokens, t.positions, t.loss_mask, t.logprobs, t.patches, t.grids, advantage)
 
 

@@ -2,7 +2,8 @@
 
 <workdir>/checkpoints/<stage>/policy/      config.json, tokenizer and image settings, copied from the weights
 <workdir>/checkpoints/<stage>/base/        what the stage does not train (LoRA, frozen parts): arrays, written once
-<workdir>/checkpoints/<stage>/<step>/      arrays of what it trains and of the optimiser; source.json; lora.json
+<workdir>/checkpoints/<stage>/<step>/      arrays of what it trains and of the optimiser; source.json; lora.json;
+                                           metrics.json: the validation's score, by which the best is kept
 
 So a stage's directory is a whole policy wherever the weights it started from have gone, and a step costs no more disk
 than what is trained. Whoever loads the policy gets adapters merged.
@@ -19,6 +20,7 @@ from rsagent_jax.config.import_path import first_line
 from rsagent_jax.config.schema import LoraConfig
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.load import copy_policy_files
+from rsagent_jax.models.qwen25_vl.steps import SCORE, score_of
 from rsagent_jax.runtime import processes
 from rsagent_jax.runtime.paths import absolute, bucket_problem
 from rsagent_jax.train.state import EMPTY, TrainState
@@ -29,7 +31,7 @@ REMEDY = "use another --workdir, or the config it was made with"
 
 
 class Checkpoints:
-    """One stage's checkpoints; the newest two are kept."""
+    """One stage's checkpoints; the newest two are kept, and the best one of those that were saved with a score."""
 
     def __init__(self, directory: pathlib.Path, weights: pathlib.Path, adapters: LoraConfig = NO_ADAPTERS):
         self.directory = absolute(directory)
@@ -37,11 +39,21 @@ class Checkpoints:
         self.has_base = False  # the one on disk is that of this run
         if processes.is_lead():
             copy_policy_files(weights, self.directory / "policy")
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
+        kept = ocp.checkpoint_managers
+        policy = kept.AnyPreservationPolicy([kept.LatestN(n=2), kept.BestN(get_metric_fn=score_of, n=1)])
+        # best_fn, beside the policy, lets the scores be written and be read again by the next start.
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, best_fn=score_of, enable_async_checkpointing=True
+        )
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, state: TrainState, source: dict[str, Any], base: nnx.State = EMPTY) -> None:
-        """Starts writing in the background. The stage's first save writes the base as well, and waits for that."""
+    def save(
+        self, state: TrainState, source: dict[str, Any], base: nnx.State = EMPTY, score: float | None = None
+    ) -> None:
+        """Starts writing in the background. The stage's first save writes the base as well, and waits for that.
+
+        score: the larger the better; None for one that was not measured.
+        """
         if jax.tree.leaves(base) and not self.has_base:
             with ocp.StandardCheckpointer() as writer:  # over one that no finished step belongs to
                 writer.save(self.directory / "base", convert.flat_state(base), force=True)
@@ -49,7 +61,8 @@ class Checkpoints:
         args = {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()}
         if self.adapters:
             args["lora"] = ocp.args.JsonSave(self.adapters)
-        self.manager.save(int(state.step), args=ocp.args.Composite(source=ocp.args.JsonSave(source), **args))
+        args = ocp.args.Composite(source=ocp.args.JsonSave(source), **args)
+        self.manager.save(int(state.step), args=args, metrics={SCORE: score})
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state with the shapes and shardings of `like`, and the source's position; None without one."""
@@ -95,6 +108,11 @@ class Checkpoints:
             ) from error
         self.has_base = True
         return convert.with_values(like, values)
+
+    @property
+    def saved(self) -> int | None:
+        """The step of the newest one, asked for or finished."""
+        return self.manager.latest_step()
 
     def close(self) -> None:
         self.manager.wait_until_finished()

@@ -14,8 +14,11 @@ accumulation equals the large batch whatever the lengths. Metrics are sums too: 
 The clip ranges, the normalisation, KL and truncated importance sampling are ours: the paper only says GRPO.
 """
 
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rsagent_jax.array_types import Array, Bool, Float, Int, Scalar
 
@@ -65,15 +68,19 @@ def policy_loss(
     *,
     clip_low: float | Scalar,
     clip_high: float | Scalar,
+    tau_pos: float | Scalar = 1.0,
+    tau_neg: float | Scalar = 1.05,
 ) -> tuple[Scalar, LossMetrics]:
     """(loss sum, metrics) of the objective that `grpo.ratio` names. r is the ratio to the policy of `old_logprobs`;
-    the advantages A are constant over a trajectory.
+    the advantages A are constant over a trajectory, or with `grpo.turn_credit` over a turn.
 
     grpo   -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with each token's own r: GRPO, and DAPO's clip-higher
     gspo   (arXiv 2507.18071) the same with one r per trajectory, the geometric mean of its tokens'. The published
            objective has weights by sequence, and a clip range of about 3e-4 and 4e-4: these ratios are near 1
     cispo  (MiniMax-M1, arXiv 2506.13585) REINFORCE with a clipped, constant weight, -stop(clip(r)) A log p. Every token
            keeps a gradient, clipped or not. clip_low = 1 leaves the lower side open, as published
+    sapo   (arXiv 2511.20347) -4 / tau sigmoid(tau (r - 1)) A, tau being tau_pos where A > 0 and tau_neg elsewhere: the
+           gradient fades as r leaves 1 and is nowhere cut off. Published with weights by sequence
     """
     log_ratio = _log_ratio(logprobs, old_logprobs, loss_mask)
     if ratio == "gspo":
@@ -85,6 +92,10 @@ def policy_loss(
         bounded = jax.lax.stop_gradient(jnp.clip(r, low, high))
         loss = -jnp.sum(weights * bounded * advantages * jnp.where(loss_mask, logprobs.astype(jnp.float32), 0.0))
         clipped = (r < low) | (r > high)
+    elif ratio == "sapo":
+        tau = jnp.where(advantages > 0, tau_pos, tau_neg)
+        loss = -jnp.sum(weights * jax.nn.sigmoid(tau * (r - 1.0)) * 4.0 / tau * advantages)
+        clipped = jnp.zeros_like(loss_mask)
     elif ratio not in ("grpo", "gspo"):
         raise ValueError(f"ratio {ratio!r}")
     else:  # the case is spelt out: jnp.minimum splits the gradient where its arguments tie
@@ -126,6 +137,14 @@ def kl_loss(
     return coefficient * jnp.sum(weights * kl), _sums(loss_mask, kl_ref=kl)
 
 
+def entropy_bonus(
+    entropy: Floats, loss_mask: Mask, weights: Floats, *, coefficient: float
+) -> tuple[Scalar, LossMetrics]:
+    """-coefficient * sum of weights * entropy, to add to an objective's sum; `entropy` f32[B, T] in nats is that of the
+    whole distribution. With weights by token this is TRL's `entropy_coef`."""
+    return -coefficient * jnp.sum(weights * jnp.where(loss_mask, entropy, 0.0)), _sums(loss_mask, entropy=entropy)
+
+
 # --- Engine against trainer ---
 
 
@@ -136,8 +155,9 @@ def truncated_importance_weights(
 
     Both are log-probs of the policy that sampled, before the update: the engine's as sampled, the trainer's
     recomputed. It corrects for the two programs rounding differently. The objective's `old_logprobs` are then the
-    trainer's; with one update per batch that is stop_gradient(logprobs). Without this correction, pass the engine's
-    as `old_logprobs`.
+    trainer's; with one update per batch that is stop_gradient(logprobs), with several what the trainer said before the
+    first (decoupled PPO, arXiv 2110.00641: clipped against the proximal policy, corrected for the behaviour policy).
+    Without this correction, pass the engine's as `old_logprobs`.
     """
     log_ratio = jax.lax.stop_gradient(_log_ratio(trainer_logprobs, engine_logprobs, loss_mask))
     ratio = jnp.exp(log_ratio)
@@ -153,6 +173,11 @@ def merge_metrics(a: LossMetrics, b: LossMetrics) -> LossMetrics:
     if a.keys() != b.keys():
         raise KeyError(f"metrics differ: {sorted(a.keys() ^ b.keys())}")
     return {name: jnp.maximum(a[name], b[name]) if name.endswith("_max") else a[name] + b[name] for name in a}
+
+
+def mean_over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over a step's updates of what each said; maxima of maxima."""
+    return {n: float((max if n.endswith("_max") else np.mean)([u[n] for u in updates])) for n in updates[0]}
 
 
 def mean_metrics(metrics: LossMetrics) -> LossMetrics:

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 
 import rsagent_jax
 from rsagent_jax.config.build import to_dict
+from rsagent_jax.config.rules import RENAMED
 from rsagent_jax.config.schema import PolicyConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weight_files
@@ -42,7 +43,7 @@ FREE = (
     *(f"grpo.sampling.{name}" for name in ("slots", "chunk", "prefill", "lanes", "tensor")),
     *("grpo.max_env_failed", "agent.tool_deadline_s"),
     *(f"segmenter.{name}" for name in ("addresses", "token_file", "tls", "tls_ca", "timeout_s", "wait_s", "workers")),
-    "segmenter.device",
+    *("segmenter.device", "validation.*", "loggers", "grpo.dump_every"),
 )
 LENGTHS = ("sft.steps", "sft.epochs", "grpo.steps")  # may grow, where nothing depends on them yet
 ROLLOUTS = ("agent.", "segmenter.")  # SFT has its own check of what its trajectories were collected with
@@ -64,6 +65,7 @@ def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) ->
     if len({tuple(s for s in config["stages"] if s in STAGES[: last + 1]) for config in (old, new)}) > 1:
         differ.append(ChangedField("stages", old["stages"], new["stages"], f"{STAGES[last]} has checkpoints"))
     defaults, was, now = flatten_settings(_DEFAULTS), flatten_settings(old), flatten_settings(new)
+    was = {RENAMED.get(name, name): value for name, value in was.items()}
     for name in sorted({*was, *now} - {"stages"}):
         if name not in now and "[" not in name:
             continue  # a field that this version does not have

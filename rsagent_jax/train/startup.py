@@ -1,5 +1,6 @@
 """What train.py needs, looked at before weights are loaded and programs compiled; the cheapest first."""
 
+import dataclasses
 import math
 import pathlib
 
@@ -11,6 +12,7 @@ from flax import nnx
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.config import slices
 from rsagent_jax.config.schema import SftConfig, TrainConfig
+from rsagent_jax.config.validation import ValidationConfig
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.data.trajectories import open_records
 from rsagent_jax.models.qwen25_vl import convert
@@ -22,8 +24,11 @@ from rsagent_jax.train.state import partition_params
 from rsagent_jax.types import DataError
 
 
-def check_train(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
-    """Everything that the stages need. Returns the config with what it leaves to the slice filled in."""
+def check_train(config: TrainConfig, workdir: pathlib.Path, *, replay: bool = False) -> TrainConfig:
+    """Everything that the stages need. Returns the config with what it leaves to the slice filled in.
+
+    replay: nothing is played, and what rollouts need is not looked at.
+    """
     if "grpo" in config.stages:
         make_reward(config.grpo.reward)
     _nothing_left_open(config)
@@ -45,14 +50,25 @@ def check_train(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
         _check_trajectories(config.sft)
     if "grpo" in config.stages:
         share.of(config.grpo.prompts, "grpo.prompts")
-        print(check_rollout(config.agent, config.grpo.sampling, shape, processor, "grpo", config.grpo.batch))
+    if "grpo" in config.stages and not replay:
         for note in open_samples(config.grpo.data).notes:  # what was left out, and why
             print(note)
+    if _plays(config) and not replay:
+        batch = config.grpo.batch if "grpo" in config.stages else None
+        print(check_rollout(config.agent, config.grpo.sampling, shape, processor, "grpo", batch))
         check_segmenter(config.segmenter)
         if config.segmenter.mode != "connect":  # seconds; a stage of SFT may come before it is opened again
             with open_segmenter(config.segmenter):
                 pass
     return config
+
+
+def replay_config(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
+    """One step of GRPO, and nothing that is played. DataError where `workdir` has checkpoints of GRPO already."""
+    if ocp.utils.checkpoint_steps(workdir / "checkpoints" / "grpo"):
+        raise DataError(f"--replay: {workdir} has checkpoints of GRPO; give the update a --workdir of its own")
+    grpo = dataclasses.replace(config.grpo, steps=1, dump_every=0)
+    return dataclasses.replace(config, stages=("grpo",), grpo=grpo, validation=ValidationConfig())
 
 
 def checkpoint_bytes(model: nnx.Module, config: TrainConfig, stage: str) -> int:
@@ -74,10 +90,15 @@ def _nothing_left_open(config: TrainConfig) -> None:
     """What a slice's preset decides has to be said where no slice is named."""
     left = {"mesh.tensor": config.mesh.tensor, "policy.remat": config.policy.remat}
     left |= {f"{stage}.batch.rows": getattr(config, stage).batch.rows for stage in config.stages}
-    if "grpo" in config.stages:
+    if _plays(config):
         left |= {f"grpo.sampling.{name}": getattr(config.grpo.sampling, name) for name in ("tensor", "slots")}
     if not config.slice and (names := [name for name, value in left.items() if not value]):
         raise DataError(f"{', '.join(names)}: left to the slice's preset, and no slice is named; give them, or slice")
+
+
+def _plays(config: TrainConfig) -> bool:
+    """Whether an engine is opened: SFT has one for its validation, with GRPO's shapes."""
+    return "grpo" in config.stages or bool(config.validation.sets)
 
 
 def _numbers(tree: nnx.State) -> int:

@@ -4,6 +4,7 @@ The functions are pure; train.py jits them. `Objective` is all that differs betw
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,14 +14,15 @@ from flax import nnx
 
 from rsagent_jax.config.schema import GrpoConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl.compute import Compute
-from rsagent_jax.models.qwen25_vl.logprobs import token_logprobs
+from rsagent_jax.models.qwen25_vl.logprobs import token_logprobs, token_logprobs_and_entropy
 from rsagent_jax.runtime import sharding
 from rsagent_jax.train import losses
 from rsagent_jax.train.state import EMPTY, TrainState, create_state, state_shardings, vision_frozen
 from rsagent_jax.types import Batch
 
-# (log-probs f32[B, T] aligned to their own token, batch, reference log-probs) -> (loss sum, denominator, metric sums)
-Objective = Callable[[jax.Array, Batch, jax.Array], tuple[jax.Array, jax.Array, losses.LossMetrics]]
+# (log-probs f32[B, T] aligned to their own token, batch, reference log-probs; where Stage.entropy, entropies f32[B, T])
+# -> (loss sum, denominator, metric sums)
+Objective = Callable[..., tuple[jax.Array, jax.Array, losses.LossMetrics]]
 
 
 @jax.tree_util.register_dataclass
@@ -41,13 +43,25 @@ def batch_logprobs(
 
     `params` are all of the model's. `embedded`: the batch has the tower's merged tokens in place of its patches.
     """
+    return _scores(graphdef, params, batch, compute, temperature, embedded=embedded, entropy=False)[0]
+
+
+def _scores(
+    graphdef, params, batch: Batch, compute: Compute, temperature: float, *, embedded: bool, entropy: bool
+) -> list[jax.Array]:
+    """The log-probs of `batch_logprobs`; if asked for, then the entropies of what the tokens were drawn from."""
     model = nnx.merge(graphdef, params)
     hidden = model(batch, compute, embedded=embedded)
     # Every place predicts the next token; the last one's is nobody's. Shifting the targets keeps T a round number.
     targets, wanted = (jnp.roll(a, -1, axis=1) for a in (batch.tokens, batch.loss_mask))
     wanted = wanted.at[:, -1].set(False)
     head, mesh = model.decoder.head_VD, compute.mesh
-    return jnp.roll(token_logprobs(hidden, head, targets, wanted, temperature=temperature, mesh=mesh), 1, axis=1)
+    how = dict(temperature=temperature, mesh=mesh)
+    if entropy:
+        found = token_logprobs_and_entropy(hidden, head, targets, wanted, **how)
+    else:
+        found = (token_logprobs(hidden, head, targets, wanted, **how),)
+    return [jnp.roll(x, 1, axis=1) for x in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +71,21 @@ class Stage:
     objective: Objective
     temperature: float = 1.0  # of the log-probs
     kl: float = 0.0  # weight of the divergence from the policy that the stage began with
-    updates: int = 1  # optimiser steps on the batches of a step
+    epochs: int = 1  # passes over the batches of a step
+    minibatches: int = 1  # parts of them, an optimiser step each
+    entropy: bool = False  # the objective takes entropies as well
+    tis_clip: float = 0.0  # above 0: correct_for_engine goes before a step's first update
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps on the batches of a step."""
+        return self.epochs * self.minibatches
+
+    def minibatch_slices(self, count: int) -> list[slice]:
+        """Which of a step's `count` micro-batches each update takes, in their order. Of fewer micro-batches than
+        minibatches, which are too few trajectories to divide, every update takes all."""
+        parts = self.minibatches if count >= self.minibatches else 1
+        return [slice(i * count // parts, (i + 1) * count // parts) for _ in range(self.epochs) for i in range(parts)]
 
 
 def micro_step(graphdef, stage: Stage, compute: Compute, params, base, batch, ref, *, embedded: bool = False) -> Sums:
@@ -65,8 +93,9 @@ def micro_step(graphdef, stage: Stage, compute: Compute, params, base, batch, re
 
     def loss_fn(p):
         both = nnx.merge_state(p, base)
-        logprobs = batch_logprobs(graphdef, both, batch, compute, stage.temperature, embedded=embedded)
-        loss, denominator, metrics = stage.objective(logprobs, batch, ref)
+        how = dict(embedded=embedded, entropy=stage.entropy)
+        logprobs, *entropy = _scores(graphdef, both, batch, compute, stage.temperature, **how)
+        loss, denominator, metrics = stage.objective(logprobs, batch, ref, *entropy)
         return loss, (denominator, metrics)
 
     (loss, (denominator, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -109,6 +138,17 @@ class TrainPrograms:
     add: Callable
     apply_gradients: Callable
     logprobs: Callable  # (params, base, batch) -> f32[B, T], of the reference, without gradients
+    correct: Callable  # (params, base, batch) -> what correct_for_engine puts into the batch, and metric sums
+
+    def correct_for_engine(self, params: nnx.State, base: nnx.State, batches: Sequence[Batch]):
+        """(batches, metrics): before the first of several updates, what they have in common (decoupled PPO).
+
+        The ratio is taken to the policy with which the updates begin, so `old_logprobs` become its own; how it differs
+        from the policy that sampled, the engine's and maybe of older weights, weighs the advantages, truncated.
+        """
+        found = [self.correct(params, base, batch) for batch in batches]
+        batches = [dataclasses.replace(b, **new) for b, (new, _) in zip(batches, found, strict=True)]
+        return batches, losses.mean_metrics(functools.reduce(losses.merge_metrics, [sums for _, sums in found]))
 
     def train_step(self, state: TrainState, base: nnx.State, batches: Sequence[Batch], refs: Sequence[jax.Array]):
         """One optimiser step over micro-batches of one shape, as `embed` gave them. `state` is donated."""
@@ -154,6 +194,13 @@ def make_programs(
         params = nnx.merge_state(params, base)
         return batch_logprobs(reference or graphdef, params, batch, compute, stage.temperature, embedded=frozen_vision)
 
+    def correct(params, base, batch):
+        params = nnx.merge_state(params, base)
+        own = batch_logprobs(graphdef, params, batch, compute, stage.temperature, embedded=frozen_vision)
+        tis = losses.truncated_importance_weights
+        weights, metrics = tis(own, batch.old_logprobs, batch.loss_mask, cap=stage.tis_clip)
+        return dict(old_logprobs=own, advantages=batch.advantages * weights), metrics
+
     def update(old, sums):
         if any(s.memory_kind == "pinned_host" for s in jax.tree.leaves(state.opt_state)):
             here = jax.tree.map(lambda s: s.with_memory_kind("device"), state.opt_state)
@@ -174,6 +221,7 @@ def make_programs(
             update, in_shardings=(state, sums), out_shardings=(state, replicated), donate_argnums=0
         ),
         logprobs=jax.jit(logprobs, in_shardings=(compared, base, rows), out_shardings=rows),
+        correct=jax.jit(correct, in_shardings=(state.params, base, rows), out_shardings=(rows, replicated)),
     )
 
 
@@ -186,26 +234,30 @@ def sft_objective(logprobs: jax.Array, batch: Batch, ref: jax.Array):
 
 
 def grpo_objective(config: GrpoConfig) -> Objective:
-    """The objective that the config's switches choose."""
+    """The objective that the config's switches choose. Where a batch is seen by more than one update, its old log-probs
+    and advantages are what `correct_for_engine` made of them."""
 
-    def objective(logprobs, batch: Batch, ref):
+    def objective(logprobs, batch: Batch, ref, entropy=None):
         mask, segments, length = batch.loss_mask, batch.segment_ids, float(config.sampling.context)
         weights, denominator = losses.loss_weights(config.normalize, mask, segments, length=length)
         # KL is to the reference, not to the engine: it keeps the weights without the correction (as TRL).
         policy_weights, old, metrics = weights, batch.old_logprobs, {}
-        if config.tis_clip > 0:
+        if config.tis_clip > 0 and config.updates == 1:
             old = jax.lax.stop_gradient(logprobs)
             tis = losses.truncated_importance_weights
             correction, metrics = tis(old, batch.old_logprobs, mask, cap=config.tis_clip)
             policy_weights = weights * correction
         arrays = logprobs, old, batch.advantages, mask, segments, policy_weights
-        clip = dict(clip_low=config.clip_low, clip_high=config.clip_high)
-        loss, more = losses.policy_loss(config.ratio, *arrays, **clip)
+        bounds = {name: getattr(config, name) for name in ("clip_low", "clip_high", "tau_pos", "tau_neg")}
+        loss, more = losses.policy_loss(config.ratio, *arrays, **bounds)
         metrics = metrics | more
         if config.kl > 0:
             penalty = dict(estimator=config.kl_estimator, coefficient=config.kl)
             kl, more = losses.kl_loss(logprobs, ref, mask, weights, **penalty)
             loss, metrics = loss + kl, metrics | more
+        if config.entropy > 0:
+            bonus, more = losses.entropy_bonus(entropy, mask, weights, coefficient=config.entropy)
+            loss, metrics = loss + bonus, metrics | more
         return loss, denominator, metrics
 
     return objective
@@ -215,4 +267,12 @@ def make_stage(config: TrainConfig, name: str) -> Stage:
     if name == "sft":
         return Stage(sft_objective)
     grpo = config.grpo
-    return Stage(grpo_objective(grpo), grpo.sampling.temperature or 1.0, grpo.kl, grpo.updates)
+    return Stage(
+        grpo_objective(grpo),
+        grpo.sampling.temperature or 1.0,
+        grpo.kl,
+        epochs=grpo.epochs,
+        minibatches=grpo.minibatches,
+        entropy=grpo.entropy > 0,
+        tis_clip=grpo.tis_clip if grpo.updates > 1 else 0.0,
+    )

@@ -134,6 +134,9 @@ def test_what_stays_on_the_device_counts(monkeypatch):
     grpo = list(stages.stage_jobs(TINY, "grpo", policy, mesh))
     assert [j.program for j in sft] == ["sft gradients", "sft update"]
     assert [j.program for j in grpo] == ["grpo gradients", "grpo log-probs", "grpo update"]
+    twice = dataclasses.replace(TINY, grpo=dataclasses.replace(TINY.grpo, epochs=2))
+    programs = [j.program for j in stages.stage_jobs(twice, "grpo", policy, mesh)]
+    assert programs == ["grpo gradients", "grpo log-probs", "grpo old log-probs", "grpo update"]
     # A row per device. Per token 4 bytes of each: id, segment, advantage, log-prob, image slot, three positions; a mask
     # of 1. Per patch 4 of each: pixels, two positions, segment.
     batch = 256 * (8 * 4 + 1) + 128 * (policy.vision.patch_dim + 3) * 4

@@ -9,6 +9,7 @@ import pytest
 
 from rsagent_jax.config import overrides, ranges
 from rsagent_jax.config.build import build_config, template, to_dict
+from rsagent_jax.config.data import MixPart
 from rsagent_jax.config.ranges import hints
 from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
 from rsagent_jax.config.schema import (
@@ -18,7 +19,6 @@ from rsagent_jax.config.schema import (
     DataConfig,
     EvalConfig,
     MeshConfig,
-    MixPart,
     PolicyConfig,
     ProblemsConfig,
     SegmentConfig,
@@ -138,7 +138,7 @@ def test_every_default_of_every_field_is_overridable_from_the_template():
             value = getattr(config, f.name)
             if dataclasses.is_dataclass(value):
                 yield from fields(value, f"{prefix}{f.name}.")
-            elif f.name not in ("reward", "mix"):  # reached by the names of their items
+            elif f.name not in ("reward", "mix", "sets"):  # reached by the names of their items
                 yield prefix + f.name
 
     names = set(leaves(template(TrainConfig)))
@@ -179,8 +179,18 @@ BAD = [
     ("sft.trajectories_per_step=-4", "sft.trajectories_per_step must be at least 1, got -4"),
     ("grpo.group=1", "grpo.group must be at least 2, got 1"),
     ("grpo.prompts=0", "grpo.prompts must be at least 1, got 0"),
-    ("grpo.updates=0", "grpo.updates must be at least 1, got 0"),
-    ("grpo.updates=2", "grpo.tis_clip needs updates = 1"),
+    ("grpo.epochs=0", "grpo.epochs must be at least 1, got 0"),
+    ("grpo.updates=2", "unknown field --config.grpo.updates: it is grpo.epochs now"),
+    ("grpo.surplus=4", "grpo.surplus and grpo.max_staleness go together, got 4 and 0"),
+    ("grpo.surplus=4 grpo.max_staleness=1 grpo.refill=2", "grpo.refill needs surplus = 0"),
+    ("grpo.minibatches=65", "grpo.minibatches must be at most the 64 trajectories of a step, got 65"),
+    (
+        "grpo.turn_credit=('proces',)",
+        "grpo.turn_credit: 'proces' is no group of grpo.reward, which has final, format, process",
+    ),
+    ("grpo.advantage_scale=rewards", "grpo.advantage_scale = rewards would divide a zscore again"),
+    ("grpo.tau_neg=0", "grpo.tau_neg must be above 0, got 0.0"),
+    ("grpo.entropy=-0.1", "grpo.entropy must be at least 0, got -0.1"),
     ("grpo.sampling.temperature=-1.0", "grpo.sampling.temperature must be at least 0, got -1.0"),
     ("grpo.sampling.temperature=0.0", "grpo.sampling.temperature must be above 0, got 0.0"),
     ("grpo.sampling.top_p=0.0", "grpo.sampling.top_p must be above 0 and at most 1, got 0.0"),
@@ -196,7 +206,7 @@ BAD = [
     ("grpo.kl_estimator=k9", "grpo.kl_estimator must be one of k1, k2, k3, got 'k9'"),
     ("grpo.normalize=batch", "grpo.normalize must be one of token, sequence, constant, got 'batch'"),
     ("grpo.advantage=gae", "grpo.advantage must be one of zscore, mean, loo, got 'gae'"),
-    ("grpo.ratio=ppo", "grpo.ratio must be one of grpo, gspo, cispo, got 'ppo'"),
+    ("grpo.ratio=ppo", "grpo.ratio must be one of grpo, gspo, cispo, sapo, got 'ppo'"),
     ("grpo.ddof=5", "grpo.ddof must be at least 0 and at most 1, got 5"),
     ("sft.optim.schedule=linear", "sft.optim.schedule must be one of constant, cosine, got 'linear'"),
     ("sft.optim.warmup_steps=-5", "sft.optim.warmup_steps must be at least 0, got -5"),
@@ -299,7 +309,7 @@ def test_what_is_right_is_taken():
     )
     assert (c.policy.scan_layers, c.stages, c.sft.optim.clip_norm, c.mesh.fsdp) == (False, ("grpo",), 0.0, 4)
     # what only a stage that is not run would mind
-    assert command_line("stages=('sft',)", "grpo.updates=2").grpo.updates == 2
+    assert command_line("stages=('sft',)", "grpo.minibatches=65").grpo.updates == 65
     assert command_line("agent.max_turns=None").agent.max_turns == 8
     assert build_config(AgentConfig, {"max_turns": None}).max_turns == 8
 

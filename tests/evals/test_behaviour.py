@@ -47,6 +47,22 @@ def test_only_the_thought_is_read():
     assert named_acts("<think>A mailbox.</think>") == set() and named_acts("<think>I BOX it") == {"box"}
 
 
+@pytest.mark.parametrize(
+    ("thought", "acts"),
+    [("The target is the cardboard box on the left.", set()), ("The marked lane at this point of the market.", set()),
+     ("I'll draw a bounding box around it.", {"box"}), ("Let me add a negative point there.", {"click"}),
+     ("It is small, so I zoom in.", {"zoom"}), ("I will box it and click on its middle.", {"box", "click"}),
+     ("The mask covers it. Done.", {"finish"}), ("The race is at its finish line.", set()),
+     ("I click the click box; I finish.", {"click", "finish"})],
+)  # fmt: skip
+def test_an_act_is_what_somebody_does(thought, acts):
+    assert named_acts(f"<think>{thought}</think>") == acts
+
+
+def test_the_words_of_the_query_name_no_act():
+    assert named_acts("<think>The click wheel is here; I box it.</think>", "the click wheel") == {"box"}
+
+
 def test_nothing_to_count_is_none():
     figures = summarize_behaviours([behaviour([], (), 0.0)])
     assert {name for name, value in figures.items() if value is None} == {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rsagent_jax.models.qwen25_vl.logprobs import token_logprobs
+from rsagent_jax.models.qwen25_vl.logprobs import token_logprobs, token_logprobs_and_entropy
 
 from . import tiny
 
@@ -79,6 +79,33 @@ def test_log_probabilities_by_pieces_of_the_vocabulary_equal_the_whole_log_softm
 
     got = np.asarray(run(hidden, head, targets))
     assert np.abs(got - np.take_along_axis(log_p, targets[..., None], -1)[..., 0]).max() <= 1e-5
+
+
+@pytest.mark.parametrize(("piece", "temperature"), [(7 * 32, 0.7), (1 << 20, 1.3)])
+def test_entropies_by_pieces_of_the_vocabulary_and_their_gradients_equal_those_of_the_whole_softmax(piece, temperature):
+    """Also where only some places are wanted, and beside log-probabilities that are those without entropies."""
+    rng = np.random.default_rng(1)
+    hidden, head = rng.normal(size=(2, 16, 8)).astype(np.float32), rng.normal(size=(41, 8)).astype(np.float32)
+    targets, wanted = rng.integers(0, 41, (2, 16)), rng.random((2, 16)) < 0.6
+    weights = rng.normal(size=(2, 2, 16)).astype(np.float32)
+
+    def by_pieces(hidden, head):
+        found = token_logprobs_and_entropy(hidden, head, targets, wanted, temperature=temperature, piece=piece)
+        return sum(jnp.sum(w * x) for w, x in zip(weights, found, strict=True)), found
+
+    def whole(hidden, head):
+        log_p = jax.nn.log_softmax(hidden @ head.T / temperature)
+        found = jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0], -jnp.sum(jnp.exp(log_p) * log_p, -1)
+        found = [jnp.where(wanted, x, 0.0) for x in found]
+        return sum(jnp.sum(w * x) for w, x in zip(weights, found, strict=True)), found
+
+    run = [jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True)) for f in (by_pieces, whole)]
+    ((_, got), grads), ((_, want), wants) = (f(hidden, head) for f in run)
+    for x, y in zip((*got, *grads), (*want, *wants), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(np.abs(y).max(), 1))
+    how = dict(temperature=temperature, piece=piece)
+    alone = jax.jit(lambda *x: token_logprobs(*x, targets, wanted, **how))(hidden, head)
+    np.testing.assert_array_equal(alone, got[0])
 
 
 @pytest.mark.slow

@@ -39,7 +39,16 @@ def test_draws_follow_the_filtered_distribution_and_log_probs_the_whole_one():
     logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
     sampling, count = SamplingConfig(temperature=1.0, top_k=2), 4000
     keys = jax.random.split(jax.random.key(0), count)
-    tokens, logprobs = sample_tokens(jnp.tile(logits, (count, 1)), sampling, keys, jnp.zeros(count, jnp.int32))
+    steps, drawn = jnp.zeros(count, jnp.int32), jnp.zeros(count, bool)
+    tokens, logprobs = sample_tokens(jnp.tile(logits, (count, 1)), sampling, keys, steps, drawn)
     shares = np.bincount(tokens, minlength=4) / count
     np.testing.assert_allclose(shares, [2 / 3, 1 / 3, 0, 0], atol=4 * np.sqrt(2 / 9 / count))  # four sigma
     np.testing.assert_allclose(logprobs, np.asarray(logits)[tokens], atol=1e-6)
+
+
+def test_greedy_slots_take_the_likeliest_token_beside_others_that_draw():
+    logits, count = jnp.log(jnp.array([0.3, 0.4, 0.3])), 300
+    keys, greedy = jax.random.split(jax.random.key(0), count), jnp.arange(count) % 2 == 0
+    args = jnp.tile(logits, (count, 1)), SamplingConfig(temperature=1.0), keys, jnp.zeros(count, jnp.int32)
+    tokens, drawn = (np.asarray(sample_tokens(*args, g)[0]) for g in (greedy, jnp.zeros(count, bool)))
+    assert (tokens[::2] == 1).all() and (tokens[1::2] == drawn[1::2]).all() and len(set(drawn[::2])) == 3

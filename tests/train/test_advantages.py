@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsagent_jax.config.schema import ADVANTAGES
-from rsagent_jax.train.advantages import advantage_function, group_zscore, leave_one_out, mean_only, zero_variance
+from rsagent_jax.train.advantages import (
+    advantage_function,
+    group_zscore,
+    leave_one_out,
+    mean_only,
+    scale_by_batch,
+    zero_variance,
+)
 
 EVERY = {name: advantage_function(name) for name in ADVANTAGES} | {"zscore_ddof0": advantage_function("zscore", 0)}
 ALL = np.ones((1, 4), bool)
@@ -27,6 +34,22 @@ def test_mean_only_and_leave_one_out():
     np.testing.assert_allclose(mean_only(REWARDS, ALL), [[-1.5, -0.5, 0.5, 1.5]])
     # Mean of the others: 2, 5/3, 4/3, 1.
     np.testing.assert_allclose(leave_one_out(REWARDS, ALL), [[-2.0, 1 - 5 / 3, 2 - 4 / 3, 2.0]], rtol=1e-6)
+
+
+def test_the_scale_of_a_whole_step():
+    # Rewards 0, 2 and 4, 8, 9 with one that failed. Less their groups' means: -1, 1 and -3, 1, 2 (mean 7).
+    rewards = np.array([[0.0, 2.0, np.nan], [4.0, 8.0, 9.0]], np.float32)
+    valid = np.array([[True, True, False], [True, True, True]])
+    centred = mean_only(rewards, valid)
+    # Of the rewards, mean 4.6: deviations -4.6 -2.6 -0.6 3.4 4.4, squares 59.2; ddof 1: sqrt(14.8) = 3.847077.
+    # TRL's scale_rewards="batch" adds 1e-4.
+    by_rewards = scale_by_batch(centred, rewards[valid], eps=1e-4)
+    np.testing.assert_allclose(by_rewards, centred / 3.847177, rtol=1e-6)
+    assert by_rewards.dtype == np.float32 and by_rewards[0, 2] == 0
+    # Of the advantages, mean 0: squares 16, ddof 0: sqrt(16 / 5) = 1.788854
+    by_advantages = scale_by_batch(centred, centred[valid], ddof=0, eps=0.0)
+    np.testing.assert_allclose(by_advantages[1], np.array([-3.0, 1.0, 2.0]) / 1.788854, rtol=1e-6)
+    assert not scale_by_batch(np.zeros((1, 2), np.float32), np.zeros(0)).any()  # nothing was valid anywhere
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -1,122 +1,31 @@
 """What each source of batches keeps, drops and counts."""
 
 import dataclasses
-import types
 import weakref
 
 import numpy as np
 import pytest
-from agent_fakes import disc
 
 from rsagent_jax.agent import environment
-from rsagent_jax.agent.environment import SegmentFailure
 from rsagent_jax.agent.replay import replay
 from rsagent_jax.config.reward import RewardGroup, RewardTerm
 from rsagent_jax.config.schema import (
     AgentConfig,
     BatchConfig,
     DataConfig,
-    GrpoConfig,
     ReadConfig,
-    SamplingConfig,
     SftConfig,
 )
 from rsagent_jax.data import packing, trajectories
 from rsagent_jax.data.npz import pack_record
 from rsagent_jax.rewards import RewardError
 from rsagent_jax.train import batch_source
-from rsagent_jax.train.batch_source import GrpoSource, SftSource
+from rsagent_jax.train.batch_source import SftSource
 from rsagent_jax.types import DataError, Status, Trajectory
-from sam_bridge.types import FailureKind
 from tests.refusals import refused
 from tests.rollout import small
 from tests.rollout.small import trajectory
-
-BATCH = BatchConfig(rows=2, tokens=64, patches=64)
-
-
-def sample(i: int):
-    return dataclasses.replace(small.sample(i, 56, 56), gt_mask=disc(56, 56, 28, 28, 20))
-
-
-def state_of(t: Trajectory):
-    """What the driver would know of it: the segmenter answered where there is a mask, and failed where the tool did."""
-    broken = t.status is Status.ENV_FAILED
-    replies = (object(),) if broken or t.final_mask.any() else (None,)
-    failure = SegmentFailure(FailureKind(t.seconds.get("kind", "timeout")), "") if broken else None
-    return types.SimpleNamespace(replies=replies, failure=failure)
-
-
-class Played:
-    """A driver that has the trajectories already, and an engine that only notes what it is given."""
-
-    def __init__(self, groups):
-        self.groups, self.tasks, self.loaded = groups, [], []
-
-    def run(self, tasks):
-        self.tasks += tasks
-        out, groups = [], list(self.groups)
-        for t in tasks:
-            number = int(t.sample.id[1:])
-            made = groups[number][t.uid % len(groups[number])]
-            out.append((dataclasses.replace(made, group_id=t.group_id), state_of(made)))
-        return out
-
-    def metrics(self):
-        return {}
-
-    segmenter = None
-
-    def load(self, params, key):
-        self.loaded.append((params, key))
-
-    def release_memory(self):
-        self.loaded.append("released")
-
-
-def nothing_new():
-    """The policy's parameters, which this engine has no use for."""
-
-
-def source(groups, samples=None, **config) -> GrpoSource:
-    """Every step plays all groups; `groups[i]` are the trajectories of sample i."""
-    samples = [sample(i) for i in range(len(groups))] if samples is None else samples
-    settings = GrpoConfig(
-        **{
-            "prompts": len(groups),
-            "group": len(groups[0]),
-            "batch": BATCH,
-            "sampling": SamplingConfig(context=64, max_new_tokens=20, patches=64),
-            "reward": (RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_iou"),)),),
-            "advantage": "mean",
-        }
-        | config
-    )
-    played = Played(groups)
-    return GrpoSource(settings, samples, played, played, small.processor(), seed=0)
-
-
-def step_of(groups, **config):
-    """(batches, metrics) of the first step."""
-    return source(groups, **config).next(nothing_new, None)
-
-
-def trained(batches) -> dict[int, list[float]]:
-    """Sampled token -> the advantages of the trajectories that were made of it."""
-    out = {}
-    for b in batches:
-        for row in range(len(b.tokens)):
-            for s in range(1, b.segment_ids[row].max() + 1):
-                at = (b.segment_ids[row] == s) & b.loss_mask[row]
-                (token,), (advantage,) = set(b.tokens[row][at].tolist()), set(b.advantages[row][at].tolist())
-                assert (b.old_logprobs[row][at] == -1.5).all()
-                out.setdefault(token, []).append(round(advantage, 5))
-    return {k: sorted(v) for k, v in out.items()}
-
-
-def iou(radius: float) -> float:
-    mask, gt = disc(56, 56, 28, 28, radius), sample(0).gt_mask
-    return (mask & gt).sum() / (mask | gt).sum()
+from tests.train.played import BATCH, iou, nothing_new, sample, source, step_of, trained
 
 
 def test_advantages_are_taken_inside_groups_and_reach_every_token_of_their_trajectory():

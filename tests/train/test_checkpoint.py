@@ -19,6 +19,7 @@ from rsagent_jax.config.schema import LoraConfig, MeshConfig, OptimConfig
 from rsagent_jax.models.qwen25_vl import convert, lora
 from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
+from rsagent_jax.models.qwen25_vl.steps import find_step
 from rsagent_jax.runtime import sharding
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train.checkpoint import NO_ADAPTERS, Checkpoints
@@ -32,7 +33,8 @@ pytestmark = pytest.mark.slow
 STEPS = 4
 MISFIT = "does not fit the model and optimiser of this config"
 OPTIM = OptimConfig(lr=3e-3, warmup_steps=1, schedule="cosine", weight_decay=0.01)
-TIMES = ("seconds", "rollout_seconds", "tokens_per_s", "tool_seconds")
+TIMES = ("seconds", "rollout_seconds", "tokens_per_s", "tool_seconds", "perf/throughput")
+PARTS = ("seconds/", "rollout/")
 
 
 class Stopped(Exception):
@@ -78,7 +80,7 @@ def go(stored, compiled, monkeypatch):
     monkeypatch.setattr(train, "open_samples", lambda _: [small.sample(i, 56, 56) for i in range(5)])
     monkeypatch.setattr(train, "open_segmenter", lambda _: contextlib.nullcontext(DiscSegmenter()))
     monkeypatch.setattr(train, "tqdm", lambda steps, **_: steps)
-    base = small.train_config(stored, 2, 1, OPTIM, STEPS, sampling=dict(context=400), updates=2, tis_clip=0.0)
+    base = small.train_config(stored, 2, 1, OPTIM, STEPS, sampling=dict(context=400), epochs=2)
     base = dataclasses.replace(base, sft=dataclasses.replace(base.sft, trajectories_per_step=3))
 
     def run(stage, workdir, log_class=MetricsLog, lora=NO_ADAPTERS, freeze=(), weights=None):
@@ -98,7 +100,7 @@ def go(stored, compiled, monkeypatch):
 def lines(workdir) -> list[dict]:
     """Without times, and without how the engine's work fell together: that depends on when a tool's thread is done."""
     out = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES and not k.startswith("rollout/")} for line in out]
+    return [{k: v for k, v in line.items() if k not in TIMES and not k.startswith(PARTS)} for line in out]
 
 
 def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
@@ -179,6 +181,17 @@ def saved(tmp_path_factory):
     with closing(directory) as checkpoints:
         checkpoints.save(state_of(), {"position": 5, "dropped": 1})
     return directory
+
+
+def test_the_best_one_stays_beside_the_newest_two_over_a_restart(tmp_path, caplog):
+    state, directory = state_of(), tmp_path / "sft"
+    for start in ({1: 0.2, 2: 0.9, 3: None, 4: 0.1}, {5: 0.9, 6: None, 7: 0.3}):  # as good: the later one
+        with closing(directory) as checkpoints:
+            for step, score in start.items():
+                checkpoints.save(dataclasses.replace(state, step=jnp.int32(step)), {}, score=score)
+        kept = {int(path.name) for path in directory.iterdir() if path.name.isdigit()}
+        assert kept == ({2, 3, 4} if 1 in start else {5, 6, 7})
+    assert find_step(directory, "best") == 5 and not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def test_a_state_and_the_position_of_its_source_come_back_as_they_were(saved):

@@ -133,6 +133,32 @@ def test_cispo_keeps_a_clipped_gradient():
     assert metrics["clip_fraction"] == pytest.approx(2 / 3)
 
 
+def test_sapo_fades_where_the_others_clip():
+    # A = 2, 2, -1; tau 1 where A > 0, else 2. f(r) = 4 / tau sigmoid(tau (r - 1)), r f'(r) = 4 r s (1 - s).
+    # r = 1.5: s = sigmoid(0.5) = 0.622459; r = 1: s = 0.5; r = 0.5, tau = 2: s = sigmoid(-1) = 0.268941.
+    call = functools.partial(losses.policy_loss, "sapo", tau_pos=1.0, tau_neg=2.0, **CLIP)
+    loss_of = lambda lp: call(lp, LOGPROBS, ADVANTAGES, MASK, SEGMENTS, MASK.astype(jnp.float32))  # noqa: E731
+    (value, metrics), grad = jax.value_and_grad(loss_of, has_aux=True)(logprobs_with([1.5, 1.0, 0.5]))
+    assert value == pytest.approx(-(4 * 0.622459 * 2 + 2 * 2 - 2 * 0.268941), rel=1e-5)
+    slopes = [4 * 1.5 * 0.622459 * 0.377541, 1.0, 4 * 0.5 * 0.268941 * 0.731059]
+    np.testing.assert_allclose(grad[0, jnp.array([1, 2, 5])], [-2 * slopes[0], -2 * slopes[1], slopes[2]], rtol=1e-5)
+    assert losses.mean_metrics(metrics)["clip_fraction"] == 0
+
+
+def test_entropy_bonus_is_weighted_and_masked():
+    # (1 + 2) / 2 of trajectory 1 and 4 of trajectory 2, with weights by sequence: -0.1 * (1.5 + 4).
+    entropy = jnp.array([[9.0, 1.0, 2.0, 9.0, 9.0, 4.0, 9.0]])
+    weights, _ = WEIGHTS["sequence"](MASK, SEGMENTS)
+    loss, metrics = losses.entropy_bonus(entropy, MASK, weights, coefficient=0.1)
+    assert loss == pytest.approx(-0.55, rel=1e-6)
+    assert losses.mean_metrics(metrics)["entropy"] == pytest.approx(7 / 3)
+
+
+def test_metrics_of_several_updates_are_their_means_and_of_maxima_the_largest():
+    said = [{"loss": 1.0, "ratio_max": 1.5}, {"loss": 2.0, "ratio_max": 3.0}]
+    assert losses.mean_over_updates(said) == {"loss": 1.5, "ratio_max": 3.0}
+
+
 @pytest.mark.parametrize("ratio", ["grpo", "gspo"])
 def test_gradient_is_the_finite_difference(ratio):
     logprobs, h = logprobs_with([1.1, 0.7, 0.9]), 1e-2

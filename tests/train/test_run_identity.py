@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rsagent_jax.config.data import MixPart
 from rsagent_jax.config.reward import DEFAULT_REWARD
-from rsagent_jax.config.schema import DataConfig, GrpoConfig, MixPart, PolicyConfig, SftConfig, TrainConfig
+from rsagent_jax.config.schema import DataConfig, GrpoConfig, PolicyConfig, SftConfig, TrainConfig
 from rsagent_jax.runtime.journal import flatten_settings
 from rsagent_jax.train import run_identity
 from rsagent_jax.types import DataError
@@ -81,7 +82,7 @@ def test_every_free_field_exists():
         ({"sft.steps": 10}, ("grpo",), "grpo was trained from what sft had become"),  # sft's were removed
         ({"sft.steps": 0}, ("sft",), "it can only grow"),  # to as many as the epochs give
         ({"sft.epochs": 3.0}, ("sft", "grpo"), None),  # steps are given
-        ({"grpo.updates": 2}, ("grpo",), ""),
+        ({"grpo.epochs": 2}, ("grpo",), ""),
         ({"stages": ("grpo",)}, ("sft",), "sft has checkpoints"),
         ({"stages": ("sft",)}, ("sft",), None),
         ({"stages": ("sft",)}, ("sft", "grpo"), "grpo has checkpoints"),

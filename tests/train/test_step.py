@@ -107,6 +107,16 @@ def test_the_correction_for_the_engine_weighs_the_surrogate_and_not_the_kl(estim
     assert not np.asarray(grads)[~mask].any()
 
 
+def test_every_update_takes_its_run_of_the_micro_batches():
+    stage = Stage(None, epochs=2, minibatches=3)
+    assert stage.updates == 6 and [range(6)[part] for part in stage.minibatch_slices(6)] == [
+        *(range(2), range(2, 4), range(4, 6)),
+        *(range(2), range(2, 4), range(4, 6)),
+    ]
+    assert stage.minibatch_slices(2) == [slice(0, 2)] * 2  # too few trajectories for three
+    assert Stage(None).minibatch_slices(4) == [slice(0, 4)]
+
+
 @pytest.mark.slow
 def test_offloaded_moments_train_the_same_and_stay_in_host_memory(tmp_path):
     """Two updates with the moments in host memory against two without, and once more from a checkpoint."""

@@ -5,9 +5,9 @@ import inspect
 import itertools
 from collections.abc import Sequence
 
+from rsagent_jax.config.data import DataConfig, MixPart
 from rsagent_jax.config.import_path import first_line, import_path, place
 from rsagent_jax.config.ranges import DATASETS
-from rsagent_jax.config.schema import DataConfig, MixPart
 from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.runtime.paths import bucket_problem
 from rsagent_jax.types import DataError

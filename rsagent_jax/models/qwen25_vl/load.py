@@ -1,4 +1,4 @@
-"""Opens a policy: a Hugging Face directory, here or on a hub, or a stage's newest checkpoint, adapters merged."""
+"""Opens a policy: a Hugging Face directory, here or on a hub, or a checkpoint of a stage, adapters merged."""
 
 import contextlib
 import functools
@@ -15,6 +15,7 @@ from rsagent_jax.config.import_path import first_line
 from rsagent_jax.models.qwen25_vl import convert, lora, tensor_files
 from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
+from rsagent_jax.models.qwen25_vl.steps import find_step, split_step
 from rsagent_jax.runtime import sharding
 from rsagent_jax.runtime.paths import (
     absolute,
@@ -49,7 +50,9 @@ def copy_policy_files(weights: pathlib.Path, target: pathlib.Path) -> None:
 @functools.cache
 def local_weights(weights: str, more: tuple[str, ...] = ("*.safetensors", tensor_files.INDEX)) -> pathlib.Path:
     """The directory that `weights` names: itself, or where the files of a hub's `org/name[@revision]` have been put, or
-    those of a Hugging Face directory in a bucket. A stage's checkpoints are read from the bucket itself."""
+    those of a Hugging Face directory in a bucket. A stage's checkpoints are read from the bucket itself; which step of
+    them is meant (@best) is left out."""
+    weights, _ = split_step(weights)
     if is_remote(weights):
         path = open_path(weights)
         is_hugging_face = (path / "config.json").exists() and any(path.glob("*.safetensors*"))
@@ -81,6 +84,8 @@ def policy_directory(weights: str) -> pathlib.Path:
             f"{path} {what}; give a Hugging Face directory, a hub's org/name, or checkpoints/<stage> of train.py"
         )
     if (path / "config.json").exists() and any(path.glob("*.safetensors*")):
+        if split_step(weights)[0] != weights:
+            raise DataError(f"{weights}: {path} is a Hugging Face directory, which has no steps; leave the @ out")
         return path
     if (path / "policy" / "config.json").exists():
         return fetch_folder(path / "policy")
@@ -92,7 +97,8 @@ def policy_directory(weights: str) -> pathlib.Path:
 
 
 def load_policy(weights: str, mesh: Mesh | None = None, dtype: str = "float32") -> Qwen25VL:
-    """The model of a Hugging Face directory, or of the newest checkpoint of a stage, with parameters of `dtype`.
+    """The model of a Hugging Face directory, or of a checkpoint of a stage, with parameters of `dtype`. Of a stage it
+    is the newest, or the one that steps.py reads off its name.
 
     With a mesh each process reads what its own devices hold (sharding.param_shardings), and no device ever holds more
     than its shards; without one everything goes to the default device. Values are rounded once, merged adapters after
@@ -105,9 +111,7 @@ def load_policy(weights: str, mesh: Mesh | None = None, dtype: str = "float32") 
         return convert.load_model(path, config, shardings, jnp.dtype(dtype))
     options = ocp.CheckpointManagerOptions(create=False)  # nothing is written; read_only=True would warn that it is
     with ocp.CheckpointManager(absolute(path), options=options) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise DataError(f"{path} holds no finished checkpoint; run train.py until one is saved")
+        step = find_step(path, split_step(weights)[1])
         wanted = convert.flat_params(model)
         # Orbax would ask for the devices that saved the checkpoint: always say where the arrays are to go.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -149,12 +153,12 @@ def _read(
 
 
 def weight_files(weights: str) -> list[pathlib.Path]:
-    """The files that `load_policy` reads numbers from: a Hugging Face directory's, or a stage's newest checkpoint's."""
+    """The files that `load_policy` reads numbers from: a Hugging Face directory's, or a checkpoint's."""
     path = local_weights(weights)
     if files := sorted(path.glob("*.safetensors")):
         return files
-    newest = max(ocp.utils.checkpoint_steps(path), default=0)
-    parts = (path / "base", path / str(newest) / "params")
+    step = find_step(path, split_step(weights)[1]) if ocp.utils.checkpoint_steps(path) else 0
+    parts = (path / "base", path / str(step) / "params")
     return sorted(file for part in parts for file in files_below(part))
 
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: by pieces of the vocabulary, and only where somebody asks for them."""
+"""Log-probabilities of given tokens, and entropies: by pieces of the vocabulary, only where somebody asks for them."""
 
 import dataclasses
 import functools
@@ -21,6 +21,7 @@ class _Settings:
     piece: int
     mesh: jax.sharding.Mesh | None
     lengths: tuple[int, ...]  # ascending, the last is all of a row
+    entropy: bool  # of the distributions, beside the log-probabilities
 
 
 def token_logprobs(
@@ -42,6 +43,28 @@ def token_logprobs(
     Most of a trajectory is images and prompts, whose log-probabilities nobody needs. The wanted places of a row move to
     its front, and the device computes the shortest of a few lengths that holds those of every row.
     """
+    return _of_wanted(hidden_BTD, head_VD, targets_BT, wanted_BT, temperature, piece, mesh, entropy=False)[0]
+
+
+def token_logprobs_and_entropy(
+    hidden_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    wanted_BT: Bool[Array, "B T"] | None = None,
+    *,
+    temperature: float = 1.0,
+    piece: int = PIECE,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """The same, and in nats the entropy of the whole distribution that each target was drawn from, with gradients.
+
+    It comes from the same pieces: per logit one more exponential and two more products each way, no more memory.
+    """
+    return _of_wanted(hidden_BTD, head_VD, targets_BT, wanted_BT, temperature, piece, mesh, entropy=True)
+
+
+def _of_wanted(hidden_BTD, head_VD, targets_BT, wanted_BT, temperature, piece, mesh, *, entropy: bool):
+    """(log-probabilities,) or (log-probabilities, entropies) in the shape of the targets, 0 where nobody wants them."""
     shape = targets_BT.shape
     if mesh is None or mesh.size == 1:  # one row: shared by all, and a CPU multiplies matrices faster than stacks
         hidden_BTD, targets_BT = hidden_BTD.reshape(1, -1, hidden_BTD.shape[-1]), targets_BT.reshape(1, -1)
@@ -54,9 +77,9 @@ def token_logprobs(
         lengths = tuple(sorted({min(-(-int(t * share) // ROUND) * ROUND, t) for share in SHARES}))
         order = jnp.argsort(~wanted_BT, axis=1, stable=True)
         rung = jnp.searchsorted(jnp.array(lengths), jnp.max(jnp.sum(wanted_BT, axis=1)))
-    settings = _Settings(temperature, piece, mesh, lengths)
+    settings = _Settings(temperature, piece, mesh, lengths, entropy)
     found = _chosen(settings, hidden_BTD, head_VD, targets_BT, order, rung)
-    return (found if wanted_BT is None else jnp.where(wanted_BT, found, 0.0)).reshape(shape)
+    return tuple((x if wanted_BT is None else jnp.where(wanted_BT, x, 0.0)).reshape(shape) for x in found)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -66,14 +89,14 @@ def _chosen(settings: _Settings, hidden_BTD, head_VD, targets_BT, order_BT, rung
 
 def _forward(settings: _Settings, hidden_BTD, head_VD, targets_BT, order_BT, rung):
     branches = [functools.partial(_logprobs, settings, length) for length in settings.lengths]
-    logprobs, totals = jax.lax.switch(rung, branches, hidden_BTD, head_VD, targets_BT, order_BT)
-    return logprobs, (hidden_BTD, head_VD, targets_BT, order_BT, rung, totals)
+    logprobs, totals, *entropy = jax.lax.switch(rung, branches, hidden_BTD, head_VD, targets_BT, order_BT)
+    return (logprobs, *entropy), (hidden_BTD, head_VD, targets_BT, order_BT, rung, (totals, *entropy))
 
 
-def _backward(settings: _Settings, saved, cotangents_BT):
-    hidden_BTD, head_VD, targets_BT, order_BT, rung, totals_BT = saved
+def _backward(settings: _Settings, saved, cotangents):
+    hidden_BTD, head_VD, targets_BT, order_BT, rung, totals = saved
     branches = [functools.partial(_gradients, settings, length) for length in settings.lengths]
-    operands = (hidden_BTD, head_VD, targets_BT, order_BT, totals_BT, cotangents_BT)
+    operands = (hidden_BTD, head_VD, targets_BT, order_BT, totals, cotangents)
     return *jax.lax.switch(rung, branches, *operands), None, None, None
 
 
@@ -81,7 +104,10 @@ _chosen.defvjp(_forward, _backward)
 
 
 def _logprobs(settings: _Settings, length: int, hidden_BTD, head_VD, targets_BT, order_BT):
-    """(log p(target), log of the sum over the vocabulary) of the first `length` places of `order_BT`, 0 elsewhere."""
+    """(log p(target), log of the sum over the vocabulary) of the first `length` places of `order_BT`, 0 elsewhere.
+
+    With settings.entropy, then the entropy: that log less the mean of the logits, of which each piece gives its part.
+    """
     x, targets = (_front(order_BT, length, a) for a in (hidden_BTD, targets_BT))
     pieces, tokens, real = _pieces(settings, hidden_BTD.shape, head_VD)
 
@@ -89,25 +115,34 @@ def _logprobs(settings: _Settings, length: int, hidden_BTD, head_VD, targets_BT,
         head, tokens, real = args
         logits = _logits(settings, x, _gathered(settings, x.dtype, head))
         target = jnp.sum(jnp.where(tokens == targets[..., None, None], logits, 0.0), axis=(2, 3))
-        return target, jax.nn.logsumexp(jnp.where(real, logits, -jnp.inf), axis=(2, 3))
+        total = jax.nn.logsumexp(jnp.where(real, logits, -jnp.inf), axis=(2, 3))
+        if not settings.entropy:
+            return target, total
+        p = jnp.where(real, jnp.exp(logits - total[..., None, None]), 0.0)  # inside this piece
+        return target, total, jnp.sum(p * logits, axis=(2, 3))
 
-    target, total = jax.lax.map(one, (pieces, tokens, real))
-    total = jax.nn.logsumexp(total, axis=0)
-    return tuple(_back(order_BT, a) for a in (jnp.sum(target, axis=0) - total, total))
+    target, totals, *means = jax.lax.map(one, (pieces, tokens, real))
+    total = jax.nn.logsumexp(totals, axis=0)
+    entropy = (total - jnp.sum(jnp.exp(totals - total) * mean, axis=0) for mean in means)
+    return tuple(_back(order_BT, a) for a in (jnp.sum(target, axis=0) - total, total, *entropy))
 
 
-def _gradients(settings: _Settings, length: int, hidden_BTD, head_VD, targets_BT, order_BT, totals_BT, cotangents_BT):
-    """Of hidden states and head: d log p = one at the target, less the probabilities."""
-    front = (_front(order_BT, length, a) for a in (hidden_BTD, targets_BT, totals_BT, cotangents_BT))
-    x, targets, totals, cotangents = front
+def _gradients(settings: _Settings, length: int, hidden_BTD, head_VD, targets_BT, order_BT, totals, cotangents):
+    """Of hidden states and head: d log p = one at the target, less the probabilities; of the entropy, by logit,
+    -p (log p + entropy)."""
+    x, targets = (_front(order_BT, length, a) for a in (hidden_BTD, targets_BT))
+    total, *entropy = (_front(order_BT, length, a)[..., None, None] for a in totals)
+    cotangent, *slope = ((_front(order_BT, length, a) / settings.temperature)[..., None, None] for a in cotangents)
     (pieces, tokens, real), join = jax.vjp(lambda head: _pieces(settings, hidden_BTD.shape, head), head_VD)
 
     def one(dx, args):
         head, tokens, real = args
         head, scatter = jax.vjp(lambda head: _gathered(settings, x.dtype, head), head)
         logits = _logits(settings, x, head)
-        p = jnp.where(real, jnp.exp(logits - totals[..., None, None]), 0.0)
-        d = ((tokens == targets[..., None, None]) - p) * (cotangents / settings.temperature)[..., None, None]
+        p = jnp.where(real, jnp.exp(logits - total), 0.0)
+        d = ((tokens == targets[..., None, None]) - p) * cotangent
+        for whole, weight in zip(entropy, slope, strict=True):
+            d = d - p * (logits - total + whole) * weight
         d = d.astype(x.dtype)
         dx = dx + jnp.einsum("BTKV,KVD->BTD", d, head).astype(jnp.float32)  # summed over the pieces in fp32
         return dx, *scatter(jnp.einsum("BTKV,BTD->KVD", d, x))

@@ -15,7 +15,8 @@ from PIL import Image
 
 from rsagent_jax import data_check
 from rsagent_jax.config.build import build_config, template
-from rsagent_jax.config.schema import CollectConfig, DataConfig, EvalConfig, MixPart, TrainConfig
+from rsagent_jax.config.data import MixPart
+from rsagent_jax.config.schema import CollectConfig, DataConfig, EvalConfig, TrainConfig
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.runtime.command import parse_arguments
 from tests.data.sets.small_sets import write_image, write_lines, write_reasonseg

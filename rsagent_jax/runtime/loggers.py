@@ -1,0 +1,163 @@
+"""Where a run's figures go besides metrics.jsonl: TensorBoard, Weights & Biases, the terminal, or a class of your own.
+
+`loggers` in the config names them. A logger is made with (workdir, config), the work directory and the resolved config
+as JSON values, and has the two methods of `Logger`.
+"""
+
+import contextlib
+import importlib
+import os
+import pathlib
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from rsagent_jax.config.import_path import closest, first_line, import_path
+from rsagent_jax.runtime.paths import is_remote, put_files, read_bytes, write_whole
+from rsagent_jax.types import DataError
+
+SEND_S = 60  # seconds between two uploads of TensorBoard's events
+
+
+class Logger(Protocol):
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """The figures of a step. A step that is gone on from after a kill is written again."""
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Events in <workdir>/tensorboard."""
+
+    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
+        del config
+        # tensorboardX imports torch wherever it is installed, only to accept tensors; this side never loads torch.
+        with _without_torch():
+            from tensorboardX import SummaryWriter
+        self.board, self.sent = workdir / "tensorboard", time.monotonic()
+        # Events of a bucket are written here and go there once a minute.
+        self.local = pathlib.Path(tempfile.mkdtemp()) if is_remote(workdir) else self.board
+        self.events = SummaryWriter(str(self.local))
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.events.add_scalar(f"{stage}/{name}", value, step)
+        if time.monotonic() - self.sent > SEND_S:
+            self._send()
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        """u8[h, w, 3]."""
+        self.events.add_image(name, image, step, dataformats="HWC")
+
+    def _send(self) -> None:
+        """The events, where they belong."""
+        self.events.flush()
+        self.sent = time.monotonic()
+        if self.local != self.board:
+            put_files(self.local, self.board)
+
+    def close(self) -> None:
+        self._send()
+        self.events.close()
+
+
+@contextlib.contextmanager
+def _without_torch():
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+
+
+class WeightsAndBiases:
+    """A run of W&B, whose id is kept in the work directory, so that the next start goes on with it.
+
+    WANDB_MODE=offline keeps it on this disk. Its environment counts as everywhere: WANDB_PROJECT, WANDB_ENTITY,
+    WANDB_MODE, WANDB_API_KEY.
+    """
+
+    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
+        try:
+            wandb = importlib.import_module("wandb")  # an extra: not among the requirements
+        except ImportError as error:
+            raise DataError(
+                f"loggers: wandb cannot be imported ({first_line(error)}): pip install 'rsagent-jax[wandb]', or leave"
+                " it out of loggers"
+            ) from error
+        project = os.environ.get("WANDB_PROJECT", "rsagent-jax")
+        where = tempfile.mkdtemp() if is_remote(workdir) else str(workdir)
+        name = pathlib.PurePath(str(workdir)).name
+        file = workdir / "wandb_run.txt"
+        if not file.exists():
+            write_whole(file, secrets.token_hex(4))
+        run = dict(id=read_bytes(file).decode().strip(), resume="allow", project=project, name=name)
+        self.run = wandb.init(**run, dir=where, config=dict(config))
+        for stage in ("sft", "grpo"):  # W&B's own step only counts up, which a run that is gone on with does not
+            self.run.define_metric(f"{stage}/step")
+            self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        self.run.log({f"{stage}/{name}": value for name, value in values.items()} | {f"{stage}/step": step})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+# (figure of a step, how the terminal shows it)
+COLUMNS = (
+    ("reward", "reward {:.3f}"),
+    ("giou", "gIoU {:.3f}"),
+    ("val/giou", "val gIoU {:.3f}"),
+    ("turns", "turns {:.2f}"),
+    ("loss", "loss {:.4f}"),
+    ("seconds", "{:.1f} s"),
+)
+
+
+class Console:
+    """A line a step, above tqdm's bar where there is one; the same without a terminal."""
+
+    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
+        del workdir, config
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        shown = [form.format(values[name]) for name, form in COLUMNS if name in values]
+        shown += ["no update"] * bool(values.get("no_update"))
+        tqdm.write(f"{stage} step {step}: {'  '.join(shown)}")
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        pass
+
+
+LOGGERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "console": Console}
+
+
+def open_loggers(
+    names: Sequence[str], workdir: pathlib.Path, config: Mapping[str, Any], *, lead: bool = True
+) -> list[Logger]:
+    """The loggers of these names, or paths file.py:Class. Of several processes the lead has all of them, the others
+    TensorBoard alone, which has a directory of its own in `workdir`.
+
+    DataError for a name that is neither, and for one of the user's that does not open.
+    """
+    made = []
+    for name in names:
+        factory = LOGGERS.get(name)
+        if factory is None and ":" not in name:
+            near = closest(name, LOGGERS, "{}")
+            raise DataError(f"loggers: {name!r} is none of {', '.join(LOGGERS)}, nor file.py:Class{near}")
+        factory = factory or import_path(name, ("workdir", "config"))
+        if lead or factory is TensorBoard:
+            made.append(factory(workdir, config))
+    return made

@@ -1,0 +1,130 @@
+"""A step's rollouts once they are judged: their figures, all of them on disk, and an update from what is there.
+
+`grpo.dump_every` writes <workdir>/dumps/step_<n>/, which SFT and replay read as any stored set; `train.py --replay=DIR`
+trains one update from it, without an engine and without a segmenter.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from rsagent_jax.agent.environment import EnvState
+from rsagent_jax.agent.views import PixelLimits
+from rsagent_jax.config.build import to_dict
+from rsagent_jax.config.schema import AgentConfig, GrpoConfig
+from rsagent_jax.data import trajectories
+from rsagent_jax.data.npz import read_arrays
+from rsagent_jax.data.packing import fits, pack_evenly
+from rsagent_jax.data.processor import Processor
+from rsagent_jax.evals.behaviour import behaviour, summarize_behaviours
+from rsagent_jax.masks import mask_iou
+from rsagent_jax.runtime.processes import Share
+from rsagent_jax.types import Batch, DataError, Reward, Sample, Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A trajectory of a step, and what it is to training."""
+
+    sample: Sample
+    trajectory: Trajectory
+    state: EnvState  # the final one
+    reward: Reward | None  # None where a broken tool ended it
+    advantage: float | np.ndarray  # of the trajectory, or f32[T] of each token
+    trained: bool  # whether it is in the step's batch
+
+
+def rollout_figures(judged: Sequence[Judged]) -> dict[str, float]:
+    """What is logged of a step's trajectories beside rewards and endings; {} of none.
+
+    behaviour/…    evals/behaviour.py has the definitions; what there is nothing to count of is left out
+    best_iou_gap   mean of the best mask's IoU less the final mask's, over those that made one
+    length/…       tokens of a trajectory (mean, max), sampled ones (sampled), and of a turn (turn)
+    entropy/drawn  nats per token: mean of -log p over what the engine drew, an estimate of the policy's entropy
+    """
+    kept = [j for j in judged if j.trajectory.status.judged]
+    if not kept:
+        return {}
+    played, found, gaps = [j.trajectory for j in kept], [], []
+    for j in kept:
+        t = j.trajectory
+        ious, iou = [mask_iou(m.mask, j.sample) for m in t.masks], mask_iou(t.final_mask, j.sample)
+        found.append(behaviour([turn.text for turn in t.turns], ious, iou, t.query))
+        gaps += [max(ious) - iou] if ious else []
+    out = {f"behaviour/{k}": float(v) for k, v in summarize_behaviours(found).items() if v is not None}
+    drawn = np.concatenate([t.logprobs[t.loss_mask] for t in played])
+    lengths, turns = [len(t.tokens) for t in played], sum(len(t.turns) for t in played)
+    out |= {"length/mean": float(np.mean(lengths)), "length/max": float(max(lengths))}
+    out |= {"length/sampled": len(drawn) / len(played), "length/turn": len(drawn) / max(turns, 1)}
+    out |= {"best_iou_gap": float(np.mean(gaps))} if gaps else {}
+    return out | ({"entropy/drawn": -float(np.mean(drawn))} if len(drawn) else {})
+
+
+def dump_rollouts(
+    directory: pathlib.Path, step: int, judged: Sequence[Judged], agent: AgentConfig, limits: PixelLimits
+) -> None:
+    """Writes every trajectory of a step as a stored set: those that are not trained on, too, and say so."""
+    writer = trajectories.RecordWriter(directory)
+    for j in judged:
+        t = j.trajectory
+        header = {
+            "id": j.sample.id,
+            "query": j.sample.query,
+            "step": step,
+            "group": t.group_id,
+            "status": t.status.value,
+            "iou": mask_iou(t.final_mask, j.sample),
+            "reward": None if j.reward is None else {"total": float(j.reward.total), **j.reward.parts},
+            "advantage": float(np.mean(j.advantage)),
+            "trained": j.trained,
+        }
+        arrays = {"logprobs": t.logprobs, "advantages": np.full(len(t.tokens), j.advantage, np.float32)}
+        writer.write(trajectories.encode_by_reference(j.state, j.sample.path, header, t, arrays))
+    writer.close({"config": {"agent": to_dict(agent)}, "pixel_limits": dataclasses.asdict(limits), "step": step})
+
+
+class ReplaySource:
+    """One step of GRPO from a dump: the batches that the step was trained on, with the log-probs and advantages of
+    then."""
+
+    steps = 1
+    judged: Sequence[Judged] = ()
+
+    def __init__(self, config: GrpoConfig, directory: str, processor: Processor, share: Share):
+        self.config, self.directory, self.processor, self.share = config, directory, processor, share
+        self.records, self.examples = trajectories.open_records(directory), {}
+
+    def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
+        """DataError for a set that no `grpo.dump_every` wrote, or in which nothing was trained on."""
+        del policy, key
+        items, headers = [], []
+        for i in range(self.share.index, len(self.records), self.share.count):
+            record = self.records[i]
+            header = trajectories.record_header(record)
+            if not {"logprobs", "advantages"} <= read_arrays(record).keys():
+                raise DataError(
+                    f"--replay={self.directory}: record {i} has no log-probs and advantage; give a directory that"
+                    " grpo.dump_every wrote, such as WORKDIR/dumps/step_000010"
+                )
+            headers.append(header)
+            if header["trained"]:
+                items.append(trajectories.decode_record(record, self.processor))
+        kept = [i for i in items if fits(i, self.config.batch, self.processor.config)]
+        if not kept:
+            why = "none fits a row of grpo.batch" if items else "none was trained on: the step made no update"
+            raise DataError(f"--replay={self.directory}: of its {len(headers)} trajectories {why}")
+        rewards = [h["reward"]["total"] for h in headers if h["reward"] is not None]
+        metrics = {"giou": float(np.mean([h["iou"] for h in headers])), "dropped": float(len(items) - len(kept))}
+        metrics |= {"reward": float(np.mean(rewards))} if rewards else {}
+        return pack_evenly(kept, self.config.batch, self.processor.config, self.share), metrics
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        del state

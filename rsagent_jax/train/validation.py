@@ -1,0 +1,278 @@
+"""Validation in a training run: the sets of `validation`, played with the weights of this very step and judged by the
+code of evaluate.py.
+
+It plays through the driver and the engine that GRPO has anyway (SFT opens them for it), so its figures at step k are
+those of evaluate.py with checkpoint k and the shapes of grpo.sampling.
+
+    <workdir>/validation.jsonl                     a line per validation: stage, step, checksum of the weights, figures
+    <workdir>/validation/<stage>/<step>/<set>/     some of its trajectories, as SFT and replay read them
+
+A line also tells what need not be played again: the same weights on the same samples, as after a restart, or at the end
+of SFT and before GRPO.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from rsagent_jax.agent.environment import EnvState
+from rsagent_jax.config.build import to_dict
+from rsagent_jax.config.rules import FIGURES
+from rsagent_jax.config.schema import EvalConfig, TrainConfig
+from rsagent_jax.config.validation import ValidationConfig
+from rsagent_jax.data import trajectories
+from rsagent_jax.data.sets.index import Entry, SampleIndex, spread
+from rsagent_jax.data.sets.open import open_samples
+from rsagent_jax.evals import metrics
+from rsagent_jax.evals.behaviour import Behaviour, recorded_behaviour, summarize_behaviours
+from rsagent_jax.evals.records import Record, make_record
+from rsagent_jax.models.qwen25_vl.fingerprint import params_checksum
+from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.play import Failure, play_samples
+from rsagent_jax.rollout.policy import Task
+from rsagent_jax.runtime import processes
+from rsagent_jax.runtime.journal import decisive_settings
+from rsagent_jax.runtime.paths import AppendFile
+from rsagent_jax.runtime.train_log import keep_lines
+from rsagent_jax.types import DataError, Status, Trajectory
+
+RESULTS = "validation.jsonl"
+NAMED = 3  # pictures in the warning of an overlap
+TRIES = 2  # of a sample that the segmenter fails
+
+
+def evaluation_config(config: TrainConfig, name: str) -> EvalConfig:
+    """What evaluate.py would be given for the same figures of the set `name`, but for the weights."""
+    part = next(part for part in config.validation.sets if part.name == name)
+    temperature = 0.0 if config.validation.greedy else config.grpo.sampling.temperature
+    return EvalConfig(
+        benchmark=name,
+        seed=config.seed,
+        policy=config.policy,
+        agent=config.agent,
+        segmenter=config.segmenter,
+        data=part.data,
+        sampling=dataclasses.replace(config.grpo.sampling, temperature=temperature),
+        metric=config.validation.metric,
+        cache_dir=config.cache_dir,
+    )
+
+
+def open_validation_sets(config: ValidationConfig) -> dict[str, SampleIndex]:
+    """By name. DataError, naming the set, where there is nothing in one."""
+    sets = {}
+    for part in config.sets:
+        try:
+            sets[part.name] = open_samples(part.data)
+        except DataError as error:
+            raise DataError(f"validation.sets.{part.name}: {error}") from error
+    return sets
+
+
+def overlaps(config: TrainConfig) -> list[str]:
+    """A warning for each validation set with pictures that training sees as well. DataError for a set without samples.
+
+    Copies of a picture are known as one by COCO's names (Entry.image_key), of other pictures by their path.
+    """
+    sets, trained = open_validation_sets(config.validation), {}
+    if sets and "sft" in config.stages:
+        paths = filter(None, trajectories.picture_paths(config.sft.trajectories))
+        trained["sft.trajectories"] = {Entry("", "", path).image_key for path in paths}
+    if sets and "grpo" in config.stages:
+        trained["grpo.data"] = set(open_samples(config.grpo.data).image_keys)
+    warnings = []
+    for name, samples in sets.items():
+        keys = set(samples.image_keys)
+        for where, seen in trained.items():
+            if both := sorted(keys & seen):
+                first = ", ".join(both[:NAMED]) + ", …" * (len(both) > NAMED)
+                warnings.append(
+                    f"warning: validation.sets.{name}: {len(both)} of its {len(keys)} pictures are in {where}, which is"
+                    f" trained on ({first}): its figures are no measure of what is new. grpo.data.exclude leaves the"
+                    " pictures of a set out"
+                )
+    return warnings
+
+
+class Validator:
+    """One stage's validation."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        stage: str,
+        sets: Mapping[str, SampleIndex],
+        driver: Driver | None,
+        workdir: pathlib.Path,
+    ):
+        """`driver` plays through an engine, whose weights are another's whenever this is not running. Without sets
+        nothing is ever due."""
+        self.config, self.stage, self.sets, self.driver = config, stage, sets, driver
+        self.share = processes.Share(jax.process_index(), jax.process_count())
+        self.workdir = processes.own_directory(workdir)
+        self.settings = self._fingerprint()
+        self.path = self.workdir / RESULTS
+        self.found: dict[int, dict[str, Any]] = {}  # of this stage, by step, of earlier starts: the last line of each
+        self.history: dict[int, dict[str, Any]] = {}  # those that stand before the step that comes next
+        self.known: dict[tuple[str, str], dict[str, float]] = {}  # figures by (checksum, settings), of any stage
+
+        def remember(line: dict[str, Any]) -> bool:
+            if line["stage"] == stage:
+                self.found[line["step"]] = line
+            self.known[line["checksum"], line["settings"]] = line["values"]
+            return True
+
+        keep_lines(self.path, remember)
+
+    def begin(self, done: int) -> None:
+        """The stage goes on after step `done`: what an earlier start has validated after it counts no longer, but
+        need not be played again where the weights are the same."""
+        self.history = {step: line for step, line in self.found.items() if step <= done}
+
+    def _fingerprint(self) -> str:
+        """Of all that the figures depend on besides the weights; pictures by name."""
+        c = self.config
+        settings = [to_dict(c.validation.metric), c.validation.greedy, c.seed, decisive_settings(c.agent)]
+        settings += [decisive_settings(c.grpo.sampling), c.policy.dtype]
+        settings += [getattr(c.segmenter, name) for name in ("backend", "checkpoint", "model", "multimask")]
+        settings += [[name, samples.ids, samples.image_keys] for name, samples in self.sets.items()]
+        return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:16]
+
+    def due(self, step: int, steps: int) -> bool:
+        every = self.config.validation.every
+        return bool(self.sets) and (step == steps or bool(every and step % every == 0))
+
+    def run(self, policy: Callable[[], nnx.State], step: int) -> dict[str, float]:
+        """The figures of the weights that `policy` gives, by the names that they are logged under.
+
+        The engine's memory is free again afterwards. DataError, on all processes, where a sample cannot be read
+        (data.unreadable=stop), or where the segmenter stays away.
+        """
+        start, dtype = time.perf_counter(), self.config.policy.dtype
+        params = policy()
+        checksum = params_checksum(params, dtype)
+        values = self.known.get((checksum, self.settings))
+        if processes.allgather_sum([values is not None]) != [self.share.count]:
+            key = jax.random.key(self.config.seed)
+            self.driver.policy.load(params, key, greedy=self.config.validation.greedy)
+            del params  # a copy of the parameters need not stay while the engine plays with its own
+            values = self._measure(step)
+        line = {"stage": self.stage, "step": step, "checksum": checksum, "settings": self.settings, "values": values}
+        self.history[step] = line | {"seconds": time.perf_counter() - start}
+        self.known[checksum, self.settings] = values
+        if any(self.found.get(step, {}).get(name) != value for name, value in line.items()):
+            file = AppendFile(self.path)
+            file.add(json.dumps(self.history[step]) + "\n")
+            file.close()
+        return values
+
+    def _measure(self, step: int) -> dict[str, float]:
+        """The figures of the weights that the engine holds, which are released."""
+        try:
+            found = {name: self._play(name, step) for name in self.sets}
+        finally:
+            self.driver.policy.release_memory()
+        values = {f"val/{name}/{k}": v for name, figures in found.items() for k, v in figures.items()}
+        for figure in FIGURES:  # the mean over the sets
+            if all(figure in figures for figures in found.values()):
+                values[f"val/{figure}"] = math.fsum(figures[figure] for figures in found.values()) / len(found)
+        return values
+
+    def score(self, step: int) -> float | None:
+        """How good the weights of this step are, the larger the better; None where that was not measured."""
+        c = self.config.validation
+        value = self.history.get(step, {}).get("values", {}).get(c.keep_best)
+        return None if value is None else value if c.best_mode == "max" else -value
+
+    def stop(self, step: int) -> bool:
+        """Whether so many validations up to `step` have passed since the best one that the stage ends; it says so."""
+        scores = [s for k in sorted(self.history) if k <= step and (s := self.score(k)) is not None]
+        patience = self.config.validation.early_stop
+        ends = bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
+        if ends:
+            best = self.config.validation.keep_best
+            print(f"{self.stage}: stops after step {step}: {patience} validations in a row without a better {best}")
+        return ends
+
+    ############################## One set ##############################
+
+    def _play(self, name: str, step: int) -> dict[str, float]:
+        """Every process plays its part of the samples; all of them get the figures of all."""
+        records, unreadable = processes.all_or_none(lambda: self._play_share(name, step))
+        rows, keys = [], dict(zip(self.sets[name].ids, self.sets[name].image_keys, strict=True))
+        for record in records:
+            result = dataclasses.asdict(metrics.judge(record.counts, self.config.validation.metric))
+            result.pop("rules")
+            rows.append([result, dataclasses.asdict(recorded_behaviour(record, self.config.validation.metric))])
+        said = [json.loads(text) for text in processes.exchange(json.dumps([rows, unreadable]))]
+        results, behaviours = [], []
+        for result, behaviour in (row for part, _ in said for row in part):
+            status = Status(result.pop("status"))
+            results.append(metrics.SampleResult(**result, status=status, rules=self.config.validation.metric))
+            behaviours.append(Behaviour(**behaviour))
+        return self._figures(name, results, behaviours, keys, sum(count for _, count in said))
+
+    def _figures(self, name, results, behaviours, keys: dict[str, str], unreadable: int) -> dict[str, float]:
+        lost = sum(r.status is Status.ENV_FAILED for r in results)
+        counts = {"unreadable": float(unreadable), "env_failed": float(lost)}
+        if not results or (lost and self.config.validation.metric.failure_policy == "refuse"):
+            print(
+                f"warning: validation.sets.{name} is not measured this time: of {len(keys)} samples {unreadable} cannot"
+                f" be read, and the segmenter failed {lost}"
+            )
+            return counts
+        summary = metrics.summarize_results(results, {}, benchmark=name, images=keys)
+        low, high = summary["giou_ci95"]
+        figures = {"giou": summary["giou"], "giou_low": low, "giou_high": high, "ciou": summary["ciou"]}
+        figures |= {"n": float(summary["n"]), "turns": summary["mean_turns"]}
+        figures |= {"tool_error_rate": summary["tool_error_rate"]}
+        figures |= {key: summary[key] for key in ("n_acc", "t_acc", "giou_target") if summary.get(key) is not None}
+        endings = {status.value: sum(r.status is status for r in results) / len(results) for status in Status}
+        figures |= {f"endings/{status}": share for status, share in endings.items()}
+        behaved = summarize_behaviours(behaviours)
+        return figures | counts | {key: float(v) for key, v in behaved.items() if v is not None}
+
+    def _play_share(self, name: str, step: int) -> tuple[list[Record], int]:
+        """What was played, a trajectory that the segmenter failed tried again; how many samples cannot be read."""
+        samples, config = self.sets[name], evaluation_config(self.config, name)
+        places = range(self.share.index, len(samples), self.share.count)
+        wanted = set(spread(len(samples), self.config.validation.keep)) if self.config.validation.keep else set()
+        records: dict[int, Record] = {}
+        kept: dict[int, bytes] = {}
+        unreadable: set[int] = set()
+
+        def keep(task: Task, trajectory: Trajectory, state: EnvState) -> Failure | None:
+            records[task.uid] = make_record(self.workdir, task.sample, trajectory, state, 0.0)
+            if task.uid in wanted and trajectory.loss_mask.any():
+                header = {name: records[task.uid].example[name] for name in ("id", "query", "iou", "status")}
+                kept[task.uid] = trajectories.encode_by_reference(state, task.sample.path, header, trajectory)
+            return records[task.uid].failure
+
+        def keep_failure(uid: int, id: str, failure: Failure) -> None:
+            unreadable.add(uid)
+
+        left, label = [(k, k) for k in places], f"{name}, step {step}"
+        for _ in range(TRIES):
+            play_samples(self.driver, samples, left, keep, keep_failure, config, len(left), label, leave=False)
+            left = [(k, k) for k in places if k in records and records[k].failure]
+            if not left:
+                break
+        self._write(self.workdir / "validation" / self.stage / f"{step:06d}" / name, kept)
+        return [records[k] for k in sorted(records)], len(unreadable)
+
+    def _write(self, directory: pathlib.Path, kept: dict[int, bytes]) -> None:
+        if not kept:
+            return
+        writer = trajectories.RecordWriter(directory)
+        for place in sorted(kept):
+            writer.write(kept[place])
+        about = {"agent": to_dict(self.config.agent)}
+        writer.close({"config": about, "pixel_limits": dataclasses.asdict(self.driver.limits)})

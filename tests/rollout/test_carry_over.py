@@ -1,0 +1,122 @@
+"""A trajectory that is broken off goes on as if it had not been: in another slot, and under new weights."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from agent_fakes import DiscSegmenter
+
+from rsagent_jax.data.packing import pack
+from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.train.step import batch_logprobs
+from tests.rollout import small
+
+SCRIPTS = {
+    "s0": (small.click(40, 40), small.finish(1)),
+    "s1": small.THREE_IMAGES,
+    "s2": (small.click(30, 40), "nonsense", small.click(60, 60), small.finish(2)),
+    "s3": (small.zoom(10, 10, 60, 90), small.finish(None)),
+    "s4": (small.finish(None),),
+}
+TASKS = [small.task(i, uid=10 + i) for i in range(5)]
+
+
+@functools.cache
+def engine():
+    """Samples the image token now and then, in turns that are longer than a call of the engine."""
+    made = small.engine(chunk=2, prefill=16, slots=3, max_new_tokens=9)
+    made.load(small.eager_params(), made.key)
+    return made
+
+
+def driver(eng) -> small.EchoDriver:
+    agent = dataclasses.replace(small.AGENT, announce_last=False)
+    how = dict(workers=2, script=small.scripted(SCRIPTS))
+    return small.EchoDriver(eng, DiscSegmenter(), small.processor(), agent, **how)
+
+
+def play_in_parts(d: Driver, cuts, between=lambda: None):
+    """Trajectories by uid, broken off after so many have ended, and `between` done then."""
+    out, tasks = {}, iter(TASKS)
+    for count in (*cuts, len(TASKS)):
+        play = d.play(tasks, d.broken_off)
+        out |= {task.uid: t for task, t, _ in itertools.islice(play, count)}
+        play.close()
+        if count < len(TASKS):
+            between()
+    return out
+
+
+@functools.cache
+def whole():
+    return play_in_parts(driver(engine()), ())
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2, 1), (1, 1, 1)])
+def test_under_the_same_weights_nothing_changes(cuts):
+    """Its turns under way, running tools and openings are taken up again: the tokens are those of an unbroken play."""
+    d = driver(engine())
+    found = play_in_parts(d, cuts)
+    assert found.keys() == whole().keys() and d.broken_off == []
+    for uid, t in found.items():
+        want = whole()[uid]
+        np.testing.assert_array_equal(t.tokens, want.tokens)
+        np.testing.assert_array_equal(t.positions, want.positions)
+        np.testing.assert_array_equal(t.patches, want.patches)
+        np.testing.assert_array_equal(t.final_mask, want.final_mask)
+        assert (t.grids, t.status, len(t.turns)) == (want.grids, want.status, len(want.turns))
+        np.testing.assert_allclose(t.logprobs, want.logprobs, rtol=0, atol=1e-4)  # read in other pieces
+    assert any((t.tokens[t.loss_mask] == small.processor().image_id).any() for t in found.values())
+
+
+def test_tokens_keep_the_log_probs_and_the_version_of_the_weights_that_drew_them():
+    """Three versions; the trainer says what each of them would have said of every token."""
+    eng, start = engine(), small.eager_params()
+    versions = [start, *(jax.tree.map(lambda x, s=s: x * s, start) for s in (1.02, 0.97))]
+    d, graphdef = driver(eng), small.split(small.model())[0]
+
+    def update():
+        d.version += 1
+        eng.release_memory()
+        eng.load(versions[d.version], jax.random.key(d.version))
+
+    try:
+        found = list(play_in_parts(d, (1, 1), update).values())
+    finally:
+        eng.load(start, jax.random.key(0))
+    batch = pack([small.item(t) for t in found], dataclasses.replace(small.BATCH, rows=4), small.processor().config)
+    assert len(batch) == 1
+    program = jax.jit(lambda params: batch_logprobs(graphdef, params, batch[0], small.COMPUTE, 1.0))
+    says, seen, within = [np.asarray(program(params)) for params in versions], set(), False
+    for t in found:
+        ((row, segment),) = [
+            (r, s)
+            for r, ids in enumerate(batch[0].segment_ids)
+            for s in range(1, ids.max() + 1)
+            if np.array_equal(batch[0].tokens[r][ids == s], t.tokens)
+        ]
+        here = batch[0].segment_ids[row] == segment
+        by_version = np.stack([logprobs[row][here] for logprobs in says])
+        sampled = np.flatnonzero(t.loss_mask)
+        own = by_version[t.versions[sampled], sampled]
+        np.testing.assert_allclose(t.logprobs[sampled], own, rtol=0, atol=2e-4)
+        other = by_version[(t.versions[sampled] + 1) % 3, sampled]
+        assert np.abs(t.logprobs[sampled] - other).max() > 1e-3
+        assert (np.diff(t.versions[sampled]) >= 0).all()
+        seen |= set(t.versions[sampled])
+        ends = np.flatnonzero(np.diff(t.versions[sampled]))
+        within |= any(sampled[i + 1] == sampled[i] + 1 for i in ends)
+    assert seen == {0, 1, 2} and within  # also inside of a turn
+
+
+def test_a_policy_without_tokens_begins_its_turn_anew():
+    policy = TextPolicy(small.scripted(SCRIPTS), small.processor(), slots=2)
+    agent = dataclasses.replace(small.AGENT, announce_last=False)
+    plays = [Driver(policy, DiscSegmenter(), small.processor(), agent) for _ in range(2)]
+    want, got = play_in_parts(plays[0], ()), play_in_parts(plays[1], (1, 1))
+    for uid, t in got.items():
+        np.testing.assert_array_equal(t.tokens, want[uid].tokens)

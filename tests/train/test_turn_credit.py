@@ -1,0 +1,77 @@
+"""Credit by turn against hand arithmetic."""
+
+import dataclasses
+
+import numpy as np
+
+from rsagent_jax.agent.tools import Finish, Segment
+from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
+from rsagent_jax.rewards import make_reward
+from rsagent_jax.train.advantages import mean_only
+from rsagent_jax.train.turn_credit import by_token, cut_after, earned_by_turn, rewards_to_go
+from rsagent_jax.types import MaskRecord, Sample, Status, Turn
+from tests.rollout.small import trajectory
+
+GT = np.zeros((2, 10), bool)
+GT[:, :5] = True  # 10 pixels
+SAMPLE = Sample("s0", np.zeros((2, 10, 3), np.uint8), "q", GT)
+PROCESS = next(group for group in DEFAULT_REWARD if group.name == "process")
+
+
+def columns(*numbers: int) -> np.ndarray:
+    mask = np.zeros_like(GT)
+    mask[:, list(numbers)] = True
+    return mask
+
+
+def two_masks():
+    """IoU 0.4, then 0.8, then finish with the first one: 0.4."""
+    call = Segment(points=((1.0, 1.0),), labels=(1,))
+    masks = MaskRecord(1, columns(0, 1), 0.5, ""), MaskRecord(2, columns(0, 1, 2, 3), 0.5, "")
+    other = Segment(points=((3.0, 1.0),), labels=(1,))
+    turns = (
+        Turn("", call, None, None, mask_id=1),
+        Turn("", other, None, None, mask_id=2),
+        Turn("", Finish(1), None, None),
+    )
+    whole = trajectory(0, 3)
+    return dataclasses.replace(whole, turns=turns, masks=masks, final_mask=masks[0].mask, final_mask_id=1)
+
+
+def test_what_each_turn_earned_of_the_default_process_group_by_hand():
+    # iou_gain 0.4, then 0.4, then 0; a call costs 0.02, twice; the first call makes the share of news 1, worth 0.1;
+    # overshoot: finishing with the worse mask loses 0.4. All times the group's 0.5.
+    whole = two_masks()
+    earned = earned_by_turn(make_reward([PROCESS]), whole, SAMPLE)
+    np.testing.assert_allclose(earned, 0.5 * np.array([0.4 - 0.02 + 0.1, 0.4 - 0.02, -0.4]), atol=1e-12)
+    # a group's clip is that of its sum so far: 0.48 is cut to 0.4, the second call adds nothing, the third -0.0
+    clipped = dataclasses.replace(PROCESS, clip=(-1.0, 0.4))
+    earned = earned_by_turn(make_reward([clipped]), whole, SAMPLE)
+    np.testing.assert_allclose(earned, [0.2, 0.0, 0.0], atol=1e-12)
+
+
+def test_the_parts_add_up_to_the_reward_and_shorter_ones_are_those_that_a_limit_would_have_left():
+    whole, reward = two_masks(), make_reward([RewardGroup("x", 2.0, (RewardTerm("rsagent_jax.rewards:final_iou"),))])
+    np.testing.assert_allclose(earned_by_turn(reward, whole, SAMPLE), [0.8, 0.8, -0.8])  # 2 * (0.4, 0.8, 0.4)
+    one = cut_after(whole, 1)
+    assert (len(one.turns), [m.id for m in one.masks], one.status) == (1, [1], Status.MAX_TURNS)
+    assert one.final_mask_id == 1 and not cut_after(whole, 0).final_mask.any()
+    assert len(earned_by_turn(reward, cut_after(whole, 0), SAMPLE)) == 0
+
+
+def test_rewards_to_go_and_advantages_by_hand():
+    """A group of three with whole rewards 3, 1, 2: of 3, 1 and 0 turns, of which some earned their part."""
+    earned = [np.array([0.5, 1.0, 0.25]), np.array([0.5]), np.zeros(0)]
+    values = rewards_to_go(np.array([[3.0, 1.0, 2.0]]), earned)
+    # The second stopped after its turn: from turn 2 on it stands for what stopping was worth, 1 - 0.5.
+    np.testing.assert_allclose(values[0], [[3.0, 2.5, 1.5], [1.0, 0.5, 0.5], [2.0, 2.0, 2.0]])
+    valid = np.ones((1, 3), bool)
+    advantages = np.stack([mean_only(values[..., t], valid) for t in range(3)], -1)
+    np.testing.assert_allclose(advantages[0, 0], [1.0, 2.5 - 5 / 3, 1.5 - 4 / 3], rtol=1e-6)
+    mask = np.array([0, 1, 1, 0, 0, 1, 0, 1, 1], bool)
+    np.testing.assert_array_equal(by_token(np.float32([1, 2, 3]), mask), [0, 1, 1, 0, 0, 2, 0, 3, 3])
+    np.testing.assert_array_equal(by_token(np.float32([4]), mask), 4.0 * mask)
+
+
+def test_without_credit_by_turn_a_trajectory_has_one_value():
+    assert rewards_to_go(np.array([[3.0, 1.0]]), [np.zeros(0)] * 2).tolist() == [[[3.0], [1.0]]]
