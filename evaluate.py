@@ -61,7 +61,7 @@ def main(
 ) -> int | None:
     if weights:
         config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=weights))
-    if aot:
+    if aot or aot_only:
         from rsagent_jax.aot import stages  # loads the TPU compiler
 
         return stages.compile_engine(config.sampling, config.policy.weights, config.policy.dtype, aot, aot_only)
@@ -125,10 +125,7 @@ def finish(config: EvalConfig, workdir: pathlib.Path, share: processes.Share, ma
         raise unmeasured(kinds, len(mine))
     kept = {id: record for id, record in played.items() if id not in lost}
     if missing := [id for id in ids if id not in kept and id not in unreadable]:
-        if not alone:
-            raise processes.not_shared(len(missing), workdir)
-        print(f"shard {share.index} of {share.count} is done; {len(missing)} samples are left to the others")
-        return
+        return processes.tell_left(len(missing), "samples", share, workdir)
     if not kept:
         raise DataError(f"none of the {len(ids)} samples can be read; the first: {next(iter(unreadable.values()))}")
     images = {id: key for id, key in zip(ids, samples.image_keys, strict=True) if id in kept}

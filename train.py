@@ -79,7 +79,7 @@ def main(
     aot_only: str = "",  # with --aot: only programs with this in their name, such as rollout
     replay: str = "",  # a directory that grpo.dump_every wrote: one GRPO update from it, and nothing is played
 ) -> int | None:
-    if aot:
+    if aot or aot_only or aot_quick:
         return compile_ahead(config, aot, aot_quick, aot_only)
 
     ############################## Checks, before a file is touched ##############################
@@ -131,9 +131,7 @@ def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
     reports = []
     for target in map(topology.parse_topology, topology.TABLE if name == "all" else (name,)):
-        for stage in config.stages:
-            found = stages.report_stage(config, stage, target, only)
-            reports += [dataclasses.replace(report, quick=quick) for report in found]
+        reports += [dataclasses.replace(r, quick=quick) for r in stages.report_stages(config, target, only)]
     print(report.reports_table(reports))
     print(report.reports_to_json(reports))
     return 0 if all(r.fits for r in reports) else 3

@@ -26,7 +26,7 @@ from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.rollout.startup import check_disk
 from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.journal import Journal
-from rsagent_jax.runtime.processes import parse_share
+from rsagent_jax.runtime.processes import parse_share, tell_left
 from rsagent_jax.types import DataError
 
 
@@ -53,8 +53,7 @@ def main(
     if failed and not done:
         raise DataError(f"nothing could be written ({failed}): {next(iter(writer.failures.examples.values()))[0]}")
     if (missing := len(order) - len(done) - sum(failed.values())) > 0:
-        print(f"shard {share.index} of {share.count} is done; {missing} objects are left to the others")
-        return
+        return tell_left(missing, "objects", share, workdir)
     write_set(workdir, config, failed, settings, current)
 
 

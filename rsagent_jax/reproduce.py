@@ -19,7 +19,6 @@ if __name__ == "__main__":
     command.start_command()
 
 import json
-import signal
 import sys
 import time
 from collections.abc import Collection, Mapping
@@ -27,7 +26,7 @@ from collections.abc import Collection, Mapping
 from rsagent_jax.config.import_path import closest
 from rsagent_jax.config.recipe import RecipeConfig, Step, plan_steps
 from rsagent_jax.report.reproduction import STAMP, command_line, seconds_of, waits_for, write_report
-from rsagent_jax.runtime.hosts import Hosts, join_hosts
+from rsagent_jax.runtime.hosts import Hosts, join_hosts, stopped_by_sigterm
 from rsagent_jax.runtime.paths import make_directory, remove_file, write_whole
 from rsagent_jax.types import DataError
 
@@ -41,7 +40,7 @@ def main(
     workdir: str = "",  # directory for everything this command leaves behind
     only: str = "",  # names of stages, with commas: these are run, done or not; report = none of them
 ) -> int:
-    with join_hosts() as hosts:
+    with Hosts() if only == REPORT else join_hosts() as hosts, stopped_by_sigterm():
         directory = command.make_workdir(workdir)
         steps = plan_steps(config, directory)
         wanted = chosen(only, steps)
@@ -93,11 +92,8 @@ def run_step(step: Step, hosts: Hosts) -> int:
     start = time.perf_counter() - (seconds_of(step) or 0.0)  # of a stage that is run anew, all of its time
     if hosts.is_lead:
         remove_file(step.directory / STAMP)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which stops the command, too
-    try:
+    with stopped_by_sigterm():
         status = hosts.run([sys.executable, *step.argv], step.stage.everywhere)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if status:
         return status
     if hosts.is_lead:

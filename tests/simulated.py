@@ -11,9 +11,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def run_simulated(arguments: list[str], devices: int, count: int = 1, flags: str = "", **env: str) -> str:
-    """What the first of `count` processes prints that run python with these arguments, on `devices` devices each.
+    """What the first of `count` processes prints; as run_all_simulated in all else."""
+    return run_all_simulated(arguments, devices, count, flags, **env)[0]
 
-    Several find each other by processes.initialize_distributed. What one says on stderr is shown if it fails.
+
+def run_all_simulated(
+    arguments: list[str], devices: int, count: int, flags: str = "", statuses: tuple[int, ...] = (), **env: str
+) -> list[str]:
+    """What each of `count` processes prints that run python with these arguments, on `devices` devices each.
+
+    Several find each other by processes.initialize_distributed. What one says on stderr is shown if it fails: ends
+    otherwise than with its status, 0 unless others are given.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -31,5 +39,6 @@ def run_simulated(arguments: list[str], devices: int, count: int = 1, flags: str
     finally:
         for process in running:
             process.kill()
-    assert all(p.returncode == 0 for p in running), "\n".join(error[-3000:] for _, error in said)
-    return said[0][0]
+    ended = tuple(process.returncode for process in running)
+    assert ended == (statuses or (0,) * count), "\n".join([f"{ended}", *(error[-3000:] for _, error in said)])
+    return [out for out, _ in said]

@@ -14,7 +14,7 @@ from rsagent_jax.config.schema import DataConfig
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.evals.metrics import SampleResult
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
-from rsagent_jax.report.reproduction import seconds_of
+from rsagent_jax.report.reproduction import STAMP, seconds_of
 from rsagent_jax.runtime import command, paths
 from rsagent_jax.runtime.journal import Journal, read_journal
 from rsagent_jax.runtime.loggers import TensorBoard
@@ -191,6 +191,24 @@ def test_a_stage_may_be_given_in_a_bucket(bucket):
     assert seconds_of(steps["sft"]) is None
 
 
+@pytest.mark.parametrize(("name", "value", "said"), [("forbidden", True, "no right"), ("left", 0, "does not answer")])
+def test_a_bucket_that_refuses_or_is_away_does_not_say_that_a_stage_is_not_done(bucket, name, value, said):
+    config = RecipeConfig(stages=(RecipeStage(name="sft", command="x.py"),))
+    step = plan_steps(config, run_path())["sft"]
+    paths.write_whole(step.directory / STAMP, json.dumps({"seconds": 3, "key": step.key}))
+    before = getattr(bucket.storage, name, None)
+    setattr(bucket.storage, name, value)
+    try:
+        with pytest.raises(Exception) as caught:
+            seconds_of(step)
+        assert said in paths.bucket_problem(caught.value)
+    finally:
+        setattr(bucket.storage, name, before)
+    assert seconds_of(step) == 3
+    paths.write_whole(step.directory / STAMP, "half a st")
+    assert seconds_of(step) is None
+
+
 # --------------------------------------------------------------------------------------------- data and weights
 
 
@@ -263,6 +281,7 @@ def test_a_copy_that_nobody_uses_is_removed(bucket, tmp_path):
     assert old.is_dir() and left.is_dir()
     for folder in (old, left):
         os.utime(folder, (long_ago, long_ago))
+    (old.parent / "removed").symlink_to("by another process")  # listed, and no longer there
     paths.write_whole(run_path("b/x"), "changed")
     assert paths.fetch_folder(run_path("b")) != new
     assert not old.exists() and not left.exists() and new.is_dir()

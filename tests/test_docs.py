@@ -7,6 +7,11 @@ import shlex
 
 import pytest
 
+from rsagent_jax.aot.stages import fill_topology_defaults
+from rsagent_jax.aot.topology import parse_topology
+from rsagent_jax.config.recipe import RecipeConfig, Step, plan_steps
+from rsagent_jax.config.schema import TrainConfig
+from rsagent_jax.models.qwen25_vl.config import size_config
 from rsagent_jax.runtime import command
 from rsagent_jax.types import DataError
 
@@ -59,7 +64,39 @@ def test_our_commands_take_what_the_pages_give_them(page, module, script, text, 
         if "config" in command.inspect.signature(found.main).parameters:
             return
     _, flags = command.parse_arguments(found.main, given)
-    assert flags is not None
+    assert can_start(flags.get("config"))
+
+
+def can_start(config) -> bool:
+    """Whether a slice that training names has a preset for it, and every stage of a recipe has all that it needs.
+    DataError or AssertionError where not."""
+    if isinstance(config, RecipeConfig):
+        steps = plan_steps(config, pathlib.Path("w"))
+        for step in steps.values():
+            if step.argv[0].endswith((train := "train.py", "evaluate.py")):
+                assert not lacking(step, steps), f"{step.stage.name} waits for --config.{lacking(step, steps)}"
+            if step.argv[0].endswith(train):
+                can_start(command.parse_arguments(importlib.import_module("train").main, step.argv[1:])[1]["config"])
+    elif isinstance(config, TrainConfig) and config.slice:
+        policy = size_config((re.search(r"\d+b", config.policy.weights.lower()) or ["7b"])[0])
+        fill_topology_defaults(config, parse_topology(config.slice), policy)
+    return True
+
+
+def lacking(step: Step, steps: dict[str, Step]) -> set[str]:
+    """Fields of the recipe that are empty, of what it builds upon as well."""
+    return {*step.lacks}.union(*(lacking(steps[name], steps) for name in step.needs))
+
+
+def test_a_recipe_that_cannot_train_is_no_command_for_a_page():
+    def recipe(*given):
+        flags = ["--config=configs/reproduce_7b.py", "--config.refer=A", *given]
+        return command.parse_arguments(importlib.import_module("rsagent_jax.reproduce").main, flags)[1]["config"]
+
+    with pytest.raises(AssertionError, match="sft waits for --config.*endpoint"):
+        can_start(recipe())
+    with pytest.raises(DataError, match="'v6e-16' has no preset"):
+        can_start(recipe("--config.reasonseg=B", "--config.stages.collect.given=C", "--config.slice=v6e-16"))
 
 
 def test_commands_of_most_pages_were_found():

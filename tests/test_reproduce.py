@@ -176,6 +176,11 @@ def test_what_a_stage_names_must_be_there():
     refused("stages is empty", stages)
 
 
+def test_a_stage_is_done_as_a_whole():
+    part = RecipeStage(name="a", command="evaluate.py", more=("--shard=0/4",))
+    refused("stages.a: --shard leaves a part to others", stages, part)
+
+
 def test_empty_fields_are_waited_for_and_given_directories_are_not_made(tmp_path):
     a = RecipeStage(name="a", command="x.py", arguments=("{refer}",))
     b = RecipeStage(name="b", command="x.py", arguments=("{a}/c", "{b}"), needs=("a",))

@@ -1,17 +1,23 @@
 """The recipe on several hosts of a slice: what runs where, and what a host that fails or ends means for the others."""
 
 import os
+import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
 
 import pytest
+from jax._src.clusters.cloud_tpu_cluster import coordinator_port
 
+from rsagent_jax import reproduce
 from rsagent_jax.report.reproduction import STAMP
-from rsagent_jax.runtime import hosts, processes
+from rsagent_jax.runtime import command, hosts, processes
 from rsagent_jax.runtime.hosts import Hosts
 from rsagent_jax.types import DataError
-from tests.simulated import run_simulated
+from tests.loopback_bucket import LoopbackBucket
+from tests.simulated import run_all_simulated
 
 
 class Store(dict):
@@ -64,6 +70,15 @@ def test_a_command_that_fails_on_one_host_ends_on_all_with_one_status():
     assert time.monotonic() - start < 20
 
 
+def test_what_runs_on_one_host_is_not_run_by_the_others(tmp_path):
+    def run(here, everywhere):
+        return here.run(python(f"open({str(tmp_path / f'{everywhere}')!r}, 'a').write('{here.index}')"), everywhere)
+
+    for everywhere, hosts_ in (False, "0"), (True, "01"):
+        assert on_two_hosts(*[lambda h, e=everywhere: run(h, e)] * 2) == [0, 0]
+        assert "".join(sorted((tmp_path / f"{everywhere}").read_text())) == hosts_
+
+
 def test_a_host_that_ends_ends_the_others_and_what_they_run():
     def leave(here):
         time.sleep(0.1)
@@ -74,6 +89,20 @@ def test_a_host_that_ends_ends_the_others_and_what_they_run():
     assert isinstance(other, SystemExit)
     _, other = on_two_hosts(leave, lambda h: h.from_lead(lambda: ""))
     assert str(other) == "host 0 has ended (143): start the same command on all hosts again"
+
+
+def test_a_host_that_is_stopped_between_stages_tells_the_others(monkeypatch, tmp_path):
+    told, heard = [], []
+    flags = ["--config=configs/reproduce_quickstart.py", f"--workdir={tmp_path}", "--only=report"]
+    monkeypatch.setattr(Hosts, "__exit__", lambda self, kind, error, _: told.append((kind, error.code)))
+    monkeypatch.setattr(reproduce, "write_report", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("by nobody"))
+    try:
+        with pytest.raises(SystemExit):
+            command.run_command("rsagent_jax.reproduce", flags)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == [(SystemExit, 143)] and not heard
 
 
 def test_hosts_that_were_given_something_else_are_told():
@@ -87,10 +116,11 @@ def test_hosts_that_were_given_something_else_are_told():
 
 
 def test_parents_meet_beside_the_port_of_their_children(monkeypatch):
-    asked = []
+    asked, places, usual = [], [], int(coordinator_port)
     for name in (*hosts.VARIABLES, hosts.PORT):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(processes, "has_tpu", lambda: True)
+    monkeypatch.setattr(processes, "hold_place", lambda port, index: places.append((port, index)))
     monkeypatch.setattr(
         processes.jax.distributed, "initialize", lambda *a, **k: asked.append((a, os.getenv(hosts.PORT)))
     )
@@ -100,7 +130,47 @@ def test_parents_meet_beside_the_port_of_their_children(monkeypatch):
     for name, value in zip(hosts.VARIABLES, ("h:70", "2", "1"), strict=True):
         monkeypatch.setenv(name, value)
     processes.initialize_distributed(beside=1)
-    assert asked == [((), None), ((), "8483"), (("h:71", 2, 1), None)]
+    assert asked == [((), str(usual)), ((), str(usual + 1)), (("h:71", 2, 1), None)]
+    assert places == [(usual, 0), (usual + 1, 0), (71, 1)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names are Linux's")
+def test_a_second_start_is_refused_and_leaves_the_first_alone(monkeypatch, tmp_path, capsys):
+    """Without it, it meets the first one's service, and jax ends both."""
+    with socket.socket() as probe:  # a number that nobody else has now
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = f"from rsagent_jax.runtime.hosts import hold_place; hold_place({port + 1}, 0); print(flush=True); input()"
+    first = subprocess.Popen(python(code), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    first.stdout.readline()
+    for name, value in zip(hosts.VARIABLES, (f"127.0.0.1:{port}", "1", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *a, **k: joined.append(a))
+    flags = ["--config=configs/reproduce_quickstart.py", f"--workdir={tmp_path}"]
+    assert command.run_command("rsagent_jax.reproduce", flags) == 2
+    assert "runs on this machine" in capsys.readouterr().err
+    assert command.run_command("rsagent_jax.reproduce", [*flags, "--only=report"]) == 0  # beside it, and alone
+    assert (tmp_path / "table.md").exists() and not joined
+    first.communicate(b"\n")
+    hosts.hold_place(port + 1, 0)  # its place is free again
+
+
+def test_a_failed_stage_ends_with_its_status_on_all_hosts_where_the_work_is_in_a_bucket(tmp_path):
+    """And not with jax's fatal error: host 0, which holds its service, must wait for the others."""
+    (tmp_path / "fails.py").write_text("raise SystemExit(5)")
+    config = (
+        "config = template(RecipeConfig)\n    config.stages = ConfigDict({'a': {'command': %r}})\n    return config"
+    )
+    head = "from ml_collections import ConfigDict\nfrom rsagent_jax.config.build import template\n"
+    head += "from rsagent_jax.config.recipe import RecipeConfig\ndef get_config():\n    "
+    (tmp_path / "recipe.py").write_text(head + config % str(tmp_path / "fails.py"))
+    bucket = LoopbackBucket()
+    argv = ["-m", "rsagent_jax.reproduce", f"--config={tmp_path}/recipe.py", "--workdir=gs://bucket/w"]
+    first, other = run_all_simulated(argv, 1, 2, statuses=(5, 5), **bucket.environment)
+    bucket.stop()
+    assert "gIoU" in first and "w/table.md" in bucket.names("w/")
+    assert "== 1/1 a: runs on host 0\n" in other and "gIoU" not in other
 
 
 @pytest.mark.slow
@@ -108,8 +178,9 @@ def test_two_hosts_share_what_joins_them_and_do_all_else_once(tmp_path):
     flags = ["--config=configs/reproduce_quickstart.py", f"--workdir={tmp_path}", "--only=data,collect"]
     flags.append("--config.stages.data.more=('--train=9','--val=0','--test=0')")
     flags.append("--config.stages.collect.more=('--config.limit=6','--config.segmenter.mode=inprocess')")
-    said = run_simulated(["-m", "rsagent_jax.reproduce", *flags], 1, 2)
-    assert said.count(" references and ") == 1 and said.count(" of 6 trajectories") == 1  # by host 0
+    first, other = run_all_simulated(["-m", "rsagent_jax.reproduce", *flags], 1, 2)
+    for once in " references and ", " of 6 trajectories":  # by host 0
+        assert (first.count(once), other.count(once)) == (1, 0)
     assert sorted(path.name for path in (tmp_path / "collect/attempts").glob("0*")) == [
         "00000-of-00002.jsonl", "00001-of-00002.jsonl"
     ]  # fmt: skip

@@ -27,14 +27,14 @@ import math
 import pathlib
 from collections.abc import Iterator
 
-from rsagent_jax.aot.scaling import ENGINE, TOKENS, read_results
+from rsagent_jax.aot.scaling import ENGINE, PROMPTS, TOKENS, read_results
 from rsagent_jax.aot.topology import CHIPS, Topology, parse_topology
 from rsagent_jax.config.slices import PRESETS
 from rsagent_jax.types import DataError
 
 BEGIN, END = "<!-- python -m rsagent_jax.aot.costs --out=docs/tpu.md -->", "<!-- end of costs -->"
 SFT_TRAJECTORIES, EPOCHS, BATCH = 5_000, 2, 128  # the paper's, and of trajectories "more than 5,000"
-GRPO_STEPS, GRPO_TRAJECTORIES = 1_000, 16 * 4  # the paper's batch; of steps configs/grpo_tpu.py's
+GRPO_STEPS, GRPO_TRAJECTORIES = 1_000, PROMPTS * 4  # the paper's batch; of steps configs/grpo_tpu.py's
 # RefCOCO and RefCOCO+ val, testA and testB, RefCOCOg val and test, ReasonSeg val and test; data_check.py has the source
 EVALUATED = (10_834 + 5_657 + 5_095) + (10_758 + 5_726 + 4_889) + (4_896 + 9_602) + (200 + 779)
 COLLECTED = 10_000
@@ -66,6 +66,7 @@ class Cost:
     slice: str
     unit_seconds: float  # of a step in training, of a trajectory in evaluation and collection, over the whole slice
     hours: float
+    programs: str  # what was compiled, and in brackets what the preset has instead
 
 
 def program_seconds(report: dict, topology: Topology, assumed: Assumptions) -> float:
@@ -103,22 +104,22 @@ def costs(lines: list[dict], assumed: Assumptions) -> Iterator[Cost]:
     for name, line in fit.items():
         size, where, stage, *rest = name.split(":")
         topology, preset = parse_topology(where), PRESETS.get(size, {}).get(where)
-        alone = fit.get(f"{size}:{where}:{ENGINE}")  # has more slots than beside a trainer
-        if stage in (ENGINE, "rollout") and _whole(line) and (alone is None or alone is line):
+        if stage == ENGINE and _whole(line):  # as evaluate.py has it: more slots than beside a trainer
             for what, count in (("evaluation", EVALUATED), ("collection", COLLECTED)):
                 seconds = rollout_seconds(line, count / _hosts(topology, line), assumed) / count
-                yield Cost(size, what, where, seconds, count * seconds / 3600)
+                yield Cost(size, what, where, seconds, count * seconds / 3600, _engine(line))
         elif stage == "sft" and preset and rest == [preset.remat]:
             updates = math.ceil(EPOCHS * SFT_TRAJECTORIES / BATCH)
             micro_batches = math.ceil(BATCH / (topology.devices // preset.tensor))
             seconds = step_seconds(line, topology, micro_batches, assumed)
-            yield Cost(size, "SFT", where, seconds, updates * seconds / 3600)
-        elif stage == "grpo" and preset and (played := _played(size, topology, fit)):
+            yield Cost(size, "SFT", where, seconds, updates * seconds / 3600, f"remat {preset.remat}")
+        elif stage == "grpo" and preset and PROMPTS % topology.hosts == 0 and (played := _played(size, topology, fit)):
             micro_batches = math.ceil(GRPO_TRAJECTORIES / (topology.devices // preset.tensor))
             weights = played["reports"][0]["projected_step_s"] / assumed.bandwidth
             seconds = step_seconds(line, topology, micro_batches, assumed) + weights
             seconds += rollout_seconds(played, GRPO_TRAJECTORIES / _hosts(topology, played), assumed)
-            yield Cost(size, "GRPO", where, seconds, GRPO_STEPS * seconds / 3600)
+            programs = f"remat {_beside(rest[0], preset.remat)}, {_engine(played, preset.slots)}"
+            yield Cost(size, "GRPO", where, seconds, GRPO_STEPS * seconds / 3600, programs)
 
 
 def _fits(line: dict) -> bool:
@@ -128,6 +129,16 @@ def _fits(line: dict) -> bool:
 def _hosts(topology: Topology, line: dict) -> float:
     """How many of the engines that a line was compiled for the slice has."""
     return topology.devices / line["reports"][0]["devices"]
+
+
+def _beside(compiled: str | int, preset: str | int) -> str:
+    return str(compiled) if compiled == preset else f"{compiled} (preset: {preset})"
+
+
+def _engine(line: dict, preset: int = 0) -> str:
+    """Of which kind, and of how many slots a host; preset: the number that there should be, if that is known."""
+    slots = next(r["decoding"]["slots"] for r in line["reports"] if r["decoding"])
+    return f"{line['name'].split(':')[2]} of {_beside(slots, preset or slots)} slots"
 
 
 def _played(size: str, topology: Topology, lines: dict[str, dict]) -> dict | None:
@@ -146,8 +157,8 @@ def _whole(line: dict) -> bool:
 
 def costs_table(found: list[Cost], prices: dict[str, float]) -> str:
     """In Markdown, by size and stage; the price of a chip-hour is the reader's."""
-    head = ["size", "stage", "slice", "seconds a step or trajectory", "hours", "chip-hours"]
-    head += ["cost"] * bool(prices)
+    head = ["size", "stage", "slice", "seconds a step or trajectory", "hours", "chip-hours", "compiled"]
+    head[-1:-1] = ["cost"] * bool(prices)
     order = {"SFT": 0, "GRPO": 1, "evaluation": 2, "collection": 3}
     found = sorted(found, key=lambda c: (int(c.size[:-1]), order[c.stage], c.slice))
     rows = []
@@ -159,7 +170,7 @@ def costs_table(found: list[Cost], prices: dict[str, float]) -> str:
         if prices:
             price = prices.get(topology.chip.name)
             row += [f"{chip_hours * price:,.0f}" if price else "-"]
-        rows.append(row)
+        rows.append([*row, cost.programs])
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

@@ -34,7 +34,7 @@ from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, size_config
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
-from rsagent_jax.runtime import sharding
+from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.train.state import EMPTY, make_optimizer, partition_params, vision_frozen
 from rsagent_jax.train.step import Sums, make_programs, make_stage
 from rsagent_jax.types import Batch, DataError
@@ -52,44 +52,56 @@ def policy_config(weights: str) -> Qwen25VLConfig:
     )
 
 
-def report_stage(config: TrainConfig, stage: str, topology: Topology, only: str = "") -> list[ProgramReport]:
-    """Compiles every program of a stage with `only` in its name; one that does not fit is a report like the others.
+def report_stages(config: TrainConfig, topology: Topology, only: str = "") -> list[ProgramReport]:
+    """Compiles every program of the config's stages with `only` in its name; one that does not fit is a report like the
+    others. DataError where no name has it.
 
     The rollout's are for the devices of one host. Says on stderr how long each program took.
     """
     policy = policy_config(config.policy.weights)
     config = fill_topology_defaults(config, topology, policy)
+    return _report_jobs(_config_jobs(config, topology, policy), topology, policy, only)
+
+
+def _config_jobs(config: TrainConfig, topology: Topology, policy: Qwen25VLConfig) -> Iterator[Job]:
     found, tensor = devices(topology), config.grpo.sampling.tensor
-    mesh, host = sharding.make_mesh(config.mesh, found), None
-    if stage == "grpo" and topology.host.devices % tensor == 0:
-        alone = topology.host == topology  # then the policy lies on the same devices as the engine
-        host = rollout.host_mesh(found if alone else devices(topology.host), tensor)
-    micro_batch = workload(getattr(config, stage).batch, policy, vision_trained=True)
-    jobs = (job for job in stage_jobs(config, stage, policy, mesh, host) if only in job.program)
-    return _report_jobs(jobs, topology, policy, micro_batch)
+    mesh = sharding.make_mesh(config.mesh, found)
+    for stage in config.stages:
+        host = None
+        if stage == "grpo" and topology.host.devices % tensor == 0:
+            alone = topology.host == topology  # then the policy lies on the same devices as the engine
+            host = rollout.host_mesh(found if alone else devices(topology.host), tensor)
+        micro_batch = workload(getattr(config, stage).batch, policy, vision_trained=True)
+        for job in stage_jobs(config, stage, policy, mesh, host):
+            yield dataclasses.replace(job, work=job.work or micro_batch)
 
 
-def _report_jobs(
-    jobs: Iterable[Job], topology: Topology, policy: Qwen25VLConfig, micro_batch: Workload
-) -> list[ProgramReport]:
-    reports = []
+def _report_jobs(jobs: Iterable[Job], topology: Topology, policy: Qwen25VLConfig, only: str) -> list[ProgramReport]:
+    reports, names = [], []
     for job in jobs:
-        start = time.perf_counter()
-        reports.append(report_job(job, topology, attention_flops(policy, job.work or micro_batch)))
-        print(f"{job.program} for {topology.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        names.append(job.program)
+        if only in job.program:
+            start = time.perf_counter()
+            reports.append(report_job(job, topology, attention_flops(policy, job.work)))
+            print(f"{job.program} for {topology.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    if not reports:
+        raise DataError(f"--aot_only={only}: no program has this in its name; there are {', '.join(names)}")
     return reports
 
 
 def compile_engine(sampling: SamplingConfig, weights: str, dtype: str, name: str, only: str = "") -> int:
     """For evaluate.py, collect and segment: compiles the engine that a host of a slice has to itself, or its programs
-    with `only` in the name, and prints the table. 3 if a program does not fit, else 0."""
+    with `only` in the name (DataError where none has it), and prints the table. 3 if a program does not fit, else 0."""
     jax.config.update("jax_platforms", "cpu")  # the compiler is asked for, not a TPU
     policy, topology = policy_config(weights), parse_topology(name)
     found = devices(topology.host)
     sampling = slices.fill_engine_defaults(sampling, policy.text.hidden_size, found)
     mesh = rollout.host_mesh(found[: sampling.tensor * sampling.slots], sampling.tensor)
-    jobs = (job for job in rollout.rollout_jobs(sampling, policy, dtype, mesh, 0) if only in job.program)
-    reports = _report_jobs(jobs, topology, policy, Workload(1, sampling.context, (sampling.context,)))
+    row = Workload(1, sampling.context, (sampling.context,))
+    jobs = (
+        dataclasses.replace(job, work=job.work or row) for job in rollout.rollout_jobs(sampling, policy, dtype, mesh, 0)
+    )
+    reports = _report_jobs(jobs, topology, policy, only)
     print(reports_table(reports))
     print(reports_to_json(reports))
     return 0 if all(report.fits for report in reports) else 3
@@ -210,6 +222,9 @@ def attention_flops(policy: Qwen25VLConfig, work: Workload) -> KernelFlops:
 
 
 def fill_topology_defaults(config: TrainConfig, topology: Topology, policy: Qwen25VLConfig) -> TrainConfig:
-    """The config with what it leaves to the slice filled in for this topology."""
+    """The config with what it leaves to the slice filled in for this topology. DataError where its hosts cannot share
+    a step of GRPO."""
     named = config if config.slice else dataclasses.replace(config, slice=topology.name if "-" in topology.name else "")
+    if "grpo" in config.stages:  # as train/startup.py refuses it on the slice
+        processes.Share(count=topology.hosts).of(config.grpo.prompts, "grpo.prompts")
     return slices.fill_slice_defaults(named, policy.text.hidden_size, topology.devices)

@@ -83,6 +83,11 @@ class Topology:
         return dataclasses.replace(self, shape=(*(min(2, n) for n in self.shape[:2]), 1)[: len(self.shape)])
 
     @property
+    def hosts(self) -> int:
+        """Processes that drive it together."""
+        return self.devices // self.host.devices
+
+    @property
     def wrap(self) -> tuple[bool, ...]:
         """Which axes close into a ring: 16 long on v5e and v6e; all three of a slice made of whole 4x4x4 cubes."""
         if self.chip.dimensions == 2:
@@ -107,6 +112,8 @@ class Topology:
 def parse_topology(name: str) -> Topology:
     """`v5e:4x4`, `v5p:2x2x1` (the shape in chips) or `v5e-16`, `v5p-8` (a slice by its size), else one DataError."""
     plain = name.strip().lower().replace("v5litepod", "v5e")
+    if not plain:
+        raise DataError("--aot=SLICE, such as --aot=v5e-16, is missing: what to compile for")
     if plain in SLICES:
         chip, shape = SLICES[plain]
         return Topology(name, CHIPS[chip], shape)

@@ -82,10 +82,7 @@ def finish_collection(config: CollectConfig, workdir: pathlib.Path, share: proce
     if lost := [kinds[id] for id in mine if is_segmenters(kinds.get(id, ""))]:
         raise unmeasured(lost, len(mine))
     if missing := made.settings["planned"] - len(state) + sum(map(is_segmenters, kinds.values())):
-        if jax.process_count() > 1:
-            raise processes.not_shared(missing, workdir)
-        print(f"shard {share.index} of {share.count} is done; {missing} trajectories are left to the others")
-        return
+        return processes.tell_left(missing, "trajectories", share, workdir)
     if len(kinds) == len(state):
         raise DataError(f"nothing could be collected: {next(failed for failed in state.values())}")
     options = dict(settings=made.settings, current=made.current)

@@ -75,6 +75,8 @@ class RecipeConfig:
             if stage.name in known:
                 yield f"stages.{stage.name}: the name is taken by a field, or by another stage"
             known.add(stage.name)
+            if any(text.startswith("--shard") for text in (*stage.arguments, *stage.more)):
+                yield f"stages.{stage.name}: --shard leaves a part to others; here a stage is done as a whole"
             for name in sorted(names - known):
                 said = f"is neither a field nor this or an earlier stage{closest(name, known)}"
                 yield f"stages.{stage.name}.arguments: {{{name}}} {said}"

@@ -3,6 +3,9 @@
 `mesh.tensor = 0`, `batch.rows = 0`, `policy.remat = ""`, and for GRPO `sampling.tensor = 0` and `sampling.slots = 0`
 mean: as the slice's preset says. The presets follow docs/scaling.md: `selective` where SFT of the 7B fits with it and
 its projected time is shorter. GRPO was compiled with `full` only; it needs up to 4 GiB more than SFT.
+
+The hosts of a slice share a step's prompts evenly: v5e-256 and v6e-256 have 64 of them and v5p-256 has 32, so there
+GRPO takes --config.grpo.prompts=64, and not the paper's 16.
 """
 
 import dataclasses
@@ -38,8 +41,7 @@ _SMALL = {
 PRESETS: dict[str, dict[str, Preset]] = {
     "3b": {name: dataclasses.replace(p, rollout_tensor=min(2, p.rollout_tensor)) for name, p in _SMALL.items()},
     "7b": _SMALL,
-    # Compiled, but for rollouts on v5p-256. The hosts of v5e-256 and v6e-256 do not hold an engine of these sizes, and
-    # are more than a step of GRPO has prompts.
+    # Compiled, but for rollouts on v5p-256. The hosts of v5e-256 and v6e-256 do not hold an engine of these sizes.
     "32b": {
         "v5e-256": Preset(tensor=4, slots=0),
         "v6e-64": Preset(tensor=2, rollout_tensor=4, slots=4),

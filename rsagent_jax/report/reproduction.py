@@ -19,7 +19,7 @@ from rsagent_jax.config.schema import MetricConfig
 from rsagent_jax.report.comparison import GainInterval, compare, markdown, text_table
 from rsagent_jax.report.evaluation import Evaluation, Example, load_evaluation, read_objects, setting_rows
 from rsagent_jax.report.page import line_chart, render_page, save_page, smoothed, span
-from rsagent_jax.runtime.paths import write_whole
+from rsagent_jax.runtime.paths import read_bytes, write_whole
 from rsagent_jax.types import DataError
 
 KEYS = ("giou", "ciou", "mean_turns", "tool_error_rate", "n", "giou_ci95")  # of results.json, kept per policy
@@ -63,9 +63,13 @@ def seconds_of(step: Step) -> float | None:
     if step.stage.given:
         return 0.0
     try:
-        stamp = json.loads((step.directory / STAMP).read_text(encoding="utf-8"))
+        text = read_bytes(step.directory / STAMP)
+    except FileNotFoundError:
+        return None
+    try:
+        stamp = json.loads(text)
         return float(stamp["seconds"]) if stamp["key"] == step.key else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

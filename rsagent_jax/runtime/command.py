@@ -77,7 +77,9 @@ def _exit(status: int) -> NoReturn:
         status = status or NO_READER
     if status == NO_READER:  # or Python would complain at its end of what it cannot write
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if status and bucket_used():  # threads of Orbax's would wait for a bucket that is gone, a quarter of an hour
+    # Threads of Orbax's would wait for a bucket that is gone, a quarter of an hour. A command without them may hold
+    # jax's service for other hosts (rsagent_jax.reproduce), which would be ended by its absence.
+    if status and bucket_used() and "orbax.checkpoint" in sys.modules:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

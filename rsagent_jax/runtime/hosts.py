@@ -6,21 +6,24 @@ touch no device. What ends one of them ends all: at once where it can still say 
 fatal error. Each takes its child with it.
 """
 
+import contextlib
 import ctypes
 import itertools
 import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 from rsagent_jax.types import DataError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-PORT = "JAX_COORDINATOR_PORT"  # of a TPU VM, in place of jax's own
+PORT, USUAL_PORT = "JAX_COORDINATOR_PORT", 8482  # of a TPU VM, and jax's own where it is not set
 HEARTBEAT_S = 60  # without one a host is gone
 SHUTDOWN_S = 10  # of jax's, for one another
 POLL_S = 0.5
@@ -33,6 +36,26 @@ def has_tpu() -> bool:
     """Whether this host has TPU chips, by their device files (accel on v4, vfio on later ones), and may use them."""
     files = (file for pattern in ("accel[0-9]*", "vfio/[0-9]*") for file in pathlib.Path("/dev").glob(pattern))
     return "tpu" in os.environ.get("JAX_PLATFORMS", "tpu") and any(files)
+
+
+def hold_place(port: int, index: int) -> None:
+    """Keeps this machine's place at a meeting until the process ends. DataError where another process has it.
+
+    Without it a second start would not fail: grpc shares its ports, and a client that reaches the service of the first
+    start ends that one on all hosts. Linux alone has such names, which end with whoever has them.
+    """
+    if sys.platform != "linux":
+        return
+    place = socket.socket(socket.AF_UNIX)
+    try:
+        place.bind(f"\0rsagent_jax/{port}/{index}")
+    except OSError:
+        place.close()
+        raise DataError(
+            f"the same command, or another that joins the hosts of a slice, runs on this machine (port {port}): wait"
+            f" for its end, or stop it. {PORT} keeps two apart that share no chips"
+        ) from None
+    place.detach()  # open as long as the process
 
 
 def join_hosts() -> "Hosts":
@@ -48,6 +71,16 @@ def join_hosts() -> "Hosts":
     initialize_distributed(beside=1, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=SHUTDOWN_S)
     state = distributed.global_state
     return Hosts(state.process_id, state.num_processes, state.client)
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit within, on its way out of which a host stops its command and tells the others."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class HostGone(DataError):

@@ -193,12 +193,13 @@ class AppendFile:
         self.number: int | None = None  # lines in the bucket
         self.unmerged = 0  # lines in parts that are to be merged
         self.waiting: list[str] = []
-        self.lock, self.timer = threading.Lock(), None
-        self.problem: DataError | None = None  # of the first line that could not be sent
+        self.lock, self.timer = threading.Lock(), None  # of what waits
+        self.sending = threading.Lock()
+        self.problem: Exception | None = None  # of the first line that could not be sent
 
     def add(self, text: str) -> None:
-        """A line, on the disk or in the bucket when this returns; of a gathered one, when `close` does. DataError if
-        it, or an earlier one, cannot be."""
+        """A line, on the disk or in the bucket when this returns; of a gathered one, when `close` does, and no request
+        is waited for until MERGE of them wait. DataError if it, or an earlier one, cannot be written."""
         if not is_remote(self.path):
             with writing(self.path), self.path.open("ab") as file:
                 file.write(text.encode())
@@ -207,57 +208,63 @@ class AppendFile:
             return
         with self.lock:
             self.waiting.append(text)
-            if not self.gather or self.problem or len(self.waiting) >= MERGE:
-                self._send()
-            elif self.timer is None:
+            gathered = self.gather and not self.problem and len(self.waiting) < MERGE
+            if gathered and self.timer is None:
                 self.timer = threading.Timer(SEND_S, self._send_later)
                 self.timer.daemon = True
                 self.timer.start()
+        if not gathered:
+            self._send()
 
     def _send_later(self) -> None:
-        with self.lock, contextlib.suppress(DataError):  # the next `add` or `close` raises it
+        with contextlib.suppress(Exception):  # the next `add` or `close` raises it
             self._send()
 
     def _send(self) -> None:
-        """What waits, as one part."""
-        self.timer = self.timer and self.timer.cancel()
-        if self.problem:
-            raise self.problem
-        if not self.waiting:
-            return
-        try:
-            with writing(self.path):
-                self._write_part()
-        except DataError as error:
-            self.problem = error
-            raise
+        """What waits, as one part; `add` goes on gathering meanwhile."""
+        with self.sending:
+            if self.problem:
+                raise self.problem
+            with self.lock:
+                self.timer = self.timer and self.timer.cancel()
+                lines, self.waiting = self.waiting, []
+            try:
+                with writing(self.path):
+                    self._write_part(lines)
+            except Exception as error:
+                self.problem = error
+                raise
 
-    def _write_part(self) -> None:
+    def _write_part(self, lines: Sequence[str]) -> None:
+        if not lines:
+            return
         if self.number is None:
-            parts = _parts(self.path)
-            self.number, self.unmerged = parts[-1][1] if parts else 0, sum(map(_lines, _small(parts)))
+            self.number = max((last for _, last in _all_parts(self.path)), default=0)
             self._merge()  # of a start before this
-        part = (self.number + 1, self.number + len(self.waiting))
-        _file_system().pipe_file(_part(self.path, *part), "".join(self.waiting).encode())
-        self.number, self.waiting = part[1], []
+        part = (self.number + 1, self.number + len(lines))
+        _file_system().pipe_file(_part(self.path, *part), "".join(lines).encode())
+        self.number = part[1]
         self.unmerged += _lines(part)
         if self.unmerged >= MERGE:
             self._merge()
 
     def _merge(self) -> None:
-        """The small parts, which are the last ones."""
-        small = _small(_parts(self.path)) if self.unmerged else []
-        if len(small) > 1:
-            merged = (small[0][0], small[-1][1])
-            _file_system().pipe_file(_part(self.path, *merged), b"".join(_read_parts(self.path, small)))
-            _remove_covered(self.path)
+        """The last part and the small ones right before it, into one; what is older stays as it is."""
+        parts = _parts(self.path)
+        start = len(parts) - 1
+        while start > 0 and _lines(parts[start - 1]) < MERGE:
+            start -= 1
+        if len(last := parts[start:]) > 1:
+            merged = _part(self.path, last[0][0], last[-1][1])
+            _file_system().pipe_file(merged, b"".join(_read_parts(self.path, last)))
+            _file_system().rm([_part(self.path, *part) for part in last])
         self.unmerged = 0
 
     def close(self) -> None:
         """DataError where a line cannot be written."""
-        with self.lock:
-            self._send()
-            with writing(self.path):
+        self._send()
+        with self.sending, writing(self.path):
+            if self.unmerged:
                 self._merge()
 
 
@@ -291,7 +298,8 @@ def write_lines(path: pathlib.Path, content: bytes) -> None:
     with writing(path):
         parts = _parts(path)
         _file_system().pipe_file(_part(path, 1, parts[-1][1] if parts else 1), content)
-        return _remove_covered(path)
+        if covered := set(_all_parts(path)) - set(_parts(path)):
+            _file_system().rm([_part(path, *part) for part in covered])
 
 
 def cut_half_line(path: pathlib.Path) -> int:
@@ -310,10 +318,6 @@ def _part(path: pathlib.Path, first: int, last: int) -> str:
 
 def _lines(part: tuple[int, int]) -> int:
     return part[1] - part[0] + 1
-
-
-def _small(parts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    return [part for part in parts if _lines(part) < MERGE]
 
 
 def _all_parts(path: pathlib.Path) -> list[tuple[int, int]]:
@@ -341,11 +345,6 @@ def _read_parts(path: pathlib.Path, parts: Sequence[tuple[int, int]], at_once: i
         yield from (contents[name.removeprefix(SCHEME)] for name in names)
 
 
-def _remove_covered(path: pathlib.Path) -> None:
-    if covered := set(_all_parts(path)) - set(_parts(path)):
-        _file_system().rm([_part(path, *part) for part in covered])
-
-
 # ------------------------------------------------------------------------------------------ copies on this machine
 
 
@@ -367,9 +366,10 @@ def fetch_folder(path: pathlib.Path, patterns: Sequence[str] = ("*",)) -> pathli
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     for old in cache.iterdir():
-        days = (time.time() - old.stat().st_mtime) / 86400
-        if days > (PARTIAL_DAYS if old.name.startswith(".partial-") else KEPT_DAYS):
-            shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+            days = (time.time() - old.stat().st_mtime) / 86400
+            if days > (PARTIAL_DAYS if old.name.startswith(".partial-") else KEPT_DAYS):
+                shutil.rmtree(old, ignore_errors=True)
     needed = sum(e["size"] for e in entries if e["name"].rpartition("/")[2] in versions)
     if (free := shutil.disk_usage(cache).free) < needed:
         raise DataError(

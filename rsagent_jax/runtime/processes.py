@@ -14,13 +14,12 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax._src import distributed  # its key-value store has no public name
-from jax._src.clusters.cloud_tpu_cluster import coordinator_port
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rsagent_jax.runtime import sharding
-from rsagent_jax.runtime.hosts import PORT, VARIABLES, has_tpu
+from rsagent_jax.runtime.hosts import PORT, USUAL_PORT, VARIABLES, has_tpu, hold_place
 from rsagent_jax.runtime.paths import make_directory
 from rsagent_jax.types import DataError
 
@@ -30,7 +29,8 @@ A_WEEK_MS = 7 * 24 * 3600 * 1000
 
 
 def initialize_distributed(beside: int = 0, **options: Any) -> None:
-    """Meets the other processes, before anything asks for devices. Does nothing where there are none.
+    """Meets the other processes, before anything asks for devices. Does nothing where there are none. DataError where
+    another process of this machine is there in its place.
 
     On a TPU VM jax finds the other hosts of the slice itself; elsewhere VARIABLES say who is who: host:port, n, 0..n-1.
     beside: how many ports behind the usual one; options: of jax.distributed.initialize.
@@ -43,11 +43,13 @@ def initialize_distributed(beside: int = 0, **options: Any) -> None:
         host, _, port = given[0].rpartition(":")
         if not port.isdigit():
             raise DataError(f"{VARIABLES[0]}={given[0]} is no host:port")
+        hold_place(int(port) + beside, int(given[2]))
         jax.distributed.initialize(f"{host}:{int(port) + beside}", int(given[1]), int(given[2]), **options)
     elif has_tpu():
         usual = os.environ.get(PORT)
-        if beside:
-            os.environ[PORT] = str(int(usual or coordinator_port) + beside)
+        port = int(usual or USUAL_PORT) + beside
+        hold_place(port, 0)
+        os.environ[PORT] = str(port)
         try:
             jax.distributed.initialize(**options)
         finally:  # children meet at the usual one
@@ -102,11 +104,17 @@ def own_share(text: str, what: str) -> Share:
     return parse_share(text, what)
 
 
-def not_shared(missing: int, workdir: pathlib.Path) -> DataError:
-    return DataError(
-        f"{missing} trajectories that other processes played are not in {workdir}: the hosts of a slice need one work"
-        " directory that all of them share"
-    )
+def tell_left(missing: int, what: str, share: Share, workdir: pathlib.Path) -> None:
+    """That other shards have so many to do yet. DataError where there are none, or they are done: they are not here."""
+    if distributed.global_state.client:
+        raise DataError(
+            f"{missing} {what} that other processes have done are not in {workdir}: the hosts of a slice need one work"
+            " directory that all of them share"
+        )
+    if share.count == 1:
+        raise DataError(f"{missing} {what} that were done are not in {workdir}: run the same command again, which does"
+                        " them again")  # fmt: skip
+    print(f"shard {share.index} of {share.count} is done; {missing} {what} are left to the others")
 
 
 def row_share(mesh: Mesh) -> Share:

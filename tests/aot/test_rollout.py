@@ -177,20 +177,22 @@ def test_the_page_has_a_row_for_a_host_and_its_slice():
     assert cells[7:] == ["30.00 (encode)", "31.00", "yes", "11.00", "1.10", "1000", "1000"]
 
 
-def test_lines_of_another_length_are_compiled_again_and_replaced(tmp_path, monkeypatch):
+def test_lines_of_another_length_or_other_arguments_are_compiled_again_and_replaced(tmp_path, monkeypatch):
     for name in ("sft_tpu", "grpo_tpu"):
         config = importlib.import_module(f"configs.{name}").get_config()
         assert config[name.removesuffix("_tpu")].batch.tokens == scaling.TOKENS
     assert config.grpo.sampling.context == scaling.TOKENS
-    first, second = (name for name, _ in itertools.islice(scaling.calls(), 2))
+    (first, todays), (second, _) = itertools.islice(scaling.calls(), 2)
     report = dict(peak_hbm_bytes=2**30)
     answer = subprocess.CompletedProcess([], 0, json.dumps([report]), "")
     monkeypatch.setattr(scaling.subprocess, "run", lambda command, **_: asked.append(command) or answer)
     asked, results = [], tmp_path / "lines.jsonl"
-    old, new = ({"name": n, "arguments": [], "reports": [report]} for n in (first, second))
-    results.write_text("".join(json.dumps(line) + "\n" for line in (old, new | {"tokens": scaling.TOKENS})))
+    old, other = ({"name": n, "arguments": todays, "reports": [report]} for n in (first, second))
+    results.write_text("".join(json.dumps(line) + "\n" for line in (old, other | {"tokens": scaling.TOKENS})))
+    assert f"`{first}`, `{second}`" in scaling.scaling_tables([])
     for _ in range(2):
         scaling.compile_missing(results, "7b:v5e-16:sft:full")
         scaling.compile_missing(results, second)
     lines = {line["name"]: line for line in map(json.loads, results.read_text().splitlines())}
-    assert len(asked) == 2 and lines[first]["tokens"] == scaling.TOKENS  # the quick line and the full one, once each
+    assert len(asked) == 3 and lines[first]["tokens"] == scaling.TOKENS  # the quick line, the full one, second: once
+    assert lines[second]["arguments"] == dict(scaling.calls())[second] != todays

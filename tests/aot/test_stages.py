@@ -16,6 +16,7 @@ from rsagent_jax.aot import stages
 from rsagent_jax.aot.flops import model_flops
 from rsagent_jax.aot.topology import TABLE, devices, parse_topology
 from rsagent_jax.config import slices
+from rsagent_jax.config.import_path import load_file
 from rsagent_jax.config.schema import (
     BatchConfig,
     GrpoConfig,
@@ -29,7 +30,7 @@ from rsagent_jax.config.schema import (
 )
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import size_config
-from rsagent_jax.runtime import sharding
+from rsagent_jax.runtime import command, sharding
 from tests.aot.test_report import DESIGN
 from tests.refusals import refused
 
@@ -48,7 +49,12 @@ def test_every_preset_of_the_table_gives_a_mesh_that_splits_the_policy(size, nam
     """Every large parameter divides over the mesh, and the tensor axis divides the heads."""
     policy, topology = size_config(size), parse_topology(name)
     grpo = dataclasses.replace(OPEN.grpo, sampling=SamplingConfig(tensor=0, slots=0))
-    config = stages.fill_topology_defaults(dataclasses.replace(OPEN, grpo=grpo), topology, policy)
+    open_ = dataclasses.replace(OPEN, grpo=grpo)
+    if topology.hosts > 16:
+        says = f"grpo.prompts = 16 must be a multiple of the {topology.hosts} processes"
+        refused(says, stages.fill_topology_defaults, open_, topology, policy)
+        open_ = dataclasses.replace(OPEN, grpo=dataclasses.replace(grpo, prompts=topology.hosts))
+    config = stages.fill_topology_defaults(open_, topology, policy)
     assert config.mesh.tensor >= 1 and config.policy.remat and config.sft.batch.rows == config.grpo.batch.rows > 0
     fake = np.array([None] * topology.devices, object)
     sizes = (config.mesh.data, topology.devices // config.mesh.tensor, config.mesh.tensor)
@@ -65,8 +71,9 @@ def test_every_preset_of_the_table_gives_a_mesh_that_splits_the_policy(size, nam
 
 def test_what_the_config_says_goes_before_the_preset():
     topology, policy = parse_topology("v5e-256"), size_config("7b")
-    assert stages.fill_topology_defaults(OPEN, topology, policy).mesh.tensor == 2
-    said = dataclasses.replace(OPEN, mesh=MeshConfig(tensor=4), policy=PolicyConfig(weights="7b", remat="dots"))
+    open_ = dataclasses.replace(OPEN, stages=("sft",))
+    assert stages.fill_topology_defaults(open_, topology, policy).mesh.tensor == 2
+    said = dataclasses.replace(open_, mesh=MeshConfig(tensor=4), policy=PolicyConfig(weights="7b", remat="dots"))
     said = stages.fill_topology_defaults(said, topology, policy)
     assert (said.mesh.tensor, said.policy.remat, said.sft.batch.rows) == (4, "dots", 64)
 
@@ -142,6 +149,21 @@ def test_what_stays_on_the_device_counts(monkeypatch):
     assert grpo[2].resident_bytes == pytest.approx(0.5 * split + batch, abs=counts)
     frozen = dataclasses.replace(TINY, sft=dataclasses.replace(TINY.sft, optim=OptimConfig(freeze=("vision",))))
     assert next(stages.stage_jobs(frozen, "sft", policy, mesh)).resident_bytes < sft[0].resident_bytes
+
+
+def test_a_name_that_no_program_has_is_an_error_and_one_of_a_single_stage_is_none(monkeypatch):
+    monkeypatch.setattr(stages, "report_job", lambda job, *_: job.program)
+    both, topology = dataclasses.replace(TINY, stages=("sft", "grpo")), parse_topology("v5e:2x2")
+    assert stages.report_stages(both, topology, "rollout d") == ["rollout decode"]
+    names = "no program has this in its name; there are sft .*gradients, .*grpo update, rollout .*decode"
+    refused(f"--aot_only=rolout: {names}", stages.report_stages, both, topology, "rolout")
+    engine = functools.partial(stages.compile_engine, SamplingConfig(context=256), TINY.policy.weights, "bfloat16")
+    refused("--aot_only=decoed: no program.* there are rollout", engine, "v5e:2x2", "decoed")
+    for file, flags in ("train.py", ["--aot_quick"]), ("train.py", ["--aot_only=x"]), ("evaluate.py", ["--aot_only=x"]):
+        config = "configs/eval.py:refcoco-testA" if file == "evaluate.py" else "configs/sft_tpu.py"
+        main = load_file(ROOT / file).main
+        _, given = command.parse_arguments(main, [f"--config={config}", "--config.policy.weights=7b", *flags])
+        refused("--aot=SLICE, such as --aot=v5e-16, is missing", main, **given)
 
 
 def test_with_adapters_the_base_is_an_argument_and_its_tower_a_program():
@@ -253,5 +275,7 @@ def test_presets_of_the_large_sizes_split_the_policy_and_their_hosts(size, name)
     config = dataclasses.replace(OPEN, grpo=dataclasses.replace(OPEN.grpo, sampling=SamplingConfig(tensor=0, slots=0)))
     fill = functools.partial(stages.fill_topology_defaults, topology=topology, policy=policy)
     if not preset.slots:
-        refused(f"'{name}' has a preset of {size} for SFT alone", fill, dataclasses.replace(config, stages=("grpo",)))
+        grpo = dataclasses.replace(config.grpo, prompts=topology.hosts)
+        config = dataclasses.replace(config, grpo=grpo, stages=("grpo",))
+        refused(f"'{name}' has a preset of {size} for SFT alone", fill, config)
     assert fill(dataclasses.replace(config, stages=("sft",))).sft.batch.rows * preset.tensor == topology.devices

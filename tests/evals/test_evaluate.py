@@ -12,6 +12,7 @@ import evaluate
 from configs import eval as eval_configs
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import EvalConfig
+from rsagent_jax.runtime.journal import Journal
 from sam_bridge.types import About, FailureKind, SegmenterError
 from tests.refusals import refused
 
@@ -136,6 +137,12 @@ def test_unreadable_samples_are_named_counted_and_in_no_figure(run, root, capsys
     for i in range(N):
         (root / f"{i}.png").unlink(missing_ok=True)
     refused("none of the 6 samples can be read", run)
+
+
+def test_a_result_without_what_was_played_is_refused(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(Journal, "add", lambda self, row: None)  # lost on its way
+    refused("6 samples that were done are not in .*run the same command again", run)
+    assert not (tmp_path / "w/results.json").exists()
 
 
 def test_shards_join_and_those_of_two_back_ends_do_not(run, tmp_path, capsys):
