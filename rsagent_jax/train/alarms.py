@@ -9,6 +9,7 @@ own metrics.jsonl first, so that what is still going on is not said again.
 import dataclasses
 import json
 import math
+import numbers
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +45,7 @@ class History:
 
     def add(self, step: int, metrics: Mapping[str, float | None]) -> None:
         for name, value in metrics.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if isinstance(value, numbers.Real | np.ndarray) and math.isfinite(value):  # f32[] as from a device, too
                 steps, values = self.columns.setdefault(name, ([], []))
                 steps.append(step)
                 values.append(float(value))

@@ -2,9 +2,13 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from rsagent_jax.config.alarms import AlarmsConfig
+from rsagent_jax.train import losses
 from rsagent_jax.train.alarms import ALARMS, Alarms, Watch
 from tests.refusals import refused
 
@@ -138,6 +142,15 @@ def test_an_engine_gap_is_said_at_once_and_stops_the_run_if_wanted(tmp_path):
     message = refused("grpo step 2: engine and trainer are 0.2 nats per token apart", alarms.add, 2, rows[2], EXAMPLES)
     assert "alarms.stop_on_gap" in message
     assert [row["alarm"] for row in lines(tmp_path)] == ["engine_gap"]  # said before the end
+
+
+def test_an_engine_gap_is_found_in_what_the_correction_before_several_updates_returns(tmp_path):
+    """log 2 apart in each of 4 tokens: the k3 estimate is 2 - 1 - log 2 = 0.307."""
+    trainer, engine, mask = np.full((1, 4), np.log(0.5)), np.full((1, 4), np.log(0.25)), np.ones((1, 4), bool)
+    _, sums = losses.truncated_importance_weights(jnp.array(trainer), jnp.array(engine), jnp.array(mask), cap=2.0)
+    corrected = jax.device_get(losses.mean_metrics(sums))
+    alarms = Alarms(AlarmsConfig(stop_on_gap=True), tmp_path, "grpo")
+    refused("engine and trainer are 0.307 nats per token apart", alarms.add, 1, SOUND | corrected, {})
 
 
 def lines(directory) -> list[dict]:
