@@ -240,10 +240,11 @@ def run_stage(
         base = checkpoints.restore_base(base)
         source.restore(position)
         done = int(state.step) // updates
-        if done < steps:
+        if done < steps and not run_identity.is_followed(workdir, name):
             print(f"{name}: goes on after step {done} of {steps}")
         else:
             print(f"{name}: done, {done} of {steps} steps; nothing to do")
+            steps = done  # it may have stopped early, by settings that are others now
     processes.all_or_none(lambda: log.rewind(name, done or -1))
     open_alarms = lambda: Alarms(config.alarms, log.path.parent, name, done, lead=processes.is_lead())  # noqa: E731
     alarms = stack.enter_context(contextlib.closing(processes.all_or_none(open_alarms)))

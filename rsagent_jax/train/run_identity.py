@@ -57,6 +57,11 @@ def saved_steps(workdir: pathlib.Path) -> dict[str, int]:
     return {stage: max(found) for stage, found in steps.items() if found}
 
 
+def is_followed(workdir: pathlib.Path, stage: str) -> bool:
+    """Whether a later stage has checkpoints: it was trained from what `stage` had become, which has to stay so."""
+    return any(STAGES.index(saved) > STAGES.index(stage) for saved in saved_steps(workdir))
+
+
 def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) -> list[ChangedField]:
     """What differs between two resolved configs and must not, as the stages `saved` have checkpoints."""
     if not saved:

@@ -183,6 +183,16 @@ def saved(tmp_path_factory):
     return directory
 
 
+def test_a_stage_that_has_stopped_early_is_not_trained_on_beneath_a_later_one(go, tmp_path, capsys):
+    with closing(tmp_path / "checkpoints" / "sft") as checkpoints:
+        checkpoints.save(dataclasses.replace(state_of(), step=jnp.int32(2)), {"position": 5, "dropped": 0})
+    start = {k: np.asarray(v) for k, v in convert.flat_params(small.model()).items()}
+    (tmp_path / "checkpoints" / "grpo" / "6").mkdir(parents=True)
+    assert_same(go("sft", tmp_path), start)
+    assert f"sft: done, 2 of {STEPS} steps; nothing to do" in capsys.readouterr().out
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_the_best_one_stays_beside_the_newest_two_over_a_restart(tmp_path, caplog):
     state, directory = state_of(), tmp_path / "sft"
     for start in ({1: 0.2, 2: 0.9, 3: None, 4: 0.1}, {5: 0.9, 6: None, 7: 0.3}):  # as good: the later one
