@@ -232,7 +232,7 @@ def run_stage(
     programs = make_programs(graphdef, tx, stage, compute, params, base, **options)
     state = programs.create_state(params)
     to_plain = make_plain(base, lora, compute.dtype)
-    checkpoints = Checkpoints(workdir / "checkpoints" / name, policy.weights, lora)
+    checkpoints = Checkpoints(workdir / "checkpoints" / name, policy.weights, lora, validator.measure)
     stack.callback(checkpoints.close)
     done = 0
     if (restored := checkpoints.restore(state)) is not None:

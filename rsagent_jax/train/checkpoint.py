@@ -9,6 +9,7 @@ So a stage's directory is a whole policy wherever the weights it started from ha
 than what is trained. Whoever loads the policy gets adapters merged.
 """
 
+import functools
 import pathlib
 from typing import Any
 
@@ -20,7 +21,7 @@ from rsagent_jax.config.import_path import first_line
 from rsagent_jax.config.schema import LoraConfig
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.load import copy_policy_files
-from rsagent_jax.models.qwen25_vl.steps import SCORE, score_of
+from rsagent_jax.models.qwen25_vl.steps import MEASURE, SCORE, score_of
 from rsagent_jax.runtime import processes
 from rsagent_jax.runtime.paths import absolute, bucket_problem
 from rsagent_jax.train.state import EMPTY, TrainState
@@ -33,17 +34,25 @@ REMEDY = "use another --workdir, or the config it was made with"
 class Checkpoints:
     """One stage's checkpoints; the newest two are kept, and the best one of those that were saved with a score."""
 
-    def __init__(self, directory: pathlib.Path, weights: pathlib.Path, adapters: LoraConfig = NO_ADAPTERS):
-        self.directory = absolute(directory)
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        weights: pathlib.Path,
+        adapters: LoraConfig = NO_ADAPTERS,
+        measure: str | None = None,
+    ):
+        """measure: what the scores are of. Those of another one, from an earlier start, count as not measured."""
+        self.directory, self.measure = absolute(directory), measure
         self.adapters = {"rank": adapters.rank, "alpha": adapters.alpha} if adapters.rank else None
         self.has_base = False  # the one on disk is that of this run
         if processes.is_lead():
             copy_policy_files(weights, self.directory / "policy")
         kept = ocp.checkpoint_managers
-        policy = kept.AnyPreservationPolicy([kept.LatestN(n=2), kept.BestN(get_metric_fn=score_of, n=1)])
+        score = functools.partial(score_of, measure=measure)
+        policy = kept.AnyPreservationPolicy([kept.LatestN(n=2), kept.BestN(get_metric_fn=score, n=1)])
         # best_fn, beside the policy, lets the scores be written and be read again by the next start.
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, best_fn=score_of, enable_async_checkpointing=True
+            preservation_policy=policy, best_fn=score, enable_async_checkpointing=True
         )
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -62,7 +71,7 @@ class Checkpoints:
         if self.adapters:
             args["lora"] = ocp.args.JsonSave(self.adapters)
         args = ocp.args.Composite(source=ocp.args.JsonSave(source), **args)
-        self.manager.save(int(state.step), args=args, metrics={SCORE: score})
+        self.manager.save(int(state.step), args=args, metrics={SCORE: score, MEASURE: self.measure})
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state with the shapes and shardings of `like`, and the source's position; None without one."""

@@ -119,6 +119,7 @@ class Validator:
         self.share = processes.Share(jax.process_index(), jax.process_count())
         self.workdir = processes.own_directory(workdir)
         self.settings = self._fingerprint()
+        self.measure = f"{config.validation.best_mode} {config.validation.keep_best}, settings {self.settings}"
         self.path = self.workdir / RESULTS
         self.found: dict[int, dict[str, Any]] = {}  # of this stage, by step, of earlier starts: the last line of each
         self.history: dict[int, dict[str, Any]] = {}  # those that stand before the step that comes next
@@ -187,9 +188,10 @@ class Validator:
         return values
 
     def score(self, step: int) -> float | None:
-        """How good the weights of this step are, the larger the better; None where that was not measured."""
-        c = self.config.validation
-        value = self.history.get(step, {}).get("values", {}).get(c.keep_best)
+        """How good the weights of this step are, the larger the better; None where that was not measured, or on other
+        sets or in another way than now."""
+        c, line = self.config.validation, self.history.get(step, {})
+        value = line["values"].get(c.keep_best) if line.get("settings") == self.settings else None
         return None if value is None else value if c.best_mode == "max" else -value
 
     def stop(self, step: int) -> bool:

@@ -193,6 +193,17 @@ def test_a_stage_that_has_stopped_early_is_not_trained_on_beneath_a_later_one(go
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_scores_of_another_measure_are_none(tmp_path):
+    """giou, larger is better, and then turns, fewer are better: -2.3 is the best of these, and 0.6 is no turn."""
+    state, directory = state_of(), tmp_path / "sft"
+    for measure, start in (("giou", {1: 0.6}), ("turns", {2: -2.9, 3: -2.3, 4: -2.5, 5: None})):
+        with contextlib.closing(Checkpoints(directory, small.weights(), measure=measure)) as checkpoints:
+            for step, score in start.items():
+                checkpoints.save(dataclasses.replace(state, step=jnp.int32(step)), {}, score=score)
+    assert {int(path.name) for path in directory.iterdir() if path.name.isdigit()} == {3, 4, 5}
+    assert find_step(directory, "best") == 3
+
+
 def test_the_best_one_stays_beside_the_newest_two_over_a_restart(tmp_path, caplog):
     state, directory = state_of(), tmp_path / "sft"
     for start in ({1: 0.2, 2: 0.9, 3: None, 4: 0.1}, {5: 0.9, 6: None, 7: 0.3}):  # as good: the later one

@@ -228,7 +228,8 @@ def validator(workdir, scores: dict[int, float | None], **settings) -> Validator
     """One that has found these figures at these steps."""
     config = TrainConfig(policy=PolicyConfig(weights=""), validation=ValidationConfig(**settings))
     made = Validator(config, "grpo", {}, types.SimpleNamespace(), workdir)
-    made.history = {step: {"values": {} if s is None else {"val/giou": s}} for step, s in scores.items()}
+    values = {step: {} if s is None else {"val/giou": s} for step, s in scores.items()}
+    made.history = {step: {"settings": made.settings, "values": found} for step, found in values.items()}
     return made
 
 
@@ -248,8 +249,18 @@ def test_a_stage_ends_after_so_many_validations_without_a_new_best(scores, mode,
     assert made.stop(step) == ends and not validator(tmp_path, dict(enumerate(scores))).stop(step)
 
 
+def test_figures_of_other_settings_are_no_history(tmp_path):
+    scores = {0: 0.9, 1: 0.2, 2: 0.1}
+    made, other = validator(tmp_path, scores, early_stop=2), validator(tmp_path, scores, early_stop=2, greedy=False)
+    assert made.settings != other.settings and made.measure != other.measure and made.stop(2)
+    other.history = made.history | {3: other.history[1]}
+    assert [other.score(step) for step in range(4)] == [None, None, None, 0.2] and not other.stop(3)
+    turns = [validator(tmp_path, {}, keep_best="val/turns", best_mode=mode).measure for mode in ("min", "max")]
+    assert len({made.measure, *turns}) == 3
+
+
 def test_what_an_earlier_start_validated_after_its_checkpoint_counts_no_longer(tmp_path):
-    line = {"checksum": "a", "settings": "b"}
+    line = {"checksum": "a", "settings": validator(tmp_path, {}).settings}
     lines = [line | {"stage": s, "step": k, "values": {"val/giou": k / 10}} for s in ("sft", "grpo") for k in (0, 2, 4)]
     (tmp_path / validation.RESULTS).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"sta')
     made = validator(tmp_path, {})

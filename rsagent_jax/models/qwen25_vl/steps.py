@@ -11,13 +11,14 @@ from rsagent_jax.types import DataError
 from sam_bridge import hub
 
 SCORE = "score"  # in a step's metrics: what the best one is chosen by, the larger the better; null = not measured
+MEASURE = "measure"  # beside it: of what; only scores of one measure compare
 LAST, BEST = "last", "best"
 
 
-def score_of(metrics: dict[str, Any]) -> float:
-    """-inf for a checkpoint that was not measured."""
+def score_of(metrics: dict[str, Any], measure: str | None = None) -> float:
+    """-inf for a checkpoint that was not measured, or not by `measure`."""
     score = metrics.get(SCORE)
-    return -math.inf if score is None else score
+    return -math.inf if score is None or metrics.get(MEASURE) != measure else score
 
 
 def split_step(weights: str) -> tuple[str, str]:
@@ -39,13 +40,14 @@ def find_step(path: pathlib.Path, step: str = LAST) -> int:
     if step == LAST:
         return steps[-1]
     if step == BEST:
-        scores = {number: score_of(_metrics(path / str(number))) for number in steps}
-        if max(scores.values()) == -math.inf:
+        found = {number: _metrics(path / str(number)) for number in steps}
+        if not (measured := [m for m in found.values() if m.get(SCORE) is not None]):
             raise DataError(
                 f"{path}@best: none of its checkpoints ({', '.join(map(str, steps))}) was validated; give @last or a"
                 " step, or train with validation.sets and validation.keep_best"
             )
-        return max(steps, key=lambda number: (scores[number], number))
+        measure = measured[-1].get(MEASURE)  # the latest one
+        return max(steps, key=lambda number: (score_of(found[number], measure), number))
     if int(step) not in steps:
         raise DataError(f"{path}@{step}: there is no such checkpoint; there are {', '.join(map(str, steps))}")
     return int(step)
