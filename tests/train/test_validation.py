@@ -259,6 +259,20 @@ def test_figures_of_other_settings_are_no_history(tmp_path):
     assert len({made.measure, *turns}) == 3
 
 
+def test_a_validation_that_failed_is_played_again(config, tmp_path, monkeypatch):
+    """The segmenter is away the first time; the weights are the same all along, and so they are after a restart."""
+    lost, found = {"val/mine/env_failed": 5.0}, {"val/mine/giou": 0.4, "val/giou": 0.4}
+    driver = types.SimpleNamespace(policy=types.SimpleNamespace(load=lambda *_, **__: None))
+    sets, plays = validation.open_validation_sets(config.validation), iter([lost, lost, found])
+    monkeypatch.setattr(validation, "params_checksum", lambda *_: "c0")
+    monkeypatch.setattr(Validator, "_measure", lambda *_: next(plays))
+    first = Validator(config, "sft", sets, driver, tmp_path)
+    assert [first.run(dict, step) for step in (1, 2)] == [lost, lost]
+    again = Validator(config, "grpo", sets, driver, tmp_path)
+    assert [again.run(dict, step) for step in (0, 1)] == [found, found]
+    assert Validator(config, "grpo", sets, driver, tmp_path).run(dict, 0) == found and not [*plays]
+
+
 def test_what_an_earlier_start_validated_after_its_checkpoint_counts_no_longer(tmp_path):
     line = {"checksum": "a", "settings": validator(tmp_path, {}).settings}
     lines = [line | {"stage": s, "step": k, "values": {"val/giou": k / 10}} for s in ("sft", "grpo") for k in (0, 2, 4)]
