@@ -200,10 +200,15 @@ class Validator:
         return None if value is None else value if c.best_mode == "max" else -value
 
     def stop(self, step: int) -> bool:
-        """Whether so many validations up to `step` have passed since the best one that the stage ends; it says so."""
+        """Whether so many validations up to `step` have passed since the best one that the stage ends; it says so.
+
+        The lead decides for all processes, which call it together: another may have no history of earlier starts.
+        """
         scores = [s for k in sorted(self.history) if k <= step and (s := self.score(k)) is not None]
-        patience = self.config.validation.early_stop
-        ends = bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
+        if not (patience := self.config.validation.early_stop):
+            return False
+        own = bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
+        ends = json.loads(processes.exchange(json.dumps(own))[0])
         if ends:
             best = self.config.validation.keep_best
             print(f"{self.stage}: stops after step {step}: {patience} validations in a row without a better {best}")

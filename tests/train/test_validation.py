@@ -249,6 +249,15 @@ def test_a_stage_ends_after_so_many_validations_without_a_new_best(scores, mode,
     assert made.stop(step) == ends and not validator(tmp_path, dict(enumerate(scores))).stop(step)
 
 
+def test_the_lead_decides_whether_a_stage_ends(tmp_path, monkeypatch):
+    """Two processes; the second one had no part in the earlier start, and has no history."""
+    scores, said = {0: 0.5, 1: 0.4, 2: 0.3}, []
+    monkeypatch.setattr(processes, "exchange", lambda text: said.append(text) or [said[0], text])
+    assert [validator(tmp_path, known, early_stop=2).stop(2) for known in (scores, {})] == [True, True]
+    said.clear()
+    assert [validator(tmp_path, known, early_stop=2).stop(2) for known in ({}, scores)] == [False, False]
+
+
 def test_figures_of_other_settings_are_no_history(tmp_path):
     scores = {0: 0.9, 1: 0.2, 2: 0.1}
     made, other = validator(tmp_path, scores, early_stop=2), validator(tmp_path, scores, early_stop=2, greedy=False)
