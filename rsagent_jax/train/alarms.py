@@ -148,7 +148,12 @@ def kl_explodes(h: History, c: AlarmsConfig) -> Symptom | None:
 
 
 def engine_gap(h: History, c: AlarmsConfig) -> Symptom | None:
-    """KL between the engine's and the trainer's distributions, as TIS measures it (grpo.tis_clip above 0)."""
+    """KL between the engine's and the trainer's distributions, as TIS measures it (grpo.tis_clip above 0).
+
+    Nothing where older weights drew some of the tokens (grpo.surplus): it is theirs, too.
+    """
+    if any(h.series("staleness_max")[1][-1:]):
+        return None
     if not c.gap or (since := h.streak("mismatch_kl", lambda v: v > c.gap, 1)) is None:
         return None
     return Symptom(

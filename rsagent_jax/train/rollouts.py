@@ -9,6 +9,7 @@ import numpy as np
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.array_types import Bool, Float32
 from rsagent_jax.masks import mask_iou
+from rsagent_jax.runtime.processes import allgather_max
 from rsagent_jax.train.turn_credit import rewards_to_go
 from rsagent_jax.types import Reward, Sample, Status, Trajectory
 
@@ -75,10 +76,12 @@ class Rollouts:
         return {id: float(np.mean(values)) for id, values in ious.items()}
 
     def staleness(self, version: int) -> dict[str, float]:
-        """How many versions ago the weights were current that drew a sampled token: mean and largest."""
+        """How many versions ago the weights were current that drew a sampled token: mean, and largest of all processes.
+        They call it together."""
         ages = [version - t.versions[t.loss_mask] for t in self.trajectories]
         found = np.concatenate([*ages, np.zeros(0, int)])
-        return {"staleness": float(found.mean()) if len(found) else 0.0, "staleness_max": float(found.max(initial=0))}
+        largest = allgather_max(int(found.max(initial=0)))
+        return {"staleness": float(found.mean()) if len(found) else 0.0, "staleness_max": float(largest)}
 
     def metrics(self) -> dict[str, float]:
         """The driver's figures over all rounds: counts and seconds add up, shares and rates weigh by a round's time."""

@@ -144,6 +144,13 @@ def test_an_engine_gap_is_said_at_once_and_stops_the_run_if_wanted(tmp_path):
     assert [row["alarm"] for row in lines(tmp_path)] == ["engine_gap"]  # said before the end
 
 
+def test_what_older_weights_drew_is_no_gap_of_the_engine():
+    apart = {"mismatch_kl": 0.2}
+    assert occurrences(stream((3, apart | {"staleness_max": 1.0}))) == []
+    said = occurrences(stream((2, {"staleness_max": 1.0}), (1, apart | {"staleness_max": 0.0})))
+    assert said == [("engine_gap", 3, 3)]
+
+
 def test_an_engine_gap_is_found_in_what_the_correction_before_several_updates_returns(tmp_path):
     """log 2 apart in each of 4 tokens: the k3 estimate is 2 - 1 - log 2 = 0.307."""
     trainer, engine, mask = np.full((1, 4), np.log(0.5)), np.full((1, 4), np.log(0.25)), np.ones((1, 4), bool)
