@@ -298,7 +298,7 @@ def run_stage(
             clock.lap("validation")
         if source.judged and settings.dump_every and step % settings.dump_every == 0:
             dump = processes.own_directory(workdir) / "dumps" / f"step_{step:06d}"
-            dump_rollouts(dump, step, source.judged, config.agent, source.driver.limits)
+            dump_rollouts(dump, step, source.judged, config.agent, source.driver.limits, source.share)
         metrics |= clock.read()
         log.write(name, step, metrics | work.figures(metrics, passes=stage.epochs))
         log.examples(step, source.examples)

@@ -19,11 +19,13 @@ from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import AgentConfig, GrpoConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.npz import read_arrays
-from rsagent_jax.data.packing import fits, pack_evenly
+from rsagent_jax.data.packing import Item, fits, pack_evenly
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.evals.behaviour import behaviour, summarize_behaviours
 from rsagent_jax.masks import mask_iou
-from rsagent_jax.runtime.processes import Share
+from rsagent_jax.models.qwen25_vl.config import read_json
+from rsagent_jax.runtime.paths import absolute, open_path
+from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum
 from rsagent_jax.types import Batch, DataError, Reward, Sample, Trajectory
 
 
@@ -66,9 +68,15 @@ def rollout_figures(judged: Sequence[Judged]) -> dict[str, float]:
 
 
 def dump_rollouts(
-    directory: pathlib.Path, step: int, judged: Sequence[Judged], agent: AgentConfig, limits: PixelLimits
+    directory: pathlib.Path,
+    step: int,
+    judged: Sequence[Judged],
+    agent: AgentConfig,
+    limits: PixelLimits,
+    share: Share,
 ) -> None:
-    """Writes every trajectory of a step as a stored set: those that are not trained on, too, and say so."""
+    """Writes every trajectory of a step as a stored set: those that are not trained on, too, and say so. `share`: which
+    of all processes' trajectories these are."""
     writer = trajectories.RecordWriter(directory)
     for j in judged:
         t = j.trajectory
@@ -85,7 +93,27 @@ def dump_rollouts(
         }
         arrays = {"logprobs": t.logprobs, "advantages": np.full(len(t.tokens), j.advantage, np.float32)}
         writer.write(trajectories.encode_by_reference(j.state, j.sample.path, header, t, arrays))
-    writer.close({"config": {"agent": to_dict(agent)}, "pixel_limits": dataclasses.asdict(limits), "step": step})
+    stamp = {"config": {"agent": to_dict(agent)}, "pixel_limits": dataclasses.asdict(limits), "step": step}
+    writer.close(stamp | {"processes": jax.process_count(), "share": dataclasses.astuple(share)})
+
+
+def open_dump(directory: str) -> list[Sequence[bytes]]:
+    """The records of every share of a step, in order: the lead's, which `directory` names, and those that the other
+    processes have beside it. DataError where one of them is missing."""
+    lead, parts = absolute(open_path(directory)), {}
+    records = trajectories.open_records(lead)
+    count = read_json(lead / trajectories.STAMP).get("processes", 1)
+    for i in range(count):
+        part = lead if i == 0 else lead.parent.parent / f"process_{i}" / "dumps" / lead.name
+        if not (part / trajectories.STAMP).exists():
+            raise DataError(
+                f"--replay={directory}: {count} processes played this step, and {part} is not there; give the lead's"
+                " directory, WORKDIR/dumps/step_…, beside which the work directories of the others are"
+            )
+        index, _ = read_json(part / trajectories.STAMP).get("share", (0, 1))
+        if index not in parts:  # processes of one tensor group play the same
+            parts[index] = trajectories.open_records(part) if i else records
+    return [parts[index] for index in sorted(parts)]
 
 
 class ReplaySource:
@@ -97,14 +125,33 @@ class ReplaySource:
 
     def __init__(self, config: GrpoConfig, directory: str, processor: Processor, share: Share):
         self.config, self.directory, self.processor, self.share = config, directory, processor, share
-        self.records, self.examples = trajectories.open_records(directory), {}
+        parts, self.examples = all_or_none(lambda: open_dump(directory)), {}
+        if len(parts) == share.count:  # as it was played, so minibatches are the same as well
+            self.records = [(parts[share.index], i) for i in range(len(parts[share.index]))]
+        else:
+            self.records = [(part, i) for part in parts for i in range(len(part))][share.index :: share.count]
 
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
-        """DataError for a set that no `grpo.dump_every` wrote, or in which nothing was trained on."""
+        """DataError, on all processes, for a set that no `grpo.dump_every` wrote, or if nothing was trained on."""
         del policy, key
+        items, headers = all_or_none(self._read)
+        kept = [i for i in items if fits(i, self.config.batch, self.processor.config)]
+        played, trained, fit = allgather_sum([len(headers), len(items), len(kept)])
+        if not fit:
+            why = "none fits a row of grpo.batch" if trained else "none was trained on: the step made no update"
+            raise DataError(f"--replay={self.directory}: of its {played} trajectories {why}")
+        rewards = [h["reward"]["total"] for h in headers if h["reward"] is not None]
+        metrics = {"dropped": float(len(items) - len(kept))}
+        metrics |= {"giou": float(np.mean([h["iou"] for h in headers]))} if headers else {}
+        metrics |= {"reward": float(np.mean(rewards))} if rewards else {}
+        how = self.processor.config, self.share, self.config.minibatches
+        return pack_evenly(kept, self.config.batch, *how), metrics
+
+    def _read(self) -> tuple[list[Item], list[dict[str, Any]]]:
+        """What was trained on, and the headers of all that was played, of this process's share."""
         items, headers = [], []
-        for i in range(self.share.index, len(self.records), self.share.count):
-            record = self.records[i]
+        for part, i in self.records:
+            record = part[i]
             header = trajectories.record_header(record)
             if not {"logprobs", "advantages"} <= read_arrays(record).keys():
                 raise DataError(
@@ -114,14 +161,7 @@ class ReplaySource:
             headers.append(header)
             if header["trained"]:
                 items.append(trajectories.decode_record(record, self.processor))
-        kept = [i for i in items if fits(i, self.config.batch, self.processor.config)]
-        if not kept:
-            why = "none fits a row of grpo.batch" if items else "none was trained on: the step made no update"
-            raise DataError(f"--replay={self.directory}: of its {len(headers)} trajectories {why}")
-        rewards = [h["reward"]["total"] for h in headers if h["reward"] is not None]
-        metrics = {"giou": float(np.mean([h["iou"] for h in headers])), "dropped": float(len(items) - len(kept))}
-        metrics |= {"reward": float(np.mean(rewards))} if rewards else {}
-        return pack_evenly(kept, self.config.batch, self.processor.config, self.share), metrics
+        return items, headers
 
     def state(self) -> dict[str, Any]:
         return {}

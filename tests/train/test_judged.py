@@ -1,14 +1,20 @@
 """A step's figures from trajectories that are worked out by hand; what no dump is, is refused."""
 
 import dataclasses
+import shutil
 import types
 
+import jax
 import numpy as np
 import pytest
+from agent_fakes import DiscSegmenter
 
 from rsagent_jax.config.schema import BatchConfig, GrpoConfig
+from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.runtime import processes
 from rsagent_jax.runtime.processes import Share
-from rsagent_jax.train.judged import Judged, ReplaySource, rollout_figures
+from rsagent_jax.train.judged import Judged, ReplaySource, dump_rollouts, rollout_figures
 from rsagent_jax.types import Sample, Status, Turn
 from tests.refusals import refused
 from tests.rollout import small
@@ -51,6 +57,51 @@ def test_figures_of_a_step():
     assert (out["length/mean"], out["length/max"], out["length/sampled"]) == (7.0, 8.0, 2.5)
     assert out["length/turn"] == 5 / 6 and out["entropy/drawn"] == pytest.approx(15 / 5)
     assert rollout_figures([step[2]]) == rollout_figures([]) == {}
+
+
+def dump(directory, places: range, share: Share) -> None:
+    """Trajectories with these places as their advantages, and so many clicks."""
+    tasks = [small.task(i, h=56, w=56) for i in places]
+    scripts = {f"s{i}": (*[small.click(20, 30)] * i, small.finish(None)) for i in places}
+    policy = TextPolicy(small.scripted(scripts), small.processor())
+    driver = Driver(policy, DiscSegmenter(), small.processor(), small.AGENT)
+    samples = {f"s{i}": small.sample(i, 56, 56) for i in places}
+    played = sorted(driver.run(tasks), key=lambda outcome: outcome[0].sample_id)
+    step = [
+        Judged(samples[t.sample_id], t, state, None, float(i), True)
+        for i, (t, state) in zip(places, played, strict=True)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: share.count)
+        dump_rollouts(directory, 1, step, small.AGENT, driver.limits, share)
+
+
+def taught(batches) -> list[list[float]]:
+    """The advantages in each batch."""
+    return [sorted({float(a) for a in b.advantages[b.loss_mask]}) for b in batches]
+
+
+def test_a_replay_has_the_trajectories_of_all_processes_in_the_minibatches_of_the_step(tmp_path):
+    dump(tmp_path / "dumps/step_000001", range(3), Share(0, 2))
+    dump(tmp_path / "process_1/dumps/step_000001", range(3, 4), Share(1, 2))
+    lead = str(tmp_path / "dumps/step_000001")
+    config = GrpoConfig(batch=BatchConfig(rows=2, tokens=2000, patches=512), minibatches=2)
+    batches, _ = ReplaySource(config, lead, small.processor(), Share()).next(*"ab")
+    assert taught(batches) == [[1.0, 3.0], [0.0, 2.0]]  # dealt out by length
+    parts = [ReplaySource(config, lead, small.processor(), Share(i, 2)) for i in range(2)]
+    assert [len(part.records) for part in parts] == [3, 1]
+    assert taught(parts[0].next(*"ab")[0]) == [[0.0, 2.0], [1.0]]
+    shutil.rmtree(tmp_path / "process_1")
+    refused("2 processes played this step, and .*process_1.* is not there", ReplaySource, config, lead, None, Share())
+
+
+def test_a_replay_that_cannot_be_read_on_one_process_ends_on_all(tmp_path, monkeypatch):
+    stored = small.store(tmp_path / "set", [small.task(0)], {"s0": (small.finish(None),)})
+    source = ReplaySource(GrpoConfig(), str(stored), small.processor(), Share())
+    said = []
+    monkeypatch.setattr(processes, "exchange", lambda text: said.append(text) or [text])
+    refused("record 0 has no log-probs", source.next, *"ab")
+    assert said == ["1"]  # the others hear of it
 
 
 def test_a_set_that_is_no_dump_or_teaches_nothing_is_refused(tmp_path):
