@@ -1,15 +1,16 @@
 """Alarms in words: what is going wrong in a run, since when, and what to do about it.
 
-Each is a pure function of what the stage has logged so far and of the bounds in the config (config/alarms.py). It is
-said once per occurrence, with up to three trajectories of the step: on the terminal, and as a line of
-<workdir>/alarms.jsonl (stage, step, alarm, since, sentence, examples). A run that goes on from a checkpoint reads its
-own metrics.jsonl first, so that what is still going on is not said again.
+Each is a line of LEVELS, or a pure function of what the stage has logged so far and of the bounds in the config
+(config/alarms.py). It is said once per occurrence, with up to three trajectories of the step: on the terminal, and as a
+line of <workdir>/alarms.jsonl (stage, step, alarm, since, sentence, examples). A run that goes on from a checkpoint
+reads its own metrics.jsonl first, so that what is still going on is not said again.
 """
 
 import dataclasses
 import json
 import math
 import numbers
+import operator
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -66,29 +67,6 @@ class History:
 
 
 # --- Alarms: each is (history, bounds) -> Symptom or None ---
-
-
-def flat_groups(h: History, c: AlarmsConfig) -> Symptom | None:
-    """No group of a step has a spread of rewards, `steps` steps in a row."""
-    if (since := h.streak("zero_variance", lambda v: v >= 1, c.steps)) is None:
-        return None
-    return Symptom(
-        since,
-        "in every group all rewards are the same, and nothing is learned; raise grpo.sampling.temperature or"
-        " grpo.group, lower grpo.min_spread, or take samples that are neither too easy nor too hard",
-    )
-
-
-def one_call(h: History, c: AlarmsConfig) -> Symptom | None:
-    """Trajectories have one turn, or one call of segment before they finish: nothing is looked at and corrected."""
-    for name, unit in (("turns", "turns"), ("behaviour/calls", "segment calls")):
-        if (since := h.streak(name, lambda v: v <= c.one_call, c.steps)) is not None:
-            return Symptom(
-                since,
-                f"a trajectory has {h.last(name):.2f} {unit}: no mask is looked at and corrected; lower the cost of a"
-                " call (reward term call_cost), reward the gain of each turn, or show SFT more corrections",
-            )
-    return None
 
 
 def format_saturated(h: History, c: AlarmsConfig) -> Symptom | None:
@@ -164,64 +142,48 @@ def engine_gap(h: History, c: AlarmsConfig) -> Symptom | None:
     )
 
 
-def env_failures(h: History, c: AlarmsConfig) -> Symptom | None:
-    """The segmenter, not the policy, ended a share of the trajectories."""
-    if (since := h.streak("endings/env_failed", lambda v: v > c.env_failed, c.steps)) is None:
-        return None
-    return Symptom(
-        since,
-        f"the segmenter ends {h.last('endings/env_failed'):.0%} of the trajectories; see the side-car's log and"
-        " env_failed/* for the kind, and raise segmenter.timeout_s or the number of side-cars if it is timeout",
-    )
+# A figure that is beyond its bound, `steps` steps in a row: alarm, metric, how, bound (a field of the config, or a
+# number), what it means and what to do. Of one alarm's lines the first counts that holds.
+LEVELS: tuple[tuple[str, str, Callable[[float, float], bool], str | float, str], ...] = (
+    ("flat_groups", "zero_variance", operator.ge, 1.0,
+     ("in every group all rewards are the same, and nothing is learned; raise grpo.sampling.temperature or grpo.group,"
+      " lower grpo.min_spread, or take samples that are neither too easy nor too hard")),
+    *(("one_call", metric, operator.le, "one_call",
+       (f"a trajectory has {{:.2f}} {unit}: no mask is looked at and corrected; lower the cost of a call (reward term"
+        " call_cost), reward the gain of each turn, or show SFT more corrections"))
+      for metric, unit in (("turns", "turns"), ("behaviour/calls", "segment calls"))),
+    ("env_failures", "endings/env_failed", operator.gt, "env_failed",
+     ("the segmenter ends {:.0%} of the trajectories; see the side-car's log and env_failed/* for the kind, and raise"
+      " segmenter.timeout_s or the number of side-cars if it is timeout")),
+    ("reward_failures", "reward_failed", operator.gt, "reward_failed",
+     ("{:.0%} of the trajectories have no reward; the step's message names the term, and reward_error.json holds a"
+      " trajectory. If it asks a server, see whether that answers within deadline_s")),
+    ("truncation", "cut", operator.gt, "truncated",
+     ("{:.0%} of the turns are cut off by their budget of tokens; raise grpo.sampling.max_new_tokens, or see whether"
+      " the texts ramble")),
+    ("truncation", "endings/max_context", operator.gt, "truncated",
+     ("{:.0%} of the trajectories end by their budget of tokens; raise grpo.sampling.context, or see whether the texts"
+      " ramble")),
+    ("no_entropy", "entropy_sampled", operator.lt, "entropy",
+     ("the entropy is {:.2g} nats per token: the policy always says the same; raise grpo.sampling.temperature or"
+      " grpo.clip_high, lower the learning rate, or go back to an earlier checkpoint")),
+    ("image_share", "image_tokens", operator.gt, "image_tokens",
+     "images take {:.0%} of all tokens; lower agent.max_pixels or agent.history_size"),
+)  # fmt: skip
 
 
-def reward_failures(h: History, c: AlarmsConfig) -> Symptom | None:
-    """A term of the reward, such as a judge, gives no value for a share of the trajectories."""
-    if (since := h.streak("reward_failed", lambda v: v > c.reward_failed, c.steps)) is None:
-        return None
-    return Symptom(
-        since,
-        f"{h.last('reward_failed'):.0%} of the trajectories have no reward; the step's message names the term, and"
-        " reward_error.json holds a trajectory. If it asks a server, see whether that answers within deadline_s",
-    )
+def beyond_bounds(h: History, c: AlarmsConfig) -> dict[str, Symptom]:
+    """What LEVELS says, by the alarm's name."""
+    found = {}
+    for name, metric, beyond, bound, text in LEVELS:
+        limit = getattr(c, bound) if isinstance(bound, str) else bound
+        since = h.streak(metric, lambda v, beyond=beyond, limit=limit: beyond(v, limit), c.steps)
+        if since is not None and name not in found:
+            found[name] = Symptom(since, text.format(h.last(metric)))
+    return found
 
 
-def truncation(h: History, c: AlarmsConfig) -> Symptom | None:
-    """Turns are cut by max_new_tokens, or trajectories end by their budget."""
-    for name, what, field in (
-        ("cut", "of the turns are cut off by their budget of tokens", "grpo.sampling.max_new_tokens"),
-        ("endings/max_context", "of the trajectories end by their budget of tokens", "grpo.sampling.context"),
-    ):
-        if (since := h.streak(name, lambda v: v > c.truncated, c.steps)) is not None:
-            return Symptom(since, f"{h.last(name):.0%} {what}; raise {field}, or see whether the texts ramble")
-    return None
-
-
-def no_entropy(h: History, c: AlarmsConfig) -> Symptom | None:
-    """The policy's entropy, as the mean of -log p over its sampled tokens."""
-    if (since := h.streak("entropy_sampled", lambda v: v < c.entropy, c.steps)) is None:
-        return None
-    return Symptom(
-        since,
-        f"the entropy is {h.last('entropy_sampled'):.2g} nats per token: the policy always says the same; raise"
-        " grpo.sampling.temperature or grpo.clip_high, lower the learning rate, or go back to an earlier checkpoint",
-    )
-
-
-def image_share(h: History, c: AlarmsConfig) -> Symptom | None:
-    """Images take nearly all of the context."""
-    if (since := h.streak("image_tokens", lambda v: v > c.image_tokens, c.steps)) is None:
-        return None
-    return Symptom(
-        since,
-        f"images take {h.last('image_tokens'):.0%} of all tokens; lower agent.max_pixels or agent.history_size",
-    )
-
-
-ALARMS = (
-    *(flat_groups, one_call, format_saturated, ious_part, gradient_explodes, kl_explodes, engine_gap),
-    *(env_failures, reward_failures, truncation, no_entropy, image_share),
-)
+ALARMS = (format_saturated, ious_part, gradient_explodes, kl_explodes, engine_gap)
 
 
 def _explodes(h: History, c: AlarmsConfig, name: str, floor: float, what: str, remedy: str) -> Symptom | None:
@@ -254,7 +216,8 @@ class Watch:
     def add(self, step: int, metrics: Mapping[str, float | None]) -> tuple[dict[str, Symptom], dict[str, Symptom]]:
         """What holds now, and what of it is a new occurrence, by the alarm's name."""
         self.history.add(step, metrics)
-        holds = {alarm.__name__: f for alarm in ALARMS if (f := alarm(self.history, self.bounds))}
+        holds = beyond_bounds(self.history, self.bounds)
+        holds |= {alarm.__name__: f for alarm in ALARMS if (f := alarm(self.history, self.bounds))}
         new = {name: f for name, f in holds.items() if step - self.held.get(name, -math.inf) > self.bounds.again}
         self.held |= dict.fromkeys(holds, step)
         return holds, new

@@ -1,6 +1,7 @@
 """Each alarm is provoked by a stream of figures made by hand; each is said once, and not again after a resume."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from rsagent_jax.config.alarms import AlarmsConfig
-from rsagent_jax.train import losses
+from rsagent_jax.train import alarms, losses
 from rsagent_jax.train.alarms import ALARMS, Alarms, Watch
 from tests.refusals import refused
 
@@ -230,4 +231,6 @@ def test_stages_do_not_mix(tmp_path):
 
 
 def test_each_is_named_and_explained():
-    assert len({alarm.__name__ for alarm in ALARMS}) == len(ALARMS) == 12 and all(a.__doc__ for a in ALARMS)
+    names = {alarm.__name__ for alarm in ALARMS} | {name for name, *_ in alarms.LEVELS}
+    documented = pathlib.Path("docs/alarms.md").read_text()
+    assert len(names) == 12 and all(f"| `{name}` |" in documented for name in names) and all(a.__doc__ for a in ALARMS)
