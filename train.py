@@ -279,7 +279,7 @@ def run_stage(
             if stage.tis_clip > 0:
                 batches, corrected = programs.correct_for_engine(state.params, base, batches)
                 metrics |= jax.device_get(corrected)
-            jax.block_until_ready(refs)
+            jax.block_until_ready((batches, refs))  # a frozen tower's pass is no part of the update
             clock.lap("logprobs")
             said = []
             for part in stage.minibatch_slices(len(batches)):

@@ -28,6 +28,7 @@ from rsagent_jax.runtime.processes import Share
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train import validation
 from rsagent_jax.train.validation import Validator
+from rsagent_jax.types import Batch
 from sam_bridge.types import About
 from tests import mesh_worker
 from tests.refusals import refused
@@ -213,11 +214,15 @@ def test_an_update_from_a_dump_is_the_one_that_was_made(run, config, tmp_path):
 
 
 @pytest.mark.slow
-def test_sft_is_validated_through_an_engine_of_its_own(config, tmp_path, plays):
+def test_sft_is_validated_through_an_engine_of_its_own(config, tmp_path, plays, monkeypatch):
     stored = small.store(tmp_path / "set", [small.task(0, h=56, w=56)], {"s0": (small.click(20, 30), small.finish(1))})
     sft = dataclasses.replace(config.sft, trajectories=str(stored), trajectories_per_step=1, steps=1)
+    waited, wait = [], jax.block_until_ready
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: waited.append(tree) or wait(tree))
     plays.clear()
     rows = go("sft", dataclasses.replace(config, sft=sft), tmp_path / "w")
+    # Before the update is timed, for the tower's pass as well: what is in `batches`.
+    assert any(isinstance(leaf, Batch) for leaf in jax.tree.leaves(waited, is_leaf=lambda x: isinstance(x, Batch)))
     assert plays == ["mine, step 0", "mine, step 1"] and rows[0]["val/giou"] != rows[1]["val/giou"]
 
 
