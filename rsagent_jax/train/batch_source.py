@@ -285,11 +285,14 @@ class GrpoSource:
             out.earned.append(earned)
         self.reward_seconds += time.perf_counter() - start
 
+    def _flat_turns(self, out: Rollouts) -> np.ndarray:
+        """bool[groups, K]: nothing to teach in this turn; K as of the values."""
+        values, spread = out.values(), self.config.min_spread
+        return np.stack([zero_variance(values[..., t], out.valid, spread) for t in range(values.shape[-1])], axis=-1)
+
     def _flat(self, out: Rollouts) -> np.ndarray:
         """bool[groups]: nothing to teach, in no turn."""
-        values = out.values()
-        each = [zero_variance(values[..., t], out.valid, self.config.min_spread) for t in range(values.shape[-1])]
-        return np.all(each, axis=0)
+        return self._flat_turns(out).all(axis=-1)
 
     def _trained(self, out: Rollouts) -> np.ndarray:
         """bool[trajectories]: can be trained on, if its group teaches."""
@@ -304,6 +307,8 @@ class GrpoSource:
             scaled = {"rewards": values, "advantages": advantages}[c.advantage_scale][kept, :, 0][valid[kept]]
             everywhere = [x for said in exchange(json.dumps(scaled.tolist())) for x in json.loads(said)]
             advantages = scale_by_batch(advantages, np.array(everywhere), ddof=c.ddof)
+        if c.turn_credit and c.drop_zero_variance:
+            advantages = np.where(self._flat_turns(out)[:, None], np.float32(0), advantages)
         return advantages.reshape(-1, advantages.shape[-1])
 
     def _judge(self, out: Rollouts) -> tuple[list[Item], dict[str, float]]:

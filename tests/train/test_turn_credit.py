@@ -8,9 +8,11 @@ from rsagent_jax.agent.tools import Finish, Segment
 from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
 from rsagent_jax.rewards import make_reward
 from rsagent_jax.train.advantages import mean_only
+from rsagent_jax.train.rollouts import Rollouts
 from rsagent_jax.train.turn_credit import by_token, cut_after, earned_by_turn, rewards_to_go
-from rsagent_jax.types import MaskRecord, Sample, Status, Turn
+from rsagent_jax.types import MaskRecord, Reward, Sample, Status, Turn
 from tests.rollout.small import trajectory
+from tests.train.played import sample, source
 
 GT = np.zeros((2, 10), bool)
 GT[:, :5] = True  # 10 pixels
@@ -75,3 +77,16 @@ def test_rewards_to_go_and_advantages_by_hand():
 
 def test_without_credit_by_turn_a_trajectory_has_one_value():
     assert rewards_to_go(np.array([[3.0, 1.0]]), [np.zeros(0)] * 2).tolist() == [[[3.0], [1.0]]]
+
+
+def test_a_turn_without_spread_teaches_nothing_whatever_the_others_do():
+    """Whole rewards apart by 0.001, what came after the first turn by 0.3: a z-score makes 0.7 of both."""
+    pair = [dataclasses.replace(two_masks(), turns=two_masks().turns[:2])] * 2
+    out = Rollouts(2, samples=[sample(0)], outcomes=[(t, None) for t in pair], replaced=np.zeros(1, bool))
+    out.rewards = [Reward(0.5, {}), Reward(0.501, {})]
+    out.earned = [np.array([0.3, 0.0]), np.array([0.001, 0.0])]  # V_1 = 0.2 and 0.5
+    how = dict(advantage="zscore", min_spread=0.05, turn_credit=("final",))
+    dropped, kept = source([pair], **how), source([pair], **how, drop_zero_variance=False)
+    np.testing.assert_allclose(dropped._advantages(out), [[0, -0.7071], [0, 0.7071]], atol=1e-4)
+    np.testing.assert_allclose(kept._advantages(out)[:, 0], [-0.7071, 0.7071], atol=1e-3)
+    assert not dropped._flat(out).any()
