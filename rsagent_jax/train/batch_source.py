@@ -241,7 +241,8 @@ class GrpoSource:
         c, out = self.config, Rollouts(self.config.group)
         missing = c.prompts + c.surplus - allgather_sum([len(self.in_flight.groups)])[0]
         again, self.again = self.again[:missing], self.again[missing:]
-        new = [(self.prompts.places[i], s) for i, s in self.prompts.draw_again(again)] if again else []
+        drawn = all_or_none(lambda: self.prompts.draw_again(again)) if again else []
+        new = [(self.prompts.places[i], sample) for i, sample in drawn]
         missing -= len(again)
         if (missing := missing + -missing % self.share.count) > 0:
             needed = not new and not self.in_flight.groups
