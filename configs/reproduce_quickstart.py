@@ -12,6 +12,8 @@ from rsagent_jax.config.import_path import shipped
 from rsagent_jax.config.recipe import RecipeConfig
 
 BENCHMARK = "synthetic scenes, test"
+# Half of the questions are for all objects of a kind, which take more than one click.
+SCENES = ("--train=1500", "--val=200", "--test=200", "--several=1.0", "--refs_per_image=1")
 
 
 def stage(command: str, *arguments: str, **more) -> dict:
@@ -23,10 +25,7 @@ def get_config():
     config.title = "RSAgent-JAX: base, SFT, GRPO"
     config.weights = shipped("assets/tiny-base")
     stages = dict(
-        data=stage(
-            "rsagent_jax.tiny.synthetic", "--out={data}", "--train=1500", "--val=200", "--test=200", "--seed={seed}",
-            "--several=1.0", "--refs_per_image=1",
-        ),
+        data=stage("rsagent_jax.tiny.synthetic", "--out={data}", "--seed={seed}", *SCENES),
         collect=stage(
             "rsagent_jax.collect", "--config=configs/collect_quickstart.py", "--workdir={collect}",
             "--config.data.root={data}", "--config.seed={seed}",

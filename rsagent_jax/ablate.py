@@ -14,11 +14,11 @@ from rsagent_jax.runtime import command
 if __name__ == "__main__":
     command.start_command()
 
+import functools
+
 from rsagent_jax.config.ablation import AblationConfig, recipe_of
-from rsagent_jax.config.recipe import plan_steps
 from rsagent_jax.report.ablation import write_ablation
-from rsagent_jax.reproduce import REPORT, chosen, run_steps
-from rsagent_jax.runtime.hosts import join_hosts
+from rsagent_jax.reproduce import run_recipe
 
 
 def main(
@@ -27,14 +27,4 @@ def main(
     workdir: str = "",  # directory for everything this command leaves behind
     only: str = "",  # names of stages, with commas: these are run, done or not; report = none of them
 ) -> int:
-    with join_hosts() as hosts:
-        directory = command.make_workdir(workdir)
-        steps = plan_steps(recipe_of(config), directory)
-        wanted = chosen(only, steps)
-        hosts.check_same({"--workdir or --config": " ".join(step.key for step in steps.values()), "--only": only})
-        failed = run_steps(steps, wanted, hosts, again=bool(only))
-        print(f"== {REPORT}", flush=True)
-        if hosts.is_lead:
-            write_ablation(config, steps, directory, failed)
-        hosts.from_lead(lambda: REPORT)
-    return next(iter(failed.values()), 0)
+    return run_recipe(recipe_of(config), workdir, only, functools.partial(write_ablation, config))

@@ -18,10 +18,12 @@ from rsagent_jax.runtime import command
 if __name__ == "__main__":
     command.start_command()
 
+import functools
 import json
+import pathlib
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from rsagent_jax.config.import_path import closest
 from rsagent_jax.config.recipe import RecipeConfig, Step, plan_steps
@@ -40,6 +42,19 @@ def main(
     workdir: str = "",  # directory for everything this command leaves behind
     only: str = "",  # names of stages, with commas: these are run, done or not; report = none of them
 ) -> int:
+    return run_recipe(config, workdir, only, functools.partial(write_report, config.title))
+
+
+def run_recipe(
+    config: RecipeConfig,
+    workdir: str,
+    only: str,
+    write: Callable[[Mapping[str, Step], pathlib.Path, Mapping[str, int]], None],
+) -> int:
+    """Runs the stages on all hosts; then the first one writes what is there, of `write` (steps, directory, failed).
+
+    workdir, only: as of the command. Returns its exit status: that of the first stage that failed, or 0.
+    """
     with Hosts() if only == REPORT else join_hosts() as hosts, stopped_by_sigterm():
         directory = command.make_workdir(workdir)
         steps = plan_steps(config, directory)
@@ -48,7 +63,7 @@ def main(
         failed = run_steps(steps, wanted, hosts, again=bool(only))
         print(f"== {REPORT}", flush=True)
         if hosts.is_lead:
-            write_report(config.title, steps, directory, failed)
+            write(steps, directory, failed)
         hosts.from_lead(lambda: REPORT)
     return next(iter(failed.values()), 0)
 

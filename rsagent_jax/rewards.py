@@ -233,13 +233,17 @@ class Term:
     """What the config says of a term, and the function."""
 
     def __init__(self, config: RewardTerm, label: str):
-        """DataError where the function cannot be called as it will be."""
+        """DataError where the function cannot be called as it will be, or its own `check_arguments` refuses them."""
         self.config, self.label, self.arguments = config, label, dict(config.arguments)
         self.grouped = config.scope == "group"
         given = ("trajectories" if self.grouped else "trajectory", "sample")
         self.function = import_path(config.function, given, self.arguments)
         self.waits = any(map(inspect.iscoroutinefunction, (self.function, type(self.function).__call__)))
         self.what = f"reward term {label} ({config.function})"
+        try:
+            getattr(self.function, "check_arguments", lambda **_: None)(**self.arguments)
+        except (TypeError, ValueError) as error:  # a DataError is one of these
+            raise DataError(f"{self.what}: {error}") from None
 
     def calls(self, shown: Shown) -> list[tuple[Any, Sample]]:
         """What the function is called with, one call after the other."""

@@ -11,7 +11,7 @@ import time
 import pytest
 from jax._src.clusters.cloud_tpu_cluster import coordinator_port
 
-from rsagent_jax import reproduce
+from rsagent_jax import ablate, reproduce
 from rsagent_jax.report.reproduction import STAMP
 from rsagent_jax.runtime import command, hosts, processes
 from rsagent_jax.runtime.hosts import Hosts
@@ -91,18 +91,27 @@ def test_a_host_that_ends_ends_the_others_and_what_they_run():
     assert str(other) == "host 0 has ended (143): start the same command on all hosts again"
 
 
-def test_a_host_that_is_stopped_between_stages_tells_the_others(monkeypatch, tmp_path):
-    told, heard = [], []
-    flags = ["--config=configs/reproduce_quickstart.py", f"--workdir={tmp_path}", "--only=report"]
+@pytest.mark.parametrize(
+    ("made", "config", "write"),
+    [
+        (reproduce, "configs/reproduce_quickstart.py", "write_report"),
+        (ablate, "configs/ablations/turns.py", "write_ablation"),
+    ],
+)
+def test_a_host_that_is_stopped_between_stages_tells_the_others(monkeypatch, tmp_path, made, config, write):
+    """Under --only=report, which meets nobody: another start may have this machine's place."""
+    told, heard, met = [], [], []
+    flags = [f"--config={config}", f"--workdir={tmp_path}", "--only=report"]
+    monkeypatch.setattr(reproduce, "join_hosts", lambda: met.append(1) or Hosts())
     monkeypatch.setattr(Hosts, "__exit__", lambda self, kind, error, _: told.append((kind, error.code)))
-    monkeypatch.setattr(reproduce, "write_report", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(made, write, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append("by nobody"))
     try:
         with pytest.raises(SystemExit):
-            command.run_command("rsagent_jax.reproduce", flags)
+            command.run_command(made.__name__, flags)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert told == [(SystemExit, 143)] and not heard
+    assert told == [(SystemExit, 143)] and not heard and not met
 
 
 def test_hosts_that_were_given_something_else_are_told():

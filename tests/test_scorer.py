@@ -12,6 +12,7 @@ from rsagent_jax.rewards import RewardError, make_reward, make_scorer
 from rsagent_jax.types import Reward
 from tests.collecting.test_endpoint import Server, good
 from tests.evals.test_metrics import row, sample
+from tests.refusals import refused
 from tests.test_rewards import trajectory
 
 OWN = """import asyncio, time
@@ -174,6 +175,16 @@ def test_a_judge_is_asked_again_and_an_answer_without_a_score_is_named():
         assert "raised ValueError for sample s" in text and "I cannot say." in text
     with Server([(500, {}, "{}")]) as server:
         assert "raised PolicyFailure for sample s" in message(judge_of(server), (3,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(dict(timout_s=3.0), "timout_s.*timeout_s"), (dict(retries=-1), "retries"), (dict(url=""), "url and .*model are")],
+)
+def test_a_judges_arguments_are_looked_at_before_a_step(arguments, says):
+    given = dict(url="http://h/v1", model="m", size=64) | arguments
+    groups = group_of(RewardTerm("rsagent_jax.collecting.judge:judge_mask", 0.5, tuple(given.items())))
+    refused(rf"reward term own/judge_mask \(.*\): .*{says}", make_scorer, groups)
 
 
 def test_a_judge_that_hangs_is_a_deadline():

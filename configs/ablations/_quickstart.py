@@ -5,6 +5,7 @@ Variants are evaluated on the validation scenes: an ablation is a choice, and th
 
 from ml_collections import ConfigDict
 
+from configs.reproduce_quickstart import SCENES
 from rsagent_jax.config.ablation import AblationConfig
 from rsagent_jax.config.build import template
 from rsagent_jax.config.import_path import shipped
@@ -18,14 +19,13 @@ def ablation(title: str, variants: dict[str, dict]) -> ConfigDict:
     config = template(AblationConfig)
     config.title, config.benchmark = title, "synthetic scenes, val"
     config.weights = shipped("assets/tiny-base")
-    synthetic = ("--out={data}", "--train=1500", "--val=200", "--test=200", "--seed={seed}")
     collect = (
         "--config=configs/collect_quickstart.py", "--workdir={collect}", "--config.data.root={data}",
         "--config.seed={seed}",
     )  # fmt: skip
     train = ("--config=configs/quickstart.py", *NEEDED)
     stages = dict(
-        data=dict(command="rsagent_jax.tiny.synthetic", arguments=synthetic),
+        data=dict(command="rsagent_jax.tiny.synthetic", arguments=("--out={data}", "--seed={seed}", *SCENES)),
         collect=dict(command="rsagent_jax.collect", arguments=collect),
         sft=dict(command="train.py", arguments=(*train, "--workdir={sft}", "--config.stages=('sft',)")),
     )

@@ -13,7 +13,7 @@ import functools
 import re
 
 from rsagent_jax.agent.overlay import draw_overlay
-from rsagent_jax.collecting.endpoint import Endpoint, message_part
+from rsagent_jax.collecting.endpoint import Endpoint, check_endpoint, message_part
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import RemoteConfig
 from rsagent_jax.types import Sample, Trajectory
@@ -44,6 +44,14 @@ async def judge_mask(
     plain = draw_overlay(sample.image, trajectory.final_mask & False, size)
     parts = [plain, shown, question.replace("{query}", sample.query)]
     return read_score(await endpoint.complete_async([{"role": "user", "content": [*map(message_part, parts)]}]))
+
+
+def _check_arguments(size: int = 0, question: str = "", **remote) -> None:
+    """DataError for what is no argument of an endpoint, before a step is played."""
+    check_endpoint(_remote(**remote), NAME)
+
+
+judge_mask.check_arguments = _check_arguments  # which rewards.Term calls
 
 
 def read_score(answer: str) -> float:

@@ -2,7 +2,8 @@
 
 It stands in for the paper's Qwen2.5-VL-72B and is a substitute, not the same thing. Its clicks follow the usual
 simulator of interactive segmentation: the middle of the largest wrong region, positive where the mask misses the object
-and negative where it covers too much. Its thoughts are short templates.
+and negative where it covers too much. Of missing parts it takes those of some size from left to right, as long as the
+largest is larger than what is covered too much. Its thoughts are short templates.
 """
 
 import numpy as np
@@ -57,23 +58,23 @@ class Oracle:
             wrong = not state.turns and self.rng.random() < self.config.wrong_first
             use_box = self.rng.random() < self.config.box
             target = self._elsewhere(state.image, gt_mask, use_box) if wrong else gt_mask
-            return self._say(_GUESS if wrong else _HERE, state, prompt_of(state.view, target, use_box))
+            return self._say(_GUESS if wrong else _HERE, state, _prompt(state.view, target, use_box))
         latest = state.masks[-1]
         if (latest.mask & gt_mask).sum() <= RESTART_INSIDE * latest.mask.sum() or not (
             latest.logits_id or ious[-1] >= RESTART_IOU
         ):
             # A box has no doubt about size, so it is the second try whatever the first one was; then a click.
             use_box = self.config.box > 0 and len(ious) % 2 == 1
-            call = prompt_of(state.view, gt_mask, use_box)
+            call = _prompt(state.view, gt_mask, use_box)
             if call == state.turns[-1].call:
-                call = prompt_of(state.view, gt_mask, not use_box)
+                call = _prompt(state.view, gt_mask, not use_box)
             return self._say(_AGAIN, state, call)
         return self._repair(state, gt_mask, latest)
 
     def _repair(self, state: EnvState, gt_mask: np.ndarray, latest: MaskRecord) -> str:
-        missing, extra = first_part(gt_mask & ~latest.mask), largest_part(latest.mask & ~gt_mask)
-        positive = missing.sum() >= extra.sum()
-        point, label = middle(state.view, missing if positive else extra), 1 if positive else 0
+        missing, extra = gt_mask & ~latest.mask, largest_part(latest.mask & ~gt_mask)
+        positive = largest_part(missing).sum() >= extra.sum()
+        point, label = middle(state.view, first_part(missing) if positive else extra), 1 if positive else 0
         last = state.turns[-1].call
         if latest.logits_id:
             call = Segment(points=(point,), labels=(label,), refine=latest.id)
@@ -107,6 +108,11 @@ class Oracle:
         name = _name(state.query)
         said = thought.format(name=name, Name=name[0].upper() + name[1:])
         return render_call(call, f"{said}; {_act(call)}.")
+
+
+def _prompt(view: View, target: np.ndarray, use_box: bool) -> Segment:
+    """A box around the target, or a click on the first of its parts."""
+    return prompt_of(view, target if use_box else first_part(target), use_box)
 
 
 def _act(call) -> str:

@@ -24,12 +24,14 @@ from rsagent_jax.types import DataError
 
 KEYS = ("giou", "ciou", "mean_turns", "tool_error_rate", "n", "giou_ci95")  # of results.json, kept per policy
 ABSENT_KEYS = ("n_acc", "t_acc", "giou_target")  # kept as well where some samples have no target
+BEHAVIOUR_KEYS = ("first_iou", "recovery", "harm", "calls", "agreement")  # of its `behaviour`
 NAMES = POLICIES | BOUNDS
 STAMP = "done.json"  # in a stage's directory, once its command has ended well
 ABSENT_NOTE = (
     "N-acc: absent targets answered by an empty mask; T-acc: present ones answered by a mask. A policy that never makes"
     " a mask has N-acc 100% and IoU 1 on every absent target."
 )
+RECOVERED_NOTE = "recovered: of the trajectories whose first mask is below IoU 0.5, the share that ends at 0.8 or more."
 SHOWN = 4  # samples shown among the best of the last policy, and as many among the worst
 
 # The paper's figures of RSAgent-7B: (benchmark, who) -> (gIoU, cIoU, number of a note). The paper's tables could not
@@ -46,7 +48,7 @@ NOTES = (
     "Called cIoU in the summary of the ablation; beside the final 0.665 gIoU and 0.579 cIoU it might be gIoU.",
     "One summary says test, a report on the paper says an average; the convention is not told.",
 )
-_OPTIONAL = ("paper gIoU", "paper cIoU", "N-acc", "T-acc", "waits for")  # columns of the table
+_OPTIONAL = ("paper gIoU", "paper cIoU", "N-acc", "T-acc", "recovered", "waits for")  # columns of the table
 # (stage, key of metrics.jsonl, title, label of the y axis); rewards' own parts are added as they come
 _CURVES = (
     ("sft", "loss", "SFT loss", "nats per token"),
@@ -93,6 +95,8 @@ def table_row(step: Step, evaluation: Evaluation | None, waits: str) -> dict[str
     giou, ciou, note = PAPER.get((stage.benchmark, stage.row), (None, None, 0))
     row = {"benchmark": stage.benchmark, "row": stage.row, "paper_giou": giou, "paper_ciou": ciou, "note": note}
     row |= {key: results.get(key) for key in KEYS} | {key: results[key] for key in ABSENT_KEYS if key in results}
+    behaviour = results.get("behaviour") or {}
+    row |= {key: behaviour[key] for key in BEHAVIOUR_KEYS if key in behaviour}
     row |= {"ciou_ci95": evaluation and evaluation.ciou_ci95, "convention": evaluation and convention(results)}
     return row | {"waits": waits, "command": command_line(step)}
 
@@ -119,7 +123,7 @@ class Summary:
         """What summary.json holds: the policies on the benchmark shown, and every row."""
         out: dict[str, Any] = dict.fromkeys(POLICIES)
         for row in (row for row in self.rows if row["benchmark"] == self.benchmark and row["row"] in self.shown):
-            out[row["row"]] = {key: row[key] for key in (*KEYS, *ABSENT_KEYS) if key in row}
+            out[row["row"]] = {key: row[key] for key in (*KEYS, *ABSENT_KEYS, *BEHAVIOUR_KEYS) if key in row}
         gain = next((g for where, after, _, g in self.gains if (where, after) == (self.benchmark, "grpo")), None)
         out |= {"gain_ci95": gain and list(gain.ci95), "gain": gain and gain.value, "seconds": self.seconds}
         return out | {"benchmark": self.benchmark, "rows": self.rows}
@@ -180,7 +184,7 @@ def convention(results: Mapping[str, Any]) -> str:
 def table(summary: Summary) -> list[list[str]]:
     """The head and a row of each player, without those of _OPTIONAL in which nobody has anything."""
     head = ["benchmark", "policy", "paper gIoU", "gIoU", "95% interval", "paper cIoU", "cIoU", "95% interval", "N-acc"]
-    head += ["T-acc", "turns", "tool errors", "samples", "convention", "waits for", "command"]
+    head += ["T-acc", "recovered", "turns", "tool errors", "samples", "convention", "waits for", "command"]
     rows = []
     for r in summary.rows:
         note = f" [{r['note']}]" if r["note"] else ""
@@ -190,7 +194,8 @@ def table(summary: Summary) -> list[list[str]]:
             cells += [f"{paper:.3f}{note}" if paper else "", _figure(r[name]), span(interval) if interval else ""]
         accuracies = [_percent(r[key]) if key in r else "" for key in ABSENT_KEYS[:2]]
         errors = _percent(r["tool_error_rate"]) if r["n"] else ""
-        cells += [*accuracies, _figure(r["mean_turns"], ".2f"), errors, _figure(r["n"], "d")]
+        recovered = _percent(r["recovery"]) if r.get("recovery") is not None else ""
+        cells += [*accuracies, recovered, _figure(r["mean_turns"], ".2f"), errors, _figure(r["n"], "d")]
         rows.append([*cells, r["convention"] or "", r["waits"].removeprefix("waits for "), r["command"]])
     kept = [k for k, name in enumerate(head) if name not in _OPTIONAL or any(row[k] for row in rows)]
     return [[row[k] for k in kept] for row in (head, *rows)]
@@ -224,6 +229,7 @@ def remarks(summary: Summary) -> list[str]:
     """What stands under the table."""
     used = sorted({row["note"] for row in summary.rows} - {0})
     said = ["Intervals: 95%, bootstrap over pictures; gains are paired by sample."]
+    said += [RECOVERED_NOTE] * any(row.get("recovery") is not None for row in summary.rows)
     return [*said, *[ABSENT_NOTE] * summary.absent, *(f"[{k}] {NOTES[k - 1]}" for k in used)]
 
 

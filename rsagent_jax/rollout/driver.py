@@ -111,8 +111,9 @@ class Driver:
         """(task, trajectory, final state) as they end; a task is taken when there is a slot for it.
 
         Closing the iterator breaks off what is under way: `broken_off` has it, for another `play` to go on with as
-        `unfinished`, before the tasks. A turn goes on where it was, its tokens and their log-probs as they were drawn;
-        the policy reads the context anew; a tool call that was running is made again.
+        `unfinished`, before the tasks; what was not taken of `tasks` is still the caller's. A turn goes on where it
+        was, its tokens and their log-probs as they were drawn; the policy reads the context anew; a tool call that was
+        running is made again.
         """
         self.policy.begin()
         self.broken_off = []

@@ -177,9 +177,13 @@ def exchange(text: str) -> list[str]:
     """What every process says, in their order, once all have said it; outside of the devices."""
     if jax.process_count() == 1:
         return [text]
-    store, name = distributed.global_state.client, f"rsagent_jax/exchange/{next(_MEETINGS)}"
-    store.key_value_set(f"{name}/{jax.process_index()}", text)
-    return [store.blocking_key_value_get(f"{name}/{i}", A_WEEK_MS) for i in range(jax.process_count())]
+    store, own, meeting = distributed.global_state.client, jax.process_index(), next(_MEETINGS)
+    name = "rsagent_jax/exchange/{}/{}".format
+    store.key_value_set(name(meeting, own), text)
+    said = [store.blocking_key_value_get(name(meeting, i), A_WEEK_MS) for i in range(jax.process_count())]
+    if meeting:  # who has spoken here has read all of the meeting before
+        store.key_value_delete(name(meeting - 1, own))
+    return said
 
 
 def check_same(values: dict[str, str]) -> None:

@@ -22,7 +22,7 @@ from rsagent_jax.data.packing import Item, fits, pack_evenly
 from rsagent_jax.data.pipeline import Pipeline
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.masks import intersection_union, mask_iou
-from rsagent_jax.rewards import RewardError, make_reward, make_scorer
+from rsagent_jax.rewards import RewardError, make_scorer
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task
@@ -127,7 +127,7 @@ class GrpoSource:
         self.again: list[int] = []  # prompts that were in flight when the run was stopped
         self.advantage = advantage_function(config.advantage, config.ddof)
         self.score = make_scorer(config.reward)
-        self.turn_reward = make_reward([group for group in config.reward if group.name in config.turn_credit])
+        self.turn_score = make_scorer([group for group in config.reward if group.name in config.turn_credit])
         self.examples: dict[str, Any] = {}  # the first group of the last step, for people
         self.judged: list[Judged] = []
         self.reward_seconds = 0.0  # of the step
@@ -241,7 +241,8 @@ class GrpoSource:
         c, out = self.config, Rollouts(self.config.group)
         missing = c.prompts + c.surplus - allgather_sum([len(self.in_flight.groups)])[0]
         again, self.again = self.again[:missing], self.again[missing:]
-        new = [(self.prompts.places[i], s) for i, s in self.prompts.draw_again(again)] if again else []
+        drawn = all_or_none(lambda: self.prompts.draw_again(again)) if again else []
+        new = [(self.prompts.places[i], sample) for i, sample in drawn]
         missing -= len(again)
         if (missing := missing + -missing % self.share.count) > 0:
             needed = not new and not self.in_flight.groups
@@ -265,15 +266,17 @@ class GrpoSource:
         start, new = time.perf_counter(), out.outcomes[len(out.rewards) :]
         groups = [[t for t, _ in new[i : i + self.config.group]] for i in range(0, len(new), self.config.group)]
         samples = [out.samples[group[0].group_id] for group in groups]
-        scored = iter(self.score([[t for t in group if t.status.judged] for group in groups], samples))
+        every = self.score([[t for t in group if t.status.judged] for group in groups], samples)
+        judged = zip([t for t, _ in new if t.status.judged], every, strict=True)
+        whole = [(t, out.samples[t.group_id]) for t, reward in judged if isinstance(reward, Reward)]
+        scored, by_turn = iter(every), iter(earned_by_turn(self.turn_score, whole) if self.config.turn_credit else ())
         for trajectory, state in new:
             reward = next(scored) if trajectory.status.judged else None
             sample, earned = out.samples[trajectory.group_id], np.zeros(0)
             if isinstance(reward, Reward) and self.config.turn_credit:
-                try:
-                    earned = earned_by_turn(self.turn_reward, trajectory, sample)
-                except RewardError as error:
-                    reward = error
+                earned = next(by_turn)
+                if isinstance(earned, RewardError):
+                    reward, earned = earned, np.zeros(0)
             if isinstance(reward, RewardError):
                 if self.config.on_reward_error == "stop" or not out.reward_errors:  # of a step the first is kept
                     reward = self._kept(reward, state, sample)
@@ -285,11 +288,14 @@ class GrpoSource:
             out.earned.append(earned)
         self.reward_seconds += time.perf_counter() - start
 
+    def _flat_turns(self, out: Rollouts) -> np.ndarray:
+        """bool[groups, K]: nothing to teach in this turn; K as of the values."""
+        values, spread = out.values(), self.config.min_spread
+        return np.stack([zero_variance(values[..., t], out.valid, spread) for t in range(values.shape[-1])], axis=-1)
+
     def _flat(self, out: Rollouts) -> np.ndarray:
         """bool[groups]: nothing to teach, in no turn."""
-        values = out.values()
-        each = [zero_variance(values[..., t], out.valid, self.config.min_spread) for t in range(values.shape[-1])]
-        return np.all(each, axis=0)
+        return self._flat_turns(out).all(axis=-1)
 
     def _trained(self, out: Rollouts) -> np.ndarray:
         """bool[trajectories]: can be trained on, if its group teaches."""
@@ -304,6 +310,8 @@ class GrpoSource:
             scaled = {"rewards": values, "advantages": advantages}[c.advantage_scale][kept, :, 0][valid[kept]]
             everywhere = [x for said in exchange(json.dumps(scaled.tolist())) for x in json.loads(said)]
             advantages = scale_by_batch(advantages, np.array(everywhere), ddof=c.ddof)
+        if c.turn_credit and c.drop_zero_variance:
+            advantages = np.where(self._flat_turns(out)[:, None], np.float32(0), advantages)
         return advantages.reshape(-1, advantages.shape[-1])
 
     def _judge(self, out: Rollouts) -> tuple[list[Item], dict[str, float]]:

@@ -8,7 +8,7 @@ away, so short answers are not preferred; which groups a step gets depends on wh
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.rollout.driver import Driver
@@ -40,6 +40,7 @@ class InFlight:
     def __init__(self, driver: Driver, size: int, max_staleness: int):
         self.driver, self.size, self.max_staleness = driver, size, max_staleness
         self.groups: dict[int, Group] = {}  # by number
+        self.waiting: Iterator[Task] = iter(())  # for a slot; what a step does not come to is the next one's
 
     def play(self, new: Sequence[tuple[int, Sample]], count: int) -> list[Group]:
         """Starts `new`, (number, sample), and plays until `count` groups are done, and all that may not wait any more.
@@ -51,7 +52,8 @@ class InFlight:
         started = [Group(number, sample, self.size, driver.version) for number, sample in new]
         self.groups |= {group.number: group for group in started}
         tasks = [Task(g.sample, g.number, g.number * self.size + k) for g in started for k in range(self.size)]
-        playing = driver.play(tasks, driver.broken_off)
+        self.waiting = iter([*self.waiting, *tasks])
+        playing = driver.play(self.waiting, driver.broken_off)
         try:
             for task, trajectory, state in playing:
                 self.groups[task.group_id].outcomes[task.uid] = trajectory, state

@@ -17,22 +17,31 @@ MT-GRPO (arXiv 2505.11821). Ours: increments of one and the same reward, and mem
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from rsagent_jax.array_types import Bool, Float, Float32
+from rsagent_jax.rewards import RewardError
 from rsagent_jax.types import Reward, Sample, Status, Trajectory
 
 Values = Float[np.ndarray, "n G K"]
+Scorer = Callable[[Sequence[Sequence[Trajectory]], Sequence[Sample]], list[Reward | RewardError]]
 
 
 def earned_by_turn(
-    reward: Callable[[Trajectory, Sample], Reward], trajectory: Trajectory, sample: Sample
-) -> Float[np.ndarray, " turns"]:
-    """What each turn added to `reward`, that of the credited groups; RewardError as from there."""
-    shorter = [cut_after(trajectory, turns) for turns in range(len(trajectory.turns))]
-    return np.diff([reward(t, sample).total for t in (*shorter, trajectory)])
+    score: Scorer, played: Sequence[tuple[Trajectory, Sample]]
+) -> list[Float[np.ndarray, " turns"] | RewardError]:
+    """What each turn added to the reward of the credited groups, of every trajectory; the error where there is one.
+
+    score: that of rewards.make_scorer. It is asked once of all, so that terms that wait do so side by side.
+    """
+    ended = [[*(cut_after(t, turns) for turns in range(len(t.turns))), t] for t, _ in played]
+    scored = iter(score(ended, [sample for _, sample in played]))
+    rewards = [list(itertools.islice(scored, len(own))) for own in ended]
+    errors = [next((r for r in own if isinstance(r, RewardError)), None) for own in rewards]
+    return [error or np.diff([r.total for r in own]) for own, error in zip(rewards, errors, strict=True)]
 
 
 def cut_after(trajectory: Trajectory, turns: int) -> Trajectory:

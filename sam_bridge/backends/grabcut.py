@@ -17,6 +17,7 @@ import numpy as np
 from sam_bridge.backends import Decoded
 from sam_bridge.types import SegmentRequest
 
+VERSION = 2  # of what is done with a prompt; masks of one are not those of another
 MAX_SIDE = 512  # longer side of the working copy, pixels; larger images are shrunk and the mask enlarged again
 ITERATIONS = 1
 BOX_MARGIN = 2  # working pixels around a box that may still be object
@@ -49,7 +50,7 @@ class GrabCut:
     @property
     def identity(self) -> str:
         """Masks depend on OpenCV's own code and on the constants above."""
-        constants = (MAX_SIDE, ITERATIONS, BOX_MARGIN, CORE_RADIUS, DISC_SHARE, BLUR, TOLERANCE)
+        constants = (VERSION, MAX_SIDE, ITERATIONS, BOX_MARGIN, CORE_RADIUS, DISC_SHARE, BLUR, TOLERANCE)
         return f"{self.name} opencv {cv2.__version__} {'-'.join(map(str, constants))}"
 
     def encode(self, image: np.ndarray) -> tuple[GrabCutEncoding, int]:
@@ -74,8 +75,11 @@ class GrabCut:
             kept = _reached(prompt.objects, encoding)
             start = (kept if start is None else start | kept) & ~_reached(prompt.backgrounds, encoding) & 1
             core = cv2.erode(start, np.ones((3, 3), np.uint8))
-            if start.any():
-                x, y, width, height = cv2.boundingRect(start)
+            looked_at = start.copy()
+            for x, y in prompt.objects:  # a click on the background of the same colour takes away what is joined to one
+                looked_at[y, x] = 1
+            if looked_at.any():
+                x, y, width, height = cv2.boundingRect(looked_at)
                 box = (x, y, x + width, y + height)
         found, score = _cut(encoding, _trimap(prompt, shape, start, core), prompt, _region(box, shape))
         mask = found

@@ -242,14 +242,16 @@ def test_summary_shows_accuracies_where_targets_are_absent(runs, tmp_path, capsy
         shutil.copytree(runs / name, tmp_path / name)
         path = tmp_path / name / "results.json"
         figures = json.loads(path.read_text()) | dict(zip(("n_acc", "t_acc"), accuracies, strict=True))
+        figures["behaviour"] = {"recovery": None if name == "base" else 0.625}
         path.write_text(json.dumps(figures | {"giou_target": 0.25}))
     value = write_summary(tmp_path, tmp_path / "out", train=runs / "train")
     assert (value["sft"]["n_acc"], value["sft"]["t_acc"], value["sft"]["giou_target"]) == (0.5, 0.75, 0.25)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[-6:] == ["N-acc", "T-acc", "turns", "tool", "errors", "samples"]
-    shares = [re.findall(r"(\S+%|-) ", line)[:2] for line in lines[2:5]]
-    assert shares == [["100.0%", "0.0%"], ["50.0%", "75.0%"], ["87.5%", "-"]]
-    assert reproduction.ABSENT_NOTE in lines
+    assert lines[0].split()[-7:] == ["N-acc", "T-acc", "recovered", "turns", "tool", "errors", "samples"]
+    shares = [re.findall(r"(\S+%|-) ", line)[:3] for line in lines[2:5]]
+    assert shares[0][:2] == ["100.0%", "0.0%"] and "62.5%" not in lines[2]
+    assert shares[1:] == [["50.0%", "75.0%", "62.5%"], ["87.5%", "-", "62.5%"]]
+    assert reproduction.ABSENT_NOTE in lines and reproduction.RECOVERED_NOTE in lines
     text = (tmp_path / "out" / "report" / "index.html").read_text(encoding="utf-8")
     check_page(text)
     assert ">N-acc</th>" in text and ">87.5%</td>" in text and reproduction.ABSENT_NOTE in text

@@ -12,6 +12,7 @@ from agent_fakes import DiscSegmenter
 from rsagent_jax.data.packing import pack
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.train.carry_over import InFlight
 from rsagent_jax.train.step import batch_logprobs
 from tests.rollout import small
 
@@ -120,3 +121,13 @@ def test_a_policy_without_tokens_begins_its_turn_anew():
     want, got = play_in_parts(plays[0], ()), play_in_parts(plays[1], (1, 1))
     for uid, t in got.items():
         np.testing.assert_array_equal(t.tokens, want[uid].tokens)
+
+
+def test_what_had_no_slot_when_a_step_was_done_gets_one_in_the_next():
+    """Two slots and groups of two: of four that are begun one is done in the first step, and all are in the third."""
+    policy = TextPolicy(small.scripted(SCRIPTS), small.processor(), slots=2)
+    agent = dataclasses.replace(small.AGENT, announce_last=False)
+    flight = InFlight(Driver(policy, DiscSegmenter(), small.processor(), agent), 2, max_staleness=2)
+    new = [(number, small.task(number, uid=0).sample) for number in range(5)]
+    taken = [[g.number for g in flight.play(begun, 1)] for begun in (new[:4], new[4:], [], [])]
+    assert sorted(itertools.chain(*taken)) == [0, 1, 2, 3, 4] and not flight.groups

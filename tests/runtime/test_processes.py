@@ -4,6 +4,7 @@ Each run is its own process, or two, since the number of devices is set before j
 train.run_stage: sources, rollouts, programs, checkpoints.
 """
 
+import itertools
 import json
 import shutil
 import types
@@ -202,6 +203,24 @@ def test_all_processes_start_or_none_does(monkeypatch):
     monkeypatch.setattr(processes, "exchange", lambda text: [text, '{"policy.weights": "b", "grpo.data": "c"}'])
     processes.check_same({"grpo.data": "c"})
     refused("policy.weights is not the same on all 2 hosts", processes.check_same, {"policy.weights": "a"})
+
+
+def test_what_processes_said_is_deleted_once_all_have_read_it(monkeypatch):
+    """In the next meeting: at the end of this one another may not have read it yet."""
+    kept = {}
+    there = {f"rsagent_jax/exchange/{n}/1": f"other {n}" for n in range(3)}
+    store = types.SimpleNamespace(
+        key_value_set=kept.__setitem__,
+        blocking_key_value_get=lambda key, ms: (kept | there)[key],
+        key_value_delete=kept.pop,
+    )
+    monkeypatch.setattr(processes, "_MEETINGS", itertools.count())
+    monkeypatch.setattr(processes.distributed.global_state, "client", store)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    for n in range(3):
+        assert processes.exchange(f"own {n}") == [f"own {n}", f"other {n}"]
+        assert kept == {f"rsagent_jax/exchange/{n}/0": f"own {n}"}
 
 
 @pytest.mark.parametrize(("name", "value"), [("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1"), ("JAX_PROCESS_ID", "0")])

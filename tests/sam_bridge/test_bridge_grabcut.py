@@ -62,6 +62,25 @@ def test_two_objects_by_two_clicks_and_one_added_or_taken_away_by_refining(local
     assert iou(local.segment(image, request).mask, disc | square) > 0.95
 
 
+def test_a_background_click_takes_away_what_is_joined_to_it(local, image, disc):
+    square = np.zeros_like(disc)
+    square[20:49, 85:116] = True
+    both = local.segment(image, SegmentRequest(points=((40.0, 50.0), (100.0, 34.0)), labels=(1, 1)))
+    request = SegmentRequest(points=((100.0, 34.0),), labels=(0,), refine_logits_id=both.logits_id)
+    assert iou(local.segment(image, request).mask, disc) > 0.95
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_clicks_that_contradict_each_other_give_a_mask(local, image, refine):
+    """Object and background in one object, beside another one: the first click's object is far from what is left."""
+    first = local.segment(image, SegmentRequest(points=((100.0, 34.0),), labels=(1,)))
+    for there, here in (((40.0, 50.0), (100.0, 34.0)), ((100.0, 34.0), (40.0, 50.0))):
+        points, labels = (here, there, (there[0] + 4, there[1] + 3)), (1, 1, 0)
+        request = SegmentRequest(points=points, labels=labels, refine_logits_id=first.logits_id if refine else "")
+        reply = local.segment(image, request)
+        assert reply.mask.shape == image.shape[:2] and reply.mask[int(here[1]), int(here[0])]
+
+
 def test_score_tells_a_shape_from_mere_texture(local, image):
     good = local.segment(image, BOX).score
     texture = local.segment(image, SegmentRequest(box=(70.0, 60.0, 100.0, 90.0))).score

@@ -2,8 +2,11 @@
 
 import dataclasses
 
+from rsagent_jax.train import batch_source
 from rsagent_jax.train.batch_source import GrpoSource
 from rsagent_jax.train.carry_over import InFlight
+from rsagent_jax.types import DataError
+from tests.refusals import refused
 from tests.rollout.small import trajectory
 from tests.train.played import nothing_new, sample, source, state_of
 
@@ -115,3 +118,25 @@ def test_a_source_begins_as_many_as_are_missing_and_begins_those_in_flight_anew_
     want = sorted([*state["in_flight"], 6, 7])
     assert sorted({uid // 2 for uid in again.driver.begun}) == want  # under the same numbers, and two new prompts
     assert len(again.state()["in_flight"]) == 2
+
+
+def test_a_prompt_that_cannot_be_read_when_it_is_begun_anew_ends_all_processes(monkeypatch):
+    """One that refuses alone would leave the others in a collective."""
+    agreed = []
+
+    def all_or_none(check):
+        try:
+            return check()
+        except DataError as error:
+            agreed.append(str(error))
+            raise
+
+    def unreadable(places):
+        raise DataError(f"cannot be read: {places}")
+
+    s = over_ticks(lambda uid: 1)
+    s.again = [0]
+    monkeypatch.setattr(batch_source, "all_or_none", all_or_none)
+    monkeypatch.setattr(s.prompts, "draw_again", unreadable)
+    refused(r"cannot be read: \[0\]", s.next, nothing_new, None)
+    assert agreed == ["cannot be read: [0]"]
