@@ -357,7 +357,7 @@ def test_a_real_kill_of_the_command(tmp_path):
         assert done.returncode == 0 and says in done.stdout, done.stderr
     rows = [row for path in journal.parent.glob("*.jsonl") for row in lines(path)[1:]]
     assert len(rows) == len({row["id"] for row in rows}) == 30
-    good = [row for row in rows if filter.verdict(row, FilterConfig(repeats=True)) == "kept"]
+    good = [row for row in rows if filter.verdict(row, FilterConfig(min_iou=0.8, repeats=True)) == "kept"]
     kept = [row["id"] for row in sorted(good, key=lambda row: row["uid"])]
     assert [row["id"] for row in lines(tmp_path / "w" / "trajectories.jsonl")] == kept
     assert len(trajectories.open_records(tmp_path / "w")) == len(kept) > 10

@@ -188,7 +188,7 @@ def test_two_hosts_share_what_joins_them_and_do_all_else_once(tmp_path):
     flags.append("--config.stages.data.more=('--train=9','--val=0','--test=0')")
     flags.append("--config.stages.collect.more=('--config.limit=6','--config.segmenter.mode=inprocess')")
     first, other = run_all_simulated(["-m", "rsagent_jax.reproduce", *flags], 1, 2)
-    for once in " references and ", " of 6 trajectories":  # by host 0
+    for once in " references to an object", " of 6 trajectories":  # by host 0
         assert (first.count(once), other.count(once)) == (1, 0)
     assert sorted(path.name for path in (tmp_path / "collect/attempts").glob("0*")) == [
         "00000-of-00002.jsonl", "00001-of-00002.jsonl"

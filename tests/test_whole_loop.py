@@ -87,7 +87,7 @@ def test_evaluation_leaves_results_predictions_and_a_report_and_a_trajectory_rep
     results = json.loads((out / "results.json").read_text())
     assert {"benchmark", "n", "giou", "ciou", "giou_ci95", "failures", "mean_turns", "settings"} <= set(results)
     predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    assert results["n"] == len(predictions) == 7  # six scenes, one of them with a question about what is not there
+    assert results["n"] == len(predictions) == 13  # six scenes: about one thing, about several, and once about nothing
     assert {"n_acc", "t_acc", "giou_target"} <= set(results)
     assert results["giou"] == pytest.approx(sum(p["iou"] for p in predictions) / 7)
     keys = {"id", "picture", "mask", "intersection", "union", "iou", "status", "turns", "dropped"}

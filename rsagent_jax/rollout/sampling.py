@@ -16,11 +16,12 @@ def sample_tokens(
     what is drawn and not what is learned from. At temperature 0 they are of softmax(logits).
     """
     logp = jax.nn.log_softmax(logits_SV / (sampling.temperature or 1.0))
-    token = jnp.argmax(logits_SV, axis=-1)
-    if sampling.temperature:
+    scores = logits_SV
+    if sampling.temperature:  # as jax.random.categorical draws, but one search for the largest serves both
         kept = filtered(logp, sampling.top_k, sampling.top_p)
-        drawn = jax.vmap(lambda key, n, p: jax.random.categorical(jax.random.fold_in(key, n), p))(keys, steps, kept)
-        token = jnp.where(greedy_S, token, drawn)
+        noise = jax.vmap(lambda key, n, p: jax.random.gumbel(jax.random.fold_in(key, n), p.shape, p.dtype))
+        scores = jnp.where(greedy_S[:, None], logits_SV, kept + noise(keys, steps, kept))
+    token = jnp.argmax(scores, axis=-1)
     return token.astype(jnp.int32), jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
 
 

@@ -84,7 +84,7 @@ def policy_directory(weights: str) -> pathlib.Path:
             f"{path} {what}; give a Hugging Face directory, a hub's org/name, or checkpoints/<stage> of train.py"
         )
     if (path / "config.json").exists() and any(path.glob("*.safetensors*")):
-        if split_step(weights)[0] != weights:
+        if split_step(weights)[0] != str(weights):
             raise DataError(f"{weights}: {path} is a Hugging Face directory, which has no steps; leave the @ out")
         return path
     if (path / "policy" / "config.json").exists():

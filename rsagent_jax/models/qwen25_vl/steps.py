@@ -21,11 +21,12 @@ def score_of(metrics: dict[str, Any], measure: str | None = None) -> float:
     return -math.inf if score is None or metrics.get(MEASURE) != measure else score
 
 
-def split_step(weights: str) -> tuple[str, str]:
+def split_step(weights: str | pathlib.Path) -> tuple[str, str]:
     """("runs/x/checkpoints/grpo", "best") of "runs/x/checkpoints/grpo@best"; "last" where nothing is said.
 
     A hub's org/name@revision stays whole.
     """
+    weights = str(weights)
     directory, at, step = weights.rpartition("@")
     if not at or not (step in (LAST, BEST) or step.isdecimal()):
         return weights, LAST
