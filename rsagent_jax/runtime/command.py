@@ -24,6 +24,7 @@ import pathlib
 import select
 import signal
 import sys
+import threading
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -95,10 +96,20 @@ def _reader_is_gone() -> bool:
         return False
 
 
+def _not_lost(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Ctrl-C in the middle of a destructor or of a callback, where Python drops it, comes once more."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        again = (threading.main_thread().ident, signal.SIGINT)
+        threading.Timer(0.05, signal.pthread_kill, again).start()  # when this frame has been left
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def run_command(name: str, argv: Sequence[str]) -> int:
     """The exit status of the command in a module, or in a file. Bad input: one message on stderr and 2; Ctrl-C: 130;
     nobody reads its output any more: NO_READER."""
     resumes = False
+    sys.unraisablehook = _not_lost
     try:
         if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv):
             with contextlib.suppress(BrokenPipeError):  # of `| head`

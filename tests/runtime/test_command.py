@@ -141,3 +141,22 @@ def test_a_pipe_of_anything_else_stays_visible(monkeypatch):
     monkeypatch.setitem(sys.modules, "broken", types.SimpleNamespace(main=main))
     with pytest.raises(BrokenPipeError, match="side-car"):
         command.run_command("broken", [])
+
+
+def test_ctrl_c_inside_a_destructor_is_not_lost(tmp_path):
+    (tmp_path / "held.py").write_text(
+        "import signal, time\n"
+        "class Held:\n"
+        "    def __del__(self):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "def main(*, seconds: float = 60.0) -> None:\n"
+        "    Held()\n"
+        "    time.sleep(seconds)\n"
+    )
+    code = (
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from rsagent_jax.runtime import command\nsys.exit(command.run_command(sys.argv[1], []))"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path / "held.py")]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
