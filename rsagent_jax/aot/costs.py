@@ -27,14 +27,14 @@ import math
 import pathlib
 from collections.abc import Iterator
 
-from rsagent_jax.aot.scaling import ENGINE, PROMPTS, TOKENS, read_results
+from rsagent_jax.aot.scaling import ENGINE, TOKENS, read_results
 from rsagent_jax.aot.topology import CHIPS, Topology, parse_topology
 from rsagent_jax.config.slices import PRESETS
 from rsagent_jax.types import DataError
 
 BEGIN, END = "<!-- python -m rsagent_jax.aot.costs --out=docs/tpu.md -->", "<!-- end of costs -->"
 SFT_TRAJECTORIES, EPOCHS, BATCH = 5_000, 2, 128  # the paper's, and of trajectories "more than 5,000"
-GRPO_STEPS, GRPO_TRAJECTORIES = 1_000, PROMPTS * 4  # the paper's batch; of steps configs/grpo_tpu.py's
+GRPO_STEPS, GRPO_TRAJECTORIES = 1_000, 16 * 4  # the paper's batch; of steps configs/grpo_tpu.py's
 # RefCOCO and RefCOCO+ val, testA and testB, RefCOCOg val and test, ReasonSeg val and test; data_check.py has the source
 EVALUATED = (10_834 + 5_657 + 5_095) + (10_758 + 5_726 + 4_889) + (4_896 + 9_602) + (200 + 779)
 COLLECTED = 10_000
@@ -108,19 +108,17 @@ def costs(lines: list[dict], assumed: Assumptions) -> Iterator[Cost]:
             for what, count in (("evaluation", EVALUATED), ("collection", COLLECTED)):
                 seconds = rollout_seconds(line, count / _hosts(topology, line), assumed) / count
                 yield Cost(size, what, where, seconds, count * seconds / 3600, _engine(line))
-        elif not preset or rest != [preset.remat]:
-            continue
-        elif stage == "sft":
+        elif stage == "sft" and preset and rest == [preset.remat]:
             updates = math.ceil(EPOCHS * SFT_TRAJECTORIES / BATCH)
             micro_batches = math.ceil(BATCH / (topology.devices // preset.tensor))
             seconds = step_seconds(line, topology, micro_batches, assumed)
             yield Cost(size, "SFT", where, seconds, updates * seconds / 3600, f"remat {preset.remat}")
-        elif played := _played(size, topology, fit):
+        elif stage == "grpo" and preset and (played := _played(size, topology, fit)):
             micro_batches = math.ceil(GRPO_TRAJECTORIES / (topology.devices // preset.tensor))
             weights = played["reports"][0]["projected_step_s"] / assumed.bandwidth
             seconds = step_seconds(line, topology, micro_batches, assumed) + weights
             seconds += rollout_seconds(played, GRPO_TRAJECTORIES / _hosts(topology, played), assumed)
-            programs = f"remat {preset.remat}, {_engine(played)}"
+            programs = f"remat {rest[0]}, {_engine(played)}"
             yield Cost(size, "GRPO", where, seconds, GRPO_STEPS * seconds / 3600, programs)
 
 

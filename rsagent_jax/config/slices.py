@@ -1,8 +1,9 @@
 """What a config leaves open and a slice decides: tensor parallelism, rows per micro-batch, remat policy, slots.
 
 `mesh.tensor = 0`, `batch.rows = 0`, `policy.remat = ""`, and for GRPO `sampling.tensor = 0` and `sampling.slots = 0`
-mean: as the slice's preset says. docs/scaling.md has what each needs, compiled with rows of 6k tokens: `selective`
-where it fits and its projected time is shorter.
+mean: as the slice's preset says. docs/scaling.md has what was compiled, with rows of 6k tokens: `selective` where it
+fits and its projected time is shorter. The other presets are arithmetic from those: the 3B, slices of 64 and tpu7x-8 of
+the 7B, v5p-32 of the 32B, v6e-128 and tpu7x-32 of the 72B.
 
 The hosts of a slice share a step's prompts evenly: where there are more than 16 of them, as in v6e-128, v5e-256 or
 v5p-256, GRPO takes --config.grpo.prompts of a multiple of them, and not the paper's 16.
@@ -54,8 +55,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
 
 
 # An engine without a trainer beside it (evaluate.py, collect, segment), by kind of device: devices that share a slot,
-# and slots for such a group; contexts of 6k tokens, weights and cache in bf16. docs/scaling.md has what they need; that
-# of v4 was not compiled. On TPU7x a decode step copies the weights and half of the cache: fewer fit.
+# and slots for such a group; contexts of 6k tokens, weights and cache in bf16. docs/scaling.md has what they need, but
+# for v4 and the 3B, which were not compiled. On TPU7x a decode step's temporaries are as large as the weights.
 ENGINES: dict[str, dict[str, tuple[int, int]]] = {
     "7b": {"TPU v5 lite": (4, 64), "TPU v6 lite": (2, 64), "TPU v5": (1, 128), "TPU v4": (2, 64), "TPU7x": (1, 64)},
     "32b": {"TPU v6 lite": (8, 64), "TPU v5": (4, 128), "TPU7x": (4, 64)},

@@ -73,9 +73,9 @@ def test_hours_of_the_stages():
 
 
 def test_larger_slices_play_as_the_smaller_ones_of_their_kind():
-    """v6e-64 has eight times the devices of the line. v5p-8's remat is another than the preset's, v6e-32 has none."""
+    """v6e-64 has eight times the devices of the line, v6e-32 no preset."""
     update = report("grpo update", 1.0)
-    names = ("7b:v6e-64:grpo:full", "7b:v5p-8:grpo:full", "7b:v5p-8:rollout:64", "7b:v6e-32:grpo:full")
+    names = ("7b:v6e-64:grpo:full", "7b:v6e-32:grpo:full")
     lines = [line("7b:v6e-8:rollout:64", *ROLLOUT), *(line(name, update) for name in names)]
     (found,) = costs.costs(lines, ASSUMED)
     step = 1 + 0.25 / 0.5 + costs.rollout_seconds(line("", *ROLLOUT), 64 / 8, ASSUMED)
