@@ -3,7 +3,7 @@
 A record is an uncompressed .npz: ids, positions and the sampled mark, and a JSON header with the id, the IoU, where it
 came from and the environment's replay record. The images that the policy saw are made again from the replay and the
 picture's own file, which the header names together with a checksum of its pixels; a picture that is no file of its own
-is in the record. Patches are made when read. (Records of earlier versions hold the images themselves, as PNG.)
+is in the record. Patches are made when read.
 """
 
 import json
@@ -69,10 +69,7 @@ def decode_record(record: bytes, processor: Processor, turns: str = "all") -> It
     """
     try:
         arrays = read_arrays(record)
-        count = sum(name.startswith("image_") for name in arrays)
-        files = [arrays[f"image_{i}"].tobytes() for i in range(count)]
-        images = [read_image(file, _AGAIN, where="an image of a stored trajectory") for file in files]
-        header, limits = json.loads(arrays["header"].tobytes()), None
+        header, images, limits = json.loads(arrays["header"].tobytes()), [], None
         if "picture" in header:
             if "source" in arrays:
                 image = read_image(arrays["source"].tobytes(), _AGAIN, where="the picture in a stored trajectory")
