@@ -53,16 +53,12 @@ def writes_record(trajectory, sample):
 
 
 @pytest.fixture
-def own(tmp_path):
+def own(tmp_path, imports_restored):
     """A researcher's file somewhere."""
     path = tmp_path / "my_rewards.py"
     path.write_text(OWN)
-    modules, places = dict(sys.modules), list(sys.path)
     sys.modules.pop("my_rewards", None)  # the README's, of another test
-    yield path
-    sys.modules.clear()
-    sys.modules.update(modules)
-    sys.path[:] = places
+    return path
 
 
 @pytest.mark.parametrize(

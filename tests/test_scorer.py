@@ -50,14 +50,10 @@ def by_half(trajectory, sample): return 0.5
 
 
 @pytest.fixture
-def own(tmp_path):
+def own(tmp_path, imports_restored):
     path = tmp_path / "my_terms.py"
     path.write_text(OWN)
-    modules, places = dict(sys.modules), list(sys.path)
-    yield path
-    sys.modules.clear()
-    sys.modules.update(modules)
-    sys.path[:] = places
+    return path
 
 
 def group_of(*terms: RewardTerm) -> tuple[RewardGroup, ...]:
