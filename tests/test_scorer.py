@@ -8,12 +8,12 @@ import pytest
 
 from rsagent_jax.collecting.judge import read_score
 from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
-from rsagent_jax.rewards import RewardError, make_reward, make_scorer
+from rsagent_jax.rewards import RewardError, make_scorer
 from rsagent_jax.types import Reward
 from tests.collecting.test_endpoint import Server, good
 from tests.evals.test_metrics import row, sample
 from tests.refusals import refused
-from tests.test_rewards import trajectory
+from tests.test_rewards import make_reward, trajectory
 
 OWN = """import asyncio, time
 
