@@ -127,10 +127,10 @@ def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int
     from rsagent_jax.aot import report, stages  # loads the TPU compiler
 
     jax.config.update("jax_platforms", "cpu")  # the compiler is asked for, not a TPU
+    targets, reports = stages.topologies(name, config), []
     if quick:
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    reports = []
-    for target in stages.topologies(name, config):
+    for target in targets:
         reports += [dataclasses.replace(r, quick=quick) for r in stages.report_stages(config, target, only)]
     print(report.reports_table(reports))
     print(report.reports_to_json(reports))
