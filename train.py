@@ -74,7 +74,7 @@ def main(
     config: TrainConfig,
     *,
     workdir: str = "",  # directory for everything this command leaves behind
-    aot: str = "",  # a TPU slice or topology to compile for instead of training, or all
+    aot: str = "",  # a TPU slice or topology to compile for instead of training; all: each with a preset
     aot_quick: bool = False,  # with --aot: a fifth of the time, by leaving out what only makes it fast
     aot_only: str = "",  # with --aot: only programs with this in their name, such as rollout
     replay: str = "",  # a directory that grpo.dump_every wrote: one GRPO update from it, and nothing is played
@@ -124,13 +124,13 @@ def main(
 def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int:
     """Compiles each stage's programs, or those with `only` in the name, for a TPU that is not there. 3 if one of them
     does not fit, else 0."""
-    from rsagent_jax.aot import report, stages, topology  # loads the TPU compiler
+    from rsagent_jax.aot import report, stages  # loads the TPU compiler
 
     jax.config.update("jax_platforms", "cpu")  # the compiler is asked for, not a TPU
+    targets, reports = stages.topologies(name, config), []
     if quick:
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    reports = []
-    for target in map(topology.parse_topology, topology.TABLE if name == "all" else (name,)):
+    for target in targets:
         reports += [dataclasses.replace(r, quick=quick) for r in stages.report_stages(config, target, only)]
     print(report.reports_table(reports))
     print(report.reports_to_json(reports))

@@ -27,14 +27,14 @@ import math
 import pathlib
 from collections.abc import Iterator
 
-from rsagent_jax.aot.scaling import ENGINE, PROMPTS, TOKENS, read_results
+from rsagent_jax.aot.scaling import ENGINE, TOKENS, read_results
 from rsagent_jax.aot.topology import CHIPS, Topology, parse_topology
 from rsagent_jax.config.slices import PRESETS
 from rsagent_jax.types import DataError
 
 BEGIN, END = "<!-- python -m rsagent_jax.aot.costs --out=docs/tpu.md -->", "<!-- end of costs -->"
 SFT_TRAJECTORIES, EPOCHS, BATCH = 5_000, 2, 128  # the paper's, and of trajectories "more than 5,000"
-GRPO_STEPS, GRPO_TRAJECTORIES = 1_000, PROMPTS * 4  # the paper's batch; of steps configs/grpo_tpu.py's
+GRPO_STEPS, GRPO_TRAJECTORIES = 1_000, 16 * 4  # the paper's batch; of steps configs/grpo_tpu.py's
 # RefCOCO and RefCOCO+ val, testA and testB, RefCOCOg val and test, ReasonSeg val and test; data_check.py has the source
 EVALUATED = (10_834 + 5_657 + 5_095) + (10_758 + 5_726 + 4_889) + (4_896 + 9_602) + (200 + 779)
 COLLECTED = 10_000
@@ -66,7 +66,7 @@ class Cost:
     slice: str
     unit_seconds: float  # of a step in training, of a trajectory in evaluation and collection, over the whole slice
     hours: float
-    programs: str  # what was compiled, and in brackets what the preset has instead
+    programs: str  # that were compiled
 
 
 def program_seconds(report: dict, topology: Topology, assumed: Assumptions) -> float:
@@ -103,7 +103,7 @@ def costs(lines: list[dict], assumed: Assumptions) -> Iterator[Cost]:
     fit = {line["name"]: line for line in lines if line.get("tokens") == TOKENS and _fits(line)}
     for name, line in fit.items():
         size, where, stage, *rest = name.split(":")
-        topology, preset = parse_topology(where), PRESETS.get(size, {}).get(where)
+        topology, preset = parse_topology(where), PRESETS[size].get(where)
         if stage == ENGINE and _whole(line):  # as evaluate.py has it: more slots than beside a trainer
             for what, count in (("evaluation", EVALUATED), ("collection", COLLECTED)):
                 seconds = rollout_seconds(line, count / _hosts(topology, line), assumed) / count
@@ -113,12 +113,12 @@ def costs(lines: list[dict], assumed: Assumptions) -> Iterator[Cost]:
             micro_batches = math.ceil(BATCH / (topology.devices // preset.tensor))
             seconds = step_seconds(line, topology, micro_batches, assumed)
             yield Cost(size, "SFT", where, seconds, updates * seconds / 3600, f"remat {preset.remat}")
-        elif stage == "grpo" and preset and PROMPTS % topology.hosts == 0 and (played := _played(size, topology, fit)):
+        elif stage == "grpo" and preset and (played := _played(size, topology, fit)):
             micro_batches = math.ceil(GRPO_TRAJECTORIES / (topology.devices // preset.tensor))
             weights = played["reports"][0]["projected_step_s"] / assumed.bandwidth
             seconds = step_seconds(line, topology, micro_batches, assumed) + weights
             seconds += rollout_seconds(played, GRPO_TRAJECTORIES / _hosts(topology, played), assumed)
-            programs = f"remat {_beside(rest[0], preset.remat)}, {_engine(played, preset.slots)}"
+            programs = f"remat {rest[0]}, {_engine(played)}"
             yield Cost(size, "GRPO", where, seconds, GRPO_STEPS * seconds / 3600, programs)
 
 
@@ -131,21 +131,17 @@ def _hosts(topology: Topology, line: dict) -> float:
     return topology.devices / line["reports"][0]["devices"]
 
 
-def _beside(compiled: str | int, preset: str | int) -> str:
-    return str(compiled) if compiled == preset else f"{compiled} (preset: {preset})"
-
-
-def _engine(line: dict, preset: int = 0) -> str:
-    """Of which kind, and of how many slots a host; preset: the number that there should be, if that is known."""
+def _engine(line: dict) -> str:
+    """Of which kind, and of how many slots a host."""
     slots = next(r["decoding"]["slots"] for r in line["reports"] if r["decoding"])
-    return f"{line['name'].split(':')[2]} of {_beside(slots, preset or slots)} slots"
+    return f"{line['name'].split(':')[2]} of {slots} slots"
 
 
 def _played(size: str, topology: Topology, lines: dict[str, dict]) -> dict | None:
-    """The line of a slice's rollouts, else of an engine alone on the same kind of chip."""
-    for start in (f"{size}:{topology.name}:rollout", f"{size}:{topology.chip.name}-8:{ENGINE}"):
+    """The line of a slice's rollouts, else of a smaller one's of the same kind of chip."""
+    for start in (f"{size}:{topology.name}:", f"{size}:{topology.chip.name}-"):
         for name, line in lines.items():
-            if name.startswith(start) and _whole(line):
+            if name.startswith(start) and ":rollout:" in name and _whole(line):
                 return line
     return None
 

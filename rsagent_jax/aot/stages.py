@@ -52,6 +52,17 @@ def policy_config(weights: str) -> Qwen25VLConfig:
     )
 
 
+def topologies(name: str, config: TrainConfig) -> list[Topology]:
+    """Of this name; of `all`, each with a preset for the config's policy and stages. DataError where there is none."""
+    if name != "all":
+        return [parse_topology(name)]
+    size = slices.SIZES.get(policy_config(config.policy.weights).text.hidden_size)
+    presets = slices.PRESETS.get(size, {}).items()
+    if not presets:
+        raise DataError(f"--aot=all: no slice has a preset for {config.policy.weights!r}; name one: --aot=v5e:2x2")
+    return [parse_topology(where) for where, preset in presets if preset.slots or "grpo" not in config.stages]
+
+
 def report_stages(config: TrainConfig, topology: Topology, only: str = "") -> list[ProgramReport]:
     """Compiles every program of the config's stages with `only` in its name; one that does not fit is a report like the
     others. DataError where no name has it.

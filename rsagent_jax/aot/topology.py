@@ -55,8 +55,6 @@ SLICES = {
     for shape in _SHAPES[chip.dimensions]
     if shape != (1, 1, 1) or chip.name == "tpu7x"
 }
-# The slices of the table that aot/scaling.py makes.
-TABLE = ("v5e-16", "v5e-64", "v5e-256", "v5p-8", "v5p-64", "v6e-8", "v6e-64", "v6e-256", "v4-16", "tpu7x-8")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """What a config leaves open and a slice decides: tensor parallelism, rows per micro-batch, remat policy, slots.
 
 `mesh.tensor = 0`, `batch.rows = 0`, `policy.remat = ""`, and for GRPO `sampling.tensor = 0` and `sampling.slots = 0`
-mean: as the slice's preset says. The presets follow docs/scaling.md: `selective` where SFT of the 7B fits with it and
-its projected time is shorter. GRPO was compiled with `full` only; it needs up to 4 GiB more than SFT.
+mean: as the slice's preset says. docs/scaling.md has what was compiled, with rows of 6k tokens: `selective` where it
+fits and its projected time is shorter. The other presets are arithmetic from those: the 3B, slices of 64 and tpu7x-8 of
+the 7B, v5p-32 of the 32B, v6e-128 and tpu7x-32 of the 72B.
 
-The hosts of a slice share a step's prompts evenly: v5e-256 and v6e-256 have 64 of them and v5p-256 has 32, so there
-GRPO takes --config.grpo.prompts=64, and not the paper's 16.
+The hosts of a slice share a step's prompts evenly: where there are more than 16 of them, as in v6e-128, v5e-256 or
+v5p-256, GRPO takes --config.grpo.prompts of a multiple of them, and not the paper's 16.
 """
 
 import dataclasses
@@ -29,38 +30,37 @@ _SMALL = {
     "v5e-8": Preset(rollout_tensor=4, slots=32),  # 7B with policy.lora only
     "v5e-16": Preset(tensor=2, rollout_tensor=4, slots=32),  # rows of 6k tokens on a device each would not fit
     "v5e-64": Preset(rollout_tensor=4, slots=32),
-    "v5e-256": Preset(tensor=2, remat="selective", rollout_tensor=4, slots=32),
     "v5p-8": Preset(remat="selective"),
     "v5p-64": Preset(remat="selective"),
     "v6e-8": Preset(rollout_tensor=2),
     "v6e-64": Preset(rollout_tensor=2),
-    "v6e-256": Preset(tensor=2, rollout_tensor=2),
-    "v4-16": Preset(rollout_tensor=2),
     "tpu7x-8": Preset(),
 }
 PRESETS: dict[str, dict[str, Preset]] = {
     "3b": {name: dataclasses.replace(p, rollout_tensor=min(2, p.rollout_tensor)) for name, p in _SMALL.items()},
     "7b": _SMALL,
-    # Compiled, but for rollouts on v5p-256. The hosts of v5e-256 and v6e-256 do not hold an engine of these sizes.
+    # The smallest of a kind that fit. A host of v5e, and of large slices of v6e, does not hold an engine of the 72B.
     "32b": {
         "v5e-256": Preset(tensor=4, slots=0),
         "v6e-64": Preset(tensor=2, rollout_tensor=4, slots=4),
+        "v5p-32": Preset(rollout_tensor=4, slots=16),
+        "tpu7x-16": Preset(rollout_tensor=8, slots=32),
     },
     "72b": {
+        "v6e-128": Preset(tensor=2, slots=0),
         "v5p-64": Preset(rollout_tensor=4, slots=16),
-        "v5p-256": Preset(rollout_tensor=4, slots=32),
-        "v6e-256": Preset(tensor=2, slots=0),
+        "tpu7x-32": Preset(rollout_tensor=8, slots=16),
     },
 }
 
 
 # An engine without a trainer beside it (evaluate.py, collect, segment), by kind of device: devices that share a slot,
-# and slots for such a group; contexts of 6k tokens, weights and cache in bf16. docs/scaling.md has what they need.
-# Not compiled: v4, and 32B on TPU7x. 72B on TPU7x with twice the slots took 93.94 of 94.75 GiB by a quick compile.
+# and slots for such a group; contexts of 6k tokens, weights and cache in bf16. docs/scaling.md has what they need, but
+# for v4 and the 3B, which were not compiled. On TPU7x a decode step's temporaries are as large as the weights.
 ENGINES: dict[str, dict[str, tuple[int, int]]] = {
     "7b": {"TPU v5 lite": (4, 64), "TPU v6 lite": (2, 64), "TPU v5": (1, 128), "TPU v4": (2, 64), "TPU7x": (1, 64)},
-    "32b": {"TPU v6 lite": (8, 64), "TPU v5": (4, 128), "TPU7x": (2, 32)},
-    "72b": {"TPU v6 lite": (8, 32), "TPU v5": (4, 64), "TPU7x": (4, 16)},
+    "32b": {"TPU v6 lite": (8, 64), "TPU v5": (4, 128), "TPU7x": (4, 64)},
+    "72b": {"TPU v6 lite": (8, 32), "TPU v5": (4, 64), "TPU7x": (8, 64)},
 }
 ENGINES["3b"] = {kind: (min(tensor, 2), slots) for kind, (tensor, slots) in ENGINES["7b"].items()}  # it has 2 KV heads
 

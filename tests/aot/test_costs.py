@@ -68,18 +68,19 @@ def test_hours_of_the_stages():
     hours = found["SFT"].hours
     assert rows[2] == f"| 7B | SFT | v6e-8 | 128 | {hours:.3g} | {hours * 8:.3g} | {hours * 16:.0f} | remat full |"
     assert [row.split(" | ")[-1][:-2] for row in rows[3:]] == [
-        "remat full, rollout of 128 (preset: 64) slots", "engine of 128 slots", "engine of 128 slots"
+        "remat full, rollout of 128 slots", "engine of 128 slots", "engine of 128 slots"
     ]  # fmt: skip
 
 
-def test_what_was_not_compiled_as_the_preset_has_it_is_said():
-    """v5p-8 trains the 7B with remat selective and 64 slots; evaluation would not take the engine beside a trainer."""
-    host = [r | {"decoding": r["decoding"] | {"slots": 256}} for r in ROLLOUT]
-    lines = [line("7b:v5p-8:grpo:full", report("grpo update", 1.0)), line("7b:v5p-8:rollout:256", *host)]
-    found = {cost.stage: cost.programs for cost in costs.costs(lines, ASSUMED)}
-    assert found == {"GRPO": "remat full (preset: selective), rollout of 256 (preset: 64) slots"}
-    many = [line("7b:v6e-256:grpo:full", report("grpo update", 1.0)), line("7b:v6e-256:rollout:64", *ROLLOUT)]
-    assert not list(costs.costs(many, ASSUMED))  # 64 hosts have not 16 prompts to share
+def test_larger_slices_play_as_the_smaller_ones_of_their_kind():
+    """v6e-64 has eight times the devices of the line, v6e-32 no preset."""
+    update = report("grpo update", 1.0)
+    names = ("7b:v6e-64:grpo:full", "7b:v6e-32:grpo:full")
+    lines = [line("7b:v6e-8:rollout:64", *ROLLOUT), *(line(name, update) for name in names)]
+    (found,) = costs.costs(lines, ASSUMED)
+    step = 1 + 0.25 / 0.5 + costs.rollout_seconds(line("", *ROLLOUT), 64 / 8, ASSUMED)
+    assert (found.slice, found.unit_seconds) == ("v6e-64", pytest.approx(step))
+    assert found.programs == "remat full, rollout of 128 slots"
 
 
 def test_what_does_not_fit_or_has_rows_of_another_length_is_left_out():

@@ -14,7 +14,7 @@ from flax import nnx
 
 from rsagent_jax.aot import stages
 from rsagent_jax.aot.flops import model_flops
-from rsagent_jax.aot.topology import TABLE, devices, parse_topology
+from rsagent_jax.aot.topology import devices, parse_topology
 from rsagent_jax.config import slices
 from rsagent_jax.config.import_path import load_file
 from rsagent_jax.config.schema import (
@@ -43,19 +43,24 @@ OPEN = TrainConfig(
 )
 
 
-@pytest.mark.parametrize("size", ["3b", "7b"])
-@pytest.mark.parametrize("name", TABLE)
-def test_every_preset_of_the_table_gives_a_mesh_that_splits_the_policy(size, name):
-    """Every large parameter divides over the mesh, and the tensor axis divides the heads."""
-    policy, topology = size_config(size), parse_topology(name)
+@pytest.mark.parametrize(("size", "name"), [(size, name) for size in slices.PRESETS for name in slices.PRESETS[size]])
+def test_every_preset_gives_a_mesh_that_splits_the_policy(size, name):
+    """Every large parameter divides over the mesh, the tensor axes divide the heads, and a host has room for an engine
+    or says that it has none."""
+    policy, topology, preset = size_config(size), parse_topology(name), slices.PRESETS[size][name]
     grpo = dataclasses.replace(OPEN.grpo, sampling=SamplingConfig(tensor=0, slots=0))
     open_ = dataclasses.replace(OPEN, grpo=grpo)
     if topology.hosts > 16:
         says = f"grpo.prompts = 16 must be a multiple of the {topology.hosts} processes"
         refused(says, stages.fill_topology_defaults, open_, topology, policy)
         open_ = dataclasses.replace(OPEN, grpo=dataclasses.replace(grpo, prompts=topology.hosts))
+    if not preset.slots:
+        says = f"'{name}' has a preset of {size} for SFT alone"
+        refused(says, stages.fill_topology_defaults, open_, topology, policy)
+        open_ = dataclasses.replace(open_, stages=("sft",))
     config = stages.fill_topology_defaults(open_, topology, policy)
-    assert config.mesh.tensor >= 1 and config.policy.remat and config.sft.batch.rows == config.grpo.batch.rows > 0
+    assert config.mesh.tensor >= 1 and config.policy.remat
+    assert config.sft.batch.rows == config.grpo.batch.rows == topology.devices // preset.tensor
     fake = np.array([None] * topology.devices, object)
     sizes = (config.mesh.data, topology.devices // config.mesh.tensor, config.mesh.tensor)
     mesh = type("Mesh", (), {"shape": dict(zip(sharding.AXES, sizes, strict=True)), "devices": fake})
@@ -64,18 +69,30 @@ def test_every_preset_of_the_table_gives_a_mesh_that_splits_the_policy(size, nam
         spec = sharding.spec_of(shape, names, mesh)
         ruled = [sharding.RULES[n] for n in names]
         assert tuple(spec) == tuple(ruled) or np.prod(shape) < sharding.LARGE, path
-    assert policy.text.num_key_value_heads % config.mesh.tensor == 0
-    assert policy.text.num_key_value_heads % config.grpo.sampling.tensor == 0
-    assert policy.vision.num_heads % config.mesh.tensor == 0
+    for tensor in (preset.tensor, preset.rollout_tensor):
+        assert policy.text.num_key_value_heads % tensor == policy.vision.num_heads % tensor == 0
+    assert topology.host.devices % preset.rollout_tensor == 0
+
+
+def test_all_slices_are_those_with_a_preset_for_the_stages():
+    def all_of(config):
+        return [topology.name for topology in stages.topologies("all", config)]
+
+    sft, large = dataclasses.replace(OPEN, stages=("sft",)), PolicyConfig(weights="72b")
+    assert all_of(sft) == all_of(OPEN) == list(slices.PRESETS["7b"])
+    assert all_of(dataclasses.replace(sft, policy=large)) == list(slices.PRESETS["72b"])
+    assert "v6e-128" not in all_of(dataclasses.replace(OPEN, policy=large))
+    tiny = dataclasses.replace(OPEN, policy=PolicyConfig(weights=str(ROOT / "assets/tiny-base")))
+    refused("no slice has a preset for .*tiny-base'; name one", all_of, tiny)
 
 
 def test_what_the_config_says_goes_before_the_preset():
-    topology, policy = parse_topology("v5e-256"), size_config("7b")
+    topology, policy = parse_topology("v5e-16"), size_config("7b")
     open_ = dataclasses.replace(OPEN, stages=("sft",))
     assert stages.fill_topology_defaults(open_, topology, policy).mesh.tensor == 2
     said = dataclasses.replace(open_, mesh=MeshConfig(tensor=4), policy=PolicyConfig(weights="7b", remat="dots"))
     said = stages.fill_topology_defaults(said, topology, policy)
-    assert (said.mesh.tensor, said.policy.remat, said.sft.batch.rows) == (4, "dots", 64)
+    assert (said.mesh.tensor, said.policy.remat, said.sft.batch.rows) == (4, "dots", 4)
 
 
 @pytest.mark.parametrize(
@@ -263,19 +280,3 @@ def test_an_engine_that_wants_more_devices_than_a_host_has_is_one_error():
         8192,
         found,
     )
-
-
-@pytest.mark.parametrize(("size", "name"), [(s, n) for s in ("32b", "72b") for n in slices.PRESETS[s]])
-def test_presets_of_the_large_sizes_split_the_policy_and_their_hosts(size, name):
-    policy, topology = size_config(size), parse_topology(name)
-    preset = slices.PRESETS[size][name]
-    for tensor in (preset.tensor, preset.rollout_tensor):
-        assert policy.text.num_key_value_heads % tensor == policy.vision.num_heads % tensor == 0
-    assert topology.devices % preset.tensor == topology.host.devices % preset.rollout_tensor == 0
-    config = dataclasses.replace(OPEN, grpo=dataclasses.replace(OPEN.grpo, sampling=SamplingConfig(tensor=0, slots=0)))
-    fill = functools.partial(stages.fill_topology_defaults, topology=topology, policy=policy)
-    if not preset.slots:
-        grpo = dataclasses.replace(config.grpo, prompts=topology.hosts)
-        config = dataclasses.replace(config, grpo=grpo, stages=("grpo",))
-        refused(f"'{name}' has a preset of {size} for SFT alone", fill, config)
-    assert fill(dataclasses.replace(config, stages=("sft",))).sft.batch.rows * preset.tensor == topology.devices
