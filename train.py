@@ -275,11 +275,13 @@ def run_stage(
         if batches:
             zeros = processes.put_rows(np.zeros(batches[0].tokens.shape, np.float32), mesh)
             batches = [programs.embed(base, processes.put_rows(batch, mesh)) for batch in batches]
+            jax.block_until_ready(batches)  # a frozen tower's pass is no part of the update
+            clock.lap("images")
             refs = [programs.logprobs(reference, base, batch) if stage.kl > 0 else zeros for batch in batches]
             if stage.tis_clip > 0:
                 batches, corrected = programs.correct_for_engine(state.params, base, batches)
                 metrics |= jax.device_get(corrected)
-            jax.block_until_ready((batches, refs))  # a frozen tower's pass is no part of the update
+            jax.block_until_ready((batches, refs))
             clock.lap("logprobs")
             said = []
             for part in stage.minibatch_slices(len(batches)):
