@@ -32,7 +32,8 @@ from rsagent_jax.data.trajectories import check_collected
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
 from rsagent_jax.rollout.driver import Driver, pixel_limits
-from rsagent_jax.rollout.open import open_engine
+from rsagent_jax.rollout.mock import MockEngine
+from rsagent_jax.rollout.open import engine_layout, open_engine
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.runtime.loggers import open_loggers
 from rsagent_jax.runtime.train_log import MetricsLog
@@ -168,12 +169,16 @@ def open_player(config: TrainConfig, policy: Policy, stack: contextlib.ExitStack
     """Plays through an engine on this process's devices, without weights until it is given some. `stack` closes it."""
     c, dtype, processor = config.grpo, config.policy.dtype, policy.processor
     segmenter = stack.enter_context(open_segmenter(config.segmenter))
+    how = dict(workers=config.segmenter.workers)
+    if c.mock.trajectories:
+        mocked = MockEngine(c.mock, engine_layout(c.sampling, processor.config)[0], processor)
+        return Driver(mocked, segmenter, processor, config.agent, **how)
     model = nnx.merge(policy.graphdef, processes.local_copy(policy.params, policy.mesh, dtype))
     engine = open_engine(model, processor, c.sampling, config.agent, dtype, stage_key(config, "grpo"))
     del model  # with several processes a copy of the parameters
     engine.warm_up()
     engine.release_memory()  # the state is made beside nothing of the engine's
-    return Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
+    return Driver(engine, segmenter, processor, config.agent, **how)
 
 
 def open_validator(

@@ -438,7 +438,10 @@ def fill_sampling_defaults(
     window = policy.vision.window_patches
     lanes = sampling.lanes or max(rows, sampling.slots // 4 if sampling.slots % 4 == 0 else 1)
     for ok, message in (
-        (sampling.patches % window == 0, f"patches must be a multiple of the vision tower's window of {window} patches"),
+        (
+            sampling.patches % window == 0,
+            f"patches must be a multiple of the vision tower's window of {window} patches",
+        ),
         (sampling.slots % lanes == 0, f"lanes = {lanes} must divide slots"),
         (lanes % rows == 0, f"the {rows} rows of the rollout mesh must share the {lanes} lanes evenly"),
     ):

@@ -58,6 +58,9 @@ def check_train(config: TrainConfig, workdir: pathlib.Path, *, replay: bool = Fa
     if "grpo" in config.stages and not replay:
         for note in open_samples(config.grpo.data).notes:  # what was left out, and why
             print(note)
+        if mocked := config.grpo.mock.trajectories:
+            open_records(mocked)
+            print(f"grpo: its turns are those stored in {mocked}: what is learned means nothing")
     if _plays(config) and not replay:
         batch = config.grpo.batch if "grpo" in config.stages else None
         print(check_rollout(config.agent, config.grpo.sampling, shape, processor, "grpo", batch))
