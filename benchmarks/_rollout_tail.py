@@ -134,7 +134,7 @@ def turns_of(uid: int, most: int) -> int:
 
 
 def compare(
-    policy, make_driver: Callable, sample: Callable, clock: Clock, *, prompts: int, group: int, steps: int
+    policy, make_driver: Callable, sample: Callable, clock: Clock, *, prompts: int, group: int, steps: int, surplus: int
 ) -> dict:
     """Rows by way of filling a step. The first of `steps` + 1 is not counted: there, more begins than ends."""
     from rsagent_jax.rollout.policy import Task
@@ -162,7 +162,7 @@ def compare(
     def carry_over(driver) -> Iterator[list[int]]:
         flight, first = InFlight(driver, group, max_staleness=2), 0
         for _ in range(steps + 1):
-            count = 2 * prompts - len(flight.groups)
+            count = prompts + surplus - len(flight.groups)
             taken = flight.play([(g, sample(g)) for g in range(first, first + count)], prompts)
             first += count
             yield [int(t.loss_mask.sum()) for g in taken for t, _ in g.outcomes.values()]
