@@ -25,7 +25,7 @@ from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, VisionConfig
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import Grid, fill_patch_buffer, padded_patches
-from rsagent_jax.rollout.policy import Request, Task
+from rsagent_jax.rollout.policy import Request, Task, join_texts
 from rsagent_jax.rollout.programs import LAYERS, Images, Piece, RolloutPrograms, Turns, Weights, weight_shardings
 from rsagent_jax.runtime import sharding
 from rsagent_jax.types import Completion, DataError, Prompt
@@ -172,6 +172,7 @@ class Engine:
             )
         if request.begun is not None:
             prompts.append(self._text(request.begun.tokens, request.position))
+        prompts = join_texts(prompts, self.config.image_token_id)
         x.request, x.rest, x.budget = request, prompts, budget
         self.used[request.slot] = x
         self._read_next(request.slot)

@@ -12,9 +12,10 @@ from agent_fakes import DiscSegmenter
 
 from rsagent_jax.data.packing import pack
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.rollout.policy import TextPolicy, join_texts
 from rsagent_jax.train.carry_over import InFlight
 from rsagent_jax.train.step import batch_logprobs
+from rsagent_jax.types import Prompt
 from tests.rollout import small
 
 SCRIPTS = {
@@ -159,3 +160,19 @@ def test_a_tool_call_that_was_running_is_not_made_again():
     go_on.set()
     found = [t for _, t, _ in d.play([], d.broken_off)]
     assert len(found) == 4 and len(segmenter.requests) == sum(len(t.masks) for t in found)
+
+
+def test_a_context_is_read_in_few_prompts():
+    """An opening; a turn and the observation after it; one with the image token (9), which is text there alone."""
+
+    def prompt(*tokens, grids=()):
+        patches = np.zeros((16 * len(grids), 4), np.float32)
+        ids = np.array(tokens, np.int32)
+        return Prompt(ids, np.broadcast_to(ids, (3, len(ids))), patches, grids)
+
+    overlay = ((1, 4, 4),)
+    context = [prompt(1, 9, grids=overlay), prompt(2, 3), prompt(4, 9, grids=overlay), prompt(5, 9, 5)]
+    got = join_texts([*context, prompt(6), prompt(7)], 9)
+    assert [p.tokens.tolist() for p in got] == [[1, 9], [2, 3, 4, 9], [5, 9, 5], [6, 7]]
+    assert [p.positions[2].tolist() for p in got] == [p.tokens.tolist() for p in got]
+    assert [p.grids for p in got] == [overlay, overlay, (), ()] and len(got[1].patches) == 16
