@@ -18,9 +18,9 @@ latency  a tool that takes 0.5 s; 32 trajectories, throughput against the engine
 tail     steps of 4 prompts x 4 trajectories of 2 to 8 turns, lognormal turns (30 tokens on average, at most 102) and
          lognormal tools (median 0.5 s): trajectories a second that reach a step, and the slots that were busy.
          Driver, engine, environment and InFlight are the real ones, but nothing is computed: a clock goes on by what
-         ahead-of-time compilation projects for the 7B on a host of v5e-16 with 32 slots (docs/scaling.jsonl), a token
-         here being five there. `sigma`: of the logarithm of a trajectory's pace, beside 0.5 of each turn's
-         `longest`: trajectory in medians, by sampled tokens
+         ahead-of-time compilation projects for the 7B on a host of v5e-16, which plays 16 of a step's 64 trajectories,
+         with 32 slots (the preset) and with 16; a token here is five there. `sigma`: of the logarithm of a
+         trajectory's pace, beside 0.5 of each turn's; `longest`: trajectory in medians, by sampled tokens
   wait for all  a step plays its own and waits for the last
   refill        a quarter of the groups teaches nothing, and is replaced in rounds (grpo.refill)
   carry over    4 groups more are in flight, and what is not done goes on in the next step (grpo.surplus)
@@ -57,11 +57,12 @@ from benchmarks.train_step import GLIBC, QUICK, random_model, raw_config  # noqa
 
 PARTS = ("turns", "latency", "decode", "tail")
 SIDES = ("engine", "reprefill", "transformers")
-# Of the tail, from docs/scaling.jsonl (7b:v5e-16:rollout:32): what 8 decode steps, a piece of 64 tokens in each of 8
-# lanes, and the tower with 6,144 patches a lane are projected to take; here by a fifth of the tokens.
-DECODE_S, TOWER_S = 5 * 0.0585 / 8, 0.248
-PIECE_S = {13: 0.0400, 51: 0.0904}  # of 64 tokens, and of 256 (compiled for this table)
-TAILS = [(32, 0.0, 13), (32, 0.5, 13), (32, 1.0, 13), (32, 0.5, 51), (16, 0.5, 13), (16, 1.0, 51)]
+# Of the tail: what ahead-of-time compilation (train.py --aot=v5e-16 --aot_quick, configs/grpo_tpu.py, remat=full and
+# sampling.prefill=256) projects for the 7B on a host, by its slots: 8 decode steps, a piece of 256 tokens in each lane,
+# the tower with 6,144 patches in each lane.
+PROJECTED_S = {32: (0.0585, 0.0904, 0.248), 16: (0.0585, 0.0904, 0.248)}
+SCALE = 5  # tokens there for a token here
+TAILS = [(32, 0.0), (32, 0.5), (32, 1.0), (16, 0.5), (16, 1.0)]  # slots, sigma
 AGREE = 0.9
 
 
@@ -280,17 +281,19 @@ def tail(directory: pathlib.Path, processor, work: Work, toy: bool) -> dict:
         return Scripted(policy, _rollout_tail.Tools(work.tool_s, clock), processor, agent, workers=policy.slots)
 
     agent = AgentConfig(prompt="brief", history_size=work.overlay, max_turns=work.turns, announce_last=False)
-    sizes, rows = dict(prompts=work.prompts, group=work.group, steps=work.steps), {}
-    for slots, sigma, prefill in [(work.slots, 0.5, 13)] if toy else TAILS:
-        clock = _rollout_tail.Clock()
-        own = engine(directory, processor, work, warm=False, slots=slots, prefill=prefill, chunk=2)
-        seconds = dict(decode_s=DECODE_S, piece_s=PIECE_S[prefill], tower_s=TOWER_S)
-        own.programs = _rollout_tail.Programs(own.programs, clock, work.patches, 2, **seconds)
+    sizes = dict(prompts=work.prompts, group=work.group, steps=work.steps, surplus=work.prompts)
+    rows = {}
+    for slots, sigma in [(work.slots, 0.5)] if toy else TAILS:
+        clock, chunk = _rollout_tail.Clock(), 2
+        own = engine(directory, processor, work, warm=False, slots=slots, prefill=256 // SCALE, chunk=chunk)
+        decode_s, piece_s, tower_s = PROJECTED_S.get(slots, PROJECTED_S[16])
+        seconds = dict(decode_s=SCALE * decode_s / 8, piece_s=piece_s, tower_s=tower_s)
+        own.programs = _rollout_tail.Programs(own.programs, clock, work.patches, chunk, **seconds)
         policy = _rollout_tail.Unequal(own, work.mean_turn, sigma)
         jobs = functools.partial(_rollout_tail.Jobs, clock)
         with mock.patch.multiple(driver_module, time=clock, Jobs=lambda *_, jobs=jobs: jobs()):
             found = _rollout_tail.compare(own, driver, sample, clock, **sizes)
-        rows[f"{slots} slots, sigma {sigma:g}, pieces of {5 * prefill}"] = found
+        rows[f"{slots} slots, sigma {sigma:g}"] = found
     rates = {name: {way: row["trajectories_per_s"] for way, row in found.items()} for name, found in rows.items()}
     return {"tail": rows, "carry_over_vs_wait": {n: r["carry over"] / r["wait for all"] for n, r in rates.items()}}
 

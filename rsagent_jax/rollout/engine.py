@@ -172,8 +172,7 @@ class Engine:
             )
         if request.begun is not None:
             prompts.append(self._text(request.begun.tokens, request.position))
-        prompts = join_texts(prompts, self.config.image_token_id)
-        x.request, x.rest, x.budget = request, prompts, budget
+        x.request, x.rest, x.budget = request, join_texts(prompts, self.config.image_token_id), budget
         self.used[request.slot] = x
         self._read_next(request.slot)
 
