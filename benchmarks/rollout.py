@@ -60,7 +60,7 @@ SIDES = ("engine", "reprefill", "transformers")
 # Of the tail: what ahead-of-time compilation (train.py --aot=v5e-16 --aot_quick, configs/grpo_tpu.py, remat=full and
 # sampling.prefill=256) projects for the 7B on a host, by its slots: 8 decode steps, a piece of 256 tokens in each lane,
 # the tower with 6,144 patches in each lane.
-PROJECTED_S = {32: (0.0585, 0.0904, 0.248), 16: (0.0585, 0.0904, 0.248)}
+PROJECTED_S = {32: (0.0585, 0.0904, 0.248), 16: (0.0467, 0.0472, 0.124)}
 SCALE = 5  # tokens there for a token here
 TAILS = [(32, 0.0), (32, 0.5), (32, 1.0), (16, 0.5), (16, 1.0)]  # slots, sigma
 AGREE = 0.9
