@@ -32,7 +32,8 @@ from rsagent_jax.data.trajectories import check_collected
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
 from rsagent_jax.rollout.driver import Driver, pixel_limits
-from rsagent_jax.rollout.open import open_engine
+from rsagent_jax.rollout.mock import MockEngine
+from rsagent_jax.rollout.open import engine_layout, open_engine
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.runtime.loggers import open_loggers
 from rsagent_jax.runtime.train_log import MetricsLog
@@ -169,12 +170,16 @@ def open_player(config: TrainConfig, policy: Policy, stack: contextlib.ExitStack
     """Plays through an engine on this process's devices, without weights until it is given some. `stack` closes it."""
     c, dtype, processor = config.grpo, config.policy.dtype, policy.processor
     segmenter = stack.enter_context(open_segmenter(config.segmenter))
+    how = dict(workers=config.segmenter.workers)
+    if c.mock.trajectories:
+        mocked = MockEngine(c.mock, engine_layout(c.sampling, processor.config)[0], processor)
+        return Driver(mocked, segmenter, processor, config.agent, **how)
     model = nnx.merge(policy.graphdef, processes.local_copy(policy.params, policy.mesh, dtype))
     engine = open_engine(model, processor, c.sampling, config.agent, dtype, stage_key(config, "grpo"))
     del model  # with several processes a copy of the parameters
     engine.warm_up()
     engine.release_memory()  # the state is made beside nothing of the engine's
-    return Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
+    return Driver(engine, segmenter, processor, config.agent, **how)
 
 
 def open_validator(
@@ -269,11 +274,13 @@ def run_stage(
         if batches:
             zeros = processes.put_rows(np.zeros(batches[0].tokens.shape, np.float32), mesh)
             batches = [programs.embed(base, processes.put_rows(batch, mesh)) for batch in batches]
+            jax.block_until_ready(batches)  # a frozen tower's pass is no part of the update
+            clock.lap("images")
             refs = [programs.logprobs(reference, base, batch) if stage.kl > 0 else zeros for batch in batches]
             if stage.tis_clip > 0:
                 batches, corrected = programs.correct_for_engine(state.params, base, batches)
                 metrics |= jax.device_get(corrected)
-            jax.block_until_ready((batches, refs))  # a frozen tower's pass is no part of the update
+            jax.block_until_ready((batches, refs))
             clock.lap("logprobs")
             said = []
             for part in stage.minibatch_slices(len(batches)):

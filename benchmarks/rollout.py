@@ -15,9 +15,12 @@ turns    16 trajectories of 8 turns, 16 at a time; each side in a process of its
 latency  a tool that takes 0.5 s; 32 trajectories, throughput against the engine without latency and half the slots
   hidden        twice as many slots
   synchronous   the same slots, but a step waits until every live trajectory has its observation
-tail     steps of 4 prompts x 4 in 16 slots, of 2 to 8 turns of lognormal length (median 20 tokens, sigma 1, at most 96)
-         and lognormal tools (median 0.5 s): trajectories a second that reach a step, and the slots that were busy;
-         views of 224 and overlays of 84, so that sampling takes the time, as on an accelerator, and not reading
+tail     steps of 4 prompts x 4 trajectories of 2 to 8 turns, lognormal turns (30 tokens on average, at most 102) and
+         lognormal tools (median 0.5 s): trajectories a second that reach a step, and the slots that were busy.
+         Driver, engine, environment and InFlight are the real ones, but nothing is computed: a clock goes on by what
+         ahead-of-time compilation projects for the 7B on a host of v5e-16, which plays 16 of a step's 64 trajectories,
+         with 32 slots (the preset) and with 16; a token here is five there. `sigma`: of the logarithm of a
+         trajectory's pace, beside 0.5 of each turn's; `longest`: trajectory in medians, by sampled tokens
   wait for all  a step plays its own and waits for the last
   refill        a quarter of the groups teaches nothing, and is replaced in rounds (grpo.refill)
   carry over    4 groups more are in flight, and what is not done goes on in the next step (grpo.surplus)
@@ -31,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -39,6 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -52,6 +57,12 @@ from benchmarks.train_step import GLIBC, QUICK, random_model, raw_config  # noqa
 
 PARTS = ("turns", "latency", "decode", "tail")
 SIDES = ("engine", "reprefill", "transformers")
+# Of the tail: what ahead-of-time compilation (train.py --aot=v5e-16 --aot_quick, configs/grpo_tpu.py, remat=full and
+# sampling.prefill=256) projects for the 7B on a host, by its slots: 8 decode steps, a piece of 256 tokens in each lane,
+# the tower with 6,144 patches in each lane.
+PROJECTED_S = {32: (0.0585, 0.0904, 0.248), 16: (0.0467, 0.0472, 0.124)}
+SCALE = 5  # tokens there for a token here
+TAILS = [(32, 0.0), (32, 0.5), (32, 1.0), (16, 0.5), (16, 1.0)]  # slots, sigma
 AGREE = 0.9
 
 
@@ -68,9 +79,10 @@ class Work:
     view: int = 448  # pixels
     overlay: int = 168
     tool_s: float = 0.5
-    median_turn: int = 20  # tokens, in the tail
-    steps: int = 4  # of the tail
+    steps: int = 10  # of the tail
     prompts: int = 4  # of a step there
+    group: int = 4
+    mean_turn: float = 30.0  # tokens
 
     @property
     def patches(self) -> int:
@@ -100,6 +112,8 @@ class Work:
                 tool_s=0.02,
                 steps=2,
                 prompts=1,
+                group=3,
+                mean_turn=3.0,
             )
             if options.toy
             else cls()
@@ -190,7 +204,7 @@ def play(policy, processor, work: Work, delay_s: float = 0.0, tasks: int = 0) ->
 ############################## The sides ##############################
 
 
-def engine(directory: pathlib.Path, processor, work: Work, **changes):
+def engine(directory: pathlib.Path, processor, work: Work, *, warm: bool = True, **changes):
     import jax
 
     from rsagent_jax.config.schema import SamplingConfig
@@ -203,7 +217,8 @@ def engine(directory: pathlib.Path, processor, work: Work, **changes):
     # No terminator: every turn takes all its tokens, on all sides.
     overlay = processor.square(work.overlay)
     out = Engine(model, SamplingConfig(**settings), 1 << 30, "float32", jax.random.key(0), overlay=overlay)
-    out.warm_up()
+    if warm:
+        out.warm_up()
     return out
 
 
@@ -243,6 +258,7 @@ def latency(directory: pathlib.Path, processor, work: Work) -> dict:
 def tail(directory: pathlib.Path, processor, work: Work, toy: bool) -> dict:
     from rsagent_jax.agent.tools import Finish, Segment, render_call
     from rsagent_jax.config.schema import AgentConfig
+    from rsagent_jax.rollout import driver as driver_module
     from rsagent_jax.rollout.driver import Driver
     from rsagent_jax.types import Sample
 
@@ -262,17 +278,24 @@ def tail(directory: pathlib.Path, processor, work: Work, toy: bool) -> dict:
         return Sample(f"s{i}", image, f"disc number {i}", np.zeros((work.view, work.view), bool))
 
     def driver() -> Driver:
-        return Scripted(policy, _rollout_tail.Tools(work.tool_s), processor, agent, workers=policy.slots)
+        return Scripted(policy, _rollout_tail.Tools(work.tool_s, clock), processor, agent, workers=policy.slots)
 
-    if not toy:
-        work = dataclasses.replace(work, view=224, overlay=84, new_tokens=96, prefill=48)
     agent = AgentConfig(prompt="brief", history_size=work.overlay, max_turns=work.turns, announce_last=False)
-    own = engine(directory, processor, work)
-    policy = _rollout_tail.Unequal(own, work.median_turn)
-    group = work.slots // work.prompts
-    rows = _rollout_tail.compare(own, driver, sample, prompts=work.prompts, group=group, steps=work.steps)
-    rates = {name: row["trajectories_per_s"] for name, row in rows.items()}
-    return {"tail": rows, "carry_over_vs_wait": rates["carry over"] / rates["wait for all"]}
+    sizes = dict(prompts=work.prompts, group=work.group, steps=work.steps, surplus=work.prompts)
+    rows = {}
+    for slots, sigma in [(work.slots, 0.5)] if toy else TAILS:
+        clock, chunk = _rollout_tail.Clock(), 2
+        own = engine(directory, processor, work, warm=False, slots=slots, prefill=256 // SCALE, chunk=chunk)
+        decode_s, piece_s, tower_s = PROJECTED_S.get(slots, PROJECTED_S[16])
+        seconds = dict(decode_s=SCALE * decode_s / 8, piece_s=piece_s, tower_s=tower_s)
+        own.programs = _rollout_tail.Programs(own.programs, clock, work.patches, chunk, **seconds)
+        policy = _rollout_tail.Unequal(own, work.mean_turn, sigma)
+        jobs = functools.partial(_rollout_tail.Jobs, clock)
+        with mock.patch.multiple(driver_module, time=clock, Jobs=lambda *_, jobs=jobs: jobs()):
+            found = _rollout_tail.compare(own, driver, sample, clock, **sizes)
+        rows[f"{slots} slots, sigma {sigma:g}"] = found
+    rates = {name: {way: row["trajectories_per_s"] for way, row in found.items()} for name, found in rows.items()}
+    return {"tail": rows, "carry_over_vs_wait": {n: r["carry over"] / r["wait for all"] for n, r in rates.items()}}
 
 
 def decode(directory: pathlib.Path, processor, work: Work, toy: bool) -> dict:
@@ -328,6 +351,7 @@ def one(options: argparse.Namespace) -> dict:
     if options.side == "latency":
         return latency(directory, processor, work)
     if options.side == "tail":
+        work = work if options.toy else dataclasses.replace(work, new_tokens=102, context=2048)
         return tail(directory, processor, work, options.toy)
     return decode(directory, processor, work, options.toy)
 
@@ -399,12 +423,14 @@ def main() -> None:
                 )
             summary |= found
         if "tail" in parts:
-            found = child("tail", directory, options)
-            print(f"{'':14}{'seconds':>9}{'trajectories/s':>16}{'occupancy':>11}{'tool wait':>11}")
-            for name, r in found["tail"].items():
-                print(
-                    f"{name:14}{r['seconds']:9.1f}{r['trajectories_per_s']:16.2f}{r['occupancy']:11.0%}{r['tool_wait']:11.0%}"
-                )
+            write(tiny := pathlib.Path(directory, "tiny"), Work.of(options), toy=True)
+            found = child("tail", str(tiny), options)
+            print(f"{'':14}{'seconds':>9}{'trajectories/s':>16}{'occupancy':>11}{'tool wait':>11}{'longest':>9}")
+            for setting, rows in found["tail"].items():
+                print(f"{setting}: carry over / wait for all {found['carry_over_vs_wait'][setting]:.2f}")
+                for name, r in rows.items():
+                    shares = f"{r['occupancy']:11.0%}{r['tool_wait']:11.0%}{r['longest_to_median']:9.1f}"
+                    print(f"{name:14}{r['seconds']:9.1f}{r['trajectories_per_s']:16.2f}{shares}")
             summary |= found
         if "decode" in parts:
             found = child("decode", directory, options)

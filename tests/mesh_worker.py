@@ -17,6 +17,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 import train
+from rsagent_jax.config.alarms import AlarmsConfig
 from rsagent_jax.config.schema import LoraConfig, MeshConfig, OptimConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.runtime import processes, sharding
@@ -94,6 +95,8 @@ def main(job: dict) -> None:
         index = jax.process_index()
         with_tools(job["delays"][index], workdir / f"played_{index}.json", small)
     log = MetricsLog(processes.own_directory(workdir))
+    grpo = dataclasses.replace(settings.grpo, **job["grpo"])
+    settings = dataclasses.replace(settings, grpo=grpo, alarms=AlarmsConfig(steps=1))
     out = run_stage(job["stage"], settings, workdir, log)
     log.close()
     whole = {

@@ -153,7 +153,7 @@ def test_a_variant_without_training_has_no_stage_of_it():
 
 
 SHIPPED = sorted((ROOT / "configs/ablations").glob("[!_]*.py"))
-VARIANTS = {"reward": 12, "turns": 5, "history": 3, "stages": 4, "group": 4, "objective": 7}
+VARIANTS = {"reward": 12, "turns": 5, "history": 3, "stages": 4, "group": 4, "objective": 7, "carry_over": 2}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

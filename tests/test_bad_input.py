@@ -247,6 +247,12 @@ def test_what_is_left_to_a_slice_that_is_not_named(run, tmp_path):
     said(left, "policy.remat, grpo.batch.rows: left to the slice's preset, and no slice is named")
 
 
+@pytest.mark.parametrize(("name", "patches"), [("batch", 800), ("sampling", 100)])
+def test_patches_that_are_no_whole_number_of_windows(run, dataset, tmp_path, name, patches):
+    done = run(*grpo(dataset, tmp_path / "w", f"--config.grpo.{name}.patches={patches}"))
+    said(done, f"grpo.{name}", "patches must be a multiple of the vision tower's window of 64 patches", patches)
+
+
 # ------------------------------------------------------------------------------------------ segment, interruption
 
 

@@ -74,7 +74,8 @@ def test_the_rollouts_sides_sample_the_same_tokens_and_every_way_of_filling_a_st
     assert {row["tokens"] for row in rows.values()} == {3 * 3 * 4}  # trajectories, turns, tokens a turn
     assert len({row["context"] for row in rows.values()}) == 1
     assert result["vs_reprefill"] > 0 and result["vs_generate"] > 0
-    rows = result["tail"]
+    (rows,), (ratio,) = result["tail"].values(), result["carry_over_vs_wait"].values()
+    assert ratio == rows["carry over"]["trajectories_per_s"] / rows["wait for all"]["trajectories_per_s"]
     # two steps of one prompt and three trajectories; a quarter of the groups is replaced
     assert rows["wait for all"]["trajectories"] == rows["carry over"]["trajectories"] == 6
     assert rows["refill"]["trajectories"] > 6 and rows["refill"]["trajectories"] % 3 == 0

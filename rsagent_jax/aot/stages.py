@@ -79,12 +79,13 @@ def _config_jobs(config: TrainConfig, topology: Topology, policy: Qwen25VLConfig
     mesh = sharding.make_mesh(config.mesh, found)
     for stage in config.stages:
         host = None
-        if stage == "grpo" and topology.host.devices % tensor == 0:
+        if (stage == "grpo" or config.validation.sets) and topology.host.devices % tensor == 0:  # SFT's validation
             alone = topology.host == topology  # then the policy lies on the same devices as the engine
             host = rollout.host_mesh(found if alone else devices(topology.host), tensor)
         micro_batch = workload(getattr(config, stage).batch, policy, vision_trained=True)
         for job in stage_jobs(config, stage, policy, mesh, host):
-            yield dataclasses.replace(job, work=job.work or micro_batch)
+            theirs = "validation " if stage == "sft" and job.program.startswith("rollout") else ""
+            yield dataclasses.replace(job, work=job.work or micro_batch, program=f"{theirs}{job.program}")
 
 
 def _report_jobs(jobs: Iterable[Job], topology: Topology, policy: Qwen25VLConfig, only: str) -> list[ProgramReport]:

@@ -105,6 +105,8 @@ def train_rules(c) -> Iterator[str]:
             yield f"{stage}.optim.warmup_steps must be at most the stage's {updates} updates, got {warmup}"
     if "grpo" in c.stages:
         yield from _grpo(c.grpo)
+    if c.grpo.mock.trajectories and c.validation.sets:
+        yield "grpo.mock.trajectories plays stored turns, which validation would measure; leave validation.sets empty"
 
 
 def _grpo(c) -> Iterator[str]:

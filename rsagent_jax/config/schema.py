@@ -165,6 +165,15 @@ class SftConfig:
     checkpoint_every: CountOrZero = 0  # steps; 0 = only at the end
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MockConfig:
+    """Stored turns in place of the engine's (rsagent_jax/rollout/mock.py): to watch a run without its rollouts."""
+
+    trajectories: str = ""  # a set that grpo.dump_every or rsagent_jax.collect wrote; "" = the engine plays
+    turn_s: NotNegative = 0.0  # median seconds of a turn; 0 = none
+    sigma: NotNegative = 0.5  # of the logarithm of a turn's seconds
+
+
 # What `grpo.advantage` may be, and its function in train/advantages.py.
 ADVANTAGES = {"zscore": "group_zscore", "mean": "mean_only", "loo": "leave_one_out"}
 
@@ -212,6 +221,7 @@ class GrpoConfig:
     batch: BatchConfig = BatchConfig(tokens=8192)  # a row holds at least a whole trajectory: sampling.context
     optim: OptimConfig = OptimConfig()
     sampling: SamplingConfig = SamplingConfig()
+    mock: MockConfig = MockConfig()  # for tests of everything but the engine; what is learned means nothing
     checkpoint_every: CountOrZero = 0  # steps; 0 = only at the end
     dump_every: CountOrZero = 0  # steps whose every trajectory is kept, for SFT, replay and --replay; 0 = none
 

@@ -112,8 +112,8 @@ class Driver:
 
         Closing the iterator breaks off what is under way: `broken_off` has it, for another `play` to go on with as
         `unfinished`, before the tasks; what was not taken of `tasks` is still the caller's. A turn goes on where it
-        was, its tokens and their log-probs as they were drawn; the policy reads the context anew; a tool call that was
-        running is made again.
+        was, its tokens and their log-probs as they were drawn; the policy reads the context anew; a tool call that is
+        running goes on meanwhile.
         """
         self.policy.begin()
         self.broken_off = []
@@ -178,12 +178,14 @@ class Driver:
                     free.add(slot)
                     yield run.task, self._finish(run), run.state
         except GeneratorExit:
+            for slot, run in runs.items():
+                run.acts = run.acts and (jobs.running(slot) or run.acts)
             begun = [self._break_off(run) for run in runs.values()]
             self.broken_off = [*begun, *([following] if following else ()), *unfinished]
             raise
         finally:
+            jobs.drop(*runs)
             for slot in runs:
-                jobs.drop(slot)
                 self.policy.release(slot)
             self.stats = dict(stats) | {"seconds": time.perf_counter() - start}
 

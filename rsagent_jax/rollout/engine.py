@@ -25,7 +25,7 @@ from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, VisionConfig
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import Grid, fill_patch_buffer, padded_patches
-from rsagent_jax.rollout.policy import Request, Task
+from rsagent_jax.rollout.policy import Request, Task, join_texts
 from rsagent_jax.rollout.programs import LAYERS, Images, Piece, RolloutPrograms, Turns, Weights, weight_shardings
 from rsagent_jax.runtime import sharding
 from rsagent_jax.types import Completion, DataError, Prompt
@@ -172,7 +172,7 @@ class Engine:
             )
         if request.begun is not None:
             prompts.append(self._text(request.begun.tokens, request.position))
-        x.request, x.rest, x.budget = request, prompts, budget
+        x.request, x.rest, x.budget = request, join_texts(prompts, self.config.image_token_id), budget
         self.used[request.slot] = x
         self._read_next(request.slot)
 
@@ -438,7 +438,10 @@ def fill_sampling_defaults(
     window = policy.vision.window_patches
     lanes = sampling.lanes or max(rows, sampling.slots // 4 if sampling.slots % 4 == 0 else 1)
     for ok, message in (
-        (sampling.patches >= window, f"patches must hold a window of {window}"),
+        (
+            sampling.patches % window == 0,
+            f"patches must be a multiple of the vision tower's window of {window} patches",
+        ),
         (sampling.slots % lanes == 0, f"lanes = {lanes} must divide slots"),
         (lanes % rows == 0, f"the {rows} rows of the rollout mesh must share the {lanes} lanes evenly"),
     ):

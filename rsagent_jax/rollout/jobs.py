@@ -39,9 +39,15 @@ class Jobs:
         self.jobs[slot] = _Job(work)
         self._start()
 
-    def drop(self, slot: int) -> None:
-        """Forgets the slot's job, if it has one; what it returns later is nobody's."""
-        self.jobs.pop(slot, None)
+    def running(self, slot: int) -> Callable[[], Any] | None:
+        """Work for another `submit`: to wait for what the slot's job gives. None if it has not started."""
+        job = self.jobs[slot]
+        return None if job.deadline is None else job.future.result
+
+    def drop(self, *slots: int) -> None:
+        """Forgets the slots' jobs, where they have one; what such a job returns later is nobody's."""
+        for slot in slots:
+            self.jobs.pop(slot, None)
         self._start()
 
     def take(self, *, wait: bool) -> list[tuple[int, Any]]:

@@ -43,6 +43,21 @@ class Request:
     begun: Completion | None = None
 
 
+def join_texts(prompts: Sequence[Prompt], image_id: int) -> list[Prompt]:
+    """Fewer prompts, where an engine reads each from a piece of its own: text goes together with what follows it. Not
+    the first, an opening that other slots may copy; nor a turn in which the image token was sampled, which is text
+    there alone."""
+    out = list(prompts[:2])
+    for prompt in prompts[2:]:
+        before = out[-1]
+        if before.grids or (before.tokens == image_id).any():
+            out.append(prompt)
+            continue
+        tokens, positions = np.append(before.tokens, prompt.tokens), np.append(before.positions, prompt.positions, -1)
+        out[-1] = dataclasses.replace(prompt, tokens=tokens, positions=positions)
+    return out
+
+
 class PolicyFailure(Exception):
     """A turn that could not be had, such as one of an endpoint that is away: nobody's answer, so nobody's fault.
 

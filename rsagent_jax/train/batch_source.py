@@ -168,7 +168,7 @@ class GrpoSource:
         }
         if c.refill:  # of all processes
             metrics |= {"rounds": float(len(played.figures)), "refilled": float(played.drawn - c.prompts)}
-        if c.surplus:  # of this process
+        if c.surplus:  # of this process, but staleness_max, which is of all
             metrics |= {"in_flight": float(len(self.in_flight.groups)), **played.staleness(self.driver.version)}
         if c.curriculum:
             metrics |= {"passed_over": float(self.prompts.passed_over)}  # samples, since the start of the stage

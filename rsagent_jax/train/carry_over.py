@@ -3,8 +3,9 @@
 A step has what it needs as soon as so many groups are done. The others are broken off where they are
 (rollout/driver.py) and finished under the next step's weights; each of their tokens keeps its log-prob and the version
 of the weights that drew it, so the ratio stays one of what was played, and `grpo.tis_clip` bounds it. No group is
-trained on that began more than `grpo.max_staleness` versions ago: one that would be is waited for. Nothing is thrown
-away, so short answers are not preferred; which groups a step gets depends on which were fast.
+trained on that began more than `grpo.max_staleness` versions ago: one that would be is waited for. It begins when the
+first of its trajectories gets a slot, not when its prompt is drawn. Nothing is thrown away, so short answers are not
+preferred; which groups a step gets depends on which were fast.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ class Group:
     number: int
     sample: Sample
     size: int
-    began: int  # version of the weights
+    began: int = 0  # version of the weights under which one of its trajectories first got a slot; 0: none has
     outcomes: dict[int, tuple[Trajectory, EnvState]] = dataclasses.field(default_factory=dict)  # by uid
 
     @property
@@ -49,11 +50,11 @@ class InFlight:
         """
         driver = self.driver
         driver.version += 1
-        started = [Group(number, sample, self.size, driver.version) for number, sample in new]
+        started = [Group(number, sample, self.size) for number, sample in new]
         self.groups |= {group.number: group for group in started}
         tasks = [Task(g.sample, g.number, g.number * self.size + k) for g in started for k in range(self.size)]
         self.waiting = iter([*self.waiting, *tasks])
-        playing = driver.play(self.waiting, driver.broken_off)
+        playing = driver.play(self._begin(self.waiting), driver.broken_off)
         try:
             for task, trajectory, state in playing:
                 self.groups[task.group_id].outcomes[task.uid] = trajectory, state
@@ -67,9 +68,15 @@ class InFlight:
             del self.groups[group.number]
         return taken
 
+    def _begin(self, tasks: Iterator[Task]) -> Iterator[Task]:
+        for task in tasks:
+            group = self.groups[task.group_id]
+            group.began = group.began or self.driver.version
+            yield task
+
     def _enough(self, count: int) -> bool:
         groups = self.groups.values()
         return sum(g.done for g in groups) >= count and all(g.done for g in groups if self._must(g))
 
     def _must(self, group: Group) -> bool:
-        return self.driver.version - group.began >= self.max_staleness
+        return 0 < group.began <= self.driver.version - self.max_staleness

@@ -158,11 +158,16 @@ def truncated_importance_weights(
     trainer's; with one update per batch that is stop_gradient(logprobs), with several what the trainer said before the
     first (decoupled PPO, arXiv 2110.00641: clipped against the proximal policy, corrected for the behaviour policy).
     Without this correction, pass the engine's as `old_logprobs`.
+
+    `mean_metrics` makes `ess` of the weights: the effective sample size as a share of the tokens, 1 where all weigh the
+    same (Kish: (sum of w)^2 / (n * sum of w^2)).
     """
     log_ratio = jax.lax.stop_gradient(_log_ratio(trainer_logprobs, engine_logprobs, loss_mask))
     ratio = jnp.exp(log_ratio)
+    weights = jnp.minimum(ratio, cap)
     metrics = _sums(loss_mask, tis_ratio=ratio, tis_truncated=ratio > cap, mismatch_kl=kl_estimate("k3", log_ratio))
-    return jnp.minimum(ratio, cap), metrics | {"mismatch_logprob_max": jnp.max(jnp.abs(log_ratio))}
+    metrics |= _sums(loss_mask, ess_weight=weights, ess_square=weights**2)
+    return weights, metrics | {"mismatch_logprob_max": jnp.max(jnp.abs(log_ratio))}
 
 
 # --- Metrics ---
@@ -181,9 +186,13 @@ def mean_over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float
 
 
 def mean_metrics(metrics: LossMetrics) -> LossMetrics:
-    """Sums -> means per trained token; maxima and `tokens` as they are."""
+    """Sums -> means per trained token; maxima and `tokens` as they are; `ess`, of no tokens 0."""
     tokens = jnp.maximum(metrics["tokens"], 1.0)
-    return {name: x if name == "tokens" or name.endswith("_max") else x / tokens for name, x in metrics.items()}
+    means = {name: x if name == "tokens" or name.endswith("_max") else x / tokens for name, x in metrics.items()}
+    if "ess_square" in means:
+        square = means.pop("ess_square")
+        means["ess"] = means.pop("ess_weight") ** 2 / jnp.where(square > 0, square, 1.0)
+    return means
 
 
 # --- Private ---

@@ -36,9 +36,14 @@ def check_train(config: TrainConfig, workdir: pathlib.Path, *, replay: bool = Fa
     config = slices.fill_slice_defaults(config, shape.text.hidden_size, len(jax.devices()))
     mesh, model = sharding.make_mesh(config.mesh), convert.abstract_model(shape)
     sharding.param_shardings(model, mesh)
-    share, needed = processes.row_share(mesh), 0
+    share, needed, window = processes.row_share(mesh), 0, shape.vision.window_patches
     for stage in config.stages:
         settings = getattr(config, stage)
+        if odd := settings.batch.patches % window:
+            raise DataError(
+                f"{stage}.batch.patches must be a multiple of the vision tower's window of {window} patches, got"
+                f" {settings.batch.patches}; the next is {settings.batch.patches - odd + window}"
+            )
         share.of(settings.batch.rows, f"{stage}.batch.rows")
         if ocp.utils.checkpoint_steps(workdir / "checkpoints" / stage):
             continue  # its room is taken already
@@ -53,6 +58,9 @@ def check_train(config: TrainConfig, workdir: pathlib.Path, *, replay: bool = Fa
     if "grpo" in config.stages and not replay:
         for note in open_samples(config.grpo.data).notes:  # what was left out, and why
             print(note)
+        if mocked := config.grpo.mock.trajectories:
+            open_records(mocked)
+            print(f"grpo: its turns are those stored in {mocked}: what is learned means nothing")
     if _plays(config) and not replay:
         batch = config.grpo.batch if "grpo" in config.stages else None
         print(check_rollout(config.agent, config.grpo.sampling, shape, processor, "grpo", batch))

@@ -28,6 +28,7 @@ from rsagent_jax.config.schema import (
     SftConfig,
     TrainConfig,
 )
+from rsagent_jax.config.validation import ValidationConfig, ValidationSet
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import size_config
 from rsagent_jax.runtime import command, sharding
@@ -210,6 +211,24 @@ def test_with_adapters_the_base_is_an_argument_and_its_tower_a_program():
     assert grpo[2].resident_bytes == pytest.approx(3 * adapters + tower, abs=counts)
     (read, *_), _ = grpo[1].trace().lower().args_info
     assert sum(np.prod(x.shape) for x in jax.tree.leaves(read)) == 8 * text.num_hidden_layers * (7 * d + whole)
+
+
+def test_sft_with_a_validation_has_its_engine_beside_it():
+    """Resident beside the engine's encode program: SFT's parameters and moments, a sixteenth of each on a device."""
+    sampling = SamplingConfig(tensor=2, slots=8)
+    config = dataclasses.replace(OPEN, stages=("sft",), grpo=dataclasses.replace(OPEN.grpo, sampling=sampling))
+    topology, policy = parse_topology("v5e-16"), size_config("3b")
+
+    def jobs(config):
+        filled = stages.fill_topology_defaults(config, topology, policy)
+        return {job.program: job for job in stages._config_jobs(filled, topology, policy)}
+
+    alone = jobs(config)
+    beside = jobs(dataclasses.replace(config, validation=ValidationConfig(sets=(ValidationSet(name="val"),))))
+    added = [f"validation rollout {name}" for name in ("weights", "encode", "append", "decode")]
+    assert list(beside) == [*alone, *added] and all(name.startswith("sft ") for name in alone)
+    state = 12 * sum(x.size for x in jax.tree.leaves(nnx.state(convert.abstract_model(policy), nnx.Param))) / 16
+    assert beside[added[0]].resident_bytes == pytest.approx(state, rel=0.01)
 
 
 @pytest.mark.slow

@@ -172,6 +172,7 @@ BAD = [
     ("grpo.group=1", "grpo.group must be at least 2, got 1"),
     ("grpo.surplus=4", "grpo.surplus and grpo.max_staleness go together, got 4 and 0"),
     ("grpo.surplus=4 grpo.max_staleness=1 grpo.refill=2", "grpo.refill needs surplus = 0"),
+    ("grpo.mock.trajectories=d validation.sets.v.data.split=val", "grpo.mock.trajectories plays stored turns"),
     ("grpo.minibatches=65", "grpo.minibatches must be at most the 64 trajectories of a step, got 65"),
     (
         "grpo.turn_credit=('proces',)",

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import threading
 
 import jax
 import numpy as np
@@ -11,9 +12,10 @@ from agent_fakes import DiscSegmenter
 
 from rsagent_jax.data.packing import pack
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.rollout.policy import TextPolicy, join_texts
 from rsagent_jax.train.carry_over import InFlight
 from rsagent_jax.train.step import batch_logprobs
+from rsagent_jax.types import Prompt
 from tests.rollout import small
 
 SCRIPTS = {
@@ -123,11 +125,54 @@ def test_a_policy_without_tokens_begins_its_turn_anew():
         np.testing.assert_array_equal(t.tokens, want[uid].tokens)
 
 
-def test_what_had_no_slot_when_a_step_was_done_gets_one_in_the_next():
-    """Two slots and groups of two: of four that are begun one is done in the first step, and all are in the third."""
+def test_what_had_no_slot_when_a_step_was_done_gets_one_in_the_next_and_is_not_stale_for_that():
+    """Two slots and groups of two: one that only waited does not count as begun, so no step has to wait for it."""
     policy = TextPolicy(small.scripted(SCRIPTS), small.processor(), slots=2)
     agent = dataclasses.replace(small.AGENT, announce_last=False)
-    flight = InFlight(Driver(policy, DiscSegmenter(), small.processor(), agent), 2, max_staleness=2)
+    flight = InFlight(Driver(policy, DiscSegmenter(), small.processor(), agent), 2, max_staleness=1)
     new = [(number, small.task(number, uid=0).sample) for number in range(5)]
-    taken = [[g.number for g in flight.play(begun, 1)] for begun in (new[:4], new[4:], [], [])]
+    taken = []
+    for version, begun in enumerate((new[:4], new[4:], [], [], []), 1):
+        groups = flight.play(begun, 1)
+        assert all(version - 1 <= g.began <= version for g in groups)
+        taken.append([g.number for g in groups])
     assert sorted(itertools.chain(*taken)) == [0, 1, 2, 3, 4] and not flight.groups
+    assert len(taken[0]) == 1 and max(map(len, taken)) <= 2  # counted from the draw, three had to be in the second
+
+
+def test_a_tool_call_that_was_running_is_not_made_again():
+    """Broken off while one call runs and others wait for a thread: each is made once."""
+    running, go_on = threading.Event(), threading.Event()
+
+    class Slow(DiscSegmenter):
+        def segment(self, image, request):
+            running.set()
+            assert go_on.wait(60)
+            return super().segment(image, request)
+
+    agent = dataclasses.replace(small.AGENT, announce_last=False)
+    policy, segmenter = TextPolicy(small.scripted(SCRIPTS), small.processor(), slots=5), Slow()
+    d = Driver(policy, segmenter, small.processor(), agent, workers=2)
+    play = d.play(TASKS[::-1])
+    assert next(play)[0].uid == 14  # it finishes at once
+    assert running.wait(60)
+    play.close()
+    go_on.set()
+    found = [t for _, t, _ in d.play([], d.broken_off)]
+    assert len(found) == 4 and len(segmenter.requests) == sum(len(t.masks) for t in found)
+
+
+def test_a_context_is_read_in_few_prompts():
+    """An opening; a turn and the observation after it; one with the image token (9), which is text there alone."""
+
+    def prompt(*tokens, grids=()):
+        patches = np.zeros((16 * len(grids), 4), np.float32)
+        ids = np.array(tokens, np.int32)
+        return Prompt(ids, np.broadcast_to(ids, (3, len(ids))), patches, grids)
+
+    overlay = ((1, 4, 4),)
+    context = [prompt(1, 9, grids=overlay), prompt(2, 3), prompt(4, 9, grids=overlay), prompt(5, 9, 5)]
+    got = join_texts([*context, prompt(6), prompt(7)], 9)
+    assert [p.tokens.tolist() for p in got] == [[1, 9], [2, 3, 4, 9], [5, 9, 5], [6, 7]]
+    assert [p.positions[2].tolist() for p in got] == [p.tokens.tolist() for p in got]
+    assert [p.grids for p in got] == [overlay, overlay, (), ()] and len(got[1].patches) == 16

@@ -271,7 +271,7 @@ def test_bad_input_is_an_ending_of_its_own_trajectory_and_no_other_changes_a_bit
         assert_same(b, c)
 
 
-@pytest.mark.parametrize("wrong", [{"patches": 15}, {"lanes": 2}])
+@pytest.mark.parametrize("wrong", [{"patches": 15}, {"patches": 40}, {"lanes": 2}])
 def test_settings_that_cannot_work_are_one_data_error(wrong):
     settings = SamplingConfig(**{"max_new_tokens": 4, "context": 64, "slots": 1, "patches": 16} | wrong)
     refused(r"^sampling: ", Engine, small.model(), settings, 2, "float32", jax.random.key(0))

@@ -56,15 +56,15 @@ def train_on(stored, tmp_path_factory):
     """train_on(stage, mesh, n processes, devices of each, steps, from_run, …) -> Run; each is done once."""
     done, compiled = {}, tmp_path_factory.mktemp("compiled")
 
-    def go(stage, mesh, n=1, devices=8, steps=2, start=None, name=None, rank=0, freeze=(), delays=()):
-        key = (stage, json.dumps(mesh), n, devices, steps, start, rank, freeze, delays)
+    def go(stage, mesh, n=1, devices=8, steps=2, start=None, name=None, rank=0, freeze=(), delays=(), grpo=None):
+        key = (stage, json.dumps(mesh), n, devices, steps, start, rank, freeze, delays, json.dumps(grpo))
         if key not in done:
             workdir = tmp_path_factory.mktemp(name or "run")
             if start:
                 shutil.copytree(start / "checkpoints", workdir / "checkpoints")
                 shutil.copy(start / "metrics.jsonl", workdir)
             job = dict(stage=stage, mesh=mesh, devices=n * devices, steps=steps, workdir=str(workdir))
-            job |= dict(rank=rank, freeze=freeze, delays=delays)
+            job |= dict(rank=rank, freeze=freeze, delays=delays, grpo=grpo or {})
             job |= dict(stored=str(stored), weights=str(small.weights()), out=str(workdir / "params.npz"))
             cache = {} if n > 1 else {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
             run_simulated(["-m", "tests.mesh_worker", json.dumps(job)], devices, n, QUICK, **cache)
@@ -151,6 +151,32 @@ def test_slow_tools_on_one_process_neither_change_nor_stop_what_two_of_them_play
     assert {"tokens_per_s", "turns", "endings/finished"} <= {*slow}
     # Between the rollouts of steps 2 and 3: a train step and the weights' way to every process, all compiled before.
     assert [part[2]["compiled"] - part[1]["compiled"] for part in (whole, *parts)] == [0, 0, 0]
+
+
+def alarms_of(workdir) -> list[tuple[int, str]]:
+    return [(a["step"], a["alarm"]) for a in map(json.loads, (workdir / "alarms.jsonl").read_text().splitlines())]
+
+
+@pytest.mark.timeout(900)
+def test_two_processes_refill_and_carry_over_together(train_on):
+    """Every group is flat, so each of three rounds draws as many anew, and the last round is trained on."""
+    flat = dict(refill=2, min_spread=9.0, drop_zero_variance=False)
+    one, two = (train_on("grpo", {}, devices=1, grpo=flat), train_on("grpo", {}, n=2, devices=1, grpo=flat))
+    assert_same(Run(two), Run(one))
+    lead, other = (json.loads((d / "metrics.jsonl").read_text().splitlines()[-1]) for d in (two, two / "process_1"))
+    for row in (lead, other):
+        assert (row["rounds"], row["refilled"], row["zero_variance"], row["trajectories"]) == (3, 8, 1, 4)
+    assert Run(one).metrics[-1]["trajectories"] == 8
+    assert alarms_of(one) == alarms_of(two) != []
+    # Which groups a step gets depends on which were fast, so figures are no longer those of one process.
+    carry = dict(surplus=2, max_staleness=1, drop_zero_variance=False, kl=0.0)
+    two = train_on("grpo", {}, n=2, devices=1, steps=3, grpo=carry)
+    steps = [[json.loads(x) for x in (d / "metrics.jsonl").read_text().splitlines()] for d in (two, two / "process_1")]
+    for lead, other in zip(*steps, strict=True):
+        assert lead["loss"] == other["loss"] and lead["trajectories"] == other["trajectories"] == 4
+        assert lead["staleness_max"] == other["staleness_max"] <= 1
+        assert lead["in_flight"] == other["in_flight"] == 1
+    assert max(lead["staleness_max"] for lead, _ in zip(*steps, strict=True)) == 1
 
 
 # ------------------------------------------------------------------------------------------------- who holds what

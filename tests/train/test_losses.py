@@ -232,6 +232,12 @@ def test_truncated_importance_weights():
     means = losses.mean_metrics(metrics)
     assert means["tis_ratio"] == pytest.approx(5.0 / 3) and means["tis_truncated"] == pytest.approx(1 / 3)
     assert means["mismatch_logprob_max"] == pytest.approx(np.log(3.0))
+    # Weights 1.5, 2 (cut from 3) and 0.5: (1.5 + 2 + 0.5)^2 / (3 * (2.25 + 4 + 0.25)) = 16 / 19.5.
+    assert means["ess"] == pytest.approx(16 / 19.5) and not {"ess_weight", "ess_square"} & means.keys()
+    # Of two micro-batches together, not the mean of theirs: the second has three tokens of weight 1.
+    both = losses.merge_metrics(metrics, call(LOGPROBS, LOGPROBS, MASK)[1])
+    assert losses.mean_metrics(both)["ess"] == pytest.approx((4 + 3) ** 2 / (6 * (6.5 + 3)))
+    assert losses.mean_metrics(call(LOGPROBS, LOGPROBS, MASK & False)[1])["ess"] == 0
     np.testing.assert_array_equal(jax.grad(lambda lp: call(lp, LOGPROBS, MASK)[0].sum())(trainer), 0.0)
 
 
