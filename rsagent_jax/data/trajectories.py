@@ -27,15 +27,8 @@ from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens
 from rsagent_jax.runtime.image_files import checksum, png, read_image
-from rsagent_jax.runtime.paths import (
-    fetch_folder,
-    is_remote,
-    make_directory,
-    open_path,
-    put_files,
-    remove_file,
-    write_whole,
-)
+from rsagent_jax.runtime.local_copies import fetch_folder, put_files
+from rsagent_jax.runtime.paths import is_remote, make_directory, open_path, remove_file, write_whole
 from rsagent_jax.types import DataError, Trajectory
 
 STAMP = "collect.json"  # written last: a directory without it is not complete

@@ -184,7 +184,7 @@ def _positional(parameters: Mapping[str, inspect.Parameter], hints: dict[str, An
 
 def quieten() -> None:
     """Nothing on the terminal that a user can do nothing about; before the first use of a device."""
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
+    logging.set_verbosity(logging.FATAL)  # Orbax reports every file it touches, and prints what it raises as well
     # Importing JAX names the platforms on a TPU VM. Elsewhere it would try libtpu, which is there for its compiler, and
     # that complains about a TPU that it cannot find. A plugin of another accelerator is left to JAX.
     jax = sys.modules.get("jax")  # commands that need no device start without it

@@ -16,11 +16,11 @@ from rsagent_jax.models.qwen25_vl import convert, lora, tensor_files
 from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.steps import find_step, split_step
-from rsagent_jax.runtime import sharding
+from rsagent_jax.runtime import checksums, sharding
+from rsagent_jax.runtime.local_copies import fetch_folder
 from rsagent_jax.runtime.paths import (
     absolute,
     bucket_problem,
-    fetch_folder,
     file_size,
     files_below,
     is_remote,
@@ -112,6 +112,7 @@ def load_policy(weights: str, mesh: Mesh | None = None, dtype: str = "float32") 
     options = ocp.CheckpointManagerOptions(create=False)  # nothing is written; read_only=True would warn that it is
     with ocp.CheckpointManager(absolute(path), options=options) as manager:
         step = find_step(path, split_step(weights)[1])
+        _refuse_damaged(path, step)
         wanted = convert.flat_params(model)
         # Orbax would ask for the devices that saved the checkpoint: always say where the arrays are to go.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -136,6 +137,16 @@ def load_policy(weights: str, mesh: Mesh | None = None, dtype: str = "float32") 
                 raise
             raise DataError(f"{path}/{step} is not of the model in {path}/policy ({first_line(error)})") from error
     return convert.with_params(model, values)
+
+
+def _refuse_damaged(path: pathlib.Path, step: int) -> None:
+    """DataError where the files that a policy is read from are not as they were written."""
+    if damage := checksums.find_damage(path / str(step), "params/"):
+        others = sorted(set(ocp.utils.checkpoint_steps(path)) - {step})
+        remedy = f"give another one, {path}@{others[-1]}" if others else "there is no other one: put it back as it was"
+        raise DataError(f"{path}/{step} is damaged ({damage}); {remedy}")
+    if damage := checksums.find_damage(path / "base"):
+        raise DataError(f"{path}/base is damaged ({damage}), and there is one of it alone: put it back as it was")
 
 
 def _read(
