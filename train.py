@@ -44,6 +44,7 @@ from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.first_batch import save_first_batch
 from rsagent_jax.train.judged import ReplaySource, dump_rollouts, rollout_figures
 from rsagent_jax.train.losses import mean_over_updates
+from rsagent_jax.train.reference import check_reference
 from rsagent_jax.train.run_identity import STAGES
 from rsagent_jax.train.state import (
     EMPTY,
@@ -238,7 +239,12 @@ def run_stage(
     checkpoints = Checkpoints(workdir / "checkpoints" / name, policy.weights, lora, validator.measure, **kept)
     stack.callback(checkpoints.close)
     done = 0
-    if (restored := checkpoints.restore(state)) is not None:
+    restored = checkpoints.restore(state)
+    if jax.tree.leaves(reference):
+        before = [f"{workdir}/checkpoints/{stage}" for stage in config.stages[: config.stages.index(name)]]
+        weights = (config.policy.weights, *before)[-1]
+        check_reference(checkpoints.directory, reference, weights, compute.dtype, begins=restored is None)
+    if restored is not None:
         state, position = restored
         base = checkpoints.restore_base(base)
         source.restore(position)

@@ -1,6 +1,8 @@
 """What a disk may do to a run: checkpoints that are damaged, cannot be written, or should not be."""
 
 import contextlib
+import functools
+import json
 import os
 import pathlib
 import shutil
@@ -14,6 +16,7 @@ from flax import nnx
 
 from rsagent_jax.runtime import checksums
 from rsagent_jax.train.checkpoint import Checkpoints
+from rsagent_jax.train.reference import FILE, check_reference
 from rsagent_jax.train.state import TrainState
 from tests.refusals import refused
 
@@ -165,3 +168,20 @@ def test_a_checkpoint_is_due_by_the_clock(tmp_path, monkeypatch):
             due.append(checkpoints.due())
         checkpoints.save(state(1), {})
         assert due == [False, True, True] and not checkpoints.due() and not never.due()
+
+
+def test_another_reference_of_the_kl_term_is_refused_with_the_step_that_was(saved, tmp_path):
+    weights, directory = str(shutil.copytree(saved, tmp_path / "sft")), tmp_path / "grpo"
+    directory.mkdir()
+    began, later = state(4).params, state(4, 4.001).params
+    check_reference(directory, began, weights, "float32", begins=True)
+    check_reference(directory, began, weights, "float32", begins=False)
+    shutil.copytree(saved / "4", pathlib.Path(weights) / "6")  # SFT went on
+    again = functools.partial(check_reference, directory, later, weights, "float32", begins=False)
+    said = refused("the reference of the KL term has changed", again)
+    assert f"--config.policy.weights={weights}@4" in said and f"{weights}@6" in said
+    check_reference(directory, later, weights, "float32", begins=True)  # nothing had been saved: it begins anew
+    assert json.loads((directory / FILE).read_text())["weights"] == f"{weights}@6"
+    (directory / FILE).unlink()
+    check_reference(directory, began, weights, "float32", begins=False)  # of an earlier version
+    assert (directory / FILE).exists()
