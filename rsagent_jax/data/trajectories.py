@@ -6,11 +6,12 @@ picture's own file, which the header names together with a checksum of its pixel
 is in the record. Patches are made when read. (Records of earlier versions hold the images themselves, as PNG.)
 """
 
+import contextlib
 import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import grain
 import numpy as np
@@ -28,7 +29,15 @@ from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens
 from rsagent_jax.runtime.image_files import checksum, png, read_image
 from rsagent_jax.runtime.local_copies import fetch_folder, put_files
-from rsagent_jax.runtime.paths import is_remote, make_directory, open_path, remove_file, write_whole
+from rsagent_jax.runtime.paths import (
+    is_remote,
+    make_directory,
+    open_path,
+    remove_file,
+    storage_problem,
+    write_whole,
+    writing,
+)
 from rsagent_jax.types import DataError, Trajectory
 
 STAMP = "collect.json"  # written last: a directory without it is not complete
@@ -137,14 +146,25 @@ class RecordWriter:
         return ArrayRecordWriter(str(self.local / f"trajectories-{number:05d}.array_record"), "group_size:1")
 
     def write(self, record: bytes) -> None:
-        if self.records and self.records % self.per_file == 0:
-            self.writer.close()
-            self.writer = self._open()
-        self.writer.write(record)
+        """DataError where it, or an earlier one, cannot be written; as of `close`."""
+        with self._writing():
+            if self.records and self.records % self.per_file == 0:
+                self.writer.close()
+                self.writer = self._open()
+            self.writer.write(record)
         self.records += 1
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        with writing(self.directory):
+            try:
+                yield
+            except RuntimeError as error:  # of ArrayRecord's, whatever it was
+                raise OSError(storage_problem(error)) from None
+
     def close(self, stamp: dict) -> None:
-        self.writer.close()
+        with self._writing():
+            self.writer.close()
         if self.local != self.directory:
             put_files(self.local, self.directory)
             shutil.rmtree(self.local)

@@ -63,8 +63,8 @@ class Checkpoints:
         self.adapters = {"rank": adapters.rank, "alpha": adapters.alpha} if adapters.rank else None
         self.has_base = False  # the one on disk is that of this run
         self.minutes, self.saved_at, self.saving = minutes, time.monotonic(), -1
-        if processes.is_lead():
-            copy_policy_files(weights, self.directory / "policy")
+        copy = self._storing("policy")(lambda: copy_policy_files(weights, self.directory / "policy"))
+        processes.all_or_none(copy if processes.is_lead() else lambda: None)
         kept = ocp.checkpoint_managers
         score = functools.partial(score_of, measure=measure)
         policies = [kept.LatestN(n=keep_last), kept.BestN(get_metric_fn=score, n=1)]
