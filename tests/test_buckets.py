@@ -15,7 +15,7 @@ from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.evals.metrics import SampleResult
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
 from rsagent_jax.report.reproduction import STAMP, seconds_of
-from rsagent_jax.runtime import command, local_copies, paths
+from rsagent_jax.runtime import checksums, command, local_copies, paths, workdir_lock
 from rsagent_jax.runtime.journal import Journal, read_journal
 from rsagent_jax.runtime.loggers import TensorBoard
 from rsagent_jax.runtime.processes import Share
@@ -329,3 +329,36 @@ def test_commands_read_and_write_buckets_and_say_when_one_vanishes_in_the_middle
             assert not bucket.names(made)
         assert run(name, *flags) == 0, capsys.readouterr().err
         assert bucket.names(made)
+
+
+def test_what_a_checkpoint_of_a_bucket_held_is_known_from_its_listing(bucket, monkeypatch):
+    step = run_path("run/checkpoints/sft/4")
+    for name in ("params/d/a", "params/d/b", "optimizer/d/c"):
+        paths.write_whole(step / name, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(checksums, "_checksum", None)  # nothing is read
+        checksums.write_checksums(step)
+        assert checksums.find_damage(step) == ""
+        paths.write_whole(step / "params/d/a", "params/d/A")
+        paths.remove_file(step / "optimizer/d/c")
+        paths.write_whole(step / "notes.txt", "mine")
+        said = "optimizer/d/c is missing; params/d/a has other content; notes.txt is no part of it"
+        assert checksums.find_damage(step) == said
+        assert checksums.find_damage(step, "params/") == "params/d/a has other content"
+    paths.move_folder(step, step.with_name("4.damaged"))
+    assert not bucket.names("run/checkpoints/sft/4/") and len(bucket.names("run/checkpoints/sft/4.damaged/")) == 4
+
+
+def test_one_trainer_to_a_work_directory_in_a_bucket(bucket, monkeypatch):
+    for name, seconds in {"STALE_S": 0.3, "POLL_S": 0.05}.items():
+        monkeypatch.setattr(workdir_lock, name, seconds)
+    monkeypatch.setattr(workdir_lock, "_beat", lambda *_: None)
+    lock = run_path(f"run/{workdir_lock.FILE}")
+    workdir_lock.hold_workdir(run_path())
+    own = json.loads(paths.read_bytes(lock))
+    assert not paths.create_file(lock, "{}") and json.loads(paths.read_bytes(lock)) == own
+    paths.write_whole(lock, json.dumps({"host": "tpu-1", "pid": 7, "machine": "another", "beat": 3}))
+    workdir_lock.hold_workdir(run_path())  # it shows no sign of life
+    assert json.loads(paths.read_bytes(lock)) == own
+    workdir_lock._release(lock, {name: value for name, value in own.items() if name != "beat"})
+    assert not bucket.names("run/")

@@ -144,7 +144,9 @@ def create_file(path: pathlib.Path, text: str) -> bool:
     """Writes it where there is none; False where there is one. DataError where it cannot be written."""
     with writing(path):
         try:
-            if is_remote(path):
+            if path.exists():
+                return False
+            if is_remote(path):  # the service refuses it where another has been faster
                 file_system().pipe_file(str(path), text.encode(), mode="create")
             else:
                 with path.open("x") as file:
