@@ -22,7 +22,8 @@ from rsagent_jax.runtime.paths import create_file, read_bytes, remove_file, writ
 from rsagent_jax.types import DataError
 
 FILE = "trainer.json"
-BEAT_S, STALE_S, POLL_S = 10.0, 60.0, 1.0
+BEAT_S, STALE_S, POLL_S = 10.0, 60.0, 0.5
+ENDING_S = 5.0  # that a process of this machine may take to end, once it was killed
 
 
 def hold_workdir(workdir: pathlib.Path) -> None:
@@ -61,8 +62,9 @@ def _machine() -> str:
 def _started(pid: int) -> str | None:
     """When, in ticks since the kernel's start; "" where only its existence can be told; None for none."""
     try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except FileNotFoundError:
+        state, *fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state == "Z" else fields[18]  # a zombie has ended
+    except (FileNotFoundError, ProcessLookupError):
         if os.path.exists("/proc/self/stat"):
             return None
     try:
@@ -96,10 +98,14 @@ def _who(holder: dict[str, Any]) -> str:
 def _is_gone(path: pathlib.Path, holder: dict[str, Any]) -> bool:
     who = _who(holder)
     if holder.get("machine") == _machine():
-        gone = _started(holder["pid"]) != holder.get("started")
-        if gone:
+        until = time.monotonic() + ENDING_S
+        while alive := _started(holder["pid"]) == holder.get("started"):
+            if time.monotonic() > until:
+                break
+            time.sleep(POLL_S)
+        if not alive:
             print(f"{path.parent}: {who} had it and is gone; this run takes it over")
-        return gone
+        return not alive
     print(f"{path.parent}: {who} has it; waiting for a sign of life, {STALE_S:.0f} s at most", flush=True)
     until = time.monotonic() + STALE_S
     while time.monotonic() < until:

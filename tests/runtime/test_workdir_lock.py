@@ -15,7 +15,7 @@ from tests.refusals import refused
 
 @pytest.fixture
 def quick(monkeypatch):
-    for name, seconds in {"BEAT_S": 0.05, "STALE_S": 0.4, "POLL_S": 0.02}.items():
+    for name, seconds in {"BEAT_S": 0.05, "STALE_S": 0.4, "POLL_S": 0.02, "ENDING_S": 0.1}.items():
         monkeypatch.setattr(workdir_lock, name, seconds)
     monkeypatch.setattr(workdir_lock.atexit, "register", lambda *_: None)
     monkeypatch.setattr(workdir_lock, "_beat", lambda *_: None)
