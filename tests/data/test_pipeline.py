@@ -136,7 +136,8 @@ READS = """
 import multiprocessing, time
 from rsagent_jax.data.pipeline import Pipeline
 if __name__ == "__main__":
-    Pipeline(range(23), seed=5, workers=1, threads=1).take(1)
+    pipeline = Pipeline(range(23), seed=5, workers=1, threads=1)
+    pipeline.take(1)
     print(multiprocessing.active_children()[0].pid, flush=True)
     time.sleep(60)
 """
