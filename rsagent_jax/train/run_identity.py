@@ -22,7 +22,6 @@ import orbax.checkpoint as ocp
 import rsagent_jax
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.reward import RewardTerm
-from rsagent_jax.config.rules import RENAMED
 from rsagent_jax.config.schema import PolicyConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weight_files
@@ -73,7 +72,6 @@ def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) ->
     if len({tuple(s for s in config["stages"] if s in STAGES[: last + 1]) for config in (old, new)}) > 1:
         differ.append(ChangedField("stages", old["stages"], new["stages"], f"{STAGES[last]} has checkpoints"))
     defaults, was, now = flatten_settings(_DEFAULTS), flatten_settings(old), flatten_settings(new)
-    was = {RENAMED.get(name, name): value for name, value in was.items()}
     for name in sorted({*was, *now} - {"stages"}):
         if name not in now and "[" not in name:
             continue  # a field that this version does not have
@@ -150,15 +148,15 @@ def check_config(workdir: pathlib.Path, config: TrainConfig) -> None:
     saved, last = saved_steps(workdir), last_start(workdir)
     if saved and last is None:
         raise DataError(
-            f"{workdir}/checkpoints is there, but not what made it: {HISTORY} and config.json are missing; put them"
-            " back, or give another --workdir"
+            f"{workdir}/checkpoints is there, but not what made it: {HISTORY} is missing; put it back, or give another"
+            " --workdir"
         )
     if saved:
         _refuse(workdir, saved, refused(last["config"], _plain(config), saved))
 
 
 def check_same_inputs(workdir: pathlib.Path, inputs: dict[str, str]) -> None:
-    """The same for what the paths lead to: field -> fingerprint. Those of a start before there was a history pass."""
+    """The same for what the paths lead to: field -> fingerprint."""
     saved, last = saved_steps(workdir), last_start(workdir)
     there = (last or {}).get("inputs", {})
     used = {"policy.weights": bool(saved), "sft.trajectories": bool(saved), "grpo.data": "grpo" in saved}
@@ -179,19 +177,19 @@ def _refuse(workdir: pathlib.Path, saved: dict[str, int], differ: list[ChangedFi
 
 
 def last_start(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The last whole line of the history. Where that is damaged, or of a run from before there was a history, what
-    config.json says, which is the config of the last start."""
+    """The last whole line of the history; where lines after it are damaged, with the config of config.json, which is
+    that of the last start."""
     history, config = workdir / HISTORY, workdir / "config.json"
     lines = read_lines(history).split(b"\n")[:-1] if history.exists() else []
-    kept = {"config": read_json(config)} if config.exists() else None
     for line in reversed(lines):
         try:
             start = parse_object(line)
             if _is_start(start):
-                return start | (kept or {}) if line is not lines[-1] else start
+                later = line is not lines[-1] and config.exists()
+                return start | ({"config": read_json(config)} if later else {})
         except (ValueError, TypeError, KeyError):
             continue
-    return kept
+    return None
 
 
 def _is_start(line: dict[str, Any]) -> bool:
