@@ -37,6 +37,7 @@ from rsagent_jax.rollout.open import engine_layout, open_engine
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.runtime.loggers import open_loggers
 from rsagent_jax.runtime.train_log import MetricsLog
+from rsagent_jax.runtime.workdir_lock import hold_workdir
 from rsagent_jax.train import run_identity, startup
 from rsagent_jax.train.alarms import Alarms
 from rsagent_jax.train.batch_source import BatchSource, GrpoSource, SftSource
@@ -44,6 +45,7 @@ from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.first_batch import save_first_batch
 from rsagent_jax.train.judged import ReplaySource, dump_rollouts, rollout_figures
 from rsagent_jax.train.losses import mean_over_updates
+from rsagent_jax.train.reference import check_reference
 from rsagent_jax.train.run_identity import STAGES
 from rsagent_jax.train.state import (
     EMPTY,
@@ -86,6 +88,7 @@ def main(
     ############################## Checks, before a file is touched ##############################
     processes.initialize_distributed()
     workdir = command.make_workdir(workdir)
+    processes.all_or_none(lambda: hold_workdir(workdir) if processes.is_lead() else None)
     if replay:
         config = processes.all_or_none(lambda: startup.replay_config(config, workdir))
     config = processes.all_or_none(lambda: startup.check_train(config, workdir, replay=bool(replay)))
@@ -231,10 +234,16 @@ def run_stage(
     programs = make_programs(graphdef, tx, stage, compute, params, base, **options)
     state = programs.create_state(params)
     to_plain = make_plain(base, lora, compute.dtype)
-    checkpoints = Checkpoints(workdir / "checkpoints" / name, policy.weights, lora, validator.measure)
+    kept = dict(keep_last=config.keep_last, keep_every=config.keep_every * updates, minutes=config.checkpoint_minutes)
+    checkpoints = Checkpoints(workdir / "checkpoints" / name, policy.weights, lora, validator.measure, **kept)
     stack.callback(checkpoints.close)
     done = 0
-    if (restored := checkpoints.restore(state)) is not None:
+    restored = checkpoints.restore(state)
+    if jax.tree.leaves(reference):
+        before = [f"{workdir}/checkpoints/{stage}" for stage in config.stages[: config.stages.index(name)]]
+        weights = (config.policy.weights, *before)[-1]
+        check_reference(checkpoints.directory, reference, weights, compute.dtype, begins=restored is None)
+    if restored is not None:
         state, position = restored
         base = checkpoints.restore_base(base)
         source.restore(position)
@@ -264,6 +273,7 @@ def run_stage(
     bar = dict(initial=done, total=steps, desc=name, unit="step", mininterval=2.0, disable=None)  # on a terminal
     for step in tqdm(range(done + 1, steps + 1), **bar):
         batches = refs = None  # the last step's give their memory to the rollouts
+        processes.all_or_none(checkpoints.check)
         batches, metrics = source.next(policy_for_rollouts, jax.random.fold_in(key, step))
         clock.lap("batch", metrics)
         metrics |= rollout_figures(source.judged)
@@ -305,8 +315,10 @@ def run_stage(
         log.examples(step, source.examples)
         alarms.add(step, metrics, source.examples)
         every, ended = settings.checkpoint_every, validated and validator.stop(step)
-        if step == steps or ended or (every and step % every == 0) or (validated and config.validation.keep_best):
+        planned = step == steps or ended or (every and step % every == 0)
+        if planned or (validated and config.validation.keep_best) or checkpoints.due():
             clock.lap("other")
+            log.flush()
             checkpoints.save(state, source.state(), base, validator.score(step) if validated else None)
             clock.lap("checkpoint")  # of the next step's time
         if ended:

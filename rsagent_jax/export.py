@@ -22,7 +22,8 @@ from rsagent_jax.config.ranges import Positive
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import copy_policy_files, load_policy, policy_directory
-from rsagent_jax.runtime.paths import is_remote, local_directory
+from rsagent_jax.runtime.local_copies import local_directory
+from rsagent_jax.runtime.paths import is_remote
 from rsagent_jax.types import DataError
 from sam_bridge.hub import sha256_of
 

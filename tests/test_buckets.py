@@ -15,7 +15,7 @@ from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.evals.metrics import SampleResult
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weights_checksum
 from rsagent_jax.report.reproduction import STAMP, seconds_of
-from rsagent_jax.runtime import command, paths
+from rsagent_jax.runtime import checksums, command, local_copies, paths, workdir_lock
 from rsagent_jax.runtime.journal import Journal, read_journal
 from rsagent_jax.runtime.loggers import TensorBoard
 from rsagent_jax.runtime.processes import Share
@@ -121,7 +121,7 @@ def test_a_log_of_metrics_reads_as_a_local_one(bucket, tmp_path):
         contents.append([paths.read_lines(workdir / name) for name in ("metrics.jsonl", "rollouts.jsonl")])
     assert contents[0] == contents[1]
     assert [json.loads(line)["loss"] for line in contents[1][0].splitlines()] == [0.25, 0.5, 9.0]
-    assert any(name.startswith("run/tensorboard/events") for name in bucket.names("run/"))
+    assert any(name.startswith("run/tensorboard/grpo/events") for name in bucket.names("run/"))
 
 
 def test_a_bucket_that_vanishes_loses_nothing_that_was_done(bucket):
@@ -220,7 +220,7 @@ def scenes(tmp_path_factory) -> pathlib.Path:
 
 
 def test_samples_are_those_of_a_local_folder(bucket, scenes):
-    paths.put_files(scenes, run_path("data"))
+    local_copies.put_files(scenes, run_path("data"))
     here, there = (open_samples(DataConfig(root=str(root), split="train")) for root in (scenes, "gs://bucket/data"))
     assert here.ids == there.ids
     for a, b in zip(here, there, strict=True):
@@ -237,12 +237,12 @@ def test_samples_are_those_of_a_local_folder(bucket, scenes):
 
 def test_weights_are_fetched_once_and_again_where_they_changed(bucket):
     base = ROOT / "assets/tiny-base"
-    paths.put_files(base, run_path("base"))
+    local_copies.put_files(base, run_path("base"))
     assert weights_checksum("gs://bucket/base") == weights_checksum(str(base))
     copy = policy_directory("gs://bucket/base")
-    assert copy == paths.fetch_folder(run_path("base")) and copy.is_dir()
+    assert copy == local_copies.fetch_folder(run_path("base")) and copy.is_dir()
     paths.write_whole(run_path("base/config.json"), "{}")
-    assert paths.fetch_folder(run_path("base")) != copy
+    assert local_copies.fetch_folder(run_path("base")) != copy
 
 
 @pytest.mark.parametrize("fields", [
@@ -261,7 +261,7 @@ def test_every_layout_is_read_from_a_bucket(bucket, tmp_path, fields):
     of_refcoco_m = tmp_path / "refcoco_m/images" / coco_questions.refcoco_m_row()["file_name"]
     for path in (pictures / "train2014/COCO_train2014_000000000001.jpg", pictures.joinpath(*of_gseval), of_refcoco_m):
         write_image(path, size=(30, 24))
-    paths.put_files(tmp_path, run_path("sets"))
+    local_copies.put_files(tmp_path, run_path("sets"))
     here, there = (open_samples(DataConfig(root=str(root), **fields)) for root in (tmp_path, run_path("sets")))
     assert here.ids == there.ids and len(there) > 0
     np.testing.assert_array_equal(here[0].image, there[0].image)
@@ -272,18 +272,18 @@ def test_every_layout_is_read_from_a_bucket(bucket, tmp_path, fields):
 def test_a_copy_that_nobody_uses_is_removed(bucket, tmp_path):
     for name in ("a", "b"):
         paths.write_whole(run_path(f"{name}/x"), name)
-    old, left = paths.fetch_folder(run_path("a")), tmp_path / "cache/rsagent_jax/buckets/.partial-x"
+    old, left = local_copies.fetch_folder(run_path("a")), tmp_path / "cache/rsagent_jax/buckets/.partial-x"
     left.mkdir()
-    long_ago = time.time() - 86400 * (paths.KEPT_DAYS + 1)
+    long_ago = time.time() - 86400 * (local_copies.KEPT_DAYS + 1)
     os.utime(old, (long_ago, long_ago))
-    assert paths.fetch_folder(run_path("a")) == old  # used, so kept
-    new = paths.fetch_folder(run_path("b"))
+    assert local_copies.fetch_folder(run_path("a")) == old  # used, so kept
+    new = local_copies.fetch_folder(run_path("b"))
     assert old.is_dir() and left.is_dir()
     for folder in (old, left):
         os.utime(folder, (long_ago, long_ago))
     (old.parent / "removed").symlink_to("by another process")  # listed, and no longer there
     paths.write_whole(run_path("b/x"), "changed")
-    assert paths.fetch_folder(run_path("b")) != new
+    assert local_copies.fetch_folder(run_path("b")) != new
     assert not old.exists() and not left.exists() and new.is_dir()
 
 
@@ -295,11 +295,11 @@ def run(name: str, *flags: str) -> int:
 
 
 def test_commands_read_and_write_buckets_and_say_when_one_vanishes_in_the_middle(bucket, scenes, tmp_path, capsys):
-    paths.put_files(scenes, run_path("data"))
+    local_copies.put_files(scenes, run_path("data"))
     for name in ("a", "b"):
         results = [SampleResult(f"s{n}", 10 + n, 100, Status.FINISHED, 2, 0) for n in range(3)]
         write_files(tmp_path / name, results, {"metric": {"unit": "sentence"}}, [], benchmark="x")
-        paths.put_files(tmp_path / name, run_path(name))
+        local_copies.put_files(tmp_path / name, run_path(name))
     data, inside = "--config.data.root=gs://bucket/data", "--config.segmenter.mode=inprocess"
     check = f"--config={ROOT}/configs/eval_quickstart.py", data
     collect = f"--config={ROOT}/configs/collect_quickstart.py", "--workdir=gs://bucket/collect", data, inside
@@ -329,3 +329,36 @@ def test_commands_read_and_write_buckets_and_say_when_one_vanishes_in_the_middle
             assert not bucket.names(made)
         assert run(name, *flags) == 0, capsys.readouterr().err
         assert bucket.names(made)
+
+
+def test_what_a_checkpoint_of_a_bucket_held_is_known_from_its_listing(bucket, monkeypatch):
+    step = run_path("run/checkpoints/sft/4")
+    for name in ("params/d/a", "params/d/b", "optimizer/d/c"):
+        paths.write_whole(step / name, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(checksums, "_checksum", None)  # nothing is read
+        checksums.write_checksums(step)
+        assert checksums.find_damage(step) == ""
+        paths.write_whole(step / "params/d/a", "params/d/A")
+        paths.remove_file(step / "optimizer/d/c")
+        paths.write_whole(step / "notes.txt", "mine")
+        said = "optimizer/d/c is missing; params/d/a has other content; notes.txt is no part of it"
+        assert checksums.find_damage(step) == said
+        assert checksums.find_damage(step, "params/") == "params/d/a has other content"
+    paths.move_folder(step, step.with_name("4.damaged"))
+    assert not bucket.names("run/checkpoints/sft/4/") and len(bucket.names("run/checkpoints/sft/4.damaged/")) == 4
+
+
+def test_one_trainer_to_a_work_directory_in_a_bucket(bucket, monkeypatch):
+    for name, seconds in {"STALE_S": 0.3, "POLL_S": 0.05}.items():
+        monkeypatch.setattr(workdir_lock, name, seconds)
+    monkeypatch.setattr(workdir_lock, "_beat", lambda *_: None)
+    lock = run_path(f"run/{workdir_lock.FILE}")
+    workdir_lock.hold_workdir(run_path())
+    own = json.loads(paths.read_bytes(lock))
+    assert not paths.create_file(lock, "{}") and json.loads(paths.read_bytes(lock)) == own
+    paths.write_whole(lock, json.dumps({"host": "tpu-1", "pid": 7, "machine": "another", "beat": 3}))
+    workdir_lock.hold_workdir(run_path())  # it shows no sign of life
+    assert json.loads(paths.read_bytes(lock)) == own
+    workdir_lock._release(lock, {name: value for name, value in own.items() if name != "beat"})
+    assert not bucket.names("run/")

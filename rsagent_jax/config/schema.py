@@ -274,6 +274,10 @@ class TrainConfig:
     validation: ValidationConfig = ValidationConfig()
     # Where figures go besides metrics.jsonl: tensorboard, wandb (an extra), console, or file.py:Class (docs/extend.md).
     loggers: tuple[Text, ...] = ("tensorboard", "console")
+    # Of checkpoints, beside sft.checkpoint_every and grpo.checkpoint_every, and validation.keep_best:
+    checkpoint_minutes: NotNegative = 0.0  # one is saved at the latest so long after the last; 0 = by steps alone
+    keep_last: Count = 2  # newest ones of a stage that are kept
+    keep_every: CountOrZero = 0  # steps: those of every so many are kept for good; 0 = none
     cache_dir: str = ""  # compiled programs are kept here; "" = in the work directory
     profiler_port: Port = 0  # every process serves jax.profiler on it (docs/tpu.md); 0 = none
     conflicts = rules.train_rules

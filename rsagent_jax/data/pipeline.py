@@ -7,7 +7,10 @@ elements that all hosts together have taken; starting at it costs nothing, as an
 
 import concurrent.futures
 import dataclasses
+import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -116,7 +119,19 @@ def prefetched(dataset: grain.MapDataset, threads: int, workers: int, ahead: int
     if not flags.FLAGS.is_parsed():  # Grain's workers read flags, also where a program has none
         flags.FLAGS.mark_as_parsed()
     each = max(1, ahead // workers)
-    return elements.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=each))
+    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=each)
+    return elements.mp_prefetch(options, worker_init_fn=_end_with_parent)
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """In a worker: it ends when the process that it reads for does, however that ended."""
+    del worker, workers
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @dataclasses.dataclass(frozen=True)

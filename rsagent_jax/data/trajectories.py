@@ -6,11 +6,12 @@ picture's own file, which the header names together with a checksum of its pixel
 is in the record. Patches are made when read.
 """
 
+import contextlib
 import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import grain
 import numpy as np
@@ -26,7 +27,7 @@ from rsagent_jax.data.processor import Processor, image_patches
 from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens
-from rsagent_jax.runtime import paths
+from rsagent_jax.runtime import local_copies, paths
 from rsagent_jax.runtime.image_files import checksum, png, read_image
 from rsagent_jax.types import DataError, Trajectory
 
@@ -133,16 +134,27 @@ class RecordWriter:
         return ArrayRecordWriter(str(self.local / f"trajectories-{number:05d}.array_record"), "group_size:1")
 
     def write(self, record: bytes) -> None:
-        if self.records and self.records % self.per_file == 0:
-            self.writer.close()
-            self.writer = self._open()
-        self.writer.write(record)
+        """DataError where it, or an earlier one, cannot be written; as of `close`."""
+        with self._writing():
+            if self.records and self.records % self.per_file == 0:
+                self.writer.close()
+                self.writer = self._open()
+            self.writer.write(record)
         self.records += 1
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        with paths.writing(self.directory):
+            try:
+                yield
+            except RuntimeError as error:  # of ArrayRecord's, whatever it was
+                raise OSError(paths.storage_problem(error)) from None
+
     def close(self, stamp: dict) -> None:
-        self.writer.close()
+        with self._writing():
+            self.writer.close()
         if self.local != self.directory:
-            paths.put_files(self.local, self.directory)
+            local_copies.put_files(self.local, self.directory)
             shutil.rmtree(self.local)
         paths.write_whole(self.directory / STAMP, json.dumps({"records": self.records, **stamp}, indent=2) + "\n")
 
@@ -174,7 +186,7 @@ def open_records(directory: str | pathlib.Path) -> grain.sources.ArrayRecordData
             f"{directory} holds no complete set of trajectories ({STAMP} is missing);"
             " make one with: python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=DIR"
         )
-    directory = paths.fetch_folder(directory, ("*.array_record", STAMP))
+    directory = local_copies.fetch_folder(directory, ("*.array_record", STAMP))
     try:
         stated = int(read_json(directory / STAMP)["records"])
         source = grain.sources.ArrayRecordDataSource(sorted(map(str, directory.glob("*.array_record"))))

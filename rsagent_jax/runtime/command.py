@@ -97,7 +97,11 @@ def _reader_is_gone() -> bool:
 
 
 def _not_lost(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Ctrl-C in the middle of a destructor or of a callback, where Python drops it, comes once more."""
+    """Ctrl-C in the middle of a destructor or of a callback, where Python drops it, comes once more. Nothing
+    is said of Orbax's coroutines, nor of what tensorstore tells their loop, that an error has cut off: it is raised."""
+    coroutine = inspect.iscoroutine(unraisable.object) and "orbax" in unraisable.object.cr_code.co_filename
+    if coroutine or str(unraisable.exc_value) == "Event loop is closed":
+        return
     if unraisable.exc_type is KeyboardInterrupt:
         again = (threading.main_thread().ident, signal.SIGINT)
         threading.Timer(0.05, signal.pthread_kill, again).start()  # when this frame has been left
@@ -184,7 +188,7 @@ def _positional(parameters: Mapping[str, inspect.Parameter], hints: dict[str, An
 
 def quieten() -> None:
     """Nothing on the terminal that a user can do nothing about; before the first use of a device."""
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
+    logging.set_verbosity(logging.FATAL)  # Orbax reports every file it touches, and prints what it raises as well
     # Importing JAX names the platforms on a TPU VM. Elsewhere it would try libtpu, which is there for its compiler, and
     # that complains about a TPU that it cannot find. A plugin of another accelerator is left to JAX.
     jax = sys.modules.get("jax")  # commands that need no device start without it

@@ -6,8 +6,9 @@ A row carries the fingerprint of what its work was made of, and the latest row o
 on inputs that have changed since is done again, and its new row stands in place of the old one. A row with `failed`
 ({"kind": …, "why": …}) is no work done: it is kept to be counted, and the next start tries again.
 
-Every line is whole or (the last one, after a kill) cut off at the next start. What is done is what any file holds, so
-work may go on with another number of shards.
+A line that is not whole, as a kill leaves the last one, or that is damaged, is no work done: the next start cuts it
+off, says so and does the work again. What is done is what any file holds, so work may go on with another number of
+shards.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import AgentConfig, DataConfig, RemoteConfig, SamplingConfig
-from rsagent_jax.runtime.paths import AppendFile, cut_half_line, make_directory, open_lines, write_lines, writing
+from rsagent_jax.runtime.json_lines import mend_lines, parse_object
+from rsagent_jax.runtime.paths import AppendFile, make_directory, open_lines, write_lines, writing
 from rsagent_jax.types import DataError
 
 if TYPE_CHECKING:  # readers of data leave jax out
@@ -66,10 +68,12 @@ class Journal:
     """
 
     def __init__(self, folder: pathlib.Path, share: Share, settings: dict[str, Any], current: Mapping[str, str]):
-        """DataError if the folder holds work of other settings, a damaged file, or cannot be written to."""
+        """DataError if the folder holds work of other settings, a file without its first line, or cannot be written
+        to."""
         self.path = folder / f"{share.index:05d}-of-{share.count:05d}.jsonl"
         self.settings, self.current, self.notes = settings, current, []
-        rows = {line.id: line for line in _latest(folder, settings)}
+        latest = _latest(folder, settings, damaged_lines=(others := []))
+        rows = {line.id: line for line in latest}
         self.times = {id: line.at for id, line in rows.items()}
         self.done = {id for id, line in rows.items() if not line.failed and line.fingerprint == current.get(id)}
         worked = [id for id, line in rows.items() if not line.failed and id not in self.done]
@@ -83,8 +87,8 @@ class Journal:
             make_directory(folder)
             if not self.path.exists():  # as a whole, so that no other shard ever sees it empty
                 write_lines(self.path, (json.dumps({"format": FORMAT, "settings": settings}) + "\n").encode())
-            if half := cut_half_line(self.path):
-                self.notes.append(f"{self.path}: a half-written line at its end ({half} bytes) was cut off")
+            self.notes += mend_lines(self.path, lambda row: "settings" in row or _fields(row) is not None)
+            self.notes += [note for note in others if not note.startswith(f"{self.path},")]
         self.file = AppendFile(self.path, gather=True)
 
     def left(self, work: Sequence[tuple[str, T]], what: str) -> list[T]:
@@ -116,10 +120,12 @@ def read_journal(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of every id, ordered by the rows' `by`; one row in memory at a time.
 
-    With `current` only of ids in it, and of rows made of the same. DataError if a line is damaged, or made with other
-    settings (None = whatever they are).
+    With `current` only of ids in it, and of rows made of the same. Damaged lines are left out, and named on the
+    terminal. DataError if one was made with other settings (None = whatever they are).
     """
-    lines = _latest(folder, settings, current, by)
+    lines = _latest(folder, settings, current, by, damaged_lines=(notes := []))
+    for note in notes:
+        print(note)
     with contextlib.ExitStack() as stack:
         files = {path: stack.enter_context(open_lines(path)) for path in sorted({line.path for line in lines})}
         for line in sorted(lines, key=lambda line: (line.key, line.where)):
@@ -157,8 +163,14 @@ class _Line:
 
 
 def _latest(
-    folder: pathlib.Path, settings: dict[str, Any] | None, current: Mapping[str, str] | None = None, by: str = "at"
+    folder: pathlib.Path,
+    settings: dict[str, Any] | None,
+    current: Mapping[str, str] | None = None,
+    by: str = "at",
+    *,
+    damaged_lines: list[str] | None = None,
 ) -> list[_Line]:
+    """Those that count. `damaged_lines` gets a sentence for each that is no row."""
     latest: dict[str, _Line] = {}
     for path in sorted(folder.glob("*-of-*.jsonl")):
         with open_lines(path) as file:
@@ -169,16 +181,24 @@ def _latest(
                     break  # of a kill, or being written at this moment
                 where = f"{path}, line {number}"
                 try:
-                    row = json.loads(line)
-                    id, at = row["id"], row.get("at", 0.0)
+                    row = parse_object(line)
+                    id, at = _fields(row)
                     key = at if by == "at" else row[by]
                     new = _Line(id, at, row.get("fingerprint"), row.get("failed"), key, where, path, offset)
                     if id not in latest or at >= latest[id].at:
                         latest[id] = new
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise damaged(where, error) from None
+                except (ValueError, KeyError, TypeError) as error:
+                    if damaged_lines is not None:
+                        damaged_lines.append(f"{where}: damaged ({error!r}), left out: its work is not done")
                 offset += len(line)
     return [x for x in latest.values() if current is None or (x.id in current and x.fingerprint == current[x.id])]
+
+
+def _fields(row: dict[str, Any]) -> tuple[str, float]:
+    """Id and time. KeyError, TypeError or ValueError for what is no row."""
+    if not isinstance(row["id"], str):
+        raise TypeError("id")
+    return row["id"], float(row.get("at", 0.0))
 
 
 def _head(path: pathlib.Path, line: bytes) -> dict[str, Any]:

@@ -19,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from rsagent_jax.config.import_path import closest, first_line, import_path
-from rsagent_jax.runtime.paths import is_remote, put_files, read_bytes, write_whole
+from rsagent_jax.runtime.local_copies import put_files
+from rsagent_jax.runtime.paths import is_remote, make_directory, read_bytes, write_whole, writing
 from rsagent_jax.types import DataError
 
 SEND_S = 60  # seconds between two uploads of TensorBoard's events
@@ -33,38 +34,70 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """Events in <workdir>/tensorboard."""
+    """Events in <workdir>/tensorboard/<stage>: a step's are on the disk when it has been logged.
+
+    A stage that goes on after a step says so in its events, and those that a start before it wrote after that step
+    count no longer. (TensorBoard forgets them of a whole directory, so each stage has its own.)
+    """
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
         del config
-        # tensorboardX imports torch wherever it is installed, only to accept tensors; this side never loads torch.
-        with _without_torch():
-            from tensorboardX import SummaryWriter
         self.board, self.sent = workdir / "tensorboard", time.monotonic()
         # Events of a bucket are written here and go there once a minute.
         self.local = pathlib.Path(tempfile.mkdtemp()) if is_remote(workdir) else self.board
-        self.events = SummaryWriter(str(self.local))
+        self.files: dict[str, Any] = {}  # stage -> tensorboardX's EventsWriter
+        self.done: dict[str, int] = {}  # stage -> the step that it goes on after
+
+    def rewind(self, stage: str, step: int) -> None:
+        """What `stage` logs next is of the steps after `step`."""
+        if file := self.files.pop(stage, None):
+            file.close()
+        self.done[stage] = step
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.events.add_scalar(f"{stage}/{name}", value, step)
-        if time.monotonic() - self.sent > SEND_S:
-            self._send()
+        self._add(stage, step, [dict(tag=f"{stage}/{name}", simple_value=v) for name, v in values.items()])
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
-        """u8[h, w, 3]."""
-        self.events.add_image(name, image, step, dataformats="HWC")
+        """u8[h, w, 3]; `name` begins with the stage's."""
+        with _without_torch():
+            from tensorboardX import summary
+        stage = name.partition("/")[0]
+        self._add(stage, step, [dict(tag=name, image=summary.image(name, image, dataformats="HWC").value[0].image)])
 
-    def _send(self) -> None:
+    def _add(self, stage: str, step: int, values: Sequence[dict[str, Any]]) -> None:
+        # tensorboardX imports torch wherever it is installed, only to accept tensors; this side never loads torch. Its
+        # SummaryWriter would write in a thread of its own, where a full disk is not noticed.
+        with _without_torch():
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.proto.summary_pb2 import Summary
+        with writing(self.board):
+            if stage not in self.files:
+                make_directory(self.local / stage)
+                suffix = f".{os.getpid()}.{len(list((self.local / stage).iterdir()))}"  # within one second
+                self.files[stage] = EventsWriter(str(self.local / stage / "events"), suffix)
+                start = SessionLog(status=SessionLog.START)
+                self._event(stage, Event(step=self.done.get(stage, -1) + 1, session_log=start))
+            self._event(stage, Event(step=step, summary=Summary(value=[Summary.Value(**v) for v in values])))
+            self.files[stage].flush()
+        if time.monotonic() - self.sent > SEND_S:
+            self.flush()
+
+    def _event(self, stage: str, event: Any) -> None:
+        event.wall_time = time.time()
+        self.files[stage].write_event(event)
+
+    def flush(self) -> None:
         """The events, where they belong."""
-        self.events.flush()
         self.sent = time.monotonic()
-        if self.local != self.board:
+        if self.local != self.board and self.files:
             put_files(self.local, self.board)
 
     def close(self) -> None:
-        self._send()
-        self.events.close()
+        with writing(self.board):
+            for file in self.files.values():
+                file.close()
+        self.flush()
 
 
 @contextlib.contextmanager

@@ -12,9 +12,7 @@ A part whose numbers another one covers is left over from a merge that was cut s
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import functools
-import hashlib
 import io
 import logging
 import os
@@ -23,7 +21,6 @@ import re
 import shutil
 import tempfile
 import threading
-import time
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
@@ -37,7 +34,6 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 SCHEME = "gs://"
 MERGE = 256  # lines in a merged part
 SEND_S = 1.0  # that a gathered line waits
-KEPT_DAYS, PARTIAL_DAYS = 30, 2  # of a copy on this machine since its last use; of one that a kill cut short
 # Modules whose errors are the bucket's, and how tensorstore begins its own.
 CLIENTS = ("gcsfs", "fsspec", "aiohttp", "google.api_core", "google.auth", "google.cloud")
 _TENSORSTORE = re.compile(r"Error (reading|writing|opening|deleting|listing) .*gs://", re.DOTALL)
@@ -57,7 +53,7 @@ def open_path(text: str | os.PathLike) -> pathlib.Path:
         return pathlib.Path(text).expanduser()
     from etils import epath
 
-    _file_system()
+    file_system()
     return epath.Path(text)
 
 
@@ -72,7 +68,7 @@ def absolute_name(path: str) -> str:
 
 
 @functools.cache
-def _file_system() -> Any:
+def file_system() -> Any:
     """gcsfs, as epath uses it as well."""
     try:
         import fsspec
@@ -89,7 +85,7 @@ def _file_system() -> Any:
 
 def bucket_used() -> bool:
     """Whether this process has opened any."""
-    return _file_system.cache_info().currsize > 0
+    return file_system.cache_info().currsize > 0
 
 
 # ------------------------------------------------------------------------------------------------- whole files
@@ -97,7 +93,7 @@ def bucket_used() -> bool:
 
 def read_bytes(path: pathlib.Path) -> bytes:
     """OSError where it is missing or cannot be read."""
-    return _file_system().cat_file(str(path)) if is_remote(path) else path.read_bytes()
+    return file_system().cat_file(str(path)) if is_remote(path) else path.read_bytes()
 
 
 def file_size(path: pathlib.Path) -> int:
@@ -108,17 +104,24 @@ def file_size(path: pathlib.Path) -> int:
 def files_below(path: pathlib.Path) -> list[pathlib.Path]:
     """Of all folders below, in no order."""
     if is_remote(path):
-        return [open_path(SCHEME + name) for name in _file_system().find(str(path))]
+        return [open_path(SCHEME + name) for name in file_system().find(str(path))]
     return [file for file in path.rglob("*") if file.is_file()]
 
 
 @functools.lru_cache(maxsize=64)
 def remote_versions(folder: str) -> dict[str, str]:
     """What tells one state of each object of a folder from another, by name; one listing for all of them."""
-    return {e["name"].rpartition("/")[2]: _version(e) for e in _file_system().ls(folder, detail=True)}
+    return {e["name"].rpartition("/")[2]: object_version(e) for e in file_system().ls(folder, detail=True)}
 
 
-def _version(entry: dict[str, Any]) -> str:
+def listed_checksums(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
+    """(bytes, "crc32c …") of every object below a folder of a bucket, by its name from there; one listing."""
+    entries = file_system().find(str(folder), detail=True).values()
+    prefix = f"{str(folder).removeprefix(SCHEME)}/"
+    return {e["name"].removeprefix(prefix): (e["size"], f"crc32c {e.get('crc32c', '')}") for e in entries}
+
+
+def object_version(entry: dict[str, Any]) -> str:
     return " ".join(str(entry.get(key, "")) for key in ("size", "md5Hash", "crc32c"))
 
 
@@ -127,7 +130,7 @@ def write_whole(path: pathlib.Path, content: str | bytes) -> None:
     data = content if isinstance(content, bytes) else content.encode()
     with writing(path):
         if is_remote(path):
-            _file_system().pipe_file(str(path), data)
+            file_system().pipe_file(str(path), data)
             return
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # other shards write it, too
         try:
@@ -135,6 +138,22 @@ def write_whole(path: pathlib.Path, content: str | bytes) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def create_file(path: pathlib.Path, text: str) -> bool:
+    """Writes it where there is none; False where there is one. DataError where it cannot be written."""
+    with writing(path):
+        try:
+            if path.exists():
+                return False
+            if is_remote(path):  # the service refuses it where another has been faster
+                file_system().pipe_file(str(path), text.encode(), mode="create")
+            else:
+                with path.open("x") as file:
+                    file.write(text)
+        except FileExistsError:
+            return False
+    return True
 
 
 def make_directory(path: pathlib.Path) -> None:
@@ -146,7 +165,18 @@ def make_directory(path: pathlib.Path) -> None:
 def remove_file(path: pathlib.Path) -> None:
     """Nothing where there is none."""
     with contextlib.suppress(FileNotFoundError):
-        _file_system().rm_file(str(path)) if is_remote(path) else path.unlink()
+        file_system().rm_file(str(path)) if is_remote(path) else path.unlink()
+
+
+def move_folder(path: pathlib.Path, target: pathlib.Path) -> None:
+    """In place of what is at `target`; in a bucket object by object."""
+    if is_remote(path):
+        if target.exists():
+            file_system().rm(str(target), recursive=True)
+        file_system().mv(str(path), str(target), recursive=True)
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    path.rename(target)
 
 
 @contextlib.contextmanager
@@ -172,7 +202,7 @@ def check_writable(path: pathlib.Path) -> None:
     if is_remote(path):
         with writing(path):
             probe = path / f".probe-{uuid.uuid4().hex[:8]}"
-            _file_system().pipe_file(str(probe), b"1")
+            file_system().pipe_file(str(probe), b"1")
             remove_file(probe)
         return
     make_directory(path)
@@ -242,7 +272,7 @@ class AppendFile:
             self.number = max((last for _, last in _all_parts(self.path)), default=0)
             self._merge()  # of a start before this
         part = (self.number + 1, self.number + len(lines))
-        _file_system().pipe_file(_part(self.path, *part), "".join(lines).encode())
+        file_system().pipe_file(_part(self.path, *part), "".join(lines).encode())
         self.number = part[1]
         self.unmerged += _lines(part)
         if self.unmerged >= MERGE:
@@ -256,8 +286,8 @@ class AppendFile:
             start -= 1
         if len(last := parts[start:]) > 1:
             merged = _part(self.path, last[0][0], last[-1][1])
-            _file_system().pipe_file(merged, b"".join(_read_parts(self.path, last)))
-            _file_system().rm([_part(self.path, *part) for part in last])
+            file_system().pipe_file(merged, b"".join(_read_parts(self.path, last)))
+            file_system().rm([_part(self.path, *part) for part in last])
         self.unmerged = 0
 
     def close(self) -> None:
@@ -297,19 +327,9 @@ def write_lines(path: pathlib.Path, content: bytes) -> None:
         return write_whole(path, content)
     with writing(path):
         parts = _parts(path)
-        _file_system().pipe_file(_part(path, 1, parts[-1][1] if parts else 1), content)
+        file_system().pipe_file(_part(path, 1, parts[-1][1] if parts else 1), content)
         if covered := set(_all_parts(path)) - set(_parts(path)):
-            _file_system().rm([_part(path, *part) for part in covered])
-
-
-def cut_half_line(path: pathlib.Path) -> int:
-    """Of a file that a kill left with half a line at its end, how many bytes were cut off. A part is always whole."""
-    if is_remote(path):
-        return 0
-    data = path.read_bytes()
-    if half := len(data) - data.rfind(b"\n") - 1:
-        os.truncate(path, len(data) - half)
-    return half
+            file_system().rm([_part(path, *part) for part in covered])
 
 
 def _part(path: pathlib.Path, first: int, last: int) -> str:
@@ -322,7 +342,7 @@ def _lines(part: tuple[int, int]) -> int:
 
 def _all_parts(path: pathlib.Path) -> list[tuple[int, int]]:
     try:
-        names = _file_system().ls(str(path), detail=False)
+        names = file_system().ls(str(path), detail=False)
     except FileNotFoundError:
         return []
     found = (_PART.fullmatch(name.rpartition("/")[2]) for name in names)
@@ -341,67 +361,8 @@ def _parts(path: pathlib.Path) -> list[tuple[int, int]]:
 def _read_parts(path: pathlib.Path, parts: Sequence[tuple[int, int]], at_once: int = 16) -> Iterator[bytes]:
     for start in range(0, len(parts), at_once):
         names = [_part(path, *part) for part in parts[start : start + at_once]]
-        contents = _file_system().cat(names)
+        contents = file_system().cat(names)
         yield from (contents[name.removeprefix(SCHEME)] for name in names)
-
-
-# ------------------------------------------------------------------------------------------ copies on this machine
-
-
-def fetch_folder(path: pathlib.Path, patterns: Sequence[str] = ("*",)) -> pathlib.Path:
-    """The folder itself; of a bucket, one on this machine with those of its files that match, fetched once a host.
-
-    For what only reads local files: safetensors, tokenizers, ArrayRecord. A copy that nobody has asked for in KEPT_DAYS
-    is removed by the next fetch. DataError where there is no room.
-    """
-    if not is_remote(path):
-        return path
-    entries = [e for e in _file_system().ls(str(path), detail=True) if e["type"] == "file"]
-    versions = {e["name"].rpartition("/")[2]: _version(e) for e in entries}
-    versions = {n: v for n, v in sorted(versions.items()) if any(fnmatch.fnmatch(n, p) for p in patterns)}
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rsagent_jax" / "buckets"
-    folder = cache / hashlib.sha256(f"{path} {versions}".encode()).hexdigest()[:24]
-    if folder.is_dir():
-        os.utime(folder)
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    for old in cache.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process has removed it
-            days = (time.time() - old.stat().st_mtime) / 86400
-            if days > (PARTIAL_DAYS if old.name.startswith(".partial-") else KEPT_DAYS):
-                shutil.rmtree(old, ignore_errors=True)
-    needed = sum(e["size"] for e in entries if e["name"].rpartition("/")[2] in versions)
-    if (free := shutil.disk_usage(cache).free) < needed:
-        raise DataError(
-            f"{path}: its files take {needed / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB of free space; make room,"
-            " or set XDG_CACHE_HOME"
-        )
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as partial:
-        whole = pathlib.Path(partial) / "whole"
-        whole.mkdir()
-        _file_system().get([f"{path}/{name}" for name in versions], [str(whole / name) for name in versions])
-        with contextlib.suppress(OSError):  # another process was faster
-            os.rename(whole, folder)
-    return folder
-
-
-@contextlib.contextmanager
-def local_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """`path` itself, or a place on this machine, not made yet, whose files are put there at the end: for what only
-    writes local files."""
-    if not is_remote(path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield (here := pathlib.Path(folder) / path.name)
-        put_files(here, path)
-
-
-def put_files(folder: pathlib.Path, path: pathlib.Path) -> None:
-    """What is below a folder of this machine, into a bucket."""
-    with writing(path):
-        for file in sorted(files_below(folder)):
-            _file_system().put_file(str(file), f"{path}/{file.relative_to(folder)}")
 
 
 # ---------------------------------------------------------------------------------------------- what goes wrong
@@ -409,10 +370,7 @@ def put_files(folder: pathlib.Path, path: pathlib.Path) -> None:
 
 def bucket_problem(error: BaseException) -> str:
     """What a bucket's client raised, in words, and the remedy; "" for an error of something else."""
-    chain = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    chain = _chain(error)
     if not bucket_used() or not any(map(_is_clients, chain)):
         return ""
     said = next((text for e in chain if (text := " ".join(str(e).split()))), type(chain[0]).__name__)[:300]
@@ -427,6 +385,25 @@ def bucket_problem(error: BaseException) -> str:
         f"the bucket does not answer ({said}). What was written there is kept: run the same command again when it is"
         " back"
     )
+
+
+def storage_problem(error: BaseException) -> str:
+    """What kept a file from being written, of an error of Orbax's or tensorstore's, in words."""
+    for e in _chain(error):
+        if isinstance(e, OSError) and e.strerror:
+            return f"{e.strerror}: {e.filename}" if e.filename else e.strerror
+    said = " ".join(str(error).split())
+    found = re.search(r"No space left on device|Permission denied|Read-only file system|Disk quota exceeded", said)
+    return found[0] if found else said[:300]
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """The error, and what it was raised from."""
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return chain
 
 
 def _is_clients(error: BaseException) -> bool:

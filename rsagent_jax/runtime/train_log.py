@@ -4,15 +4,17 @@ import json
 import math
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from rsagent_jax.runtime.journal import damaged
+from rsagent_jax.runtime.json_lines import keep_lines
 from rsagent_jax.runtime.loggers import Logger
-from rsagent_jax.runtime.paths import AppendFile, read_lines, write_lines
+from rsagent_jax.runtime.paths import AppendFile
 from rsagent_jax.types import DataError
+
+FINITE = {"loss": "the loss", "l2_grads": "the gradient's norm", "l2_updates": "the update's norm"}
 
 
 class MetricsLog:
@@ -28,13 +30,17 @@ class MetricsLog:
         self.counts: Counter[str] = Counter()  # since the start: steps, and what is to be said of them at the end
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forgets what `stage` logged after `step`. DataError naming the line if one cannot be read."""
+        """Forgets what `stage` logged after `step`, also on the loggers that have a `rewind`."""
         keep_lines(self.path, lambda row: row["stage"] != stage or row["step"] <= step)
         if stage == "grpo":
             keep_lines(self.rollouts, lambda row: row["step"] <= step)
+        for logger in self.loggers:
+            if hasattr(logger, "rewind"):
+                logger.rewind(stage, step)
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """DataError naming the step when the loss is not finite: training on would only lose time."""
+        """DataError naming the step when the loss, or the norm of the gradient or of the update, is not finite:
+        training on would only lose time."""
         values = {name: float(value) for name, value in values.items()}
         self.counts["steps"] += step > 0  # 0: the validation before the first one
         self.counts.update({k: int(v) for k, v in values.items() if k == "no_update" or k.startswith("env_failed/")})
@@ -42,9 +48,12 @@ class MetricsLog:
         self.lines[self.path].add(json.dumps({"step": step, "stage": stage, **finite}) + "\n")
         for logger in self.loggers:
             logger.write(stage, step, values)
-        if not math.isfinite(values.get("loss", 0.0)):
-            loss = f"{stage} step {step}: the loss is {values['loss']}"
-            raise DataError(f"{loss}; lower the learning rate or see l2_grads")
+        for name, what in FINITE.items():
+            if not math.isfinite(values.get(name, 0.0)):
+                raise DataError(
+                    f"{stage} step {step}: {what} is {values[name]}; lower the learning rate or see l2_grads. The last"
+                    " checkpoint is as it was"
+                )
 
     def examples(self, step: int, examples: dict[str, Any]) -> None:
         """What a GRPO step's first group said and got, as JSON values; nothing where there is none."""
@@ -68,36 +77,14 @@ class MetricsLog:
             if hasattr(logger, "image"):
                 logger.image(name, image, step)
 
+    def flush(self) -> None:
+        """Before a checkpoint, from which nothing before it is logged again: of loggers that keep something back."""
+        for logger in self.loggers:
+            if hasattr(logger, "flush"):
+                logger.flush()
+
     def close(self) -> None:
         for logger in self.loggers:
             logger.close()
         for file in self.lines.values():
             file.close()
-
-
-def keep_lines(path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drops the lines of a file of JSON objects that `keep` does not want, and a last one that was half written.
-
-    The file changes as a whole or not at all; one that is not there is left so. DataError naming a damaged line.
-    """
-    if not path.exists():
-        return
-    content = read_lines(path)
-    *lines, rest = content.split(b"\n")
-    try:
-        whole = isinstance(json.loads(rest), dict)
-    except ValueError:
-        whole = False
-    if whole:  # but for its newline
-        lines.append(rest)
-    elif rest:
-        print(f"{path}: the last line was half written, by a run that was killed, and is cut off")
-    kept = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line.strip() and keep(json.loads(line)):
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError) as error:
-            raise damaged(f"{path}, line {number}", error) from None
-    if b"".join(kept) != content:
-        write_lines(path, b"".join(kept))

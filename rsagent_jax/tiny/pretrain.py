@@ -44,7 +44,8 @@ from rsagent_jax.models.qwen25_vl.language import mrope_angles
 from rsagent_jax.models.qwen25_vl.layers import Linear, layer_at
 from rsagent_jax.models.qwen25_vl.load import local_weights
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
-from rsagent_jax.runtime.paths import AppendFile, local_directory, make_directory, open_path
+from rsagent_jax.runtime.local_copies import local_directory
+from rsagent_jax.runtime.paths import AppendFile, make_directory, open_path
 from rsagent_jax.tiny import absent, grounding, scenes, vocab
 from rsagent_jax.tiny.grounding import COLORS, MAX_OBJECTS, SHAPES, SIDE, SIZES, GroundingRows, SceneRows
 from rsagent_jax.types import DataError

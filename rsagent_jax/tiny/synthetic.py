@@ -30,7 +30,8 @@ import tqdm
 
 from rsagent_jax.data.sets.refcoco import IMAGES, NO_TARGET
 from rsagent_jax.masks import draw_polygons, iou
-from rsagent_jax.runtime.paths import local_directory, read_bytes
+from rsagent_jax.runtime.local_copies import local_directory
+from rsagent_jax.runtime.paths import read_bytes
 from rsagent_jax.tiny import absent, scenes
 from rsagent_jax.types import DataError
 from sam_bridge.rle import encode_mask, mask_runs

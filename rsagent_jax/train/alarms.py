@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from rsagent_jax.config.alarms import AlarmsConfig
+from rsagent_jax.runtime.json_lines import keep_lines
 from rsagent_jax.runtime.paths import AppendFile, read_lines
-from rsagent_jax.runtime.train_log import keep_lines
 from rsagent_jax.types import DataError
 
 FILE = "alarms.jsonl"

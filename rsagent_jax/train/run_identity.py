@@ -23,10 +23,11 @@ import rsagent_jax
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.reward import RewardTerm
 from rsagent_jax.config.schema import PolicyConfig, TrainConfig
+from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weight_files
-from rsagent_jax.runtime.journal import ChangedField, damaged, flatten_settings
+from rsagent_jax.runtime.journal import ChangedField, flatten_settings
+from rsagent_jax.runtime.json_lines import keep_lines, parse_object
 from rsagent_jax.runtime.paths import AppendFile, file_size, open_path, read_lines, write_whole
-from rsagent_jax.runtime.train_log import keep_lines
 from rsagent_jax.types import DataError
 
 HISTORY = "config_history.jsonl"
@@ -44,6 +45,7 @@ FREE = (
     *("grpo.max_env_failed", "grpo.on_reward_error", "grpo.reward*.deadline_s", "agent.tool_deadline_s"),
     *(f"segmenter.{name}" for name in ("addresses", "token_file", "tls", "tls_ca", "timeout_s", "wait_s", "workers")),
     *("segmenter.device", "validation.*", "loggers", "grpo.dump_every"),
+    *("checkpoint_minutes", "keep_last", "keep_every"),
 )
 LENGTHS = ("sft.steps", "sft.epochs", "grpo.steps")  # may grow, where nothing depends on them yet
 ROLLOUTS = ("agent.", "segmenter.")  # SFT has its own check of what its trajectories were collected with
@@ -175,18 +177,26 @@ def _refuse(workdir: pathlib.Path, saved: dict[str, int], differ: list[ChangedFi
 
 
 def last_start(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The last whole line of the history. DataError for a damaged one."""
-    history = workdir / HISTORY
+    """The last whole line of the history; where lines after it are damaged, with the config of config.json, which is
+    that of the last start."""
+    history, config = workdir / HISTORY, workdir / "config.json"
     lines = read_lines(history).split(b"\n")[:-1] if history.exists() else []
-    if not lines:
-        return None
-    try:
-        start = json.loads(lines[-1])
-        if not isinstance(start["config"]["stages"], list):
-            raise TypeError("stages")
-        return start
-    except (ValueError, TypeError, KeyError) as error:
-        raise damaged(f"{history}, line {len(lines)}", error) from None
+    for line in reversed(lines):
+        try:
+            start = parse_object(line)
+            if _is_start(start):
+                later = line is not lines[-1] and config.exists()
+                return start | ({"config": read_json(config)} if later else {})
+        except (ValueError, TypeError, KeyError):
+            continue
+    return None
+
+
+def _is_start(line: dict[str, Any]) -> bool:
+    """ValueError for the line of something else."""
+    if not isinstance(line["config"]["stages"], list):
+        raise ValueError("no config of a start")
+    return True
 
 
 def record_start(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, str]) -> None:
@@ -198,7 +208,7 @@ def record_start(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, s
         "inputs": inputs,
         "config": _plain(config),
     }
-    keep_lines(workdir / HISTORY, lambda _: True)
+    keep_lines(workdir / HISTORY, _is_start)
     AppendFile(workdir / HISTORY).add(json.dumps(entry) + "\n")
     write_whole(workdir / "config.json", json.dumps(entry["config"], indent=2) + "\n")
 

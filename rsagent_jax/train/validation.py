@@ -40,8 +40,8 @@ from rsagent_jax.rollout.play import Failure, play_samples
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.runtime import processes
 from rsagent_jax.runtime.journal import decisive_settings
+from rsagent_jax.runtime.json_lines import keep_lines
 from rsagent_jax.runtime.paths import AppendFile
-from rsagent_jax.runtime.train_log import keep_lines
 from rsagent_jax.types import DataError, Status, Trajectory
 
 RESULTS = "validation.jsonl"

@@ -2,6 +2,11 @@
 
 import itertools
 import operator
+import os
+import pathlib
+import subprocess
+import sys
+import time
 
 import grain
 import pytest
@@ -125,3 +130,28 @@ def test_what_cannot_be_read_is_named_and_may_stop_the_command(capfd):
     refused(rf"^cannot be read: sample {even[0]} \(s{even[0]}\): picture {even[0]} is missing$", pipeline.take, 1)
     pipeline = Pipeline([0], odd_only, seed=0, unreadable="stop", what="record")
     refused("^cannot be read: record 0: picture 0", pipeline.take, 1)
+
+
+READS = """
+import multiprocessing, time
+from rsagent_jax.data.pipeline import Pipeline
+if __name__ == "__main__":
+    pipeline = Pipeline(range(23), seed=5, workers=1, threads=1)
+    pipeline.take(1)
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells who is there")
+def test_no_reader_outlives_a_trainer_that_was_killed(tmp_path):
+    (tmp_path / "reads.py").write_text(READS)
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    with subprocess.Popen([sys.executable, tmp_path / "reads.py"], stdout=subprocess.PIPE, env=environment) as trainer:
+        reader = pathlib.Path("/proc", trainer.stdout.readline().decode().strip())
+        assert reader.exists()
+        trainer.kill()
+    until = time.monotonic() + 20
+    while reader.exists() and "\nState:\tZ" not in (reader / "status").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)

@@ -74,12 +74,17 @@ def test_a_kill_at_any_byte_leaves_no_hole_and_no_duplicate(tmp_path_factory, sh
     assert sorted(json.loads(line)["counts"]["id"] for line in lines) == [f"s{i}" for i in range(8)]
 
 
-def test_a_damaged_line_is_named(tmp_path):
+@pytest.mark.parametrize("line", [b"{", b"\0\0\0", b"\xff", b'{"note": "mine"}'])
+def test_a_damaged_line_is_named_and_its_work_done_again(tmp_path, line):
     write(tmp_path, Share(), range(3))
     path = next((tmp_path / records.FOLDER).iterdir())
-    lines = path.read_text().split("\n")
-    path.write_text("\n".join([*lines[:2], "{", *lines[3:]]))
-    refused(r"jsonl, line 3 is damaged .*remove that line and run again", write, tmp_path, Share(), range(3))
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([*lines[:2], line, *lines[3:]]))
+    with opened(tmp_path) as book:
+        assert book.done == {"s0", "s2"} and f"{path}, line 3: damaged" in book.notes[-1]
+    assert line not in path.read_bytes().split(b"\n")
+    write(tmp_path, Share(), range(3))
+    assert summary(tmp_path, 3)["n"] == 3
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")

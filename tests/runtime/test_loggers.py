@@ -1,11 +1,14 @@
 """Loggers get every step's figures, those of the user's as well; W&B is a stand-in that keeps what it is told."""
 
+import os
+import struct
 import sys
 import types
 
+import numpy as np
 import pytest
 
-from rsagent_jax.runtime.loggers import Console, open_loggers
+from rsagent_jax.runtime.loggers import Console, TensorBoard, open_loggers
 from rsagent_jax.runtime.train_log import MetricsLog
 from tests.refusals import refused
 
@@ -71,3 +74,50 @@ def test_the_console_has_one_line_a_step(capsys, tmp_path):
         "grpo step 7: reward 0.512  gIoU 0.400  turns 2.50  loss -0.0100  3.2 s",
         "sft step 2: loss 1.2500  0.5 s  no update",
     ]
+
+
+def shown(folder) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a directory, by tag: files in the order of their names; each START forgets what is at
+    its step or later (event_accumulator.py, _CheckForRestartAndMaybePurge)."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    kept = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            if event.session_log.status == SessionLog.START:
+                kept = [e for e in kept if e.step < event.step]
+            kept.append(event)
+    tags = {v.tag: [] for e in kept for v in e.summary.value}
+    for e in kept:
+        for v in e.summary.value:
+            tags[v.tag].append((e.step, v.simple_value))
+    return tags
+
+
+def test_tensorboard_shows_every_step_once_after_a_kill(tmp_path):
+    log = MetricsLog(tmp_path, [TensorBoard(tmp_path, {})])
+    log.rewind("sft", -1)
+    for step in range(1, 6):
+        log.write("sft", step, {"loss": float(step)})
+    log.image("sft/first_batch", np.zeros((2, 3, 3), np.uint8), 1)
+    log.write("grpo", 1, {"loss": 0.5})
+    # Killed: nothing was closed. It goes on after the checkpoint of step 3.
+    again = MetricsLog(tmp_path, [TensorBoard(tmp_path, {})])
+    again.rewind("sft", 3)
+    for step in (4, 5, 6):
+        again.write("sft", step, {"loss": 10.0 * step})
+    again.close()
+    tags = shown(tmp_path / "tensorboard/sft")
+    assert tags["sft/loss"] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)] and "sft/first_batch" in tags
+    assert shown(tmp_path / "tensorboard/grpo") == {"grpo/loss": [(1, 0.5)]}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_a_full_disk_under_tensorboard_is_one_data_error(tmp_path):
+    board = TensorBoard(tmp_path, {})
+    board.write("sft", 1, {"loss": 0.5})
+    board.files["sft"]._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115 closed by its loss
+    refused("tensorboard cannot be written .No space.*make room", board.write, "sft", 2, {"loss": 0.25})

@@ -32,7 +32,7 @@ class Objects(dict):
 @pytest.fixture
 def bucket(monkeypatch):
     bucket = Objects()
-    monkeypatch.setattr(paths, "_file_system", lambda: bucket)
+    monkeypatch.setattr(paths, "file_system", lambda: bucket)
     return bucket
 
 
@@ -80,7 +80,7 @@ STARTS = st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=1, max_size=
 @example(starts=[[1, 9, 1], [1]], head=True, gather=False, close=False)
 def test_lines_are_all_there_in_their_order_however_they_come(starts, head, gather, close):
     written, bucket = [], Objects()
-    with mock.patch.object(paths, "_file_system", return_value=bucket), mock.patch.object(paths, "MERGE", 4):
+    with mock.patch.object(paths, "file_system", return_value=bucket), mock.patch.object(paths, "MERGE", 4):
         path = paths.open_path("gs://bucket/a.jsonl")
         if head:  # as a journal does
             paths.write_lines(path, b"head\n")

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsagent_jax.runtime.train_log import MetricsLog, keep_lines
+from rsagent_jax.runtime.json_lines import keep_lines
+from rsagent_jax.runtime.train_log import MetricsLog
 from tests.refusals import refused
 
 ROWS = [("sft", 1), ("sft", 2), ("grpo", 1), ("grpo", 2), ("grpo", 3)]
@@ -58,13 +59,35 @@ def test_half_a_line_is_cut_off_with_a_word(log, tmp_path, name, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"step": 2}', "\udcff"])
-def test_a_damaged_line_inside_is_named_and_nothing_is_changed(log, line):
-    rows = log.path.read_text().splitlines()
-    log.path.write_text("\n".join([*rows[:1], line, *rows[1:], ""]), errors="surrogateescape")
+DAMAGES = [b"{", b"[]", b'{"step": 2}', b"\xff", b"\0" * 20, b'{"note": "mine"}', b'{"step": 7, "stage": "\xff"}']
+
+
+@pytest.mark.parametrize("line", DAMAGES)
+def test_a_damaged_line_is_named_left_out_and_kept_beside(log, line, capsys):
+    first, *rest = log.path.read_bytes().splitlines(keepends=True)
+    log.path.write_bytes(b"".join([first, line + b"\n", *rest, line + b"\n"]))
+    log.rewind("grpo", 3)
+    assert log.path.read_bytes() == b"".join([first, *rest])
+    said = capsys.readouterr().out
+    assert f"{log.path}, line 2: damaged" in said and ", and 1 more lines: left out, and kept in" in said
+    aside = log.path.with_name("metrics.jsonl.damaged")
+    assert aside.read_bytes() == 2 * (line + b"\n")
+    log.rewind("grpo", 3)
+    assert capsys.readouterr().out == "" and aside.exists()
+
+
+def test_a_kill_while_a_log_is_mended_leaves_it_as_it_was(log, monkeypatch):
     before = log.path.read_bytes()
-    refused(r"metrics\.jsonl, line 2 is damaged.*remove that line", log.rewind, "grpo", 1)
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        log.rewind("grpo", 1)
     assert log.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["loss", "l2_grads", "l2_updates"])
+def test_what_an_update_is_made_of_must_be_finite(log, name):
+    refused("grpo step 4: .* is nan; lower the learning rate", log.write, "grpo", 4, {name: float("nan")})
+    assert steps(log.path) == [*ROWS, ("grpo", 4)]
 
 
 @settings(max_examples=200, deadline=None)

@@ -215,10 +215,15 @@ def test_checkpoints_without_their_history_are_refused(workdir):
 
 
 @pytest.mark.parametrize("line", ["{\n", "[]\n", "{}\n"])
-def test_a_damaged_history_is_a_data_error(workdir, line):
+def test_a_damaged_line_of_the_history_is_left_out_and_config_json_counts(workdir, line, capsys):
     with (workdir / run_identity.HISTORY).open("a") as file:
         file.write(line)
-    refused(rf"{run_identity.HISTORY}, line 2 is damaged", run_identity.check_config, workdir, BASE)
+    refused("seed: 0 there, 1 now", run_identity.check_config, workdir, with_field(BASE, "seed", 1))
+    refused("policy.weights: ", run_identity.check_same_inputs, workdir, INPUTS | {"policy.weights": "other"})
+    run_identity.check_config(workdir, BASE)
+    run_identity.record_start(workdir, BASE, INPUTS)
+    assert f"{run_identity.HISTORY}, line 2: damaged" in capsys.readouterr().out
+    assert len((workdir / run_identity.HISTORY).read_text().splitlines()) == 2
 
 
 def test_weights_are_known_by_content_and_not_by_place(tmp_path):

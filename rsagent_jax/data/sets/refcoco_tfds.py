@@ -21,7 +21,7 @@ import grain
 from rsagent_jax.data.sets.index import Entry, Inputs
 from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.runtime.image_files import read_image
-from rsagent_jax.runtime.paths import fetch_folder
+from rsagent_jax.runtime.local_copies import fetch_folder
 from rsagent_jax.types import DataError, Sample
 from sam_bridge.file_kinds import kind_of_file
 

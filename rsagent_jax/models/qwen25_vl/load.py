@@ -16,7 +16,7 @@ from rsagent_jax.models.qwen25_vl import convert, lora, tensor_files
 from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.steps import find_step, split_step
-from rsagent_jax.runtime import paths, sharding
+from rsagent_jax.runtime import checksums, local_copies, paths, sharding
 from rsagent_jax.types import DataError
 from sam_bridge import hub
 
@@ -44,7 +44,7 @@ def local_weights(weights: str, more: tuple[str, ...] = ("*.safetensors", tensor
     if paths.is_remote(weights):
         path = paths.open_path(weights)
         is_hugging_face = (path / "config.json").exists() and any(path.glob("*.safetensors*"))
-        return paths.fetch_folder(path, (*POLICY_FILES, *more)) if is_hugging_face else path
+        return local_copies.fetch_folder(path, (*POLICY_FILES, *more)) if is_hugging_face else path
     if not hub.is_repository(weights):
         return pathlib.Path(weights)
     try:
@@ -76,7 +76,7 @@ def policy_directory(weights: str) -> pathlib.Path:
             raise DataError(f"{weights}: {path} is a Hugging Face directory, which has no steps; leave the @ out")
         return path
     if (path / "policy" / "config.json").exists():
-        return paths.fetch_folder(path / "policy")
+        return local_copies.fetch_folder(path / "policy")
     if any(path.glob("checkpoints/*/policy/config.json")):
         raise DataError(f"{path} holds no weights itself; give {path}/checkpoints/<stage>")
     if path.name.isdigit() and (path.parent / "policy" / "config.json").exists():
@@ -100,6 +100,7 @@ def load_policy(weights: str, mesh: Mesh | None = None, dtype: str = "float32") 
     options = ocp.CheckpointManagerOptions(create=False)  # nothing is written; read_only=True would warn that it is
     with ocp.CheckpointManager(paths.absolute(path), options=options) as manager:
         step = find_step(path, split_step(weights)[1])
+        _refuse_damaged(path, step)
         wanted = convert.flat_params(model)
         # Orbax would ask for the devices that saved the checkpoint: always say where the arrays are to go.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -124,6 +125,16 @@ def load_policy(weights: str, mesh: Mesh | None = None, dtype: str = "float32") 
                 raise
             raise DataError(f"{path}/{step} is not of the model in {path}/policy ({first_line(error)})") from error
     return convert.with_params(model, values)
+
+
+def _refuse_damaged(path: pathlib.Path, step: int) -> None:
+    """DataError where the files that a policy is read from are not as they were written."""
+    if damage := checksums.find_damage(path / str(step), "params/"):
+        others = sorted(set(ocp.utils.checkpoint_steps(path)) - {step})
+        remedy = f"give another one, {path}@{others[-1]}" if others else "there is no other one: put it back as it was"
+        raise DataError(f"{path}/{step} is damaged ({damage}); {remedy}")
+    if damage := checksums.find_damage(path / "base"):
+        raise DataError(f"{path}/base is damaged ({damage}), and there is one of it alone: put it back as it was")
 
 
 def _read(
