@@ -31,6 +31,7 @@ def get_config(part: str = "") -> ConfigDict:
             relation_share=0.4,
             absent_share=0.0,
             presence_share=0.0,
+            several_share=0.0,
             all_share=0.25,
             look_weight=1.0,
             corner_weight=0.5,
@@ -52,6 +53,12 @@ def get_config(part: str = "") -> ConfigDict:
         )
         config.see.steps = 0
         config.ground.update(steps=400, rows=16, lr=1e-3, warmup=30, list_share=0.2)
+    elif part == "several":
+        config.update(
+            init="runs/tiny", absent_share=0.15, presence_share=0.35, several_share=0.5, aux_weight=0.0, corner_weight=0.0
+        )
+        config.see.steps = 0
+        config.ground.update(steps=500, rows=16, lr=1e-3, warmup=30, list_share=0.3)
     elif part:
         raise ValueError(f"{part!r} is unknown; use configs/tiny_base.py or configs/tiny_base.py:absent")
     return config

@@ -76,6 +76,7 @@ class SceneRows:
     list_share: float = 0.0
     absent_share: float = 0.0
     presence_share: float = 0.0
+    several_share: float = 0.0
 
     def __post_init__(self):
         self.words = np.array([self.processor.encode(f" {word}") for word in WORDS]).reshape(-1)  # one token each
@@ -162,11 +163,19 @@ class SceneRows:
     def _places(self, rng, scene: scenes.Scene) -> Iterator[Question]:
         """Every object's point and box once, each under a name of its own.
 
-        The most choices of an object that a row can hold; no place stands there twice, which could be copied.
+        The most choices of an object that a row can hold; no place stands there twice, which could be copied: where
+        all of a kind stand under one name, their points stand there only.
         """
-        places = [(i, point) for i in sorted({e.object_index for e in scene.expressions}) for point in (True, False)]
+        named = sorted({e.object_index for e in scene.expressions})
+        together = self._plural(rng, scene)
+        places = [(i, point) for i in named for point in (True, False) if not (point and together and i in together[1])]
+        places += [together] if together else []
         for k in rng.permutation(len(places)):
             index, point = places[k]
+            if isinstance(index, str):
+                key = ("point", "xy")[rng.integers(2)]
+                yield Question("", f"{index}: {key} {_points(scene, point)}\n", point, 2)
+                continue
             values = _values(scene.objects[index], point)
             key = _KEYS[len(values)][rng.integers(3)]
             yield Question("", f"{self._name(rng, scene, index)}: {key} {values}\n", (index,), len(values))
@@ -192,6 +201,14 @@ class SceneRows:
             out[at] = 1 + np.array(turn.objects)[:, None]
         return out
 
+    def _plural(self, rng, scene: scenes.Scene) -> tuple[str, tuple[int, ...]] | None:
+        """A sentence about all objects of a kind, in several_share of the cases, and which these are, left to right."""
+        plurals = sorted(scenes.plurals_of(scene.objects).items())
+        if not plurals or rng.random() >= self.several_share:
+            return None
+        text, members = plurals[rng.integers(len(plurals))]
+        return text, tuple(sorted(members, key=lambda i: scene.objects[i].box[0]))
+
     def _name(self, rng, scene: scenes.Scene, index: int | None = None) -> str:
         config = dataclasses.replace(self.scene_config, relation_share=self.relation_share)
         return scenes.sample_expression(rng, scene, config, index).text
@@ -199,6 +216,8 @@ class SceneRows:
     def _question(self, rng, scene: scenes.Scene) -> Question:
         if rng.random() < self.absent_share and (text := absent.sample_absent(rng, scene, self.scene_config)):
             return absent_question(rng, text)
+        if together := self._plural(rng, scene):
+            return several_question(rng, *together, scene)
         wanted = "relation" if rng.random() < self.relation_share else "attribute"
         pool = [e for e in scene.expressions if e.kind == wanted] or scene.expressions
         index = int(rng.choice(sorted({e.object_index for e in pool})))
@@ -227,6 +246,17 @@ def free_question(rng: np.random.Generator, text: str, scene: scenes.Scene, inde
     return Question(ask.format(name=text, side=SIDE), answer, (index,), len(values))
 
 
+def several_question(rng: np.random.Generator, text: str, members: tuple[int, ...], scene: scenes.Scene) -> Question:
+    """A question about all objects of a kind, and a point on each: Qwen2.5-VL's own, or in free words."""
+    if rng.random() >= FREE_SHARE:
+        points = [scene.objects[i].point for i in members]
+        answer = prompts.ground_answer("point_2d", points, [text] * len(points))
+        return Question(prompts.ground_question("point_2d", text), answer, members, 2)
+    ask = _ASK[rng.integers(len(_ASK))] + " point"
+    answer = _SAY[0].format(Name=text[0].upper() + text[1:], at=_points(scene, members))
+    return Question(ask.format(name=text, side=SIDE), answer, members, 2)
+
+
 def absent_question(rng: np.random.Generator, text: str) -> Question:
     """A question about nothing: Qwen2.5-VL's own with an empty list, or free words that say so."""
     point = rng.random() < 0.5
@@ -245,6 +275,10 @@ def presence_question(text: str) -> tuple[Question, str]:
 
 def _values(thing: scenes.SceneObject, point: bool) -> list[int]:
     return [round(float(v)) for v in (thing.point if point else thing.box)]
+
+
+def _points(scene: scenes.Scene, members: tuple[int, ...]) -> str:
+    return "; ".join(str(_values(scene.objects[i], True)) for i in members)
 
 
 def _all_objects(scene: scenes.Scene) -> Question:

@@ -235,7 +235,8 @@ def evaluate_grounding(model: Qwen25VL, maker: SceneRows, seed: int, count: int)
         guess, thing = [lookup.get(id, 0) for id in ids], scene.objects[s.object_index]
         value = float(thing.mask[guess[1], guess[0]]) if point else _box_iou(guess, thing.box)
         results[f"{'click' if point else 'iou'}_{s.kind}"].append(value)
-    results |= _presence(forward, maker, rng, [scene for scene, point in cases if point])
+    seen = [scene for scene, point in cases if point]
+    results |= _presence(forward, maker, rng, seen) | _several(forward, maker, rng, seen)
     return {k: round(float(np.mean(v)), 4) for k, v in sorted(results.items())}
 
 
@@ -253,6 +254,22 @@ def _presence(forward, maker: SceneRows, rng: np.random.Generator, seen: Sequenc
     ends = [np.flatnonzero(row.loss_mask)[-1:] for row in rows]  # the terminator that `row` puts after the answer
     for (id,), (key, no) in zip(read_answers(forward, rows, ends), asked, strict=True):
         results[key].append(float((id == no) == (key == "absent_told")))
+    return results
+
+
+def _several(forward, maker: SceneRows, rng: np.random.Generator, seen: Sequence[scenes.Scene]) -> dict[str, list]:
+    """Of "every red star": how often the first point is on one, and how often each of the points is on another."""
+    lookup = {int(maker.processor.encode(str(n))[0]): n for n in range(SIDE)}
+    asked = [(scene, plurals) for scene in seen if (plurals := sorted(scenes.plurals_of(scene.objects).items()))]
+    asked = [(scene, *plurals[rng.integers(len(plurals))]) for scene, plurals in asked]
+    rows = [maker.row(s, [grounding.several_question(rng, text, members, s)], 160) for s, text, members in asked]
+    at = [[t for t in np.flatnonzero(row.loss_mask) if 0 < row.target[t] <= MAX_OBJECTS] for row in rows]
+    results = {"several_first": [], "several_all": []}
+    for ids, (scene, _, members) in zip(read_answers(forward, rows, at), asked, strict=True):
+        points = np.array([lookup.get(id, 0) for id in ids]).reshape(-1, 2)
+        on = [[k for k in members if scene.objects[k].mask[y, x]] for x, y in points]
+        results["several_first"].append(float(bool(on[0])))
+        results["several_all"].append(float({k for hit in on for k in hit} == set(members)))
     return results
 
 
@@ -316,7 +333,8 @@ def pretrain(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -
         opt_state, start = jax.jit(tx.init)(params), time.time()
         loss = see_loss if name == "see" else functools.partial(ground_loss, image_at=image_at)
         step_fn = make_step(loss, tx, graphdef, targets, config, jnp.asarray(maker.numbers), jnp.asarray(maker.words))
-        shares = (config.relation_share, config.all_share, stage.list_share, config.absent_share, config.presence_share)
+        shares = (config.relation_share, config.all_share, stage.list_share, config.absent_share)
+        shares = (*shares, config.presence_share, config.several_share)
         drawn = dict(seed=(config.seed, number), rows=stage.rows, tokens=stage.tokens, talk=name == "ground")
         made = grain.MapDataset.range(stage.steps).map(functools.partial(SceneRows(processor, *shares).make, **drawn))
         for step, rows in enumerate(prefetched(made, 1, config.workers, 2), start=1):
