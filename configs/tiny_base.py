@@ -32,6 +32,7 @@ def get_config(part: str = "") -> ConfigDict:
             absent_share=0.0,
             presence_share=0.0,
             several_share=0.0,
+            marked_share=0.0,
             all_share=0.25,
             look_weight=1.0,
             corner_weight=0.5,
@@ -55,7 +56,13 @@ def get_config(part: str = "") -> ConfigDict:
         config.ground.update(steps=400, rows=16, lr=1e-3, warmup=30, list_share=0.2)
     elif part == "several":
         config.update(
-            init="runs/tiny", absent_share=0.15, presence_share=0.35, several_share=0.5, aux_weight=0.0, corner_weight=0.0
+            init="runs/tiny",
+            absent_share=0.15,
+            presence_share=0.35,
+            several_share=0.5,
+            marked_share=0.45,
+            aux_weight=0.0,
+            corner_weight=0.0,
         )
         config.see.steps = 0
         config.ground.update(steps=500, rows=16, lr=1e-3, warmup=30, list_share=0.3)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from rsagent_jax.agent import prompts
+from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.config.schema import BatchConfig
 from rsagent_jax.data.packing import Item, pack
 from rsagent_jax.data.processor import Processor, image_patches
@@ -77,6 +78,7 @@ class SceneRows:
     absent_share: float = 0.0
     presence_share: float = 0.0
     several_share: float = 0.0
+    marked_share: float = 0.0
 
     def __post_init__(self):
         self.words = np.array([self.processor.encode(f" {word}") for word in WORDS]).reshape(-1)  # one token each
@@ -92,7 +94,12 @@ class SceneRows:
     def _row(self, rng: np.random.Generator, length: int, talk: bool) -> GroundingRows:
         scene = self.scene(rng)
         turns = [self._question(rng, scene) for _ in range(8)] if talk else [Question("", "")]
-        if talk and rng.random() < self.presence_share:
+        if talk and rng.random() < self.marked_share:
+            scene, marked = mark(rng, scene)
+            listed = bool(rng.random() < 0.5)
+            turns = list(self.marks(rng, scene, marked, listed))
+            turns = [self._listed(iter(turns), length)] if listed else turns
+        elif talk and rng.random() < self.presence_share:
             turns = [self._listed(self._presences(rng, scene), length)]
         elif talk and self.list_share and rng.random() < self.list_share:
             turns = [self._listed(self._places(rng, scene), length)]
@@ -193,6 +200,24 @@ class SceneRows:
             name = presence_question(text)[0].answer
             yield Question("", f"{name} {'' if there else 'not '}here.\n", decides=len(self.processor.encode(name)))
 
+    def marks(self, rng, scene: scenes.Scene, marked: set[int], listed: bool) -> Iterator[Question]:
+        """What a mask has and lacks: names with the word that tells, and a point on each thing that is not marked."""
+        names = {self._name(rng, scene, i): (i,) for i in sorted({e.object_index for e in scene.expressions})}
+        names |= scenes.plurals_of(scene.objects)
+        given: set[int] = set()
+        for text in rng.permutation(sorted(names)).tolist():
+            lacks = tuple(sorted(set(names[text]) - marked, key=lambda i: scene.objects[i].box[0]))
+            shown = () if listed and given & set(lacks) else lacks  # what stands there already could be copied
+            at = f" {_points(scene, shown)}" if shown else ""
+            given |= set(lacks)
+            if listed:
+                line = f"{text}: {'missing' if lacks else 'fits'}{at}\n"
+                yield Question("", line, shown, 2, decides=len(self.processor.encode(f"{text}:")))
+            else:
+                wrong = f"A part of {text} is missing" if len(names[text]) > 1 else f"That is not {text}"
+                answer = f"{wrong};{at}" if lacks else f"The mask fits {text}"
+                yield Question(f'Look at the mask of "{text}".', f"{answer}.", lacks, 2)
+
     def _targets(self, said: np.ndarray, turn: Question) -> np.ndarray:
         """Marks each object's coordinates; numbers before them (the 2 of bbox_2d) are not."""
         out = np.zeros(len(said), np.int32)
@@ -275,6 +300,17 @@ def presence_question(text: str) -> tuple[Question, str]:
 
 def _values(thing: scenes.SceneObject, point: bool) -> list[int]:
     return [round(float(v)) for v in (thing.point if point else thing.box)]
+
+
+def mark(rng: np.random.Generator, scene: scenes.Scene) -> tuple[scenes.Scene, set[int]]:
+    """The scene as the history pool shows it with a mask over some of its objects, and which these are."""
+    plurals, count = sorted(scenes.plurals_of(scene.objects).values()), len(scene.objects)
+    marked = rng.permutation(count)[: rng.integers(1, min(count, 3) + 1)].tolist()
+    if plurals and rng.random() < 0.4:  # all of a kind are rarely met by chance
+        marked = list(plurals[rng.integers(len(plurals))])
+    mask = np.logical_or.reduce([scene.objects[i].mask for i in marked])
+    image = draw_overlay(scene.image, mask, SIDE, [scene.objects[marked[-1]].point], [1])
+    return dataclasses.replace(scene, image=image), set(marked)
 
 
 def _points(scene: scenes.Scene, members: tuple[int, ...]) -> str:

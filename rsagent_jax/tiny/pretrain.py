@@ -236,7 +236,8 @@ def evaluate_grounding(model: Qwen25VL, maker: SceneRows, seed: int, count: int)
         value = float(thing.mask[guess[1], guess[0]]) if point else _box_iou(guess, thing.box)
         results[f"{'click' if point else 'iou'}_{s.kind}"].append(value)
     seen = [scene for scene, point in cases if point]
-    results |= _presence(forward, maker, rng, seen) | _several(forward, maker, rng, seen)
+    for more in (_presence, _several, _masks):
+        results |= more(forward, maker, rng, seen)
     return {k: round(float(np.mean(v)), 4) for k, v in sorted(results.items())}
 
 
@@ -270,6 +271,21 @@ def _several(forward, maker: SceneRows, rng: np.random.Generator, seen: Sequence
         on = [[k for k in members if scene.objects[k].mask[y, x]] for x, y in points]
         results["several_first"].append(float(bool(on[0])))
         results["several_all"].append(float({k for hit in on for k in hit} == set(members)))
+    return results
+
+
+def _masks(forward, maker: SceneRows, rng: np.random.Generator, seen: Sequence[scenes.Scene]) -> dict[str, list]:
+    """How often it is told rightly whether a mask that is drawn over the scene has all of a thing."""
+    results, rows, asked = {"fits_told": [], "missing_told": []}, [], []
+    for scene in seen:
+        drawn, marked = grounding.mark(rng, scene)
+        for line in list(maker.marks(rng, drawn, marked, True))[:2]:
+            rows.append(maker.row(drawn, [grounding.Question("List them.", "", lines=(line,))], 128))
+            asked.append(line.answer)
+    at = [np.flatnonzero(row.loss_mask)[:1] for row in rows]
+    wanted = [int(row.tokens[places[0]]) for row, places in zip(rows, at, strict=True)]
+    for (id,), right, answer in zip(read_answers(forward, rows, at), wanted, asked, strict=True):
+        results["missing_told" if "missing" in answer else "fits_told"].append(float(id == right))
     return results
 
 
@@ -334,7 +350,7 @@ def pretrain(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -
         loss = see_loss if name == "see" else functools.partial(ground_loss, image_at=image_at)
         step_fn = make_step(loss, tx, graphdef, targets, config, jnp.asarray(maker.numbers), jnp.asarray(maker.words))
         shares = (config.relation_share, config.all_share, stage.list_share, config.absent_share)
-        shares = (*shares, config.presence_share, config.several_share)
+        shares = (*shares, config.presence_share, config.several_share, config.marked_share)
         drawn = dict(seed=(config.seed, number), rows=stage.rows, tokens=stage.tokens, talk=name == "ground")
         made = grain.MapDataset.range(stage.steps).map(functools.partial(SceneRows(processor, *shares).make, **drawn))
         for step, rows in enumerate(prefetched(made, 1, config.workers, 2), start=1):
