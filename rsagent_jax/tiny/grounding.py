@@ -65,6 +65,7 @@ class Question:
     coordinates: int = 4  # of each object: the last numbers of its part of the answer
     lines: tuple[Question, ...] = ()  # a list in place of `answer`; only coordinates and `decides` are trained
     decides: int = -1  # of a line: the place of the token that says whether the thing is there
+    about: int = -1  # of a line: the object to look at for that token; -1 none in particular
 
 
 @dataclasses.dataclass
@@ -153,6 +154,9 @@ class SceneRows:
         lines = turn.lines or (dataclasses.replace(turn, answer=turn.answer + "<|im_end|>"),)
         said = [self.processor.encode(line.answer) for line in lines]
         marked = np.concatenate([self._targets(*pair) for pair in zip(said, lines, strict=True)])
+        for where, line in zip(np.cumsum([0, *map(len, said)]), lines, strict=False):
+            if line.about >= 0:
+                marked[where + line.decides] = 1 + line.about
         decides = [np.arange(len(ids)) == line.decides for ids, line in zip(said, lines, strict=True)]
         return np.concatenate(said), (marked > 0) | np.concatenate(decides) | (not turn.lines), marked
 
@@ -212,7 +216,8 @@ class SceneRows:
             given |= set(lacks)
             if listed:
                 line = f"{text}: {'missing' if lacks else 'fits'}{at}\n"
-                yield Question("", line, shown, 2, decides=len(self.processor.encode(f"{text}:")))
+                about = names[text][0] if len(names[text]) == 1 else -1
+                yield Question("", line, shown, 2, decides=len(self.processor.encode(f"{text}:")), about=about)
             else:
                 wrong = f"A part of {text} is missing" if len(names[text]) > 1 else f"That is not {text}"
                 answer = f"{wrong};{at}" if lacks else f"The mask fits {text}"

@@ -149,7 +149,7 @@ def _radius(shape: tuple[int, int]) -> int:
 def _changed(prompt: _Prompt, encoding: GrabCutEncoding, mask: np.ndarray | None) -> np.ndarray:
     """u8[h', w'] of 0 and 1: the earlier mask with what is joined to each click in its colour, or without it.
 
-    A click within a disc of the mask's edge mends that edge and is left to the cut: in its colour, all that is joined to
+    A click within a disc of the mask's edge mends that edge and is left to the cut: all that is joined in its colour to
     the sliver it lies on would follow, the background as often as not.
     """
     radius = _radius(encoding.smooth.shape[:2])

@@ -141,6 +141,6 @@ def test_the_parts_on_absent_things_go_on_from_the_base():
     assert (first.absent_share, first.init, then.see.steps) == (0.0, "", 0) and then.absent_share > 0 and then.init
     assert dataclasses.asdict(first)["hidden"] == then.hidden
     last = build_config(pretrain.PretrainConfig, tiny_base.get_config("several"))
-    assert last.marked_share > first.marked_share == 0 and last.init == "runs/tiny"
+    assert last.marked_share > first.marked_share == 0 and last.init == "runs/absent/base"
     with pytest.raises(ValueError, match="tiny_base.py:absent"):
         tiny_base.get_config("absnt")
