@@ -151,17 +151,18 @@ def check_inputs(config: TrainConfig, workdir: pathlib.Path, processor: Processo
     return inputs
 
 
-def setup_sft(config: TrainConfig, workdir: pathlib.Path, policy: Policy, stack: contextlib.ExitStack) -> BatchSource:
-    """Stored trajectories."""
-    del workdir, stack
-    return SftSource(config.sft, policy.processor, config.seed, processes.row_share(policy.mesh))
-
-
-def setup_grpo(config: TrainConfig, workdir: pathlib.Path, policy: Policy, stack: contextlib.ExitStack) -> BatchSource:
-    """Groups of trajectories that this process's own engine plays with the tools."""
-    c, driver = config.grpo, open_player(config, policy, stack)
-    share, own = processes.row_share(policy.mesh), processes.own_directory(workdir)
-    return GrpoSource(c, open_samples(c.data), driver, driver.policy, policy.processor, config.seed, share, own)
+def open_source(
+    config: TrainConfig, stage: str, workdir: pathlib.Path, policy: Policy, replay: str, stack: contextlib.ExitStack
+) -> BatchSource:
+    """Stored trajectories; groups of them that this process's own engine plays with the tools; or the dump `replay`."""
+    share, processor = processes.row_share(policy.mesh), policy.processor
+    if replay:
+        return ReplaySource(config.grpo, replay, processor, share)
+    if stage == "sft":
+        return SftSource(config.sft, processor, config.seed, share)
+    driver = open_player(config, policy, stack)
+    samples, own = open_samples(config.grpo.data), processes.own_directory(workdir)
+    return GrpoSource(config.grpo, samples, driver, driver.policy, processor, config.seed, share, own)
 
 
 def open_player(config: TrainConfig, policy: Policy, stack: contextlib.ExitStack) -> Driver:
@@ -188,9 +189,6 @@ def open_validator(
     return Validator(config, stage, open_validation_sets(config.validation), driver, workdir)
 
 
-SETUPS = {"sft": setup_sft, "grpo": setup_grpo}
-
-
 def stage_key(config: TrainConfig, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), STAGES.index(name))
 
@@ -206,12 +204,8 @@ def run_stage(
 ) -> Policy:
     """Trains one stage to its end, from its newest checkpoint if it has one; or from the dump `replay`."""
     stage, settings = make_stage(config, name), getattr(config, name)
-    if replay:
-        source = ReplaySource(config.grpo, replay, policy.processor, processes.row_share(policy.mesh))
-    else:
-        source = SETUPS[name](config, workdir, policy, stack)
-    updates = stage.updates
-    steps, key, mesh = source.steps, stage_key(config, name), policy.mesh
+    source = open_source(config, name, workdir, policy, replay, stack)
+    steps, updates, key, mesh = source.steps, stage.updates, stage_key(config, name), policy.mesh
     validator = open_validator(config, name, workdir, policy, source, stack)
 
     ############################## What is trained, what is only read ##############################

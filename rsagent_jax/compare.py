@@ -17,16 +17,8 @@ import pathlib
 from collections.abc import Sequence
 
 from rsagent_jax.config.ranges import CountOrZero
-from rsagent_jax.report.comparison import (
-    Comparison,
-    check_comparable,
-    compare,
-    comparison_head,
-    comparison_note,
-    comparison_row,
-    markdown,
-    text_table,
-)
+from rsagent_jax.report import comparison as tables
+from rsagent_jax.report.comparison import Comparison, check_comparable, compare
 from rsagent_jax.report.evaluation import Evaluation, load_evaluation
 from rsagent_jax.runtime.paths import absolute, write_whole, writing
 from rsagent_jax.types import DataError
@@ -67,18 +59,15 @@ def main(
     check_comparable(evaluations)
     found = [compare(evaluations[0], e, n) for e, n in zip(evaluations[1:], names[1:], strict=True)]
     queries = {example.id: example.query for e in evaluations for example in e.examples}
-    rows = map(comparison_row, names, evaluations, [None, *found])
-    main_table = [comparison_head(names[0]), *rows]
-    print(f"{text_table(main_table)}\n{comparison_note(found)}")
-    text = [
-        f"# {names[0]} and {', '.join(names[1:])}",
-        markdown(main_table),
-        comparison_note(found).replace("*", "\\*", 1),
-    ]
+    rows = map(tables.comparison_row, names, evaluations, [None, *found])
+    main_table = [tables.comparison_head(names[0]), *rows]
+    print(f"{tables.text_table(main_table)}\n{tables.NOTE}")
+    text = [f"# {names[0]} and {', '.join(names[1:])}", tables.markdown(main_table), tables.MARKDOWN_NOTE]
     for comparison in found:
         rows = sample_table(comparison, names[0], queries, samples)
-        print(f"\nSamples on which {comparison.name} and {names[0]} differ most\n{text_table(rows, 2)}")
-        text += [f"## Samples on which {comparison.name} and {names[0]} differ most", markdown(rows)]
+        title = f"Samples on which {comparison.name} and {names[0]} differ most"
+        print(f"\n{title}\n{tables.text_table(rows, 2)}")
+        text += [f"## {title}", tables.markdown(rows)]
     if out:
         with writing(f"--out={out}"):
             write_whole(out, "\n\n".join(text) + "\n")

@@ -21,7 +21,6 @@ from PIL import Image, ImageDraw
 from tqdm.contrib.concurrent import thread_map
 
 from rsagent_jax.agent.overlay import draw_overlay
-from rsagent_jax.agent.views import check_shape
 from rsagent_jax.config.ranges import CountOrZero
 from rsagent_jax.config.schema import CollectConfig, DataConfig, EvalConfig, ProblemsConfig, TrainConfig
 from rsagent_jax.data.sets.index import SampleIndex, spread
@@ -109,7 +108,6 @@ def examine(samples: SampleIndex, chosen: list[int]) -> dict[int, str | tuple[bo
     def look(i: int) -> str | tuple[bool, float]:
         try:
             sample = samples[i]
-            check_shape(*sample.image.shape[:2])  # the shape alone decides whether a view can show it (views.fit)
         except DataError as error:
             return str(error)
         return sample.ignore_mask is not None and bool(sample.ignore_mask.any()), float(sample.gt_mask.mean())

@@ -13,7 +13,6 @@ from rsagent_jax.runtime import command
 if __name__ == "__main__":
     command.start_command()
 
-import hashlib
 import os
 import pathlib
 import tempfile
@@ -25,6 +24,7 @@ from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import copy_policy_files, load_policy, policy_directory
 from rsagent_jax.runtime.paths import is_remote, local_directory
 from rsagent_jax.types import DataError
+from sam_bridge.hub import sha256_of
 
 
 def export(checkpoint: str, out: pathlib.Path, dtype: str | None = None, max_shard_gb: float = 5.0) -> str:
@@ -45,7 +45,7 @@ def export(checkpoint: str, out: pathlib.Path, dtype: str | None = None, max_sha
             os.replace(partial, out)
         files, _ = tensor_files.find(out)
         count = sum(len(tensor_files.safetensors_header(file)) for file in files)
-        digests = [f"{file.stat().st_size} bytes, sha256 {_sha256(file)} ({file.name})" for file in files]
+        digests = [f"{file.stat().st_size} bytes, sha256 {sha256_of(file)} ({file.name})" for file in files]
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}") from error
     written = raw.get("dtype") or raw.get("torch_dtype") or "float32"
@@ -53,11 +53,6 @@ def export(checkpoint: str, out: pathlib.Path, dtype: str | None = None, max_sha
         return f"{out}: {count} tensors, {written}, {digests[0]}"
     total = sum(file.stat().st_size for file in files)
     return "\n  ".join([f"{out}: {count} tensors, {written}, {total} bytes in {len(files)} shards", *digests])
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def with_dtype(raw: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -130,24 +130,6 @@ class RewardError(DataError):
     """A term raised, or returned what is no reward; the message names the term, the sample and the user's line."""
 
 
-def make_reward(groups: Sequence[RewardGroup]) -> Callable[[Trajectory, Sample], Reward]:
-    """The reward of one trajectory by itself, as make_scorer has it of many; a term of scope "group" sees it alone.
-
-    Raises:
-      DataError: here, as make_scorer.
-      RewardError, ValueError: from the reward, where make_scorer gives or raises it.
-    """
-    score = make_scorer(groups)
-
-    def reward(trajectory: Trajectory, sample: Sample) -> Reward:
-        (scored,) = score([[trajectory]], [sample])
-        if isinstance(scored, RewardError):
-            raise scored
-        return scored
-
-    return reward
-
-
 def make_scorer(
     groups: Sequence[RewardGroup],
 ) -> Callable[[Sequence[Sequence[Trajectory]], Sequence[Sample]], list[Reward | RewardError]]:

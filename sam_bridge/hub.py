@@ -80,7 +80,7 @@ def _verify(files: list[pathlib.Path], checked: pathlib.Path) -> None:
     blobs = {file.resolve().name: file for file in files if SHA256.fullmatch(file.resolve().name)}
     fresh = [name for name in blobs if not (checked / name).exists()]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        found = dict(zip(fresh, pool.map(_sha256, (blobs[name] for name in fresh)), strict=True))
+        found = dict(zip(fresh, pool.map(sha256_of, (blobs[name] for name in fresh)), strict=True))
     for name in fresh:
         if found[name] != name:
             blobs[name].resolve().unlink()
@@ -93,7 +93,7 @@ def _verify(files: list[pathlib.Path], checked: pathlib.Path) -> None:
         raise HubError(f"{', '.join(bad)}: other bytes than the hub's (their sha256 differs), removed; run again")
 
 
-def _sha256(file: pathlib.Path) -> str:
+def sha256_of(file: pathlib.Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 

@@ -98,3 +98,13 @@ def dataset(tmp_path_factory):
 @pytest.fixture
 def copied(dataset, tmp_path):
     return shutil.copytree(dataset, tmp_path / "copy")
+
+
+@pytest.fixture
+def imports_restored():
+    """What a test imports from files of its own is forgotten after it."""
+    modules, places = dict(sys.modules), list(sys.path)
+    yield
+    sys.modules.clear()
+    sys.modules.update(modules)
+    sys.path[:] = places

@@ -8,8 +8,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import pickle
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +18,6 @@ import PIL.Image
 import pytest
 
 from rsagent_jax.tiny import synthetic
-from sam_bridge.wire import READY
 
 pytestmark = pytest.mark.slow
 
@@ -165,13 +162,11 @@ def test_a_config_file_that_does_not_exist(run, tmp_path):
     [
         (HEAD + "    c.sft.epochs = = 3\n", ("mine.py, line 4", "SyntaxError")),
         (HEAD + "    c.sft.epochs = tow\n    return c\n", ("mine.py, line 4", "NameError", "'tow'")),
-        (HEAD + "    c.grpo.steps = 'many'\n    return c\n", ("mine.py, line 4", "TypeError")),
         ("import nunpy\n", ("mine.py, line 1", "ModuleNotFoundError", "nunpy")),
-        (HEAD + "    open('/nowhere/at/all')\n    return c\n", ("mine.py, line 4", "FileNotFoundError")),
         (HEAD, ("mine.py", "must return a ConfigDict, got NoneType")),
         ("config = 1\n", ("mine.py", "has no function get_config()")),
     ],
-    ids=["syntax", "name", "type", "import", "open", "return", "get_config"],
+    ids=["syntax", "name", "import", "return", "get_config"],
 )
 def test_an_error_in_the_config_file_names_its_line(run, config, tmp_path, text, needles):
     message = said(run("train.py", f"--config={config(text)}", f"--workdir={tmp_path}"), *needles)
@@ -186,27 +181,6 @@ def test_unknown_flags_and_stray_arguments(run, tmp_path):
 # -------------------------------------------------------------------------------------------------------- data
 
 
-def test_a_truncated_reference_file(run, copied, tmp_path):
-    refs = copied / "grefcoco" / "grefs(unc).p"
-    refs.write_bytes(refs.read_bytes()[:-40])
-    said(run(*collect(copied, tmp_path / "w")), refs, "Download it again")
-
-
-class Evil:
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
-
-
-def test_a_pickle_that_wants_to_run_something_runs_nothing(copied, tmp_path):
-    refs = copied / "grefcoco" / "grefs(unc).p"
-    refs.write_bytes(pickle.dumps([Evil(tmp_path / "ran")], protocol=2))
-    said(fresh(*collect(copied, tmp_path / "w")), refs, "is refused", "system", "Nothing of it was run")
-    assert not (tmp_path / "ran").exists()
-
-
 def test_a_broken_picture(run, copied, tmp_path):
     image = copied / synthetic.IMAGES / "COCO_train2014_000010000001.jpg"  # the first of val
     image.write_bytes(image.read_bytes()[:900])
@@ -214,26 +188,6 @@ def test_a_broken_picture(run, copied, tmp_path):
     assert done.status == 0, done.err
     for needle in ("kept ", "not collected", "unreadable sample", f"{image} is not a readable picture"):
         assert needle in done.out, done.out
-
-
-def test_a_mask_of_another_size_than_its_picture(run, copied, tmp_path):
-    file = copied / "refcocog" / "instances.json"  # where every sample has a mask
-    instances = json.loads(file.read_text())
-    for annotation in instances["annotations"]:
-        annotation["segmentation"] = {"size": [10, 10], "counts": [50, 50]}
-    file.write_text(json.dumps(instances))
-    refcocog = ("--config.data.dataset=refcocog", "--config.data.split_by=umd")
-    said(run(*collect(copied, tmp_path / "w", *refcocog)), "annotation", "[10, 10]", "[112, 112]")
-
-
-def test_missing_trajectories(run, tmp_path):
-    stages = ("--config.stages=('sft',)", f"--config.sft.trajectories={tmp_path / 'none'}")
-    said(run(*train(tmp_path / "w", *stages)), tmp_path / "none", "rsagent_jax.collect")
-
-
-def test_nothing_left_to_train(run, tmp_path):
-    everything = "--config.sft.optim.freeze=('vision','merger','decoder','embed')"  # the head is tied
-    said(run(*train(tmp_path / "w", everything)), "nothing is left to train")
 
 
 # ----------------------------------------------------------------------------------------------------- weights
@@ -244,20 +198,8 @@ def evaluate(data, workdir, weights) -> tuple:
     return ("evaluate.py", *config, f"--workdir={workdir}", f"--weights={weights}")
 
 
-def test_weights_of_another_model(run, dataset, tmp_path):
-    other = shutil.copytree(TINY, tmp_path / "llama")
-    (other / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
-    said(run(*evaluate(dataset, tmp_path / "w", other)), other / "config.json", "llama", "qwen2_5_vl")
-
-
 def test_missing_weights(run, dataset, tmp_path):
     said(run(*evaluate(dataset, tmp_path / "w", tmp_path / "none")), tmp_path / "none", "does not exist")
-
-
-def test_a_stage_without_a_checkpoint(run, dataset, tmp_path):
-    stage = tmp_path / "checkpoints" / "sft"
-    shutil.copytree(TINY, stage / "policy")
-    said(run(*evaluate(dataset, tmp_path / "w", stage)), stage, "no finished checkpoint")
 
 
 # ------------------------------------------------------------------------------------- segmenters and functions
@@ -282,29 +224,9 @@ def test_a_side_car_that_is_not_there(run, dataset, tmp_path):
     assert time.monotonic() - start < 60
 
 
-def test_two_side_cars_on_one_address():
-    command = [sys.executable, "-m", "sam_bridge", "--backend=grabcut"]
-    first = subprocess.Popen(
-        [*command, "--address=127.0.0.1:0"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        address = first.stdout.readline().removeprefix(READY).split()[0]
-        second = fresh("-m", "sam_bridge", "--backend=grabcut", f"--address={address}")
-        assert second.status == 2 and len(second.err.splitlines()) == 1
-        assert second.err.startswith(f"sam_bridge: cannot listen on {address}: ")
-        assert "is another side-car running?" in second.err
-        assert first.poll() is None
-    finally:
-        first.terminate()
-        assert first.wait(20) == 0
-        first.stdout.close()
-        first.stderr.close()
-
-
 def test_a_teacher_that_does_not_exist(run, dataset, tmp_path):
     wrong = "--config.teacher.function=rsagent_jax.collecting.oracle:Oracel"
     said(run(*collect(dataset, tmp_path / "w", wrong)), "'Oracel'", "'Oracle'")
-    said(run(*collect(dataset, tmp_path / "w", "--config.teacher.function=Oracle")), "module:function")
     teacher = tmp_path / "mine.py"
     teacher.write_text("class Mine:\n    def __init__(self, config): pass\n")
     done = run(*collect(dataset, tmp_path / "w", f"--config.teacher.function={teacher}:Mine"))

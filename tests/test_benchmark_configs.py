@@ -193,18 +193,6 @@ def test_a_policy_and_the_untrained_row(monkeypatch, tmp_path, root):
     refused(says, run, monkeypatch, tmp_path / "x", "folder-mine", root, checkpoint)
 
 
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (oracle("boxes"), "box, best_of_three, clicks, untrained, got 'boxes'"),
-        (oracle("clicks", clicks=17), "bound.clicks must be at least 1 and at most 16"),
-        (oracle("best_of_three", prompt="dot"), "bound.prompt must be one of box, click"),
-    ],
-)
-def test_a_row_that_is_not_known_is_said(monkeypatch, tmp_path, root, change, match):
-    refused(match, run, monkeypatch, tmp_path / "w", "refcoco-val", root, change)
-
-
 def test_a_benchmark_that_is_not_known_is_said():
     with pytest.raises(ValueError, match="refcocog-val, refcocog-test"):
         eval_configs.get_config("refcocog-testA")

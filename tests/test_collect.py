@@ -184,7 +184,7 @@ def test_pictures_may_move_or_be_inside_the_record(tmp_path, samples, capsys):
         assert len(trajectories.decode_record(record, small.processor()).patches)
     assert run_command("rsagent_jax.refilter", [*arguments, "--min_iou=high"]) == 2
     assert run_command("rsagent_jax.refilter", [f"--collected={tmp_path / 'none'}", f"--out={tmp_path / 'x'}"]) == 2
-    assert "says what filter the collection had" in capsys.readouterr().err
+    assert "filter.json cannot be read" in capsys.readouterr().err
     for wrong in ("nan", "1.5", "0.901,0.904"):
         assert run_command("rsagent_jax.refilter", [*arguments, f"--min_iou={wrong}"]) == 2
 

@@ -73,25 +73,20 @@ def test_intervals_are_paired(tmp_path):
     assert (again.giou.value, again.giou.ci95, again.same) == (0.0, (0.0, 0.0), 200)
 
 
-def test_intervals_are_resampled_by_picture_where_the_files_name_them(tmp_path, capsys):
+def test_intervals_are_resampled_by_picture(tmp_path, capsys):
     rng = np.random.default_rng(1)
     base, gain = np.repeat(rng.uniform(0.1, 0.5, 40), 3), np.repeat(rng.normal(0.1, 0.1, 40), 3)
     a = write(tmp_path / "a", base, union=10**6, sentences=3)
     b = write(tmp_path / "b", base + gain, union=10**6, sentences=3)
-    old = write(tmp_path / "old", base + gain, union=10**6)
-    first, second, unnamed = map(compare.load_evaluation, (a, b, old))
-    found = compare.compare(first, second, "b")
+    found = compare.compare(*map(compare.load_evaluation, (a, b)), "b")
     width = lambda d: d.ci95[1] - d.ci95[0]  # noqa: E731
     # three sentences that gain alike are one: sqrt(3) times the width of 120 of their own
-    by_sample = compare.compare(unnamed, unnamed, "old"), compare.compare(compare.load_evaluation(old), second, "b")
-    assert found.unit == "picture" and by_sample[0].unit == "sample" and by_sample[1].unit == "picture"
-    alone = compare.compare(compare.load_evaluation(write(tmp_path / "older", base, union=10**6)), unnamed, "old")
+    single = [write(tmp_path / f"single{k}", ious, union=10**6) for k, ious in enumerate((base, base + gain))]
+    alone = compare.compare(*map(compare.load_evaluation, single), "b")
     assert width(found.ciou) == pytest.approx(3**0.5 * width(alone.ciou), rel=0.15)
     assert width(found.giou) == pytest.approx(2 * 1.96 * gain.std() / 40**0.5, rel=0.15)
     assert run_command("rsagent_jax.compare", [str(a), str(b)]) == 0
     assert "paired bootstrap over pictures." in capsys.readouterr().out
-    assert run_command("rsagent_jax.compare", [str(tmp_path / "older"), str(old)]) == 0
-    assert "over samples for old, whose predictions name no pictures" in capsys.readouterr().out
 
 
 def test_several_against_the_first_are_told_apart_by_their_paths(tmp_path, capsys):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pathlib
-import re
 import shutil
 
 import jax
@@ -171,12 +170,4 @@ def test_what_cannot_be_exported_is_one_line(stage, tmp_path, capsys):
     unfinished = tmp_path / "unfinished"
     shutil.copytree(directory / "policy", unfinished / "policy")
     assert "no finished checkpoint" in refused(capsys, f"--checkpoint={unfinished}", f"--out={tmp_path / 'b'}")
-
-    other = shutil.copytree(TINY, tmp_path / "other")
-    (other / "config.json").write_text('{"model_type": "llama"}')
-    assert "llama" in refused(capsys, f"--checkpoint={other}", f"--out={tmp_path / 'c'}")
-
-    cut = shutil.copytree(TINY, tmp_path / "cut")
-    (cut / "model.safetensors").write_bytes((TINY / "model.safetensors").read_bytes()[:1000])
-    assert re.search("model.safetensors", refused(capsys, f"--checkpoint={cut}", f"--out={tmp_path / 'd'}"))
-    assert not any((tmp_path / name).exists() for name in "abcd")
+    assert not any((tmp_path / name).exists() for name in "ab")

@@ -17,7 +17,7 @@ from rsagent_jax.agent.tools.zoom import Zoom
 from rsagent_jax.config.import_path import import_path
 from rsagent_jax.config.reward import RewardGroup, RewardTerm
 from rsagent_jax.config.schema import ADVANTAGES, GrpoConfig, SegmenterConfig
-from rsagent_jax.rewards import call_cost, make_reward, novel_action
+from rsagent_jax.rewards import call_cost, make_scorer, novel_action
 from rsagent_jax.runtime.loggers import open_loggers
 from rsagent_jax.train import advantages
 from rsagent_jax.types import Sample, Status, Trajectory
@@ -46,9 +46,9 @@ def trajectory(turns=(), status=Status.FINISHED) -> Trajectory:
 
 def test_a_reward_term(recipe):
     term = RewardTerm(f"{recipe('A reward term')}:found_early", 0.5, (("turns", 1),))
-    reward = make_reward((RewardGroup("mine", 2.0, (term,)),))
+    score = make_scorer((RewardGroup("mine", 2.0, (term,)),))
     sample = Sample("s", np.zeros((8, 8, 3), np.uint8), "it", np.ones((8, 8), bool))
-    assert reward(trajectory(), sample).total == 1.0 and reward(trajectory(status=Status.MAX_TURNS), sample).total == 0
+    assert [r.total for r in score([[trajectory(), trajectory(status=Status.MAX_TURNS)]], [sample])] == [1.0, 0.0]
 
 
 def test_a_logger(recipe, tmp_path):

@@ -226,7 +226,13 @@ def test_importing_all_of_rsagent_jax_leaves_torch_out():
 
 @pytest.mark.parametrize("module", ["sam_bridge.client", "sam_bridge.spawn", "sam_bridge.__main__"])
 def test_the_bridge_leaves_torch_and_jax_out(module):
-    assert loaded_after(f"import {module}", *sorted(TORCH), "jax", "flax", "grpc") == ["grpc"]
+    heavy = (*sorted(TORCH), "jax", "flax", "cv2", "rsagent_jax")
+    assert loaded_after(f"import {module}", *heavy, "grpc") == ["grpc"]
+
+
+def test_data_and_scenes_are_read_without_jax():
+    code = "import rsagent_jax.data.sets.refcoco, rsagent_jax.tiny.synthetic"
+    assert loaded_after(code, *sorted(TORCH), "jax", "skimage") == []
 
 
 def test_files_are_short_and_named_for_what_they_hold():

@@ -13,7 +13,7 @@ from configs.grpo_tpu import get_config as get_tpu_config
 from rsagent_jax.agent.budget import image_sizes
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import AgentConfig, TrainConfig
-from rsagent_jax.rewards import make_reward
+from rsagent_jax.rewards import make_scorer
 from rsagent_jax.runtime import command
 from rsagent_jax.tiny import scenes, synthetic
 from rsagent_jax.types import Sample, Status, Trajectory
@@ -43,7 +43,8 @@ UPPER = np.arange(100).reshape(10, 10) < 50
 def parts(groups, final: np.ndarray) -> dict[str, float]:
     """What the reward says of a mask where the upper half of 10 x 10 pixels is meant."""
     trajectory = Trajectory("s", 0, "it", (), (), final, None, Status.FINISHED, *[np.zeros(0)] * 5, ())
-    return make_reward(groups)(trajectory, Sample("s", np.zeros((10, 10, 3), np.uint8), "it", UPPER)).parts
+    (reward,) = make_scorer(groups)([[trajectory]], [Sample("s", np.zeros((10, 10, 3), np.uint8), "it", UPPER)])
+    return reward.parts
 
 
 def test_the_pasted_reward_of_the_readme_is_what_the_named_override_trains_with(tmp_path, monkeypatch):
@@ -108,7 +109,7 @@ def test_the_commands_of_the_rewards_page_make_a_reward(argv, tmp_path, monkeypa
 def test_the_judge_of_the_rewards_page_is_a_term():
     flags = train_flags(shlex.split(block("## A term of a group", "", REWARDS).replace("\\\n", " "))[2:])
     groups = flags["config"].grpo.reward
-    assert callable(make_reward(groups)) and groups[-1].terms[0].deadline_s == 120.0
+    assert callable(make_scorer(groups)) and groups[-1].terms[0].deadline_s == 120.0
     assert flags["config"].grpo.on_reward_error == "drop"
 
 

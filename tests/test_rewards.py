@@ -15,7 +15,7 @@ from rsagent_jax import rewards
 from rsagent_jax.agent.tools import Finish, ResetView, Rotate, Segment, Zoom
 from rsagent_jax.config.import_path import import_path
 from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
-from rsagent_jax.rewards import make_reward, read_only
+from rsagent_jax.rewards import RewardError, make_scorer, read_only
 from rsagent_jax.types import MaskRecord, ParseError, Status, Trajectory, Turn
 from tests.evals.test_metrics import row, sample  # row(n) against row(m): IoU = min(n, m) / max(n, m)
 from tests.refusals import refused
@@ -32,6 +32,19 @@ def trajectory(turns=(), masks=(), final=None, status=Status.FINISHED):
     records = tuple(MaskRecord(i + 1, m, 0.9, "") for i, m in enumerate(masks))
     final = row(0) if final is None else final
     return Trajectory("s", 0, "the row", tuple(turns), records, final, None, status, *[np.zeros(0)] * 5, ())
+
+
+def make_reward(groups):
+    """The reward of one trajectory by itself; raises the error that it has instead."""
+    score = make_scorer(groups)
+
+    def reward(trajectory, sample):
+        (scored,) = score([[trajectory]], [sample])
+        if isinstance(scored, RewardError):
+            raise scored
+        return scored
+
+    return reward
 
 
 OWN = """import numpy as np
@@ -53,16 +66,12 @@ def writes_record(trajectory, sample):
 
 
 @pytest.fixture
-def own(tmp_path):
+def own(tmp_path, imports_restored):
     """A researcher's file somewhere."""
     path = tmp_path / "my_rewards.py"
     path.write_text(OWN)
-    modules, places = dict(sys.modules), list(sys.path)
     sys.modules.pop("my_rewards", None)  # the README's, of another test
-    yield path
-    sys.modules.clear()
-    sys.modules.update(modules)
-    sys.path[:] = places
+    return path
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import pytest
 
 from rsagent_jax.collecting.judge import read_score
 from rsagent_jax.config.reward import DEFAULT_REWARD, RewardGroup, RewardTerm
-from rsagent_jax.rewards import RewardError, make_reward, make_scorer
+from rsagent_jax.rewards import RewardError, make_scorer
 from rsagent_jax.types import Reward
 from tests.collecting.test_endpoint import Server, good
 from tests.evals.test_metrics import row, sample
 from tests.refusals import refused
-from tests.test_rewards import trajectory
+from tests.test_rewards import make_reward, trajectory
 
 OWN = """import asyncio, time
 
@@ -50,14 +50,10 @@ def by_half(trajectory, sample): return 0.5
 
 
 @pytest.fixture
-def own(tmp_path):
+def own(tmp_path, imports_restored):
     path = tmp_path / "my_terms.py"
     path.write_text(OWN)
-    modules, places = dict(sys.modules), list(sys.path)
-    yield path
-    sys.modules.clear()
-    sys.modules.update(modules)
-    sys.path[:] = places
+    return path
 
 
 def group_of(*terms: RewardTerm) -> tuple[RewardGroup, ...]:

@@ -19,7 +19,7 @@ from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.build import build_config, to_dict
 from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.masks import decode_rle, encode_rle
-from rsagent_jax.runtime.image_files import checksum, image_by_checksum, read_image
+from rsagent_jax.runtime.image_files import checksum, image_by_checksum
 from rsagent_jax.types import DataError, Status, Turn
 from sam_bridge.types import FailureKind, SegmentReply
 
@@ -54,8 +54,7 @@ def replay(text: str, image: np.ndarray | None = None) -> EnvState:
         size = (record["image"]["height"], record["image"]["width"])
         if image.shape[:2] != size:
             raise DataError(f"trajectory: made on an image of {size} pixels (h, w), given one of {image.shape[:2]}")
-        # Records made before the last turn was announced do not say so.
-        config = build_config(AgentConfig, {"announce_last": False} | record["config"])
+        config = build_config(AgentConfig, record["config"])
         turns = record["turns"]
         lasts = [turn.get("last", False) for turn in turns] + [record.get("last", False)]
         state = reset(image, record["query"], config, PixelLimits(**record["limits"]), lasts[0])
@@ -91,13 +90,12 @@ def read_source(
 ) -> np.ndarray:
     """The picture u8[h, w, 3] that the record was made on, turned as it was then; `path` is its place by now.
 
-    DataError, with the remedy, if it is gone or has changed. A record without a checksum (before there were any) takes
-    it as stored.
+    DataError, with the remedy, if it is gone or has changed.
     """
     with _data_errors():
         image = json.loads(text)["image"]
-        path, size, wanted = path or image["path"], (image["height"], image["width"]), image.get("sha256")
-    return read_image(path, remedy) if wanted is None else image_by_checksum(path, wanted, size, remedy)
+        path, size, wanted = path or image["path"], (image["height"], image["width"]), image["sha256"]
+    return image_by_checksum(path, wanted, size, remedy)
 
 
 def _reply_to_json(reply: SegmentReply | SegmentFailure | None) -> dict[str, Any] | None:

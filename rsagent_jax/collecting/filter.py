@@ -48,16 +48,11 @@ def write_rules(workdir: pathlib.Path, rules: FilterConfig) -> None:
 
 def read_rules(workdir: pathlib.Path) -> FilterConfig:
     """The filter of the collection's last start. DataError where there is none."""
-    path, stamp = workdir / ATTEMPTS / RULES, workdir / trajectories.STAMP
+    path = workdir / ATTEMPTS / RULES
     try:
-        if path.exists():
-            return FilterConfig(**json.loads(path.read_bytes()))
-        # a collection of an earlier version said it at its end
-        return FilterConfig(**json.loads(stamp.read_bytes())["filter"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if path.exists():
-            raise DataError(f"{path} cannot be read ({error!r}); run the collection's command again") from None
-        raise DataError(f"neither {path} nor {stamp} says what filter the collection had; run it again") from None
+        return FilterConfig(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} cannot be read ({error!r}); run the collection's command again") from None
 
 
 def verdict(row: dict[str, Any], rules: FilterConfig) -> str:

@@ -16,7 +16,6 @@ from ml_collections.config_dict import placeholder
 from rsagent_jax.config.import_path import closest
 from rsagent_jax.config.overrides import GivenText, is_given, read_text
 from rsagent_jax.config.ranges import Arguments, hints, item_class, plain_type
-from rsagent_jax.config.rules import RENAMED
 from rsagent_jax.types import DataError
 
 T = TypeVar("T")
@@ -118,8 +117,6 @@ def _unknown(cls: type, key: str, value: Any, path: str) -> str:
     while is_given(value) and isinstance(value, dict):
         last, value = next(iter(value.items()))
         rest += f".{last}"
-    if now := RENAMED.get(path + key):
-        return f"unknown field {where}{key}: it is {now} now"
     names = sorted(f.name for f in dataclasses.fields(cls))
     tails = collections.defaultdict(list)
     for leaf in _leaves(cls):

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from rsagent_jax.config.ranges import DATASETS, REFER
 
 ORDER = ("sft", "grpo")
-RENAMED = {"grpo.updates": "grpo.epochs"}  # since 0.1: passes over a rollout's batch
 SIDE_CAR = ("checkpoint", "model", "device", "dtype", "multimask")  # options of a back end of our own
 # Of a validation, that a best checkpoint may be chosen by.
 FIGURES = ("giou", "ciou", "turns", "tool_error_rate", "first_iou", "recovery", "harm", "calls", "agreement")

@@ -3,7 +3,7 @@
 A record is an uncompressed .npz: ids, positions and the sampled mark, and a JSON header with the id, the IoU, where it
 came from and the environment's replay record. The images that the policy saw are made again from the replay and the
 picture's own file, which the header names together with a checksum of its pixels; a picture that is no file of its own
-is in the record. Patches are made when read. (Records of earlier versions hold the images themselves, as PNG.)
+is in the record. Patches are made when read.
 """
 
 import json
@@ -26,16 +26,8 @@ from rsagent_jax.data.processor import Processor, image_patches
 from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens
+from rsagent_jax.runtime import paths
 from rsagent_jax.runtime.image_files import checksum, png, read_image
-from rsagent_jax.runtime.paths import (
-    fetch_folder,
-    is_remote,
-    make_directory,
-    open_path,
-    put_files,
-    remove_file,
-    write_whole,
-)
 from rsagent_jax.types import DataError, Trajectory
 
 STAMP = "collect.json"  # written last: a directory without it is not complete
@@ -69,10 +61,7 @@ def decode_record(record: bytes, processor: Processor, turns: str = "all") -> It
     """
     try:
         arrays = read_arrays(record)
-        count = sum(name.startswith("image_") for name in arrays)
-        files = [arrays[f"image_{i}"].tobytes() for i in range(count)]
-        images = [read_image(file, _AGAIN, where="an image of a stored trajectory") for file in files]
-        header, limits = json.loads(arrays["header"].tobytes()), None
+        header, images, limits = json.loads(arrays["header"].tobytes()), [], None
         if "picture" in header:
             if "source" in arrays:
                 image = read_image(arrays["source"].tobytes(), _AGAIN, where="the picture in a stored trajectory")
@@ -130,12 +119,12 @@ class RecordWriter:
 
     def __init__(self, directory: pathlib.Path, per_file: int = 1 << 30):
         """`per_file`: records in one ArrayRecord file."""
-        make_directory(directory)
-        remove_file(directory / STAMP)
+        paths.make_directory(directory)
+        paths.remove_file(directory / STAMP)
         for old in directory.glob("trajectories-*.array_record"):
-            remove_file(old)
+            paths.remove_file(old)
         self.directory, self.per_file = directory, per_file
-        self.local = pathlib.Path(tempfile.mkdtemp()) if is_remote(directory) else directory
+        self.local = pathlib.Path(tempfile.mkdtemp()) if paths.is_remote(directory) else directory
         self.records = 0
         self.writer = self._open()
 
@@ -153,15 +142,15 @@ class RecordWriter:
     def close(self, stamp: dict) -> None:
         self.writer.close()
         if self.local != self.directory:
-            put_files(self.local, self.directory)
+            paths.put_files(self.local, self.directory)
             shutil.rmtree(self.local)
-        write_whole(self.directory / STAMP, json.dumps({"records": self.records, **stamp}, indent=2) + "\n")
+        paths.write_whole(self.directory / STAMP, json.dumps({"records": self.records, **stamp}, indent=2) + "\n")
 
 
 def check_collected(directory: str | pathlib.Path, agent: AgentConfig, limits: PixelLimits) -> None:
     """DataError unless the set was collected with the prompt, overlays and views that training shows: those of `agent`,
     under the pixel `limits` of the run's weights and config. A set that does not say is let through with a note."""
-    collected = read_json(open_path(directory) / STAMP).get("config", {})
+    collected = read_json(paths.open_path(directory) / STAMP).get("config", {})
     here = {"agent.prompt": agent.prompt, "agent.history_size": agent.history_size}
     here |= {name: getattr(limits, name) for name in ("min_pixels", "max_pixels")}
     try:
@@ -179,13 +168,13 @@ def check_collected(directory: str | pathlib.Path, agent: AgentConfig, limits: P
 
 def open_records(directory: str | pathlib.Path) -> grain.sources.ArrayRecordDataSource:
     """Random access to a stored set; DataError when it is not there or not complete."""
-    directory = open_path(directory)
+    directory = paths.open_path(directory)
     if not (directory / STAMP).exists():
         raise DataError(
             f"{directory} holds no complete set of trajectories ({STAMP} is missing);"
             " make one with: python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=DIR"
         )
-    directory = fetch_folder(directory, ("*.array_record", STAMP))
+    directory = paths.fetch_folder(directory, ("*.array_record", STAMP))
     try:
         stated = int(read_json(directory / STAMP)["records"])
         source = grain.sources.ArrayRecordDataSource(sorted(map(str, directory.glob("*.array_record"))))

@@ -11,16 +11,8 @@ from typing import Any
 
 from rsagent_jax.config.ablation import AblationConfig
 from rsagent_jax.config.recipe import Step
-from rsagent_jax.report.comparison import (
-    Comparison,
-    check_comparable,
-    compare,
-    comparison_head,
-    comparison_note,
-    comparison_row,
-    markdown,
-    text_table,
-)
+from rsagent_jax.report import comparison as tables
+from rsagent_jax.report.comparison import Comparison, check_comparable, compare
 from rsagent_jax.report.evaluation import Evaluation, load_evaluation
 from rsagent_jax.report.page import render_page, save_page
 from rsagent_jax.report.reproduction import command_line, seconds_of, waits_for
@@ -69,23 +61,22 @@ def why_not(step: Step, steps: Mapping[str, Step], failed: Mapping[str, int]) ->
 
 def ablation_table(rows: Sequence[VariantRow]) -> list[list[str]]:
     """The head and a row of each variant; the last column is there if something is missing."""
-    head = comparison_head(rows[0].name)[1:]
+    head = tables.comparison_head(rows[0].name)[1:]
     table = [["variant", "what differs", *head, "waits for"]]
     for row in rows:
         e = row.evaluation
-        figures = comparison_row(row.name, e, row.comparison)[1:] if e else [""] * len(head)
+        figures = tables.comparison_row(row.name, e, row.comparison)[1:] if e else [""] * len(head)
         table.append([row.name, row.says, *figures, row.waits.removeprefix("waits for ")])
     return table if any(row.waits for row in rows) else [cells[:-1] for cells in table]
 
 
 def ablation_verdicts(rows: Sequence[VariantRow]) -> list[str]:
     """What each variant is worth beside the first."""
-    said = []
-    for row in rows:
-        if c := row.comparison:
-            sure = "clear of zero" if c.giou.clear else "zero is inside: no difference shown"
-            said.append(f"{row.name} minus {rows[0].name}: gIoU {c.giou} ({sure}), cIoU {c.ciou}")
-    return said
+    return [
+        f"{row.name} minus {rows[0].name}: gIoU {c.giou} ({c.giou.verdict}), cIoU {c.ciou}"
+        for row in rows
+        if (c := row.comparison)
+    ]
 
 
 def summary_of(rows: Sequence[VariantRow]) -> list[dict[str, Any]]:
@@ -106,9 +97,8 @@ def write_ablation(
     """table.md, summary.json and report/index.html in `workdir`, and the table on the terminal."""
     rows = read_variants(config, steps, failed)
     table, verdicts = ablation_table(rows), ablation_verdicts(rows)
-    note = comparison_note([row.comparison for row in rows if row.comparison])
-    text = [f"# {config.title}", f"{config.benchmark}, seed {config.seed}.", markdown(table), *verdicts]
-    write_whole(workdir / "table.md", "\n\n".join([*text, note.replace("*", "\\*", 1)]) + "\n")
+    text = [f"# {config.title}", f"{config.benchmark}, seed {config.seed}.", tables.markdown(table), *verdicts]
+    write_whole(workdir / "table.md", "\n\n".join([*text, tables.MARKDOWN_NOTE]) + "\n")
     summary = {"benchmark": config.benchmark, "seed": config.seed, "variants": summary_of(rows)}
     write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     bounds = [value for row in rows if row.comparison for value in (*row.comparison.giou.ci95, 0.0)] or [0.0]
@@ -120,12 +110,12 @@ def write_ablation(
         rows=rows,
         table=table,
         verdicts=verdicts,
-        note=note,
+        note=tables.NOTE,
         axis=(min(bounds), max(bounds)),
         stages=stages,
     )
     shown = save_page(page, workdir)
-    print(text_table(table, 2), "", *verdicts, note, sep="\n")
+    print(tables.text_table(table, 2), "", *verdicts, tables.NOTE, sep="\n")
     print(f"\nTable: {workdir / 'table.md'}  Report: {shown}")
 
 

@@ -15,6 +15,8 @@ from rsagent_jax.report.evaluation import Evaluation, Prediction
 from rsagent_jax.runtime.journal import flatten_settings
 from rsagent_jax.types import DataError
 
+NOTE = "* zero is outside the interval. Intervals: 95%, paired bootstrap over pictures."  # under a table of such rows
+MARKDOWN_NOTE = NOTE.replace("*", "\\*")
 DECISIVE = ("benchmark", "settings.metric.", "settings.data.")  # must agree, or the figures are of different things
 FREE = ("root", "exclude_root", "limit", "unreadable", "fingerprint")  # where data lie, how changes are noticed
 
@@ -33,6 +35,10 @@ class GainInterval:
     def clear(self) -> bool:
         return self.ci95[0] > 0 or self.ci95[1] < 0
 
+    @property
+    def verdict(self) -> str:
+        return "clear of zero" if self.clear else "zero is inside: no difference shown"
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
@@ -46,7 +52,6 @@ class Comparison:
     worse: int
     same: int
     samples: tuple[tuple[str, float, float], ...]  # (id, IoU there, IoU here), largest difference first
-    unit: str  # what the intervals are resampled by: picture, or sample where the files name no pictures
 
 
 def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
@@ -58,8 +63,7 @@ def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
             f" {lost[:3]}; evaluate both with the same config.data"
         )
     pairs = [(first[i], second[i]) for i in sorted(first)]
-    named = a.images or b.images
-    images = named and [named[p.id] for p, _ in pairs]
+    images = [p.picture for p, _ in pairs]
 
     def difference(parts: Callable[[Prediction], tuple[float, float]]) -> GainInterval:
         """Of two ratios of sums of `parts` (numerator, denominator), both formed anew from each resample."""
@@ -81,7 +85,6 @@ def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
         difference(lambda p: (p.turns, 1)),
         *(int(n) for n in ((gaps > 0).sum(), (gaps < 0).sum(), (gaps == 0).sum())),
         tuple((p.id, p.iou, q.iou) for p, q in order),
-        "picture" if images else "sample",
     )
 
 
@@ -129,14 +132,3 @@ def comparison_row(name: str, evaluation: Evaluation, c: Comparison | None) -> l
     gaps = [f"{d} *" if d.clear else str(d) for d in (c.giou, c.ciou, c.turns)] if c else ["", "", ""]
     counts = f"{c.better} / {c.worse} / {c.same}" if c else ""
     return [name, *(cell for pair in zip(figures, gaps, strict=True) for cell in pair), counts, str(r["n"])]
-
-
-def comparison_note(found: Sequence[Comparison]) -> str:
-    """What stands under such a table."""
-    text = "* zero is outside the interval. Intervals: 95%, paired bootstrap over pictures"
-    if old := [c.name for c in found if c.unit == "sample"]:
-        text += (
-            f"; over samples for {', '.join(old)}, whose predictions name no pictures: where a picture has several"
-            " sentences, these intervals are too narrow"
-        )
-    return text + "."

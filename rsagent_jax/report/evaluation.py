@@ -39,7 +39,7 @@ class Prediction:
     iou: float
     status: Status
     turns: int
-    picture: str = ""  # its name; files of earlier versions have none
+    picture: str  # its name
     dropped: str = ""  # why the convention does not count it; "" = it does
 
 
@@ -81,14 +81,9 @@ class Evaluation:
         return tuple(p for p in self.predictions if not p.dropped)
 
     @property
-    def images(self) -> dict[str, str] | None:
-        """The picture of each id, which intervals are resampled by; None where the files do not name them."""
-        return {p.id: p.picture for p in self.predictions} if all(p.picture for p in self.predictions) else None
-
-    @property
-    def counted_images(self) -> list[str] | None:
-        """The pictures of `counted`."""
-        return (images := self.images) and [images[p.id] for p in self.counted]
+    def counted_images(self) -> list[str]:
+        """The pictures of `counted`, which intervals are resampled by."""
+        return [p.picture for p in self.counted]
 
     @property
     def ciou_ci95(self) -> tuple[float, float]:

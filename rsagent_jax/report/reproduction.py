@@ -205,9 +205,8 @@ def verdicts(summary: Summary) -> list[str]:
     """What training has gained, on each benchmark."""
     said = []
     for benchmark, after, before, gain in summary.gains:
-        sure = "clear of zero" if gain.clear else "zero is inside: no difference shown"
         names = f"{benchmark}: {NAMES[after]} over {NAMES[before]}"
-        said.append(f"{names}: {gain.value:+.3f} gIoU, 95% interval {span(gain.ci95, '+.3f')} ({sure})")
+        said.append(f"{names}: {gain.value:+.3f} gIoU, 95% interval {span(gain.ci95, '+.3f')} ({gain.verdict})")
     return said
 
 

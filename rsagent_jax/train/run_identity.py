@@ -22,9 +22,7 @@ import orbax.checkpoint as ocp
 import rsagent_jax
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.reward import RewardTerm
-from rsagent_jax.config.rules import RENAMED
 from rsagent_jax.config.schema import PolicyConfig, TrainConfig
-from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weight_files
 from rsagent_jax.runtime.journal import ChangedField, damaged, flatten_settings
 from rsagent_jax.runtime.paths import AppendFile, file_size, open_path, read_lines, write_whole
@@ -72,7 +70,6 @@ def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) ->
     if len({tuple(s for s in config["stages"] if s in STAGES[: last + 1]) for config in (old, new)}) > 1:
         differ.append(ChangedField("stages", old["stages"], new["stages"], f"{STAGES[last]} has checkpoints"))
     defaults, was, now = flatten_settings(_DEFAULTS), flatten_settings(old), flatten_settings(new)
-    was = {RENAMED.get(name, name): value for name, value in was.items()}
     for name in sorted({*was, *now} - {"stages"}):
         if name not in now and "[" not in name:
             continue  # a field that this version does not have
@@ -149,15 +146,15 @@ def check_config(workdir: pathlib.Path, config: TrainConfig) -> None:
     saved, last = saved_steps(workdir), last_start(workdir)
     if saved and last is None:
         raise DataError(
-            f"{workdir}/checkpoints is there, but not what made it: {HISTORY} and config.json are missing; put them"
-            " back, or give another --workdir"
+            f"{workdir}/checkpoints is there, but not what made it: {HISTORY} is missing; put it back, or give another"
+            " --workdir"
         )
     if saved:
         _refuse(workdir, saved, refused(last["config"], _plain(config), saved))
 
 
 def check_same_inputs(workdir: pathlib.Path, inputs: dict[str, str]) -> None:
-    """The same for what the paths lead to: field -> fingerprint. Those of a start before there was a history pass."""
+    """The same for what the paths lead to: field -> fingerprint."""
     saved, last = saved_steps(workdir), last_start(workdir)
     there = (last or {}).get("inputs", {})
     used = {"policy.weights": bool(saved), "sft.trajectories": bool(saved), "grpo.data": "grpo" in saved}
@@ -178,11 +175,11 @@ def _refuse(workdir: pathlib.Path, saved: dict[str, int], differ: list[ChangedFi
 
 
 def last_start(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The last whole line of the history; of a run from before there was one, what config.json says. DataError."""
-    history, config = workdir / HISTORY, workdir / "config.json"
+    """The last whole line of the history. DataError for a damaged one."""
+    history = workdir / HISTORY
     lines = read_lines(history).split(b"\n")[:-1] if history.exists() else []
     if not lines:
-        return {"config": read_json(config)} if config.exists() else None
+        return None
     try:
         start = json.loads(lines[-1])
         if not isinstance(start["config"]["stages"], list):

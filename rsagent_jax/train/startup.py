@@ -16,7 +16,7 @@ from rsagent_jax.config.validation import ValidationConfig
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.data.trajectories import open_records
 from rsagent_jax.models.qwen25_vl import convert
-from rsagent_jax.rewards import make_reward
+from rsagent_jax.rewards import make_scorer
 from rsagent_jax.rollout.startup import check_budget, check_disk, check_rollout, check_segmenter, check_weights
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.train.batch_source import steps_of
@@ -30,7 +30,7 @@ def check_train(config: TrainConfig, workdir: pathlib.Path, *, replay: bool = Fa
     replay: nothing is played, and what rollouts need is not looked at.
     """
     if "grpo" in config.stages:
-        make_reward(config.grpo.reward)
+        make_scorer(config.grpo.reward)
     _nothing_left_open(config)
     shape, processor = check_weights(config.policy.weights)
     config = slices.fill_slice_defaults(config, shape.text.hidden_size, len(jax.devices()))

@@ -184,7 +184,7 @@ def test_errors_and_failures_are_shown(tmp_path):
     assert state.status is Status.ENV_FAILED
     Image.fromarray(image).save(tmp_path / "image.png")
     example = report.Example("s", EVIL, 0.0, state.status, (), rle(truth), "image.png", state_to_json(state))
-    row = report.Prediction("s", 0, 1, 0.0, state.status, 3)
+    row = report.Prediction("s", 0, 1, 0.0, state.status, 3, "s")
     text = card_page(example, report.Evaluation(tmp_path, {"n": 1, "n_acc": None}, (row,), ()))
     check_page(text)
     for words in ("malformed, no_call", "refused, unknown_mask", "tool failed, timeout", "1 clipped", "env failed"):
@@ -201,12 +201,10 @@ def test_a_trajectory_that_cannot_be_shown_says_why(runs, damage):
 
 
 def test_ciou_interval_of_equal_rows_has_no_width():
-    row = report.Prediction("a", 30, 40, 0.75, Status.FINISHED, 2)
-    for images in (None, list("aabbb")):
-        rows = [report.dataclasses.replace(row, picture=name) for name in images or [""] * 5]
-        figures = {"giou": 0.75, "ciou": 0.75, "giou_ci95": [0.75, 0.75], "mean_turns": 2}
-        shown = report.headline_figures(report.Evaluation(None, figures, tuple(rows), ()))
-        assert shown[1] == ("cIoU", "0.750", "0.750 to 0.750")
+    rows = tuple(report.Prediction("a", 30, 40, 0.75, Status.FINISHED, 2, picture) for picture in "aabbb")
+    figures = {"giou": 0.75, "ciou": 0.75, "giou_ci95": [0.75, 0.75], "mean_turns": 2}
+    shown = report.headline_figures(report.Evaluation(None, figures, rows, ()))
+    assert shown[1] == ("cIoU", "0.750", "0.750 to 0.750")
 
 
 # --- Three policies ---

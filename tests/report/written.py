@@ -15,12 +15,12 @@ def write_lines(path, rows):
 
 
 def write_files(workdir, results, settings, examples, images=None, benchmark="toy", **more):
-    """The three files; `pictures`: of each id, `more`: keys of results.json."""
+    """The three files; `images`: the picture of each id, its own without; `more`: keys of results.json."""
     workdir.mkdir(parents=True)
     (workdir / "results.json").write_text(json.dumps(summarize_results(results, settings, benchmark=benchmark) | more))
-    named = [{"picture": images[r.id]} if images else {} for r in results]
-    rows = [{"mask": None} | {key: getattr(r, key) for key in FIELDS} for r in results]
-    write_lines(workdir / "predictions.jsonl", [row | name for row, name in zip(rows, named, strict=True)])
+    named = images or {r.id: r.id for r in results}
+    rows = [{"mask": None, "picture": named[r.id]} | {key: getattr(r, key) for key in FIELDS} for r in results]
+    write_lines(workdir / "predictions.jsonl", rows)
     write_lines(workdir / "trajectories.jsonl", examples)
     return workdir
 

@@ -1,7 +1,6 @@
 """A trajectory without a reward, where the config says to drop it: no advantage, no mean, counted and said."""
 
 import json
-import sys
 
 import pytest
 
@@ -27,14 +26,10 @@ def rank(trajectories, sample):
 
 
 @pytest.fixture
-def term(tmp_path):
+def term(tmp_path, imports_restored):
     """Makes `grpo.reward` of one function of OWN."""
     (tmp_path / "away_rewards.py").write_text(OWN)
-    modules, places = dict(sys.modules), list(sys.path)
-    yield lambda name, **more: (RewardGroup("own", 1.0, (RewardTerm(f"{tmp_path}/away_rewards.py:{name}", **more),)),)
-    sys.modules.clear()
-    sys.modules.update(modules)
-    sys.path[:] = places
+    return lambda name, **more: (RewardGroup("own", 1.0, (RewardTerm(f"{tmp_path}/away_rewards.py:{name}", **more),)),)
 
 
 def test_it_is_dropped_from_its_group_as_one_of_a_broken_tool(term, tmp_path, capsys, monkeypatch):

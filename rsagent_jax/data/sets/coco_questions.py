@@ -10,19 +10,14 @@ What was seen: GSEval's file, the loaders of MUSE and MMR and MMR's table of fie
 of MUSE, MMR or RefCOCO-M itself. `python -m rsagent_jax.data.get` says where each is had.
 """
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
-from rsagent_jax.data.sets.index import Entry, Inputs, SampleIndex, read_file
-from rsagent_jax.masks import decode_segmentation
-from rsagent_jax.runtime.image_files import read_image
+from rsagent_jax.data.sets.index import SampleIndex, SegmentedEntry, read_file
 from rsagent_jax.runtime.paths import open_path
-from rsagent_jax.types import DataError, Sample
+from rsagent_jax.types import DataError
 from sam_bridge.file_kinds import HEAD, kind_of
 
 COCO_FOLDERS = pathlib.PurePath("images/mscoco/images")
@@ -30,32 +25,8 @@ COCO_FOLDERS = pathlib.PurePath("images/mscoco/images")
 GSEVAL_KINDS = {"all": (1, 2, 3, 4), "stuff": (1,), "part": (2,), "multi": (3,), "single": (4,)}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry(Entry):
-    size: tuple[int, int]  # (h, w) that the masks are drawn for
-    targets: tuple[list | dict, ...]  # COCO segmentations; the mask is their union
-
-    def inputs(self) -> Inputs:
-        return Inputs(open_path(self.image), json.dumps(self.targets, sort_keys=True).encode())
-
-    def load(self) -> Sample:
-        image = read_image(self.image, "docs/data.md says which pictures this data set is about, and how they are had")
-        h, w = self.size
-        if image.shape[:2] != (h, w):
-            raise DataError(
-                f"{self.image} is {image.shape[1]} x {image.shape[0]} pixels, but its masks are drawn for {w} x {h}"
-                f" (sample {self.id}): use COCO's original pictures, not resized or rotated ones"
-            )
-        mask = np.zeros((h, w), bool)
-        # Polygons of all targets at once: a speck among them that covers no pixel makes no sample unreadable.
-        polygons = [polygon for target in self.targets if isinstance(target, list) for polygon in target]
-        for target in (*filter(None, [polygons]), *(t for t in self.targets if isinstance(t, dict))):
-            mask |= decode_segmentation(target, h, w, f"sample {self.id}")
-        return Sample(self.id, image, self.query, mask, path=self.image)
-
-
-def _index(name: str, entries: list[_Entry], limit: int | None, notes: tuple[str, ...] = ()) -> SampleIndex:
-    return SampleIndex(name, entries[:limit], notes=notes)
+class _Entry(SegmentedEntry):
+    remedy = "docs/data.md says which pictures this data set is about, and how they are had"
 
 
 def load_multi_target(
@@ -90,7 +61,7 @@ def load_multi_target(
             break
     left_out = total - len(entries)
     notes = (f"{left_out} of {total} questions have no target and were left out",) if left_out else ()
-    return _index(f"{dataset}/{split}", entries, limit, notes)
+    return SampleIndex(f"{dataset}/{split}", entries[:limit], notes=notes)
 
 
 def load_gseval(root: str | pathlib.Path, split: str = "all", limit: int | None = None) -> SampleIndex:
@@ -108,7 +79,7 @@ def load_gseval(root: str | pathlib.Path, split: str = "all", limit: int | None 
         if kind in GSEVAL_KINDS[split]:
             image = str(folder.joinpath(*COCO_FOLDERS.parts, *pathlib.PurePosixPath(image).parts[-2:]))
             entries.append(_Entry(f"gseval/{idx}", caption.strip(), image, _rle_size(rle, where), (rle,)))
-    return _index(f"gseval/{split}", entries, limit)
+    return SampleIndex(f"gseval/{split}", entries[:limit])
 
 
 def load_refcoco_m(root: str | pathlib.Path, split: str = "val", limit: int | None = None) -> SampleIndex:
@@ -130,7 +101,7 @@ def load_refcoco_m(root: str | pathlib.Path, split: str = "val", limit: int | No
                     raise DataError(f"{where} has a sentence that is no text: unpack the data set again")
                 for n, text in enumerate(sentences):
                     entries.append(_Entry(f"refcoco_m/val/{id}/{n}", text.strip(), image, size, (rle,)))
-    return _index("refcoco_m/val", entries, limit)
+    return SampleIndex("refcoco_m/val", entries[:limit])
 
 
 # ---------------------------------------------------------------------------------------------------- records

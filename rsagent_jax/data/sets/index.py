@@ -6,14 +6,18 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from rsagent_jax.agent.views import check_shape
-from rsagent_jax.runtime.paths import absolute_name, is_remote, read_bytes, remote_versions
+from rsagent_jax.masks import decode_segmentation
+from rsagent_jax.runtime.image_files import read_image
+from rsagent_jax.runtime.paths import absolute_name, is_remote, open_path, read_bytes, remote_versions
 from rsagent_jax.types import DataError, Sample
 
 # COCO's file names of 2014 and 2017, so that a user's copy of a picture is known as the same picture.
@@ -53,14 +57,35 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class CocoEntry(Entry):
-    """Its picture is COCO's of this number, wherever it is stored."""
+class SegmentedEntry(Entry):
+    """Its mask is the union of COCO segmentations."""
 
-    image_id: int
+    size: tuple[int, int]  # (h, w) that they are drawn for; held against the picture when it is read
+    targets: tuple[list | dict, ...]
 
-    @property
-    def image_key(self) -> str:
-        return f"coco/{self.image_id}"
+    remedy: ClassVar[str]  # where there is no picture
+
+    def inputs(self) -> Inputs:
+        return Inputs(open_path(self.image), json.dumps(self.targets, sort_keys=True).encode())
+
+    def parts(self) -> Iterator[tuple[list | dict, str]]:
+        """What is decoded one by one, and what it is called in messages."""
+        # Polygons of all targets at once: a speck among them that covers no pixel makes no sample unreadable.
+        polygons = [polygon for target in self.targets if isinstance(target, list) for polygon in target]
+        for target in (*filter(None, [polygons]), *(t for t in self.targets if isinstance(t, dict))):
+            yield target, f"sample {self.id}"
+
+    def load(self) -> Sample:
+        image, (h, w) = read_image(self.image, self.remedy), self.size
+        if image.shape[:2] != (h, w):
+            raise DataError(
+                f"{self.image} is {image.shape[1]} x {image.shape[0]} pixels, but its masks are drawn for {w} x {h}"
+                f" (sample {self.id}): use COCO's original pictures, not resized or rotated ones"
+            )
+        mask = np.zeros((h, w), bool)
+        for segmentation, where in self.parts():
+            mask |= decode_segmentation(segmentation, h, w, where)
+        return Sample(self.id, image, self.query, mask, path=self.image)
 
 
 @dataclasses.dataclass(eq=False, repr=False)  # a text of all entries helps nobody

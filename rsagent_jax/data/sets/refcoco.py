@@ -17,14 +17,10 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
-from rsagent_jax.data.sets.index import CocoEntry, Inputs, SampleIndex, read_file
+from rsagent_jax.data.sets.index import SampleIndex, SegmentedEntry, read_file
 from rsagent_jax.data.sets.unpickle import loads_data
-from rsagent_jax.masks import decode_segmentation
-from rsagent_jax.runtime.image_files import read_image
 from rsagent_jax.runtime.paths import open_path
-from rsagent_jax.types import DataError, Sample
+from rsagent_jax.types import DataError
 from sam_bridge.file_kinds import HEAD, kind_of
 
 IMAGES = pathlib.PurePath("images/mscoco/images/train2014")
@@ -33,26 +29,19 @@ NO_TARGET = -1  # its ann_id where nothing in the picture is meant
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry(CocoEntry):
-    size: tuple[int, int]  # (h, w) as instances.json says; held against the file when it is read
-    targets: tuple[tuple[int, list | dict], ...]  # (annotation id, COCO segmentation); the mask is their union
+class _Entry(SegmentedEntry):
+    image_id: int  # COCO's, wherever the picture is stored
+    ann_ids: tuple[int, ...]  # of the targets
 
-    def inputs(self) -> Inputs:
-        target = json.dumps([segmentation for _, segmentation in self.targets], sort_keys=True)
-        return Inputs(open_path(self.image), target.encode())
+    remedy = "unpack all of COCO train2014 (train2014.zip) into its folder"
 
-    def load(self) -> Sample:
-        image = read_image(self.image, "unpack all of COCO train2014 (train2014.zip) into its folder")
-        h, w = self.size
-        if image.shape[:2] != (h, w):
-            raise DataError(
-                f"{self.image} is {image.shape[1]} x {image.shape[0]} pixels, but its annotations are drawn for"
-                f" {w} x {h} (sample {self.id}): use the original COCO train2014 pictures, not resized or rotated ones"
-            )
-        mask = np.zeros((h, w), bool)
-        for ann_id, segmentation in self.targets:
-            mask |= decode_segmentation(segmentation, h, w, f"annotation {ann_id} (sample {self.id})")
-        return Sample(id=self.id, image=image, query=self.query, gt_mask=mask, path=self.image)
+    @property
+    def image_key(self) -> str:
+        return f"coco/{self.image_id}"
+
+    def parts(self) -> Iterator[tuple[list | dict, str]]:
+        for ann_id, segmentation in zip(self.ann_ids, self.targets, strict=True):
+            yield segmentation, f"annotation {ann_id} (sample {self.id})"
 
 
 def load_refcoco(
@@ -100,11 +89,11 @@ def _read_entries(
                     f"{where} is about image {ref['image_id']}, but its annotation {ann_id} is on image"
                     f" {image_id}: {refs_path.name} and {instances_path.name} are not from one download"
                 )
-            targets.append((ann_id, segmentation))
+            targets.append(segmentation)
         for sentence in ref["sentences"] if unit == "sentence" else ref["sentences"][:1]:
             query = _text(sentence["raw"]) if raw else _text(sentence["sent"]).lower()
             sample_id = f"{dataset}/{split_by}/{split}/{ref['ref_id']}/{sentence['sent_id']}"
-            yield _Entry(sample_id, query, image, ref["image_id"], size, tuple(targets))
+            yield _Entry(sample_id, query, image, size, tuple(targets), ref["image_id"], tuple(ann_ids))
 
 
 def _text(text: str) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import grain
 
-from rsagent_jax.data.sets.index import CocoEntry, Inputs
+from rsagent_jax.data.sets.index import Entry, Inputs
 from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.runtime.image_files import read_image
 from rsagent_jax.runtime.paths import fetch_folder
@@ -35,9 +35,14 @@ _FILE = re.compile(r"ref_coco-(?P<split>\w+)\.(?:tfrecord|array_record)-\d{5}-of
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry(CocoEntry):  # its picture is in the file of a shard
+class _Entry(Entry):  # its picture is in the file of a shard
+    image_id: int  # COCO's
     record: int  # its number in the file
     target: int  # which object of the picture
+
+    @property
+    def image_key(self) -> str:
+        return f"coco/{self.image_id}"
 
     def read(self) -> tuple[str, dict[str, list]]:
         """(where it is, for messages; its record's features)."""

@@ -16,19 +16,7 @@ from rsagent_jax.models.qwen25_vl import convert, lora, tensor_files
 from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.steps import find_step, split_step
-from rsagent_jax.runtime import sharding
-from rsagent_jax.runtime.paths import (
-    absolute,
-    bucket_problem,
-    fetch_folder,
-    file_size,
-    files_below,
-    is_remote,
-    make_directory,
-    open_path,
-    remove_file,
-    write_whole,
-)
+from rsagent_jax.runtime import paths, sharding
 from rsagent_jax.types import DataError
 from sam_bridge import hub
 
@@ -39,12 +27,12 @@ POLICY_FILES = """config.json tokenizer.json tokenizer_config.json preprocessor_
 
 
 def copy_policy_files(weights: pathlib.Path, target: pathlib.Path) -> None:
-    make_directory(target)
+    paths.make_directory(target)
     for name in POLICY_FILES:
         if (weights / name).exists():
-            write_whole(target / name, (weights / name).read_bytes())
+            paths.write_whole(target / name, (weights / name).read_bytes())
         else:  # of other weights: image settings in two files would contradict each other
-            remove_file(target / name)
+            paths.remove_file(target / name)
 
 
 @functools.cache
@@ -53,10 +41,10 @@ def local_weights(weights: str, more: tuple[str, ...] = ("*.safetensors", tensor
     those of a Hugging Face directory in a bucket. A stage's checkpoints are read from the bucket itself; which step of
     them is meant (@best) is left out."""
     weights, _ = split_step(weights)
-    if is_remote(weights):
-        path = open_path(weights)
+    if paths.is_remote(weights):
+        path = paths.open_path(weights)
         is_hugging_face = (path / "config.json").exists() and any(path.glob("*.safetensors*"))
-        return fetch_folder(path, (*POLICY_FILES, *more)) if is_hugging_face else path
+        return paths.fetch_folder(path, (*POLICY_FILES, *more)) if is_hugging_face else path
     if not hub.is_repository(weights):
         return pathlib.Path(weights)
     try:
@@ -88,7 +76,7 @@ def policy_directory(weights: str) -> pathlib.Path:
             raise DataError(f"{weights}: {path} is a Hugging Face directory, which has no steps; leave the @ out")
         return path
     if (path / "policy" / "config.json").exists():
-        return fetch_folder(path / "policy")
+        return paths.fetch_folder(path / "policy")
     if any(path.glob("checkpoints/*/policy/config.json")):
         raise DataError(f"{path} holds no weights itself; give {path}/checkpoints/<stage>")
     if path.name.isdigit() and (path.parent / "policy" / "config.json").exists():
@@ -110,7 +98,7 @@ def load_policy(weights: str, mesh: Mesh | None = None, dtype: str = "float32") 
     if policy_directory(weights) == path:
         return convert.load_model(path, config, shardings, jnp.dtype(dtype))
     options = ocp.CheckpointManagerOptions(create=False)  # nothing is written; read_only=True would warn that it is
-    with ocp.CheckpointManager(absolute(path), options=options) as manager:
+    with ocp.CheckpointManager(paths.absolute(path), options=options) as manager:
         step = find_step(path, split_step(weights)[1])
         wanted = convert.flat_params(model)
         # Orbax would ask for the devices that saved the checkpoint: always say where the arrays are to go.
@@ -122,7 +110,7 @@ def load_policy(weights: str, mesh: Mesh | None = None, dtype: str = "float32") 
             for part in (path / str(step) / "params", path / "base"):
                 if part.exists():
                     exact = {name.replace(".lora_a", ".kernel") for name in values}  # what adapters are added to
-                    values |= _read(absolute(part), lambda name: places.get(name, elsewhere), dtype, exact)
+                    values |= _read(paths.absolute(part), lambda name: places.get(name, elsewhere), dtype, exact)
             adapters = {name: values.pop(name) for name in list(values) if name.endswith((".lora_a", ".lora_b"))}
             if {n: v.shape for n, v in values.items()} != {n: v.shape for n, v in wanted.items()}:
                 raise ValueError("other parameters, or other shapes")
@@ -132,7 +120,7 @@ def load_policy(weights: str, mesh: Mesh | None = None, dtype: str = "float32") 
                 merge = functools.partial(lora.merge_adapters, scale=scale, dtype=jnp.dtype(dtype))
                 values = jax.jit(merge, donate_argnums=0, out_shardings=places)(values, adapters)
         except (ValueError, KeyError, TypeError, OSError) as error:
-            if bucket_problem(error):
+            if paths.bucket_problem(error):
                 raise
             raise DataError(f"{path}/{step} is not of the model in {path}/policy ({first_line(error)})") from error
     return convert.with_params(model, values)
@@ -159,14 +147,14 @@ def weight_files(weights: str) -> list[pathlib.Path]:
         return files
     step = find_step(path, split_step(weights)[1]) if ocp.utils.checkpoint_steps(path) else 0
     parts = (path / "base", path / str(step) / "params")
-    return sorted(file for part in parts for file in files_below(part))
+    return sorted(file for part in parts for file in paths.files_below(part))
 
 
 def weights_checksum(weights: str) -> str:
     """sha256 over names and contents of the weights' files: two runs with the same figure had the same weights."""
     digest = hashlib.sha256()
     for file in weight_files(weights):
-        digest.update(f"{file.name} {file_size(file)} ".encode())
+        digest.update(f"{file.name} {paths.file_size(file)} ".encode())
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
