@@ -8,7 +8,8 @@ and says its colour, shape and size in the decoder's own words. `ground`: the wh
 questions (all objects; one by box; one by point), on the same in free words, and on lists of names and places, with
 the losses of `see` as auxiliary ones and one attention head told where to look: at a coordinate its object, at a
 colour, shape or size all that has it. With `presence_share` also on lists of names, each followed by the word that
-tells whether such a thing is there (configs/tiny_base.py:absent). It never sees the tools. Coordinates are trained
+tells whether such a thing is there (configs/tiny_base.py:absent); with `several_share` on all of a kind, and with
+`marked_share` on masks drawn over a scene (:several). It never sees a tool call. Coordinates are trained
 towards a narrow bell over neighbouring numbers, so that near misses are told from far ones. With --config.init=DIR and
 no steps it only evaluates.
 """
