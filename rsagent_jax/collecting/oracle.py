@@ -27,7 +27,6 @@ MAX_NAME_CHARS = 60  # longer queries are called "the target" in thoughts
 # just named. What is done comes last, right before the call that does it.
 _HERE = "{Name} is here"
 _ABSENT = "{Name} is not here"
-_GUESS = "Perhaps this is {name}"  # a wrong one is announced, so that it does not blur the sure first actions
 _AGAIN = "That is not {name}"
 _MISSING = "A part of {name} is missing"
 _EXTRA = "The mask is more than {name}"
@@ -58,7 +57,7 @@ class Oracle:
             wrong = not state.turns and self.rng.random() < self.config.wrong_first
             use_box = self.rng.random() < self.config.box
             target = self._elsewhere(state.image, gt_mask, use_box) if wrong else gt_mask
-            return self._say(_GUESS if wrong else _HERE, state, _prompt(state.view, target, use_box))
+            return self._say(_HERE, state, _prompt(state.view, target, use_box))
         latest = state.masks[-1]
         if (latest.mask & gt_mask).sum() <= RESTART_INSIDE * latest.mask.sum() or not (
             latest.logits_id or ious[-1] >= RESTART_IOU

@@ -31,6 +31,8 @@ class PretrainConfig:
     vision_mlp: int  # width of its MLP
     absent_share: float  # of the questions (lists and all objects apart) are about nothing in the scene
     presence_share: float  # of the rows that are one list of names, each with the word that says whether it is there
+    several_share: float  # of the questions and lists that could be about all objects of a kind, are
+    marked_share: float  # of the rows that are about a mask drawn over some of the objects
     relation_share: float  # of the questions about objects that have such a sentence
     all_share: float  # of the scenes whose first question is for all objects
     look_weight: float  # of the two attention losses, at coordinates and at words

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from rsagent_jax.agent import prompts
+from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.config.schema import BatchConfig
 from rsagent_jax.data.packing import Item, pack
 from rsagent_jax.data.processor import Processor, image_patches
@@ -64,6 +65,7 @@ class Question:
     coordinates: int = 4  # of each object: the last numbers of its part of the answer
     lines: tuple[Question, ...] = ()  # a list in place of `answer`; only coordinates and `decides` are trained
     decides: int = -1  # of a line: the place of the token that says whether the thing is there
+    about: int = -1  # of a line: the object to look at for that token; -1 none in particular
 
 
 @dataclasses.dataclass
@@ -76,6 +78,8 @@ class SceneRows:
     list_share: float = 0.0
     absent_share: float = 0.0
     presence_share: float = 0.0
+    several_share: float = 0.0
+    marked_share: float = 0.0
 
     def __post_init__(self):
         self.words = np.array([self.processor.encode(f" {word}") for word in WORDS]).reshape(-1)  # one token each
@@ -91,7 +95,12 @@ class SceneRows:
     def _row(self, rng: np.random.Generator, length: int, talk: bool) -> GroundingRows:
         scene = self.scene(rng)
         turns = [self._question(rng, scene) for _ in range(8)] if talk else [Question("", "")]
-        if talk and rng.random() < self.presence_share:
+        if talk and rng.random() < self.marked_share:
+            scene, marked = mark(rng, scene)
+            listed = bool(rng.random() < 0.5)
+            turns = list(self.marks(rng, scene, marked, listed))
+            turns = [self._listed(iter(turns), length)] if listed else turns
+        elif talk and rng.random() < self.presence_share:
             turns = [self._listed(self._presences(rng, scene), length)]
         elif talk and self.list_share and rng.random() < self.list_share:
             turns = [self._listed(self._places(rng, scene), length)]
@@ -145,6 +154,9 @@ class SceneRows:
         lines = turn.lines or (dataclasses.replace(turn, answer=turn.answer + "<|im_end|>"),)
         said = [self.processor.encode(line.answer) for line in lines]
         marked = np.concatenate([self._targets(*pair) for pair in zip(said, lines, strict=True)])
+        for where, line in zip(np.cumsum([0, *map(len, said)]), lines, strict=False):
+            if line.about >= 0:
+                marked[where + line.decides] = 1 + line.about
         decides = [np.arange(len(ids)) == line.decides for ids, line in zip(said, lines, strict=True)]
         return np.concatenate(said), (marked > 0) | np.concatenate(decides) | (not turn.lines), marked
 
@@ -162,11 +174,19 @@ class SceneRows:
     def _places(self, rng, scene: scenes.Scene) -> Iterator[Question]:
         """Every object's point and box once, each under a name of its own.
 
-        The most choices of an object that a row can hold; no place stands there twice, which could be copied.
+        The most choices of an object that a row can hold; no place stands there twice, which could be copied: where
+        all of a kind stand under one name, their points stand there only.
         """
-        places = [(i, point) for i in sorted({e.object_index for e in scene.expressions}) for point in (True, False)]
+        named = sorted({e.object_index for e in scene.expressions})
+        together = self._plural(rng, scene)
+        places = [(i, point) for i in named for point in (True, False) if not (point and together and i in together[1])]
+        places += [together] if together else []
         for k in rng.permutation(len(places)):
             index, point = places[k]
+            if isinstance(index, str):
+                key = ("point", "xy")[rng.integers(2)]
+                yield Question("", f"{index}: {key} {_points(scene, point)}\n", point, 2)
+                continue
             values = _values(scene.objects[index], point)
             key = _KEYS[len(values)][rng.integers(3)]
             yield Question("", f"{self._name(rng, scene, index)}: {key} {values}\n", (index,), len(values))
@@ -184,6 +204,25 @@ class SceneRows:
             name = presence_question(text)[0].answer
             yield Question("", f"{name} {'' if there else 'not '}here.\n", decides=len(self.processor.encode(name)))
 
+    def marks(self, rng, scene: scenes.Scene, marked: set[int], listed: bool) -> Iterator[Question]:
+        """What a mask has and lacks: names with the word that tells, and a point on each thing that is not marked."""
+        names = {self._name(rng, scene, i): (i,) for i in sorted({e.object_index for e in scene.expressions})}
+        names |= scenes.plurals_of(scene.objects)
+        given: set[int] = set()
+        for text in rng.permutation(sorted(names)).tolist():
+            lacks = tuple(sorted(set(names[text]) - marked, key=lambda i: scene.objects[i].box[0]))
+            shown = () if listed and given & set(lacks) else lacks  # what stands there already could be copied
+            at = f" {_points(scene, shown)}" if shown else ""
+            given |= set(lacks)
+            if listed:
+                line = f"{text}: {'missing' if lacks else 'fits'}{at}\n"
+                about = names[text][0] if len(names[text]) == 1 else -1
+                yield Question("", line, shown, 2, decides=len(self.processor.encode(f"{text}:")), about=about)
+            else:
+                wrong = f"A part of {text} is missing" if len(names[text]) > 1 else f"That is not {text}"
+                answer = f"{wrong};{at}" if lacks else f"The mask fits {text}"
+                yield Question(f'Look at the mask of "{text}".', f"{answer}.", lacks, 2)
+
     def _targets(self, said: np.ndarray, turn: Question) -> np.ndarray:
         """Marks each object's coordinates; numbers before them (the 2 of bbox_2d) are not."""
         out = np.zeros(len(said), np.int32)
@@ -192,6 +231,14 @@ class SceneRows:
             out[at] = 1 + np.array(turn.objects)[:, None]
         return out
 
+    def _plural(self, rng, scene: scenes.Scene) -> tuple[str, tuple[int, ...]] | None:
+        """A sentence about all objects of a kind, in several_share of the cases, and which these are, left to right."""
+        plurals = sorted(scenes.plurals_of(scene.objects).items())
+        if not plurals or rng.random() >= self.several_share:
+            return None
+        text, members = plurals[rng.integers(len(plurals))]
+        return text, tuple(sorted(members, key=lambda i: scene.objects[i].box[0]))
+
     def _name(self, rng, scene: scenes.Scene, index: int | None = None) -> str:
         config = dataclasses.replace(self.scene_config, relation_share=self.relation_share)
         return scenes.sample_expression(rng, scene, config, index).text
@@ -199,6 +246,8 @@ class SceneRows:
     def _question(self, rng, scene: scenes.Scene) -> Question:
         if rng.random() < self.absent_share and (text := absent.sample_absent(rng, scene, self.scene_config)):
             return absent_question(rng, text)
+        if together := self._plural(rng, scene):
+            return several_question(rng, *together, scene)
         wanted = "relation" if rng.random() < self.relation_share else "attribute"
         pool = [e for e in scene.expressions if e.kind == wanted] or scene.expressions
         index = int(rng.choice(sorted({e.object_index for e in pool})))
@@ -227,6 +276,17 @@ def free_question(rng: np.random.Generator, text: str, scene: scenes.Scene, inde
     return Question(ask.format(name=text, side=SIDE), answer, (index,), len(values))
 
 
+def several_question(rng: np.random.Generator, text: str, members: tuple[int, ...], scene: scenes.Scene) -> Question:
+    """A question about all objects of a kind, and a point on each: Qwen2.5-VL's own, or in free words."""
+    if rng.random() >= FREE_SHARE:
+        points = [scene.objects[i].point for i in members]
+        answer = prompts.ground_answer("point_2d", points, [text] * len(points))
+        return Question(prompts.ground_question("point_2d", text), answer, members, 2)
+    ask = _ASK[rng.integers(len(_ASK))] + " point"
+    answer = _SAY[0].format(Name=text[0].upper() + text[1:], at=_points(scene, members))
+    return Question(ask.format(name=text, side=SIDE), answer, members, 2)
+
+
 def absent_question(rng: np.random.Generator, text: str) -> Question:
     """A question about nothing: Qwen2.5-VL's own with an empty list, or free words that say so."""
     point = rng.random() < 0.5
@@ -245,6 +305,21 @@ def presence_question(text: str) -> tuple[Question, str]:
 
 def _values(thing: scenes.SceneObject, point: bool) -> list[int]:
     return [round(float(v)) for v in (thing.point if point else thing.box)]
+
+
+def mark(rng: np.random.Generator, scene: scenes.Scene) -> tuple[scenes.Scene, set[int]]:
+    """The scene as the history pool shows it with a mask over some of its objects, and which these are."""
+    plurals, count = sorted(scenes.plurals_of(scene.objects).values()), len(scene.objects)
+    marked = rng.permutation(count)[: rng.integers(1, min(count, 3) + 1)].tolist()
+    if plurals and rng.random() < 0.4:  # all of a kind are rarely met by chance
+        marked = list(plurals[rng.integers(len(plurals))])
+    mask = np.logical_or.reduce([scene.objects[i].mask for i in marked])
+    image = draw_overlay(scene.image, mask, SIDE, [scene.objects[marked[-1]].point], [1])
+    return dataclasses.replace(scene, image=image), set(marked)
+
+
+def _points(scene: scenes.Scene, members: tuple[int, ...]) -> str:
+    return "; ".join(str(_values(scene.objects[i], True)) for i in members)
 
 
 def _all_objects(scene: scenes.Scene) -> Question:

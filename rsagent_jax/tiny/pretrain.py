@@ -8,7 +8,8 @@ and says its colour, shape and size in the decoder's own words. `ground`: the wh
 questions (all objects; one by box; one by point), on the same in free words, and on lists of names and places, with
 the losses of `see` as auxiliary ones and one attention head told where to look: at a coordinate its object, at a
 colour, shape or size all that has it. With `presence_share` also on lists of names, each followed by the word that
-tells whether such a thing is there (configs/tiny_base.py:absent). It never sees the tools. Coordinates are trained
+tells whether such a thing is there (configs/tiny_base.py:absent); with `several_share` on all of a kind, and with
+`marked_share` on masks drawn over a scene (:several). It never sees a tool call. Coordinates are trained
 towards a narrow bell over neighbouring numbers, so that near misses are told from far ones. With --config.init=DIR and
 no steps it only evaluates.
 """
@@ -236,7 +237,9 @@ def evaluate_grounding(model: Qwen25VL, maker: SceneRows, seed: int, count: int)
         guess, thing = [lookup.get(id, 0) for id in ids], scene.objects[s.object_index]
         value = float(thing.mask[guess[1], guess[0]]) if point else _box_iou(guess, thing.box)
         results[f"{'click' if point else 'iou'}_{s.kind}"].append(value)
-    results |= _presence(forward, maker, rng, [scene for scene, point in cases if point])
+    seen = [scene for scene, point in cases if point]
+    for more in (_presence, _several, _masks):
+        results |= more(forward, maker, rng, seen)
     return {k: round(float(np.mean(v)), 4) for k, v in sorted(results.items())}
 
 
@@ -254,6 +257,37 @@ def _presence(forward, maker: SceneRows, rng: np.random.Generator, seen: Sequenc
     ends = [np.flatnonzero(row.loss_mask)[-1:] for row in rows]  # the terminator that `row` puts after the answer
     for (id,), (key, no) in zip(read_answers(forward, rows, ends), asked, strict=True):
         results[key].append(float((id == no) == (key == "absent_told")))
+    return results
+
+
+def _several(forward, maker: SceneRows, rng: np.random.Generator, seen: Sequence[scenes.Scene]) -> dict[str, list]:
+    """Of "every red star": how often the first point is on one, and how often each of the points is on another."""
+    lookup = {int(maker.processor.encode(str(n))[0]): n for n in range(SIDE)}
+    asked = [(scene, plurals) for scene in seen if (plurals := sorted(scenes.plurals_of(scene.objects).items()))]
+    asked = [(scene, *plurals[rng.integers(len(plurals))]) for scene, plurals in asked]
+    rows = [maker.row(s, [grounding.several_question(rng, text, members, s)], 160) for s, text, members in asked]
+    at = [[t for t in np.flatnonzero(row.loss_mask) if 0 < row.target[t] <= MAX_OBJECTS] for row in rows]
+    results = {"several_first": [], "several_all": []}
+    for ids, (scene, _, members) in zip(read_answers(forward, rows, at), asked, strict=True):
+        points = np.array([lookup.get(id, 0) for id in ids]).reshape(-1, 2)
+        on = [[k for k in members if scene.objects[k].mask[y, x]] for x, y in points]
+        results["several_first"].append(float(bool(on[0])))
+        results["several_all"].append(float({k for hit in on for k in hit} == set(members)))
+    return results
+
+
+def _masks(forward, maker: SceneRows, rng: np.random.Generator, seen: Sequence[scenes.Scene]) -> dict[str, list]:
+    """How often it is told rightly whether a mask that is drawn over the scene has all of a thing."""
+    results, rows, asked = {"fits_told": [], "missing_told": []}, [], []
+    for scene in seen:
+        drawn, marked = grounding.mark(rng, scene)
+        for line in list(maker.marks(rng, drawn, marked, True))[:2]:
+            rows.append(maker.row(drawn, [grounding.Question("List them.", "", lines=(line,))], 128))
+            asked.append(line.answer)
+    at = [np.flatnonzero(row.loss_mask)[:1] for row in rows]
+    wanted = [int(row.tokens[places[0]]) for row, places in zip(rows, at, strict=True)]
+    for (id,), right, answer in zip(read_answers(forward, rows, at), wanted, asked, strict=True):
+        results["missing_told" if "missing" in answer else "fits_told"].append(float(id == right))
     return results
 
 
@@ -317,7 +351,8 @@ def pretrain(config: PretrainConfig, workdir: pathlib.Path, out: pathlib.Path) -
         opt_state, start = jax.jit(tx.init)(params), time.time()
         loss = see_loss if name == "see" else functools.partial(ground_loss, image_at=image_at)
         step_fn = make_step(loss, tx, graphdef, targets, config, jnp.asarray(maker.numbers), jnp.asarray(maker.words))
-        shares = (config.relation_share, config.all_share, stage.list_share, config.absent_share, config.presence_share)
+        shares = (config.relation_share, config.all_share, stage.list_share, config.absent_share)
+        shares = (*shares, config.presence_share, config.several_share, config.marked_share)
         drawn = dict(seed=(config.seed, number), rows=stage.rows, tokens=stage.tokens, talk=name == "ground")
         made = grain.MapDataset.range(stage.steps).map(functools.partial(SceneRows(processor, *shares).make, **drawn))
         for step, rows in enumerate(prefetched(made, 1, config.workers, 2), start=1):

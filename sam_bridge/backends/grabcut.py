@@ -17,7 +17,7 @@ import numpy as np
 from sam_bridge.backends import Decoded
 from sam_bridge.types import SegmentRequest
 
-VERSION = 2  # of what is done with a prompt; masks of one are not those of another
+VERSION = 3  # of what is done with a prompt; masks of one are not those of another
 MAX_SIDE = 512  # longer side of the working copy, pixels; larger images are shrunk and the mask enlarged again
 ITERATIONS = 1
 BOX_MARGIN = 2  # working pixels around a box that may still be object
@@ -72,8 +72,7 @@ class GrabCut:
         if logits is not None:
             start = np.unpackbits(logits, count=shape[0] * shape[1]).reshape(shape)
         if box is None and (start is not None or prompt.objects):  # no box says how far to look
-            kept = _reached(prompt.objects, encoding)
-            start = (kept if start is None else start | kept) & ~_reached(prompt.backgrounds, encoding) & 1
+            start = _changed(prompt, encoding, start)
             core = cv2.erode(start, np.ones((3, 3), np.uint8))
             looked_at = start.copy()
             for x, y in prompt.objects:  # a click on the background of the same colour takes away what is joined to one
@@ -125,7 +124,7 @@ def _trimap(prompt: _Prompt, shape: tuple[int, int], start: np.ndarray | None, c
         trimap[:] = np.where(start, cv2.GC_PR_FGD, cv2.GC_PR_BGD)
     if core is not None:
         trimap[core > 0] = cv2.GC_FGD
-    radius = max(CORE_RADIUS, round(min(shape) / DISC_SHARE))
+    radius = _radius(shape)
     strokes = (
         (prompt.objects, radius, cv2.GC_PR_FGD),
         (prompt.backgrounds, radius, cv2.GC_PR_BGD),
@@ -143,14 +142,36 @@ def _trimap(prompt: _Prompt, shape: tuple[int, int], start: np.ndarray | None, c
     return trimap
 
 
-def _reached(clicks: list[tuple[int, int]], encoding: GrabCutEncoding) -> np.ndarray:
-    """u8[h', w'] of 0 and 1: all that is joined to one of the clicks by pixels within TOLERANCE of its colour."""
-    shape = encoding.pixels.shape[:2]
-    reached = np.zeros((len(clicks) + 1, shape[0] + 2, shape[1] + 2), np.uint8)  # with the frame that OpenCV wants
+def _radius(shape: tuple[int, int]) -> int:
+    return max(CORE_RADIUS, round(min(shape) / DISC_SHARE))
+
+
+def _changed(prompt: _Prompt, encoding: GrabCutEncoding, mask: np.ndarray | None) -> np.ndarray:
+    """u8[h', w'] of 0 and 1: the earlier mask with what is joined to each click in its colour, or without it.
+
+    A click within a disc of the mask's edge mends that edge and is left to the cut: all that is joined in its colour to
+    the sliver it lies on would follow, the background as often as not.
+    """
+    radius = _radius(encoding.smooth.shape[:2])
+    for clicks, label in ((prompt.objects, 1), (prompt.backgrounds, 0)):
+        for x, y in clicks:
+            if mask is None:
+                mask = _joined((x, y), encoding) * label
+                continue
+            framed = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)  # the picture's end is an edge
+            apart = max(cv2.distanceTransform(m, cv2.DIST_L2, 5)[y + 1, x + 1] for m in (framed, 1 - framed))
+            if apart > radius and mask[y, x] != label:
+                mask = mask | _joined((x, y), encoding) if label else mask & ~_joined((x, y), encoding) & 1
+    return mask
+
+
+def _joined(click: tuple[int, int], encoding: GrabCutEncoding) -> np.ndarray:
+    """u8[h', w'] of 0 and 1: all that is joined to the click by pixels within TOLERANCE of its colour."""
+    height, width = encoding.smooth.shape[:2]
+    reached = np.zeros((height + 2, width + 2), np.uint8)  # with the frame that OpenCV wants
     flags = 4 | cv2.FLOODFILL_MASK_ONLY | cv2.FLOODFILL_FIXED_RANGE | (1 << 8)  # 4 neighbours; writes 1 into `reached`
-    for mask, click in zip(reached, clicks, strict=False):
-        cv2.floodFill(encoding.smooth, mask, click, 0, (TOLERANCE,) * 3, (TOLERANCE,) * 3, flags)
-    return reached[:, 1:-1, 1:-1].max(axis=0)
+    cv2.floodFill(encoding.smooth, reached, click, 0, (TOLERANCE,) * 3, (TOLERANCE,) * 3, flags)
+    return reached[1:-1, 1:-1].copy()
 
 
 def _cut(encoding: GrabCutEncoding, trimap: np.ndarray, prompt: _Prompt, region) -> tuple[np.ndarray, float]:

@@ -71,6 +71,26 @@ def test_a_background_click_takes_away_what_is_joined_to_it(local, image, disc):
 
 
 @pytest.mark.parametrize("refine", [False, True])
+def test_a_click_on_a_sliver_beside_the_mask_mends_its_edge_and_does_not_take_the_background(local, refine):
+    rng, photos, before, after = np.random.default_rng(0), scenes.load_photos(), [], []
+    for _ in range(24):
+        scene = scenes.make_scene(rng, scenes.SceneConfig(), photos)
+        thing = scene.objects[rng.integers(len(scene.objects))]
+        first = local.segment(scene.image, SegmentRequest(points=(thing.point,), labels=(1,)))
+        missing = thing.mask & ~first.mask
+        if not missing.any() or iou(first.mask, thing.mask) < 0.8:
+            continue
+        y, x = np.argwhere(missing)[missing.sum() // 2].tolist()
+        points = ((float(x), float(y)),) if refine else (thing.point, (float(x), float(y)))
+        request = SegmentRequest(
+            points=points, labels=(1,) * len(points), refine_logits_id=first.logits_id if refine else ""
+        )
+        before.append(iou(first.mask, thing.mask))
+        after.append(iou(local.segment(scene.image, request).mask, thing.mask))
+    assert len(after) > 12 and np.mean(after) > np.mean(before) - 0.15
+
+
+@pytest.mark.parametrize("refine", [False, True])
 def test_clicks_that_contradict_each_other_give_a_mask(local, image, refine):
     """Object and background in one object, beside another one: the first click's object is far from what is left."""
     first = local.segment(image, SegmentRequest(points=((100.0, 34.0),), labels=(1,)))

@@ -131,3 +131,45 @@ def test_a_list_of_presences_trains_the_deciding_words_only(processor):
         assert trained == [" here" if line.answer.endswith(" is here.\n") else " n" for line in asked.lines]
         assert not ((row.target > 0) & (row.target <= MAX_OBJECTS)).any()  # no coordinates
     assert 0.35 < np.mean(told) < 0.65 and len(told) > 80
+
+
+def test_every_one_of_a_kind_is_a_point_on_each_from_left_to_right(processor):
+    maker = SceneRows(processor, 0.4, 0.25, several_share=1.0)
+    rng, asked = np.random.default_rng(5), 0
+    while asked < 30:
+        scene = maker.scene(rng)
+        q = maker._question(rng, scene)
+        if not (text := re.search(r'"(every [^"]+)"', q.ask)):
+            assert not scenes.plurals_of(scene.objects)
+            continue
+        asked += 1
+        points = re.findall(r"\[(\d+), (\d+)\]", q.answer)
+        assert sorted(q.objects) == list(scenes.plurals_of(scene.objects)[text[1]]) and q.coordinates == 2
+        assert [scene.objects[k].mask[int(y), int(x)] for k, (x, y) in zip(q.objects, points, strict=True)]
+        assert np.all(np.diff([scene.objects[k].box[0] for k in q.objects]) >= 0)
+        row = maker.row(scene, [q], 208)
+        told = row.tokens[(row.target > 0) & (row.target <= MAX_OBJECTS)]
+        assert [processor.decode([t]) for t in told] == [number for point in points for number in point]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_marks_tell_what_the_mask_over_a_scene_lacks(processor, listed):
+    maker = SceneRows(processor, 0.4, 0.25)
+    rng, told = np.random.default_rng(6), []
+    for _ in range(20):
+        scene = maker.scene(rng)
+        drawn, marked = grounding.mark(rng, scene)
+        changed = (drawn.image != scene.image).any(-1)
+        assert all(changed[scene.objects[k].mask].mean() > 0.9 for k in marked)
+        for q in maker.marks(rng, drawn, marked, listed):
+            text = q.answer.split(":")[0] if listed else re.search(r'"([^"]+)"', q.ask)[1]
+            meant = scenes.plurals_of(scene.objects).get(text) or scenes.objects_described(scene.objects, text)
+            lacks = set(meant) - marked
+            fits = "fits" in q.answer
+            assert fits == (not lacks) and set(q.objects) <= lacks
+            assert fits or ("That is not" in q.answer) == (not listed and len(meant) == 1)
+            if listed:
+                said = processor.encode(q.answer)
+                assert processor.decode(said[: q.decides]) == f"{text}:"
+            told.append(fits)
+    assert 0.2 < np.mean(told) < 0.6 and len(told) > 100

@@ -1,6 +1,7 @@
 """The tiny base's recipe: runs at a small size, and its losses against plain numpy."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -118,9 +119,28 @@ def test_what_is_there_is_told_by_the_word_after_is(trained):
     assert maker.processor.decode(row.tokens[at : at + 2]) == " is<|im_end|>"
 
 
-def test_the_part_on_absent_things_goes_on_from_the_base():
+def test_masks_and_several_things_are_read_where_they_are_told(trained):
+    """A policy that knows the right tokens is right everywhere, one that says something else nowhere."""
+    maker = SceneRows(Processor.load(trained / "out"), 0.4, 0.25)
+    seen = [maker.scene(np.random.default_rng(k)) for k in range(8)]
+
+    def knows(rows, shift=0):
+        return np.roll(rows.tokens, -1, axis=1) + shift
+
+    for shift, right in ((0, 1.0), (1, 0.0)):
+        said = functools.partial(knows, shift=shift)
+        for told in (
+            pretrain._masks(said, maker, np.random.default_rng(1), seen),
+            pretrain._several(said, maker, np.random.default_rng(1), seen),
+        ):
+            assert all(set(values) == {right} for values in told.values()) and all(told.values())
+
+
+def test_the_parts_on_absent_things_go_on_from_the_base():
     first, then = (build_config(pretrain.PretrainConfig, tiny_base.get_config(part)) for part in ("", "absent"))
     assert (first.absent_share, first.init, then.see.steps) == (0.0, "", 0) and then.absent_share > 0 and then.init
     assert dataclasses.asdict(first)["hidden"] == then.hidden
+    last = build_config(pretrain.PretrainConfig, tiny_base.get_config("several"))
+    assert last.marked_share > first.marked_share == 0 and last.init == "runs/absent/base"
     with pytest.raises(ValueError, match="tiny_base.py:absent"):
         tiny_base.get_config("absnt")
