@@ -177,8 +177,6 @@ def _latest(
             offset = len(head := file.readline())
             _check_settings(_head(path, head), settings, folder)
             for number, line in enumerate(file, start=2):
-                if not line.endswith(b"\n"):
-                    break  # of a kill, or being written at this moment
                 where = f"{path}, line {number}"
                 try:
                     row = parse_object(line)
@@ -188,6 +186,8 @@ def _latest(
                     if id not in latest or at >= latest[id].at:
                         latest[id] = new
                 except (ValueError, KeyError, TypeError) as error:
+                    if not line.endswith(b"\n"):
+                        break  # half of one: of a kill, or being written at this moment
                     if damaged_lines is not None:
                         damaged_lines.append(f"{where}: damaged ({error!r}), left out: its work is not done")
                 offset += len(line)

@@ -7,7 +7,7 @@ import os
 import pathlib
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rsagent_jax.evals import records
@@ -59,6 +59,7 @@ def test_records_come_back_and_the_sum_does_not_depend_on_the_shards(tmp_path):
 
 @settings(max_examples=40)
 @given(st.floats(0, 1), st.integers(1, 3))
+@example(0.75, 1)  # right before a newline
 def test_a_kill_at_any_byte_leaves_no_hole_and_no_duplicate(tmp_path_factory, share, count):
     workdir = tmp_path_factory.mktemp("kill")
     write(workdir, Share(0, 1), range(8))
