@@ -32,7 +32,7 @@ from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.load import copy_policy_files
 from rsagent_jax.models.qwen25_vl.steps import MEASURE, SCORE, score_of
 from rsagent_jax.runtime import checksums, processes
-from rsagent_jax.runtime.paths import absolute, bucket_problem, move_folder, storage_problem
+from rsagent_jax.runtime.paths import absolute, bucket_problem, is_remote, move_folder, storage_problem
 from rsagent_jax.train.state import EMPTY, TrainState
 from rsagent_jax.types import DataError
 
@@ -75,7 +75,9 @@ class Checkpoints:
             best_fn=score,
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
-            cleanup_tmp_directories=True,  # of a save that a kill or a full disk has cut short
+            # Of a save that a kill or a full disk has cut short. In a bucket what has no mark counts as one, `policy`
+            # too; there Orbax reads nothing without a mark, and writes over it.
+            cleanup_tmp_directories=not is_remote(self.directory),
         )
         with self._storing("opened"):
             self.manager = ocp.CheckpointManager(self.directory, options=options)
