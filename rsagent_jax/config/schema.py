@@ -349,7 +349,7 @@ class TeacherConfig:
     remote: RemoteConfig = RemoteConfig()
     own: OwnConfig = OwnConfig()
     box: Fraction = 0.5  # share of first prompts that are boxes; the rest are clicks
-    wrong_first: Fraction = 0.25  # share of trajectories whose first guess is wrong on purpose
+    wrong_first: Fraction = 0.25  # share of trajectories whose first guess is wrong on purpose (see sft.turns)
     good: Fraction = 0.9  # IoU of a mask that it commits to: the filter's, since better ones are not worth a turn
 
 
