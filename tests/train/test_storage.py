@@ -117,6 +117,20 @@ def test_the_one_before_a_damaged_checkpoint_is_gone_on_from_and_said(saved, tmp
     assert capsys.readouterr().out == ""
 
 
+def test_a_checkpoint_that_cannot_be_read_is_as_a_damaged_one(saved, tmp_path, monkeypatch, capsys):
+    directory, read = shutil.copytree(saved, tmp_path / "sft"), checksums._checksum
+
+    def bad_sector(path):
+        if path.parent == directory / "4/params/ocdbt.process_0/d":
+            raise OSError(5, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(checksums, "_checksum", bad_sector)
+    with closing(directory) as checkpoints:
+        assert int(checkpoints.restore(state(0))[0].step) == 2
+    assert "damaged: 4 (it cannot be read (Input/output error: " in capsys.readouterr().out
+
+
 def test_none_that_is_whole_is_one_data_error_that_names_each_and_touches_nothing(saved, tmp_path):
     directory = shutil.copytree(saved, tmp_path / "sft")
     flip(largest(directory / "4/params/ocdbt.process_0/d"))
