@@ -79,7 +79,8 @@ class Checkpoints:
             # too; there Orbax reads nothing without a mark, and writes over it.
             cleanup_tmp_directories=not is_remote(self.directory),
         )
-        with self._storing("opened"):
+        self._put_unopenable_aside()
+        with self._storing("", "opened"):
             self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def due(self) -> bool:
@@ -130,7 +131,7 @@ class Checkpoints:
                 self.manager.wait_until_finished()  # for nothing: it raises what ended the save
 
     @contextlib.contextmanager
-    def _storing(self, step: int | str) -> Iterator[None]:
+    def _storing(self, step: int | str, done: str = "written") -> Iterator[None]:
         """Whatever Orbax raises within is a DataError: its threads do nothing but write."""
         try:
             yield
@@ -139,8 +140,9 @@ class Checkpoints:
         except Exception as error:
             whole = sorted(ocp.utils.checkpoint_steps(self.directory)) if self.directory.exists() else []
             last = f"the last whole one is {whole[-1]}, and" if whole else "there is none before it;"
+            why = bucket_problem(error) or storage_problem(error)
             raise DataError(
-                f"{self.directory}/{step} cannot be written ({bucket_problem(error) or storage_problem(error)}); {last}"
+                f"{self.directory / str(step)} cannot be {done} ({why}); {last}"
                 " nothing else was touched. Make room, or give the right to write there, and run the same command again"
             ) from error
 
@@ -156,31 +158,43 @@ class Checkpoints:
             if not why:
                 restored, why = self._read(step, like)
             if restored is not None:
-                self._put_aside(damaged, step)
+                self._put_aside(damaged)
+                self.manager.reload()
                 return restored
             damaged[step] = why
         if damaged:
-            raise DataError(
-                f"{self.directory}: none of its checkpoints can be used: {_each(damaged)}. Put one back as it was, or"
-                f" remove {self.directory} to begin the stage anew"
-            )
+            raise self._none_left(damaged)
         return None
 
-    def _put_aside(self, damaged: dict[int, str], whole: int) -> None:
+    def _none_left(self, damaged: dict[int, str]) -> DataError:
+        return DataError(
+            f"{self.directory}: none of its checkpoints can be used: {_each(damaged)}. Put one back as it was, or"
+            f" remove {self.directory} to begin the stage anew"
+        )
+
+    def _put_unopenable_aside(self) -> None:
+        """Orbax reads the scores of all steps when it opens a directory, and opens none where one cannot be read."""
+        steps = sorted(ocp.utils.checkpoint_steps(self.directory))
+        found = {step: checksums.find_damage(self.directory / str(step), "metrics/") for step in steps}
+        damaged = {step: why for step, why in found.items() if why}
+        if damaged and len(damaged) == len(steps):
+            raise self._none_left(damaged)
+        self._put_aside(damaged)
+
+    def _put_aside(self, damaged: dict[int, str]) -> None:
         """So that the steps can be saved again; nothing of them is removed."""
         if not damaged:
             return
         if processes.is_lead():
             print(
-                f"warning: {self.directory}: goes on from {whole}, since what is newer is damaged: {_each(damaged)}. It"
-                " is kept as STEP.damaged, which nothing reads; remove it to free its room"
+                f"warning: {self.directory}: goes on without what is damaged: {_each(damaged)}. It is kept as"
+                " STEP.damaged, which nothing reads; remove it to free its room"
             )
             for step in damaged:
                 aside = self.directory / f"{step}.damaged"
                 with self._storing(aside.name):
                     move_folder(self.directory / str(step), aside)
         processes.exchange("")  # before anybody looks again
-        self.manager.reload()
 
     def _read(self, step: int, like: TrainState) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
         """The state and the source's position; or None and what is wrong with it, where only its damage can be to

@@ -108,7 +108,7 @@ def test_the_one_before_a_damaged_checkpoint_is_gone_on_from_and_said(saved, tmp
         assert int(restored.step) == 2 and source == {"position": 2}
         np.testing.assert_array_equal(restored.params["head"][...], state(2).params["head"][...])
         said = capsys.readouterr().out
-        warning = f"warning: {directory}: goes on from 2, since what is newer is damaged: 4 ("
+        warning = f"warning: {directory}: goes on without what is damaged: 4 ("
         assert said.startswith(warning) and said.count("\n") == 1
         checkpoints.save(state(4, 1.0), {"position": 4})  # the step comes again
     assert steps_in(directory) == {"2", "4", "4.damaged"}
@@ -139,6 +139,17 @@ def test_none_that_is_whole_is_one_data_error_that_names_each_and_touches_nothin
         said = refused("none of its checkpoints can be used", checkpoints.restore, state(0))
     assert "has other content" in said and "2 (params/manifest.ocdbt is missing)" in said
     assert steps_in(directory) == {"2", "4"}
+
+
+def test_a_score_that_cannot_be_read_is_a_damaged_checkpoint_and_not_the_end_of_every_start(saved, tmp_path, capsys):
+    directory = shutil.copytree(saved, tmp_path / "sft")
+    truncate(directory / "4/metrics/metrics")
+    with closing(directory) as checkpoints:
+        assert "what is damaged: 4 (metrics/metrics has " in capsys.readouterr().out
+        assert int(checkpoints.restore(state(0))[0].step) == 2
+    truncate(directory / "2/metrics/metrics", 0)
+    refused("none of its checkpoints can be used: 2 ", Checkpoints, directory, WEIGHTS)
+    assert steps_in(directory) == {"2", "4.damaged"}
 
 
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
