@@ -40,7 +40,8 @@ def hold_workdir(workdir: pathlib.Path) -> None:
         if (holder := _read(path)) is not None and not _is_gone(path, holder):
             raise DataError(
                 f"{workdir} belongs to a run that is going on: {_who(holder)}. Wait for its end, or stop it, or give"
-                f" another --workdir (who has it stands in {path})"
+                f" another --workdir (who has it stands in {path}; where this is a copy of its directory, remove that"
+                " file)"
             )
         if _read(path) == holder:
             remove_file(path)
