@@ -59,12 +59,11 @@ class Checkpoints:
         keep_last: how many of the newest stay; keep_every: those of every so many updates stay as well, 0 = none;
         minutes: between two of them, for `due`. DataError where the directory cannot be written to.
         """
-        self.directory, self.measure = absolute(directory), measure
+        self.directory, self.weights, self.measure = absolute(directory), weights, measure
         self.adapters = {"rank": adapters.rank, "alpha": adapters.alpha} if adapters.rank else None
         self.has_base = False  # the one on disk is that of this run
         self.minutes, self.saved_at, self.saving = minutes, time.monotonic(), -1
-        copy = self._storing("policy")(lambda: copy_policy_files(weights, self.directory / "policy"))
-        processes.all_or_none(copy if processes.is_lead() else lambda: None)
+        self._copy_policy()
         kept = ocp.checkpoint_managers
         score = functools.partial(score_of, measure=measure)
         policies = [kept.LatestN(n=keep_last), kept.BestN(get_metric_fn=score, n=1)]
@@ -105,7 +104,9 @@ class Checkpoints:
         with self._storing(self.saving):
             self.manager.wait_until_finished()
         with self._storing(step):
-            if jax.tree.leaves(base) and not self.has_base:
+            if not self._is_there("policy"):
+                self._copy_policy()
+            if jax.tree.leaves(base) and not (self.has_base and self._is_there("base")):
                 with ocp.StandardCheckpointer() as writer:  # over one that no finished step belongs to
                     writer.save(self.directory / "base", convert.flat_state(base), force=True)
                 if processes.is_lead():
@@ -118,6 +119,14 @@ class Checkpoints:
             self.saving = step
             self.manager.save(step, args=args, metrics={SCORE: score, MEASURE: self.measure})
         self.saved_at = time.monotonic()
+
+    def _copy_policy(self) -> None:
+        copy = self._storing("policy")(lambda: copy_policy_files(self.weights, self.directory / "policy"))
+        processes.all_or_none(copy if processes.is_lead() else lambda: None)
+
+    def _is_there(self, name: str) -> bool:
+        """As the lead sees it, which all call together. A step is of no use without it, and somebody may remove it."""
+        return json.loads(processes.exchange(json.dumps((self.directory / name).exists()))[0])
 
     def _write_checksums(self) -> None:
         """Of the step that is being finished, before Orbax gives it its name; on the lead alone."""
