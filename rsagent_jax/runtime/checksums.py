@@ -29,18 +29,16 @@ def write_checksums(folder: pathlib.Path) -> None:
     paths.write_whole(folder / MANIFEST, json.dumps(found, indent=0), sync=True)
 
 
-def has_checksums(folder: pathlib.Path) -> bool:
-    return (folder / MANIFEST).exists()
-
-
 def find_damage(folder: pathlib.Path, under: str = "") -> str:
     """What is wrong with the files whose names begin with `under`, in words; "" where they are as they were written, or
-    where nobody wrote down how. All processes call it together, and each reads its part."""
-    if not has_checksums(folder):
+    where there is no such folder. All processes call it together, and each reads its part."""
+    if not folder.exists():
         return ""
     try:
         entries = json.loads(paths.read_bytes(folder / MANIFEST)).items()
         wanted = {name: (int(size), str(text)) for name, (size, text) in entries}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
     except (ValueError, TypeError, AttributeError) as error:
         return f"{MANIFEST}: {error!r}"
     there, problems = set(filter(_counts, _names(folder))), []

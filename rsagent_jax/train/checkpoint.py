@@ -163,14 +163,14 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in sorted(self.manager.all_steps(), reverse=True):
-            restored, why = None, checksums.find_damage(self.directory / str(step))
-            if not why:
-                restored, why = self._read(step, like)
-            if restored is not None:
+            if why := checksums.find_damage(self.directory / str(step)):
+                damaged[step] = why
+                continue
+            restored = self._read(step, like)
+            if damaged:
                 self._put_aside(damaged)
                 self.manager.reload()
-                return restored
-            damaged[step] = why
+            return restored
         if damaged:
             raise self._none_left(damaged)
         return None
@@ -188,12 +188,11 @@ class Checkpoints:
         damaged = {step: why for step, why in found.items() if why}
         if damaged and len(damaged) == len(steps):
             raise self._none_left(damaged)
-        self._put_aside(damaged)
+        if damaged:
+            self._put_aside(damaged)
 
     def _put_aside(self, damaged: dict[int, str]) -> None:
         """So that the steps can be saved again; nothing of them is removed."""
-        if not damaged:
-            return
         if processes.is_lead():
             print(
                 f"warning: {self.directory}: goes on without what is damaged: {_each(damaged)}. It is kept as"
@@ -205,9 +204,8 @@ class Checkpoints:
                     move_folder(self.directory / str(step), aside)
         processes.exchange("")  # before anybody looks again
 
-    def _read(self, step: int, like: TrainState) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
-        """The state and the source's position; or None and what is wrong with it, where only its damage can be to
-        blame. DataError where it is of another model."""
+    def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state and the source's position. DataError where it is of another model."""
         trees, saved = jax.tree.map(ocp.utils.to_shape_dtype_struct, _trees(like)), self.directory / str(step)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         if self.adapters:
@@ -218,8 +216,6 @@ class Checkpoints:
         except Exception as error:
             if bucket_problem(error):
                 raise
-            if not checksums.has_checksums(saved):  # of an earlier version
-                return None, f"{first_line(error)}; there is no {checksums.MANIFEST} to tell whether it ever fitted"
             raise DataError(
                 f"{saved} does not fit the model and optimiser of this config ({first_line(error)}); {REMEDY}"
             ) from error
@@ -230,8 +226,7 @@ class Checkpoints:
             params=convert.with_values(like.params, restored["params"]),
             opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves),
         )
-        broken = not_finite(state.params)
-        return (None, broken) if broken else ((state, restored["source"]), "")
+        return state, restored["source"]
 
     def restore_base(self, like: nnx.State) -> nnx.State:
         """The base that the stage started with, where that of `like` is: the weights may not be the same any more."""
