@@ -143,6 +143,20 @@ def test_a_score_that_cannot_be_read_is_a_damaged_checkpoint_and_not_the_end_of_
     assert steps_in(directory) == {"2", "4.damaged"}
 
 
+def test_policy_and_base_that_are_removed_under_the_run_are_there_again_with_the_next_step(tmp_path):
+    directory, base = tmp_path / "sft", state(7).params
+    with closing(directory) as checkpoints:
+        checkpoints.save(state(2), {}, base)
+        checkpoints.manager.wait_until_finished()
+        for name in ("policy", "base"):
+            shutil.rmtree(directory / name)
+        checkpoints.save(state(4), {}, base)
+    assert (directory / "policy").is_dir() and checksums.find_damage(directory / "base") == ""
+    with closing(directory) as checkpoints:
+        assert int(checkpoints.restore(state(0))[0].step) == 4
+        np.testing.assert_array_equal(checkpoints.restore_base(state(0).params)["head"][...], base["head"][...])
+
+
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     with closing(tmp_path / "sft") as checkpoints:
         checkpoints.save(state(2), {})
@@ -167,20 +181,6 @@ def test_a_save_that_failed_in_the_background_is_said_once_and_the_last_whole_on
         assert int(checkpoints.restore(state(0))[0].step) == 2
         checkpoints.save(state(4), {})
     assert steps_in(directory) == {"2", "4"}
-
-
-def test_a_stage_that_is_removed_under_the_run_is_whole_again_with_the_next_step(tmp_path):
-    directory, base = tmp_path / "sft", state(7).params
-    with closing(directory) as checkpoints:
-        checkpoints.save(state(2), {}, base)
-        checkpoints.check()
-        checkpoints.manager.wait_until_finished()
-        shutil.rmtree(directory)
-        checkpoints.save(state(4), {}, base)
-    assert (directory / "policy").is_dir() and checksums.find_damage(directory / "base") == ""
-    with closing(directory) as checkpoints:
-        assert int(checkpoints.restore(state(0))[0].step) == 4
-        np.testing.assert_array_equal(checkpoints.restore_base(state(0).params)["head"][...], base["head"][...])
 
 
 def test_what_is_kept_beside_the_newest(tmp_path):
