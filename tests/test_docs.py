@@ -14,25 +14,13 @@ from rsagent_jax.config.schema import TrainConfig
 from rsagent_jax.models.qwen25_vl.config import size_config
 from rsagent_jax.runtime import command
 from rsagent_jax.types import DataError
+from tests.gcloud_stand_in import GCLOUD
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = re.compile(
     r"(?<![\w/.-])(?:\S*/)?python (?:-m ((?:rsagent_jax|sam_bridge)[\w.]*)|(train|evaluate)\.py) ?([^|\n]*)"
 )
-# The vendor's commands that docs/tpu.md names, with the flags that its pages (listed there) give them.
-GCLOUD = {
-    "services enable": "project",
-    "storage rsync": "recursive exclude",
-    "storage buckets create": "project location uniform-bucket-level-access",
-    "storage buckets add-iam-policy-binding": "role member",
-    "compute tpus tpu-vm create": "zone project accelerator-type version",
-    "compute tpus tpu-vm ssh": "zone project worker command",
-    "compute tpus tpu-vm list": "zone project",
-    "compute tpus queued-resources create": "node-id zone project accelerator-type runtime-version spot",
-    "compute tpus queued-resources describe": "zone project",
-    "compute tpus queued-resources delete": "zone project force quiet",
-}
 
 
 def fenced(page: pathlib.Path) -> str:

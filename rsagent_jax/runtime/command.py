@@ -46,6 +46,8 @@ from rsagent_jax.types import DataError
 from sam_bridge.types import SegmenterError
 
 NO_READER = 128 + signal.SIGPIPE  # as of a program that the signal ends
+USER_ERROR = 2
+PREEMPTED = 75  # stopped by a notice, with everything saved: the same command goes on
 OWNERS = {  # whose config files a class describes
     schema.TrainConfig: "train.py",
     schema.EvalConfig: "evaluate.py",
@@ -128,14 +130,14 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     except (DataError, SegmenterError) as error:
         kind = "segmenter: " if isinstance(error, SegmenterError) else ""
         print(f"error: {kind}{error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return NO_READER
         if not (said := bucket_problem(error)):
             raise
         print(f"error: {said}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
         hint = "; run the same command again to go on from the last checkpoint" if resumes else ""
         print(f"stopped{hint}", file=sys.stderr)
