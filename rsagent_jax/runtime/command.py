@@ -46,8 +46,8 @@ from rsagent_jax.types import DataError
 from sam_bridge.types import SegmenterError
 
 NO_READER = 128 + signal.SIGPIPE  # as of a program that the signal ends
+PREEMPTED = 75  # EX_TEMPFAIL: stopped by SIGTERM with everything kept; the same command goes on
 USER_ERROR = 2
-PREEMPTED = 75  # stopped by a notice, with everything saved: the same command goes on
 OWNERS = {  # whose config files a class describes
     schema.TrainConfig: "train.py",
     schema.EvalConfig: "evaluate.py",
