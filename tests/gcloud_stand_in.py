@@ -19,6 +19,7 @@ import time
 
 # Its commands that the docs and rsagent_jax.launch use, and their flags (those of gcloud 528, as its --help has them).
 GCLOUD = {
+    "config set": "",
     "services enable": "project",
     "storage rsync": "recursive exclude",
     "storage buckets create": "project location uniform-bucket-level-access",
