@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -66,7 +67,7 @@ def calls(cloud: pathlib.Path) -> list[list[str]]:
 def test_a_slice_is_made_and_made_again_until_the_command_has_succeeded(cloud, capfd):
     setup = "echo ready >> $STAND_IN/notes"
     assert on_slice(cloud, "1,75,taken,0", "--spot", f"--setup={setup}") == 0
-    made = "create mine --node-id=mine --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot"
+    made = "create mine --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --node-id=mine --spot"
     where = ["--zone=z", "--project=p", "--quiet"]
     done = calls(cloud)
     assert [words[0] for words in done] == "create ssh ssh ssh delete create ssh".split()
@@ -76,7 +77,7 @@ def test_a_slice_is_made_and_made_again_until_the_command_has_succeeded(cloud, c
     notes = (cloud / "notes").read_text()
     assert notes.count("ready") == 4  # once on each host of each slice
     said = capfd.readouterr().out
-    assert said.count("launch: asks for mine, v5litepod-16, spot") == 2 and "turn 0 of host_1" in said
+    assert said.count("launch: asks for mine, v5e-16, spot") == 2 and "turn 0 of host_1" in said
     assert "crashed with status 1; started again" in said and said.count("was preempted; started again") == 2
     assert "mine is SUSPENDED: deleted, and asked for again" in said and "turn 3 of host_0" in said
 
@@ -126,3 +127,58 @@ def test_what_an_earlier_launch_left_running_is_stopped_first(cloud, capfd):
     assert on_slice(cloud, "long,0") == 0
     assert (cloud / "notes").read_text().count("told to end") == 2
     assert [process.wait(10) for process in left] == [launching.INTERRUPTED] * 2  # and are started no more
+
+
+def take_away(parent: int) -> None:
+    """What a slice's end without notice is to the processes below one."""
+    for child in pathlib.Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(sys.platform != "linux", reason="children are told by /proc")
+def test_two_processes_taken_away_three_times_train_as_undisturbed_ones(dataset, tmp_path):
+    inside = [f"--config.data.root={dataset}", "--config.segmenter.mode=inprocess", "--config.agent.max_turns=2"]
+    collect = ["--config=configs/collect_quickstart.py", f"--workdir={tmp_path}/collect", "--config.limit=12", *inside]
+    assert command.run_command("rsagent_jax.collect", collect) == 0
+    flags = "policy.lora.rank=2 sft.optim.freeze=() grpo.optim.freeze=() stages=('sft',) sft.steps=8 agent.max_turns=2"
+    flags += " sft.checkpoint_every=1 sft.batch.tokens=512 sft.trajectories_per_step=2"
+    flags += f" sft.trajectories={tmp_path}/collect cache_dir={tmp_path}/compiled"
+    train = ["train.py", "--config=configs/debug.py", *(f"--config.{flag}" for flag in flags.split())]
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+
+    def start(name: str) -> subprocess.Popen:
+        code = "from rsagent_jax import launch; from rsagent_jax.runtime import command; launch.FIRST_S = 0.1; "
+        code += "import sys; sys.exit(command.run_command('rsagent_jax.launch', sys.argv[1:]))"
+        argv = [sys.executable, "-c", code, "--local=2", "--", sys.executable, *train, f"--workdir={tmp_path}/{name}"]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(argv, cwd=ROOT, env=env, **pipes)
+
+    def metrics(name: str) -> list[dict]:
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if not k.startswith(("second", "perf/"))} for line in lines]
+
+    def newest() -> int:
+        return max((int(path.name) for path in tmp_path.glob("taken/checkpoints/sft/[0-9]")), default=0)
+
+    runs = []
+    try:
+        runs.append(start("undisturbed"))
+        undisturbed, _ = runs[0].communicate(timeout=400)
+        assert runs[0].returncode == 0, undisturbed[-3000:]
+        runs.append(start("taken"))
+        for _ in range(3):
+            before, until = newest(), time.monotonic() + 200
+            while newest() == before:
+                assert runs[1].poll() is None and time.monotonic() < until
+                time.sleep(0.01)
+            take_away(runs[1].pid)
+        said, _ = runs[1].communicate(timeout=400)
+        assert runs[1].returncode == 0, said[-3000:]
+    finally:
+        for run in runs:  # its children go with it
+            run.kill()
+    assert said.count("launch: the command crashed with status 137; started again") == 3
+    assert said.count("sft: goes on after step") == 6  # by both
+    assert metrics("taken") == metrics("undisturbed") and len(metrics("taken")) == 8

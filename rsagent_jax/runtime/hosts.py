@@ -139,7 +139,7 @@ class Hosts:
             return self._wait(child, self.count if everywhere else 1)
         finally:  # nothing goes on behind the back of whoever stopped this
             if child and child.poll() is None:
-                stop_child(child)
+                _stop(child)
 
     def _wait(self, child: subprocess.Popen | None, runs: int) -> int:
         name, told, failed_at = next(self.names), child is None, None
@@ -152,7 +152,7 @@ class Hosts:
                 return min(filter(None, statuses), default=0)
             failed_at = failed_at or (any(statuses) and time.monotonic())
             if failed_at and not told and time.monotonic() - failed_at > GRACE_S:
-                stop_child(child)
+                _stop(child)
             time.sleep(POLL_S)
 
     def _told(self, name: str) -> list[str]:
@@ -168,11 +168,10 @@ def exit_status(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def stop_child(child: subprocess.Popen, kill_s: float | None = None) -> None:
-    """SIGTERM, and SIGKILL `kill_s` seconds after it, KILL_S if None."""
+def _stop(child: subprocess.Popen) -> None:
     child.terminate()  # which jax keeps to itself in a process that has met others
     try:
-        child.wait(KILL_S if kill_s is None else kill_s)
+        child.wait(KILL_S)
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()

@@ -8,6 +8,7 @@ first time and else goes on listening to it.
 import dataclasses
 import hashlib
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import uuid
 from collections.abc import Sequence
 
 from rsagent_jax.runtime.command import PREEMPTED, USER_ERROR
-from rsagent_jax.runtime.hosts import VARIABLES, die_with_parent, exit_status, stop_child
+from rsagent_jax.runtime.hosts import VARIABLES, die_with_parent, exit_status
 from rsagent_jax.types import DataError
 
 TPUS = {  # a slice's kind -> the accelerator type's, and the runtime version
@@ -69,8 +70,7 @@ class TpuSlice:
     seen: bool = False  # whether it has been there since this object was made
 
     def __post_init__(self):
-        kind, _, count = self.size.partition("-")
-        if kind not in TPUS or not count.isdecimal():
+        if not re.fullmatch(rf"({'|'.join(TPUS)})-\d+", self.size):
             raise DataError(f"--slice={self.size}: {', '.join(TPUS)} and a number, such as v5e-16, are known here")
 
     def run(self, argv: Sequence[str]) -> int:
@@ -109,10 +109,10 @@ class TpuSlice:
 
     def create(self) -> None:
         kind, _, count = self.size.partition("-")
-        type_, version = f"{TPUS[kind][0]}-{count}", TPUS[kind][1]
-        print(f"launch: asks for {self.name}, {type_}{', spot' * self.spot}", flush=True)
-        options = (f"--node-id={self.name}", f"--accelerator-type={type_}", f"--runtime-version={version}")
-        self._gcloud("queued-resources", "create", self.name, *options, *["--spot"] * self.spot)
+        print(f"launch: asks for {self.name}, {self.size}{', spot' * self.spot}", flush=True)
+        options = [f"--accelerator-type={TPUS[kind][0]}-{count}", f"--runtime-version={TPUS[kind][1]}"]
+        options += [f"--node-id={self.name}", *["--spot"] * self.spot]
+        self._gcloud("queued-resources", "create", self.name, *options)
 
     def state(self) -> tuple[str, ...]:
         """Of the queued resource, and why it failed; ("",) for none."""
@@ -171,12 +171,10 @@ class LocalProcesses:
             _wait(children, NOTICE_S)
             raise
         finally:
-            for child in children:
-                if child.poll() is None:
-                    child.terminate()  # all of them at once
-            for child in children:
-                if child.poll() is None:
-                    stop_child(child, NOTICE_S)
+            for end in (subprocess.Popen.terminate, subprocess.Popen.kill):
+                for child in children:
+                    end(child)  # nothing where it has ended
+                _wait(children, NOTICE_S)
         return next((code for code in (PREEMPTED, USER_ERROR, *filter(None, codes)) if code in codes), 0)
 
 
