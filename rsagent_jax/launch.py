@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 from rsagent_jax.config.ranges import Count, CountOrZero
 from rsagent_jax.runtime.hosts import stopped_by_sigterm
-from rsagent_jax.runtime.launching import INTERRUPTED, LocalProcesses, TpuSlice
+from rsagent_jax.runtime.launching import INTERRUPTED, USER_ERROR, LocalProcesses, TpuSlice
 from rsagent_jax.runtime.paths import bucket_problem, file_size, open_path
 from rsagent_jax.types import DataError
 
@@ -64,7 +64,7 @@ def keep_going(place: LocalProcesses | TpuSlice, run: Sequence[str], crashes: in
         best = max(before, progress(run))
         if status in (0, INTERRUPTED):
             return status
-        if status == command.USER_ERROR and best == before:
+        if status == USER_ERROR and best == before:
             print("launch: the command cannot work as it is (status 2): not started again", flush=True)
             return status
         crashed = 0 if best > before else crashed + (status != command.PREEMPTED)

@@ -47,7 +47,6 @@ from sam_bridge.types import SegmenterError
 
 NO_READER = 128 + signal.SIGPIPE  # as of a program that the signal ends
 PREEMPTED = 75  # EX_TEMPFAIL: stopped by SIGTERM with everything kept; the same command goes on
-USER_ERROR = 2
 OWNERS = {  # whose config files a class describes
     schema.TrainConfig: "train.py",
     schema.EvalConfig: "evaluate.py",
@@ -130,14 +129,14 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     except (DataError, SegmenterError) as error:
         kind = "segmenter: " if isinstance(error, SegmenterError) else ""
         print(f"error: {kind}{error}", file=sys.stderr)
-        return USER_ERROR
+        return 2
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return NO_READER
         if not (said := bucket_problem(error)):
             raise
         print(f"error: {said}", file=sys.stderr)
-        return USER_ERROR
+        return 2
     except KeyboardInterrupt:
         hint = "; run the same command again to go on from the last checkpoint" if resumes else ""
         print(f"stopped{hint}", file=sys.stderr)

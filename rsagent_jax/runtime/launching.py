@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Sequence
 
-from rsagent_jax.runtime.command import PREEMPTED, USER_ERROR
+from rsagent_jax.runtime.command import PREEMPTED
 from rsagent_jax.runtime.hosts import VARIABLES, die_with_parent, exit_status
 from rsagent_jax.types import DataError
 
@@ -29,7 +29,7 @@ ACTIVE, LOST = "ACTIVE", ("SUSPENDED", "FAILED")  # states of a queued resource;
 POLL_S = 20.0
 NOTICE_S = 30  # for a command to save and to end, once it was told to
 OTHERS_S = 90  # for the other processes of a machine to notice that one has failed, and to end
-INTERRUPTED = 130  # as of Ctrl-C
+USER_ERROR, INTERRUPTED = 2, 130  # exit statuses of every command (runtime/command.py)
 # {run} names one start of the command, and its files, on every host. The file that is named for the host's boot has the
 # process group of the last start. If that is another one, it is stopped first; a launch that still listens to it ends.
 HOST_SCRIPT = """

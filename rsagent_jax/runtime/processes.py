@@ -18,8 +18,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rsagent_jax.runtime import listening, sharding
+from rsagent_jax.runtime import sharding
 from rsagent_jax.runtime.hosts import PORT, USUAL_PORT, VARIABLES, has_tpu, hold_place
+from rsagent_jax.runtime.listening import coordinator_options, tie_coordinator
 from rsagent_jax.runtime.paths import make_directory
 from rsagent_jax.types import DataError
 
@@ -45,7 +46,7 @@ def initialize_distributed(beside: int = 0, **options: Any) -> None:
             raise DataError(f"{VARIABLES[0]}={given[0]} is no host:port")
         hold_place(int(port) + beside, int(given[2]))
         address = f"{host}:{int(port) + beside}"
-        listens = listening.coordinator_options(address, int(given[2]))
+        listens = coordinator_options(address, int(given[2]))
         jax.distributed.initialize(address, int(given[1]), int(given[2]), **listens, **options)
     elif has_tpu():
         usual = os.environ.get(PORT)
@@ -55,7 +56,7 @@ def initialize_distributed(beside: int = 0, **options: Any) -> None:
         try:
             jax.distributed.initialize(**options)
             if distributed.global_state.process_id == 0:
-                listening.tie_coordinator(port, distributed.global_state.num_processes)
+                tie_coordinator(port, distributed.global_state.num_processes)
         finally:  # children meet at the usual one
             os.environ.pop(PORT, None)
             os.environ.update({PORT: usual} if usual else {})
