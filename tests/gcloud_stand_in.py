@@ -24,7 +24,7 @@ GCLOUD = {
     "storage rsync": "recursive exclude",
     "storage buckets create": "project location uniform-bucket-level-access",
     "storage buckets add-iam-policy-binding": "role member",
-    "compute tpus tpu-vm ssh": "zone project worker command quiet",
+    "compute tpus tpu-vm ssh": "zone project worker command ssh-flag quiet",
     "compute tpus tpu-vm list": "zone project",
     "compute tpus queued-resources create": "node-id zone project accelerator-type runtime-version spot quiet",
     "compute tpus queued-resources list": "filter format zone project quiet",
@@ -75,7 +75,11 @@ def run_on_hosts(command: str, home: pathlib.Path) -> list[int]:
         hosts[1].kill()
         hosts[1].wait()
         hosts[1] = start(1)
-    return [host.wait() for host in hosts]
+    for i, host in enumerate(hosts):
+        if status := host.wait():
+            said = f"##### Command execution on worker {i} failed with exit status {status}. Continuing."
+            print(said, file=sys.stderr, flush=True)
+    return [host.returncode for host in hosts]
 
 
 if __name__ == "__main__":

@@ -23,13 +23,17 @@ with open(notes, "a") as file:
     file.write(home.name + "\\n")
 turn = notes.read_text().count(home.name) - 1
 what = sys.argv[1].split(",")[turn]
+if "|" in what:  # another on each host
+    what = what.split("|")[int(home.name[-1])]
+if what == "still":
+    os.kill(os.getpid(), signal.SIGSTOP)
 if what == "taken":
     state.write_text("SUSPENDED")
     os.killpg(0, signal.SIGKILL)
 if what == "long":
     signal.signal(signal.SIGTERM, lambda *_: [open(notes, "a").write("told to end\\n"), sys.exit(75)])
     time.sleep(60)
-print("turn", turn, "of", home.name, flush=True)
+print(f"turn {turn} of {home.name}\\n", end="", flush=True)
 time.sleep(float(what.partition(":")[2] or 0))
 sys.exit(int(what.partition(":")[0]))
 """
@@ -73,7 +77,7 @@ def test_a_slice_is_made_and_made_again_until_the_command_has_succeeded(cloud, c
     assert [words[0] for words in done] == "create ssh ssh ssh delete create ssh".split()
     assert done[0] == done[5] == made.split() + where
     assert done[4] == ["delete", "mine", "--force", *where]
-    assert done[1][:3] == ["ssh", "mine", "--worker=all"] and done[1][4:] == where
+    assert done[1][:3] == ["ssh", "mine", "--worker=all"] and done[1][5:] == where
     notes = (cloud / "notes").read_text()
     assert notes.count("ready") == 4  # once on each host of each slice
     said = capfd.readouterr().out
@@ -110,6 +114,16 @@ def test_a_broken_connection_starts_nothing_twice(cloud, capfd):
         (cloud / f"host_{i}").mkdir()
     assert on_slice(cloud, "0:2") == 0
     assert sorted((cloud / "notes").read_text().split()) == ["host_0", "host_1"]
+
+
+def test_a_host_that_stands_still_holds_up_no_other_start(cloud, monkeypatch):
+    monkeypatch.setattr(launching, "OTHERS_S", 1.0)
+    monkeypatch.setattr(launching, "NOTICE_S", 1)
+    (cloud / "state").write_text("ACTIVE")
+    for i in range(2):
+        (cloud / f"host_{i}").mkdir()
+    assert on_slice(cloud, "69|still,0") == 0
+    assert (cloud / "notes").read_text().count("host") == 4
 
 
 def test_what_an_earlier_launch_left_running_is_stopped_first(cloud, capfd):

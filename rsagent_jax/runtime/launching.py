@@ -10,8 +10,11 @@ import hashlib
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -28,7 +31,7 @@ TPUS = {  # a slice's kind -> the accelerator type's, and the runtime version
 ACTIVE, LOST = "ACTIVE", ("SUSPENDED", "FAILED")  # states of a queued resource; it waits, or is being made, in others
 POLL_S = 20.0
 NOTICE_S = 30  # for a command to save and to end, once it was told to
-OTHERS_S = 90  # for the other processes of a machine to notice that one has failed, and to end
+OTHERS_S = 90  # for other processes to notice that one has failed, and to end
 USER_ERROR, INTERRUPTED = 2, 130  # exit statuses of every command (runtime/command.py)
 # {run} names one start of the command, and its files, on every host. The file that is named for the host's boot has the
 # process group of the last start. If that is another one, it is stopped first; a launch that still listens to it ends.
@@ -84,13 +87,32 @@ class TpuSlice:
             print(f"launch: gcloud gives no slice: {error}", flush=True)
             return 1
         self.seen = True
-        command = f"--command={self.script(argv)}"
-        status = self._gcloud_process("tpu-vm", "ssh", self.name, "--worker=all", command).wait()
+        status = self._run_on_hosts(f"--command={self.script(argv)}")
         try:
-            return PREEMPTED if status and self.state()[0] != ACTIVE else exit_status(status)
+            return PREEMPTED if status and self.state()[0] != ACTIVE else status
         except GcloudError as error:
             print(f"launch: {error}", flush=True)
-            return exit_status(status)
+            return status
+
+    def _run_on_hosts(self, command: str) -> int:
+        """gcloud's exit status, or that of the first host to fail where another has not ended OTHERS_S later: it may
+        stand still, and is stopped by the next start. A host that does not answer is given up by ssh."""
+        where = ("--worker=all", "--ssh-flag=-oServerAliveInterval=30", command)
+        process = self._gcloud_process("tpu-vm", "ssh", self.name, *where, stderr=subprocess.PIPE)
+        end = lambda: os.killpg(process.pid, signal.SIGKILL)  # noqa: E731 with the ssh of each host
+        failed, timer = 0, threading.Timer(OTHERS_S, end)
+        try:
+            for line in process.stderr:
+                print(line, end="", file=sys.stderr, flush=True)
+                if not failed and (match := re.search(r"worker \d+ failed with exit status (\d+)", line)):
+                    failed = int(match[1])
+                    timer.start()
+            status = exit_status(process.wait())
+        finally:
+            timer.cancel()
+            if process.poll() is None:
+                end()
+        return failed if status == 128 + signal.SIGKILL else status
 
     def provide(self) -> None:
         """Waits until the slice is there."""
@@ -133,8 +155,7 @@ class TpuSlice:
         where = [f"--{flag}={value}" for flag in ("zone", "project") if (value := getattr(self, flag))]
         try:
             argv = ["gcloud", "compute", "tpus", *words, *where, "--quiet"]
-            end = dict(preexec_fn=die_with_parent)
-            return subprocess.Popen(argv, stdin=subprocess.DEVNULL, text=True, **end, **streams)
+            return subprocess.Popen(argv, stdin=subprocess.DEVNULL, text=True, start_new_session=True, **streams)
         except FileNotFoundError:
             raise DataError("gcloud is not installed (cloud.google.com/sdk); --local=1 runs on this machine") from None
 
