@@ -35,6 +35,7 @@ from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.mock import MockEngine
 from rsagent_jax.rollout.open import engine_layout, open_engine
 from rsagent_jax.runtime import processes, sharding
+from rsagent_jax.runtime.listening import serve_profiler
 from rsagent_jax.runtime.loggers import open_loggers
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.runtime.workdir_lock import hold_workdir
@@ -102,7 +103,7 @@ def main(
     ############################## Work directory, log ##############################
     processes.all_or_none(lambda: run_identity.record_start(workdir, config, inputs) if processes.is_lead() else None)
     if config.profiler_port:
-        jax.profiler.start_server(config.profiler_port)
+        serve_profiler(config.profiler_port)
     own = processes.own_directory(workdir)
     loggers = lambda: open_loggers(config.loggers, own, to_dict(config), lead=processes.is_lead())  # noqa: E731
     log = MetricsLog(own, processes.all_or_none(loggers))

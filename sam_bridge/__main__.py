@@ -14,12 +14,10 @@ import threading
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before gRPC loads: our own messages say it once and plainly
 
-import prometheus_client
-
 from sam_bridge import backends, telemetry
 from sam_bridge.cpu_tuning import keep_freed_memory
 from sam_bridge.local import IMAGE_CACHE_BYTES, LOGITS_CACHE_BYTES, LocalSegmenter
-from sam_bridge.security import SetupError, check_address, read_token
+from sam_bridge.security import SetupError, check_address, is_loopback, read_token
 from sam_bridge.server import QUEUE, Server
 from sam_bridge.wire import READY
 
@@ -47,13 +45,14 @@ def main() -> int:
         workers = args.workers or segmenter.concurrency
         server = Server(segmenter, args.address, workers=workers, queue=args.queue, **secure)
         if args.metrics_address:
-            # The page holds counts and times only, but who may read them is for the operator to say.
-            check_address(args.metrics_address, token="", tls=False, insecure=args.insecure)
-            host, _, port = args.metrics_address.rpartition(":")
-            prometheus_client.start_http_server(int(port), host, server.metrics.registry)  # on a daemon thread
+            telemetry.serve_metrics(args.metrics_address, server.metrics.registry, **secure)
     except (backends.BackendError, SetupError) as error:
         print(f"sam_bridge: {error}", file=sys.stderr)
         return 2
+    for address in filter(None, (server.address, args.metrics_address)):
+        if not is_loopback(address) and not (token and args.tls_cert):
+            said = "can be reached from other machines without TLS and a token, as --insecure allows"
+            print(f"sam_bridge: {address} {said}", file=sys.stderr, flush=True)
     print(f"{READY}{server.address} backend={segmenter.backend.name} pid={os.getpid()}", flush=True)
     stop.wait()
     server.stop(0.0 if dead.is_set() else args.grace_s)

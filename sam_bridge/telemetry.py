@@ -1,13 +1,17 @@
 """What a side-car tells about itself: Prometheus metrics over HTTP, and logs as lines of text or JSON."""
 
+import hmac
 import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from sam_bridge.security import check_address, is_loopback
 
 LOG_FORMATS = ("text", "json")
 GAUGES = ("image_bytes", "logits_bytes", "waiting")  # the other counts of a side-car only grow
@@ -40,6 +44,26 @@ class BridgeMetrics:
         for name, value in self._counts().items():
             family = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
             yield family(f"sam_bridge_{name}", name.replace("_", " "), value=value)
+
+
+def serve_metrics(address: str, registry: Any, *, token: str, tls_cert: str, tls_key: str, insecure: bool) -> None:
+    """Answers Prometheus at host:port, on a daemon thread: plainly on loopback, elsewhere over TLS and to who shows the
+    token, as the calls are (sam_bridge/security.py). SetupError for an address that cannot be listened on, or is open
+    to other machines without both, unless `insecure`."""
+    check_address(address, token=token, tls=bool(tls_cert), insecure=insecure)
+    exposed, (host, _, port) = not is_loopback(address), address.rpartition(":")
+    tls = dict(certfile=tls_cert, keyfile=tls_key) if exposed else {}
+    server, _ = prometheus_client.start_http_server(int(port), host.strip("[]"), registry, **tls)
+    page, expected = server.get_app(), f"Bearer {token}".encode()
+
+    def guarded(environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
+        if hmac.compare_digest(environ.get("HTTP_AUTHORIZATION", "").encode(), expected):
+            return page(environ, start_response)
+        start_response("401 Unauthorized", [("WWW-Authenticate", "Bearer")])
+        return [b"the token is missing or wrong\n"]
+
+    if exposed and token:
+        server.set_app(guarded)
 
 
 class JsonLines(logging.Formatter):

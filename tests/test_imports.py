@@ -27,7 +27,8 @@ TORCH_FILE = "sam_bridge/backends/sam2.py"
 MAX_LINES = 450
 
 # Lower rungs first: a unit may import those below it, and what is in itself. The longest prefix names the unit.
-COMMANDS = tuple("collect compare data_check doctor export problems refilter reproduce segment show_tokens".split())
+COMMANDS = "collect compare data_check doctor export launch problems refilter reproduce segment show_tokens"
+COMMANDS = tuple(COMMANDS.split())
 RUNGS = (
     ("array_types",),
     ("types",),

@@ -279,7 +279,7 @@ class TrainConfig:
     keep_last: Count = 2  # newest ones of a stage that are kept
     keep_every: CountOrZero = 0  # steps: those of every so many are kept for good; 0 = none
     cache_dir: str = ""  # compiled programs are kept here; "" = in the work directory
-    profiler_port: Port = 0  # every process serves jax.profiler on it (docs/tpu.md); 0 = none
+    profiler_port: Port = 0  # every process serves jax.profiler to its machine on it (docs/tpu.md); 0 = none
     conflicts = rules.train_rules
 
 

@@ -132,10 +132,10 @@ class Hosts:
 
         Where it failed on one, the others have GRACE_S to end by themselves before they are stopped.
         """
-        child = subprocess.Popen(argv, preexec_fn=_die_with_parent) if everywhere or self.is_lead else None
+        child = subprocess.Popen(argv, preexec_fn=die_with_parent) if everywhere or self.is_lead else None
         try:
             if self.count == 1:
-                return _status(child.wait())
+                return exit_status(child.wait())
             return self._wait(child, self.count if everywhere else 1)
         finally:  # nothing goes on behind the back of whoever stopped this
             if child and child.poll() is None:
@@ -145,7 +145,7 @@ class Hosts:
         name, told, failed_at = next(self.names), child is None, None
         while True:
             if not told and child.poll() is not None:
-                self.store.key_value_set(f"{name}/{self.index}", str(_status(child.returncode)))
+                self.store.key_value_set(f"{name}/{self.index}", str(exit_status(child.returncode)))
                 told = True
             statuses = [int(text) for text in self._told(name)]
             if len(statuses) == runs:
@@ -163,7 +163,8 @@ class Hosts:
         return [text for _, text in self.store.key_value_dir_get(name)]
 
 
-def _status(code: int) -> int:
+def exit_status(code: int) -> int:
+    """Of what subprocess tells: 128 + n after signal n."""
     return code if code >= 0 else 128 - code
 
 
@@ -176,7 +177,7 @@ def _stop(child: subprocess.Popen) -> None:
         child.wait()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In a child: it ends when its parent does, however that ended."""
     if _PRCTL:
         _PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from rsagent_jax.runtime import sharding
 from rsagent_jax.runtime.hosts import PORT, USUAL_PORT, VARIABLES, has_tpu, hold_place
+from rsagent_jax.runtime.listening import coordinator_options, tie_coordinator
 from rsagent_jax.runtime.paths import make_directory
 from rsagent_jax.types import DataError
 
@@ -44,7 +45,9 @@ def initialize_distributed(beside: int = 0, **options: Any) -> None:
         if not port.isdigit():
             raise DataError(f"{VARIABLES[0]}={given[0]} is no host:port")
         hold_place(int(port) + beside, int(given[2]))
-        jax.distributed.initialize(f"{host}:{int(port) + beside}", int(given[1]), int(given[2]), **options)
+        address = f"{host}:{int(port) + beside}"
+        listens = coordinator_options(address, int(given[2]))
+        jax.distributed.initialize(address, int(given[1]), int(given[2]), **listens, **options)
     elif has_tpu():
         usual = os.environ.get(PORT)
         port = int(usual or USUAL_PORT) + beside
@@ -52,6 +55,8 @@ def initialize_distributed(beside: int = 0, **options: Any) -> None:
         os.environ[PORT] = str(port)
         try:
             jax.distributed.initialize(**options)
+            if distributed.global_state.process_id == 0:
+                tie_coordinator(port, distributed.global_state.num_processes)
         finally:  # children meet at the usual one
             os.environ.pop(PORT, None)
             os.environ.update({PORT: usual} if usual else {})

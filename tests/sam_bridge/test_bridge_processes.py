@@ -164,8 +164,11 @@ def test_sigterm_drains(grace_s):
         probe.bind(("127.0.0.1", 0))
         metrics = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [sys.executable, "-m", "sam_bridge", "--backend=tests.sam_bridge.fakes:Slow", "--address=127.0.0.1:0"]
-    command += [f"--grace_s={grace_s}", f"--metrics_address={metrics}"]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    open_ = metrics.replace("127.0.0.1", "0.0.0.0")
+    command += [f"--grace_s={grace_s}", f"--metrics_address={open_}", "--insecure"]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = f"sam_bridge: {open_} can be reached from other machines without TLS and a token, as --insecure allows\n"
+    assert child.stderr.readline() == said
     address = child.stdout.readline().split("sam_bridge ready address=")[1].split()[0]
     with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as page:
         assert b"sam_bridge_encodes_total 0.0" in page.read()
@@ -181,6 +184,7 @@ def test_sigterm_drains(grace_s):
             assert failure(call.result, 10).kind is FailureKind.UNAVAILABLE
     assert child.wait(10) == 0
     child.stdout.close()
+    child.stderr.close()
 
 
 def test_side_car_that_cannot_start_says_why():

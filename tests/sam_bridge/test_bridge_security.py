@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
+import socket
+import ssl
 import subprocess
+import urllib.error
+import urllib.request
 
 import grpc
 import numpy as np
 import pytest
 from prometheus_client import generate_latest
 
+from rsagent_jax.runtime.listening import listeners
 from sam_bridge import bridge_pb2 as pb
 from sam_bridge import bridge_pb2_grpc, telemetry
 from sam_bridge.client import SamClient
@@ -131,6 +137,41 @@ def test_metrics_count_calls_images_and_seconds(fake, serve, connect, image):
         "sam_bridge_waiting 0.0",
     ):
         assert line in lines
+
+
+def test_the_metrics_page_is_for_this_machine_or_for_who_has_the_token(fake, serve, files):
+    registry = serve(LocalSegmenter(fake())).metrics.registry
+    secure = dict(token=TOKEN, tls_cert=files["cert.pem"], tls_key=files["key.pem"], insecure=False)
+    with socket.socket() as probe, socket.socket() as other:
+        probe.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        here, there = probe.getsockname()[1], other.getsockname()[1]
+    with pytest.raises(SetupError, match=r"give --token_file, listen on 127.0.0.1"):
+        telemetry.serve_metrics(f"0.0.0.0:{there}", registry, **secure | {"token": ""})
+    telemetry.serve_metrics(f"127.0.0.1:{here}", registry, **secure)
+    telemetry.serve_metrics(f"0.0.0.0:{there}", registry, **secure)
+    assert [found.getsockname()[0] for found in listeners(here)] in ([], ["127.0.0.1"])  # none where nothing tells
+    trusted = ssl.create_default_context(cafile=files["cert.pem"])
+
+    def page(url: str, **headers: str) -> int:
+        try:
+            request = urllib.request.Request(f"{url}/metrics", headers=headers)
+            with urllib.request.urlopen(request, context=trusted, timeout=5) as answer:
+                assert b"sam_bridge_encodes_total" in answer.read()
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert page(f"http://127.0.0.1:{here}") == 200
+    assert page(f"https://127.0.0.1:{there}", Authorization=f"Bearer {TOKEN}") == 200
+    assert page(f"https://127.0.0.1:{there}") == page(f"https://127.0.0.1:{there}", Authorization=TOKEN) == 401
+    with pytest.raises((OSError, http.client.HTTPException)):
+        page(f"http://127.0.0.1:{there}")
+
+
+def test_a_side_car_listens_where_it_is_told(fake, serve):
+    port = int(serve(LocalSegmenter(fake())).address.rpartition(":")[2])
+    assert {found.getsockname()[0].removeprefix("::ffff:") for found in listeners(port)} in (set(), {"127.0.0.1"})
 
 
 def test_json_lines():
