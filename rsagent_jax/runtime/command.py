@@ -46,6 +46,7 @@ from rsagent_jax.types import DataError
 from sam_bridge.types import SegmenterError
 
 NO_READER = 128 + signal.SIGPIPE  # as of a program that the signal ends
+PREEMPTED = 75  # EX_TEMPFAIL: stopped by SIGTERM with everything kept; the same command goes on
 OWNERS = {  # whose config files a class describes
     schema.TrainConfig: "train.py",
     schema.EvalConfig: "evaluate.py",
