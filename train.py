@@ -34,7 +34,7 @@ from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.mock import MockEngine
 from rsagent_jax.rollout.open import engine_layout, open_engine
-from rsagent_jax.runtime import processes, sharding
+from rsagent_jax.runtime import preemption, processes, sharding
 from rsagent_jax.runtime.loggers import open_loggers
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.runtime.workdir_lock import hold_workdir
@@ -59,6 +59,7 @@ from rsagent_jax.train.state import (
 )
 from rsagent_jax.train.step import make_programs, make_stage
 from rsagent_jax.train.throughput import StepClock, WorkCounter
+from rsagent_jax.train.under_way import UnderWay
 from rsagent_jax.train.validation import Validator, open_validation_sets, overlaps
 
 
@@ -237,6 +238,7 @@ def run_stage(
     kept = dict(keep_last=config.keep_last, keep_every=config.keep_every * updates, minutes=config.checkpoint_minutes)
     checkpoints = Checkpoints(workdir / "checkpoints" / name, policy.weights, lora, validator.measure, **kept)
     stack.callback(checkpoints.close)
+    under_way = UnderWay(checkpoints, source, updates)
     done = 0
     restored = checkpoints.restore(state)
     if jax.tree.leaves(reference):
@@ -261,8 +263,8 @@ def run_stage(
         return processes.local_copy(to_plain(state.params, base), mesh, compute.dtype)
 
     validator.begin(done)
-    if validator.sets and not done:
-        log.write(name, 0, validator.run(policy_for_rollouts, 0))
+    if (validator.sets and not done) or validator.was_stopped(done, steps):
+        log.write(name, done, validator.run(policy_for_rollouts, done))
     if done < steps and validator.stop(done):
         steps = done
 
@@ -271,10 +273,12 @@ def run_stage(
     promised = (chip.bf16_flops, chip.devices_per_chip) if chip else ()
     work = WorkCounter(policy.processor.config.text, mesh, *promised)
     bar = dict(initial=done, total=steps, desc=name, unit="step", mininterval=2.0, disable=None)  # on a terminal
+    preemption.defer(config.preemption_s, interrupts=True)
+    under_way.take_up(done)
     for step in tqdm(range(done + 1, steps + 1), **bar):
         batches = refs = None  # the last step's give their memory to the rollouts
-        processes.all_or_none(checkpoints.check)
-        batches, metrics = source.next(policy_for_rollouts, jax.random.fold_in(key, step))
+        with under_way.making(step, state, base):
+            batches, metrics = source.next(policy_for_rollouts, jax.random.fold_in(key, step))
         clock.lap("batch", metrics)
         metrics |= rollout_figures(source.judged)
         clock.lap("reward")
@@ -323,4 +327,5 @@ def run_stage(
             clock.lap("checkpoint")  # of the next step's time
         if ended:
             break
+    under_way.forget(steps)
     return dataclasses.replace(policy, params=make_plain(base, lora, "float32")(state.params, base))

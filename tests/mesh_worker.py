@@ -46,9 +46,9 @@ def with_tools(delay_s: float, played: pathlib.Path, small) -> None:
     compiled, steps = small.count_compiles(), []
 
     class Kept(small.EchoDriver):
-        def run(self, tasks):
+        def run(self, tasks, *kept):
             before = len(compiled)
-            out = super().run(tasks)
+            out = super().run(tasks, *kept)
             kept = [
                 dict(uid=k.uid, turns=len(t.turns), tokens=t.tokens.tolist(), logprobs=t.logprobs.tolist())
                 for k, (t, _) in zip(tasks, out, strict=True)

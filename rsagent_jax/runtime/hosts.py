@@ -62,12 +62,10 @@ def join_hosts() -> "Hosts":
     """Meets the others; one host alone where nothing says that there are more."""
     if not has_tpu() and not any(map(os.environ.get, VARIABLES)):
         return Hosts()
-    import jax
     from jax._src import distributed
 
     from rsagent_jax.runtime.processes import initialize_distributed
 
-    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM to itself
     initialize_distributed(beside=1, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=SHUTDOWN_S)
     state = distributed.global_state
     return Hosts(state.process_id, state.num_processes, state.client)

@@ -101,8 +101,7 @@ class Checkpoints:
                 f"{self.directory.name}: after update {step} {broken}; nothing was saved, and the last checkpoint is as"
                 " it was. Lower the learning rate, and see l2_grads and l2_updates in metrics.jsonl"
             )
-        with self._storing(self.saving):
-            self.manager.wait_until_finished()
+        self.finish()
         with self._storing(step):
             if jax.tree.leaves(base) and not self.has_base:
                 with ocp.StandardCheckpointer() as writer:  # over one that no finished step belongs to
@@ -123,11 +122,20 @@ class Checkpoints:
         unnamed = sorted(self.directory.glob(f"{self.saving}.orbax-checkpoint-tmp*"))  # a bucket has none
         checksums.write_checksums(unnamed[-1] if unnamed else self.directory / str(self.saving))
 
+    @property
+    def newest(self) -> int | None:
+        """Step of the latest save, of this start or an earlier one; None where there is none."""
+        return self.manager.latest_step()
+
+    def finish(self) -> None:
+        """Waits for what is being written. DataError where that fails."""
+        with self._storing(self.saving):
+            self.manager.wait_until_finished()
+
     def check(self) -> None:
         """DataError once a save in the background has failed."""
         if not self.manager.is_saving_in_progress():
-            with self._storing(self.saving):
-                self.manager.wait_until_finished()  # for nothing: it raises what ended the save
+            self.finish()  # for nothing: it raises what ended the save
 
     @contextlib.contextmanager
     def _storing(self, step: int | str) -> Iterator[None]:
