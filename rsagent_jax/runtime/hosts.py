@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
+from rsagent_jax.runtime.preemption import NOTICE_S, Preempted
 from rsagent_jax.types import DataError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -28,7 +29,8 @@ HEARTBEAT_S = 60  # without one a host is gone
 SHUTDOWN_S = 10  # of jax's, for one another
 POLL_S = 0.5
 GONE = "rsagent_jax/hosts/gone"
-GRACE_S, KILL_S = 10.0, 5.0  # for a child to end by itself once that of another host has failed; after SIGTERM
+GRACE_S = 10.0  # for a child to end by itself once that of another host has failed
+KILL_S = NOTICE_S + 3.0  # after SIGTERM, in which it keeps what it has done
 _PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # of Linux; looked up here, since a forked child should do little
 
 
@@ -73,8 +75,12 @@ def join_hosts() -> "Hosts":
 
 @contextlib.contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises SystemExit within, on its way out of which a host stops its command and tells the others."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """SIGTERM raises Preempted within, on its way out of which a host stops its command and tells the others."""
+
+    def stop(*_: object) -> None:
+        raise Preempted("SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
@@ -166,7 +172,7 @@ def _status(code: int) -> int:
 
 
 def _stop(child: subprocess.Popen) -> None:
-    child.terminate()  # which jax keeps to itself in a process that has met others
+    child.terminate()
     try:
         child.wait(KILL_S)
     except subprocess.TimeoutExpired:

@@ -40,6 +40,7 @@ class _Listener:
     def __init__(self, status: int):
         self.status, self.asked, self.asked_at = status, "", 0.0
         self.waits, self.notice_s = False, NOTICE_S  # whether there is something to be kept by now
+        self.meanwhile: Callable[[], None] = lambda: None
         self.last_words: list[Callable[[], None]] = []
         self.tell: Callable[[str], None] = lambda name: None  # the other processes
         self.terminals = [fd for fd in (0, 1, 2) if os.isatty(fd)]
@@ -85,6 +86,8 @@ class _Listener:
             timer = threading.Timer(self.notice_s, self.end, [f"{over} the last whole checkpoint"])
             timer.daemon = True
             timer.start()
+            with contextlib.suppress(Exception):
+                self.meanwhile()
         elif time.monotonic() - self.asked_at > AGAIN_S:
             self.end(f"{name} again: ended as it stood; the same command goes on from the last whole checkpoint")
 
@@ -146,6 +149,12 @@ def check() -> None:
     """Raises Preempted once a signal has come, here or to another process."""
     if _listener and _listener.asked:
         raise Preempted(_listener.asked)
+
+
+def meanwhile(keep: Callable[[], None]) -> None:
+    """What to do at once where a signal comes, in a thread, while the work goes on to its next `check`."""
+    if _listener:
+        _listener.meanwhile = keep
 
 
 def before_end(word: Callable[[], None]) -> None:

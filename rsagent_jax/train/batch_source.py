@@ -138,14 +138,13 @@ class GrpoSource:
 
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         c, start = self.config, time.perf_counter()
-        self.judged, self.reward_seconds = [], 0.0
+        self.judged, self.ended, self.reward_seconds = [], {}, 0.0
         self.engine.load(policy(), key)
         load_seconds = time.perf_counter() - start
         played = self._play_on(start) if c.surplus else self._play(start)
         figures = played.metrics()
         waiting = figures.get("rollout/tool_wait", 0.0) * figures.get("rollout/seconds", 0.0)
         self.engine.release_memory()  # weights and cache give their memory to the gradients
-        self.ended = {}
         if errors := played.reward_errors:
             print(f"grpo: {len(errors)} of {len(played.rewards)} trajectories have no reward, such as: {errors[0]}")
         judged_from = time.perf_counter()

@@ -73,13 +73,23 @@ class UnderWay:
     def making(self, step: int, state: TrainState, base: nnx.State) -> Iterator[None]:
         """While the batch of `step` is made, from the `state` before it. Preempted, with what is kept in words, on all
         processes where one has a signal; DataError where a save in the background has failed."""
+        preemption.meanwhile(lambda: None)
         self.forget(step - 1)
-        position = self.source.state()
+        position, updates = self.source.state(), int(state.step)
+        if isinstance(self.source, GrpoSource):
+            self.source.ended = {}  # of the step before
         try:
             processes.all_or_none(lambda: (preemption.check(), self.checkpoints.check()))
             yield
+            preemption.meanwhile(lambda: self._keep_rollouts(step, updates))
         except preemption.Preempted as stop:
             raise preemption.Preempted(stop.signal_name, self._keep(step, state, position, base)) from None
+
+    def _keep_rollouts(self, step: int, updates: int) -> None:
+        """While the update of `step` is made: it may take longer than the notice, and can be made again of these if the
+        state before it has been saved."""
+        if isinstance(self.source, GrpoSource) and self.checkpoints.newest == updates:
+            self._write(step)
 
     def _keep(self, step: int, state: TrainState, position: dict, base: nnx.State) -> str:
         said = self._write(step) if isinstance(self.source, GrpoSource) else ""

@@ -56,9 +56,7 @@ def played_until(d, kept, ended):
 def test_tokens_masks_and_endings_are_those_of_an_unbroken_play(monkeypatch, looks):
     kept, before = {}, {}
     for stop in (*looks, 1 << 30):
-        d = Scripted(
-            engine(), DiscSegmenter(), small.processor(), driver(engine()).agent, script=small.scripted(SCRIPTS)
-        )
+        d = scripted(DiscSegmenter())
         stop_after(monkeypatch, stop)
         found = played_until(d, kept, {})
         drawn = {uid: record_about(record)["turns"] for uid, record in kept.items()}
