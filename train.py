@@ -3,7 +3,8 @@
   python train.py --config=configs/quickstart.py --workdir=runs/x [--config.a.b=v]
   python train.py --config=configs/sft_tpu.py --aot=v5e-16     compiles the programs for a TPU that is not there
 
-Run the same command again and it goes on from the newest checkpoint.
+Run the same command again and it goes on from the newest checkpoint. SIGTERM saves at once, with what has come of a
+rollout, and ends with status 75 (docs/training.md, Preemption): start it again.
 """
 
 from rsagent_jax.runtime import command
