@@ -239,7 +239,7 @@ def run_stage(
     kept = dict(keep_last=config.keep_last, keep_every=config.keep_every * updates, minutes=config.checkpoint_minutes)
     checkpoints = Checkpoints(workdir / "checkpoints" / name, policy.weights, lora, validator.measure, **kept)
     stack.callback(checkpoints.close)
-    under_way = UnderWay(checkpoints, source, updates)
+    under_way = UnderWay(checkpoints, source, updates, log.flush)
     done = 0
     restored = checkpoints.restore(state)
     if jax.tree.leaves(reference):

@@ -9,7 +9,8 @@ are there until the step is done; those that belong to no step that comes next a
 import contextlib
 import pathlib
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import jax
 from flax import nnx
@@ -28,10 +29,10 @@ from rsagent_jax.types import DataError
 class UnderWay:
     """Of one stage."""
 
-    def __init__(self, checkpoints: Checkpoints, source: BatchSource, updates: int):
-        """updates: optimiser steps to a step."""
-        self.checkpoints, self.source, self.updates = checkpoints, source, updates
-        self.directory = checkpoints.directory / "under_way"
+    def __init__(self, checkpoints: Checkpoints, source: BatchSource, updates: int, flush: Callable[[], None]):
+        """updates: optimiser steps to a step; flush: what is logged, before a state is saved."""
+        self.checkpoints, self.source, self.updates, self.flush = checkpoints, source, updates, flush
+        self.directory, self.lock = checkpoints.directory / "under_way", threading.Lock()
         self.stage = checkpoints.directory.name
 
     def take_up(self, done: int) -> None:
@@ -83,22 +84,28 @@ class UnderWay:
             yield
             preemption.meanwhile(lambda: self._keep_rollouts(step, updates))
         except preemption.Preempted as stop:
-            raise preemption.Preempted(stop.signal_name, self._keep(step, state, position, base)) from None
+            with self.lock:
+                said = self._keep(step, state, position, base)
+            raise preemption.Preempted(stop.signal_name, said) from None
 
     def _keep_rollouts(self, step: int, updates: int) -> None:
         """While the update of `step` is made: it may take longer than the notice, and can be made again of these if the
         state before it has been saved."""
-        if isinstance(self.source, GrpoSource) and self.checkpoints.newest == updates:
-            self._write(step)
+        with self.lock:
+            if isinstance(self.source, GrpoSource) and self.checkpoints.newest == updates:
+                self._write(step)
 
     def _keep(self, step: int, state: TrainState, position: dict, base: nnx.State) -> str:
         said = self._write(step) if isinstance(self.source, GrpoSource) else ""
-        updates = int(state.step)
-        if (updates or any(processes.exchange(said))) and self.checkpoints.newest != updates:
+        updates, somewhere = int(state.step), any(processes.exchange(said))
+        self.flush()
+        if (updates or somewhere) and self.checkpoints.newest != updates:
             self.checkpoints.save(state, position, base)
         self.checkpoints.finish()
-        saved = f"{self.stage} after step {updates // self.updates} is saved" if updates or said else "nothing was done"
-        return f": {saved}" + (f", and {said} of step {step}" if said else "")
+        if not updates and not somewhere:
+            return f": {self.stage} had not done a step"
+        rollout = f", and {said} of step {step}" if said else ""
+        return f": {self.stage} after step {updates // self.updates} is saved{rollout}"
 
     def _write(self, step: int) -> str:
         """This process's records, in words. A disk that is full of them need not be full for the checkpoint."""
