@@ -81,7 +81,7 @@ class _Listener:
                 self.tell(name)
             if not self.waits:
                 self.end(f"stopped by {name} before there was anything to keep; the same command begins again")
-            self._say(f"{name}: stops as soon as what is done is kept, within {self.notice_s:g} s")
+            self._say(f"\n{name}: stops as soon as what is done is kept, within {self.notice_s:g} s")
             over = f"the notice of {self.notice_s:g} s is over: ended as it stood; the same command goes on from"
             timer = threading.Timer(self.notice_s, self.end, [f"{over} the last whole checkpoint"])
             timer.daemon = True

@@ -1,6 +1,5 @@
 """A rollout that a signal stops goes on from records as if it had not been stopped, in another driver."""
 
-import functools
 import itertools
 
 import numpy as np
@@ -14,20 +13,9 @@ from tests.rollout import small
 from tests.rollout.test_carry_over import SCRIPTS, TASKS, driver, engine, whole
 
 
-class Scripted(small.EchoDriver):
-    """Also of a turn whose tool is asked again the environment hears the script."""
-
-    def take_up(self, run):
-        run = super().take_up(run)
-        if run.text:
-            run.text = self.script(run.task, run.state)
-            run.acts = functools.partial(self._act, run.state, run.text, *run.acts.args[2:])
-        return run
-
-
-def scripted(segmenter) -> Scripted:
+def scripted(segmenter) -> small.EchoDriver:
     agent = driver(engine()).agent
-    return Scripted(engine(), segmenter, small.processor(), agent, script=small.scripted(SCRIPTS))
+    return small.EchoDriver(engine(), segmenter, small.processor(), agent, script=small.scripted(SCRIPTS))
 
 
 def stop_after(monkeypatch, looks: int) -> None:
