@@ -96,6 +96,7 @@ class Checkpoints:
         where this one, or the one before it, cannot be written.
         """
         step = int(state.step)
+        self.check_there()
         if broken := not_finite(state.params):
             raise DataError(
                 f"{self.directory.name}: after update {step} {broken}; nothing was saved, and the last checkpoint is as"
@@ -116,6 +117,14 @@ class Checkpoints:
             self.saving = step
             self.manager.save(step, args=args, metrics={SCORE: score, MEASURE: self.measure})
         self.saved_at = time.monotonic()
+
+    def check_there(self) -> None:
+        """DataError where the directory is no more: Orbax would make another, without what a start needs."""
+        if not self.directory.exists():
+            raise DataError(
+                f"{self.directory} has been removed under the run, and all that was saved with it: nothing can be gone"
+                " on from. Put the work directory back, or begin anew in another --workdir"
+            )
 
     def _write_checksums(self) -> None:
         """Of the step that is being finished, before Orbax gives it its name; on the lead alone."""

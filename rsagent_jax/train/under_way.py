@@ -96,6 +96,7 @@ class UnderWay:
                 self._write(step)
 
     def _keep(self, step: int, state: TrainState, position: dict, base: nnx.State) -> str:
+        processes.all_or_none(self.checkpoints.check_there)
         said = self._write(step) if isinstance(self.source, GrpoSource) else ""
         updates, somewhere = int(state.step), any(processes.exchange(said))
         self.flush()
