@@ -13,7 +13,6 @@ parameter is its line of --help (runtime/help.py). What `main` returns is the ex
 """
 
 import ast
-import atexit
 import contextlib
 import dataclasses
 import importlib
@@ -81,10 +80,10 @@ def _exit(status: int) -> NoReturn:
         status = status or NO_READER
     if status == NO_READER:  # or Python would complain at its end of what it cannot write
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if status == PREEMPTED:  # without the end of Python itself, which hears of no notice and takes seconds
-        atexit._run_exitfuncs()
-        sys.stderr.flush()
-        os._exit(status)
+    if status == PREEMPTED:  # all is kept, and Python's own end takes seconds of a notice that may be over
+        if jax := sys.modules.get("jax"):
+            jax.distributed.shutdown()  # waits for the others, whom the first one's end would end as well
+        preemption.leave(status)
     # Threads of Orbax's would wait for a bucket that is gone, a quarter of an hour. A command without them may hold
     # jax's service for other hosts (rsagent_jax.reproduce), which would be ended by its absence.
     if status and bucket_used() and "orbax.checkpoint" in sys.modules:

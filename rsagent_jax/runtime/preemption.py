@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 NOTICE_S = 25.0  # of the thirty that spot machines get
 AGAIN_S = 2.0  # within it several signals are one: a process group and a launcher may both pass it on
@@ -93,13 +93,8 @@ class _Listener:
 
     def end(self, line: str) -> None:
         """At once, and as safe as SIGKILL: files change by rename, or are mended by the next start."""
-        for word in self.last_words:
-            with contextlib.suppress(Exception):
-                word()
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
         self._say(line)
-        os._exit(status_of(self.asked, self.status))
+        leave(status_of(self.asked, self.status))
 
     def _say(self, line: str) -> None:
         with contextlib.suppress(OSError):
@@ -161,6 +156,17 @@ def before_end(word: Callable[[], None]) -> None:
     """To be done where the process ends at once, which leaves out what atexit has."""
     if _listener:
         _listener.last_words.append(word)
+
+
+def leave(status: int) -> NoReturn:
+    """The end of the process, without that of Python."""
+    for word in _listener.last_words if _listener else ():
+        with contextlib.suppress(Exception):
+            word()
+    for stream in sys.stdout, sys.stderr:
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status)
 
 
 def tell_others(store: Any, index: int) -> None:
