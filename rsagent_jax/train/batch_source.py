@@ -145,6 +145,7 @@ class GrpoSource:
         figures = played.metrics()
         waiting = figures.get("rollout/tool_wait", 0.0) * figures.get("rollout/seconds", 0.0)
         self.engine.release_memory()  # weights and cache give their memory to the gradients
+        self.kept = {}  # what is left is another process's, and the next step counts uids anew
         if errors := played.reward_errors:
             print(f"grpo: {len(errors)} of {len(played.rewards)} trajectories have no reward, such as: {errors[0]}")
         judged_from = time.perf_counter()
