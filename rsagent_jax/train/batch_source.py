@@ -401,7 +401,8 @@ class GrpoSource:
     def restore(self, state: dict[str, Any]) -> None:
         self.prompts.restore(state)
         self.again = list(state.get("in_flight", []))
-        self.driver.version = state.get("version", self.driver.version)
+        if "version" in state:
+            self.driver.version = state["version"]
 
 
 def _item(t: Trajectory, advantage: float | np.ndarray) -> Item:
