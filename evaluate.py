@@ -8,7 +8,8 @@ again and it goes on, and plays again what has changed since. On a slice, the sa
 samples out; --shard=i/n evaluates every n-th one, on machines that do not know of each other, and whichever finishes
 last puts the results together. Both want one work directory. There are no results until every sample is measured: one
 that the segmenter failed is played again by the next start (metric.failure_policy accepts it instead), one that cannot
-be read is named and left out (data.unreadable). --aot=v5e-8 says whether the engine fits there.
+be read is named and left out (data.unreadable). --aot=v5e-8 says whether the engine fits there. SIGTERM ends it with
+status 75: start it again.
 """
 
 from rsagent_jax.runtime import command

@@ -3,7 +3,8 @@
   python train.py --config=configs/quickstart.py --workdir=runs/x [--config.a.b=v]
   python train.py --config=configs/sft_tpu.py --aot=v5e-16     compiles the programs for a TPU that is not there
 
-Run the same command again and it goes on from the newest checkpoint.
+Run the same command again and it goes on from the newest checkpoint. SIGTERM saves at once, with what has come of a
+rollout, and ends with status 75 (docs/training.md, Preemption): start it again.
 """
 
 from rsagent_jax.runtime import command
@@ -34,7 +35,7 @@ from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.mock import MockEngine
 from rsagent_jax.rollout.open import engine_layout, open_engine
-from rsagent_jax.runtime import processes, sharding
+from rsagent_jax.runtime import preemption, processes, sharding
 from rsagent_jax.runtime.listening import serve_profiler
 from rsagent_jax.runtime.loggers import open_loggers
 from rsagent_jax.runtime.train_log import MetricsLog
@@ -60,6 +61,7 @@ from rsagent_jax.train.state import (
 )
 from rsagent_jax.train.step import make_programs, make_stage
 from rsagent_jax.train.throughput import StepClock, WorkCounter
+from rsagent_jax.train.under_way import UnderWay
 from rsagent_jax.train.validation import Validator, open_validation_sets, overlaps
 
 
@@ -238,6 +240,7 @@ def run_stage(
     kept = dict(keep_last=config.keep_last, keep_every=config.keep_every * updates, minutes=config.checkpoint_minutes)
     checkpoints = Checkpoints(workdir / "checkpoints" / name, policy.weights, lora, validator.measure, **kept)
     stack.callback(checkpoints.close)
+    under_way = UnderWay(checkpoints, source, updates, log.flush)
     done = 0
     restored = checkpoints.restore(state)
     if jax.tree.leaves(reference):
@@ -262,8 +265,8 @@ def run_stage(
         return processes.local_copy(to_plain(state.params, base), mesh, compute.dtype)
 
     validator.begin(done)
-    if validator.sets and not done:
-        log.write(name, 0, validator.run(policy_for_rollouts, 0))
+    if (validator.sets and not done) or validator.was_stopped(done, steps):
+        log.write(name, done, validator.run(policy_for_rollouts, done))
     if done < steps and validator.stop(done):
         steps = done
 
@@ -272,10 +275,12 @@ def run_stage(
     promised = (chip.bf16_flops, chip.devices_per_chip) if chip else ()
     work = WorkCounter(policy.processor.config.text, mesh, *promised)
     bar = dict(initial=done, total=steps, desc=name, unit="step", mininterval=2.0, disable=None)  # on a terminal
+    preemption.defer(config.preemption_s, interrupts=True)
+    under_way.take_up(done)
     for step in tqdm(range(done + 1, steps + 1), **bar):
         batches = refs = None  # the last step's give their memory to the rollouts
-        processes.all_or_none(checkpoints.check)
-        batches, metrics = source.next(policy_for_rollouts, jax.random.fold_in(key, step))
+        with under_way.making(step, state, base):
+            batches, metrics = source.next(policy_for_rollouts, jax.random.fold_in(key, step))
         clock.lap("batch", metrics)
         metrics |= rollout_figures(source.judged)
         clock.lap("reward")
@@ -324,4 +329,5 @@ def run_stage(
             clock.lap("checkpoint")  # of the next step's time
         if ended:
             break
+    under_way.forget(steps)
     return dataclasses.replace(policy, params=make_plain(base, lora, "float32")(state.params, base))

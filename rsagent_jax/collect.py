@@ -3,10 +3,10 @@
   python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/x [--shard=0/4]
 
 Every trajectory is written to <workdir>/attempts as it ends, so a stopped command goes on where it was (and plays again
-what has changed since), and --shard=i/n lets many machines write to one work directory. Whichever ends last filters
-what is there and writes the kept set (ArrayRecord for Grain, trajectories.jsonl, a report); `rsagent_jax.refilter` does
-that again with other thresholds. No set is written while the segmenter failed some: the next start plays those again.
-Samples that cannot be read are named and left out (data.unreadable).
+what has changed since; SIGTERM ends it with status 75), and --shard=i/n lets many machines write to one work directory.
+Whichever ends last filters what is there and writes the kept set (ArrayRecord for Grain, trajectories.jsonl, a report);
+`rsagent_jax.refilter` does that again with other thresholds. No set is written while the segmenter failed some: the
+next start plays those again. Samples that cannot be read are named and left out (data.unreadable).
 
 The paper's filter: final IoU >= 0.9 within 8 turns; ours adds that the teacher ended it, that no turn was malformed and
 none repeated the one before.

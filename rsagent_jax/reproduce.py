@@ -30,6 +30,7 @@ from rsagent_jax.config.recipe import RecipeConfig, Step, plan_steps
 from rsagent_jax.report.reproduction import STAMP, command_line, seconds_of, waits_for, write_report
 from rsagent_jax.runtime.hosts import Hosts, join_hosts, stopped_by_sigterm
 from rsagent_jax.runtime.paths import make_directory, remove_file, write_whole
+from rsagent_jax.runtime.preemption import Preempted
 from rsagent_jax.types import DataError
 
 REPORT = "report"  # of --only: no stage
@@ -108,6 +109,8 @@ def run_step(step: Step, hosts: Hosts) -> int:
     if hosts.is_lead:
         remove_file(step.directory / STAMP)
     status = hosts.run([sys.executable, *step.argv], step.stage.everywhere)
+    if status == command.PREEMPTED:  # and this command with it
+        raise Preempted("SIGTERM")
     if status:
         return status
     if hosts.is_lead:

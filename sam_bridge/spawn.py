@@ -72,8 +72,8 @@ class SideCar(contextlib.AbstractContextManager):
             self._listener(self.address)
         return client
 
-    def close(self) -> None:
-        """Ends the child and the watching. May be called more than once."""
+    def close(self, *, at_once: bool = False) -> None:
+        """Ends the child and the watching. May be called more than once. at_once: calls under way are given up."""
         if os.getpid() != self._owner:  # a fork of ours is exiting; the side-car is not its own
             return
         self._closing.set()
@@ -81,16 +81,17 @@ class SideCar(contextlib.AbstractContextManager):
         with self._lock:
             child = self._child
         if child is not None:
-            child.terminate()
+            child.kill() if at_once else child.terminate()
             try:
                 child.wait(TERMINATE_S)
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-        self._thread.join()
+        self._thread.join(0 if at_once else None)
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """At once where no work has failed, but somebody wants an end: KeyboardInterrupt, a preemption."""
+        self.close(at_once=kind is not None and not issubclass(kind, Exception))
 
     def _supervise(self, child: subprocess.Popen | None) -> None:
         backoff_s = FIRST_BACKOFF_S

@@ -2,13 +2,16 @@
 
 Trains through train.run_stage as train.py does, with a tiny random policy, and lets the lead write the parameters. With
 `delays` the environment hears scripts, every process's tools take their own time, and each writes what it has played.
+With `stop` = i process i gets SIGTERM in the rollout of the second step, at its second tool call.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
+import signal
 import sys
 
 import jax
@@ -20,7 +23,7 @@ import train
 from rsagent_jax.config.alarms import AlarmsConfig
 from rsagent_jax.config.schema import LoraConfig, MeshConfig, OptimConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl import convert
-from rsagent_jax.runtime import processes, sharding
+from rsagent_jax.runtime import preemption, processes, sharding
 from rsagent_jax.runtime.train_log import MetricsLog
 
 
@@ -40,15 +43,24 @@ def config(stage: str, stored: str, mesh: dict, steps: int, small, rank: int, fr
     )
 
 
-def with_tools(delay_s: float, played: pathlib.Path, small) -> None:
+def with_tools(delay_s: float, played: pathlib.Path, small, stop: bool) -> None:
     """Lets train.py's driver play scripts with a segmenter that takes `delay_s`, and keep what it has played."""
+    calls = []
+
+    class Segmenter(small.SlowSegmenter):
+        def segment(self, image, request):
+            calls.extend([1] * (len(steps) == 1))
+            if stop and len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().segment(image, request)
+
     scripts = {f"s{i}": (*(small.click(20 + i + n, 30) for n in range(1 + i % 2)), small.finish(1)) for i in range(5)}
     compiled, steps = small.count_compiles(), []
 
     class Kept(small.EchoDriver):
-        def run(self, tasks):
+        def run(self, tasks, *kept):
             before = len(compiled)
-            out = super().run(tasks)
+            out = super().run(tasks, *kept)
             kept = [
                 dict(uid=k.uid, turns=len(t.turns), tokens=t.tokens.tolist(), logprobs=t.logprobs.tolist())
                 for k, (t, _) in zip(tasks, out, strict=True)
@@ -58,7 +70,7 @@ def with_tools(delay_s: float, played: pathlib.Path, small) -> None:
             return out
 
     train.Driver = functools.partial(Kept, script=small.scripted(scripts))
-    train.open_segmenter = lambda _: contextlib.nullcontext(small.SlowSegmenter(delay_s, (56, 56)))
+    train.open_segmenter = lambda _: contextlib.nullcontext(Segmenter(delay_s, (56, 56)))
 
 
 def run_stage(
@@ -93,7 +105,7 @@ def main(job: dict) -> None:
     workdir.mkdir(exist_ok=True)
     if job["delays"]:
         index = jax.process_index()
-        with_tools(job["delays"][index], workdir / f"played_{index}.json", small)
+        with_tools(job["delays"][index], workdir / f"played_{index}.json", small, job["stop"] == index)
     log = MetricsLog(processes.own_directory(workdir))
     grpo = dataclasses.replace(settings.grpo, **job["grpo"])
     settings = dataclasses.replace(settings, grpo=grpo, alarms=AlarmsConfig(steps=1))
@@ -108,4 +120,9 @@ def main(job: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    try:
+        with preemption.listening(75):
+            main(json.loads(sys.argv[1]))
+    except preemption.Preempted as stopped:
+        print(stopped.kept)
+        sys.exit(75)

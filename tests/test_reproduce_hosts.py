@@ -15,6 +15,7 @@ from rsagent_jax import ablate, reproduce
 from rsagent_jax.report.reproduction import STAMP
 from rsagent_jax.runtime import command, hosts, processes
 from rsagent_jax.runtime.hosts import Hosts
+from rsagent_jax.runtime.preemption import Preempted
 from rsagent_jax.types import DataError
 from tests.loopback_bucket import LoopbackBucket
 from tests.simulated import run_all_simulated
@@ -103,15 +104,14 @@ def test_a_host_that_is_stopped_between_stages_tells_the_others(monkeypatch, tmp
     told, heard, met = [], [], []
     flags = [f"--config={config}", f"--workdir={tmp_path}", "--only=report"]
     monkeypatch.setattr(reproduce, "join_hosts", lambda: met.append(1) or Hosts())
-    monkeypatch.setattr(Hosts, "__exit__", lambda self, kind, error, _: told.append((kind, error.code)))
+    monkeypatch.setattr(Hosts, "__exit__", lambda self, kind, error, _: told.append(kind))
     monkeypatch.setattr(made, write, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append("by nobody"))
     try:
-        with pytest.raises(SystemExit):
-            command.run_command(made.__name__, flags)
+        assert command.run_command(made.__name__, flags) == command.PREEMPTED
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert told == [(SystemExit, 143)] and not heard and not met
+    assert told == [Preempted] and not heard and not met
 
 
 def test_hosts_that_were_given_something_else_are_told():

@@ -278,6 +278,7 @@ class TrainConfig:
     checkpoint_minutes: NotNegative = 0.0  # one is saved at the latest so long after the last; 0 = by steps alone
     keep_last: Count = 2  # newest ones of a stage that are kept
     keep_every: CountOrZero = 0  # steps: those of every so many are kept for good; 0 = none
+    preemption_s: Positive = 25.0  # from SIGTERM to the end of the process, whatever it does by then (docs/training.md)
     cache_dir: str = ""  # compiled programs are kept here; "" = in the work directory
     profiler_port: Port = 0  # every process serves jax.profiler to its machine on it (docs/tpu.md); 0 = none
     conflicts = rules.train_rules

@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -124,8 +125,11 @@ def prefetched(dataset: grain.MapDataset, threads: int, workers: int, ahead: int
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
-    """In a worker: it ends when the process that it reads for does, however that ended."""
+    """In a worker: it ends when the process that it reads for does, however that ended, and by no signal that comes to
+    both of them."""
     del worker, workers
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
     def wait() -> None:
         multiprocessing.parent_process().join()

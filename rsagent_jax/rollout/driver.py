@@ -24,6 +24,7 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.rollout.jobs import Jobs, Overdue
 from rsagent_jax.rollout.policy import Policy, PolicyFailure, Request, Task
+from rsagent_jax.runtime import preemption
 from rsagent_jax.types import Completion, DataError, Prompt, Sample, Status, Trajectory
 from sam_bridge.types import FailureKind, Segmenter
 
@@ -96,10 +97,20 @@ class Driver:
             lambda size: budget.trajectory_budget(agent, policy, texts, size, limits, images)
         )
 
-    def run(self, tasks: Sequence[Task]) -> list[tuple[Trajectory, EnvState]]:
-        """All tasks' trajectories in their order, with the final states (for replay records)."""
-        played = {task: (trajectory, state) for task, trajectory, state in self.play(tasks)}
-        return [played[task] for task in tasks]
+    def run(
+        self,
+        tasks: Sequence[Task],
+        unfinished: Sequence[Run] = (),
+        ended: dict[Task, tuple[Trajectory, EnvState]] | None = None,
+    ) -> list[tuple[Trajectory, EnvState]]:
+        """All tasks' trajectories in their order, with the final states (for replay records).
+
+        unfinished: how far some of them have come; ended: gets each as it ends, for whoever is stopped by Preempted.
+        """
+        ended, begun = {} if ended is None else ended, {run.task for run in unfinished}
+        for task, trajectory, state in self.play([task for task in tasks if task not in begun], unfinished):
+            ended[task] = trajectory, state
+        return [ended[task] for task in tasks]
 
     def cancel(self, uid: int) -> None:
         """Ends a trajectory as CANCELLED, at the driver's next round; from any thread."""
@@ -113,7 +124,7 @@ class Driver:
         Closing the iterator breaks off what is under way: `broken_off` has it, for another `play` to go on with as
         `unfinished`, before the tasks; what was not taken of `tasks` is still the caller's. A turn goes on where it
         was, its tokens and their log-probs as they were drawn; the policy reads the context anew; a tool call that is
-        running goes on meanwhile.
+        running goes on meanwhile. The same where Preempted is raised.
         """
         self.policy.begin()
         self.broken_off = []
@@ -129,6 +140,7 @@ class Driver:
         start, stats = time.perf_counter(), collections.Counter()
         try:
             while following or runs:
+                preemption.check()
                 while following and free:
                     run, following = following, next(waiting, None)
                     slot = run.slot = self.policy.pick(run.task, sorted(free))
@@ -177,7 +189,7 @@ class Driver:
                     asked.discard(slot)
                     free.add(slot)
                     yield run.task, self._finish(run), run.state
-        except GeneratorExit:
+        except (GeneratorExit, preemption.Preempted):
             for slot, run in runs.items():
                 run.acts = run.acts and (jobs.running(slot) or run.acts)
             begun = [self._break_off(run) for run in runs.values()]
@@ -304,6 +316,26 @@ class Driver:
         run.begun, run.known = begun, not run.parts[1:]
         return run
 
+    def take_up(self, run: Run) -> Run:
+        """Ready for `play`, of a run with nothing but its task, its state and the parts of its context: with `begun`
+        and its versions where a turn was under way. Where the parts end with a turn that the state does not have yet,
+        its tool is called."""
+        state, drawn = run.state, [part for part in run.parts if part[2].any()]
+        for turn in range(len(drawn)):
+            seen = self.processor.prompt(*environment.read_before(state, turn), 0, state.limits)[0]
+            run.patches.append(seen.patches)
+            run.grids.append(seen.grids)
+        run.length, run.drawn = sum(len(p[0]) for p in run.parts), sum(len(p[0]) for p in drawn)
+        run.position, run.known = int(drawn[-1][1].max()) + 1 if drawn else 0, not drawn
+        skip = int(bool(drawn) and int(drawn[-1][0][-1]) == self.processor.terminator_id)
+        so_far = run.position, run.length, run.drawn, skip
+        if len(drawn) > len(state.turns):
+            run.text = self._text(drawn[-1][0])
+            run.acts = functools.partial(self._act, state, run.text, *so_far)
+        elif state.status is None:
+            run.acts = functools.partial(self._ahead, state, lambda: state, *so_far)
+        return run
+
     def _add(self, run: Run, completion: Completion) -> str:
         """Appends the pending prompt and the sampled turn to the context; returns the turn's text."""
         pending, skip, n = run.next.pending, run.next.skip, len(completion.tokens)
@@ -321,8 +353,11 @@ class Driver:
         run.length += len(forced) + n
         run.drawn += n
         run.policy_seconds += time.perf_counter() - run.asked
-        ended = n > 0 and int(completion.tokens[-1]) in self.processor.end_ids  # which is no text
-        return self.processor.decode(completion.tokens[:-1] if ended else completion.tokens)
+        return self._text(completion.tokens)
+
+    def _text(self, tokens: np.ndarray) -> str:
+        ended = len(tokens) > 0 and int(tokens[-1]) in self.processor.end_ids  # which is no text
+        return self.processor.decode(tokens[:-1] if ended else tokens)
 
     def _finish(self, run: Run) -> Trajectory:
         mask, mask_id = environment.final_mask(run.state)

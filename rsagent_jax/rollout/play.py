@@ -16,6 +16,7 @@ from rsagent_jax.config.schema import CollectConfig, EvalConfig
 from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import Task
+from rsagent_jax.runtime import preemption
 from rsagent_jax.types import DataError, Status, Trajectory
 
 Failure = tuple[str, str]  # (kind, which is counted by; why)
@@ -106,6 +107,7 @@ def play_samples(
     where the segmenter failed segmenter.give_up_after trajectories in a row.
     """
     failed = Failures(config.segmenter.give_up_after)
+    preemption.defer()
     # One that goes away stands under another: only a terminal can show that.
     bar = dict(total=total, initial=total - len(attempts), desc=label, unit="trajectory", mininterval=2.0)
     bar = tqdm(**bar, leave=leave, disable=False if leave else None)
@@ -129,6 +131,7 @@ def play_samples(
         for task, trajectory, state in driver.play(tasks(pool)):
             failure = keep(task, trajectory, state)
             bar.update()
+            preemption.check()  # before a segmenter that was stopped as well counts as one that is broken
             failed.played(task.sample.id, failure)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -40,6 +40,7 @@ from rsagent_jax.config.overrides import put_overrides, read_text, split_argumen
 from rsagent_jax.config.pretrain import PretrainConfig
 from rsagent_jax.config.ranges import field_type
 from rsagent_jax.config.recipe import RecipeConfig
+from rsagent_jax.runtime import preemption
 from rsagent_jax.runtime.help import help_page
 from rsagent_jax.runtime.paths import bucket_problem, bucket_used, check_writable, open_path
 from rsagent_jax.types import DataError
@@ -79,6 +80,10 @@ def _exit(status: int) -> NoReturn:
         status = status or NO_READER
     if status == NO_READER:  # or Python would complain at its end of what it cannot write
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if status == PREEMPTED:  # all is kept, and Python's own end takes seconds of a notice that may be over
+        if jax := sys.modules.get("jax"):
+            jax.distributed.shutdown()  # waits for the others, whom the first one's end would end as well
+        preemption.leave(status)
     # Threads of Orbax's would wait for a bucket that is gone, a quarter of an hour. A command without them may hold
     # jax's service for other hosts (rsagent_jax.reproduce), which would be ended by its absence.
     if status and bucket_used() and "orbax.checkpoint" in sys.modules:
@@ -112,7 +117,7 @@ def _not_lost(unraisable: "sys.UnraisableHookArgs") -> None:
 
 def run_command(name: str, argv: Sequence[str]) -> int:
     """The exit status of the command in a module, or in a file. Bad input: one message on stderr and 2; Ctrl-C: 130;
-    nobody reads its output any more: NO_READER."""
+    SIGTERM where the command can be gone on with: PREEMPTED; nobody reads its output any more: NO_READER."""
     resumes = False
     sys.unraisablehook = _not_lost
     try:
@@ -125,7 +130,9 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         quieten()
         arguments, flags = parse_arguments(main, argv)
         resumes = isinstance(flags.get("config"), schema.TrainConfig | RecipeConfig | AblationConfig)
-        return main(*arguments, **flags) or 0
+        keeps = isinstance(flags.get("config"), schema.TrainConfig | schema.EvalConfig | schema.CollectConfig)
+        with preemption.listening(PREEMPTED) if keeps else contextlib.nullcontext():
+            return main(*arguments, **flags) or 0
     except (DataError, SegmenterError) as error:
         kind = "segmenter: " if isinstance(error, SegmenterError) else ""
         print(f"error: {kind}{error}", file=sys.stderr)
@@ -137,6 +144,9 @@ def run_command(name: str, argv: Sequence[str]) -> int:
             raise
         print(f"error: {said}", file=sys.stderr)
         return 2
+    except preemption.Preempted as stop:
+        print(f"stopped by {stop.signal_name}{stop.kept}; the same command goes on", file=sys.stderr)
+        return preemption.status_of(stop.signal_name, PREEMPTED)
     except KeyboardInterrupt:
         hint = "; run the same command again to go on from the last checkpoint" if resumes else ""
         print(f"stopped{hint}", file=sys.stderr)

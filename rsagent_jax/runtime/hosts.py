@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
+from rsagent_jax.runtime.preemption import NOTICE_S, Preempted
 from rsagent_jax.types import DataError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -28,7 +29,8 @@ HEARTBEAT_S = 60  # without one a host is gone
 SHUTDOWN_S = 10  # of jax's, for one another
 POLL_S = 0.5
 GONE = "rsagent_jax/hosts/gone"
-GRACE_S, KILL_S = 10.0, 5.0  # for a child to end by itself once that of another host has failed; after SIGTERM
+GRACE_S = 10.0  # for a child to end by itself once that of another host has failed
+KILL_S = NOTICE_S + 3.0  # after SIGTERM, in which it keeps what it has done
 _PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # of Linux; looked up here, since a forked child should do little
 
 
@@ -62,12 +64,10 @@ def join_hosts() -> "Hosts":
     """Meets the others; one host alone where nothing says that there are more."""
     if not has_tpu() and not any(map(os.environ.get, VARIABLES)):
         return Hosts()
-    import jax
     from jax._src import distributed
 
     from rsagent_jax.runtime.processes import initialize_distributed
 
-    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM to itself
     initialize_distributed(beside=1, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=SHUTDOWN_S)
     state = distributed.global_state
     return Hosts(state.process_id, state.num_processes, state.client)
@@ -75,8 +75,12 @@ def join_hosts() -> "Hosts":
 
 @contextlib.contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises SystemExit within, on its way out of which a host stops its command and tells the others."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """SIGTERM raises Preempted within, on its way out of which a host stops its command and tells the others."""
+
+    def stop(*_: object) -> None:
+        raise Preempted("SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
@@ -169,7 +173,7 @@ def exit_status(code: int) -> int:
 
 
 def _stop(child: subprocess.Popen) -> None:
-    child.terminate()  # which jax keeps to itself in a process that has met others
+    child.terminate()
     try:
         child.wait(KILL_S)
     except subprocess.TimeoutExpired:

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rsagent_jax.runtime import sharding
+from rsagent_jax.runtime import preemption, sharding
 from rsagent_jax.runtime.hosts import PORT, USUAL_PORT, VARIABLES, has_tpu, hold_place
 from rsagent_jax.runtime.listening import coordinator_options, tie_coordinator
 from rsagent_jax.runtime.paths import make_directory
@@ -37,6 +37,7 @@ def initialize_distributed(beside: int = 0, **options: Any) -> None:
     beside: how many ports behind the usual one; options: of jax.distributed.initialize.
     """
     given = [os.environ.get(name) for name in VARIABLES]
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM to itself
     if any(given):
         if not all(given) or not (given[1].isdigit() and given[2].isdigit() and int(given[2]) < int(given[1])):
             state = ", ".join(f"{name}={value or ''}" for name, value in zip(VARIABLES, given, strict=True))
@@ -60,6 +61,8 @@ def initialize_distributed(beside: int = 0, **options: Any) -> None:
         finally:  # children meet at the usual one
             os.environ.pop(PORT, None)
             os.environ.update({PORT: usual} if usual else {})
+    if not beside and distributed.global_state.client:
+        preemption.tell_others(distributed.global_state.client, jax.process_index())
 
 
 def is_lead() -> bool:
@@ -161,20 +164,26 @@ def allgather_sum(counts: Sequence[int]) -> list[int]:
 
 
 def all_or_none(check: Callable[[], T]) -> T:
-    """What `check` returns, once it has passed on every process; a DataError on all where it fails on one.
+    """What `check` returns, once it has passed on every process; a DataError on all where it fails on one, else
+    Preempted on all where one is.
 
     Without it, those where it passes would go on and wait for the others. They wait here for as long as it takes, on
     the processes' own store: a collective of the CPU backend gives up after half a minute.
     """
     try:
-        result, problem = check(), None
+        result, problem, state = check(), None, ""
     except DataError as error:
-        result, problem = None, error
-    failed = sum(map(int, exchange(str(int(problem is not None)))))
+        result, problem, state = None, error, "failed"
+    except preemption.Preempted as stop:
+        result, problem, state = None, stop, stop.signal_name
+    states = [said for said in exchange(state) if said]
+    failed = states.count("failed")
+    if failed and state != "failed":
+        raise DataError(f"{failed} of {jax.process_count()} processes could not start; what they said is in their logs")
     if problem is not None:
         raise problem
-    if failed:
-        raise DataError(f"{failed} of {jax.process_count()} processes could not start; what they said is in their logs")
+    if states:
+        raise preemption.Preempted(states[0])
     return result
 
 

@@ -18,6 +18,7 @@ import threading
 import time
 from typing import Any
 
+from rsagent_jax.runtime import preemption
 from rsagent_jax.runtime.paths import create_file, read_bytes, remove_file, write_whole
 from rsagent_jax.types import DataError
 
@@ -52,6 +53,7 @@ def hold_workdir(workdir: pathlib.Path) -> None:
             hold_workdir(workdir)
             return
     atexit.register(_release, path, own)
+    preemption.before_end(lambda: _release(path, own))
     threading.Thread(target=_beat, args=(path, own), daemon=True).start()
 
 

@@ -25,7 +25,9 @@ from rsagent_jax.masks import intersection_union, mask_iou
 from rsagent_jax.rewards import RewardError, make_scorer
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
+from rsagent_jax.rollout.kept import ended_run, pack_run, take_up
 from rsagent_jax.rollout.policy import Task
+from rsagent_jax.runtime import preemption
 from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum, exchange
 from rsagent_jax.train.advantages import advantage_function, scale_by_batch, zero_variance
@@ -125,6 +127,8 @@ class GrpoSource:
         self.prompts = Prompts(self.pipeline, config.curriculum)
         self.in_flight = InFlight(driver, config.group, config.max_staleness)
         self.again: list[int] = []  # prompts that were in flight when the run was stopped
+        self.kept: dict[int, bytes] = {}  # by uid, of the next step: trajectories as far as they had come then
+        self.ended: dict[Task, tuple[Trajectory, EnvState]] = {}  # of the step that is being played
         self.advantage = advantage_function(config.advantage, config.ddof)
         self.score = make_scorer(config.reward)
         self.turn_score = make_scorer([group for group in config.reward if group.name in config.turn_credit])
@@ -134,13 +138,14 @@ class GrpoSource:
 
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         c, start = self.config, time.perf_counter()
-        self.judged, self.reward_seconds = [], 0.0
+        self.judged, self.ended, self.reward_seconds = [], {}, 0.0
         self.engine.load(policy(), key)
         load_seconds = time.perf_counter() - start
         played = self._play_on(start) if c.surplus else self._play(start)
         figures = played.metrics()
         waiting = figures.get("rollout/tool_wait", 0.0) * figures.get("rollout/seconds", 0.0)
         self.engine.release_memory()  # weights and cache give their memory to the gradients
+        self.kept = {}  # what is left is another process's, and the next step counts uids anew
         if errors := played.reward_errors:
             print(f"grpo: {len(errors)} of {len(played.rewards)} trajectories have no reward, such as: {errors[0]}")
         judged_from = time.perf_counter()
@@ -190,10 +195,8 @@ class GrpoSource:
             # numbers.
             first, places = len(out.samples), [(out.drawn + i, sample) for i, sample in drawn]
             tasks = [Task(s, first + g, i * c.group + k) for g, (i, s) in enumerate(places) for k in range(c.group)]
-            outcomes = self.driver.run(tasks)
-            out.seconds += time.perf_counter() - start  # without the wait for other processes
-            out.add([s for _, s in drawn], outcomes, missing, self.driver.metrics())
-            all_or_none(lambda: self._score(out))
+            round_ = functools.partial(self._play_round, out, [s for _, s in drawn], tasks, missing, start)
+            all_or_none(round_)
             if last:
                 break
             teach = out.by_group(self._trained(out) & ~np.repeat(self._flat(out), c.group)).any(axis=1)
@@ -203,6 +206,13 @@ class GrpoSource:
             out.replaced, start = ~teach, time.perf_counter()
         self._learn(out)
         return out
+
+    def _play_round(self, out: Rollouts, samples: list[Sample], tasks: list[Task], drawn: int, start: float) -> None:
+        outcomes = self.driver.run(tasks, take_up(self.kept, tasks, self.driver), self.ended)
+        out.seconds += time.perf_counter() - start  # without the wait for other processes
+        out.add(samples, outcomes, drawn, self.driver.metrics())
+        self._score(out)
+        preemption.check()  # before an update that may take longer than the notice
 
     def _all_agree(
         self, outcomes: list[tuple[Trajectory, EnvState]], broken: Counter, items: list[Item]
@@ -248,13 +258,21 @@ class GrpoSource:
             needed = not new and not self.in_flight.groups
             drawn = all_or_none(lambda: self.prompts.draw(missing, needed=needed))
             new += [(self.prompts.places[i], sample) for i, sample in drawn]
-        groups = self.in_flight.play(new, self.share.of(c.prompts, "grpo.prompts"))
+        all_or_none(lambda: self._play_in_flight(out, new, start))
+        self._learn(out)
+        return out
+
+    def _play_in_flight(self, out: Rollouts, new: list[tuple[int, Sample]], start: float) -> None:
+        c = self.config
+        known = functools.partial(take_up, self.kept, driver=self.driver)
+        groups = self.in_flight.play(new, self.share.of(c.prompts, "grpo.prompts"), known)
+        for g in groups:
+            self.ended |= {Task(g.sample, g.number, uid): outcome for uid, outcome in g.outcomes.items()}
         out.seconds = time.perf_counter() - start
         outcomes = [outcome for place, group in enumerate(groups) for outcome in group.in_order(place)]
         out.add([group.sample for group in groups], outcomes, c.prompts, self.driver.metrics())
-        all_or_none(lambda: self._score(out))
-        self._learn(out)
-        return out
+        self._score(out)
+        preemption.check()  # before an update that may take longer than the notice
 
     def _learn(self, out: Rollouts) -> None:
         if self.config.curriculum:
@@ -365,16 +383,26 @@ class GrpoSource:
         """Whether it took a turn and fits a row: its images together may need more patches than a row has."""
         return bool(t.loss_mask.any()) and fits(_item(t, 0.0), self.config.batch, self.processor.config)
 
+    def under_way(self) -> list[bytes]:
+        """Records of what has come of the step that was stopped, and of what is in flight; for `kept` of the start that
+        makes this step."""
+        ended = [ended_run(task, *outcome) for task, outcome in (self.ended | self.in_flight.ended()).items()]
+        records = [record for run in (*ended, *self.driver.broken_off) if (record := pack_run(run))]
+        return [*records, *self.kept.values()]
+
     def state(self) -> dict[str, Any]:
-        """What is in flight is kept by its prompts, and begun anew after a restart."""
+        """What is in flight is kept by its prompts, and begun anew after a restart but for what `kept` has."""
         if not self.config.surplus:
             return self.prompts.state()
         everywhere = [json.loads(said) for said in exchange(json.dumps([*self.in_flight.groups, *self.again]))]
-        return self.prompts.state() | {"in_flight": sorted({number for own in everywhere for number in own})}
+        numbers = sorted({number for own in everywhere for number in own})
+        return self.prompts.state() | {"in_flight": numbers, "version": self.driver.version}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.prompts.restore(state)
         self.again = list(state.get("in_flight", []))
+        if "version" in state:
+            self.driver.version = state["version"]
 
 
 def _item(t: Trajectory, advantage: float | np.ndarray) -> Item:

@@ -9,10 +9,10 @@ preferred; which groups a step gets depends on which were fast.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rsagent_jax.agent.environment import EnvState
-from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.driver import Driver, Run
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.types import Sample, Trajectory
 
@@ -43,18 +43,29 @@ class InFlight:
         self.groups: dict[int, Group] = {}  # by number
         self.waiting: Iterator[Task] = iter(())  # for a slot; what a step does not come to is the next one's
 
-    def play(self, new: Sequence[tuple[int, Sample]], count: int) -> list[Group]:
+    def play(
+        self,
+        new: Sequence[tuple[int, Sample]],
+        count: int,
+        take_up: Callable[[Sequence[Task]], list[Run]] = lambda tasks: [],
+    ) -> list[Group]:
         """Starts `new`, (number, sample), and plays until `count` groups are done, and all that may not wait any more.
 
         Returns so many that are done, the oldest first, or all of those that may not wait; they are in flight no more.
+        take_up: of new tasks those that an earlier start of the command has begun, as far as they had come.
         """
         driver = self.driver
         driver.version += 1
         started = [Group(number, sample, self.size) for number, sample in new]
         self.groups |= {group.number: group for group in started}
         tasks = [Task(g.sample, g.number, g.number * self.size + k) for g in started for k in range(self.size)]
-        self.waiting = iter([*self.waiting, *tasks])
-        playing = driver.play(self._begin(self.waiting), driver.broken_off)
+        begun = take_up(tasks)
+        for run in begun:
+            group, drawn_by = self.groups[run.task.group_id], [*(int(part[4].min()) for part in run.parts[1:])]
+            group.began = min([group.began or driver.version, *drawn_by, *map(int, run.versions)])
+        begun_tasks = {run.task for run in begun}
+        self.waiting = iter([*self.waiting, *(task for task in tasks if task not in begun_tasks)])
+        playing = driver.play(self._begin(self.waiting), [*driver.broken_off, *begun])
         try:
             for task, trajectory, state in playing:
                 self.groups[task.group_id].outcomes[task.uid] = trajectory, state
@@ -67,6 +78,11 @@ class InFlight:
         for group in taken:
             del self.groups[group.number]
         return taken
+
+    def ended(self) -> dict[Task, tuple[Trajectory, EnvState]]:
+        """Of the groups in flight what has ended."""
+        groups = self.groups.values()
+        return {Task(g.sample, g.number, uid): outcome for g in groups for uid, outcome in g.outcomes.items()}
 
     def _begin(self, tasks: Iterator[Task]) -> Iterator[Task]:
         for task in tasks:

@@ -96,13 +96,13 @@ class Checkpoints:
         where this one, or the one before it, cannot be written.
         """
         step = int(state.step)
+        self.check_there()
         if broken := not_finite(state.params):
             raise DataError(
                 f"{self.directory.name}: after update {step} {broken}; nothing was saved, and the last checkpoint is as"
                 " it was. Lower the learning rate, and see l2_grads and l2_updates in metrics.jsonl"
             )
-        with self._storing(self.saving):
-            self.manager.wait_until_finished()
+        self.finish()
         with self._storing(step):
             if not self._is_there("policy"):
                 self._copy_policy()
@@ -120,6 +120,14 @@ class Checkpoints:
             self.manager.save(step, args=args, metrics={SCORE: score, MEASURE: self.measure})
         self.saved_at = time.monotonic()
 
+    def check_there(self) -> None:
+        """DataError where the directory is no more: Orbax would make another, without what a start needs."""
+        if not self.directory.exists():
+            raise DataError(
+                f"{self.directory} has been removed under the run, and all that was saved with it: nothing can be gone"
+                " on from. Put the work directory back, or begin anew in another --workdir"
+            )
+
     def _copy_policy(self) -> None:
         copy = self._storing("policy")(lambda: copy_policy_files(self.weights, self.directory / "policy"))
         processes.all_or_none(copy if processes.is_lead() else lambda: None)
@@ -133,11 +141,20 @@ class Checkpoints:
         unnamed = sorted(self.directory.glob(f"{self.saving}.orbax-checkpoint-tmp*"))  # a bucket has none
         checksums.write_checksums(unnamed[-1] if unnamed else self.directory / str(self.saving))
 
+    @property
+    def newest(self) -> int | None:
+        """Step of the latest save, of this start or an earlier one; None where there is none."""
+        return self.manager.latest_step()
+
+    def finish(self) -> None:
+        """Waits for what is being written. DataError where that fails."""
+        with self._storing(self.saving):
+            self.manager.wait_until_finished()
+
     def check(self) -> None:
         """DataError once a save in the background has failed."""
         if not self.manager.is_saving_in_progress():
-            with self._storing(self.saving):
-                self.manager.wait_until_finished()  # for nothing: it raises what ended the save
+            self.finish()  # for nothing: it raises what ended the save
 
     @contextlib.contextmanager
     def _storing(self, step: int | str, done: str = "written") -> Iterator[None]:

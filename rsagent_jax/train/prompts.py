@@ -69,7 +69,7 @@ class Prompts:
         return found
 
     def state(self) -> dict[str, Any]:
-        more = {"success": self.success, "passed_over": self.passed_over} if self.curriculum else {}
+        more = {"success": dict(self.success), "passed_over": self.passed_over} if self.curriculum else {}
         return self.pipeline.state() | more
 
     def restore(self, state: dict[str, Any]) -> None:

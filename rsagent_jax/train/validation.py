@@ -42,6 +42,7 @@ from rsagent_jax.runtime import processes
 from rsagent_jax.runtime.journal import decisive_settings
 from rsagent_jax.runtime.json_lines import keep_lines
 from rsagent_jax.runtime.paths import AppendFile
+from rsagent_jax.runtime.preemption import Preempted
 from rsagent_jax.types import DataError, Status, Trajectory
 
 RESULTS = "validation.jsonl"
@@ -156,8 +157,13 @@ class Validator:
         every = self.config.validation.every
         return bool(self.sets) and (step == steps or bool(every and step % every == 0))
 
+    def was_stopped(self, done: int, steps: int) -> bool:
+        """Whether an earlier start was to validate step `done` and has not come to it."""
+        return bool(done and self.history) and done not in self.history and self.due(done, steps)
+
     def run(self, policy: Callable[[], nnx.State], step: int) -> dict[str, float]:
-        """The figures of the weights that `policy` gives, by the names that they are logged under.
+        """The figures of the weights that `policy` gives, by the names that they are logged under; {} where a signal
+        stopped it, and then the next start does it.
 
         The engine's memory is free again afterwards. DataError, on all processes, where a sample cannot be read
         (data.unreadable=stop), or where the segmenter stays away.
@@ -170,7 +176,10 @@ class Validator:
             key = jax.random.key(self.config.seed)
             self.driver.policy.load(params, key, greedy=self.config.validation.greedy)
             del params  # a copy of the parameters need not stay while the engine plays with its own
-            values = self._measure(step)
+            try:
+                values = self._measure(step)
+            except Preempted:  # the step is not lost: it is saved when the next one begins
+                return {}
         line = {"stage": self.stage, "step": step, "checksum": checksum, "settings": self.settings, "values": values}
         self.history[step] = line | {"seconds": time.perf_counter() - start}
         self._know(line)

@@ -197,6 +197,13 @@ class EchoDriver(Driver):
         super()._add(run, completion)
         return self.script(run.task, run.state)
 
+    def take_up(self, run):
+        run = super().take_up(run)
+        if run.text:  # of a turn whose tool is asked again
+            run.text = self.script(run.task, run.state)
+            run.acts = functools.partial(self._act, run.state, run.text, *run.acts.args[2:])
+        return run
+
 
 def count_compiles() -> list[str]:
     """A list that grows with every program that is compiled from now on."""

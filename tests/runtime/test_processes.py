@@ -6,6 +6,7 @@ train.run_stage: sources, rollouts, programs, checkpoints.
 
 import itertools
 import json
+import re
 import shutil
 import types
 
@@ -20,7 +21,7 @@ from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError
 from tests.refusals import refused
 from tests.rollout import small
-from tests.simulated import run_simulated
+from tests.simulated import run_all_simulated
 
 pytestmark = pytest.mark.slow
 
@@ -56,18 +57,22 @@ def train_on(stored, tmp_path_factory):
     """train_on(stage, mesh, n processes, devices of each, steps, from_run, …) -> Run; each is done once."""
     done, compiled = {}, tmp_path_factory.mktemp("compiled")
 
-    def go(stage, mesh, n=1, devices=8, steps=2, start=None, name=None, rank=0, freeze=(), delays=(), grpo=None):
-        key = (stage, json.dumps(mesh), n, devices, steps, start, rank, freeze, delays, json.dumps(grpo))
+    def go(
+        stage, mesh, n=1, devices=8, steps=2, start=None, name=None, rank=0, freeze=(), delays=(), grpo=None, stop=None
+    ):
+        key = (stage, json.dumps(mesh), n, devices, steps, start, rank, freeze, delays, json.dumps(grpo), stop)
         if key not in done:
             workdir = tmp_path_factory.mktemp(name or "run")
             if start:
                 shutil.copytree(start / "checkpoints", workdir / "checkpoints")
                 shutil.copy(start / "metrics.jsonl", workdir)
             job = dict(stage=stage, mesh=mesh, devices=n * devices, steps=steps, workdir=str(workdir))
-            job |= dict(rank=rank, freeze=freeze, delays=delays, grpo=grpo or {})
+            job |= dict(rank=rank, freeze=freeze, delays=delays, grpo=grpo or {}, stop=stop)
             job |= dict(stored=str(stored), weights=str(small.weights()), out=str(workdir / "params.npz"))
             cache = {} if n > 1 else {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
-            run_simulated(["-m", "tests.mesh_worker", json.dumps(job)], devices, n, QUICK, **cache)
+            statuses = () if stop is None else (75,) * n
+            argv = ["-m", "tests.mesh_worker", json.dumps(job)]
+            (workdir / "said").write_text(run_all_simulated(argv, devices, n, QUICK, statuses, **cache)[0])
             done[key] = workdir
         return done[key]
 
@@ -151,6 +156,20 @@ def test_slow_tools_on_one_process_neither_change_nor_stop_what_two_of_them_play
     assert {"tokens_per_s", "turns", "endings/finished"} <= {*slow}
     # Between the rollouts of steps 2 and 3: a train step and the weights' way to every process, all compiled before.
     assert [part[2]["compiled"] - part[1]["compiled"] for part in (whole, *parts)] == [0, 0, 0]
+
+
+@pytest.mark.timeout(900)
+def test_sigterm_to_one_process_in_a_rollout_stops_both_and_they_go_on_with_what_they_had_played(train_on):
+    """Process 1 gets it; process 0, whose tools are slower, hears of it and keeps its part as well."""
+    how = dict(n=2, devices=2, steps=3, delays=(0.7, 0.0))
+    stopped = train_on("grpo", {"fsdp": 4}, **how, stop=1)
+    assert re.search(r"grpo after step 1 is saved, and \d+ trajectories .* of step 2", (stopped / "said").read_text())
+    kept = sorted(path.parent.name for path in stopped.glob("checkpoints/grpo/under_way/*/collect.json"))
+    assert kept == ["00000-of-00002", "00001-of-00002"]
+    resumed = train_on("grpo", {"fsdp": 4}, **how, start=stopped)
+    assert "goes on within step 2, of which" in (resumed / "said").read_text()
+    assert_same(Run(resumed), Run(train_on("grpo", {"fsdp": 2}, devices=2, steps=3, delays=(0.0,))))
+    assert not (resumed / "checkpoints/grpo/under_way").exists()
 
 
 def alarms_of(workdir) -> list[tuple[int, str]]:

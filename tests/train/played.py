@@ -34,7 +34,7 @@ class Played:
     def __init__(self, groups):
         self.groups, self.tasks, self.loaded = groups, [], []
 
-    def run(self, tasks):
+    def run(self, tasks, *_):
         self.tasks += tasks
         out, groups = [], list(self.groups)
         for t in tasks:

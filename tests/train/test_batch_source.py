@@ -66,7 +66,7 @@ def test_a_copy_of_the_policy_is_gone_when_the_rollouts_start(monkeypatch):
     s, alive = source([[trajectory(0, 20), trajectory(0, 10)]]), []
     run = s.driver.run
     monkeypatch.setattr(s.engine, "load", lambda params, key: alive.append(weakref.ref(params)))
-    monkeypatch.setattr(s.driver, "run", lambda tasks: alive.append(alive[0]() is not None) or run(tasks))
+    monkeypatch.setattr(s.driver, "run", lambda tasks, *_: alive.append(alive[0]() is not None) or run(tasks))
     s.next(Copy, None)
     assert alive[1] is False
 
@@ -233,7 +233,7 @@ def test_the_trajectory_that_a_reward_fails_on_is_kept(tmp_path):
     state = environment.reset(image.image, image.query, AgentConfig(), small.processor().images.limits)
     state = environment.abort(state, Status.MAX_CONTEXT)
     run, s.workdir = s.driver.run, tmp_path
-    s.driver.run = lambda tasks: [(t, state) for t, _ in run(tasks)]
+    s.driver.run = lambda tasks, *_: [(t, state) for t, _ in run(tasks)]
     says = r"own/f .*AttributeError for sample s0: .*bad_reward.py, line 2.*\n.*reward_err"
     with pytest.raises(RewardError, match=says):
         s.next(nothing_new, None)

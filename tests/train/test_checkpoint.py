@@ -20,7 +20,8 @@ from rsagent_jax.models.qwen25_vl import convert, lora
 from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
 from rsagent_jax.models.qwen25_vl.steps import find_step
-from rsagent_jax.runtime import sharding
+from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.runtime import preemption, sharding
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train.checkpoint import NO_ADAPTERS, Checkpoints
 from rsagent_jax.train.state import cast_frozen, create_state, make_optimizer, partition_params
@@ -136,6 +137,40 @@ def test_run_4_equals_run_2_and_resume_2(stage, part, go, tmp_path):
     if stage == "sft":
         assert_same(go(stage, tmp_path / "parts"), whole)
         assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("stage", "turns"), [("sft", 0), ("grpo", 5)])
+def test_a_signal_in_a_step_loses_nothing_of_it(stage, turns, go, tmp_path, monkeypatch):
+    """The third step is stopped, in GRPO after some turns of its rollout; the last planned checkpoint is that of the
+    second, and is not made twice."""
+    logged, drawn, add = [], [], Driver._add
+
+    class Counting(MetricsLog):
+        def write(self, stage, step, values):
+            super().write(stage, step, values)
+            logged.append(step)
+
+    def stops():
+        if logged[-1:] == [2] and len(drawn) >= turns:
+            raise preemption.Preempted("SIGTERM")
+
+    whole = go(stage, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(preemption, "check", stops)
+        patched.setattr(Driver, "_add", lambda *a: drawn.extend([1] * (logged[-1:] == [2])) or add(*a))
+        with pytest.raises(preemption.Preempted) as stop:
+            go(stage, tmp_path / "parts", Counting)
+    kept, saved = tmp_path / "parts/checkpoints" / stage / "under_way", 2 * (2 if stage == "grpo" else 1)
+    assert find_step(kept.parent, "last") == saved and f"{stage} after step 2 is saved" in stop.value.kept
+    assert kept.exists() == ("trajectories (" in stop.value.kept) == (stage == "grpo")
+    assert_same(go(stage, tmp_path / "parts"), whole)
+    assert not kept.exists()
+    for got, want in zip(lines(tmp_path / "parts"), lines(tmp_path / "whole"), strict=True):
+        exactly = stage == "sft" or got["step"] < 3
+        near = {
+            k: v if exactly or isinstance(v, str) else pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in want.items()
+        }
+        assert got == near
 
 
 def test_a_step_in_which_nothing_teaches_moves_no_bit_of_the_state_and_is_counted(go, tmp_path, monkeypatch):

@@ -183,6 +183,15 @@ def test_a_save_that_failed_in_the_background_is_said_once_and_the_last_whole_on
     assert steps_in(directory) == {"2", "4"}
 
 
+def test_a_directory_that_is_removed_under_the_run_is_no_place_to_save_in(tmp_path):
+    with closing(tmp_path / "sft") as checkpoints:
+        checkpoints.save(state(2), {})
+        checkpoints.finish()
+        shutil.rmtree(tmp_path / "sft")
+        refused("sft has been removed under the run", checkpoints.save, state(4), {})
+    assert not (tmp_path / "sft").exists()
+
+
 def test_what_is_kept_beside_the_newest(tmp_path):
     with closing(tmp_path / "sft", keep_last=1, keep_every=4) as checkpoints:
         for step in range(1, 11):

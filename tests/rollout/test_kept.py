@@ -1,0 +1,84 @@
+"""A rollout that a signal stops goes on from records as if it had not been stopped, in another driver."""
+
+import itertools
+
+import numpy as np
+import pytest
+from agent_fakes import DiscSegmenter
+
+from rsagent_jax.rollout.kept import ended_run, pack_run, record_about, take_up
+from rsagent_jax.runtime import preemption
+from sam_bridge.types import FailureKind, SegmenterError
+from tests.rollout import small
+from tests.rollout.test_carry_over import SCRIPTS, TASKS, driver, engine, whole
+
+
+def scripted(segmenter) -> small.EchoDriver:
+    agent = driver(engine()).agent
+    return small.EchoDriver(engine(), segmenter, small.processor(), agent, script=small.scripted(SCRIPTS))
+
+
+def stop_after(monkeypatch, looks: int) -> None:
+    count = itertools.count(1)
+
+    def check():
+        if next(count) > looks:
+            raise preemption.Preempted("SIGTERM")
+
+    monkeypatch.setattr(preemption, "check", check)
+
+
+def played_until(d, kept, ended):
+    """The outcomes of all tasks; None where it was stopped, and then `kept` has the records."""
+    runs = take_up(kept, TASKS, d)
+    try:
+        return dict(zip(TASKS, d.run(TASKS, runs, ended), strict=True))
+    except preemption.Preempted:
+        runs = [*(ended_run(task, *outcome) for task, outcome in ended.items()), *d.broken_off]
+        records = [record for run in runs if (record := pack_run(run))]
+        kept |= {record_about(record)["uid"]: record for record in records}
+        return None
+
+
+@pytest.mark.parametrize("looks", [(3,), (9, 4), (20,), (6, 6, 6)])
+def test_tokens_masks_and_endings_are_those_of_an_unbroken_play(monkeypatch, looks):
+    kept, before = {}, {}
+    for stop in (*looks, 1 << 30):
+        d = scripted(DiscSegmenter())
+        stop_after(monkeypatch, stop)
+        found = played_until(d, kept, {})
+        drawn = {uid: record_about(record)["turns"] for uid, record in kept.items()}
+        assert all(drawn.get(uid, 9) >= turns for uid, turns in before.items())  # nothing is lost again
+        before = drawn
+    assert kept == {} and set(found) == set(TASKS)
+    for task, (t, state) in found.items():
+        want = whole()[task.uid]
+        np.testing.assert_array_equal(t.tokens, want.tokens)
+        np.testing.assert_array_equal(t.positions, want.positions)
+        np.testing.assert_array_equal(t.patches, want.patches)
+        np.testing.assert_array_equal(t.final_mask, want.final_mask)
+        assert (t.grids, t.status, len(t.turns), len(state.turns)) == (want.grids, want.status, *[len(want.turns)] * 2)
+        np.testing.assert_allclose(t.logprobs, want.logprobs, rtol=0, atol=1e-4)  # read in other pieces
+
+
+def test_what_was_drawn_keeps_its_log_probs_to_the_bit_and_a_tool_that_died_as_well_is_asked_again(monkeypatch):
+    class Dead(DiscSegmenter):
+        def segment(self, image, request):
+            raise SegmenterError(FailureKind.UNAVAILABLE, "stopped, too")
+
+    kept, ended = {}, {}
+    d = scripted(Dead())
+    stop_after(monkeypatch, 40)
+    assert played_until(d, kept, ended) is None or not kept
+    if not kept:  # all have ended, most of them by the tool
+        kept = {task.uid: pack_run(ended_run(task, *outcome)) for task, outcome in ended.items()}
+    failed = [t for t, _ in ended.values() if t.status == "env_failed"]
+    assert failed and not [uid for uid in kept if record_about(kept[uid])["status"] == "env_failed"]
+    monkeypatch.undo()
+    d = scripted(DiscSegmenter())
+    drawn = {task.uid: t for task, (t, _) in ended.items()}
+    for task, t in zip(TASKS, (t for t, _ in d.run(TASKS, take_up(kept, TASKS, d))), strict=True):
+        np.testing.assert_array_equal(t.tokens, whole()[task.uid].tokens)
+        if task.uid in drawn:
+            n = len(drawn[task.uid].tokens)
+            np.testing.assert_array_equal(t.logprobs[:n], drawn[task.uid].logprobs)
