@@ -36,7 +36,9 @@ from rsagent_jax.rollout.mock import MockEngine
 from rsagent_jax.rollout.open import engine_layout, open_engine
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.runtime.loggers import open_loggers
+from rsagent_jax.runtime.progress import PROGRESS
 from rsagent_jax.runtime.train_log import MetricsLog
+from rsagent_jax.runtime.watchdog import WATCHDOG
 from rsagent_jax.runtime.workdir_lock import hold_workdir
 from rsagent_jax.train import run_identity, startup
 from rsagent_jax.train.alarms import Alarms
@@ -93,6 +95,7 @@ def main(
         config = processes.all_or_none(lambda: startup.replay_config(config, workdir))
     config = processes.all_or_none(lambda: startup.check_train(config, workdir, replay=bool(replay)))
     processes.all_or_none(lambda: run_identity.check_config(workdir, config))
+    WATCHDOG.limit(60 * config.hang_minutes, startup.slowest_answer(config))
     command.use_compilation_cache(config.cache_dir, workdir / "compiled")
     weights = policy_directory(config.policy.weights)
     processor = Processor.load(weights)
@@ -211,6 +214,7 @@ def run_stage(
     replay: str = "",
 ) -> Policy:
     """Trains one stage to its end, from its newest checkpoint if it has one; or from the dump `replay`."""
+    PROGRESS.enter(f"start of {name}")
     stage, settings = make_stage(config, name), getattr(config, name)
     source = open_source(config, name, workdir, policy, replay, stack)
     steps, updates, key, mesh = source.steps, stage.updates, stage_key(config, name), policy.mesh
@@ -272,6 +276,7 @@ def run_stage(
     work = WorkCounter(policy.processor.config.text, mesh, *promised)
     bar = dict(initial=done, total=steps, desc=name, unit="step", mininterval=2.0, disable=None)  # on a terminal
     for step in tqdm(range(done + 1, steps + 1), **bar):
+        PROGRESS.enter("batch", step)
         batches = refs = None  # the last step's give their memory to the rollouts
         processes.all_or_none(checkpoints.check)
         batches, metrics = source.next(policy_for_rollouts, jax.random.fold_in(key, step))
@@ -279,6 +284,7 @@ def run_stage(
         metrics |= rollout_figures(source.judged)
         clock.lap("reward")
         work.begin(batches)
+        PROGRESS.enter("update", step)
         if batches and not made:
             save_first_batch(processes.own_directory(workdir), name, batches[0], policy.processor, log)
         if batches:
@@ -303,6 +309,7 @@ def run_stage(
             state = skip(state, updates)
             metrics |= dict.fromkeys(("loss", "l2_grads", "l2_updates"), 0.0)
         clock.lap("update")
+        PROGRESS.enter("validation", step)
         if validated := validator.due(step, steps):
             batches = refs = None
             metrics |= validator.run(policy_for_rollouts, step)
@@ -314,6 +321,7 @@ def run_stage(
         log.write(name, step, metrics | work.figures(metrics, passes=stage.epochs))
         log.examples(step, source.examples)
         alarms.add(step, metrics, source.examples)
+        PROGRESS.enter("checkpoint", step)
         every, ended = settings.checkpoint_every, validated and validator.stop(step)
         planned = step == steps or ended or (every and step % every == 0)
         if planned or (validated and config.validation.keep_best) or checkpoints.due():
@@ -323,4 +331,5 @@ def run_stage(
             clock.lap("checkpoint")  # of the next step's time
         if ended:
             break
+    PROGRESS.enter(f"end of {name}")
     return dataclasses.replace(policy, params=make_plain(base, lora, "float32")(state.params, base))

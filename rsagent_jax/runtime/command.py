@@ -42,6 +42,7 @@ from rsagent_jax.config.ranges import field_type
 from rsagent_jax.config.recipe import RecipeConfig
 from rsagent_jax.runtime.help import help_page
 from rsagent_jax.runtime.paths import bucket_problem, bucket_used, check_writable, open_path
+from rsagent_jax.runtime.watchdog import WATCHDOG
 from rsagent_jax.types import DataError
 from sam_bridge.types import SegmenterError
 
@@ -78,6 +79,7 @@ def _exit(status: int) -> NoReturn:
         status = status or NO_READER
     if status == NO_READER:  # or Python would complain at its end of what it cannot write
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    WATCHDOG.end(status)
     # Threads of Orbax's would wait for a bucket that is gone, a quarter of an hour. A command without them may hold
     # jax's service for other hosts (rsagent_jax.reproduce), which would be ended by its absence.
     if status and bucket_used() and "orbax.checkpoint" in sys.modules:
@@ -126,16 +128,21 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         resumes = isinstance(flags.get("config"), schema.TrainConfig | RecipeConfig | AblationConfig)
         return main(*arguments, **flags) or 0
     except (DataError, SegmenterError) as error:
+        WATCHDOG.explain(error)
         kind = "segmenter: " if isinstance(error, SegmenterError) else ""
         print(f"error: {kind}{error}", file=sys.stderr)
         return 2
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return NO_READER
+        WATCHDOG.explain(error)
         if not (said := bucket_problem(error)):
             raise
         print(f"error: {said}", file=sys.stderr)
         return 2
+    except SystemExit as error:
+        WATCHDOG.explain(error)
+        raise
     except KeyboardInterrupt:
         hint = "; run the same command again to go on from the last checkpoint" if resumes else ""
         print(f"stopped{hint}", file=sys.stderr)

@@ -68,7 +68,7 @@ def join_hosts() -> "Hosts":
     from rsagent_jax.runtime.processes import initialize_distributed
 
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM to itself
-    initialize_distributed(beside=1, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=SHUTDOWN_S)
+    initialize_distributed(beside=1, shutdown_timeout_seconds=SHUTDOWN_S)
     state = distributed.global_state
     return Hosts(state.process_id, state.num_processes, state.client)
 

@@ -17,6 +17,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -61,6 +62,7 @@ class Checkpoints:
         """
         self.directory, self.measure = absolute(directory), measure
         self.adapters = {"rank": adapters.rank, "alpha": adapters.alpha} if adapters.rank else None
+        self.failed: BaseException | None = None  # what ended a save in the background
         self.has_base = False  # the one on disk is that of this run
         self.minutes, self.saved_at, self.saving = minutes, time.monotonic(), -1
         copy = self._storing("policy")(lambda: copy_policy_files(weights, self.directory / "policy"))
@@ -74,13 +76,23 @@ class Checkpoints:
             preservation_policy=kept.AnyPreservationPolicy(policies),
             best_fn=score,
             enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._write_checksums, barrier_sync_fn=self._meet_others
+            ),
             # Of a save that a kill or a full disk has cut short. In a bucket what has no mark counts as one, `policy`
             # too; there Orbax reads nothing without a mark, and writes over it.
             cleanup_tmp_directories=not is_remote(self.directory),
         )
         with self._storing("opened"):
             self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def _meet_others(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier for its threads. One whose own part of a save has failed would wait there for the others, and
+        they for it, for twenty minutes: it ends with its error instead, and `check` ends the run."""
+        if error := sys.exception():
+            self.failed = error
+            raise error
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def due(self) -> bool:
         """Whether `minutes` have passed since the last save; the lead's clock decides, which all call together."""
@@ -125,7 +137,7 @@ class Checkpoints:
 
     def check(self) -> None:
         """DataError once a save in the background has failed."""
-        if not self.manager.is_saving_in_progress():
+        if self.failed or not self.manager.is_saving_in_progress():
             with self._storing(self.saving):
                 self.manager.wait_until_finished()  # for nothing: it raises what ended the save
 
