@@ -89,7 +89,7 @@ class Checkpoints:
     def _meet_others(self, *, key: str, timeout_ms: int) -> None:
         """Orbax's barrier for its threads. One whose own part of a save has failed would wait there for the others, and
         they for it, for twenty minutes: it ends with its error instead, and `check` ends the run."""
-        if error := sys.exception():
+        if jax.process_count() > 1 and (error := sys.exception()):
             self.failed = error
             raise error
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
