@@ -95,7 +95,6 @@ def main(
         config = processes.all_or_none(lambda: startup.replay_config(config, workdir))
     config = processes.all_or_none(lambda: startup.check_train(config, workdir, replay=bool(replay)))
     processes.all_or_none(lambda: run_identity.check_config(workdir, config))
-    WATCHDOG.limit(60 * config.hang_minutes, startup.slowest_answer(config))
     command.use_compilation_cache(config.cache_dir, workdir / "compiled")
     weights = policy_directory(config.policy.weights)
     processor = Processor.load(weights)
@@ -120,6 +119,7 @@ def main(
     ############################## Stages ##############################
     for name in config.stages:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(WATCHDOG.limited(60 * config.hang_minutes, startup.slowest_answer(config)))
             policy = run_stage(name, config, workdir, log, policy, stack, replay)
     log.close()
     for line in log.failures():

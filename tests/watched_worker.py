@@ -27,12 +27,16 @@ def main(
     fails: str = "",  # i/n: host i does, in step n
     saves: str = "",  # a directory: a checkpoint in every step
     full: str = "",  # i/n: from step n on host i has no room for one
-    silent_s: float = 3.0,
+    silent_s: float = 4.0,
     hang_s: float = 0.0,
 ):
     watchdog.BEAT_S, watchdog.POLL_S, watchdog.GRACE_S, watchdog.SILENT_S = 0.3, 0.1, 1.0, silent_s
     processes.initialize_distributed()
-    watchdog.WATCHDOG.limit(hang_s, 0.0)
+    with watchdog.WATCHDOG.limited(hang_s, 0.0):
+        run(steps, outside, hangs, fails, saves, full)
+
+
+def run(steps: int, outside: bool, hangs: str, fails: str, saves: str, full: str) -> None:
     at = f"{jax.process_index()}/{{}}".format
     meet = (lambda: processes.exchange("")) if outside else (lambda: multihost_utils.process_allgather(np.int32(1)))
     save = saver(pathlib.Path(saves)) if saves else lambda step: None

@@ -112,7 +112,8 @@ def _not_lost(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def run_command(name: str, argv: Sequence[str]) -> int:
-    """The exit status of the command in a module, or in a file. Bad input: one message on stderr and 2; Ctrl-C: 130;
+    """The exit status of the command in a module, or in a file. Bad input: one message on stderr and 2, or what the
+    error has as its `status`; Ctrl-C: 130;
     nobody reads its output any more: NO_READER."""
     resumes = False
     sys.unraisablehook = _not_lost
@@ -131,7 +132,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         WATCHDOG.explain(error)
         kind = "segmenter: " if isinstance(error, SegmenterError) else ""
         print(f"error: {kind}{error}", file=sys.stderr)
-        return 2
+        return getattr(error, "status", 2)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return NO_READER

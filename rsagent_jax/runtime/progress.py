@@ -16,15 +16,18 @@ class _Progress:
         self.longest: dict[str, float] = {}  # seconds that a part took between two signs of getting on
         self.first = True  # what is done now was not done before, or is compiled
         self.first_s = self.least_s = 0.0
+        self.hears_jax = False
 
     def limit(self, first_s: float, answer_s: float) -> None:
-        """first_s: seconds that anything may take the first time, or while it is compiled. Later it may take a tenth of
-        them, or TIMES the longest so far if that is more, but no more than first_s; and answer_s beside, for an answer
-        that somebody else limits."""
-        import jax
-
+        """first_s: seconds that anything may take the first time, or while it is compiled; 0 = no limit. Later it may
+        take a tenth of them, or TIMES the longest so far if that is more, but no more than first_s; and answer_s on
+        top, for an answer that somebody else limits."""
         self.first_s, self.least_s = first_s + answer_s, first_s / 10 + answer_s
-        jax.monitoring.register_scalar_listener(self._compiles)
+        if first_s and not self.hears_jax:
+            import jax
+
+            jax.monitoring.register_scalar_listener(self._compiles)
+            self.hears_jax = True
 
     def enter(self, phase: str, step: int = 0) -> None:
         """What is done from now on; all hosts in the same order."""

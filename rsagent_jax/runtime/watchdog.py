@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from rsagent_jax.config.import_path import first_line
@@ -49,11 +49,16 @@ class _Watchdog:
         self.why, self.status = "", 0
         self.deciding, self.talking = threading.Event(), threading.Event()
 
-    def limit(self, first_s: float, answer_s: float) -> None:
-        """Ends the process where its main thread hangs, as PROGRESS.limit says; for first_s = 0 it may."""
+    @contextlib.contextmanager
+    def limited(self, first_s: float, answer_s: float) -> Iterator[None]:
+        """Ends the process where its main thread hangs within, as PROGRESS.limit says; for first_s = 0 it may."""
         if first_s:
             PROGRESS.limit(first_s, answer_s)
             self._start()
+        try:
+            yield
+        finally:
+            PROGRESS.limit(0.0, 0.0)
 
     def _start(self) -> None:
         if not self.deciding.is_set():
@@ -154,7 +159,8 @@ class _Watchdog:
         os.write(2, f"\nerror: {line}{own}. {GOES_ON}\n".encode())  # the main thread may hold sys.stderr
         self.ended = [status, line]
         if self.store and reachable:
-            _within(BEAT_S, lambda: self.store.key_value_set(f"{KEY}/verdict", json.dumps(self.ended)))
+            _within(BEAT_S, self._tell)
+            _within(BEAT_S, lambda: self.store.key_value_set(f"{KEY}/verdict", json.dumps([status, line])))
             time.sleep(0 if self.index else 2 * BEAT_S)  # host 0's store goes when all have read it
         _within(1.0, sys.stdout.flush)
         os._exit(status)

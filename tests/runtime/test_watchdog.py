@@ -1,6 +1,6 @@
 """Hosts that die, stop, are cut off, fail or hang: what the others say and when, and what the next start finds.
 
-Every host is a process (tests/watched_worker.py) with times that are a tenth of a run's: silent for 3 s is gone.
+Every host is a process (tests/watched_worker.py) with times that are a tenth of a run's: silent for 4 s is gone.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from tests.simulated import start_simulated
 
 pytestmark = pytest.mark.slow
 
-SOON_S = 15.0  # 3 s, and what a busy machine adds
+SOON_S = 60.0  # on a busy machine, the start included; jax itself would give another status
 
 
 @contextlib.contextmanager
@@ -57,10 +57,10 @@ def wait_and_see(running, gone: int, says: str) -> None:
 @pytest.mark.parametrize(
     ("count", "gone", "how", "says"),
     [
-        (2, 1, signal.SIGKILL, r"no sign of life for 3 s of host 1 of 2 .*, last heard of in its \w+ of step \d"),
+        (2, 1, signal.SIGKILL, r"no sign of life for 4 s of host 1 of 2 .*, last heard of in its \w+ of step \d"),
         (2, 0, signal.SIGKILL, r"host 0 of 2 .* cannot be reached any more"),
         (2, 0, signal.SIGSTOP, r"host 0 of 2 .* cannot be reached any more"),
-        (4, 2, signal.SIGSTOP, r"no sign of life for 3 s of host 2 of 4 .*\(this one: \w+ of step \d+\). Nothing"),
+        (4, 2, signal.SIGSTOP, r"no sign of life for 4 s of host 2 of 4 .*\(this one: \w+ of step \d+\). Nothing"),
     ],
 )
 def test_others_end_and_name_a_host_that_is_killed_or_stopped(count, gone, how, says):
@@ -131,17 +131,17 @@ def test_one_that_fails_ends_the_others_with_its_status_and_its_reason():
 
 
 def test_one_that_hangs_is_named_and_not_those_that_wait_for_it():
-    with hosts(2, "--hangs=1/6", "--hang_s=20") as running:
+    with hosts(2, "--hangs=1/6", "--hang_s=40") as running:
         for status, line in map(ends, running):
             assert status == HOST_LOST
-            assert re.search(r"error: host 1 of 2 .* has not got on in its rollout of step 6 for 2 s", line)
+            assert re.search(r"error: host 1 of 2 .* has not got on in its rollout of step 6 for 4 s", line)
 
 
 def test_a_process_alone_that_hangs_ends():
-    with hosts(1, "--hangs=0/3", "--hang_s=20") as running:
+    with hosts(1, "--hangs=0/3", "--hang_s=40") as running:
         status, line = ends(running[0])
     assert status == HOST_LOST and line.startswith(
-        "error: this process has not got on in its rollout of step 3 for 2 s"
+        "error: this process has not got on in its rollout of step 3 for 4 s"
     )
 
 
