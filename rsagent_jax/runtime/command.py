@@ -142,9 +142,11 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         print(f"error: {said}", file=sys.stderr)
         return 2
     except SystemExit as error:
-        WATCHDOG.explain(error)
+        if error.code:
+            WATCHDOG.explain(error)
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        WATCHDOG.explain(error)
         hint = "; run the same command again to go on from the last checkpoint" if resumes else ""
         print(f"stopped{hint}", file=sys.stderr)
         return 130

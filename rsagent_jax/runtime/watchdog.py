@@ -47,7 +47,7 @@ class _Watchdog:
         self.verdict: list | None = None  # status and line, of the host that was first
         self.ended: list | None = None  # status and reason of this one
         self.why, self.status = "", 0
-        self.deciding, self.talking = threading.Event(), threading.Event()
+        self.deciding, self.quiet = threading.Event(), threading.Event()
 
     @contextlib.contextmanager
     def limited(self, first_s: float, answer_s: float) -> Iterator[None]:
@@ -73,7 +73,6 @@ class _Watchdog:
         self.index, self.count, self.store, self.address = index, count, store, address
         self.answered = time.monotonic()
         self.heard = dict.fromkeys(set(range(count)) - {index}, self.answered)
-        self.talking.set()
         self.talker = threading.Thread(target=self._talk, daemon=True)
         self.talker.start()
         atexit.register(self.end)  # of an error that nobody has caught
@@ -89,7 +88,7 @@ class _Watchdog:
         self.store.key_value_set(f"{KEY}/{self.index}", json.dumps(told), allow_overwrite=True)
 
     def _talk(self) -> None:
-        while self.talking.is_set():
+        while not self.quiet.is_set():
             with contextlib.suppress(Exception):  # no answer; `_found` looks for how long
                 if not self.ended:
                     self._tell()
@@ -98,7 +97,7 @@ class _Watchdog:
                 for index in self.heard:
                     if (new := said.get(str(index), {})) != self.told.get(index, {}):
                         self.told[index], self.heard[index] = new, self.answered
-            time.sleep(BEAT_S)
+            self.quiet.wait(BEAT_S)
 
     ############################## What is decided ##############################
 
@@ -121,7 +120,7 @@ class _Watchdog:
             return tuple(self.verdict)
         ended = {i: told["ended"] for i, told in self.told.items() if "ended" in told}
         for i, (status, why) in ended.items():
-            if status and now - self.heard[i] > GRACE_S:
+            if why and now - self.heard[i] > GRACE_S:
                 return status, f"{self._name(i)} has ended with status {status} in its {self._where(i)}: {why}"
         if self.index and now - self.answered > SILENT_S:
             return HOST_LOST, self._unreachable()
@@ -166,17 +165,17 @@ class _Watchdog:
         os._exit(status)
 
     def end(self, status: int | None = None) -> None:
-        """Of a process that ends by itself: tells the others. After an error it does not return, nor wait for them
-        where jax waits for all."""
+        """Of a process that ends by itself: tells the others. After an error that was explained it does not return, nor
+        wait for them where jax waits for all. Others, as a preemption, are everybody's: each host saves what it has."""
         self.deciding.clear()
         if self.store is None or self.ended:
             return
-        self.ended = [self.status if status is None else status, self.why or "stopped"]
+        self.ended = [self.status if status is None else status, self.why]
         with contextlib.suppress(Exception):
             self._tell()
-        if not self.ended[0]:
-            self.talking.clear()
-            self.talker.join(2 * BEAT_S)  # Python does not bear a thread at its end that is in a call
+        if not self.why:
+            self.quiet.set()
+            self.talker.join(BEAT_S)  # Python does not bear a thread at its end that is in a call
             return
         until = time.monotonic() + (0 if self.index else GRACE_S + 3 * BEAT_S)
         while time.monotonic() < until and not all("ended" in self.told.get(i, {}) for i in self.heard):
