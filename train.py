@@ -38,7 +38,6 @@ from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.runtime.loggers import open_loggers
 from rsagent_jax.runtime.progress import PROGRESS
 from rsagent_jax.runtime.train_log import MetricsLog
-from rsagent_jax.runtime.watchdog import WATCHDOG
 from rsagent_jax.runtime.workdir_lock import hold_workdir
 from rsagent_jax.train import run_identity, startup
 from rsagent_jax.train.alarms import Alarms
@@ -119,7 +118,6 @@ def main(
     ############################## Stages ##############################
     for name in config.stages:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(WATCHDOG.limited(60 * config.hang_minutes, startup.slowest_answer(config)))
             policy = run_stage(name, config, workdir, log, policy, stack, replay)
     log.close()
     for line in log.failures():
@@ -133,6 +131,7 @@ def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int
     does not fit, else 0."""
     from rsagent_jax.aot import report, stages  # loads the TPU compiler
 
+    PROGRESS.limit(0.0, 0.0)  # it may take hours
     jax.config.update("jax_platforms", "cpu")  # the compiler is asked for, not a TPU
     targets, reports = stages.topologies(name, config), []
     if quick:

@@ -284,6 +284,11 @@ class TrainConfig:
     profiler_port: Port = 0  # every process serves jax.profiler on it (docs/tpu.md); 0 = none
     conflicts = rules.train_rules
 
+    @property
+    def slowest_answer_s(self) -> float:
+        """Seconds that a tool or a reward may take, by deadlines of their own."""
+        return max([self.agent.tool_deadline_s, *(t.deadline_s for group in self.grpo.reward for t in group.terms)])
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BoundConfig:

@@ -126,8 +126,12 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         main = (load_file(pathlib.Path(name).resolve()) if name.endswith(".py") else importlib.import_module(name)).main
         quieten()
         arguments, flags = parse_arguments(main, argv)
-        resumes = isinstance(flags.get("config"), schema.TrainConfig | RecipeConfig | AblationConfig)
-        return main(*arguments, **flags) or 0
+        config = flags.get("config")
+        is_training = isinstance(config, schema.TrainConfig)
+        resumes = is_training or isinstance(config, RecipeConfig | AblationConfig)
+        first_s, answer_s = (60 * config.hang_minutes, config.slowest_answer_s) if is_training else (0.0, 0.0)
+        with WATCHDOG.limited(first_s, answer_s):
+            return main(*arguments, **flags) or 0
     except (DataError, SegmenterError) as error:
         WATCHDOG.explain(error)
         kind = "segmenter: " if isinstance(error, SegmenterError) else ""

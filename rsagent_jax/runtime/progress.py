@@ -23,6 +23,7 @@ class _Progress:
         take a tenth of them, or TIMES the longest so far if that is more, but no more than first_s; and answer_s on
         top, for an answer that somebody else limits."""
         self.first_s, self.least_s = first_s + answer_s, first_s / 10 + answer_s
+        self.moved, self.first = time.monotonic(), True
         if first_s and not self.hears_jax:
             import jax
 

@@ -71,11 +71,6 @@ def check_train(config: TrainConfig, workdir: pathlib.Path, *, replay: bool = Fa
     return config
 
 
-def slowest_answer(config: TrainConfig) -> float:
-    """Seconds that a tool or a reward may take, by their own deadlines."""
-    return max([config.agent.tool_deadline_s, *(t.deadline_s for group in config.grpo.reward for t in group.terms)])
-
-
 def replay_config(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
     """One step of GRPO, and nothing that is played. DataError where `workdir` has checkpoints of GRPO already."""
     if ocp.utils.checkpoint_steps(workdir / "checkpoints" / "grpo"):

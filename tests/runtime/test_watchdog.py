@@ -19,7 +19,7 @@ from tests.simulated import start_simulated
 
 pytestmark = pytest.mark.slow
 
-SOON_S = 60.0  # on a busy machine, the start included; jax itself would give another status
+SOON_S = 60.0  # on a busy machine; jax itself would give another status
 
 
 @contextlib.contextmanager
@@ -124,6 +124,7 @@ def test_a_host_that_is_cut_off_ends_and_so_do_the_others():
 
 def test_one_that_fails_ends_the_others_with_its_status_and_its_reason():
     with hosts(3, "--fails=0/6") as running:  # which holds the store that the others hear it from
+        until_step(running[0], 5)
         said = [ends(process) for process in running]
     assert said[0] == (2, "error: the segmenter stays away")
     for status, line in said[1:]:
@@ -132,6 +133,7 @@ def test_one_that_fails_ends_the_others_with_its_status_and_its_reason():
 
 def test_one_that_hangs_is_named_and_not_those_that_wait_for_it():
     with hosts(2, "--hangs=1/6", "--hang_s=40") as running:
+        until_step(running[0], 5)
         for status, line in map(ends, running):
             assert status == HOST_LOST
             assert re.search(r"error: host 1 of 2 .* has not got on in its rollout of step 6 for 4 s", line)
@@ -139,6 +141,7 @@ def test_one_that_hangs_is_named_and_not_those_that_wait_for_it():
 
 def test_a_process_alone_that_hangs_ends():
     with hosts(1, "--hangs=0/3", "--hang_s=40") as running:
+        until_step(running[0], 1)
         status, line = ends(running[0])
     assert status == HOST_LOST and line.startswith(
         "error: this process has not got on in its rollout of step 3 for 4 s"
@@ -153,7 +156,7 @@ def test_a_killed_host_leaves_no_save_half_and_one_that_fails_to_save_ends_all(t
         running[1].kill()
         wait_and_see(running, 1, "host 1 of 2")
     with hosts(2, saves, "--full=1/3") as running:
-        said = [process.communicate(timeout=60) for process in running]
+        said = [process.communicate(timeout=300) for process in running]
         assert [process.returncode for process in running] == [2, 2], said
     first, other = (int(re.search(r"restored (\d+)", out)[1]) for out, _ in said)
     assert first == other >= 4
