@@ -25,7 +25,7 @@ from rsagent_jax.types import DataError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 PORT, USUAL_PORT = "JAX_COORDINATOR_PORT", 8482  # of a TPU VM, and jax's own where it is not set
-HEARTBEAT_S = 60  # of jax's, without one a host is gone; runtime/watchdog.py notices before
+HEARTBEAT_S = 100  # of jax's, which takes a host for dead after half of it or more: runtime/watchdog.py is before it
 SHUTDOWN_S = 10  # of jax's, for one another
 POLL_S = 0.5
 GONE = "rsagent_jax/hosts/gone"

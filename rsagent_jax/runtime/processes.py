@@ -33,7 +33,7 @@ def initialize_distributed(beside: int = 0, **options: Any) -> None:
     """Meets the other processes, before anything asks for devices. Does nothing where there are none. DataError where
     another process of this machine is there in its place.
 
-    From then on a host that dies, hangs or fails ends the others (runtime/watchdog.py); jax's own time-out is a minute.
+    From then on a host that dies, hangs or fails ends the others (runtime/watchdog.py).
 
     On a TPU VM jax finds the other hosts of the slice itself; elsewhere VARIABLES say who is who: host:port, n, 0..n-1.
     beside: how many ports behind the usual one; options: of jax.distributed.initialize.

@@ -76,8 +76,7 @@ class _Watchdog:
         self.talker = threading.Thread(target=self._talk, daemon=True)
         self.talker.start()
         atexit.register(self.end)  # of an error that nobody has caught
-        if index:
-            self._catch_abort()
+        self._catch_abort()
         self._start()
 
     ############################## What is told and heard ##############################
@@ -124,9 +123,8 @@ class _Watchdog:
                 return status, f"{self._name(i)} has ended with status {status} in its {self._where(i)}: {why}"
         if self.index and now - self.answered > SILENT_S:
             return HOST_LOST, self._unreachable()
-        if silent := [i for i, at in self.heard.items() if i not in ended and self.answered - at > SILENT_S]:
-            each = [f"{self._name(i)}, last heard of in its {self._where(i)}" for i in silent]
-            return HOST_LOST, f"no sign of life for {SILENT_S:.0f} s of {'; of '.join(each)}"
+        if line := self._silent(SILENT_S):
+            return HOST_LOST, line
         at = {i: self.told.get(i, {}) for i in self.heard if i not in ended} | {self.index: PROGRESS.told()}
         last = min(told.get("number", 0) for told in at.values())
         behind = {i: told for i, told in at.items() if told.get("number", 0) == last}
@@ -147,6 +145,12 @@ class _Watchdog:
 
     def _where(self, index: int) -> str:
         return self.told.get(index, {}).get("where", "start")
+
+    def _silent(self, seconds: float) -> str:
+        """Who has been for so long, in words; "" for nobody."""
+        silent = {i: self.answered - at for i, at in self.heard.items() if "ended" not in self.told.get(i, {})}
+        each = [f"{self._name(i)}, last heard of in its {self._where(i)}" for i, s in silent.items() if s > seconds]
+        return f"no sign of life for {max(silent.values()):.0f} s of {'; of '.join(each)}" if each else ""
 
     def _unreachable(self) -> str:
         return f"{self._name(0)}, where all meet, cannot be reached any more, last heard of in its {self._where(0)}"
@@ -196,15 +200,19 @@ class _Watchdog:
             time.sleep(SILENT_S + GRACE_S + 3 * BEAT_S)
 
     def _catch_abort(self) -> None:
-        """jax ends a process at once when its service, on host 0, is gone: a thread of its own calls abort()."""
+        """jax ends a process at once when its service, on host 0, is gone, and after its own time-out: a thread of its
+        calls abort()."""
 
         @ctypes.CFUNCTYPE(None, ctypes.c_int)
         def aborted(_: int) -> None:  # where it returns the process is aborted
             host, _, port = self.address.rpartition(":")
             try:
                 socket.create_connection((host, int(port)), BEAT_S).close()
+                line = self._silent(SILENT_S / 2)
             except OSError:
-                self._end_all(HOST_LOST, self._unreachable(), reachable=False)
+                line = self._unreachable()
+            if line:
+                self._end_all(HOST_LOST, line, reachable=False)
 
         self.aborted = aborted  # as long as this
         ctypes.CDLL(None).signal(signal.SIGABRT, aborted)

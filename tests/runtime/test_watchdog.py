@@ -57,10 +57,10 @@ def wait_and_see(running, gone: int, says: str) -> None:
 @pytest.mark.parametrize(
     ("count", "gone", "how", "says"),
     [
-        (2, 1, signal.SIGKILL, r"no sign of life for 4 s of host 1 of 2 .*, last heard of in its \w+ of step \d"),
+        (2, 1, signal.SIGKILL, r"no sign of life for \d+ s of host 1 of 2 .*, last heard of in its \w+ of step \d"),
         (2, 0, signal.SIGKILL, r"host 0 of 2 .* cannot be reached any more"),
         (2, 0, signal.SIGSTOP, r"host 0 of 2 .* cannot be reached any more"),
-        (4, 2, signal.SIGSTOP, r"no sign of life for 4 s of host 2 of 4 .*\(this one: \w+ of step \d+\). Nothing"),
+        (4, 2, signal.SIGSTOP, r"no sign of life for \d+ s of host 2 of 4 .*\(this one: \w+ of step \d+\). Nothing"),
     ],
 )
 def test_others_end_and_name_a_host_that_is_killed_or_stopped(count, gone, how, says):
@@ -136,16 +136,14 @@ def test_one_that_hangs_is_named_and_not_those_that_wait_for_it():
         until_step(running[0], 5)
         for status, line in map(ends, running):
             assert status == HOST_LOST
-            assert re.search(r"error: host 1 of 2 .* has not got on in its rollout of step 6 for 4 s", line)
+            assert re.search(r"error: host 1 of 2 .* has not got on in its rollout of step 6 for \d s", line)
 
 
 def test_a_process_alone_that_hangs_ends():
     with hosts(1, "--hangs=0/3", "--hang_s=40") as running:
         until_step(running[0], 1)
         status, line = ends(running[0])
-    assert status == HOST_LOST and line.startswith(
-        "error: this process has not got on in its rollout of step 3 for 4 s"
-    )
+    assert status == HOST_LOST and line.startswith("error: this process has not got on in its rollout of step 3 for ")
 
 
 def test_a_killed_host_leaves_no_save_half_and_one_that_fails_to_save_ends_all(tmp_path):
