@@ -34,9 +34,10 @@ class _Progress:
         """What is done from now on; all hosts in the same order."""
         self._go_on(phase, step, "")
 
-    def enter_part(self, part: str) -> None:
-        """The same of a part of the phase."""
+    def enter_part(self, part: str, slow: bool = False) -> None:
+        """The same of a part of the phase. slow: it may always take as long as the first time."""
         self._go_on(self.phase, self.step, part)
+        self.first |= slow
 
     def get_on(self) -> None:
         """A sign of life within a part that takes long."""

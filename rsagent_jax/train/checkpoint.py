@@ -34,6 +34,7 @@ from rsagent_jax.models.qwen25_vl.load import copy_policy_files
 from rsagent_jax.models.qwen25_vl.steps import MEASURE, SCORE, score_of
 from rsagent_jax.runtime import checksums, processes
 from rsagent_jax.runtime.paths import absolute, bucket_problem, is_remote, move_folder, storage_problem
+from rsagent_jax.runtime.progress import PROGRESS
 from rsagent_jax.train.state import EMPTY, TrainState
 from rsagent_jax.types import DataError
 
@@ -113,8 +114,10 @@ class Checkpoints:
                 f"{self.directory.name}: after update {step} {broken}; nothing was saved, and the last checkpoint is as"
                 " it was. Lower the learning rate, and see l2_grads and l2_updates in metrics.jsonl"
             )
+        PROGRESS.enter_part("writing of an earlier one", slow=True)
         with self._storing(self.saving):
             self.manager.wait_until_finished()
+        PROGRESS.enter_part("")
         with self._storing(step):
             if jax.tree.leaves(base) and not self.has_base:
                 with ocp.StandardCheckpointer() as writer:  # over one that no finished step belongs to

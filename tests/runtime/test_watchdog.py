@@ -190,6 +190,9 @@ def test_how_long_a_part_may_take(monkeypatch):
     assert after(91)["late"] and after(0)["where"] == "update of step 3 (rollout)"
     progress.get_on()
     assert not after(0)["late"] and progress.told()["number"] == 5
+    for _ in range(2):
+        progress.enter_part("writing", slow=True)
+        assert not after(629)["late"]
 
 
 def test_readers_that_hang_are_seen():
