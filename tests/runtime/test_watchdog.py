@@ -196,9 +196,11 @@ def test_how_long_a_part_may_take(monkeypatch):
 
 
 def test_readers_that_hang_are_seen():
+    goes_on = threading.Event()
+
     class Hangs(list):
         def __getitem__(self, index):
-            time.sleep(60)
+            goes_on.wait()
 
     def draw():
         Pipeline(Hangs([1, 2]), seed=0, threads=1).draw(1)
@@ -207,3 +209,4 @@ def test_readers_that_hang_are_seen():
     threading.Thread(target=draw, daemon=True).start()
     time.sleep(0.2)
     assert PROGRESS.told()["where"] == "batch of step 7 (reading)"
+    goes_on.set()
