@@ -107,8 +107,7 @@ def run_step(step: Step, hosts: Hosts) -> int:
     start = time.perf_counter() - (seconds_of(step) or 0.0)  # of a stage that is run anew, all of its time
     if hosts.is_lead:
         remove_file(step.directory / STAMP)
-    with stopped_by_sigterm():
-        status = hosts.run([sys.executable, *step.argv], step.stage.everywhere)
+    status = hosts.run([sys.executable, *step.argv], step.stage.everywhere)
     if status:
         return status
     if hosts.is_lead:

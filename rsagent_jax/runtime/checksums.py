@@ -15,8 +15,7 @@ from collections.abc import Sequence
 
 import jax
 
-from rsagent_jax.runtime import processes
-from rsagent_jax.runtime.paths import file_size, files_below, is_remote, listed_checksums, read_bytes, write_whole
+from rsagent_jax.runtime import paths, processes
 
 MANIFEST = "checksums.json"
 ORBAX = ("commit_success.txt", "_CHECKPOINT_METADATA")  # its own, of times alone; written after everything else
@@ -27,26 +26,29 @@ SHOWN = 3  # files named
 def write_checksums(folder: pathlib.Path) -> None:
     """Of all files below; called by the process that finishes the folder. DataError where it cannot be written."""
     found = _checksums(folder, [name for name in _names(folder) if _counts(name)])
-    write_whole(folder / MANIFEST, json.dumps(found, indent=0))
-
-
-def has_checksums(folder: pathlib.Path) -> bool:
-    return (folder / MANIFEST).exists()
+    paths.write_whole(folder / MANIFEST, json.dumps(found, indent=0), sync=True)
 
 
 def find_damage(folder: pathlib.Path, under: str = "") -> str:
     """What is wrong with the files whose names begin with `under`, in words; "" where they are as they were written, or
-    where nobody wrote down how. All processes call it together, and each reads its part."""
-    if not has_checksums(folder):
+    where there is no such folder. All processes call it together, and each reads its part."""
+    if not folder.exists():
         return ""
     try:
-        entries = json.loads(read_bytes(folder / MANIFEST)).items()
+        entries = json.loads(paths.read_bytes(folder / MANIFEST)).items()
         wanted = {name: (int(size), str(text)) for name, (size, text) in entries}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
     except (ValueError, TypeError, AttributeError) as error:
         return f"{MANIFEST}: {error!r}"
     there, problems = set(filter(_counts, _names(folder))), []
     mine = sorted(name for name in wanted if name.startswith(under))[jax.process_index() :: jax.process_count()]
-    found = _checksums(folder, [name for name in mine if name in there])
+    try:
+        found = _checksums(folder, [name for name in mine if name in there])
+    except OSError as error:
+        if paths.is_remote(folder):
+            raise
+        problems, mine = [f"it cannot be read ({paths.storage_problem(error)})"], []
     for name in mine:
         (size, text), (size_now, text_now) = wanted[name], found.get(name, (0, ""))
         if name not in found:
@@ -67,12 +69,12 @@ def _counts(name: str) -> bool:
 
 
 def _names(folder: pathlib.Path) -> list[str]:
-    return [str(file).removeprefix(f"{folder}/") for file in files_below(folder)]
+    return [str(file).removeprefix(f"{folder}/") for file in paths.files_below(folder)]
 
 
 def _checksums(folder: pathlib.Path, names: Sequence[str]) -> dict[str, tuple[int, str]]:
-    if is_remote(folder):
-        listed = listed_checksums(folder)
+    if paths.is_remote(folder):
+        listed = paths.listed_checksums(folder)
         return {name: listed[name] for name in names}
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: _checksum(folder / name), names), strict=True))
@@ -83,4 +85,4 @@ def _checksum(path: pathlib.Path) -> tuple[int, str]:
     with path.open("rb") as file:
         while piece := file.read(PIECE):
             value = zlib.crc32(piece, value)
-    return file_size(path), f"crc32 {value:08x}"
+    return paths.file_size(path), f"crc32 {value:08x}"

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from rsagent_jax.runtime.paths import read_bytes, read_lines, write_lines, write_whole
+from rsagent_jax.runtime.paths import open_lines, read_bytes, read_lines, write_lines, write_whole
 
 SUFFIX = ".damaged"  # of the file beside it, for lines that were left out
 
@@ -26,8 +26,10 @@ def mend_lines(path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]) -> li
     """
     if not path.exists():
         return []
-    content = read_lines(path)
-    *lines, rest = content.split(b"\n")
+    with open_lines(path) as file:  # line by line: a journal may be larger than the memory, and nothing is wrong mostly
+        if all(_stays(line, keep) for line in file):
+            return []
+    *lines, rest = read_lines(path).split(b"\n")
     kept, damaged, notes = [], [], []
     try:
         parse_object(rest)
@@ -50,9 +52,15 @@ def mend_lines(path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]) -> li
         (where, _, error), count = damaged[0], len(damaged)
         more = f", and {count - 1} more lines" * (count > 1)
         notes.append(f"{where}: damaged ({error!r}){more}: left out, and kept in {aside}")
-    if b"".join(kept) != content:
-        write_lines(path, b"".join(kept))
+    write_lines(path, b"".join(kept))
     return notes
+
+
+def _stays(line: bytes, keep: Callable[[dict[str, Any]], bool]) -> bool:
+    try:
+        return line.endswith(b"\n") and keep(parse_object(line))
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def keep_lines(path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]) -> None:

@@ -74,8 +74,9 @@ class TensorBoard:
         with writing(self.board):
             if stage not in self.files:
                 make_directory(self.local / stage)
-                suffix = f".{os.getpid()}.{len(list((self.local / stage).iterdir()))}"  # within one second
-                self.files[stage] = EventsWriter(str(self.local / stage / "events"), suffix)
+                # TensorBoard reads files in the order of their names, and the clock may have gone back since the last.
+                there = {file.name for board in (self.board, self.local) for file in (board / stage).glob("*")}
+                self.files[stage] = EventsWriter(str(self.local / stage / f"events-{len(there):05d}"))
                 start = SessionLog(status=SessionLog.START)
                 self._event(stage, Event(step=self.done.get(stage, -1) + 1, session_log=start))
             self._event(stage, Event(step=step, summary=Summary(value=[Summary.Value(**v) for v in values])))

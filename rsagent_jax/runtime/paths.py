@@ -125,8 +125,8 @@ def object_version(entry: dict[str, Any]) -> str:
     return " ".join(str(entry.get(key, "")) for key in ("size", "md5Hash", "crc32c"))
 
 
-def write_whole(path: pathlib.Path, content: str | bytes) -> None:
-    """The file as a whole or not at all; text as UTF-8."""
+def write_whole(path: pathlib.Path, content: str | bytes, *, sync: bool = False) -> None:
+    """The file as a whole or not at all; text as UTF-8. sync: also where the machine loses its power after it."""
     data = content if isinstance(content, bytes) else content.encode()
     with writing(path):
         if is_remote(path):
@@ -134,7 +134,11 @@ def write_whole(path: pathlib.Path, content: str | bytes) -> None:
             return
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # other shards write it, too
         try:
-            partial.write_bytes(data)
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -150,7 +154,12 @@ def create_file(path: pathlib.Path, text: str) -> bool:
                 file_system().pipe_file(str(path), text.encode(), mode="create")
             else:
                 with path.open("x") as file:
-                    file.write(text)
+                    try:
+                        file.write(text)
+                        file.flush()
+                    except OSError:
+                        remove_file(path)  # or an empty one would stand for it
+                        raise
         except FileExistsError:
             return False
     return True
@@ -324,7 +333,7 @@ def read_lines(path: pathlib.Path) -> bytes:
 def write_lines(path: pathlib.Path, content: bytes) -> None:
     """In place of what is there, as a whole or not at all; more may be appended."""
     if not is_remote(path):
-        return write_whole(path, content)
+        return write_whole(path, content, sync=True)
     with writing(path):
         parts = _parts(path)
         file_system().pipe_file(_part(path, 1, parts[-1][1] if parts else 1), content)

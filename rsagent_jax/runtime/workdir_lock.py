@@ -23,6 +23,7 @@ from rsagent_jax.types import DataError
 
 FILE = "trainer.json"
 BEAT_S, STALE_S, POLL_S = 10.0, 60.0, 0.5
+SETTLE_S = 1.0  # before one that takes over counts on having it
 ENDING_S = 5.0  # that a process of this machine may take to end, once it was killed
 
 
@@ -34,13 +35,22 @@ def hold_workdir(workdir: pathlib.Path) -> None:
     path, own = workdir / FILE, _identity()
     if own == _without_beat(holder := _read(path)):
         return
+    contested = False
     while not create_file(path, json.dumps(own | {"beat": 0})):
         if (holder := _read(path)) is not None and not _is_gone(path, holder):
             raise DataError(
                 f"{workdir} belongs to a run that is going on: {_who(holder)}. Wait for its end, or stop it, or give"
-                f" another --workdir (who has it stands in {path})"
+                f" another --workdir (who has it stands in {path}; where this is a copy of its directory, remove that"
+                " file)"
             )
-        remove_file(path)
+        if _read(path) == holder:
+            remove_file(path)
+        contested = True
+    if contested:  # another start may have seen the same dead holder, and have removed what this one wrote
+        time.sleep(SETTLE_S)
+        if _without_beat(_read(path)) != own:
+            hold_workdir(workdir)
+            return
     atexit.register(_release, path, own)
     threading.Thread(target=_beat, args=(path, own), daemon=True).start()
 

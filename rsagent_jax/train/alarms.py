@@ -227,7 +227,7 @@ class Alarms:
     """Of a stage that goes on after step `done`; `directory` is where its metrics.jsonl is."""
 
     def __init__(self, bounds: AlarmsConfig, directory: pathlib.Path, stage: str, done: int = 0, *, lead: bool = True):
-        """lead: says it on the terminal, too. DataError naming the line of a damaged file."""
+        """lead: says it on the terminal, too."""
         self.stage, self.lead, self.counts = stage, lead, Counter()
         self.watch, self.file = Watch(bounds), AppendFile(directory / FILE)
         keep_lines(directory / FILE, lambda row: row["stage"] != stage or row["step"] <= done)

@@ -61,13 +61,12 @@ class Checkpoints:
         keep_last: how many of the newest stay; keep_every: those of every so many updates stay as well, 0 = none;
         minutes: between two of them, for `due`. DataError where the directory cannot be written to.
         """
-        self.directory, self.measure = absolute(directory), measure
+        self.directory, self.weights, self.measure = absolute(directory), weights, measure
         self.adapters = {"rank": adapters.rank, "alpha": adapters.alpha} if adapters.rank else None
         self.failed: BaseException | None = None  # what ended a save in the background
         self.has_base = False  # the one on disk is that of this run
         self.minutes, self.saved_at, self.saving = minutes, time.monotonic(), -1
-        copy = self._storing("policy")(lambda: copy_policy_files(weights, self.directory / "policy"))
-        processes.all_or_none(copy if processes.is_lead() else lambda: None)
+        self._copy_policy()
         kept = ocp.checkpoint_managers
         score = functools.partial(score_of, measure=measure)
         policies = [kept.LatestN(n=keep_last), kept.BestN(get_metric_fn=score, n=1)]
@@ -84,7 +83,8 @@ class Checkpoints:
             # too; there Orbax reads nothing without a mark, and writes over it.
             cleanup_tmp_directories=not is_remote(self.directory),
         )
-        with self._storing("opened"):
+        self._put_unopenable_aside()
+        with self._storing("", "opened"):
             self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def _meet_others(self, *, key: str, timeout_ms: int) -> None:
@@ -119,7 +119,9 @@ class Checkpoints:
             self.manager.wait_until_finished()
         PROGRESS.enter_part("")
         with self._storing(step):
-            if jax.tree.leaves(base) and not self.has_base:
+            if not self._is_there("policy"):
+                self._copy_policy()
+            if jax.tree.leaves(base) and not (self.has_base and self._is_there("base")):
                 with ocp.StandardCheckpointer() as writer:  # over one that no finished step belongs to
                     writer.save(self.directory / "base", convert.flat_state(base), force=True)
                 if processes.is_lead():
@@ -133,6 +135,14 @@ class Checkpoints:
             self.manager.save(step, args=args, metrics={SCORE: score, MEASURE: self.measure})
         self.saved_at = time.monotonic()
 
+    def _copy_policy(self) -> None:
+        copy = self._storing("policy")(lambda: copy_policy_files(self.weights, self.directory / "policy"))
+        processes.all_or_none(copy if processes.is_lead() else lambda: None)
+
+    def _is_there(self, name: str) -> bool:
+        """As the lead sees it, which all call together. A step is of no use without it, and somebody may remove it."""
+        return json.loads(processes.exchange(json.dumps((self.directory / name).exists()))[0])
+
     def _write_checksums(self) -> None:
         """Of the step that is being finished, before Orbax gives it its name; on the lead alone."""
         unnamed = sorted(self.directory.glob(f"{self.saving}.orbax-checkpoint-tmp*"))  # a bucket has none
@@ -145,7 +155,7 @@ class Checkpoints:
                 self.manager.wait_until_finished()  # for nothing: it raises what ended the save
 
     @contextlib.contextmanager
-    def _storing(self, step: int | str) -> Iterator[None]:
+    def _storing(self, step: int | str, done: str = "written") -> Iterator[None]:
         """Whatever Orbax raises within is a DataError: its threads do nothing but write."""
         try:
             yield
@@ -154,8 +164,9 @@ class Checkpoints:
         except Exception as error:
             whole = sorted(ocp.utils.checkpoint_steps(self.directory)) if self.directory.exists() else []
             last = f"the last whole one is {whole[-1]}, and" if whole else "there is none before it;"
+            why = bucket_problem(error) or storage_problem(error)
             raise DataError(
-                f"{self.directory}/{step} cannot be written ({bucket_problem(error) or storage_problem(error)}); {last}"
+                f"{self.directory / str(step)} cannot be {done} ({why}); {last}"
                 " nothing else was touched. Make room, or give the right to write there, and run the same command again"
             ) from error
 
@@ -167,39 +178,49 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in sorted(self.manager.all_steps(), reverse=True):
-            restored, why = None, checksums.find_damage(self.directory / str(step))
-            if not why:
-                restored, why = self._read(step, like)
-            if restored is not None:
-                self._put_aside(damaged, step)
-                return restored
-            damaged[step] = why
+            if why := checksums.find_damage(self.directory / str(step)):
+                damaged[step] = why
+                continue
+            restored = self._read(step, like)
+            if damaged:
+                self._put_aside(damaged)
+                self.manager.reload()
+            return restored
         if damaged:
-            raise DataError(
-                f"{self.directory}: none of its checkpoints can be used: {_each(damaged)}. Put one back as it was, or"
-                f" remove {self.directory} to begin the stage anew"
-            )
+            raise self._none_left(damaged)
         return None
 
-    def _put_aside(self, damaged: dict[int, str], whole: int) -> None:
+    def _none_left(self, damaged: dict[int, str]) -> DataError:
+        return DataError(
+            f"{self.directory}: none of its checkpoints can be used: {_each(damaged)}. Put one back as it was, or"
+            f" remove {self.directory} to begin the stage anew"
+        )
+
+    def _put_unopenable_aside(self) -> None:
+        """Orbax reads the scores of all steps when it opens a directory, and opens none where one cannot be read."""
+        steps = sorted(ocp.utils.checkpoint_steps(self.directory))
+        found = {step: checksums.find_damage(self.directory / str(step), "metrics/") for step in steps}
+        damaged = {step: why for step, why in found.items() if why}
+        if damaged and len(damaged) == len(steps):
+            raise self._none_left(damaged)
+        if damaged:
+            self._put_aside(damaged)
+
+    def _put_aside(self, damaged: dict[int, str]) -> None:
         """So that the steps can be saved again; nothing of them is removed."""
-        if not damaged:
-            return
         if processes.is_lead():
             print(
-                f"warning: {self.directory}: goes on from {whole}, since what is newer is damaged: {_each(damaged)}. It"
-                " is kept as STEP.damaged, which nothing reads; remove it to free its room"
+                f"warning: {self.directory}: goes on without what is damaged: {_each(damaged)}. It is kept as"
+                " STEP.damaged, which nothing reads; remove it to free its room"
             )
             for step in damaged:
                 aside = self.directory / f"{step}.damaged"
                 with self._storing(aside.name):
                     move_folder(self.directory / str(step), aside)
         processes.exchange("")  # before anybody looks again
-        self.manager.reload()
 
-    def _read(self, step: int, like: TrainState) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
-        """The state and the source's position; or None and what is wrong with it, where only its damage can be to
-        blame. DataError where it is of another model."""
+    def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state and the source's position. DataError where it is of another model."""
         trees, saved = jax.tree.map(ocp.utils.to_shape_dtype_struct, _trees(like)), self.directory / str(step)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         if self.adapters:
@@ -210,8 +231,6 @@ class Checkpoints:
         except Exception as error:
             if bucket_problem(error):
                 raise
-            if not checksums.has_checksums(saved):  # of an earlier version
-                return None, f"{first_line(error)}; there is no {checksums.MANIFEST} to tell whether it ever fitted"
             raise DataError(
                 f"{saved} does not fit the model and optimiser of this config ({first_line(error)}); {REMEDY}"
             ) from error
@@ -222,8 +241,7 @@ class Checkpoints:
             params=convert.with_values(like.params, restored["params"]),
             opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves),
         )
-        broken = not_finite(state.params)
-        return (None, broken) if broken else ((state, restored["source"]), "")
+        return state, restored["source"]
 
     def restore_base(self, like: nnx.State) -> nnx.State:
         """The base that the stage started with, where that of `like` is: the weights may not be the same any more."""

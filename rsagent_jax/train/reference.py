@@ -30,8 +30,9 @@ def check_reference(directory: pathlib.Path, params: nnx.State, weights: str, dt
     """
     now, file = {"weights": _with_step(weights), "checksum": params_checksum(params, dtype)}, directory / FILE
     kept = processes.all_or_none(lambda: None if begins or not file.exists() else read_json(file))
-    if kept is None and processes.is_lead():
-        write_whole(file, json.dumps(now, indent=2) + "\n")
+    if kept is None:
+        write = lambda: write_whole(file, json.dumps(now, indent=2) + "\n")  # noqa: E731
+        processes.all_or_none(write if processes.is_lead() else lambda: None)
     if kept is not None and kept.get("checksum") != now["checksum"]:
         raise DataError(
             f"{directory}: the reference of the KL term has changed: {kept.get('weights')} (checksum"

@@ -180,7 +180,7 @@ def last_start(workdir: pathlib.Path) -> dict[str, Any] | None:
     """The last whole line of the history; where lines after it are damaged, with the config of config.json, which is
     that of the last start."""
     history, config = workdir / HISTORY, workdir / "config.json"
-    lines = read_lines(history).split(b"\n")[:-1] if history.exists() else []
+    lines = [line for line in read_lines(history).split(b"\n") if line] if history.exists() else []
     for line in reversed(lines):
         try:
             start = parse_object(line)

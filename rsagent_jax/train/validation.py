@@ -126,9 +126,9 @@ class Validator:
         self.known: dict[tuple[str, str], dict[str, float]] = {}  # whole figures by (checksum, settings), of any stage
 
         def remember(line: dict[str, Any]) -> bool:
+            self._know(line)
             if line["stage"] == stage:
                 self.found[line["step"]] = line
-            self._know(line)
             return True
 
         keep_lines(self.path, remember)

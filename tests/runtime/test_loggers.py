@@ -97,14 +97,15 @@ def shown(folder) -> dict[str, list[tuple[int, float]]]:
     return tags
 
 
-def test_tensorboard_shows_every_step_once_after_a_kill(tmp_path):
+def test_tensorboard_shows_every_step_once_after_a_kill(tmp_path, monkeypatch):
     log = MetricsLog(tmp_path, [TensorBoard(tmp_path, {})])
     log.rewind("sft", -1)
     for step in range(1, 6):
         log.write("sft", step, {"loss": float(step)})
     log.image("sft/first_batch", np.zeros((2, 3, 3), np.uint8), 1)
     log.write("grpo", 1, {"loss": 0.5})
-    # Killed: nothing was closed. It goes on after the checkpoint of step 3.
+    # Killed: nothing was closed. It goes on after the checkpoint of step 3, and the clock has gone back by years.
+    monkeypatch.setattr("time.time", lambda: 1e9)
     again = MetricsLog(tmp_path, [TensorBoard(tmp_path, {})])
     again.rewind("sft", 3)
     for step in (4, 5, 6):

@@ -1,5 +1,6 @@
 """Files that grow by lines in a bucket, against one in memory; tests/test_buckets.py has the real client."""
 
+import resource
 import threading
 import time
 from unittest import mock
@@ -9,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rsagent_jax.runtime import paths
+from tests.refusals import refused
 
 
 class Objects(dict):
@@ -34,6 +36,17 @@ def bucket(monkeypatch):
     bucket = Objects()
     monkeypatch.setattr(paths, "file_system", lambda: bucket)
     return bucket
+
+
+def test_a_full_disk_leaves_no_empty_file_that_stands_for_a_whole_one(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        for write in (paths.create_file, paths.write_whole):
+            refused("cannot be written .File too large", write, tmp_path / "x.json", "{}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_slow_request_holds_nobody_up_who_gathers_lines(bucket, monkeypatch):

@@ -15,7 +15,7 @@ from tests.refusals import refused
 
 @pytest.fixture
 def quick(monkeypatch):
-    for name, seconds in {"BEAT_S": 0.05, "STALE_S": 0.4, "POLL_S": 0.02, "ENDING_S": 0.1}.items():
+    for name, seconds in {"BEAT_S": 0.05, "STALE_S": 0.4, "POLL_S": 0.02, "SETTLE_S": 0.0, "ENDING_S": 0.1}.items():
         monkeypatch.setattr(workdir_lock, name, seconds)
     monkeypatch.setattr(workdir_lock.atexit, "register", lambda *_: None)
     monkeypatch.setattr(workdir_lock, "_beat", lambda *_: None)
@@ -51,6 +51,15 @@ def test_a_work_directory_of_a_living_run_is_refused(tmp_path, quick):
     refused("process 7 on tpu-1", workdir_lock.hold_workdir, tmp_path)
     alive.join()
     assert json.loads((tmp_path / workdir_lock.FILE).read_text()) == far | {"beat": 4}
+
+
+def test_of_two_that_take_over_at_once_one_has_it(tmp_path, quick, monkeypatch):
+    """Both have seen the dead one; the other removes what this one wrote, and is there while this one settles."""
+    parent = os.getppid()
+    written(tmp_path, pid=2**22 + 1)
+    other = lambda _: written(tmp_path, pid=parent, started=workdir_lock._started(parent))  # noqa: E731
+    monkeypatch.setattr(workdir_lock.time, "sleep", other)
+    refused(f"belongs to a run that is going on: process {parent} ", workdir_lock.hold_workdir, tmp_path)
 
 
 HOLDS = """

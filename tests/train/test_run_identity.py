@@ -226,6 +226,13 @@ def test_a_damaged_line_of_the_history_is_left_out_and_config_json_counts(workdi
     assert len((workdir / run_identity.HISTORY).read_text().splitlines()) == 2
 
 
+def test_a_start_whose_line_is_whole_but_for_its_newline_counts(workdir):
+    history = workdir / run_identity.HISTORY
+    history.write_bytes(history.read_bytes().removesuffix(b"\n"))
+    run_identity.check_config(workdir, BASE)
+    refused("seed: 0 there, 1 now", run_identity.check_config, workdir, with_field(BASE, "seed", 1))
+
+
 def test_weights_are_known_by_content_and_not_by_place(tmp_path):
     def weights(name, middle=b"0", extra=""):
         (tmp_path / name).mkdir()

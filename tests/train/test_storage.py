@@ -11,7 +11,6 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -77,16 +76,8 @@ DAMAGES = {
     "another position": lambda step: (step / "source/metadata").write_text('{"position": 7}'),
     "a foreign file": lambda step: (step / "params/notes.txt").write_text("mine"),
     "half its checksums": lambda step: truncate(step / checksums.MANIFEST),
-    "a parameter that is no number": lambda step: save_over(step, float("nan")),
+    "no checksums": lambda step: (step / checksums.MANIFEST).unlink(),
 }
-
-
-def save_over(step: pathlib.Path, value: float) -> None:
-    """As a version before this one left it: with what it was given, and without checksums."""
-    shutil.rmtree(step / "params")
-    with ocp.StandardCheckpointer() as writer:
-        writer.save(step / "params", {"head": state(4, value).params["head"][...], "norm": jnp.zeros(16)})
-    (step / checksums.MANIFEST).unlink()
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +99,27 @@ def test_the_one_before_a_damaged_checkpoint_is_gone_on_from_and_said(saved, tmp
         assert int(restored.step) == 2 and source == {"position": 2}
         np.testing.assert_array_equal(restored.params["head"][...], state(2).params["head"][...])
         said = capsys.readouterr().out
-        warning = f"warning: {directory}: goes on from 2, since what is newer is damaged: 4 ("
+        warning = f"warning: {directory}: goes on without what is damaged: 4 ("
         assert said.startswith(warning) and said.count("\n") == 1
         checkpoints.save(state(4, 1.0), {"position": 4})  # the step comes again
     assert steps_in(directory) == {"2", "4", "4.damaged"}
     with closing(directory) as checkpoints:
         assert float(checkpoints.restore(state(0))[0].params["head"][0, 0]) == 1.0
     assert capsys.readouterr().out == ""
+
+
+def test_a_checkpoint_that_cannot_be_read_is_as_a_damaged_one(saved, tmp_path, monkeypatch, capsys):
+    directory, read = shutil.copytree(saved, tmp_path / "sft"), checksums._checksum
+
+    def bad_sector(path):
+        if path.parent == directory / "4/params/ocdbt.process_0/d":
+            raise OSError(5, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(checksums, "_checksum", bad_sector)
+    with closing(directory) as checkpoints:
+        assert int(checkpoints.restore(state(0))[0].step) == 2
+    assert "damaged: 4 (it cannot be read (Input/output error: " in capsys.readouterr().out
 
 
 def test_none_that_is_whole_is_one_data_error_that_names_each_and_touches_nothing(saved, tmp_path):
@@ -125,6 +130,31 @@ def test_none_that_is_whole_is_one_data_error_that_names_each_and_touches_nothin
         said = refused("none of its checkpoints can be used", checkpoints.restore, state(0))
     assert "has other content" in said and "2 (params/manifest.ocdbt is missing)" in said
     assert steps_in(directory) == {"2", "4"}
+
+
+def test_a_score_that_cannot_be_read_is_a_damaged_checkpoint_and_not_the_end_of_every_start(saved, tmp_path, capsys):
+    directory = shutil.copytree(saved, tmp_path / "sft")
+    truncate(directory / "4/metrics/metrics")
+    with closing(directory) as checkpoints:
+        assert "what is damaged: 4 (metrics/metrics has " in capsys.readouterr().out
+        assert int(checkpoints.restore(state(0))[0].step) == 2
+    truncate(directory / "2/metrics/metrics", 0)
+    refused("none of its checkpoints can be used: 2 ", Checkpoints, directory, WEIGHTS)
+    assert steps_in(directory) == {"2", "4.damaged"}
+
+
+def test_policy_and_base_that_are_removed_under_the_run_are_there_again_with_the_next_step(tmp_path):
+    directory, base = tmp_path / "sft", state(7).params
+    with closing(directory) as checkpoints:
+        checkpoints.save(state(2), {}, base)
+        checkpoints.manager.wait_until_finished()
+        for name in ("policy", "base"):
+            shutil.rmtree(directory / name)
+        checkpoints.save(state(4), {}, base)
+    assert (directory / "policy").is_dir() and checksums.find_damage(directory / "base") == ""
+    with closing(directory) as checkpoints:
+        assert int(checkpoints.restore(state(0))[0].step) == 4
+        np.testing.assert_array_equal(checkpoints.restore_base(state(0).params)["head"][...], base["head"][...])
 
 
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path):

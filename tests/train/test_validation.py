@@ -290,6 +290,7 @@ def test_a_validation_that_failed_is_played_again(config, tmp_path, monkeypatch)
 def test_what_an_earlier_start_validated_after_its_checkpoint_counts_no_longer(tmp_path):
     line = {"checksum": "a", "settings": validator(tmp_path, {}).settings}
     lines = [line | {"stage": s, "step": k, "values": {"val/giou": k / 10}} for s in ("sft", "grpo") for k in (0, 2, 4)]
+    lines.append({"stage": "sft", "step": 1})  # somebody else's
     (tmp_path / validation.RESULTS).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"sta')
     made = validator(tmp_path, {})
     made.begin(2)
