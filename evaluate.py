@@ -47,6 +47,7 @@ from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmente
 from rsagent_jax.runtime import command, processes
 from rsagent_jax.runtime import journal as journals
 from rsagent_jax.runtime.paths import remove_file, write_whole
+from rsagent_jax.runtime.progress import PROGRESS
 from rsagent_jax.types import DataError, Trajectory
 from sam_bridge.types import Segmenter
 
@@ -67,6 +68,7 @@ def main(
 
         return stages.compile_engine(config.sampling, config.policy.weights, config.policy.dtype, aot, aot_only)
     processes.initialize_distributed()
+    PROGRESS.enter("evaluation")
     workdir, share = command.make_workdir(workdir), processes.own_share(shard, "--shard")
     if config.bound.row in bounds.ORACLES:
         config = bounds.fill_bound_defaults(config)

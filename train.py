@@ -38,6 +38,7 @@ from rsagent_jax.rollout.open import engine_layout, open_engine
 from rsagent_jax.runtime import preemption, processes, sharding
 from rsagent_jax.runtime.listening import serve_profiler
 from rsagent_jax.runtime.loggers import open_loggers
+from rsagent_jax.runtime.progress import PROGRESS
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.runtime.workdir_lock import hold_workdir
 from rsagent_jax.train import run_identity, startup
@@ -133,6 +134,7 @@ def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int
     does not fit, else 0."""
     from rsagent_jax.aot import report, stages  # loads the TPU compiler
 
+    PROGRESS.limit(0.0, 0.0)  # it may take hours
     jax.config.update("jax_platforms", "cpu")  # the compiler is asked for, not a TPU
     targets, reports = stages.topologies(name, config), []
     if quick:
@@ -214,6 +216,7 @@ def run_stage(
     replay: str = "",
 ) -> Policy:
     """Trains one stage to its end, from its newest checkpoint if it has one; or from the dump `replay`."""
+    PROGRESS.enter(f"start of {name}")
     stage, settings = make_stage(config, name), getattr(config, name)
     source = open_source(config, name, workdir, policy, replay, stack)
     steps, updates, key, mesh = source.steps, stage.updates, stage_key(config, name), policy.mesh
@@ -278,6 +281,7 @@ def run_stage(
     preemption.defer(config.preemption_s, interrupts=True)
     under_way.take_up(done)
     for step in tqdm(range(done + 1, steps + 1), **bar):
+        PROGRESS.enter("batch", step)
         batches = refs = None  # the last step's give their memory to the rollouts
         with under_way.making(step, state, base):
             batches, metrics = source.next(policy_for_rollouts, jax.random.fold_in(key, step))
@@ -285,6 +289,7 @@ def run_stage(
         metrics |= rollout_figures(source.judged)
         clock.lap("reward")
         work.begin(batches)
+        PROGRESS.enter("update", step)
         if batches and not made:
             save_first_batch(processes.own_directory(workdir), name, batches[0], policy.processor, log)
         if batches:
@@ -309,6 +314,7 @@ def run_stage(
             state = skip(state, updates)
             metrics |= dict.fromkeys(("loss", "l2_grads", "l2_updates"), 0.0)
         clock.lap("update")
+        PROGRESS.enter("validation", step)
         if validated := validator.due(step, steps):
             batches = refs = None
             metrics |= validator.run(policy_for_rollouts, step)
@@ -320,6 +326,7 @@ def run_stage(
         log.write(name, step, metrics | work.figures(metrics, passes=stage.epochs))
         log.examples(step, source.examples)
         alarms.add(step, metrics, source.examples)
+        PROGRESS.enter("checkpoint", step)
         every, ended = settings.checkpoint_every, validated and validator.stop(step)
         planned = step == steps or ended or (every and step % every == 0)
         if planned or (validated and config.validation.keep_best) or checkpoints.due():
@@ -330,4 +337,5 @@ def run_stage(
         if ended:
             break
     under_way.forget(steps)
+    PROGRESS.enter(f"end of {name}")
     return dataclasses.replace(policy, params=make_plain(base, lora, "float32")(state.params, base))

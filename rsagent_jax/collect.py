@@ -31,6 +31,7 @@ from rsagent_jax.models.qwen25_vl.load import processor_directory
 from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
 from rsagent_jax.runtime import processes
+from rsagent_jax.runtime.progress import PROGRESS
 
 
 def main(
@@ -46,6 +47,7 @@ def main(
 
         return stages.compile_engine(own.sampling, own.weights, own.dtype, aot)
     processes.initialize_distributed()
+    PROGRESS.enter("collection")
     workdir, share = command.make_workdir(workdir), processes.own_share(shard, "--shard")
     processes.all_or_none(lambda: check_collect(config, workdir))
     made = processes.all_or_none(lambda: collect_share(config, workdir, share))

@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -18,10 +19,30 @@ def run_simulated(arguments: list[str], devices: int, count: int = 1, flags: str
 def run_all_simulated(
     arguments: list[str], devices: int, count: int, flags: str = "", statuses: tuple[int, ...] = (), **env: str
 ) -> list[str]:
-    """What each of `count` processes prints that run python with these arguments, on `devices` devices each.
+    """What each of the processes of start_simulated prints. What one says on stderr is shown if it fails: ends
+    otherwise than with its status, 0 unless others are given."""
+    running = start_simulated(arguments, devices, count, flags, **env)
+    try:
+        said = [process.communicate(timeout=400) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    ended = tuple(process.returncode for process in running)
+    assert ended == (statuses or (0,) * count), "\n".join([f"{ended}", *(error[-3000:] for _, error in said)])
+    return [out for out, _ in said]
 
-    Several find each other by processes.initialize_distributed. What one says on stderr is shown if it fails: ends
-    otherwise than with its status, 0 unless others are given.
+
+def start_simulated(
+    arguments: list[str],
+    devices: int,
+    count: int,
+    flags: str = "",
+    reach: Callable[[int, str], str] = lambda i, address: address,
+    **env: str,
+) -> list[subprocess.Popen]:
+    """`count` processes that run python with these arguments, on `devices` devices each.
+
+    Several find each other by processes.initialize_distributed. reach: by which address process i reaches the first.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -31,14 +52,7 @@ def run_all_simulated(
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path} | env
     running = []
     for i in range(count):
-        who = dict(zip(VARIABLES, (address, str(count), str(i)), strict=True)) if count > 1 else {}
+        who = dict(zip(VARIABLES, (reach(i, address), str(count), str(i)), strict=True)) if count > 1 else {}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         running.append(subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env | who, **pipes))
-    try:
-        said = [process.communicate(timeout=400) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    ended = tuple(process.returncode for process in running)
-    assert ended == (statuses or (0,) * count), "\n".join([f"{ended}", *(error[-3000:] for _, error in said)])
-    return [out for out, _ in said]
+    return running

@@ -279,9 +279,16 @@ class TrainConfig:
     keep_last: Count = 2  # newest ones of a stage that are kept
     keep_every: CountOrZero = 0  # steps: those of every so many are kept for good; 0 = none
     preemption_s: Positive = 25.0  # from SIGTERM to the end of the process, whatever it does by then (docs/training.md)
+    # What takes so long the first time, or a tenth of it later, hangs, and the run ends (docs/training.md); 0 = never.
+    hang_minutes: NotNegative = 60.0
     cache_dir: str = ""  # compiled programs are kept here; "" = in the work directory
     profiler_port: Port = 0  # every process serves jax.profiler to its machine on it (docs/tpu.md); 0 = none
     conflicts = rules.train_rules
+
+    @property
+    def slowest_answer_s(self) -> float:
+        """Seconds that a tool or a reward may take, by deadlines of their own."""
+        return max([self.agent.tool_deadline_s, *(t.deadline_s for group in self.grpo.reward for t in group.terms)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

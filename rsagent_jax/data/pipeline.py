@@ -19,6 +19,7 @@ import grain
 from absl import flags
 
 from rsagent_jax.runtime.processes import Share
+from rsagent_jax.runtime.progress import PROGRESS
 from rsagent_jax.types import DataError
 
 NAMED = 5  # unreadable elements that are named on the terminal, of one start; all are counted
@@ -65,6 +66,7 @@ class Pipeline:
     def draw(self, n: int, *, needed: bool = True) -> list[Any]:
         """The same with an Unreadable in the place of each that cannot be read: the k-th stands at place
         share.index + k * share.count of the `n`. Without `needed` it is no error if none can be read."""
+        PROGRESS.enter_part("reading")
         if self._elements is None:
             mine = self.order[self.position + self.share.index :: self.share.count].map(self.read)
             self._elements = iter(prefetched(mine, self.threads, self.workers, self.ahead))

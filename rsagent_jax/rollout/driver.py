@@ -25,6 +25,7 @@ from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.rollout.jobs import Jobs, Overdue
 from rsagent_jax.rollout.policy import Policy, PolicyFailure, Request, Task
 from rsagent_jax.runtime import preemption
+from rsagent_jax.runtime.progress import PROGRESS
 from rsagent_jax.types import Completion, DataError, Prompt, Sample, Status, Trajectory
 from sam_bridge.types import FailureKind, Segmenter
 
@@ -126,6 +127,7 @@ class Driver:
         was, its tokens and their log-probs as they were drawn; the policy reads the context anew; a tool call that is
         running goes on meanwhile. The same where Preempted is raised.
         """
+        PROGRESS.enter_part("rollout")
         self.policy.begin()
         self.broken_off = []
         self.cancelled.clear()
@@ -141,6 +143,7 @@ class Driver:
         try:
             while following or runs:
                 preemption.check()
+                PROGRESS.get_on()
                 while following and free:
                     run, following = following, next(waiting, None)
                     slot = run.slot = self.policy.pick(run.task, sorted(free))

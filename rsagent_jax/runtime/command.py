@@ -43,6 +43,7 @@ from rsagent_jax.config.recipe import RecipeConfig
 from rsagent_jax.runtime import preemption
 from rsagent_jax.runtime.help import help_page
 from rsagent_jax.runtime.paths import bucket_problem, bucket_used, check_writable, open_path
+from rsagent_jax.runtime.watchdog import WATCHDOG
 from rsagent_jax.types import DataError
 from sam_bridge.types import SegmenterError
 
@@ -80,6 +81,7 @@ def _exit(status: int) -> NoReturn:
         status = status or NO_READER
     if status == NO_READER:  # or Python would complain at its end of what it cannot write
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    WATCHDOG.end(status)
     if status == PREEMPTED:  # all is kept, and Python's own end takes seconds of a notice that may be over
         if jax := sys.modules.get("jax"):
             jax.distributed.shutdown()  # waits for the others, whom the first one's end would end as well
@@ -116,8 +118,9 @@ def _not_lost(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def run_command(name: str, argv: Sequence[str]) -> int:
-    """The exit status of the command in a module, or in a file. Bad input: one message on stderr and 2; Ctrl-C: 130;
-    SIGTERM where the command can be gone on with: PREEMPTED; nobody reads its output any more: NO_READER."""
+    """The exit status of the command in a module, or in a file. Bad input: one message on stderr and 2, or what the
+    error has as its `status`; Ctrl-C: 130; SIGTERM where the command can be gone on with: PREEMPTED; nobody reads its
+    output any more: NO_READER."""
     resumes = False
     sys.unraisablehook = _not_lost
     try:
@@ -129,17 +132,25 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         main = (load_file(pathlib.Path(name).resolve()) if name.endswith(".py") else importlib.import_module(name)).main
         quieten()
         arguments, flags = parse_arguments(main, argv)
-        resumes = isinstance(flags.get("config"), schema.TrainConfig | RecipeConfig | AblationConfig)
-        keeps = isinstance(flags.get("config"), schema.TrainConfig | schema.EvalConfig | schema.CollectConfig)
-        with preemption.listening(PREEMPTED) if keeps else contextlib.nullcontext():
+        config = flags.get("config")
+        is_training = isinstance(config, schema.TrainConfig)
+        resumes = is_training or isinstance(config, RecipeConfig | AblationConfig)
+        keeps = is_training or isinstance(config, schema.EvalConfig | schema.CollectConfig)
+        first_s, answer_s = (60 * config.hang_minutes, config.slowest_answer_s) if is_training else (0.0, 0.0)
+        with (
+            preemption.listening(PREEMPTED) if keeps else contextlib.nullcontext(),
+            WATCHDOG.limited(first_s, answer_s),
+        ):
             return main(*arguments, **flags) or 0
     except (DataError, SegmenterError) as error:
+        WATCHDOG.explain(error)
         kind = "segmenter: " if isinstance(error, SegmenterError) else ""
         print(f"error: {kind}{error}", file=sys.stderr)
-        return 2
+        return getattr(error, "status", 2)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return NO_READER
+        WATCHDOG.explain(error)
         if not (said := bucket_problem(error)):
             raise
         print(f"error: {said}", file=sys.stderr)
@@ -147,7 +158,12 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     except preemption.Preempted as stop:
         print(f"stopped by {stop.signal_name}{stop.kept}; the same command goes on", file=sys.stderr)
         return preemption.status_of(stop.signal_name, PREEMPTED)
-    except KeyboardInterrupt:
+    except SystemExit as error:
+        if error.code:
+            WATCHDOG.explain(error)
+        raise
+    except KeyboardInterrupt as error:
+        WATCHDOG.explain(error)
         hint = "; run the same command again to go on from the last checkpoint" if resumes else ""
         print(f"stopped{hint}", file=sys.stderr)
         return 130

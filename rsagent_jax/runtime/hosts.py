@@ -2,8 +2,8 @@
 
 Each host runs the same command (rsagent_jax.reproduce). It starts children that take the devices and meet there by
 themselves (runtime/processes.py); their parents meet here, at the next port, through jax's coordination service, and
-touch no device. What ends one of them ends all: at once where it can still say so, else after HEARTBEAT_S, by jax's own
-fatal error. Each takes its child with it.
+touch no device. What ends one of them ends all: at once where it can still say so, else by runtime/watchdog.py. Each
+takes its child with it.
 """
 
 import contextlib
@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 from rsagent_jax.runtime.preemption import NOTICE_S, Preempted
+from rsagent_jax.runtime.watchdog import HOST_LOST
 from rsagent_jax.types import DataError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 PORT, USUAL_PORT = "JAX_COORDINATOR_PORT", 8482  # of a TPU VM, and jax's own where it is not set
-HEARTBEAT_S = 60  # without one a host is gone
+HEARTBEAT_S = 100  # of jax's, which takes a host for dead after half of it or more: runtime/watchdog.py is before it
 SHUTDOWN_S = 10  # of jax's, for one another
 POLL_S = 0.5
 GONE = "rsagent_jax/hosts/gone"
@@ -68,7 +69,7 @@ def join_hosts() -> "Hosts":
 
     from rsagent_jax.runtime.processes import initialize_distributed
 
-    initialize_distributed(beside=1, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=SHUTDOWN_S)
+    initialize_distributed(beside=1, shutdown_timeout_seconds=SHUTDOWN_S)
     state = distributed.global_state
     return Hosts(state.process_id, state.num_processes, state.client)
 
@@ -89,6 +90,8 @@ def stopped_by_sigterm() -> Iterator[None]:
 
 class HostGone(DataError):
     """Another host has ended."""
+
+    status = HOST_LOST
 
 
 class Hosts:

@@ -19,9 +19,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rsagent_jax.runtime import preemption, sharding
-from rsagent_jax.runtime.hosts import PORT, USUAL_PORT, VARIABLES, has_tpu, hold_place
+from rsagent_jax.runtime.hosts import HEARTBEAT_S, PORT, USUAL_PORT, VARIABLES, has_tpu, hold_place
 from rsagent_jax.runtime.listening import coordinator_options, tie_coordinator
 from rsagent_jax.runtime.paths import make_directory
+from rsagent_jax.runtime.watchdog import WATCHDOG
 from rsagent_jax.types import DataError
 
 T = TypeVar("T")
@@ -33,11 +34,14 @@ def initialize_distributed(beside: int = 0, **options: Any) -> None:
     """Meets the other processes, before anything asks for devices. Does nothing where there are none. DataError where
     another process of this machine is there in its place.
 
+    From then on a host that dies, hangs or fails ends the others (runtime/watchdog.py).
+
     On a TPU VM jax finds the other hosts of the slice itself; elsewhere VARIABLES say who is who: host:port, n, 0..n-1.
     beside: how many ports behind the usual one; options: of jax.distributed.initialize.
     """
     given = [os.environ.get(name) for name in VARIABLES]
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM to itself
+    options = {"heartbeat_timeout_seconds": HEARTBEAT_S} | options
     if any(given):
         if not all(given) or not (given[1].isdigit() and given[2].isdigit() and int(given[2]) < int(given[1])):
             state = ", ".join(f"{name}={value or ''}" for name, value in zip(VARIABLES, given, strict=True))
@@ -61,8 +65,11 @@ def initialize_distributed(beside: int = 0, **options: Any) -> None:
         finally:  # children meet at the usual one
             os.environ.pop(PORT, None)
             os.environ.update({PORT: usual} if usual else {})
-    if not beside and distributed.global_state.client:
-        preemption.tell_others(distributed.global_state.client, jax.process_index())
+    if (state := distributed.global_state).client:
+        if not beside:
+            preemption.tell_others(state.client, state.process_id)
+        if state.num_processes > 1:
+            WATCHDOG.join(state.process_id, state.num_processes, state.client, state.coordinator_address)
 
 
 def is_lead() -> bool:

@@ -30,6 +30,7 @@ from rsagent_jax.rollout.policy import Task
 from rsagent_jax.runtime import preemption
 from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum, exchange
+from rsagent_jax.runtime.progress import PROGRESS
 from rsagent_jax.train.advantages import advantage_function, scale_by_batch, zero_variance
 from rsagent_jax.train.carry_over import InFlight
 from rsagent_jax.train.judged import Judged
@@ -139,6 +140,7 @@ class GrpoSource:
     def next(self, policy: Callable[[], nnx.State], key: jax.Array) -> tuple[list[Batch], dict[str, float]]:
         c, start = self.config, time.perf_counter()
         self.judged, self.ended, self.reward_seconds = [], {}, 0.0
+        PROGRESS.enter_part("weights")
         self.engine.load(policy(), key)
         load_seconds = time.perf_counter() - start
         played = self._play_on(start) if c.surplus else self._play(start)
@@ -281,6 +283,7 @@ class GrpoSource:
     def _score(self, out: Rollouts) -> None:
         """Rewards of what has none yet. A broken tool's trajectory has no reward and no advantage, nor has one without
         a value of every term where grpo.on_reward_error says to drop it."""
+        PROGRESS.enter_part("reward")
         start, new = time.perf_counter(), out.outcomes[len(out.rewards) :]
         groups = [[t for t, _ in new[i : i + self.config.group]] for i in range(0, len(new), self.config.group)]
         samples = [out.samples[group[0].group_id] for group in groups]

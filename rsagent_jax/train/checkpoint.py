@@ -17,6 +17,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -33,6 +34,7 @@ from rsagent_jax.models.qwen25_vl.load import copy_policy_files
 from rsagent_jax.models.qwen25_vl.steps import MEASURE, SCORE, score_of
 from rsagent_jax.runtime import checksums, processes
 from rsagent_jax.runtime.paths import absolute, bucket_problem, is_remote, move_folder, storage_problem
+from rsagent_jax.runtime.progress import PROGRESS
 from rsagent_jax.train.state import EMPTY, TrainState
 from rsagent_jax.types import DataError
 
@@ -61,6 +63,7 @@ class Checkpoints:
         """
         self.directory, self.weights, self.measure = absolute(directory), weights, measure
         self.adapters = {"rank": adapters.rank, "alpha": adapters.alpha} if adapters.rank else None
+        self.failed: BaseException | None = None  # what ended a save in the background
         self.has_base = False  # the one on disk is that of this run
         self.minutes, self.saved_at, self.saving = minutes, time.monotonic(), -1
         self._copy_policy()
@@ -73,7 +76,9 @@ class Checkpoints:
             preservation_policy=kept.AnyPreservationPolicy(policies),
             best_fn=score,
             enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._write_checksums, barrier_sync_fn=self._meet_others
+            ),
             # Of a save that a kill or a full disk has cut short. In a bucket what has no mark counts as one, `policy`
             # too; there Orbax reads nothing without a mark, and writes over it.
             cleanup_tmp_directories=not is_remote(self.directory),
@@ -81,6 +86,14 @@ class Checkpoints:
         self._put_unopenable_aside()
         with self._storing("", "opened"):
             self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def _meet_others(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier for its threads. One whose own part of a save has failed would wait there for the others, and
+        they for it, for twenty minutes: it ends with its error instead, and `check` ends the run."""
+        if jax.process_count() > 1 and (error := sys.exception()):
+            self.failed = error
+            raise error
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def due(self) -> bool:
         """Whether `minutes` have passed since the last save; the lead's clock decides, which all call together."""
@@ -102,7 +115,9 @@ class Checkpoints:
                 f"{self.directory.name}: after update {step} {broken}; nothing was saved, and the last checkpoint is as"
                 " it was. Lower the learning rate, and see l2_grads and l2_updates in metrics.jsonl"
             )
+        PROGRESS.enter_part("writing of an earlier one", slow=True)
         self.finish()
+        PROGRESS.enter_part("")
         with self._storing(step):
             if not self._is_there("policy"):
                 self._copy_policy()
@@ -153,7 +168,7 @@ class Checkpoints:
 
     def check(self) -> None:
         """DataError once a save in the background has failed."""
-        if not self.manager.is_saving_in_progress():
+        if self.failed or not self.manager.is_saving_in_progress():
             self.finish()  # for nothing: it raises what ended the save
 
     @contextlib.contextmanager
