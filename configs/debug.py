@@ -22,6 +22,7 @@ def get_config():
     config.grpo.data.root = "runs/debug/data"
     config.grpo.steps = 2
     config.grpo.optim.warmup_steps = 1
+    config.grpo.minibatches = 1  # a checkpoint is named by its updates: one a step
     config.grpo.prompts = 2
     config.grpo.batch.rows = 2
     config.grpo.sampling.slots = 8
