@@ -40,6 +40,8 @@ class Oracle:
 
     def __init__(self, config: TeacherConfig, rng: np.random.Generator):
         self.config, self.rng = config, rng
+        hasty = config.hasty > 0 and rng.random() < config.hasty
+        self.good = config.enough if hasty else config.good
 
     def act(self, state: EnvState, gt_mask: np.ndarray) -> str:
         """The next assistant turn; `gt_mask` is bool[h, w] in original pixels."""
@@ -47,7 +49,7 @@ class Oracle:
             return self._say(_ABSENT, state, Finish(None))
         ious = [iou(record.mask, gt_mask) for record in state.masks]
         best = int(np.argmax(ious)) if ious else -1
-        if ious and ious[best] >= self.config.good:
+        if ious and ious[best] >= self.good:
             return self._say(_DONE, state, Finish(state.masks[best].id))
         if ious and (state.last or len(ious) - 1 - best >= PATIENCE):
             return self._say(_BEST, state, Finish(state.masks[best].id))

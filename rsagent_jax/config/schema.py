@@ -358,6 +358,8 @@ class TeacherConfig:
     own: OwnConfig = OwnConfig()
     box: Fraction = 0.5  # share of first prompts that are boxes; the rest are clicks
     wrong_first: Fraction = 0.25  # share of trajectories whose first guess is wrong on purpose (see sft.turns)
+    hasty: Fraction = 0.0  # share of trajectories that commit to a mask of IoU `enough` already, and so may stop early
+    enough: Fraction = 0.4
     good: Fraction = 0.9  # IoU of a mask that it commits to: the filter's, since better ones are not worth a turn
 
 

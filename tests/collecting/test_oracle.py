@@ -74,21 +74,33 @@ def test_largest_error_is_clicked(logits, x, label):
         assert repair.box == first.box and repair.points[:-1] == first.points
 
 
+class Adds(IdealSegmenter):  # what a click means to the mask that it refines
+    def __init__(self, objects):
+        super().__init__(objects)
+        self.masks = {}
+
+    def segment(self, image, request):
+        reply = super().segment(image, request)
+        mask = reply.mask | self.masks.get(request.refine_logits_id, False)
+        self.masks[reply.logits_id] = mask
+        return dataclasses.replace(reply, mask=mask)
+
+
 def test_of_several_things_each_is_clicked_from_left_to_right():
-    class Adds(IdealSegmenter):  # what a click means to the mask that it refines
-        masks = {}
-
-        def segment(self, image, request):
-            reply = super().segment(image, request)
-            mask = reply.mask | self.masks.get(request.refine_logits_id, False)
-            self.masks[reply.logits_id] = mask
-            return dataclasses.replace(reply, mask=mask)
-
     both, config = TARGET | OTHER, TeacherConfig(box=0.0, wrong_first=0.0)
     state = play(Adds([TARGET, OTHER]), config, gt=both, query="every circle")
     assert iou(final_mask(state)[0], both) == 1 and [t.call.name for t in state.turns] == ["segment"] * 2 + ["finish"]
     first, second = (state.view.to_original(np.array([t.call.points[-1]]))[0] for t in state.turns[:2])
     assert np.abs(first - (60, 70)).max() <= 2 and np.abs(second - (150, 90)).max() <= 2
+
+
+def test_a_hasty_one_commits_to_a_mask_that_is_good_enough_and_repairs_a_worse_one():
+    """Of two things of about one size a click gives half; then the others go on and the hasty ones finish."""
+    both, config = TARGET | OTHER, TeacherConfig(box=0.0, wrong_first=0.0, hasty=0.5, enough=0.4)
+    masks = [len(play(Adds([TARGET, OTHER]), config, seed, both, "both circles").masks) for seed in range(100)]
+    assert set(masks) == {1, 2} and 30 <= masks.count(1) <= 70
+    strict = dataclasses.replace(config, hasty=1.0, enough=0.6)
+    assert len(play(Adds([TARGET, OTHER]), strict, 0, both, "both circles").masks) == 2
 
 
 def test_thoughts_say_what_is_done_and_where():
