@@ -155,8 +155,7 @@ class GrpoSource:
         broken = Counter(state.failure.kind.value for t, state in played.outcomes if t.status is Status.ENV_FAILED)
         teaches, failures = self._all_agree(played.outcomes, broken, items)
         # Where nothing teaches on any process no batch is made on any, and no update.
-        how = self.processor.config, self.share, c.minibatches
-        batches = pack_evenly(items, c.batch, *how) if teaches else []
+        batches = pack_evenly(items, c.batch, self.processor.config, self.share, c.minibatches) if teaches else []
         tokens = sum(int(t.loss_mask.sum()) for t in played.trajectories)
         metrics |= {
             "no_update": float(not teaches),
