@@ -359,7 +359,7 @@ class TeacherConfig:
     box: Fraction = 0.5  # share of first prompts that are boxes; the rest are clicks
     wrong_first: Fraction = 0.25  # share of trajectories whose first guess is wrong on purpose (see sft.turns)
     hasty: Fraction = 0.0  # share of trajectories that commit to a mask of IoU `enough` already, and so may stop early
-    enough: Fraction = 0.4
+    enough: Fraction = 0.4  # less than `good`, and no less than the filter asks for
     good: Fraction = 0.9  # IoU of a mask that it commits to: the filter's, since better ones are not worth a turn
 
 
