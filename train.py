@@ -267,6 +267,7 @@ def run_stage(
     def policy_for_rollouts() -> nnx.State:  # no name holds it: it is gone as soon as the engine has its weights
         return processes.local_copy(to_plain(state.params, base), mesh, compute.dtype)
 
+    preemption.defer(config.preemption_s, interrupts=True)
     validator.begin(done)
     if (validator.sets and not done) or validator.was_stopped(done, steps):
         log.write(name, done, validator.run(policy_for_rollouts, done))
@@ -278,7 +279,6 @@ def run_stage(
     promised = (chip.bf16_flops, chip.devices_per_chip) if chip else ()
     work = WorkCounter(policy.processor.config.text, mesh, *promised)
     bar = dict(initial=done, total=steps, desc=name, unit="step", mininterval=2.0, disable=None)  # on a terminal
-    preemption.defer(config.preemption_s, interrupts=True)
     under_way.take_up(done)
     for step in tqdm(range(done + 1, steps + 1), **bar):
         PROGRESS.enter("batch", step)
@@ -336,6 +336,7 @@ def run_stage(
             clock.lap("checkpoint")  # of the next step's time
         if ended:
             break
+    processes.all_or_none(preemption.check)  # the last step's validation, if a signal stopped it, is the next start's
     under_way.forget(steps)
     PROGRESS.enter(f"end of {name}")
     return dataclasses.replace(policy, params=make_plain(base, lora, "float32")(state.params, base))

@@ -23,8 +23,9 @@ from collections.abc import Sequence
 
 from rsagent_jax.config.ranges import Count, CountOrZero
 from rsagent_jax.runtime.hosts import stopped_by_sigterm
-from rsagent_jax.runtime.launching import INTERRUPTED, USER_ERROR, LocalProcesses, TpuSlice
+from rsagent_jax.runtime.launching import USER_ERROR, LocalProcesses, TpuSlice
 from rsagent_jax.runtime.paths import bucket_problem, file_size, open_path
+from rsagent_jax.runtime.preemption import INTERRUPTED
 from rsagent_jax.types import DataError
 
 FIRST_S, LONGEST_S = 10.0, 600.0  # pauses before a start

@@ -121,7 +121,7 @@ def main(job: dict) -> None:
 
 if __name__ == "__main__":
     try:
-        with preemption.listening(75):
+        with preemption.listening():
             main(json.loads(sys.argv[1]))
     except preemption.Preempted as stopped:
         print(stopped.kept)

@@ -278,7 +278,9 @@ class TrainConfig:
     checkpoint_minutes: NotNegative = 0.0  # one is saved at the latest so long after the last; 0 = by steps alone
     keep_last: Count = 2  # newest ones of a stage that are kept
     keep_every: CountOrZero = 0  # steps: those of every so many are kept for good; 0 = none
-    preemption_s: Positive = 25.0  # from SIGTERM to the end of the process, whatever it does by then (docs/training.md)
+    # From SIGTERM to the end of the process, whatever it does by then (docs/training.md). launch, reproduce and
+    # deploy/compose.yaml kill what takes longer than 28 to 40.
+    preemption_s: Positive = 25.0
     # What takes so long the first time, or a tenth of it later, hangs, and the run ends (docs/training.md); 0 = never.
     hang_minutes: NotNegative = 60.0
     cache_dir: str = ""  # compiled programs are kept here; "" = in the work directory

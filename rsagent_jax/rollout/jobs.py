@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from rsagent_jax.runtime import preemption
+
 
 class Overdue(Exception):
     """A job did not end within its deadline."""
@@ -52,12 +54,14 @@ class Jobs:
 
     def take(self, *, wait: bool) -> list[tuple[int, Any]]:
         """(slot, result or Overdue) of jobs that ended; with `wait`, of at least one if any is left. Raises what a job
-        raised."""
+        raised, and Preempted."""
         ended = []
         while self.jobs and not ended:
+            preemption.check()
             running = [job for job in self.jobs.values() if job.deadline is not None]
             if wait:
                 timeout = max(0.0, min(job.deadline for job in running) - time.monotonic())
+                timeout = min(timeout, preemption.POLL_S)
                 concurrent.futures.wait([job.future for job in running], timeout, concurrent.futures.FIRST_COMPLETED)
             for slot, job in list(self.jobs.items()):
                 if job.future.done():

@@ -43,12 +43,12 @@ from rsagent_jax.config.recipe import RecipeConfig
 from rsagent_jax.runtime import preemption
 from rsagent_jax.runtime.help import help_page
 from rsagent_jax.runtime.paths import bucket_problem, bucket_used, check_writable, open_path
+from rsagent_jax.runtime.preemption import PREEMPTED
 from rsagent_jax.runtime.watchdog import WATCHDOG
 from rsagent_jax.types import DataError
 from sam_bridge.types import SegmenterError
 
 NO_READER = 128 + signal.SIGPIPE  # as of a program that the signal ends
-PREEMPTED = 75  # EX_TEMPFAIL: stopped by SIGTERM with everything kept; the same command goes on
 OWNERS = {  # whose config files a class describes
     schema.TrainConfig: "train.py",
     schema.EvalConfig: "evaluate.py",
@@ -83,14 +83,14 @@ def _exit(status: int) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     WATCHDOG.end(status)
     if status == PREEMPTED:  # all is kept, and Python's own end takes seconds of a notice that may be over
-        if jax := sys.modules.get("jax"):
-            jax.distributed.shutdown()  # waits for the others, whom the first one's end would end as well
+        with contextlib.suppress(Exception):  # another may have ended already
+            if jax := sys.modules.get("jax"):
+                jax.distributed.shutdown()  # waits for the others, whom the first one's end would end as well
         preemption.leave(status)
     # Threads of Orbax's would wait for a bucket that is gone, a quarter of an hour. A command without them may hold
     # jax's service for other hosts (rsagent_jax.reproduce), which would be ended by its absence.
     if status and bucket_used() and "orbax.checkpoint" in sys.modules:
-        sys.stderr.flush()
-        os._exit(status)
+        preemption.leave(status)
     sys.exit(status)
 
 
@@ -133,12 +133,14 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         quieten()
         arguments, flags = parse_arguments(main, argv)
         config = flags.get("config")
-        is_training = isinstance(config, schema.TrainConfig)
-        resumes = is_training or isinstance(config, RecipeConfig | AblationConfig)
-        keeps = is_training or isinstance(config, schema.EvalConfig | schema.CollectConfig)
+        file = pathlib.Path(name).name if name.endswith(".py") else name
+        owned = config if OWNERS.get(type(config)) == file else None  # doctor and data_check look at others' configs
+        is_training = isinstance(owned, schema.TrainConfig)
+        resumes = is_training or isinstance(owned, RecipeConfig | AblationConfig)
+        keeps = is_training or isinstance(owned, schema.EvalConfig | schema.CollectConfig)
         first_s, answer_s = (60 * config.hang_minutes, config.slowest_answer_s) if is_training else (0.0, 0.0)
         with (
-            preemption.listening(PREEMPTED) if keeps else contextlib.nullcontext(),
+            preemption.listening() if keeps else contextlib.nullcontext(),
             WATCHDOG.limited(first_s, answer_s),
         ):
             return main(*arguments, **flags) or 0
@@ -157,7 +159,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         return 2
     except preemption.Preempted as stop:
         print(f"stopped by {stop.signal_name}{stop.kept}; the same command goes on", file=sys.stderr)
-        return preemption.status_of(stop.signal_name, PREEMPTED)
+        return preemption.status_of(stop.signal_name)
     except SystemExit as error:
         if error.code:
             WATCHDOG.explain(error)
@@ -166,7 +168,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         WATCHDOG.explain(error)
         hint = "; run the same command again to go on from the last checkpoint" if resumes else ""
         print(f"stopped{hint}", file=sys.stderr)
-        return 130
+        return preemption.INTERRUPTED
 
 
 def parse_arguments(main: Callable[..., Any], argv: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:

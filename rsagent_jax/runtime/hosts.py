@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
-from rsagent_jax.runtime.preemption import NOTICE_S, Preempted
+from rsagent_jax.runtime.preemption import NOTICE_S, PREEMPTED, Preempted
 from rsagent_jax.runtime.watchdog import HOST_LOST
 from rsagent_jax.types import DataError
 
@@ -79,6 +79,7 @@ def stopped_by_sigterm() -> Iterator[None]:
     """SIGTERM raises Preempted within, on its way out of which a host stops its command and tells the others."""
 
     def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a process group and a launcher may both pass it on
         raise Preempted("SIGTERM")
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -135,7 +136,7 @@ class Hosts:
 
     def run(self, argv: Sequence[str], everywhere: bool) -> int:
         """Runs a command on every host, or on the first, and waits for all. Its exit status, the same on all: 0 where
-        it ended well, else the least of theirs; 128 + n after signal n.
+        it ended well, PREEMPTED where it was on one, else the least of theirs; 128 + n after signal n.
 
         Where it failed on one, the others have GRACE_S to end by themselves before they are stopped.
         """
@@ -149,23 +150,29 @@ class Hosts:
                 _stop(child)
 
     def _wait(self, child: subprocess.Popen | None, runs: int) -> int:
-        name, told, failed_at = next(self.names), child is None, None
+        name, told, failed_at, stopped = next(self.names), child is None, None, False
         while True:
             if not told and child.poll() is not None:
-                self.store.key_value_set(f"{name}/{self.index}", str(exit_status(child.returncode)))
+                status = exit_status(child.returncode)
+                status = HOST_LOST if stopped and status == PREEMPTED else status  # by us, for another's sake
+                self.store.key_value_set(f"{name}/{self.index}", str(status))
                 told = True
             statuses = [int(text) for text in self._told(name)]
             if len(statuses) == runs:
-                return min(filter(None, statuses), default=0)
+                rank = {PREEMPTED: 0, HOST_LOST: 2}
+                return min(filter(None, statuses), key=lambda s: (rank.get(s, 1), s), default=0)
             failed_at = failed_at or (any(statuses) and time.monotonic())
             if failed_at and not told and time.monotonic() - failed_at > GRACE_S:
+                stopped = True
                 _stop(child)
             time.sleep(POLL_S)
 
     def _told(self, name: str) -> list[str]:
-        """What has been said under a name so far. HostGone once another host has ended."""
+        """What has been said under a name so far. HostGone once another host has ended, Preempted where it was."""
         if gone := self.store.key_value_dir_get(GONE):
             host, why = gone[0][0].rpartition("/")[2], json.loads(gone[0][1])
+            if why.startswith("SIGTERM"):
+                raise Preempted(f"SIGTERM on host {host}")
             raise HostGone(f"host {host} has ended ({why}): start the same command on all hosts again")
         return [text for _, text in self.store.key_value_dir_get(name)]
 

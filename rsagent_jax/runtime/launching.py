@@ -19,8 +19,8 @@ import time
 import uuid
 from collections.abc import Sequence
 
-from rsagent_jax.runtime.command import PREEMPTED
 from rsagent_jax.runtime.hosts import VARIABLES, die_with_parent, exit_status
+from rsagent_jax.runtime.preemption import INTERRUPTED, PREEMPTED
 from rsagent_jax.types import DataError
 
 TPUS = {  # a slice's kind -> the accelerator type's, and the runtime version
@@ -32,7 +32,7 @@ ACTIVE, LOST = "ACTIVE", ("SUSPENDED", "FAILED")  # states of a queued resource;
 POLL_S = 20.0
 NOTICE_S = 30  # for a command to save and to end, once it was told to
 OTHERS_S = 90  # for other processes to notice that one has failed, and to end
-USER_ERROR, INTERRUPTED = 2, 130  # exit statuses of every command (runtime/command.py)
+USER_ERROR = 2  # exit status of every command (runtime/command.py)
 # {run} names one start of the command, and its files, on every host. The file that is named for the host's boot has the
 # process group of the last start. If that is another one, it is stopped first; a launch that still listens to it ends.
 HOST_SCRIPT = """

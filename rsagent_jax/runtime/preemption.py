@@ -21,8 +21,12 @@ from typing import Any, NoReturn
 NOTICE_S = 25.0  # of the thirty that spot machines get
 AGAIN_S = 2.0  # within it several signals are one: a process group and a launcher may both pass it on
 POLL_S = 0.5  # between two looks at what the other processes say
+LAST_WORD_S = 1.0  # that each may take
 KEY = "rsagent_jax/preempted"
+PREEMPTED = 75  # exit status (EX_TEMPFAIL): stopped by SIGTERM with everything kept; the same command goes on
 INTERRUPTED = 128 + signal.SIGINT
+
+last_words: list[Callable[[], None]] = []  # to be done where the process ends at once, which leaves out what atexit has
 
 
 class Preempted(BaseException):
@@ -35,19 +39,19 @@ class Preempted(BaseException):
 
 
 class _Listener:
-    """Hears signals, in a thread, and keeps the flag. `status`: the exit status of whoever ends by SIGTERM."""
+    """Hears signals, in a thread, and keeps the flag."""
 
-    def __init__(self, status: int):
-        self.status, self.asked, self.asked_at = status, "", 0.0
+    def __init__(self):
+        self.asked, self.asked_at = "", 0.0
         self.waits, self.notice_s = False, NOTICE_S  # whether there is something to be kept by now
         self.meanwhile: Callable[[], None] = lambda: None
-        self.last_words: list[Callable[[], None]] = []
         self.tell: Callable[[str], None] = lambda name: None  # the other processes
         self.terminals = [fd for fd in (0, 1, 2) if os.isatty(fd)]
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         self.wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
         self.before: dict[int, Any] = {}
+        self.over, self.watcher = threading.Event(), None
         self.take(signal.SIGTERM)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup has seen to
             self.take(signal.SIGHUP)
@@ -58,6 +62,9 @@ class _Listener:
         self.before[number] = signal.signal(number, lambda *_: None)
 
     def close(self) -> None:
+        self.over.set()
+        if self.watcher:
+            self.watcher.join(2 * POLL_S)  # Python does not bear a thread at its end that is in a call
         for number, handler in self.before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.wakeup)
@@ -77,8 +84,7 @@ class _Listener:
         first, self.asked = not self.asked, self.asked or name
         if first:
             self.asked_at = time.monotonic()
-            with contextlib.suppress(Exception):  # the store may be gone already
-                self.tell(name)
+            within(LAST_WORD_S + 2 * POLL_S, lambda: self.tell(name))  # the store may be gone already
             if not self.waits:
                 self.end(f"stopped by {name} before there was anything to keep; the same command begins again")
             self._say(f"\n{name}: stops as soon as what is done is kept, within {self.notice_s:g} s")
@@ -86,28 +92,29 @@ class _Listener:
             timer = threading.Timer(self.notice_s, self.end, [f"{over} the last whole checkpoint"])
             timer.daemon = True
             timer.start()
-            with contextlib.suppress(Exception):
-                self.meanwhile()
+            within(0.0, self.meanwhile)  # it goes on behind this
         elif time.monotonic() - self.asked_at > AGAIN_S:
             self.end(f"{name} again: ended as it stood; the same command goes on from the last whole checkpoint")
 
     def end(self, line: str) -> None:
         """At once, and as safe as SIGKILL: files change by rename, or are mended by the next start."""
         self._say(line)
-        leave(status_of(self.asked, self.status))
+        leave(status_of(self.asked))
 
     def _say(self, line: str) -> None:
         with contextlib.suppress(OSError):
             os.write(2, f"{line}\n".encode())
 
     def watch(self, store: Any) -> None:
-        while not self.asked:
-            time.sleep(POLL_S)
-            try:
+        self.watcher = threading.Thread(target=self._watch, args=(store,), daemon=True)
+        self.watcher.start()
+
+    def _watch(self, store: Any) -> None:
+        while not self.asked and not self.over.wait(POLL_S):
+            said = ()
+            with contextlib.suppress(Exception):  # no answer; the watchdog looks for how long
                 said = store.key_value_dir_get(KEY)
-            except Exception:  # noqa: BLE001 - the service has ended, and with it the run
-                return
-            if said:
+            if said and not self.over.is_set():
                 self.ask(f"{said[0][1]} on process {said[0][0].rpartition('/')[2]}")
 
 
@@ -115,14 +122,14 @@ _listener: _Listener | None = None
 
 
 @contextlib.contextmanager
-def listening(status: int) -> Iterator[None]:
-    """SIGTERM and SIGHUP end the process with `status`: at once, or from `defer` on where `check` is called. After one
+def listening() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the process with PREEMPTED: at once, or from `defer` on where `check` is called. After one
     of them the process is on its way out, and goes on to listen."""
     global _listener
     if threading.current_thread() is not threading.main_thread():  # which alone hears of signals
         yield
         return
-    _listener = _Listener(status)
+    _listener = _Listener()
     try:
         yield
     finally:
@@ -152,33 +159,45 @@ def meanwhile(keep: Callable[[], None]) -> None:
         _listener.meanwhile = keep
 
 
-def before_end(word: Callable[[], None]) -> None:
-    """To be done where the process ends at once, which leaves out what atexit has."""
-    if _listener:
-        _listener.last_words.append(word)
-
-
 def leave(status: int) -> NoReturn:
     """The end of the process, without that of Python."""
-    for word in _listener.last_words if _listener else ():
-        with contextlib.suppress(Exception):
-            word()
-    for stream in sys.stdout, sys.stderr:
-        with contextlib.suppress(Exception):
-            stream.flush()
+    for word in (*last_words, sys.stdout.flush, sys.stderr.flush):  # a bucket, or the main thread, may hold it up
+        within(LAST_WORD_S, word)
     os._exit(status)
+
+
+def within(seconds: float, call: Callable[[], Any]) -> None:
+    """For what may hang, or fail."""
+
+    def go() -> None:
+        with contextlib.suppress(Exception):
+            call()
+
+    thread = threading.Thread(target=go, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def tell_others(store: Any, index: int) -> None:
     """Process `index` passes on to the others what it hears. store: jax's DistributedRuntimeClient."""
+
+    def tell(name: str) -> None:
+        store.key_value_set(f"{KEY}/{index}", name)
+        time.sleep(0 if index else 2 * POLL_S)  # the store is host 0's, and goes with it
+
     if _listener:
-        _listener.tell = lambda name: store.key_value_set(f"{KEY}/{index}", name)
-        threading.Thread(target=_listener.watch, args=(store,), daemon=True).start()
+        _listener.tell = tell
+        _listener.watch(store)
 
 
-def status_of(signal_name: str, preempted: int) -> int:
+def status_of(signal_name: str) -> int:
     """Ctrl-C is no preemption: nobody should start the command again by himself."""
-    return INTERRUPTED if signal_name.startswith("SIGINT") else preempted
+    return INTERRUPTED if signal_name.startswith("SIGINT") else PREEMPTED
+
+
+def status_asked() -> int:
+    """The exit status of a process that a signal, here or elsewhere, has asked to end; 0 where none has."""
+    return status_of(_listener.asked) if _listener and _listener.asked else 0
 
 
 def _in_a_fork() -> None:

@@ -16,13 +16,13 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from rsagent_jax.config.import_path import first_line
+from rsagent_jax.runtime import preemption
 from rsagent_jax.runtime.progress import PROGRESS
 from rsagent_jax.types import DataError
 
@@ -162,11 +162,10 @@ class _Watchdog:
         os.write(2, f"\nerror: {line}{own}. {GOES_ON}\n".encode())  # the main thread may hold sys.stderr
         self.ended = [status, line]
         if self.store and reachable:
-            _within(BEAT_S, self._tell)
-            _within(BEAT_S, lambda: self.store.key_value_set(f"{KEY}/verdict", json.dumps([status, line])))
+            preemption.within(BEAT_S, self._tell)
+            preemption.within(BEAT_S, lambda: self.store.key_value_set(f"{KEY}/verdict", json.dumps([status, line])))
             time.sleep(0 if self.index else 2 * BEAT_S)  # host 0's store goes when all have read it
-        _within(1.0, sys.stdout.flush)
-        os._exit(status)
+        preemption.leave((status == HOST_LOST and preemption.status_asked()) or status)
 
     def end(self, status: int | None = None) -> None:
         """Of a process that ends by itself: tells the others. After an error that was explained it does not return, nor
@@ -184,10 +183,7 @@ class _Watchdog:
         until = time.monotonic() + (0 if self.index else GRACE_S + 3 * BEAT_S)
         while time.monotonic() < until and not all("ended" in self.told.get(i, {}) for i in self.heard):
             time.sleep(POLL_S)
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(self.ended[0])
+        preemption.leave(self.ended[0])
 
     def explain(self, error: BaseException) -> None:
         """Keeps what ends this process, for the others. It may be no more than the trace of a host that is gone: what
@@ -216,18 +212,6 @@ class _Watchdog:
 
         self.aborted = aborted  # as long as this
         ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
-
-
-def _within(seconds: float, call: Callable[[], Any]) -> None:
-    """For what may hang, or fail."""
-
-    def go() -> None:
-        with contextlib.suppress(Exception):
-            call()
-
-    thread = threading.Thread(target=go, daemon=True)
-    thread.start()
-    thread.join(seconds)
 
 
 WATCHDOG = _Watchdog()  # of this process

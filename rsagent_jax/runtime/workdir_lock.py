@@ -53,7 +53,7 @@ def hold_workdir(workdir: pathlib.Path) -> None:
             hold_workdir(workdir)
             return
     atexit.register(_release, path, own)
-    preemption.before_end(lambda: _release(path, own))
+    preemption.last_words.append(lambda: _release(path, own))
     threading.Thread(target=_beat, args=(path, own), daemon=True).start()
 
 

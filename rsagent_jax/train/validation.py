@@ -159,7 +159,8 @@ class Validator:
 
     def was_stopped(self, done: int, steps: int) -> bool:
         """Whether an earlier start was to validate step `done` and has not come to it."""
-        return bool(done and self.history) and done not in self.history and self.due(done, steps)
+        own = bool(done and self.history) and done not in self.history and self.due(done, steps)
+        return json.loads(processes.exchange(json.dumps(own))[0])  # the lead's: others may not have its history
 
     def run(self, policy: Callable[[], nnx.State], step: int) -> dict[str, float]:
         """The figures of the weights that `policy` gives, by the names that they are logged under; {} where a signal

@@ -16,8 +16,8 @@ STUCK = """
 import ctypes, sys
 from rsagent_jax.runtime import preemption
 preemption.AGAIN_S = 0.0
-with preemption.listening(75):
-    preemption.before_end(lambda: print("last word", flush=True))
+with preemption.listening():
+    preemption.last_words.append(lambda: print("last word", flush=True))
     {more}
     print("ready", flush=True)
     mutex = ctypes.create_string_buffer(64)
@@ -29,14 +29,14 @@ import sys, time
 from rsagent_jax.runtime import preemption
 from rsagent_jax.runtime.preemption import Preempted
 try:
-    with preemption.listening(75):
+    with preemption.listening():
         {more}
         print("ready", flush=True)
         for _ in range(500):
             preemption.check()
             time.sleep(0.01)
 except Preempted as stop:
-    sys.exit(preemption.status_of(stop.signal_name, 75))
+    sys.exit(preemption.status_of(stop.signal_name))
 """
 
 
