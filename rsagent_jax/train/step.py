@@ -217,9 +217,7 @@ def make_programs(
     return TrainPrograms(
         shardings=state,
         create_state=jax.jit(lambda p: create_state(p, tx), out_shardings=state, donate_argnums=0),
-        embed=jit(embed, in_shardings=(base, rows), out_shardings=rows)
-        if frozen_vision
-        else lambda base, batch: batch,
+        embed=jit(embed, in_shardings=(base, rows), out_shardings=rows) if frozen_vision else lambda base, batch: batch,
         micro=jit(micro, in_shardings=(state.params, base, rows, rows), out_shardings=sums),
         add=jax.jit(add, donate_argnums=0),
         apply_gradients=jax.jit(
