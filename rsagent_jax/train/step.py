@@ -20,8 +20,8 @@ from rsagent_jax.train import losses
 from rsagent_jax.train.state import EMPTY, TrainState, create_state, state_shardings, vision_frozen
 from rsagent_jax.types import Batch
 
-# By kind of device, for the programs with a forward pass. libtpu 0.0.42 moves row gathers of the vision tower to TPU7x's
-# SparseCores and then aborts on the 7B ("Not enough space for TILESPMEM spill"), so they stay on the TensorCore.
+# By kind of device, for the programs with a forward pass. libtpu 0.0.42 moves gathers of the vision tower's rows to
+# TPU7x's SparseCores and aborts there on the 7B ("Not enough space for TILESPMEM spill"): they stay on the TensorCore.
 COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_offload_gather_to_sparsecore": "false"}}
 
 # (log-probs f32[B, T] aligned to their own token, batch, reference log-probs; where Stage.entropy, entropies f32[B, T])
