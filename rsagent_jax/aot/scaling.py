@@ -31,11 +31,21 @@ ENGINE = "engine"  # of a line: the engine that evaluation and collecting have t
 # of the large ones' engines encode and decode, the fullest: append takes ten minutes to compile
 FULLEST = "--aot_only=code"
 # What was compiled of config/slices.py; what was not stands on the page.
-TRAINED = {"7b": ("v5e-16", "v6e-8", "v5p-8"), "32b": ("v6e-64", "v5e-256", "tpu7x-16"), "72b": ("v5p-64",)}
+TRAINED = {
+    "3b": ("v5e-8", "v5e-16", "v6e-8", "v5p-8", "tpu7x-8"),
+    "7b": ("v5e-16", "v6e-8", "v5p-8", "tpu7x-8"),
+    "32b": ("v6e-64", "v5p-32", "v5e-256", "tpu7x-16"),
+    "72b": ("v6e-128", "v5p-64", "tpu7x-32"),
+}
 # Slots of a host beside the training state: on v6e-8 and v5p-8 more than the preset's, which fit as well.
-SLOTS = {"7b": {"v5e-16": 32, "v6e-8": 128, "v5p-8": 256}, "32b": {"v6e-64": 4}, "72b": {"v5p-64": 16}}
+SLOTS = {
+    "3b": {"v5e-8": 32, "v5e-16": 32, "v6e-8": 64, "v5p-8": 64, "tpu7x-8": 64},
+    "7b": {"v5e-16": 32, "v6e-8": 128, "v5p-8": 256, "tpu7x-8": 64},
+    "32b": {"v6e-64": 4, "v5p-32": 16, "tpu7x-16": 32},
+    "72b": {"v5p-64": 16, "tpu7x-32": 16},
+}
 LARGE = ("v6e-8", "v5p-8", "tpu7x-8")
-ENGINES = {"7b": ("v5e-8", "v5e-16", *LARGE), "32b": LARGE, "72b": LARGE}
+ENGINES = {"3b": ("v5e-8", *LARGE), "7b": ("v5e-8", "v5e-16", *LARGE), "32b": LARGE, "72b": LARGE}
 
 
 def calls() -> Iterator[tuple[str, list[str]]]:

@@ -2,8 +2,8 @@
 
 `mesh.tensor = 0`, `batch.rows = 0`, `policy.remat = ""`, and for GRPO `sampling.tensor = 0` and `sampling.slots = 0`
 mean: as the slice's preset says. docs/scaling.md has what was compiled, with rows of 6k tokens: `selective` where it
-fits and its projected time is shorter. The other presets are arithmetic from those: the 3B, slices of 64 and tpu7x-8 of
-the 7B, v5p-32 of the 32B, v6e-128 and tpu7x-32 of the 72B.
+fits and its projected time is shorter. The slices of 64 of the 3B and 7B alone are arithmetic: less of the state on a
+device than on the smaller slice of their kind.
 
 The hosts of a slice share a step's prompts evenly: where there are more than 16 of them, as in v6e-128, v5e-256 or
 v5p-256, GRPO takes --config.grpo.prompts of a multiple of them, and not the paper's 16.
@@ -25,7 +25,7 @@ class Preset:
 
 
 SIZES = {2048: "3b", 3584: "7b", 5120: "32b", 8192: "72b"}  # hidden size -> name
-# 3B has those of 7B, which need more, but a slot on two devices at most: it has two key-value heads.
+# 3B has those of 7B, but a slot on two devices at most: it has two key-value heads.
 _SMALL = {
     "v5e-8": Preset(rollout_tensor=4, slots=32),  # 7B with policy.lora only
     "v5e-16": Preset(tensor=2, rollout_tensor=4, slots=32),  # rows of 6k tokens on a device each would not fit
@@ -56,7 +56,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
 
 # An engine without a trainer beside it (evaluate.py, collect, segment), by kind of device: devices that share a slot,
 # and slots for such a group; contexts of 6k tokens, weights and cache in bf16. docs/scaling.md has what they need, but
-# for v4 and the 3B, which were not compiled. On TPU7x a decode step's temporaries are as large as the weights.
+# for v4, which was not compiled. On TPU7x a decode step's temporaries are as large as the weights.
 ENGINES: dict[str, dict[str, tuple[int, int]]] = {
     "7b": {"TPU v5 lite": (4, 64), "TPU v6 lite": (2, 64), "TPU v5": (1, 128), "TPU v4": (2, 64), "TPU7x": (1, 64)},
     "32b": {"TPU v6 lite": (8, 64), "TPU v5": (4, 128), "TPU7x": (4, 64)},

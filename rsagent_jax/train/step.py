@@ -20,6 +20,10 @@ from rsagent_jax.train import losses
 from rsagent_jax.train.state import EMPTY, TrainState, create_state, state_shardings, vision_frozen
 from rsagent_jax.types import Batch
 
+# By kind of device, for the programs with a forward pass. libtpu 0.0.42 moves gathers of the vision tower's rows to
+# TPU7x's SparseCores and aborts there on the 7B ("Not enough space for TILESPMEM spill"): they stay on the TensorCore.
+COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_offload_gather_to_sparsecore": "false"}}
+
 # (log-probs f32[B, T] aligned to their own token, batch, reference log-probs; where Stage.entropy, entropies f32[B, T])
 # -> (loss sum, denominator, metric sums)
 Objective = Callable[..., tuple[jax.Array, jax.Array, losses.LossMetrics]]
@@ -180,6 +184,7 @@ def make_programs(
     state = state_shardings(params, tx, replicated, offload=offload)
     base = jax.tree.map(lambda x: x.sharding, base)
     frozen_vision = vision_frozen(state.params)
+    jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(compute.mesh.devices.flat[0].device_kind))
     tower = nnx.graphdef(nnx.merge(graphdef, nnx.merge_state(state.params, base)).vision)
 
     def embed(base, batch):
@@ -212,16 +217,14 @@ def make_programs(
     return TrainPrograms(
         shardings=state,
         create_state=jax.jit(lambda p: create_state(p, tx), out_shardings=state, donate_argnums=0),
-        embed=jax.jit(embed, in_shardings=(base, rows), out_shardings=rows)
-        if frozen_vision
-        else lambda base, batch: batch,
-        micro=jax.jit(micro, in_shardings=(state.params, base, rows, rows), out_shardings=sums),
+        embed=jit(embed, in_shardings=(base, rows), out_shardings=rows) if frozen_vision else lambda base, batch: batch,
+        micro=jit(micro, in_shardings=(state.params, base, rows, rows), out_shardings=sums),
         add=jax.jit(add, donate_argnums=0),
         apply_gradients=jax.jit(
             update, in_shardings=(state, sums), out_shardings=(state, replicated), donate_argnums=0
         ),
-        logprobs=jax.jit(logprobs, in_shardings=(compared, base, rows), out_shardings=rows),
-        correct=jax.jit(correct, in_shardings=(state.params, base, rows), out_shardings=(rows, replicated)),
+        logprobs=jit(logprobs, in_shardings=(compared, base, rows), out_shardings=rows),
+        correct=jit(correct, in_shardings=(state.params, base, rows), out_shardings=(rows, replicated)),
     )
 
 
