@@ -31,7 +31,7 @@ ENGINE = "context=384 max_new_tokens=32 slots=8".split()
 TRAIN = (
     "policy.lora.rank=2 sft.optim.freeze=() grpo.optim.freeze=() "
     "sft.steps=3 sft.checkpoint_every=1 sft.optim.warmup_steps=1 sft.trajectories_per_step=2 sft.batch.tokens=512 "
-    "grpo.steps=2 grpo.checkpoint_every=1 grpo.optim.warmup_steps=1 "
+    "grpo.steps=2 grpo.minibatches=1 grpo.checkpoint_every=1 grpo.optim.warmup_steps=1 "
     "grpo.optim.schedule=constant grpo.prompts=2 "
     "grpo.min_spread=0 grpo.batch.tokens=512 grpo.batch.rows=1 "
     "grpo.reward.final.terms.final_iou.function=varied:by_tokens"

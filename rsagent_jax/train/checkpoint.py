@@ -89,8 +89,9 @@ class Checkpoints:
 
     def _meet_others(self, *, key: str, timeout_ms: int) -> None:
         """Orbax's barrier for its threads. One whose own part of a save has failed would wait there for the others, and
-        they for it, for twenty minutes: it ends with its error instead, and `check` ends the run."""
-        if jax.process_count() > 1 and (error := sys.exception()):
+        they for it, for twenty minutes: it ends with its error instead, and `check` ends the run. (Preempted, in whose
+        handling a state is saved, is no Exception.)"""
+        if jax.process_count() > 1 and isinstance(error := sys.exception(), Exception):
             self.failed = error
             raise error
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)

@@ -240,7 +240,7 @@ def test_all_processes_start_or_none_does(monkeypatch):
         gather = lambda mine, other=failed_elsewhere: np.stack([mine, np.full_like(mine, other)])  # noqa: E731
         monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
         assert processes.allgather_sum([3, 0]) == [3 + failed_elsewhere, failed_elsewhere]
-        monkeypatch.setattr(processes, "exchange", lambda text, other=failed_elsewhere: [text, str(other)])
+        monkeypatch.setattr(processes, "exchange", lambda text, other=failed_elsewhere: [text, "failed" * other])
         refused("seed", processes.all_or_none, refuse)
         if not failed_elsewhere:
             assert processes.all_or_none(lambda: "ready") == "ready"
