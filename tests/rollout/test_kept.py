@@ -68,7 +68,7 @@ def test_what_was_drawn_keeps_its_log_probs_to_the_bit_and_a_tool_that_died_as_w
 
     kept, ended = {}, {}
     d = scripted(Dead())
-    stop_after(monkeypatch, 40)
+    stop_after(monkeypatch, 80)
     assert played_until(d, kept, ended) is None or not kept
     if not kept:  # all have ended, most of them by the tool
         kept = {task.uid: pack_run(ended_run(task, *outcome)) for task, outcome in ended.items()}
