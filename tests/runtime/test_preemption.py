@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -40,13 +41,16 @@ except Preempted as stop:
 """
 
 
-def end_of(code: str, more: str, *signals: int, ignored: int | None = None, **how) -> tuple[int, str]:
+def on_hangup(handler: signal.Handlers) -> Callable[[], object]:
+    """For a child: tests that run under nohup would pass on to it that it ignores the signal."""
+    return lambda: signal.signal(signal.SIGHUP, handler)
+
+
+def end_of(code: str, more: str, *signals: int, hangup: signal.Handlers = signal.SIG_DFL) -> tuple[int, str]:
     """Exit status and what is said on stderr by a program that these signals come to, one after another."""
-    before = lambda: ignored and signal.signal(ignored, signal.SIG_IGN)  # noqa: E731
     argv = [sys.executable, "-c", code.format(more=more)]
-    process = subprocess.Popen(
-        argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=before, **how
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(argv, cwd=ROOT, preexec_fn=on_hangup(hangup), **pipes)
     try:
         while process.stdout.readline() != "ready\n":
             assert process.poll() is None, process.stderr.read()
@@ -85,13 +89,14 @@ def test_work_in_pieces_stops_between_them():
 
 def test_a_dropped_session_stops_it_and_nohup_keeps_it():
     assert end_of(LOOP, "preemption.defer(60)", signal.SIGHUP)[0] == 75
-    status, err = end_of(LOOP, "preemption.defer(60)", signal.SIGHUP, ignored=signal.SIGHUP)
+    status, err = end_of(LOOP, "preemption.defer(60)", signal.SIGHUP, hangup=signal.SIG_IGN)
     assert (status, err) == (0, "")
     main, terminal = pty.openpty()
     code = LOOP.replace("except Preempted as stop:", "except Preempted as stop:\n    print('kept', file=sys.stderr)")
     child = subprocess.Popen(
         [sys.executable, "-c", code.format(more="preemption.defer(60)")],
         cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        preexec_fn=on_hangup(signal.SIG_DFL),
     )  # fmt: skip
     os.close(terminal)
     assert os.read(main, 100).strip() == b"ready"
