@@ -61,7 +61,7 @@ from rsagent_jax.train.state import (
     updates_made,
 )
 from rsagent_jax.train.step import make_programs, make_stage
-from rsagent_jax.train.throughput import StepClock, WorkCounter
+from rsagent_jax.train.throughput import CompileCounter, StepClock, WorkCounter
 from rsagent_jax.train.under_way import UnderWay
 from rsagent_jax.train.validation import Validator, open_validation_sets, overlaps
 
@@ -276,6 +276,7 @@ def run_stage(
 
     ############################## Train loop ##############################
     made, clock, chip = updates_made(state), StepClock(), chip_of(jax.local_devices()[0])
+    compiles = CompileCounter()
     promised = (chip.bf16_flops, chip.devices_per_chip) if chip else ()
     work = WorkCounter(policy.processor.config.text, mesh, *promised)
     bar = dict(initial=done, total=steps, desc=name, unit="step", mininterval=2.0, disable=None)  # on a terminal
@@ -321,8 +322,9 @@ def run_stage(
             clock.lap("validation")
         if source.judged and settings.dump_every and step % settings.dump_every == 0:
             dump = processes.own_directory(workdir) / "dumps" / f"step_{step:06d}"
-            dump_rollouts(dump, step, source.judged, config.agent, source.driver.limits, source.share)
-        metrics |= clock.read()
+            how = (config.agent, source.driver.limits, source.share, settings.dump_keep)
+            dump_rollouts(dump, step, source.judged, *how)
+        metrics |= clock.read() | compiles.read()
         log.write(name, step, metrics | work.figures(metrics, passes=stage.epochs))
         log.examples(step, source.examples)
         alarms.add(step, metrics, source.examples)

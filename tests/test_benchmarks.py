@@ -1,11 +1,15 @@
 """The benchmarks run at a toy size: the two sides agree, attention by blocks is linear in memory. No timing here."""
 
+import importlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from rsagent_jax.runtime.loggers import TensorBoard
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +54,35 @@ def test_memory_is_linear_by_blocks_and_quadratic_with_whole_scores():
     assert result["exponent_plain"] > 1.5
     for name in ("blocks", "plain"):
         assert len(result["rows"][name]["temp"]) == 3
+
+
+def test_a_soak_tells_what_grows(monkeypatch, capsys, tmp_path):
+    """Of the second start: the trainer gains 0.1 MiB a step, which is 3 of 103 MiB from step 30 to step 60."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    soak = importlib.import_module("soak")
+    flat = {"uss": 50.0, "fds": 10, "threads": 7}
+
+    def row(start, step, more=0.1):
+        seen = {
+            "trainer": flat | {"rss": 100 + more * step, "cpu": 2.0 * step},
+            "side-car": flat | {"rss": 70, "cpu": 0},
+        }
+        return {"start": start, "step": step, "seconds": 3.0, "compiles": float(step == 5), "processes": seen}
+
+    rows = [row(0, n, more=9.0) for n in range(1, 21)] + [row(1, n) for n in range(17, 61)]
+    steps = list(range(1, 61))
+    assert soak.report(rows, [30, 60], steps) == {}
+    assert "trainer rss                  102.55     105.55     2.9%  OK" in capsys.readouterr().out
+    assert soak.report([row(1, n, more=0.2) for n in steps], [30, 60], steps) == {"trainer rss": pytest.approx(6 / 105.1)}
+    twice = soak.report([*rows, row(1, 61) | {"compiles": 2.0}], [30, 60], [*range(1, 21), *range(17, 61)])
+    assert twice == {"compiles": 2.0, "TensorBoard": 1.0}
+    assert soak.figures(os.getpid())["rss"] > soak.figures(os.getpid())["uss"] > 1
+    board = TensorBoard(tmp_path, {})
+    for step in (1, 2, 3):
+        board.write("grpo", step, {"loss": 0.5})
+    board.rewind("grpo", 2)
+    board.write("grpo", 3, {"loss": 0.5})
+    assert soak.board_steps(tmp_path / "tensorboard/grpo", "grpo/loss") == [1, 2, 3]
 
 
 def test_the_metrics_are_those_of_lisa():

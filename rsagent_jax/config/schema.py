@@ -224,6 +224,7 @@ class GrpoConfig:
     mock: MockConfig = MockConfig()  # for tests of everything but the engine; what is learned means nothing
     checkpoint_every: CountOrZero = 0  # steps; 0 = only at the end
     dump_every: CountOrZero = 0  # steps whose every trajectory is kept, for SFT, replay and --replay; 0 = none
+    dump_keep: CountOrZero = 0  # newest dumps that stay; 0 = all
 
     @property
     def updates(self) -> int:

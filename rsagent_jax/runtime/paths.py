@@ -177,6 +177,14 @@ def remove_file(path: pathlib.Path) -> None:
         file_system().rm_file(str(path)) if is_remote(path) else path.unlink()
 
 
+def remove_folder(path: pathlib.Path) -> None:
+    """With all that is in it, as far as that can be done."""
+    if is_remote(path):
+        file_system().rm(str(path), recursive=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def move_folder(path: pathlib.Path, target: pathlib.Path) -> None:
     """In place of what is at `target`; in a bucket object by object."""
     if is_remote(path):

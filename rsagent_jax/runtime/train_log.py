@@ -1,4 +1,12 @@
-"""What a run logs: metrics.jsonl (one object per step) beside its loggers, and rollouts.jsonl."""
+"""What a run logs: metrics.jsonl (one object per step) beside its loggers, and rollouts.jsonl.
+
+A step's line of rollouts.jsonl holds all that was said, so they are a file to each ROTATE steps:
+
+    rollouts.jsonl            steps 1 to 1000
+    rollouts_0001000.jsonl    the thousand after step 1000, and so on
+
+Those before the last may be compressed or removed while the run goes on; nothing reads them again.
+"""
 
 import json
 import math
@@ -14,7 +22,14 @@ from rsagent_jax.runtime.loggers import Logger
 from rsagent_jax.runtime.paths import AppendFile
 from rsagent_jax.types import DataError
 
+ROTATE = 1000  # GRPO steps in a file of rollouts
 FINITE = {"loss": "the loss", "l2_grads": "the gradient's norm", "l2_updates": "the update's norm"}
+
+
+def rollouts_path(workdir: pathlib.Path, step: int) -> pathlib.Path:
+    """The file with the line of this GRPO step; in the order of their names they are in the order of their steps."""
+    after = max(step - 1, 0) // ROTATE * ROTATE
+    return workdir / (f"rollouts_{after:07d}.jsonl" if after else "rollouts.jsonl")
 
 
 class MetricsLog:
@@ -24,8 +39,7 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: pathlib.Path, loggers: Sequence[Logger] = ()):
-        self.path, self.rollouts = workdir / "metrics.jsonl", workdir / "rollouts.jsonl"
-        self.lines = {path: AppendFile(path) for path in (self.path, self.rollouts)}
+        self.path, self.lines = workdir / "metrics.jsonl", {}
         self.loggers = list(loggers)
         self.counts: Counter[str] = Counter()  # since the start: steps, and what is to be said of them at the end
 
@@ -33,7 +47,10 @@ class MetricsLog:
         """Forgets what `stage` logged after `step`, also on the loggers that have a `rewind`."""
         keep_lines(self.path, lambda row: row["stage"] != stage or row["step"] <= step)
         if stage == "grpo":
-            keep_lines(self.rollouts, lambda row: row["step"] <= step)
+            after = step + 1
+            while (path := rollouts_path(self.path.parent, after)).exists():
+                keep_lines(path, lambda row: row["step"] <= step)
+                after += ROTATE
         for logger in self.loggers:
             if hasattr(logger, "rewind"):
                 logger.rewind(stage, step)
@@ -45,7 +62,7 @@ class MetricsLog:
         self.counts["steps"] += step > 0  # 0: the validation before the first one
         self.counts.update({k: int(v) for k, v in values.items() if k == "no_update" or k.startswith("env_failed/")})
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self.lines[self.path].add(json.dumps({"step": step, "stage": stage, **finite}) + "\n")
+        self._add(self.path, {"step": step, "stage": stage, **finite})
         for logger in self.loggers:
             logger.write(stage, step, values)
         for name, what in FINITE.items():
@@ -58,7 +75,12 @@ class MetricsLog:
     def examples(self, step: int, examples: dict[str, Any]) -> None:
         """What a GRPO step's first group said and got, as JSON values; nothing where there is none."""
         if examples:
-            self.lines[self.rollouts].add(json.dumps({"step": step, **examples}) + "\n")
+            self._add(rollouts_path(self.path.parent, step), {"step": step, **examples})
+
+    def _add(self, path: pathlib.Path, row: dict[str, Any]) -> None:
+        if path not in self.lines:
+            self.lines[path] = AppendFile(path)
+        self.lines[path].add(json.dumps(row) + "\n")
 
     def failures(self) -> list[str]:
         """For the terminal: what was logged since the start and taught nothing, or was lost to a broken tool."""

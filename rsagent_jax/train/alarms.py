@@ -7,11 +7,13 @@ reads its own metrics.jsonl first, so that what is still going on is not said ag
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import numbers
 import operator
 import pathlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -42,17 +44,17 @@ class History:
     """The finite values of every metric, with the steps that they were logged at."""
 
     def __init__(self):
-        self.columns: dict[str, tuple[list[int], list[float]]] = {}
+        self.columns: dict[str, tuple[array, array]] = {}  # 16 bytes a value, of all steps of a stage
 
     def add(self, step: int, metrics: Mapping[str, float | None]) -> None:
         for name, value in metrics.items():
             if isinstance(value, numbers.Real | np.ndarray) and math.isfinite(value):  # f32[] as from a device, too
-                steps, values = self.columns.setdefault(name, ([], []))
+                steps, values = self.columns.setdefault(name, (array("q"), array("d")))
                 steps.append(step)
                 values.append(float(value))
 
-    def series(self, name: str) -> tuple[list[int], list[float]]:
-        return self.columns.get(name, ([], []))
+    def series(self, name: str) -> tuple[Sequence[int], Sequence[float]]:
+        return self.columns.get(name, ((), ()))
 
     def last(self, name: str) -> float:
         return self.series(name)[1][-1]
@@ -96,9 +98,9 @@ def ious_part(h: History, c: AlarmsConfig) -> Symptom | None:
     (steps, giou), (_, ciou), n = h.series("giou"), h.series("ciou"), c.window
     if len(giou) != len(ciou) or len(giou) < 2 * n:
         return None
-    g, i = np.array(giou), np.array(ciou)
-    up_g, up_i = g[-n:].mean() - g[:n].mean(), i[-n:].mean() - i[:n].mean()
-    apart, sure = abs(up_g - up_i), SURE * _error((g - i)[:n], (g - i)[-n:])
+    (g, g_now), (i, i_now) = ((np.array(values[:n]), np.array(values[-n:])) for values in (giou, ciou))
+    up_g, up_i = g_now.mean() - g.mean(), i_now.mean() - i.mean()
+    apart, sure = abs(up_g - up_i), SURE * _error(g - i, g_now - i_now)
     if up_g * up_i >= 0 or apart < c.parting or apart <= sure:
         return None
     why = "large masks go wrong" if up_i < 0 else "small masks go wrong"
@@ -190,7 +192,7 @@ def _explodes(h: History, c: AlarmsConfig, name: str, floor: float, what: str, r
     steps, values = h.series(name)
     if not c.explode or not values or values[-1] <= floor:
         return None
-    before = [v for v in values[:-1] if v > 0][-c.median :]
+    before = list(itertools.islice((v for v in reversed(values[:-1]) if v > 0), c.median))
     if len(before) < FEW or values[-1] <= c.explode * (middle := float(np.median(before))):
         return None
     return Symptom(

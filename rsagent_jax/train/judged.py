@@ -24,7 +24,7 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.evals.behaviour import behaviour, summarize_behaviours
 from rsagent_jax.masks import mask_iou
 from rsagent_jax.models.qwen25_vl.config import read_json
-from rsagent_jax.runtime.paths import absolute, open_path
+from rsagent_jax.runtime.paths import absolute, open_path, remove_folder
 from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum
 from rsagent_jax.types import Batch, DataError, Reward, Sample, Trajectory
 
@@ -74,9 +74,11 @@ def dump_rollouts(
     agent: AgentConfig,
     limits: PixelLimits,
     share: Share,
+    keep: int = 0,
 ) -> None:
     """Writes every trajectory of a step as a stored set: those that are not trained on, too, and say so. `share`: which
-    of all processes' trajectories these are."""
+    of all processes' trajectories these are. `keep`: of this dump and the older ones beside it, so many of the newest
+    stay; 0 = all."""
     writer = trajectories.RecordWriter(directory)
     for j in judged:
         t = j.trajectory
@@ -95,6 +97,10 @@ def dump_rollouts(
         writer.write(trajectories.encode_by_reference(j.state, j.sample.path, header, t, arrays))
     stamp = {"config": {"agent": to_dict(agent)}, "pixel_limits": dataclasses.asdict(limits), "step": step}
     writer.close(stamp | {"processes": jax.process_count(), "share": dataclasses.astuple(share)})
+    # Those of later steps are of a start before this one, and are written anew.
+    older = sorted(d for d in directory.parent.glob("step_*") if d.name <= directory.name) if keep else []
+    for dump in older[:-keep]:
+        remove_folder(dump)
 
 
 def open_dump(directory: str) -> list[Sequence[bytes]]:

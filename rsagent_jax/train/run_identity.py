@@ -44,7 +44,7 @@ FREE = (
     *(f"grpo.sampling.{name}" for name in ("slots", "chunk", "prefill", "lanes", "tensor")),
     *("grpo.max_env_failed", "grpo.on_reward_error", "grpo.reward*.deadline_s", "agent.tool_deadline_s"),
     *(f"segmenter.{name}" for name in ("addresses", "token_file", "tls", "tls_ca", "timeout_s", "wait_s", "workers")),
-    *("segmenter.device", "validation.*", "loggers", "grpo.dump_every"),
+    *("segmenter.device", "validation.*", "loggers", "grpo.dump_every", "grpo.dump_keep"),
     *("checkpoint_minutes", "keep_last", "keep_every", "preemption_s", "hang_minutes"),
 )
 LENGTHS = ("sft.steps", "sft.epochs", "grpo.steps")  # may grow, where nothing depends on them yet

@@ -12,6 +12,7 @@ tower counts nothing. aot/flops.py counts what is really multiplied.
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -46,6 +47,22 @@ class StepClock:
         seconds = {"seconds": self.last - self.started} | {PREFIX + part: s for part, s in self.parts.items()}
         self.started, self.parts = self.last, Counter()
         return seconds
+
+
+class CompileCounter:
+    """`compiles`: programs that were compiled, or read from the cache of compiled ones, since the last `read`."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_scalar_listener(self._hear)
+
+    def _hear(self, event: str, *_: Any, **__: Any) -> None:
+        """Told by jax when it begins to."""
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    def read(self) -> dict[str, float]:
+        count, self.count = self.count, 0
+        return {"compiles": float(count)}
 
 
 def sequence_lengths(batches: Sequence[Batch]) -> np.ndarray:

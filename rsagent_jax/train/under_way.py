@@ -8,7 +8,6 @@ are there until the step is done; those that belong to no step that comes next a
 
 import contextlib
 import pathlib
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 
@@ -19,7 +18,7 @@ from rsagent_jax.data.trajectories import STAMP, RecordWriter, open_records
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.rollout.kept import record_about
 from rsagent_jax.runtime import preemption, processes
-from rsagent_jax.runtime.paths import file_system, is_remote
+from rsagent_jax.runtime.paths import remove_folder
 from rsagent_jax.train.batch_source import BatchSource, GrpoSource
 from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.state import TrainState
@@ -57,10 +56,7 @@ class UnderWay:
         of_grpo = isinstance(self.source, GrpoSource) and processes.is_lead()
         if not of_grpo or not self.directory.exists() or done + 1 in dict(self._sets()).values():
             return
-        if is_remote(self.directory):
-            file_system().rm(str(self.directory), recursive=True)
-        else:
-            shutil.rmtree(self.directory, ignore_errors=True)
+        remove_folder(self.directory)
 
     def _sets(self) -> list[tuple[pathlib.Path, int | None]]:
         """Each with its step."""

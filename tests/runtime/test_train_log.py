@@ -28,13 +28,30 @@ def steps(path) -> list:
     return [(row.get("stage", "grpo"), row["step"]) for row in map(json.loads, path.read_text().splitlines())]
 
 
-def test_a_rewound_log_has_each_step_once(log):
+def test_a_rewound_log_has_each_step_once(log, tmp_path):
     log.rewind("grpo", 1)
-    assert steps(log.path) == ROWS[:3] and steps(log.rollouts) == [("grpo", 1)]
+    assert steps(log.path) == ROWS[:3] and steps(tmp_path / "rollouts.jsonl") == [("grpo", 1)]
     log.write("grpo", 2, {"loss": 0.25})
     assert steps(log.path) == ROWS[:4]
     log.rewind("sft", 0)
-    assert steps(log.path) == [("grpo", 1), ("grpo", 2)] and steps(log.rollouts) == [("grpo", 1)]
+    assert steps(log.path) == [("grpo", 1), ("grpo", 2)] and steps(tmp_path / "rollouts.jsonl") == [("grpo", 1)]
+
+
+def test_rollouts_are_in_several_files_that_read_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("rsagent_jax.runtime.train_log.ROTATE", 2)
+
+    def logged(log, *played):
+        for step in played:
+            log.examples(step, {"query": f"{step}"})
+        return [[row["step"] for row in map(json.loads, f.open())] for f in sorted(tmp_path.glob("rollouts*.jsonl"))]
+
+    assert logged(MetricsLog(tmp_path), *range(1, 7)) == [[1, 2], [3, 4], [5, 6]]
+    (tmp_path / "rollouts.jsonl").unlink()  # by somebody who needs the room
+    (log := MetricsLog(tmp_path)).rewind("grpo", 3)
+    assert logged(log) == [[3], []]
+    assert logged(log, 4, 5) == [[3, 4], [5]]
+    log.rewind("grpo", 4)
+    assert logged(log, 5) == [[3, 4], [5]]
 
 
 def test_what_failed_is_said_with_its_number_and_kind(log):

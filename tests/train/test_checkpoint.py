@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 STEPS = 4
 MISFIT = "does not fit the model and optimiser of this config"
 OPTIM = OptimConfig(lr=3e-3, warmup_steps=1, schedule="cosine", weight_decay=0.01)
-TIMES = ("seconds", "rollout_seconds", "tokens_per_s", "tool_seconds", "perf/throughput")
+TIMES = ("seconds", "rollout_seconds", "tokens_per_s", "tool_seconds", "perf/throughput", "compiles")
 PARTS = ("seconds/", "rollout/")
 
 

@@ -59,7 +59,7 @@ def test_figures_of_a_step():
     assert rollout_figures([step[2]]) == rollout_figures([]) == {}
 
 
-def dump(directory, places: range, share: Share) -> None:
+def dump(directory, places: range, share: Share, **how) -> None:
     """Trajectories with these places as their advantages, and so many clicks."""
     tasks = [small.task(i, h=56, w=56) for i in places]
     scripts = {f"s{i}": (*[small.click(20, 30)] * i, small.finish(None)) for i in places}
@@ -73,7 +73,7 @@ def dump(directory, places: range, share: Share) -> None:
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "process_count", lambda: share.count)
-        dump_rollouts(directory, 1, step, small.AGENT, driver.limits, share)
+        dump_rollouts(directory, 1, step, small.AGENT, driver.limits, share, **how)
 
 
 def taught(batches) -> list[list[float]]:
@@ -93,6 +93,13 @@ def test_a_replay_has_the_trajectories_of_all_processes_in_the_minibatches_of_th
     assert taught(parts[0].next(*"ab")[0]) == [[0.0, 2.0], [1.0]]
     shutil.rmtree(tmp_path / "process_1")
     refused("2 processes played this step, and .*process_1.* is not there", ReplaySource, config, lead, None, Share())
+
+
+def test_the_newest_dumps_stay(tmp_path):
+    """Step 30 is of a start that was killed and goes on after step 10: older ones than the one that is written go."""
+    for step, keep, there in ((10, 0, [10]), (30, 0, [10, 30]), (20, 2, [10, 20, 30]), (25, 2, [20, 25, 30])):
+        dump(tmp_path / f"step_{step:06d}", range(1), Share(), keep=keep)
+        assert sorted(d.name for d in tmp_path.iterdir()) == [f"step_{n:06d}" for n in there]
 
 
 def test_a_replay_that_cannot_be_read_on_one_process_ends_on_all(tmp_path, monkeypatch):

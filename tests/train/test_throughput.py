@@ -2,13 +2,15 @@
 
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rsagent_jax.config.schema import MeshConfig
 from rsagent_jax.runtime import sharding
 from rsagent_jax.train import throughput
-from rsagent_jax.train.throughput import StepClock, WorkCounter, sequence_lengths, verl_flops
+from rsagent_jax.train.throughput import CompileCounter, StepClock, WorkCounter, sequence_lengths, verl_flops
 
 # 2 layers: mlp 3 * 8 * 16, q and o 2 * 8 * 8, k and v 2 * 8 * 4 -> 576 each; embedding and head 2 * 10 * 8
 TEXT = types.SimpleNamespace(
@@ -32,6 +34,14 @@ def test_the_parts_of_a_step_add_up_to_it(monkeypatch):
     parts = {"rollout": 6.0, "reward": 2.0, "batch": 3.0, "update": 4.0, "other": 1.0}
     assert clock.read() == {"seconds": 16.0} | {f"seconds/{name}": s for name, s in parts.items()}
     assert clock.read() == {"seconds": 2.0, "seconds/other": 2.0}
+
+
+def test_a_program_is_counted_once_for_each_shape():
+    double, one, two = jax.jit(lambda x: 2 * x), jnp.zeros(3), jnp.zeros(4)
+    compiles = CompileCounter()
+    for x, count in ((one, 1), (one, 0), (two, 1), (one, 0)):
+        double(x)
+        assert compiles.read() == {"compiles": count}
 
 
 def test_work_is_counted_as_verl_counts_it():
