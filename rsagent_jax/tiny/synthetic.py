@@ -41,7 +41,7 @@ SPLITS = ("train", "val", "test")
 REFS_PER_IMAGE = {"train": 2, "val": 1, "test": 1}
 ABSENT = 0.2  # references about nothing for each of the others, so a sixth of gRefCOCO's
 STAMP = "synthetic.json"
-_FORMAT = 3  # raised whenever the same arguments would write other bytes
+_FORMAT = 4  # raised whenever the same arguments would write other bytes
 _MAX_PER_SPLIT = 10_000_000  # room for image ids: split s holds s * 10^7 + 1 ...
 
 
