@@ -12,7 +12,7 @@ from rsagent_jax.config.import_path import shipped
 from rsagent_jax.config.recipe import RecipeConfig
 
 BENCHMARK = "synthetic scenes, test"
-# Of ten questions about six are for a pair of a kind, which takes two clicks.
+# More than half of the questions are for a pair of a kind, which takes two clicks.
 SCENES = ("--train=1000", "--val=150", "--test=150", "--several=2.0", "--most=2", "--refs_per_image=1")
 
 
