@@ -87,7 +87,7 @@ def train_command(options: argparse.Namespace, address: str, port: int) -> list[
     segmenter.mode=connect segmenter.addresses=('{address}',) agent.max_turns=3
     {data}.root={options.out}/data grpo.steps={options.steps} grpo.prompts=2 grpo.group=4 grpo.minibatches=1
     grpo.batch.rows=1 grpo.sampling.slots=8 grpo.optim.lr=1e-6 grpo.read.workers=1 grpo.checkpoint_every=8
-    grpo.dump_every=10 grpo.dump_keep=2 validation.every=50 {val}.root={options.out}/data {val}.split=val
+    grpo.dump_every=10 grpo.dump_keep=2 validation.every=25 {val}.root={options.out}/data {val}.split=val
     {val}.dataset=grefcoco {val}.split_by=unc {val}.limit=4 grpo.reward.judge.weight=0.5
     {judge}.function=rsagent_jax.collecting.judge:judge_mask {judge}.arguments.model=m
     {judge}.arguments.url=http://127.0.0.1:{port}/v1"""
@@ -161,7 +161,7 @@ def run(options: argparse.Namespace) -> list[dict]:
                     file.write(json.dumps(rows[-1]) + "\n")
             if sent:
                 trainer.send_signal(sent)
-            if (got := trainer.wait(300)) != status:
+            if (got := trainer.wait(600)) != status:
                 raise SystemExit(f"train.py ended with status {got} after step {after}, not {status}: {out}/train.log")
     finally:
         for process in started:
@@ -229,7 +229,7 @@ def report(rows: list[dict], marks: list[int], board: list[int]) -> dict[str, fl
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=lambda text: pathlib.Path(text).absolute(), help="a directory that is not there")
+    parser.add_argument("--out", type=os.path.abspath, default="runs/soak", help="a directory that is not there")
     parser.add_argument("--steps", type=int, default=MARKS[-1])
     parser.add_argument("--size", type=int, default=1024, help="side of the pictures, pixels")
     parser.add_argument("--weights", type=os.path.abspath, default=ROOT / "runs/quickstart/train/checkpoints/sft")
@@ -238,7 +238,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.serve:
         return serve()
-    if not options.out or options.out.exists() or options.steps < MARKS[0] + WINDOW:
+    options.out = pathlib.Path(options.out)
+    if options.out.exists() or options.steps < MARKS[0] + WINDOW:
         parser.error(f"--out names a directory that is not there, and --steps are {MARKS[0] + WINDOW} or more")
     options.out.mkdir(parents=True)
     rows, marks = run(options), [mark for mark in MARKS if mark < options.steps] + [options.steps]
