@@ -73,7 +73,8 @@ def test_a_soak_tells_what_grows(monkeypatch, capsys, tmp_path):
     steps = list(range(1, 61))
     assert soak.report(rows, [30, 60], steps) == {}
     assert "trainer rss                  102.55     105.55     2.9%  OK" in capsys.readouterr().out
-    assert soak.report([row(1, n, more=0.2) for n in steps], [30, 60], steps) == {"trainer rss": pytest.approx(6 / 105.1)}
+    grown = soak.report([row(1, n, more=0.2) for n in steps], [30, 60], steps)
+    assert grown == {"trainer rss": pytest.approx(6 / 105.1)}
     twice = soak.report([*rows, row(1, 61) | {"compiles": 2.0}], [30, 60], [*range(1, 21), *range(17, 61)])
     assert twice == {"compiles": 2.0, "TensorBoard": 1.0}
     assert soak.figures(os.getpid())["rss"] > soak.figures(os.getpid())["uss"] > 1
