@@ -191,7 +191,7 @@ class Agent(contextlib.AbstractContextManager):
         cls,
         weights: str | os.PathLike | None = None,
         *,
-        segmenter: str | SegmenterConfig | Segmenter = "grabcut",
+        segmenter: str | SegmenterConfig | Segmenter | None = None,
         config: str | SegmentConfig = "",
         slots: int = 4,
     ) -> Self:
@@ -202,7 +202,8 @@ class Agent(contextlib.AbstractContextManager):
             the tiny policy that comes with the package, which does not know the tools.
           segmenter: "grabcut" in this process; "host:port" of a side-car that runs, several with commas; SAM 2's
             checkpoint (a .pt file or a hub's org/name) for a side-car of its own on the CPU; module:factory or
-            file.py:factory; a SegmenterConfig for everything else; or an object with a segment method.
+            file.py:factory; a SegmenterConfig for everything else; or an object with a segment method. None: the
+            config's, else "grabcut".
           config: a file such as configs/segment.py:full, or what is in it. "": that one for policies of the published
             sizes, configs/segment.py for tiny ones.
           slots: trajectories at a time.
@@ -212,12 +213,14 @@ class Agent(contextlib.AbstractContextManager):
         """
         if weights is None and not config:
             warnings.warn(f"{NO_TOOLS} Name a checkpoint, such as runs/quickstart/train/checkpoints/grpo", stacklevel=2)
-        given = None if weights is None else str(weights)
+        own = bool(config)
+        if not own:
+            large = weights is not None and load_config(policy_directory(str(weights))).text.hidden_size >= LARGE
+            config = "configs/segment.py:full" if large else "configs/segment.py"
         if not isinstance(config, SegmentConfig):
-            large = given and load_config(policy_directory(given)).text.hidden_size >= LARGE
-            file = config or ("configs/segment.py:full" if large else "configs/segment.py")
-            config = build_config(SegmentConfig, load_config_file(file))
-        weights = given or config.policy.weights
+            config = build_config(SegmentConfig, load_config_file(config))
+        weights = config.policy.weights if weights is None else str(weights)
+        segmenter = (config.segmenter if own else "grabcut") if segmenter is None else segmenter
         warmth = config.sampling.temperature
         # The programs can draw, so that a question may; each says whether it does.
         sampling = vars(config.sampling) | {"slots": slots, "temperature": warmth or 1.0}

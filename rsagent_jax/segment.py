@@ -55,8 +55,7 @@ def ask_policy(image_path: str, query: str, config: SegmentConfig, out: str, wei
     if pathlib.Path(weights).resolve().parts[-2:] == ("assets", "tiny-base"):
         print(f"note: {NO_TOOLS}")
         print("      Give a checkpoint, such as --weights=runs/quickstart/train/checkpoints/grpo of `make quickstart`")
-    slots = config.sampling.slots
-    with Agent.load(weights, segmenter=config.segmenter, config=config, slots=slots) as agent:
+    with Agent.load(weights, config=config, slots=config.sampling.slots) as agent:
         print(f'{image_path}: {image.shape[1]} x {image.shape[0]} pixels, "{query}"')
         segment(agent, image, query, out)
 

@@ -24,6 +24,7 @@ from rsagent_jax.masks import decode_rle
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import Task, TextPolicy
 from rsagent_jax.types import Sample, Status
+from sam_bridge import spawn
 from sam_bridge.types import FailureKind
 from tests.refusals import refused
 from tests.rollout import small
@@ -294,8 +295,10 @@ def config() -> SegmentConfig:
 
 def test_what_cannot_be_loaded_is_one_error(tmp_path, monkeypatch):
     refused("does not exist; give a Hugging Face directory", Agent.load, tmp_path / "none")
-    refused("got None", Agent.load, config=config(), segmenter=None)
+    refused("got 50051", Agent.load, config=config(), segmenter=50051)
     refused("segmenter.checkpoint: grabcutt does not exist", Agent.load, config=config(), segmenter="grabcutt")
+    missing = dataclasses.replace(config(), segmenter=SegmenterConfig(backend="sam2", checkpoint="none.pt"))
+    refused("segmenter.checkpoint: none.pt does not exist", Agent.load, config=missing)  # the config's own
     refused("slots must be at least 0", Agent.load, config=config(), slots=-1)
     refused("configs/sgement.py does not exist; did you mean", Agent.load, config="configs/sgement.py")
     with pytest.warns(UserWarning, match="does not know the tools"):
@@ -304,15 +307,17 @@ def test_what_cannot_be_loaded_is_one_error(tmp_path, monkeypatch):
     refused("agent.max_pixels 1003520 must lie within the weights", Agent.load, small.weights())
 
 
-def test_a_loaded_policy_plays_batches_as_one_by_one_and_draws_by_temperature_and_seed():
-    with rsagent_jax.Agent.load(config=config(), segmenter=DiscSegmenter(), slots=2) as made:
+def test_a_loaded_policy_plays_batches_as_one_by_one_and_draws_by_temperature_and_seed(monkeypatch):
+    side_cars, connect = [], spawn.SideCar.connect
+    monkeypatch.setattr(spawn.SideCar, "connect", lambda car, **how: side_cars.append(car) or connect(car, **how))
+    with rsagent_jax.Agent.load(config=config(), slots=2) as made:
         questions = [(make_image(112, 112, seed=i), f"disc {i}") for i in range(3)]
         batch = made.segment_many(questions)
         alone = [made.segment(*question) for question in questions]
         drawn, again, other = (made.segment(*questions[0], temperature=1.0, seed=s) for s in (3, 3, 4))
         engine = made._driver.policy
-        assert engine.weights is not None
-    assert engine.weights is None and engine.state is None
+        assert engine.weights is not None and side_cars[0]._child.poll() is None
+    assert engine.weights is None and engine.state is None and side_cars[0]._child.poll() is not None
     tokens = [result.trajectory.tokens for result in (*batch, *alone, drawn, again, other)]
     for one, two in (*zip(batch, alone, strict=True), (drawn, again)):
         np.testing.assert_array_equal(one.trajectory.tokens, two.trajectory.tokens)
