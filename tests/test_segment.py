@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -19,7 +20,7 @@ from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import SegmentConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.rollout.policy import TextPolicy
-from rsagent_jax.runtime.command import load_config_file
+from rsagent_jax.runtime.command import load_config_file, use_compilation_cache
 from rsagent_jax.segment import segment
 from rsagent_jax.types import Status
 from sam_bridge.types import FailureKind
@@ -116,8 +117,13 @@ def test_the_command_with_the_tiny_base(tmp_path):
     state = replay((out / "trajectory.json").read_text())
     assert state.status is Status.MAX_TURNS and state.query == "the red circle"
     config = dataclasses.replace(CONFIG, sampling=dataclasses.replace(CONFIG.sampling, max_new_tokens=28))
-    with Agent.load(TINY, config=config, slots=2) as agent:
-        result = agent.segment(tmp_path / "photo.png", "the red circle", max_turns=2)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        use_compilation_cache("", out / "compiled")  # the command's programs
+        with Agent.load(TINY, segmenter="grabcut", config=config, slots=1) as agent:
+            result = agent.segment(tmp_path / "photo.png", "the red circle", max_turns=2)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
     turns = [turn.text for turn in state.turns]
     assert [turn.text for turn in result.state.turns] == turns and len(set(turns)) == 2
     np.testing.assert_array_equal(result.mask, read(out / "mask.png") == 255)
