@@ -162,7 +162,12 @@ class GrowingFile:
         """Whether there is anything new."""
         now = os.stat(self.path)
         # The open file keeps its inode from being given to another.
-        if self.file is None or not os.path.samestat(now, os.fstat(self.file.fileno())) or now.st_size < self.offset:
+        other = (
+            self.file is None
+            or not os.path.samestat(now, os.fstat(self.file.fileno()))
+            or now.st_size < self.offset  # cut off
+        )
+        if other:
             self.file, self.offset, self.rows, self.damaged, self.unplayed = self.path.open("rb"), 0, {}, 0, 0
         before = self.offset
         self.file.seek(before)
@@ -171,7 +176,7 @@ class GrowingFile:
                 break
             self._add(line)
             self.offset += len(line)
-        return self.offset > before
+        return other or self.offset > before
 
     def _add(self, text: bytes) -> None:
         try:

@@ -77,9 +77,13 @@ def test_a_growing_file_is_read_on_from_where_it_was_and_half_a_line_is_no_row(t
     index.refresh()
     assert keys(index) == ["s7"]
     assert [note.split()[0] for note in index.notes()] == ["2", "1"]  # damaged; without a trajectory
-    path.unlink()
-    index.refresh()
-    assert keys(index) == []
+    for end in (lambda: path.write_text(""), path.unlink):
+        journal(tmp_path / "e", line(5))
+        index.refresh()
+        assert keys(index) == ["s5"]
+        end()
+        index.refresh()
+        assert keys(index) == []
 
 
 def test_the_latest_row_of_an_id_counts_whichever_shard_has_it(tmp_path):

@@ -107,6 +107,7 @@ async function drawChosen() {
       if (key !== asked.get("row")) return;
       if (markup === undefined) throw new Error(`${key} is not in this file`);
       at("shown").innerHTML = markup;
+      if (matchMedia("(max-width: 60rem)").matches) at("shown").scrollIntoView(); // it stands below the rows
     } else at("shown").replaceChildren(element("p", "Choose a trajectory.", { className: "note" }));
   }
   if (key && asked.has("turn")) step(0, Number(asked.get("turn")));
