@@ -8,14 +8,14 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from rsagent_jax.evals import metrics
 from rsagent_jax.report.page import GOOD_IOU, render_page, save_page, span
-from rsagent_jax.report.trajectory import Example
+from rsagent_jax.report.trajectory import Example, evaluated_example
 from rsagent_jax.runtime.journal import flatten_settings
 from rsagent_jax.runtime.paths import open_path, read_lines
 from rsagent_jax.types import DataError, Status
@@ -76,10 +76,11 @@ def load_evaluation(workdir: str | pathlib.Path) -> Evaluation:
     _, results = next(read_objects(workdir / "results.json", made_by, lines=False))
     if missing := [key for key in NEEDED if key not in results]:
         raise DataError(f"{workdir / 'results.json'} has no {', '.join(missing)}; make it again: {made_by}")
-    predictions = tuple(_read(Prediction, workdir / "predictions.jsonl", made_by))
+    predictions = tuple(_read(_prediction, workdir / "predictions.jsonl", made_by))
     if not predictions:
         raise DataError(f"{workdir / 'predictions.jsonl'} is empty; make it again: {made_by}")
-    return Evaluation(workdir, results, predictions, tuple(_read(Example, workdir / "trajectories.jsonl", made_by)))
+    examples = _read(evaluated_example, workdir / "trajectories.jsonl", made_by)
+    return Evaluation(workdir, results, predictions, tuple(examples))
 
 
 def read_objects(path: pathlib.Path, made_by: str, lines: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -99,18 +100,19 @@ def read_objects(path: pathlib.Path, made_by: str, lines: bool = True) -> Iterat
             yield where, value
 
 
-def _read(cls: type, path: pathlib.Path, made_by: str) -> Iterator[Any]:
-    """The lines as `cls`; keys that it has no field for are left out."""
+def _read(make: Callable[[dict[str, Any]], Any], path: pathlib.Path, made_by: str) -> Iterator[Any]:
     for where, value in read_objects(path, made_by):
         try:
-            known = dataclasses.fields(cls)
-            fields = {f.name: value[f.name] for f in known if f.name in value or f.default is dataclasses.MISSING}
-            fields["status"] = Status(fields["status"])
-            if "ious" in fields:
-                fields["ious"] = tuple(fields["ious"])
+            yield make(value)
         except (KeyError, TypeError, ValueError) as e:
             raise DataError(f"{where}: {type(e).__name__} {e}; make it again: {made_by}") from e
-        yield cls(**fields)
+
+
+def _prediction(line: dict[str, Any]) -> Prediction:
+    """Keys that it has no field for are left out."""
+    known = [f.name for f in dataclasses.fields(Prediction) if f.name != "dropped"]
+    fields = {name: line[name] for name in known} | {"status": Status(line["status"])}
+    return Prediction(**fields, dropped=line.get("dropped", ""))
 
 
 def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:

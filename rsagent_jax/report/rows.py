@@ -21,7 +21,7 @@ from typing import Any
 
 from rsagent_jax.data.npz import read_arrays
 from rsagent_jax.data.shards import open_array_record
-from rsagent_jax.report.trajectory import Example, collected_example, stored_example
+from rsagent_jax.report.trajectory import Example, collected_example, evaluated_example, stored_example
 from rsagent_jax.runtime.json_lines import parse_object
 from rsagent_jax.runtime.paths import is_remote
 from rsagent_jax.types import DataError, Status
@@ -101,13 +101,16 @@ def _evaluated(line: dict[str, Any]) -> Iterator[Fields]:
     yield e["id"], e["id"], e["query"], e["status"], _values(iou=e["iou"], turns=turns), line.get("at", 0.0)
 
 
+def _evaluated_example(line: dict[str, Any], _: int) -> Example:
+    return evaluated_example(line.get("example", line))
+
+
 def _collected(line: dict[str, Any]) -> Iterator[Fields]:
     values = _values(iou=line["iou"], turns=line["turns"], tokens=line["tokens"])
     yield line["id"], line["sample"], line["query"], line["status"], values, line.get("at", 0.0)
 
 
-def _collected_example(line: dict[str, Any], part: int) -> Example:
-    del part
+def _collected_example(line: dict[str, Any], _: int) -> Example:
     return collected_example(line)
 
 
@@ -138,13 +141,6 @@ def _group_example(line: dict[str, Any], part: int) -> Example:
     return Example(**names, image=line.get("image", ""), **more | {"ious": tuple(more["ious"])})
 
 
-def _evaluated_example(line: dict[str, Any], part: int) -> Example:
-    del part
-    e = line.get("example", line)
-    names = ("id", "query", "iou", "gt", "image", "record")
-    return Example(**{k: e[k] for k in names}, status=Status(e["status"]), ious=tuple(e["ious"]))
-
-
 # --------------------------------------------------------------------------------------------- files of many rows
 
 
@@ -153,7 +149,7 @@ class GrowingFile:
 
     def __init__(self, path: pathlib.Path, source: str, read: Callable, example: Callable):
         """read: the Fields of a line's trajectories; example: the Example of a line and the number of one of them."""
-        self.path, self.source, self.read, self.of = path, source, read, example
+        self.path, self.source, self.read, self.make = path, source, read, example
         self.file, self.offset = None, 0
         self.rows: dict[str, Row] = {}
         self.damaged, self.unplayed = 0, 0  # lines that are none; pieces of work without a trajectory
@@ -196,11 +192,11 @@ class GrowingFile:
         return parse_object(os.pread(self.file.fileno(), row.place[1], row.place[0]))
 
     def example(self, row: Row) -> Example:
-        return self.of(self._line(row), row.place[2])
+        return self.make(self._line(row), row.place[2])
 
     def record(self, row: Row) -> bytes | None:
         """The stored trajectory, which has the tokens; None where there is none."""
-        return base64.b64decode(self._line(row)["record"]) if self.of is _collected_example else None
+        return base64.b64decode(self._line(row)["record"]) if self.read is _collected else None
 
 
 class RecordFile:

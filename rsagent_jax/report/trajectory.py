@@ -53,6 +53,12 @@ class Example:
             return []
 
 
+def evaluated_example(line: Mapping[str, Any]) -> Example:
+    """Of a line of an evaluation's trajectories.jsonl. ValueError, KeyError or TypeError for what is none."""
+    fields = {field.name: line[field.name] for field in dataclasses.fields(Example)}
+    return Example(**fields | {"status": Status(line["status"]), "ious": tuple(line["ious"])})
+
+
 def stored_example(record: bytes, more: Mapping[str, Any]) -> Example:
     """Of a stored trajectory (data/trajectories.py). more: in front of what its header says.
 
