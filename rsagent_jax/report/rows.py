@@ -11,6 +11,7 @@ are known by keys that stay the same when a file is written anew, such as `eval-
 
 import base64
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from rsagent_jax.runtime.paths import is_remote
 from rsagent_jax.types import DataError, Status
 
 STAMP = "collect.json"  # of a stored set (data/trajectories.py)
+STORED = ("", "dumps/*/", "validation/*/*/*/")  # where they are in a work directory
 WORDS = ("q", "status", "source", "sort", "page", "row", "turn")  # of a query; all others are ranges of values
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
 
@@ -204,8 +206,9 @@ class RecordFile:
 
     unplayed = 0
 
-    def __init__(self, path: pathlib.Path, source: str):
-        self.path, self.source, self.reader, self.state = path, source, None, None
+    def __init__(self, path: pathlib.Path, source: str, within: str):
+        """within: its folder, as keys have it."""
+        self.path, self.source, self.within, self.reader, self.state = path, source, within, None, None
         self.rows: dict[str, Row] = {}
         self.damaged = 0
 
@@ -214,15 +217,19 @@ class RecordFile:
         now = os.stat(self.path)
         if self.state and os.path.samestat(now, self.state) and now.st_mtime_ns == self.state.st_mtime_ns:
             return False
-        self.reader, self.state, self.rows, self.damaged = open_array_record(self.path, "make it again"), now, {}, 0
-        for start in range(0, self.reader.num_records(), 256):
-            stop = min(start + 256, self.reader.num_records())
-            for number, record in enumerate(self.reader.read(start, stop), start=start):
-                key = f"{self.source}:{self.path.parent.name}/{self.path.stem}/{number}"
-                try:
-                    self.rows[key] = Row(key, self.source, *_stored(record), (number, 1, 0))
-                except DAMAGED:
-                    self.damaged += 1
+        self.state, self.rows, self.damaged = now, {}, 0
+        try:
+            self.reader = open_array_record(self.path, "make it again")
+        except DataError:
+            self.damaged = 1
+            return True
+        for number in range(self.reader.num_records()):
+            key = f"{self.source}:{self.within}/{self.path.stem}/{number}"
+            try:
+                (record,) = self.reader.read([number])
+                self.rows[key] = Row(key, self.source, *_stored(record), (number, 1, 0))
+            except (RuntimeError, *DAMAGED):
+                self.damaged += 1
         return True
 
     def record(self, row: Row) -> bytes | None:
@@ -251,7 +258,7 @@ class RowIndex:
         with self.lock:
             found, changed = dict(_files(self.directory)), False
             changed = bool(self.files.keys() - found.keys())
-            self.files = {path: self.files.get(path) or make(path) for path, make in found.items()}
+            self.files = {path: self.files.get(path) or make() for path, make in found.items()}
             for path, file in list(self.files.items()):
                 try:
                     changed |= file.refresh()
@@ -291,23 +298,22 @@ class RowIndex:
 
 
 def _files(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, Callable]]:
-    """Every file that has trajectories, and what reads it."""
+    """Every file that has trajectories, and what makes its reader."""
     children = sorted(p for p in root.iterdir() if p.is_dir())
     for folder in (root, *children, *(p for child in children for p in sorted(child.glob("process_*")))):
         source = root.resolve().name if folder == root else folder.relative_to(root).as_posix()
-        if not (lines := sorted(folder.glob("shards/*-of-*.jsonl"))) and (folder / "results.json").exists():
-            lines = list(folder.glob("trajectories.jsonl"))
-        yield from _all(lines, lambda path, s=source: GrowingFile(path, s, _evaluated, _evaluated_example))
-        attempts = sorted(folder.glob("attempts/*-of-*.jsonl"))
-        yield from _all(attempts, lambda path, s=source: GrowingFile(path, s, _collected, _collected_example))
-        rollouts = folder.glob("rollouts.jsonl")
-        yield from _all(rollouts, lambda path, s=source: GrowingFile(path, f"{s}/rollouts", _group, _group_example))
-        if not attempts and (folder / STAMP).exists():
-            yield from _all(sorted(folder.glob("*.array_record")), lambda path, s=source: RecordFile(path, s))
-        for stamp in sorted(folder.glob(f"dumps/*/{STAMP}")):
-            records = sorted(stamp.parent.glob("*.array_record"))
-            yield from _all(records, lambda path, s=source: RecordFile(path, f"{s}/dumps"))
-
-
-def _all(paths: Iterable[pathlib.Path], make: Callable) -> Iterator[tuple[pathlib.Path, Callable]]:
-    return ((path, make) for path in paths)
+        if not (evaluated := sorted(folder.glob("shards/*-of-*.jsonl"))) and (folder / "results.json").exists():
+            evaluated = list(folder.glob("trajectories.jsonl"))
+        collected = sorted(folder.glob("attempts/*-of-*.jsonl"))
+        for paths, name, how in (
+            (evaluated, source, (_evaluated, _evaluated_example)),
+            (collected, source, (_collected, _collected_example)),
+            (folder.glob("rollouts.jsonl"), f"{source}/rollouts", (_group, _group_example)),
+        ):
+            yield from ((path, functools.partial(GrowingFile, path, name, *how)) for path in paths)
+        for stamp in (p for pattern in STORED for p in sorted(folder.glob(f"{pattern}{STAMP}"))):
+            within = stamp.parent.relative_to(folder)
+            if not (collected and within.parts == ()):  # what was kept of the attempts
+                name = "/".join((source, *within.parts[:1]))
+                records = sorted(stamp.parent.glob("*.array_record"))
+                yield from ((path, functools.partial(RecordFile, path, name, within.as_posix())) for path in records)
