@@ -64,7 +64,8 @@ function drawForm() {
   if (at("ranges").childElementCount !== page.names.length)
     at("ranges").replaceChildren(...page.names.map((name) => {
       const label = element("fieldset", null), ends = (asked.get(name) ?? "..").split("..");
-      const input = (k) => element("input", null, { type: "number", step: "any", value: ends[k], ariaLabel: `${name} ${k ? "to" : "from"}` });
+      const says = (k) => ({ type: "number", step: "any", value: ends[k], ariaLabel: `${name} ${k ? "to" : "from"}` });
+      const input = (k) => element("input", null, says(k));
       const [low, high] = [input(0), input(1)];
       label.append(element("legend", name), low, " to ", high);
       label.addEventListener("change", () => {
@@ -74,17 +75,30 @@ function drawForm() {
     }));
 }
 
+/** The address of a row: what is chosen now, but this one. */
+function linkOf(row) {
+  const link = new URLSearchParams(asked);
+  link.delete("turn");
+  link.set("row", row.key);
+  return `#${link}`;
+}
+
+function shownValue(row, name) {
+  const value = row.values[name];
+  if (value === undefined) return "";
+  return name === "step" || name === "turns" ? value : value.toFixed(3);
+}
+
 function drawRows() {
-  const columns = ["step", "turns", "iou", "reward", "IoU of the second", "gain"].filter((name) => page.names.includes(name));
-  at("head").replaceChildren(...["question", "ending", ...columns].map((name) => element("th", name)));
+  const columns = ["step", "turns", "iou", "reward", "IoU of the second", "gain"];
+  const shown = columns.filter((name) => page.names.includes(name));
+  at("head").replaceChildren(...["question", "ending", ...shown].map((name) => element("th", name)));
   at("rows").replaceChildren(...page.rows.map((row) => {
-    const line = element("tr", null, { id: `row-${row.key}` }), link = element("a", row.query || row.sample, { title: row.key });
-    link.href = `#${new URLSearchParams([...asked].filter(([name]) => !["row", "turn"].includes(name)).concat([["row", row.key]]))}`;
+    const line = element("tr", null, { className: row.key === asked.get("row") ? "on" : "" });
     line.append(element("td", null), element("td", row.status.replaceAll("_", " ")));
+    line.append(...shown.map((name) => element("td", shownValue(row, name))));
+    const link = element("a", row.query || row.sample, { href: linkOf(row), title: row.key });
     line.firstChild.append(link, element("div", row.source, { className: "note" }));
-    const value = (name) => (row.values[name] === undefined ? "" : Number.isInteger(row.values[name]) && name !== "iou" ? row.values[name] : row.values[name].toFixed(3));
-    line.append(...columns.map((name) => element("td", value(name))));
-    line.classList.toggle("on", row.key === asked.get("row"));
     return line;
   }));
   const last = page.start + page.rows.length;
@@ -92,7 +106,8 @@ function drawRows() {
   at("previous").disabled = page.start === 0;
   at("next").disabled = last >= page.found;
   const left = page.left_out ? `${page.left_out} more are not in this file` : "";
-  at("state").textContent = [`${page.total} trajectories, ${page.found} chosen`, left, ...page.notes].filter(Boolean).join("; ");
+  const counts = `${page.total} trajectories, ${page.found} chosen`;
+  at("state").textContent = [counts, left, ...page.notes].filter(Boolean).join("; ");
 }
 
 /** The trajectory that is chosen, at its turn. */
