@@ -240,11 +240,13 @@ def test_all_processes_start_or_none_does(monkeypatch):
         gather = lambda mine, other=failed_elsewhere: np.stack([mine, np.full_like(mine, other)])  # noqa: E731
         monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
         assert processes.allgather_sum([3, 0]) == [3 + failed_elsewhere, failed_elsewhere]
-        monkeypatch.setattr(processes, "exchange", lambda text, other=failed_elsewhere: [text, "failed" * other])
+        monkeypatch.setattr(processes, "exchange", lambda text, other=failed_elsewhere: [text, "failed 74" * other])
         refused("seed", processes.all_or_none, refuse)
         if not failed_elsewhere:
             assert processes.all_or_none(lambda: "ready") == "ready"
-    refused("1 of 2 processes could not start", processes.all_or_none, lambda: "ready")
+    with pytest.raises(DataError, match="1 of 2 processes failed") as failed:
+        processes.all_or_none(lambda: "ready")
+    assert failed.value.status == 74
     monkeypatch.setattr(processes, "exchange", lambda text: [text, '{"policy.weights": "b", "grpo.data": "c"}'])
     processes.check_same({"grpo.data": "c"})
     refused("policy.weights is not the same on all 2 hosts", processes.check_same, {"policy.weights": "a"})
