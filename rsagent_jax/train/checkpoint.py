@@ -266,7 +266,7 @@ class Checkpoints:
         if not jax.tree.leaves(like):
             return like
         tree = convert.flat_state(like)
-        if damage := checksums.find_damage(self.directory / "base"):
+        if damage := "it is gone" * (not self._is_there("base")) or checksums.find_damage(self.directory / "base"):
             raise DataError(
                 f"{self.directory}/base is damaged ({damage}), and there is one of it alone: put it back as it was, or"
                 " begin the stage anew in another --workdir"

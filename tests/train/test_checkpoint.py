@@ -329,11 +329,11 @@ def test_a_checkpoint_of_other_adapters_is_one_data_error(adapted, saved, other,
 
 
 def test_a_lost_base_is_a_data_error(adapted, tmp_path):
-    directory, lost = shutil.copytree(adapted, tmp_path / "grpo"), "base does not fit the parameters that this config"
+    directory = shutil.copytree(adapted, tmp_path / "grpo")
     shutil.rmtree(directory / "base")
-    refused("is not of the model in", load_policy, str(directory))
+    refused("is not of the model in .*base/ is gone", load_policy, str(directory))
     with closing(directory, ADAPTERS) as checkpoints:
-        refused(f"{lost} leaves untrained", checkpoints.restore_base, state_and_base(ADAPTERS)[1])
+        refused("base is damaged .it is gone.*put it back", checkpoints.restore_base, state_and_base(ADAPTERS)[1])
 
 
 def test_a_checkpoint_whose_parts_do_not_belong_together_is_a_data_error(saved, tmp_path):
