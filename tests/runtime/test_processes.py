@@ -102,11 +102,12 @@ def test_one_device_eight_devices_and_two_processes_train_the_same(train_on, sta
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_a_checkpoint_of_one_mesh_is_continued_on_another(train_on, stage):
-    """Step 1 on 8 devices of one process, step 2 on 2 processes with another mesh."""
-    want = Run(train_on(stage, {}, devices=1))
-    first = train_on(stage, MESHES["data, fsdp, tensor"], steps=1)
-    assert_same(Run(train_on(stage, MESHES["fsdp"], n=2, devices=4, start=first)), want)
+def test_a_run_goes_on_on_other_numbers_of_processes_and_devices(train_on, stage):
+    """Step 1 on one device, step 2 on 2 processes with 4 each, step 3 on one with 8 and other axes of the mesh."""
+    first = train_on(stage, {}, devices=1, steps=1)
+    second = train_on(stage, MESHES["fsdp"], n=2, devices=4, start=first)
+    third = train_on(stage, MESHES["data, fsdp, tensor"], steps=3, start=second)
+    assert_same(Run(third), Run(train_on(stage, {}, devices=1, steps=3)))
 
 
 @pytest.mark.timeout(900)
