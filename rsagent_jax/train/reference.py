@@ -36,9 +36,8 @@ def check_reference(directory: pathlib.Path, params: nnx.State, weights: str, dt
         return
     kept = processes.all_or_none(lambda: _read(file))
     if kept.get("checksum") != now["checksum"]:
-        was, (path, step) = kept.get("weights", ""), split_step(kept.get("weights", ""))
-        stage_before = str(weights).startswith(f"{directory.parent}/")
-        put_back = f"Put {path}/{step} back as it was" if stage_before else f"Give --config.policy.weights={was}"
+        was, stage_before = kept.get("weights"), str(weights).startswith(f"{directory.parent}/")
+        put_back = f"Put {was} back as it was" if stage_before else f"Give --config.policy.weights={was}"
         raise DataError(
             f"{directory}: the reference of the KL term has changed: {was} (checksum {kept.get('checksum')}) when the"
             f" stage began, {now['weights']} ({now['checksum']}) now. Nothing was touched. {put_back}, {ANEW}"
