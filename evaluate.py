@@ -113,6 +113,7 @@ def play_share(config: EvalConfig, workdir: pathlib.Path, share: processes.Share
         if left:
             driver = bounds.oracle_driver(config, segmenter) if oracle else policy_driver(config, segmenter, workdir)
             measure(config, workdir, samples, left, len(mine), driver, journal)
+    PROGRESS.enter("results")
     return Played(samples, current, row, settings)
 
 

@@ -17,7 +17,6 @@ if __name__ == "__main__":
     command.start_command()
 
 import json
-import os
 import sys
 import time
 
@@ -55,5 +54,5 @@ def main(
         print(json.dumps(result), flush=True)
     status = 0 if result["ok"] else 1
     if hangs:  # its thread would hold the interpreter's end up
-        os._exit(status)
+        command.leave_together(status)
     return status

@@ -23,7 +23,7 @@ from rsagent_jax.models.qwen25_vl import convert, tensor_files
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import copy_policy_files, load_policy, policy_directory
 from rsagent_jax.runtime.local_copies import local_directory
-from rsagent_jax.runtime.paths import is_remote
+from rsagent_jax.runtime.paths import is_remote, storage_kind
 from rsagent_jax.types import DataError
 from sam_bridge.hub import sha256_of
 
@@ -48,7 +48,7 @@ def export(checkpoint: str, out: pathlib.Path, dtype: str | None = None, max_sha
         count = sum(len(tensor_files.safetensors_header(file)) for file in files)
         digests = [f"{file.stat().st_size} bytes, sha256 {sha256_of(file)} ({file.name})" for file in files]
     except OSError as error:
-        raise DataError(f"{out} cannot be written: {error.strerror or error}") from error
+        raise storage_kind(error)(f"{out} cannot be written: {error.strerror or error}") from error
     written = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if len(files) == 1:
         return f"{out}: {count} tensors, {written}, {digests[0]}"

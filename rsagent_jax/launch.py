@@ -5,11 +5,11 @@
 
 Asks for the slice (a queued resource), sets up its hosts, runs the command on all of them and prints what they print.
 A slice that was taken away is asked for again. A command that was preempted (status 75) is started again. So is one
-that crashed, after a pause that doubles each time, until it has crashed --crashes times in a row without progress: a
-new checkpoint, or line of a journal, in its --workdir, where that can be seen from here. A mistake of the user's
-(status 2) ends it at once; not so where there was progress, as when a bucket goes away in the middle. The exit status
-is the command's. Ctrl-C ends a local command. On a slice it goes on, until the same launch stops it and starts it
-again.
+that crashed, or whose disk was full or whose bucket did not answer (74), after a pause that doubles each time, until it
+has crashed --crashes times in a row without progress: a new checkpoint, or line of a journal, in its --workdir, where
+that can be seen from here. A mistake of the user's (status 2) ends it at once; not so where there was progress, as when
+a side-car goes away in the middle. The exit status is the command's. Ctrl-C ends a local command. On a slice it goes
+on, until the same launch stops it and starts it again.
 """
 
 from rsagent_jax.runtime import command

@@ -20,8 +20,17 @@ from rsagent_jax.array_types import Array, Bool, Float, Float32, Int32, UInt8
 class DataError(ValueError):
     """The user's file, directory or config is wrong. The message says what, where and how to mend it.
 
-    Entry points print the message without a traceback and exit with status 2.
+    Entry points print the message without a traceback and exit with `status`.
     """
+
+    status = 2
+
+
+class StorageError(DataError):
+    """Nobody's mistake: a disk is full or fails, or a bucket does not answer. The same command, started again when it
+    is mended, goes on (EX_IOERR)."""
+
+    status = 74
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,7 @@ from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config, siz
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.runtime import processes, sharding
+from rsagent_jax.runtime.progress import PROGRESS
 from rsagent_jax.train.state import EMPTY, make_optimizer, partition_params, vision_frozen
 from rsagent_jax.train.step import Sums, make_programs, make_stage
 from rsagent_jax.types import Batch, DataError
@@ -104,6 +105,7 @@ def _report_jobs(jobs: Iterable[Job], topology: Topology, policy: Qwen25VLConfig
 def compile_engine(sampling: SamplingConfig, weights: str, dtype: str, name: str, only: str = "") -> int:
     """For evaluate.py, collect and segment: compiles the engine that a host of a slice has to itself, or its programs
     with `only` in the name (DataError where none has it), and prints the table. 3 if a program does not fit, else 0."""
+    PROGRESS.limit(0.0, 0.0)  # it may take hours
     jax.config.update("jax_platforms", "cpu")  # the compiler is asked for, not a TPU
     policy, topology = policy_config(weights), parse_topology(name)
     found = devices(topology.host)

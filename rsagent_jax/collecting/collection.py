@@ -25,6 +25,7 @@ from rsagent_jax.rollout.policy import Policy
 from rsagent_jax.runtime import command, processes
 from rsagent_jax.runtime import journal as journals
 from rsagent_jax.runtime.paths import remove_file
+from rsagent_jax.runtime.progress import PROGRESS
 from rsagent_jax.types import DataError
 
 
@@ -71,6 +72,7 @@ def collect_share(config: CollectConfig, workdir: pathlib.Path, share: processes
                 Collector(config, processor, samples, segmenter, journal, checksum).collect(left, len(mine), policy)
                 if config.teacher.remote.url:
                     print(f"  endpoint: {Endpoint.shared(config.teacher.remote).told()}")
+    PROGRESS.enter("results")
     return Collected(settings, current, [id for id, _ in mine])
 
 

@@ -319,7 +319,12 @@ class EvalConfig:
     bound: BoundConfig = BoundConfig()
     cache_dir: str = ""  # compiled programs are kept here; "" = in the work directory
     examples: CountOrZero = 12  # trajectories shown in the report
+    hang_minutes: NotNegative = 60.0  # as train.py's
     conflicts = rules.evaluation
+
+    @property
+    def slowest_answer_s(self) -> float:
+        return self.agent.tool_deadline_s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,6 +343,13 @@ class RemoteConfig:
     per_minute: NotNegative = 0.0  # requests; 0 = no limit of our own
     price_in: NotNegative = 0.0  # per million tokens, for the count of costs
     price_out: NotNegative = 0.0  # the same of what it writes
+
+    @property
+    def slowest_answer_s(self) -> float:
+        """Seconds after which an answer is given up: all tries, the pauses before them, and others' turns."""
+        turns_s = 60.0 * self.concurrent / self.per_minute if self.per_minute else 0.0
+        pauses_s = sum(max(60.0, self.backoff_s * 2**k) for k in range(self.retries))
+        return (self.retries + 1) * (self.timeout_s + turns_s) + pauses_s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -391,7 +403,13 @@ class CollectConfig:
     agent: AgentConfig = AgentConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
     data: DataConfig = DataConfig()
+    hang_minutes: NotNegative = 60.0  # as train.py's
     conflicts = rules.collect_rules
+
+    @property
+    def slowest_answer_s(self) -> float:
+        remote = self.teacher.remote
+        return self.agent.tool_deadline_s + (remote.slowest_answer_s if remote.url else 0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

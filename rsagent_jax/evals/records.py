@@ -41,7 +41,7 @@ class Record:
         counts = Counts(**row["counts"] | {"pixels": pixels, "status": Status(row["counts"]["status"])})
         masks = tuple((turn, _triples(pixels)) for turn, pixels in row["masks"])
         failure = (row["failed"]["kind"], row["failed"]["why"]) if "failed" in row else None
-        return cls(counts, row["mask"], row["seconds"], row["example"], masks, failure)
+        return cls(counts, row["mask"], float(row["seconds"]), row["example"], masks, failure)
 
 
 def make_record(

@@ -24,7 +24,7 @@ from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.engine import fill_sampling_defaults
 from rsagent_jax.rollout.open import engine_layout
 from rsagent_jax.runtime.paths import is_remote
-from rsagent_jax.types import DataError
+from rsagent_jax.types import DataError, StorageError
 from sam_bridge.backends import NAMES, BackendError, local_checkpoint
 
 SPACE = 64 << 20  # bytes for logs, reports and compiled programs
@@ -32,12 +32,12 @@ GIB = 1 << 30
 
 
 def check_disk(directory: pathlib.Path, more: int = 0) -> None:
-    """DataError unless `more` bytes and a little have room where `directory` is. A bucket has room for anything."""
+    """StorageError unless `more` bytes and a little have room where `directory` is. A bucket has room for anything."""
     if is_remote(directory):
         return
     free = shutil.disk_usage(directory).free
     if free < more + SPACE:
-        raise DataError(
+        raise StorageError(
             f"{directory} has {free / GIB:.2f} GiB of free space, and {(more + SPACE) / GIB:.2f} are needed for what is"
             " written there; make room, or choose another directory"
         )

@@ -42,7 +42,7 @@ from rsagent_jax.config.ranges import field_type
 from rsagent_jax.config.recipe import RecipeConfig
 from rsagent_jax.runtime import preemption
 from rsagent_jax.runtime.help import help_page
-from rsagent_jax.runtime.paths import bucket_problem, bucket_used, check_writable, open_path
+from rsagent_jax.runtime.paths import bucket_problem, bucket_used, check_writable, open_path, storage_kind
 from rsagent_jax.runtime.preemption import PREEMPTED
 from rsagent_jax.runtime.watchdog import WATCHDOG
 from rsagent_jax.types import DataError
@@ -83,15 +83,21 @@ def _exit(status: int) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     WATCHDOG.end(status)
     if status == PREEMPTED:  # all is kept, and Python's own end takes seconds of a notice that may be over
-        with contextlib.suppress(Exception):  # another may have ended already
-            if jax := sys.modules.get("jax"):
-                jax.distributed.shutdown()  # waits for the others, whom the first one's end would end as well
-        preemption.leave(status)
+        leave_together(status)
     # Threads of Orbax's would wait for a bucket that is gone, a quarter of an hour. A command without them may hold
     # jax's service for other hosts (rsagent_jax.reproduce), which would be ended by its absence.
     if status and bucket_used() and "orbax.checkpoint" in sys.modules:
         preemption.leave(status)
     sys.exit(status)
+
+
+def leave_together(status: int) -> NoReturn:
+    """The end of the process without Python's own, which waits for threads, and without harm to other hosts."""
+    WATCHDOG.end(status)
+    with contextlib.suppress(Exception):  # another may have ended already
+        if jax := sys.modules.get("jax"):
+            jax.distributed.shutdown()  # waits for the others, whom the first one's end would end as well
+    preemption.leave(status)
 
 
 def _reader_is_gone() -> bool:
@@ -118,9 +124,9 @@ def _not_lost(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def run_command(name: str, argv: Sequence[str]) -> int:
-    """The exit status of the command in a module, or in a file. Bad input: one message on stderr and 2, or what the
-    error has as its `status`; Ctrl-C: 130; SIGTERM where the command can be gone on with: PREEMPTED; nobody reads its
-    output any more: NO_READER."""
+    """The exit status of the command in a module, or in a file. Bad input: one message on stderr and the error's
+    `status`, 2, or 74 where storage fails; Ctrl-C: 130; SIGTERM where the command can be gone on with: PREEMPTED;
+    nobody reads its output any more: NO_READER."""
     resumes = False
     sys.unraisablehook = _not_lost
     try:
@@ -138,7 +144,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         is_training = isinstance(owned, schema.TrainConfig)
         resumes = is_training or isinstance(owned, RecipeConfig | AblationConfig)
         keeps = is_training or isinstance(owned, schema.EvalConfig | schema.CollectConfig)
-        first_s, answer_s = (60 * config.hang_minutes, config.slowest_answer_s) if is_training else (0.0, 0.0)
+        first_s, answer_s = (60 * config.hang_minutes, config.slowest_answer_s) if keeps else (0.0, 0.0)
         with (
             preemption.listening() if keeps else contextlib.nullcontext(),
             WATCHDOG.limited(first_s, answer_s),
@@ -156,7 +162,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         if not (said := bucket_problem(error)):
             raise
         print(f"error: {said}", file=sys.stderr)
-        return 2
+        return storage_kind(error).status
     except preemption.Preempted as stop:
         print(f"stopped by {stop.signal_name}{stop.kept}; the same command goes on", file=sys.stderr)
         return preemption.status_of(stop.signal_name)
@@ -234,7 +240,7 @@ def make_workdir(directory: str, flag: str = "workdir") -> pathlib.Path:
     try:
         check_writable(path)
     except OSError as error:
-        raise DataError(f"--{flag}={path} cannot be written to: {error.strerror or error}") from error
+        raise storage_kind(error)(f"--{flag}={path} cannot be written to: {error.strerror or error}") from error
     return path
 
 

@@ -198,6 +198,8 @@ def _fields(row: dict[str, Any]) -> tuple[str, float]:
     """Id and time. KeyError, TypeError or ValueError for what is no row."""
     if not isinstance(row["id"], str):
         raise TypeError("id")
+    if "failed" in row and not all(isinstance(row["failed"][name], str) for name in ("kind", "why")):
+        raise TypeError("failed")
     return row["id"], float(row.get("at", 0.0))
 
 

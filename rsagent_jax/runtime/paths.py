@@ -26,7 +26,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-from rsagent_jax.types import DataError
+from rsagent_jax.types import DataError, StorageError
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # else etils imports TensorFlow wherever it is installed
 # Else gcsfs asks for every bucket's kind, which takes a right of its own, and warns where it has not got it.
@@ -37,6 +37,11 @@ SEND_S = 1.0  # that a gathered line waits
 # Modules whose errors are the bucket's, and how tensorstore begins its own.
 CLIENTS = ("gcsfs", "fsspec", "aiohttp", "google.api_core", "google.auth", "google.cloud")
 _TENSORSTORE = re.compile(r"Error (reading|writing|opening|deleting|listing) .*gs://", re.DOTALL)
+# How what a hand has to mend begins, in the words of `bucket_problem` and `storage_problem`.
+_BY_HAND = re.compile(
+    "there is no such bucket|this machine has no right|Permission denied|Operation not permitted|No such file"
+    "|File exists|Not a directory|Is a directory|File name too long"
+)
 _PART = re.compile(r"part-(\d{8})-(\d{8})")
 
 
@@ -205,10 +210,15 @@ def writing(path: pathlib.Path) -> Iterator[None]:
         raise
     except Exception as error:
         if said := bucket_problem(error):
-            raise DataError(f"{path} cannot be written: {said}") from None
+            raise storage_kind(error)(f"{path} cannot be written: {said}") from None
         if not isinstance(error, OSError):
             raise
-        raise DataError(
+        if isinstance(error, FileNotFoundError) and not path.parent.exists():
+            raise DataError(
+                f"{path} cannot be written: there is no {path.parent}, or it has been removed. Put it back as it was,"
+                " or give another, and run the same command again"
+            ) from None
+        raise storage_kind(error)(
             f"{path} cannot be written ({error.strerror or error}). What was written is kept: make room and run the"
             " same command again"
         ) from None
@@ -412,6 +422,13 @@ def storage_problem(error: BaseException) -> str:
     said = " ".join(str(error).split())
     found = re.search(r"No space left on device|Permission denied|Read-only file system|Disk quota exceeded", said)
     return found[0] if found else said[:300]
+
+
+def storage_kind(error: BaseException) -> type[DataError]:
+    """Which error an error of storage is for whoever starts the command: DataError where a hand is needed first, since
+    something is missing or forbidden."""
+    by_hand = _BY_HAND.match(bucket_problem(error) or storage_problem(error))
+    return DataError if by_hand else StorageError
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

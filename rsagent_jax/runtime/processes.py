@@ -180,13 +180,14 @@ def all_or_none(check: Callable[[], T]) -> T:
     try:
         result, problem, state = check(), None, ""
     except DataError as error:
-        result, problem, state = None, error, "failed"
+        result, problem, state = None, error, f"failed {error.status}"
     except preemption.Preempted as stop:
         result, problem, state = None, stop, stop.signal_name
     states = [said for said in exchange(state) if said]
-    failed = states.count("failed")
-    if failed and state != "failed":
-        raise DataError(f"{failed} of {jax.process_count()} processes could not start; what they said is in their logs")
+    failed = [int(said.removeprefix("failed ")) for said in states if said.startswith("failed ")]
+    if failed and not isinstance(problem, DataError):
+        problem = DataError(f"{len(failed)} of {jax.process_count()} processes failed; what they said is in their logs")
+        problem.status = min(failed)  # 2, of a mistake, before one that another start may mend
     if problem is not None:
         raise problem
     if states:

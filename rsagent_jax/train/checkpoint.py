@@ -33,7 +33,7 @@ from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.load import copy_policy_files
 from rsagent_jax.models.qwen25_vl.steps import MEASURE, SCORE, score_of
 from rsagent_jax.runtime import checksums, processes
-from rsagent_jax.runtime.paths import absolute, bucket_problem, is_remote, move_folder, storage_problem
+from rsagent_jax.runtime.paths import absolute, bucket_problem, is_remote, move_folder, storage_kind, storage_problem
 from rsagent_jax.runtime.progress import PROGRESS
 from rsagent_jax.train.state import EMPTY, TrainState
 from rsagent_jax.types import DataError
@@ -183,7 +183,7 @@ class Checkpoints:
             whole = sorted(ocp.utils.checkpoint_steps(self.directory)) if self.directory.exists() else []
             last = f"the last whole one is {whole[-1]}, and" if whole else "there is none before it;"
             why = bucket_problem(error) or storage_problem(error)
-            raise DataError(
+            raise storage_kind(error)(
                 f"{self.directory / str(step)} cannot be {done} ({why}); {last}"
                 " nothing else was touched. Make room, or give the right to write there, and run the same command again"
             ) from error
@@ -266,7 +266,7 @@ class Checkpoints:
         if not jax.tree.leaves(like):
             return like
         tree = convert.flat_state(like)
-        if damage := checksums.find_damage(self.directory / "base"):
+        if damage := "it is gone" * (not self._is_there("base")) or checksums.find_damage(self.directory / "base"):
             raise DataError(
                 f"{self.directory}/base is damaged ({damage}), and there is one of it alone: put it back as it was, or"
                 " begin the stage anew in another --workdir"

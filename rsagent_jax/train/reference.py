@@ -20,26 +20,37 @@ from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.types import DataError
 
 FILE = "reference.json"
+ANEW = "or begin anew in another --workdir"
 
 
 def check_reference(directory: pathlib.Path, params: nnx.State, weights: str, dtype: str, *, begins: bool) -> None:
-    """Writes down which one it is where the stage `begins`, and where an earlier version did not. DataError, on all
-    processes, where it is another than the stage in `directory` began with.
+    """Writes down which one it is where the stage `begins`. DataError, on all processes, where it is another than the
+    stage in `directory` began with, or where nobody can tell.
 
-    weights: what `params` were read from, as policy.weights has it.
+    weights: what `params` were read from, as policy.weights has it; or the stage before in the same work directory.
     """
     now, file = {"weights": _with_step(weights), "checksum": params_checksum(params, dtype)}, directory / FILE
-    kept = processes.all_or_none(lambda: None if begins or not file.exists() else read_json(file))
-    if kept is None:
+    if begins:
         write = lambda: write_whole(file, json.dumps(now, indent=2) + "\n")  # noqa: E731
         processes.all_or_none(write if processes.is_lead() else lambda: None)
-    if kept is not None and kept.get("checksum") != now["checksum"]:
+        return
+    kept = processes.all_or_none(lambda: _read(file))
+    if kept.get("checksum") != now["checksum"]:
+        was, stage_before = kept.get("weights"), str(weights).startswith(f"{directory.parent}/")
+        put_back = f"Put {was} back as it was" if stage_before else f"Give --config.policy.weights={was}"
         raise DataError(
-            f"{directory}: the reference of the KL term has changed: {kept.get('weights')} (checksum"
-            f" {kept.get('checksum')}) when the stage began, {now['weights']} ({now['checksum']}) now. Nothing was"
-            f" touched. Put the former back and give --config.policy.weights={kept.get('weights')}, or begin anew in"
-            " another --workdir"
+            f"{directory}: the reference of the KL term has changed: {was} (checksum {kept.get('checksum')}) when the"
+            f" stage began, {now['weights']} ({now['checksum']}) now. Nothing was touched. {put_back}, {ANEW}"
         )
+
+
+def _read(file: pathlib.Path) -> dict[str, str]:
+    if not file.exists():
+        raise DataError(
+            f"{file} is gone: nobody can tell whether the reference of the KL term is still the policy that the stage"
+            f" began with. Put it back, {ANEW}"
+        )
+    return read_json(file)
 
 
 def _with_step(weights: str) -> str:

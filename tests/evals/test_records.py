@@ -75,7 +75,7 @@ def test_a_kill_at_any_byte_leaves_no_hole_and_no_duplicate(tmp_path_factory, sh
     assert sorted(json.loads(line)["counts"]["id"] for line in lines) == [f"s{i}" for i in range(8)]
 
 
-@pytest.mark.parametrize("line", [b"{", b"\0\0\0", b"\xff", b'{"note": "mine"}'])
+@pytest.mark.parametrize("line", [b"{", b"\0\0\0", b"\xff", b'{"note": "mine"}', b'{"id": "s1", "failed": {}}'])
 def test_a_damaged_line_is_named_and_its_work_done_again(tmp_path, line):
     write(tmp_path, Share(), range(3))
     path = next((tmp_path / records.FOLDER).iterdir())

@@ -84,7 +84,7 @@ def test_the_commands_of_its_page_are_commands():
 
 @pytest.mark.slow
 def test_two_processes_make_one_table():
-    """With the checks that take no time."""
+    """With the checks that take no time. One of the first process, which all meet at, is taken to hang."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -92,7 +92,10 @@ def test_two_processes_make_one_table():
         import sys
         from rsagent_jax.fitness import checks
         checks.CHECKS = tuple(c for c in checks.CHECKS if c.name in ("versions", "devices", "mesh", "hub"))
-        from rsagent_jax.runtime import command
+        from rsagent_jax import doctor
+        from rsagent_jax.runtime import command, processes
+        run_checks = doctor.run_checks
+        doctor.run_checks = lambda *examined: (run_checks(*examined)[0], processes.is_lead())
         sys.exit(command.run_command("rsagent_jax.doctor", ["--config=configs/debug.py"]))"""
     running = []
     for i in range(2):

@@ -1,5 +1,6 @@
 """A command's parameters are its flags; help comes from the sources; a config file is held against its command."""
 
+import contextlib
 import pathlib
 import subprocess
 import sys
@@ -112,6 +113,22 @@ def test_a_config_of_another_command_is_said():
         assert said == f"configs/{file} is a config of {owner}; here one of {wanted} is needed"
     assert line(segment, "it")[1]["config"].sampling.slots == 1
     assert "is a config of evaluate.py" in wrong(segment, "it", "--config=configs/eval.py")
+
+
+def test_commands_whose_work_is_kept_have_a_limit_for_what_hangs(monkeypatch):
+    """Seconds for what is done the first time, and for the answer that takes longest: the tool's deadline of 120 s, and
+    three tries of a remote teacher of 120 s each, with pauses of a minute."""
+    given = []
+    monkeypatch.setattr(command.WATCHDOG, "limited", lambda *limits: given.append(limits) or contextlib.nullcontext())
+    remote = "--config.teacher.remote.url=http://x --config.teacher.remote.model=m --config.teacher.remote.retries=2"
+    for name, flags in (
+        (f"{ROOT}/train.py", "--config=configs/debug.py"),
+        (f"{ROOT}/evaluate.py", "--config=configs/eval_quickstart.py"),
+        ("rsagent_jax.collect", f"--config=configs/collect_quickstart.py {remote}"),
+        ("rsagent_jax.doctor", "--config=configs/debug.py --config.slice=none"),
+    ):
+        assert command.run_command(name, [*flags.split(), "--config.hang_minutes=2"]) == 2  # no work directory
+    assert given == [(120.0, 120.0), (120.0, 120.0), (120.0, 120.0 + 3 * 120 + 2 * 60), (0.0, 0.0)]
 
 
 def test_the_directory_that_a_command_writes_to(tmp_path):

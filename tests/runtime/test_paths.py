@@ -1,5 +1,7 @@
 """Files that grow by lines in a bucket, against one in memory; tests/test_buckets.py has the real client."""
 
+import errno
+import os
 import resource
 import threading
 import time
@@ -10,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rsagent_jax.runtime import paths
+from rsagent_jax.types import DataError
 from tests.refusals import refused
 
 
@@ -47,6 +50,25 @@ def test_a_full_disk_leaves_no_empty_file_that_stands_for_a_whole_one(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(errno.ENOSPC, 74), (errno.EDQUOT, 74), (errno.EIO, 74), (errno.EACCES, 2), (errno.ENOENT, 2), (errno.ENOTDIR, 2)],
+)
+def test_what_another_start_may_get_over_has_a_status_of_its_own(number, status, tmp_path):
+    with pytest.raises(DataError) as caught, paths.writing(tmp_path / "x"):
+        raise OSError(number, os.strerror(number), "x")
+    assert caught.value.status == status
+    for said, status in ("No space left on device", 74), ("Permission denied", 2):
+        assert paths.storage_kind(ValueError(f"INTERNAL: Error opening file: {said} [OS error]")).status == status
+
+
+def test_a_folder_that_is_not_there_or_no_more_is_said(tmp_path):
+    file = paths.AppendFile(tmp_path / "run/metrics.jsonl")
+    said = "metrics.jsonl cannot be written: there is no .*/run, or it has been removed"
+    for write in (file.add, lambda text: paths.write_whole(file.path, text)):
+        refused(said, write, "{}")
 
 
 def test_a_slow_request_holds_nobody_up_who_gathers_lines(bucket, monkeypatch):

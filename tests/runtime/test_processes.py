@@ -102,11 +102,12 @@ def test_one_device_eight_devices_and_two_processes_train_the_same(train_on, sta
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_a_checkpoint_of_one_mesh_is_continued_on_another(train_on, stage):
-    """Step 1 on 8 devices of one process, step 2 on 2 processes with another mesh."""
-    want = Run(train_on(stage, {}, devices=1))
-    first = train_on(stage, MESHES["data, fsdp, tensor"], steps=1)
-    assert_same(Run(train_on(stage, MESHES["fsdp"], n=2, devices=4, start=first)), want)
+def test_a_run_goes_on_on_other_numbers_of_processes_and_devices(train_on, stage):
+    """Step 1 on one device, step 2 on 2 processes with 4 each, step 3 on one with 8 and other axes of the mesh."""
+    first = train_on(stage, {}, devices=1, steps=1)
+    second = train_on(stage, MESHES["fsdp"], n=2, devices=4, start=first)
+    third = train_on(stage, MESHES["data, fsdp, tensor"], steps=3, start=second)
+    assert_same(Run(third), Run(train_on(stage, {}, devices=1, steps=3)))
 
 
 @pytest.mark.timeout(900)
@@ -240,11 +241,13 @@ def test_all_processes_start_or_none_does(monkeypatch):
         gather = lambda mine, other=failed_elsewhere: np.stack([mine, np.full_like(mine, other)])  # noqa: E731
         monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
         assert processes.allgather_sum([3, 0]) == [3 + failed_elsewhere, failed_elsewhere]
-        monkeypatch.setattr(processes, "exchange", lambda text, other=failed_elsewhere: [text, "failed" * other])
+        monkeypatch.setattr(processes, "exchange", lambda text, other=failed_elsewhere: [text, "failed 74" * other])
         refused("seed", processes.all_or_none, refuse)
         if not failed_elsewhere:
             assert processes.all_or_none(lambda: "ready") == "ready"
-    refused("1 of 2 processes could not start", processes.all_or_none, lambda: "ready")
+    with pytest.raises(DataError, match="1 of 2 processes failed") as failed:
+        processes.all_or_none(lambda: "ready")
+    assert failed.value.status == 74
     monkeypatch.setattr(processes, "exchange", lambda text: [text, '{"policy.weights": "b", "grpo.data": "c"}'])
     processes.check_same({"grpo.data": "c"})
     refused("policy.weights is not the same on all 2 hosts", processes.check_same, {"policy.weights": "a"})

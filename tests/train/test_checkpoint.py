@@ -21,7 +21,7 @@ from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
 from rsagent_jax.models.qwen25_vl.steps import find_step
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.runtime import preemption, sharding
+from rsagent_jax.runtime import checksums, preemption, sharding
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train.checkpoint import NO_ADAPTERS, Checkpoints
 from rsagent_jax.train.state import cast_frozen, create_state, make_optimizer, partition_params
@@ -84,8 +84,9 @@ def go(stored, compiled, monkeypatch):
     base = small.train_config(stored, 2, 1, OPTIM, STEPS, sampling=dict(context=400), epochs=2)
     base = dataclasses.replace(base, sft=dataclasses.replace(base.sft, trajectories_per_step=3))
 
-    def run(stage, workdir, log_class=MetricsLog, lora=NO_ADAPTERS, freeze=(), weights=None):
-        part = dict(optim=dataclasses.replace(OPTIM, freeze=freeze), checkpoint_every=2)
+    def run(stage, workdir, log_class=MetricsLog, lora=NO_ADAPTERS, weights=None, rows=1, **optim):
+        part = dict(optim=dataclasses.replace(OPTIM, **optim), checkpoint_every=2)
+        part["batch"] = dataclasses.replace(base.sft.batch, rows=rows)
         config = dataclasses.replace(
             base,
             policy=dataclasses.replace(base.policy, lora=lora),
@@ -112,7 +113,12 @@ def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "part"),
-    [("sft", {}), ("grpo", {}), ("grpo", dict(lora=LoraConfig(rank=4))), ("sft", dict(freeze=("vision", "merger")))],
+    [
+        ("sft", {}),
+        ("grpo", {}),
+        ("grpo", dict(lora=LoraConfig(rank=4), offload=True)),
+        ("sft", dict(freeze=("vision", "merger"), offload=True)),
+    ],
 )
 def test_run_4_equals_run_2_and_resume_2(stage, part, go, tmp_path):
     go = functools.partial(go, **part)
@@ -122,18 +128,20 @@ def test_run_4_equals_run_2_and_resume_2(stage, part, go, tmp_path):
     with pytest.raises(Stopped):
         go(stage, tmp_path / "parts", StoppingLog)
     assert [line["step"] for line in lines(tmp_path / "parts")] == [1, 2, 3]
+    last = str(STEPS * (2 if stage == "grpo" else 1))
     # The base comes from the checkpoint as well: other weights than those the stage began with change nothing.
-    other = {name: value + 0.5 for name, value in start.items()} if part else None
+    other = {k: v + 0.5 for k, v in start.items()} if (has_base := bool({*part} & {"lora", "freeze"})) else None
     resumed = go(stage, tmp_path / "parts", weights=other)
-    assert_same(resumed, whole)
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")  # every number but the times
+    got, want = (state_in(tmp_path / run / "checkpoints" / stage / last) for run in ("parts", "whole"))
+    assert all(np.array_equal(got[name], value) for name, value in want.items()) and got.keys() == want.keys()
     assert [(line["step"], line["stage"]) for line in lines(tmp_path / "whole")] == [(s, stage) for s in (1, 2, 3, 4)]
 
     # the stage's directory is a policy of its own, and a third start has nothing left to do
     loaded = convert.flat_params(load_policy(str(tmp_path / "parts" / "checkpoints" / stage)))
     for name in whole:
         np.testing.assert_array_equal(loaded[name], resumed[name], err_msg=name)
-    assert (tmp_path / "parts" / "checkpoints" / stage / "base").exists() == bool(part)
+    assert (tmp_path / "parts" / "checkpoints" / stage / "base").exists() == has_base
     if stage == "sft":
         assert_same(go(stage, tmp_path / "parts"), whole)
         assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
@@ -171,6 +179,40 @@ def test_a_signal_in_a_step_loses_nothing_of_it(stage, turns, go, tmp_path, monk
             k: v if exactly or isinstance(v, str) else pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in want.items()
         }
         assert got == near
+
+
+def test_a_signal_in_a_save_lets_it_end_and_no_other_is_made(go, tmp_path, monkeypatch):
+    saved, save = [], Checkpoints.save
+
+    def signalled(checkpoints, state, *rest):
+        saved.append(int(state.step))
+        save(checkpoints, state, *rest)
+
+    def stops():
+        if saved:
+            raise preemption.Preempted("SIGTERM")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(preemption, "check", stops)
+        patched.setattr(Checkpoints, "save", signalled)
+        with pytest.raises(preemption.Preempted) as stop:
+            go("sft", tmp_path / "parts")
+    directory = tmp_path / "parts/checkpoints/sft"
+    assert saved == [2] and stop.value.kept == ": sft after step 2 is saved"
+    assert find_step(directory) == 2 and checksums.find_damage(directory / "2") == ""
+    # `batch.rows` may be another at each start: the gradient is a sum over all of the step's rows.
+    assert_same(go("sft", tmp_path / "parts", rows=2), go("sft", tmp_path / "whole"))
+
+
+def test_a_work_directory_that_is_removed_under_the_run_is_one_error(go, tmp_path):
+    class RemovingLog(MetricsLog):
+        def write(self, stage, step, values):
+            if step == 2:
+                shutil.rmtree(tmp_path / "w")
+            super().write(stage, step, values)
+
+    refused(f"metrics.jsonl cannot be written: there is no {tmp_path}/w, or", go, "sft", tmp_path / "w", RemovingLog)
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_step_in_which_nothing_teaches_moves_no_bit_of_the_state_and_is_counted(go, tmp_path, monkeypatch):
@@ -329,11 +371,11 @@ def test_a_checkpoint_of_other_adapters_is_one_data_error(adapted, saved, other,
 
 
 def test_a_lost_base_is_a_data_error(adapted, tmp_path):
-    directory, lost = shutil.copytree(adapted, tmp_path / "grpo"), "base does not fit the parameters that this config"
+    directory = shutil.copytree(adapted, tmp_path / "grpo")
     shutil.rmtree(directory / "base")
-    refused("is not of the model in", load_policy, str(directory))
+    refused("is not of the model in .*base/ is gone", load_policy, str(directory))
     with closing(directory, ADAPTERS) as checkpoints:
-        refused(f"{lost} leaves untrained", checkpoints.restore_base, state_and_base(ADAPTERS)[1])
+        refused("base is damaged .it is gone.*put it back", checkpoints.restore_base, state_and_base(ADAPTERS)[1])
 
 
 def test_a_checkpoint_whose_parts_do_not_belong_together_is_a_data_error(saved, tmp_path):

@@ -219,9 +219,13 @@ def test_another_reference_of_the_kl_term_is_refused_with_the_step_that_was(save
     shutil.copytree(saved / "4", pathlib.Path(weights) / "6")  # SFT went on
     again = functools.partial(check_reference, directory, later, weights, "float32", begins=False)
     said = refused("the reference of the KL term has changed", again)
-    assert f"--config.policy.weights={weights}@4" in said and f"{weights}@6" in said
+    assert f"Put {weights}@4 back as it was, or" in said and f"{weights}@6" in said  # a stage of the same run
+    (elsewhere := tmp_path / "other" / "grpo").mkdir(parents=True)
+    shutil.copy(directory / FILE, elsewhere)
+    elsewhere = (elsewhere, later, weights, "float32")
+    refused(f"Give --config.policy.weights={weights}@4, or", check_reference, *elsewhere, begins=False)
     check_reference(directory, later, weights, "float32", begins=True)  # nothing had been saved: it begins anew
     assert json.loads((directory / FILE).read_text())["weights"] == f"{weights}@6"
     (directory / FILE).unlink()
-    check_reference(directory, began, weights, "float32", begins=False)  # of an earlier version
-    assert (directory / FILE).exists()
+    refused("reference.json is gone: .* Put it back", again)
+    assert not (directory / FILE).exists()

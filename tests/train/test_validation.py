@@ -25,7 +25,7 @@ from rsagent_jax.report.rows import RowIndex
 from rsagent_jax.report.trajectory import play
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import TextPolicy
-from rsagent_jax.runtime import processes
+from rsagent_jax.runtime import preemption, processes
 from rsagent_jax.runtime.processes import Share
 from rsagent_jax.runtime.train_log import MetricsLog
 from rsagent_jax.train import validation
@@ -140,6 +140,32 @@ def run(config, tmp_path_factory, plays):
     rows = go("grpo", config, workdir)
     assert len(plays) == 3  # step 2 is trained again, to the same weights: what was validated stands
     return workdir, rows
+
+
+@pytest.mark.slow
+def test_a_signal_in_a_validation_keeps_the_step_and_the_next_start_validates_it(
+    run, config, tmp_path, plays, monkeypatch
+):
+    before, logged = len(plays), lambda: [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    def stops():
+        if plays[before:][-1:] == ["mine, step 1"]:
+            raise preemption.Preempted("SIGTERM")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(preemption, "check", stops)
+        with pytest.raises(preemption.Preempted, match="SIGTERM") as stop:
+            go("grpo", config, tmp_path)
+    assert "grpo after step 1 is saved" in stop.value.kept
+    assert [(row["step"], "val/giou" in row) for row in logged()] == [(0, True), (1, False)]
+    with contextlib.closing(MetricsLog(tmp_path)) as log:
+        mesh_worker.run_stage("grpo", config, tmp_path, log)
+    assert plays[before:] == [f"mine, step {step}" for step in (0, 1, 1, 2)]
+    assert [row["step"] for row in logged()] == [0, 1, 1, 2]
+    rows = {step: {k: v for row in logged() if row["step"] == step for k, v in row.items()} for step in (0, 1, 2)}
+    for step, want in run[1].items():
+        same = [name for name in want if name.startswith("val/") or name in ("loss", "l2_grads", "reward", "lr")]
+        assert {name: rows[step][name] for name in same} == {name: want[name] for name in same}
 
 
 def parameters(weights: str) -> dict[str, np.ndarray]:

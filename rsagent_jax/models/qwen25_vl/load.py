@@ -114,7 +114,8 @@ def load_policy(weights: str, mesh: Mesh | None = None, dtype: str = "float32") 
                     values |= _read(paths.absolute(part), lambda name: places.get(name, elsewhere), dtype, exact)
             adapters = {name: values.pop(name) for name in list(values) if name.endswith((".lora_a", ".lora_b"))}
             if {n: v.shape for n, v in values.items()} != {n: v.shape for n, v in wanted.items()}:
-                raise ValueError("other parameters, or other shapes")
+                gone = values.keys() < wanted.keys() and not (path / "base").exists()
+                raise ValueError("base/ is gone" if gone else "other parameters, or other shapes")
             if adapters:
                 said = manager.restore(step, args=ocp.args.Composite(lora=ocp.args.JsonRestore()))["lora"]
                 scale = said["alpha"] / said["rank"]
