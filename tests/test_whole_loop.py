@@ -88,7 +88,7 @@ def test_evaluation_leaves_results_predictions_and_a_report_and_a_trajectory_rep
     results = json.loads((out / "results.json").read_text())
     assert {"benchmark", "n", "giou", "ciou", "giou_ci95", "failures", "mean_turns", "settings"} <= set(results)
     predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    assert results["n"] == len(predictions) == 13  # six scenes: about one thing, about several, and once about nothing
+    assert results["n"] == len(predictions) == 17  # six scenes: about one thing, about pairs, and once about nothing
     assert {"n_acc", "t_acc", "giou_target"} <= set(results)
     assert results["giou"] == pytest.approx(sum(p["iou"] for p in predictions) / 13)
     keys = {"id", "picture", "mask", "intersection", "union", "iou", "status", "turns", "dropped"}
@@ -107,7 +107,7 @@ def test_the_notebook_reads_the_run(work, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "docs/notebooks")
     (strip,) = [thing for thing in run_notebook("read_a_run", monkeypatch) if thing is not None]
     out = capsys.readouterr().out
-    assert out.startswith("6 steps; ") and "'n': 13" in out and 2 <= len(strip.axes) <= 1 + out.count("->")
+    assert out.startswith("6 steps; ") and "'n': 17" in out and 2 <= len(strip.axes) <= 1 + out.count("->")
 
 
 def test_the_recipe_leaves_a_summary_and_a_table(work):
