@@ -5,8 +5,8 @@
 
 SFT and GRPO of configs/debug.py, and an evaluation of 12 scenes, with what `make quickstart` has left: its scenes, its
 trajectories and its policy after SFT. `--points` in SFT and in the evaluation, half as many in each phase of GRPO; they
-are spread evenly over the changes of files and over the calls (_kill_point.py) that an uninterrupted run makes. Every
-fourth is a SIGTERM, the others SIGKILL.
+are spread evenly over the changes of files and over the calls (_kill_point.py) that an uninterrupted run makes. About
+every fourth is a SIGTERM, the others SIGKILL.
 
 What is compared: metrics.jsonl but for times and the counters of engine and segmenter, which count from a process's
 start; rollouts.jsonl, parameters and optimiser; of an evaluation results.json, predictions.jsonl and
@@ -50,14 +50,13 @@ ROUNDING = 1e-4
 TIMES = re.compile(r"seconds|timings_s|tokens_per_s$|^perf/(throughput|mfu)|^rollout/|^segmenter/")
 GRPO = ("rollout", "reward", "update", "checkpoint")
 ROWS = {"sft": ("",), "grpo": GRPO, "evaluate": ("",)}  # the phases of each part
-STOPS = {  # where SIGTERM comes at the quickstart's size
-    "sft": (Point("update", "work", 10, "SIGTERM"), Point("checkpoint", "work", 1, "SIGTERM")),
-    "grpo": (
-        *(Point("rollout", "work", at, "SIGTERM") for at in (10, 40, 80, 120)),
-        Point("reward", "work", 9, "SIGTERM"), Point("update", "work", 1, "SIGTERM"),
-        Point("checkpoint", "work", 1, "SIGTERM"),
-    ),
-}  # fmt: skip
+STOPS = (  # where SIGTERM comes at the quickstart's size
+    ("sft", Point("update", "work", 10, "SIGTERM")),
+    ("sft", Point("checkpoint", "work", 1, "SIGTERM")),
+    *(("grpo", Point("rollout", "work", at, "SIGTERM")) for at in (10, 60, 120)),
+    ("grpo", Point("update", "work", 1, "SIGTERM")),
+    ("grpo", Point("checkpoint", "work", 1, "SIGTERM")),
+)
 KEPT = re.compile(r"stopped by SIGTERM.* trajectories \(\d+ of them whole, (\d+) turns\)")
 
 
@@ -170,17 +169,20 @@ def kill(options: argparse.Namespace, parts: list[str]) -> dict[str, object]:
             n = options.points if part != "grpo" else max(1, options.points // 2)
             for i, point in enumerate(spread(alone.counts, phase, n)):
                 cases.append((i / n, (part, command, point, work / f"{part}-{phase}{i:02d}", folders[0])))
+    ordered = [case for _, case in sorted(cases, key=lambda case: case[0])]
     with ProcessPoolExecutor(options.jobs, FORK) as pool:
-        rows = list(pool.map(try_point, [case for _, case in sorted(cases, key=lambda case: case[0])]))
+        rows = list(pool.map(try_point, ordered))
+    print_table(rows)
+    return {"resumed": sum(row["resumed"] for row in rows), "points": len(rows), "apart": apart, "rows": rows}
+
+
+def print_table(rows: list[dict[str, object]]) -> None:
     print(f"\n{'':20} {'points':>6} {'SIGTERM':>8} {'resumed':>8} {'equal to the bit':>17} {'largest difference':>19}")
-    for part, phase in [(name, phase) for name in parts for phase in ROWS[name]]:
+    for part, phase in dict.fromkeys((row["part"], row["phase"]) for row in rows):
         own = [row for row in rows if (row["part"], row["phase"]) == (part, phase)]
-        stopped, good = (
-            sum(bool(test(row)) for row in own) for test in (lambda r: "TERM" in r["point"], lambda r: r["resumed"])
-        )
-        equal, worst = sum(r["resumed"] and not r["difference"] for r in own), max(r["difference"] for r in own)
-        print(f"{part} {phase:15} {len(own):6} {stopped:8} {good:8} {equal:17} {worst:19.3g}")
-    return {"resumed": sum(r["resumed"] for r in rows), "points": len(rows), "apart": apart, "rows": rows}
+        stopped, resumed = sum("SIGTERM" in row["point"] for row in own), sum(row["resumed"] for row in own)
+        equal, worst = sum(row["resumed"] and not row["difference"] for row in own), max(r["difference"] for r in own)
+        print(f"{part} {phase:15} {len(own):6} {stopped:8} {resumed:8} {equal:17} {worst:19.3g}")
 
 
 def preempt(options: argparse.Namespace) -> dict[str, object]:
@@ -189,20 +191,17 @@ def preempt(options: argparse.Namespace) -> dict[str, object]:
     every = commands(pathlib.Path(options.quickstart), work / "compiled", "configs/quickstart.py")
     every["grpo"] += ("--config.grpo.checkpoint_every=1",)
     every["sft"] += ("--config.sft.checkpoint_every=4",)
-    print(f"\n{'SIGTERM in':34} {'exit s':>7} {'status':>7} {'turns drawn':>12} {'kept':>5} {'lost':>5}")
-    for part, point in [(part, point) for part, points in STOPS.items() for point in points]:
+    print(f"\n{'SIGTERM in':34} {'exit s':>7} {'status':>7} {'turns drawn':>12} {'lost':>5}")
+    for part, point in STOPS:
         name, *flags = every[part]
         shutil.rmtree(work / "preempted", ignore_errors=True)
         ended = _kill_point.run(name, flags, work / "preempted", point)
-        kept = KEPT.search(ended.text)
-        lost = ended.turns - int(kept[1]) if kept else 0  # else the step was finished
+        found = KEPT.search(ended.text)  # else the step was finished, where it says that this one is saved
+        kept = int(found[1]) if found else ended.turns if " is saved" in ended.text else 0
         row = {"where": f"{part}, {point.phase}, call {point.at}", "exit_s": ended.seconds, "status": ended.status}
-        row |= {"turns": ended.turns, "kept": int(kept[1]) if kept else None, "lost": lost}
+        row |= {"turns": ended.turns, "lost": ended.turns - kept}
         rows.append(row)
-        print(
-            f"{row['where']:34} {row['exit_s']:7.1f} {row['status']:7} {row['turns']:12} {row['kept'] or 0:5} {lost:5}",
-            flush=True,
-        )
+        print(f"{row['where']:34} {ended.seconds:7.1f} {ended.status:7} {ended.turns:12} {row['lost']:5}", flush=True)
     return {"exit_s": max(r["exit_s"] for r in rows), "lost_turns": max(r["lost"] for r in rows), "preempted": rows}
 
 
