@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 
-from rsagent_jax.runtime import command, preemption
+from rsagent_jax.runtime import command, preemption, workdir_lock
 from rsagent_jax.runtime.progress import PROGRESS
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
@@ -100,8 +100,9 @@ class _Events:
 
     def audit(self, event: str, arguments: tuple) -> None:
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (writes or event in CHANGES) and str(arguments[0]).startswith(self.workdir):
-            self.happens("file", str(arguments[0]))
+        path = str(arguments[0]) if writes or event in CHANGES else ""
+        if path.startswith(self.workdir) and workdir_lock.FILE not in path:  # whose beat follows the clock
+            self.happens("file", path)
 
     def happens(self, kind: str, path: str = "", synchronised: bool = False) -> None:
         phase = PHASES.get(PROGRESS.phase, PROGRESS.phase)

@@ -1,7 +1,7 @@
 """Runs that are killed at many points, started again, and compared with a run that was left alone.
 
   python benchmarks/kill.py [--quickstart=runs/quickstart] [--workdir=runs/kill] [--points=20] [--jobs=1]
-      [--parts=sft,grpo,evaluate,preemption]
+      [--parts=sft,rollout,reward,update,checkpoint,evaluate,preemption]
 
 SFT and GRPO of configs/debug.py, and an evaluation of 12 scenes, with what `make quickstart` has left: its scenes, its
 trajectories and its policy after SFT. `--points` in SFT and in the evaluation, half as many in each phase of GRPO; they
@@ -49,7 +49,7 @@ FORK = multiprocessing.get_context("fork")
 ROUNDING = 1e-4
 TIMES = re.compile(r"seconds|timings_s|tokens_per_s$|^perf/(throughput|mfu)|^rollout/|^segmenter/")
 GRPO = ("rollout", "reward", "update", "checkpoint")
-ROWS = {"sft": ("",), "grpo": GRPO, "evaluate": ("",)}  # the phases of each part
+PARTS = {"sft": "sft", **dict.fromkeys(GRPO, "grpo"), "evaluate": "evaluate"}  # and whose they are
 STOPS = (  # where SIGTERM comes at the quickstart's size
     ("sft", Point("update", "work", 10, "SIGTERM")),
     ("sft", Point("checkpoint", "work", 1, "SIGTERM")),
@@ -135,14 +135,14 @@ def try_point(case: tuple[str, tuple[str, ...], Point, pathlib.Path, pathlib.Pat
     part, (name, *flags), point, folder, reference = case
     shutil.rmtree(folder, ignore_errors=True)
     ended = _kill_point.run(name, flags, folder, point)
-    row = {"part": part, "phase": point.phase, "point": f"{point.kind} {point.at} {point.signal}"}
+    row = {"part": part, "point": f"{point.kind} {point.at} {point.signal}"}
     row |= {"reached": ended.signalled and ended.status in (-9, 75), "exit_s": ended.seconds}
     (folder.with_suffix(".log")).rename(folder.with_suffix(".first.log"))
     again = _kill_point.run(name, flags, folder)
     row["status"], (row["difference"], row["where"]) = again.status, (np.inf, "")
     if again.status == 0:
         row["difference"], row["where"] = compare(reference, folder)
-    allowed = ROUNDING if (part, point.signal) == ("grpo", "SIGTERM") else 0.0
+    allowed = ROUNDING if part in GRPO and point.signal == "SIGTERM" else 0.0
     row["resumed"] = row["reached"] and row["difference"] <= allowed
     print(json.dumps(row), flush=True)
     if row["resumed"]:
@@ -156,19 +156,19 @@ def kill(options: argparse.Namespace, parts: list[str]) -> dict[str, object]:
     steps = {"sft": ("--config.sft.checkpoint_every=2",), "evaluate": ()}
     steps["grpo"] = ("--config.grpo.steps=3", "--config.grpo.checkpoint_every=2", "--config.grpo.min_spread=0")
     cases, apart = [], {}
-    for part in parts:
-        command, folders = (*every[part], *steps[part]), [work / f"{part}-{i}" for i in (1, 2)]
+    for stage in dict.fromkeys(PARTS[part] for part in parts):
+        command, folders = (*every[stage], *steps[stage]), [work / f"{stage}-{i}" for i in (1, 2)]
         for folder in folders:  # the first one compiles
             shutil.rmtree(folder, ignore_errors=True)
             alone = _kill_point.run(command[0], list(command[1:]), folder)
             if alone.status:
                 sys.exit(f"{folder}: the run that nobody ends has ended with {alone.status}\n{alone.text[-2000:]}")
-        apart[part] = compare(*folders)
-        print(f"{part}: two runs that were left alone differ by {apart[part][0]:g} {apart[part][1]}", flush=True)
-        for phase in ROWS[part]:
-            n = options.points if part != "grpo" else max(1, options.points // 2)
+        apart[stage] = compare(*folders)
+        print(f"{stage}: two runs that were left alone differ by {apart[stage][0]:g} {apart[stage][1]}", flush=True)
+        for part in [part for part in parts if PARTS[part] == stage]:
+            phase, n = ("", options.points) if part == stage else (part, max(1, options.points // 2))
             for i, point in enumerate(spread(alone.counts, phase, n)):
-                cases.append((i / n, (part, command, point, work / f"{part}-{phase}{i:02d}", folders[0])))
+                cases.append((i / n, (part, command, point, work / f"{part}-{i:02d}", folders[0])))
     ordered = [case for _, case in sorted(cases, key=lambda case: case[0])]
     with ProcessPoolExecutor(options.jobs, FORK) as pool:
         rows = list(pool.map(try_point, ordered))
@@ -178,11 +178,11 @@ def kill(options: argparse.Namespace, parts: list[str]) -> dict[str, object]:
 
 def print_table(rows: list[dict[str, object]]) -> None:
     print(f"\n{'':20} {'points':>6} {'SIGTERM':>8} {'resumed':>8} {'equal to the bit':>17} {'largest difference':>19}")
-    for part, phase in dict.fromkeys((row["part"], row["phase"]) for row in rows):
-        own = [row for row in rows if (row["part"], row["phase"]) == (part, phase)]
+    for part in dict.fromkeys(row["part"] for row in rows):
+        own = [row for row in rows if row["part"] == part]
         stopped, resumed = sum("SIGTERM" in row["point"] for row in own), sum(row["resumed"] for row in own)
         equal, worst = sum(row["resumed"] and not row["difference"] for row in own), max(r["difference"] for r in own)
-        print(f"{part} {phase:15} {len(own):6} {stopped:8} {resumed:8} {equal:17} {worst:19.3g}")
+        print(f"{part:20} {len(own):6} {stopped:8} {resumed:8} {equal:17} {worst:19.3g}")
 
 
 def preempt(options: argparse.Namespace) -> dict[str, object]:
@@ -209,13 +209,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", default="runs/quickstart", help="what make quickstart has left")
     parser.add_argument("--workdir", default="runs/kill")
-    parser.add_argument("--parts", default="sft,grpo,evaluate,preemption")
+    parser.add_argument("--parts", default=",".join((*PARTS, "preemption")))
     parser.add_argument("--points", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=1, help="points side by side")
     options = parser.parse_args()
     pathlib.Path(options.workdir).mkdir(parents=True, exist_ok=True)
     parts = options.parts.split(",")
-    result = kill(options, [part for part in parts if part in ROWS]) if set(parts) & ROWS.keys() else {}
+    result = kill(options, killed) if (killed := [part for part in parts if part in PARTS]) else {}
     if "preemption" in parts:
         result |= preempt(options)
     print(json.dumps(result))
