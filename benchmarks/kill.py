@@ -54,7 +54,7 @@ STOPS = (  # where SIGTERM comes at the quickstart's size
     ("sft", Point("update", "work", 10, "SIGTERM")),
     ("sft", Point("checkpoint", "work", 1, "SIGTERM")),
     *(("grpo", Point("rollout", "work", at, "SIGTERM")) for at in (10, 60, 120)),
-    ("grpo", Point("update", "work", 1, "SIGTERM")),
+    ("grpo", Point("update", "work", 5, "SIGTERM")),
     ("grpo", Point("checkpoint", "work", 1, "SIGTERM")),
 )
 KEPT = re.compile(r"stopped by SIGTERM.* trajectories \(\d+ of them whole, (\d+) turns\)")
@@ -136,7 +136,7 @@ def try_point(case: tuple[str, tuple[str, ...], Point, pathlib.Path, pathlib.Pat
     shutil.rmtree(folder, ignore_errors=True)
     ended = _kill_point.run(name, flags, folder, point)
     row = {"part": part, "point": f"{point.kind} {point.at} {point.signal}"}
-    row |= {"reached": ended.signalled and ended.status in (-9, 75), "exit_s": ended.seconds}
+    row |= {"reached": ended.signalled, "exit_s": ended.seconds}
     (folder.with_suffix(".log")).rename(folder.with_suffix(".first.log"))
     again = _kill_point.run(name, flags, folder)
     row["status"], (row["difference"], row["where"]) = again.status, (np.inf, "")
