@@ -1,5 +1,5 @@
-# setup: the whole .venv | quickstart: SFT and GRPO on a laptop | test | test-fast | bench | sidecar | lint | proto | requirements |
-# clean
+# setup: the whole .venv | quickstart: SFT and GRPO on a laptop | view: its trajectories in a browser | test | test-fast |
+# bench | sidecar | lint | proto | requirements | clean
 #   make quickstart SEED=1           another seed
 #   make setup PYTHON=/path/python   another interpreter (default: python3.11, else python3)
 #   make setup TPU=1 (or CUDA=1)     with the TPU (or CUDA) build of jax
@@ -30,7 +30,7 @@ RUNTIME := $(call stamp,runtime)
 FULL := $(call stamp,full)
 pin = "$$(sed -n 's/.*"\($(1)==[^"]*\)".*/\1/p' pyproject.toml)"
 
-.PHONY: help setup setup-runtime quickstart test test-fast bench sidecar lint proto requirements clean
+.PHONY: help setup setup-runtime quickstart view test test-fast bench sidecar lint proto requirements clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -71,6 +71,9 @@ quickstart: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 quickstart: setup-runtime
 	@if [ -e $(RUN) ]; then echo "== starting over: removing $(RUN)"; rm -rf $(RUN); fi
 	$(PY) -m rsagent_jax.reproduce --config=configs/reproduce_quickstart.py --workdir=$(RUN) --config.seed=$(SEED)
+
+view: setup-runtime
+	$(PY) -m rsagent_jax.view $(RUN) $(ARGS)
 
 # All tests: two files at a time. ARGS: one process, as pytest's own options want it. test-fast: without the slow ones.
 test: setup

@@ -46,7 +46,7 @@ from rsagent_jax.train.alarms import Alarms
 from rsagent_jax.train.batch_source import BatchSource, GrpoSource, SftSource
 from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.first_batch import save_first_batch
-from rsagent_jax.train.judged import ReplaySource, dump_rollouts, rollout_figures
+from rsagent_jax.train.judged import ReplaySource, dump_rollouts, replays, rollout_figures
 from rsagent_jax.train.losses import mean_over_updates
 from rsagent_jax.train.reference import check_reference
 from rsagent_jax.train.run_identity import STAGES
@@ -324,7 +324,7 @@ def run_stage(
             dump_rollouts(dump, step, source.judged, config.agent, source.driver.limits, source.share)
         metrics |= clock.read()
         log.write(name, step, metrics | work.figures(metrics, passes=stage.epochs))
-        log.examples(step, source.examples)
+        log.examples(step, source.examples | replays(source.judged))
         alarms.add(step, metrics, source.examples)
         PROGRESS.enter("checkpoint", step)
         every, ended = settings.checkpoint_every, validated and validator.stop(step)

@@ -12,8 +12,8 @@ from rsagent_jax.config.import_path import shipped
 from rsagent_jax.config.recipe import RecipeConfig
 
 BENCHMARK = "synthetic scenes, test"
-# Half of the questions are for all objects of a kind, which take more than one click.
-SCENES = ("--train=1500", "--val=200", "--test=200", "--several=1.0", "--refs_per_image=1")
+# More than half of the questions are for a pair of a kind, which takes two clicks.
+SCENES = ("--train=1000", "--val=150", "--test=150", "--several=2.0", "--most=2", "--refs_per_image=1")
 
 
 def stage(command: str, *arguments: str, **more) -> dict:

@@ -67,6 +67,11 @@ def read(source: str | pathlib.Path | bytes, where: str = "", upright: bool = Tr
     return _named(where or str(source), _rgb, load(source, where, upright))
 
 
+def from_pillow(image: PIL.Image.Image, upright: bool = True) -> np.ndarray:
+    """An opened picture -> u8[h, w, 3] RGB. ImageError as of a file."""
+    return _named("the picture", lambda image: _rgb(_turned(image) if upright else image), image)
+
+
 def load(
     source: str | pathlib.Path | bytes, where: str = "", upright: bool = True, exact: bool = False
 ) -> PIL.Image.Image:

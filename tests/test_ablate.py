@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from rsagent_jax.config.ablation import AblationConfig, AblationVariant, recipe_of
+from rsagent_jax.config.ablation import AblationConfig, AblationVariant, recipe_of, trains_itself
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.import_path import load_file
 from rsagent_jax.config.recipe import RecipeStage, plan_steps
@@ -152,7 +152,8 @@ def test_a_variant_without_training_has_no_stage_of_it():
     assert steps["eval-base"].argv[-1] == "--weights=/base"
 
 
-SHIPPED = sorted((ROOT / "configs/ablations").glob("[!_]*.py"))
+EVERYTHING = ROOT / "configs/ablations/all.py"
+SHIPPED = sorted({*(ROOT / "configs/ablations").glob("[!_]*.py")} - {EVERYTHING})
 VARIANTS = {"reward": 12, "turns": 5, "history": 3, "stages": 4, "group": 4, "objective": 7, "carry_over": 2}
 
 
@@ -171,6 +172,17 @@ def test_every_command_of_a_shipped_ablation_is_one_that_its_command_takes(path,
         command.parse_arguments(main, argv)
 
 
+def test_all_lists_at_once_train_the_recipe_once():
+    config = build_config(AblationConfig, load_file(EVERYTHING).get_config())
+    shared = ["reward", "turns", "history"]  # their recipe is a row, the others' is the first
+    assert len(config.variants) == sum(VARIANTS.values()) - (len(VARIANTS) - len(shared))
+    trained = [v for v in config.variants if trains_itself(v)]
+    assert trained[0].name == "full" and sum(v.train == () for v in trained) == 1
+    listed = [v for path in SHIPPED for v in build_config(AblationConfig, load_file(path).get_config()).variants]
+    assert {v.train for v in trained} == {v.train for v in listed if trains_itself(v)}
+    assert {v.trained for v in config.variants} == {"", "full"}
+
+
 def test_the_help_names_the_shipped_ablations():
     known = {pathlib.Path(path).stem: cls for path, cls, _ in command.known_configs() if "ablations" in path}
-    assert known == dict.fromkeys(VARIANTS, AblationConfig)
+    assert known == dict.fromkeys([*VARIANTS, EVERYTHING.stem], AblationConfig)

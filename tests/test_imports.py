@@ -20,6 +20,8 @@ from collections.abc import Iterator
 
 import pytest
 
+import rsagent_jax
+
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGES = ("rsagent_jax", "sam_bridge")
 TORCH = {"torch", "torchvision", "sam2"}
@@ -27,7 +29,7 @@ TORCH_FILE = "sam_bridge/backends/sam2.py"
 MAX_LINES = 450
 
 # Lower rungs first: a unit may import those below it, and what is in itself. The longest prefix names the unit.
-COMMANDS = "collect compare data_check doctor export launch problems refilter reproduce segment show_tokens"
+COMMANDS = "collect compare data_check doctor export launch problems refilter reproduce segment show_tokens view"
 COMMANDS = tuple(COMMANDS.split())
 RUNGS = (
     ("array_types",),
@@ -42,7 +44,7 @@ RUNGS = (
     ("evals",),
     ("train",),
     ("aot", "report"),
-    ("collecting", "fitness"),
+    ("collecting", "fitness", "api"),
     COMMANDS,
     ("ablate",),  # runs its stages as reproduce does
 )
@@ -146,7 +148,7 @@ def test_the_rule_itself_catches_what_it_should():
 
 def test_the_root_holds_the_commands_and_what_everybody_reads():
     root = {path.stem for path in (ROOT / "rsagent_jax").glob("*.py")} - {"__init__"}
-    assert root == {"array_types", "types", "masks", "rewards", *COMMANDS, "ablate"}
+    assert root == {"array_types", "types", "masks", "rewards", "api", *COMMANDS, "ablate"}
 
 
 def test_public_names_are_unique():
@@ -229,6 +231,18 @@ def test_importing_all_of_rsagent_jax_leaves_torch_out():
 def test_the_bridge_leaves_torch_and_jax_out(module):
     heavy = (*sorted(TORCH), "jax", "flax", "cv2", "rsagent_jax")
     assert loaded_after(f"import {module}", *heavy, "grpc") == ["grpc"]
+
+
+def test_the_package_itself_imports_nothing_until_it_is_asked():
+    heavy = ("jax", "numpy", "PIL", "rsagent_jax.api", "rsagent_jax.types")
+    assert loaded_after("import rsagent_jax; dir(rsagent_jax); hasattr(rsagent_jax, 'x')", *heavy, "rsagent_jax") == [
+        "rsagent_jax"
+    ]
+    assert {*rsagent_jax.__all__} == {"Agent", "Result", "TurnStream", "DataError"} < {*dir(rsagent_jax)}
+    tree = ast.parse((ROOT / "rsagent_jax/__init__.py").read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert names - {"TYPE_CHECKING", "Any"} == {*rsagent_jax.__all__}  # what editors see
+    assert all(getattr(rsagent_jax, name).__name__ == name for name in rsagent_jax.__all__)
 
 
 def test_data_and_scenes_are_read_without_jax():

@@ -1,11 +1,13 @@
 """One picture, one sentence: what is printed and written, and every kind of picture file a user may bring."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -13,11 +15,12 @@ from agent_fakes import DiscSegmenter, make_image, same_states
 
 from rsagent_jax.agent.replay import replay
 from rsagent_jax.agent.tools import Finish, Segment, Zoom, render_call
+from rsagent_jax.api import Agent
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import SegmentConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.rollout.policy import TextPolicy
-from rsagent_jax.runtime.command import load_config_file
+from rsagent_jax.runtime.command import load_config_file, use_compilation_cache
 from rsagent_jax.segment import segment
 from rsagent_jax.types import Status
 from sam_bridge.types import FailureKind
@@ -36,10 +39,11 @@ def processor():
 
 
 def play(turns, processor, out, segmenter=None):
-    """The command's own function with scripted turns for the policy."""
+    """The final state of the command's own function with scripted turns for the policy."""
     script = iter(turns)
     policy = TextPolicy(lambda task, state: next(script), processor, slots=1)
-    return segment(policy, segmenter or DiscSegmenter(), processor, CONFIG, make_image(60, 90), "the disc", out)
+    with Agent(policy, segmenter or DiscSegmenter(), processor, CONFIG.agent) as agent:
+        return segment(agent, make_image(60, 90), "the disc", out).state
 
 
 def read(path) -> np.ndarray:
@@ -87,7 +91,7 @@ def test_an_empty_mask_is_written_and_said_to_be_empty(processor, tmp_path, caps
 def test_a_broken_segmenter_leaves_no_mask(processor, tmp_path):
     play([BOX, render_call(Finish(1))], processor, tmp_path)
     broken = DiscSegmenter(fail=[FailureKind.TIMEOUT])
-    says = "segmenter: timeout: as the test asked; no mask is written"
+    says = "segmenter, timeout: as the test asked; there is no mask"
     refused(says, play, [BOX], processor, tmp_path, segmenter=broken)
     assert not (tmp_path / "mask.png").exists()  # not even that of the run before
     assert replay((tmp_path / "trajectory.json").read_text()).status is Status.ENV_FAILED
@@ -95,7 +99,8 @@ def test_a_broken_segmenter_leaves_no_mask(processor, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_with_the_tiny_base(tmp_path):
-    """The base knows no tools, so it ends early; the command says so and still leaves everything it promises."""
+    """The base knows no tools, so it ends early; the command says so and still leaves everything it promises. From
+    Python the answer is the same."""
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # the camera was turned: to be shown a quarter turn clockwise
     PIL.Image.fromarray(np.rot90(make_image(90, 150))).save(tmp_path / "photo.png", exif=exif)
@@ -111,6 +116,17 @@ def test_the_command_with_the_tiny_base(tmp_path):
     np.testing.assert_array_equal(read(out / "image.png"), make_image(90, 150))
     state = replay((out / "trajectory.json").read_text())
     assert state.status is Status.MAX_TURNS and state.query == "the red circle"
+    config = dataclasses.replace(CONFIG, sampling=dataclasses.replace(CONFIG.sampling, max_new_tokens=28))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        use_compilation_cache("", out / "compiled")  # the command's programs
+        with Agent.load(TINY, segmenter="grabcut", config=config, slots=1) as agent:
+            result = agent.segment(tmp_path / "photo.png", "the red circle", max_turns=2)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    turns = [turn.text for turn in state.turns]
+    assert [turn.text for turn in result.state.turns] == turns and len(set(turns)) == 2
+    np.testing.assert_array_equal(result.mask, read(out / "mask.png") == 255)
 
 
 @pytest.mark.slow

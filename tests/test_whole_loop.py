@@ -15,6 +15,7 @@ from PIL import Image
 from rsagent_jax.agent.replay import replay
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.load import load_policy
+from tests.test_notebooks import run_notebook
 
 pytestmark = pytest.mark.slow
 
@@ -97,6 +98,16 @@ def test_evaluation_leaves_results_predictions_and_a_report_and_a_trajectory_rep
     state = replay(example["record"])
     assert state.status == example["status"] == predictions[0]["status"]
     assert len(state.turns) == predictions[0]["turns"]
+
+
+def test_the_notebook_reads_the_run(work, tmp_path, monkeypatch, capsys):
+    (tmp_path / "docs/notebooks").mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/quickstart").symlink_to(work)
+    monkeypatch.chdir(tmp_path / "docs/notebooks")
+    (strip,) = [thing for thing in run_notebook("read_a_run", monkeypatch) if thing is not None]
+    out = capsys.readouterr().out
+    assert out.startswith("6 steps; ") and "'n': 13" in out and 2 <= len(strip.axes) <= 1 + out.count("->")
 
 
 def test_the_recipe_leaves_a_summary_and_a_table(work):

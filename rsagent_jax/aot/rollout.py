@@ -80,7 +80,8 @@ def rollout_jobs(
         needed_bytes=device_bytes(weights.layers) + device_bytes(head) + live,
     )
     key = place_shapes(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
-    turns = Turns(host(s.slots, dtype=jnp.bool_), *(host(s.slots) for _ in range(6)), host(s.slots, dtype=jnp.bool_))
+    numbers = (host(s.slots) for _ in range(6))
+    turns = Turns(host(s.slots, dtype=jnp.bool_), *numbers, host(s.slots, dtype=jnp.float32))
     piece = Piece(host(p), host(p, t), host(p, 3, t), host(p, t), host(p), host(p))
 
     def step(piece: Piece | None, blocks: int) -> jax.stages.Traced:

@@ -14,8 +14,9 @@ from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import FilterConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.npz import pack_record, read_arrays
-from rsagent_jax.report.evaluation import Evaluation, Example
+from rsagent_jax.report.evaluation import setting_rows
 from rsagent_jax.report.page import render_page, save_page
+from rsagent_jax.report.trajectory import collected_example
 from rsagent_jax.rollout.play import UNREADABLE
 from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.paths import write_whole, writing
@@ -155,15 +156,10 @@ def filter_page(found: Filtered, kept, shown, rules: FilterConfig, settings, fai
         ious=[row["iou"] for row in kept],
         turns=sorted(Counter(row["turns"] for row in kept).items()),
         tools=tools.most_common(),
-        settings=[(key, json.dumps(value)) for key, value in {**to_dict(rules), **settings}.items()],
+        settings=setting_rows({**to_dict(rules), **settings}),
         min_iou=rules.min_iou,
-        place=Evaluation(workdir, {}, (), ()),
-        shown={word: [(why, _example(row)) for row, why in shown[word == "kept"]] for word in ("kept", "dropped")},
+        workdir=workdir,
+        shown={
+            word: [(why, collected_example(row)) for row, why in shown[word == "kept"]] for word in ("kept", "dropped")
+        },
     )
-
-
-def _example(row: dict[str, Any]) -> Example:
-    header = trajectories.record_header(base64.b64decode(row["record"]))
-    names = {name: row[name] for name in ("id", "query", "iou", "gt")}
-    image, status = header["picture"]["path"], Status(row["status"])
-    return Example(**names, status=status, ious=tuple(row["ious"]), image=image, record=header["replay"])

@@ -95,7 +95,7 @@ def _decoding(engine: Engine) -> Finding:
     blocks = max(n for n in programs.buckets if n == 1 or n * programs.block <= s.context)
     places, many = max(1, blocks * programs.block - s.chunk), lambda value: np.full(s.slots, value, np.int32)
     numbers = (many(places), many(places), many(0), many(s.context), many(0), many(0))
-    turns = Turns(np.ones(s.slots, bool), *numbers, np.zeros(s.slots, bool))
+    turns = Turns(np.ones(s.slots, bool), *numbers, np.full(s.slots, s.temperature, np.float32))
     turns = engine._put(turns)
 
     def run():

@@ -2,31 +2,25 @@
 
     write_evaluation(workdir)     results.json, predictions.jsonl, trajectories.jsonl -> report/index.html
 
-Trajectories are played again by `agent.replay`, so the pictures are the very observations that the policy was given.
 `reproduction.py` shows the same trajectories of several policies beside each other.
 """
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-import cv2
 import numpy as np
 
-from rsagent_jax.agent.environment import EnvState, final_mask
-from rsagent_jax.agent.overlay import draw_overlay
-from rsagent_jax.agent.replay import read_source, replay
 from rsagent_jax.evals import metrics
-from rsagent_jax.masks import decode_segmentation
-from rsagent_jax.report.page import GOOD_IOU, LARGEST, SMALLEST, render_page, save_page, span
+from rsagent_jax.report.page import GOOD_IOU, render_page, save_page, span
+from rsagent_jax.report.trajectory import Example, evaluated_example
 from rsagent_jax.runtime.journal import flatten_settings
 from rsagent_jax.runtime.paths import open_path, read_lines
 from rsagent_jax.types import DataError, Status
 
 NEEDED = ("benchmark", "n", "giou", "ciou", "giou_ci95", "mean_turns")  # keys of results.json
-TRUTH = (0, 230, 118)  # colour of the ground truth's outline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,29 +35,6 @@ class Prediction:
     turns: int
     picture: str  # its name
     dropped: str = ""  # why the convention does not count it; "" = it does
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A line of trajectories.jsonl: a trajectory that was kept to be looked at."""
-
-    id: str
-    query: str
-    iou: float  # of the final mask
-    status: Status
-    ious: tuple[float, ...]  # of each mask, in the order of their ids
-    gt: dict[str, Any]  # COCO RLE
-    image: str  # path
-    record: str  # of agent.replay.state_to_json
-
-
-class Film(NamedTuple):
-    """A trajectory played again, and two pictures u8[h, w, 3] with the ground truth outlined."""
-
-    state: EnvState
-    question: np.ndarray
-    answer: np.ndarray  # with the final mask
-    answer_id: int | None  # its id; None = there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,20 +68,6 @@ class Evaluation:
         ious = {status: [p.iou for p in self.predictions if p.status is status] for status in Status}
         return [(s, len(v), len(v) / len(self.predictions), float(np.mean(v))) for s, v in ious.items() if v]
 
-    def play(self, example: Example) -> Film | str:
-        """The trajectory, or why it cannot be played again."""
-        try:
-            paths = (open_path(example.image), self.workdir / example.image)  # relative to here, or to the directory
-            if (path := next((p for p in paths if p.is_file()), None)) is None:
-                raise DataError(f"image {example.image} is missing")
-            image = read_source(example.record, path)
-            state = replay(example.record, image)
-            truth = decode_segmentation(example.gt, *image.shape[:2], f"the ground truth of {example.id}")
-        except DataError as e:
-            return str(e)
-        answer, answer_id = final_mask(state)
-        return Film(state, _outlined(image, np.zeros_like(truth), truth), _outlined(image, answer, truth), answer_id)
-
 
 def load_evaluation(workdir: str | pathlib.Path) -> Evaluation:
     """Reads the three files, or raises a DataError that names the one that is missing or damaged."""
@@ -119,10 +76,11 @@ def load_evaluation(workdir: str | pathlib.Path) -> Evaluation:
     _, results = next(read_objects(workdir / "results.json", made_by, lines=False))
     if missing := [key for key in NEEDED if key not in results]:
         raise DataError(f"{workdir / 'results.json'} has no {', '.join(missing)}; make it again: {made_by}")
-    predictions = tuple(_read(Prediction, workdir / "predictions.jsonl", made_by))
+    predictions = tuple(_read(_prediction, workdir / "predictions.jsonl", made_by))
     if not predictions:
         raise DataError(f"{workdir / 'predictions.jsonl'} is empty; make it again: {made_by}")
-    return Evaluation(workdir, results, predictions, tuple(_read(Example, workdir / "trajectories.jsonl", made_by)))
+    examples = _read(evaluated_example, workdir / "trajectories.jsonl", made_by)
+    return Evaluation(workdir, results, predictions, tuple(examples))
 
 
 def read_objects(path: pathlib.Path, made_by: str, lines: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -142,18 +100,19 @@ def read_objects(path: pathlib.Path, made_by: str, lines: bool = True) -> Iterat
             yield where, value
 
 
-def _read(cls: type, path: pathlib.Path, made_by: str) -> Iterator[Any]:
-    """The lines as `cls`; keys that it has no field for are left out."""
+def _read(make: Callable[[dict[str, Any]], Any], path: pathlib.Path, made_by: str) -> Iterator[Any]:
     for where, value in read_objects(path, made_by):
         try:
-            known = dataclasses.fields(cls)
-            fields = {f.name: value[f.name] for f in known if f.name in value or f.default is dataclasses.MISSING}
-            fields["status"] = Status(fields["status"])
-            if "ious" in fields:
-                fields["ious"] = tuple(fields["ious"])
+            yield make(value)
         except (KeyError, TypeError, ValueError) as e:
             raise DataError(f"{where}: {type(e).__name__} {e}; make it again: {made_by}") from e
-        yield cls(**fields)
+
+
+def _prediction(line: dict[str, Any]) -> Prediction:
+    """Keys that it has no field for are left out."""
+    known = [f.name for f in dataclasses.fields(Prediction) if f.name != "dropped"]
+    fields = {name: line[name] for name in known} | {"status": Status(line["status"])}
+    return Prediction(**fields, dropped=line.get("dropped", ""))
 
 
 def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -208,14 +167,3 @@ def setting_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(dotted name, value) of nested settings, without those that are None."""
     rows = flatten_settings(settings).items()
     return [(name, v if isinstance(v, str) else json.dumps(v)) for name, v in rows if v is not None]
-
-
-def _outlined(image: np.ndarray, mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """The image with a mask drawn as the policy sees masks, and the outline of the ground truth on top."""
-    side = min(max(max(image.shape[:2]), SMALLEST), LARGEST)
-    shown = draw_overlay(image, mask, side)
-    cover = cv2.resize(truth.astype(np.float32), shown.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    outline, _ = cv2.findContours((cover >= 0.5).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(shown, outline, -1, (0, 0, 0), 4, cv2.LINE_AA)
-    cv2.drawContours(shown, outline, -1, TRUTH, 2, cv2.LINE_AA)
-    return shown

@@ -1,10 +1,13 @@
 """Pages for people: jinja2 templates, pictures and charts, all inside one file that needs no network.
 
 Templates escape whatever they are given, so a string of a model or of a data set cannot become markup, whatever it
-says. The page also forbids the browser scripts and outside resources.
+says. The page also forbids the browser outside resources, and every script but its own, which it names by checksum.
 """
 
 import base64
+import functools
+import hashlib
+import importlib.resources
 import io
 import math
 import pathlib
@@ -16,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from rsagent_jax.agent.tools import call_json
+from rsagent_jax.report.trajectory import LARGEST, SMALLEST, play
 from rsagent_jax.runtime.paths import make_directory, write_whole
 
-SMALLEST, LARGEST = 320, 640  # longer side of a picture on the page, pixels
 GOOD_IOU = 0.5  # from here on a mask counts as found: the usual threshold of P@0.5
 ACCENT, BAD, GREY = "#3f7fe8", "#d0453b", "#80868f"  # of charts; readable on a light page and on a dark one
 
@@ -28,6 +31,12 @@ def render_page(template: str, **values: Any) -> str:
 
     Characters that no UTF-8 page can hold become a replacement mark.
     """
+    text = _environment().get_template(template).render(**values)
+    return re.sub(r"[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f]", "\ufffd", text)
+
+
+@functools.cache
+def _environment() -> Any:
     import jinja2
 
     environment = jinja2.Environment(
@@ -37,10 +46,17 @@ def render_page(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shared = (data_uri, histogram, interval, span, call_json, thought_of)
+    shared = (data_uri, histogram, interval, span, call_json, thought_of, play, script)
     environment.globals |= {function.__name__: function for function in shared} | {"GOOD_IOU": GOOD_IOU}
-    text = environment.get_template(template).render(**values)
-    return re.sub(r"[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f]", "\ufffd", text)
+    return environment
+
+
+def script(*names: str) -> tuple[str, str]:
+    """The text of these files of report/templates, and what a Content-Security-Policy calls it."""
+    folder = importlib.resources.files("rsagent_jax.report") / "templates"
+    text = "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
+    text = f"//<![CDATA[\n{text}//]]>"  # for whoever reads the page as XML
+    return text, f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def save_page(text: str, workdir: pathlib.Path) -> pathlib.Path:
@@ -77,13 +93,14 @@ def _data_uri(kind: str, data: io.BytesIO) -> str:
     return f"data:{kind};base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
 
 
-def _chart(draw: Callable[[Any], object], size: tuple[float, float] = (3.2, 1.9)) -> str:
-    """The data URI of an SVG of the axes that `draw` fills; the same bytes for the same figures. `size` in inches."""
+def _chart(draw: Callable[[Any], object], size: tuple[float, float] = (3.6, 2.2)) -> str:
+    """The data URI of an SVG of the axes that `draw` fills; the same bytes for the same figures. `size` in inches: as
+    wide as the page shows it (96 pixels an inch), so that its words are a little smaller than the page's."""
     import matplotlib
     from matplotlib.figure import Figure
 
     colours = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"), GREY)
-    style = {"font.size": 7, "axes.grid.axis": "y", "grid.alpha": 0.3, "axes.axisbelow": True, "axes.grid": True}
+    style = {"font.size": 8.5, "axes.grid.axis": "y", "grid.alpha": 0.3, "axes.axisbelow": True, "axes.grid": True}
     fixed = {"svg.hashsalt": "rsagent", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
     data = io.BytesIO()
     with matplotlib.rc_context(colours | style | fixed):
@@ -100,11 +117,11 @@ def histogram(values: Sequence[float], bad_below: float, bins: int = 20) -> str:
     def draw(axes) -> None:
         colours = [BAD if high <= bad_below + 1e-9 else ACCENT for high in edges[1:]]
         bars = axes.bar(edges[:-1], counts, 0.9 / bins, align="edge", color=colours)
-        axes.bar_label(bars, [n or "" for n in counts.tolist()], fontsize=5)
+        axes.bar_label(bars, [n or "" for n in counts.tolist()], fontsize=7)
         axes.set(xlabel="IoU", ylabel="samples", xlim=(0, 1), ylim=(0, max(1.0, 1.08 * counts.max())))
         axes.yaxis.get_major_locator().set_params(integer=True)
 
-    return _chart(draw)
+    return _chart(draw, (5.8, 2.6))
 
 
 def line_chart(x: Sequence[float], y: Sequence[float], y_label: str) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 from rsagent_jax.config.recipe import BOUNDS, POLICIES, Step
 from rsagent_jax.config.schema import MetricConfig
 from rsagent_jax.report.comparison import GainInterval, compare, markdown, text_table
-from rsagent_jax.report.evaluation import Evaluation, Example, load_evaluation, read_objects, setting_rows
+from rsagent_jax.report.evaluation import Evaluation, load_evaluation, read_objects, setting_rows
 from rsagent_jax.report.page import line_chart, render_page, save_page, smoothed, span
+from rsagent_jax.report.trajectory import Example
 from rsagent_jax.runtime.paths import read_bytes, write_whole
 from rsagent_jax.types import DataError
 
@@ -56,7 +57,14 @@ _CURVES = (
     ("grpo", "giou", "IoU of the rollouts", "mean final IoU"),
     ("grpo", "endings/finished", "Finished", "share of rollouts"),
     ("grpo", "turns", "Turns", "per rollout"),
-    ("grpo", "tool_errors", "Tool errors", "tool errors"),
+    ("grpo", "tool_errors", "Tool errors", "share of turns"),
+    ("grpo", "kl_ref", "KL to the reference", "nats per token"),
+    ("grpo", "entropy/drawn", "Entropy", "nats per token"),
+    ("sft", "l2_grads", "SFT gradient", "norm"),
+    ("grpo", "l2_grads", "GRPO gradient", "norm"),
+    ("sft", "lr", "SFT learning rate", "learning rate"),
+    ("grpo", "lr", "GRPO learning rate", "learning rate"),
+    ("grpo", "tokens_per_s", "GRPO speed", "tokens per second"),
 )
 
 
@@ -235,10 +243,10 @@ def remarks(summary: Summary) -> list[str]:
 def summary_page(summary: Summary) -> str:
     """The page of all rows, and of trajectories of the policies on the first benchmark."""
     last = next(reversed(summary.shown.values()), None)
-    kept = [(NAMES[n], e, {example.id: example for example in e.examples}) for n, e in summary.shown.items()]
+    kept = [(NAMES[n], e.workdir, {example.id: example for example in e.examples}) for n, e in summary.shown.items()]
 
     def tries(samples: list[Example]) -> list[tuple]:
-        return [(s, [(name, evaluation, by_id.get(s.id)) for name, evaluation, by_id in kept]) for s in samples]
+        return [(s, [(name, workdir, by_id.get(s.id)) for name, workdir, by_id in kept]) for s in samples]
 
     chosen = map(tries, choose(last.examples if last else ()))
     bounds = [value for row in summary.rows for value in row["giou_ci95"] or ()]
@@ -262,12 +270,14 @@ def summary_page(summary: Summary) -> str:
 def curves(steps: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """(title, smoothed ends, chart) of each metric that was logged, without values that are missing or not finite."""
     parts = sorted({k for step in steps for k in step if k.startswith("reward/")}, key=lambda k: (k.count("/"), k))
-    rewards = [("grpo", key, ": ".join(key.split("/")[-2:]), "reward") for key in parts]
-    wanted = [*_CURVES[:2], *rewards, *_CURVES[2:]]
-    charts = []
+    rewards = [("grpo", key, ": ".join(key.split("/")[-2:]), "value of the term") for key in parts]
+    wanted = [*_CURVES[:3], *rewards, *_CURVES[3:]]
+    charts, drawn = [], []  # the same curve once: a reward of one term is that term's, and mostly the IoU's
     for stage, key, title, label in wanted:
         found = [(s["step"], s[key]) for s in steps if s["stage"] == stage and isinstance(s.get(key), int | float)]
-        if points := [(step, value) for step, value in found if math.isfinite(value)]:
+        points = [(step, value) for step, value in found if math.isfinite(value)]
+        if points and points not in drawn:
+            drawn.append(points)
             x, y = zip(*points, strict=True)
             line = smoothed(y)
             charts.append((title, f"{line[0]:.3g} → {line[-1]:.3g}", line_chart(x, y, label)))

@@ -11,6 +11,7 @@ import functools
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import cachetools
@@ -26,7 +27,7 @@ from rsagent_jax.rollout.jobs import Jobs, Overdue
 from rsagent_jax.rollout.policy import Policy, PolicyFailure, Request, Task
 from rsagent_jax.runtime import preemption
 from rsagent_jax.runtime.progress import PROGRESS
-from rsagent_jax.types import Completion, DataError, Prompt, Sample, Status, Trajectory
+from rsagent_jax.types import Completion, DataError, Prompt, Status, Trajectory
 from sam_bridge.types import FailureKind, Segmenter
 
 
@@ -84,18 +85,20 @@ class Driver:
         self.policy, self.segmenter, self.processor, self.agent = policy, segmenter, processor, agent
         self.limits = pixel_limits(agent, processor)
         self.workers, self.on_turn = workers, on_turn
-        self.cancelled: set[int] = set()
+        self.cancelled: weakref.WeakSet[Task] = weakref.WeakSet()
         self.version = 0  # of the policy's weights, as whoever loads them counts
         self.broken_off: list[Run] = []  # by the end of the last `play`, for the next one to go on with
         self.stats: dict[str, float] = {}
-        texts, images = budget.Texts.of(agent, processor.encode), processor.images.limits
         # The tasks of a sample share its opening; no more samples than slots are played at a time. What is kept holds
         # the image, so that no other one gets its id().
         self.openings = cachetools.LRUCache(policy.slots)
-        limits = self.limits
-        # (h, w) of a picture -> its budget. Not by way of self: an engine is freed as soon as its driver is dropped.
+        # (h, w) of a picture, and the state's config -> its budget. Not by way of self: an engine is freed as soon as
+        # its driver is dropped.
+        limits, texts = self.limits, functools.cache(lambda agent: budget.Texts.of(agent, processor.encode))
         self.budget_of = functools.cache(
-            lambda size: budget.trajectory_budget(agent, policy, texts, size, limits, images)
+            lambda size, agent=agent: budget.trajectory_budget(
+                agent, policy, texts(agent), size, limits, processor.images.limits
+            )
         )
 
     def run(
@@ -113,15 +116,17 @@ class Driver:
             ended[task] = trajectory, state
         return [ended[task] for task in tasks]
 
-    def cancel(self, uid: int) -> None:
-        """Ends a trajectory as CANCELLED, at the driver's next round; from any thread."""
-        self.cancelled.add(uid)
+    def cancel(self, task: Task) -> None:
+        """Ends a trajectory as CANCELLED, at the driver's next round; from any thread. One that has not begun yet ends
+        so before its first turn."""
+        self.cancelled.add(task)
 
     def play(
-        self, tasks: Iterable[Task], unfinished: Iterable[Run] = ()
+        self, tasks: Iterable[Task | None], unfinished: Iterable[Run] = ()
     ) -> Iterator[tuple[Task, Trajectory, EnvState]]:
         """(task, trajectory, final state) as they end; a task is taken when there is a slot for it.
 
+        `tasks` may give None where it has none for now, as a queue has: while others play it is asked again.
         Closing the iterator breaks off what is under way: `broken_off` has it, for another `play` to go on with as
         `unfinished`, before the tasks; what was not taken of `tasks` is still the caller's. A turn goes on where it
         was, its tokens and their log-probs as they were drawn; the policy reads the context anew; a tool call that is
@@ -130,32 +135,30 @@ class Driver:
         PROGRESS.enter_part("rollout")
         self.policy.begin()
         self.broken_off = []
-        self.cancelled.clear()
         self.openings.clear()
-        key = lambda sample: (id(sample.image), sample.query)  # noqa: E731
+        key = lambda task: (id(task.sample.image), task.sample.query, task.max_turns)  # noqa: E731
         shared_opening = cachetools.cached(self.openings, key, condition=threading.Condition())(self._opening)
-        unfinished = iter(unfinished)
-        waiting = itertools.chain(unfinished, map(Run, tasks))
-        following = next(waiting, None)
+        unfinished, new = iter(unfinished), (task and Run(task) for task in tasks)
         free, runs, asked = set(range(self.policy.slots)), {}, set()
         jobs = Jobs(self.workers, self.agent.tool_deadline_s)
         start, stats = time.perf_counter(), collections.Counter()
         try:
-            while following or runs:
+            while True:
                 preemption.check()
                 PROGRESS.get_on()
-                while following and free:
-                    run, following = following, next(waiting, None)
+                while free and (run := next(unfinished, None) or next(new, None)):
                     slot = run.slot = self.policy.pick(run.task, sorted(free))
                     free.remove(slot)
                     runs[slot] = run
                     if run.state is None:
-                        jobs.submit(slot, functools.partial(shared_opening, run.task.sample))
+                        jobs.submit(slot, functools.partial(shared_opening, run.task))
                     elif run.acts:
                         jobs.submit(slot, run.acts)
                     elif run.state.status is None:
                         self.policy.submit(self._request(run))
                         asked.add(slot)
+                if not runs:
+                    break
                 before = time.perf_counter()
                 for slot, completion in self.policy.step() if asked else ():
                     asked.remove(slot)
@@ -183,7 +186,7 @@ class Driver:
                         self.policy.submit(self._request(run))
                         asked.add(slot)
                 for run in runs.values():
-                    if run.task.uid in self.cancelled and run.state is not None and run.state.status is None:
+                    if run.task in self.cancelled and run.state is not None and run.state.status is None:
                         run.state = environment.abort(run.state, Status.CANCELLED)
                 for slot in [s for s, r in runs.items() if r.state is not None and r.state.status is not None]:
                     run = runs.pop(slot)
@@ -195,8 +198,7 @@ class Driver:
         except (GeneratorExit, preemption.Preempted):
             for slot, run in runs.items():
                 run.acts = run.acts and (jobs.running(slot) or run.acts)
-            begun = [self._break_off(run) for run in runs.values()]
-            self.broken_off = [*begun, *([following] if following else ()), *unfinished]
+            self.broken_off = [*(self._break_off(run) for run in runs.values()), *unfinished]
             raise
         finally:
             jobs.drop(*runs)
@@ -227,9 +229,10 @@ class Driver:
 
     ############################## On host threads ##############################
 
-    def _opening(self, sample: Sample) -> _Next:
+    def _opening(self, task: Task) -> _Next:
         """The state before the first turn, and what the policy reads before it."""
-        start = functools.partial(environment.reset, sample.image, sample.query, self.agent, self.limits)
+        agent = dataclasses.replace(self.agent, max_turns=task.max_turns) if task.max_turns else self.agent
+        start = functools.partial(environment.reset, task.sample.image, task.sample.query, agent, self.limits)
         return self._ahead(start(), lambda: start(last=True), 0, 0, 0, 0)
 
     def _act(self, state: EnvState, text: str, position: int, length: int, drawn: int, skip: int) -> _Next:
@@ -268,7 +271,7 @@ class Driver:
 
         if state.status is not None:
             return _Next(state)
-        (prompt, end), bounds = read(state), self.budget_of(state.image.shape[:2])
+        (prompt, end), bounds = read(state), self.budget_of(state.image.shape[:2], state.config)
         tokens, last = bounds.next_turn(length - skip + len(prompt.tokens), drawn, state.last)
         if tokens and last and self.agent.announce_last and not state.last:
             state = as_last()

@@ -102,7 +102,7 @@ class Engine:
         start = time.perf_counter()
         self.weights = None  # freed before the new ones are made
         self.weights, self.key = jax.block_until_ready(self._laid_out(params)), key
-        self.greedy = greedy
+        self.temperature = 0.0 if greedy else self.sampling.temperature
         self.seconds["weights"] = time.perf_counter() - start
 
     def _laid_out(self, params: nnx.State) -> Weights:
@@ -338,18 +338,18 @@ class Engine:
 
     def _turns(self) -> Turns:
         ints = (np.zeros(self.slots, np.int32) for _ in range(6))
-        out = Turns(np.zeros(self.slots, bool), *ints, np.full(self.slots, self.greedy))
+        out = Turns(np.zeros(self.slots, bool), *ints, np.zeros(self.slots, np.float32))
         for slot, x in self.used.items():
             r = x.request
             out.open[slot], out.lengths[slot], out.done[slot] = x.samples, x.length, x.done
             out.positions[slot] = r.position + x.done
             out.budget[slot], out.uids[slot], out.numbers[slot] = x.budget, r.task.uid, r.turn
+            out.temperature[slot] = self.temperature if r.task.temperature is None else r.task.temperature
         return self._put(out)
 
     def _take(self, out, open_: np.ndarray) -> list[tuple[int, Completion]]:
         """Adds what was drawn to the slots' turns; returns those that have ended."""
-        ended = []
-        steps = int(out.steps)
+        ended, steps = [], int(out.steps)
         self.stats.update(decode_steps=steps, slot_steps=steps * self.slots)
         for slot in np.flatnonzero(open_):
             x, n = self.used[int(slot)], int(out.counts[slot])

@@ -53,25 +53,21 @@ class Jobs:
         self._start()
 
     def take(self, *, wait: bool) -> list[tuple[int, Any]]:
-        """(slot, result or Overdue) of jobs that ended; with `wait`, of at least one if any is left. Raises what a job
-        raised, and Preempted."""
+        """(slot, result or Overdue) of jobs that ended. With `wait` one is waited for, but no longer than POLL_S: the
+        caller looks at what else there is to do. Raises what a job raised."""
         ended = []
-        while self.jobs and not ended:
-            preemption.check()
-            running = [job for job in self.jobs.values() if job.deadline is not None]
-            if wait:
-                timeout = max(0.0, min(job.deadline for job in running) - time.monotonic())
-                timeout = min(timeout, preemption.POLL_S)
-                concurrent.futures.wait([job.future for job in running], timeout, concurrent.futures.FIRST_COMPLETED)
-            for slot, job in list(self.jobs.items()):
-                if job.future.done():
-                    ended.append((slot, self.jobs.pop(slot).future.result()))
-                elif job.deadline is not None and job.deadline <= time.monotonic():
-                    ended.append((slot, Overdue(f"no answer within {self.deadline_s:g} s")))
-                    del self.jobs[slot]
-            self._start()
-            if not wait:
-                break
+        running = [job for job in self.jobs.values() if job.deadline is not None]
+        if wait and running:
+            timeout = max(0.0, min(job.deadline for job in running) - time.monotonic())
+            timeout = min(timeout, preemption.POLL_S)
+            concurrent.futures.wait([job.future for job in running], timeout, concurrent.futures.FIRST_COMPLETED)
+        for slot, job in list(self.jobs.items()):
+            if job.future.done():
+                ended.append((slot, self.jobs.pop(slot).future.result()))
+            elif job.deadline is not None and job.deadline <= time.monotonic():
+                ended.append((slot, Overdue(f"no answer within {self.deadline_s:g} s")))
+                del self.jobs[slot]
+        self._start()
         return ended
 
     def _start(self) -> None:

@@ -19,11 +19,13 @@ from rsagent_jax.types import Completion, Prompt, Sample
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """One trajectory to make. `uid` is unique in a run: randomness depends on it and on nothing else."""
+    """One trajectory to make. Randomness depends on `uid` and on nothing else; it is unique where draws must differ."""
 
     sample: Sample
     group_id: int
     uid: int
+    max_turns: int = 0  # 0 = agent.max_turns
+    temperature: float | None = None  # 0 = greedy; None = the policy's own, which must not be 0 for another to count
 
 
 @dataclasses.dataclass(frozen=True)

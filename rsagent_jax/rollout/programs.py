@@ -82,7 +82,7 @@ class Turns:
     budget: jax.Array  # i32 tokens that the turn may have
     uids: jax.Array  # i32
     numbers: jax.Array  # i32 which turn of the trajectory
-    greedy: jax.Array  # bool: the likeliest token is taken, whatever the temperature
+    temperature: jax.Array  # f32, 0 = greedy
 
 
 @jax.tree_util.register_dataclass
@@ -234,7 +234,7 @@ class RolloutPrograms:
             i, recent, hidden, open_, out = carry
             # Split like the head: a row of logits is nothing beside the head that would have to be gathered for it.
             logits = sharding.constrain(model.logits(hidden[:, None])[:, 0], ("rows", "vocab"), self.compute.mesh)
-            token, logprob = sample_tokens(logits, self.sampling, keys, turns.done + out.counts, turns.greedy)
+            token, logprob = sample_tokens(logits, self.sampling, keys, turns.done + out.counts, turns.temperature)
             finished, stopped = token == self.terminator, jnp.isin(token, self.stops)
             out = Sampled(
                 # An open slot has drawn in every step before: its count is i.

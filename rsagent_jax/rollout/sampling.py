@@ -7,20 +7,24 @@ from rsagent_jax.config.schema import SamplingConfig
 
 
 def sample_tokens(
-    logits_SV: jax.Array, sampling: SamplingConfig, keys: jax.Array, steps: jax.Array, greedy_S: jax.Array
+    logits_SV: jax.Array, sampling: SamplingConfig, keys: jax.Array, steps: jax.Array, temperature_S: jax.Array
 ):
-    """(tokens i32[S], log-probs f32[S]); greedy at temperature 0, and where bool[S] `greedy_S` says so. The draw of
-    step n of a key depends on these alone.
+    """(tokens i32[S], log-probs f32[S]). `temperature_S` f32[S]: each slot's temperature, 0 = greedy; where
+    sampling.temperature is 0 all are. The draw of step n of a key depends on these alone.
 
     Log-probs are of softmax(logits / temperature), as the trainer computes them: without top-k and top-p, which change
-    what is drawn and not what is learned from. At temperature 0 they are of softmax(logits).
+    what is drawn and not what is learned from. Of greedy slots they are of softmax(logits / sampling.temperature), and
+    of softmax(logits) where that is 0.
     """
-    logp = jax.nn.log_softmax(logits_SV / (sampling.temperature or 1.0))
+    scale = sampling.temperature or 1.0
+    if sampling.temperature:
+        scale = jnp.where(temperature_S > 0, temperature_S, scale)[:, None]
+    logp = jax.nn.log_softmax(logits_SV / scale)
     scores = logits_SV
     if sampling.temperature:  # as jax.random.categorical draws, but one search for the largest serves both
         kept = filtered(logp, sampling.top_k, sampling.top_p)
         noise = jax.vmap(lambda key, n, p: jax.random.gumbel(jax.random.fold_in(key, n), p.shape, p.dtype))
-        scores = jnp.where(greedy_S[:, None], logits_SV, kept + noise(keys, steps, kept))
+        scores = jnp.where((temperature_S > 0)[:, None], kept + noise(keys, steps, kept), logits_SV)
     token = jnp.argmax(scores, axis=-1)
     return token.astype(jnp.int32), jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
 

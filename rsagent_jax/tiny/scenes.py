@@ -381,13 +381,13 @@ def expressions_of(objects: tuple[SceneObject, ...], config: SceneConfig) -> tup
     return tuple(out)
 
 
-def plurals_of(objects: tuple[SceneObject, ...]) -> dict[str, tuple[int, ...]]:
-    """Every sentence that names all objects of one kind, two or three of them, and their indices."""
+def plurals_of(objects: tuple[SceneObject, ...], most: int = 3) -> dict[str, tuple[int, ...]]:
+    """Every sentence that names all objects of one kind, two to `most` of them, and their indices."""
     heads: dict[str, list[int]] = {}
     for k, o in enumerate(objects):
         for head in (f"{o.color} {o.shape}", o.shape, f"{o.color} one"):
             heads.setdefault(head, []).append(k)
-    return {f"every {head}": tuple(members) for head, members in heads.items() if len(members) in (2, 3)}
+    return {f"every {head}": tuple(members) for head, members in heads.items() if 2 <= len(members) <= most}
 
 
 SENTENCE = re.compile(

@@ -41,7 +41,7 @@ SPLITS = ("train", "val", "test")
 REFS_PER_IMAGE = {"train": 2, "val": 1, "test": 1}
 ABSENT = 0.2  # references about nothing for each of the others, so a sixth of gRefCOCO's
 STAMP = "synthetic.json"
-_FORMAT = 3  # raised whenever the same arguments would write other bytes
+_FORMAT = 4  # raised whenever the same arguments would write other bytes
 _MAX_PER_SPLIT = 10_000_000  # room for image ids: split s holds s * 10^7 + 1 ...
 
 
@@ -69,11 +69,12 @@ def scene_at(
     config: scenes.SceneConfig,
     photos: tuple[np.ndarray, ...],
     several: float = 0.0,
+    most: int = 3,
 ) -> tuple[scenes.Scene, tuple[Reference, ...]]:
     """Scene `index` of a split with its references, as the dataset on disk has it (before JPEG).
 
-    After those to an object comes one to nothing, in every few scenes only, and in `several` of the scenes one to all
-    objects of a kind, if a kind has two or three.
+    After those to an object comes one to nothing, in every few scenes only, and then `several`, on average, to all
+    objects of a kind, if so many kinds have two to `most`.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene = scenes.make_scene(rng, config, photos)
@@ -89,9 +90,12 @@ def scene_at(
     ]
     if rng.random() < ABSENT * len(references):
         references.append(reference((), lambda: absent.sample_absent(rng, scene, config)))
-    if several and rng.random() < several and (plurals := sorted(scenes.plurals_of(scene.objects).items())):
-        text, members = plurals[rng.integers(len(plurals))]
-        references.append(Reference(members, (text,)))
+    if several:
+        plurals = sorted(scenes.plurals_of(scene.objects, most).items())
+        count = int(several) + int(rng.random() < several % 1)
+        for k in rng.permutation(len(plurals))[:count].tolist():
+            text, members = plurals[k]
+            references.append(Reference(members, (text,)))
     return scene, tuple(r for r in references if r.texts)
 
 
@@ -104,13 +108,14 @@ def write_dataset(
     size: int = 112,
     refs_per_image: int | None = None,
     several: float = 0.0,
+    most: int = 3,
     progress: bool = True,
 ) -> Written:
     """Writes `train` + `val` + `test` scenes of `size` px under `out`; does nothing if they are there already.
 
     refs_per_image: for every split; None means 2 in train, 1 in val and test. A scene with fewer nameable objects has
-    fewer. several: share of the scenes with a reference to several objects. Raises DataError for bad numbers, or where
-    `out` holds anything else than this very data set.
+    fewer. several: references of a scene to several objects, 2 to `most` of them, on average. Raises DataError for bad
+    numbers, or where `out` holds anything else than this very data set.
     """
     out, counts = pathlib.Path(out).expanduser().resolve(), {"train": train, "val": val, "test": test}
     per_image = {s: REFS_PER_IMAGE[s] if refs_per_image is None else refs_per_image for s in SPLITS}
@@ -118,11 +123,13 @@ def write_dataset(
         raise DataError(f"ask for at least one scene, and 0 to 9999999 per split; got {counts}")
     if seed < 0 or min(per_image.values()) < 1:
         raise DataError(f"seed must be >= 0 and refs_per_image >= 1; got {seed} and {refs_per_image}")
-    if not 0 <= several <= 1:
-        raise DataError(f"several must be a share between 0 and 1, got {several}")
+    if not 0 <= several <= 10:
+        raise DataError(f"several must be between 0 and 10 references of a scene, got {several}")
+    if not 2 <= most <= 3:
+        raise DataError(f"most must be 2 or 3 objects, got {most}")
     config = scenes.SceneConfig(size=size)
     stamp = {"format": _FORMAT, "seed": seed, "scenes": counts, "refs_per_image": per_image, "several": several}
-    stamp["config"] = dataclasses.asdict(config)
+    stamp |= {"most": most, "config": dataclasses.asdict(config)}
     if found := _check_target(out, stamp):
         return found
     try:
@@ -167,9 +174,8 @@ def _write(folder: pathlib.Path, stamp: dict, config: scenes.SceneConfig, progre
     refs, images, annotations = [], [], []
     jobs = [(split, index) for split in SPLITS for index in range(stamp["scenes"][split])]
     for split, index in tqdm.tqdm(jobs, desc="scenes", unit="scene", disable=not progress):
-        scene, chosen = scene_at(
-            stamp["seed"], split, index, stamp["refs_per_image"][split], config, photos, stamp["several"]
-        )
+        per_image, several, most = stamp["refs_per_image"][split], stamp["several"], stamp["most"]
+        scene, chosen = scene_at(stamp["seed"], split, index, per_image, config, photos, several, most)
         image_id = SPLITS.index(split) * _MAX_PER_SPLIT + index + 1
         file_name = f"COCO_train2014_{image_id:012d}.jpg"
         (folder / IMAGES / file_name).write_bytes(scenes.encode_jpeg(scene.image, config.jpeg_quality))
@@ -253,10 +259,11 @@ def main(
     seed: int = 0,
     size: int = 112,  # side of the square images, pixels
     refs_per_image: int | None = None,  # 2 in train, 1 in val and test where it is not given
-    several: float = 0.0,  # share of the scenes with a question for all objects of a kind
+    several: float = 0.0,  # questions of a scene, on average, for all objects of a kind
+    most: int = 3,  # objects that such a question is for: two to this many
 ) -> None:
     with local_directory(out) as here:
-        wrote = write_dataset(here, train, val, test, seed, size, refs_per_image, several)
+        wrote = write_dataset(here, train, val, test, seed, size, refs_per_image, several, most)
         if here != out and (out / STAMP).exists() and read_bytes(out / STAMP) != (here / STAMP).read_bytes():
             raise DataError(f"{out} holds synthetic scenes made with other settings: choose another --out")
     head = "already there: " if wrote.already_there else ""

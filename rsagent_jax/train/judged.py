@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from rsagent_jax.agent.environment import EnvState
+from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import AgentConfig, GrpoConfig
@@ -22,7 +23,7 @@ from rsagent_jax.data.npz import read_arrays
 from rsagent_jax.data.packing import Item, fits, pack_evenly
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.evals.behaviour import behaviour, summarize_behaviours
-from rsagent_jax.masks import mask_iou
+from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.runtime.paths import absolute, open_path
 from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum
@@ -67,6 +68,24 @@ def rollout_figures(judged: Sequence[Judged]) -> dict[str, float]:
     return out | ({"entropy/drawn": -float(np.mean(drawn))} if len(drawn) else {})
 
 
+def replays(judged: Sequence[Judged]) -> dict[str, Any]:
+    """What rollouts.jsonl needs beside the texts to show a step's first group, as JSON values; {} of none.
+
+    image: a path; gt: COCO RLE; played: of each trajectory iou, ious (of its masks) and record (of agent/replay.py).
+    """
+    group = [j for j in judged if j.trajectory.group_id == judged[0].trajectory.group_id]
+    if not group:
+        return {}
+    sample = group[0].sample
+    played = [_measured(j) | {"record": state_to_json(j.state, sample.path)} for j in group]
+    return {"image": sample.path, "gt": encode_rle(sample.gt_mask), "played": played}
+
+
+def _measured(j: Judged) -> dict[str, Any]:
+    masks = [mask_iou(m.mask, j.sample) for m in j.trajectory.masks]
+    return {"iou": mask_iou(j.trajectory.final_mask, j.sample), "ious": masks}
+
+
 def dump_rollouts(
     directory: pathlib.Path,
     step: int,
@@ -86,7 +105,8 @@ def dump_rollouts(
             "step": step,
             "group": t.group_id,
             "status": t.status.value,
-            "iou": mask_iou(t.final_mask, j.sample),
+            **_measured(j),
+            "gt": encode_rle(j.sample.gt_mask),
             "reward": None if j.reward is None else {"total": float(j.reward.total), **j.reward.parts},
             "advantage": float(np.mean(j.advantage)),
             "trained": j.trained,

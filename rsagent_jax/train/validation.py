@@ -274,7 +274,8 @@ class Validator:
         def keep(task: Task, trajectory: Trajectory, state: EnvState) -> Failure | None:
             records[task.uid] = make_record(self.workdir, task.sample, trajectory, state, 0.0)
             if task.uid in wanted and trajectory.loss_mask.any():
-                header = {name: records[task.uid].example[name] for name in ("id", "query", "iou", "status")}
+                names = ("id", "query", "iou", "status", "ious", "gt")
+                header = {name: records[task.uid].example[name] for name in names} | {"step": step}
                 kept[task.uid] = trajectories.encode_by_reference(state, task.sample.path, header, trajectory)
             return records[task.uid].failure
 

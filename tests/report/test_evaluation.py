@@ -1,6 +1,7 @@
 """The pages: figures by hand, pictures that are the policy's own observations, and no markup from a model."""
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -15,7 +16,7 @@ from agent_fakes import DiscSegmenter, disc, run
 from PIL import Image
 
 from rsagent_jax.agent.environment import abort, final_mask
-from rsagent_jax.agent.replay import state_to_json
+from rsagent_jax.agent.replay import replay, state_to_json
 from rsagent_jax.agent.tools import Finish, Segment, Zoom, render_call
 from rsagent_jax.config.recipe import RecipeConfig, RecipeStage, plan_steps
 from rsagent_jax.evals import metrics
@@ -30,7 +31,7 @@ from tests.report.written import rle, write_files, write_lines
 
 SIDE = 112
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> \"' </style>"
-TITLES = ["SFT loss", "GRPO reward", "reward: final", "reward: process", "process: gain", "Turns"]
+TITLES = ["SFT loss", "GRPO reward", "IoU of the rollouts", "reward: process", "process: gain", "Turns"]
 
 
 def scene(seed):
@@ -118,13 +119,16 @@ def content(uri):
 def check_page(text):
     """Well-formed, on its own, and with no markup but ours. Returns its pictures."""
     found = [(element.tag, element.attrib) for element in ET.fromstring(text).iter()]
-    assert {tag for tag, _ in found}.isdisjoint({"script", "link", "iframe", "b onerror"})
+    assert {tag for tag, _ in found}.isdisjoint({"link", "iframe", "b onerror"})
     for _, attributes in found:
         assert not any(name.startswith("on") for name in attributes)
         assert all(attributes.get(name, "data:").startswith("data:") for name in ("src", "href"))
-    assert "<script" not in text and "url(" not in text and "&lt;script&gt;" in text
+    assert "url(" not in text and "&lt;script&gt;" in text
     policy = next(a["content"] for t, a in found if a.get("http-equiv") == "Content-Security-Policy")
-    assert "default-src 'none'" in policy
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)  # ours, which alone may run
+    checksum = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert "default-src 'none'" in policy and policy.endswith(f"; script-src 'sha256-{checksum}'")
+    assert text.count("<script") == 1 and "unsafe-eval" not in policy and script.startswith("//<![CDATA[")
     images = [a for t, a in found if t == "img"]
     charts = [a for a in images if a["src"].startswith("data:image/svg")]
     assert all(ET.fromstring(content(a["src"])).tag.endswith("svg") and a["alt"] for a in charts)
@@ -151,7 +155,7 @@ def test_page_of_an_evaluation(runs):
     evaluation = report.load_evaluation(runs / "grpo")
     images = check_page(text)
     observed = sum(t.observation is not None and t.observation.image is not None for e in evaluation.examples
-                   for t in report.replay(e.record).turns)  # fmt: skip
+                   for t in replay(e.record).turns)  # fmt: skip
     assert len(images) == observed + 2 * len(evaluation.examples)  # and question and answer of each
     assert all(max(p.size) >= page.SMALLEST for p in images)
 
@@ -169,7 +173,7 @@ def test_sections_are_sorted(runs):
 def test_pictures_are_what_the_policy_saw(runs):
     evaluation = report.load_evaluation(runs / "grpo")
     example = next(e for e in evaluation.examples if e.status is Status.FINISHED)
-    turn = report.replay(example.record).turns[0]
+    turn = replay(example.record).turns[0]
     seen = Image.fromarray(turn.observation.image)
     shown = check_page(card_page(example, evaluation))[1]
     assert shown.size == (3 * SIDE, 3 * SIDE)  # a whole factor
@@ -231,6 +235,7 @@ def test_summary(runs, tmp_path, capsys):
     text = (tmp_path / "out" / "report" / "index.html").read_text(encoding="utf-8")
     check_page(text)
     assert all(f"<b>{title}</b>" in text for title in TITLES) and "Tool errors</b>" not in text
+    assert "reward: final</b>" not in text  # the same curve as the IoU's
     assert text.count('<article class="card">') == 8 and text.count('class="policy"') == 24
     assert "3 → 3.33" in text  # the later object of a step that was done again
 
@@ -332,10 +337,10 @@ def test_charts_of_odd_curves_are_drawn_and_come_out_the_same(y):
     svg = ET.fromstring(content(text))
     *_, line = (path for path in svg.findall(".//{*}path") if path.get("clip-path"))
     points = np.array([float(v) for v in re.findall(r"-?\d+\.?\d*", line.get("d"))]).reshape(-1, 2)
-    assert len(points) == len(y) and (points >= 0).all() and (points <= (230.4, 136.8)).all()  # 3.2 x 1.9 inches
+    assert len(points) == len(y) and (points >= 0).all() and (points <= (259.2, 158.4)).all()  # 3.6 x 2.2 inches
 
 
 def test_histogram_counts():
     svg = content(page.histogram([0.0, 0.01, 0.5, 1.0], bad_below=0.5, bins=4)).decode()
-    assert re.findall(r"font-size: 5px.*>(\d+)</text>", svg) == ["2", "1", "1"]
+    assert re.findall(r"font-size: 7px.*>(\d+)</text>", svg) == ["2", "1", "1"]
     assert re.findall(rf"fill: ({page.BAD}|{page.ACCENT})", svg) == [page.BAD] * 2 + [page.ACCENT] * 2

@@ -382,7 +382,7 @@ def test_a_turn_that_hangs_without_a_tool_is_a_timeout_as_well(monkeypatch):
 def test_a_cancelled_trajectory_is_an_ending_and_leaves_the_others_alone():
     scripts = {f"s{i}": (click(30, 40), click(50, 40), finish(2)) for i in range(3)}
     policy = Policy(scripts, slots=2)
-    stop = lambda task, state: driver.cancel(1) if task.uid == 1 else None  # noqa: E731
+    stop = lambda task, state: driver.cancel(task) if task.uid == 1 else None  # noqa: E731
     driver = Driver(policy, DiscSegmenter(), small.processor(), AGENT, on_turn=stop)
     out = driver.run([task(i) for i in range(3)])
     assert [t.status for t, _ in out] == [Status.FINISHED, Status.CANCELLED, Status.FINISHED]

@@ -252,7 +252,7 @@ def test_bad_input_is_an_ending_of_its_own_trajectory_and_no_other_changes_a_bit
     dropped = task(9, h=84, w=84)
     tasks = [hangs, fine[0], raises, dropped, garbage, fine[1], large, long, fine[2]]
     broken = small.BrokenSegmenter({(84, 112): "hangs", (112, 84): "raises", (56, 84): "nothing"})
-    stop = lambda task, state: driver.cancel(dropped.uid) if task is dropped else None  # noqa: E731
+    stop = lambda task, state: driver.cancel(dropped) if task is dropped else None  # noqa: E731
     agent, script = dataclasses.replace(small.AGENT, tool_deadline_s=3.0), small.scripted(scripts)
     driver = small.EchoDriver(engine, broken, small.processor(), agent, on_turn=stop, script=script)
     got = [t for t, _ in driver.run(tasks)]

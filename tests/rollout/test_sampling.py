@@ -39,16 +39,22 @@ def test_draws_follow_the_filtered_distribution_and_log_probs_the_whole_one():
     logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
     sampling, count = SamplingConfig(temperature=1.0, top_k=2), 4000
     keys = jax.random.split(jax.random.key(0), count)
-    steps, drawn = jnp.zeros(count, jnp.int32), jnp.zeros(count, bool)
+    steps, drawn = jnp.zeros(count, jnp.int32), jnp.ones(count)
     tokens, logprobs = sample_tokens(jnp.tile(logits, (count, 1)), sampling, keys, steps, drawn)
     shares = np.bincount(tokens, minlength=4) / count
     np.testing.assert_allclose(shares, [2 / 3, 1 / 3, 0, 0], atol=4 * np.sqrt(2 / 9 / count))  # four sigma
     np.testing.assert_allclose(logprobs, np.asarray(logits)[tokens], atol=1e-6)
 
 
-def test_greedy_slots_take_the_likeliest_token_beside_others_that_draw():
-    logits, count = jnp.log(jnp.array([0.3, 0.4, 0.3])), 300
-    keys, greedy = jax.random.split(jax.random.key(0), count), jnp.arange(count) % 2 == 0
-    args = jnp.tile(logits, (count, 1)), SamplingConfig(temperature=1.0), keys, jnp.zeros(count, jnp.int32)
-    tokens, drawn = (np.asarray(sample_tokens(*args, g)[0]) for g in (greedy, jnp.zeros(count, bool)))
-    assert (tokens[::2] == 1).all() and (tokens[1::2] == drawn[1::2]).all() and len(set(drawn[::2])) == 3
+def test_each_slot_draws_at_its_own_temperature_or_takes_the_likeliest_token():
+    p, count = np.array([0.3, 0.4, 0.3]), 4000
+    keys, warmth = jax.random.split(jax.random.key(0), count), jnp.arange(count) % 2 * 0.5
+    logits, steps = jnp.tile(jnp.log(p), (count, 1)), jnp.zeros(count, jnp.int32)
+    tokens, logprobs = map(np.asarray, sample_tokens(logits, SamplingConfig(temperature=1.0), keys, steps, warmth))
+    assert (tokens[::2] == 1).all()
+    np.testing.assert_allclose(logprobs[::2], np.log(0.4), atol=1e-6)
+    sharp = p**2 / (p**2).sum()  # at temperature 0.5
+    np.testing.assert_allclose(np.bincount(tokens[1::2]) / (count / 2), sharp, atol=4 * np.sqrt(0.25 / (count / 2)))
+    np.testing.assert_allclose(logprobs[1::2], np.log(sharp)[tokens[1::2]], atol=1e-6)
+    alone = sample_tokens(logits, SamplingConfig(temperature=0.5), keys, steps, jnp.full(count, 0.5))
+    np.testing.assert_array_equal(tokens[1::2], np.asarray(alone[0])[1::2])

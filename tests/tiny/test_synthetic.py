@@ -91,7 +91,20 @@ def test_questions_about_several_are_for_all_of_a_kind(tmp_path, photos):
                     assert reference.objects == tuple(k for k, kind in enumerate(kinds) if kind.issuperset(words))
         assert next(read, None) is None
     assert wrote.several >= 6
-    refused("share between 0 and 1", synthetic.write_dataset, tmp_path / "y", 1, 0, 0, several=1.5)
+    refused("between 0 and 10 references", synthetic.write_dataset, tmp_path / "y", 1, 0, 0, several=-1.0)
+    refused("most must be 2 or 3", synthetic.write_dataset, tmp_path / "y", 1, 0, 0, several=1.0, most=1)
+
+
+def test_some_scenes_have_more_questions_about_several(photos):
+    counts = []
+    for i in range(60):
+        scene, references = synthetic.scene_at(5, "test", i, 1, CONFIG, photos, several=1.5, most=2)
+        pairs = scenes.plurals_of(scene.objects, 2)
+        asked = {r.texts[0]: r.objects for r in references if len(r.objects) > 1}
+        assert asked.items() <= pairs.items() and all(len(members) == 2 for members in pairs.values())
+        assert min(1, len(pairs)) <= len(asked) <= 2
+        counts += [len(asked)] if len(pairs) > 1 else []
+    assert 1.3 < np.mean(counts) < 1.7
 
 
 def test_a_sixth_of_the_references_is_absent(photos):

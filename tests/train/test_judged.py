@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 from agent_fakes import DiscSegmenter
 
+from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import BatchConfig, GrpoConfig
+from rsagent_jax.data import trajectories
+from rsagent_jax.masks import mask_iou
+from rsagent_jax.report.rows import RowIndex
+from rsagent_jax.report.trajectory import play
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import TextPolicy
-from rsagent_jax.runtime import processes
+from rsagent_jax.runtime import image_files, processes
 from rsagent_jax.runtime.processes import Share
-from rsagent_jax.train.judged import Judged, ReplaySource, dump_rollouts, rollout_figures
+from rsagent_jax.runtime.train_log import MetricsLog
+from rsagent_jax.train.judged import Judged, ReplaySource, dump_rollouts, replays, rollout_figures
 from rsagent_jax.types import Sample, Status, Turn
 from tests.refusals import refused
 from tests.rollout import small
@@ -59,21 +65,25 @@ def test_figures_of_a_step():
     assert rollout_figures([step[2]]) == rollout_figures([]) == {}
 
 
-def dump(directory, places: range, share: Share) -> None:
-    """Trajectories with these places as their advantages, and so many clicks."""
+def clicked(places: range) -> tuple[list[Judged], PixelLimits]:
+    """Trajectories with these places as their advantages, and so many clicks; each is a group."""
     tasks = [small.task(i, h=56, w=56) for i in places]
     scripts = {f"s{i}": (*[small.click(20, 30)] * i, small.finish(None)) for i in places}
     policy = TextPolicy(small.scripted(scripts), small.processor())
     driver = Driver(policy, DiscSegmenter(), small.processor(), small.AGENT)
     samples = {f"s{i}": small.sample(i, 56, 56) for i in places}
     played = sorted(driver.run(tasks), key=lambda outcome: outcome[0].sample_id)
-    step = [
+    return [
         Judged(samples[t.sample_id], t, state, None, float(i), True)
         for i, (t, state) in zip(places, played, strict=True)
-    ]
+    ], driver.limits
+
+
+def dump(directory, places: range, share: Share) -> None:
+    step, limits = clicked(places)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "process_count", lambda: share.count)
-        dump_rollouts(directory, 1, step, small.AGENT, driver.limits, share)
+        dump_rollouts(directory, 1, step, small.AGENT, limits, share)
 
 
 def taught(batches) -> list[list[float]]:
@@ -110,3 +120,40 @@ def test_a_set_that_is_no_dump_or_teaches_nothing_is_refused(tmp_path):
     source = ReplaySource(config, str(stored), small.processor(), Share())
     refused("record 0 has no log-probs and advantage; give a directory that grpo.dump_every wrote", source.next, *"ab")
     refused("holds no complete set", ReplaySource, config, str(tmp_path), small.processor(), Share())
+
+
+def test_the_viewer_has_the_rows_of_a_dump_once_it_is_whole_with_masks_and_truth(tmp_path):
+    dump(tmp_path / "dumps/step_000001", range(1, 3), Share())
+    index = RowIndex(tmp_path)
+    index.refresh()
+    rows = list(index.rows.values())
+    values = [tuple(row.values[name] for name in ("turns", "advantage", "step", "iou")) for row in rows]
+    assert values == [(2, 1.0, 1, 0.0), (3, 2.0, 1, 0.0)] and [row.sample for row in rows] == ["s1", "s2"]
+    film = play(index.example(rows[1]), tmp_path)
+    assert len(film.masks) == 2 and film.truth.path.startswith("M") and film.answer_id is None
+    step, _ = clicked(range(1, 3))
+    assert index.example(rows[1]).ious == tuple(mask_iou(m.mask, step[1].sample) for m in step[1].trajectory.masks)
+    assert index.record(rows[1]) is not None
+    (tmp_path / "dumps/step_000001" / trajectories.STAMP).unlink()
+    index.refresh()
+    assert not index.rows
+
+
+def test_the_viewer_plays_what_rollouts_jsonl_keeps_of_a_steps_first_group(tmp_path):
+    step, _ = clicked(range(1, 3))
+    image_files.write_whole(tmp_path / "i.png", image_files.png(step[0].sample.image))
+    step[0] = dataclasses.replace(step[0], sample=dataclasses.replace(step[0].sample, path="i.png"))
+    told = {"status": "finished", "turns": ["a", "b"], "advantage": 1.0, "reward": {"total": 0.5}}
+    log = MetricsLog(tmp_path)
+    log.examples(4, {"id": "s1", "query": "q", "trajectories": [told]} | replays(step))
+    log.examples(5, {"id": "s1", "query": "q", "trajectories": [told]})  # as earlier versions have it
+    log.close()
+    index = RowIndex(tmp_path)
+    index.refresh()
+    new, old = index.rows.values()
+    assert (new.values["step"], new.values["iou"], new.values["reward"]) == (4, 0.0, 0.5) and "iou" not in old.values
+    example = index.example(new)
+    assert example.ious == (mask_iou(step[0].trajectory.masks[0].mask, step[0].sample),)
+    assert len(play(example, tmp_path).masks) == 1
+    assert "is missing" in play(index.example(old), tmp_path) and index.example(old).texts == ["a", "b"]
+    assert replays([]) == {}

@@ -21,6 +21,8 @@ from rsagent_jax.config.validation import ValidationConfig, ValidationSet
 from rsagent_jax.data import trajectories
 from rsagent_jax.models.qwen25_vl.fingerprint import params_checksum
 from rsagent_jax.models.qwen25_vl.load import load_policy
+from rsagent_jax.report.rows import RowIndex
+from rsagent_jax.report.trajectory import play
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.runtime import processes
@@ -184,6 +186,22 @@ def test_kept_trajectories_are_a_set_that_training_reads_and_replays(run):
     header = trajectories.record_header(stored[1])
     assert len(stored) == 2 and trajectories.decode_record(stored[0], small.processor()).loss_mask.any()
     assert header["id"] == "folder/mine/v4" and replay(header["replay"]).status == header["status"]
+
+
+@pytest.mark.slow
+def test_the_viewer_has_every_trajectory_that_the_run_kept(run):
+    workdir, logged = run
+    index = RowIndex(workdir)
+    index.refresh()
+    steps = {name: [] for name in ("rollouts", "dumps", "validation")}
+    for row in index.rows.values():
+        steps[row.source.removeprefix("w/")].append(row.values["step"])
+        film = play(index.example(row), workdir)
+        assert isinstance(film, str) == (row.source == "w/rollouts"), film  # the samples of this run are no files
+        assert isinstance(film, str) or (film.truth and len(film.state.turns) == row.values["turns"])
+    assert steps == {"rollouts": [1, 1, 2, 2], "dumps": [1] * 4 + [2] * 4, "validation": [0, 0, 1, 1, 2, 2]}
+    rewards = [r.values["reward"] for r in index.rows.values() if r.source == "w/dumps" and r.values["step"] == 1]
+    assert np.mean(rewards) == pytest.approx(logged[1]["reward"])
 
 
 @pytest.mark.slow
