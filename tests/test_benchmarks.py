@@ -114,3 +114,19 @@ def test_the_rollouts_sides_sample_the_same_tokens_and_every_way_of_filling_a_st
     assert rows["wait for all"]["trajectories"] == rows["carry over"]["trajectories"] == 6
     assert rows["refill"]["trajectories"] > 6 and rows["refill"]["trajectories"] % 3 == 0
     assert all(0 < row["occupancy"] <= 1 and row["trajectories_per_s"] > 0 for row in rows.values())
+
+
+def test_the_points_of_a_kill_are_spread_over_what_a_run_does_and_all_but_times_is_compared(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    kill = importlib.import_module("kill")
+    counts = {"update file": 40, "update work": 12, "reward work": 9}
+    points = kill.spread(counts, "update", 4)
+    assert [(p.kind, p.at) for p in points] == [("file", 11), ("work", 4), ("file", 31), ("work", 10)]
+    assert [p.signal for p in points] == ["SIGKILL"] * 3 + ["SIGTERM"]
+    assert [p.at for p in kill.spread(counts, "reward", 3)] == [2, 5, 8]
+    row = {"loss": 0.5, "seconds": 1.0, "turns": [{"record": '{"timings_s": {"call": 1}, "status": "finished"}'}]}
+    one = kill._leaves(row)
+    assert one == {"/loss": 0.5, "/turns/0/records/status": "finished"}
+    assert kill.difference(one, one | {"/loss": 0.5 + 2**-20}) == (2**-20, "/loss")
+    assert kill.difference(one, one | {"/turns/0/records/status": "invalid"})[0] == float("inf")
+    assert kill.difference(one, {"/loss": 0.5})[0] == float("inf")

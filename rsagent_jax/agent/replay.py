@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.masks import decode_rle, encode_rle
 from rsagent_jax.runtime.image_files import checksum, image_by_checksum
 from rsagent_jax.types import DataError, Status, Turn
-from sam_bridge.types import FailureKind, SegmentReply
+from sam_bridge.types import FailureKind, SegmentReply, SegmentRequest
 
 VERSION = 1
 
@@ -43,8 +43,11 @@ def state_to_json(state: EnvState, image_path: str = "") -> str:
     )
 
 
-def replay(text: str, image: np.ndarray | None = None) -> EnvState:
-    """The state that `to_json` was given; `image` u8[h, w, 3] by `read_source` when None."""
+def replay(
+    text: str, image: np.ndarray | None = None, asked: Callable[[SegmentRequest], None] = lambda request: None
+) -> EnvState:
+    """The state that `to_json` was given; `image` u8[h, w, 3] by `read_source` when None. `asked` gets what the
+    segmenter was asked, call by call."""
     with _data_errors():
         record = json.loads(text)
         if record["version"] != VERSION:
@@ -61,6 +64,8 @@ def replay(text: str, image: np.ndarray | None = None) -> EnvState:
         for turn, last in zip(turns, lasts[1:], strict=True):
             proposal = propose(state, turn["text"])
             proposal = refuse_view(proposal) if turn.get("no_room") else proposal
+            if proposal.request is not None:
+                asked(proposal.request)
             state = apply_reply(state, proposal, _reply_from_json(turn["reply"]), last)
         status = None if record["status"] is None else Status(record["status"])
         if state.status is None and status is not None:

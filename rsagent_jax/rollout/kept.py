@@ -5,8 +5,11 @@ turn under way as well, and what the tools have answered (agent/replay.py). What
 tool that was running, or that failed, as it does when it is stopped along with the trainer, is asked again.
 """
 
+import contextlib
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,7 +20,9 @@ from rsagent_jax.rollout.driver import NO_TOKENS, Driver, Run
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.runtime.image_files import checksum
 from rsagent_jax.types import Completion, Status, Trajectory
+from sam_bridge.types import Segmenter, SegmentRequest
 
+T = TypeVar("T")
 NAMES = ("tokens", "positions", "sampled", "logprobs", "versions")
 
 
@@ -60,14 +65,28 @@ def unpack_run(record: bytes, task: Task, driver: Driver) -> Run | None:
     about = json.loads(arrays["header"].tobytes())
     if (about["id"], about["picture"]) != (task.sample.id, checksum(task.sample.image)):
         return None
-    state, cuts = replay(about["replay"], task.sample.image), np.flatnonzero(np.diff(arrays["sampled"])) + 1
+    asked: list[SegmentRequest] = []
+    state = replay(about["replay"], task.sample.image, asked.append)
+    cuts = np.flatnonzero(np.diff(arrays["sampled"])) + 1
     split = [np.split(arrays[name], cuts, axis=-1) for name in NAMES]
     run = Run(task, state=state, policy_seconds=about["seconds"])
     run.parts = [(*NO_TOKENS, np.zeros(0, np.int32)), *(part for part in zip(*split, strict=True) if len(part[0]))]
     if "begun_tokens" in arrays:
         run.begun = Completion(arrays["begun_tokens"], arrays["begun_logprobs"], False)
         run.versions = arrays["begun_versions"]
-    return driver.take_up(run)
+    run = driver.take_up(run)
+    if run.acts:
+        run.acts = functools.partial(_ask_again, driver.segmenter, task.sample.image, asked, run.acts)
+    return run
+
+
+def _ask_again(segmenter: Segmenter, image: np.ndarray, asked: Sequence[SegmentRequest], act: Callable[[], T]) -> T:
+    """On a host thread, for a segmenter that was started anew: an id names how a mask is made, so a mask that a later
+    turn refines is there again."""
+    for request in asked:
+        with contextlib.suppress(Exception):  # the turn that needs it is told
+            segmenter.segment(image, request)
+    return act()
 
 
 def _open_again(state: EnvState) -> str:

@@ -1,11 +1,14 @@
 """A rollout that a signal stops goes on from records as if it had not been stopped, in another driver."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 from agent_fakes import DiscSegmenter
 
+from rsagent_jax.agent.replay import replay
+from rsagent_jax.data.npz import read_arrays
 from rsagent_jax.rollout.kept import ended_run, pack_run, record_about, take_up
 from rsagent_jax.runtime import preemption
 from sam_bridge.types import FailureKind, SegmenterError
@@ -82,3 +85,19 @@ def test_what_was_drawn_keeps_its_log_probs_to_the_bit_and_a_tool_that_died_as_w
         if task.uid in drawn:
             n = len(drawn[task.uid].tokens)
             np.testing.assert_array_equal(t.logprobs[:n], drawn[task.uid].logprobs)
+
+
+def test_a_segmenter_that_was_started_anew_is_asked_for_the_masks_again_that_may_be_refined(monkeypatch):
+    kept, asked, anew, turns = {}, [], DiscSegmenter(), []
+    d = scripted(DiscSegmenter())
+    d.on_turn = lambda task, state: turns.append(task)
+    stop_after(monkeypatch, 0)
+    stop = preemption.check
+    monkeypatch.setattr(preemption, "check", lambda: turns and stop())
+    played_until(d, kept, {})
+    for record in (record for record in kept.values() if record_about(record)["status"] is None):
+        about = json.loads(read_arrays(record)["header"].tobytes())
+        replay(about["replay"], next(t.sample.image for t in TASKS if t.uid == about["uid"]), asked.append)
+    stop_after(monkeypatch, 1 << 30)
+    played_until(scripted(anew), kept, {})
+    assert asked and all(request in anew.requests for request in asked)
