@@ -82,9 +82,9 @@ test: setup
 test-fast: setup
 	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
-# Without soak.py, which takes an hour and what the quickstart has trained.
+# Without soak.py and kill.py, which take an hour each and what the quickstart has trained.
 bench: setup
-	@for script in $(filter-out benchmarks/soak.py,$(wildcard benchmarks/[a-z]*.py)); do \
+	@for script in $(filter-out benchmarks/soak.py benchmarks/kill.py,$(wildcard benchmarks/[a-z]*.py)); do \
 	  echo "== $$script"; $(PY) "$$script" $(ARGS); done
 
 # SAM 2 needs torch, GrabCut does not. ARGS are more of `python -m sam_bridge --help`.

@@ -1,4 +1,4 @@
-"""`make quickstart`: the whole recipe with the tiny policy on synthetic scenes. 10 to 20 minutes on 2 cores, no GPU.
+"""`make quickstart`: the whole recipe with the tiny policy on synthetic scenes. 8 to 10 minutes on 2 cores, no GPU.
 
   python -m rsagent_jax.reproduce --config=configs/reproduce_quickstart.py --workdir=runs/quickstart
 
