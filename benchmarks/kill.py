@@ -8,8 +8,8 @@ trajectories and its policy after SFT. `--points` in SFT and in the evaluation, 
 are spread evenly over the changes of files and over the calls (_kill_point.py) that an uninterrupted run makes. About
 every fourth is a SIGTERM, the others SIGKILL.
 
-What is compared: metrics.jsonl but for times and the counters of compiler, engine and segmenter, which count from a process's
-start; rollouts.jsonl, parameters and optimiser; of an evaluation results.json, predictions.jsonl and
+What is compared: metrics.jsonl but for times and the counters of compiler, engine and segmenter, which count from a
+process's start; rollouts.jsonl, parameters and optimiser; of an evaluation results.json, predictions.jsonl and
 trajectories.jsonl. All of it must be equal to the bit. After SIGTERM in GRPO trajectories under way are read into the
 cache anew, in other pieces (docs/training.md, Preemption): there numbers may differ by ROUNDING, and nothing else may.
 

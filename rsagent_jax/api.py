@@ -313,7 +313,9 @@ class Agent(contextlib.AbstractContextManager):
         environment.reset(pixels, query, self._driver.agent, self._driver.limits)  # refuses what cannot be shown
         unknown = np.zeros(pixels.shape[:2], bool)  # nobody knows the true mask, and playing does not look at it
         sample, number = Sample("image", pixels, query, unknown), next(self._numbers)
-        return Task(sample, number, seed, max_turns or 0, self._temperature if temperature is None else temperature)
+        return Task(
+            sample, number, seed or 0, max_turns or 0, self._temperature if temperature is None else temperature
+        )
 
     def _submit(self, task: Task) -> queue.SimpleQueue:
         """Where the task's states and, last, its Result or an exception arrive."""
@@ -323,8 +325,9 @@ class Agent(contextlib.AbstractContextManager):
             events = self._events[task] = queue.SimpleQueue()
             self._waiting.append(task)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._play, name="rsagent_jax.Agent")
-                self._thread.start()
+                thread = threading.Thread(target=self._play, name="rsagent_jax.Agent")
+                thread.start()
+                self._thread = thread  # it needs the lock to end
         return events
 
     def _play(self) -> None:
@@ -335,7 +338,10 @@ class Agent(contextlib.AbstractContextManager):
                     self._events.pop(task).put(Result(state, trajectory))
             except BaseException as error:  # noqa: BLE001 - raised again to whoever waits for an answer
                 with self._lock:
-                    for task in self._events.keys() - {*self._waiting}:
+                    taken = self._events.keys() - {*self._waiting}
+                    if not taken and self._waiting:  # it failed before it took one
+                        taken = {self._waiting.popleft()}
+                    for task in taken:
                         self._events.pop(task).put(error)
             with self._lock:
                 if not self._waiting:

@@ -238,6 +238,18 @@ def test_what_the_policy_raises_is_raised_to_those_who_wait_and_the_agent_goes_o
         assert good.result().mask.any() and made.segment(IMAGE, "good").mask.any()
 
 
+def test_a_policy_that_cannot_begin_is_told_to_every_question(monkeypatch):
+    def begin():
+        raise RuntimeError("out of memory")
+
+    with agent() as made:
+        assert made.segment(IMAGE, "it", seed=None).mask.any()
+        monkeypatch.setattr(made._driver.policy, "begin", begin)
+        for stream in [made.stream(IMAGE, "it") for _ in range(3)]:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                stream.result()
+
+
 @pytest.mark.parametrize(
     ("image", "query", "options", "says"),
     [

@@ -5,7 +5,6 @@ turn under way as well, and what the tools have answered (agent/replay.py). What
 tool that was running, or that failed, as it does when it is stopped along with the trainer, is asked again.
 """
 
-import contextlib
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from rsagent_jax.rollout.driver import NO_TOKENS, Driver, Run
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.runtime.image_files import checksum
 from rsagent_jax.types import Completion, Status, Trajectory
-from sam_bridge.types import Segmenter, SegmentRequest
+from sam_bridge.types import Segmenter, SegmenterError, SegmentRequest
 
 T = TypeVar("T")
 NAMES = ("tokens", "positions", "sampled", "logprobs", "versions")
@@ -84,8 +83,11 @@ def _ask_again(segmenter: Segmenter, image: np.ndarray, asked: Sequence[SegmentR
     """On a host thread, for a segmenter that was started anew: an id names how a mask is made, so a mask that a later
     turn refines is there again."""
     for request in asked:
-        with contextlib.suppress(Exception):  # the turn that needs it is told
+        try:
             segmenter.segment(image, request)
+        except Exception as error:  # noqa: BLE001 - the turn that needs it is told
+            if not (isinstance(error, SegmenterError) and error.kind.callers_fault):
+                break
     return act()
 
 

@@ -123,8 +123,8 @@ def write_dataset(
         raise DataError(f"ask for at least one scene, and 0 to 9999999 per split; got {counts}")
     if seed < 0 or min(per_image.values()) < 1:
         raise DataError(f"seed must be >= 0 and refs_per_image >= 1; got {seed} and {refs_per_image}")
-    if not 0 <= several <= 10:
-        raise DataError(f"several must be between 0 and 10 references of a scene, got {several}")
+    if not 0 <= several <= 4:  # an image has ten ids for its references
+        raise DataError(f"several must be between 0 and 4 references of a scene, got {several}")
     if not 2 <= most <= 3:
         raise DataError(f"most must be 2 or 3 objects, got {most}")
     config = scenes.SceneConfig(size=size)

@@ -91,7 +91,7 @@ def test_questions_about_several_are_for_all_of_a_kind(tmp_path, photos):
                     assert reference.objects == tuple(k for k, kind in enumerate(kinds) if kind.issuperset(words))
         assert next(read, None) is None
     assert wrote.several >= 6
-    refused("between 0 and 10 references", synthetic.write_dataset, tmp_path / "y", 1, 0, 0, several=-1.0)
+    refused("between 0 and 4 references", synthetic.write_dataset, tmp_path / "y", 1, 0, 0, several=-1.0)
     refused("most must be 2 or 3", synthetic.write_dataset, tmp_path / "y", 1, 0, 0, several=1.0, most=1)
 
 
