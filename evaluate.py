@@ -90,6 +90,7 @@ class Played:
 def play_share(config: EvalConfig, workdir: pathlib.Path, share: processes.Share) -> Played:
     """Plays what is left of this process's samples."""
     check_evaluate(config, workdir)
+    PROGRESS.enter_part("samples")
     samples = open_samples(config.data)
     for note in samples.notes:
         print(note)
@@ -111,6 +112,7 @@ def play_share(config: EvalConfig, workdir: pathlib.Path, share: processes.Share
         if not journal.done.issuperset(ids):  # what an earlier start said is not the result of these samples
             remove_file(workdir / "results.json")
         if left:
+            PROGRESS.enter_part("weights")
             driver = bounds.oracle_driver(config, segmenter) if oracle else policy_driver(config, segmenter, workdir)
             measure(config, workdir, samples, left, len(mine), driver, journal)
     PROGRESS.enter("results")

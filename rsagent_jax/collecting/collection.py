@@ -68,6 +68,7 @@ def collect_share(config: CollectConfig, workdir: pathlib.Path, share: processes
                 remove_file(workdir / trajectories.STAMP)
             filter.write_rules(workdir, config.filter)
             if left:
+                PROGRESS.enter_part("teacher")
                 policy = open_teacher(config, processor, workdir)
                 Collector(config, processor, samples, segmenter, journal, checksum).collect(left, len(mine), policy)
                 if config.teacher.remote.url:

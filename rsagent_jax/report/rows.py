@@ -208,7 +208,7 @@ class RecordFile:
 
     def __init__(self, path: pathlib.Path, source: str, within: str):
         """within: its folder, as keys have it."""
-        self.path, self.source, self.within, self.reader, self.state = path, source, within, None, None
+        self.path, self.source, self.within, self.state = path, source, within, None
         self.rows: dict[str, Row] = {}
         self.damaged = 0
 
@@ -219,21 +219,22 @@ class RecordFile:
             return False
         self.state, self.rows, self.damaged = now, {}, 0
         try:
-            self.reader = open_array_record(self.path, "make it again")
+            reader = open_array_record(self.path, "make it again")
         except DataError:
             self.damaged = 1
             return True
-        for number in range(self.reader.num_records()):
+        for number in range(reader.num_records()):
             key = f"{self.source}:{self.within}/{self.path.stem}/{number}"
             try:
-                (record,) = self.reader.read([number])
+                (record,) = reader.read([number])
                 self.rows[key] = Row(key, self.source, *_stored(record), (number, 1, 0))
             except (RuntimeError, *DAMAGED):
                 self.damaged += 1
         return True
 
     def record(self, row: Row) -> bytes | None:
-        return self.reader.read([row.place[0]])[0]
+        # Opened for each: a run may have more of these than a process may have open.
+        return open_array_record(self.path, "make it again").read([row.place[0]])[0]
 
     def example(self, row: Row) -> Example:
         return stored_example(self.record(row), {})
@@ -262,14 +263,15 @@ class RowIndex:
             for path, file in list(self.files.items()):
                 try:
                     changed |= file.refresh()
-                except FileNotFoundError:
+                except OSError:
                     del self.files[path]
                     changed = True
             if changed:
-                self.rows, self.version = {}, self.version + 1
+                rows: dict[str, Row] = {}
                 for key, row in ((k, r) for file in self.files.values() for k, r in file.rows.items()):
-                    if key not in self.rows or row.at >= self.rows[key].at:
-                        self.rows[key] = row
+                    if key not in rows or row.at >= rows[key].at:
+                        rows[key] = row
+                self.rows, self.version = rows, self.version + 1  # at once: it is read without the lock
             return self.version
 
     def notes(self) -> list[str]:

@@ -200,5 +200,6 @@ def serve(viewer: Viewer, port: int) -> _Server:
     """
     try:
         return _Server(viewer, port)
-    except OSError as error:
-        raise DataError(f"--port={port} cannot be listened on ({error.strerror or error}); give another") from None
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"--port={port} cannot be listened on ({why}); give another") from None

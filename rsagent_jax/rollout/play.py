@@ -17,7 +17,7 @@ from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.runtime import preemption
-from rsagent_jax.types import DataError, Status, Trajectory
+from rsagent_jax.types import DataError, Status, StorageError, Trajectory
 
 Failure = tuple[str, str]  # (kind, which is counted by; why)
 UNREADABLE = "unreadable sample"
@@ -117,7 +117,8 @@ def play_samples(
             try:
                 sample = reading.result()
             except DataError as error:
-                if config.data.unreadable == "stop":
+                # A bucket that is away says nothing of the sample.
+                if config.data.unreadable == "stop" or isinstance(error, StorageError):
                     raise
                 for uid in uids:
                     keep_failure(uid, samples.ids[place], (UNREADABLE, str(error)))

@@ -185,7 +185,8 @@ def remove_file(path: pathlib.Path) -> None:
 def remove_folder(path: pathlib.Path) -> None:
     """With all that is in it, as far as that can be done."""
     if is_remote(path):
-        file_system().rm(str(path), recursive=True)
+        with contextlib.suppress(FileNotFoundError):
+            file_system().rm(str(path), recursive=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -403,7 +404,10 @@ def bucket_problem(error: BaseException) -> str:
     said = next((text for e in chain if (text := " ".join(str(e).split()))), type(chain[0]).__name__)[:300]
     if any(isinstance(e, FileNotFoundError) for e in chain) or "NOT_FOUND" in said:
         return f"there is no such bucket or object ({said}); make the bucket, or give another"
-    if re.search(r"\b40[13]\b|Forbidden|Unauthorized|PERMISSION_DENIED|Anonymous|[Cc]redentials|UNAUTHENTICATED", said):
+    words = re.sub(r"\S*/\S*", "", said)  # without paths: a step may be 403
+    if re.search(
+        r"\b40[13]\b|Forbidden|Unauthorized|PERMISSION_DENIED|Anonymous|[Cc]redentials|UNAUTHENTICATED", words
+    ):
         return (
             f"this machine has no right to it ({said}); give its service account roles/storage.objectAdmin there, or"
             " run: gcloud auth application-default login"

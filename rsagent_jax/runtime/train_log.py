@@ -5,7 +5,7 @@ A step's line of rollouts.jsonl holds all that was said, so they are a file to e
     rollouts.jsonl            steps 1 to 1000
     rollouts_0001000.jsonl    the thousand after step 1000, and so on
 
-Those before the last may be compressed or removed while the run goes on; nothing reads them again.
+Those of before the newest checkpoint may be compressed or removed while the run goes on: no resume reads them.
 """
 
 import json
@@ -47,10 +47,10 @@ class MetricsLog:
         """Forgets what `stage` logged after `step`, also on the loggers that have a `rewind`."""
         keep_lines(self.path, lambda row: row["stage"] != stage or row["step"] <= step)
         if stage == "grpo":
-            after = step + 1
-            while (path := rollouts_path(self.path.parent, after)).exists():
-                keep_lines(path, lambda row: row["step"] <= step)
-                after += ROTATE
+            first = rollouts_path(self.path.parent, step + 1)
+            for path in sorted(self.path.parent.glob("rollouts*.jsonl")):
+                if path.name >= first.name:
+                    keep_lines(path, lambda row: row["step"] <= step)
         for logger in self.loggers:
             if hasattr(logger, "rewind"):
                 logger.rewind(stage, step)

@@ -12,7 +12,9 @@ import evaluate
 from configs import eval as eval_configs
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import EvalConfig
+from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.runtime.journal import Journal
+from rsagent_jax.types import StorageError
 from sam_bridge.types import About, FailureKind, SegmenterError
 from tests.refusals import refused
 
@@ -137,6 +139,14 @@ def test_unreadable_samples_are_named_counted_and_in_no_figure(run, root, capsys
     for i in range(N):
         (root / f"{i}.png").unlink(missing_ok=True)
     refused("none of the 6 samples can be read", run)
+
+
+def test_a_bucket_that_is_away_is_no_unreadable_sample(run, monkeypatch):
+    def away(self, i):
+        raise StorageError("the bucket does not answer")
+
+    monkeypatch.setattr(SampleIndex, "__getitem__", away)
+    refused("the bucket does not answer", run)
 
 
 def test_a_result_without_what_was_played_is_refused(run, monkeypatch, tmp_path):

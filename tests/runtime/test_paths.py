@@ -64,6 +64,13 @@ def test_what_another_start_may_get_over_has_a_status_of_its_own(number, status,
         assert paths.storage_kind(ValueError(f"INTERNAL: Error opening file: {said} [OS error]")).status == status
 
 
+def test_a_step_in_a_path_is_no_answer_of_the_bucket(monkeypatch):
+    monkeypatch.setattr(paths, "bucket_used", lambda: True)
+    for step, answer, status in ((403, 503, 74), (402, 403, 2)):
+        said = f"UNAVAILABLE: Error writing gs://b/run/checkpoints/sft/{step}/params: HTTP {answer}"
+        assert paths.storage_kind(ValueError(said)).status == status
+
+
 def test_a_folder_that_is_not_there_or_no_more_is_said(tmp_path):
     file = paths.AppendFile(tmp_path / "run/metrics.jsonl")
     said = "metrics.jsonl cannot be written: there is no .*/run, or it has been removed"

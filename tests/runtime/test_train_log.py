@@ -52,6 +52,9 @@ def test_rollouts_are_in_several_files_that_read_as_one(tmp_path, monkeypatch):
     assert logged(log, 4, 5) == [[3, 4], [5]]
     log.rewind("grpo", 4)
     assert logged(log, 5) == [[3, 4], [5]]
+    (tmp_path / "rollouts_0000002.jsonl").unlink()
+    log.rewind("grpo", 3)
+    assert logged(log) == [[]]
 
 
 def test_what_failed_is_said_with_its_number_and_kind(log):

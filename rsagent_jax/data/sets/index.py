@@ -17,7 +17,7 @@ import numpy as np
 from rsagent_jax.agent.views import check_shape
 from rsagent_jax.masks import decode_segmentation
 from rsagent_jax.runtime.image_files import read_image
-from rsagent_jax.runtime.paths import absolute_name, is_remote, open_path, read_bytes, remote_versions
+from rsagent_jax.runtime.paths import absolute_name, is_remote, open_path, read_bytes, remote_versions, storage_kind
 from rsagent_jax.types import DataError, Sample
 
 # COCO's file names of 2014 and 2017, so that a user's copy of a picture is known as the same picture.
@@ -182,7 +182,8 @@ def read_file(path: pathlib.Path) -> bytes:
     try:
         return read_bytes(path)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+        wrong = storage_kind(error) if is_remote(path) else DataError
+        raise wrong(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def spread(total: int, wanted: int) -> list[int]:

@@ -9,7 +9,7 @@ import pathlib
 import sys
 from typing import Any, Self
 
-from rsagent_jax.runtime.paths import read_bytes
+from rsagent_jax.runtime.paths import is_remote, read_bytes, storage_kind
 from rsagent_jax.types import DataError
 from sam_bridge.file_kinds import HEAD, kind_of
 
@@ -163,7 +163,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise DataError(f"{path} is missing; give a Hugging Face directory of Qwen2.5-VL weights") from error
     except (OSError, ValueError, RecursionError) as error:  # errors of UTF-8 and JSON are ValueErrors
         kind = data and kind_of(data[:HEAD])
-        raise DataError(f"{path} {f'is {kind}' if kind else f'cannot be read as JSON: {error}'}") from error
+        wrong = storage_kind(error) if isinstance(error, OSError) and is_remote(path) else DataError
+        raise wrong(f"{path} {f'is {kind}' if kind else f'cannot be read as JSON: {error}'}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} must hold a JSON object, it holds a {type(value).__name__}")
     return value

@@ -6,7 +6,7 @@ const PAGE = 50, LIVE_MS = 3000, WORDS = ["q", "status", "source", "sort", "page
 const at = (id) => document.getElementById(id);
 const embedded = JSON.parse(at("embedded").textContent), alone = "rows" in embedded;
 const asked = new URLSearchParams(location.hash.slice(1));
-let page = null, drawn = null, draws = 0;
+let page = null, drawn = null, draws = 0, asking = 0, failed = false;
 
 /** As rows.select_rows does it for the server. */
 function select(rows) {
@@ -129,17 +129,23 @@ async function drawChosen() {
 }
 
 async function draw(live = false) {
+  if (live && asking) return; // what was chosen comes first
   const mine = ++draws;
+  asking++;
   try {
     const now = await rows();
     if (mine !== draws) return; // a later one is under way
-    if (live && JSON.stringify(now) === JSON.stringify(page)) return;
+    if (live && !failed && JSON.stringify(now) === JSON.stringify(page)) return;
+    failed = false;
     page = now;
     drawForm();
     drawRows();
     if (!live) await drawChosen();
   } catch (error) {
     at("state").textContent = error.message;
+    [failed, drawn] = [true, null];
+  } finally {
+    asking--;
   }
 }
 
