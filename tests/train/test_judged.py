@@ -118,7 +118,7 @@ def test_a_replay_that_cannot_be_read_on_one_process_ends_on_all(tmp_path, monke
     said = []
     monkeypatch.setattr(processes, "exchange", lambda text: said.append(text) or [text])
     refused("record 0 has no log-probs", source.next, *"ab")
-    assert said == ["failed"]  # the others hear of it
+    assert said == ["failed 2"]  # the others hear of it
 
 
 def test_a_set_that_is_no_dump_or_teaches_nothing_is_refused(tmp_path):
