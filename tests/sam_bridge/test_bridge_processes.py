@@ -45,6 +45,13 @@ def gone(pid: int, within_s: float) -> bool:
     return False
 
 
+def stopped(pid: int) -> bool:
+    """Whether all of its threads have stopped: SIGSTOP reaches them one by one, and until then one may still answer."""
+    return all(
+        status.read_text().rpartition(")")[2].split()[0] == "T" for status in Path(f"/proc/{pid}/task").glob("*/stat")
+    )
+
+
 @pytest.fixture(scope="module")
 def side_car():
     side_car = SideCar("grabcut")
@@ -138,6 +145,7 @@ def test_one_that_lives_but_answers_nothing_is_killed_and_restarted(image, monke
         time.sleep(1.0)
         assert side_car.restarts == 0  # one that answers is left alone
         os.kill(pid, signal.SIGSTOP)
+        until(lambda: stopped(pid))
         np.testing.assert_array_equal(client.segment(image, BOX).mask, mask)
         assert side_car.restarts == 1 == client.counters()["restarts"]
         assert gone(pid, 5)
