@@ -37,10 +37,10 @@ from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.evals import bounds, metrics, records
 from rsagent_jax.evals.behaviour import recorded_behaviour, summarize_behaviours
-from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory, weights_checksum
+from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory, processor_directory, weights_checksum
 from rsagent_jax.report import evaluation
 from rsagent_jax.rollout.driver import Driver, pixel_limits
-from rsagent_jax.rollout.open import open_engine
+from rsagent_jax.rollout.open import open_policy
 from rsagent_jax.rollout.play import Failure, play_samples, unmeasured
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
@@ -147,18 +147,17 @@ def check_evaluate(config: EvalConfig, workdir: pathlib.Path) -> None:
     if config.bound.row == bounds.UNTRAINED and policy_directory(weights) != local_weights(weights):
         raise DataError(f"bound.row is {bounds.UNTRAINED}, but {weights} is a checkpoint of train.py; give the weights")
     if config.bound.row not in bounds.ORACLES:
-        print(check_policy(weights, config.agent, config.sampling))
+        print(check_policy(config.policy, config.agent, config.sampling))
     check_segmenter(config.segmenter)
 
 
 def policy_driver(config: EvalConfig, segmenter: Segmenter, workdir: pathlib.Path) -> Driver:
-    """The policy on this process's devices."""
+    """The policy on this process's devices, or behind its endpoint."""
     command.use_compilation_cache(config.cache_dir, workdir / "compiled")
-    policy = config.policy
-    processor = Processor.load(policy_directory(policy.weights))
-    engine = open_engine(policy.weights, processor, config.sampling, config.agent, policy.dtype, config.seed)
-    engine.warm_up()
-    return Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
+    processor = Processor.load(processor_directory(config.policy.weights))
+    policy = open_policy(config.policy, processor, config.sampling, config.agent, config.seed)
+    policy.warm_up()
+    return Driver(policy, segmenter, processor, config.agent, workers=config.segmenter.workers)
 
 
 def measure(
@@ -194,9 +193,12 @@ def evaluation_resume_fingerprint(config: EvalConfig, row: dict) -> dict[str, An
     settings = row | {name: journals.decisive_settings(getattr(config, name)) for name in ("data", "agent")}
     if config.bound.row not in bounds.ORACLES:
         weights = config.policy.weights
-        processor = Processor.load(policy_directory(weights))
-        settings |= {"weights_sha256": weights_checksum(weights), "dtype": config.policy.dtype, "seed": config.seed}
-        settings["stop_ids"] = processor.with_ends(config.sampling).stop_ids
+        processor, settings["seed"] = Processor.load(processor_directory(weights)), config.seed
+        if config.policy.backend == "openai":  # which weights are behind it, nobody says
+            settings["served"] = journals.decisive_settings(config.policy.remote)
+        else:
+            settings |= {"weights_sha256": weights_checksum(weights), "dtype": config.policy.dtype}
+            settings["stop_ids"] = processor.with_ends(config.sampling).stop_ids
         settings["pixel_limits"] = dataclasses.asdict(pixel_limits(config.agent, processor))
         settings["sampling"] = journals.decisive_settings(config.sampling)
     return settings

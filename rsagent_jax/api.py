@@ -34,11 +34,11 @@ from rsagent_jax.config.schema import AgentConfig, SamplingConfig, SegmentConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.masks import encode_rle
 from rsagent_jax.models.qwen25_vl.config import load_config
-from rsagent_jax.models.qwen25_vl.load import policy_directory
+from rsagent_jax.models.qwen25_vl.load import processor_directory
 from rsagent_jax.report.strip import draw_strip
 from rsagent_jax.report.terminal import describe_ending
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.open import open_engine
+from rsagent_jax.rollout.open import open_policy
 from rsagent_jax.rollout.play import failure_of
 from rsagent_jax.rollout.policy import Policy, Task
 from rsagent_jax.rollout.startup import check_policy, check_segmenter
@@ -215,7 +215,7 @@ class Agent(contextlib.AbstractContextManager):
             warnings.warn(f"{NO_TOOLS} Name a checkpoint, such as runs/quickstart/train/checkpoints/grpo", stacklevel=2)
         own = bool(config)
         if not own:
-            large = weights is not None and load_config(policy_directory(str(weights))).text.hidden_size >= LARGE
+            large = weights is not None and load_config(processor_directory(str(weights))).text.hidden_size >= LARGE
             config = "configs/segment.py:full" if large else "configs/segment.py"
         if not isinstance(config, SegmentConfig):
             config = build_config(SegmentConfig, load_config_file(config))
@@ -225,18 +225,19 @@ class Agent(contextlib.AbstractContextManager):
         # The programs can draw, so that a question may; each says whether it does.
         sampling = vars(config.sampling) | {"slots": slots, "temperature": warmth or 1.0}
         sampling = build_config(SamplingConfig, sampling)
-        check_policy(weights, config.agent, sampling)
+        policy = dataclasses.replace(config.policy, weights=weights)
+        check_policy(policy, config.agent, sampling)
         opened = segmenter if hasattr(segmenter, "segment") else None
         tools = config.segmenter if opened else _segmenter_config(segmenter)
         if not opened:
             check_segmenter(tools)
-        processor = Processor.load(policy_directory(weights))
+        processor = Processor.load(processor_directory(weights))
         with contextlib.ExitStack() as stack:
-            engine = open_engine(weights, processor, sampling, config.agent, config.policy.dtype, config.seed)
-            stack.callback(engine.release_memory)
+            opened_policy = open_policy(policy, processor, sampling, config.agent, config.seed)
+            stack.callback(opened_policy.release_memory)
             opened = opened or stack.enter_context(open_segmenter(tools))
             options = dict(temperature=warmth, workers=tools.workers, resources=stack.pop_all())
-            return cls(engine, opened, processor, config.agent, **options)
+            return cls(opened_policy, opened, processor, config.agent, **options)
 
     def segment(
         self,

@@ -23,13 +23,14 @@ if __name__ == "__main__":
 import pathlib
 
 from rsagent_jax.collecting.collection import collect_share, finish_collection
-from rsagent_jax.collecting.endpoint import Remote, check_endpoint
+from rsagent_jax.collecting.endpoint import Remote
 from rsagent_jax.config.import_path import import_path
 from rsagent_jax.config.schema import CollectConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.load import processor_directory
 from rsagent_jax.rollout.driver import pixel_limits
-from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
+from rsagent_jax.rollout.endpoint import check_endpoint
+from rsagent_jax.rollout.startup import check_disk, check_rollout, check_segmenter, check_weights
 from rsagent_jax.runtime import processes
 from rsagent_jax.runtime.progress import PROGRESS
 
@@ -59,7 +60,7 @@ def check_collect(config: CollectConfig, workdir: pathlib.Path) -> None:
     """What is needed besides data, looked at before any time is spent; the cheapest first."""
     own = config.teacher.own
     if own.weights:
-        print(check_policy(own.weights, config.agent, own.sampling, "teacher.own"))
+        print(check_rollout(config.agent, own.sampling, *check_weights(own.weights), "teacher.own"))
     else:
         if import_path(config.teacher.function, ("config", "rng")) is Remote:
             check_endpoint(config.teacher.remote)

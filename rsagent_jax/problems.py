@@ -19,10 +19,10 @@ import contextlib
 
 import numpy as np
 
-from rsagent_jax.collecting.endpoint import Endpoint, check_endpoint
 from rsagent_jax.collecting.problem_writer import ANSWERS, ProblemWriter, write_set
 from rsagent_jax.config.schema import ProblemsConfig
 from rsagent_jax.data.sets.open import open_samples
+from rsagent_jax.rollout.endpoint import Endpoint, check_endpoint
 from rsagent_jax.rollout.startup import check_disk
 from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.journal import Journal

@@ -13,7 +13,7 @@ import pytest
 
 from rsagent_jax import api
 from rsagent_jax.rollout.engine import Engine
-from rsagent_jax.rollout.open import open_engine
+from rsagent_jax.rollout.open import open_policy
 from tests.test_docs import check_command
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiled fast rather than well
@@ -52,11 +52,11 @@ def one_engine():
     opened = []
 
     def open_once(*arguments):
-        opened[:] = opened or [open_engine(*arguments)]
+        opened[:] = opened or [open_policy(*arguments)]
         return opened[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "open_engine", open_once)
+        patch.setattr(api, "open_policy", open_once)
         patch.setattr(Engine, "release_memory", lambda engine: None)
         yield
 

@@ -11,7 +11,6 @@ import numpy as np
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.collecting import filter
 from rsagent_jax.collecting.collector import Collector, attempt_id, collection_resume_fingerprint, teacher_policy
-from rsagent_jax.collecting.endpoint import Endpoint
 from rsagent_jax.config.import_path import import_path
 from rsagent_jax.config.schema import CollectConfig
 from rsagent_jax.data import trajectories
@@ -19,6 +18,7 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.models.qwen25_vl.load import policy_directory, processor_directory, weights_checksum
 from rsagent_jax.rollout.driver import pixel_limits
+from rsagent_jax.rollout.endpoint import Endpoint
 from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.play import is_segmenters, unmeasured
 from rsagent_jax.rollout.policy import Policy

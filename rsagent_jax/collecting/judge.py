@@ -13,9 +13,9 @@ import functools
 import re
 
 from rsagent_jax.agent.overlay import draw_overlay
-from rsagent_jax.collecting.endpoint import Endpoint, check_endpoint, message_part
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import RemoteConfig
+from rsagent_jax.rollout.endpoint import Endpoint, check_endpoint, message_part
 from rsagent_jax.types import Sample, Trajectory
 
 NAME = "the judge's arguments"
@@ -43,7 +43,8 @@ async def judge_mask(
     shown = draw_overlay(sample.image, trajectory.final_mask, size)
     plain = draw_overlay(sample.image, trajectory.final_mask & False, size)
     parts = [plain, shown, question.replace("{query}", sample.query)]
-    return read_score(await endpoint.complete_async([{"role": "user", "content": [*map(message_part, parts)]}]))
+    answer = await endpoint.complete_async([{"role": "user", "content": [*map(message_part, parts)]}])
+    return read_score(answer.text)
 
 
 def _check_arguments(size: int = 0, question: str = "", **remote) -> None:

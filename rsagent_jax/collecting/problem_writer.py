@@ -19,10 +19,10 @@ from tqdm.contrib.concurrent import thread_map
 
 from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.prompts import MAX_QUERY_CHARS, sanitize
-from rsagent_jax.collecting.endpoint import Endpoint, message_part
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import ProblemsConfig
 from rsagent_jax.masks import encode_rle
+from rsagent_jax.rollout.endpoint import Endpoint, message_part
 from rsagent_jax.rollout.play import UNREADABLE, Failures
 from rsagent_jax.rollout.policy import PolicyFailure
 from rsagent_jax.runtime import journal
@@ -143,7 +143,7 @@ class ProblemWriter:
         malformed = None  # the last answer
         for _ in range(c.tries):
             try:
-                said, malformed = read_answer(endpoint.complete(messages)), None
+                said, malformed = read_answer(endpoint.complete(messages).text), None
             except BadAnswer as error:
                 malformed = error
                 rejected["malformed answer"] += 1

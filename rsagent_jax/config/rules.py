@@ -60,6 +60,11 @@ def sampling(c) -> Iterator[str]:
         yield f"lanes must divide slots = {c.slots}, got {c.lanes}"
 
 
+def policy(c) -> Iterator[str]:
+    if c.backend == "openai" and not (c.remote.url and c.remote.model):
+        yield "remote.url and remote.model are needed where backend is openai, such as http://host:8000/v1 and policy"
+
+
 def lora(c) -> Iterator[str]:
     if c.rank and not c.targets:
         yield "targets names nothing to adapt; name some, or set rank = 0"
@@ -82,12 +87,22 @@ def problems_rules(c) -> Iterator[str]:
         yield f"max_words must be at least min_words = {c.min_words}, got {c.max_words}"
 
 
+def segmenting(c) -> Iterator[str]:
+    """What the OpenAI API has no word for."""
+    for name in ("top_k", "stop_ids"):
+        if c.policy.backend == "openai" and getattr(c.sampling, name):
+            yield f"sampling.{name} is not in the API of policy.backend openai; leave it out"
+
+
 def evaluation(c) -> Iterator[str]:
+    yield from segmenting(c)
     if c.data.mix:
         yield "data.mix: samples of a mix come up more than once; evaluate its parts"
 
 
 def train_rules(c) -> Iterator[str]:
+    if c.policy.backend != "engine":
+        yield f"policy.backend must be engine, got {c.policy.backend}: training needs the tokens that were drawn"
     if not c.stages:
         yield f"stages is empty; known are {', '.join(ORDER)}"
     if list(c.stages) != sorted(set(c.stages), key=ORDER.index):

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from rsagent_jax.config import rules
 from rsagent_jax.config.alarms import AlarmsConfig
 from rsagent_jax.config.data import DataConfig, MetricConfig
+from rsagent_jax.config.endpoint import EndpointConfig, RemoteConfig
 from rsagent_jax.config.ranges import (
     Activations,
     BackendName,
@@ -256,6 +257,11 @@ class PolicyConfig:
     # step (a seventh in benchmarks/train_step.py), since nothing is copied into and out of the loop's stacks.
     scan_layers: bool = True
     lora: LoraConfig = LoraConfig()  # of training; whoever loads its checkpoints gets merged weights
+    # Who writes the turns of an evaluation or of segment: our engine, or `remote`, behind which the weights are served
+    # (docs/serving.md); of `weights` only tokenizer and image settings are read then.
+    backend: Literal["engine", "openai"] = "engine"
+    remote: EndpointConfig = EndpointConfig()
+    conflicts = rules.policy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -324,32 +330,8 @@ class EvalConfig:
 
     @property
     def slowest_answer_s(self) -> float:
-        return self.agent.tool_deadline_s
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RemoteConfig:
-    """An OpenAI-compatible endpoint, such as Qwen2.5-VL-72B behind vLLM."""
-
-    url: str = ""  # such as http://host:8000/v1
-    model: str = ""  # its name there
-    key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key; may be unset
-    temperature: NotNegative = 0.7  # of its sampling
-    max_tokens: Count = 512  # per turn
-    timeout_s: Positive = 120.0  # of one request, however slowly it trickles in
-    retries: CountOrZero = 5  # after a refusal, an error of the server, a time-out or half an answer
-    backoff_s: NotNegative = 1.0  # before the first retry, doubled for each; a Retry-After of the server counts instead
-    concurrent: Count = 16  # requests at a time
-    per_minute: NotNegative = 0.0  # requests; 0 = no limit of our own
-    price_in: NotNegative = 0.0  # per million tokens, for the count of costs
-    price_out: NotNegative = 0.0  # the same of what it writes
-
-    @property
-    def slowest_answer_s(self) -> float:
-        """Seconds after which an answer is given up: all tries, the pauses before them, and others' turns."""
-        turns_s = 60.0 * self.concurrent / self.per_minute if self.per_minute else 0.0
-        pauses_s = sum(max(60.0, self.backoff_s * 2**k) for k in range(self.retries))
-        return (self.retries + 1) * (self.timeout_s + turns_s) + pauses_s
+        served = self.policy.backend == "openai"
+        return self.agent.tool_deadline_s + (self.policy.remote.slowest_answer_s if served else 0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -438,3 +420,4 @@ class SegmentConfig:
     segmenter: SegmenterConfig = SegmenterConfig(workers=1)
     sampling: SamplingConfig = SamplingConfig(temperature=0.0, slots=1)
     cache_dir: str = ""  # compiled programs are kept here; "" = in the output directory
+    conflicts = rules.segmenting

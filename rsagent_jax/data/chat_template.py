@@ -13,18 +13,24 @@ _ANSWER = '<think>Here.</think>\n<tool_call>\n{"name": "segment", "arguments": {
 _REPLY = prompts.segment_text(0, 0.9, 0.1, (112, 112), "full")
 
 
+def own_template(directory: pathlib.Path, tokenizer: Any) -> str | None:
+    """The template that transformers' processor takes of a directory: chat_template.jinja's, chat_template.json's, else
+    tokenizer_config.json's."""
+    legacy = directory / "chat_template.json"
+    if legacy.exists() and not (directory / "chat_template.jinja").exists():
+        return read_json(legacy).get("chat_template") or tokenizer.chat_template
+    return tokenizer.chat_template  # of the .jinja, where there is one
+
+
 def check_chat_template(directory: pathlib.Path, tokenizer: Any) -> None:
     """Compares one conversation: system prompt with tools, picture and question, a call, its reply with a picture.
 
-    tokenizer: transformers' tokenizer of the directory. The template is the one that transformers' processor takes:
-    chat_template.jinja, chat_template.json, else what tokenizer_config.json has. One that takes tools writes the block
-    that describes them; for any other (Qwen2.5-VL's own is one) the block is a part of the system's text. A directory
-    without a template has nothing to compare. DataError shows both texts where they begin to differ.
+    tokenizer: transformers' tokenizer of the directory. A template that takes tools writes the block that describes
+    them; for any other (Qwen2.5-VL's own is one) the block is a part of the system's text. A directory without a
+    template has nothing to compare. DataError shows both texts where they begin to differ.
     """
-    legacy, given = directory / "chat_template.json", None
-    if legacy.exists() and not (directory / "chat_template.jinja").exists():
-        given = read_json(legacy).get("chat_template")
-    if not (given or tokenizer.chat_template):
+    given = own_template(directory, tokenizer)
+    if not given:
         return
     system = prompts.system_prompt("full")
     image, reply = {"type": "image"}, f"<tool_response>\n{_REPLY}"

@@ -1,15 +1,22 @@
-"""One way to an engine, for train.py, evaluate.py, collect and segment."""
+"""One way to a policy, for evaluate.py and segment, and to an engine, for train.py and collect as well."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import jax
 
 from rsagent_jax.config import slices
-from rsagent_jax.config.schema import AgentConfig, SamplingConfig
+from rsagent_jax.config.schema import AgentConfig, PolicyConfig, SamplingConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config
 from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.runtime import processes
+
+if TYPE_CHECKING:  # openai is not for those who do not ask it
+    from rsagent_jax.rollout.served import ServedPolicy
 
 
 def engine_layout(sampling: SamplingConfig, policy: Qwen25VLConfig) -> tuple[SamplingConfig, jax.sharding.Mesh | None]:
@@ -40,3 +47,14 @@ def open_engine(
     key = jax.random.key(key) if isinstance(key, int) else key
     overlay = processor.square(agent.history_size)
     return Engine(model, processor.with_ends(sampling), processor.terminator_id, dtype, key, mesh, overlay)
+
+
+def open_policy(
+    policy: PolicyConfig, processor: Processor, sampling: SamplingConfig, agent: AgentConfig, seed: int
+) -> Engine | ServedPolicy:
+    """Who writes the turns: an engine with the weights, or the endpoint behind which they are served."""
+    if policy.backend == "openai":
+        from rsagent_jax.rollout.served import ServedPolicy
+
+        return ServedPolicy(policy, processor, sampling, seed)
+    return open_engine(policy.weights, processor, sampling, agent, policy.dtype, seed)

@@ -125,7 +125,7 @@ class ByteProcessor:
 
 
 class TextPolicy:
-    """Turns that a function writes: the oracle's, a remote model's, a test's, played and stored as the engine's are.
+    """Turns that a function writes: the oracle's, a remote teacher's, a test's, played and stored as the engine's are.
 
     `act(task, state)` -> the turn's text, on `threads` threads at a time; log-probs are 0. A PolicyFailure that `act`
     raises ends its trajectory, any other exception ends the run.
@@ -153,13 +153,13 @@ class TextPolicy:
         return min(free)
 
     def submit(self, request: Request) -> None:
-        self.turns[request.slot] = request, self.pool.submit(self.act, request.task, request.state)
+        self.turns[request.slot] = request, self.pool.submit(self._turn, request)
 
     def step(self) -> list[tuple[int, Completion | PolicyFailure]]:
         when = concurrent.futures.FIRST_COMPLETED if self.threads > 1 else concurrent.futures.ALL_COMPLETED
         concurrent.futures.wait([turn for _, turn in self.turns.values()], return_when=when)
         ended = [slot for slot, (_, turn) in self.turns.items() if turn.done()]
-        return [(slot, self._outcome(*self.turns.pop(slot))) for slot in ended]
+        return [(slot, self._outcome(self.turns.pop(slot)[1])) for slot in ended]
 
     def begun(self, slot: int) -> Completion | None:
         return None
@@ -168,14 +168,20 @@ class TextPolicy:
         if slot in self.turns:
             self.turns.pop(slot)[1].cancel()
 
-    def _outcome(self, request: Request, turn: concurrent.futures.Future) -> Completion | PolicyFailure:
+    def _outcome(self, turn: concurrent.futures.Future) -> Completion | PolicyFailure:
         try:
-            return self._complete(turn.result(), request.budget)
+            return turn.result()
         except PolicyFailure as failure:
             return failure
 
-    def _complete(self, text: str, budget: int) -> Completion:
-        tokens = np.append(self.processor.encode(text), self.processor.terminator_id).astype(np.int32)
-        cut = budget and len(tokens) > budget
-        tokens = tokens[:budget] if cut else tokens
+    def _turn(self, request: Request) -> Completion:
+        """On a thread of the pool."""
+        return self._complete(self.act(request.task, request.state), request.budget)
+
+    def _complete(self, text: str, budget: int, cut: bool = False) -> Completion:
+        """`cut`: the text ends where its budget did, without a terminator."""
+        end = () if cut else self.processor.terminator_id
+        tokens = np.append(self.processor.encode(text), end).astype(np.int32)
+        cut = cut or bool(budget and len(tokens) > budget)
+        tokens = tokens[:budget] if cut and budget else tokens
         return Completion(tokens, np.zeros(len(tokens), np.float32), not cut)

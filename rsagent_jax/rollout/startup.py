@@ -13,11 +13,11 @@ from rsagent_jax.agent.budget import Texts, image_sizes, trajectory_budget, typi
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.agent.views import fixed_size
 from rsagent_jax.config.import_path import import_path
-from rsagent_jax.config.schema import AgentConfig, BatchConfig, SamplingConfig, SegmenterConfig
+from rsagent_jax.config.schema import AgentConfig, BatchConfig, PolicyConfig, SamplingConfig, SegmenterConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config
-from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory
+from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory, processor_directory
 from rsagent_jax.models.qwen25_vl.positions import padded_patches
 from rsagent_jax.models.qwen25_vl.steps import find_step, split_step
 from rsagent_jax.rollout.driver import pixel_limits
@@ -74,8 +74,15 @@ def check_segmenter(config: SegmenterConfig) -> None:
             raise DataError(f"segmenter.backend {config.backend!r}: there is no {module}, whose {name} is to be called")
 
 
-def check_policy(weights: str, agent: AgentConfig, sampling: SamplingConfig, group: str = "") -> str:
-    return check_rollout(agent, sampling, *check_weights(weights), group)
+def check_policy(policy: PolicyConfig, agent: AgentConfig, sampling: SamplingConfig) -> str:
+    """The budget of a trajectory as a line for people. DataError where the policy cannot be had, or not play so."""
+    if policy.backend == "openai":
+        from rsagent_jax.rollout.served import check_served
+
+        budget = check_budget(agent, Processor.load(processor_directory(policy.weights)), sampling)
+        check_served(policy.remote)
+        return budget
+    return check_rollout(agent, sampling, *check_weights(policy.weights), "")
 
 
 def check_rollout(

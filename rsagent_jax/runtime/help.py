@@ -67,9 +67,12 @@ def field_rows(cls: type, default: Any = None, prefix: str = "") -> Iterator[tup
 
 @functools.cache
 def _field_comments(cls: type) -> dict[str, str]:
+    inherited = _field_comments(cls.__base__) if dataclasses.is_dataclass(cls.__base__) else {}
     lines = inspect.getsource(cls).splitlines()
     (node,) = ast.parse("\n".join(lines)).body
-    return {n.target.id: _beside(lines, n.lineno, n.end_lineno) for n in node.body if isinstance(n, ast.AnnAssign)}
+    return inherited | {
+        n.target.id: _beside(lines, n.lineno, n.end_lineno) for n in node.body if isinstance(n, ast.AnnAssign)
+    }
 
 
 def _beside(lines: list[str], first: int, last: int) -> str:

@@ -22,7 +22,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import AgentConfig, DataConfig, RemoteConfig, SamplingConfig
+from rsagent_jax.config.endpoint import EndpointConfig, RemoteConfig
+from rsagent_jax.config.schema import AgentConfig, DataConfig, SamplingConfig
 from rsagent_jax.runtime.json_lines import mend_lines, parse_object
 from rsagent_jax.runtime.paths import AppendFile, make_directory, open_lines, write_lines, writing
 from rsagent_jax.types import DataError
@@ -47,15 +48,17 @@ def fingerprints(samples: Any, places: Mapping[str, int]) -> dict[str, str]:
 
 
 # What work that is taken up again need not agree in: where things are, how many at a time, how long is waited.
+_ASKING = "key_variable timeout_s retries backoff_s concurrent per_minute price_in price_out".split()
 FREE = {
     DataConfig: ("root", "exclude_root", "limit", "unreadable"),
     AgentConfig: ("tool_deadline_s",),
     SamplingConfig: ("slots", "chunk", "patches", "prefill", "lanes", "tensor"),
-    RemoteConfig: "key_variable timeout_s retries backoff_s concurrent per_minute price_in price_out".split(),
+    EndpointConfig: _ASKING,
+    RemoteConfig: _ASKING,
 }
 
 
-def decisive_settings(config: DataConfig | AgentConfig | SamplingConfig | RemoteConfig) -> dict[str, Any]:
+def decisive_settings(config: DataConfig | AgentConfig | SamplingConfig | EndpointConfig) -> dict[str, Any]:
     """What it must agree in."""
     return {k: v for k, v in to_dict(config).items() if k not in FREE[type(config)]}
 
