@@ -7,7 +7,6 @@ are counted. What is never going to work (a wrong key, an unknown model) ends th
 
 import asyncio
 import base64
-import contextlib
 import dataclasses
 import json
 import os
@@ -33,6 +32,7 @@ _AGAIN = {  # asked again; the first that fits names the kind
     openai.APIConnectionError: "connection",
     openai.InternalServerError: "server",
 }
+_HALF = (TypeError, KeyError, AttributeError, IndexError)  # an answer that lacks what it must have
 TEACHER = "teacher.remote"  # the config group
 
 
@@ -90,15 +90,16 @@ class Endpoint:
         """The same on any event loop; the request ends with its waiter."""
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._complete(messages, options), self.loop))
 
-    def probe(self) -> None:
+    def probe(self, **options: Any) -> None:
         """DataError unless the model answers a word, asked once."""
-        asked = self._ask([{"role": "user", "content": "?"}], {"max_tokens": 1})
-        with contextlib.suppress(ValueError):  # a token without text is an answer, too
-            try:
-                asyncio.run_coroutine_threadsafe(asked, self.loop).result()
-            except (openai.OpenAIError, TimeoutError) as error:
-                c = self.config
-                raise DataError(f"{c.url} does not serve {c.model!r} ({_reason(error)}); see {self.name}") from None
+        asked = self._ask([{"role": "user", "content": "?"}], {"max_tokens": 1, **options})
+        try:
+            asyncio.run_coroutine_threadsafe(asked, self.loop).result()
+        except (openai.OpenAIError, TimeoutError, *_HALF) as error:
+            c = self.config
+            raise DataError(f"{c.url} does not serve {c.model!r} ({_reason(error)}); see {self.name}") from None
+        except ValueError:
+            pass  # a token without text is an answer, too
 
     def told(self) -> dict[str, float]:
         """The usage so far and what it cost, for people."""
@@ -119,7 +120,7 @@ class Endpoint:
                 kind, detail, pause = "timeout", f"no whole answer within {self.config.timeout_s} s", None
             except openai.APIStatusError as error:  # 400, 422: this request is at fault, such as a context too long
                 raise PolicyFailure("endpoint, refused", _reason(error)) from None
-            except (openai.OpenAIError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            except (openai.OpenAIError, ValueError, *_HALF) as error:
                 kind, detail, pause = "malformed", _reason(error), None
             if attempt < self.config.retries:
                 self.usage.retries += 1

@@ -18,13 +18,19 @@ from rsagent_jax.rollout.policy import PolicyFailure, Request, TextPolicy
 from rsagent_jax.types import Completion, DataError
 
 GROUP = "policy.remote"  # of the config
-NEVER = -100  # the API's lowest bias: such a token is not drawn
+NEVER = -100.0  # the API's lowest bias: such a token is not drawn. transformers' server takes no whole number
 
 
-def check_served(config: EndpointConfig) -> None:
+def check_served(config: EndpointConfig, processor: Processor) -> None:
     """DataError unless the model answers there."""
     check_endpoint(config, GROUP)
-    Endpoint.shared(config, GROUP).probe()
+    Endpoint.shared(config, GROUP).probe(temperature=0.0, logit_bias=placeholder_bias(processor))
+
+
+def placeholder_bias(processor: Processor) -> dict[str, float]:
+    """`logit_bias` of a request."""
+    ids = map(processor.tokenizer.token_to_id, PLACEHOLDERS)
+    return {str(token): NEVER for token in ids if token is not None}
 
 
 class ServedPolicy(TextPolicy):
@@ -35,8 +41,7 @@ class ServedPolicy(TextPolicy):
         slots = sampling.slots or policy.remote.concurrent
         super().__init__(lambda task, state: "", processor, slots=slots, threads=slots, context=sampling.context)
         self.max_new_tokens, self.sampling, self.seed = sampling.max_new_tokens, sampling, seed
-        ids = map(processor.tokenizer.token_to_id, PLACEHOLDERS)
-        self.bias = {str(token): NEVER for token in ids if token is not None}
+        self.bias = placeholder_bias(processor)
 
     def warm_up(self) -> None:
         """Nothing is compiled."""

@@ -79,8 +79,9 @@ def check_policy(policy: PolicyConfig, agent: AgentConfig, sampling: SamplingCon
     if policy.backend == "openai":
         from rsagent_jax.rollout.served import check_served
 
-        budget = check_budget(agent, Processor.load(processor_directory(policy.weights)), sampling)
-        check_served(policy.remote)
+        processor = Processor.load(processor_directory(policy.weights))
+        budget = check_budget(agent, processor, sampling)
+        check_served(policy.remote, processor)
         return budget
     return check_rollout(agent, sampling, *check_weights(policy.weights), "")
 
