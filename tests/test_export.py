@@ -1,10 +1,12 @@
 """Exported directories hold the very weights, in the promised dtype, and are read by transformers and by us."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
 import shutil
 
+import huggingface_hub
 import jax
 import numpy as np
 import optax
@@ -13,9 +15,13 @@ from flax import nnx
 from safetensors import safe_open
 
 from rsagent_jax import export
+from rsagent_jax.config.build import to_dict
+from rsagent_jax.config.schema import DataConfig, GrpoConfig, LoraConfig, PolicyConfig, SftConfig, TrainConfig
+from rsagent_jax.data import serving
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
-from rsagent_jax.models.qwen25_vl.load import load_policy
+from rsagent_jax.models.qwen25_vl.load import load_policy, weights_checksum
+from rsagent_jax.report import model_card
 from rsagent_jax.runtime.command import run_command
 from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.state import create_state
@@ -171,3 +177,95 @@ def test_what_cannot_be_exported_is_one_line(stage, tmp_path, capsys):
     shutil.copytree(directory / "policy", unfinished / "policy")
     assert "no finished checkpoint" in refused(capsys, f"--checkpoint={unfinished}", f"--out={tmp_path / 'b'}")
     assert not any((tmp_path / name).exists() for name in "ab")
+
+
+def test_servers_find_the_template_the_ends_and_no_sampling_but_ours(tmp_path):
+    """Qwen2.5-VL's own generation_config.json has a repetition penalty, which servers would apply."""
+    source = tmp_path / "base"
+    shutil.copytree(TINY, source)
+    own = {"bos_token_id": 893, "eos_token_id": [895, 893], "repetition_penalty": 1.05, "temperature": 1e-6}
+    (source / "generation_config.json").write_text(json.dumps(own))
+    assert run(f"--checkpoint={source}", f"--out={tmp_path / 'hf'}") == 0
+    written = {name: json.loads((tmp_path / "hf" / name).read_text()) for name in ("generation_config.json",)}
+    kept = {"bos_token_id": 893, "eos_token_id": [893, 895], "do_sample": True, "top_k": 0}
+    assert written["generation_config.json"] == kept
+    assert Processor.load(tmp_path / "hf").end_ids == Processor.load(source).end_ids == {893, 895}
+    theirs = json.loads((TINY / "tokenizer_config.json").read_text())
+    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert settings.pop("response_template") == serving.VERBATIM and settings == theirs
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == theirs["chat_template"]
+    for name in ("tokenizer_config.json", "generation_config.json"):  # weights without a template get Qwen's
+        (source / name).write_text("{}")
+    serving.write_serving_files(source, tmp_path / "hf")
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == theirs["chat_template"]
+
+
+@pytest.mark.parametrize("turn", ["<think>a</think>\n<tool_call>\n{broken\n</tool_call>", " <think>\n", "b\n\n"])
+def test_transformers_server_leaves_a_turn_as_it_was_written(turn):
+    chat_parsing = pytest.importorskip("transformers.utils.chat_parsing")
+    prefix = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    for end in ("<|im_end|>", "<|endoftext|>", ""):
+        assert chat_parsing.parse_response(turn + end, serving.VERBATIM, prefix=prefix) == {"content": turn}
+
+
+############################## The model card ##############################
+
+
+def card(out) -> tuple[huggingface_hub.ModelCardData, str]:
+    made = huggingface_hub.ModelCard.load(out / "README.md")
+    return made.data, " ".join(made.text.split())
+
+
+def test_the_card_of_bare_weights_says_that_nothing_is_known(tmp_path):
+    shutil.copytree(TINY, tmp_path / "base")
+    assert run(f"--checkpoint={tmp_path / 'base'}", f"--out={tmp_path / 'hf'}") == 0
+    data, text = card(tmp_path / "hf")
+    assert data.library_name == "transformers" and data.license is None and data.base_model is None
+    assert "Not known: the weights do not lie in a run" in text and "no results of these weights" in text
+    assert "Not known here. These weights are made from `base`" in text and "`<|image_pad|>`" in text
+    assert str(tmp_path) not in text
+    assert run(f"--checkpoint={TINY}", f"--out={tmp_path / 'tiny'}", "--license=mit") == 0
+    assert card(tmp_path / "tiny")[0].license == "mit"
+
+
+def test_the_card_tells_of_the_run_and_of_evaluations_of_these_very_weights(stage, tmp_path, capsys):
+    checkpoint = tmp_path / "run" / "checkpoints" / "grpo"
+    shutil.copytree(stage[0], checkpoint)
+    policy = PolicyConfig(weights="Qwen/Qwen2.5-VL-7B-Instruct", lora=LoraConfig(rank=8))
+    config = TrainConfig(policy=policy, sft=SftConfig(trajectories=str(tmp_path / "set")), seed=5)
+    config = dataclasses.replace(config, grpo=GrpoConfig(data=DataConfig(root=str(tmp_path), dataset="refcoco")))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(config)))
+    (tmp_path / "set").mkdir()
+    teacher = {"function": "a:b", "remote": {"model": "big"}}
+    stored = {"records": 12, "filter": {"min_iou": 0.9}, "config": {"teacher": teacher, "data": to_dict(DataConfig())}}
+    (tmp_path / "set" / "collect.json").write_text(json.dumps(stored))
+    results = {"benchmark": "B val", "n": 7, "giou": 0.5, "giou_ci95": [0.25, 0.75], "ciou": 0.4, "mean_turns": 2.0}
+    results |= {"tool_error_rate": 0.1, "segmenter": {"identity": "discs"}, "weights_sha256": None}
+    for name, checksum in (("near", weights_checksum(str(checkpoint))), ("other", "abc")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(results | {"weights_sha256": checksum}))
+    text = model_card.model_card(str(checkpoint), "mine", "bfloat16", "", [])
+    data, text = huggingface_hub.ModelCard(text).data, " ".join(text.split())
+    assert data.base_model == "Qwen/Qwen2.5-VL-7B-Instruct" and data.license is None
+    assert [(r.dataset_name, r.metric_type, r.metric_value) for r in data.eval_results] == [
+        ("B val", "giou", 0.5),
+        ("B val", "ciou", 0.4),
+    ]
+    for words in (
+        "`grpo`, update 0, seed 5",
+        "12 trajectories on refcocog, umd, train, by `a:b (big)`, of final IoU >= 0.9",
+        "GRPO data | refcoco, umd, train |",
+        "100 steps planned, of 16 prompts x 4 samples and 1 updates, ratio grpo",
+        "1 final + 0.5 process + 0.2 format",
+        "LoRA | rank 8, merged",
+        "| B val | 7 | 0.500 [0.250, 0.750] | 0.400 | 2.00 | 10.0 % | discs |",
+        "Weights are bfloat16, rounded from float32",
+        "made from `Qwen/Qwen2.5-VL-7B-Instruct`; their licence holds",
+    ):
+        assert words in text, (words, text)
+    assert str(tmp_path) not in text
+    given = lambda name: (f"--checkpoint={checkpoint}", f"--out={tmp_path / 'hf'}", f"--evaluation={tmp_path / name}")  # noqa: E731
+    assert "other/results.json is not of" in refused(capsys, *given("other"))
+    assert "gone/results.json does not exist" in refused(capsys, *given("gone"))
+    assert not (tmp_path / "hf").exists() and run(*given("near")) == 0
+    assert card(tmp_path / "hf")[1].count("B val |") == 1

@@ -4,8 +4,6 @@ It reads the very ids that our engine reads, and every answer is checked for tha
 tokens again here: a turn is stored as the tokenizer writes it, without log-probs, so it is played with, not trained on.
 """
 
-import itertools
-
 import numpy as np
 
 from rsagent_jax.agent.environment import EnvState, read_before
@@ -80,8 +78,6 @@ class ServedPolicy(TextPolicy):
     def _prompt_tokens(self, state: EnvState) -> int:
         """Of all that was said and shown, encoded at once as a server does."""
         before = [read_before(state, turn) for turn in range(len(state.turns) + 1)]
-        said = itertools.chain.from_iterable(
-            itertools.zip_longest((text for text, _ in before), (turn.text for turn in state.turns), fillvalue="")
-        )
+        said = "".join(turn.text + text for turn, (text, _) in zip(state.turns, before[1:], strict=True))
         images = [image for _, shown in before for image in shown]
-        return len(self.processor.prompt("".join(said), images, 0, state.limits)[0].tokens)
+        return len(self.processor.prompt(before[0][0] + said, images, 0, state.limits)[0].tokens)

@@ -10,6 +10,7 @@ import pytest
 from agent_fakes import DiscSegmenter
 from PIL import Image
 
+from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import (
     EndpointConfig,
@@ -19,6 +20,7 @@ from rsagent_jax.config.schema import (
     SegmentConfig,
     TrainConfig,
 )
+from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.serving import write_serving_files
 from rsagent_jax.models.qwen25_vl.load import copy_policy_files
 from rsagent_jax.rollout import startup
@@ -40,11 +42,11 @@ def policy_config(server, **remote):
     return PolicyConfig(weights=str(small.weights()), backend="openai", remote=remote)
 
 
-def play(server, task=None, sampling=SAMPLING, **remote):
-    policy = open_policy(policy_config(server, **remote), small.processor(), sampling, small.AGENT, 0)
-    ((trajectory, state),) = Driver(policy, DiscSegmenter(), small.processor(), small.AGENT).run(
-        [task or small.task(0)]
-    )
+def play(server, task=None, sampling=SAMPLING, processor=None, **remote):
+    processor = processor or small.processor()
+    policy = open_policy(policy_config(server, **remote), processor, sampling, small.AGENT, 0)
+    driver = Driver(policy, DiscSegmenter(), processor, small.AGENT)
+    ((trajectory, state),) = driver.run([task or small.task(0)])
     policy.release_memory()
     return trajectory, state
 
@@ -116,15 +118,12 @@ def test_a_server_that_reads_another_prompt_ends_the_command_at_the_first_turn()
 
 
 def test_a_shape_that_servers_enlarge_is_a_failure_of_its_own_trajectory():
-    task = small.task(0, h=20, w=300)
-    state = play_counted(task)
+    p = small.processor()
+    squares = dataclasses.replace(p.images, limits=PixelLimits(28, 112 * 112, 112 * 112))
+    with Server([lambda body: counted(body, 7)]) as server:
+        _, state = play(server, small.task(0, h=20, w=300), processor=Processor(p.tokenizer, squares, p.config))
     kind, why = failure_of(state)
     assert state.status is Status.POLICY_FAILED and kind == "endpoint, picture" and "300x20" in why
-
-
-def play_counted(task):
-    with Server([lambda body: counted(body, 7)]) as server:
-        return play(server, task)[1]
 
 
 @pytest.mark.parametrize(
@@ -157,13 +156,12 @@ def test_nothing_is_played_where_the_model_is_not_served():
 
 def test_a_turn_that_its_budget_cut_is_unfinished_and_placeholders_become_text():
     def answer(body):
-        text = turn(body)
         if len(body["messages"]) > 2:
-            return good(text)
+            return good(turn(body), usage=False)
         status, headers, said = good("<think>see <|image_pad|><|box_start|>" + "a" * 500, usage=False)
         return status, headers, said.replace('"stop"', '"length"')
 
-    with Server([lambda body: answer(body)]) as server:
+    with Server([answer]) as server:
         trajectory, _ = play(server)
     first = trajectory.turns[0]
     assert first.text.startswith("<think>see (|image_pad|><|box_start|>aaa") and first.error is not None
@@ -179,8 +177,8 @@ def test_what_is_drawn_depends_on_the_task_and_the_turn():
             play(server, small.task(0, uid), warm)
         play(server, dataclasses.replace(small.task(0), temperature=0.0), warm)
     seeds = [body.get("seed") for body in server.asked]
-    assert seeds[:4] == seeds[4:8] and len({*seeds[:4], *seeds[8:12]}) == 8 and seeds[12:] == [None] * 4
-    assert {body["temperature"] for body in server.asked[:12]} == {0.5} and server.asked[0]["top_p"] == 0.9
+    assert seeds[:5] == seeds[5:10] and len({*seeds[:5], *seeds[10:15]}) == 10 and seeds[15:] == [None] * 5
+    assert {body["temperature"] for body in server.asked[:15]} == {0.5} and server.asked[0]["top_p"] == 0.9
 
 
 def test_an_answer_is_put_together_where_the_server_took_thought_and_call_out():
