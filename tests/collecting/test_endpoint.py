@@ -95,7 +95,7 @@ def ask(c, n=1):
 
     def one(_):
         try:
-            return shared.complete([{"role": "user", "content": "?"}])
+            return shared.complete([{"role": "user", "content": "?"}]).text
         except (PolicyFailure, DataError) as error:
             return error
 
