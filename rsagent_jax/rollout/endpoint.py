@@ -190,4 +190,6 @@ def _retry_after(error: openai.OpenAIError) -> float | None:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    body = getattr(error, "body", None)
+    detail = body.get("detail", "") if isinstance(body, dict) else ""  # FastAPI's word, which the client leaves out
+    return " ".join(f"{error} {detail}".split())[:200] or type(error).__name__

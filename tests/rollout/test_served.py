@@ -147,6 +147,8 @@ def test_nothing_is_played_where_the_model_is_not_served():
 
     with Server([(404, {}, '{"error": {"message": "no model m"}}')]) as server:
         refused("does not serve 'm' .*no model m.*; see policy.remote", check, server)
+    with Server([(400, {}, '{"detail": "pinned to n"}')]) as server:
+        refused("does not serve 'm' .*pinned to n.*; see policy.remote", check, server)
     refused("does not serve 'm' .*onnection", check, server, url="http://127.0.0.1:9/v1")  # nobody listens there
     with Server([lambda body: (200, {"sleep": 1}, "{}")]) as server:
         refused("does not serve 'm'", check, server, timeout_s=0.2)
