@@ -65,8 +65,9 @@ def test_a_hugging_face_directory_comes_back_bit_for_bit(tmp_path, capsys):
     out = tmp_path / "new" / "hf"
     assert run(f"--checkpoint={TINY}", f"--out={out}") == 0
     before = assert_same_tensors(TINY, out)
-    assert {p.name for p in out.iterdir()} == {p.name for p in TINY.iterdir()}
-    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+    added = {"README.md", "chat_template.jinja", "generation_config.json"}
+    assert {p.name for p in out.iterdir()} == {p.name for p in TINY.iterdir()} | added
+    for name in ("tokenizer.json", "preprocessor_config.json"):
         assert (out / name).read_bytes() == (TINY / name).read_bytes()
     assert json.loads((out / "config.json").read_text()) == json.loads((TINY / "config.json").read_text())
     file = (out / "model.safetensors").read_bytes()

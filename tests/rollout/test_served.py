@@ -10,6 +10,7 @@ import pytest
 from agent_fakes import DiscSegmenter
 from PIL import Image
 
+import evaluate
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import (
@@ -212,3 +213,12 @@ def test_settings_that_do_not_go_with_it_are_named():
         assert "sampling.top_k is not in the API" in problems and "sampling.stop_ids" in problems
     refused("policy.backend must be engine, got openai", build_config, TrainConfig, {"policy": policy})
     assert build_config(EvalConfig, {"policy": policy}).slowest_answer_s > 120 + 6 * 120
+
+
+def test_an_evaluation_says_where_it_was_served_and_no_checksum():
+    policy = {"weights": str(small.weights()), "backend": "openai", "remote": {"url": "http://h/v1", "model": "m"}}
+    made = build_config(EvalConfig, {"policy": policy})
+    settings = evaluate.evaluation_resume_fingerprint(made, {"row": "policy"})
+    assert settings["served"] == {"url": "http://h/v1", "model": "m"} and "weights_sha256" not in settings
+    ours = dataclasses.replace(made, policy=dataclasses.replace(made.policy, backend="engine"))
+    assert evaluate.evaluation_resume_fingerprint(ours, {})["weights_sha256"] and settings["pixel_limits"]
