@@ -115,6 +115,8 @@ def play_share(config: EvalConfig, workdir: pathlib.Path, share: processes.Share
             PROGRESS.enter_part("weights")
             driver = bounds.oracle_driver(config, segmenter) if oracle else policy_driver(config, segmenter, workdir)
             measure(config, workdir, samples, left, len(mine), driver, journal)
+            if config.policy.backend == "openai" and not oracle:
+                print(f"  endpoint: {driver.policy.endpoint.told()}")
     PROGRESS.enter("results")
     return Played(samples, current, row, settings)
 

@@ -265,8 +265,16 @@ def test_the_card_tells_of_the_run_and_of_evaluations_of_these_very_weights(stag
     ):
         assert words in text, (words, text)
     assert str(tmp_path) not in text
+    (tmp_path / "set" / "collect.json").unlink()
+    (tmp_path / "near" / "results.json").rename(tmp_path / "near" / "kept")
+    text = " ".join(model_card.model_card(str(checkpoint), "mine", "bfloat16", "", []).split())
+    assert "trajectories of `set`, of which nothing is known" in text and "no results of these weights" in text
+    (tmp_path / "near" / "kept").rename(tmp_path / "near" / "results.json")
+    (tmp_path / "run" / "config.json").write_text('{"gone": 1}')
+    assert "Not known: the weights do not lie" in model_card.model_card(str(checkpoint), "mine", "bfloat16", "", [])
+    assert "note: the model card tells nothing of the training" in capsys.readouterr().out
     given = lambda name: (f"--checkpoint={checkpoint}", f"--out={tmp_path / 'hf'}", f"--evaluation={tmp_path / name}")  # noqa: E731
-    assert "other/results.json is not of" in refused(capsys, *given("other"))
+    assert "other/results.json is not an evaluation of" in refused(capsys, *given("other"))
     assert "gone/results.json does not exist" in refused(capsys, *given("gone"))
     assert not (tmp_path / "hf").exists() and run(*given("near")) == 0
     assert card(tmp_path / "hf")[1].count("B val |") == 1

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import rsagent_jax
+from rsagent_jax.config.build import build_config, to_dict
+from rsagent_jax.config.schema import OptimConfig, TrainConfig
 from rsagent_jax.data.serving import PLACEHOLDERS
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory, weights_checksum
@@ -20,6 +22,7 @@ from rsagent_jax.types import DataError
 from sam_bridge import hub
 
 RESULTS = "results.json"  # of an evaluation
+FIGURES = {"benchmark", "n", "giou", "giou_ci95", "ciou", "mean_turns", "tool_error_rate", "segmenter"}
 TINY = "assets/tiny-base"
 
 
@@ -34,8 +37,8 @@ def model_card(checkpoint: str, name: str, dtype: str, licence: str, evaluations
     path = local_weights(checkpoint)
     stage = policy_directory(checkpoint) != path
     run = path.parent.parent if stage else None
-    config = read_json(run / "config.json") if run and (run / "config.json").exists() else None
-    base = _name(config["policy"]["weights"] if config else "" if stage else checkpoint)
+    config = _run_config(run)
+    base = _name(config.policy.weights if config else "" if stage else checkpoint)
     licence = licence or ("apache-2.0" if base == TINY else "")
     results, checksum = _results(checkpoint, run, evaluations)
     metrics = [(r, metric) for r in results for metric in ("giou", "ciou")]
@@ -66,43 +69,53 @@ def model_card(checkpoint: str, name: str, dtype: str, licence: str, evaluations
     return str(ModelCard.from_template(data, template_str=template.read_text(encoding="utf-8"), **values))
 
 
-def _training(config: dict[str, Any], path: pathlib.Path, step: str) -> Iterable[tuple[str, str]]:
-    """Rows of what the run's config.json says."""
-    stages, last, grpo = config["stages"], path.name, config["grpo"]
-    stages = stages[: stages.index(last) + 1] if last in stages else stages
-    yield "checkpoint", f"`{last}`, update {find_step(path, step)}, seed {config['seed']}"
-    yield "began with", f"`{_name(config['policy']['weights'])}`"
-    made_up = (open_path(grpo["data"]["root"] or ".") / STAMP).exists()
+def _run_config(run: pathlib.Path | None) -> TrainConfig | None:
+    """What the run's config.json says, with the defaults of fields that it is too old for. None for one that this
+    version cannot read."""
+    if run is None or not (run / "config.json").exists():
+        return None
+    try:
+        return build_config(TrainConfig, read_json(run / "config.json"))
+    except DataError as error:
+        print(f"note: the model card tells nothing of the training: {error}")
+        return None
+
+
+def _training(c: TrainConfig, path: pathlib.Path, step: str) -> Iterable[tuple[str, str]]:
+    """Rows of a table."""
+    stages = c.stages[: c.stages.index(path.name) + 1] if path.name in c.stages else c.stages
+    yield "checkpoint", f"`{path.name}`, update {find_step(path, step)}, seed {c.seed}"
+    yield "began with", f"`{_name(c.policy.weights)}`"
+    made_up = (open_path(c.grpo.data.root or ".") / STAMP).exists()
     if "sft" in stages:
-        yield "SFT data", _collected(config["sft"]["trajectories"], grpo["data"] if made_up else {})
-        yield "SFT", f"{config['sft']['epochs']:g} epochs planned, {_optimiser(config['sft'])}"
+        yield "SFT data", _collected(c.sft.trajectories, to_dict(c.grpo.data) if made_up else {})
+        yield "SFT", f"{c.sft.epochs:g} epochs planned, {_optimiser(c.sft.optim)}"
     if "grpo" in stages:
-        yield "GRPO data", _data_set(grpo["data"], made_up)
-        shape = f"{grpo['steps']} steps planned, of {grpo['prompts']} prompts x {grpo['group']} samples"
-        shape += f" and {grpo['epochs'] * grpo['minibatches']} updates"
-        rule = f"ratio {grpo['ratio']}, advantage {grpo['advantage']}, clip {grpo['clip_low']:g}/{grpo['clip_high']:g}"
-        yield "GRPO", f"{shape}, {rule}, KL {grpo['kl']:g}, {_optimiser(grpo)}"
-        yield "reward", " + ".join(f"{group['weight']:g} {group['name']}" for group in grpo["reward"])
-    if rank := config["policy"]["lora"]["rank"]:
-        yield "LoRA", f"rank {rank}, merged"
-    agent, limit = config["agent"], config["agent"]["max_pixels"] or "the weights' own"
-    yield "prompt", f"{agent['prompt']}; overlays of {agent['history_size']} px, views of at most {limit} pixels"
-    yield "segmenter", f"{config['segmenter']['backend']} ({config['segmenter']['mode']})"
+        g = c.grpo
+        yield "GRPO data", _data_set(to_dict(g.data), made_up)
+        shape = f"{g.steps} steps planned, of {g.prompts} prompts x {g.group} samples and {g.updates} updates"
+        rule = f"ratio {g.ratio}, advantage {g.advantage}, clip {g.clip_low:g}/{g.clip_high:g}, KL {g.kl:g}"
+        yield "GRPO", f"{shape}, {rule}, {_optimiser(g.optim)}"
+        yield "reward", " + ".join(f"{group.weight:g} {group.name}" for group in g.reward)
+    if c.policy.lora.rank:
+        yield "LoRA", f"rank {c.policy.lora.rank}, merged"
+    limit = c.agent.max_pixels or "the weights' own"
+    yield "prompt", f"{c.agent.prompt}; overlays of {c.agent.history_size} px, views of at most {limit} pixels"
+    yield "segmenter", f"{c.segmenter.backend} ({c.segmenter.mode})"
 
 
 def _collected(directory: str, made_up: dict[str, Any]) -> str:
     """Where SFT's trajectories are from. `made_up`: the data whose scenes are known to be made up."""
-    stamp = open_path(directory) / "collect.json"
-    if not directory or not stamp.exists():
+    try:
+        stored = read_json(open_path(directory) / "collect.json")
+        teacher, data = stored["config"]["teacher"], stored["config"]["data"]
+        who = teacher.get("function") or f"a policy of its own, sha256 {teacher['weights_sha256'][:12]}"
+        who += f" ({model})" if (model := teacher.get("remote", {}).get("model")) else ""
+        data_set = _data_set(data, all(made_up.get(name) == data[name] for name in ("dataset", "split_by")))
+        kept = f"of final IoU >= {stored['filter']['min_iou']:g}"
+        return f"{stored['records']} trajectories on {data_set}, by `{who}`, {kept}"
+    except (DataError, KeyError):  # gone, or of another version
         return f"trajectories of `{_name(directory)}`, of which nothing is known here"
-    stored = read_json(stamp)
-    config = stored["config"]
-    teacher, data = config["teacher"], config["data"]
-    who = teacher.get("function") or f"a policy of its own, sha256 {teacher['weights_sha256'][:12]}"
-    who = f"{who} ({teacher['remote']['model']})" if teacher.get("remote", {}).get("model") else who
-    same = all(made_up.get(name) == data[name] for name in ("dataset", "split_by"))
-    kept = f"of final IoU >= {stored['filter']['min_iou']:g}"
-    return f"{stored['records']} trajectories on {_data_set(data, same)}, by `{who}`, {kept}"
 
 
 def _data_set(data: dict[str, Any], made_up: bool) -> str:
@@ -110,10 +123,9 @@ def _data_set(data: dict[str, Any], made_up: bool) -> str:
     return ", ".join(map(str, names)) + (" (scenes made by `rsagent_jax.tiny.synthetic`)" if made_up else "")
 
 
-def _optimiser(stage: dict[str, Any]) -> str:
-    optim = stage["optim"]
-    frozen = f", frozen: {', '.join(optim['freeze'])}" if optim["freeze"] else ""
-    return f"AdamW, lr {optim['lr']:g} ({optim['schedule']}){frozen}"
+def _optimiser(optim: OptimConfig) -> str:
+    frozen = f", frozen: {', '.join(optim.freeze)}" if optim.freeze else ""
+    return f"AdamW, lr {optim.lr:g} ({optim.schedule}){frozen}"
 
 
 def _results(checkpoint: str, run: pathlib.Path | None, given: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
@@ -127,10 +139,13 @@ def _results(checkpoint: str, run: pathlib.Path | None, given: Sequence[str]) ->
     checksum, out = weights_checksum(checkpoint), []
     for file in (*asked, *near):
         results = read_json(file)
-        if results.get("weights_sha256") == checksum and not results.get("sees_the_truth"):
-            out.append(results)
+        if results.get("weights_sha256") == checksum and results.keys() >= FIGURES:
+            out += [results] * (results not in out)
         elif file in asked:
-            raise DataError(f"{file} is not of {checkpoint}: it says weights_sha256 {results.get('weights_sha256')}")
+            raise DataError(
+                f"{file} is not an evaluation of {checkpoint}, whose weights_sha256 is {checksum}; its own is"
+                f" {results.get('weights_sha256')}"
+            )
     return out, checksum
 
 
