@@ -17,7 +17,7 @@ from rsagent_jax.types import DataError
 from tests.gcloud_stand_in import GCLOUD
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OURS = re.compile(
     r"(?<![\w/.-])(?:\S*/)?python (?:-m ((?:rsagent_jax|sam_bridge)[\w.]*)|(train|evaluate)\.py) ?([^|\n]*)"
 )
