@@ -9,6 +9,14 @@ import griffe
 from mkdocs.structure.files import File
 
 
+def on_config(config):
+    """Pages that the menu of mkdocs.yml does not name stand at its end."""
+    pages = sorted(pathlib.Path(config.docs_dir).glob("*.md"))
+    named = {path for section in config.nav for _, path in _pages(section)}
+    if rest := [{page.read_text().split("\n")[0].strip("# "): page.name} for page in pages if page.name not in named]:
+        config.nav.append({"More": rest})
+
+
 def on_files(files, config):
     """Each notebook gets a page with its text and code, beside the file itself."""
     for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
