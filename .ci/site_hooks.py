@@ -39,6 +39,11 @@ def on_page_markdown(markdown, config, **_):
     return markdown.replace(".ipynb)", ".md)").replace(".ipynb?file)", ".ipynb)")
 
 
+def on_page_content(html, page, **_):
+    """Blocks of the page of errors are messages, which are broken into lines."""
+    return html.replace('class="highlight"', 'class="highlight message"') if page.file.src_uri == "faq.md" else html
+
+
 def _pages(section):
     for title, entry in section.items():
         yield from [(title, entry)] if isinstance(entry, str) else itertools.chain(*map(_pages, entry))
