@@ -48,9 +48,9 @@ def installed(tmp_path_factory):
 def test_what_would_be_published_is_whole_and_has_no_tests(installed):
     (wheel,), (sdist,) = installed.dist.glob("*.whl"), installed.dist.glob("*.tar.gz")
     subprocess.run([sys.executable, "-m", "twine", "check", "--strict", wheel, sdist], check=True)
-    folders = ("rsagent_jax", "sam_bridge", "configs", "assets/configs", "assets/tiny-base")
-    files = [path for name in folders for path in (installed.source / name).rglob("*")]
-    wanted = {str(path.relative_to(installed.source)) for path in files if path.is_file()} | {"train.py", "evaluate.py"}
+    files = [p for name in ("rsagent_jax", "sam_bridge", "configs") for p in (installed.source / name).rglob("*")]
+    files += (installed.source / "assets").glob("*/*")
+    wanted = {str(p.relative_to(installed.source)) for p in files if p.is_file()} | {"train.py", "evaluate.py"}
     in_wheel = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert in_wheel == wanted and {"rsagent_jax/py.typed", "sam_bridge/py.typed"} <= wanted
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
