@@ -1,5 +1,5 @@
 # setup: the whole .venv | quickstart: SFT and GRPO on a laptop | view: its trajectories in a browser | test | test-fast |
-# bench | sidecar | lint | proto | requirements | clean
+# bench | sidecar | lint | site: the docs | proto | requirements | clean
 #   make quickstart SEED=1           another seed
 #   make setup PYTHON=/path/python   another interpreter (default: python3.11, else python3)
 #   make setup TPU=1 (or CUDA=1)     with the TPU (or CUDA) build of jax
@@ -30,7 +30,7 @@ RUNTIME := $(call stamp,runtime)
 FULL := $(call stamp,full)
 pin = "$$(sed -n 's/.*"\($(1)==[^"]*\)".*/\1/p' pyproject.toml)"
 
-.PHONY: help setup setup-runtime quickstart view test test-fast bench sidecar lint proto requirements clean
+.PHONY: help setup setup-runtime quickstart view test test-fast bench sidecar lint site proto requirements clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -57,7 +57,7 @@ $(FULL): | $(RUNTIME)
 	@echo "== installing what the side-car and the tests need (torch, sam2, pytest, ...): a few minutes"
 	$(PY) -m pip install $(call pin,torch) $(call pin,setuptools) $(call pin,wheel)
 	$(PY) -m pip install --no-deps $(call pin,torchvision)
-	SAM2_BUILD_CUDA=0 $(PY) -m pip install --no-build-isolation -e ".[demo,gcs,sidecar,dev$(DEVICE_EXTRA)]"
+	SAM2_BUILD_CUDA=0 $(PY) -m pip install --no-build-isolation -e ".[demo,gcs,sidecar,docs,dev$(DEVICE_EXTRA)]"
 	$(PY) -m pip check
 	@touch $@
 
@@ -102,6 +102,11 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+# Pages in site/, which open from disk; no network. make site ARGS=--site-dir=DIR: somewhere else.
+site: export NO_MKDOCS_2_WARNING = 1
+site: setup
+	$(PY) -m mkdocs build --strict $(ARGS)
+
 proto: setup
 	$(PY) -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. sam_bridge/bridge.proto
 
@@ -109,5 +114,5 @@ requirements:
 	python3 .ci/requirements.py
 
 clean:  # caches only: .venv and runs/ stay
-	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis build dist site *.egg-info
 	find . -path ./$(VENV) -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -11,7 +11,7 @@ HEADS = {
 # sam2 builds from source against the torch that is there, so `make setup` installs torch first. Without torch: `pip
 # install -e .[demo]`; on a TPU VM `.[demo,tpu]`.
 """,
-    "requirements-test.txt": "# Written by `make requirements` from pyproject.toml: for tests and tools.\n"
+    "requirements-test.txt": "# Written by `make requirements` from pyproject.toml: for tests, docs and tools.\n"
     "-r requirements.txt\n",
 }
 
@@ -20,7 +20,8 @@ def requirements() -> dict[str, str]:
     """File name -> its text. A range of versions becomes a pin of its first."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lists = [[*project["dependencies"], *extras["demo"], *extras["gcs"], *extras["sidecar"]], extras["dev"]]
+    runtime = [*project["dependencies"], *extras["demo"], *extras["gcs"], *extras["sidecar"]]
+    lists = [runtime, [*extras["docs"], *extras["dev"]]]
     pins = ["".join(re.sub(r">=([\w.]+),.*", r"==\1", pin) + "\n" for pin in listed) for listed in lists]
     return {file: head + text for (file, head), text in zip(HEADS.items(), pins, strict=True)}
 

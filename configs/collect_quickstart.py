@@ -18,7 +18,7 @@ def get_config():
     config.teacher.box = 0.0
     config.teacher.wrong_first = 0.4
     config.teacher.good = 0.8
-    config.teacher.hasty = 0.65  # of all things asked for it has one and stops: GRPO learns when to go on (README)
+    config.teacher.hasty = 0.65  # of all things asked for it has one and stops: docs/quickstart.md
     config.teacher.enough = config.filter.min_iou = 0.25
     config.agent.prompt = "brief"
     config.agent.history_size = 112

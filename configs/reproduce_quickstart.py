@@ -2,7 +2,7 @@
 
   python -m rsagent_jax.reproduce --config=configs/reproduce_quickstart.py --workdir=runs/quickstart
 
-What each stage does and what it was measured to give stands in its own config and in the README.
+What each stage does and what it was measured to give stands in its own config and in docs/quickstart.md.
 """
 
 from ml_collections import ConfigDict

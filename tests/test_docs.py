@@ -1,9 +1,11 @@
 """Every command of README and docs, as its own program reads it: modules, flags, configs and fields are there."""
 
+import ast
 import importlib
 import pathlib
 import re
 import shlex
+import tomllib
 
 import pytest
 
@@ -17,7 +19,7 @@ from rsagent_jax.types import DataError
 from tests.gcloud_stand_in import GCLOUD
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OURS = re.compile(
     r"(?<![\w/.-])(?:\S*/)?python (?:-m ((?:rsagent_jax|sam_bridge)[\w.]*)|(train|evaluate)\.py) ?([^|\n]*)"
 )
@@ -101,6 +103,30 @@ def test_commands_of_most_pages_were_found():
     assert len(FOUND) >= 40 and len({page for page, *_ in FOUND}) >= 9
     with pytest.raises(DataError, match="wrokdir"):
         command.parse_arguments(importlib.import_module("evaluate").main, ["--config=configs/eval.py", "--wrokdir=x"])
+
+
+PYTHON = [
+    (page.name, text)
+    for page in PAGES
+    for text in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(("page", "text"), PYTHON, ids=[f"{page}-{i}" for i, (page, _) in enumerate(PYTHON)])
+def test_snippets_are_python_and_import_what_is_there(page, text):
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            exec(ast.unparse(node), {})
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "rsagent_jax":
+            assert hasattr(importlib.import_module("rsagent_jax"), node.attr)
+
+
+def test_make_targets_and_console_scripts_of_the_pages_are_there():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    targets = set(re.findall(r"(?:^|`)make (?:-C \S+ )?([a-z][\w-]*)", text, re.MULTILINE))
+    assert targets and targets <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    scripts = set(re.findall(r"(?:^|`)(rsagent-[a-z-]+)(?=[` ])", text, re.MULTILINE)) - {"rsagent-jax"}
+    assert scripts and scripts <= set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"])
 
 
 def test_the_vendors_commands_have_flags_that_exist():

@@ -1,4 +1,4 @@
-"""What the README tells a user to paste works, and what it says of commands and folders is true."""
+"""What README and quickstart page tell a user to paste works, and what they say of commands and folders is true."""
 
 import dataclasses
 import pathlib
@@ -20,6 +20,7 @@ from rsagent_jax.types import Sample, Status, Trajectory
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
 
 
 def block(after: str, language: str, page: str = README) -> str:
@@ -48,14 +49,16 @@ def parts(groups, final: np.ndarray) -> dict[str, float]:
 
 
 def test_the_pasted_reward_of_the_readme_is_what_the_named_override_trains_with(tmp_path, monkeypatch):
-    code = block("### Swap a reward", "python")
+    code = block("## Swap a reward", "python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     (tmp_path / "my_rewards.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    argv = shlex.split(block("### Swap a reward", "").replace("\\\n", " "))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    argv = shlex.split(block("## Swap a reward", "").replace("\\\n", " "))
     override = next(a for a in argv if a.startswith("--config.grpo.reward"))
-    groups = train_flags(["--config=configs/quickstart.py", override])["config"].grpo.reward
-    assert "my_rewards:boundary_bonus" in str(groups)
+    config = f"--config={ROOT}/configs/quickstart.py"
+    monkeypatch.chdir(tmp_path)
+    groups = train_flags([config, override])["config"].grpo.reward
+    assert "my_rewards.py:boundary_bonus" in str(groups)
     pixels = np.arange(100).reshape(10, 10)
     assert parts(groups, pixels < 49)["final"] == 1.0  # IoU 0.98, above the 0.95 of the example
     assert parts(groups, pixels < 40)["final"] == 0.0  # IoU 0.8
@@ -64,13 +67,14 @@ def test_the_pasted_reward_of_the_readme_is_what_the_named_override_trains_with(
 def test_the_segment_examples_ask_for_what_is_there_and_for_what_is_not():
     """By the scene's own truth: the first names one object, alone, and the second nothing."""
     makefile, recipe = ((ROOT / name).read_text() for name in ("Makefile", "configs/reproduce_quickstart.py"))
-    command = block("### Try it on a picture", "").replace("\\\n", " ")
+    command = block("## Try it on a picture", "", QUICKSTART).replace("\\\n", " ")
     asked = [shlex.split(line)[3:5] for line in command.splitlines()]
+    assert " ".join(command.splitlines()[0].split()) in " ".join(README.replace("\\\n", " ").split())
     (present, absent), (image_id,) = [q for _, q in asked], {int(re.search(r"(\d+)\.jpg$", p)[1]) for p, _ in asked}
     number, index = divmod(image_id - 1, 10_000_000)
     split = synthetic.SPLITS[number]
     assert split != "train" and index < int(re.search(rf"--{split}=(\d+)", recipe)[1])
-    assert re.search(r"^SEED \?= 0$", makefile, re.MULTILINE) and "scene of seed 0" in README
+    assert re.search(r"^SEED \?= 0$", makefile, re.MULTILINE) and "scene of seed 0" in QUICKSTART
     config = scenes.SceneConfig()
     scene, references = synthetic.scene_at(0, split, index, 1, config, scenes.load_photos())
     texts = {text: list(reference.objects) for reference in references for text in reference.texts}
@@ -78,8 +82,8 @@ def test_the_segment_examples_ask_for_what_is_there_and_for_what_is_not():
     assert scenes.objects_described(scene.objects, absent) == [] and texts[absent] == []
 
 
-def test_the_words_that_the_readme_lists_are_those_of_the_scenes():
-    text = " ".join(README.split())
+def test_the_words_that_the_quickstart_page_lists_are_those_of_the_scenes():
+    text = " ".join(QUICKSTART.split())
     assert f"six colours ({', '.join(scenes.COLORS)}), four shapes ({', '.join(scenes.SHAPES)})" in text
     assert (len(scenes.COLORS), len(scenes.SHAPES), tuple(scenes.SIZES)) == (6, 4, ("small", "large"))
     assert f"({', '.join(scenes.RELATIONS)}; {', '.join(scenes.SUPERLATIVES)})" in text
@@ -113,16 +117,17 @@ def test_the_judge_of_the_rewards_page_is_a_term():
     assert flags["config"].grpo.on_reward_error == "drop"
 
 
-def test_every_config_and_module_that_the_readme_names_exists():
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_every_config_and_module_that_the_pages_name_exists():
     assert len(COMMANDS) == 3
-    for name in re.findall(r"--config=(configs/\w+\.py)", README):
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for name in set(re.findall(r"--config=(configs/\w+\.py)", text)):
         assert (ROOT / name).exists(), name
-    for module in re.findall(r"python -m ([\w.]+)", README):
+    for module in set(re.findall(r"python -m ((?:rsagent_jax|sam_bridge)[\w.]*\w)", text)):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
-
-
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
