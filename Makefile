@@ -101,7 +101,7 @@ lint: setup
 	$(PY) -m ruff format --check .
 
 proto: setup
-	$(PY) -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. sam_bridge/bridge.proto
+	$(PY) -m grpc_tools.protoc -I. --python_out=. sam_bridge/bridge.proto
 
 requirements:
 	python3 .ci/requirements.py
