@@ -10,13 +10,7 @@ from agent_fakes import disc
 from rsagent_jax.agent import environment
 from rsagent_jax.agent.replay import replay
 from rsagent_jax.config.reward import RewardGroup, RewardTerm
-from rsagent_jax.config.schema import (
-    AgentConfig,
-    BatchConfig,
-    DataConfig,
-    ReadConfig,
-    SftConfig,
-)
+from rsagent_jax.config.schema import AgentConfig, BatchConfig, DataConfig, ReadConfig, SftConfig
 from rsagent_jax.data import packing, trajectories
 from rsagent_jax.data.npz import pack_record
 from rsagent_jax.rewards import RewardError
