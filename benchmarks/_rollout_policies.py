@@ -1,7 +1,5 @@
 """The policies that benchmarks/rollout.py plays beside the engine."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import pathlib

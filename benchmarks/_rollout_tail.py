@@ -1,7 +1,5 @@
 """benchmarks/rollout.py's part `tail`: steps of rollouts whose turns, tools and numbers of turns are unequal."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 from collections.abc import Callable, Iterator

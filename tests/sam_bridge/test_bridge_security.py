@@ -1,7 +1,5 @@
 """TLS, the token, and the rule about addresses; the metrics page; logs as JSON."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import logging
