@@ -214,11 +214,6 @@ def test_samples_are_visited_in_a_shuffled_order_that_continues_from_a_saved_pos
     assert again.state() == {"position": 6, "skipped": 0}
 
 
-def test_a_reward_that_does_not_exist_is_said_before_the_first_rollout():
-    reward = (RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_io"),)),)
-    refused("final_iou", source, [[trajectory(0, 20)]], reward=reward)
-
-
 def test_the_trajectory_that_a_reward_fails_on_is_kept(tmp_path):
     (tmp_path / "bad_reward.py").write_text("def f(trajectory, sample):\n    return trajectory.nothing\n")
     reward = (RewardGroup("own", 1.0, (RewardTerm(f"{tmp_path}/bad_reward.py:f"),)),)
