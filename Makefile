@@ -108,7 +108,7 @@ site: setup
 	$(PY) -m mkdocs build --strict $(ARGS)
 
 proto: setup
-	$(PY) -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. sam_bridge/bridge.proto
+	$(PY) -m grpc_tools.protoc -I. --python_out=. sam_bridge/bridge.proto
 
 requirements:
 	python3 .ci/requirements.py

@@ -178,16 +178,15 @@ def open_player(config: TrainConfig, policy: Policy, stack: contextlib.ExitStack
     """Plays through an engine on this process's devices, without weights until it is given some. `stack` closes it."""
     c, dtype, processor = config.grpo, config.policy.dtype, policy.processor
     segmenter = stack.enter_context(open_segmenter(config.segmenter))
-    how = dict(workers=config.segmenter.workers)
     if c.mock.trajectories:
         mocked = MockEngine(c.mock, engine_layout(c.sampling, processor.config)[0], processor)
-        return Driver(mocked, segmenter, processor, config.agent, **how)
+        return Driver(mocked, segmenter, processor, config.agent, workers=config.segmenter.workers)
     model = nnx.merge(policy.graphdef, processes.local_copy(policy.params, policy.mesh, dtype))
     engine = open_engine(model, processor, c.sampling, config.agent, dtype, stage_key(config, "grpo"))
     del model  # with several processes a copy of the parameters
     engine.warm_up()
     engine.release_memory()  # the state is made beside nothing of the engine's
-    return Driver(engine, segmenter, processor, config.agent, **how)
+    return Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
 
 
 def open_validator(
@@ -197,8 +196,9 @@ def open_validator(
     if not config.validation.sets:
         return Validator(config, stage, {}, None, workdir)
     player = source.driver if isinstance(source, GrpoSource) else open_player(config, policy, stack)
-    how = dict(workers=config.segmenter.workers)  # a driver of its own: GRPO's may have trajectories under way
-    driver = Driver(player.policy, player.segmenter, policy.processor, config.agent, **how)
+    # A driver of its own: GRPO's may have trajectories under way.
+    workers = config.segmenter.workers
+    driver = Driver(player.policy, player.segmenter, policy.processor, config.agent, workers=workers)
     return Validator(config, stage, open_validation_sets(config.validation), driver, workdir)
 
 

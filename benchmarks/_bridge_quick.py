@@ -1,8 +1,6 @@
 """Back ends of benchmarks/bridge.py: SAM 2 tiny, random weights, an eighth of its resolution, for toy runs
 (--backend=benchmarks._bridge_quick:sam2); and one that always has the same mask ready."""
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 

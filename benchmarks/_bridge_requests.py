@@ -1,7 +1,5 @@
 """Requests that no honest client sends, for the fuzz test and for benchmarks/bridge.py."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import grpc

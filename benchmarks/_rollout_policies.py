@@ -1,7 +1,5 @@
 """The policies that benchmarks/rollout.py plays beside the engine."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import pathlib
@@ -11,37 +9,20 @@ import numpy as np
 
 
 class Around:
-    """A policy that passes its calls on; the two below change some."""
+    """Another policy, but for what the classes below change; its counts are not the driver's."""
 
     def __init__(self, policy):
         self.policy, self.stats = policy, {}
-        self.slots, self.context = policy.slots, policy.context
-        self.max_new_tokens, self.patches = policy.max_new_tokens, policy.patches
 
-    def begin(self) -> None:
-        self.policy.begin()
-
-    def pick(self, task, free) -> int:
-        return self.policy.pick(task, free)
-
-    def submit(self, request) -> None:
-        self.policy.submit(request)
-
-    def step(self):
-        return self.policy.step()
-
-    def begun(self, slot: int):
-        return self.policy.begun(slot)
-
-    def release(self, slot: int) -> None:
-        self.policy.release(slot)
+    def __getattr__(self, name: str):
+        return getattr(self.policy, name)
 
 
 class Reprefill(Around):
     """Every turn is a new context."""
 
     def begin(self) -> None:
-        super().begin()
+        self.policy.begin()
         self.contexts = {}
 
     def submit(self, request) -> None:
@@ -60,7 +41,7 @@ class Reprefill(Around):
         return ended
 
     def release(self, slot: int) -> None:
-        super().release(slot)
+        self.policy.release(slot)
         self.contexts.pop(slot, None)
 
 
@@ -68,16 +49,16 @@ class Synchronous(Around):
     """Works only when every live trajectory has asked for its turn, and until all of them have it."""
 
     def begin(self) -> None:
-        super().begin()
+        self.policy.begin()
         self.live, self.asked, self.ended = set(), set(), []
 
     def pick(self, task, free) -> int:
-        slot = super().pick(task, free)
+        slot = self.policy.pick(task, free)
         self.live.add(slot)
         return slot
 
     def submit(self, request) -> None:
-        super().submit(request)
+        self.policy.submit(request)
         self.asked.add(request.slot)
 
     def step(self):
@@ -90,7 +71,7 @@ class Synchronous(Around):
         return out
 
     def release(self, slot: int) -> None:
-        super().release(slot)
+        self.policy.release(slot)
         self.live.discard(slot)
 
 

@@ -1,7 +1,5 @@
 """benchmarks/rollout.py's part `tail`: steps of rollouts whose turns, tools and numbers of turns are unequal."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -119,13 +117,18 @@ class Tools:
         self.median_s, self.clock, self.calls = median_s, clock, 0
 
     def segment(self, image, request):
-        from sam_bridge.types import SegmentReply
-
         self.calls += 1
         self.clock.tool_s = seconds = self.median_s * draws(1, self.calls).lognormal(0.0, SPREAD)
-        ys, xs = np.mgrid[: image.shape[0], : image.shape[1]]
-        ((x, y),) = request.points
-        return SegmentReply((xs - x) ** 2 + (ys - y) ** 2 <= 900, 0.9, "", {"total": seconds})
+        return disc(image, request, seconds)
+
+
+def disc(image, request, seconds: float):
+    """The reply of a segmenter that finds one around the click."""
+    from sam_bridge.types import SegmentReply
+
+    ys, xs = np.mgrid[: image.shape[0], : image.shape[1]]
+    ((x, y),) = request.points
+    return SegmentReply((xs - x) ** 2 + (ys - y) ** 2 <= 900, 0.9, "", {"total": seconds})
 
 
 def turns_of(uid: int, most: int) -> int:

@@ -8,8 +8,6 @@ policy that drew RefCOCO's masks exactly would get the first row from RefCOCO-M.
 Figures are of LISA's kind, without its epsilon. REFER holds refcoco/, its pictures and refcoco_m/.
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import json

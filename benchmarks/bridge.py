@@ -15,8 +15,6 @@ SAM 2.1 tiny with random weights; medians; the two sides of a comparison take tu
 one the threads of a team wait for each other, and --threads=1 says more. --toy: small and short, for a test.
 """
 
-from __future__ import annotations
-
 import argparse
 import concurrent.futures
 import contextlib

@@ -8,8 +8,6 @@ passes: batching off, where everything must be equal bit for bit; batching on, w
 within 1e-4 and a mask pixel may differ only where the enlarged logit is within 1e-4 of zero.
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import concurrent.futures

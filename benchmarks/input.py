@@ -6,8 +6,6 @@ Beside it transformers' own image processor on the same pictures (decode include
 --step_seconds and --batch (of a projected step: train.py --aot) it says how many host cores that step needs.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import io

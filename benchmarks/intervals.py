@@ -7,8 +7,6 @@ correlation says; a mask that is found has an IoU between 0.7 and 1. The true me
 or does not. An interval that keeps its promise covers it in 95% of the trials.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import pathlib

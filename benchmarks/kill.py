@@ -16,8 +16,6 @@ cache anew, in other pieces (docs/training.md, Preemption): there numbers may di
 preemption: SIGTERM at the quickstart's own size, seconds to the exit, and how many turns of the rollout were lost.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

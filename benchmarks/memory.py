@@ -14,8 +14,6 @@ exponent  log2 of the growth of `temp` at one doubling: 1 is linear, 2 quadratic
           the length (the image, a piece of the logits) still counts. The last doubling is what is reported
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import itertools

@@ -5,8 +5,6 @@
 Both get the masks that an evaluation has, bool arrays in memory; each figure is the processor time of one core.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import pathlib

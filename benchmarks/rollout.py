@@ -43,6 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from unittest import mock
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -100,24 +101,8 @@ class Work:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Work:
-        return (
-            cls(
-                tasks=3,
-                slots=3,
-                turns=3,
-                new_tokens=4,
-                context=512,
-                view=112,
-                overlay=56,
-                tool_s=0.02,
-                steps=2,
-                prompts=1,
-                group=3,
-                mean_turn=3.0,
-            )
-            if options.toy
-            else cls()
-        )
+        sizes = dict(tasks=3, slots=3, turns=3, new_tokens=4, context=512, view=112, overlay=56)
+        return cls(**sizes, tool_s=0.02, steps=2, prompts=1, group=3, mean_turn=3.0) if options.toy else cls()
 
 
 ############################## The model and the work ##############################
@@ -153,42 +138,44 @@ class Discs:
         self.delay_s = delay_s
 
     def segment(self, image, request):
-        from sam_bridge.types import SegmentReply
-
         time.sleep(self.delay_s)
-        ys, xs = np.mgrid[: image.shape[0], : image.shape[1]]
-        ((x, y),) = request.points
-        return SegmentReply((xs - x) ** 2 + (ys - y) ** 2 <= 900, 0.9, "", {"total": self.delay_s})
+        return _rollout_tail.disc(image, request, self.delay_s)
+
+
+def scripted(policy, segmenter, processor, work: Work, count: int, turns: Callable[[int], int], **agent):
+    """A driver: ids go into the trajectory as they were sampled, the environment hears clicks and, in the last of the
+    `turns` of a uid, a finish. count: of uids that click in different places; agent: of AgentConfig."""
+    from rsagent_jax.agent.tools import Finish, Segment, render_call
+    from rsagent_jax.config.schema import AgentConfig
+    from rsagent_jax.rollout.driver import Driver
+
+    class Scripted(Driver):
+        def _add(self, run, completion):
+            super()._add(run, completion)
+            turn, uid = len(run.state.turns), run.task.uid
+            if turn == turns(uid) - 1:
+                return render_call(Finish(mask_id=None), "Done.")
+            spot = (work.view * (turn + 1.0) / (work.turns + 1), work.view * (uid % count + 1.0) / (count + 1))
+            return render_call(Segment(points=(spot,), labels=(1,), refine=None), "I click.")
+
+    agent = AgentConfig(prompt="brief", history_size=work.overlay, max_turns=work.turns, **agent)
+    return Scripted(policy, segmenter, processor, agent, workers=max(4, policy.slots))
+
+
+def make_sample(work: Work, i: int):
+    from rsagent_jax.types import Sample
+
+    image = np.random.default_rng(i).integers(0, 256, (work.view, work.view, 3), dtype=np.uint8)
+    return Sample(f"s{i}", image, f"disc number {i}", np.zeros((work.view, work.view), bool))
 
 
 def play(policy, processor, work: Work, delay_s: float = 0.0, tasks: int = 0) -> dict:
     """Seconds, processor seconds, and the sampled ids i32[N, T] of all trajectories."""
-    from rsagent_jax.agent.tools import Finish, Segment, render_call
-    from rsagent_jax.config.schema import AgentConfig
-    from rsagent_jax.rollout.driver import Driver
     from rsagent_jax.rollout.policy import Task
-    from rsagent_jax.types import Sample
-
-    class Scripted(Driver):
-        """The ids go into the trajectory as they were sampled; the environment hears the script."""
-
-        def _add(self, run, completion):
-            super()._add(run, completion)
-            turn = len(run.state.turns)
-            if turn == work.turns - 1:
-                return render_call(Finish(mask_id=None), "Done.")
-            spot = (work.view * (turn + 1.0) / (work.turns + 1), work.view * (run.task.uid + 1.0) / (count + 1))
-            return render_call(Segment(points=(spot,), labels=(1,), refine=None), "I click.")
 
     count = tasks or work.tasks
-
-    def sample(i: int) -> Sample:
-        image = np.random.default_rng(i).integers(0, 256, (work.view, work.view, 3), dtype=np.uint8)
-        return Sample(f"s{i}", image, f"disc number {i}", np.zeros((work.view, work.view), bool))
-
-    agent = AgentConfig(prompt="brief", history_size=work.overlay, max_turns=work.turns)
-    driver = Scripted(policy, Discs(delay_s), processor, agent, workers=max(4, policy.slots))
-    samples = [Task(sample(i), i, i) for i in range(count)]
+    driver = scripted(policy, Discs(delay_s), processor, work, count, lambda uid: work.turns)
+    samples = [Task(make_sample(work, i), i, i) for i in range(count)]
     start, cpu = time.perf_counter(), time.process_time()
     trajectories = [t for t, _ in driver.run(samples)]
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
@@ -256,31 +243,13 @@ def latency(directory: pathlib.Path, processor, work: Work) -> dict:
 
 
 def tail(directory: pathlib.Path, processor, work: Work, toy: bool) -> dict:
-    from rsagent_jax.agent.tools import Finish, Segment, render_call
-    from rsagent_jax.config.schema import AgentConfig
     from rsagent_jax.rollout import driver as driver_module
-    from rsagent_jax.rollout.driver import Driver
-    from rsagent_jax.types import Sample
 
-    class Scripted(Driver):
-        """The ids go into the trajectory as they were sampled; the environment hears clicks, then a finish."""
+    def driver():
+        tools, turns = _rollout_tail.Tools(work.tool_s, clock), lambda uid: _rollout_tail.turns_of(uid, work.turns)
+        return scripted(policy, tools, processor, work, 97, turns, announce_last=False)
 
-        def _add(self, run, completion):
-            super()._add(run, completion)
-            turn, uid = len(run.state.turns), run.task.uid
-            if turn == _rollout_tail.turns_of(uid, work.turns) - 1:
-                return render_call(Finish(mask_id=None), "Done.")
-            spot = (work.view * (turn + 1.0) / (work.turns + 1), work.view * (uid % 97 + 1.0) / 98)
-            return render_call(Segment(points=(spot,), labels=(1,), refine=None), "I click.")
-
-    def sample(i: int) -> Sample:
-        image = np.random.default_rng(i).integers(0, 256, (work.view, work.view, 3), dtype=np.uint8)
-        return Sample(f"s{i}", image, f"disc number {i}", np.zeros((work.view, work.view), bool))
-
-    def driver() -> Driver:
-        return Scripted(policy, _rollout_tail.Tools(work.tool_s, clock), processor, agent, workers=policy.slots)
-
-    agent = AgentConfig(prompt="brief", history_size=work.overlay, max_turns=work.turns, announce_last=False)
+    sample = functools.partial(make_sample, work)
     sizes = dict(prompts=work.prompts, group=work.group, steps=work.steps, surplus=work.prompts)
     rows = {}
     for slots, sigma in [(work.slots, 0.5)] if toy else TAILS:

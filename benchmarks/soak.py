@@ -189,21 +189,25 @@ def at_mark(values: dict[int, float], mark: int) -> float:
     return statistics.median(v for step, v in values.items() if mark - WINDOW < step <= mark)
 
 
-def board_steps(folder: pathlib.Path, tag: str) -> list[int]:
-    """The steps of a tag as TensorBoard shows them: files in the order of their names, and a START forgets what is at
-    its step or later (event_accumulator.py, _CheckForRestartAndMaybePurge)."""
+def board_values(folder: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value)s by tag as TensorBoard shows them: files in the order of their names, and a START forgets what is
+    at its step or later (event_accumulator.py, _CheckForRestartAndMaybePurge)."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    steps: list[int] = []
+    kept: list[Event] = []
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
         while data:
             (size,) = struct.unpack("<Q", data[:8])
             event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
             if event.session_log.status == SessionLog.START:
-                steps = [step for step in steps if step < event.step]
-            steps += [event.step for value in event.summary.value if value.tag == tag]
-    return steps
+                kept = [e for e in kept if e.step < event.step]
+            kept.append(event)
+    values = collections.defaultdict(list)
+    for e in kept:
+        for value in e.summary.value:
+            values[value.tag].append((e.step, value.simple_value))
+    return values
 
 
 def report(rows: list[dict], marks: list[int], board: list[int]) -> dict[str, float]:
@@ -244,7 +248,8 @@ def main() -> int:
         parser.error(f"--out names a directory that is not there, and --steps are {MARKS[0] + WINDOW} or more")
     options.out.mkdir(parents=True)
     rows, marks = run(options), [mark for mark in MARKS if mark < options.steps] + [options.steps]
-    exceeded = report(rows, marks, board_steps(options.out / "train/tensorboard/grpo", "grpo/loss"))
+    board = board_values(options.out / "train/tensorboard/grpo")["grpo/loss"]
+    exceeded = report(rows, marks, [step for step, _ in board])
     told = {f"{process} {figure}": [at_mark(v, m) for m in marks] for (process, figure), v in series(rows).items()}
     print(json.dumps({"marks": marks, "exceeded": exceeded, **told}))
     return 1 if exceeded else 0

@@ -27,8 +27,6 @@ compile  ours: the first step less the median; the first two steps are not timed
 vs_torch torch's median / ours: above 1 we are faster
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

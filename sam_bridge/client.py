@@ -16,7 +16,7 @@ import grpc
 import numpy as np
 
 from sam_bridge import bridge_pb2 as pb
-from sam_bridge import bridge_pb2_grpc, security, wire
+from sam_bridge import security, wire
 from sam_bridge.cache import ByteLRU
 from sam_bridge.local import image_hash
 from sam_bridge.shrink import ask_shrunk
@@ -74,7 +74,7 @@ class Slot:
             self.channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         else:
             self.channel = grpc.secure_channel(address, self._credentials, options=_CHANNEL_OPTIONS)
-        self.stub = bridge_pb2_grpc.SamBridgeStub(self.channel)
+        self.stub = wire.rpcs(self.channel)
         self.known = False  # whether Info has confirmed who is there
         if old is not None:
             old.close()

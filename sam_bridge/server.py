@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 QUEUE = 128  # calls that may wait for a worker: twice the 64 trajectories of a step
 SPARE_THREADS = 4  # answer Info, health and refusals while all workers and the queue are busy
 SLOW_S = 10.0  # a call that takes longer is a line in the log
-SERVICE = pb.DESCRIPTOR.services_by_name["SamBridge"].full_name
 
 _OPTIONS = (
     *wire.MESSAGE_OPTIONS,
@@ -126,7 +125,7 @@ class Server:
         self._server.add_generic_rpc_handlers((self._handlers(),))
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        for name in ("", SERVICE):
+        for name in ("", wire.SERVICE.full_name):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         try:
             if credentials is None:
@@ -145,7 +144,7 @@ class Server:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _handlers(self) -> grpc.GenericRpcHandler:
-        """From bytes to bytes, instead of the generated ones: bytes that are no message get a typed status, too."""
+        """From bytes to bytes, so that bytes that are no message get a typed status, too."""
 
         def handler(rpc: str, kind: type, work: Callable) -> grpc.RpcMethodHandler:
             return grpc.unary_unary_rpc_method_handler(
@@ -154,7 +153,7 @@ class Server:
 
         rpcs = (("Info", pb.InfoRequest, self._info), ("Put", pb.PutRequest, self._put))
         rpcs += (("Segment", pb.SegmentRequest, self._segment),)
-        return grpc.method_handlers_generic_handler(SERVICE, {rpc[0]: handler(*rpc) for rpc in rpcs})
+        return grpc.method_handlers_generic_handler(wire.SERVICE.full_name, {rpc[0]: handler(*rpc) for rpc in rpcs})
 
     def _info(self, request: pb.InfoRequest, context: grpc.ServicerContext) -> pb.InfoReply:
         counts = self._segmenter.counters()

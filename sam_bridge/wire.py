@@ -1,5 +1,10 @@
 """Between the dataclasses of types.py and the messages of bridge.proto, and what both ends agree on."""
 
+from types import SimpleNamespace
+
+import grpc
+from google.protobuf.message_factory import GetMessageClass
+
 from sam_bridge import bridge_pb2 as pb
 from sam_bridge.rle import decode_mask
 from sam_bridge.types import MAX_IMAGE_BYTES, FailureKind, SegmenterError, SegmentReply, SegmentRequest
@@ -12,8 +17,19 @@ MAX_DETAIL = 500  # characters of an error's detail; gRPC caps headers at 8 KiB
 KEEPALIVE_S = 10  # between pings of a client; a side-car that does not answer one for as long is gone
 READY = "sam_bridge ready address="  # a side-car prints it on stdout, with its address, once it listens
 
+SERVICE = pb.DESCRIPTOR.services_by_name["SamBridge"]
 _MAX_MESSAGE = MAX_IMAGE_BYTES + (1 << 20)  # an image and the fields around it
 MESSAGE_OPTIONS = (("grpc.max_send_message_length", _MAX_MESSAGE), ("grpc.max_receive_message_length", _MAX_MESSAGE))
+
+
+def rpcs(channel: grpc.Channel) -> SimpleNamespace:
+    """Of bridge.proto, by name: each takes its message, `timeout` and `metadata`."""
+    calls = {}
+    for method in SERVICE.methods:
+        request, reply = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+        path = f"/{SERVICE.full_name}/{method.name}"
+        calls[method.name] = channel.unary_unary(path, request.SerializeToString, reply.FromString)
+    return SimpleNamespace(**calls)
 
 
 def status_text(detail: str) -> str:

@@ -1,7 +1,5 @@
 """A bucket on loopback for tests: gcp-storage-emulator, and the preconditions of the real service that it lacks."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from http import HTTPStatus

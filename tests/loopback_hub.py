@@ -1,7 +1,5 @@
 """A Hugging Face hub on loopback, as far as downloads go: repositories, revisions, gates, broken wires."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -4,8 +4,6 @@ Sources are parsed, not imported, so that an import inside a function counts as 
 import drags in) is asked of a fresh interpreter.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import graphlib

@@ -100,7 +100,8 @@ def rollout_seconds(line: dict, trajectories: float, assumed: Assumptions) -> fl
 
 def costs(lines: list[dict], assumed: Assumptions) -> Iterator[Cost]:
     """Of each stage, size and slice with a preset whose programs are among the lines, fit, and have rows of TOKENS."""
-    fit = {line["name"]: line for line in lines if line.get("tokens") == TOKENS and _fits(line)}
+    of_rows = [line for line in lines if line.get("tokens") == TOKENS]
+    fit = {x["name"]: x for x in of_rows if all(r["fits"] and r["projected_step_s"] for r in x["reports"])}
     for name, line in fit.items():
         size, where, stage, *rest = name.split(":")
         topology, preset = parse_topology(where), PRESETS[size].get(where)
@@ -120,10 +121,6 @@ def costs(lines: list[dict], assumed: Assumptions) -> Iterator[Cost]:
             seconds += rollout_seconds(played, GRPO_TRAJECTORIES / _hosts(topology, played), assumed)
             programs = f"remat {rest[0]}, {_engine(played)}"
             yield Cost(size, "GRPO", where, seconds, GRPO_STEPS * seconds / 3600, programs)
-
-
-def _fits(line: dict) -> bool:
-    return all(r["fits"] and r["projected_step_s"] for r in line["reports"])
 
 
 def _hosts(topology: Topology, line: dict) -> float:

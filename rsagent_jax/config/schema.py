@@ -6,8 +6,6 @@ match.
 Fields marked (paper) carry the numbers of arXiv 2512.24023; every other default is ours.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """Validation in a training run: which sets, how often, what is kept. rsagent_jax/train/validation.py does it."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated, Literal
 

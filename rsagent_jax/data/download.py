@@ -9,7 +9,6 @@
 import concurrent.futures
 import dataclasses
 import glob
-import hashlib
 import http.client
 import json
 import os
@@ -30,6 +29,7 @@ import tqdm
 from rsagent_jax.runtime.paths import write_whole, writing
 from rsagent_jax.types import DataError
 from sam_bridge.file_kinds import kind_of_file
+from sam_bridge.hub import sha256_of
 
 HUB = "https://huggingface.co"
 CHUNK, TIMEOUT_S = 1 << 18, 60  # bytes, seconds without any
@@ -98,11 +98,13 @@ def hub_endpoint() -> str:
 def open_url(url: str, start: int = 0) -> http.client.HTTPResponse:
     """Answers from byte `start` on; a hub is shown the token of HF_TOKEN, and nobody that it leads on to. What cannot
     be mended by trying again is a DataError, all else an OSError."""
+    from huggingface_hub import get_token
+
     headers = {"User-Agent": "rsagent-jax"} | ({"Range": f"bytes={start}-"} if start else {})
     is_hubs = url.startswith(f"{hub_endpoint()}/")
     try:
         request = urllib.request.Request(url, headers=headers)
-        if is_hubs and (token := _hub_token()):
+        if is_hubs and (token := get_token()):  # of HF_TOKEN, or of a login that is stored
             request.add_unredirected_header("Authorization", f"Bearer {token}")
         return urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
@@ -116,13 +118,6 @@ def open_url(url: str, start: int = 0) -> http.client.HTTPResponse:
         raise DataError(f"{url} answers {error.code} {error.reason}: it has moved, or may not be fetched") from None
     except ValueError as error:
         raise DataError(f"{url} is no address: {error}") from None
-
-
-def _hub_token() -> str | None:
-    """Of HF_TOKEN, or of a login that is stored."""
-    from huggingface_hub import get_token
-
-    return get_token()
 
 
 def download_file(
@@ -193,8 +188,7 @@ def check_file(path: pathlib.Path, file: RemoteFile) -> str:
     """Its sha256. DataError where it is not the file that it should be; it is renamed then, not deleted."""
     if file.size not in (None, size := _size(path)):
         raise _rejected(path, file, f"has {size} bytes, not {file.size}")
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = sha256_of(path)
     if file.sha256 not in (None, digest):
         raise _rejected(path, file, f"has the sha256 {digest}, not {file.sha256}")
     if file.name.endswith(".zip") and not zipfile.is_zipfile(path):

@@ -58,10 +58,8 @@ def compare_hosts(pages: Sequence[Page]) -> list[Page]:
 
     def compared(f: Finding) -> Finding:
         if f.alike != (usual := words[f.name].most_common(1)[0][0]) and f.alike and usual:
-            more = dict(
-                verdict=Verdict.WRONG, against=f"most hosts: {usual}", remedy="install and start the same on all"
-            )
-            return dataclasses.replace(f, **more)
+            against, remedy = f"most hosts: {usual}", "install and start the same on all"
+            return dataclasses.replace(f, verdict=Verdict.WRONG, against=against, remedy=remedy)
         if f.verdict is Verdict.OK and f.value:
             ratio = f.value / statistics.median(values[f.name])
             ratio = ratio if f.higher_is_better else 1 / ratio

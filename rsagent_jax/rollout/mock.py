@@ -29,9 +29,8 @@ def stored_turns(record: bytes) -> list[Turn]:
     arrays = read_arrays(record)
     tokens, sampled = arrays["tokens"], arrays["sampled"].astype(bool)
     logprobs = arrays.get("logprobs", np.zeros(len(tokens), np.float32))
-    starts = np.flatnonzero(sampled & ~np.append(False, sampled[:-1]))  # something is forced between any two turns
-    ends = np.flatnonzero(sampled & ~np.append(sampled[1:], False)) + 1
-    return [(tokens[a:b], logprobs[a:b]) for a, b in zip(starts, ends, strict=True)]
+    edges = np.flatnonzero(np.diff(sampled, prepend=False, append=False))  # something is forced between any two turns
+    return [(tokens[a:b], logprobs[a:b]) for a, b in edges.reshape(-1, 2)]
 
 
 class MockEngine:

@@ -9,8 +9,6 @@ appended to it, so a file that grows line by line is a folder of parts there:
 A part whose numbers another one covers is left over from a merge that was cut short, and does not count.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io

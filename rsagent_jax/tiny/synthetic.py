@@ -186,7 +186,8 @@ def _write(folder: pathlib.Path, stamp: dict, config: scenes.SceneConfig, progre
     categories = [{"id": k + 1, "name": name, "supercategory": "shape"} for k, name in enumerate(scenes.SHAPES)]
     info = {"description": "synthetic scenes of RSAgent-JAX, in the layout of RefCOCO"}
     instances = {"info": info, "images": images, "annotations": annotations, "categories": categories}
-    of_one = [r | {key: r[key][0] for key in ("ann_id", "category_id")} for r in refs if _is_of_one(r)]
+    only_one = [r for r in refs if len(r["ann_id"]) == 1 and r["ann_id"][0] != NO_TARGET]  # what RefCOCOg can say
+    of_one = [r | {key: r[key][0] for key in ("ann_id", "category_id")} for r in only_one]
     for (dataset, name), content in zip(REFS.items(), (of_one, refs), strict=True):
         (folder / dataset).mkdir()
         (folder / dataset / "instances.json").write_text(json.dumps(instances))
@@ -210,11 +211,6 @@ def _annotation(obj: scenes.SceneObject, image_id: int, object_index: int) -> di
         "area": float(np.count_nonzero(obj.mask)),
         "iscrowd": 0,
     }
-
-
-def _is_of_one(ref: dict) -> bool:
-    """Whether RefCOCOg can say it: exactly one object is meant."""
-    return len(ref["ann_id"]) == 1 and ref["ann_id"][0] != NO_TARGET
 
 
 def _ref(reference: Reference, scene: scenes.Scene, split: str, image_id: int, number: int) -> dict:

@@ -114,17 +114,14 @@ def ious_part(h: History, c: AlarmsConfig) -> Symptom | None:
 
 def gradient_explodes(h: History, c: AlarmsConfig) -> Symptom | None:
     """The gradient's norm, before it is clipped, against its own running median; steps without an update aside."""
-    return _explodes(
-        h, c, "l2_grads", 0.0, "the gradient's norm is", "lower the learning rate or optim.clip_norm, and look at"
-        " the step's longest trajectory"
-    )  # fmt: skip
+    remedy = "lower the learning rate or optim.clip_norm, and look at the step's longest trajectory"
+    return _explodes(h, c, "l2_grads", 0.0, "the gradient's norm is", remedy)
 
 
 def kl_explodes(h: History, c: AlarmsConfig) -> Symptom | None:
     """The divergence from the reference against its own running median."""
-    return _explodes(
-        h, c, "kl_ref", c.kl_floor, "the KL from the reference is", "lower the learning rate or raise grpo.kl"
-    )  # fmt: skip
+    remedy = "lower the learning rate or raise grpo.kl"
+    return _explodes(h, c, "kl_ref", c.kl_floor, "the KL from the reference is", remedy)
 
 
 def engine_gap(h: History, c: AlarmsConfig) -> Symptom | None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.machinery
 import os
 import pathlib
@@ -28,6 +27,7 @@ import torch
 from sam_bridge.backends import DTYPES, MULTIMASK, RANDOM, SAM2_MODELS, BackendError, DeadDevice, Decoded, Options
 from sam_bridge.batching import Lane
 from sam_bridge.cpu_tuning import threads_of_each
+from sam_bridge.hub import sha256_of
 from sam_bridge.types import SegmentRequest
 
 _KEPT = []  # a library's declarations go when it does
@@ -103,7 +103,8 @@ class Sam2:
         with ThreadPoolExecutor(1) as once:
             build = [once.submit(_Model, model_name, weights, device, options, resolution) for device in devices]
         self._models = [model.result() for model in build]
-        self.identity = f"sam2 {model_name} {_fingerprint(options.checkpoint)} {options.dtype} {options.multimask}"
+        digest = RANDOM if weights is None else sha256_of(pathlib.Path(options.checkpoint))[:16]
+        self.identity = f"sam2 {model_name} {digest} {options.dtype} {options.multimask}"
         if resolution != 1024:
             self.identity += f" {resolution}"
         self._lanes = [self._lane(i, model) for i, model in enumerate(self._models)]
@@ -349,13 +350,6 @@ def _read_checkpoint(path: str) -> dict | None:
         raise BackendError(f"checkpoint {path} does not exist") from None
     except Exception as error:
         raise BackendError(f"checkpoint {path} cannot be read as one of sam2's: {type(error).__name__}") from error
-
-
-def _fingerprint(path: str) -> str:
-    if path == RANDOM:
-        return RANDOM
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _model_name(options: Options) -> str:

@@ -3,8 +3,6 @@
 Everything is made once per process and deterministic. Scripts are written as calls; `act` makes the turn's text.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

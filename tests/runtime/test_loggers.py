@@ -1,13 +1,13 @@
 """Loggers get every step's figures, those of the user's as well; W&B is a stand-in that keeps what it is told."""
 
 import os
-import struct
 import sys
 import types
 
 import numpy as np
 import pytest
 
+from benchmarks.soak import board_values
 from rsagent_jax.runtime.loggers import Console, TensorBoard, open_loggers
 from rsagent_jax.runtime.train_log import MetricsLog
 from tests.refusals import refused
@@ -76,27 +76,6 @@ def test_the_console_has_one_line_a_step(capsys, tmp_path):
     ]
 
 
-def shown(folder) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a directory, by tag: files in the order of their names; each START forgets what is at
-    its step or later (event_accumulator.py, _CheckForRestartAndMaybePurge)."""
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-    kept = []
-    for path in sorted(folder.iterdir()):
-        data = path.read_bytes()
-        while data:
-            (size,) = struct.unpack("<Q", data[:8])
-            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
-            if event.session_log.status == SessionLog.START:
-                kept = [e for e in kept if e.step < event.step]
-            kept.append(event)
-    tags = {v.tag: [] for e in kept for v in e.summary.value}
-    for e in kept:
-        for v in e.summary.value:
-            tags[v.tag].append((e.step, v.simple_value))
-    return tags
-
-
 def test_tensorboard_shows_every_step_once_after_a_kill(tmp_path, monkeypatch):
     log = MetricsLog(tmp_path, [TensorBoard(tmp_path, {})])
     log.rewind("sft", -1)
@@ -111,9 +90,9 @@ def test_tensorboard_shows_every_step_once_after_a_kill(tmp_path, monkeypatch):
     for step in (4, 5, 6):
         again.write("sft", step, {"loss": 10.0 * step})
     again.close()
-    tags = shown(tmp_path / "tensorboard/sft")
+    tags = board_values(tmp_path / "tensorboard/sft")
     assert tags["sft/loss"] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)] and "sft/first_batch" in tags
-    assert shown(tmp_path / "tensorboard/grpo") == {"grpo/loss": [(1, 0.5)]}
+    assert board_values(tmp_path / "tensorboard/grpo") == {"grpo/loss": [(1, 0.5)]}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")

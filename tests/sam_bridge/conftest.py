@@ -1,8 +1,6 @@
 """One picture with known shapes, and servers that end with the test; see fakes.py. No __init__.py here: the folder's
 name would hide the package under test."""
 
-from __future__ import annotations
-
 import contextlib
 
 import cv2

@@ -1,7 +1,5 @@
 """What the tests of the bridge share: a picture with known shapes, back ends without a model, and small helpers."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Lane: what waits goes together, kinds take turns, a bad item fails alone."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import threading

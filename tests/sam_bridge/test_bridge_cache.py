@@ -1,7 +1,5 @@
 """ByteLRU: the bound, the order, one flight for many callers."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import threading
 import time

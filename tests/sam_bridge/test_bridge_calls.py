@@ -1,7 +1,5 @@
 """Client -> server: the back end's own masks bit for bit, images sent once, every failure typed."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import dataclasses
 import socket

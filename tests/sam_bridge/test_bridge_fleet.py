@@ -1,7 +1,5 @@
 """Several side-cars: an image stays with its own, one that dies is passed over and comes back, restarts are counted."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import threading
 import time

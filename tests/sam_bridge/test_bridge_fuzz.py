@@ -1,7 +1,5 @@
 """Anything may arrive at the port: a typed status each time, and the server answers the next good call as before."""
 
-from __future__ import annotations
-
 import grpc
 import numpy as np
 import pytest

@@ -1,7 +1,5 @@
 """GrabCut as a back end: quality on a known scene, determinism across threads, refusals, degenerate pictures."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import math
 

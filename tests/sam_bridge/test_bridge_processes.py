@@ -1,7 +1,5 @@
 """Real processes: the command line's refusals, a side-car killed in use, no orphans, pure imports."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import os
 import signal

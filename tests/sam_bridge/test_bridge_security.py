@@ -1,7 +1,5 @@
 """TLS, the token, and the rule about addresses; the metrics page; logs as JSON."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import logging
@@ -18,7 +16,7 @@ from prometheus_client import generate_latest
 
 from rsagent_jax.runtime.listening import listeners
 from sam_bridge import bridge_pb2 as pb
-from sam_bridge import bridge_pb2_grpc, telemetry
+from sam_bridge import telemetry, wire
 from sam_bridge.client import SamClient
 from sam_bridge.local import LocalSegmenter
 from sam_bridge.security import SetupError, read_token
@@ -63,7 +61,7 @@ def test_without_the_token_nothing_but_health_answers(fake, serve, files):
     server = serve(LocalSegmenter(fake()), token=TOKEN)
     assert healthy(server.address)
     with grpc.insecure_channel(server.address) as channel:
-        stub = bridge_pb2_grpc.SamBridgeStub(channel)
+        stub = wire.rpcs(channel)
         for call, message in (
             (stub.Info, pb.InfoRequest()),
             (stub.Put, pb.PutRequest()),

@@ -1,7 +1,5 @@
 """Every kind of picture becomes u8[h, w, 3] in the one way that the table in images.py says."""
 
-from __future__ import annotations
-
 import io
 import pathlib
 import re

@@ -4,8 +4,6 @@ Most of it at an eighth of SAM 2's resolution, which takes a fraction of the tim
 same with 200 prompts per model at full resolution.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import dataclasses
 

@@ -1,7 +1,5 @@
 """Pictures larger than a segmenter looks at: the same mask with and without the bridge, in the picture's own size."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -10,13 +10,7 @@ from agent_fakes import disc
 from rsagent_jax.agent import environment
 from rsagent_jax.agent.replay import replay
 from rsagent_jax.config.reward import RewardGroup, RewardTerm
-from rsagent_jax.config.schema import (
-    AgentConfig,
-    BatchConfig,
-    DataConfig,
-    ReadConfig,
-    SftConfig,
-)
+from rsagent_jax.config.schema import AgentConfig, BatchConfig, DataConfig, ReadConfig, SftConfig
 from rsagent_jax.data import packing, trajectories
 from rsagent_jax.data.npz import pack_record
 from rsagent_jax.rewards import RewardError
@@ -218,11 +212,6 @@ def test_samples_are_visited_in_a_shuffled_order_that_continues_from_a_saved_pos
     again.next(nothing_new, None)
     assert [t.sample.id for t in again.driver.tasks[::2]] == seen[4:6]
     assert again.state() == {"position": 6, "skipped": 0}
-
-
-def test_a_reward_that_does_not_exist_is_said_before_the_first_rollout():
-    reward = (RewardGroup("final", 1.0, (RewardTerm("rsagent_jax.rewards:final_io"),)),)
-    refused("final_iou", source, [[trajectory(0, 20)]], reward=reward)
 
 
 def test_the_trajectory_that_a_reward_fails_on_is_kept(tmp_path):
