@@ -31,16 +31,15 @@ HEADS = {"text": (4, 1, 128), "images": (2, 2, 80)}  # query heads, key heads, h
 
 
 def kernels_of(platform: str, dtype: str) -> list[str]:
-    """Attention kernels that this platform has beside the plain one; a CPU interprets the TPU's."""
-    own = {"tpu": ["splash"], "cpu": ["splash"], "gpu": ["cudnn"] if dtype == "bfloat16" else []}  # cuDNN has no fp32
-    return ["blocks", *own.get(platform, [])]
+    """Attention kernels that this platform has beside the plain one; cuDNN has none in fp32."""
+    return ["blocks"] + ["splash"] * (platform == "tpu") + ["cudnn"] * (platform == "gpu" and dtype == "bfloat16")
 
 
 class Scored:
     """A policy and a batch whose log-probs can be computed in several ways. Weights: fp32, the same everywhere."""
 
     def __init__(self, config: Qwen25VLConfig, raw: dict[str, Any], rows: int, tokens: int, grid: tuple[int, int]):
-        self.cpu = jax.devices("cpu")[0]
+        self.config, self.cpu = config, jax.devices("cpu")[0]
         self.graphdef, self.params = random_policy(config, self._mesh(self.cpu), "float32")
         rng = np.random.default_rng(1)
         items = to_items([make_sequence(rng, raw, tokens, (1, *grid)) for _ in range(rows)], config)
@@ -60,14 +59,14 @@ class Scored:
             found = program(params, processes.put_rows(self.batch, mesh))
         return np.asarray(found)[self.batch.loss_mask]
 
-
-def engine_differences(config: Qwen25VLConfig, dtype: str) -> np.ndarray:
-    """|engine - trainer| in nats, of every token that the engine drew; both on the first device."""
-    graphdef, params = random_policy(config, None, dtype)
-    sizes = dict(slots=4, lanes=2, context=256, patches=config.vision.window_patches, max_new_tokens=16, prefill=64)
-    ends = config.eos_token_ids[0]
-    engine = Engine(nnx.merge(graphdef, params), SamplingConfig(**sizes), ends, dtype, jax.random.key(0))
-    return decoding._differences(graphdef, params, decoding._play(engine), Compute(dtype), 1.0, engine)
+    def engine_differences(self, dtype: str) -> np.ndarray:
+        """|engine - trainer| in nats, of every token that the engine drew; both on the first device."""
+        config, device = self.config, jax.devices()[0]
+        params = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), self.params), device)
+        sizes = dict(slots=4, lanes=2, context=256, patches=config.vision.window_patches, max_new_tokens=16, prefill=64)
+        model, ends, key = nnx.merge(self.graphdef, params), config.eos_token_ids[0], jax.random.key(0)
+        engine = Engine(model, SamplingConfig(**sizes), ends, dtype, key)
+        return decoding._differences(self.graphdef, params, decoding._play(engine), Compute(dtype), 1.0, engine)
 
 
 def kernel_differences(kind: str, dtype: str) -> dict[str, tuple[float, float]]:
@@ -92,7 +91,7 @@ def compare_all(config: Qwen25VLConfig, raw, rows: int, tokens: int, grid: tuple
         on_cpu = scored.logprobs("bfloat16", device=scored.cpu)
         add(f"policy, {platform} and CPU, bfloat16", np.abs(plain["bfloat16"] - on_cpu))
     for dtype in DTYPES:
-        add(f"engine and trainer, {dtype}", engine_differences(config, dtype))
+        add(f"engine and trainer, {dtype}", scored.engine_differences(dtype))
         for kind in kernels_of(platform, dtype):
             add(f"policy, {kind} and plain, {dtype}", np.abs(scored.logprobs(dtype, kind) - plain[dtype]))
             for name, (values, grads) in kernel_differences(kind, dtype).items():

@@ -22,9 +22,9 @@ TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 def train(piece: Piece) -> dict[str, Any]:
     """Weights, gradients and moments in bf16, gradient checkpointing: ours has them in fp32."""
-    if piece.lora:
-        import peft  # where there is none, nothing else is done
     _, device = torch_of(piece)
+    if piece.lora:
+        import peft  # before the model is made, where there is none
     model = make_model(piece, device)
     if piece.lora:
         config = peft.LoraConfig(r=piece.lora, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS)

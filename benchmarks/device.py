@@ -206,7 +206,8 @@ def report(results: Results, late: list[str]) -> tuple[str, dict[str, Any]]:
     lines += [f"| {r['name']} | {r['max']:.1e} | {r['mean']:.1e} | {r['unit']} |" for r in compared]
     for (name, side), figures in results.items():
         if kernels := figures.get("kernels"):
-            lines += ["", f"{name}, {side}: kernels {kernels['busy_ms']:.2f} of {kernels['span_ms']:.2f} ms"]
+            whole = f"{kernels['busy_ms']:.2f} of {kernels['span_ms']:.2f} ms {kernels.get('error', '')}"
+            lines += ["", f"{name}, {side}: kernels {whole}", ""]
             lines += [f"    {ms:9.2f} ms x{count:6} {kernel}" for kernel, ms, count in kernels["top"]]
     failed = {" ".join(key): figures["error"] for key, figures in results.items() if "error" in figures}
     lines += [f"\n{name} failed: {error}" for name, error in failed.items()]
