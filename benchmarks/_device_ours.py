@@ -41,6 +41,8 @@ from rsagent_jax.train.state import init_adapters, partition_params
 
 CALLS = 4  # timed, after one that compiles and one more
 KERNELS = 15  # named in the profile
+# Planes and lines of a trace: a GPU's streams, a TPU's operations, a CPU's threads (loops count beside their content).
+TRACED = {"gpu": ("/device:GPU", "(?i)stream"), "tpu": ("/device:TPU", "^XLA Ops"), "cpu": ("/host:CPU", "^tf_XLA")}
 CHUNK = 16  # tokens sampled in a call
 
 
@@ -214,11 +216,10 @@ def kernels(run: Callable[[], Any]) -> dict[str, Any]:
             run()
         (path, *_) = pathlib.Path(directory).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(path))
-        # A GPU's kernels are on its streams, a TPU's operations on a line of their own, a CPU's on XLA's threads.
-        wanted = re.compile("(?i)stream" if jax.default_backend() == "gpu" else "XLA Ops|^tf_XLA")
+        where, lines = TRACED[jax.default_backend()]
         for plane in data.planes:
-            for line in plane.lines if plane.name.startswith(("/device:", "/host:CPU")) else ():
-                for event in line.events if wanted.search(line.name) else ():
+            for line in plane.lines if plane.name.startswith(where) else ():
+                for event in line.events if re.search(lines, line.name) else ():
                     name = re.sub(r"\d+", "#", event.name)[:90]
                     spent[name] += event.duration_ns
                     calls[name] += 1

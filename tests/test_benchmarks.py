@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from rsagent_jax.runtime.loggers import TensorBoard
@@ -170,3 +171,18 @@ def test_a_device_run_goes_on_where_it_stopped_and_one_cell_that_fails_costs_onl
     monkeypatch.setattr(sys, "argv", [*argv[:3], "--seconds=1"])
     device.main()
     assert "not begun, for want of time: decode-7b-1k torch" in capsys.readouterr().out and not started
+
+
+def test_a_row_of_the_device_runs_as_a_toy():
+    """The tower's two pictures of 16 x 16 patches; a profile names what ran."""
+    from benchmarks import _device_ours, _device_pieces
+
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of its time
+    found = _device_ours.tower(_device_pieces.PIECES["tower"].toy(), True)
+    assert found["unit"] == "pictures/s" and found["rate"] == pytest.approx(2 / found["seconds"])
+    assert found["kernels"]["busy_ms"] > 0 and "error" not in found["kernels"]
+    # By hand, hidden size 32 and an inner size of 128: a block multiplies each of 512 patches with 4 x 32 x 32 and 3 x
+    # 32 x 128 numbers, scores and values cost it 64 others of its window or, in one block of four, 256 of its picture.
+    blocks = 4 * 2 * 512 * (4 * 32 * 32 + 3 * 32 * 128) + 2 * 2 * 512 * 32 * (3 * 64 + 256)
+    # The patches are embedded, and each four of them merged by 128 x 128 and 128 x 64 numbers.
+    assert found["flops"] == blocks + 2 * 512 * 1176 * 32 + 2 * 128 * (128 * 128 + 128 * 64)
