@@ -1,6 +1,7 @@
 """What the bridge costs, and what it survives. A table for each part; the last line is one JSON object.
 
-  python benchmarks/bridge.py [--parts=overhead,throughput,decode,soak,kill,fuzz] [--device=cuda] [--toy]
+  python benchmarks/bridge.py [--parts=overhead,throughput,decode,soak,kill,fuzz] [--device=cuda]
+                              [--model=sam2.1_large] [--toy]
 
 overhead    a prompt on a cached 640 x 480 picture: through a side-car against SAM2ImagePredictor in this process;
             mask_path: what is left, without hashing, when the back end has a mask with an object's outline ready;
@@ -51,6 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--device", default="cpu", help="of SAM 2: cpu or cuda")
+    parser.add_argument("--model", default="", help="of SAM 2, as sam2.1_large; tiny if not given")
     parser.add_argument("--threads", type=int, default=0, help="torch's, on both sides; 0 = all cores, 1 if busy")
     parser.add_argument("--calls", type=int, default=10_000, help="of the soak")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each rollout that is killed")
@@ -120,7 +122,7 @@ def side_car(args, backend: str = "sam2", arguments=(), alone: bool = False):
 
 
 def sam2_options(args, **changes) -> Options:
-    return Options(checkpoint=RANDOM, device=args.device, threads=args.threads, **changes)
+    return Options(checkpoint=RANDOM, model=args.model, device=args.device, threads=args.threads, **changes)
 
 
 def own_sam2(args, options: Options):

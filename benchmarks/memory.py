@@ -30,8 +30,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-import train_step  # noqa: E402
 
+from benchmarks._policy_step import SPECIAL, make_sequence, raw_config, to_items  # noqa: E402
+from benchmarks.train_step import random_model  # noqa: E402
 from rsagent_jax.aot import stages, topology  # noqa: E402
 from rsagent_jax.config.schema import BatchConfig, MeshConfig, PolicyConfig, SftConfig, TrainConfig  # noqa: E402
 from rsagent_jax.data.packing import pack  # noqa: E402
@@ -48,7 +49,7 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": Fal
 
 def small_policy(*, toy: bool) -> Qwen25VLConfig:
     """Hidden size 256, 4 layers, a vocabulary of 32,000, 4 vision blocks; the toy is half of that or less."""
-    raw = train_step.raw_config()
+    raw = raw_config()
     hidden, layers = (128, 2) if toy else (256, 4)
     raw["text_config"] |= dict(
         hidden_size=hidden,
@@ -78,9 +79,10 @@ def run_once(compiled, policy: Qwen25VLConfig, batch: BatchConfig) -> float:
     """Loss per token of a random policy on a random row that fills the shapes."""
     from flax import nnx
 
-    sequence = train_step.make_sequence(np.random.default_rng(1), policy, batch.tokens, GRID)
-    (row,) = pack(train_step.to_items([sequence], policy), batch, policy)
-    params = nnx.state(train_step.random_model(policy), nnx.Param)
+    raw = {**SPECIAL, "vocab_size": policy.text.vocab_size}
+    sequence = make_sequence(np.random.default_rng(1), raw, batch.tokens, GRID)
+    (row,) = pack(to_items([sequence], policy), batch, policy)
+    params = nnx.state(random_model(policy), nnx.Param)
     arguments = (params, EMPTY, row, np.zeros(row.tokens.shape, np.float32))
     sums = compiled(*jax.device_put(arguments, compiled.input_shardings[0]))
     if not all(np.isfinite(np.asarray(g)).all() for g in jax.tree.leaves(sums.grads)):

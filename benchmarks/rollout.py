@@ -53,8 +53,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
 import numpy as np  # noqa: E402
 
 from benchmarks import _rollout_tail  # noqa: E402
+from benchmarks._policy_step import QUICK, decode_macro_step, raw_config  # noqa: E402
 from benchmarks._rollout_policies import Reprefill, Synchronous, Transformers  # noqa: E402
-from benchmarks.train_step import GLIBC, QUICK, random_model, raw_config  # noqa: E402
+from benchmarks.train_step import GLIBC, random_model  # noqa: E402
 
 PARTS = ("turns", "latency", "decode", "tail")
 SIDES = ("engine", "reprefill", "transformers")
@@ -269,32 +270,19 @@ def tail(directory: pathlib.Path, processor, work: Work, toy: bool) -> dict:
 
 def decode(directory: pathlib.Path, processor, work: Work, toy: bool) -> dict:
     """Seconds of a decode step, the median of macro-steps that take turns."""
-    import jax
-
     slots, steps, repeats = (2, 4, 2) if toy else (8, 16, 9)
     small, large = (512, 1024) if toy else (1024, 8192)
     lives = [small >> 1, small - steps, 2 * small - steps, *(() if toy else (4 * small - steps, large - steps))]
     runs = {}
     for cache in (small, large):
         e = engine(directory, processor, work, context=cache, slots=slots, chunk=steps, prefill=steps)
-        for live in lives:
-            if live + steps <= cache:
-                runs[cache, live] = e
+        runs |= {(cache, live): decode_macro_step(e, live) for live in lives if live + steps <= cache}
     seconds = {key: [] for key in runs}
     for _ in range(repeats + 1):
-        for (cache, live), e in runs.items():
-            call = e._turns()
-            call = dataclasses.replace(
-                call,
-                open=np.ones(slots, bool),
-                lengths=np.full(slots, live, np.int32),
-                budget=np.full(slots, 1 << 20, np.int32),
-            )
-            blocks = e._blocks(live + steps)
+        for key, run in runs.items():
             start = time.perf_counter()
-            e.state, out = e.programs.step(e.weights, e.state, e.key, None, call, blocks=blocks)
-            jax.block_until_ready(e.state)
-            seconds[cache, live].append((time.perf_counter() - start) / int(out.steps))
+            count = run()
+            seconds[key].append((time.perf_counter() - start) / count)
     median = {key: statistics.median(values[1:]) for key, values in seconds.items()}
     rows = [
         {"cache": c, "live": n, "ms": 1e3 * s, "min_ms": 1e3 * min(seconds[c, n][1:])} for (c, n), s in median.items()

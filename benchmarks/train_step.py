@@ -46,8 +46,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
 
 import numpy as np  # noqa: E402
 
+from benchmarks._policy_step import QUICK, OurStep, import_torch, make_sequence, raw_config, torch_step  # noqa: E402
+
 WARM, COMPARED, TOLERANCE = 2, 3, 1e-3
-LR, B1, B2, EPS, CLIP = 1e-4, 0.9, 0.999, 1e-8, 1.0
+LR = 1e-4
 GLIBC = {
     "MALLOC_ARENA_MAX": "1",  # other arenas map large buffers whatever the next line says, and give them back
     "MALLOC_MMAP_MAX_": "0",
@@ -55,59 +57,9 @@ GLIBC = {
     "MALLOC_TOP_PAD_": "268435456",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-# A toy is not timed: the compiler may do less.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-SPECIAL = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
 
 
 ############################## The model and the batch, for both ##############################
-
-
-def raw_config(*, toy: bool = False) -> dict[str, Any]:
-    """config.json of a small Qwen2.5-VL: 96M parameters, or a toy of the same make."""
-    hidden, heads, layers, vocab = (64, 4, 2, 512) if toy else (512, 8, 12, 32_000)
-    vision, depth = (32, 4) if toy else (320, 16)
-    half = hidden // heads // 2
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8]}
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "dtype": "float32",
-        "tie_word_embeddings": True,
-        **SPECIAL,
-        "text_config": {
-            "model_type": "qwen2_5_vl_text",
-            "vocab_size": vocab,
-            "hidden_size": hidden,
-            "intermediate_size": 9 * hidden // 2,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 32_768,
-            "rope_parameters": rope,
-            "use_sliding_window": False,
-            "tie_word_embeddings": True,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        },
-        "vision_config": {
-            "model_type": "qwen2_5_vl",
-            "hidden_size": vision,
-            "intermediate_size": 4 * vision,
-            "out_hidden_size": hidden,
-            "depth": depth,
-            "num_heads": 4,
-            "fullatt_block_indexes": list(range(3, depth, 4)),
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 112,
-            "in_channels": 3,
-            "hidden_act": "silu",
-        },
-    }
 
 
 def random_model(config, seed: int = 0):
@@ -129,34 +81,6 @@ def random_model(config, seed: int = 0):
     return convert.with_params(model, values)
 
 
-def make_sequence(rng: np.random.Generator, config, length: int, grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """Text, one image, text: tokens i32[T], trained bool[T] after the image, patches f32[P, C], grids [1, 3]."""
-    image = [SPECIAL["vision_start_token_id"], *[config.image_token_id] * (grid[1] * grid[2] // 4)]
-    image.append(SPECIAL["vision_end_token_id"])
-    before = 16
-    after = length - before - len(image)
-    if after < 1:
-        raise SystemExit(f"an image of {len(image)} tokens and {before} of text do not fit {length} tokens")
-    words = [rng.integers(7, config.text.vocab_size, n) for n in (before, after)]
-    patches = rng.standard_normal((grid[1] * grid[2], config.vision.patch_dim), np.float32)
-    tokens = np.concatenate([words[0], image, words[1]]).astype(np.int32)
-    return {"tokens": tokens, "trained": np.arange(length) >= length - after, "patches": patches, "grids": [grid]}
-
-
-def to_items(sequences: list[dict[str, np.ndarray]], config) -> list:
-    """The packing's own items."""
-    from rsagent_jax.data.packing import Item
-    from rsagent_jax.models.qwen25_vl.positions import mrope_positions
-
-    items = []
-    for s in sequences:
-        grids = tuple(tuple(int(n) for n in grid) for grid in s["grids"])
-        positions, _ = mrope_positions(s["tokens"], grids, config.image_token_id)
-        logprobs = np.zeros(len(s["tokens"]), np.float32)
-        items.append(Item(s["tokens"], positions, s["trained"], logprobs, s["patches"], grids))
-    return items
-
-
 def write(directory: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:
     """The Hugging Face directory and the sequences; returns what there is to say of them."""
     from rsagent_jax.models.qwen25_vl import convert
@@ -169,7 +93,7 @@ def write(directory: pathlib.Path, options: argparse.Namespace) -> dict[str, Any
     rng = np.random.default_rng(1)
     length, grids = (96, ((1, 16, 16), (1, 12, 20))) if options.toy else (384, ((1, 32, 32), (1, 28, 36)))
     for i in range(options.sequences):
-        np.savez(directory / f"sequence_{i}.npz", **make_sequence(rng, config, length, grids[i % 2]))
+        np.savez(directory / f"sequence_{i}.npz", **make_sequence(rng, raw, length, grids[i % 2]))
     count = sum(int(np.prod(leaf.shape)) for leaf in convert.flat_params(model).values())
     return {"parameters": count, "length": length, "grids": grids}
 
@@ -183,34 +107,25 @@ def read_sequences(directory: pathlib.Path) -> list[dict[str, np.ndarray]]:
 
 def ours(directory: pathlib.Path):
     """(what there is to say before the first step, step): step() -> (loss, norm of the gradient)."""
-    import jax
     from flax import nnx
 
-    from rsagent_jax.config.schema import BatchConfig, MeshConfig, OptimConfig, PolicyConfig
-    from rsagent_jax.data.packing import pack
+    from rsagent_jax.config.schema import MeshConfig, PolicyConfig
     from rsagent_jax.models.qwen25_vl import convert
-    from rsagent_jax.models.qwen25_vl.compute import Compute
     from rsagent_jax.models.qwen25_vl.config import load_config
-    from rsagent_jax.models.qwen25_vl.positions import padded_patches
     from rsagent_jax.runtime import processes, sharding
-    from rsagent_jax.train.state import EMPTY, make_optimizer
-    from rsagent_jax.train.step import Stage, make_programs, sft_objective
+    from rsagent_jax.train.state import EMPTY
 
     config = load_config(directory)
     mesh = sharding.make_mesh(MeshConfig())
     placed = sharding.param_shardings(convert.abstract_model(config), mesh)
     graphdef, params = nnx.split(convert.load_model(directory, config, placed), nnx.Param)
-    items = to_items(read_sequences(directory), config)
-    places = max(padded_patches(item.grids, config.vision) for item in items)
-    (batch,) = pack(items, BatchConfig(rows=len(items), tokens=len(items[0].tokens), patches=places), config)
-    tx, _ = make_optimizer(OptimConfig(lr=LR, b1=B1, b2=B2, eps=EPS, clip_norm=CLIP), 1)
-    compute = Compute.of(PolicyConfig(weights="", dtype="float32", remat="none", scan_layers=False), mesh)
-    programs = make_programs(graphdef, tx, Stage(sft_objective), compute, params)
-    state = programs.create_state(params)
+    policy = PolicyConfig(weights="", dtype="float32", remat="none", scan_layers=False)
+    step = OurStep(config, graphdef, params, EMPTY, read_sequences(directory), policy, mesh, LR)
+    batch = step.batch
 
     blind = dataclasses.replace(batch, patches=np.zeros_like(batch.patches))
     seen, unseen = (
-        np.asarray(programs.logprobs(state.params, EMPTY, processes.put_rows(b, mesh)))[batch.loss_mask]
+        np.asarray(step.programs.logprobs(step.state.params, EMPTY, processes.put_rows(b, mesh)))[batch.loss_mask]
         for b in (batch, blind)
     )
     about = {
@@ -219,48 +134,17 @@ def ours(directory: pathlib.Path):
         "images_matter": float(np.abs(seen - unseen).mean()),  # nats per trained token
     }
 
-    def step() -> tuple[float, float]:
-        nonlocal state
-        zeros = processes.put_rows(np.zeros(batch.tokens.shape, np.float32), mesh)
-        state, metrics = programs.train_step(state, EMPTY, [processes.put_rows(batch, mesh)], [zeros])
-        jax.block_until_ready(state)
-        return float(metrics["loss"]), float(metrics["l2_grads"])
-
     return about, step
 
 
 def theirs(directory: pathlib.Path):
     """As `ours`, with transformers and torch."""
-    sys.modules["torchvision"] = None  # not needed here, and its operators may not load beside a CPU build of torch
-    import torch
+    torch = import_torch()
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="sdpa"
-    )
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), LR, (B1, B2), EPS, weight_decay=0.0, fused=True)
-    sequences = read_sequences(directory)
-    tokens = torch.from_numpy(np.stack([s["tokens"] for s in sequences]).astype(np.int64))
-    trained = torch.from_numpy(np.stack([s["trained"] for s in sequences]))
-    inputs = {
-        "input_ids": tokens,
-        "attention_mask": torch.ones_like(tokens),  # all ones: sdpa takes its causal path, without a mask
-        "labels": torch.where(trained, tokens, -100),
-        "pixel_values": torch.from_numpy(np.concatenate([s["patches"] for s in sequences])),
-        "image_grid_thw": torch.from_numpy(np.concatenate([s["grids"] for s in sequences])),
-        "mm_token_type_ids": (tokens == SPECIAL["image_token_id"]).int(),
-    }
-
-    def step() -> tuple[float, float]:
-        optimizer.zero_grad(set_to_none=True)
-        loss = model(**inputs, use_cache=False).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        return loss.item(), norm.item()
-
+    kind = dict(dtype=torch.float32, attn_implementation="sdpa")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, **kind)
+    step = torch_step(model, read_sequences(directory), raw_config(), LR)
     return {"parameters": sum(p.numel() for p in model.parameters())}, step
 
 

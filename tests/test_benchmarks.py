@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -122,3 +123,58 @@ def test_the_points_of_a_kill_are_spread_over_what_a_run_does_and_all_but_times_
     assert kill.difference(one, one | {"/loss": 0.5 + 2**-20}) == (2**-20, "/loss")
     assert kill.difference(one, one | {"/turns/0/records/status": "invalid"})[0] == float("inf")
     assert kill.difference(one, {"/loss": 0.5})[0] == float("inf")
+
+
+def test_a_device_run_goes_on_where_it_stopped_and_one_cell_that_fails_costs_only_itself(monkeypatch, tmp_path, capsys):
+    """By hand: 231 TFLOP in 0.77 s are 300 TFLOP/s, of 989 and of 800; 18 GB in 9 ms are 2 TB/s, of 3.35 and 3."""
+    from benchmarks import device
+
+    limits = dict(backend="gpu", device="NVIDIA H100", runtime="cuda", dtype="bfloat16", toy=False)
+    limits |= dict(flops_per_s=8e14, bytes_per_s=3e12, nominal_flops_per_s=9.89e14, nominal_bytes_per_s=3.35e12)
+    rate, started = dict(rate=1.0, unit="tokens/s"), []
+    said = {
+        ("limits", "ours"): limits,
+        ("train-3b", "ours"): dict(seconds=0.77, flops=231e12, peak_gb=66.8, **rate),
+        ("train-3b", "torch"): dict(seconds=3.85, peak_gb=40.7, **rate),
+        ("decode-7b-1k", "ours"): dict(seconds=0.009, bytes=18e9, **rate),
+    }
+
+    def last_words(command, env, seconds):
+        key = tuple(word.partition("=")[2] for word in command[2:4])
+        started.append(key)
+        assert "--toy" not in command and 0 < seconds <= device.CELL_S
+        return (json.dumps(said[key]), "") if key in said else ("", "Traceback\nModuleNotFoundError: no module 'peft'")
+
+    monkeypatch.setattr(device, "last_words", last_words)
+    argv = ["device.py", f"--out={tmp_path}", "--pieces=train-3b,decode-7b-1k", "--seconds=500"]
+    monkeypatch.setattr(sys, "argv", argv)
+    for again in (False, True):
+        device.main()
+        lines = capsys.readouterr().out.splitlines()
+        summary = json.loads(lines[-1])
+        assert summary["failed"].keys() == {"decode-7b-1k torch"} and not summary["not_begun"]
+        train, decode = (line.split(" | ") for line in lines if line.startswith(("| SFT", "| decode")))
+        assert train[1:] == ["0.77 s, 1 tokens/s", "3.85 s, 1 tokens/s", "5.00", "30.3%", "37.5%", "66.8, 40.7 |"]
+        assert decode[1:5] == ["9.0 ms, 1 tokens/s", "failed: ModuleNotFoundError: no module 'peft'", "", "59.7%"]
+        assert started == ([("decode-7b-1k", "torch")] if again else [*said, ("decode-7b-1k", "torch")])
+        started.clear()
+        with (tmp_path / "results.jsonl").open("a") as file:
+            file.write('{"piece": "tower", "si')  # a kill
+    monkeypatch.setattr(sys, "argv", [*argv[:3], "--seconds=1"])
+    device.main()
+    assert "not begun, for want of time: decode-7b-1k torch" in capsys.readouterr().out and not started
+
+
+def test_a_row_of_the_device_runs_as_a_toy():
+    """The tower's two pictures of 16 x 16 patches; a profile names what ran."""
+    from benchmarks import _device_ours, _device_pieces
+
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of its time
+    found = _device_ours.tower(_device_pieces.PIECES["tower"].toy(), True)
+    assert found["unit"] == "pictures/s" and found["rate"] == pytest.approx(2 / found["seconds"])
+    assert found["kernels"]["busy_ms"] > 0 and "error" not in found["kernels"]
+    # By hand, hidden size 32 and an inner size of 128: a block multiplies each of 512 patches with 4 x 32 x 32 and 3 x
+    # 32 x 128 numbers, scores and values cost it 64 others of its window or, in one block of four, 256 of its picture.
+    blocks = 4 * 2 * 512 * (4 * 32 * 32 + 3 * 32 * 128) + 2 * 2 * 512 * 32 * (3 * 64 + 256)
+    # The patches are embedded, and each four of them merged by 128 x 128 and 128 x 64 numbers.
+    assert found["flops"] == blocks + 2 * 512 * 1176 * 32 + 2 * 128 * (128 * 128 + 128 * 64)
