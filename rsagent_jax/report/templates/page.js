@@ -1,4 +1,5 @@
-// Of every page: a turn grows by a click, Enter or the arrow keys; a table is sorted by a click on a column's head.
+// Of every page: a turn grows by a click, Enter or the arrow keys; a table is sorted by a click on a column's head; a
+// text finds cards.
 "use strict";
 
 function grow(turn, on) {
@@ -30,6 +31,10 @@ function sortBy(head) {
   body.append(...[...body.rows].sort((a, b) => (down ? compare(b, a) : compare(a, b))));
 }
 
+document.getElementById("find")?.addEventListener("input", (event) => {
+  const text = event.target.value.toLowerCase();
+  for (const card of document.querySelectorAll(".card")) card.hidden = !card.textContent.toLowerCase().includes(text);
+});
 document.addEventListener("click", (event) => {
   const picture = event.target.closest(".layers"), head = event.target.closest("th[tabindex]");
   if (picture) grow(picture.closest(".turn"), !picture.closest(".turn").classList.contains("on"));
