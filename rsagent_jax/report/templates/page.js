@@ -43,6 +43,7 @@ document.addEventListener("click", (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.target.matches("input, select") || event.ctrlKey || event.altKey || event.metaKey) return;
   if (event.key === "Enter" && event.target.matches(".layers, th[tabindex]")) event.target.click();
+  if (event.key === "Escape") for (const turn of document.querySelectorAll(".turn.on")) turn.classList.remove("on");
   const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (by && document.querySelector(".turn")) {
     step(by);

@@ -173,7 +173,7 @@ async function choose(by) {
   put("turn", "");
   put("row", page.rows[place].key);
   await draw();
-  document.querySelector("tr.on")?.scrollIntoView({ block: "nearest" });
+  if (!narrow()) document.querySelector("tr.on a")?.focus();
 }
 
 at("filter").addEventListener("input", (event) => {
@@ -202,7 +202,7 @@ at("shown").addEventListener("click", () => put("turn", turnNow()));
 document.addEventListener("keydown", (event) => {
   if (event.target.matches("input, select") || event.ctrlKey || event.altKey || event.metaKey) return;
   if (event.key === "j" || event.key === "k") choose(event.key === "j" ? 1 : -1);
-  if (event.key.startsWith("Arrow")) put("turn", turnNow());
+  if (/^(Arrow|Escape)/.test(event.key)) put("turn", turnNow());
 });
 at("tokens").addEventListener("toggle", async () => {
   const place = at("tokens").lastElementChild;
