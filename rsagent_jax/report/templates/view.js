@@ -96,9 +96,10 @@ function shownValue(row, name) {
 
 function drawRows() {
   const columns = ["step", "turns", "iou", "reward", "IoU of the second", "gain"];
-  const shown = columns.filter((name) => page.names.includes(name));
+  const shown = columns.filter((name) => page.rows.some((row) => name in row.values));
   const focused = at("rows").contains(document.activeElement) && document.activeElement.title;
   at("head").replaceChildren(...["question", ...shown].map((name) => element("th", says(name))));
+  at("head").closest("table").style.minWidth = `${8 + 3.6 * shown.length}rem`;
   at("rows").replaceChildren(...page.rows.map((row) => {
     const line = element("tr", null, { className: row.key === asked.get("row") ? "on" : "" });
     line.append(element("td", null));
