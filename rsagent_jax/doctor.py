@@ -7,8 +7,9 @@ kernel against the plain one and the engine's log-probs against the trainer's; c
 the segmenter for a mask that is known. Random weights of the config's shape are used: nothing is downloaded or trained.
 
 Each line is OK, slow, wrong (exit status 1) or not run, with the figure, what it is compared with, and what to do. The
-last line of stdout is the same as JSON, and with --workdir so is doctor.json there. On a slice start it on all hosts:
-the first prints one table of all of them, and a host far from their median is slow. See docs/doctor.md.
+last line of stdout is the same as JSON; with --workdir, doctor.json and doctor.html there have it as well.
+On a slice start it on all hosts: the first prints one table of all of them, and a host far from their median is slow.
+See docs/doctor.md.
 """
 
 from rsagent_jax.runtime import command
@@ -25,6 +26,7 @@ from rsagent_jax.config.schema import EvalConfig, SegmentConfig, TrainConfig
 from rsagent_jax.fitness.checks import run_checks
 from rsagent_jax.fitness.finding import Examined
 from rsagent_jax.fitness.hosts import compare_hosts, gather_pages, pages_json, pages_table
+from rsagent_jax.report.page import render_page
 from rsagent_jax.runtime import processes
 from rsagent_jax.runtime.paths import write_whole
 
@@ -32,7 +34,7 @@ from rsagent_jax.runtime.paths import write_whole
 def main(
     config: TrainConfig | EvalConfig | SegmentConfig,
     *,
-    workdir: str = "",  # where the run would write: its disk is looked at, and doctor.json goes there
+    workdir: str = "",  # where the run would write: its disk is looked at, and doctor.json and doctor.html go there
     deadline_s: Positive = 600.0,  # of one check, compilation included; what takes longer is wrong
 ) -> int:
     start = time.perf_counter()
@@ -51,6 +53,7 @@ def main(
         print(f"{counts}; {result['seconds']:.0f} s")
         if directory is not None:
             write_whole(directory / "doctor.json", json.dumps(result, indent=1) + "\n")
+            write_whole(directory / "doctor.html", render_page("doctor.html", title=f"Doctor: {counts}", pages=pages))
         print(json.dumps(result), flush=True)
     status = 0 if result["ok"] else 1
     if hangs:  # its thread would hold the interpreter's end up

@@ -29,7 +29,7 @@ def test_colours_are_the_loss_mask_no_token_is_lost_and_pictures_are_those_that_
     assert [kind == "trained" for _, kind, _ in spans] == item.loss_mask[~is_image].tolist()
     said = "".join(html.unescape(text) for _, kind, text in spans if kind == "trained")
     for turn in SCRIPT["s0"]:
-        assert turn + "<|im_end|>" in said.replace("⏎\n", "\n").replace("␣", " ")
+        assert turn + "<|im_end|>" in said.replace("⏎\n", "\n").replace("·", " ")
     assert page.count("<img") == len(item.grids) == 3 and f"{item.loss_mask.sum()} of {len(item.tokens)} tokens" in page
     assert run_command("rsagent_jax.show_tokens", [*arguments, f"--trajectories={tmp_path / 'none'}"]) == 2
     assert "no complete set" in capsys.readouterr().err

@@ -57,6 +57,11 @@ class Evaluation:
         return [p.picture for p in self.counted]
 
     @property
+    def absent(self) -> set[str]:
+        """The samples without a target that got no mask, which says little of a policy."""
+        return {p.id for p in self.predictions if p.union == 0}
+
+    @property
     def ciou_ci95(self) -> tuple[float, float]:
         """95% interval of cIoU, by picture."""
         counts = np.array([[p.intersection, p.union] for p in self.counted], np.float64)
@@ -118,8 +123,9 @@ def _prediction(line: dict[str, Any]) -> Prediction:
 def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:
     """Writes report/index.html from the files of evaluate.py and returns its path."""
     evaluation = load_evaluation(workdir)
-    results = evaluation.results
+    results, absent = evaluation.results, evaluation.absent
     row = results.get("row", "policy")
+    good = [e for e in evaluation.examples if e.iou >= GOOD_IOU]
     text = render_page(
         "evaluation.html",
         title=f"Evaluation: {results['benchmark']}{'' if row == 'policy' else f' ({row})'}",
@@ -129,7 +135,7 @@ def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:
         figures=headline_figures(evaluation),
         settings=setting_rows(results.get("settings", {}) | {"weights_sha256": results.get("weights_sha256")}),
         shown=results.get("settings", {}).get("examples") or len(evaluation.examples),
-        good=sorted((e for e in evaluation.examples if e.iou >= GOOD_IOU), key=lambda e: (-e.iou, e.id)),
+        good=sorted(good, key=lambda e: (e.id in absent, -e.iou, e.id)),
         bad=sorted((e for e in evaluation.examples if e.iou < GOOD_IOU), key=lambda e: (e.iou, e.id)),
     )
     return save_page(text, evaluation.workdir)

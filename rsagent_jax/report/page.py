@@ -9,7 +9,6 @@ import functools
 import hashlib
 import importlib.resources
 import io
-import math
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from rsagent_jax.agent.tools import call_json
-from rsagent_jax.report.trajectory import LARGEST, SMALLEST, play
+from rsagent_jax.report.trajectory import LARGEST, play
 from rsagent_jax.runtime.paths import make_directory, write_whole
 
 GOOD_IOU = 0.5  # from here on a mask counts as found: the usual threshold of P@0.5
@@ -79,13 +78,10 @@ def thought_of(text: str) -> str:
 
 
 def data_uri(image: np.ndarray) -> str:
-    """u8[h, w, 3] as the data URI of a JPEG of a size that can be looked at. Small ones grow by whole factors."""
-    longer = max(image.shape[:2])
-    scale = math.ceil(SMALLEST / longer) if longer < SMALLEST else min(1.0, LARGEST / longer)
-    size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
-    data = io.BytesIO()
-    shown = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC if scale != 1 else Image.Resampling.NEAREST)
-    shown.save(data, "JPEG", quality=86, subsampling=0)
+    """u8[h, w, 3] as the data URI of a JPEG of at most LARGEST pixels a side; the page enlarges a small one."""
+    shown, data = Image.fromarray(image), io.BytesIO()
+    shown.thumbnail((LARGEST, LARGEST))
+    shown.save(data, "JPEG", quality=90, subsampling=0)
     return _data_uri("image/jpeg", data)
 
 
@@ -110,25 +106,25 @@ def _chart(draw: Callable[[Any], object], size: tuple[float, float] = (3.6, 2.2)
     return _data_uri("image/svg+xml", data)
 
 
-def histogram(values: Sequence[float], bad_below: float, bins: int = 20) -> str:
-    """How many of the values, all in 0..1, fall into each of `bins` equal parts."""
-    counts, edges = np.histogram(np.clip(values, 0, 1), bins=bins, range=(0, 1))
+def histogram(values: Sequence[float], bad_below: float, low: float = 0.0, bins: int = 10) -> str:
+    """How many of the values, all in `low`..1, fall into each of `bins` equal parts."""
+    counts, edges = np.histogram(np.clip(values, low, 1), bins=bins, range=(low, 1))
 
     def draw(axes) -> None:
         colours = [BAD if high <= bad_below + 1e-9 else ACCENT for high in edges[1:]]
-        bars = axes.bar(edges[:-1], counts, 0.9 / bins, align="edge", color=colours)
-        axes.bar_label(bars, [n or "" for n in counts.tolist()], fontsize=7)
-        axes.set(xlabel="IoU", ylabel="samples", xlim=(0, 1), ylim=(0, max(1.0, 1.08 * counts.max())))
+        bars = axes.bar(edges[:-1], counts, 0.9 * (1 - low) / bins, align="edge", color=colours)
+        axes.bar_label(bars, [n or "" for n in counts.tolist()], fontsize=8)
+        axes.set(xlabel="IoU", ylabel="samples", xlim=(low, 1), ylim=(0, max(1.0, 1.08 * counts.max())))
         axes.yaxis.get_major_locator().set_params(integer=True)
 
-    return _chart(draw, (5.8, 2.6))
+    return _chart(draw, (4.2, 2.4))
 
 
 def line_chart(x: Sequence[float], y: Sequence[float], y_label: str) -> str:
     """One curve by step: pale raw points, and a smooth line over them."""
 
     def draw(axes) -> None:
-        axes.plot(x, y, ".", color=ACCENT, alpha=0.35, markersize=3, markeredgewidth=0)
+        axes.plot(x, y, "o", color=ACCENT, alpha=0.4, markersize=2.5, markeredgewidth=0)
         axes.plot(x, smoothed(y), color=ACCENT, linewidth=1.4)
         axes.set(xlabel="step", ylabel=y_label)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -137,10 +133,11 @@ def line_chart(x: Sequence[float], y: Sequence[float], y_label: str) -> str:
 
 
 def interval(value: float, low: float, high: float, axis: tuple[float, float]) -> str:
-    """A dot with its confidence interval, on an axis that the rows of a table share."""
+    """A dot with its confidence interval, on an axis that the rows of a table share; 0, which is on it, has a tick."""
 
     def draw(axes) -> None:
         axes.plot(axis, [0, 0], color=GREY, linewidth=0.5)
+        axes.plot(0, 0, "|", color=GREY, markersize=12)
         axes.plot([low, high], [0, 0], color=ACCENT, linewidth=1.6)
         axes.plot(value, 0, "o", color=ACCENT, markersize=5)
         axes.axis("off")

@@ -49,6 +49,7 @@ NOTES = (
     "Called cIoU in the summary of the ablation; beside the final 0.665 gIoU and 0.579 cIoU it might be gIoU.",
     "One summary says test, a report on the paper says an average; the convention is not told.",
 )
+_WIDE = ("convention", "command")  # columns of table.md alone
 _OPTIONAL = ("paper gIoU", "paper cIoU", "N-acc", "T-acc", "recovered", "waits for")  # columns of the table
 # (stage, key of metrics.jsonl, title, label of the y axis); rewards' own parts are added as they come
 _CURVES = (
@@ -64,6 +65,7 @@ _CURVES = (
     ("grpo", "l2_grads", "GRPO gradient", "norm"),
     ("sft", "lr", "SFT learning rate", "learning rate"),
     ("grpo", "lr", "GRPO learning rate", "learning rate"),
+    ("sft", "perf/throughput", "SFT speed", "tokens per second"),
     ("grpo", "tokens_per_s", "GRPO speed", "tokens per second"),
 )
 
@@ -237,7 +239,13 @@ def remarks(summary: Summary) -> list[str]:
     used = sorted({row["note"] for row in summary.rows} - {0})
     said = ["Intervals: 95%, bootstrap over pictures; gains are paired by sample."]
     said += [RECOVERED_NOTE] * any(row.get("recovery") is not None for row in summary.rows)
+    said += [f"Counted by {rules}." for rules in sorted({row["convention"] or "" for row in summary.rows} - {""})]
     return [*said, *[ABSENT_NOTE] * summary.absent, *(f"[{k}] {NOTES[k - 1]}" for k in used)]
+
+
+def _narrow(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """A table without _WIDE: of the page and the terminal."""
+    return [[cell for cell, name in zip(row, rows[0], strict=True) if name not in _WIDE] for row in rows]
 
 
 def summary_page(summary: Summary) -> str:
@@ -248,7 +256,7 @@ def summary_page(summary: Summary) -> str:
     def tries(samples: list[Example]) -> list[tuple]:
         return [(s, [(name, workdir, by_id.get(s.id)) for name, workdir, by_id in kept]) for s in samples]
 
-    chosen = map(tries, choose(last.examples if last else ()))
+    chosen = map(tries, choose([e for e in last.examples if e.id not in last.absent] if last else ()))
     bounds = [value for row in summary.rows for value in row["giou_ci95"] or ()]
     return render_page(
         "reproduction.html",
@@ -256,7 +264,7 @@ def summary_page(summary: Summary) -> str:
         names=NAMES,
         summary=summary,
         verdicts=verdicts(summary),
-        rows=[row[:-1] for row in table(summary)],
+        rows=_narrow(table(summary)),
         axis=(min([0.0, *bounds]), max([0.0, *bounds])),
         remarks=remarks(summary),
         took=_duration(summary.seconds),
@@ -279,8 +287,8 @@ def curves(steps: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
         if points and points not in drawn:
             drawn.append(points)
             x, y = zip(*points, strict=True)
-            line = smoothed(y)
-            charts.append((title, f"{line[0]:.3g} → {line[-1]:.3g}", line_chart(x, y, label)))
+            ends = (format(v, ".3g" if abs(v) < 1000 else ",.0f") for v in smoothed(y)[[0, -1]])
+            charts.append((title, " → ".join(ends), line_chart(x, y, label)))
     return charts
 
 
@@ -299,6 +307,5 @@ def write_report(title: str, steps: Mapping[str, Step], workdir: pathlib.Path, f
     write_whole(workdir / "table.md", "\n\n".join(text) + "\n")
     write_whole(workdir / "summary.json", json.dumps(summary.to_json(), indent=2) + "\n")
     shown = save_page(summary_page(summary), workdir)
-    wide = [k for k, name in enumerate(rows[0]) if name not in ("convention", "command")]
-    print(text_table([[row[k] for k in wide] for row in rows], 2), "", *said, sep="\n")
+    print(text_table(_narrow(rows), 2), "", *said, sep="\n")
     print(f"\nTook {_duration(summary.seconds)} in all. Table: {workdir / 'table.md'}  Report: {shown}")

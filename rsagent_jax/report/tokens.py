@@ -23,7 +23,7 @@ def shown_tokens(item: Item, processor: Processor) -> Iterator[tuple[str, int, A
             yield "image", count, image, None
         else:
             count, text = 1, processor.decode([id])
-            shown = text.replace("\n", "⏎\n") if text.strip(" ") else text.replace(" ", "␣")
+            shown = text.replace("\n", "⏎\n") if text.strip(" ") else text.replace(" ", "·")
             logprob = float(item.logprobs[at]) if trained and kept else None
             yield "trained" if trained else "context", id, shown, logprob
         at += count

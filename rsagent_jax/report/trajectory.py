@@ -25,7 +25,7 @@ from rsagent_jax.runtime.image_files import read_image
 from rsagent_jax.runtime.paths import open_path
 from rsagent_jax.types import DataError, Status
 
-SMALLEST, LARGEST = 320, 640  # longer side of a picture on a page, pixels
+SMALLEST, LARGEST = 320, 640  # longer side of outlines on a page, pixels; no picture is larger than LARGEST
 # Of outlines; no yellow, which is that of the policy's own overlays.
 COLOURS = ("#ff2d95", "#00e5ff", "#39ff14", "#ff7a00", "#7a3cff", "#ffffff")
 _NEAR = 0.02  # how far from an outline the picture counts for its colour, of the picture's longer side

@@ -69,6 +69,7 @@ def test_the_page_its_json_and_the_exit_status(verdict, status, tmp_path, monkey
     assert table[0] == f"{verdict:7}  products  1 TFLOP/s  (2 nominal)" and counts.startswith(f"1 {verdict}; ")
     assert said["ok"] == (status == 0) and said["hosts"][0]["findings"][0]["verdict"] == verdict
     assert json.loads((tmp_path / "doctor.json").read_text()) == said
+    assert f">{verdict}</span>" in (tmp_path / "doctor.html").read_text()
     for bad in ("problems.py", "debug.py --config.policy.weights=nowhere", "debug.py --config.slice=v6e-9"):
         assert command.run_command("rsagent_jax.doctor", f"--config=configs/{bad}".split()) == 2
     assert "did you mean v6e-8" in capsys.readouterr().err

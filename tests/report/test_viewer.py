@@ -194,7 +194,7 @@ def test_an_export_is_one_file_with_everything_in_it_escaped(tmp_path, capsys):
         assert not {element.tag for element in found} & {"script", "iframe", "form"}
         assert sum(element.tag == "img" for element in found) == 3  # question, mask, answer
         kinds = [element.get("class") for element in found if element.tag == "path"]
-        assert kinds == ["truth", "mask fill", "truth", "mask fill", "truth"] and "IoU 0.250" in markup
+        assert kinds == ["truth", "mask", "truth", "mask fill", "truth"] and "IoU 0.250" in markup
         assert EVIL in "".join(found[0].itertext())
     assert "\ufffd" in embedded["trajectories"][f"run:{EVIL}"]
 

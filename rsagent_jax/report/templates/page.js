@@ -1,4 +1,5 @@
-// Of every page: a turn grows by a click, Enter or the arrow keys; a table is sorted by a click on a column's head.
+// Of every page: a turn grows by a click, Enter or the arrow keys; a table is sorted by a click on a column's head; a
+// text finds cards.
 "use strict";
 
 function grow(turn, on) {
@@ -30,6 +31,10 @@ function sortBy(head) {
   body.append(...[...body.rows].sort((a, b) => (down ? compare(b, a) : compare(a, b))));
 }
 
+document.getElementById("find")?.addEventListener("input", (event) => {
+  const text = event.target.value.toLowerCase();
+  for (const card of document.querySelectorAll(".card")) card.hidden = !card.textContent.toLowerCase().includes(text);
+});
 document.addEventListener("click", (event) => {
   const picture = event.target.closest(".layers"), head = event.target.closest("th[tabindex]");
   if (picture) grow(picture.closest(".turn"), !picture.closest(".turn").classList.contains("on"));
@@ -38,6 +43,7 @@ document.addEventListener("click", (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.target.matches("input, select") || event.ctrlKey || event.altKey || event.metaKey) return;
   if (event.key === "Enter" && event.target.matches(".layers, th[tabindex]")) event.target.click();
+  if (event.key === "Escape") for (const turn of document.querySelectorAll(".turn.on")) turn.classList.remove("on");
   const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (by && document.querySelector(".turn")) {
     step(by);

@@ -6,6 +6,7 @@ const PAGE = 50, LIVE_MS = 3000, WORDS = ["q", "status", "source", "sort", "page
 const at = (id) => document.getElementById(id);
 const embedded = JSON.parse(at("embedded").textContent), alone = "rows" in embedded;
 const asked = new URLSearchParams(location.hash.slice(1));
+const narrow = () => matchMedia("(max-width: 60rem)").matches; // what is chosen stands below the rows
 let page = null, drawn = null, draws = 0, asking = 0, failed = false;
 
 /** As rows.select_rows does it for the server. */
@@ -48,11 +49,14 @@ function put(name, value) {
   history.replaceState(null, "", `#${asked}`);
 }
 
+/** How the page names a value, and the order by it. */
+const says = (name) => name.replace(/^-(.*)/, "$1, highest first").replace(/^iou\b/, "IoU");
+
 /** Options of a select, without a change where they are the same. */
 function offer(name, values, first) {
   const select = at("filter").elements[name], wanted = ["", ...values];
   if (wanted.join("\n") !== [...select.options].map((option) => option.value).join("\n"))
-    select.replaceChildren(...wanted.map((value) => element("option", value || first, { value })));
+    select.replaceChildren(...wanted.map((value) => element("option", value ? says(value) : first, { value })));
   select.value = asked.get(name) ?? "";
 }
 
@@ -64,10 +68,11 @@ function drawForm() {
   if (at("ranges").childElementCount !== page.names.length)
     at("ranges").replaceChildren(...page.names.map((name) => {
       const label = element("fieldset", null), ends = (asked.get(name) ?? "..").split("..");
-      const says = (k) => ({ type: "number", step: "any", value: ends[k], ariaLabel: `${name} ${k ? "to" : "from"}` });
-      const input = (k) => element("input", null, says(k));
+      const input = (k) => element("input", null, {
+        type: "number", step: "any", value: ends[k], ariaLabel: `${says(name)} ${k ? "to" : "from"}`,
+      });
       const [low, high] = [input(0), input(1)];
-      label.append(element("legend", name), low, " to ", high);
+      label.append(element("legend", says(name)), low, " to ", high);
       label.addEventListener("change", () => {
         put(name, low.value || high.value ? `${low.value}..${high.value}` : "");
       });
@@ -91,16 +96,20 @@ function shownValue(row, name) {
 
 function drawRows() {
   const columns = ["step", "turns", "iou", "reward", "IoU of the second", "gain"];
-  const shown = columns.filter((name) => page.names.includes(name));
-  at("head").replaceChildren(...["question", "ending", ...shown].map((name) => element("th", name)));
+  const shown = columns.filter((name) => page.rows.some((row) => name in row.values));
+  const focused = at("rows").contains(document.activeElement) && document.activeElement.title;
+  at("head").replaceChildren(...["question", ...shown].map((name) => element("th", says(name))));
+  at("head").closest("table").style.minWidth = `${8 + 3.6 * shown.length}rem`;
   at("rows").replaceChildren(...page.rows.map((row) => {
     const line = element("tr", null, { className: row.key === asked.get("row") ? "on" : "" });
-    line.append(element("td", null), element("td", row.status.replaceAll("_", " ")));
+    line.append(element("td", null));
     line.append(...shown.map((name) => element("td", shownValue(row, name))));
     const link = element("a", row.query || row.sample, { href: linkOf(row), title: row.key });
-    line.firstChild.append(link, element("div", row.source, { className: "note" }));
+    const from = page.sources.length > 1 ? `, ${row.source}` : "";
+    line.firstChild.append(link, element("div", row.status + from, { className: "note" }));
     return line;
   }));
+  if (focused) [...at("rows").querySelectorAll("a")].find((link) => link.title === focused)?.focus();
   const last = page.start + page.rows.length;
   at("where").textContent = page.found ? `${page.start + 1} to ${last} of ${page.found}` : "none";
   at("previous").disabled = page.start === 0;
@@ -122,7 +131,7 @@ async function drawChosen() {
       if (key !== asked.get("row")) return;
       if (markup === undefined) throw new Error(`${key} is not in this file`);
       at("shown").innerHTML = markup;
-      if (matchMedia("(max-width: 60rem)").matches) at("shown").scrollIntoView(); // it stands below the rows
+      if (narrow()) at("shown").scrollIntoView();
     } else at("shown").replaceChildren(element("p", "Choose a trajectory.", { className: "note" }));
   }
   if (key && asked.has("turn")) step(0, Number(asked.get("turn")));
@@ -138,6 +147,7 @@ async function draw(live = false) {
     if (live && !failed && JSON.stringify(now) === JSON.stringify(page)) return;
     failed = false;
     page = now;
+    if (!live && !asked.has("row") && page.rows.length && !narrow()) put("row", page.rows[0].key);
     drawForm();
     drawRows();
     if (!live) await drawChosen();
@@ -164,7 +174,7 @@ async function choose(by) {
   put("turn", "");
   put("row", page.rows[place].key);
   await draw();
-  document.querySelector("tr.on")?.scrollIntoView({ block: "nearest" });
+  if (!narrow()) document.querySelector("tr.on a")?.focus();
 }
 
 at("filter").addEventListener("input", (event) => {
@@ -193,7 +203,7 @@ at("shown").addEventListener("click", () => put("turn", turnNow()));
 document.addEventListener("keydown", (event) => {
   if (event.target.matches("input, select") || event.ctrlKey || event.altKey || event.metaKey) return;
   if (event.key === "j" || event.key === "k") choose(event.key === "j" ? 1 : -1);
-  if (event.key.startsWith("Arrow")) put("turn", turnNow());
+  if (/^(Arrow|Escape)/.test(event.key)) put("turn", turnNow());
 });
 at("tokens").addEventListener("toggle", async () => {
   const place = at("tokens").lastElementChild;
