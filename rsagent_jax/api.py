@@ -15,7 +15,6 @@ import queue
 import re
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Self
@@ -35,7 +34,7 @@ from rsagent_jax.config.ranges import FUNCTION, Count, NotNegative, Range
 from rsagent_jax.config.schema import AgentConfig, SamplingConfig, SegmentConfig, SegmenterConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.masks import encode_rle
-from rsagent_jax.models.qwen25_vl.config import load_config
+from rsagent_jax.models.qwen25_vl.config import LARGE, load_config
 from rsagent_jax.models.qwen25_vl.load import policy_directory
 from rsagent_jax.report.strip import draw_strip
 from rsagent_jax.report.terminal import describe_ending
@@ -54,8 +53,6 @@ from sam_bridge.types import Segmenter
 Picture = str | os.PathLike | PIL.Image.Image | np.ndarray  # a file, an opened picture, or its pixels u8[h, w, 3]
 FILES = ("mask.png", "overlay.png", "image.png", "trajectory.json")  # what Result.save writes
 ADDRESSES = r"[^\s,/]+:\d+(,[^\s,/]+:\d+)*"
-LARGE = 1024  # the decoder's width from which on a policy has configs/segment.py:full; that of Qwen2.5-VL-3B is 2048
-NO_TOOLS = "assets/tiny-base does not know the tools: expect malformed calls and an empty mask."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -202,7 +199,7 @@ class Agent(contextlib.AbstractContextManager):
 
         Args:
           weights: a Hugging Face directory, a hub's org/name[@revision], or checkpoints/<stage>[@best] of a run; None:
-            the tiny policy that comes with the package, which does not know the tools.
+            the tiny policy that comes with the package, which knows flat shapes of six colours (docs/demo.md).
           segmenter: "grabcut" in this process; "host:port" of a side-car that runs, several with commas; SAM 2's
             checkpoint (a .pt file or a hub's org/name) for a side-car of its own on the CPU; module:factory or
             file.py:factory; a SegmenterConfig for everything else; or an object with a segment method. None: the
@@ -215,8 +212,6 @@ class Agent(contextlib.AbstractContextManager):
         Raises:
           DataError: something of this is not there, or does not go together.
         """
-        if weights is None and not config:
-            warnings.warn(f"{NO_TOOLS} Name a checkpoint, such as runs/quickstart/train/checkpoints/grpo", stacklevel=2)
         own = bool(config)
         if not own:
             large = weights is not None and load_config(policy_directory(str(weights))).text.hidden_size >= LARGE

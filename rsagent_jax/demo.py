@@ -1,0 +1,148 @@
+"""The agent in a browser: upload a picture, ask, watch the turns, correct the mask, take it away.
+
+  python -m rsagent_jax.demo [--weights=HF_DIR_OR_CHECKPOINT] [--segmenter=FILE.pt]      http://127.0.0.1:7860
+
+Without flags the tiny policy that comes with the package answers, with GrabCut: nothing is downloaded. docs/demo.md has
+the page, and who may reach it.
+"""
+
+from rsagent_jax.runtime import command, preemption
+
+if __name__ == "__main__":
+    command.start_command()
+
+import concurrent.futures
+import contextlib
+import importlib.util
+import os
+import pathlib
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rsagent_jax.config.ranges import Count
+from rsagent_jax.config.schema import SegmentConfig
+from rsagent_jax.models.qwen25_vl.config import LARGE, load_config
+from rsagent_jax.models.qwen25_vl.load import policy_directory
+from rsagent_jax.tiny import scenes
+from rsagent_jax.types import DataError
+from sam_bridge.security import SetupError, check_address, is_loopback, read_secret_file
+
+AUTH = "RSAGENT_DEMO_AUTH"  # of the environment, in place of --auth: name:password
+CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rsagent_jax" / "compiled"
+SCENES = ((2, "every yellow square"), (1, "the large square"), (9, "the blue circle"))  # of examples: seed, question
+
+
+def main(
+    config: SegmentConfig = "configs/segment.py",
+    *,
+    weights: str = "",  # a Hugging Face directory, org/name or checkpoints/<stage>[@best]; in place of policy.weights
+    segmenter: str = "",  # grabcut, host:port of a side-car, or SAM 2's FILE.pt or org/name; in place of segmenter.*
+    address: str = "127.0.0.1:7860",  # host:port; port 0 picks a free one
+    auth: str = "",  # file with name:password on each line; or one such pair in RSAGENT_DEMO_AUTH
+    tls_cert: str = "",  # PEM file; with --tls_key
+    tls_key: str = "",  # PEM file
+    insecure: bool = False,  # allow other machines without TLS and --auth
+    slots: Count = 4,  # trajectories at a time
+    waiting: Count = 32,  # questions that may wait for a slot
+    per_minute: Count = 30,  # questions and corrections of one user; of one address without --auth
+    max_mb: Count = 20,  # of a picture's file
+) -> None:
+    users = check_access(address, auth, tls_cert, tls_key, insecure)
+    if importlib.util.find_spec("gradio") is None:
+        raise DataError("the demo's page is made with Gradio, which is not installed: pip install 'rsagent-jax[web]'")
+    weights = weights or config.policy.weights
+    tiny = load_config(policy_directory(weights)).text.hidden_size < LARGE
+    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
+        del os.environ[name]  # GRADIO_SHARE and others change what is served, and to whom
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    with tempfile.TemporaryDirectory(prefix="rsagent-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = f"{folder}/gradio"
+        agent: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        from rsagent_jax.web import page  # after the settings above
+
+        limits = page.Limits(slots, waiting, per_minute, max_mb)
+        examples = draw_examples(pathlib.Path(folder)) if tiny else []
+        demo = page.Page(agent, limits, pathlib.Path(folder), examples, page.KNOWS * tiny)
+        app = page.mount(demo, users, hosts_of(address))
+
+        def load() -> Any:
+            from rsagent_jax.api import Agent  # brings jax; the page is there before it
+
+            command.quieten()
+            command.use_compilation_cache(config.cache_dir, CACHE)
+            chosen = segmenter or config.segmenter
+            return Agent.load(weights, config=config, segmenter=chosen, slots=slots, warm_up=True)
+
+        serve(app, address, agent, load, tls_cert, tls_key)
+    if not agent.done():
+        preemption.leave(0)  # Python's own end would break a thread off that compiles, which aborts
+
+
+def check_access(address: str, auth: str, tls_cert: str, tls_key: str, insecure: bool) -> list[tuple[str, str]]:
+    """The users who may log in, none where anybody may. DataError for what cannot be used, and for a page that other
+    machines could reach without TLS and a password."""
+    try:
+        text = read_secret_file(auth, "--auth").decode() if auth else os.environ.get(AUTH, "")
+        users = [tuple(line.strip().split(":", 1)) for line in text.splitlines() if line.strip()]
+        if (auth and not users) or any(len(user) != 2 or not all(user) for user in users):
+            raise SetupError(f"{auth or AUTH} must hold name:password, one on each line")
+        if bool(tls_cert) != bool(tls_key):
+            raise SetupError("TLS needs both a certificate and its key: --tls_cert and --tls_key")
+        for file, what in ((tls_cert, "certificate"), (tls_key, "key")):
+            _ = file and read_secret_file(file, what)
+        check_address(address, token="there" * bool(users), tls=bool(tls_cert), insecure=insecure, secret="--auth")
+    except (SetupError, UnicodeDecodeError) as error:
+        raise DataError(str(error)) from None
+    if not is_loopback(address) and not (users and tls_cert):
+        print(f"warning: {address} can be reached from other machines without TLS and a password, as --insecure allows")
+    return users
+
+
+def hosts_of(address: str) -> list[str]:
+    """What a browser may call this server: on loopback no name that a page elsewhere made to lead here."""
+    return ["localhost", "127.0.0.1", address.rpartition(":")[0]] if is_loopback(address) else ["*"]
+
+
+def draw_examples(folder: pathlib.Path) -> list[tuple[str, str]]:
+    """(file, question) of scenes like those that the tiny policy was trained on."""
+    photos, config, made = scenes.load_photos(), scenes.SceneConfig(), []
+    for seed, question in SCENES:
+        file = folder / f"scene-{seed}.png"
+        Image.fromarray(scenes.make_scene(np.random.default_rng([20, seed]), config, photos).image).save(file)
+        made.append((str(file), question))
+    return made
+
+
+def serve(app: Any, address: str, agent: Any, load: Callable[[], Any], tls_cert: str, tls_key: str) -> None:
+    """Until Ctrl-C or SIGTERM. The page is there first; `agent` gets what `load` gives, or raises."""
+    import uvicorn
+
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    listener = socket.create_server((host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    tls = dict(ssl_certfile=tls_cert or None, ssl_keyfile=tls_key or None)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **tls))
+
+    def work() -> None:
+        try:
+            agent.set_result(load())
+            print("the policy is ready", flush=True)
+        except BaseException as error:  # noqa: BLE001 - raised below
+            agent.set_exception(error)
+            server.should_exit = True
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the folder of pictures would be left behind
+    name = f"[{host}]" if ":" in host else host
+    print(f"http{'s' * bool(tls_cert)}://{name}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
+    threading.Thread(target=work, daemon=True).start()
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+    if agent.done():
+        agent.result().close()
