@@ -12,15 +12,10 @@ if __name__ == "__main__":
     command.start_command()
 
 import concurrent.futures
-import contextlib
 import importlib.util
 import os
 import pathlib
-import signal
-import socket
 import tempfile
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -65,12 +60,12 @@ def main(
     with tempfile.TemporaryDirectory(prefix="rsagent-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = f"{folder}/gradio"
         agent: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        from rsagent_jax.web import page  # after the settings above
+        from rsagent_jax.web import page, server  # after the settings above
 
         limits = page.Limits(slots, waiting, per_minute, max_mb)
         examples = draw_examples(pathlib.Path(folder)) if tiny else []
-        demo = page.Page(agent, limits, pathlib.Path(folder), examples, page.KNOWS * tiny)
-        app = page.mount(demo, users, hosts_of(address))
+        demo = page.DemoPage(agent, limits, pathlib.Path(folder), examples, page.KNOWS * tiny)
+        app = server.mount_page(demo, users, address)
 
         def load() -> Any:
             from rsagent_jax.api import Agent  # brings jax; the page is there before it
@@ -80,7 +75,11 @@ def main(
             chosen = segmenter or config.segmenter
             return Agent.load(weights, config=config, segmenter=chosen, slots=slots, warm_up=True)
 
-        serve(app, address, agent, load, tls_cert, tls_key)
+        listener = server.open_listener(address)
+        print(f"policy: {weights}")
+        host, port = address.rpartition(":")[0], listener.getsockname()[1]
+        print(f"http{'s' * bool(tls_cert)}://{host}:{port}  (Ctrl-C ends it)", flush=True)
+        server.serve_page(app, listener, agent, load, ssl_certfile=tls_cert or None, ssl_keyfile=tls_key or None)
     if not agent.done():
         preemption.leave(0)  # Python's own end would break a thread off that compiles, which aborts
 
@@ -105,11 +104,6 @@ def check_access(address: str, auth: str, tls_cert: str, tls_key: str, insecure:
     return users
 
 
-def hosts_of(address: str) -> list[str]:
-    """What a browser may call this server: on loopback no name that a page elsewhere made to lead here."""
-    return ["localhost", "127.0.0.1", address.rpartition(":")[0]] if is_loopback(address) else ["*"]
-
-
 def draw_examples(folder: pathlib.Path) -> list[tuple[str, str]]:
     """(file, question) of scenes like those that the tiny policy was trained on."""
     photos, config, made = scenes.load_photos(), scenes.SceneConfig(), []
@@ -118,31 +112,3 @@ def draw_examples(folder: pathlib.Path) -> list[tuple[str, str]]:
         Image.fromarray(scenes.make_scene(np.random.default_rng([20, seed]), config, photos).image).save(file)
         made.append((str(file), question))
     return made
-
-
-def serve(app: Any, address: str, agent: Any, load: Callable[[], Any], tls_cert: str, tls_key: str) -> None:
-    """Until Ctrl-C or SIGTERM. The page is there first; `agent` gets what `load` gives, or raises."""
-    import uvicorn
-
-    host, _, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    listener = socket.create_server((host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    tls = dict(ssl_certfile=tls_cert or None, ssl_keyfile=tls_key or None)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **tls))
-
-    def work() -> None:
-        try:
-            agent.set_result(load())
-            print("the policy is ready", flush=True)
-        except BaseException as error:  # noqa: BLE001 - raised below
-            agent.set_exception(error)
-            server.should_exit = True
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the folder of pictures would be left behind
-    name = f"[{host}]" if ":" in host else host
-    print(f"http{'s' * bool(tls_cert)}://{name}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
-    threading.Thread(target=work, daemon=True).start()
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run(sockets=[listener])
-    if agent.done():
-        agent.result().close()

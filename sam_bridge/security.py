@@ -89,9 +89,7 @@ def check_address(address: str, *, token: str, tls: bool, insecure: bool, secret
     """SetupError for an address that is malformed, in use, or open to other machines without TLS and a token, which the
     flag `secret` gives."""
     loopback = is_loopback(address)
-    missing = " and ".join(
-        name for name, there in (("--tls_cert and --tls_key", tls), (secret, token)) if not there
-    )
+    missing = " and ".join(name for name, there in (("--tls_cert and --tls_key", tls), (secret, token)) if not there)
     if not loopback and missing and not insecure:
         raise SetupError(
             f"{address} can be reached from other machines: give {missing}, listen on 127.0.0.1,"

@@ -103,6 +103,7 @@ def test_what_is_no_call_is_refused_before_anything_is_played():
         result = made.segment(IMAGE, "it")
         refused("needs a box, points or refine", made.correct, result)
         refused("a point lies outside of the picture, which is 112 x 112", made.correct, result, points=[(112, 0)])
+        refused("a point lies outside", made.correct, result, points=[(np.nan, 0)])
         refused("must have an area inside the picture", made.correct, result, box=(5, 5, 5, 9))
         refused("one label per point", made.correct, result, points=[(1, 1)], labels=[1, 0])
         refused("a point must be 2 numbers", made.correct, result, points=[1, 2])

@@ -41,7 +41,7 @@ def _in_view(state: EnvState, call: Segment) -> Segment:
     stays where it was."""
     h, w = state.image.shape[:2]
     points, box = np.reshape(call.points, (-1, 2)), call.box
-    if (points < 0).any() or (points > (w - 1, h - 1)).any():
+    if not ((points >= 0) & (points <= (w - 1, h - 1))).all():  # NaN neither
         raise DataError(f"a point lies outside of the picture, which is {w} x {h} pixels: {points.tolist()}")
     if box is not None and not (0 <= box[0] < box[2] <= w and 0 <= box[1] < box[3] <= h):
         raise DataError(f"box [x1, y1, x2, y2] = {list(box)} must have an area inside the picture of {w} x {h} pixels")

@@ -5,14 +5,13 @@ import contextlib
 import dataclasses
 import html
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-import fastapi
 import gradio as gr
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from rsagent_jax.report.terminal import describe_ending
 from rsagent_jax.runtime.image_files import checksum, read_image
@@ -40,14 +39,6 @@ green, blue, yellow, purple, white), four shapes (circle, square, triangle, star
 A picture of your own is shown to it at about that size. Flat, evenly coloured shapes may be found there; it has never
 seen a mug, a dog or a photograph of a thing, and takes other words for one of its own, or for nothing. Photographs
 need pretrained weights."""
-CSS = """
-.turns ol {list-style: none; margin: 0; padding: 0}
-.turns li {border-left: 4px solid var(--color-accent); padding: 2px 0 2px 12px; margin: 0 0 12px}
-.turns li.you {border-left-color: #c2410c}
-.turns dl {display: grid; grid-template-columns: 5em 1fr; gap: 2px 8px; margin: 4px 0 0}
-.turns dt {color: var(--body-text-color)} .turns dd {margin: 0; overflow-wrap: anywhere; font-family: var(--font-mono)}
-.status {min-height: 3em}
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +51,7 @@ class Limits:
     max_mb: int  # of a picture's file
 
 
-class Page:
+class DemoPage:
     """The handlers and the layout. `agent` may still be loading when the page is there."""
 
     def __init__(
@@ -88,7 +79,7 @@ class Page:
         self._count(request)
         self.leave(request)
         while len(self.visits) >= VISITS:
-            self.visits.pop(next(iter(self.visits))).cancel()
+            self.visits.pop(next(iter(self.visits))).leave()
         visit = self.visits[request.session_hash] = Visit()
         return {**self._shown(visit), self.status: _said("Waiting for a free place …")}
 
@@ -130,7 +121,7 @@ class Page:
     def leave(self, request: gr.Request) -> None:
         """The page was closed: its slot is free for others."""
         if visit := self.visits.pop(request.session_hash, None):
-            visit.cancel()
+            visit.leave()
 
     def show(self, mask_id: int, request: gr.Request) -> Any:
         return shown_picture(self._open(request).state, int(mask_id))
@@ -188,7 +179,8 @@ class Page:
             visit.stream = None
         visit.state = visit.result.state
         ending = self._ending(visit, query)
-        files = gr.update(value=answer_files(visit.result, self.folder), visible=True)
+        visit.folder = visit.folder or tempfile.TemporaryDirectory(dir=self.folder)
+        files = gr.update(value=answer_files(visit.result, pathlib.Path(visit.folder.name)), visible=True)
         yield {**self._shown(visit), self.status: ending, self.files: files}
 
     def _shown(self, visit: Visit) -> dict:
@@ -241,14 +233,13 @@ class Page:
             gr.Examples([list(example) for example in self.examples], [self.picture, self.query], label="Examples")
 
     def _answer(self) -> None:
-        self.canvas = gr.Image(
-            label="Picture and mask", interactive=False, format="png", buttons=["fullscreen"], visible=False
-        )
+        canvas = dict(label="Picture and mask", alt_text="Picture and mask", format="png", buttons=["fullscreen"])
+        self.canvas = gr.Image(**canvas, interactive=False, visible=False)
         self.pool = gr.Slider(0, 1, 0, step=1, label="Mask of the history pool (0: none)", visible=False)
-        self.turns = gr.HTML(elem_classes="turns")
         with gr.Group(visible=False) as self.correction:
             self.how = gr.Radio([ADD, REMOVE, NEW, BOX], value=ADD, label="Correct it: click on the picture")
             self.places = gr.Textbox(label="… or type x, y (or x1, y1, x2, y2) in pixels of the picture, and Enter")
+        self.turns = gr.HTML(elem_classes="turns")
         self.files = gr.File(label="Mask, RLE, trajectory", file_count="multiple", interactive=False, visible=False)
 
     def _connect(self, blocks: gr.Blocks) -> None:
@@ -269,23 +260,6 @@ class Page:
         self.cancel_button.click(self.cancel, None, self.status, queue=False, **hidden)
         self.pool.input(self.show, self.pool, self.canvas, queue=False, show_progress="hidden", **hidden)
         blocks.unload(self.leave)
-
-
-def mount(page: Page, users: Sequence[tuple[str, str]], hosts: Sequence[str]) -> fastapi.FastAPI:
-    """The page as an app at /, for these users (none: for anybody) and under these names of the server."""
-    app = fastapi.FastAPI(openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    # No fonts from elsewhere; texts that stand out from what is behind them by 4.5 to 1.
-    theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    blue, grey = "*primary_700", "*neutral_600"
-    theme.set(button_primary_background_fill=blue, button_primary_background_fill_dark=blue)
-    theme.set(body_text_color_subdued=grey, block_label_text_color=grey, block_title_text_color=grey)
-    theme.set(input_placeholder_color=grey, body_text_color_subdued_dark="*neutral_300")
-    looks = dict(theme=theme, css=CSS, footer_links=[], run_history=False)
-    limits = dict(max_file_size=f"{page.limits.max_mb}mb", auth=list(users) or None, enable_monitoring=False)
-    return gr.mount_gradio_app(
-        app, page.blocks(), "", ssr_mode=False, show_error=False, mcp_server=False, **looks, **limits
-    )
 
 
 @contextlib.contextmanager

@@ -38,11 +38,17 @@ class Visit:
     result: "Result | None" = None  # of the latest trajectory, when it has ended
     turns: list[str] = dataclasses.field(default_factory=list)  # as HTML
     cancelled: bool = False
+    folder: tempfile.TemporaryDirectory | None = None  # of the answer's files
 
     def cancel(self) -> None:
         self.cancelled = True
         if (stream := self.stream) is not None:
             stream.close()
+
+    def leave(self) -> None:
+        self.cancel()
+        if self.folder is not None:
+            self.folder.cleanup()
 
 
 def turn_html(state: EnvState, seconds: float) -> str:
@@ -110,13 +116,12 @@ def unknown_words(query: str) -> list[str]:
 
 
 def answer_files(result: "Result", folder: pathlib.Path) -> list[str]:
-    """mask.png, mask.json (COCO RLE), trajectory.json and the picture that it belongs to, in a folder of their own;
-    without the masks where there is no answer."""
-    made = pathlib.Path(tempfile.mkdtemp(dir=folder))
+    """mask.png, mask.json (COCO RLE), trajectory.json and the picture that it belongs to; without the masks where there
+    is no answer."""
     files = {"trajectory.json": state_to_json(result.state, "image.png").encode(), "image.png": png(result.state.image)}
     if not result.failure:
         mask = {"mask.png": png(result.mask.astype(np.uint8) * 255), "mask.json": json.dumps(result.rle).encode()}
         files = mask | files
     for name, content in files.items():
-        (made / name).write_bytes(content)
-    return [str(made / name) for name in files]
+        (folder / name).write_bytes(content)
+    return [str(folder / name) for name in files]
