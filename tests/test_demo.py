@@ -1,6 +1,9 @@
 """Who may reach the demo: loopback, or TLS and users; what is missing is one error."""
 
+import concurrent.futures
 import importlib.util
+
+import pytest
 
 from rsagent_jax import demo
 from rsagent_jax.runtime import command
@@ -50,3 +53,22 @@ def test_places_and_words_of_a_visitor():
         refused("is no place", read_places, text)
     assert unknown_words("every red star left of the Mug, the mug") == ["mug"]
     assert unknown_words("the bottommost yellow one") == []
+
+
+def test_the_page_is_for_its_users_and_under_this_machines_names(tmp_path):
+    pytest.importorskip("gradio")
+    from starlette.testclient import TestClient
+
+    from rsagent_jax.web import page, server
+
+    shown = page.DemoPage(concurrent.futures.Future(), page.Limits(1, 8, 30, 1), tmp_path)
+    app = server.mount_page(shown, [("ada", "secret")], "127.0.0.1:0")
+    with TestClient(app, base_url="http://127.0.0.1:7860") as client:
+        assert client.get("/", headers={"Host": "evil.example:7860"}).status_code == 400
+        assert "What to segment" not in client.get("/").text and client.get("/config").status_code == 401
+        assert client.post("/login", data={"username": "ada", "password": "wrong"}).status_code == 400
+        assert client.post("/login", data={"username": "ada", "password": "secret"}).status_code == 200
+        config = client.get("/config").json()
+        assert "What to segment" in client.get("/").text
+    assert not config["analytics_enabled"] and not config["footer_links"]
+    assert config["max_file_size"] == 2**20 and not config["run_history"]

@@ -16,12 +16,14 @@ from rsagent_jax.agent.replay import replay
 from rsagent_jax.api import Agent
 from rsagent_jax.demo import draw_examples
 from rsagent_jax.masks import decode_rle, iou
+from rsagent_jax.rollout import kv_cache
 from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.tiny import scenes
 from rsagent_jax.types import Status
 from tests.rollout import small
 
 pytest.importorskip("gradio")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")]  # Gradio's own
 
 
 @pytest.fixture
@@ -84,7 +86,8 @@ def downloads(page):
     return files
 
 
-def test_upload_ask_watch_correct_and_download(served, open_page, serious_findings, tmp_path):
+def test_upload_ask_watch_correct_and_download(served, open_page, serious_findings, tmp_path, monkeypatch):
+    monkeypatch.setattr(kv_cache, "SMALL", 1024)  # one block: a third of the programs to compile
     scene = scenes.make_scene(np.random.default_rng([20, 2]), scenes.SceneConfig(), scenes.load_photos())
     scene_file = tmp_path / "mine.png"
     image, star = scene.image.copy(), next(o for o in scene.objects if o.shape == "star" and o.color == "yellow")
