@@ -80,14 +80,14 @@ class DemoPage:
         self.leave(request)
         while len(self.visits) >= VISITS:
             self.visits.pop(next(iter(self.visits))).leave()
-        visit = self.visits[request.session_hash] = Visit()
+        visit = self.visits[request.session_hash] = Visit(counted=True)
         return {**self._shown(visit), self.status: _said("Waiting for a free place …")}
 
     def ask(self, picture: str, query: str, request: gr.Request) -> Iterator[dict]:
         def start(agent: "Agent") -> "TurnStream":
             return agent.stream(read_image(picture, "choose another picture", upright=True), query)
 
-        yield from self._play(self.visits[request.session_hash], start, query)
+        yield from self._play(self.visits.get(request.session_hash, Visit()), start, query)
 
     def begin_correction(self, places: str, how: str, request: gr.Request) -> str:
         visit = self._open(request)
@@ -97,7 +97,7 @@ class DemoPage:
             if len(read_places(places)) == 2 and how == BOX:
                 return _said("Now the opposite corner of the box.")
         self._count(request)
-        visit.cancelled = False
+        visit.counted, visit.cancelled = True, False
         return _said("Waiting for a free place …")
 
     def correct(self, places: str, how: str, mask_id: int, request: gr.Request) -> Iterator[dict]:
@@ -154,7 +154,10 @@ class DemoPage:
         self.asked.append((now, who))
 
     def _play(self, visit: Visit, start: Callable, query: str) -> Iterator[dict]:
-        """The turns of a stream as they end, then the answer."""
+        """The turns of a stream as they end, then the answer. Once for what `_count` has let in."""
+        counted, visit.counted = visit.counted, False
+        if not counted:
+            raise _refusal("Ask on the page.")
         while not self.agent.done():
             if visit.cancelled:
                 return
@@ -172,7 +175,8 @@ class DemoPage:
                 visit.state, now = stream.state, time.perf_counter()
                 kept = visit.turns[: len(visit.state.turns) - 1]
                 visit.turns, before = [*kept, turn_html(visit.state, now - before)], now
-                yield {**self._shown(visit), self.status: _said(f"Turn {len(visit.state.turns) + 1} is under way …")}
+                more = f"Turn {len(visit.state.turns) + 1} is under way …" if visit.state.status is None else "Done."
+                yield {**self._shown(visit), self.status: _said(more)}
             visit.result = stream.result()
         finally:
             stream.close()

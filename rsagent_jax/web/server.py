@@ -23,6 +23,7 @@ CSS = """
 .turns dl {display: grid; grid-template-columns: 5em 1fr; gap: 2px 8px; margin: 4px 0 0}
 .turns dt {color: var(--body-text-color)} .turns dd {margin: 0; overflow-wrap: anywhere; font-family: var(--font-mono)}
 .status {min-height: 3em}
+input[type=radio]:checked {background-color: var(--checkbox-background-color-selected) !important} /* hovered, too */
 """
 
 

@@ -37,6 +37,7 @@ class Visit:
     state: EnvState | None = None  # after the latest turn
     result: "Result | None" = None  # of the latest trajectory, when it has ended
     turns: list[str] = dataclasses.field(default_factory=list)  # as HTML
+    counted: bool = False  # a question or correction that was counted, and has not begun
     cancelled: bool = False
     folder: tempfile.TemporaryDirectory | None = None  # of the answer's files
 
