@@ -69,7 +69,9 @@ $(FULL): | $(RUNTIME)
 	@touch $@ $(WEB)
 
 # For speed on a CPU. glibc hands a large buffer back to the kernel after each use and page-faults it in again at the next,
-# which halved the training rate measured on two cores; these keep the memory, in huge pages. No effect outside glibc.
+# which halved the training rate measured on two cores; these keep the memory, in huge pages. One arena for all threads: what
+# others free goes back to the kernel whatever is set, and memory grows for hundreds of steps. No effect outside glibc.
+quickstart: export MALLOC_ARENA_MAX = 1
 quickstart: export MALLOC_MMAP_MAX_ = 0
 quickstart: export MALLOC_TRIM_THRESHOLD_ = 68719476736
 quickstart: export MALLOC_TOP_PAD_ = 268435456

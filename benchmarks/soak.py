@@ -39,6 +39,7 @@ STOPS = ((10, signal.SIGTERM, 75), (20, signal.SIGKILL, -signal.SIGKILL))  # aft
 LIMITS = {"rss": 0.03, "uss": 0.03, "fds": 0.0, "threads": 0.0, "seconds": 0.1, "cpu": 0.1}  # drift
 # As the Makefile sets them for the quickstart.
 MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(64 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),

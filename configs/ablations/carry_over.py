@@ -2,8 +2,8 @@
 
   python -m rsagent_jax.ablate --config=configs/ablations/carry_over.py --workdir=runs/ablations/carry_over
 
-One SFT, then two runs of GRPO. Not run yet. The quickstart's rollouts have no tail to speak of, so this asks for what
-older weights cost and not for what carrying over saves.
+One SFT, then two runs of GRPO. The quickstart's rollouts have no tail to speak of, so this asks for what older weights
+cost and not for what carrying over saves.
 """
 
 from configs.ablations._quickstart import ablation

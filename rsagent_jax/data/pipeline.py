@@ -20,7 +20,7 @@ from absl import flags
 
 from rsagent_jax.runtime.processes import Share
 from rsagent_jax.runtime.progress import PROGRESS
-from rsagent_jax.types import DataError
+from rsagent_jax.types import DataError, StorageError
 
 NAMED = 5  # unreadable elements that are named on the terminal, of one start; all are counted
 
@@ -28,6 +28,10 @@ NAMED = 5  # unreadable elements that are named on the terminal, of one start; a
 class Unreadable(str):
     """Stands for an element that could not be read, so that the ones after it keep their places: which element of the
     source, and what is wrong with it."""
+
+
+class Away(Unreadable):
+    """One whose storage does not answer: nothing is wrong with the element, so it is not left out."""
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -89,9 +93,11 @@ class Pipeline:
             return self._counted(list(pool.map(self.read, mine)), needed)
 
     def _counted(self, taken: list[Any], needed: bool) -> list[Any]:
-        """The same; names and counts what could not be read. DataError as `draw` says."""
+        """The same; names and counts what could not be read. Errors: `draw`, and StorageError for Away."""
         problems = [element for element in taken if isinstance(element, Unreadable)]
         for problem in problems:
+            if isinstance(problem, Away):
+                raise StorageError(f"cannot be read now: {problem}")
             if self.unreadable == "stop":
                 raise DataError(f"cannot be read: {problem}")
             if self.named < NAMED:
@@ -159,5 +165,5 @@ class _Read:
             ids = getattr(self.source, "ids", None)
             name = f"{self.what} {index}" + (f" ({ids[index]})" if ids else "")
             if isinstance(error, DataError):
-                return Unreadable(f"{name}: {error}")
+                return (Away if isinstance(error, StorageError) else Unreadable)(f"{name}: {error}")
             raise RuntimeError(f"reading {name}: {type(error).__name__}: {error}") from error

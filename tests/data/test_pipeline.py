@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rsagent_jax.data.pipeline import Pipeline
 from rsagent_jax.runtime.processes import Share
-from rsagent_jax.types import DataError
+from rsagent_jax.types import DataError, StorageError
 from tests.refusals import refused
 
 BASE = "assets/tiny-base"
@@ -130,6 +130,19 @@ def test_what_cannot_be_read_is_named_and_may_stop_the_command(capfd):
     refused(rf"^cannot be read: sample {even[0]} \(s{even[0]}\): picture {even[0]} is missing$", pipeline.take, 1)
     pipeline = Pipeline([0], odd_only, seed=0, unreadable="stop", what="record")
     refused("^cannot be read: record 0: picture 0", pipeline.take, 1)
+
+
+def away_at_two(x):
+    if x == 2:
+        raise StorageError("gs://b/2.png: the bucket does not answer")
+    return odd_only(x)
+
+
+def test_a_bucket_that_does_not_answer_makes_no_sample_unreadable():
+    pipeline = Pipeline(range(3), away_at_two, seed=5)
+    with pytest.raises(StorageError, match="^cannot be read now: sample 2: gs://b/2.png: the bucket does not answer$"):
+        pipeline.take(3)
+    assert not pipeline.skipped
 
 
 READS = """
