@@ -55,7 +55,7 @@ $(RUNTIME): | $(PY)
 
 $(WEB): | $(PY)
 	@echo "== installing rsagent-jax, what it needs (jax, flax, ...; no torch) and Gradio: about a minute"
-	$(PY) -m pip install -e ".[demo,web$(DEVICE_EXTRA)]"
+	$(PY) -m pip install --no-compile -e ".[demo,web$(DEVICE_EXTRA)]"  # Python compiles what is used, which is little
 	@touch $@ $(RUNTIME)
 
 # torch goes first and alone: everything after it then takes the build that is there. torchvision needs nothing else.
