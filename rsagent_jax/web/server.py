@@ -5,6 +5,7 @@ import contextlib
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,8 @@ def serve_page(
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **tls))
 
     def work() -> None:
+        while not server.started and not server.should_exit:  # loading would hold up the page
+            time.sleep(0.05)
         try:
             agent.set_result(load())
             print("the policy is ready", flush=True)
