@@ -1,5 +1,5 @@
-# setup: the whole .venv | quickstart: SFT and GRPO on a laptop | view: its trajectories in a browser | test | test-fast |
-# bench | sidecar | lint | site: the docs | proto | requirements | clean
+# setup: the whole .venv | quickstart: SFT and GRPO on a laptop | view: its trajectories in a browser | demo: ask a
+# policy in a browser | test | test-fast | bench | sidecar | lint | site: the docs | proto | requirements | clean
 #   make quickstart SEED=1           another seed
 #   make setup PYTHON=/path/python   another interpreter (default: python3.11, else python3)
 #   make setup TPU=1 (or CUDA=1)     with the TPU (or CUDA) build of jax
@@ -28,9 +28,10 @@ DEVICE_EXTRA := $(if $(TPU),$(comma)tpu)$(if $(CUDA),$(comma)cuda)
 stamp = $(VENV)/.$(1)$(subst $(comma),-,$(DEVICE_EXTRA))-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 RUNTIME := $(call stamp,runtime)
 FULL := $(call stamp,full)
+WEB := $(call stamp,web)
 pin = "$$(sed -n 's/.*"\($(1)==[^"]*\)".*/\1/p' pyproject.toml)"
 
-.PHONY: help setup setup-runtime quickstart view test test-fast bench sidecar lint site proto requirements clean
+.PHONY: help setup setup-runtime quickstart view demo test test-fast bench sidecar lint site proto requirements clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -51,15 +52,20 @@ $(RUNTIME): | $(PY)
 	$(PY) -m pip install -e ".[demo$(DEVICE_EXTRA)]"
 	@touch $@
 
+$(WEB): | $(PY)
+	@echo "== installing rsagent-jax, what it needs (jax, flax, ...; no torch) and Gradio: about a minute"
+	$(PY) -m pip install --no-compile -e ".[demo,web$(DEVICE_EXTRA)]"  # Python compiles what is used, which is little
+	@touch $@ $(RUNTIME)
+
 # torch goes first and alone: everything after it then takes the build that is there. torchvision needs nothing else.
 # sam2 compiles no CUDA kernel here and must see this torch while it builds, hence its flags.
 $(FULL): | $(RUNTIME)
 	@echo "== installing what the side-car and the tests need (torch, sam2, pytest, ...): a few minutes"
 	$(PY) -m pip install $(call pin,torch) $(call pin,setuptools) $(call pin,wheel)
 	$(PY) -m pip install --no-deps $(call pin,torchvision)
-	SAM2_BUILD_CUDA=0 $(PY) -m pip install --no-build-isolation -e ".[demo,gcs,sidecar,docs,dev$(DEVICE_EXTRA)]"
+	SAM2_BUILD_CUDA=0 $(PY) -m pip install --no-build-isolation -e ".[demo,web,gcs,sidecar,docs,dev$(DEVICE_EXTRA)]"
 	$(PY) -m pip check
-	@touch $@
+	@touch $@ $(WEB)
 
 # For speed on a CPU. glibc hands a large buffer back to the kernel after each use and page-faults it in again at the next,
 # which halved the training rate measured on two cores; these keep the memory, in huge pages. One arena for all threads: what
@@ -76,6 +82,11 @@ quickstart: setup-runtime
 
 view: setup-runtime
 	$(PY) -m rsagent_jax.view $(RUN) $(ARGS)
+
+# The policy of the quickstart, where there is one; else the one that comes with the package.
+demo: $(WEB)
+	@test -e $(RUN)/train/checkpoints/grpo || echo "== no $(RUN): the tiny policy of assets/ answers; make quickstart trains one"
+	$(PY) -m rsagent_jax.demo $(addprefix --weights=,$(wildcard $(RUN)/train/checkpoints/grpo)) $(ARGS)
 
 # All tests: two files at a time. ARGS: one process, as pytest's own options want it. test-fast: without the slow ones.
 test: setup

@@ -1,9 +1,10 @@
 """One picture, one sentence. Seconds on 2 cores with the tiny policy.
 
-  python -m rsagent_jax.segment photo.jpg "the red circle" --out=DIR --weights=runs/quickstart/train/checkpoints/grpo
+  python -m rsagent_jax.segment photo.jpg "the red circle" --out=DIR [--weights=runs/quickstart/train/checkpoints/grpo]
 
-`--config=configs/segment.py` (the default) is for the quickstart's tiny policy, which was trained with the brief prompt
-on pictures of 112 x 112 pixels; larger ones are shown to it at that size. `--config=configs/segment.py:full` is for
+`--config=configs/segment.py` (the default) is for the tiny policy of a quickstart, the one that comes with the package
+(assets/tiny-agent) or your own. It was trained with the brief prompt on pictures of 112 x 112 pixels; larger ones are
+shown to it at that size. `--config=configs/segment.py:full` is for
 policies of full size: the prompt with the tools' schema, the paper's 384 px overlays, bfloat16.
 """
 
@@ -14,7 +15,7 @@ from rsagent_jax.config.schema import SegmentConfig
 
 def get_config(policy: str = "tiny"):
     config = template(SegmentConfig)
-    config.policy.weights = shipped("assets/tiny-base")
+    config.policy.weights = shipped("assets/tiny-agent")
     config.policy.remat = "none"
     if policy == "full":
         config.agent.max_pixels = 1_003_520

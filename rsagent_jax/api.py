@@ -15,29 +15,30 @@ import queue
 import re
 import sys
 import threading
-import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Self
 
 import numpy as np
 import PIL.Image
 
-from rsagent_jax.agent import environment
+from rsagent_jax.agent import correction, environment
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.segmenter import open_segmenter
+from rsagent_jax.agent.tools import Segment
+from rsagent_jax.agent.tools.base import Malformed
 from rsagent_jax.config.build import build_config, build_fields, refuse_config
 from rsagent_jax.config.ranges import FUNCTION, Count, NotNegative, Range
 from rsagent_jax.config.schema import AgentConfig, SamplingConfig, SegmentConfig, SegmenterConfig
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.masks import encode_rle
-from rsagent_jax.models.qwen25_vl.config import load_config
+from rsagent_jax.models.qwen25_vl.config import LARGE, load_config
 from rsagent_jax.models.qwen25_vl.load import processor_directory
 from rsagent_jax.report.strip import draw_strip
 from rsagent_jax.report.terminal import describe_ending
-from rsagent_jax.rollout.driver import Driver
+from rsagent_jax.rollout.driver import Driver, Run
 from rsagent_jax.rollout.open import open_policy
 from rsagent_jax.rollout.play import failure_of
 from rsagent_jax.rollout.policy import Policy, Task
@@ -52,8 +53,6 @@ from sam_bridge.types import Segmenter
 Picture = str | os.PathLike | PIL.Image.Image | np.ndarray  # a file, an opened picture, or its pixels u8[h, w, 3]
 FILES = ("mask.png", "overlay.png", "image.png", "trajectory.json")  # what Result.save writes
 ADDRESSES = r"[^\s,/]+:\d+(,[^\s,/]+:\d+)*"
-LARGE = 1024  # the decoder's width from which on a policy has configs/segment.py:full; that of Qwen2.5-VL-3B is 2048
-NO_TOOLS = "assets/tiny-base does not know the tools: expect malformed calls and an empty mask."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -127,10 +126,10 @@ class TurnStream(Iterator[Turn]):
     One thread reads it; any may close it. What the policy raises, such as for want of memory, is raised to the reader.
     """
 
-    def __init__(self, agent: "Agent", task: Task):
+    def __init__(self, agent: "Agent", run: Run):
         self.state: EnvState | None = None  # after the turn that was given last: its masks, views and replies
-        self._agent, self._task, self._end = agent, task, None
-        self._events = agent._submit(task)
+        self._agent, self._task, self._end = agent, run.task, None
+        self._events = agent._submit(run)
 
     def __next__(self) -> Turn:
         if self._end is None:
@@ -178,7 +177,7 @@ class Agent(contextlib.AbstractContextManager):
         """Of parts that are there; `load` opens them. temperature: where a question gives none. workers: tool calls at
         a time. resources: closed with the agent."""
         self._events: dict[Task, queue.SimpleQueue] = {}  # of questions without an end
-        self._waiting: collections.deque[Task] = collections.deque()  # those of them that no slot has
+        self._waiting: collections.deque[Run] = collections.deque()  # those of them that no slot has
         self._lock, self._thread, self._closed = threading.Lock(), None, False
         self._numbers, self._temperature, events = itertools.count(), temperature, self._events
         # Not by way of self: an agent is freed as soon as it is dropped.
@@ -194,12 +193,13 @@ class Agent(contextlib.AbstractContextManager):
         segmenter: str | SegmenterConfig | Segmenter | None = None,
         config: str | SegmentConfig = "",
         slots: int = 4,
+        warm_up: bool = False,
     ) -> Self:
         """An agent of a policy and a segmenter.
 
         Args:
           weights: a Hugging Face directory, a hub's org/name[@revision], or checkpoints/<stage>[@best] of a run; None:
-            the tiny policy that comes with the package, which does not know the tools.
+            the tiny policy that comes with the package, which knows flat shapes of six colours (docs/demo.md).
           segmenter: "grabcut" in this process; "host:port" of a side-car that runs, several with commas; SAM 2's
             checkpoint (a .pt file or a hub's org/name) for a side-car of its own on the CPU; module:factory or
             file.py:factory; a SegmenterConfig for everything else; or an object with a segment method. None: the
@@ -207,12 +207,11 @@ class Agent(contextlib.AbstractContextManager):
           config: a file such as configs/segment.py:full, or what is in it. "": that one for policies of the published
             sizes, configs/segment.py for tiny ones.
           slots: trajectories at a time.
+          warm_up: compile all programs now, so that no question waits for that.
 
         Raises:
           DataError: something of this is not there, or does not go together.
         """
-        if weights is None and not config:
-            warnings.warn(f"{NO_TOOLS} Name a checkpoint, such as runs/quickstart/train/checkpoints/grpo", stacklevel=2)
         own = bool(config)
         if not own:
             large = weights is not None and load_config(processor_directory(str(weights))).text.hidden_size >= LARGE
@@ -235,6 +234,8 @@ class Agent(contextlib.AbstractContextManager):
         with contextlib.ExitStack() as stack:
             opened_policy = open_policy(policy, processor, sampling, config.agent, config.seed)
             stack.callback(opened_policy.release_memory)
+            if warm_up:
+                opened_policy.warm_up()
             opened = opened or stack.enter_context(open_segmenter(tools))
             options = dict(temperature=warmth, workers=tools.workers, resources=stack.pop_all())
             return cls(opened_policy, opened, processor, config.agent, **options)
@@ -276,7 +277,7 @@ class Agent(contextlib.AbstractContextManager):
         slots. All are looked at before the first is played, so a DataError comes at once."""
         tasks = [self._task(image, query, max_turns, temperature, seed) for image, query in questions]
         with contextlib.ExitStack() as stack:
-            streams = [stack.enter_context(TurnStream(self, task)) for task in tasks]
+            streams = [stack.enter_context(TurnStream(self, Run(task))) for task in tasks]
             return [stream.result() for stream in streams]
 
     def stream(
@@ -289,7 +290,44 @@ class Agent(contextlib.AbstractContextManager):
         seed: int = 0,
     ) -> TurnStream:
         """The turns as they end; then `result()` has what `segment` returns. Arguments and errors as there."""
-        return TurnStream(self, self._task(image, query, max_turns, temperature, seed))
+        return TurnStream(self, Run(self._task(image, query, max_turns, temperature, seed)))
+
+    def correct(
+        self,
+        answer: Result | EnvState,
+        *,
+        points: Sequence[Sequence[float]] = (),
+        labels: Sequence[int] = (),
+        box: Sequence[float] | None = None,
+        refine: int | None = None,
+        max_turns: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+    ) -> TurnStream:
+        """A `segment` call of the user, from which the policy goes on: the trajectory up to its latest mask, then this
+        call as a turn, the first that the stream gives, then the policy's own turns. What went before is read again;
+        nothing of it counts as sampled (`Trajectory.loss_mask`).
+
+        Args:
+          answer: what is corrected, whether it has ended or was broken off: a result, or a stream's state.
+          points: [(x, y), …], pixels of the picture; labels: one per point, 1 object, 0 background (all 1 without).
+          box: (x1, y1, x2, y2), pixels of the picture.
+          refine: the id of the mask to start from; it needs a segmenter that keeps logits, as SAM 2 and GrabCut do.
+          max_turns: of the policy, from here on.
+
+        Raises:
+          DataError: the call is none, or lies outside of the picture; else as `segment`.
+        """
+        arguments = {"points": points, "labels": list(labels) or None, "box": box, "refine": refine}
+        arguments = {name: _listed(value) for name, value in arguments.items()}
+        try:
+            call = Segment.read(arguments)
+        except Malformed as error:
+            raise DataError(f"the correction cannot be made: {error.args[1]}") from None
+        state = answer.state if isinstance(answer, Result) else answer
+        task = self._task(state.image, state.query, max_turns, temperature, seed)
+        state, text = correction.correct(state, call, max_turns or self._driver.agent.max_turns)
+        return TurnStream(self, self._driver.go_on(task, state, text))
 
     def close(self) -> None:
         """Breaks off what is under way, which ends as CANCELLED. May be called more than once, from any thread."""
@@ -318,13 +356,13 @@ class Agent(contextlib.AbstractContextManager):
             sample, number, seed or 0, max_turns or 0, self._temperature if temperature is None else temperature
         )
 
-    def _submit(self, task: Task) -> queue.SimpleQueue:
+    def _submit(self, run: Run) -> queue.SimpleQueue:
         """Where the task's states and, last, its Result or an exception arrive."""
         with self._lock:
             if self._closed:
                 raise DataError("the agent is closed; load another one")
-            events = self._events[task] = queue.SimpleQueue()
-            self._waiting.append(task)
+            events = self._events[run.task] = queue.SimpleQueue()
+            self._waiting.append(run)
             if self._thread is None:
                 thread = threading.Thread(target=self._play, name="rsagent_jax.Agent")
                 thread.start()
@@ -339,9 +377,9 @@ class Agent(contextlib.AbstractContextManager):
                     self._events.pop(task).put(Result(state, trajectory))
             except BaseException as error:  # noqa: BLE001 - raised again to whoever waits for an answer
                 with self._lock:
-                    taken = self._events.keys() - {*self._waiting}
+                    taken = self._events.keys() - {run.task for run in self._waiting}
                     if not taken and self._waiting:  # it failed before it took one
-                        taken = {self._waiting.popleft()}
+                        taken = {self._waiting.popleft().task}
                     for task in taken:
                         self._events.pop(task).put(error)
             with self._lock:
@@ -349,7 +387,7 @@ class Agent(contextlib.AbstractContextManager):
                     self._thread = None
                     return
 
-    def _arrivals(self) -> Iterator[Task | None]:
+    def _arrivals(self) -> Iterator[Run | None]:
         while True:
             yield self._waiting.popleft() if self._waiting else None
 
@@ -374,6 +412,13 @@ def _pixels(image: Picture) -> np.ndarray:
         what = f"{image.dtype}{list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
         raise DataError(f"image must be a file, a PIL.Image, or uint8[height, width, 3] of RGB in 0..255, got {what}")
     return image.copy()
+
+
+def _listed(value: Any) -> Any:
+    """As JSON has it, of tuples and arrays."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _segmenter_config(given: str | SegmenterConfig) -> SegmenterConfig:

@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from rsagent_jax.api import FILES, NO_TOOLS, Agent, Result
+from rsagent_jax.api import FILES, Agent, Result
 from rsagent_jax.config.schema import SegmentConfig
 from rsagent_jax.report.terminal import describe_ending, describe_turn
 from rsagent_jax.rollout.startup import check_disk
@@ -52,9 +52,6 @@ def ask_policy(image_path: str, query: str, config: SegmentConfig, out: str, wei
     out = command.make_workdir(out, "out")
     command.use_compilation_cache(config.cache_dir, out / "compiled")
     check_disk(out)
-    if pathlib.Path(weights).resolve().parts[-2:] == ("assets", "tiny-base"):
-        print(f"note: {NO_TOOLS}")
-        print("      Give a checkpoint, such as --weights=runs/quickstart/train/checkpoints/grpo of `make quickstart`")
     with Agent.load(weights, config=config, slots=config.sampling.slots) as agent:
         print(f'{image_path}: {image.shape[1]} x {image.shape[0]} pixels, "{query}"')
         segment(agent, image, query, out)

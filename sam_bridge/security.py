@@ -85,12 +85,11 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def check_address(address: str, *, token: str, tls: bool, insecure: bool) -> None:
-    """SetupError for an address that is malformed, in use, or open to other machines without TLS and a token."""
+def check_address(address: str, *, token: str, tls: bool, insecure: bool, secret: str = "--token_file") -> None:
+    """SetupError for an address that is malformed, in use, or open to other machines without TLS and a token, which the
+    flag `secret` gives."""
     loopback = is_loopback(address)
-    missing = " and ".join(
-        name for name, there in (("--tls_cert and --tls_key", tls), ("--token_file", token)) if not there
-    )
+    missing = " and ".join(name for name, there in (("--tls_cert and --tls_key", tls), (secret, token)) if not there)
     if not loopback and missing and not insecure:
         raise SetupError(
             f"{address} can be reached from other machines: give {missing}, listen on 127.0.0.1,"
@@ -104,5 +103,5 @@ def check_address(address: str, *, token: str, tls: bool, insecure: bool) -> Non
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(target)
     except OSError as error:
-        hint = "; is another side-car running? Pick another --address" if error.errno == errno.EADDRINUSE else ""
+        hint = "; is another one running? Pick another --address" if error.errno == errno.EADDRINUSE else ""
         raise SetupError(f"cannot listen on {address}: {error.strerror}{hint}") from error

@@ -313,8 +313,6 @@ def test_what_cannot_be_loaded_is_one_error(tmp_path, monkeypatch):
     refused("segmenter.checkpoint: none.pt does not exist", Agent.load, config=missing)  # the config's own
     refused("slots must be at least 0", Agent.load, config=config(), slots=-1)
     refused("configs/sgement.py does not exist; did you mean", Agent.load, config="configs/sgement.py")
-    with pytest.warns(UserWarning, match="does not know the tools"):
-        refused("slots must be", Agent.load, slots=-1)
     monkeypatch.setattr(api, "LARGE", 32)  # the small policy counts as large: its own pictures are not
     refused("agent.max_pixels 1003520 must lie within the weights", Agent.load, small.weights())
 

@@ -27,7 +27,7 @@ TORCH_FILE = "sam_bridge/backends/sam2.py"
 MAX_LINES = 450
 
 # Lower rungs first: a unit may import those below it, and what is in itself. The longest prefix names the unit.
-COMMANDS = "collect compare data_check doctor export launch problems refilter reproduce segment show_tokens view"
+COMMANDS = "collect compare data_check demo doctor export launch problems refilter reproduce segment show_tokens view"
 COMMANDS = tuple(COMMANDS.split())
 RUNGS = (
     ("array_types",),
@@ -43,6 +43,7 @@ RUNGS = (
     ("train",),
     ("aot", "report"),
     ("collecting", "fitness", "api"),
+    ("web",),
     COMMANDS,
     ("ablate",),  # runs its stages as reproduce does
 )

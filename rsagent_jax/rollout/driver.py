@@ -122,11 +122,12 @@ class Driver:
         self.cancelled.add(task)
 
     def play(
-        self, tasks: Iterable[Task | None], unfinished: Iterable[Run] = ()
+        self, tasks: Iterable[Task | Run | None], unfinished: Iterable[Run] = ()
     ) -> Iterator[tuple[Task, Trajectory, EnvState]]:
         """(task, trajectory, final state) as they end; a task is taken when there is a slot for it.
 
-        `tasks` may give None where it has none for now, as a queue has: while others play it is asked again.
+        `tasks` may give None where it has none for now, as a queue has: while others play it is asked again. It may
+        give a Run, of `go_on`.
         Closing the iterator breaks off what is under way: `broken_off` has it, for another `play` to go on with as
         `unfinished`, before the tasks; what was not taken of `tasks` is still the caller's. A turn goes on where it
         was, its tokens and their log-probs as they were drawn; the policy reads the context anew; a tool call that is
@@ -138,7 +139,7 @@ class Driver:
         self.openings.clear()
         key = lambda task: (id(task.sample.image), task.sample.query, task.max_turns)  # noqa: E731
         shared_opening = cachetools.cached(self.openings, key, condition=threading.Condition())(self._opening)
-        unfinished, new = iter(unfinished), (task and Run(task) for task in tasks)
+        unfinished, new = iter(unfinished), (Run(task) if isinstance(task, Task) else task for task in tasks)
         free, runs, asked = set(range(self.policy.slots)), {}, set()
         jobs = Jobs(self.workers, self.agent.tool_deadline_s)
         start, stats = time.perf_counter(), collections.Counter()
@@ -340,6 +341,26 @@ class Driver:
             run.acts = functools.partial(self._act, state, run.text, *so_far)
         elif state.status is None:
             run.acts = functools.partial(self._ahead, state, lambda: state, *so_far)
+        return run
+
+    def go_on(self, task: Task, state: EnvState, text: str) -> Run:
+        """A trajectory for `play` that goes on from an open state with a turn that somebody else wrote. Its tool is
+        called, then the policy reads it all and has the next turn. Nothing of it counts as sampled."""
+        run = Run(task, state=state, text=text, known=False)
+        for turn, said in enumerate((*(turn.text for turn in state.turns), text)):
+            seen, at = self.processor.prompt(*environment.read_before(state, turn), run.position, state.limits)
+            # No terminator: it is at the head of what is read next, as behind a turn that was cut.
+            ids = np.array(self.processor.encode(said), np.int32)
+            places = np.broadcast_to(at + np.arange(len(ids)), (3, len(ids))).astype(np.int32)
+            run.position = at + len(ids)
+            for part in (seen, Prompt(ids, places, self.processor.no_patches(), ())):
+                n = len(part.tokens)
+                forced = np.zeros(n, bool), np.zeros(n, np.float32), np.full(n, self.version, np.int32)
+                run.parts.append((part.tokens, part.positions, *forced))
+                run.patches.append(part.patches)
+                run.grids.append(part.grids)
+                run.length += n
+        run.acts = functools.partial(self._act, state, text, run.position, run.length, 0, 0)
         return run
 
     def _add(self, run: Run, completion: Completion) -> str:

@@ -29,7 +29,7 @@ def wrong(main, *argv) -> str:
 
 
 def test_help_of_every_command_needs_nothing_heavy_and_ends_with_0():
-    assert len(MODULES) == 13
+    assert len(MODULES) == 14
     names = [*MODULES, *ROOMS, "rsagent_jax.report.readme_picture", "train.py", "evaluate.py"]
     code = (
         "import sys\nfrom rsagent_jax.runtime import command\n"

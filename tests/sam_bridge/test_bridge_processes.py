@@ -64,7 +64,7 @@ def side_car():
         (["--backend=sam2"], "--checkpoint=FILE.pt"),
         (["--backend=no.such:thing"], "cannot be imported"),
         (["--backend=grabcut", "--address=0.0.0.0:50051"], "--insecure"),
-        (["--backend=grabcut", "--address={taken}"], "already in use; is another side-car running?"),
+        (["--backend=grabcut", "--address={taken}"], "already in use; is another one running?"),
         (["--backend=grabcut", "--address=127.0.0.1:0", "--metrics_address=0.0.0.0:0"], "--insecure"),
         (["--backend=grabcut", "--address=127.0.0.1:0", "--device=cuda"], "only the sam2 back end"),
         (["--backend=grabcut", "--address=127.0.0.1:0", "--tls_cert=cert.pem"], "--tls_key"),

@@ -133,6 +133,9 @@ class Qwen25VLConfig:
         return config
 
 
+LARGE = 1024  # the decoder's width from which on a policy has configs/segment.py:full; that of Qwen2.5-VL-3B is 2048
+
+
 def load_config(directory: str | pathlib.Path) -> Qwen25VLConfig:
     path = pathlib.Path(directory) / "config.json"
     return Qwen25VLConfig.from_hf(read_json(path), str(path))

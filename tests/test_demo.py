@@ -1,0 +1,74 @@
+"""Who may reach the demo: loopback, or TLS and users; what is missing is one error."""
+
+import concurrent.futures
+import importlib.util
+
+import pytest
+
+from rsagent_jax import demo
+from rsagent_jax.runtime import command
+from rsagent_jax.web.visit import read_places, unknown_words
+from tests.refusals import refused
+
+
+def access(address, auth="", cert="", key="", insecure=False):
+    return demo.check_access(address, str(auth), str(cert), str(key), insecure)
+
+
+def test_other_machines_need_tls_and_a_user(tmp_path, monkeypatch, capsys):
+    cert, key, users = (tmp_path / name for name in ("cert.pem", "key.pem", "users.txt"))
+    cert.touch()
+    key.touch()
+    users.write_text("ada:secret\n\nbob:with:colon \n")
+    both = [("ada", "secret"), ("bob", "with:colon")]
+    assert access("127.0.0.1:0") == [] and access("localhost:0", users) == both
+    refused("can be reached from other machines: give --tls_cert and --tls_key and --auth, listen", access, "0.0.0.0:0")
+    refused("give --tls_cert and --tls_key, listen on 127.0.0.1", access, "0.0.0.0:0", users)
+    refused("give --auth, listen on 127.0.0.1", access, "0.0.0.0:0", "", cert, key)
+    assert capsys.readouterr().out == ""
+    assert access("0.0.0.0:0", users, cert, key) == both and capsys.readouterr().out == ""
+    assert access("0.0.0.0:0", insecure=True) == []
+    assert "warning: 0.0.0.0:0 can be reached from other machines" in capsys.readouterr().out
+    monkeypatch.setenv(demo.AUTH, "eve:x")
+    assert access("127.0.0.1:0") == [("eve", "x")]
+
+
+def test_what_cannot_be_used_is_named(tmp_path, monkeypatch):
+    users = tmp_path / "users.txt"
+    refused("the --auth file .*users.txt cannot be read", access, "127.0.0.1:0", users)
+    users.write_text("ada\n")
+    refused("users.txt must hold name:password", access, "127.0.0.1:0", users)
+    users.write_text("\n")
+    refused("users.txt must hold name:password", access, "127.0.0.1:0", users)
+    refused("TLS needs both", access, "127.0.0.1:0", "", users)
+    refused("is not host:port", access, "7860")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = command.parse_arguments(demo.main, [])[1]["config"]
+    refused(r"pip install 'rsagent-jax\[web\]'", demo.main, config)
+
+
+def test_places_and_words_of_a_visitor():
+    assert read_places(" 3, 4.5 ") == [3.0, 4.5] and read_places("1 2;3,4") == [1.0, 2.0, 3.0, 4.0]
+    for text in ("", "1", "1,2,3", "x, y", "1e999, nan 2"):
+        refused("is no place", read_places, text)
+    assert unknown_words("every red star left of the Mug, the mug") == ["mug"]
+    assert unknown_words("the bottommost yellow one") == []
+
+
+def test_the_page_is_for_its_users_and_under_this_machines_names(tmp_path):
+    pytest.importorskip("gradio")
+    from starlette.testclient import TestClient
+
+    from rsagent_jax.web import page, server
+
+    shown = page.DemoPage(concurrent.futures.Future(), page.Limits(1, 8, 30, 1), tmp_path)
+    app = server.mount_page(shown, [("ada", "secret")], "127.0.0.1:0")
+    with TestClient(app, base_url="http://127.0.0.1:7860") as client:
+        assert client.get("/", headers={"Host": "evil.example:7860"}).status_code == 400
+        assert "What to segment" not in client.get("/").text and client.get("/config").status_code == 401
+        assert client.post("/login", data={"username": "ada", "password": "wrong"}).status_code == 400
+        assert client.post("/login", data={"username": "ada", "password": "secret"}).status_code == 200
+        config = client.get("/config").json()
+        assert "What to segment" in client.get("/").text
+    assert not config["analytics_enabled"] and not config["footer_links"]
+    assert config["max_file_size"] == 2**20 and not config["run_history"]
