@@ -97,7 +97,7 @@ test-fast: setup
 
 # Without soak.py and kill.py, which take an hour each and what the quickstart has trained.
 bench: setup
-	@for script in $(filter-out benchmarks/soak.py benchmarks/kill.py,$(wildcard benchmarks/[a-z]*.py)); do \
+	@for script in $(filter-out benchmarks/soak.py benchmarks/kill.py benchmarks/device.py,$(wildcard benchmarks/[a-z]*.py)); do \
 	  echo "== $$script"; $(PY) "$$script" $(ARGS); done
 
 # SAM 2 needs torch, GrabCut does not. ARGS are more of `python -m sam_bridge --help`.

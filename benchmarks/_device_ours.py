@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks._device_pieces import TOY, Piece
-from benchmarks._policy_step import OurStep, decode_macro_step, make_sequence
+from benchmarks._policy_step import OurStep, check_losses, decode_macro_step, make_sequence
 from rsagent_jax.aot.devices import chip_of
 from rsagent_jax.aot.flops import Workload, model_flops
 from rsagent_jax.config.schema import LoraConfig, MeshConfig, PolicyConfig, SamplingConfig
@@ -81,6 +81,7 @@ def train(piece: Piece, profile: bool) -> dict[str, Any]:
     step = OurStep(config, graphdef, trained, base, sequences, policy, mesh, 1e-5)
     losses: list[float] = []
     found = timed(lambda: losses.append(step()[0]), profile)
+    check_losses(losses)
     whole = not lora.rank
     parts = dict(trained=whole, vision_trained=whole, adapters=0 if whole else count)
     work = Workload(piece.rows, piece.tokens, (piece.tokens,), (piece.grid,), **parts)

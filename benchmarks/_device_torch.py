@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._device_pieces import TOY, Piece
-from benchmarks._policy_step import PATCH_DIM, import_torch, make_sequence, torch_step
+from benchmarks._policy_step import PATCH_DIM, check_losses, import_torch, make_sequence, torch_step
 
 STEPS = 16  # tokens between the two lengths whose difference is a decode step
 TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -34,6 +34,7 @@ def train(piece: Piece) -> dict[str, Any]:
     sequences = [make_sequence(rng, piece.raw, piece.tokens, (1, *piece.grid)) for _ in range(piece.rows)]
     step, losses = torch_step(model, sequences, piece.raw, 1e-5), []
     found = timed(lambda: losses.append(step()[0]), device, 2)
+    check_losses(losses)
     return found | {"rate": piece.rows * piece.tokens / found["seconds"], "unit": "tokens/s", "losses": losses}
 
 
@@ -49,8 +50,10 @@ def decode(piece: Piece) -> dict[str, Any]:
         with torch.inference_mode():
             model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **sizes)
 
-    one, many = timed(lambda: run(1), device, 1), timed(lambda: run(1 + STEPS), device, 1, warm=0)
+    many, one = timed(lambda: run(1 + STEPS), device, 3), timed(lambda: run(1), device, 3, warm=0)
     seconds = (many["seconds"] - one["seconds"]) / STEPS
+    if seconds <= 0:
+        raise RuntimeError(f"{STEPS} more tokens took no longer: {many['times']} and {one['times']} s")
     return many | {"seconds": seconds, "rate": piece.slots / seconds, "unit": "tokens/s"}
 
 

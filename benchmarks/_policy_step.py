@@ -132,6 +132,12 @@ class OurStep:
         return float(metrics["loss"]), float(metrics["l2_grads"])
 
 
+def check_losses(losses: list[float]) -> None:
+    """RuntimeError for a training that computes nonsense, whose time says nothing."""
+    if not np.isfinite(losses).all():
+        raise RuntimeError(f"losses {losses}")
+
+
 def import_torch(device: str = "cpu"):
     """torch, on the cores that this process may use; before transformers is imported."""
     if device == "cpu":

@@ -7,6 +7,7 @@ predictor on the same work, with random weights of the real shapes, on one devic
 Each side of each row is a process of its own, so that memory is given back; one that fails or lacks a package costs a
 cell, and the table says why. The two sides of a row of SAM 2 share a process and take turns (benchmarks/bridge.py).
 What a row gave is appended to DIR/results.jsonl and not run again by a second start with the same DIR; what failed is.
+A DIR of other versions or of toys is refused; one of another machine or another version of this project is not told.
 `limits`, a large product and a pass over memory, always comes first: it says what the device is. On a CPU, or with
 --toy, every row is a toy that times nothing of interest. DIR also gets table.md and summary.json, and the latter is the
 last line of what is printed.
@@ -14,7 +15,7 @@ last line of what is printed.
 theirs / ours   their seconds / ours: above 1 we are faster
 share           of the data sheet's and of the measured FLOP/s or bytes/s; of model FLOPs (rsagent_jax/aot/flops.py), or
                 of weights and live keys and values
-peak            of the device's memory in GB; on a CPU of the process
+peak            of the device's memory in GB since the process began, set-up included; on a CPU of the process
 
 --kernels adds our kernels' times by jax.profiler. A row takes up to 90 s on an H100; --seconds starts none later.
 """
@@ -99,9 +100,12 @@ def run_all(out: pathlib.Path, names: list[str], args: argparse.Namespace) -> tu
     """(all results of the directory, what --seconds left no time for). SystemExit where the limits were not found."""
     file, start, late = out / "results.jsonl", time.monotonic(), []
     results = read_results(file)
+    check_same(results.get(LIMITS, {}), args, out)
     sides = SIDES if args.side == "both" else (args.side,)
     for name, side in dict.fromkeys((n, "ours" if PIECES[n].kind in ONE_PROCESS else s) for n in names for s in sides):
-        if "error" not in results.get((name, side), {"error": ""}):
+        done = results.get((name, side), {"error": ""})
+        profiled = side != "ours" or PIECES[name].kind in ONE_PROCESS or "kernels" in done
+        if "error" not in done and (profiled or not args.kernels):
             continue
         left = args.seconds - (time.monotonic() - start) if args.seconds else float("inf")
         if left < LEAST_S:
@@ -123,6 +127,18 @@ def read_results(file: pathlib.Path) -> Results:
     keep_lines(file, lambda line: {"piece", "side"} <= {*line})
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return {(line.pop("piece"), line.pop("side")): line for line in lines}
+
+
+def check_same(limits: dict[str, Any], args: argparse.Namespace, out: pathlib.Path) -> None:
+    """SystemExit where a directory's results are of other versions than those of now, or are toys where none were
+    asked for, or the reverse. A package that was not there before is no difference."""
+    now, then = installed(), limits.get("versions", {})
+    other = {name: (then[name], now[name]) for name in PACKAGES if "none" not in (then.get(name, "none"), now[name])}
+    differs = [f"{name} {a} there, {b} here" for name, (a, b) in other.items() if a != b]
+    if limits and args.toy != limits.get("asked_toy", args.toy):
+        differs.append("toys there" if limits["asked_toy"] else "no toys there")
+    if differs:
+        raise SystemExit(f"{out} has results of another kind ({'; '.join(differs)}); name another --out")
 
 
 def run_cell(piece: Piece, side: str, limits: dict, left_s: float, args: argparse.Namespace) -> Results:
@@ -149,7 +165,7 @@ def run_cell(piece: Piece, side: str, limits: dict, left_s: float, args: argpars
         masks, seconds = found.get("masks", 1), {s: found[key] * unit for s, key in zip(SIDES, keys, strict=True)}
         return {s: {"seconds": t, "rate": masks / t, "unit": "masks/s", **took} for s, t in seconds.items()}
     if piece.kind == "limits":
-        found["versions"] = {"python": sys.version.split()[0]} | installed()
+        found |= {"versions": {"python": sys.version.split()[0]} | installed(), "asked_toy": args.toy}
     return {side: found | took}
 
 
@@ -191,6 +207,8 @@ def installed() -> dict[str, str]:
 
 def report(results: Results, late: list[str]) -> tuple[str, dict[str, Any]]:
     """(Markdown, the same as values). SystemExit without the device's limits."""
+    if LIMITS not in results:
+        raise SystemExit(f"nothing was begun: --seconds has to leave {LEAST_S} for each process")
     limits = results[LIMITS]
     rows = [row_of(p, results, limits) for p in PIECES.values() if {(p.name, s) for s in SIDES} & {*results}]
     rows = [row for row in rows if row["piece"] not in ("limits", "parity")]

@@ -11,6 +11,7 @@ import importlib.resources
 import io
 import pathlib
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["shell"] = lambda value: shlex.quote(str(value))
     shared = (data_uri, histogram, interval, span, call_json, thought_of, play, script)
     environment.globals |= {function.__name__: function for function in shared} | {"GOOD_IOU": GOOD_IOU}
     return environment

@@ -65,8 +65,8 @@ _CURVES = (
     ("grpo", "l2_grads", "GRPO gradient", "norm"),
     ("sft", "lr", "SFT learning rate", "learning rate"),
     ("grpo", "lr", "GRPO learning rate", "learning rate"),
-    ("sft", "perf/throughput", "SFT speed", "tokens per second"),
-    ("grpo", "tokens_per_s", "GRPO speed", "tokens per second"),
+    ("sft", "perf/throughput", "SFT speed", "tokens per second and chip"),
+    ("grpo", "tokens_per_s", "GRPO speed", "sampled tokens per second of rollout"),
 )
 
 

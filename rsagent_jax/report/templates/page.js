@@ -8,7 +8,7 @@ function grow(turn, on) {
 
 /** Goes on by so many turns in every strip of the card that is looked at, or of the first one. Where it is now. */
 function step(by, to = null) {
-  const card = (document.querySelector(".turn.on") || document.querySelector(".turn"))?.closest(".card");
+  const card = (document.querySelector(".turn.on") || document.querySelector(".card:not([hidden]) .turn"))?.closest(".card");
   if (!card) return null;
   const place = (strip) => [...strip.children].findIndex((turn) => turn.classList.contains("on"));
   const strips = [...card.querySelectorAll(".strip")];
@@ -34,6 +34,7 @@ function sortBy(head) {
 document.getElementById("find")?.addEventListener("input", (event) => {
   const text = event.target.value.toLowerCase();
   for (const card of document.querySelectorAll(".card")) card.hidden = !card.textContent.toLowerCase().includes(text);
+  for (const turn of document.querySelectorAll(".card[hidden] .turn.on")) turn.classList.remove("on");
 });
 document.addEventListener("click", (event) => {
   const picture = event.target.closest(".layers"), head = event.target.closest("th[tabindex]");

@@ -49,14 +49,14 @@ function put(name, value) {
   history.replaceState(null, "", `#${asked}`);
 }
 
-/** How the page names a value, and the order by it. */
+/** How the page names an order. */
 const says = (name) => name.replace(/^-(.*)/, "$1, highest first").replace(/^iou\b/, "IoU");
 
 /** Options of a select, without a change where they are the same. */
 function offer(name, values, first) {
   const select = at("filter").elements[name], wanted = ["", ...values];
   if (wanted.join("\n") !== [...select.options].map((option) => option.value).join("\n"))
-    select.replaceChildren(...wanted.map((value) => element("option", value ? says(value) : first, { value })));
+    select.replaceChildren(...wanted.map((value) => element("option", value ? (name === "sort" ? says(value) : value) : first, { value })));
   select.value = asked.get(name) ?? "";
 }
 
