@@ -37,7 +37,13 @@ from rsagent_jax.data.sets.index import SampleIndex
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.evals import bounds, metrics, records
 from rsagent_jax.evals.behaviour import recorded_behaviour, summarize_behaviours
-from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory, processor_directory, weights_checksum
+from rsagent_jax.models.qwen25_vl.load import (
+    local_weights,
+    policy_directory,
+    processor_directory,
+    weight_files,
+    weights_checksum,
+)
 from rsagent_jax.report import evaluation
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.open import open_policy
@@ -49,6 +55,7 @@ from rsagent_jax.runtime import journal as journals
 from rsagent_jax.runtime.paths import remove_file, write_whole
 from rsagent_jax.runtime.progress import PROGRESS
 from rsagent_jax.types import DataError, Trajectory
+from sam_bridge import hub
 from sam_bridge.types import Segmenter
 
 
@@ -198,6 +205,8 @@ def evaluation_resume_fingerprint(config: EvalConfig, row: dict) -> dict[str, An
         processor, settings["seed"] = Processor.load(processor_directory(weights)), config.seed
         if config.policy.backend == "openai":  # which weights are behind it, nobody says
             settings["served"] = journals.decisive_settings(config.policy.remote)
+            if not hub.is_repository(weights) and weight_files(weights):  # but this is what is claimed of it
+                settings["served"]["claimed_sha256"] = weights_checksum(weights)
         else:
             settings |= {"weights_sha256": weights_checksum(weights), "dtype": config.policy.dtype}
             settings["stop_ids"] = processor.with_ends(config.sampling).stop_ids

@@ -23,6 +23,7 @@ from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.load import load_policy, weights_checksum
 from rsagent_jax.report import model_card
 from rsagent_jax.runtime.command import run_command
+from rsagent_jax.tiny.synthetic import STAMP
 from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.state import create_state
 
@@ -227,6 +228,27 @@ def test_the_card_of_bare_weights_says_that_nothing_is_known(tmp_path):
     assert str(tmp_path) not in text
     assert run(f"--checkpoint={TINY}", f"--out={tmp_path / 'tiny'}", "--license=mit") == 0
     assert card(tmp_path / "tiny")[0].license == "mit"
+    rounded = lambda name, dtype: model_card.model_card(str(tmp_path / name), name, dtype, "", [])  # noqa: E731
+    assert "Weights are bfloat16." in rounded("base", "bfloat16")  # as they were
+    assert "Weights are float32." in rounded("base", "float32")
+    assert "Weights are float16, rounded from bfloat16." in rounded("base", "float16")
+
+
+def test_a_path_of_another_run_is_no_name_of_a_hub_and_no_stamp_is_sought_where_no_root_is(tmp_path, monkeypatch):
+    for name, said in (
+        ("checkpoints/sft", "sft"),
+        ("train/grpo", "grpo"),
+        ("checkpoints/grpo@best", "grpo@best"),
+        ("a/b", "a/b"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct@main", "Qwen/Qwen2.5-VL-7B-Instruct@main"),
+        ("assets/tiny-base", "assets/tiny-base"),
+    ):
+        assert model_card._name(name) == said
+    (tmp_path / STAMP).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model_card, "find_step", lambda path, step: 7)
+    rows = dict(model_card._training(TrainConfig(policy=PolicyConfig(weights="a/b")), tmp_path / "grpo", "last"))
+    assert "scenes made" not in rows["GRPO data"]
 
 
 def test_the_card_tells_of_the_run_and_of_evaluations_of_these_very_weights(stage, tmp_path, capsys):
@@ -242,16 +264,21 @@ def test_the_card_tells_of_the_run_and_of_evaluations_of_these_very_weights(stag
     (tmp_path / "set" / "collect.json").write_text(json.dumps(stored))
     results = {"benchmark": "B val", "n": 7, "giou": 0.5, "giou_ci95": [0.25, 0.75], "ciou": 0.4, "mean_turns": 2.0}
     results |= {"tool_error_rate": 0.1, "segmenter": {"identity": "discs"}, "weights_sha256": None}
-    for name, checksum in (("near", weights_checksum(str(checkpoint))), ("other", "abc")):
+    mine, bound = {"weights_sha256": weights_checksum(str(checkpoint))}, {"row": "bound: untrained policy"}
+    few = {"n": 3, "settings": {"data": {"limit": 3}, "agent": {"max_turns": 4}, "sampling": {"temperature": 0.5}}}
+    made = {"near": mine, "other": {"weights_sha256": "abc"}, "few": mine | few, "untrained": mine | bound}
+    for name, more in made.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps(results | {"weights_sha256": checksum}))
+        (tmp_path / name / "results.json").write_text(json.dumps(results | more))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "results.json").write_text('{"benchm')
     text = model_card.model_card(str(checkpoint), "mine", "bfloat16", "", [])
     data, text = huggingface_hub.ModelCard(text).data, " ".join(text.split())
     assert data.base_model == "Qwen/Qwen2.5-VL-7B-Instruct" and data.license is None
     assert [(r.dataset_name, r.metric_type, r.metric_value) for r in data.eval_results] == [
         ("B val", "giou", 0.5),
         ("B val", "ciou", 0.4),
-    ]
+    ] * 2
     for words in (
         "`grpo`, update 0, seed 5",
         "12 trajectories on refcocog, umd, train, by `a:b (big)`, of final IoU >= 0.9",
@@ -259,14 +286,18 @@ def test_the_card_tells_of_the_run_and_of_evaluations_of_these_very_weights(stag
         "100 steps planned, of 16 prompts x 4 samples and 1 updates, ratio grpo",
         "1 final + 0.5 process + 0.2 format",
         "LoRA | rank 8, merged",
-        "| B val | 7 | 0.500 [0.250, 0.750] | 0.400 | 2.00 | 10.0 % | discs |",
+        "| B val | 7 | 0.500 [0.250, 0.750] | 0.400 | 2.00 | 10.0 % | discs | |",
+        "| B val | 3 | 0.500 [0.250, 0.750] |",
+        "| discs | at most 4 turns, temperature 0.5, limit 3 |",
         "Weights are bfloat16, rounded from float32",
         "made from `Qwen/Qwen2.5-VL-7B-Instruct`; their licence holds",
     ):
         assert words in text, (words, text)
     assert str(tmp_path) not in text
+    assert "leaves out what lies beside the run: " in capsys.readouterr().out
     (tmp_path / "set" / "collect.json").unlink()
     (tmp_path / "near" / "results.json").rename(tmp_path / "near" / "kept")
+    shutil.rmtree(tmp_path / "few")
     text = " ".join(model_card.model_card(str(checkpoint), "mine", "bfloat16", "", []).split())
     assert "trajectories of `set`, of which nothing is known" in text and "no results of these weights" in text
     (tmp_path / "near" / "kept").rename(tmp_path / "near" / "results.json")
@@ -276,5 +307,7 @@ def test_the_card_tells_of_the_run_and_of_evaluations_of_these_very_weights(stag
     given = lambda name: (f"--checkpoint={checkpoint}", f"--out={tmp_path / 'hf'}", f"--evaluation={tmp_path / name}")  # noqa: E731
     assert "other/results.json is not an evaluation of" in refused(capsys, *given("other"))
     assert "gone/results.json does not exist" in refused(capsys, *given("gone"))
+    assert "its row 'bound: untrained policy'" in refused(capsys, *given("untrained"))
+    assert "broken/results.json cannot be read as JSON" in refused(capsys, *given("broken"))
     assert not (tmp_path / "hf").exists() and run(*given("near")) == 0
     assert card(tmp_path / "hf")[1].count("B val |") == 1

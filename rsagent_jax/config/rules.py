@@ -96,6 +96,8 @@ def segmenting(c) -> Iterator[str]:
 
 def evaluation(c) -> Iterator[str]:
     yield from segmenting(c)
+    if c.policy.backend == "openai" and c.bound.row == "untrained":
+        yield "bound.row is untrained, but nobody knows which weights are behind policy.backend openai; use engine"
     if c.data.mix:
         yield "data.mix: samples of a mix come up more than once; evaluate its parts"
 

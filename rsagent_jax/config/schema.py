@@ -77,7 +77,7 @@ class SegmenterConfig:
     timeout_s: Positive = 120.0  # deadline of one call
     wait_s: NotNegative = 60.0  # how long an unreachable side-car is waited for
     workers: Count = 2  # tool calls at a time
-    give_up_after: CountOrZero = 16  # trajectories in a row that the segmenter failed end the command; 0 = never
+    give_up_after: CountOrZero = 16  # trajectories in a row failed by it, or by an endpoint, end the command; 0 = never
     conflicts = rules.segmenter
 
 

@@ -9,10 +9,10 @@ One result per sentence, at original resolution, pixels of the ignore mask exclu
 
 all as fractions of 1. By default nothing is dropped, and what a convention drops is counted:
 
-* A **failure of the environment** (ENV_FAILED) has no mask to judge and measures nothing: `failure_policy` "refuse",
-  the config's default, gives no summary with one in it. Where the user accepts them, they count as IoU 0 with I = 0 and
-  the whole ground truth as U, even where the ground truth is empty and an empty mask would have been right ("zero"), or
-  are left out ("dropped").
+* A **failure of the environment or the endpoint** (ENV_FAILED, POLICY_FAILED) has no mask to judge and measures
+  nothing: `failure_policy` "refuse", the config's default, gives no summary with one in it. Where the user accepts
+  them, they count as IoU 0 with I = 0 and the whole ground truth as U, even where the ground truth is empty and an
+  empty mask would have been right ("zero"), or are left out ("dropped").
 * **Other endings than FINISHED** (MAX_TURNS, MAX_CONTEXT, INVALID, REPEATED) keep their final mask, which is what a
   user would get, and are scored by it. They are failures to stop, so they are listed.
 
@@ -39,6 +39,7 @@ from rsagent_jax.config.schema import MetricConfig
 from rsagent_jax.masks import intersection_union
 from rsagent_jax.types import DataError, Sample, Status, Trajectory
 
+UNMEASURED = (Status.ENV_FAILED, Status.POLICY_FAILED)  # nobody's answer: the tool or the endpoint is broken
 LISA = MetricConfig(failure_policy="zero")
 # What others report, to be read beside LISA's figures (their evaluation scripts; the unit is a matter of the data).
 CONVENTIONS = {
@@ -81,7 +82,7 @@ class SampleResult:
     @property
     def iou(self) -> float:
         unjudged = self.rules.ending_policy == "zero" and self.status is not Status.FINISHED
-        if self.status is Status.ENV_FAILED or unjudged:
+        if self.status in UNMEASURED or unjudged:
             return 0.0
         if not self.union:
             return float(self.rules.empty_policy == "one")
@@ -90,7 +91,7 @@ class SampleResult:
     @property
     def dropped(self) -> str | None:
         """Why the convention does not count this sample, or None."""
-        if self.status is Status.ENV_FAILED:
+        if self.status in UNMEASURED:
             return "failure" if self.rules.failure_policy == "dropped" else None
         return "empty" if not self.union and self.rules.empty_policy == "dropped" else None
 
@@ -100,7 +101,7 @@ def count(trajectory: Trajectory, sample: Sample) -> Counts:
     if trajectory.sample_id != sample.id:
         raise ValueError(f"trajectory of sample {trajectory.sample_id} scored against sample {sample.id}")
     errors = sum(turn.error is not None for turn in trajectory.turns)
-    failure = trajectory.status is Status.ENV_FAILED
+    failure = trajectory.status in UNMEASURED
     mask = np.zeros_like(sample.gt_mask) if failure else trajectory.final_mask
     return Counts(sample.id, pixel_counts(mask, sample), trajectory.status, len(trajectory.turns), errors)
 
@@ -112,7 +113,7 @@ def judge(counts: Counts, rules: MetricConfig = LISA) -> SampleResult:
     if unjudged or predicted < rules.empty_below:
         intersection = predicted = 0
     union = predicted + true - intersection
-    said_empty = not predicted and not unjudged and counts.status is not Status.ENV_FAILED
+    said_empty = not predicted and not unjudged and counts.status not in UNMEASURED
     ending = (counts.status, counts.turns, counts.tool_errors)
     return SampleResult(counts.id, intersection, union, *ending, not true, said_empty, rules)
 
@@ -201,8 +202,9 @@ def summarize_results(
     if not counted:
         raise DataError(f"benchmark {benchmark!r}: the rules drop all of its {len(results)} samples")
     totals, endings = total_results(results), Counter(r.status for r in results)
-    if (lost := endings[Status.ENV_FAILED]) and results[0].rules.failure_policy == "refuse":
-        raise DataError(f"benchmark {benchmark!r}: {lost} of {len(results)} samples are not measured (env_failed)")
+    if (lost := sum(endings[status] for status in UNMEASURED)) and results[0].rules.failure_policy == "refuse":
+        why = ", ".join(f"{status} {endings[status]}" for status in UNMEASURED if endings[status])
+        raise DataError(f"benchmark {benchmark!r}: {lost} of {len(results)} samples are not measured ({why})")
     of = None if images is None else [images[r.id] for r in counted]
     rules = {"resolution": "original", **to_dict(results[0].rules)}
     turns, errors = sum(r.turns for r in results), sum(r.tool_errors for r in results)
@@ -222,7 +224,7 @@ def summarize_results(
     judged = [r for r in results if r.dropped != "failure"]
     if absent := [r for r in judged if r.no_target]:
         present = [r for r in judged if not r.no_target]
-        answered = sum(not r.said_empty and r.status is not Status.ENV_FAILED for r in present)
+        answered = sum(not r.said_empty and r.status not in UNMEASURED for r in present)
         out["n_acc"] = sum(r.said_empty for r in absent) / len(absent)
         out["t_acc"] = answered / len(present) if present else None
         out["giou_target"] = math.fsum(r.iou for r in present) / len(present) if present else None
@@ -289,7 +291,7 @@ def turn_curve(
 
 def _best_iou(counts: Counts, masks: Sequence[Pixels], latest: SampleResult, rules: MetricConfig) -> float:
     """IoU of the best of these masks and of the latest, by what the samples count."""
-    if latest.status is Status.ENV_FAILED:
+    if latest.status in UNMEASURED:
         return latest.iou
     tries = [dataclasses.replace(counts, status=Status.FINISHED, pixels=pixels) for pixels in masks]
     return max([latest.iou, *(judge(t, rules).iou for t in tries)])

@@ -145,7 +145,7 @@ def what_failed(results: Mapping[str, Any]) -> str:
     """One line for the terminal and the page: by kind, everything that went otherwise than it should."""
     kinds = {"unreadable": len(results.get("unreadable", {}))}
     kinds |= results.get("segmenter_failures", {})
-    kinds |= {name: n for name, n in results.get("failures", {}).items() if name != Status.ENV_FAILED.value}
+    kinds |= {name: n for name, n in results.get("failures", {}).items() if name not in metrics.UNMEASURED}
     kinds["tool errors"] = results.get("tool_errors", 0)
     return f"failed: {', '.join(f'{name} {count}' for name, count in kinds.items() if count) or 'nothing'}"
 

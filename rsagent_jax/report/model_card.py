@@ -11,8 +11,10 @@ from typing import Any
 
 import rsagent_jax
 from rsagent_jax.config.build import build_config, to_dict
+from rsagent_jax.config.rules import ORDER
 from rsagent_jax.config.schema import OptimConfig, TrainConfig
 from rsagent_jax.data.serving import PLACEHOLDERS
+from rsagent_jax.models.qwen25_vl import tensor_files
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory, weights_checksum
 from rsagent_jax.models.qwen25_vl.steps import find_step, split_step
@@ -58,15 +60,27 @@ def model_card(checkpoint: str, name: str, dtype: str, licence: str, evaluations
         name=name,
         version=rsagent_jax.__version__,
         training=[*_training(config, path, split_step(checkpoint)[1])] if config else [],
-        results=results,
+        results=[(r, _how(r)) for r in results],
         checksum=checksum,
         dtype=dtype,
-        rounded=", rounded from float32" if stage and dtype != "float32" else "",
+        rounded=_rounded({"float32"} if stage else _dtypes(path), dtype),
         placeholders=" or ".join(f"`{token}`" for token in PLACEHOLDERS),
         licence=_licence(licence, base),
     )
     template = importlib.resources.files("rsagent_jax.report") / "templates" / "model_card.md"
     return str(ModelCard.from_template(data, template_str=template.read_text(encoding="utf-8"), **values))
+
+
+def _dtypes(directory: pathlib.Path) -> set[str]:
+    """Of the weights of a Hugging Face directory."""
+    tensors = (t for file in tensor_files.find(directory)[0] for t in tensor_files.safetensors_header(file))
+    return {tensor_files.DTYPES[t.dtype].name for t in tensors if t.dtype in tensor_files.DTYPES}
+
+
+def _rounded(source: set[str], dtype: str) -> str:
+    """`source`: dtypes of the weights before, all of which float32 holds exactly."""
+    others = sorted(source - {dtype}) if dtype != "float32" else []
+    return f", rounded from {' and '.join(others)}" if others else ""
 
 
 def _run_config(run: pathlib.Path | None) -> TrainConfig | None:
@@ -86,7 +100,7 @@ def _training(c: TrainConfig, path: pathlib.Path, step: str) -> Iterable[tuple[s
     stages = c.stages[: c.stages.index(path.name) + 1] if path.name in c.stages else c.stages
     yield "checkpoint", f"`{path.name}`, update {find_step(path, step)}, seed {c.seed}"
     yield "began with", f"`{_name(c.policy.weights)}`"
-    made_up = (open_path(c.grpo.data.root or ".") / STAMP).exists()
+    made_up = bool(c.grpo.data.root) and (open_path(c.grpo.data.root) / STAMP).exists()
     if "sft" in stages:
         yield "SFT data", _collected(c.sft.trajectories, to_dict(c.grpo.data) if made_up else {})
         yield "SFT", f"{c.sft.epochs:g} epochs planned, {_optimiser(c.sft.optim)}"
@@ -138,15 +152,31 @@ def _results(checkpoint: str, run: pathlib.Path | None, given: Sequence[str]) ->
         return [], ""
     checksum, out = weights_checksum(checkpoint), []
     for file in (*asked, *near):
-        results = read_json(file)
-        if results.get("weights_sha256") == checksum and results.keys() >= FIGURES:
+        try:
+            results = read_json(file)
+        except DataError as error:
+            if file in asked:
+                raise
+            print(f"note: the model card leaves out what lies beside the run: {error}")
+            continue
+        is_policy = results.get("row", "policy") == "policy"  # else of a bound
+        if is_policy and results.get("weights_sha256") == checksum and results.keys() >= FIGURES:
             out += [results] * (results not in out)
         elif file in asked:
             raise DataError(
                 f"{file} is not an evaluation of {checkpoint}, whose weights_sha256 is {checksum}; its own is"
-                f" {results.get('weights_sha256')}"
+                f" {results.get('weights_sha256')}, its row {results.get('row', 'policy')!r}"
             )
     return out, checksum
+
+
+def _how(results: dict[str, Any]) -> str:
+    """What else tells two rows of one benchmark apart."""
+    settings = results.get("settings", {})
+    data, agent, sampling = (settings.get(group, {}) for group in ("data", "agent", "sampling"))
+    said = [f"at most {agent['max_turns']} turns"] if "max_turns" in agent else []
+    said += [f"temperature {sampling['temperature']:g}"] if sampling.get("temperature") else []
+    return ", ".join(said + ([f"limit {data['limit']}"] if data.get("limit") else []))
 
 
 def _licence(licence: str, base: str) -> str:
@@ -159,7 +189,9 @@ def _licence(licence: str, base: str) -> str:
 def _name(weights: str) -> str:
     """A hub's name as it is, the tiny base as such, else the last part of a path."""
     weights = split_step(weights)[0]
-    if hub.is_repository(weights) and not pathlib.Path(weights).exists():
+    words = weights.partition("@")[0].split("/")
+    of_a_run = words[0] == "checkpoints" or words[-1] in ORDER  # from where that run's command was started
+    if hub.is_repository(weights) and not of_a_run:
         return weights
     parts = open_path(weights).parts[-2:] if weights else ()
     return TINY if "/".join(parts) == TINY else "/".join(parts[-1:])

@@ -10,6 +10,7 @@ import base64
 import dataclasses
 import json
 import os
+import re
 import threading
 import time
 from typing import Any, Self
@@ -34,6 +35,11 @@ _AGAIN = {  # asked again; the first that fits names the kind
 }
 _HALF = (TypeError, KeyError, AttributeError, IndexError)  # an answer that lacks what it must have
 TEACHER = "teacher.remote"  # the config group
+_URL = re.compile(r"https?://[^/?#@\s]+([/?#]\S*)?", re.IGNORECASE)
+
+
+class NoText(ValueError):
+    """An answer as it should be, but without text."""
 
 
 @dataclasses.dataclass
@@ -55,9 +61,16 @@ class Answer:
 
 
 def check_endpoint(config: EndpointConfig, name: str = TEACHER) -> None:
-    """DataError for a config without an endpoint. `name`: of the config group."""
+    """DataError for a config without an endpoint, or with a URL that is none. `name`: of the config group."""
     if not config.url or not config.model:
         raise DataError(f"{name}.url and {name}.model are needed, such as http://host:8000/v1")
+    if "@" in config.url.partition("//")[2].partition("/")[0]:  # not shown: it may hold a password
+        raise DataError(
+            f"{name}.url holds a user or a password, which would stand in results.json; put the server's key into the"
+            f" environment variable that {name}.key_variable names, {config.key_variable}"
+        )
+    if not _URL.fullmatch(config.url):
+        raise DataError(f"{name}.url must be like http://host:8000/v1, with http:// or https://, got {config.url!r}")
 
 
 class Endpoint:
@@ -82,8 +95,8 @@ class Endpoint:
         return cls(config, name)
 
     def complete(self, messages: list[dict], **options: Any) -> Answer:
-        """Waits for the answer. `options`: of the request, such as temperature. PolicyFailure when it is given up on,
-        DataError where asking again is of no use."""
+        """Waits for the answer. `options`: of the request, such as temperature, and `empty`: whether an answer may be
+        empty. PolicyFailure when it is given up on, DataError where asking again is of no use."""
         return asyncio.run_coroutine_threadsafe(self._complete(messages, options), self.loop).result()
 
     async def complete_async(self, messages: list[dict], **options: Any) -> Answer:
@@ -95,11 +108,11 @@ class Endpoint:
         asked = self._ask([{"role": "user", "content": "?"}], {"max_tokens": 1, **options})
         try:
             asyncio.run_coroutine_threadsafe(asked, self.loop).result()
-        except (openai.OpenAIError, TimeoutError, *_HALF) as error:
+        except NoText:
+            pass  # a token without text is an answer, too
+        except (openai.OpenAIError, TimeoutError, ValueError, *_HALF) as error:
             c = self.config
             raise DataError(f"{c.url} does not serve {c.model!r} ({_reason(error)}); see {self.name}") from None
-        except ValueError:
-            pass  # a token without text is an answer, too
 
     def told(self) -> dict[str, float]:
         """The usage so far and what it cost, for people."""
@@ -125,10 +138,12 @@ class Endpoint:
             if attempt < self.config.retries:
                 self.usage.retries += 1
                 await self._wait(self.config.backoff_s * 2**attempt if pause is None else pause)
-        raise PolicyFailure(f"endpoint, {kind}", f"{detail}, after {self.config.retries + 1} tries")
+        said = f"{detail}, after {self.config.retries + 1} tries of {self.config.url}"
+        raise PolicyFailure(f"endpoint, {kind}", said)
 
     async def _ask(self, messages: list[dict], options: dict[str, Any]) -> Answer:
-        c = self.config
+        c, options = self.config, dict(options)
+        empty = options.pop("empty", False)
         async with self.slots:
             if c.per_minute:
                 now = time.monotonic()
@@ -142,8 +157,9 @@ class Endpoint:
             self.usage.tokens_out += answer.usage.completion_tokens
         choice, read = answer.choices[0], answer.usage and answer.usage.prompt_tokens
         text = _text(choice.message)
-        if not text.strip():
-            raise ValueError("an answer without text")
+        # A policy may end its turn at once; no content at all is half an answer.
+        if not text.strip() and not (empty and choice.finish_reason == "stop" and choice.message.content is not None):
+            raise NoText("an answer without text")
         return Answer(text, choice.finish_reason == "length", read or 0)
 
     async def _wait(self, seconds: float) -> None:

@@ -22,6 +22,7 @@ from rsagent_jax.types import DataError, Status, StorageError, Trajectory
 Failure = tuple[str, str]  # (kind, which is counted by; why)
 UNREADABLE = "unreadable sample"
 SHOWN = 3  # of each kind, on the terminal
+AWAY = tuple(f"endpoint, {kind}" for kind in ("connection", "timeout", "server"))  # no answer, whatever is asked
 READERS = 2  # threads that read the samples to come
 AHEAD = 4  # samples that are read before a slot is free for them
 
@@ -41,7 +42,8 @@ def is_segmenters(kind: str) -> bool:
 
 
 class Failures:
-    """Of one start of a command. `give_up_after`: trajectories in a row that the segmenter may fail; 0 = any number."""
+    """Of one start of a command. `give_up_after`: trajectories in a row that the segmenter, or the endpoint of a policy
+    or teacher, may fail; 0 = any number."""
 
     def __init__(self, give_up_after: int):
         self.give_up_after, self.in_a_row = give_up_after, 0
@@ -54,18 +56,19 @@ class Failures:
             self.examples[kind].append(f"{id}: {why}")
 
     def played(self, id: str, failure: Failure | None) -> None:
-        """To be told of every trajectory once it is kept. DataError where the segmenter failed too many in a row."""
+        """To be told of every trajectory once it is kept. DataError where too many in a row failed."""
         if failure is None:
             self.in_a_row = 0
             return
         self.add(failure[0], id, failure[1])
-        if not is_segmenters(failure[0]):
+        if not is_segmenters(failure[0]) and failure[0] not in AWAY:
             return
         self.in_a_row += 1
         if self.in_a_row == self.give_up_after:
+            who, what = ("endpoint", "bring it back") if failure[0] in AWAY else ("segmenter", "mend the side-car")
             raise DataError(
-                f"the segmenter failed {self.in_a_row} trajectories in a row, the last with: {failure[0]}:"
-                f" {failure[1]}. What was done is kept: mend the side-car and run the same command again"
+                f"the {who} failed {self.in_a_row} trajectories in a row, the last with: {failure[0]}:"
+                f" {failure[1]}. What was done is kept: {what} and run the same command again"
                 " (segmenter.give_up_after says how many are borne with)"
             )
 
@@ -104,7 +107,7 @@ def play_samples(
     where the sample cannot be read, unless data.unreadable stops there. total: attempts that there were before the
     command was started again, for the progress bar. leave: it stays on the terminal when all is done.
     Returns what failed, which is told on the terminal however this ends. DataError where a sample cannot be read, or
-    where the segmenter failed segmenter.give_up_after trajectories in a row.
+    where segmenter.give_up_after trajectories in a row failed for want of the segmenter or the endpoint.
     """
     failed = Failures(config.segmenter.give_up_after)
     preemption.defer()

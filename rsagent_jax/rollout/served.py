@@ -4,6 +4,8 @@ It reads the very ids that our engine reads, and every answer is checked for tha
 tokens again here: a turn is stored as the tokenizer writes it, without log-probs, so it is played with, not trained on.
 """
 
+import asyncio
+
 import numpy as np
 
 from rsagent_jax.agent.environment import EnvState, read_before
@@ -45,17 +47,22 @@ class ServedPolicy(TextPolicy):
         """Nothing is compiled."""
 
     def release_memory(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.begin()
 
-    def _turn(self, request: Request) -> Completion:
+    def submit(self, request: Request) -> None:
+        """A task of the endpoint's loop, not a thread that waits: `release` ends the request itself."""
+        self.turns[request.slot] = request, asyncio.run_coroutine_threadsafe(self._ask(request), self.endpoint.loop)
+
+    async def _ask(self, request: Request) -> Completion:
         task, budget = request.task, request.budget or self.max_new_tokens
         temperature = self.sampling.temperature if task.temperature is None else task.temperature
         options = {"temperature": temperature, "max_tokens": budget, "logit_bias": self.bias}
         if temperature:
             rng = np.random.default_rng((self.seed, task.uid, request.turn))
             options |= {"top_p": self.sampling.top_p, "seed": int(rng.integers(2**31))}
-        answer = self.endpoint.complete(chat_messages(request.state), **options)
-        self._check_prompt(request.state, answer.prompt_tokens)
+        messages = await asyncio.to_thread(chat_messages, request.state)  # the loop is everybody's
+        answer = await self.endpoint.complete_async(messages, empty=True, **options)
+        await asyncio.to_thread(self._check_prompt, request.state, answer.prompt_tokens)
         text = answer.text.removesuffix(TERMINATOR)
         for token in PLACEHOLDERS:  # spelt out, it would be one in the next prompt
             text = text.replace(token, f"({token[1:]}")

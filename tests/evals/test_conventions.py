@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rsagent_jax.config.schema import MetricConfig
-from rsagent_jax.evals.metrics import count, judge, other_conventions, summarize_results
+from rsagent_jax.evals.metrics import count, judge, other_conventions, summarize_results, turn_curve
+from rsagent_jax.report.evaluation import what_failed
 from rsagent_jax.types import Status
 from tests.evals.test_metrics import sample, score, trajectory
 from tests.refusals import refused
@@ -64,6 +65,27 @@ def test_failures_and_endings():
     lucky = trajectory(pixels(), Status.INVALID)  # an empty mask that nobody committed, where nothing is meant
     assert score(lucky, sample(pixels()), rules()).iou == 1.0
     assert score(lucky, sample(pixels()), rules(ending_policy="zero")).iou == 0.0
+
+
+@pytest.mark.parametrize("status", [Status.ENV_FAILED, Status.POLICY_FAILED])
+def test_a_failure_is_right_in_nothing_whatever_its_latest_mask(status):
+    """Three samples: an absent target, failed before any mask; one that is there, failed with the right mask; one that
+    is there and found."""
+    nothing, some = pixels(), pixels(0, 1)
+    cases = [("a", nothing, nothing, status), ("b", some, some, status), ("c", some, some, Status.FINISHED)]
+    counts = [count(trajectory(said, s, i), sample(gt, id=i)) for i, gt, said, s in cases]
+    results = [judge(c, rules()) for c in counts]
+    assert [(r.iou, r.said_empty, r.intersection, r.union) for r in results[:2]] == [(0, False, 0, 0), (0, False, 0, 2)]
+    zero = summarize_results(results, {}, benchmark="toy")
+    assert (zero["giou"], zero["ciou"], zero["n_acc"], zero["t_acc"]) == (1 / 3, pytest.approx(2 / 4), 0, 1 / 2)
+    assert what_failed(zero | {"segmenter_failures": {"its kind": 2}}) == "failed: its kind 2, tool errors 3"  # once
+    dropped = [judge(c, rules(failure_policy="dropped")) for c in counts]
+    summary = summarize_results(dropped, {}, benchmark="toy")
+    assert (summary["n"], summary["giou"], summary["dropped"]["failure"]) == (1, 1.0, 2) and "n_acc" not in summary
+    refusing = [judge(c, MetricConfig()) for c in counts]
+    refused(f"2 of 3 samples are not measured .{status} 2", summarize_results, refusing, {}, benchmark="toy")
+    right = [(counts[1], [(1, dict.fromkeys(counts[1].pixels, (2, 2, 2)))])]
+    assert turn_curve(right, rules(), 3)[-1]["oracle_best_giou"] == 0.0
 
 
 def test_epsilon_and_small_predictions():

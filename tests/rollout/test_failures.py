@@ -30,6 +30,17 @@ def test_a_run_of_failures_ends_the_command_and_one_answer_breaks_it(capsys):
     assert patient.counts == {AWAY[0]: 50} and is_segmenters(AWAY[0]) and not is_segmenters(UNREADABLE)
 
 
+def test_an_endpoint_that_is_away_ends_the_command_too_and_one_that_refuses_does_not():
+    failures, refusal = Failures(3), ("endpoint, refused", "prompt too long")
+    away = [(f"endpoint, {kind}", "after 6 tries of http://h/v1") for kind in ("connection", "timeout", "server")]
+    for failure in (*away[:2], None, refusal, refusal, refusal, away[0], refusal, away[1]):
+        failures.played("s1", failure)
+    says = (
+        "the endpoint failed 3 trajectories in a row.*endpoint, server: .*http://h/v1.*bring it back and run the same"
+    )
+    refused(says, failures.played, "s9", away[2])
+
+
 def test_only_the_segmenters_endings_are_its_failures():
     broken = run([small.click(5, 5)], DiscSegmenter(fail=[FailureKind.TIMEOUT]))
     assert failure_of(broken) == ("segmenter, timeout", "as the test asked")

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from agent_fakes import DiscSegmenter
 from PIL import Image
 
 import evaluate
+from rsagent_jax.agent import environment
 from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import (
@@ -23,12 +25,12 @@ from rsagent_jax.config.schema import (
 )
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.serving import write_serving_files
-from rsagent_jax.models.qwen25_vl.load import copy_policy_files
+from rsagent_jax.models.qwen25_vl.load import copy_policy_files, weights_checksum
 from rsagent_jax.rollout import startup
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.open import open_policy
 from rsagent_jax.rollout.play import failure_of
-from rsagent_jax.rollout.policy import TextPolicy
+from rsagent_jax.rollout.policy import Request, TextPolicy
 from rsagent_jax.types import Status
 from tests.collecting.test_endpoint import Server, good
 from tests.refusals import refused
@@ -56,8 +58,8 @@ def turn(body) -> str:
     return SCRIPT[sum(m["role"] == "assistant" for m in body["messages"])]
 
 
-def scripted_policy():
-    return TextPolicy(lambda task, state: SCRIPT[len(state.turns)], small.processor(), context=2000)
+def scripted_policy(script=SCRIPT):
+    return TextPolicy(lambda task, state: script[len(state.turns)], small.processor(), context=2000)
 
 
 def test_what_a_server_makes_of_the_messages_are_the_ids_of_our_own_policy(tmp_path):
@@ -142,7 +144,44 @@ def test_a_server_that_fails_is_a_counted_failure(answer, kind, why):
     assert failure_of(state)[0] == kind and why in failure_of(state)[1]
 
 
-def test_nothing_is_played_where_the_model_is_not_served():
+def test_a_turn_of_nothing_but_its_end_is_malformed_as_in_the_engine():
+    with Server([lambda body: good("" if len(body["messages"]) == 2 else turn(body), usage=False)]) as server:
+        trajectory, _ = play(server)
+    script = ["", *SCRIPT[1:]]
+    ((wanted, _),) = Driver(scripted_policy(script), DiscSegmenter(), small.processor(), small.AGENT).run(
+        [small.task(0)]
+    )
+    np.testing.assert_array_equal(trajectory.tokens, wanted.tokens)
+    assert trajectory.status is Status.FINISHED and trajectory.turns[0].error is not None and len(server.asked) == 5
+    half = good("", usage=False)[2].replace('"stop"', '"length"')
+    with Server([lambda body: (200, {}, half)]) as server:
+        assert failure_of(play(server)[1])[0] == "endpoint, malformed"
+
+
+def test_a_released_turn_ends_its_request():
+    """One request at a time: the next one is answered while the server still holds the first."""
+    gate, task, p = threading.Event(), small.task(0), small.processor()
+    state = environment.reset(task.sample.image, task.sample.query, small.AGENT, p.images.limits)
+    with Server([lambda body: (gate.wait(30), good("late"))[1], good("here", usage=False)]) as server:
+        policy = open_policy(policy_config(server, concurrent=1, timeout_s=60.0), p, SAMPLING, small.AGENT, 0)
+        held, next_one = (Request(slot, None, 0, state, task, 0) for slot in (0, 1))
+        policy.submit(held)
+        while not server.asked:
+            threading.Event().wait(0.01)
+        _, asked = policy.turns[0]
+        policy.release(0)
+        assert asked.cancelled()
+        policy.submit(next_one)
+        ((slot, completion),) = policy.step()
+        assert (slot, p.decode(completion.tokens)) == (1, "here<|im_end|>") and not gate.is_set()
+        policy.submit(held)
+        _, asked = policy.turns[0]
+        policy.release_memory()
+        assert asked.cancelled()
+        gate.set()
+
+
+def test_nothing_is_played_where_the_model_is_not_served(monkeypatch):
     def check(server, **remote):
         return startup.check_policy(policy_config(server, **remote), small.AGENT, SAMPLING)
 
@@ -153,7 +192,16 @@ def test_nothing_is_played_where_the_model_is_not_served():
     refused("does not serve 'm' .*onnection", check, server, url="http://127.0.0.1:9/v1")  # nobody listens there
     with Server([lambda body: (200, {"sleep": 1}, "{}")]) as server:
         refused("does not serve 'm'", check, server, timeout_s=0.2)
+    with Server([(200, {}, "{")]) as server:
+        refused("does not serve 'm' .*; see policy.remote", check, server)
     with Server([good("")]) as server:
+        monkeypatch.setenv("ODD_KEY", "schl\u00fcssel")
+        refused("does not serve 'm' .*ascii.*; see policy.remote", check, server, key_variable="ODD_KEY")
+        assert not server.asked
+        for url in (server.url.removeprefix("http://"), "localhost:8000/v1", "ftp://h/v1", "http:///v1"):
+            refused("policy.remote.url must be like http://host:8000/v1", check, server, url=url)
+        said = refused("holds a user or a password.*policy.remote.key_var", check, server, url="http://me:secret@h/v1")
+        assert "secret" not in said
         assert "budget of 2000 tokens" in check(server) and len(server.asked) == 1
 
 
@@ -211,14 +259,20 @@ def test_settings_that_do_not_go_with_it_are_named():
         said = {"policy": policy, "sampling": {"top_k": 5, "stop_ids": (3,)}}
         problems = refused("2 problems", build_config, cls, said)
         assert "sampling.top_k is not in the API" in problems and "sampling.stop_ids" in problems
+    untrained = {"policy": policy, "bound": {"row": "untrained"}}
+    refused("bound.row is untrained, but nobody knows which", build_config, EvalConfig, untrained)
     refused("policy.backend must be engine, got openai", build_config, TrainConfig, {"policy": policy})
     assert build_config(EvalConfig, {"policy": policy}).slowest_answer_s > 120 + 6 * 120
 
 
-def test_an_evaluation_says_where_it_was_served_and_no_checksum():
+def test_an_evaluation_says_where_it_was_served_and_no_checksum_but_what_is_claimed(tmp_path):
     policy = {"weights": str(small.weights()), "backend": "openai", "remote": {"url": "http://h/v1", "model": "m"}}
     made = build_config(EvalConfig, {"policy": policy})
     settings = evaluate.evaluation_resume_fingerprint(made, {"row": "policy"})
-    assert settings["served"] == {"url": "http://h/v1", "model": "m"} and "weights_sha256" not in settings
+    claimed = {"claimed_sha256": weights_checksum(str(small.weights()))}
+    assert settings["served"] == {"url": "http://h/v1", "model": "m"} | claimed and "weights_sha256" not in settings
+    copy_policy_files(small.weights(), tmp_path)  # without weights nothing is claimed
+    bare = dataclasses.replace(made, policy=dataclasses.replace(made.policy, weights=str(tmp_path)))
+    assert "claimed_sha256" not in evaluate.evaluation_resume_fingerprint(bare, {})["served"]
     ours = dataclasses.replace(made, policy=dataclasses.replace(made.policy, backend="engine"))
     assert evaluate.evaluation_resume_fingerprint(ours, {})["weights_sha256"] and settings["pixel_limits"]
