@@ -1,7 +1,9 @@
 """Who may reach the demo: loopback, or TLS and users; what is missing is one error."""
 
 import concurrent.futures
+import contextlib
 import importlib.util
+import json
 
 import pytest
 
@@ -55,15 +57,49 @@ def test_places_and_words_of_a_visitor():
     assert unknown_words("the bottommost yellow one") == []
 
 
-def test_the_page_is_for_its_users_and_under_this_machines_names(tmp_path):
+@contextlib.contextmanager
+def opened(folder, users=(), **limits):
+    """The page, a client of it, and call(handler, *data): the messages of that event, as a browser gets them."""
     pytest.importorskip("gradio")
     from starlette.testclient import TestClient
 
     from rsagent_jax.web import page, server
 
-    shown = page.DemoPage(concurrent.futures.Future(), page.Limits(1, 8, 30, 1), tmp_path)
-    app = server.mount_page(shown, [("ada", "secret")], "127.0.0.1:0")
+    shown = page.DemoPage(concurrent.futures.Future(), page.Limits(1, 8, 30, 1, **limits), folder)
+    app = server.mount_page(shown, users, "127.0.0.1:0")
+
+    def call(name, *data, visit="visit"):
+        number = next(d["id"] for d in client.get("/config").json()["dependencies"] if d["api_name"] == name)
+        event = {"data": data, "fn_index": number, "session_hash": visit}
+        client.post("/gradio_api/queue/join", json=event).raise_for_status()
+        lines = client.get(f"/gradio_api/queue/data?session_hash={visit}").text.splitlines()
+        return [json.loads(line.removeprefix("data: ")) for line in lines if line]
+
     with TestClient(app, base_url="http://127.0.0.1:7860") as client:
+        yield shown, client, call
+
+
+def upload(path, **more):
+    return {"path": str(path), "orig_name": "a.svg", "meta": {"_type": "gradio.FileData"}, **more}
+
+
+def succeeded(messages):
+    return next(message["success"] for message in messages if message["msg"] == "process_completed")
+
+
+def test_a_visitor_reads_no_file_of_the_server(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    secret = tmp_path / "secret.svg"
+    secret.write_text("password")
+    with opened(tmp_path) as (_, client, call):
+        assert not succeeded(call("begin", upload(secret), "the mug"))
+        files = [file for file in (tmp_path / "gradio").rglob("*") if file.is_file()]
+        assert not [file for file in files if file.read_text() == "password"]
+        assert client.get(f"/gradio_api/file={secret}").status_code == 403
+
+
+def test_the_page_is_for_its_users_and_under_this_machines_names(tmp_path):
+    with opened(tmp_path, [("ada", "secret")]) as (_, client, _):
         assert client.get("/", headers={"Host": "evil.example:7860"}).status_code == 400
         assert "What to segment" not in client.get("/").text and client.get("/config").status_code == 401
         assert client.post("/login", data={"username": "ada", "password": "wrong"}).status_code == 400
