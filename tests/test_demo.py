@@ -12,6 +12,8 @@ from rsagent_jax.runtime import command
 from rsagent_jax.web.visit import read_places, unknown_words
 from tests.refusals import refused
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio.queueing")  # pandas, of Gradio's own
+
 
 def access(address, auth="", cert="", key="", insecure=False):
     return demo.check_access(address, str(auth), str(cert), str(key), insecure)
@@ -96,6 +98,20 @@ def test_a_visitor_reads_no_file_of_the_server(tmp_path, monkeypatch):
         files = [file for file in (tmp_path / "gradio").rglob("*") if file.is_file()]
         assert not [file for file in files if file.read_text() == "password"]
         assert client.get(f"/gradio_api/file={secret}").status_code == 403
+
+
+def test_a_picture_comes_by_upload_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    from gradio import processing_utils
+
+    fetched = []
+    monkeypatch.setattr(processing_utils.sh, "get", lambda url, **_: fetched.append(url))
+    data = "data:image/png;base64," + "A" * 2**12
+    with opened(tmp_path) as (_, _, call):
+        assert not succeeded(call("begin", upload("https://host.example/huge.png"), "the mug"))
+        assert not succeeded(call("begin", None, upload("https://host.example/huge.png")))
+        assert not succeeded(call("begin", {**upload(""), "path": None, "url": data}, "the mug"))
+    assert not fetched and not [file for file in (tmp_path / "gradio").rglob("*") if file.is_file()]
 
 
 def test_the_page_is_for_its_users_and_under_this_machines_names(tmp_path):

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from gradio import processing_utils
 
 from rsagent_jax.report.terminal import describe_ending
 from rsagent_jax.runtime.image_files import checksum, read_image
@@ -228,7 +229,7 @@ class DemoPage:
 
     def _question(self) -> None:
         sources = ["upload", "clipboard"]
-        self.picture = gr.Image(label="Picture", type="filepath", image_mode=None, sources=sources, height=320)
+        self.picture = _Upload(label="Picture", sources=sources, height=320)
         self.query = gr.Textbox(label="What to segment", placeholder="the red circle", max_length=MAX_QUERY)
         with gr.Row():
             self.ask_button, self.cancel_button = gr.Button("Ask", variant="primary"), gr.Button("Cancel")
@@ -264,6 +265,23 @@ class DemoPage:
         self.cancel_button.click(self.cancel, None, self.status, queue=False, **hidden)
         self.pool.input(self.show, self.pool, self.canvas, queue=False, show_progress="hidden", **hidden)
         blocks.unload(self.leave)
+
+
+class _Upload(gr.Image):
+    """Gives the path of an uploaded file as it is: Gradio's own also takes a picture inside of the request, of any
+    size, and opens it where what is wrong with it cannot be told."""
+
+    is_template = True
+
+    def preprocess(self, payload: Any) -> str | None:
+        return payload and payload.path
+
+
+async def _no_download(url: str, cache_dir: str) -> str:
+    raise _refusal("Upload the picture: no addresses are opened here.")
+
+
+processing_utils.async_ssrf_protected_download = _no_download  # else Gradio fetches what a visitor names, of any size
 
 
 @contextlib.contextmanager
