@@ -48,6 +48,7 @@ def main(
     waiting: Count = 32,  # questions that may wait for a slot
     per_minute: Count = 30,  # questions and corrections of one user; of one address without --auth
     max_mb: Count = 20,  # of a picture's file
+    max_megapixels: Count = 25,  # of a picture
 ) -> None:
     users = check_access(address, auth, tls_cert, tls_key, insecure)
     if importlib.util.find_spec("gradio") is None:
@@ -62,7 +63,7 @@ def main(
         agent: concurrent.futures.Future[Any] = concurrent.futures.Future()
         from rsagent_jax.web import page, server  # after the settings above
 
-        limits = page.Limits(slots, waiting, per_minute, max_mb)
+        limits = page.Limits(slots, waiting, per_minute, max_mb, max_megapixels)
         examples = draw_examples(pathlib.Path(folder)) if tiny else []
         demo = page.DemoPage(agent, limits, pathlib.Path(folder), examples, page.KNOWS * tiny)
         app = server.mount_page(demo, users, address)

@@ -38,7 +38,7 @@ def served(tmp_path, monkeypatch):
     def served(load, per_minute=30):
         agent = concurrent.futures.Future()
         examples = draw_examples(tmp_path)
-        shown = page.DemoPage(agent, page.Limits(1, 8, per_minute, 1), tmp_path, examples, page.KNOWS)
+        shown = page.DemoPage(agent, page.Limits(1, 8, per_minute, 1, 25), tmp_path, examples, page.KNOWS)
         listener = server.open_listener("127.0.0.1:0")
         app = server.mount_page(shown, [], "127.0.0.1:0")
         serving = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
