@@ -8,6 +8,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import subprocess
 import threading
 import types
 
@@ -33,8 +34,8 @@ def access(address, auth="", cert="", key="", insecure=False):
 
 def test_other_machines_need_tls_and_a_user(tmp_path, monkeypatch, capsys):
     cert, key, users = (tmp_path / name for name in ("cert.pem", "key.pem", "users.txt"))
-    cert.touch()
-    key.touch()
+    openssl = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"
+    subprocess.run([*openssl.split(), "-keyout", key, "-out", cert], check=True, capture_output=True)
     users.write_text("ada:secret\n\nbob:with:colon \n")
     both = [("ada", "secret"), ("bob", "with:colon")]
     assert access("127.0.0.1:0") == [] and access("localhost:0", users) == both
@@ -56,7 +57,12 @@ def test_what_cannot_be_used_is_named(tmp_path, monkeypatch):
     refused("users.txt must hold name:password", access, "127.0.0.1:0", users)
     users.write_text("\n")
     refused("users.txt must hold name:password", access, "127.0.0.1:0", users)
+    users.write_text("ada:one\nbob:two\nada :three\n")
+    refused("users.txt holds a name twice", access, "127.0.0.1:0", users)
+    users.write_bytes("ada:Grün".encode("latin-1"))
+    refused("the --auth file .*users.txt is not UTF-8: save it", access, "127.0.0.1:0", users)
     refused("TLS needs both", access, "127.0.0.1:0", "", users)
+    refused("--tls_cert=.*users.txt and --tls_key=.*users.txt are no cert", access, "127.0.0.1:0", "", users, users)
     refused("is not host:port", access, "7860")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = command.parse_arguments(demo.main, [])[1]["config"]

@@ -8,7 +8,7 @@ from rsagent_jax.agent.environment import EnvState, apply_reply, propose, refuse
 from rsagent_jax.agent.tools import ResetView, Segment, render_call
 from rsagent_jax.types import DataError
 
-THOUGHT = "The user corrects the mask."  # in place of a policy's; the user's turns are known by it
+THOUGHT = "The user corrects the mask."  # in place of a policy's
 
 
 def correct(state: EnvState, call: Segment, max_turns: int) -> tuple[EnvState, str]:

@@ -145,7 +145,9 @@ class DemoPage:
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed: its slot is free for others."""
-        if visit := self.visits.pop(request.session_hash, None):
+        with self.lock:
+            visit = self.visits.pop(request.session_hash, None)
+        if visit:
             visit.leave()
 
     def show(self, mask_id: int, request: gr.Request) -> Any:
@@ -183,7 +185,8 @@ class DemoPage:
     def _play(self, visit: Visit, start: Callable, query: str, kept: int | None = None) -> Iterator[dict]:
         """The turns of a stream as they end, then the answer. Once for what `_count` has let in. kept: of a correction,
         turns before those of the user, with which the stream begins."""
-        counted, visit.counted = visit.counted, False
+        with self.lock:
+            counted, visit.counted = visit.counted, False
         if not counted:
             return
         while not self.agent.done():
