@@ -1,5 +1,6 @@
 """Who may reach the demo: loopback, or TLS and users; what is missing is one error."""
 
+import base64
 import collections
 import concurrent.futures
 import contextlib
@@ -128,7 +129,8 @@ def test_a_picture_comes_by_upload_alone(tmp_path, monkeypatch):
 
     fetched = []
     monkeypatch.setattr(processing_utils.sh, "get", lambda url, **_: fetched.append(url))
-    data = "data:image/png;base64," + "A" * 2**12
+    content = pathlib.Path(picture(tmp_path)["path"]).read_bytes()
+    data = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     with opened(tmp_path) as (_, _, call):
         assert not succeeded(call("begin", upload("https://host.example/huge.png"), "the mug"))
         assert not succeeded(call("begin", None, upload("https://host.example/huge.png")))
