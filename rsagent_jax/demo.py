@@ -15,6 +15,7 @@ import concurrent.futures
 import importlib.util
 import os
 import pathlib
+import ssl
 import tempfile
 from typing import Any
 
@@ -48,6 +49,7 @@ def main(
     waiting: Count = 32,  # questions that may wait for a slot
     per_minute: Count = 30,  # questions and corrections of one user; of one address without --auth
     max_mb: Count = 20,  # of a picture's file
+    max_megapixels: Count = 25,  # of a picture
 ) -> None:
     users = check_access(address, auth, tls_cert, tls_key, insecure)
     if importlib.util.find_spec("gradio") is None:
@@ -62,7 +64,7 @@ def main(
         agent: concurrent.futures.Future[Any] = concurrent.futures.Future()
         from rsagent_jax.web import page, server  # after the settings above
 
-        limits = page.Limits(slots, waiting, per_minute, max_mb)
+        limits = page.Limits(slots, waiting, per_minute, max_mb, max_megapixels)
         examples = draw_examples(pathlib.Path(folder)) if tiny else []
         demo = page.DemoPage(agent, limits, pathlib.Path(folder), examples, page.KNOWS * tiny)
         app = server.mount_page(demo, users, address)
@@ -88,19 +90,36 @@ def check_access(address: str, auth: str, tls_cert: str, tls_key: str, insecure:
     """The users who may log in, none where anybody may. DataError for what cannot be used, and for a page that other
     machines could reach without TLS and a password."""
     try:
-        text = read_secret_file(auth, "--auth").decode() if auth else os.environ.get(AUTH, "")
-        users = [tuple(line.strip().split(":", 1)) for line in text.splitlines() if line.strip()]
-        if (auth and not users) or any(len(user) != 2 or not all(user) for user in users):
-            raise SetupError(f"{auth or AUTH} must hold name:password, one on each line")
+        users = _read_users(auth)
         if bool(tls_cert) != bool(tls_key):
             raise SetupError("TLS needs both a certificate and its key: --tls_cert and --tls_key")
         for file, what in ((tls_cert, "certificate"), (tls_key, "key")):
             _ = file and read_secret_file(file, what)
+        if tls_cert:  # "": no question for the password of a key that has one
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls_cert, tls_key, password="")
         check_address(address, token="there" * bool(users), tls=bool(tls_cert), insecure=insecure, secret="--auth")
-    except (SetupError, UnicodeDecodeError) as error:
+    except SetupError as error:
         raise DataError(str(error)) from None
+    except ssl.SSLError as error:
+        what = f"--tls_cert={tls_cert} and --tls_key={tls_key} are no certificate and its key"
+        raise DataError(f"{what}: give both as PEM, the key without a password ({error})") from None
     if not is_loopback(address) and not (users and tls_cert):
         print(f"warning: {address} can be reached from other machines without TLS and a password, as --insecure allows")
+    return users
+
+
+def _read_users(auth: str) -> list[tuple[str, str]]:
+    """Of the file, or of the environment."""
+    try:
+        text = read_secret_file(auth, "--auth").decode() if auth else os.environ.get(AUTH, "")
+    except UnicodeDecodeError:
+        raise SetupError(f"the --auth file {auth} is not UTF-8: save it as that") from None
+    pairs = [line.strip().partition(":") for line in text.splitlines() if line.strip()]
+    users = [(name.strip(), password) for name, _, password in pairs]
+    if (auth and not users) or not all(name and password for name, password in users):
+        raise SetupError(f"{auth or AUTH} must hold name:password, one on each line")
+    if len(dict(users)) < len(users):
+        raise SetupError(f"{auth or AUTH} holds a name twice: leave one line for each")
     return users
 
 

@@ -8,7 +8,7 @@ from rsagent_jax.agent.environment import EnvState, apply_reply, propose, refuse
 from rsagent_jax.agent.tools import ResetView, Segment, render_call
 from rsagent_jax.types import DataError
 
-THOUGHT = "The user corrects the mask."  # in place of a policy's; the user's turns are known by it
+THOUGHT = "The user corrects the mask."  # in place of a policy's
 
 
 def correct(state: EnvState, call: Segment, max_turns: int) -> tuple[EnvState, str]:
@@ -18,7 +18,7 @@ def correct(state: EnvState, call: Segment, max_turns: int) -> tuple[EnvState, s
     call: in original pixels. Where the view is not the whole picture, a turn of the user goes back to it first.
     DataError for a place outside of the picture, a box without an area, or a mask that cannot be refined.
     """
-    kept = max((i + 1 for i, turn in enumerate(state.turns) if turn.mask_id is not None), default=0)
+    kept = kept_turns(state)
     config = dataclasses.replace(state.config, max_turns=kept + 1 + max_turns)
     again = reset(state.image, state.query, config, state.limits)
     for turn, reply in zip(state.turns[:kept], state.replies[:kept], strict=True):
@@ -34,6 +34,11 @@ def correct(state: EnvState, call: Segment, max_turns: int) -> tuple[EnvState, s
     if (error := call.propose(whole, again.masks).error) is not None:
         raise DataError(f"the correction cannot be made: {error.detail}")
     return again, render_call(call, THOUGHT)
+
+
+def kept_turns(state: EnvState) -> int:
+    """How many turns of a trajectory a correction keeps: those up to its latest mask."""
+    return max((i + 1 for i, turn in enumerate(state.turns) if turn.mask_id is not None), default=0)
 
 
 def _in_view(state: EnvState, call: Segment) -> Segment:

@@ -6,20 +6,26 @@ import dataclasses
 import html
 import pathlib
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from gradio import processing_utils
 
+from rsagent_jax.agent.correction import kept_turns
 from rsagent_jax.report.terminal import describe_ending
 from rsagent_jax.runtime.image_files import checksum, read_image
 from rsagent_jax.types import DataError
 from rsagent_jax.web.visit import (
     Visit,
     answer_files,
+    check_size,
+    find_mask,
     read_places,
+    read_upload,
     shown_picture,
     to_original,
     turn_html,
@@ -29,7 +35,8 @@ from rsagent_jax.web.visit import (
 if TYPE_CHECKING:
     from rsagent_jax.api import Agent, TurnStream
 
-VISITS = 256  # open pages whose trajectories are kept; the oldest goes first
+VISITS = 256  # open pages that have asked; the oldest goes first
+ENDED_PER_SLOT = 4  # trajectories kept after their end, with picture and masks; the oldest goes first
 MAX_QUERY = 400  # characters
 EVERY_S = 0.5  # between two signs of life while the policy is loaded
 ADD, REMOVE, NEW, BOX = "Add what I click", "Remove what I click", "New mask of what I click", "Box: two corners"
@@ -49,6 +56,7 @@ class Limits:
     waiting: int  # questions in the queue
     per_minute: int  # questions and corrections of one user or address
     max_mb: int  # of a picture's file
+    max_megapixels: int  # of a picture
 
 
 class DemoPage:
@@ -69,25 +77,38 @@ class DemoPage:
         self.known = {checksum(read_image(path)) for path, _ in examples}
         self.visits: dict[str, Visit] = {}  # by Gradio's name of an open page
         self.asked: collections.deque[tuple[float, str]] = collections.deque()  # of the last minute: when, who
+        self.lock = threading.Lock()  # handlers run on many threads
 
     ############################## Handlers ##############################
 
-    def begin(self, picture: str | None, query: str, request: gr.Request) -> dict:
+    def begin(self, file: dict | None, query: str | None, request: gr.Request) -> dict:
         """At once, before the queue: what is missing, what is too much, and that the question was taken."""
+        picture, query = file and file["path"], str(query or "")
         if not picture or not query.strip():
             raise _refusal("Give a picture." if not picture else "Say what to segment, such as “the red circle”.")
         self._count(request)
-        self.leave(request)
-        while len(self.visits) >= VISITS:
-            self.visits.pop(next(iter(self.visits))).leave()
-        visit = self.visits[request.session_hash] = Visit(counted=True)
+        with _told():
+            check_size(picture, self.limits.max_megapixels)
+        visit = Visit(asked=(picture, query), counted=True)
+        with self.lock:
+            pages = list(self.visits)
+            ended = [page for page in pages if self.visits[page].ended]
+            surplus = {*pages[: 1 - VISITS], *ended[: -ENDED_PER_SLOT * self.limits.slots], request.session_hash}
+            left = [self.visits.pop(page) for page in surplus & self.visits.keys()]
+            self.visits[request.session_hash] = visit
+        for earlier in left:
+            earlier.leave()
         return {**self._shown(visit), self.status: _said("Waiting for a free place …")}
 
-    def ask(self, picture: str, query: str, request: gr.Request) -> Iterator[dict]:
-        def start(agent: "Agent") -> "TurnStream":
-            return agent.stream(read_image(picture, "choose another picture", upright=True), query)
+    def ask(self, request: gr.Request) -> Iterator[dict]:
+        """The page's latest question, whichever it was that waited here."""
+        visit = self.visits.get(request.session_hash, Visit())
+        picture, query = visit.asked
 
-        yield from self._play(self.visits.get(request.session_hash, Visit()), start, query)
+        def start(agent: "Agent") -> "TurnStream":
+            return agent.stream(read_upload(picture), query)
+
+        yield from self._play(visit, start, query)
 
     def begin_correction(self, places: str, how: str, request: gr.Request) -> str:
         visit = self._open(request)
@@ -101,17 +122,21 @@ class DemoPage:
         return _said("Waiting for a free place …")
 
     def correct(self, places: str, how: str, mask_id: int, request: gr.Request) -> Iterator[dict]:
-        visit, numbers = self._open(request), read_places(places)
+        visit = self._open(request)
         state = visit.state
+        with _told():
+            numbers = read_places(places)
+            mask = find_mask(state, mask_id)
         if len(numbers) == 4:
             call = {"box": numbers}
         elif how == BOX:
             return
         else:
             call = {"points": [numbers], "labels": [int(how != REMOVE)]}
-            if how != NEW and mask_id and state.masks[mask_id - 1].logits_id:
-                call["refine"] = mask_id
-        yield from self._play(visit, lambda agent: agent.correct(state, **call), state.query)
+            if how != NEW and mask and mask.logits_id:
+                call["refine"] = mask.id
+        kept = kept_turns(state)
+        yield from self._play(visit, lambda agent: agent.correct(state, **call), state.query, kept)
 
     def cancel(self, request: gr.Request) -> str:
         if visit := self.visits.get(request.session_hash):
@@ -120,11 +145,14 @@ class DemoPage:
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed: its slot is free for others."""
-        if visit := self.visits.pop(request.session_hash, None):
+        with self.lock:
+            visit = self.visits.pop(request.session_hash, None)
+        if visit:
             visit.leave()
 
     def show(self, mask_id: int, request: gr.Request) -> Any:
-        return shown_picture(self._open(request).state, int(mask_id))
+        with _told():
+            return shown_picture(self._open(request).state, mask_id)
 
     def click(self, places: str, how: str, request: gr.Request, event: gr.SelectData) -> str:
         """Pixels of the picture, in words; the second corner of a box behind the first."""
@@ -141,51 +169,67 @@ class DemoPage:
     def _open(self, request: gr.Request) -> Visit:
         visit = self.visits.get(request.session_hash)
         if visit is None or visit.state is None:
-            raise _refusal("There is nothing to correct yet: ask first.")
+            raise _refusal("There is nothing to correct, or no longer: ask first.")
         return visit
 
     def _count(self, request: gr.Request) -> None:
         """gr.Error where somebody asks too often."""
         now, who = time.monotonic(), request.username or request.client.host
-        while self.asked and self.asked[0][0] < now - 60:
-            self.asked.popleft()
-        if sum(by == who for _, by in self.asked) >= self.limits.per_minute:
-            raise _refusal(f"{self.limits.per_minute} questions a minute are the most here: wait a little.")
-        self.asked.append((now, who))
+        with self.lock:
+            while self.asked and self.asked[0][0] < now - 60:
+                self.asked.popleft()
+            if sum(by == who for _, by in self.asked) >= self.limits.per_minute:
+                raise _refusal(f"{self.limits.per_minute} questions a minute are the most here: wait a little.")
+            self.asked.append((now, who))
 
-    def _play(self, visit: Visit, start: Callable, query: str) -> Iterator[dict]:
-        """The turns of a stream as they end, then the answer. Once for what `_count` has let in."""
-        counted, visit.counted = visit.counted, False
+    def _play(self, visit: Visit, start: Callable, query: str, kept: int | None = None) -> Iterator[dict]:
+        """The turns of a stream as they end, then the answer. Once for what `_count` has let in. kept: of a correction,
+        turns before those of the user, with which the stream begins."""
+        with self.lock:
+            counted, visit.counted = visit.counted, False
         if not counted:
-            raise _refusal("Ask on the page.")
+            return
         while not self.agent.done():
             if visit.cancelled:
                 return
             waited = time.monotonic() - self.since
             yield {self.status: _said(f"The policy is loaded and compiled, once per start: {waited:.0f} s …")}
             time.sleep(EVERY_S)
-        with _told():
+        try:
             stream = visit.stream = start(self.agent.result())
+        except DataError as error:
+            yield {self.status: _said("No answer.")}
+            raise _refusal(str(error)) from None
         try:
             if visit.cancelled:  # while it waited
                 stream.close()
             yield {self.status: _said("The policy looks at the picture …")}
-            before = time.perf_counter()
+            before, visit.result = time.perf_counter(), None
             for _ in stream:
+                if visit.gone:
+                    return
                 visit.state, now = stream.state, time.perf_counter()
-                kept = visit.turns[: len(visit.state.turns) - 1]
-                visit.turns, before = [*kept, turn_html(visit.state, now - before)], now
-                more = f"Turn {len(visit.state.turns) + 1} is under way …" if visit.state.status is None else "Done."
+                count, who = len(visit.state.turns), "policy" if kept is None else "you"
+                new = range(count - 1 if kept is None else kept, count)
+                shown = [turn_html(visit.state, number, now - before, who) for number in new]
+                visit.turns, before, kept = [*visit.turns[: new.start], *shown], now, None
+                more = f"Turn {count + 1} is under way …" if visit.state.status is None else "Done."
                 yield {**self._shown(visit), self.status: _said(more)}
             visit.result = stream.result()
+        except Exception as error:
+            failed = f"No answer: the agent failed ({type(error).__name__}); the server's log says more. Ask again."
+            yield {self.status: _said(failed)}
+            raise
         finally:
             stream.close()
             visit.stream = None
+        if visit.gone:
+            return
         visit.state = visit.result.state
         ending = self._ending(visit, query)
         visit.folder = visit.folder or tempfile.TemporaryDirectory(dir=self.folder)
         files = gr.update(value=answer_files(visit.result, pathlib.Path(visit.folder.name)), visible=True)
-        yield {**self._shown(visit), self.status: ending, self.files: files}
+        yield {**self._shown(visit), self.status: ending, self.files: files, self.places: ""}
 
     def _shown(self, visit: Visit) -> dict:
         turns = f'<ol aria-label="Turns">{"".join(visit.turns)}</ol>' if visit.turns else ""
@@ -255,8 +299,13 @@ class DemoPage:
         )
         plays = dict(concurrency_id="agent", concurrency_limit=self.limits.slots, show_progress_on=[self.status])
         quick = dict(concurrency_limit=None, show_progress="hidden", **hidden)
-        asked = gr.on([self.ask_button.click, self.query.submit], self.begin, question, changed, **quick)
-        asked.success(self.ask, question, changed, **plays, **hidden)
+        # Gradio's preprocessing takes a picture inside of the request, too, and opens it where nothing can be told.
+        asked = gr.on(
+            [self.ask_button.click, self.query.submit], self.begin, question, changed, preprocess=False, **quick
+        )
+        # "multiple": while an earlier question runs the browser would drop this one, which has replaced it
+        asked.success(self.ask, None, changed, trigger_mode="multiple", **plays, **hidden)
+        self.how.input(lambda: "", None, self.places, queue=False, **hidden)  # a place is none for another mode
         clicked = self.canvas.select(self.click, correction, self.places, **quick)
         for given in (clicked.success, self.places.submit):
             taken = given(self.begin_correction, correction, self.status, **quick)
@@ -264,6 +313,13 @@ class DemoPage:
         self.cancel_button.click(self.cancel, None, self.status, queue=False, **hidden)
         self.pool.input(self.show, self.pool, self.canvas, queue=False, show_progress="hidden", **hidden)
         blocks.unload(self.leave)
+
+
+async def _no_download(url: str, cache_dir: str) -> str:
+    raise _refusal("Upload the picture: no addresses are opened here.")
+
+
+processing_utils.async_ssrf_protected_download = _no_download  # else Gradio fetches what a visitor names, of any size
 
 
 @contextlib.contextmanager

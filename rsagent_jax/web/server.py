@@ -44,9 +44,9 @@ def mount_page(page: DemoPage, users: Sequence[tuple[str, str]], address: str) -
     theme.set(input_placeholder_color=grey)
     looks = dict(theme=theme, css=CSS, footer_links=[], run_history=False)
     limits = dict(max_file_size=f"{page.limits.max_mb}mb", auth=list(users) or None, enable_monitoring=False)
-    return gr.mount_gradio_app(
-        app, page.blocks(), "", ssr_mode=False, show_error=False, mcp_server=False, **looks, **limits
-    )
+    blocks = page.blocks()
+    blocks.has_launched = True  # only launch() sets it; else Gradio takes any path of this machine for an upload
+    return gr.mount_gradio_app(app, blocks, "", ssr_mode=False, show_error=False, mcp_server=False, **looks, **limits)
 
 
 def open_listener(address: str) -> socket.socket:

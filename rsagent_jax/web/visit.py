@@ -1,5 +1,6 @@
 """What one visitor of the demo has, and what is shown of it: masks on the picture, the turns in words, the files."""
 
+import contextlib
 import dataclasses
 import html
 import json
@@ -10,15 +11,15 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import PIL.Image
 
-from rsagent_jax.agent.correction import THOUGHT
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.report.terminal import describe_turn
-from rsagent_jax.runtime.image_files import png
+from rsagent_jax.runtime.image_files import png, read_image
 from rsagent_jax.tiny import scenes
-from rsagent_jax.types import DataError
+from rsagent_jax.types import DataError, MaskRecord
 from sam_bridge.types import SegmentRequest
 
 if TYPE_CHECKING:  # it brings jax, which the page does not wait for
@@ -33,13 +34,19 @@ WORDS = frozenset((*WORDS, "the", "a", "every", "one", "object"))  # of the scen
 class Visit:
     """Of one open page. A stream that is not None is under way."""
 
+    asked: tuple[str, str] = ("", "")  # the picture's file, the question
     stream: "TurnStream | None" = None
     state: EnvState | None = None  # after the latest turn
     result: "Result | None" = None  # of the latest trajectory, when it has ended
     turns: list[str] = dataclasses.field(default_factory=list)  # as HTML
     counted: bool = False  # a question or correction that was counted, and has not begun
     cancelled: bool = False
+    gone: bool = False  # the page was closed, or has asked anew
     folder: tempfile.TemporaryDirectory | None = None  # of the answer's files
+
+    @property
+    def ended(self) -> bool:
+        return self.state is not None and self.stream is None
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -47,33 +54,61 @@ class Visit:
             stream.close()
 
     def leave(self) -> None:
+        self.gone = True
         self.cancel()
         if self.folder is not None:
             self.folder.cleanup()
 
 
-def turn_html(state: EnvState, seconds: float) -> str:
-    """The newest turn in words; what a policy writes stays text."""
-    turn = state.turns[-1]
-    who = "you" if f"<think>{THOUGHT}</think>" in turn.text else "policy"
-    _, *lines = describe_turn(state, seconds)
+def turn_html(state: EnvState, number: int, seconds: float, who: str) -> str:
+    """A new turn (from 0) of the policy, or of "you", in words; what a policy writes stays text."""
+    newest = dataclasses.replace(state, turns=state.turns[: number + 1], replies=state.replies[: number + 1])
+    _, *lines = describe_turn(newest, seconds)
     rows = "".join(
         f"<dt>{name}</dt><dd>{html.escape(text)}</dd>"
         for name, text in (line.split(maxsplit=1) for line in lines)
         if not (who == "you" and name == "thought")
     )
-    return f'<li class="{who}"><b>Turn {len(state.turns)}, {who}</b> {seconds:.1f} s<dl>{rows}</dl></li>'
+    return f'<li class="{who}"><b>Turn {number + 1}, {who}</b> {seconds:.1f} s<dl>{rows}</dl></li>'
 
 
-def shown_picture(state: EnvState, mask_id: int) -> np.ndarray:
+def check_size(file: str, max_megapixels: int) -> None:
+    """DataError for a picture with more pixels. Nothing is decoded; `read_upload` says what no picture is."""
+    w = h = 0
+    with contextlib.suppress(Exception), PIL.Image.open(file) as image:  # damaged bytes raise nearly anything
+        w, h = image.size
+    if w * h > max_megapixels * 1e6:
+        raise DataError(f"the picture has {w} x {h} pixels; {max_megapixels} megapixels are the most here: shrink it")
+
+
+def read_upload(file: str) -> np.ndarray:
+    """u8[h, w, 3]. DataError, which does not tell the path, for what is no picture."""
+    try:
+        data = pathlib.Path(file).read_bytes()
+    except OSError:
+        raise DataError("the picture is no longer there: upload it again") from None
+    return read_image(data, "choose another picture", upright=True, where="the picture")
+
+
+def find_mask(state: EnvState, mask_id: float | None) -> MaskRecord | None:
+    """The mask of the history pool with that id, None for 0. DataError where there is none."""
+    if not mask_id:
+        return None
+    found = [mask for mask in state.masks if mask.id == mask_id]
+    if not found:
+        raise DataError(f"there is no mask {mask_id} in the history pool")
+    return found[0]
+
+
+def shown_picture(state: EnvState, mask_id: float) -> np.ndarray:
     """u8[a, b, 3]: the whole picture with that mask of the history pool and its clicks, 0: without any. As the policy
     is shown it, but of a size for people."""
     size = min(max(*state.image.shape[:2], SMALLEST), LARGEST)
-    if mask_id == 0:
+    mask = find_mask(state, mask_id)
+    if mask is None:
         return draw_overlay(state.image, np.zeros(state.image.shape[:2], bool), size)
-    request = _requests(state)[mask_id]
-    mask = state.masks[mask_id - 1].mask
-    return draw_overlay(state.image, mask, size, request.points, request.labels, request.box)
+    request = _requests(state)[mask.id]
+    return draw_overlay(state.image, mask.mask, size, request.points, request.labels, request.box)
 
 
 def _requests(state: EnvState) -> dict[int, SegmentRequest]:

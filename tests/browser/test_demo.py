@@ -38,7 +38,7 @@ def served(tmp_path, monkeypatch):
     def served(load, per_minute=30):
         agent = concurrent.futures.Future()
         examples = draw_examples(tmp_path)
-        shown = page.DemoPage(agent, page.Limits(1, 8, per_minute, 1), tmp_path, examples, page.KNOWS)
+        shown = page.DemoPage(agent, page.Limits(1, 8, per_minute, 1, 25), tmp_path, examples, page.KNOWS)
         listener = server.open_listener("127.0.0.1:0")
         app = server.mount_page(shown, [], "127.0.0.1:0")
         serving = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
@@ -130,18 +130,24 @@ def test_upload_ask_watch_correct_and_download(served, open_page, serious_findin
 def test_what_is_too_much_is_refused_and_a_cancelled_question_leaves_its_slot(served, open_page, tmp_path):
     class Waiting(DiscSegmenter):
         def segment(self, image, request):
-            if len(self.requests) == 1:
+            if len(self.requests) in (1, 3):
                 self.requests.append(request)
                 woken.wait(60)
             return super().segment(image, request)
 
     woken, texts = threading.Event(), [small.click(30, 40), small.click(50, 50), small.finish(None)]
     policy = TextPolicy(lambda task, state: texts[min(len(state.turns), 2)], small.processor(), slots=1)
-    address = served(lambda: Agent(policy, Waiting(), small.processor(), small.AGENT, workers=2), per_minute=3)
+    segmenter = Waiting()
+    address = served(lambda: Agent(policy, segmenter, small.processor(), small.AGENT, workers=3), per_minute=4)
     page = open_page(address)
     PIL.Image.new("RGB", (60, 40), "red").save(tmp_path / "red.png")
-    ask(page, tmp_path / "red.png", "the mug")
+    ask(page, tmp_path / "red.png", "the jug")
     page.locator(".turns li").first.wait_for()
+    wait_for(page, "Turn 2 is under way")
+    page.get_by_label("What to segment").first.fill("the mug")  # in place of the one under way
+    page.get_by_role("button", name="Ask", exact=True).click()
+    while len(segmenter.requests) < 4:
+        page.wait_for_timeout(50)
     wait_for(page, "Turn 2 is under way")
     page.get_by_role("button", name="Cancel").click()
     said = ending(page)
@@ -151,7 +157,7 @@ def test_what_is_too_much_is_refused_and_a_cancelled_question_leaves_its_slot(se
     places.fill("5, 6, 50, 30")
     places.press("Enter")
     wait_for(page, "finished after 3 turns; the policy says that the target is not in the picture")
-    assert turns(page) == ["Turn 1, policy", "Turn 2, you", "Turn 3, policy"]
+    assert turns(page) == ["Turn 1, policy", "Turn 2, you", "Turn 3, policy"] and places.input_value() == ""
     state = replay(downloads(page)["trajectory.json"].read_text(), np.asarray(PIL.Image.open(tmp_path / "red.png")))
     assert state.status is Status.FINISHED and state.masks[1].mask[18, 27]
     for text, said in (("5, 600", "a point lies outside of the picture"), ("here", "'here' is no place")):
@@ -160,5 +166,5 @@ def test_what_is_too_much_is_refused_and_a_cancelled_question_leaves_its_slot(se
         page.get_by_text(said).wait_for()
     places.fill("5, 6")
     places.press("Enter")
-    page.get_by_text("3 questions a minute are the most here").wait_for()
+    page.get_by_text("4 questions a minute are the most here").wait_for()
     woken.set()
