@@ -82,9 +82,9 @@ def test_the_segment_examples_ask_for_what_is_there_and_for_what_is_not():
     assert scenes.objects_described(scene.objects, absent) == [] and texts[absent] == []
 
 
-def test_the_words_that_the_quickstart_page_lists_are_those_of_the_scenes():
-    text = " ".join(QUICKSTART.split())
-    assert f"six colours ({', '.join(scenes.COLORS)}), four shapes ({', '.join(scenes.SHAPES)})" in text
+def test_the_words_that_the_demos_page_lists_are_those_of_the_scenes():
+    text = " ".join((ROOT / "docs" / "demo.md").read_text(encoding="utf-8").split())
+    assert f"Six colours ({', '.join(scenes.COLORS)}), four shapes ({', '.join(scenes.SHAPES)})" in text
     assert (len(scenes.COLORS), len(scenes.SHAPES), tuple(scenes.SIZES)) == (6, 4, ("small", "large"))
     assert f"({', '.join(scenes.RELATIONS)}; {', '.join(scenes.SUPERLATIVES)})" in text
     config = scenes.SceneConfig()
