@@ -67,6 +67,17 @@ def read(source: str | pathlib.Path | bytes, where: str = "", upright: bool = Tr
     return _named(where or str(source), _rgb, load(source, where, upright))
 
 
+def stored_size(path: str | pathlib.Path) -> tuple[int, int]:
+    """(w, h) of a picture file by its head, nothing decoded; (0, 0) of what is no picture, which `read` explains."""
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(path) as image:
+            return image.size
+    except Exception:  # noqa: BLE001 damaged bytes raise nearly anything
+        return 0, 0
+
+
 def from_pillow(image: PIL.Image.Image, upright: bool = True) -> np.ndarray:
     """An opened picture -> u8[h, w, 3] RGB. ImageError as of a file."""
     return _named("the picture", lambda image: _rgb(_turned(image) if upright else image), image)

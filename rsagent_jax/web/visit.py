@@ -1,6 +1,5 @@
 """What one visitor of the demo has, and what is shown of it: masks on the picture, the turns in words, the files."""
 
-import contextlib
 import dataclasses
 import html
 import json
@@ -11,7 +10,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import PIL.Image
 
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.overlay import draw_overlay
@@ -20,6 +18,7 @@ from rsagent_jax.report.terminal import describe_turn
 from rsagent_jax.runtime.image_files import png, read_image
 from rsagent_jax.tiny import scenes
 from rsagent_jax.types import DataError, MaskRecord
+from sam_bridge.images import stored_size
 from sam_bridge.types import SegmentRequest
 
 if TYPE_CHECKING:  # it brings jax, which the page does not wait for
@@ -74,9 +73,7 @@ def turn_html(state: EnvState, number: int, seconds: float, who: str) -> str:
 
 def check_size(file: str, max_megapixels: int) -> None:
     """DataError for a picture with more pixels. Nothing is decoded; `read_upload` says what no picture is."""
-    w = h = 0
-    with contextlib.suppress(Exception), PIL.Image.open(file) as image:  # damaged bytes raise nearly anything
-        w, h = image.size
+    w, h = stored_size(file)
     if w * h > max_megapixels * 1e6:
         raise DataError(f"the picture has {w} x {h} pixels; {max_megapixels} megapixels are the most here: shrink it")
 
