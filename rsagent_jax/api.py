@@ -29,7 +29,7 @@ from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.agent.tools import Segment
 from rsagent_jax.agent.tools.base import Malformed
-from rsagent_jax.config.build import build_config, build_fields, refuse_config
+from rsagent_jax.config.build import build_config, build_fields, load_config_file, refuse_config
 from rsagent_jax.config.ranges import FUNCTION, Count, NotNegative, Range
 from rsagent_jax.config.schema import AgentConfig, SamplingConfig, SegmentConfig, SegmenterConfig
 from rsagent_jax.data.processor import Processor
@@ -43,7 +43,6 @@ from rsagent_jax.rollout.open import open_policy
 from rsagent_jax.rollout.play import failure_of
 from rsagent_jax.rollout.policy import Policy, Task
 from rsagent_jax.rollout.startup import check_policy, check_segmenter
-from rsagent_jax.runtime.command import load_config_file
 from rsagent_jax.runtime.image_files import mending, png, read_image
 from rsagent_jax.runtime.paths import make_directory, open_path, remove_file, write_whole, writing
 from rsagent_jax.types import DataError, Sample, Trajectory, Turn

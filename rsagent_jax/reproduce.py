@@ -23,11 +23,12 @@ import json
 import pathlib
 import sys
 import time
+import uuid
 from collections.abc import Callable, Collection, Mapping
 
 from rsagent_jax.config.import_path import closest
 from rsagent_jax.config.recipe import RecipeConfig, Step, plan_steps
-from rsagent_jax.report.reproduction import STAMP, command_line, seconds_of, waits_for, write_report
+from rsagent_jax.report.reproduction import STAMP, command_line, nonces_of, seconds_of, waits_for, write_report
 from rsagent_jax.runtime.hosts import Hosts, join_hosts, stopped_by_sigterm
 from rsagent_jax.runtime.paths import make_directory, remove_file, write_whole
 from rsagent_jax.runtime.preemption import Preempted
@@ -106,6 +107,7 @@ def run_step(step: Step, hosts: Hosts) -> int:
     """Runs the command and, if it ends well, says so in its directory. The exit status, as `Hosts.run` has it.
     DataError on a host that does not find what another one has written."""
     start = time.perf_counter() - (seconds_of(step) or 0.0)  # of a stage that is run anew, all of its time
+    stamp = {"command": command_line(step), "key": step.key, "nonce": uuid.uuid4().hex, "nonces": nonces_of(step)}
     if hosts.is_lead:
         remove_file(step.directory / STAMP)
     status = hosts.run([sys.executable, *step.argv], step.stage.everywhere)
@@ -115,7 +117,7 @@ def run_step(step: Step, hosts: Hosts) -> int:
         return status
     if hosts.is_lead:
         make_directory(step.directory)
-        stamp = {"command": command_line(step), "seconds": time.perf_counter() - start, "key": step.key}
+        stamp |= {"seconds": time.perf_counter() - start}
         write_whole(step.directory / STAMP, json.dumps(stamp, indent=2) + "\n")
     hosts.from_lead(lambda: STAMP)
     until = time.monotonic() + SHARED_S

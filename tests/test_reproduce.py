@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -22,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Does what the real commands do: it leaves files, goes on with those that are missing, and can be killed in between.
 FAKE = """
 import os, pathlib, shutil, signal, sys
-source, out, *needed = map(pathlib.Path, sys.argv[1:])
+source, out, *needed = (pathlib.Path(text) for text in sys.argv[1:] if text[:2] != "--")
 if not all((path / "a").exists() for path in needed) or not source.exists():
     sys.exit(3)
 out.mkdir(exist_ok=True)
@@ -129,6 +130,46 @@ def test_a_finished_stage_is_skipped_and_only_runs_what_it_names(recipe, capfd):
     assert "there is no stage 'evl-box'; did you mean eval-box?" in capfd.readouterr().err
 
 
+def remade(capfd) -> list[str]:
+    return [s.split()[1] for s in capfd.readouterr().out.split("== ")[1:-1] if ": done" not in s]
+
+
+def test_what_builds_upon_a_stage_that_was_made_again_is_made_again(recipe, capfd):
+    assert reproduce(recipe) == 0
+    shutil.rmtree(recipe / "w/sft")
+    capfd.readouterr()
+    assert reproduce(recipe, "--only=sft") == 0 and remade(capfd) == ["sft"]
+    rows = json.loads((recipe / "w/summary.json").read_text())["rows"]
+    assert [(row["row"], row["n"]) for row in rows] == [("base", 3), ("sft", None), ("box", 3)]
+    assert rows[1]["waits"].startswith("not run yet since its command")
+    assert reproduce(recipe) == 0 and remade(capfd) == ["eval-sft"]
+
+
+def test_a_stage_whose_config_file_says_something_else_is_made_again(recipe, capfd):
+    (recipe / "own.py").write_text(
+        "import pathlib\nfrom ml_collections import ConfigDict\n"
+        "def get_config():\n    return ConfigDict({'lr': pathlib.Path(__file__).with_name('lr').read_text()})"
+    )
+    (recipe / "lr").write_text("1")
+    more = f"--config.stages.eval-box.more=('{recipe}/w/data','--config={recipe}/own.py')"
+    assert reproduce(recipe, more) == 0 and "eval-box" in remade(capfd)
+    assert reproduce(recipe, more) == 0 and remade(capfd) == []
+    (recipe / "lr").write_text("2")
+    assert reproduce(recipe, more) == 0 and remade(capfd) == ["eval-box"]
+
+
+def test_a_stage_that_an_earlier_version_stamped_is_taken_as_it_is(recipe, capfd):
+    assert reproduce(recipe) == 0
+    config = command.parse_arguments(importlib.import_module("rsagent_jax.reproduce").main, argv(recipe))[1]["config"]
+    for name, step in plan_steps(config, recipe / "w").items():
+        stamp = {"command": "", "seconds": 1.0, "key": step.former_key}
+        (recipe / "w" / name / "done.json").write_text(json.dumps(stamp))
+    capfd.readouterr()
+    assert reproduce(recipe) == 0 and remade(capfd) == []
+    shutil.rmtree(recipe / "w/sft")
+    assert reproduce(recipe) == 0 and remade(capfd) == ["sft", "eval-sft"]
+
+
 def test_the_table_holds_the_papers_figure_and_ours(recipe, capfd):
     reproduce(recipe)
     head, _, base, sft, box = [line.split(" | ") for line in (recipe / "w/table.md").read_text().splitlines()[2:7]]
@@ -185,7 +226,7 @@ def test_empty_fields_are_waited_for_and_given_directories_are_not_made(tmp_path
     a = RecipeStage(name="a", command="x.py", arguments=("{refer}",))
     b = RecipeStage(name="b", command="x.py", arguments=("{a}/c", "{b}"), needs=("a",))
     steps = plan_steps(stages(a, b), tmp_path)
-    assert (steps["a"].lacks, steps["b"].needs, steps["b"].argv) == (
+    assert (steps["a"].lacks, (*steps["b"].needs,), steps["b"].argv) == (
         ("refer",), ("a",), ("x.py", f"{tmp_path}/a/c", f"{tmp_path}/b")
     )  # fmt: skip
     given = plan_steps(stages(dataclasses.replace(a, given="/there"), b), tmp_path)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from rsagent_jax.config.import_path import closest
+from rsagent_jax.config.import_path import closest, first_line, load_file, place, shipped
 from rsagent_jax.config.overrides import GivenText, is_given, read_text
 from rsagent_jax.config.ranges import Arguments, hints, item_class, plain_type
 from rsagent_jax.types import DataError
@@ -40,6 +40,28 @@ def refuse_config(what: str, problems: Sequence[str]) -> None:
         raise DataError(f"{what}: {problems[0]}")
     if problems:
         raise DataError("\n  - ".join([f"{what} has {len(problems)} problems:", *problems]))
+
+
+def load_config_file(path: str) -> ConfigDict:
+    """What `get_config()` of a file returns; `file.py:word` calls get_config(word). DataError with file and line."""
+    file, colon, word = path.partition(":")
+    file = shipped(file)
+    if not pathlib.Path(file).is_file():
+        folder = pathlib.Path(file).parent
+        siblings = sorted(str(folder / p.name) for p in pathlib.Path(shipped(str(folder))).glob("*.py"))
+        raise DataError(f"config file {file} does not exist{closest(file, siblings)}")
+    if not file.endswith(".py"):
+        raise DataError(f"config file {file} is not a Python file (.py)")
+    try:
+        get_config = getattr(load_file(pathlib.Path(file).resolve()), "get_config", None)
+        config = get_config and (get_config(word) if colon else get_config())
+    except Exception as error:  # whatever the user's file raises is the user's to mend
+        raise DataError(f"{place(error, file)}: {type(error).__name__}: {first_line(error)}") from error
+    if get_config is None:
+        raise DataError(f"config file {file} has no function get_config()")
+    if not isinstance(config, ConfigDict):
+        raise DataError(f"{file}: get_config() must return a ConfigDict, got {type(config).__name__}")
+    return config
 
 
 def to_dict(config: Any) -> Any:

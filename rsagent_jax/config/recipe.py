@@ -9,15 +9,24 @@ import hashlib
 import json
 import pathlib
 import string
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
 
+from rsagent_jax.config import schema
+from rsagent_jax.config.build import load_config_file, template
 from rsagent_jax.config.import_path import closest, shipped
 from rsagent_jax.config.ranges import Form, Seed, Text
 from rsagent_jax.runtime.paths import open_path
+from rsagent_jax.types import DataError
 
 POLICIES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
 SHARED = ("train.py", "evaluate.py", "rsagent_jax.collect", "rsagent_jax.doctor")  # the hosts of a slice share the work
+CONFIGS = {
+    "train.py": schema.TrainConfig,
+    "evaluate.py": schema.EvalConfig,
+    "rsagent_jax.collect": schema.CollectConfig,
+    "rsagent_jax.problems": schema.ProblemsConfig,
+}
 BOUNDS = {"box": "oracle: true box", "best_of_three": "oracle: best of three masks", "clicks": "oracle: clicks"}
 
 
@@ -89,9 +98,10 @@ class Step:
     stage: RecipeStage
     directory: pathlib.Path
     argv: tuple[str, ...]  # after `python`
-    needs: tuple[str, ...]  # stages
+    needs: dict[str, pathlib.Path]  # stages, and their directories
     lacks: tuple[str, ...]  # fields of the recipe that it needs and that are empty
-    key: str  # of the command and of all that it builds upon
+    key: str  # of the command, its config and those of all that it builds upon
+    former_key: str  # the same without the configs: stamps had no more at first
 
 
 def plan_steps(config: RecipeConfig, workdir: pathlib.Path) -> dict[str, Step]:
@@ -105,8 +115,33 @@ def plan_steps(config: RecipeConfig, workdir: pathlib.Path) -> dict[str, Step]:
         command = (shipped(stage.command),) if stage.command.endswith(".py") else ("-m", stage.command)
         argv = (*command, *(text.format_map(values) for text in (*stage.arguments, *stage.more)))
         named = () if stage.given else dict.fromkeys((*stage.names, *stage.needs))
-        needs, lacks = (tuple(name for name in named if name in group) for group in (steps, lacking))
-        made_of = json.dumps([str(directory), argv, *(steps[name].key for name in needs)])
-        key = hashlib.sha256(made_of.encode()).hexdigest()
-        steps[stage.name] = Step(stage, directory, argv, needs, lacks, key)
+        needs, lacks = ([name for name in named if name in group] for group in (steps, lacking))
+        command_of = [str(directory), argv]
+        key = _digest([*command_of, config_says(stage.command, argv), *(steps[name].key for name in needs)])
+        former_key = _digest([*command_of, *(steps[name].former_key for name in needs)])
+        needed = {name: steps[name].directory for name in needs}
+        steps[stage.name] = Step(stage, directory, argv, needed, tuple(lacks), key, former_key)
     return steps
+
+
+def _digest(made_of: Any) -> str:
+    return hashlib.sha256(json.dumps(made_of, default=str).encode()).hexdigest()
+
+
+def config_says(command: str, argv: Sequence[str]) -> Any:
+    """What the file of --config says otherwise than the defaults of the command's config, so that a field of a later
+    version changes nothing. None without one, and for one that cannot be read: the command says why."""
+    files = [text.removeprefix("--config=") for text in argv if text.startswith("--config=")]
+    try:
+        config = load_config_file(files[-1]).to_dict() if files else None
+    except DataError:
+        return None
+    return _changed(template(CONFIGS[command]).to_dict() if command in CONFIGS else {}, config)
+
+
+def _changed(default: Any, value: Any) -> Any:
+    """Of nested settings those that are not the default's."""
+    if not isinstance(value, dict) or not isinstance(default, dict):
+        return value
+    names = sorted(name for name in {*default, *value} if default.get(name) != value.get(name))
+    return {name: _changed(default.get(name), value.get(name)) for name in names}

@@ -74,15 +74,26 @@ def seconds_of(step: Step) -> float | None:
     """How long the command took that ended well; None where this very command, on what it builds upon, has not."""
     if step.stage.given:
         return 0.0
+    stamp = _stamp(step.directory)
+    if "nonce" in stamp:
+        same = stamp.get("key") == step.key and stamp.get("nonces") == nonces_of(step)
+    else:  # of an earlier version: it stands while all that it builds upon is that version's as well
+        same = stamp.get("key") == step.former_key and not any(nonces_of(step).values())
+    return float(stamp["seconds"]) if same else None
+
+
+def nonces_of(step: Step) -> dict[str, str]:
+    """Which making of each stage that it needs is there; "" where none says so."""
+    return {name: _stamp(directory).get("nonce", "") for name, directory in step.needs.items()}
+
+
+def _stamp(directory: pathlib.Path) -> dict[str, Any]:
+    """What is said of the command that ended well there; {} without it."""
     try:
-        text = read_bytes(step.directory / STAMP)
-    except FileNotFoundError:
-        return None
-    try:
-        stamp = json.loads(text)
-        return float(stamp["seconds"]) if stamp["key"] == step.key else None
-    except (ValueError, KeyError, TypeError):
-        return None
+        stamp = json.loads(read_bytes(directory / STAMP))
+        return stamp if float(stamp["seconds"]) >= 0 else {}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def waits_for(step: Step, steps: Mapping[str, Step], failed: Mapping[str, int]) -> str:
@@ -92,6 +103,12 @@ def waits_for(step: Step, steps: Mapping[str, Step], failed: Mapping[str, int]) 
     fields = [f"--config.{name}" for name in step.lacks]
     undone = [*fields, *(name for name in step.needs if seconds_of(steps[name]) is None)]
     return f"waits for {', '.join(undone)}" if undone else ""
+
+
+def not_run(step: Step) -> str:
+    """Of a stage that nothing keeps from being run."""
+    again = "not run yet since its command, its config or what it builds upon was changed or made again"
+    return again if _stamp(step.directory) else "not run yet"
 
 
 def command_line(step: Step) -> str:
@@ -145,7 +162,7 @@ def summarize_recipe(title: str, steps: Mapping[str, Step], failed: Mapping[str,
     failed: status by name of the stages whose command has just failed.
     """
     took = {name: seconds_of(step) for name, step in steps.items()}
-    why = {name: waits_for(step, steps, failed) or "not run yet" for name, step in steps.items()}
+    why = {name: waits_for(step, steps, failed) or not_run(step) for name, step in steps.items()}
     state = {name: why[name] if s is None else _duration(s) for name, s in took.items()}
     rows, gains = [], []
     players: dict[str, dict[str, Evaluation]] = {}

@@ -34,8 +34,8 @@ from ml_collections import ConfigDict
 
 from rsagent_jax.config import schema
 from rsagent_jax.config.ablation import AblationConfig
-from rsagent_jax.config.build import build_config, build_fields, refuse_config
-from rsagent_jax.config.import_path import closest, first_line, load_file, place, shipped
+from rsagent_jax.config.build import build_config, build_fields, load_config_file, refuse_config
+from rsagent_jax.config.import_path import load_file, shipped
 from rsagent_jax.config.overrides import put_overrides, read_text, split_arguments
 from rsagent_jax.config.pretrain import PretrainConfig
 from rsagent_jax.config.ranges import field_type
@@ -279,25 +279,3 @@ def known_configs() -> Iterator[tuple[str, type | None, str]]:
         with contextlib.suppress(DataError):
             doc = " ".join((ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split())
             yield str(file), config_owner(load_config_file(str(file))), doc.partition(". ")[0]
-
-
-def load_config_file(path: str) -> ConfigDict:
-    """What `get_config()` of a file returns; `file.py:word` calls get_config(word). DataError with file and line."""
-    file, colon, word = path.partition(":")
-    file = shipped(file)
-    if not pathlib.Path(file).is_file():
-        folder = pathlib.Path(file).parent
-        siblings = sorted(str(folder / p.name) for p in pathlib.Path(shipped(str(folder))).glob("*.py"))
-        raise DataError(f"config file {file} does not exist{closest(file, siblings)}")
-    if not file.endswith(".py"):
-        raise DataError(f"config file {file} is not a Python file (.py)")
-    try:
-        get_config = getattr(load_file(pathlib.Path(file).resolve()), "get_config", None)
-        config = get_config and (get_config(word) if colon else get_config())
-    except Exception as error:  # whatever the user's file raises is the user's to mend
-        raise DataError(f"{place(error, file)}: {type(error).__name__}: {first_line(error)}") from error
-    if get_config is None:
-        raise DataError(f"config file {file} has no function get_config()")
-    if not isinstance(config, ConfigDict):
-        raise DataError(f"{file}: get_config() must return a ConfigDict, got {type(config).__name__}")
-    return config
