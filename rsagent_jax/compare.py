@@ -3,7 +3,8 @@
   python -m rsagent_jax.compare runs/eval-a runs/eval-b [runs/eval-c …] [--out=comparison.md] [--samples=8]
 
 The first is the one the others are held against. Each is a work directory of evaluate.py. A paired interval is of the
-difference on the same sample, so it is narrower than the two policies' own intervals suggest.
+difference on the same sample, so it is narrower than the two policies' own intervals suggest. Samples that the
+convention of either drops are left out; settings that differ are named.
 """
 
 from rsagent_jax.runtime import command
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 
 from rsagent_jax.config.ranges import CountOrZero
 from rsagent_jax.report import comparison as tables
-from rsagent_jax.report.comparison import Comparison, check_comparable, compare
+from rsagent_jax.report.comparison import Comparison, check_comparable, compare, differing
 from rsagent_jax.report.evaluation import Evaluation, load_evaluation
 from rsagent_jax.runtime.paths import absolute, write_whole, writing
 from rsagent_jax.types import DataError
@@ -58,11 +59,16 @@ def main(
     names = [marked(name, e) for name, e in zip(names, evaluations, strict=True)]
     check_comparable(evaluations)
     found = [compare(evaluations[0], e, n) for e, n in zip(evaluations[1:], names[1:], strict=True)]
+    said = [  # of other segmenters, above all
+        f"settings of {name} and {names[0]}: {differ}"
+        for e, name in zip(evaluations[1:], names[1:], strict=True)
+        if (differ := differing(evaluations[0], e, "settings."))
+    ]
     queries = {example.id: example.query for e in evaluations for example in e.examples}
     rows = map(tables.comparison_row, names, evaluations, [None, *found])
     main_table = [tables.comparison_head(names[0]), *rows]
-    print(f"{tables.text_table(main_table)}\n{tables.NOTE}")
-    text = [f"# {names[0]} and {', '.join(names[1:])}", tables.markdown(main_table), tables.MARKDOWN_NOTE]
+    print(tables.text_table(main_table), tables.NOTE, *said, sep="\n")
+    text = [f"# {names[0]} and {', '.join(names[1:])}", tables.markdown(main_table), tables.MARKDOWN_NOTE, *said]
     for comparison in found:
         rows = sample_table(comparison, names[0], queries, samples)
         title = f"Samples on which {comparison.name} and {names[0]} differ most"

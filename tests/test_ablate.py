@@ -129,6 +129,15 @@ def test_figures_by_other_rules_are_not_compared(ablation):
     assert low["giou"] is None and "settings.metric.unit" in low["waits"]
 
 
+@pytest.mark.parametrize(("key", "value"), [("segmenter", {"backend": "grabcut"}), ("row", "oracle: true box")])
+def test_figures_by_another_segmenter_or_player_are_not_compared(ablation, key, value):
+    path = ablation / "figures/s30/results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    assert ablate(ablation) == 0
+    low = json.loads((ablation / "w/summary.json").read_text())["variants"][1]
+    assert low["giou"] is None and low["giou_gain"] is None and f"differ in {key}" in low["waits"]
+
+
 def built(*variants: AblationVariant, **more) -> AblationConfig:
     return build_config(AblationConfig, {"variants": variants, "train": ("{train}",), "evaluate": ("{eval}",), **more})
 

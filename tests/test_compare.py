@@ -58,6 +58,36 @@ def test_what_a_convention_drops_is_in_no_figure(tmp_path):
     assert gap.giou.ci95 == pytest.approx((0.1, 0.1), abs=1e-6)
 
 
+def test_only_samples_that_neither_run_drops_are_paired(tmp_path, capsys):
+    """Of 0.1, 0.5, 0.9 against 0.2, 0.6, 0.9: with the first dropped there and the last dropped here, 0.1 is left."""
+    for name, ious, lost in (("a", (0.1, 0.5, 0.9), 0), ("b", (0.2, 0.6, 0.9), 2)):
+        workdir = write(tmp_path / name, ious)
+        rows = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
+        rows = [row | {"dropped": "failure" * (i == lost)} for i, row in enumerate(rows)]
+        write_lines(workdir / "predictions.jsonl", rows)
+    gap = compare.compare(*(compare.load_evaluation(tmp_path / name) for name in "ab"), "b")
+    assert (gap.giou.value, gap.ciou.value) == pytest.approx((0.1, 0.1))
+    assert (gap.left_out, gap.better, gap.worse, gap.same) == (2, 1, 0, 0)
+    assert [id for id, *_ in gap.samples] == ["s1"]
+    assert run_command("rsagent_jax.compare", [str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "1 / 0 / 0 (2 left out)" in capsys.readouterr().out
+    write_lines(tmp_path / "b/predictions.jsonl", [row | {"dropped": "failure"} for row in rows])
+    refused(
+        "no sample counts in both",
+        compare.compare,
+        *map(compare.load_evaluation, (tmp_path / "a", tmp_path / "b")),
+        "b",
+    )
+
+
+def test_settings_that_differ_are_named(tmp_path, capsys):
+    a, b = (
+        write(tmp_path / k, [0.5], segmenter={"backend": k}, metric={"unit": "sentence"}) for k in ("sam2", "grabcut")
+    )
+    assert run_command("rsagent_jax.compare", [str(a), str(b)]) == 0
+    assert "settings of grabcut and sam2: settings.segmenter.backend: 'sam2' and 'grabcut'\n" in capsys.readouterr().out
+
+
 def test_intervals_are_paired(tmp_path):
     rng = np.random.default_rng(0)
     hard = rng.uniform(0, 0.8, 200)

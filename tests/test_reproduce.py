@@ -185,6 +185,32 @@ def test_the_table_holds_the_papers_figure_and_ours(recipe, capfd):
     assert "after SFT over base: +0.300 gIoU, 95% interval +0.300 to +0.300 (clear of zero)" in capfd.readouterr().out
 
 
+def change_results(recipe, stage, change) -> dict:
+    """The summary after results.json of a stage's source was changed."""
+    path = recipe / "src" / stage / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert reproduce(recipe) == 0
+    return json.loads((recipe / "w/summary.json").read_text())
+
+
+def test_evaluations_with_other_segmenters_or_rules_have_no_gain(recipe, capfd):
+    (recipe / "src/base").rename(recipe / "src/grpo")  # of two trainings, one
+    settings = {"metric": {"unit": "all"}}
+    text = (recipe / "recipe.py").read_text().replace('dict(base="data"', 'dict(grpo="data"')
+    (recipe / "recipe.py").write_text(text)
+    summary = change_results(recipe, "sft", {"segmenter": {"backend": "grabcut"}, "settings": settings})
+    assert summary["grpo"] and summary["sft"] and summary["gain"] is summary["gain_ci95"] is None
+    said = capfd.readouterr().out
+    assert "after GRPO over after SFT: " in said and "differ in settings.metric.unit" in said
+    assert "segmenter.backend: 'grabcut' and None" in said and "such figures cannot be compared" in said
+
+
+@pytest.mark.parametrize("change", [{"benchmark": "toy"}, {"settings": {"bound": {"row": "box"}}}])
+def test_an_evaluation_of_something_else_is_no_row(recipe, change):
+    rows = change_results(recipe, "sft", change)["rows"]
+    assert [row["n"] for row in rows] == [3, None, 3] and "is an evaluation of benchmark" in rows[1]["waits"]
+
+
 def test_a_stage_that_fails_leaves_its_row_empty_and_the_others_go_on(recipe, capfd):
     (recipe / "src/train").rename(recipe / "src/lost")
     assert reproduce(recipe) == 3

@@ -24,10 +24,9 @@ from rsagent_jax import export
 from rsagent_jax.api import Agent
 from rsagent_jax.collecting import filter
 from rsagent_jax.collecting.endpoint import Remote
-from rsagent_jax.config.build import build_config
+from rsagent_jax.config.build import build_config, load_config_file
 from rsagent_jax.config.schema import RemoteConfig, SegmentConfig, TeacherConfig
 from rsagent_jax.rollout.endpoint import Endpoint
-from rsagent_jax.config.build import load_config_file
 from tests.refusals import refused
 from tests.test_collect import CONFIG, collect, dataclasses, lines, samples  # noqa: F401 - a fixture
 

@@ -20,6 +20,7 @@ from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.types import DataError
 
 KEPT = ("giou", "ciou", "mean_turns", "n", "giou_ci95")  # of results.json, in summary.json
+SAME = ("segmenter.", "row")  # of results.json, besides the rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ def read_variants(config: AblationConfig, steps: Mapping[str, Step], failed: Map
             try:
                 evaluation = dataclasses.replace(load_evaluation(step.directory), examples=())
                 if rows and (first := rows[0].evaluation):
-                    check_comparable([first, evaluation])
+                    check_comparable([first, evaluation], *SAME)
                     comparison = compare(first, evaluation, variant.name)
             except DataError as error:
                 evaluation, waits = None, str(error)

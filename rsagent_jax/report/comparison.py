@@ -5,8 +5,7 @@ suggest.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -48,6 +47,7 @@ class Comparison:
     giou: GainInterval
     ciou: GainInterval
     turns: GainInterval
+    left_out: int  # samples that the convention of either run drops: in none of the figures but `turns`
     better: int  # samples with a higher IoU, a lower one, the same
     worse: int
     same: int
@@ -62,43 +62,46 @@ def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
             f"{a.workdir} and {b.workdir} do not cover the same samples: {len(lost)} are in one only, such as"
             f" {lost[:3]}; evaluate both with the same config.data"
         )
-    pairs = [(first[i], second[i]) for i in sorted(first)]
-    images = [p.picture for p, _ in pairs]
+    both = [(first[i], second[i]) for i in sorted(first)]
+    pairs = [(p, q) for p, q in both if not (p.dropped or q.dropped)]
+    if not pairs:
+        raise DataError(f"{a.workdir} and {b.workdir}: no sample counts in both by their conventions")
 
-    def difference(parts: Callable[[Prediction], tuple[float, float]]) -> GainInterval:
-        """Of two ratios of sums of `parts` (numerator, denominator), both formed anew from each resample."""
-        rows = np.array([[*parts(p), *parts(q)] for p, q in pairs], np.float64)
+    def difference(pairs: Sequence[tuple[Prediction, Prediction]], over: str, under: str = "") -> GainInterval:
+        """Of two ratios of sums of these fields ("" = 1), both formed anew from each resample."""
+        parts = [[float(getattr(p, name) if name else 1) for p in pair for name in (over, under)] for pair in pairs]
 
         def gap(sums: np.ndarray) -> np.ndarray:
             i, u, j, v = sums.T
             return j / np.maximum(v, 1) - i / np.maximum(u, 1)
 
+        rows, images = np.array(parts), [p.picture for p, _ in pairs]
         return GainInterval(float(gap(rows.sum(axis=0, keepdims=True))[0]), cluster_bootstrap_ci(rows, gap, images))
 
     gaps = np.array([q.iou - p.iou for p, q in pairs])
     order = sorted(pairs, key=lambda pair: (-abs(pair[1].iou - pair[0].iou), pair[0].id))
     return Comparison(
         name,
-        # of what either run's convention counts, which need not be the same samples
-        difference(lambda p: (0, 0) if p.dropped else (p.iou, 1)),
-        difference(lambda p: (0, 0) if p.dropped else (p.intersection, p.union)),
-        difference(lambda p: (p.turns, 1)),
+        difference(pairs, "iou"),
+        difference(pairs, "intersection", "union"),
+        difference(both, "turns"),
+        len(both) - len(pairs),
         *(int(n) for n in ((gaps > 0).sum(), (gaps < 0).sum(), (gaps == 0).sum())),
         tuple((p.id, p.iou, q.iou) for p, q in order),
     )
 
 
-def check_comparable(evaluations: Sequence[Evaluation]) -> None:
-    """DataError where they were counted by different rules."""
+def differing(a: Evaluation, b: Evaluation, names: str | tuple[str, ...]) -> str:
+    """In which of the keys of results.json that begin so the two differ, and how."""
+    mine, theirs = (flatten_settings(e.results) for e in (a, b))
+    keys = (k for k in {**mine, **theirs} if k.startswith(names) and k.rpartition(".")[2] not in FREE)
+    return "; ".join(f"{k}: {mine.get(k)!r} and {theirs.get(k)!r}" for k in keys if mine.get(k) != theirs.get(k))
 
-    def rules(evaluation: Evaluation) -> dict[str, Any]:
-        decisive = (item for item in flatten_settings(evaluation.results).items() if item[0].startswith(DECISIVE))
-        return {key: value for key, value in decisive if key.rpartition(".")[2] not in FREE}
 
-    mine = rules(evaluations[0])
-    for other, theirs in ((e, rules(e)) for e in evaluations[1:]):
-        keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
-        if differ := "; ".join(f"{key}: {mine.get(key)!r} and {theirs.get(key)!r}" for key in keys):
+def check_comparable(evaluations: Sequence[Evaluation], *more: str) -> None:
+    """DataError where they were counted by different rules, or differ in what `more` of results.json begins with."""
+    for other in evaluations[1:]:
+        if differ := differing(evaluations[0], other, (*DECISIVE, *more)):
             raise DataError(
                 f"{evaluations[0].workdir} and {other.workdir} differ in {differ}; such figures cannot be compared."
                 " Evaluate both with the same config"
@@ -130,5 +133,5 @@ def comparison_row(name: str, evaluation: Evaluation, c: Comparison | None) -> l
     r = evaluation.results
     figures = [f"{r['giou']:.3f}", f"{r['ciou']:.3f}", f"{r['mean_turns']:.2f}"]
     gaps = [f"{d} *" if d.clear else str(d) for d in (c.giou, c.ciou, c.turns)] if c else ["", "", ""]
-    counts = f"{c.better} / {c.worse} / {c.same}" if c else ""
+    counts = f"{c.better} / {c.worse} / {c.same}{f' ({c.left_out} left out)' * bool(c.left_out)}" if c else ""
     return [name, *(cell for pair in zip(figures, gaps, strict=True) for cell in pair), counts, str(r["n"])]

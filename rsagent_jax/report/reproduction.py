@@ -16,7 +16,7 @@ from typing import Any
 
 from rsagent_jax.config.recipe import BOUNDS, POLICIES, Step
 from rsagent_jax.config.schema import MetricConfig
-from rsagent_jax.report.comparison import GainInterval, compare, markdown, text_table
+from rsagent_jax.report.comparison import Comparison, check_comparable, compare, markdown, text_table
 from rsagent_jax.report.evaluation import Evaluation, load_evaluation, read_objects, setting_rows
 from rsagent_jax.report.page import line_chart, render_page, save_page, smoothed, span
 from rsagent_jax.report.trajectory import Example
@@ -136,7 +136,7 @@ class Summary:
     rows: tuple[dict[str, Any], ...]  # of table_row
     benchmark: str  # the first that has an evaluation of a policy, "" = none
     shown: dict[str, Evaluation]  # of it: base, sft, grpo, as far as they are there
-    gains: tuple[tuple[str, str, str, GainInterval], ...]  # benchmark, after, before
+    gains: tuple[tuple[str, str, str, Comparison | str], ...]  # benchmark, after, before; why there is none
     steps: tuple[dict[str, Any], ...]  # metrics.jsonl
     stages: tuple[tuple[str, str, str], ...]  # name, state, command
     seconds: float
@@ -151,13 +151,14 @@ class Summary:
         out: dict[str, Any] = dict.fromkeys(POLICIES)
         for row in (row for row in self.rows if row["benchmark"] == self.benchmark and row["row"] in self.shown):
             out[row["row"]] = {key: row[key] for key in (*KEYS, *ABSENT_KEYS, *BEHAVIOUR_KEYS) if key in row}
-        gain = next((g for where, after, _, g in self.gains if (where, after) == (self.benchmark, "grpo")), None)
+        found = (c for where, after, _, c in self.gains if (where, after) == (self.benchmark, "grpo"))
+        gain = None if isinstance(c := next(found, ""), str) else c.giou
         out |= {"gain_ci95": gain and list(gain.ci95), "gain": gain and gain.value, "seconds": self.seconds}
         return out | {"benchmark": self.benchmark, "rows": self.rows}
 
 
 def summarize_recipe(title: str, steps: Mapping[str, Step], failed: Mapping[str, int]) -> Summary:
-    """Reads what the stages that are done have left; DataError where evaluations of one benchmark cannot be compared.
+    """Reads what the stages that are done have left.
 
     failed: status by name of the stages whose command has just failed.
     """
@@ -170,7 +171,7 @@ def summarize_recipe(title: str, steps: Mapping[str, Step], failed: Mapping[str,
         where, who = step.stage.benchmark, step.stage.row
         evaluation, waits = None, "" if took[name] is not None else why[name]
         try:
-            evaluation = None if waits else load_evaluation(step.directory)
+            evaluation = None if waits else _evaluation_of(step)
         except DataError as error:
             waits = str(error)
         if evaluation and where != next(iter(players), where):  # not shown, and RefCOCO's trajectories are a gigabyte
@@ -180,12 +181,32 @@ def summarize_recipe(title: str, steps: Mapping[str, Step], failed: Mapping[str,
         rows.append(table_row(step, evaluation, waits))
     for where, by in players.items():
         pairs = ((a, b) for a, b in (("grpo", "sft"), ("sft", "base")) if a in by and b in by)
-        gains += [(where, a, b, compare(by[b], by[a], "").giou) for a, b in pairs]
+        gains += [(where, a, b, _gain(by[b], by[a])) for a, b in pairs]
     told = tuple((name, state[name], command_line(step)) for name, step in steps.items())
     logs = [step.directory / "metrics.jsonl" for step in steps.values() if step.stage.command == "train.py"]
     benchmark, shown = next(iter(players.items()), ("", {}))
     seconds = sum(s or 0.0 for s in took.values())
     return Summary(title, tuple(rows), benchmark, shown, tuple(gains), _logged(logs), told, seconds)
+
+
+def _evaluation_of(step: Step) -> Evaluation:
+    """DataError where it is of another benchmark or another player than the stage's."""
+    evaluation, stage = load_evaluation(step.directory), step.stage
+    plays = (stage.row,) if stage.row in BOUNDS else ("", "untrained") if stage.row == "base" else ("",)
+    played = evaluation.results.get("settings", {}).get("bound", {}).get("row", plays[0])
+    if played not in plays or evaluation.results["benchmark"] != stage.benchmark:
+        what = f"benchmark {evaluation.results['benchmark']!r} with bound.row {played!r}"
+        raise DataError(f"{step.directory} is an evaluation of {what}, not of {stage.benchmark!r} and {stage.row}")
+    return evaluation
+
+
+def _gain(before: Evaluation, after: Evaluation) -> Comparison | str:
+    """Or why the two cannot be compared."""
+    try:
+        check_comparable([before, after], "segmenter.")
+        return compare(before, after, "")
+    except DataError as error:
+        return str(error)
 
 
 def _logged(logs: Sequence[pathlib.Path]) -> tuple[dict[str, Any], ...]:
@@ -231,9 +252,14 @@ def table(summary: Summary) -> list[list[str]]:
 def verdicts(summary: Summary) -> list[str]:
     """What training has gained, on each benchmark."""
     said = []
-    for benchmark, after, before, gain in summary.gains:
+    for benchmark, after, before, c in summary.gains:
         names = f"{benchmark}: {NAMES[after]} over {NAMES[before]}"
-        said.append(f"{names}: {gain.value:+.3f} gIoU, 95% interval {span(gain.ci95, '+.3f')} ({gain.verdict})")
+        if isinstance(c, str):
+            said.append(f"{names}: {c}")
+            continue
+        left = f"; {c.left_out} samples left out, which one of the two drops" * bool(c.left_out)
+        gain = f"{c.giou.value:+.3f} gIoU, 95% interval {span(c.giou.ci95, '+.3f')} ({c.giou.verdict}{left})"
+        said.append(f"{names}: {gain}")
     return said
 
 

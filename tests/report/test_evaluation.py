@@ -74,7 +74,7 @@ def write_run(workdir, skill, n=12, kept=10):
         row = {"id": result.id, "query": state.query, "iou": result.iou, "status": result.status, "ious": ious}
         examples.append(row | {"gt": rle(truth), "image": str(path), "record": state_to_json(state, str(path))})
     settings, more = {"agent": {"max_turns": 8, "prompt": EVIL}}, {"seconds_per_sample": 0.25, "weights_sha256": "abc"}
-    return write_files(workdir, results, settings, examples[:kept], benchmark=f"discs {EVIL}", **more)
+    return write_files(workdir, results, settings, examples[:kept], benchmark=EVIL, **more)
 
 
 def write_train(workdir):
@@ -279,9 +279,11 @@ def test_what_is_missing_is_an_empty_cell_that_says_why(runs, tmp_path, capsys):
     assert "No steps were logged." in text and text.count('class="policy"') == 16 and "waits for" in text
 
 
-def test_other_samples_are_not_compared(runs, tmp_path):
+def test_other_samples_are_not_compared(runs, tmp_path, capsys):
     write_run(tmp_path / "small", 0.9, n=5)
-    refused("do not cover the same samples", write_summary, runs, tmp_path / "out", grpo=tmp_path / "small")
+    value = write_summary(runs, tmp_path / "out", grpo=tmp_path / "small")
+    assert value["grpo"]["n"] == 5 and value["gain"] is value["gain_ci95"] is None
+    assert "after GRPO over after SFT: " in (said := capsys.readouterr().out) and "not cover the same samples" in said
 
 
 def test_examples_may_be_none(tmp_path):
