@@ -39,6 +39,7 @@ from rsagent_jax.evals import bounds, metrics, records
 from rsagent_jax.evals.behaviour import recorded_behaviour, summarize_behaviours
 from rsagent_jax.models.qwen25_vl.load import (
     local_weights,
+    pin_step,
     policy_directory,
     processor_directory,
     weight_files,
@@ -79,6 +80,9 @@ def main(
     workdir, share = command.make_workdir(workdir), processes.own_share(shard, "--shard")
     if config.bound.row in bounds.ORACLES:
         config = bounds.fill_bound_defaults(config)
+    else:
+        weights = pin_step(config.policy.weights)
+        config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=weights))
     played = processes.all_or_none(lambda: play_share(config, workdir, share))
     # What the others of a slice played is there now, so one of them puts it together.
     processes.all_or_none(lambda: finish(config, workdir, share, played) if processes.is_lead() else None)

@@ -31,7 +31,7 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.data.trajectories import check_collected
 from rsagent_jax.models.qwen25_vl.compute import Compute
-from rsagent_jax.models.qwen25_vl.load import load_policy, policy_directory
+from rsagent_jax.models.qwen25_vl.load import load_policy, pin_step, policy_directory
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.mock import MockEngine
 from rsagent_jax.rollout.open import engine_layout, open_engine
@@ -98,6 +98,8 @@ def main(
     config = processes.all_or_none(lambda: startup.check_train(config, workdir, replay=bool(replay)))
     processes.all_or_none(lambda: run_identity.check_config(workdir, config))
     command.use_compilation_cache(config.cache_dir, workdir / "compiled")
+    policy = dataclasses.replace(config.policy, weights=pin_step(config.policy.weights))
+    config = dataclasses.replace(config, policy=policy)
     weights = policy_directory(config.policy.weights)
     processor = Processor.load(weights)
     inputs = processes.all_or_none(lambda: check_inputs(config, workdir, processor, replay))

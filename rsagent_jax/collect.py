@@ -20,6 +20,7 @@ from rsagent_jax.runtime import command
 if __name__ == "__main__":
     command.start_command()
 
+import dataclasses
 import pathlib
 
 from rsagent_jax.collecting.collection import collect_share, finish_collection
@@ -27,7 +28,7 @@ from rsagent_jax.collecting.endpoint import Remote
 from rsagent_jax.config.import_path import import_path
 from rsagent_jax.config.schema import CollectConfig
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.models.qwen25_vl.load import processor_directory
+from rsagent_jax.models.qwen25_vl.load import pin_step, processor_directory
 from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.endpoint import check_endpoint
 from rsagent_jax.rollout.startup import check_disk, check_rollout, check_segmenter, check_weights
@@ -50,6 +51,8 @@ def main(
     processes.initialize_distributed()
     PROGRESS.enter("collection")
     workdir, share = command.make_workdir(workdir), processes.own_share(shard, "--shard")
+    own = dataclasses.replace(own, weights=pin_step(own.weights))
+    config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, own=own))
     processes.all_or_none(lambda: check_collect(config, workdir))
     made = processes.all_or_none(lambda: collect_share(config, workdir, share))
     # What the others of a slice collected is there now, so one of them puts it together.

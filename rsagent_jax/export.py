@@ -25,7 +25,7 @@ from rsagent_jax.config.ranges import Positive
 from rsagent_jax.data.serving import write_serving_files
 from rsagent_jax.models.qwen25_vl import convert, tensor_files
 from rsagent_jax.models.qwen25_vl.config import read_json
-from rsagent_jax.models.qwen25_vl.load import copy_policy_files, load_policy, policy_directory
+from rsagent_jax.models.qwen25_vl.load import copy_policy_files, load_policy, pin_step, policy_directory
 from rsagent_jax.report.model_card import model_card
 from rsagent_jax.runtime.local_copies import local_directory
 from rsagent_jax.runtime.paths import is_remote, storage_kind, write_whole
@@ -44,6 +44,7 @@ def export(
     """Writes the directory, whole or not at all, and says what it holds: one line, and one per shard if several."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is not an empty directory; choose another --out")
+    checkpoint = pin_step(checkpoint)  # the card is to be of the step that is written
     source = policy_directory(checkpoint)
     raw = read_json(source / "config.json")
     if dtype is not None:

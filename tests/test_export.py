@@ -14,9 +14,21 @@ import pytest
 from flax import nnx
 from safetensors import safe_open
 
-from rsagent_jax import export
+import evaluate
+from rsagent_jax import collect, export
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import DataConfig, GrpoConfig, LoraConfig, PolicyConfig, SftConfig, TrainConfig
+from rsagent_jax.config.schema import (
+    CollectConfig,
+    DataConfig,
+    EvalConfig,
+    GrpoConfig,
+    LoraConfig,
+    OwnConfig,
+    PolicyConfig,
+    SftConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from rsagent_jax.data import serving
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl import convert
@@ -26,6 +38,7 @@ from rsagent_jax.runtime.command import run_command
 from rsagent_jax.tiny.synthetic import STAMP
 from rsagent_jax.train.checkpoint import Checkpoints
 from rsagent_jax.train.state import create_state
+from rsagent_jax.types import DataError
 
 TINY = pathlib.Path(__file__).parents[1] / "assets" / "tiny-base"
 
@@ -95,6 +108,39 @@ def test_a_stage_is_exported_exactly_in_float32_and_rounded_once_in_bfloat16(sta
         expected = params[name].astype(convert.DTYPES["bfloat16"]).astype(np.float32)
         np.testing.assert_array_equal(np.asarray(value), expected)
     Processor.load(tmp_path / "narrow")
+
+
+@pytest.mark.parametrize(
+    ("module", "reads", "weights_of", "flags_of"),
+    [
+        (export, "load_policy", lambda name: name, lambda name: {"checkpoint": name, "out": pathlib.Path(name, "hf")}),
+        (evaluate, "play_share", lambda config, *_: config.policy.weights,
+         lambda name: {"config": EvalConfig(policy=PolicyConfig(weights=name)), "workdir": f"{name}/w"}),
+        (collect, "check_collect", lambda config, *_: config.teacher.own.weights,
+         lambda name: {"config": CollectConfig(processor=name, teacher=TeacherConfig(own=OwnConfig(weights=name))),
+                       "workdir": f"{name}/w"}),
+    ],
+)  # fmt: skip
+def test_a_step_that_a_training_saves_meanwhile_is_not_read(
+    stage, tmp_path, monkeypatch, module, reads, weights_of, flags_of
+):
+    directory = shutil.copytree(stage[0], tmp_path / "checkpoints/sft")
+    seen, pin = [], module.pin_step
+
+    def pin_and_train_on(weights):
+        pinned = pin(weights)
+        shutil.copytree(directory / "0", directory / "9")
+        return pinned
+
+    def read(*args):
+        seen.append(weights_of(*args))
+        raise DataError("seen")
+
+    monkeypatch.setattr(module, "pin_step", pin_and_train_on)
+    monkeypatch.setattr(module, reads, read)
+    with pytest.raises(DataError, match="seen"):
+        module.main(**flags_of(str(directory)))
+    assert seen == [f"{directory}@0"] and "@9" in pin(str(directory))
 
 
 def test_what_transformers_5_saved_is_read_exported_and_read_by_transformers_again(tmp_path):

@@ -8,13 +8,11 @@ With adapters the base is the reference, and is kept beside the checkpoints itse
 import json
 import pathlib
 
-import orbax.checkpoint as ocp
 from flax import nnx
 
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.fingerprint import params_checksum
-from rsagent_jax.models.qwen25_vl.load import local_weights
-from rsagent_jax.models.qwen25_vl.steps import find_step, split_step
+from rsagent_jax.models.qwen25_vl.load import pin_step
 from rsagent_jax.runtime import processes
 from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.types import DataError
@@ -29,7 +27,7 @@ def check_reference(directory: pathlib.Path, params: nnx.State, weights: str, dt
 
     weights: what `params` were read from, as policy.weights has it; or the stage before in the same work directory.
     """
-    now, file = {"weights": _with_step(weights), "checksum": params_checksum(params, dtype)}, directory / FILE
+    now, file = {"weights": pin_step(weights), "checksum": params_checksum(params, dtype)}, directory / FILE
     if begins:
         write = lambda: write_whole(file, json.dumps(now, indent=2) + "\n")  # noqa: E731
         processes.all_or_none(write if processes.is_lead() else lambda: None)
@@ -51,8 +49,3 @@ def _read(file: pathlib.Path) -> dict[str, str]:
             f" began with. Put it back, {ANEW}"
         )
     return read_json(file)
-
-
-def _with_step(weights: str) -> str:
-    path, (name, step) = local_weights(weights), split_step(weights)
-    return f"{name}@{find_step(path, step)}" if path.exists() and ocp.utils.checkpoint_steps(path) else weights

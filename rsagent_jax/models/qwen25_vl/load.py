@@ -16,7 +16,7 @@ from rsagent_jax.models.qwen25_vl import convert, lora, tensor_files
 from rsagent_jax.models.qwen25_vl.config import load_config
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.steps import find_step, split_step
-from rsagent_jax.runtime import checksums, local_copies, paths, sharding
+from rsagent_jax.runtime import checksums, local_copies, paths, processes, sharding
 from rsagent_jax.types import DataError
 from sam_bridge import hub
 
@@ -51,6 +51,20 @@ def local_weights(weights: str, more: tuple[str, ...] = ("*.safetensors", tensor
         return hub.download(weights, (*POLICY_FILES, *more))
     except hub.HubError as error:
         raise DataError(f"weights: {error}") from error
+
+
+def pin_step(weights: str) -> str:
+    """The same with the step that a stage's name means now (runs/x/checkpoints/grpo@120), on every process the lead's:
+    a training that goes on may save another one before the weights are read. DataError without such a step."""
+    if not weights or hub.is_repository(weights):
+        return weights
+
+    def pinned() -> str:
+        path, (name, step) = local_weights(weights), split_step(weights)
+        is_stage = ocp.utils.checkpoint_steps(path) and policy_directory(weights) != path
+        return f"{name}@{find_step(path, step)}" if is_stage else weights
+
+    return processes.exchange(processes.all_or_none(pinned))[0]
 
 
 def processor_directory(name: str) -> pathlib.Path:
