@@ -156,6 +156,8 @@ def check_inputs(config: TrainConfig, workdir: pathlib.Path, processor: Processo
         inputs["sft.trajectories"] = run_identity.trajectories_fingerprint(config.sft.trajectories)
     if "grpo" in config.stages and not replay:
         inputs["grpo.data"] = run_identity.samples_fingerprint(open_samples(config.grpo.data).ids)
+        with open_segmenter(config.segmenter) as segmenter:
+            inputs["segmenter"] = f"{segmenter.about.backend}: {segmenter.about.identity}"
     run_identity.check_same_inputs(workdir, inputs)
     for warning in overlaps(config):
         print(warning)

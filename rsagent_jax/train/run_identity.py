@@ -159,9 +159,10 @@ def check_same_inputs(workdir: pathlib.Path, inputs: dict[str, str]) -> None:
     """The same for what the paths lead to: field -> fingerprint."""
     saved, last = saved_steps(workdir), last_start(workdir)
     there = (last or {}).get("inputs", {})
-    used = {"policy.weights": bool(saved), "sft.trajectories": bool(saved), "grpo.data": "grpo" in saved}
-    why = "other content; the path alone may change"
-    differ = [ChangedField(name, there[name], new, why) for name, new in inputs.items() if name in there and used[name]]
+    used = {"policy.weights": bool(saved), "sft.trajectories": bool(saved)}  # the rest is GRPO's
+    why = "other content; what it is called and where it lies may change"
+    known = {name: new for name, new in inputs.items() if name in there and used.get(name, "grpo" in saved)}
+    differ = [ChangedField(name, there[name], new, why) for name, new in known.items()]
     _refuse(workdir, saved, [d for d in differ if d.old != d.new])
 
 

@@ -55,6 +55,11 @@ def check_train(config: TrainConfig, workdir: pathlib.Path, *, replay: bool = Fa
         _check_trajectories(config.sft)
     if "grpo" in config.stages:
         share.of(config.grpo.prompts, "grpo.prompts")
+        if share.count != jax.process_count():  # those that hold the same rows would play and count them several times
+            raise DataError(
+                f"grpo: mesh.tensor = {config.mesh.tensor} spreads a tensor group over several processes, which is for"
+                f" SFT alone; give at most the {jax.local_device_count()} devices of one"
+            )
     if "grpo" in config.stages and not replay:
         for note in open_samples(config.grpo.data).notes:  # what was left out, and why
             print(note)
@@ -65,7 +70,7 @@ def check_train(config: TrainConfig, workdir: pathlib.Path, *, replay: bool = Fa
         batch = config.grpo.batch if "grpo" in config.stages else None
         print(check_rollout(config.agent, config.grpo.sampling, shape, processor, "grpo", batch))
         check_segmenter(config.segmenter)
-        if config.segmenter.mode != "connect":  # seconds; a stage of SFT may come before it is opened again
+        if config.segmenter.mode != "connect" and "grpo" not in config.stages:  # whose segmenter is asked who it is
             with open_segmenter(config.segmenter):
                 pass
     return config

@@ -39,7 +39,7 @@ from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.play import Failure, play_samples
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.runtime import processes
-from rsagent_jax.runtime.journal import decisive_settings
+from rsagent_jax.runtime.journal import decisive_settings, fingerprints
 from rsagent_jax.runtime.json_lines import keep_lines
 from rsagent_jax.runtime.paths import AppendFile
 from rsagent_jax.runtime.preemption import Preempted
@@ -119,7 +119,7 @@ class Validator:
         self.config, self.stage, self.sets, self.driver = config, stage, sets, driver
         self.share = processes.Share(jax.process_index(), jax.process_count())
         self.workdir = processes.own_directory(workdir)
-        self.settings = self._fingerprint()
+        self.settings = processes.exchange(self._fingerprint())[0]  # all by one name
         self.measure = f"{config.validation.best_mode} {config.validation.keep_best}, settings {self.settings}"
         self.path = self.workdir / RESULTS
         self.found: dict[int, dict[str, Any]] = {}  # of this stage, by step, of earlier starts: the last line of each
@@ -145,12 +145,15 @@ class Validator:
         self.history = {step: line for step, line in self.found.items() if step <= done}
 
     def _fingerprint(self) -> str:
-        """Of all that the figures depend on besides the weights; pictures by name."""
+        """Of all that the figures depend on besides the weights: what answers, and what is asked of it."""
         c = self.config
         settings = [to_dict(c.validation.metric), c.validation.greedy, c.seed, decisive_settings(c.agent)]
         settings += [decisive_settings(c.grpo.sampling), c.policy.dtype]
-        settings += [getattr(c.segmenter, name) for name in ("backend", "checkpoint", "model", "multimask")]
-        settings += [[name, samples.ids, samples.image_keys] for name, samples in self.sets.items()]
+        if self.sets:
+            settings.append(dataclasses.asdict(self.driver.segmenter.about))
+        for name, samples in self.sets.items():
+            made_of = fingerprints(samples, {id: k for k, id in enumerate(samples.ids)})
+            settings.append([name, made_of, samples.image_keys])
         return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:16]
 
     def due(self, step: int, steps: int) -> bool:

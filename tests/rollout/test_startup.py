@@ -4,7 +4,17 @@ import dataclasses
 import shutil
 import types
 
-from rsagent_jax.config.schema import OptimConfig, SegmenterConfig, SftConfig
+import jax
+
+from rsagent_jax.config.schema import (
+    BatchConfig,
+    OptimConfig,
+    PolicyConfig,
+    SamplingConfig,
+    SegmenterConfig,
+    SftConfig,
+    TrainConfig,
+)
 from rsagent_jax.rollout import startup
 from rsagent_jax.train import startup as train_startup
 from tests.refusals import refused
@@ -21,6 +31,14 @@ def test_a_warm_up_that_is_longer_than_the_epochs(monkeypatch):
     config = dataclasses.replace(SftConfig(trajectories_per_step=10), optim=OptimConfig(warmup_steps=21))
     says = r"sft\.optim\.warmup_steps must be at most the stage's 20 updates, got 21"
     refused(says, train_startup._check_trajectories, config)
+
+
+def test_grpo_is_refused_where_several_processes_would_play_the_same_rows(tmp_path, monkeypatch):
+    config = TrainConfig(policy=PolicyConfig(weights="assets/tiny-base", remat="none"), stages=("grpo",))
+    grpo = dataclasses.replace(config.grpo, batch=BatchConfig(rows=1), sampling=SamplingConfig(slots=1))
+    config = dataclasses.replace(config, grpo=grpo)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)  # and both hold the mesh's one group of rows
+    refused("spreads a tensor group over several processes", train_startup.check_train, config, tmp_path)
 
 
 def test_a_back_end_of_ones_own_is_called_without_arguments(tmp_path):

@@ -1,21 +1,26 @@
 """What may differ between two starts in one work directory, and what is refused by name before anything is written."""
 
+import contextlib
 import dataclasses
 import fnmatch
 import json
 import operator
 import pathlib
+import shutil
+import types
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import train
 from rsagent_jax.config.data import MixPart
 from rsagent_jax.config.reward import DEFAULT_REWARD
 from rsagent_jax.config.schema import DataConfig, GrpoConfig, PolicyConfig, SftConfig, TrainConfig
 from rsagent_jax.runtime.journal import flatten_settings
 from rsagent_jax.train import run_identity
 from rsagent_jax.types import DataError
+from sam_bridge.types import About
 from tests.refusals import refused
 
 BASE = TrainConfig(policy=PolicyConfig(weights="a"), sft=SftConfig(steps=8), grpo=GrpoConfig(steps=6))
@@ -165,7 +170,7 @@ def workdir(tmp_path):
     return tmp_path
 
 
-INPUTS = {"policy.weights": "w0", "sft.trajectories": "t0", "grpo.data": "d0"}
+INPUTS = {"policy.weights": "w0", "sft.trajectories": "t0", "grpo.data": "d0", "segmenter": "sam2: large"}
 
 
 def contents(workdir: pathlib.Path) -> dict:
@@ -185,6 +190,16 @@ def test_a_refusal_names_field_old_and_new_value_and_touches_nothing(workdir):
     assert contents(workdir) == before
     run_identity.check_config(workdir, BASE)
     run_identity.check_same_inputs(workdir, INPUTS)
+    shutil.rmtree(workdir / "checkpoints/grpo")  # nothing was played with it yet
+    run_identity.check_same_inputs(workdir, INPUTS | {"segmenter": "sam2: tiny"})
+
+
+def test_the_segmenter_of_a_start_is_what_answers_it(tmp_path, monkeypatch):
+    answers = types.SimpleNamespace(about=About("sam2", "sam2 large 0123"))
+    monkeypatch.setattr(train, "open_segmenter", lambda config: contextlib.nullcontext(answers))
+    monkeypatch.setattr(train, "open_samples", lambda config: types.SimpleNamespace(ids=["a"]))
+    config = dataclasses.replace(BASE, stages=("grpo",), policy=PolicyConfig(weights="assets/tiny-base"))
+    assert train.check_inputs(config, tmp_path, None, "")["segmenter"] == "sam2: sam2 large 0123"
 
 
 def test_every_start_is_a_line_and_config_json_is_the_last(workdir, capsys):

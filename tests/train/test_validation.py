@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import types
 
 import jax
@@ -300,11 +301,12 @@ def test_a_stage_ends_after_so_many_validations_without_a_new_best(scores, mode,
 
 def test_the_lead_decides_whether_a_stage_ends(tmp_path, monkeypatch):
     """Two processes; the second one had no part in the earlier start, and has no history."""
-    scores, said = {0: 0.5, 1: 0.4, 2: 0.3}, []
+    with_history, without = (validator(tmp_path, k, early_stop=2) for k in ({0: 0.5, 1: 0.4, 2: 0.3}, {}))
+    said = []
     monkeypatch.setattr(processes, "exchange", lambda text: said.append(text) or [said[0], text])
-    assert [validator(tmp_path, known, early_stop=2).stop(2) for known in (scores, {})] == [True, True]
+    assert [made.stop(2) for made in (with_history, without)] == [True, True]
     said.clear()
-    assert [validator(tmp_path, known, early_stop=2).stop(2) for known in ({}, scores)] == [False, False]
+    assert [made.stop(2) for made in (without, with_history)] == [False, False]
 
 
 def test_figures_of_other_settings_are_no_history(tmp_path):
@@ -317,10 +319,35 @@ def test_figures_of_other_settings_are_no_history(tmp_path):
     assert len({made.measure, *turns}) == 3
 
 
+def test_figures_of_another_segmenter_question_or_mask_are_others(config, root, tmp_path):
+    there = shutil.copytree(root, tmp_path / "there")
+
+    def settings(segmenter=Discs) -> str:
+        (part,) = config.validation.sets
+        part = dataclasses.replace(part, data=dataclasses.replace(part.data, root=str(there)))
+        own = dataclasses.replace(config, validation=dataclasses.replace(config.validation, sets=(part,)))
+        driver = types.SimpleNamespace(segmenter=segmenter())
+        return Validator(own, "sft", validation.open_validation_sets(own.validation), driver, tmp_path).settings
+
+    class Others(Discs):
+        about = About("discs", "discs of another size")
+
+    found = [settings(), settings(Others)]
+    lines = (there / "mine.jsonl").read_text()
+    (there / "mine.jsonl").write_text(lines.replace("disc 1", "disk 1"))
+    found.append(settings())
+    (there / "mine.jsonl").write_text(lines)
+    shutil.copy(there / "0.png", there / "m0.png")
+    found.append(settings())
+    assert len({*found}) == 4
+    shutil.copy(root / "m0.png", there / "m0.png")
+    assert settings() == found[0]  # wherever it lies
+
+
 def test_a_validation_that_failed_is_played_again(config, tmp_path, monkeypatch):
     """The segmenter is away the first time; the weights are the same all along, and so they are after a restart."""
     lost, found = {"val/mine/env_failed": 5.0}, {"val/mine/giou": 0.4, "val/giou": 0.4}
-    driver = types.SimpleNamespace(policy=types.SimpleNamespace(load=lambda *_, **__: None))
+    driver = types.SimpleNamespace(policy=types.SimpleNamespace(load=lambda *_, **__: None), segmenter=Discs())
     sets, plays = validation.open_validation_sets(config.validation), iter([lost, lost, found])
     monkeypatch.setattr(validation, "params_checksum", lambda *_: "c0")
     monkeypatch.setattr(Validator, "_measure", lambda *_: next(plays))
@@ -381,7 +408,7 @@ def test_a_config_of_a_validation_that_cannot_be_is_refused(settings, says):
 def test_two_processes_share_a_set_out_and_both_get_the_figures_of_all(config, tmp_path, monkeypatch):
     scripts = {f"folder/mine/v{i}": (small.click(18 + 4 * i, 30), small.finish(1)) for i in range(N)}
     policy = TextPolicy(small.scripted(scripts), small.processor())
-    driver = Driver(policy, DiscSegmenter(), small.processor(), small.AGENT)
+    driver = Driver(policy, Discs(), small.processor(), small.AGENT)
     sets = validation.open_validation_sets(config.validation)
 
     def figures(index: int, count: int, heard: list[str]) -> dict[str, float]:
