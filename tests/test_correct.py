@@ -11,6 +11,7 @@ from rsagent_jax.agent.correction import THOUGHT
 from rsagent_jax.agent.replay import replay, state_to_json
 from rsagent_jax.agent.tools import Segment, render_call
 from rsagent_jax.api import Agent
+from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.types import Status
 from tests.refusals import refused
@@ -46,6 +47,19 @@ def test_the_context_is_that_of_a_policy_which_would_have_said_the_same():
     np.testing.assert_array_equal(np.flatnonzero(got.loss_mask), last)
     assert not result.mask[70, 60] and result.mask[40, 30]
     same_states(replay(state_to_json(result.state), IMAGE), result.state)
+
+
+def test_behind_an_empty_turn_the_images_stay_with_their_prompts(monkeypatch):
+    """`_context` hands the policy each prompt with the patches of its own image."""
+    asked, context = [], Driver._context
+    monkeypatch.setattr(Driver, "_context", lambda self, run: asked.append(context(self, run)) or asked[-1])
+    with agent("", click(30, 40), finish(1), finish(2)) as made:
+        first = made.segment(IMAGE, "it")
+        made.correct(first, points=[(60, 70)], labels=[0], refine=1).result()
+    assert [len(turn.text) > 0 for turn in first.state.turns] == [False, True, True]
+    token = small.processor().image_id
+    shown = [(int((part.tokens == token).sum()), len(part.patches) // 4) for part in asked[0]]
+    assert all(tokens == merged for tokens, merged in shown) and sum(n > 0 for n, _ in shown) >= 2
 
 
 @pytest.mark.parametrize("size", [(112, 112), (448, 336), (37, 61)])

@@ -43,9 +43,10 @@ def title(bound: BoundConfig) -> str:
 
 
 def fill_bound_defaults(config: EvalConfig) -> EvalConfig:
-    """With as many turns as the oracle takes, the one that commits included, and the whole picture as its view."""
+    """With as many turns as the oracle takes, the one that commits included, of any length, and the whole picture as
+    its view."""
     turns = config.bound.clicks + 1 if config.bound.row == "clicks" else 2
-    agent = dataclasses.replace(config.agent, max_turns=turns, min_pixels=0, max_pixels=0)
+    agent = dataclasses.replace(config.agent, max_turns=turns, max_tokens=0, min_pixels=0, max_pixels=0)
     return dataclasses.replace(config, agent=agent)
 
 
@@ -68,7 +69,7 @@ def oracle_driver(config: EvalConfig, segmenter: Segmenter) -> Driver:
     def act(task: Task, state: EnvState) -> str:
         if not task.sample.gt_mask.any():
             return render_call(Finish(None), "The truth is empty.")
-        if isinstance(segmenter, _BestOfThree):
+        if isinstance(segmenter, _BestOfThree) and not state.masks:  # the turn that ends it asks for none
             segmenter.expected[id(task.sample.image)] = task.sample
         return write(state, task.sample, bound)
 

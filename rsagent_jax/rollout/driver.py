@@ -357,8 +357,9 @@ class Driver:
                 n = len(part.tokens)
                 forced = np.zeros(n, bool), np.zeros(n, np.float32), np.full(n, self.version, np.int32)
                 run.parts.append((part.tokens, part.positions, *forced))
-                run.patches.append(part.patches)
-                run.grids.append(part.grids)
+                if n:  # `_context` takes an entry for each part with tokens, and an empty turn has none
+                    run.patches.append(part.patches)
+                    run.grids.append(part.grids)
                 run.length += n
         run.acts = functools.partial(self._act, state, text, run.position, run.length, 0, 0)
         return run

@@ -91,6 +91,16 @@ def test_a_sample_that_the_segmenter_failed_is_played_again_and_counts_for_nothi
     assert results["giou"] > 0.9 and results["failures"]["env_failed"] == 0
 
 
+def test_an_oracle_has_no_budget_of_tokens(run, tmp_path):
+    assert run(agent__max_tokens=5)["giou"] == run(workdir=tmp_path / "w2")["giou"] > 0.5
+
+
+def test_an_oracle_lets_go_of_the_pictures_that_it_has_played(run, monkeypatch):
+    drivers, made = [], evaluate.bounds.oracle_driver
+    monkeypatch.setattr(evaluate.bounds, "oracle_driver", lambda *args: drivers.append(made(*args)) or drivers[0])
+    assert run(bound__row="best_of_three")["n"] == N and drivers[0].segmenter.expected == {}
+
+
 def test_failures_in_a_row_end_the_command_and_what_was_done_is_kept(run, tmp_path):
     away = Away(range(1, N))
     refused("failed 2 trajectories in a row.*What was done is kept", run, away, segmenter__give_up_after=2)

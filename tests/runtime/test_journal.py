@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsagent_jax.config.schema import DataConfig
+from rsagent_jax.config.schema import DataConfig, SamplingConfig
 from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.runtime.processes import Share
@@ -148,3 +148,5 @@ def test_where_the_data_lie_is_no_setting():
     a = journal.decisive_settings(DataConfig(root="x", limit=0, unreadable="skip"))
     assert a == journal.decisive_settings(DataConfig(root="y", limit=5, unreadable="stop"))
     assert a["split"] == "train" and a["fingerprint"] == "content"
+    few = journal.decisive_settings(SamplingConfig(patches=64, slots=2))  # a view with more patches ends a trajectory
+    assert few["patches"] == 64 and "slots" not in few
