@@ -311,7 +311,10 @@ def test_the_card_tells_of_the_run_and_of_evaluations_of_these_very_weights(stag
     results = {"benchmark": "B val", "n": 7, "giou": 0.5, "giou_ci95": [0.25, 0.75], "ciou": 0.4, "mean_turns": 2.0}
     results |= {"tool_error_rate": 0.1, "segmenter": {"identity": "discs"}, "weights_sha256": None}
     mine, bound = {"weights_sha256": weights_checksum(str(checkpoint))}, {"row": "bound: untrained policy"}
-    few = {"n": 3, "settings": {"data": {"limit": 3}, "agent": {"max_turns": 4}, "sampling": {"temperature": 0.5}}}
+    settings = {"data": {"limit": 3, "raw": True}, "agent": {"max_turns": 4, "max_pixels": 784}}
+    settings |= {"sampling": {"temperature": 0.5}}
+    settings |= {"metric": {"unit": "sentence", "texts": "all", "empty_policy": "dropped"}}
+    few = {"n": 3, "settings": settings}
     made = {"near": mine, "other": {"weights_sha256": "abc"}, "few": mine | few, "untrained": mine | bound}
     for name, more in made.items():
         (tmp_path / name).mkdir()
@@ -332,9 +335,10 @@ def test_the_card_tells_of_the_run_and_of_evaluations_of_these_very_weights(stag
         "100 steps planned, of 16 prompts x 4 samples and 1 updates, ratio grpo",
         "1 final + 0.5 process + 0.2 format",
         "LoRA | rank 8, merged",
-        "| B val | 7 | 0.500 [0.250, 0.750] | 0.400 | 2.00 | 10.0 % | discs | |",
+        "| B val | 7 | 0.500 [0.250, 0.750] | 0.400 | 2.00 | 10.0 % | discs | LISA's rules |",
         "| B val | 3 | 0.500 [0.250, 0.750] |",
-        "| discs | at most 4 turns, temperature 0.5, limit 3 |",
+        "| discs | at most 4 turns, temperature 0.5, views of at most 784 pixels, texts as written, limit 3, LISA's",
+        "limit 3, LISA's rules, unit sentence, texts all, empty_policy dropped |",
         "Weights are bfloat16, rounded from float32",
         "made from `Qwen/Qwen2.5-VL-7B-Instruct`; their licence holds",
     ):

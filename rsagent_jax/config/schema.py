@@ -313,7 +313,7 @@ class EvalConfig:
     """configs/eval_*.py of evaluate.py."""
 
     benchmark: Text = "refcocog"  # its name in results.json
-    seed: Seed = 0  # of sampling and bootstrap
+    seed: Seed = 0  # of sampling; the bootstrap's is always 0
     policy: PolicyConfig
     agent: AgentConfig = AgentConfig()
     segmenter: SegmenterConfig = SegmenterConfig()

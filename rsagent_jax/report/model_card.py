@@ -18,6 +18,7 @@ from rsagent_jax.models.qwen25_vl import tensor_files
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory, weights_checksum
 from rsagent_jax.models.qwen25_vl.steps import find_step, split_step
+from rsagent_jax.report.reproduction import convention
 from rsagent_jax.runtime.paths import open_path
 from rsagent_jax.tiny.synthetic import STAMP
 from rsagent_jax.types import DataError
@@ -176,7 +177,10 @@ def _how(results: dict[str, Any]) -> str:
     data, agent, sampling = (settings.get(group, {}) for group in ("data", "agent", "sampling"))
     said = [f"at most {agent['max_turns']} turns"] if "max_turns" in agent else []
     said += [f"temperature {sampling['temperature']:g}"] if sampling.get("temperature") else []
-    return ", ".join(said + ([f"limit {data['limit']}"] if data.get("limit") else []))
+    said += [f"views of at most {agent['max_pixels']} pixels"] if agent.get("max_pixels") else []
+    said += ["texts as written"] if data.get("raw") else []
+    said += [f"limit {data['limit']}"] if data.get("limit") else []
+    return ", ".join([*said, convention(results)])
 
 
 def _licence(licence: str, base: str) -> str:

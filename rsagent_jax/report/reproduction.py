@@ -210,13 +210,14 @@ def _gain(before: Evaluation, after: Evaluation) -> Comparison | str:
 
 
 def _logged(logs: Sequence[pathlib.Path]) -> tuple[dict[str, Any], ...]:
-    """The steps of these metrics.jsonl, as far as they are there; after a resume the later one of a step stands."""
+    """The steps of these metrics.jsonl, as far as they are there; after a resume the later values of a step stand."""
     kept = {}
     for path in (path for path in logs if path.exists()):
         for where, value in read_objects(path, f"python train.py --workdir={path.parent}"):
             if not isinstance(value.get("step"), int) or "stage" not in value:
                 raise DataError(f"{where}: no step or stage; remove {path.parent} and run its stage again")
-            kept[value["stage"], value["step"]] = value
+            key = value["stage"], value["step"]
+            kept[key] = kept.get(key, {}) | value  # a start that only validates a step writes no more of it
     return tuple(kept[key] for key in sorted(kept))
 
 

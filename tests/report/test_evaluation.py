@@ -286,6 +286,13 @@ def test_other_samples_are_not_compared(runs, tmp_path, capsys):
     assert "after GRPO over after SFT: " in (said := capsys.readouterr().out) and "not cover the same samples" in said
 
 
+def test_a_start_that_only_validates_a_step_leaves_what_was_logged_of_it(tmp_path):
+    lines = [{"loss": 1.0, "val/giou": 0.1}, {"val/giou": 0.2}]
+    write_lines(tmp_path / "metrics.jsonl", [{"stage": "sft", "step": 4} | line for line in lines])
+    (step,) = reproduction._logged([tmp_path / "metrics.jsonl"])
+    assert step == {"stage": "sft", "step": 4, "loss": 1.0, "val/giou": 0.2}
+
+
 def test_examples_may_be_none(tmp_path):
     for name in ("base", "sft", "grpo"):
         write_run(tmp_path / name, 0.9, n=3, kept=0)
