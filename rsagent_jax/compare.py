@@ -60,7 +60,7 @@ def main(
     check_comparable(evaluations)
     found = [compare(evaluations[0], e, n) for e, n in zip(evaluations[1:], names[1:], strict=True)]
     said = [  # of other segmenters, above all
-        f"settings of {name} and {names[0]}: {differ}"
+        f"settings of {names[0]} and {name}: {differ}"
         for e, name in zip(evaluations[1:], names[1:], strict=True)
         if (differ := differing(evaluations[0], e, "settings."))
     ]
@@ -78,4 +78,6 @@ def main(
         with writing(f"--out={out}"):
             write_whole(out, "\n\n".join(text) + "\n")
     gaps = {c.name: {k: dataclasses.asdict(getattr(c, k)) for k in ("giou", "ciou", "turns")} for c in found}
+    for c in found:
+        gaps[c.name]["left_out"] = c.left_out
     print("\n" + json.dumps({"base": names[0], "differences": gaps}))

@@ -70,7 +70,9 @@ def test_only_samples_that_neither_run_drops_are_paired(tmp_path, capsys):
     assert (gap.left_out, gap.better, gap.worse, gap.same) == (2, 1, 0, 0)
     assert [id for id, *_ in gap.samples] == ["s1"]
     assert run_command("rsagent_jax.compare", [str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    assert "1 / 0 / 0 (2 left out)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 / 0 / 0 (2 left out)" in said
+    assert json.loads(said.splitlines()[-1])["differences"]["b"]["left_out"] == 2
     write_lines(tmp_path / "b/predictions.jsonl", [row | {"dropped": "failure"} for row in rows])
     refused(
         "no sample counts in both",
@@ -85,7 +87,7 @@ def test_settings_that_differ_are_named(tmp_path, capsys):
         write(tmp_path / k, [0.5], segmenter={"backend": k}, metric={"unit": "sentence"}) for k in ("sam2", "grabcut")
     )
     assert run_command("rsagent_jax.compare", [str(a), str(b)]) == 0
-    assert "settings of grabcut and sam2: settings.segmenter.backend: 'sam2' and 'grabcut'\n" in capsys.readouterr().out
+    assert "settings of sam2 and grabcut: settings.segmenter.backend: 'sam2' and 'grabcut'\n" in capsys.readouterr().out
 
 
 def test_intervals_are_paired(tmp_path):
