@@ -15,7 +15,7 @@ from rsagent_jax.report import comparison as tables
 from rsagent_jax.report.comparison import Comparison, check_comparable, compare
 from rsagent_jax.report.evaluation import Evaluation, load_evaluation
 from rsagent_jax.report.page import render_page, save_page
-from rsagent_jax.report.reproduction import command_line, not_run, seconds_of, waits_for
+from rsagent_jax.report.reproduction import command_line, not_run_yet, seconds_of, waits_for
 from rsagent_jax.runtime.paths import write_whole
 from rsagent_jax.types import DataError
 
@@ -57,7 +57,7 @@ def why_not(step: Step, steps: Mapping[str, Step], failed: Mapping[str, int]) ->
     """Why a stage has not been done: what has just failed, or what is waited for."""
     broken = (name for name in (step.stage.name, *step.needs) if name in failed)
     said = "; ".join(f"{name} failed with status {failed[name]}" for name in broken)
-    return said or waits_for(step, steps, failed) or not_run(step)
+    return said or waits_for(step, steps, failed) or not_run_yet(step)
 
 
 def ablation_table(rows: Sequence[VariantRow]) -> list[list[str]]:

@@ -105,7 +105,7 @@ def waits_for(step: Step, steps: Mapping[str, Step], failed: Mapping[str, int]) 
     return f"waits for {', '.join(undone)}" if undone else ""
 
 
-def not_run(step: Step) -> str:
+def not_run_yet(step: Step) -> str:
     """Of a stage that nothing keeps from being run."""
     again = "not run yet since its command, its config or what it builds upon was changed or made again"
     return again if _stamp(step.directory) else "not run yet"
@@ -163,7 +163,7 @@ def summarize_recipe(title: str, steps: Mapping[str, Step], failed: Mapping[str,
     failed: status by name of the stages whose command has just failed.
     """
     took = {name: seconds_of(step) for name, step in steps.items()}
-    why = {name: waits_for(step, steps, failed) or not_run(step) for name, step in steps.items()}
+    why = {name: waits_for(step, steps, failed) or not_run_yet(step) for name, step in steps.items()}
     state = {name: why[name] if s is None else _duration(s) for name, s in took.items()}
     rows, gains = [], []
     players: dict[str, dict[str, Evaluation]] = {}
