@@ -51,13 +51,12 @@ def test_the_best_is_the_last_of_those_with_the_highest_score(tmp_path):
 
 def test_a_name_is_pinned_to_the_step_that_the_lead_finds(tmp_path, monkeypatch):
     path = stage(tmp_path / "grpo", {2: 0.25, 4: 0.0})
-    assert pin_step(str(path)) == str(path)  # of something else than a stage
-    (path / "policy").mkdir()
-    (path / "policy/config.json").write_text("{}")
     assert [pin_step(f"{path}{at}") for at in ("", "@best", "@2")] == [f"{path}@{step}" for step in (4, 2, 2)]
     refused("there is no such checkpoint", pin_step, f"{path}@3")
     assert [pin_step(name) for name in ("", "org/name@2024", f"{tmp_path}/none")] == [
         "", "org/name@2024", f"{tmp_path}/none"
     ]  # fmt: skip
+    (stage(tmp_path / "hf", {2: None}) / "config.json").write_text("{}")
+    assert pin_step(f"{tmp_path}/hf") == f"{tmp_path}/hf"
     monkeypatch.setattr(processes, "exchange", lambda text: ["", ""] if not text else [f"{path}@2", text])
     assert pin_step(str(path)) == f"{path}@2"
