@@ -119,7 +119,7 @@ class Validator:
         self.config, self.stage, self.sets, self.driver = config, stage, sets, driver
         self.share = processes.Share(jax.process_index(), jax.process_count())
         self.workdir = processes.own_directory(workdir)
-        self.settings = processes.exchange(self._fingerprint())[0]  # all by one name
+        self.settings = processes.exchange(self._fingerprint())[0]  # the lead's: times of copied files differ
         self.measure = f"{config.validation.best_mode} {config.validation.keep_best}, settings {self.settings}"
         self.path = self.workdir / RESULTS
         self.found: dict[int, dict[str, Any]] = {}  # of this stage, by step, of earlier starts: the last line of each
