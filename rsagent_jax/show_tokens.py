@@ -1,6 +1,7 @@
 """Shows what SFT learns from a stored trajectory: every token, coloured by whether it is trained.
 
-  python -m rsagent_jax.show_tokens --trajectories=runs/x --processor=assets/tiny-base --out=tokens.html [--samples=4]
+  python -m rsagent_jax.show_tokens --trajectories=runs/quickstart/collect \
+      --processor=assets/tiny-base --out=tokens.html [--samples=4]
 
 Green tokens are in the loss (reasoning, tool calls and their terminators), grey ones are context (prompt, observations,
 images). Where the log-probs of the policy that played are kept, the redder a token is the less likely it was.
