@@ -42,7 +42,7 @@ from rsagent_jax.rollout.driver import Driver, Run
 from rsagent_jax.rollout.open import open_policy
 from rsagent_jax.rollout.play import failure_of
 from rsagent_jax.rollout.policy import Policy, Task
-from rsagent_jax.rollout.startup import check_policy, check_segmenter
+from rsagent_jax.rollout.startup import check_policy, check_segmenter, check_weights
 from rsagent_jax.runtime.command import load_config_file
 from rsagent_jax.runtime.image_files import mending, png, read_image
 from rsagent_jax.runtime.paths import make_directory, open_path, remove_file, write_whole, writing
@@ -230,6 +230,8 @@ class Agent(contextlib.AbstractContextManager):
         tools = config.segmenter if opened else _segmenter_config(segmenter)
         if not opened:
             check_segmenter(tools)
+        if policy.backend == "engine":
+            check_weights(weights)
         processor = Processor.load(processor_directory(weights))
         with contextlib.ExitStack() as stack:
             opened_policy = open_policy(policy, processor, sampling, config.agent, config.seed)

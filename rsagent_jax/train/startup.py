@@ -1,4 +1,4 @@
-"""What train.py needs, looked at before weights are loaded and programs compiled; the cheapest first."""
+"""What train.py needs, looked at before weights are fetched and programs compiled; the cheapest first."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.data.trajectories import open_records
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.rewards import make_scorer
-from rsagent_jax.rollout.startup import check_budget, check_disk, check_rollout, check_segmenter, check_weights
+from rsagent_jax.rollout.startup import check_budget, check_disk, check_rollout, check_segmenter, policy_shape
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.train.batch_source import steps_of
 from rsagent_jax.train.state import partition_params
@@ -32,7 +32,7 @@ def check_train(config: TrainConfig, workdir: pathlib.Path, *, replay: bool = Fa
     if "grpo" in config.stages:
         make_scorer(config.grpo.reward)
     _nothing_left_open(config)
-    shape, processor = check_weights(config.policy.weights)
+    shape, processor = policy_shape(config.policy.weights)
     config = slices.fill_slice_defaults(config, shape.text.hidden_size, len(jax.devices()))
     mesh, model = sharding.make_mesh(config.mesh), convert.abstract_model(shape)
     sharding.param_shardings(model, mesh)
@@ -56,7 +56,7 @@ def check_train(config: TrainConfig, workdir: pathlib.Path, *, replay: bool = Fa
     if "grpo" in config.stages:
         share.of(config.grpo.prompts, "grpo.prompts")
     if "grpo" in config.stages and not replay:
-        for note in open_samples(config.grpo.data).notes:  # what was left out, and why
+        for note in open_samples(config.grpo.data, "grpo.data").notes:  # what was left out, and why
             print(note)
         if mocked := config.grpo.mock.trajectories:
             open_records(mocked)
@@ -87,6 +87,8 @@ def checkpoint_bytes(model: nnx.Module, config: TrainConfig, stage: str) -> int:
 
 
 def _check_trajectories(config: SftConfig) -> None:
+    if not config.trajectories:
+        raise DataError("sft.trajectories is not given: --config.sft.trajectories=DIR, which rsagent_jax.collect wrote")
     steps = steps_of(config, len(open_records(config.trajectories)))
     if steps < config.optim.warmup_steps:
         raise DataError(

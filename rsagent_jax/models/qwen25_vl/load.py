@@ -54,8 +54,11 @@ def local_weights(weights: str, more: tuple[str, ...] = ("*.safetensors", tensor
 
 
 def processor_directory(name: str) -> pathlib.Path:
-    """Where tokenizer and image settings are, when nothing else is wanted: from a hub, these files alone."""
-    return local_weights(name, ()) if hub.is_repository(name) else policy_directory(name)
+    """Where config.json, tokenizer and image settings are, when nothing else is wanted: of a hub or of a Hugging Face
+    directory in a bucket these files alone are fetched."""
+    path = local_weights(name, ())
+    fetched = hub.is_repository(name) or (paths.is_remote(name) and not paths.is_remote(path))
+    return path if fetched else policy_directory(name)
 
 
 def policy_directory(weights: str) -> pathlib.Path:
