@@ -183,6 +183,7 @@ class Agent(contextlib.AbstractContextManager):
         # Not by way of self: an agent is freed as soon as it is dropped.
         tell = lambda task, state: events[task].put(state)  # noqa: E731
         self._driver = Driver(policy, segmenter, processor, config, workers=workers, on_turn=tell)
+        self.is_tiny = processor.config.text.hidden_size < LARGE  # of scenes, not of a published size
         self._release = weakref.finalize(self, (resources or contextlib.ExitStack()).close)
 
     @classmethod
