@@ -95,7 +95,7 @@ def main(
     workdir = command.make_workdir(workdir)
     processes.all_or_none(lambda: hold_workdir(workdir) if processes.is_lead() else None)
     if replay:
-        config = processes.all_or_none(lambda: startup.replay_config(config, workdir))
+        config = processes.all_or_none(lambda: startup.replay_config(config, workdir, replay))
     config = processes.all_or_none(lambda: startup.check_train(config, workdir, replay=bool(replay)))
     processes.all_or_none(lambda: run_identity.check_config(workdir, config))
     command.use_compilation_cache(config.cache_dir, workdir / "compiled")

@@ -5,6 +5,7 @@ import pathlib
 import re
 import shlex
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -130,6 +131,13 @@ def test_the_commands_of_the_readme_for_a_pod_can_be_run_one_after_the_other(tmp
     assert run_identity.refused(there["config"], here["config"], ["sft"])  # what one directory for both would be told
     assert sft["workdir"] != grpo["workdir"]
     assert grpo["config"].policy.weights == f"{sft['workdir']}/checkpoints/sft"
+
+
+def test_make_takes_the_pythons_that_the_readme_names():
+    (condition,) = re.findall(r"sys\.exit\((.*)\)' ", (ROOT / "Makefile").read_text())
+    refuses = lambda minor: eval(condition, {"sys": types.SimpleNamespace(version_info=(3, minor, 1))})  # noqa: E731
+    assert "Python 3.11 to 3.13" in README
+    assert [minor for minor in range(9, 16) if not refuses(minor)] == [11, 12, 13]
 
 
 def test_what_the_pages_train_with_is_what_the_quickstart_leaves_behind():

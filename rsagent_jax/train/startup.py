@@ -14,11 +14,12 @@ from rsagent_jax.config import slices
 from rsagent_jax.config.schema import SftConfig, TrainConfig
 from rsagent_jax.config.validation import ValidationConfig
 from rsagent_jax.data.sets.open import open_samples
-from rsagent_jax.data.trajectories import open_records
+from rsagent_jax.data.trajectories import STAMP, open_records
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.rewards import make_scorer
 from rsagent_jax.rollout.startup import check_budget, check_disk, check_rollout, check_segmenter, policy_shape
 from rsagent_jax.runtime import processes, sharding
+from rsagent_jax.runtime.paths import open_path
 from rsagent_jax.train.batch_source import steps_of
 from rsagent_jax.train.state import partition_params
 from rsagent_jax.types import DataError
@@ -71,8 +72,11 @@ def check_train(config: TrainConfig, workdir: pathlib.Path, *, replay: bool = Fa
     return config
 
 
-def replay_config(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
-    """One step of GRPO, and nothing that is played. DataError where `workdir` has checkpoints of GRPO already."""
+def replay_config(config: TrainConfig, workdir: pathlib.Path, replay: str) -> TrainConfig:
+    """One step of GRPO, and nothing that is played. DataError where `replay` is no dump, or `workdir` has checkpoints
+    of GRPO already."""
+    if not (open_path(replay) / STAMP).exists():
+        raise DataError(f"--replay={replay} holds no stored step: give one of dumps/, as grpo.dump_every writes them")
     if ocp.utils.checkpoint_steps(workdir / "checkpoints" / "grpo"):
         raise DataError(f"--replay: {workdir} has checkpoints of GRPO; give the update a --workdir of its own")
     grpo = dataclasses.replace(config.grpo, steps=1, dump_every=0)

@@ -88,6 +88,11 @@ def test_a_stage_without_trajectories_names_the_field(tmp_path):
     refused("sft.trajectories is not given", train_startup._check_trajectories, SftConfig())
 
 
+def test_a_replay_of_nothing_says_what_writes_it(tmp_path):
+    config = build_config(TrainConfig, quickstart.get_config().to_dict())
+    refused("none holds no stored step: .*grpo.dump_every", train_startup.replay_config, config, tmp_path, "none")
+
+
 def test_addresses_that_nobody_asks_are_told(capsys):
     startup.check_segmenter(SegmenterConfig(addresses=("gpu-box:50051",)))
     assert capsys.readouterr().out == "segmenter.mode is spawn: gpu-box:50051 of segmenter.addresses is not asked\n"
