@@ -239,9 +239,8 @@ def fill_topology_defaults(config: TrainConfig, topology: Topology, policy: Qwen
     """The config with what it leaves to the slice filled in for this topology. DataError where it names another slice,
     or its hosts cannot share a step of GRPO."""
     if config.slice in SLICES and parse_topology(config.slice).compiler_name != topology.compiler_name:
-        raise DataError(
-            f"--aot={topology.name}, but slice is {config.slice}: its presets are another slice's; give one"
-        )
+        said = f"--aot={topology.name}, but slice is {config.slice}"
+        raise DataError(f"{said}, whose presets would be compiled for another one: leave it out, or give the same")
     named = config if config.slice else dataclasses.replace(config, slice=topology.name if "-" in topology.name else "")
     if "grpo" in config.stages:  # as train/startup.py refuses it on the slice
         processes.Share(count=topology.hosts).of(config.grpo.prompts, "grpo.prompts")

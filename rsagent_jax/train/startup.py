@@ -93,7 +93,10 @@ def checkpoint_bytes(model: nnx.Module, config: TrainConfig, stage: str) -> int:
 def _check_trajectories(config: SftConfig) -> None:
     if not config.trajectories:
         raise DataError("sft.trajectories is not given: --config.sft.trajectories=DIR, which rsagent_jax.collect wrote")
-    steps = steps_of(config, len(open_records(config.trajectories)))
+    try:
+        steps = steps_of(config, len(open_records(config.trajectories)))
+    except DataError as error:
+        raise DataError(f"sft.trajectories: {error}") from error
     if steps < config.optim.warmup_steps:
         raise DataError(
             f"sft.optim.warmup_steps must be at most the stage's {steps} updates, got {config.optim.warmup_steps}"
