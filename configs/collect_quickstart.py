@@ -1,6 +1,8 @@
 """Trajectories for the quickstart's SFT: an oracle teacher on the training scenes. Half a minute on 2 cores.
 
-python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/mine-collect
+  python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/mine-collect
+
+It reads the scenes that `make quickstart` left behind.
 """
 
 from rsagent_jax.config.build import template

@@ -1,6 +1,8 @@
 """The quickstart: the tiny base learns the tool protocol by SFT, then to use the tools well by GRPO. CPU, minutes.
 
-python train.py --config=configs/quickstart.py --workdir=runs/mine        with what `make quickstart` left behind
+  python train.py --config=configs/quickstart.py --workdir=runs/mine
+
+It reads what `make quickstart` left behind.
 """
 
 from rsagent_jax.config.build import template

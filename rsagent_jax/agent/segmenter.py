@@ -28,14 +28,10 @@ def open_segmenter(config: SegmenterConfig) -> Iterator[Segmenter]:
             if config.mode != "connect":
                 raise DataError(f"segmenter ({config.mode}, {config.backend}): {error}") from error
             away = getattr(error, "kind", None) is FailureKind.UNAVAILABLE
-            raise DataError(f"segmenter (connect): {error}{_START if away else ''}") from error
+            start = f"python -m sam_bridge --backend=sam2 --checkpoint=FILE.pt --address={config.addresses[0]}"
+            remedy = f"; start one: {start} (docs/sidecar.md)" if away else ""
+            raise DataError(f"segmenter (connect): {error}{remedy}") from error
         yield segmenter
-
-
-_START = (
-    "; start one: python -m sam_bridge --backend=sam2 --checkpoint=FILE.pt --address=… (docs/sidecar.md), or let the"
-    " command do it: --config.segmenter.mode=spawn"
-)
 
 
 @contextlib.contextmanager

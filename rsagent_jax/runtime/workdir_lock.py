@@ -43,7 +43,8 @@ def hold_journal(path: pathlib.Path) -> Callable[[], None]:
 
 
 def _hold(path: pathlib.Path, what: str, remedy: str) -> Callable[[], None]:
-    """One that loses it all the same, stopped for so long that another took it for dead, ends at once when it is woken.
+    """Keeps what `path` stands for; returns what gives it back. A process that loses it all the same, stopped for so
+    long that another took it for dead, ends at once when it is woken.
 
     what, remedy: for the message where a living process has it.
     """
