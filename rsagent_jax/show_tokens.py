@@ -44,7 +44,7 @@ def main(
     out: pathlib.Path,  # an HTML file
     samples: CountOrZero = 4,  # how many, evenly spread; 0 = all
 ) -> None:
-    command.check_file(out, "out")
+    command.check_out_file(out, "out")
     text = tokens_page(trajectories, Processor.load(processor_directory(processor)), samples)
     with writing(f"--out={out}"):
         make_directory(out.parent)

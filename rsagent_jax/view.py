@@ -35,7 +35,7 @@ def main(
 ) -> None:
     if len(second) > 1:
         raise DataError(f"two directories can be held against each other, not {len(second) + 1}")
-    command.check_file(export, "export")
+    command.check_out_file(export, "export")
     viewer = Viewer([directory, *second], processor)
     viewer.refresh()
     found = ", ".join(f"{n} in {i.directory}" for i in viewer.indexes for n in [len(i.rows)])
