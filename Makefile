@@ -40,8 +40,8 @@ setup: $(FULL)
 setup-runtime: $(RUNTIME)
 
 $(PY):
-	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "error: Python 3.11 or later is needed (found: $(or $(PYTHON),none))." >&2; \
+	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	  echo "error: Python 3.11, 3.12 or 3.13 is needed (found: $(or $(PYTHON),none))." >&2; \
 	  echo "Install python3.11, or name one: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	@echo "== creating $(VENV) with $(PYTHON)"
 	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); \

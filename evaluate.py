@@ -40,7 +40,6 @@ from rsagent_jax.evals.behaviour import recorded_behaviour, summarize_behaviours
 from rsagent_jax.models.qwen25_vl.load import (
     local_weights,
     pin_step,
-    policy_directory,
     processor_directory,
     weight_files,
     weights_checksum,
@@ -50,7 +49,7 @@ from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.open import open_policy
 from rsagent_jax.rollout.play import Failure, play_samples, unmeasured
 from rsagent_jax.rollout.policy import Task
-from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter
+from rsagent_jax.rollout.startup import check_disk, check_policy, check_segmenter, check_weights
 from rsagent_jax.runtime import command, processes
 from rsagent_jax.runtime import journal as journals
 from rsagent_jax.runtime.paths import remove_file, write_whole
@@ -105,10 +104,12 @@ def play_share(config: EvalConfig, workdir: pathlib.Path, share: processes.Share
     samples = open_samples(config.data)
     for note in samples.notes:
         print(note)
+    oracle = config.bound.row in bounds.ORACLES
+    if not oracle and config.policy.backend == "engine":
+        check_weights(config.policy.weights)  # after everything that costs less: it may download them
     ids = samples.ids
     current = journals.fingerprints(samples, {id: k for k, id in enumerate(ids)})
 
-    oracle = config.bound.row in bounds.ORACLES
     with contextlib.ExitStack() as stack:
         segmenter = stack.enter_context(open_segmenter(config.segmenter))
         row = {"row": bounds.title(config.bound), "sees_the_truth": oracle}
@@ -157,7 +158,7 @@ def check_evaluate(config: EvalConfig, workdir: pathlib.Path) -> None:
     """What is needed besides data, looked at before weights are loaded; the cheapest first."""
     check_disk(workdir)
     weights = config.policy.weights
-    if config.bound.row == bounds.UNTRAINED and policy_directory(weights) != local_weights(weights):
+    if config.bound.row == bounds.UNTRAINED and processor_directory(weights) != local_weights(weights, ()):
         raise DataError(f"bound.row is {bounds.UNTRAINED}, but {weights} is a checkpoint of train.py; give the weights")
     if config.bound.row not in bounds.ORACLES:
         print(check_policy(config.policy, config.agent, config.sampling))

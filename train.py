@@ -1,6 +1,6 @@
 """Trains a policy: SFT on stored trajectories, then GRPO with tools. One loop for both.
 
-  python train.py --config=configs/quickstart.py --workdir=runs/x [--config.a.b=v]
+  python train.py --config=configs/quickstart.py --workdir=runs/mine [--config.a.b=v]
   python train.py --config=configs/sft_tpu.py --aot=v5e-16     compiles the programs for a TPU that is not there
 
 Run the same command again and it goes on from the newest checkpoint. SIGTERM saves at once, with what has come of a
@@ -31,10 +31,11 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.open import open_samples
 from rsagent_jax.data.trajectories import check_collected
 from rsagent_jax.models.qwen25_vl.compute import Compute
-from rsagent_jax.models.qwen25_vl.load import load_policy, pin_step, policy_directory
+from rsagent_jax.models.qwen25_vl.load import load_policy, pin_step, policy_directory, processor_directory
 from rsagent_jax.rollout.driver import Driver, pixel_limits
 from rsagent_jax.rollout.mock import MockEngine
 from rsagent_jax.rollout.open import engine_layout, open_engine
+from rsagent_jax.rollout.startup import check_weights
 from rsagent_jax.runtime import preemption, processes, sharding
 from rsagent_jax.runtime.listening import serve_profiler
 from rsagent_jax.runtime.loggers import open_loggers
@@ -94,14 +95,13 @@ def main(
     workdir = command.make_workdir(workdir)
     processes.all_or_none(lambda: hold_workdir(workdir) if processes.is_lead() else None)
     if replay:
-        config = processes.all_or_none(lambda: startup.replay_config(config, workdir))
+        config = processes.all_or_none(lambda: startup.replay_config(config, workdir, replay))
     config = processes.all_or_none(lambda: startup.check_train(config, workdir, replay=bool(replay)))
     processes.all_or_none(lambda: run_identity.check_config(workdir, config))
     command.use_compilation_cache(config.cache_dir, workdir / "compiled")
     policy = dataclasses.replace(config.policy, weights=pin_step(config.policy.weights))
     config = dataclasses.replace(config, policy=policy)
-    weights = policy_directory(config.policy.weights)
-    processor = Processor.load(weights)
+    processor = Processor.load(processor_directory(config.policy.weights))
     inputs = processes.all_or_none(lambda: check_inputs(config, workdir, processor, replay))
     processes.check_same(inputs)
 
@@ -118,7 +118,7 @@ def main(
     ############################## Mesh, policy ##############################
     mesh = sharding.make_mesh(config.mesh)
     graphdef, params = nnx.split(load_policy(config.policy.weights, mesh), nnx.Param)
-    policy = Policy(weights, processor, mesh, graphdef, params)
+    policy = Policy(policy_directory(config.policy.weights), processor, mesh, graphdef, params)
 
     ############################## Stages ##############################
     for name in config.stages:
@@ -150,17 +150,20 @@ def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int
 
 def check_inputs(config: TrainConfig, workdir: pathlib.Path, processor: Processor, replay: str) -> dict[str, str]:
     """Fingerprints of what the run is given, once it is known to be what the run in `workdir` was given."""
-    inputs = {"policy.weights": run_identity.weights_fingerprint(config.policy.weights)}
+    inputs = {}
     if "sft" in config.stages:
         check_collected(config.sft.trajectories, config.agent, pixel_limits(config.agent, processor))
         inputs["sft.trajectories"] = run_identity.trajectories_fingerprint(config.sft.trajectories)
     if "grpo" in config.stages and not replay:
-        inputs["grpo.data"] = run_identity.samples_fingerprint(open_samples(config.grpo.data).ids)
-        with open_segmenter(config.segmenter) as segmenter:
-            inputs["segmenter"] = f"{segmenter.about.backend}: {segmenter.about.identity}"
-    run_identity.check_same_inputs(workdir, inputs)
+        inputs["grpo.data"] = run_identity.samples_fingerprint(open_samples(config.grpo.data, "grpo.data").ids)
+        if config.segmenter.mode == "connect":  # of one of our own the config says who it is
+            with open_segmenter(config.segmenter) as segmenter:
+                inputs["segmenter"] = f"{segmenter.about.backend}: {segmenter.about.identity}"
     for warning in overlaps(config):
         print(warning)
+    check_weights(config.policy.weights)  # last: it may download them
+    inputs["policy.weights"] = run_identity.weights_fingerprint(config.policy.weights)
+    run_identity.check_same_inputs(workdir, inputs)
     return inputs
 
 

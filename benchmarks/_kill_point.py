@@ -101,7 +101,8 @@ class _Events:
     def audit(self, event: str, arguments: tuple) -> None:
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         path = str(arguments[0]) if writes or event in CHANGES else ""
-        if path.startswith(self.workdir) and workdir_lock.FILE not in path:  # whose beat follows the clock
+        holder = workdir_lock.FILE in path or workdir_lock.JOURNAL in path  # its beat follows the clock
+        if path.startswith(self.workdir) and not holder:
             self.happens("file", path)
 
     def happens(self, kind: str, path: str = "", synchronised: bool = False) -> None:

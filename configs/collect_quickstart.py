@@ -1,7 +1,8 @@
 """Trajectories for the quickstart's SFT: an oracle teacher on the training scenes. Half a minute on 2 cores.
 
-  python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/x/collect \
-      --config.data.root=runs/x/data
+  python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/mine-collect
+
+It reads the scenes that `make quickstart` left behind.
 """
 
 from rsagent_jax.config.build import template
@@ -12,6 +13,7 @@ from rsagent_jax.config.schema import CollectConfig
 def get_config():
     config = template(CollectConfig)
     config.processor = shipped("assets/tiny-base")
+    config.data.root = "runs/quickstart/data"
     config.data.dataset, config.data.split_by = "grefcoco", "unc"  # the scenes with absent targets
     config.limit = 1400
     config.filter.repeats = True  # the recipe was measured with them

@@ -1,7 +1,7 @@
-"""200 held-out scenes, greedy.
+"""150 held-out scenes, greedy.
 
-  python evaluate.py --config=configs/eval_quickstart.py --workdir=runs/x/eval-sft \
-      --weights=runs/x/train/checkpoints/sft --config.data.root=runs/x/data
+  python evaluate.py --config=configs/eval_quickstart.py --workdir=runs/mine-eval \
+      --weights=runs/mine/checkpoints/grpo
 """
 
 from rsagent_jax.config.build import template
@@ -18,6 +18,7 @@ def get_config():
     config.cache_dir = "runs/compiled"  # the three evaluations share their programs
     config.agent.prompt = "brief"
     config.agent.history_size = 112
+    config.data.root = "runs/quickstart/data"
     config.data.dataset, config.data.split_by = "grefcoco", "unc"  # the scenes with absent targets
     config.agent.typical_turn = 48
     config.data.split = "test"

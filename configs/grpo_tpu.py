@@ -22,6 +22,7 @@ def get_config():
     config.agent.max_pixels = 1_003_520
     config.segmenter.mode = "connect"
     config.segmenter.addresses = ("127.0.0.1:50051",)
+    config.segmenter.workers = 8
     config.grpo.steps = 1000
     config.grpo.kl = 5e-3
     config.grpo.data.root = "refer"

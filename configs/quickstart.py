@@ -1,7 +1,8 @@
 """The quickstart: the tiny base learns the tool protocol by SFT, then to use the tools well by GRPO. CPU, minutes.
 
-  python train.py --config=configs/quickstart.py --workdir=runs/x/train \
-      --config.sft.trajectories=runs/x/collect --config.grpo.data.root=runs/x/data
+  python train.py --config=configs/quickstart.py --workdir=runs/mine
+
+It reads what `make quickstart` left behind.
 """
 
 from rsagent_jax.config.build import template
@@ -19,6 +20,7 @@ def get_config():
     config.agent.history_size = 112
     config.agent.typical_turn = 48  # the oracle's take 32 to 61
 
+    config.sft.trajectories = "runs/quickstart/collect"
     config.sft.trajectories_per_step = 3
     config.sft.epochs = 1.2
     config.sft.turns = "useful"
@@ -29,6 +31,7 @@ def get_config():
     config.sft.optim.schedule = "cosine"
     config.sft.checkpoint_every = 200
 
+    config.grpo.data.root = "runs/quickstart/data"
     config.grpo.data.dataset, config.grpo.data.split_by = "grefcoco", "unc"  # the scenes with absent targets
     config.grpo.steps = 24
     config.grpo.minibatches = 2

@@ -42,7 +42,7 @@ from rsagent_jax.rollout.driver import Driver, Run
 from rsagent_jax.rollout.open import open_policy
 from rsagent_jax.rollout.play import failure_of
 from rsagent_jax.rollout.policy import Policy, Task
-from rsagent_jax.rollout.startup import check_policy, check_segmenter
+from rsagent_jax.rollout.startup import check_policy, check_segmenter, check_weights
 from rsagent_jax.runtime.image_files import mending, png, read_image
 from rsagent_jax.runtime.paths import make_directory, open_path, remove_file, write_whole, writing
 from rsagent_jax.types import DataError, Sample, Trajectory, Turn
@@ -182,6 +182,7 @@ class Agent(contextlib.AbstractContextManager):
         # Not by way of self: an agent is freed as soon as it is dropped.
         tell = lambda task, state: events[task].put(state)  # noqa: E731
         self._driver = Driver(policy, segmenter, processor, config, workers=workers, on_turn=tell)
+        self.is_tiny = processor.config.text.hidden_size < LARGE  # of scenes, not of a published size
         self._release = weakref.finalize(self, (resources or contextlib.ExitStack()).close)
 
     @classmethod
@@ -229,6 +230,8 @@ class Agent(contextlib.AbstractContextManager):
         tools = config.segmenter if opened else _segmenter_config(segmenter)
         if not opened:
             check_segmenter(tools)
+        if policy.backend == "engine":
+            check_weights(weights)
         processor = Processor.load(processor_directory(weights))
         with contextlib.ExitStack() as stack:
             opened_policy = open_policy(policy, processor, sampling, config.agent, config.seed)

@@ -1,6 +1,6 @@
 """Collects trajectories for SFT: a teacher acts with the real tools, a filter keeps the good ones.
 
-  python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/x [--shard=0/4]
+  python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=runs/mine [--shard=0/4]
 
 Every trajectory is written to <workdir>/attempts as it ends, so a stopped command goes on where it was (and plays again
 what has changed since; SIGTERM ends it with status 75), and --shard=i/n lets many machines write to one work directory.
@@ -31,7 +31,7 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.models.qwen25_vl.load import pin_step, processor_directory
 from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.endpoint import check_endpoint
-from rsagent_jax.rollout.startup import check_disk, check_rollout, check_segmenter, check_weights
+from rsagent_jax.rollout.startup import check_disk, check_rollout, check_segmenter, policy_shape
 from rsagent_jax.runtime import processes
 from rsagent_jax.runtime.progress import PROGRESS
 
@@ -63,7 +63,7 @@ def check_collect(config: CollectConfig, workdir: pathlib.Path) -> None:
     """What is needed besides data, looked at before any time is spent; the cheapest first."""
     own = config.teacher.own
     if own.weights:
-        print(check_rollout(config.agent, own.sampling, *check_weights(own.weights), "teacher.own"))
+        print(check_rollout(config.agent, own.sampling, *policy_shape(own.weights), "teacher.own"))
     else:
         if import_path(config.teacher.function, ("config", "rng")) is Remote:
             check_endpoint(config.teacher.remote)

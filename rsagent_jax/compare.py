@@ -54,6 +54,7 @@ def main(
 ) -> None:
     if len(workdirs) < 2:
         raise DataError("give at least two work directories of evaluate.py")
+    command.check_out_file(out, "out")
     names = names_of(workdirs)
     evaluations = [load_evaluation(path) for path in workdirs]
     names = [marked(name, e) for name, e in zip(names, evaluations, strict=True)]

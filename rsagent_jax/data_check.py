@@ -55,8 +55,8 @@ def main(
     samples: CountOrZero = 200,  # how many samples to decode, evenly spread; 0 = all
 ) -> int:
     out, wanted = command.make_workdir(out, "out"), samples
-    data = config.grpo.data if isinstance(config, TrainConfig) else config.data
-    samples = open_samples(data)
+    data, field = (config.grpo.data, "grpo.data") if isinstance(config, TrainConfig) else (config.data, "data")
+    samples = open_samples(data, field)
     print(f"{samples.name}: {len(samples)} samples")
     rows = [count_row(index, data) for index in samples.parts or (samples,)]
     for line in (*samples.notes, *("  ".join(f"{key} {value}" for key, value in row.items()) for row in rows)):

@@ -53,7 +53,7 @@ def main(
 ) -> None:
     users = check_access(address, auth, tls_cert, tls_key, insecure)
     if importlib.util.find_spec("gradio") is None:
-        raise DataError("the demo's page is made with Gradio, which is not installed: pip install 'rsagent-jax[web]'")
+        raise DataError("the demo's page is made with Gradio, which is not installed: pip install -e '.[web]'")
     weights = weights or config.policy.weights
     tiny = load_config(processor_directory(weights)).text.hidden_size < LARGE
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:

@@ -1,7 +1,7 @@
 """A policy -> a Hugging Face directory that transformers, vLLM and this project read.
 
-  python -m rsagent_jax.export --checkpoint=runs/x/train/checkpoints/grpo --out=HF_DIR [--dtype=float32]
-      [--max_shard_gb=5] [--license=apache-2.0] [--evaluation=runs/x/eval-grpo,runs/y]
+  python -m rsagent_jax.export --checkpoint=runs/quickstart/train/checkpoints/grpo --out=HF_DIR [--dtype=float32]
+      [--max_shard_gb=5] [--license=apache-2.0] [--evaluation=runs/quickstart/eval-grpo,DIR]
 
 --checkpoint is a stage of train.py (its newest step; @best or @STEP names another) or a Hugging Face directory. The
 dtype is the one that its config.json names; training keeps fp32 parameters, so anything narrower rounds them. Weights

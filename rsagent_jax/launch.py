@@ -1,7 +1,7 @@
 """Keeps a command going until it has succeeded, through preemptions and crashes: on a TPU slice, or on this machine.
 
   python -m rsagent_jax.launch --slice=v5e-16 --spot --setup='git clone …' -- .venv/bin/python train.py …
-  python -m rsagent_jax.launch --local=1 -- python train.py --config=configs/quickstart.py --workdir=runs/x
+  python -m rsagent_jax.launch --local=1 -- python train.py --config=configs/quickstart.py --workdir=runs/mine
 
 Asks for the slice (a queued resource), sets up its hosts, runs the command on all of them and prints what they print.
 A slice that was taken away is asked for again. A command that was preempted (status 75) is started again. So is one

@@ -1,6 +1,7 @@
 """Chooses from what `collect` stored, again and with other thresholds: the paper's filter study without collecting.
 
-  python -m rsagent_jax.refilter --collected=runs/x --out=runs/study --min_iou=0.8,0.85,0.9,0.95 [--max_turns=8]
+  python -m rsagent_jax.refilter --collected=runs/quickstart/collect --out=runs/study \
+      --min_iou=0.8,0.85,0.9,0.95 [--max_turns=8]
       [--[no-]malformed] [--[no-]repeats] [--per_sample=1] [--root=OLD=NEW]
 
 Writes <out>/iou-0.80, … each a set for --config.sft.trajectories with collect.json (what was dropped and why),

@@ -34,6 +34,7 @@ from rsagent_jax.runtime.paths import make_directory, remove_file, write_whole
 from rsagent_jax.runtime.preemption import Preempted
 from rsagent_jax.types import DataError
 
+DONE = "done"
 REPORT = "report"  # of --only: no stage
 SHARED_S = 60  # until a host sees what another has written: NFS remembers for a while that a file was not there
 
@@ -62,6 +63,8 @@ def run_recipe(
         steps = plan_steps(config, directory)
         wanted = chosen(only, steps)
         hosts.check_same({"--workdir or --config": " ".join(step.key for step in steps.values()), "--only": only})
+        if why := hosts.from_lead(lambda: nothing_to_run(steps, wanted)):
+            raise DataError(why)
         failed = run_steps(steps, wanted, hosts, again=bool(only))
         print(f"== {REPORT}", flush=True)
         if hosts.is_lead:
@@ -73,11 +76,12 @@ def run_recipe(
 def run_steps(steps: Mapping[str, Step], wanted: Collection[str], hosts: Hosts, again: bool) -> dict[str, int]:
     """Runs those that are wanted and not done; `again`: those that are done, too. The status of each that failed."""
     failed: dict[str, int] = {}
+    waiting: dict[str, list[str]] = {}  # stages by what they wait for
 
     def stands(step: Step) -> str:
         """Why it is not run; "" where it is."""
         if seconds_of(step) is not None and (step.stage.given or not again):
-            return "done"
+            return DONE
         return waits_for(step, steps, failed) if step.lacks or not again else ""
 
     for k, (name, step) in enumerate(steps.items(), start=1):
@@ -85,14 +89,32 @@ def run_steps(steps: Mapping[str, Step], wanted: Collection[str], hosts: Hosts, 
         if name not in wanted:
             continue
         if why := hosts.from_lead(lambda step=step: stands(step)):
-            print(f"{head}: {why}", flush=True)
+            if why == DONE:
+                print(f"{head}: {why}", flush=True)
+            else:
+                waiting.setdefault(why, []).append(name)
             continue
         runs_here = hosts.is_lead or step.stage.everywhere
         print(f"{head}\n{command_line(step)}" if runs_here else f"{head}: runs on host 0", flush=True)
         if status := run_step(step, hosts):
             failed[name] = status
             print(f"error: {name} failed with status {status}; again: {command_line(step)}", file=sys.stderr)
+    for why, names in waiting.items():
+        print(f"== {', '.join(names)}: {why}", flush=True)
     return failed
+
+
+def nothing_to_run(steps: Mapping[str, Step], wanted: Collection[str]) -> str:
+    """What to give, where all stages that are wanted wait for fields that are empty; else ""."""
+    blocked: set[str] = set()
+    for name, step in steps.items():
+        if seconds_of(step) is None and (step.lacks or not blocked.isdisjoint(step.needs)):
+            blocked.add(name)
+    asked = [name for name in steps if name in wanted]
+    if not asked or not blocked.issuperset(asked):
+        return ""
+    lacking = sorted({f"--config.{field}" for name in blocked for field in steps[name].lacks})
+    return f"nothing can be run: every stage waits for {', '.join(lacking)}, or for another one that does"
 
 
 def chosen(only: str, steps: Collection[str]) -> set[str]:

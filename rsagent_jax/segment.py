@@ -23,6 +23,7 @@ from rsagent_jax.rollout.startup import check_disk
 from rsagent_jax.runtime import processes
 from rsagent_jax.runtime.image_files import read_image
 from rsagent_jax.runtime.paths import open_path, remove_file
+from rsagent_jax.tiny import scenes
 from rsagent_jax.types import DataError
 
 
@@ -71,5 +72,7 @@ def segment(agent: Agent, image: np.ndarray, query: str, out: pathlib.Path) -> R
     result.save(out)
     t = result.trajectory
     print(describe_ending(result.state, t.final_mask, t.final_mask_id))
-    print(f"{out / 'mask.png'}  {out / 'overlay.png'}  {out / 'trajectory.json'}")
+    if agent.is_tiny and (unknown := scenes.unknown_words(query)):
+        print(unknown)
+    print("  ".join(str(out / name) for name in FILES))
     return result

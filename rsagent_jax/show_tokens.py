@@ -1,6 +1,7 @@
 """Shows what SFT learns from a stored trajectory: every token, coloured by whether it is trained.
 
-  python -m rsagent_jax.show_tokens --trajectories=runs/x --processor=assets/tiny-base --out=tokens.html [--samples=4]
+  python -m rsagent_jax.show_tokens --trajectories=runs/quickstart/collect \
+      --processor=assets/tiny-base --out=tokens.html [--samples=4]
 
 Green tokens are in the loss (reasoning, tool calls and their terminators), grey ones are context (prompt, observations,
 images). Where the log-probs of the policy that played are kept, the redder a token is the less likely it was.
@@ -43,6 +44,7 @@ def main(
     out: pathlib.Path,  # an HTML file
     samples: CountOrZero = 4,  # how many, evenly spread; 0 = all
 ) -> None:
+    command.check_out_file(out, "out")
     text = tokens_page(trajectories, Processor.load(processor_directory(processor)), samples)
     with writing(f"--out={out}"):
         make_directory(out.parent)

@@ -17,6 +17,7 @@ import pathlib
 import urllib.parse
 
 from rsagent_jax.config.ranges import Count, CountOrZero
+from rsagent_jax.report.rows import LOOKED_FOR
 from rsagent_jax.report.viewer import Viewer, export_page, serve
 from rsagent_jax.runtime.paths import make_directory, write_whole, writing
 from rsagent_jax.types import DataError
@@ -34,10 +35,13 @@ def main(
 ) -> None:
     if len(second) > 1:
         raise DataError(f"two directories can be held against each other, not {len(second) + 1}")
+    command.check_out_file(export, "export")
     viewer = Viewer([directory, *second], processor)
     viewer.refresh()
     found = ", ".join(f"{n} in {i.directory}" for i in viewer.indexes for n in [len(i.rows)])
     print(f"trajectories: {found}")
+    if not viewer.all:
+        print(f"nothing that could be shown is in {directory} yet: {LOOKED_FOR}, there or in its folders")
     if export:
         if not viewer.all:
             raise DataError(f"{directory} has no trajectories that could be exported")

@@ -81,7 +81,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--log", choices=telemetry.LOG_FORMATS, default="text", help="lines on stderr")
     for field in dataclasses.fields(backends.Options):
         kind = type(field.default)
-        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help="sam2; see the docs")
+        parser.add_argument(
+            f"--{field.name}", type=kind, default=field.default, help=f"of sam2: {field.metadata['help']}"
+        )
     parser.add_argument("--parent_pid", type=int, default=0, help="exit when this process does (used by spawn.py)")
     return parser.parse_args()
 

@@ -12,19 +12,22 @@
 | several frames or pages | the first |
 | EXIF orientation | applied (`upright`), so a mask lies as the photograph is seen |
 
-COCO's own files keep their stored orientation, because its annotations are drawn on the pixels as stored
-(rsagent_jax/data/sets/refcoco.py). Thumbnails in a camera's raw file (DNG, NEF, …) are not taken for the photograph.
+A file may have MAX_PIXELS (types.py), whatever Pillow's own limit is. COCO's own files keep their stored orientation,
+because its annotations are drawn on the pixels as stored (rsagent_jax/data/sets/refcoco.py). Thumbnails in a camera's
+raw file (DNG, NEF, …) are not taken for the photograph.
 """
 
 from __future__ import annotations
 
 import io
 import pathlib
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sam_bridge.file_kinds import HEAD, kind_of
+from sam_bridge.types import MAX_PIXELS
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -38,6 +41,10 @@ _TURNS = {
 
 class ImageError(ValueError):
     """The picture cannot be used. The message says why."""
+
+
+class TooLarge(ImageError):
+    """It has more than MAX_PIXELS, and was not decoded."""
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:
@@ -69,10 +76,8 @@ def read(source: str | pathlib.Path | bytes, where: str = "", upright: bool = Tr
 
 def stored_size(path: str | pathlib.Path) -> tuple[int, int]:
     """(w, h) of a picture file by its head, nothing decoded; (0, 0) of what is no picture, which `read` explains."""
-    import PIL.Image
-
     try:
-        with PIL.Image.open(path) as image:
+        with _open(path) as image:
             return image.size
     except Exception:  # noqa: BLE001 damaged bytes raise nearly anything
         return 0, 0
@@ -105,10 +110,26 @@ def load(
         raise (ImageError(f"{where} is not a readable picture: {kind}") if kind else error) from None
 
 
-def _load(data: bytes, upright: bool, exact: bool) -> PIL.Image.Image:
+_OPENING = threading.Lock()
+
+
+def _open(source: str | pathlib.Path | io.BytesIO) -> PIL.Image.Image:
+    """By its head alone. Pillow would warn at a limit of its own, and refuse at twice that."""
     import PIL.Image
 
-    image = PIL.Image.open(io.BytesIO(data))
+    with _OPENING:
+        limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
+        try:
+            return PIL.Image.open(source)
+        finally:
+            PIL.Image.MAX_IMAGE_PIXELS = limit
+
+
+def _load(data: bytes, upright: bool, exact: bool) -> PIL.Image.Image:
+    image = _open(io.BytesIO(data))
+    w, h = image.size
+    if w * h > MAX_PIXELS:
+        raise TooLarge(f"{w} x {h} pixels are above the limit of {MAX_PIXELS / 1e6:.0f} megapixels: shrink it")
     if image.format == "TIFF" and (image.tag_v2.get(_SUBFILE_TYPE, 0) & 1 or kind_of(data[:HEAD])):
         raise ImageError("its first picture is a thumbnail, as in a camera's raw file: convert it to JPEG or PNG")
     if exact and getattr(image, "n_frames", 1) > 1:
@@ -126,8 +147,8 @@ def _named(where: str, step, argument):
 
     try:
         return step(argument)
-    except (ImageError, PIL.Image.DecompressionBombError) as error:
-        raise ImageError(f"{where}: {error}") from None
+    except ImageError as error:
+        raise type(error)(f"{where}: {error}") from None
     except PIL.UnidentifiedImageError:
         raise ImageError(f"{where} is not a readable picture (JPEG, PNG, WebP, TIFF, …), or is cut short") from None
     except MemoryError:

@@ -143,4 +143,6 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and "\n" not in error.strip()
     assert run_command("rsagent_jax.compare", [str(a)]) == 2
+    assert run_command("rsagent_jax.compare", [str(a), str(tmp_path / "fewer"), f"--out={a}"]) == 2
+    assert "is a folder; give a file" in capsys.readouterr().err
     refused("do not cover", compare.compare, *(compare.load_evaluation(x) for x in (a, tmp_path / "fewer")), "x")

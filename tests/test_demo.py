@@ -22,7 +22,8 @@ from rsagent_jax.agent.correction import THOUGHT
 from rsagent_jax.api import Agent
 from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.runtime import command
-from rsagent_jax.web.visit import read_places, unknown_words
+from rsagent_jax.tiny import scenes
+from rsagent_jax.web.visit import read_places
 from tests.refusals import refused
 from tests.rollout import small
 
@@ -67,15 +68,16 @@ def test_what_cannot_be_used_is_named(tmp_path, monkeypatch):
     refused("is not host:port", access, "7860")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = command.parse_arguments(demo.main, [])[1]["config"]
-    refused(r"pip install 'rsagent-jax\[web\]'", demo.main, config)
+    refused(r"pip install -e '\.\[web\]'", demo.main, config)
 
 
 def test_places_and_words_of_a_visitor():
     assert read_places(" 3, 4.5 ") == [3.0, 4.5] and read_places("1 2;3,4") == [1.0, 2.0, 3.0, 4.0]
     for text in ("", "1", "1,2,3", "x, y", "1e999, nan 2"):
         refused("is no place", read_places, text)
-    assert unknown_words("every red star left of the Mug, the mug") == ["mug"]
-    assert unknown_words("the bottommost yellow one") == []
+    said = "The tiny policy was never trained on “mug”, “big”."
+    assert scenes.unknown_words("every red star left of the Mug, the big mug") == said
+    assert scenes.unknown_words("the bottommost yellow one") == ""
 
 
 @contextlib.contextmanager

@@ -5,17 +5,22 @@ import pathlib
 import re
 import shlex
 import sys
+import types
 
 import numpy as np
 import pytest
 
+from configs import collect_quickstart, eval_quickstart, quickstart, reproduce_quickstart
 from configs.grpo_tpu import get_config as get_tpu_config
 from rsagent_jax.agent.budget import image_sizes
 from rsagent_jax.agent.views import PixelLimits
+from rsagent_jax.config.build import build_config, to_dict
+from rsagent_jax.config.recipe import RecipeConfig, plan_steps
 from rsagent_jax.config.schema import AgentConfig, TrainConfig
 from rsagent_jax.rewards import make_scorer
 from rsagent_jax.runtime import command
 from rsagent_jax.tiny import scenes, synthetic
+from rsagent_jax.train import run_identity
 from rsagent_jax.types import Sample, Status, Trajectory
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -115,6 +120,37 @@ def test_the_judge_of_the_rewards_page_is_a_term():
     groups = flags["config"].grpo.reward
     assert callable(make_scorer(groups)) and groups[-1].terms[0].deadline_s == 120.0
     assert flags["config"].grpo.on_reward_error == "drop"
+
+
+def test_the_commands_of_the_readme_for_a_pod_can_be_run_one_after_the_other(tmp_path):
+    """GRPO goes on from SFT's checkpoint, in a directory that belongs to no other run."""
+    text = block("## Train on a TPU pod", "").replace("\\\n", " ")
+    lines = [shlex.split(line.partition("#")[0]) for line in text.splitlines() if "--workdir" in line]
+    sft, grpo = (train_flags([f"--config={ROOT}/{argv[2].partition('=')[2]}", *argv[3:]]) for argv in lines)
+    there, here = ({"saved": {}, "config": to_dict(flags["config"])} for flags in (sft, grpo))
+    assert run_identity.refused(there["config"], here["config"], ["sft"])  # what one directory for both would be told
+    assert sft["workdir"] != grpo["workdir"]
+    assert grpo["config"].policy.weights == f"{sft['workdir']}/checkpoints/sft"
+
+
+def test_make_takes_the_pythons_that_the_readme_names():
+    (condition,) = re.findall(r"sys\.exit\((.*)\)' ", (ROOT / "Makefile").read_text())
+    refuses = lambda minor: eval(condition, {"sys": types.SimpleNamespace(version_info=(3, minor, 1))})  # noqa: E731
+    assert "Python 3.11 to 3.13" in README
+    assert [minor for minor in range(9, 16) if not refuses(minor)] == [11, 12, 13]
+
+
+def test_what_the_pages_train_with_is_what_the_quickstart_leaves_behind():
+    steps = plan_steps(
+        build_config(RecipeConfig, reproduce_quickstart.get_config().to_dict()), pathlib.Path("runs/quickstart")
+    )
+    data, collected = (str(steps[name].directory) for name in ("data", "collect"))
+    config = quickstart.get_config()
+    assert (config.sft.trajectories, config.grpo.data.root) == (collected, data)
+    assert eval_quickstart.get_config().data.root == collect_quickstart.get_config().data.root == data
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = set(re.findall(r"=(runs/[\w-]+/(?:data|collect|train))\b", text))
+    assert named <= {data, collected, str(steps["train"].directory)}, named
 
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]

@@ -15,6 +15,7 @@ from rsagent_jax.config.recipe import RecipeConfig, RecipeStage, plan_steps
 from rsagent_jax.evals.metrics import SampleResult
 from rsagent_jax.report.reproduction import PAPER
 from rsagent_jax.runtime import command
+from rsagent_jax.runtime.hosts import Hosts
 from rsagent_jax.types import Status
 from tests.refusals import refused
 from tests.report.written import write_files, write_lines
@@ -217,7 +218,7 @@ def test_a_stage_that_fails_leaves_its_row_empty_and_the_others_go_on(recipe, ca
     said = capfd.readouterr()
     again = f"python {recipe}/fake.py {recipe}/src/train {recipe}/w/sft {recipe}/w/data"
     assert said.err == f"error: sft failed with status 3; again: {again}\n"
-    assert "== 4/5 eval-sft: waits for sft\n" in said.out
+    assert "== eval-sft: waits for sft\n" in said.out
     rows = json.loads((recipe / "w/summary.json").read_text())["rows"]
     assert [(row["row"], row["n"], row["waits"]) for row in rows] == [
         ("base", 3, ""), ("sft", None, "waits for sft"), ("box", 3, "")
@@ -257,6 +258,22 @@ def test_empty_fields_are_waited_for_and_given_directories_are_not_made(tmp_path
     )  # fmt: skip
     given = plan_steps(stages(dataclasses.replace(a, given="/there"), b), tmp_path)
     assert given["a"].lacks == () and given["b"].argv[1] == "/there/c" and given["b"].key != steps["b"].key
+
+
+def test_a_recipe_whose_stages_all_wait_for_what_is_not_given_is_refused(tmp_path, capfd):
+    """And where some can be run, the others take a line for each reason."""
+    flags = ["--config=configs/reproduce_7b.py", f"--workdir={tmp_path}"]
+    assert command.run_command("rsagent_jax.reproduce", flags) == 2
+    said = capfd.readouterr()
+    lacking = "--config.endpoint, --config.endpoint_model, --config.reasonseg, --config.refer"
+    assert said.err.startswith(f"error: nothing can be run: every stage waits for {lacking}") and not said.out
+    echo = RecipeStage(name="a", command="-V")
+    lame = [RecipeStage(name=name, command="x.py", arguments=("{refer}",)) for name in "bc"]
+    steps = plan_steps(stages(echo, *lame), tmp_path)
+    steps["a"] = dataclasses.replace(steps["a"], argv=("-V",))
+    reproduce = importlib.import_module("rsagent_jax.reproduce")
+    assert reproduce.run_steps(steps, {*steps}, Hosts(), again=False) == {}
+    assert "\n== b, c: waits for --config.refer\n" in capfd.readouterr().out
 
 
 GIVEN = ("--config.refer=R", "--config.reasonseg=S", "--config.endpoint=http://h/v1", "--config.endpoint_model=m")

@@ -69,7 +69,10 @@ def test_prints_the_turns_and_writes_the_committed_mask(processor, tmp_path, cap
     assert "  thought  it is in the middle" in out
     area = 100 * state.masks[0].mask.mean()
     assert f"mask 1, score 0.88, area {area:.1f} %" in out and "a view of" in out
+    said, *files = out.splitlines()[-2], *out.splitlines()[-1].split()
     assert f"ended: finished after 3 turns; mask 1: score 0.88, area {area:.1f} %" in out
+    assert said == "The tiny policy was never trained on “disc”."
+    assert {*files} == {str(path) for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ def test_colours_are_the_loss_mask_no_token_is_lost_and_pictures_are_those_that_
     assert page.count("<img") == len(item.grids) == 3 and f"{item.loss_mask.sum()} of {len(item.tokens)} tokens" in page
     assert run_command("rsagent_jax.show_tokens", [*arguments, f"--trajectories={tmp_path / 'none'}"]) == 2
     assert "no complete set" in capsys.readouterr().err
+    assert run_command("rsagent_jax.show_tokens", [*arguments, f"--out={tmp_path}"]) == 2
+    assert "is a folder; give a file" in capsys.readouterr().err
     first = item_images(item, small.processor())[0]
     np.testing.assert_allclose(first, small.sample(0).image, atol=1)  # 112 x 112 is not resized; rounded once
 

@@ -23,7 +23,7 @@ from rsagent_jax.aot import rollout
 from rsagent_jax.aot.flops import Workload, model_flops
 from rsagent_jax.aot.report import Job, ProgramReport, report_job, reports_table, reports_to_json
 from rsagent_jax.aot.rollout import device_bytes, place_shapes
-from rsagent_jax.aot.topology import Topology, devices, parse_topology
+from rsagent_jax.aot.topology import SLICES, Topology, devices, parse_topology
 from rsagent_jax.aot.traced import KernelFlops
 from rsagent_jax.config import slices
 from rsagent_jax.config.schema import BatchConfig, SamplingConfig, TrainConfig
@@ -236,8 +236,11 @@ def attention_flops(policy: Qwen25VLConfig, work: Workload) -> KernelFlops:
 
 
 def fill_topology_defaults(config: TrainConfig, topology: Topology, policy: Qwen25VLConfig) -> TrainConfig:
-    """The config with what it leaves to the slice filled in for this topology. DataError where its hosts cannot share
-    a step of GRPO."""
+    """The config with what it leaves to the slice filled in for this topology. DataError where it names another slice,
+    or its hosts cannot share a step of GRPO."""
+    if config.slice in SLICES and parse_topology(config.slice).compiler_name != topology.compiler_name:
+        said = f"--aot={topology.name}, but slice is {config.slice}"
+        raise DataError(f"{said}, whose presets would be compiled for another one: leave it out, or give the same")
     named = config if config.slice else dataclasses.replace(config, slice=topology.name if "-" in topology.name else "")
     if "grpo" in config.stages:  # as train/startup.py refuses it on the slice
         processes.Share(count=topology.hosts).of(config.grpo.prompts, "grpo.prompts")

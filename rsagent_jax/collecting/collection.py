@@ -16,12 +16,13 @@ from rsagent_jax.config.schema import CollectConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.processor import Processor
 from rsagent_jax.data.sets.open import open_samples
-from rsagent_jax.models.qwen25_vl.load import policy_directory, processor_directory, weights_checksum
+from rsagent_jax.models.qwen25_vl.load import processor_directory, weights_checksum
 from rsagent_jax.rollout.driver import pixel_limits
 from rsagent_jax.rollout.endpoint import Endpoint
 from rsagent_jax.rollout.open import open_engine
 from rsagent_jax.rollout.play import is_segmenters, unmeasured
 from rsagent_jax.rollout.policy import Policy
+from rsagent_jax.rollout.startup import check_weights
 from rsagent_jax.runtime import command, processes
 from rsagent_jax.runtime import journal as journals
 from rsagent_jax.runtime.paths import remove_file
@@ -41,8 +42,10 @@ class Collected:
 def collect_share(config: CollectConfig, workdir: pathlib.Path, share: processes.Share) -> Collected:
     """Plays what is left of this process's attempts."""
     own = config.teacher.own
-    processor = Processor.load(policy_directory(own.weights) if own.weights else processor_directory(config.processor))
+    processor = Processor.load(processor_directory(own.weights or config.processor))
     samples = open_samples(config.data)
+    if own.weights:
+        check_weights(own.weights)  # after everything that costs less: it may download them
     order = np.random.default_rng(config.seed).permutation(len(samples))[: config.limit or None].tolist()
     own = dataclasses.replace(own, sampling=processor.with_ends(own.sampling))
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, own=own))

@@ -255,7 +255,7 @@ class PolicyConfig:
     # step (a seventh in benchmarks/train_step.py), since nothing is copied into and out of the loop's stacks.
     scan_layers: bool = True
     lora: LoraConfig = LoraConfig()  # of training; whoever loads its checkpoints gets merged weights
-    # Who writes the turns of an evaluation or of segment: our engine, or `remote`, behind which the weights are served
+    # Who writes the turns of an evaluation or of segment: engine, or openai: served at `policy.remote`
     # (docs/serving.md); of `weights` only tokenizer and image settings are read then.
     backend: Literal["engine", "openai"] = "engine"
     remote: EndpointConfig = EndpointConfig()

@@ -9,6 +9,7 @@ is in the record. Patches are made when read.
 import contextlib
 import json
 import pathlib
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -184,7 +185,8 @@ def open_records(directory: str | pathlib.Path) -> grain.sources.ArrayRecordData
     if not (directory / STAMP).exists():
         raise DataError(
             f"{directory} holds no complete set of trajectories ({STAMP} is missing);"
-            " make one with: python -m rsagent_jax.collect --config=configs/collect_quickstart.py --workdir=DIR"
+            " make one with: python -m rsagent_jax.collect --config=configs/collect_quickstart.py"
+            f" --workdir={shlex.quote(str(directory))}"
         )
     directory = local_copies.fetch_folder(directory, ("*.array_record", STAMP))
     try:

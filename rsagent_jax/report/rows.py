@@ -29,6 +29,7 @@ from rsagent_jax.types import DataError, Status
 
 STAMP = "collect.json"  # of a stored set (data/trajectories.py)
 STORED = ("", "dumps/*/", "validation/*/*/*/")  # where they are in a work directory
+LOOKED_FOR = "shards/ of evaluate.py, attempts/ of collect, rollouts.jsonl or dumps/ of train.py, or a stored set"
 WORDS = ("q", "status", "source", "sort", "page", "row", "turn")  # of a query; all others are ranges of values
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
 

@@ -19,9 +19,10 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
+from rsagent_jax.config.import_path import closest
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.report.page import render_page
-from rsagent_jax.report.rows import Row, RowIndex, select_rows
+from rsagent_jax.report.rows import WORDS, Row, RowIndex, select_rows
 from rsagent_jax.runtime.journal import settings_of
 from rsagent_jax.types import DataError
 
@@ -135,13 +136,28 @@ def page_of(viewer: Viewer, embedded: dict[str, Any]) -> str:
 
 
 def export_page(viewer: Viewer, asked: Mapping[str, str], limit: int) -> tuple[str, int, int]:
-    """The page with the first so many rows of a query in it, how many they are, and of how many."""
+    """The page with the first so many rows of a query in it, how many they are, and of how many. DataError for a query
+    that names what no row has."""
     viewer.refresh()
+    _check_names(viewer.summary, asked)
     found = select_rows(viewer.all, asked)
     shown = found[:limit]
     embedded = viewer.summary | {"rows": [row.to_json() for row in shown], "left_out": len(found) - len(shown)}
     embedded["trajectories"] = {row.key: viewer.trajectory(row.key) for row in shown}
     return page_of(viewer, embedded), len(shown), len(found)
+
+
+def _check_names(summary: Mapping[str, Any], asked: Mapping[str, str]) -> None:
+    named = {asked.get("sort", "").removeprefix("-"), *asked.keys() - {*WORDS}}
+    for what, names, there in (
+        ("value", named, summary["names"]),
+        ("ending", {asked.get("status", "")}, summary["statuses"]),
+        ("source", {asked.get("source", "")}, summary["sources"]),
+    ):
+        for name in sorted(names - {"", *there}):
+            raise DataError(
+                f"--query: no trajectory has the {what} {name!r}{closest(name, there)}; there are {', '.join(there)}"
+            )
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

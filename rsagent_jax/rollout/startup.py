@@ -43,15 +43,20 @@ def check_disk(directory: pathlib.Path, more: int = 0) -> None:
         )
 
 
-def check_weights(weights: str) -> tuple[Qwen25VLConfig, Processor]:
-    """The policy's shape and processor. DataError for a directory without weights, or with those of another model."""
-    directory = policy_directory(weights)
-    shape, path, processor = load_config(directory), local_weights(weights), Processor.load(directory)
+def policy_shape(weights: str) -> tuple[Qwen25VLConfig, Processor]:
+    """What is known of the policy before its weights are downloaded."""
+    directory = processor_directory(weights)
+    return load_config(directory), Processor.load(directory)
+
+
+def check_weights(weights: str) -> None:
+    """Downloads those of a hub or a bucket, so it comes last. DataError for a directory without weights, or with those
+    of another model."""
+    directory, path = policy_directory(weights), local_weights(weights)
     if directory == path:
-        convert.check_files(directory, shape)
+        convert.check_files(directory, load_config(directory))
     else:
         find_step(path, split_step(weights)[1])
-    return shape, processor
 
 
 def check_segmenter(config: SegmenterConfig) -> None:
@@ -59,6 +64,8 @@ def check_segmenter(config: SegmenterConfig) -> None:
     if config.mode == "connect":
         with open_segmenter(config):
             return
+    if config.addresses:  # of a config for connect that the command line has turned, or given by mistake
+        print(f"segmenter.mode is {config.mode}: {', '.join(config.addresses)} of segmenter.addresses is not asked")
     if config.backend == "sam2":
         try:  # downloaded now, not while a side-car is waited for
             local_checkpoint(config.checkpoint)
@@ -75,7 +82,8 @@ def check_segmenter(config: SegmenterConfig) -> None:
 
 
 def check_policy(policy: PolicyConfig, agent: AgentConfig, sampling: SamplingConfig) -> str:
-    """The budget of a trajectory as a line for people. DataError where the policy cannot be had, or not play so."""
+    """The budget of a trajectory as a line for people. DataError where the policy cannot play so. Its weights are left
+    to check_weights."""
     if policy.backend == "openai":
         from rsagent_jax.rollout.served import check_served
 
@@ -83,7 +91,7 @@ def check_policy(policy: PolicyConfig, agent: AgentConfig, sampling: SamplingCon
         budget = check_budget(agent, processor, sampling)
         check_served(policy.remote, processor)
         return budget
-    return check_rollout(agent, sampling, *check_weights(policy.weights), "")
+    return check_rollout(agent, sampling, *policy_shape(policy.weights), "")
 
 
 def check_rollout(

@@ -244,6 +244,12 @@ def make_workdir(directory: str, flag: str = "workdir") -> pathlib.Path:
     return path
 
 
+def check_out_file(path: pathlib.Path | None, flag: str) -> None:
+    """DataError where a flag names a folder in place of the file that it wants, before the work that is to go there."""
+    if path is not None and path.is_dir():
+        raise DataError(f"--{flag}={path} is a folder; give a file")
+
+
 def use_compilation_cache(directory: str, fallback: pathlib.Path) -> None:
     """Compiled programs are kept and found again by the next run."""
     import jax

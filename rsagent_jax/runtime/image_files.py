@@ -38,6 +38,8 @@ def mending(where: str | pathlib.Path, remedy: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise DataError(f"{where} is missing: {remedy}") from None
+    except images.TooLarge as error:
+        raise DataError(str(error)) from None
     except images.ImageError as error:
         raise DataError(f"{error}; {remedy}") from None
 

@@ -26,6 +26,7 @@ from rsagent_jax.config.endpoint import EndpointConfig, RemoteConfig
 from rsagent_jax.config.schema import AgentConfig, DataConfig, SamplingConfig
 from rsagent_jax.runtime.json_lines import mend_lines, parse_object
 from rsagent_jax.runtime.paths import AppendFile, make_directory, open_lines, write_lines, writing
+from rsagent_jax.runtime.workdir_lock import hold_journal
 from rsagent_jax.types import DataError
 
 if TYPE_CHECKING:  # readers of data leave jax out
@@ -72,9 +73,18 @@ class Journal:
 
     def __init__(self, folder: pathlib.Path, share: Share, settings: dict[str, Any], current: Mapping[str, str]):
         """DataError if the folder holds work of other settings, a file without its first line, or cannot be written
-        to."""
+        to; or another process does this share."""
         self.path = folder / f"{share.index:05d}-of-{share.count:05d}.jsonl"
         self.settings, self.current, self.notes = settings, current, []
+        with writing(self.path):
+            make_directory(folder)
+        with contextlib.ExitStack() as stack:
+            stack.callback(hold_journal(self.path))
+            self._open(folder)
+            self._held = stack.pop_all()
+
+    def _open(self, folder: pathlib.Path) -> None:
+        settings, current = self.settings, self.current
         latest = _latest(folder, settings, damaged_lines=(others := []))
         rows = {line.id: line for line in latest}
         self.times = {id: line.at for id, line in rows.items()}
@@ -87,7 +97,6 @@ class Journal:
                 more = ", …" if len(ids) > SHOWN else ""
                 self.notes.append(f"{what}: {len(ids)} ({', '.join(ids[:SHOWN])}{more})")
         with writing(self.path):
-            make_directory(folder)
             if not self.path.exists():  # as a whole, so that no other shard ever sees it empty
                 write_lines(self.path, (json.dumps({"format": FORMAT, "settings": settings}) + "\n").encode())
             self.notes += mend_lines(self.path, lambda row: "settings" in row or _fields(row) is not None)
@@ -112,7 +121,8 @@ class Journal:
             self.done.add(row["id"])
 
     def close(self) -> None:
-        self.file.close()
+        with self._held:
+            self.file.close()
 
 
 def read_journal(

@@ -125,7 +125,7 @@ class WeightsAndBiases:
             wandb = importlib.import_module("wandb")  # an extra: not among the requirements
         except ImportError as error:
             raise DataError(
-                f"loggers: wandb cannot be imported ({first_line(error)}): pip install 'rsagent-jax[wandb]', or leave"
+                f"loggers: wandb cannot be imported ({first_line(error)}): pip install -e '.[wandb]', or leave"
                 " it out of loggers"
             ) from error
         project = os.environ.get("WANDB_PROJECT", "rsagent-jax")

@@ -1,4 +1,5 @@
-"""One trainer to a work directory: <workdir>/trainer.json says which process has it, and since when it shows life.
+"""One trainer to a work directory, and one writer to a journal: <workdir>/trainer.json, or <i>-of-<n>.holder.json
+beside the journal, says which process has it, and since when it shows life.
 
     {"host": "tpu-0", "pid": 4711, "machine": "…", "started": "…", "beat": 12}
 
@@ -16,33 +17,46 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rsagent_jax.runtime import preemption
 from rsagent_jax.runtime.paths import create_file, read_bytes, remove_file, write_whole
 from rsagent_jax.types import DataError
 
-FILE = "trainer.json"
+FILE, JOURNAL = "trainer.json", ".holder.json"
 BEAT_S, STALE_S, POLL_S = 10.0, 60.0, 0.5
 SETTLE_S = 1.0  # before one that takes over counts on having it
 ENDING_S = 5.0  # that a process of this machine may take to end, once it was killed
 
 
 def hold_workdir(workdir: pathlib.Path) -> None:
-    """Keeps it for this process until that ends. DataError where a living process has it.
+    """Keeps it for this process until that ends. DataError where a living process has it."""
+    _hold(workdir / FILE, f"{workdir} belongs to a run that is going on", "give another --workdir")
 
-    One that loses it all the same, stopped for so long that another took it for dead, ends at once when it is woken.
+
+def hold_journal(path: pathlib.Path) -> Callable[[], None]:
+    """Keeps a journal's file for this process until the returned function is called, or the process ends. DataError
+    where a living process has it."""
+    what = f"{path} is being written by another start of this command"
+    return _hold(path.with_suffix(JOURNAL), what, "give each its part: --shard=i/n")
+
+
+def _hold(path: pathlib.Path, what: str, remedy: str) -> Callable[[], None]:
+    """Keeps what `path` stands for; returns what gives it back. A process that loses it all the same, stopped for so
+    long that another took it for dead, ends at once when it is woken.
+
+    what, remedy: for the message where a living process has it.
     """
-    path, own = workdir / FILE, _identity()
+    own = _identity()
     if own == _without_beat(holder := _read(path)):
-        return
+        return lambda: None
     contested = False
     while not create_file(path, json.dumps(own | {"beat": 0})):
         if (holder := _read(path)) is not None and not _is_gone(path, holder):
             raise DataError(
-                f"{workdir} belongs to a run that is going on: {_who(holder)}. Wait for its end, or stop it, or give"
-                f" another --workdir (who has it stands in {path}; where this is a copy of its directory, remove that"
-                " file)"
+                f"{what}: {_who(holder)}. Wait for its end, or stop it, or {remedy} (who has it stands in {path}; where"
+                " this is a copy of its directory, remove that file)"
             )
         if _read(path) == holder:
             remove_file(path)
@@ -50,11 +64,18 @@ def hold_workdir(workdir: pathlib.Path) -> None:
     if contested:  # another start may have seen the same dead holder, and have removed what this one wrote
         time.sleep(SETTLE_S)
         if _without_beat(_read(path)) != own:
-            hold_workdir(workdir)
-            return
-    atexit.register(_release, path, own)
-    preemption.last_words.append(lambda: _release(path, own))
-    threading.Thread(target=_beat, args=(path, own), daemon=True).start()
+            return _hold(path, what, remedy)
+    ended = threading.Event()
+
+    def release() -> None:
+        ended.set()
+        atexit.unregister(release)
+        _release(path, own)
+
+    atexit.register(release)
+    preemption.last_words.append(release)
+    threading.Thread(target=_beat, args=(path, own, ended), daemon=True).start()
+    return release
 
 
 def _identity() -> dict[str, Any]:
@@ -128,16 +149,17 @@ def _is_gone(path: pathlib.Path, holder: dict[str, Any]) -> bool:
     return True
 
 
-def _beat(path: pathlib.Path, own: dict[str, Any]) -> None:
+def _beat(path: pathlib.Path, own: dict[str, Any], ended: threading.Event) -> None:
     for beat in range(1, sys.maxsize):
-        time.sleep(BEAT_S)
+        if ended.wait(BEAT_S):
+            return
         with contextlib.suppress(Exception):  # a full disk, a bucket that is away: what the run itself writes says so
             holder = _read(path)
             if holder and _without_beat(holder) != own:
                 said = f"{path.parent} has been taken over by {_who(holder)}, since this run showed no sign of life"
                 print(f"error: {said}", file=sys.stderr, flush=True)
                 os._exit(2)  # nothing more of this one may be written there
-            if path.parent.exists():
+            if path.parent.exists() and not ended.is_set():
                 write_whole(path, json.dumps(own | {"beat": beat}))
 
 

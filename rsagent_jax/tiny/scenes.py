@@ -422,3 +422,13 @@ def objects_described(objects: tuple[SceneObject, ...], text: str) -> list[int]:
         farthest = max(along(i, side) for i in found)
         found = [i for i in found if along(i, side) == farthest]
     return sorted(set(found))
+
+
+_WORDS = " ".join((*COLORS, *SHAPES, *SIZES, *RELATIONS, *SUPERLATIVES)).split()
+WORDS = frozenset((*_WORDS, "the", "a", "every", "one", "object"))  # of the questions about scenes
+
+
+def unknown_words(query: str) -> str:
+    """A sentence about the words of a question that a policy trained on scenes has never seen; "" for none."""
+    words = [word for word in dict.fromkeys(re.findall(r"[^\W\d_]+", query.lower())) if word not in WORDS]
+    return f"The tiny policy was never trained on {', '.join(f'“{word}”' for word in words)}." if words else ""

@@ -1,4 +1,4 @@
-"""What train.py needs, looked at before weights are loaded and programs compiled; the cheapest first."""
+"""What train.py needs, looked at before weights are fetched and programs compiled; the cheapest first."""
 
 import dataclasses
 import math
@@ -14,11 +14,12 @@ from rsagent_jax.config import slices
 from rsagent_jax.config.schema import SftConfig, TrainConfig
 from rsagent_jax.config.validation import ValidationConfig
 from rsagent_jax.data.sets.open import open_samples
-from rsagent_jax.data.trajectories import open_records
+from rsagent_jax.data.trajectories import STAMP, open_records
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.rewards import make_scorer
-from rsagent_jax.rollout.startup import check_budget, check_disk, check_rollout, check_segmenter, check_weights
+from rsagent_jax.rollout.startup import check_budget, check_disk, check_rollout, check_segmenter, policy_shape
 from rsagent_jax.runtime import processes, sharding
+from rsagent_jax.runtime.paths import open_path
 from rsagent_jax.train.batch_source import steps_of
 from rsagent_jax.train.state import partition_params
 from rsagent_jax.types import DataError
@@ -32,7 +33,7 @@ def check_train(config: TrainConfig, workdir: pathlib.Path, *, replay: bool = Fa
     if "grpo" in config.stages:
         make_scorer(config.grpo.reward)
     _nothing_left_open(config)
-    shape, processor = check_weights(config.policy.weights)
+    shape, processor = policy_shape(config.policy.weights)
     config = slices.fill_slice_defaults(config, shape.text.hidden_size, len(jax.devices()))
     mesh, model = sharding.make_mesh(config.mesh), convert.abstract_model(shape)
     sharding.param_shardings(model, mesh)
@@ -61,7 +62,7 @@ def check_train(config: TrainConfig, workdir: pathlib.Path, *, replay: bool = Fa
                 f" SFT alone; give at most the {jax.local_device_count()} devices of one"
             )
     if "grpo" in config.stages and not replay:
-        for note in open_samples(config.grpo.data).notes:  # what was left out, and why
+        for note in open_samples(config.grpo.data, "grpo.data").notes:  # what was left out, and why
             print(note)
         if mocked := config.grpo.mock.trajectories:
             open_records(mocked)
@@ -76,8 +77,11 @@ def check_train(config: TrainConfig, workdir: pathlib.Path, *, replay: bool = Fa
     return config
 
 
-def replay_config(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
-    """One step of GRPO, and nothing that is played. DataError where `workdir` has checkpoints of GRPO already."""
+def replay_config(config: TrainConfig, workdir: pathlib.Path, replay: str) -> TrainConfig:
+    """One step of GRPO, and nothing that is played. DataError where `replay` is no dump, or `workdir` has checkpoints
+    of GRPO already."""
+    if not (open_path(replay) / STAMP).exists():
+        raise DataError(f"--replay={replay} holds no stored step: give one of dumps/, as grpo.dump_every writes them")
     if ocp.utils.checkpoint_steps(workdir / "checkpoints" / "grpo"):
         raise DataError(f"--replay: {workdir} has checkpoints of GRPO; give the update a --workdir of its own")
     grpo = dataclasses.replace(config.grpo, steps=1, dump_every=0)
@@ -92,7 +96,12 @@ def checkpoint_bytes(model: nnx.Module, config: TrainConfig, stage: str) -> int:
 
 
 def _check_trajectories(config: SftConfig) -> None:
-    steps = steps_of(config, len(open_records(config.trajectories)))
+    if not config.trajectories:
+        raise DataError("sft.trajectories is not given: --config.sft.trajectories=DIR, which rsagent_jax.collect wrote")
+    try:
+        steps = steps_of(config, len(open_records(config.trajectories)))
+    except DataError as error:
+        raise DataError(f"sft.trajectories: {error}") from error
     if steps < config.optim.warmup_steps:
         raise DataError(
             f"sft.optim.warmup_steps must be at most the stage's {steps} updates, got {config.optim.warmup_steps}"

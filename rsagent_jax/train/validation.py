@@ -72,7 +72,7 @@ def open_validation_sets(config: ValidationConfig) -> dict[str, SampleIndex]:
     sets = {}
     for part in config.sets:
         try:
-            sets[part.name] = open_samples(part.data)
+            sets[part.name] = open_samples(part.data, f"validation.sets.{part.name}.data")
         except DataError as error:
             raise DataError(f"validation.sets.{part.name}: {error}") from error
     return sets

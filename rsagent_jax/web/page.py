@@ -18,6 +18,7 @@ from gradio import processing_utils
 from rsagent_jax.agent.correction import kept_turns
 from rsagent_jax.report.terminal import describe_ending
 from rsagent_jax.runtime.image_files import checksum, read_image
+from rsagent_jax.tiny.scenes import unknown_words
 from rsagent_jax.types import DataError
 from rsagent_jax.web.visit import (
     Visit,
@@ -29,7 +30,6 @@ from rsagent_jax.web.visit import (
     shown_picture,
     to_original,
     turn_html,
-    unknown_words,
 )
 
 if TYPE_CHECKING:
@@ -247,8 +247,8 @@ class DemoPage:
         t = visit.result.trajectory
         failure, ending = visit.result.failure, describe_ending(visit.state, t.final_mask, t.final_mask_id)
         said = [f"No answer: {failure}" if failure else f"{ending[0].upper()}{ending[1:]}"]
-        if self.note and (words := unknown_words(query)):
-            said.append(f"The tiny policy was never trained on {', '.join(f'“{word}”' for word in words)}.")
+        if self.note and (unknown := unknown_words(query)):
+            said.append(unknown)
         if self.note and checksum(visit.state.image) not in self.known:
             said.append(
                 "This picture is your own: the tiny policy can find flat, evenly coloured shapes, nothing else."

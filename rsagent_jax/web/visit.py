@@ -16,7 +16,6 @@ from rsagent_jax.agent.overlay import draw_overlay
 from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.report.terminal import describe_turn
 from rsagent_jax.runtime.image_files import png, read_image
-from rsagent_jax.tiny import scenes
 from rsagent_jax.types import DataError, MaskRecord
 from sam_bridge.images import stored_size
 from sam_bridge.types import SegmentRequest
@@ -25,8 +24,6 @@ if TYPE_CHECKING:  # it brings jax, which the page does not wait for
     from rsagent_jax.api import Result, TurnStream
 
 SMALLEST, LARGEST = 448, 1024  # longer side of a picture on the page, pixels
-WORDS = " ".join((*scenes.COLORS, *scenes.SHAPES, *scenes.SIZES, *scenes.RELATIONS, *scenes.SUPERLATIVES)).split()
-WORDS = frozenset((*WORDS, "the", "a", "every", "one", "object"))  # of the scenes that the tiny policy was trained on
 
 
 @dataclasses.dataclass
@@ -141,11 +138,6 @@ def read_places(text: str) -> list[float]:
             f"{text!r} is no place: give x, y of a point, or x1, y1, x2, y2 of a box, in pixels of the picture"
         )
     return numbers
-
-
-def unknown_words(query: str) -> list[str]:
-    """Words of a question that the tiny policy was never trained on."""
-    return [word for word in dict.fromkeys(re.findall(r"[^\W\d_]+", query.lower())) if word not in WORDS]
 
 
 def answer_files(result: "Result", folder: pathlib.Path) -> list[str]:

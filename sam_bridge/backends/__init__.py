@@ -30,18 +30,25 @@ class DeadDevice(Exception):
     """The device answers nothing any more until the process is started anew."""
 
 
+def _option(default: str | int, help: str) -> Any:
+    """A field of Options; `help` is its line of --help."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What `python -m sam_bridge` passes on to a back end. All of it is for sam2."""
 
-    checkpoint: str = ""  # a .pt file of Meta's, a hub's org/name that has one, or "random"
-    model: str = ""  # one of SAM2_MODELS; "" = as the checkpoint's file name says
-    device: str = "cpu"  # cpu, cuda, cuda:1; several with commas, one worker each
-    dtype: str = "float32"  # bfloat16: matrix products in bf16, as torch.autocast does
-    multimask: str = "point"  # best of three masks by SAM's score for: a single click, nothing, everything
-    threads: int = 0  # torch's, on a CPU; 0 = all cores this process may use
-    encode_batch: int = 0  # largest batch of images; 0 = the device's default, 1 = no batching
-    decode_batch: int = 0  # largest batch of prompts; likewise
+    checkpoint: str = _option("", "Meta's .pt file, a hub's name for it (facebook/sam2.1-hiera-large), or random")
+    model: str = _option("", f"{', '.join(SAM2_MODELS)}; without it as the checkpoint's file name says")
+    device: str = _option("cpu", "cpu, cuda, cuda:1; several with commas (cuda:0,cuda:1): one model and worker each")
+    dtype: str = _option("float32", "or bfloat16: matrix products in bf16, as under torch.autocast")
+    multimask: str = _option(
+        "point", "best of three masks by SAM's own score for a single click (point), never, always"
+    )
+    threads: int = _option(0, "torch's threads on a CPU, shared by several cpu workers; 0 = all cores it may use")
+    encode_batch: int = _option(0, "largest batch of pictures; 0 = 1 on a CPU, 8 on a GPU; 1 = the predictor's bits")
+    decode_batch: int = _option(0, "largest batch of prompts; 0 = 1 on a CPU, 32 on a GPU; 1 = the predictor's bits")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from rsagent_jax.agent import segmenter
 from rsagent_jax.agent.segmenter import counters, open_segmenter
 from rsagent_jax.config.schema import SegmenterConfig
 from rsagent_jax.types import DataError
@@ -47,3 +48,14 @@ def test_what_cannot_be_meant_is_one_line(changes, says):
     with pytest.raises(DataError, match=says) as caught, open_segmenter(config):
         pass
     assert "\n" not in str(caught.value)
+
+
+def test_a_side_car_that_is_away_is_told_while_it_is_waited_for(capsys, monkeypatch):
+    monkeypatch.setattr(segmenter, "PATIENCE_S", 0.01)
+    config = SegmenterConfig(mode="connect", addresses=("127.0.0.1:9",), wait_s=1.0)
+    with pytest.raises(DataError) as caught, open_segmenter(config):
+        pass
+    assert capsys.readouterr().out == "waiting up to 1 s for the side-car at 127.0.0.1:9\n"
+    said = str(caught.value)
+    assert said.startswith("segmenter (connect): unavailable") and "start one: python -m sam_bridge" in said
+    assert "grabcut" not in said  # of the config, which does not know what runs there

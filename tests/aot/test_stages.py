@@ -94,6 +94,10 @@ def test_what_the_config_says_goes_before_the_preset():
     said = dataclasses.replace(open_, mesh=MeshConfig(tensor=4), policy=PolicyConfig(weights="7b", remat="dots"))
     said = stages.fill_topology_defaults(said, topology, policy)
     assert (said.mesh.tensor, said.policy.remat, said.sft.batch.rows) == (4, "dots", 4)
+    other = dataclasses.replace(open_, slice="v6e-8")
+    refused("--aot=v5e-16, but slice is v6e-8", stages.fill_topology_defaults, other, topology, policy)
+    same = dataclasses.replace(open_, slice="v5e-16")
+    assert stages.fill_topology_defaults(same, parse_topology("v5e:4x4"), policy).mesh.tensor == 2
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,21 @@ def test_queries_that_are_none_and_directories_that_are_none_are_refused(tmp_pat
         assert run_command("rsagent_jax.view", given) == 2 and words in capsys.readouterr().err
     export = f"--export={tmp_path / 'page.html'}"
     assert run_command("rsagent_jax.view", [str(tmp_path), export]) == 2
-    assert "has no trajectories" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert (
+        "has no trajectories" in said.err and f"nothing that could be shown is in {tmp_path} yet: shards/" in said.out
+    )
+    assert run_command("rsagent_jax.view", [str(tmp_path), f"--export={tmp_path}"]) == 2
+    assert "is a folder; give a file" in capsys.readouterr().err
+    journal(tmp_path, line(1))
+    for query, says in (
+        ("sort=-iuo", "the value 'iuo'; did you mean iou?"),
+        ("iuo=..0.9", "the value 'iuo'; did you mean iou?"),
+        ("status=done", "the ending 'done'; there are finished"),
+    ):
+        assert run_command("rsagent_jax.view", [str(tmp_path), export, f"--query={query}"]) == 2
+        assert f"--query: no trajectory has {says}" in capsys.readouterr().err
+    assert run_command("rsagent_jax.view", [str(tmp_path), export, "--query=sort=-iou&turns=..3&status=finished"]) == 0
 
 
 # --- What is shown ---

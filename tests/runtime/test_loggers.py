@@ -58,7 +58,7 @@ def test_a_class_of_ones_own_and_wandb_get_what_is_logged(tmp_path, wandb):
 
 def test_a_logger_that_is_not_there_is_a_data_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    refused(r"wandb cannot be imported.*pip install 'rsagent-jax\[wandb\]'", open_loggers, ("wandb",), tmp_path, {})
+    refused(r"wandb cannot be imported.*pip install -e '\.\[wandb\]'", open_loggers, ("wandb",), tmp_path, {})
     refused("'tensorbord' is none of .*did you mean tensorboard", open_loggers, ("tensorbord",), tmp_path, {})
     (tmp_path / "my_logger.py").write_text("def mine(): pass")
     refused("mine", open_loggers, (f"{tmp_path}/my_logger.py:mine",), tmp_path, {})

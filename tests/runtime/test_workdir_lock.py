@@ -10,6 +10,8 @@ import time
 import pytest
 
 from rsagent_jax.runtime import workdir_lock
+from rsagent_jax.runtime.journal import Journal
+from rsagent_jax.runtime.processes import Share
 from tests.refusals import refused
 
 
@@ -84,3 +86,17 @@ def test_a_run_that_lost_its_work_directory_ends_and_one_that_ends_gives_it_back
             time.sleep(0.02)
         (tmp_path / workdir_lock.FILE).write_text(json.dumps({"host": "tpu-1", "pid": 7}))
         assert second.wait(60) == 2 and "has been taken over by process 7 on tpu-1" in second.stderr.read()
+
+
+def test_a_journal_is_written_by_one_process_at_a_time(tmp_path, quick):
+    """An evaluation or a collection that is started twice would play everything twice."""
+    book = Journal(tmp_path, Share(), {}, {})
+    holder = tmp_path / "00000-of-00001.holder.json"
+    mine = holder.read_text()
+    parent = os.getppid()
+    holder.write_text(json.dumps(json.loads(mine) | {"pid": parent, "started": workdir_lock._started(parent)}))
+    refused(f"another start of this command: process {parent} on .*--shard=i/n", Journal, tmp_path, Share(), {}, {})
+    Journal(tmp_path, Share(1, 2), {}, {}).close()  # another part of it is nobody's yet
+    holder.write_text(mine)
+    book.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000-of-00001.jsonl", "00001-of-00002.jsonl"]

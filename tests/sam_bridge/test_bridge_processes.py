@@ -1,6 +1,7 @@
 """Real processes: the command line's refusals, a side-car killed in use, no orphans, pure imports."""
 
 import concurrent.futures
+import dataclasses
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from sam_bridge.backends import Options
 from sam_bridge.client import SamClient
 from sam_bridge.local import LocalSegmenter
 from sam_bridge.spawn import SideCar, spawn_segmenter
@@ -74,6 +76,12 @@ def test_command_line_refuses_with_one_line_and_status_2(side_car, arguments, sa
     done = run("-m", "sam_bridge", *(a.format(taken=side_car.address) for a in arguments))
     assert done.returncode == 2 and done.stdout == ""
     assert says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_every_option_says_what_it_is():
+    text = " ".join(run("-m", "sam_bridge", "--help").stdout.split())
+    for option in dataclasses.fields(Options):
+        assert f"--{option.name} {option.name.upper()} of sam2: {option.metadata['help']}" in text, option.name
 
 
 def test_killed_in_use_no_call_is_lost_and_masks_stay_the_same(image, local):

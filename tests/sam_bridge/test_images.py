@@ -3,6 +3,8 @@
 import io
 import pathlib
 import re
+import struct
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -10,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rsagent_jax.runtime import image_files
+from rsagent_jax.types import DataError
 from sam_bridge import images
 from sam_bridge.file_kinds import kind_of
 
@@ -160,6 +164,29 @@ def test_what_a_file_is_instead_is_said_by_its_first_bytes(data, says, tmp_path)
 def test_what_has_no_picture_to_read_is_refused_with_the_remedy(source, says):
     with pytest.raises(images.ImageError, match=says):
         images.read(source, "x")
+
+
+def png_of(width: int, height: int) -> bytes:
+    """The head of one, with no pixels behind it."""
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b""))
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_large_picture_is_measured_by_our_limit_and_not_by_pillows(tmp_path, monkeypatch):
+    file = tmp_path / "wide.png"
+    file.write_bytes(png_of(20_000, 20_000))
+    says = r"wide\.png: 20000 x 20000 pixels are above the limit of 268 megapixels: shrink it$"
+    with pytest.raises(images.TooLarge, match=says):
+        images.read(file)
+    with pytest.raises(DataError, match=says):  # nothing to be put back
+        image_files.read_image(file)
+    assert images.stored_size(file) == (20_000, 20_000)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 500)  # of which the 2,000 are four times as many
+    assert images.read(saved(RGB), "x").shape == (40, 50, 3) and PIL.Image.MAX_IMAGE_PIXELS == 500
 
 
 def test_no_other_module_decodes_pictures():

@@ -16,14 +16,20 @@ from rsagent_jax.types import DataError
 OPTIONS = ("dataset", "layout", "split_by", "unit", "texts", "raw")
 
 
-def open_samples(config: DataConfig) -> SampleIndex:
-    """What the config names, lazily. DataError where it names nothing, or files are missing or broken."""
+def open_samples(config: DataConfig, field: str = "data") -> SampleIndex:
+    """What the config names, lazily. DataError where it names nothing, or files are missing or broken.
+
+    field: where it stands in the config of the command, for messages.
+    """
     if not config.mix:
-        return dataclasses.replace(_excluding(_open(config), config), image_hash=config.fingerprint)
+        samples = _excluding(_open(config, f"{field}.root"), config, field)
+        return dataclasses.replace(samples, image_hash=config.fingerprint)
     parts = []
     for part in config.mix:
         inherited = dataclasses.replace(part.data, root=part.data.root or config.root)
-        samples = _excluding(_excluding(_open(inherited), inherited), config)
+        here = f"{field}.mix.{part.name}.data"
+        opened = _open(inherited, f"{field}.root", f"{here}.root")
+        samples = _excluding(_excluding(opened, inherited, here), config, field)
         parts.append((part, dataclasses.replace(samples, image_hash=part.data.fingerprint)))
     return _mixed(parts)
 
@@ -43,8 +49,13 @@ def _mixed(parts: Sequence[tuple[MixPart, SampleIndex]]) -> SampleIndex:
     return SampleIndex(name, list(itertools.chain(*repeated)), notes=notes, parts=sets)
 
 
-def _open(c: DataConfig) -> SampleIndex:
-    """By a word of the table, or a loader of the user's own: both are called with (root=…, split=…, limit=…)."""
+def _open(c: DataConfig, *fields: str) -> SampleIndex:
+    """By a word of the table, or a loader of the user's own: both are called with (root=…, split=…, limit=…).
+
+    fields: that may name its root.
+    """
+    if not c.root and c.dataset in DATASETS:  # one of the user's own may need none
+        raise DataError(f"{' or '.join(fields)} is not given: --config.{fields[-1]}=DIR, the folder of {c.dataset}")
     path = DATASETS.get(c.dataset, c.dataset)
     # Pictures are excluded before samples are counted, so `limit` waits until then.
     arguments = {"root": c.root, "split": c.split, "limit": None if c.exclude else c.limit or None}
@@ -65,13 +76,13 @@ def _open(c: DataConfig) -> SampleIndex:
     return samples
 
 
-def _excluding(samples: SampleIndex, c: DataConfig) -> SampleIndex:
+def _excluding(samples: SampleIndex, c: DataConfig, field: str) -> SampleIndex:
     """Without the samples on pictures of the sets that `c.exclude` names; what was left out stands in `notes`."""
     for name in c.exclude:
-        held_out = set(open_samples(_named(name, c)).image_keys)
+        held_out = set(_open(_named(name, c), f"{field}.exclude_root").image_keys)
         kept = [i for i, key in enumerate(samples.image_keys) if key not in held_out]
         if not kept:
-            raise DataError(f"data.exclude: nothing of {samples.name} is left without the pictures of {name}")
+            raise DataError(f"{field}.exclude: nothing of {samples.name} is left without the pictures of {name}")
         note = f"{len(samples) - len(kept)} of {len(samples)} samples are on pictures of {name} and were left out"
         samples = samples.keep(kept, note)
     return samples.keep(range(c.limit)) if 0 < c.limit < len(samples) else samples

@@ -137,7 +137,7 @@ def _folder(root: pathlib.Path, split: str) -> pathlib.Path:
             return place
     there = sorted({path.parent.name for place in places for path in place.parent.glob("*/*.json")})
     have = f" There are: {', '.join(there)}." if there else ""
-    raise DataError(f"no ReasonSeg split {split!r} under {root}. Expected {places[0]}/<id>.jpg with <id>.json.{have}")
+    raise DataError(f"no ReasonSeg split {split!r} under '{root}'. Expected {places[0]}/<id>.jpg with <id>.json.{have}")
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -120,8 +121,9 @@ def _check_layout(root: pathlib.Path, dataset: str, split_by: str) -> tuple[path
     others = [path.name[len(kind) + 1 : -len(").p")] for path in sorted(folder.glob(f"{kind}(*).p"))]
     hint = f"This folder has split_by = {' or '.join(others)}. " if others and not refs_path.exists() else ""
     raise DataError(
-        f"no {dataset} under {root}. Expected:\n" + "\n".join(lines) + f"\n{hint}Get the data as docs/data.md says"
-        f" (Getting it), or make a stand-in: python -m rsagent_jax.tiny.synthetic --out={root} --train=200 --val=50"
+        f"no {dataset} under '{root}'. Expected:\n" + "\n".join(lines) + f"\n{hint}Get the data as docs/data.md says"
+        " (Getting it), or make a stand-in: python -m rsagent_jax.tiny.synthetic"
+        f" --out={shlex.quote(str(root))} --train=200 --val=50"
     )
 
 

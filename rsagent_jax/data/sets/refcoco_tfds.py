@@ -122,8 +122,8 @@ def _shards(root: pathlib.Path, dataset: str, split_by: str, split: str) -> list
         versions += sorted(numbered, key=lambda path: [int(part) for part in path.name.split(".") if part.isdigit()])
     if not versions:
         raise DataError(
-            f"no prepared TFDS ref_coco/{config} under {root}. Expected {root / 'ref_coco' / config / '1.1.0'}; prepare"
-            f" it with tensorflow-datasets: tfds build ref_coco/{config} --manual_dir=…"
+            f"no prepared TFDS ref_coco/{config} under '{root}'. Expected {root / 'ref_coco' / config / '1.1.0'};"
+            f" prepare it with tensorflow-datasets: tfds build ref_coco/{config} --manual_dir=…"
         )
     folder, wanted = versions[-1], "validation" if split == "val" else split
     files = [(match, path) for path in sorted(folder.iterdir()) if (match := _FILE.fullmatch(path.name))]

@@ -60,7 +60,7 @@ def pin_step(weights: str) -> str:
         return weights
 
     def pinned() -> str:
-        path, (name, step) = local_weights(weights), split_step(weights)
+        path, (name, step) = local_weights(weights, ()), split_step(weights)
         is_stage = ocp.utils.checkpoint_steps(path) and not (path / "config.json").exists()  # else Hugging Face's
         return f"{name}@{find_step(path, step)}" if is_stage else weights
 
@@ -68,8 +68,11 @@ def pin_step(weights: str) -> str:
 
 
 def processor_directory(name: str) -> pathlib.Path:
-    """Where tokenizer and image settings are, when nothing else is wanted: from a hub, these files alone."""
-    return local_weights(name, ()) if hub.is_repository(name) else policy_directory(name)
+    """Where config.json, tokenizer and image settings are, when nothing else is wanted: of a hub or of a Hugging Face
+    directory in a bucket these files alone are fetched."""
+    path = local_weights(name, ())
+    fetched = hub.is_repository(name) or (paths.is_remote(name) and not paths.is_remote(path))
+    return path if fetched else policy_directory(name)
 
 
 def policy_directory(weights: str) -> pathlib.Path:
