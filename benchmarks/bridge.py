@@ -1,11 +1,11 @@
 """What the bridge costs, and what it survives. A table for each part; the last line is one JSON object.
 
-  python benchmarks/bridge.py [--parts=overhead,throughput,decode,soak,kill,fuzz] [--device=cuda]
+  python benchmarks/bridge.py [--parts=overhead,path,throughput,decode,soak,kill,fuzz] [--device=cuda]
                               [--model=sam2.1_large] [--toy]
 
-overhead    a prompt on a cached 640 x 480 picture: through a side-car against SAM2ImagePredictor in this process;
-            mask_path: what is left, without hashing, when the back end has a mask with an object's outline ready;
-            rpc: a call that carries next to nothing, gRPC's own part of it
+overhead    a prompt on a cached 640 x 480 picture: through a side-car against SAM2ImagePredictor in this process
+path        the same when the back end has a mask with an object's outline ready, stage by stage, in two ways: `near`,
+            bits and a frozen picture; `far`, RLE as from another machine and a picture that is hashed every time
 throughput  64 concurrent trajectories on 16 pictures: side-car against the predictor in a loop; pictures encoded
 decode      16 prompts on 16 pictures: in batches against one by one
 soak        10,000 calls: resident memory of server and client after the first 1,000 and at the end (GrabCut)
@@ -17,6 +17,7 @@ one the threads of a team wait for each other, and --threads=1 says more. --toy:
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -36,13 +37,14 @@ import cv2
 import numpy as np
 
 from benchmarks._bridge_quick import object_mask
-from sam_bridge import rle, wire
+from sam_bridge import wire
 from sam_bridge.backends import RANDOM, Options, load_backend
+from sam_bridge.frozen import freeze
 from sam_bridge.local import LocalSegmenter, image_hash
 from sam_bridge.spawn import SideCar
 from sam_bridge.types import SegmenterError, SegmentRequest
 
-PARTS = ("overhead", "throughput", "decode", "soak", "kill", "fuzz")
+PARTS = ("overhead", "path", "throughput", "decode", "soak", "kill", "fuzz")
 BOX = SegmentRequest(box=(151.5, 90.2, 420.0, 333.3))
 WIDTH, HEIGHT = 640, 480
 TURNS = 4  # of a trajectory: box, click, refined, box and click
@@ -165,9 +167,9 @@ def predict(direct, request: SegmentRequest, earlier=None) -> tuple[np.ndarray, 
 
 
 def overhead(args) -> dict:
-    image, rounds, each = random_image(0), 2 if args.toy else 8, 3 if args.toy else 8
+    image, rounds, each = freeze(random_image(0)), 2 if args.toy else 8, 3 if args.toy else 8
     direct, times = predictor(args), {"direct": [], "bridge": []}
-    direct.set_image(image)
+    direct.set_image(np.array(image))  # torchvision warns of one that cannot be written to
     stages: dict[str, list[float]] = {}
     with side_car(args) as (_, client):
         client.segment(image, BOX)
@@ -185,45 +187,65 @@ def overhead(args) -> dict:
                             stages.setdefault(stage, []).append(1e3 * seconds)
                     times[side].append(1e3 * (time.perf_counter() - start))
     direct_ms, bridge_ms = (statistics.median(times[side]) for side in times)
-    hash_ms = 1e3 * median_of(lambda: image_hash(image))
-    thing = object_mask()
-    with side_car(args, "benchmarks._bridge_quick:Ready") as (_, client):
-        client.segment(image, BOX)
-        assert (client.segment(image, BOX).mask == thing).all()
-        path_ms = 1e3 * median_of(lambda: client.segment(image, BOX), 100)
-        rpc_ms = 1e3 * median_of(client.info, 100)
     medians = {f"{stage}_ms": statistics.median(values) for stage, values in stages.items()}
     return {
         "direct_ms_p50": direct_ms,
         "bridge_ms_p50": bridge_ms,
         "added_ms_p50": bridge_ms - direct_ms,
         "added_share": (bridge_ms - direct_ms) / direct_ms,
-        "path_ms": path_ms,
-        "rpc_ms": rpc_ms,
-        "mask_path_ms": path_ms - hash_ms,
-        "hash_ms": hash_ms,
-        "rle_bytes": len(rle.encode_mask(wanted)),
-        "mask_codec_ms": codec_ms(wanted),
-        "object_rle_bytes": len(rle.encode_mask(thing)),
-        "object_codec_ms": codec_ms(thing),
         **medians,
     }
 
 
-def codec_ms(mask: np.ndarray) -> float:
-    """Milliseconds to encode and decode it."""
-    counts = rle.encode_mask(mask)
-    return 1e3 * (median_of(lambda: rle.encode_mask(mask)) + median_of(lambda: rle.decode_mask(counts, *mask.shape)))
+def path(args) -> dict:
+    plain, mask, rounds = random_image(0), object_mask(), 3 if args.toy else 20
+    images = {"near": freeze(plain), "far": plain}
+    spent = {way: collections.defaultdict(list) for way in images}  # stage -> milliseconds of each call
+    busy = dict.fromkeys(images, 0.0)
+    with contextlib.ExitStack() as stack:
+        cars = {way: stack.enter_context(side_car(args, "benchmarks._bridge_quick:Ready")) for way in images}
+        cars["far"][1].slots[0].packed = False
+        for _ in range(rounds):
+            for way, (car, client) in cars.items():
+                packed = client.slots[0].packed
+                data = wire.mask_to_bytes(mask, packed)
+                reply = client.segment(images[way], BOX)  # the first sends the picture
+                assert (reply.mask == mask).all()
+                before = cpu_s(car.pid)
+                for _ in range(10):
+                    reply = timed(spent[way]["all"], lambda: client.segment(images[way], BOX))  # noqa: B023
+                    for stage in ("queue", "decode", "rle"):
+                        spent[way][stage].append(1e3 * reply.timings_s[stage])
+                busy[way] += cpu_s(car.pid) - before
+                for _ in range(10):
+                    timed(spent[way]["hash"], lambda: image_hash(images[way]))  # noqa: B023
+                    timed(spent[way]["empty call"], client.info)
+                    timed(spent[way]["read mask"], lambda: wire.mask_from_bytes(data, mask.shape, packed))  # noqa: B023
+    rows = {way: {stage: statistics.median(times) for stage, times in spent[way].items()} for way in images}
+    for row in rows.values():
+        row["rest"] = 2 * row["all"] - sum(row.values())  # "all" is among them
+    print("  median ms   " + "".join(f"{way:>10}" for way in images))
+    for stage in rows["near"]:
+        print(f"  {stage:12}" + "".join(f"{row[stage]:10.3f}" for row in rows.values()))
+    cpu_ms = {way: 1e3 * busy[way] / (10 * rounds) for way in images}
+    print("  both processes' processor time" + "".join(f", {way} {ms:.3f}" for way, ms in cpu_ms.items()))
+    return {f"{way}_path_ms": row["all"] for way, row in rows.items()} | {
+        f"{way}_path_cpu_ms": ms for way, ms in cpu_ms.items()
+    }
 
 
-def median_of(work, times: int = 30) -> float:
-    """Seconds."""
-    found = []
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
+def timed(milliseconds: list[float], work):
+    """What `work` returns; how long it took is appended."""
+    start = time.perf_counter()
+    result = work()
+    milliseconds.append(1e3 * (time.perf_counter() - start))
+    return result
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time of this process and that one, all threads."""
+    files = pathlib.Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return time.process_time() + sum(int(file.read_text().split()[0]) for file in files) / 1e9
 
 
 def throughput(args) -> dict:

@@ -131,7 +131,7 @@ def compare(reference: Reference, options: Options, resolution: int, prompts: in
                 replies[k] = reply
 
     def kept(k: int) -> np.ndarray:
-        return local.logits.get(f"{keys[where[k]]}/{replies[k].logits_id}")
+        return local.logits.get(f"{keys[where[k]]}/{replies[k].logits_id}").numpy()
 
     with SamClient([server.address], timeout_s=600) as client:
         first = [k for k in range(prompts) if not refining[k]]

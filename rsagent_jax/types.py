@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from rsagent_jax.array_types import Array, Bool, Float, Float32, Int32, UInt8
+from sam_bridge.frozen import freeze
 
 
 class DataError(ValueError):
@@ -38,7 +39,7 @@ class Sample:
     """One question about one picture."""
 
     id: str  # unique inside its split, stable across runs
-    image: UInt8[np.ndarray, "h w 3"]  # RGB
+    image: UInt8[np.ndarray, "h w 3"]  # RGB; frozen (sam_bridge/frozen.py), so that it is hashed once
     query: str
     gt_mask: Bool[np.ndarray, "h w"]
     ignore_mask: Bool[np.ndarray, "h w"] | None = None  # True = neither right nor wrong (ReasonSeg)
@@ -49,6 +50,7 @@ class Sample:
             raise DataError(
                 f"sample {self.id}: image must be u8[h, w, 3], got {self.image.dtype}{list(self.image.shape)}"
             )
+        object.__setattr__(self, "image", freeze(self.image))
         for name in ("gt_mask", "ignore_mask"):
             mask = getattr(self, name)
             if mask is not None and (mask.dtype != bool or mask.shape != self.image.shape[:2]):

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sam_bridge.backends import Backend, DeadDevice
+from sam_bridge.backends import Backend, DeadDevice, Decoded, as_pixels
 from sam_bridge.cache import ByteLRU
+from sam_bridge.frozen import freeze, remember
 from sam_bridge.shrink import ask_shrunk
 from sam_bridge.types import About, FailureKind, SegmenterError, SegmentReply, SegmentRequest, check_request
 
@@ -27,7 +28,11 @@ class UnknownImage(Exception):
 
 
 def image_hash(image: np.ndarray) -> str:
-    """Hex sha256 of shape and pixels of u8[h, w, 3]."""
+    """Hex sha256 of shape and pixels of u8[h, w, 3]; of a frozen picture worked out once."""
+    return remember(image, "hash", _hash)
+
+
+def _hash(image: np.ndarray) -> str:
     digest = hashlib.sha256(f"u8 {image.shape[0]} {image.shape[1]} 3\n".encode())
     digest.update(np.ascontiguousarray(image))
     return digest.hexdigest()
@@ -79,8 +84,11 @@ class LocalSegmenter:
     def _ask(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
         key = image_hash(image)
         encoded, encode_s = self.put(key, image)
-        reply = self.segment_known(key, request, encoded)
-        return dataclasses.replace(reply, timings_s={**reply.timings_s, "encode": encode_s})
+        start = time.perf_counter()
+        decoded, name = self.decode_known(key, request, encoded)
+        mask, *candidates = (freeze(as_pixels(mask)) for mask in (decoded.mask, *decoded.candidates))
+        timings = {"decode": time.perf_counter() - start, "encode": encode_s}
+        return SegmentReply(mask, decoded.score, name, timings, tuple(candidates))
 
     def put(self, key: str, image: np.ndarray) -> tuple[Encoded, float]:
         """(encoding, seconds spent or waited for it). `key` must be image_hash(image)."""
@@ -93,14 +101,14 @@ class LocalSegmenter:
 
         return self.images.get_or_make(key, make), time.perf_counter() - start
 
-    def segment_known(self, key: str, request: SegmentRequest, encoded: Encoded | None = None) -> SegmentReply:
-        """Like `segment` on an image that was put before. Raises UnknownImage when it is neither kept nor given."""
+    def decode_known(self, key: str, request: SegmentRequest, encoded: Encoded | None = None) -> tuple[Decoded, str]:
+        """What the back end gives for an image that was put before, and the id of its logits. Raises UnknownImage when
+        it is neither kept nor given."""
         encoded = encoded or self.images.get(key)
         if encoded is None:
             raise UnknownImage(key)
         encoding, height, width = encoded
         check_request(request, height, width)
-        start = time.perf_counter()
         logits = None
         if request.refine_logits_id:
             logits = self.logits.get(f"{key}/{request.refine_logits_id}")
@@ -113,9 +121,7 @@ class LocalSegmenter:
         self.logits.put(f"{key}/{name}", decoded.logits, decoded.logits.nbytes)
         with self._lock:
             self.segments += 1
-        seconds = time.perf_counter() - start
-        timings = {"decode": seconds, "total": seconds}
-        return SegmentReply(decoded.mask, decoded.score, name, timings, decoded.candidates)
+        return decoded, name
 
     @property
     def about(self) -> About:

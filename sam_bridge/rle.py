@@ -5,11 +5,17 @@ from collections.abc import Sequence
 import numpy as np
 from pycocotools import mask as coco
 
+from sam_bridge.frozen import remember
+
 _STRIP = 128  # columns transposed at a time: they fit into the cache
 
 
 def encode_mask(mask: np.ndarray) -> bytes:
-    """bool[h, w] -> COCO compressed RLE counts (column-major)."""
+    """bool[h, w] -> COCO compressed RLE counts (column-major); of a frozen mask made once."""
+    return remember(mask, "counts", _encode)
+
+
+def _encode(mask: np.ndarray) -> bytes:
     import cv2  # not above: a client that only decodes need not have OpenCV
 
     columns = cv2.transpose(np.ascontiguousarray(mask, dtype=bool).view(np.uint8))  # 6 times as fast as numpy's copy

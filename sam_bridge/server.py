@@ -18,7 +18,6 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from sam_bridge import bridge_pb2 as pb
 from sam_bridge import wire
 from sam_bridge.local import LocalSegmenter, UnknownImage, image_hash
-from sam_bridge.rle import encode_mask
 from sam_bridge.security import SetupError, TokenCheck, check_address, server_credentials
 from sam_bridge.telemetry import BridgeMetrics
 from sam_bridge.types import FailureKind, SegmenterError, check_image
@@ -181,21 +180,24 @@ class Server:
         if request.image_hash not in self._segmenter.images:  # said before the queue, not after it
             raise UnknownImage(request.image_hash)
         with self.gate.enter(context) as queue_s:
-            reply = self._segmenter.segment_known(request.image_hash, wire.request_from_proto(request))
+            decode_start = time.perf_counter()
+            decoded, name = self._segmenter.decode_known(request.image_hash, wire.request_from_proto(request))
             rle_start = time.perf_counter()
-            counts = encode_mask(reply.mask)
-            candidates = [encode_mask(mask) for mask in reply.candidates]
+            counts, *candidates = (
+                wire.mask_to_bytes(mask, request.packed) for mask in (decoded.mask, *decoded.candidates)
+            )
         now = time.perf_counter()
-        timings = {**reply.timings_s, "queue": queue_s, "rle": now - rle_start, "total": now - start}
-        height, width = reply.mask.shape
+        stages = {"queue": queue_s, "decode": rle_start - decode_start, "rle": now - rle_start, "total": now - start}
+        height, width = decoded.mask.shape
         return pb.SegmentReply(
             height=height,
             width=width,
             counts=counts,
-            score=reply.score,
-            logits_id=reply.logits_id,
-            timings_s=timings,
+            score=decoded.score,
+            logits_id=name,
+            timings_s=stages,
             candidates=candidates,
+            packed=request.packed,
         )
 
     def _answer(self, rpc: str, context: grpc.ServicerContext, work: Callable[[], Any]) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from sam_bridge.frozen import freeze, remember
 from sam_bridge.types import SegmentReply, SegmentRequest, check_image, check_pixels, check_request
 
 LARGEST_AS_IT_IS = 4096 * 4096  # pixels: up to here a picture is not touched
@@ -31,7 +32,7 @@ def ask_shrunk(image: np.ndarray, request: SegmentRequest, ask: Ask) -> SegmentR
         check_image(image)
         return ask(image, request)
     reply = ask(sent, scale(request, (height, width), sent.shape[:2]))
-    enlarged = [enlarge(mask, height, width) for mask in (reply.mask, *reply.candidates)]
+    enlarged = [freeze(enlarge(mask, height, width)) for mask in (reply.mask, *reply.candidates)]
     return dataclasses.replace(reply, mask=enlarged[0], candidates=tuple(enlarged[1:]))
 
 
@@ -40,12 +41,17 @@ def shrink(image: np.ndarray) -> np.ndarray:
     height, width = image.shape[:2]
     if height * width <= LARGEST_AS_IT_IS:
         return image
+    return remember(image, "shrunk", _shrunk)
+
+
+def _shrunk(image: np.ndarray) -> np.ndarray:
     import PIL.Image  # not above: few clients meet such a picture
 
+    height, width = image.shape[:2]
     factor = (SHRUNK / (height * width)) ** 0.5
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     # bilinear in Pillow is a tent over all the pixels that shrink into one: no aliasing
-    return np.asarray(PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.BILINEAR))
+    return freeze(np.asarray(PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.BILINEAR)))
 
 
 def scale(request: SegmentRequest, original: tuple[int, int], shrunk: tuple[int, int]) -> SegmentRequest:

@@ -3,10 +3,13 @@
 from types import SimpleNamespace
 
 import grpc
+import numpy as np
 from google.protobuf.message_factory import GetMessageClass
 
 from sam_bridge import bridge_pb2 as pb
-from sam_bridge.rle import decode_mask
+from sam_bridge.backends import Mask, PackedMask, as_pixels
+from sam_bridge.frozen import freeze, remember
+from sam_bridge.rle import decode_mask, encode_mask
 from sam_bridge.types import MAX_IMAGE_BYTES, FailureKind, SegmenterError, SegmentReply, SegmentRequest
 
 PROTOCOL = 2  # both ends must agree; raised when a message changes meaning
@@ -58,13 +61,32 @@ def request_from_proto(message: pb.SegmentRequest) -> SegmentRequest:
     )
 
 
+def mask_to_bytes(mask: Mask, packed: bool) -> bytes:
+    """As a SegmentReply holds it: bits, or COCO's RLE."""
+    if packed:
+        return (mask if isinstance(mask, PackedMask) else PackedMask.of(mask)).bits.tobytes()
+    return encode_mask(as_pixels(mask))
+
+
+def mask_from_bytes(data: bytes, shape: tuple[int, int], packed: bool) -> np.ndarray:
+    """bool[h, w], frozen; it keeps the RLE that it came as, so that no record makes it again."""
+    if not packed:
+        mask = freeze(decode_mask(data, *shape))
+        remember(mask, "counts", lambda _: data)
+        return mask
+    if len(data) != -(-shape[0] * shape[1] // 8):
+        raise ValueError(f"{len(data)} bytes are not the bits of {list(shape)}")
+    return freeze(PackedMask(np.frombuffer(data, np.uint8), *shape).unpack())
+
+
 def reply_from_proto(message: pb.SegmentReply, shape: tuple[int, int]) -> SegmentReply:
     """`shape`: (h, w) of the image that was asked about; another one is the tool's fault."""
     if (message.height, message.width) != shape:
         got = (message.height, message.width)
         raise SegmenterError(FailureKind.INTERNAL, f"the mask is {got}, the image {shape}")
     try:
-        mask, *candidates = (decode_mask(counts, *shape) for counts in (message.counts, *message.candidates))
+        masks = (mask_from_bytes(data, shape, message.packed) for data in (message.counts, *message.candidates))
+        mask, *candidates = masks
     except ValueError as error:
         raise SegmenterError(FailureKind.INTERNAL, f"the reply's mask: {error}") from None
     return SegmentReply(mask, message.score, message.logits_id, dict(message.timings_s), tuple(candidates))

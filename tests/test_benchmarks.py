@@ -41,7 +41,7 @@ def test_the_training_step_computes_what_transformers_computes():
 
 def test_the_bridge_encodes_each_picture_once_and_gives_the_predictors_masks():
     pytest.importorskip("sam2")
-    result = last_line("bridge.py", "--toy", "--parts=throughput,fuzz")
+    result = last_line("bridge.py", "--toy", "--parts=path,throughput,fuzz")
     assert result["encodes"] == result["pictures"] == 4
     assert result["most_pixels_different"] < 1e-4  # of 307,200: logits of batches are equal within rounding
     assert result["fuzzed"] >= 100 and result["untyped"] == 0 and result["healthy_after"]

@@ -12,6 +12,7 @@ from PIL import Image
 from rsagent_jax.runtime.paths import is_remote, make_directory, open_path, read_bytes, write_whole, writing
 from rsagent_jax.types import DataError
 from sam_bridge import images
+from sam_bridge.frozen import remember
 
 
 def read_image(
@@ -46,7 +47,7 @@ def mending(where: str | pathlib.Path, remedy: str) -> Iterator[None]:
 
 def checksum(image: np.ndarray) -> str:
     """16 hex digits of a picture's pixels."""
-    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()[:16]
+    return remember(image, "checksum", lambda image: hashlib.sha256(np.ascontiguousarray(image)).hexdigest()[:16])
 
 
 def png(image: np.ndarray) -> bytes:

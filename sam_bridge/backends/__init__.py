@@ -6,7 +6,7 @@ import importlib.util
 import pathlib
 import sys
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -52,13 +52,42 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoded:
-    """`logits` is whatever the back end wants back when this mask is refined."""
+class PackedMask:
+    """bool[height, width] as bits: an eighth of what a device has to hand over."""
 
-    mask: np.ndarray  # bool[h, w]
+    bits: np.ndarray  # u8[ceil(height * width / 8)], row-major, the first pixel in the highest bit, 0 after the last
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, mask: np.ndarray) -> Self:
+        return cls(np.packbits(mask), *mask.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    def unpack(self) -> np.ndarray:
+        bits = np.unpackbits(self.bits, count=self.height * self.width)
+        return bits.view(bool).reshape(self.height, self.width)
+
+
+Mask = np.ndarray | PackedMask  # bool[h, w], or its bits
+
+
+def as_pixels(mask: Mask) -> np.ndarray:
+    """bool[h, w]"""
+    return mask.unpack() if isinstance(mask, PackedMask) else mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """`logits` is whatever the back end wants back when this mask is refined; its `nbytes` count in the cache."""
+
+    mask: Mask
     score: float  # 0..1
-    logits: np.ndarray
-    candidates: tuple[np.ndarray, ...] = ()  # bool[h, w] each, where the request wants them and there are several
+    logits: Any
+    candidates: tuple[Mask, ...] = ()  # where the request wants them and there are several
 
 
 class Backend(Protocol):
@@ -74,7 +103,7 @@ class Backend(Protocol):
         """u8[h, w, 3] -> (encoding, its bytes)."""
         ...
 
-    def decode(self, encoding: Any, request: SegmentRequest, logits: np.ndarray | None) -> Decoded:
+    def decode(self, encoding: Any, request: SegmentRequest, logits: Any | None) -> Decoded:
         """`logits`: of the mask that `request.refine` names, else None. Same arguments, same mask."""
         ...
 

@@ -24,7 +24,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from sam_bridge.backends import DTYPES, MULTIMASK, RANDOM, SAM2_MODELS, BackendError, DeadDevice, Decoded, Options
+from sam_bridge.backends import (
+    DTYPES,
+    MULTIMASK,
+    RANDOM,
+    SAM2_MODELS,
+    BackendError,
+    DeadDevice,
+    Decoded,
+    Mask,
+    Options,
+    PackedMask,
+)
 from sam_bridge.batching import Lane
 from sam_bridge.cpu_tuning import threads_of_each
 from sam_bridge.hub import sha256_of
@@ -77,7 +88,7 @@ class Sam2Encoding:
 class _Job:
     encoding: Sam2Encoding
     request: SegmentRequest
-    logits: np.ndarray | None
+    logits: torch.Tensor | None
 
 
 class Sam2:
@@ -125,8 +136,8 @@ class Sam2:
         tensors = (encoding.embed, *encoding.high_res)
         return encoding, sum(t.numel() * t.element_size() for t in tensors)
 
-    def decode(self, encoding: Sam2Encoding, request: SegmentRequest, logits: np.ndarray | None) -> Decoded:
-        """`logits` f32[1, H, W] of the mask to refine, at a quarter of the model's resolution."""
+    def decode(self, encoding: Sam2Encoding, request: SegmentRequest, logits: torch.Tensor | None) -> Decoded:
+        """`logits` f32[1, H, W] of the mask to refine, at a quarter of the model's resolution, where its lane is."""
         return self._lanes[encoding.lane].call("decode", _Job(encoding, request, logits))
 
     def counters(self) -> dict[str, float]:
@@ -163,6 +174,7 @@ class _Model:
         decoder = self._net.sam_mask_decoder
         self._padding = _hide_padding(decoder.transformer)
         self._own_tokens = int(decoder.pred_obj_scores) + 1 + decoder.num_mask_tokens  # before the prompt's
+        self._places = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=device)  # of bits
         with self._context():
             self._image_pe = self._net.sam_prompt_encoder.get_dense_pe()
 
@@ -244,8 +256,8 @@ class _Model:
         dense = none.expand(len(jobs), -1, *encoder.image_embedding_size)
         refining = [i for i, job in enumerate(jobs) if job.logits is not None]
         if refining:
-            stacked = np.stack([jobs[i].logits for i in refining])
-            embedded = encoder._embed_masks(torch.as_tensor(stacked, device=self.device))
+            stacked = torch.stack([jobs[i].logits.to(self.device) for i in refining])
+            embedded = encoder._embed_masks(stacked)
             if len(jobs) == 1:  # as it is: under autocast it is bf16
                 return embedded
             dense = dense.clone()
@@ -263,16 +275,25 @@ class _Model:
 
     def _finish(self, job: _Job, masks: torch.Tensor, scores: torch.Tensor) -> Decoded:
         """The mask with the best score, enlarged to the image: bilinear, then > 0."""
-        scores = scores.float()
-        best = int(scores.argmax())
+        scores = scores.float().tolist()  # at once: every look at a GPU's values waits for it
+        best = scores.index(max(scores))
         low, size = masks[best : best + 1], (job.encoding.height, job.encoding.width)
         large = self._transforms.postprocess_masks(low[None], size)[0, 0]
-        logits = low.clamp(-LOGIT_CLAMP, LOGIT_CLAMP).float().cpu().numpy()
+        logits = low.clamp(-LOGIT_CLAMP, LOGIT_CLAMP).float()  # stay there, for whoever refines the mask
         candidates = ()
         if job.request.candidates:
             every = self._transforms.postprocess_masks(masks[None], size)[0]
-            candidates = tuple((every > 0.0).cpu().numpy())
-        return Decoded((large > 0.0).cpu().numpy(), float(scores[best]), logits, candidates)
+            candidates = tuple(self._to_host(mask) for mask in every > 0.0)
+        return Decoded(self._to_host(large > 0.0), scores[best], logits, candidates)
+
+    def _to_host(self, mask: torch.Tensor) -> Mask:
+        """bool[h, w]; from a GPU as bits, an eighth of the bytes."""
+        return mask.numpy() if mask.device.type == "cpu" else PackedMask(self._pack(mask).cpu().numpy(), *mask.shape)
+
+    def _pack(self, mask: torch.Tensor) -> torch.Tensor:
+        """bool[h, w] -> PackedMask.bits, on the device."""
+        pixels = torch.nn.functional.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8)
+        return (pixels * self._places).sum(dim=1, dtype=torch.uint8)
 
     @contextlib.contextmanager
     def _context(self):

@@ -17,7 +17,7 @@ import torch
 from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES
 
 from benchmarks import bridge_exact
-from sam_bridge.backends import RANDOM, SAM2_MODELS, BackendError, Options, load_backend
+from sam_bridge.backends import RANDOM, SAM2_MODELS, BackendError, Options, PackedMask, load_backend
 from sam_bridge.backends import sam2 as backend
 from sam_bridge.local import LocalSegmenter
 from sam_bridge.types import SegmentRequest
@@ -59,6 +59,14 @@ def test_bit_for_bit_without_batching(reference):
     result = bridge_exact.compare(predictor, options, QUICK, 42, SIZES)
     assert all_equal(result) and result["refined"] == 18 and result["encodes"] == len(SIZES)
     assert min(predictor.fallbacks[True], predictor.fallbacks[False]) > 2  # stable single masks and unstable ones
+
+
+def test_bit_for_bit_when_masks_are_packed_where_they_are_made(reference, monkeypatch):
+    """As from a GPU. Heights and widths whose pixels fill their last byte, and that do not."""
+    pack = lambda self, mask: PackedMask(self._pack(mask).numpy(), *mask.shape)  # noqa: E731
+    monkeypatch.setattr(backend._Model, "_to_host", pack)
+    predictor, options = reference
+    assert all_equal(bridge_exact.compare(predictor, options, QUICK, 9, ((32, 32), (333, 97), (5, 7))))
 
 
 def test_in_batches_within_1e_4_and_every_other_pixel_explained(reference):
