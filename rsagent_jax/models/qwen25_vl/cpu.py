@@ -20,12 +20,29 @@ def product(x: jax.Array, kernel: jax.Array, out_first: bool) -> jax.Array:
     """
     rows = x.reshape(-1, x.shape[-1])
     if not out_first:
-        y = rows @ kernel
+        y = _matmul(rows, kernel)
     elif len(rows) > FEW:
         y = jnp.einsum("RI,OI->RO", rows, kernel)
     else:  # the barrier keeps the compiler from swapping the two again
         y = jax.lax.optimization_barrier(jnp.einsum("OI,RI->OR", kernel, rows)).T
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@jax.custom_vjp
+def _matmul(x_RI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """x @ kernel. For the kernel's gradient the smaller operand is turned over first: the faster of the compiler's two
+    libraries takes no product that sums over the left one's first axis."""
+    return x_RI @ kernel_IO
+
+
+def _matmul_backward(kept, dy_RO):
+    x, kernel = kept
+    keep = jax.lax.optimization_barrier  # else the compiler makes a transposition part of the product again
+    d_kernel = keep(x.T) @ dy_RO if x.shape[1] <= dy_RO.shape[1] else keep(keep(dy_RO.T) @ x).T
+    return dy_RO @ kernel.T, d_kernel
+
+
+_matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
 
 
 def buffer(x: jax.Array) -> jax.Array:
