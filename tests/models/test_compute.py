@@ -11,7 +11,7 @@ from flax import nnx
 from rsagent_jax.models.qwen25_vl import attention, vision
 from rsagent_jax.models.qwen25_vl.attention import in_segments
 from rsagent_jax.models.qwen25_vl.compute import REMAT, Compute
-from rsagent_jax.models.qwen25_vl.cpu import FEW
+from rsagent_jax.models.qwen25_vl.cpu import FEW, LONG
 from rsagent_jax.models.qwen25_vl.layers import Linear
 
 from . import tiny
@@ -60,6 +60,25 @@ def test_attention_and_its_gradients_equal_the_plain_ones(kind, t, fused, causal
 
     for got, want in zip(value(kind), value("plain"), strict=True):
         assert float(jnp.abs(got - want).max()) <= 2e-5 * max(1.0, float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("keys", [LONG - 1, LONG])
+def test_the_backward_pass_of_attention_gives_the_gradients_of_jax_s_own(keys):
+    """jax.nn's attention, differentiated by jax; keys on both sides of where the products change."""
+    rng = np.random.default_rng(2)
+    queries, read = (2, 9, 4, 8), (2, 2, keys, 8)
+    q, k, v, weight = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (queries, read, read, queries))
+    mask = jnp.asarray(rng.random((2, 9, keys)) < 0.7)
+
+    def theirs(q, k, v):
+        return jax.nn.dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask=mask[:, None])
+
+    def gradients(f):
+        return jax.jit(jax.grad(lambda *qkv: jnp.sum(f(*qkv) * weight), (0, 1, 2)))(q, k, v)
+
+    ours = gradients(lambda *qkv: attention.attention(*qkv, mask))
+    for a, b in zip(ours, gradients(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("causal", [True, False])

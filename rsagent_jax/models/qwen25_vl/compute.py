@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from rsagent_jax.config.schema import PolicyConfig
+from rsagent_jax.models.qwen25_vl import cpu
 from rsagent_jax.runtime import sharding
 
 # Activations that a block names, in the order in which it makes them.
@@ -48,6 +49,10 @@ class Compute:
     def rows(self, x: jax.Array) -> jax.Array:
         """Keeps an activation's leading axis over the mesh's rows, and its other axes whole."""
         return sharding.constrain(x, ("rows",) + (None,) * (x.ndim - 1), self.mesh)
+
+    def tables(self, *tables: jax.Array) -> tuple[jax.Array, ...]:
+        """What all layers read, computed once: only a CPU's compiler has to be told."""
+        return tuple(map(cpu.buffer, tables)) if self.platform == "cpu" else tables
 
     def name(self, x: jax.Array, name: str) -> jax.Array:
         return checkpoint_name(x, name) if self.remat != "none" else x

@@ -60,7 +60,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, x_BTD, positions_B3T, segment_ids_BT, compute: Compute = PLAIN) -> jax.Array:
         """Packed rows: token t sees tokens s <= t of its own segment. Returns normed hidden states [B, T, D]."""
-        cos, sin = mrope_angles(positions_B3T, self.config)
+        cos, sin = compute.tables(*mrope_angles(positions_B3T, self.config))
         attend = in_segments(segment_ids_BT, compute, causal=True)
         x = scan_layers(self.layers, lambda layer, x: layer(x, cos, sin, attend, compute), x_BTD, compute)
         return self.norm(x)

@@ -57,7 +57,7 @@ class VisionTower(nnx.Module):
             raise ValueError(f"a patch buffer of {p} places is not a whole number of windows of {size} patches")
         if not p:  # a batch of text only
             return jnp.zeros((b, 0, self.config.out_hidden_size), dtype)
-        cos, sin = rotary_angles(positions_BP2, self.config.hidden_size // self.config.num_heads)
+        cos, sin = compute.tables(*rotary_angles(positions_BP2, self.config.hidden_size // self.config.num_heads))
         x = compute.rows(local(self.patch_embed, compute)(patches_BPC.astype(dtype), compute))
 
         def bins(a):
