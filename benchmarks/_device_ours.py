@@ -29,7 +29,9 @@ from benchmarks._policy_step import OurStep, check_losses, decode_macro_step, ma
 from rsagent_jax.aot.devices import chip_of
 from rsagent_jax.aot.flops import Workload, model_flops
 from rsagent_jax.config.schema import LoraConfig, MeshConfig, PolicyConfig, SamplingConfig
+from rsagent_jax.fitness.kernels import kernel_differences, kernels_of
 from rsagent_jax.fitness.made_up import random_policy
+from rsagent_jax.fitness.parity import DTYPES, compare_logprobs, reduced
 from rsagent_jax.fitness.speed import matmul_flops, memory_bandwidth
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer
@@ -157,16 +159,17 @@ def tower(piece: Piece, profile: bool) -> dict[str, Any]:
 
 
 def parity(piece: Piece, profile: bool) -> dict[str, Any]:
-    """See _device_parity.py. At real size a 3B of four layers, so that the host's CPU computes it as well."""
+    """What doctor and tests/device compare as well, with few layers, so that the host's CPU computes it, too; and the
+    attention kernels alone."""
     del profile
-    from benchmarks import _device_parity
-
-    config = Qwen25VLConfig.from_hf(piece.raw)
-    if piece.size != TOY:
-        text = dataclasses.replace(config.text, num_hidden_layers=4)
-        vision = dataclasses.replace(config.vision, depth=8, fullatt_block_indexes=(7,))
-        config = dataclasses.replace(config, text=text, vision=vision)
-    return {"rows": _device_parity.compare_all(config, piece.raw, piece.rows, piece.tokens, piece.grid)}
+    config, platform = Qwen25VLConfig.from_hf(piece.raw), jax.default_backend()
+    rows = [dataclasses.asdict(compared) for compared in compare_logprobs(reduced(config))]
+    for dtype in DTYPES:
+        for kind in kernels_of(platform, dtype):
+            for name, found in kernel_differences(kind, dtype, config).items():
+                title = f"{kind} and plain, {name}, values and gradients, {dtype}"
+                rows.append({"name": title, "max": max(found), "mean": sum(found) / 2, "unit": "of the largest"})
+    return {"rows": rows}
 
 
 ############################## What they share ##############################

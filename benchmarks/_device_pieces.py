@@ -57,6 +57,6 @@ PIECES = {
         Piece("sam-prompt", "SAM 2.1 large, prompt on a cached picture", "sam", part="overhead"),
         Piece("sam-throughput", "SAM 2.1 large, 64 trajectories, 16 pictures", "sam", part="throughput"),
         Piece("train-3b-text", f"SFT step, 3B, {ALL}, 64 patches each", "train", size="3b", grid=(8, 8)),
-        Piece("parity", "log-probs that have to agree", "parity", size="3b", rows=2, tokens=512, grid=(16, 16)),
+        Piece("parity", "log-probs that have to agree", "parity"),
     )
 }
