@@ -48,7 +48,11 @@ def check_engine(examined: Examined) -> list[Finding]:
     engine = Engine(nnx.merge(graphdef, params), sampling, ends, settings.dtype, key, mesh)
     items, compute = _play(engine), Compute.of(settings, mesh)
     off = _differences(graphdef, params, items, compute, sampling.temperature, engine)
-    exact = settings.dtype == "float32" and jax.default_backend() == "cpu" and not sampling.kv_dtype
+    exact = (
+        settings.dtype == "float32"
+        and jax.default_backend() == "cpu"
+        and not (sampling.kv_dtype or sampling.weights_dtype)
+    )
     bound = EXACT if exact else ROUNDED
     figure = f"{off.max():.1e} nats at most, {off.mean():.1e} in the mean, over {off.size} sampled tokens"
     remedy = "do not train GRPO here; try --config.policy.attention=blocks, another jax or driver"
