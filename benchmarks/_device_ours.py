@@ -95,7 +95,7 @@ def train(piece: Piece, profile: bool) -> dict[str, Any]:
 def decode(piece: Piece, profile: bool) -> dict[str, Any]:
     """A decode step of all slots, of calls that sample a chunk."""
     sizes = dict(slots=piece.slots, lanes=piece.slots // 4, context=512 if piece.size == TOY else 4096)
-    engine = make_engine(piece, Qwen25VLConfig.from_hf(piece.raw), **sizes)
+    engine = make_engine(piece, Qwen25VLConfig.from_hf(piece.raw), **sizes, weights_dtype=piece.weights_dtype)
     normal = jax.jit(lambda key, x: jax.random.normal(key, x.shape, x.dtype), donate_argnums=1)
     cache = jax.tree.map(lambda x: normal(jax.random.key(1), x), engine.state.cache)  # zeros would be read faster
     engine.state = dataclasses.replace(engine.state, cache=cache)
@@ -144,7 +144,7 @@ def tower(piece: Piece, profile: bool) -> dict[str, Any]:
     patches = np.random.default_rng(0).standard_normal((count, config.vision.patch_dim), np.float32)
     row = fill_patch_buffer(patches, (grid,), np.ones(count // config.vision.merge_unit, bool), count, config.vision)
     arrays = [np.stack([x] * piece.rows) for x in (row.patches, row.segment_ids, row.positions)]
-    images = Images(*arrays, np.ones(piece.rows, bool))
+    images = Images(*arrays, np.arange(piece.rows, dtype=np.int32))
 
     def run() -> None:
         engine.state = engine.programs.encode(engine.weights, engine.state, images)
@@ -180,7 +180,7 @@ def dtype_of(piece: Piece) -> str:
     return "float32" if piece.size == TOY else "bfloat16"
 
 
-def make_engine(piece: Piece, config: Qwen25VLConfig, **sizes: int) -> Engine:
+def make_engine(piece: Piece, config: Qwen25VLConfig, **sizes: int | str) -> Engine:
     """Of random weights; `sizes`: of SamplingConfig."""
     dtype, patches = dtype_of(piece), piece.grid[0] * piece.grid[1]
     sampling = SamplingConfig(**sizes, max_new_tokens=CHUNK, patches=patches, chunk=CHUNK, prefill=piece.piece)

@@ -257,9 +257,15 @@ class Program:
         for user, k in inner.users[name]:
             if user.in_chain or (user.opcode == "tuple" and user is inner.root):
                 continue  # counted where the chain starts, or handed through
-            through = user.opcode in _ELEMENTWISE and user is not inner.root
+            through = user is not inner.root and self._hands_on(user)
             total += self._read(inner, user.name) if through else self._needed(inner, user, k)
         return total
+
+    def _hands_on(self, user: Instruction) -> bool:
+        """Whether an instruction inside a fusion, or all of a fusion in it, only hands on what it is asked for."""
+        if user.opcode == "fusion":
+            return all(i.opcode == "parameter" or self._hands_on(i) for i in self.computations[user.called[0]].values())
+        return user.opcode in _ELEMENTWISE
 
     def _written(self, computation: Computation, instruction: Instruction, fused: bool = False) -> list[float]:
         """Per array of the result, the elements written anew: of a buffer updated in place, those updated."""

@@ -52,7 +52,7 @@ _ASKING = "key_variable timeout_s retries backoff_s concurrent per_minute price_
 FREE = {
     DataConfig: ("root", "exclude_root", "limit", "unreadable"),
     AgentConfig: ("tool_deadline_s",),
-    SamplingConfig: ("slots", "chunk", "patches", "prefill", "lanes", "tensor"),
+    SamplingConfig: ("slots", "chunk", "patches", "prefill", "lanes", "encode", "tensor"),
     EndpointConfig: _ASKING,
     RemoteConfig: _ASKING,
 }

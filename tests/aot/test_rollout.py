@@ -69,6 +69,31 @@ def test_flops_are_two_per_parameter_and_token_and_attention(jobs):
     assert jobs["rollout append"].model_flops == pytest.approx(step + piece)
 
 
+def test_weights_in_int8_are_half_but_for_embeddings_norms_and_scales(jobs):
+    sampling = dataclasses.replace(SAMPLING, weights_dtype="int8")
+    mesh = rollout.host_mesh(devices(parse_topology("v5e:2x2")), tensor=2)
+    made = {j.program: j for j in rollout.rollout_jobs(sampling, shape(), "bfloat16", mesh, resident=1000)}
+    d, whole = made["rollout decode"].decoding, jobs["rollout decode"].decoding
+    numbers = 2 * (LAYER - 512 - 2 * 256) + HEAD  # kernels and head: a byte less each; biases stay
+    # a scale per output: of q, k, v, gate and up half of them on each device, of o and down all
+    scales = 4 * (2 * ((512 + 2 * 256 + 2 * 1024) // 2 + 2 * 512) + 32768 // 2)
+    assert whole.weight_bytes - d.weight_bytes == numbers // 2 - scales
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e:2x2", "tpu7x-8"])
+def test_a_compiled_step_holds_no_second_copy_of_weights_or_cache(name):
+    """Of int8 weights in bf16, nor, on TPU7x, of weights and keys in other tiles."""
+    topology = parse_topology(name)
+    mesh = rollout.host_mesh(devices(topology)[:4], tensor=2)
+    for kind in ("", "int8"):
+        sampling = dataclasses.replace(SAMPLING, weights_dtype=kind)
+        made = {j.program: j for j in rollout.rollout_jobs(sampling, shape(), "bfloat16", mesh, resident=0)}
+        found = report_job(made["rollout decode"], topology)
+        d = found.decoding
+        assert found.temp_bytes < 0.1 * SLOTS // 2 * d.slot_bytes and d.step_bytes / d.needed_bytes < 1.4
+
+
 @pytest.mark.slow
 def test_the_compiled_step_reads_weights_and_live_cache_once_and_holds_no_second_cache(decode):
     """Cut before the loop, the live cache was copied (a third of all memory); gathered for the whole row of logits, the
