@@ -32,7 +32,8 @@ HEADS = {"text": (4, 1, 128), "images": (2, 2, 80)}  # query heads, key heads, h
 
 def kernels_of(platform: str, dtype: str) -> list[str]:
     """Attention kernels that this platform has beside the plain one; cuDNN has none in fp32."""
-    return ["blocks"] + ["splash"] * (platform == "tpu") + ["cudnn"] * (platform == "gpu" and dtype == "bfloat16")
+    gpu = ["triton"] + ["cudnn", "cudnn_causal"] * (dtype == "bfloat16")
+    return ["blocks", *{"tpu": ["splash"], "gpu": gpu}.get(platform, [])]
 
 
 class Scored:

@@ -30,6 +30,9 @@ KERNELS = [
     pytest.param("splash", "float32", marks=tpu),
     pytest.param("splash", "bfloat16", marks=tpu),
     pytest.param("cudnn", "bfloat16", marks=gpu),
+    pytest.param("cudnn_causal", "bfloat16", marks=gpu),
+    pytest.param("triton", "float32"),
+    pytest.param("triton", "bfloat16", marks=gpu),
 ]
 
 
