@@ -79,7 +79,8 @@ def train(piece: Piece, profile: bool) -> dict[str, Any]:
     count = sum(x.size for x in jax.tree.leaves(trained))
     rng = np.random.default_rng(1)
     sequences = [make_sequence(rng, piece.raw, piece.tokens, (1, *piece.grid)) for _ in range(piece.rows)]
-    policy = PolicyConfig(weights="", dtype=dtype, remat="full", lora=lora)
+    attention = piece.attention if jax.default_backend() == "gpu" else "auto"
+    policy = PolicyConfig(weights="", dtype=dtype, remat="full", attention=attention, lora=lora)
     step = OurStep(config, graphdef, trained, base, sequences, policy, mesh, 1e-5)
     losses: list[float] = []
     found = timed(lambda: losses.append(step()[0]), profile)

@@ -30,6 +30,7 @@ class Piece:
     piece: int = 256  # tokens of a prompt that the engine reads at once
     weights_dtype: str = ""  # of the engine (sampling.weights_dtype)
     part: str = ""  # of benchmarks/bridge.py
+    attention: str = "auto"  # of ours, on a GPU; with another the row has our side alone
 
     def toy(self) -> Piece:
         """The same work, small."""
@@ -59,6 +60,8 @@ PIECES = {
         Piece("sam-prompt", "SAM 2.1 large, prompt on a cached picture", "sam", part="overhead"),
         Piece("sam-throughput", "SAM 2.1 large, 64 trajectories, 16 pictures", "sam", part="throughput"),
         Piece("train-3b-text", f"SFT step, 3B, {ALL}, 64 patches each", "train", size="3b", grid=(8, 8)),
+        Piece("train-3b-cudnn_causal", "train-3b by cuDNN told of causality", "train", "3b", attention="cudnn_causal"),
+        Piece("train-3b-triton", "train-3b by the Triton kernel", "train", "3b", attention="triton"),
         Piece("parity", "log-probs that have to agree", "parity"),
     )
 }

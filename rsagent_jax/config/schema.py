@@ -254,7 +254,8 @@ class PolicyConfig:
     dtype: Activations = "bfloat16"  # of activations; parameters stay fp32 in training
     # What the backward pass keeps: none (no remat) | full | attention | selective | dots | save:NAMES | offload:NAMES
     remat: Remat = "full"  # "" = as the slice's preset says
-    attention: Literal["auto", "plain", "blocks", "splash", "cudnn"] = "auto"  # splash: TPU; cudnn: GPU
+    # splash: TPU; cudnn, cudnn_causal, triton: GPU (models/qwen25_vl/attention.py)
+    attention: Literal["auto", "plain", "blocks", "splash", "cudnn", "cudnn_causal", "triton"] = "auto"
     # Of training: layers in a loop, compiled once. False compiles each of them: for a small policy on a CPU a faster
     # step (a seventh in benchmarks/train_step.py), since nothing is copied into and out of the loop's stacks.
     scan_layers: bool = True

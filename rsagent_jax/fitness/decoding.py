@@ -42,7 +42,8 @@ def check_engine(examined: Examined) -> list[Finding]:
     ends, key = examined.policy.eos_token_ids[0], jax.random.key(0)
     engine = Engine(nnx.merge(graphdef, params), sampling, ends, settings.dtype, key, mesh)
     off = engine_differences(engine, graphdef, params, Compute.of(settings, mesh), sampling.temperature)
-    bound = ROUNDED if sampling.kv_dtype or sampling.weights_dtype else nats_bound(settings.dtype, jax.default_backend())
+    rounded = sampling.kv_dtype or sampling.weights_dtype
+    bound = ROUNDED if rounded else nats_bound(settings.dtype, jax.default_backend())
     figure = f"{off.max():.1e} nats at most, {off.mean():.1e} in the mean, over {off.size} sampled tokens"
     remedy = "do not train GRPO here; try --config.policy.attention=blocks, another jax or driver"
     good = bool(off.max() <= bound)  # not so for NaN

@@ -33,7 +33,8 @@ def check_kernels(examined: Examined) -> list[Finding]:
 
 def kernels_of(platform: str, dtype: str) -> list[str]:
     """What attention.in_segments has for this platform beside the plain one; cuDNN has nothing in fp32."""
-    return ["blocks"] + ["splash"] * (platform == "tpu") + ["cudnn"] * (platform == "gpu" and dtype == "bfloat16")
+    gpu = ["triton"] + ["cudnn", "cudnn_causal"] * (dtype == "bfloat16")
+    return ["blocks", *{"tpu": ["splash"], "gpu": gpu}.get(platform, [])]
 
 
 def kernel_bound(dtype: str, platform: str) -> float:

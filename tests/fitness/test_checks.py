@@ -211,8 +211,9 @@ def test_a_wrong_attention_kernel_is_found(examined, monkeypatch):
 
 def test_the_kernels_of_each_platform_are_all_that_the_config_may_name():
     found = {p: kernels.kernels_of(p, "bfloat16") for p in ("tpu", "gpu", "cpu")}
-    assert found == {"tpu": ["blocks", "splash"], "gpu": ["blocks", "cudnn"], "cpu": ["blocks"]}
-    assert kernels.kernels_of("gpu", "float32") == ["blocks"]
+    gpu = ["blocks", "triton", "cudnn", "cudnn_causal"]
+    assert found == {"tpu": ["blocks", "splash"], "gpu": gpu, "cpu": ["blocks"]}
+    assert kernels.kernels_of("gpu", "float32") == ["blocks", "triton"]
     named = set(typing.get_args(typing.get_type_hints(PolicyConfig)["attention"]))
     assert named == {"auto", "plain"}.union(*found.values())
 
