@@ -1,6 +1,6 @@
 """What the TPU compiler's options do to a training program, by what the compiler and the schedule say: nothing is run.
 
-  python benchmarks/compiler_options.py [--aot=v5e-8] [--size=3b] [--sets=none,vmem,...] [--tower] [--out=FILE]
+  python benchmarks/compiler_options.py [--aot=v6e-8] [--size=3b] [--sets="none,gather,…"] [--tower] [--out=FILE]
 
 Compiles the gradients of an SFT micro-batch fully, once for each set of options and without any of
 runtime/compiler_options.py: of the decoder alone, or with --tower of the vision tower as well. A row of the table:
@@ -65,7 +65,7 @@ SETS: dict[str, dict[str, str]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--aot", default="v5e-8", help="a slice")
+    parser.add_argument("--aot", default="v6e-8", help="a slice")
     parser.add_argument("--size", default="3b", help="of the policy")
     parser.add_argument("--sets", default=",".join(SETS), help=f"of {', '.join(SETS)}, or NAME=VALUE")
     parser.add_argument("--tower", action="store_true", help="the vision tower is trained, too")
