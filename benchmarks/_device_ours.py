@@ -29,7 +29,9 @@ from benchmarks._policy_step import OurStep, check_losses, decode_macro_step, ma
 from rsagent_jax.aot.devices import chip_of
 from rsagent_jax.aot.flops import Workload, model_flops
 from rsagent_jax.config.schema import LoraConfig, MeshConfig, PolicyConfig, SamplingConfig
+from rsagent_jax.fitness.kernels import kernel_differences, kernels_of
 from rsagent_jax.fitness.made_up import random_policy
+from rsagent_jax.fitness.parity import DTYPES, compare_logprobs, reduced
 from rsagent_jax.fitness.speed import matmul_flops, memory_bandwidth
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.models.qwen25_vl.positions import fill_patch_buffer
@@ -77,7 +79,8 @@ def train(piece: Piece, profile: bool) -> dict[str, Any]:
     count = sum(x.size for x in jax.tree.leaves(trained))
     rng = np.random.default_rng(1)
     sequences = [make_sequence(rng, piece.raw, piece.tokens, (1, *piece.grid)) for _ in range(piece.rows)]
-    policy = PolicyConfig(weights="", dtype=dtype, remat="full", lora=lora)
+    attention = piece.attention if jax.default_backend() == "gpu" else "auto"
+    policy = PolicyConfig(weights="", dtype=dtype, remat="full", attention=attention, lora=lora)
     step = OurStep(config, graphdef, trained, base, sequences, policy, mesh, 1e-5)
     losses: list[float] = []
     found = timed(lambda: losses.append(step()[0]), profile)
@@ -93,7 +96,7 @@ def train(piece: Piece, profile: bool) -> dict[str, Any]:
 def decode(piece: Piece, profile: bool) -> dict[str, Any]:
     """A decode step of all slots, of calls that sample a chunk."""
     sizes = dict(slots=piece.slots, lanes=piece.slots // 4, context=512 if piece.size == TOY else 4096)
-    engine = make_engine(piece, Qwen25VLConfig.from_hf(piece.raw), **sizes)
+    engine = make_engine(piece, Qwen25VLConfig.from_hf(piece.raw), **sizes, weights_dtype=piece.weights_dtype)
     normal = jax.jit(lambda key, x: jax.random.normal(key, x.shape, x.dtype), donate_argnums=1)
     cache = jax.tree.map(lambda x: normal(jax.random.key(1), x), engine.state.cache)  # zeros would be read faster
     engine.state = dataclasses.replace(engine.state, cache=cache)
@@ -142,7 +145,7 @@ def tower(piece: Piece, profile: bool) -> dict[str, Any]:
     patches = np.random.default_rng(0).standard_normal((count, config.vision.patch_dim), np.float32)
     row = fill_patch_buffer(patches, (grid,), np.ones(count // config.vision.merge_unit, bool), count, config.vision)
     arrays = [np.stack([x] * piece.rows) for x in (row.patches, row.segment_ids, row.positions)]
-    images = Images(*arrays, np.ones(piece.rows, bool))
+    images = Images(*arrays, np.arange(piece.rows, dtype=np.int32))
 
     def run() -> None:
         engine.state = engine.programs.encode(engine.weights, engine.state, images)
@@ -157,16 +160,17 @@ def tower(piece: Piece, profile: bool) -> dict[str, Any]:
 
 
 def parity(piece: Piece, profile: bool) -> dict[str, Any]:
-    """See _device_parity.py. At real size a 3B of four layers, so that the host's CPU computes it as well."""
+    """What doctor and tests/device compare as well, with few layers, so that the host's CPU computes it, too; and the
+    attention kernels alone."""
     del profile
-    from benchmarks import _device_parity
-
-    config = Qwen25VLConfig.from_hf(piece.raw)
-    if piece.size != TOY:
-        text = dataclasses.replace(config.text, num_hidden_layers=4)
-        vision = dataclasses.replace(config.vision, depth=8, fullatt_block_indexes=(7,))
-        config = dataclasses.replace(config, text=text, vision=vision)
-    return {"rows": _device_parity.compare_all(config, piece.raw, piece.rows, piece.tokens, piece.grid)}
+    config, platform = Qwen25VLConfig.from_hf(piece.raw), jax.default_backend()
+    rows = [dataclasses.asdict(compared) for compared in compare_logprobs(reduced(config))]
+    for dtype in DTYPES:
+        for kind in kernels_of(platform, dtype):
+            for name, found in kernel_differences(kind, dtype, config).items():
+                title = f"{kind} and plain, {name}, values and gradients, {dtype}"
+                rows.append({"name": title, "max": max(found), "mean": sum(found) / 2, "unit": "of the largest"})
+    return {"rows": rows}
 
 
 ############################## What they share ##############################
@@ -177,7 +181,7 @@ def dtype_of(piece: Piece) -> str:
     return "float32" if piece.size == TOY else "bfloat16"
 
 
-def make_engine(piece: Piece, config: Qwen25VLConfig, **sizes: int) -> Engine:
+def make_engine(piece: Piece, config: Qwen25VLConfig, **sizes: int | str) -> Engine:
     """Of random weights; `sizes`: of SamplingConfig."""
     dtype, patches = dtype_of(piece), piece.grid[0] * piece.grid[1]
     sampling = SamplingConfig(**sizes, max_new_tokens=CHUNK, patches=patches, chunk=CHUNK, prefill=piece.piece)

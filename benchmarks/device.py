@@ -102,7 +102,7 @@ def run_all(out: pathlib.Path, names: list[str], args: argparse.Namespace) -> tu
     results = read_results(file)
     check_same(results.get(LIMITS, {}), args, out)
     sides = SIDES if args.side == "both" else (args.side,)
-    for name, side in dict.fromkeys((n, "ours" if PIECES[n].kind in ONE_PROCESS else s) for n in names for s in sides):
+    for name, side in dict.fromkeys((n, "ours" if alone(n) else s) for n in names for s in sides):
         done = results.get((name, side), {"error": ""})
         profiled = side != "ours" or PIECES[name].kind in ONE_PROCESS or "kernels" in done
         if "error" not in done and (profiled or not args.kernels):
@@ -120,6 +120,11 @@ def run_all(out: pathlib.Path, names: list[str], args: argparse.Namespace) -> tu
         if "error" in results[LIMITS]:
             raise SystemExit(f"nothing is known of the device: {results[LIMITS]['error']}")
     return results, late
+
+
+def alone(name: str) -> bool:
+    """Whether a row has no process of torch's."""
+    return PIECES[name].kind in ONE_PROCESS or PIECES[name].attention != "auto"
 
 
 def read_results(file: pathlib.Path) -> Results:

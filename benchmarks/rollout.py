@@ -1,6 +1,6 @@
 """Rollouts on the CPU: the engine, prefilling every turn anew, and transformers' generate on the same work.
 
-  python benchmarks/rollout.py [--parts=turns,latency,decode,tail] [--toy]
+  python benchmarks/rollout.py [--parts=turns,latency,decode,tail,logprobs] [--toy]
 
 A random Qwen2.5-VL of about 100 million parameters in fp32 (vocabulary 32,000) plays with the real driver, environment,
 processor and overlays. What it samples (greedy, 32 tokens a turn) goes into its context; the environment hears a
@@ -25,6 +25,8 @@ tail     steps of 4 prompts x 4 trajectories of 2 to 8 turns, lognormal turns (3
   refill        a quarter of the groups teaches nothing, and is replaced in rounds (grpo.refill)
   carry over    4 groups more are in flight, and what is not done goes on in the next step (grpo.surplus)
 decode   ms a token in a cache of 1k and of 8k places with 1k of live context, then with more of it
+logprobs the engine's log-probs beside the trainer's, in bf16, with cache or weights or both in int8; of the tiny agent
+         on its scenes, and of a random policy of the 3B's make (_rollout_logprobs.py)
 
 The run fails unless all sides' greedy tokens agree (two tokens nearly tied may differ, and what follows them).
 vs_reprefill, vs_generate: tokens sampled per second of ours / theirs. On a busy machine read cpu_s instead of seconds.
@@ -57,7 +59,7 @@ from benchmarks._policy_step import QUICK, decode_macro_step, raw_config  # noqa
 from benchmarks._rollout_policies import Reprefill, Synchronous, Transformers  # noqa: E402
 from benchmarks.train_step import GLIBC, random_model  # noqa: E402
 
-PARTS = ("turns", "latency", "decode", "tail")
+PARTS = ("turns", "latency", "decode", "tail", "logprobs")
 SIDES = ("engine", "reprefill", "transformers")
 # Of the tail: what ahead-of-time compilation (train.py --aot=v5e-16 --aot_quick, configs/grpo_tpu.py, remat=full and
 # sampling.prefill=256) projects for the 7B on a host, by its slots: 8 decode steps, a piece of 256 tokens in each lane,
@@ -310,6 +312,10 @@ def one(options: argparse.Namespace) -> dict:
     if options.side == "tail":
         work = work if options.toy else dataclasses.replace(work, new_tokens=102, context=2048)
         return tail(directory, processor, work, options.toy)
+    if options.side == "logprobs":
+        from benchmarks import _rollout_logprobs
+
+        return {"logprobs": _rollout_logprobs.compare(options.toy)}
     return decode(directory, processor, work, options.toy)
 
 
@@ -394,6 +400,14 @@ def main() -> None:
             for row in found["rows"]:
                 print("cache {cache:5} live {live:5} {ms:9.2f} ms a decode step, {min_ms:.2f} at best".format(**row))
             summary |= {"large_vs_small_cache": found["large_vs_small_cache"], "decode": found["rows"]}
+        if "logprobs" in parts:
+            found = child("logprobs", directory, options)
+            print(f"{'nats from the trainer':38}{'mean':>10}{'max':>10}{'KL':>11}{'ess':>9}{'tokens':>8}")
+            for policy, rows in found["logprobs"].items():
+                for name, r in rows.items():
+                    figures = f"{r['mean']:10.5f}{r['max']:10.4f}{r['kl']:11.2e}{r['ess']:9.5f}{r['tokens']:8.0f}"
+                    print(f"{policy:26}{name:12}{figures}")
+            summary |= found
     print(json.dumps(summary))
 
 

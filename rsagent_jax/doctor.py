@@ -3,8 +3,9 @@
   python -m rsagent_jax.doctor --config=configs/grpo_tpu.py --config.slice=v6e-8 [--workdir=DIR] [--config.a.b=v]
 
 Looks at versions, devices and mesh, disk, hub and buckets; measures products and memory bandwidth; holds each attention
-kernel against the plain one and the engine's log-probs against the trainer's; compiles and times a training step; asks
-the segmenter for a mask that is known. Random weights of the config's shape are used: nothing is downloaded or trained.
+kernel against the plain one, log-probs in bf16 against fp32, of a device against the CPU and of the engine against the
+trainer; compiles and times a training step; asks the segmenter for a mask that is known. Random weights of the config's
+shape are used: nothing is downloaded or trained.
 
 Each line is OK, slow, wrong (exit status 1) or not run, with the figure, what it is compared with, and what to do. The
 last line of stdout is the same as JSON; with --workdir, doctor.json and doctor.html there have it as well.

@@ -140,10 +140,12 @@ class Program:
         self.devices = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", header))
         blocks = re.findall(r"^(ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}(?=\s*$|, execution)", text, re.M | re.S)
         self.computations = {name: Computation(body) for _, name, body in blocks}
-        self.runs = collections.Counter(name for entry, name, _ in blocks if entry)  # in one run of the program
-        if not self.runs:
+        self.entry = next((name for entry, name, _ in blocks if entry), "")
+        if not self.entry:
             raise ValueError("no ENTRY computation in the text of the program")
+        self.runs = collections.Counter([self.entry])  # in one run of the program
         self.fused: set[str] = set()  # computations inside fusions: their values stay out of memory
+        self.calls: dict[str, list[tuple[str, int]]] = {}  # by instruction: (computation, runs in one execution)
         self.unknown_trip_counts: list[str] = []  # loops that count as if they ran once
         for name in reversed(self.computations):  # callers before callees
             for instruction in self.computations[name].values() if self.runs[name] else ():
@@ -151,6 +153,8 @@ class Program:
                 if instruction.opcode == "conditional":  # the largest branch counts
                     called = [max(called, key=self._made)]
                 times = self._trips(self.computations[name], instruction) if instruction.opcode == "while" else 1
+                if called:
+                    self.calls[instruction.name] = [(callee, times) for callee in called]
                 for callee in called:
                     self.runs[callee] += self.runs[name] * times
                 if instruction.opcode == "fusion" or name in self.fused:
@@ -253,9 +257,15 @@ class Program:
         for user, k in inner.users[name]:
             if user.in_chain or (user.opcode == "tuple" and user is inner.root):
                 continue  # counted where the chain starts, or handed through
-            through = user.opcode in _ELEMENTWISE and user is not inner.root
+            through = user is not inner.root and self._hands_on(user)
             total += self._read(inner, user.name) if through else self._needed(inner, user, k)
         return total
+
+    def _hands_on(self, user: Instruction) -> bool:
+        """Whether an instruction inside a fusion, or all of a fusion in it, only hands on what it is asked for."""
+        if user.opcode == "fusion":
+            return all(i.opcode == "parameter" or self._hands_on(i) for i in self.computations[user.called[0]].values())
+        return user.opcode in _ELEMENTWISE
 
     def _written(self, computation: Computation, instruction: Instruction, fused: bool = False) -> list[float]:
         """Per array of the result, the elements written anew: of a buffer updated in place, those updated."""

@@ -1,8 +1,9 @@
 """One report per compiled program: does it fit, how much does it work and move, and what step time that projects.
 
 The projection is a roofline: the largest of arithmetic at the chip's bf16 peak, HBM traffic at its bandwidth, and bytes
-sent over the links at theirs, as if the three overlapped entirely and each ran at full speed. No device ran anything; a
-real step takes longer.
+sent over the links at theirs, as if the three overlapped entirely and each ran at full speed. Beside it stands what the
+program's own schedule gives (aot/schedule.py): operation after operation, with the collectives that it does not hide.
+No device ran anything; a real step takes longer than either.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import jax
 
 from rsagent_jax.aot import compiled as hlo
 from rsagent_jax.aot.flops import Workload
+from rsagent_jax.aot.schedule import Overlap, schedule_overlap
 from rsagent_jax.aot.topology import GIB, Topology
 from rsagent_jax.aot.traced import Kernel, KernelFlops, traced_work
 
@@ -76,7 +78,8 @@ class ProgramReport:
     projected_mfu: float | None = None  # model_flops over what the mesh could do in projected_step_s
     bound_by: str = "memory"  # compute, hbm or ici; memory when the program does not fit
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # the three terms of the projection
-    quick: bool = False  # compiled with --aot_quick: peak and HBM traffic are higher than the real program's
+    overlap: Overlap | None = None  # what the schedule hides of seconds["ici"], and a step with what it does not
+    quick: bool = False  # compiled with --aot_quick: HBM traffic and waits are more than the real program's
     argument_bytes: int = 0
     temp_bytes: int = 0
     resident_bytes: int = 0  # in HBM while the program runs, but no arguments of it
@@ -138,6 +141,7 @@ def analyse(
         projected_mfu=job.model_flops / (step * speed) if step else None,
         bound_by=bound_by,
         seconds=seconds,
+        overlap=schedule_overlap(program, topology, kernel_flops),
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         resident_bytes=job.resident_bytes,
@@ -189,15 +193,17 @@ def reports_to_json(reports: Sequence[ProgramReport]) -> str:
 def reports_table(reports: Sequence[ProgramReport]) -> str:
     """One line per program for a terminal, memory and traffic per device in GiB, then what the numbers leave out."""
     head = ("program", "on", "peak GiB", "of", "fits", "traffic GiB", "sent GiB", "model TF", "hlo/model", "step s",
-            "MFU", "bound by")  # fmt: skip
+            "MFU", "bound by", "sending s", "exposed s", "with it s")  # fmt: skip
     rows = [head]
     for r in reports:
         step, ratio, mfu = r.projected_step_s, r.hlo_to_model_flops, r.projected_mfu
+        apart = (r.overlap.collective_s, r.overlap.exposed_s, r.overlap.step_s) if r.overlap else ()
         rows.append((
             r.program, f"{r.topology} ({r.devices})", f"{r.peak_hbm_bytes / GIB:.2f}", f"{r.hbm_bytes / GIB:.2f}",
             "yes" if r.fits else "NO", f"{r.hbm_traffic_bytes / GIB:.2f}" if step else "-",
             f"{sum(r.collective_bytes.values()) / GIB:.3f}" if step else "-", f"{r.model_flops / 1e12:.2f}",
             f"{ratio:.2f}" if ratio else "-", f"{step:.4f}" if step else "-", f"{mfu:.1%}" if mfu else "-", r.bound_by,
+            *(f"{seconds:.4f}" for seconds in apart), *["-"] * (3 - len(apart)),
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -59,7 +59,7 @@ def rollout_jobs(
     view = Workload(p, n // policy.vision.merge_unit, (), ((n // side, side),), False, False)
     seen = model_flops(policy, view).total - model_flops(policy, dataclasses.replace(view, images=())).total
     patches = host(p, n, policy.vision.patch_dim, dtype=jnp.float32)
-    images = Images(patches, host(p, n), host(p, n, 2), host(p, dtype=jnp.bool_))
+    images = Images(patches, host(p, n), host(p, n, 2), host(p))
     # What a program does not read is no argument of the compiled one, and stays on the device all the same.
     tower = device_bytes(weights.unstacked["vision"])
     beside = resident + device_bytes(weights) - tower

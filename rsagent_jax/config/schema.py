@@ -132,7 +132,11 @@ class SamplingConfig:
     chunk: Count = 8  # decode steps per compiled call
     prefill: Count = 64  # prompt tokens per lane and compiled call
     lanes: CountOrZero = 0  # slots that append a prompt at a time; 0 = a quarter of the slots
+    encode: Count = 1  # lanes of a row of devices whose new images the tower reads at a time
     kv_dtype: Literal["", "int8", "bfloat16", "float32"] = ""  # of the cache: int8 halves it; "" = as the activations
+    # Of the decoder's kernels and head in the engine: int8, a scale per output, halves them (docs/grpo.md); "" = as the
+    # activations.
+    weights_dtype: Literal["", "int8"] = ""
     tensor: CountOrZero = 1  # devices that share a slot's heads; must divide the devices of a process
     conflicts = rules.sampling
 
@@ -250,7 +254,8 @@ class PolicyConfig:
     dtype: Activations = "bfloat16"  # of activations; parameters stay fp32 in training
     # What the backward pass keeps: none (no remat) | full | attention | selective | dots | save:NAMES | offload:NAMES
     remat: Remat = "full"  # "" = as the slice's preset says
-    attention: Literal["auto", "plain", "blocks", "splash", "cudnn"] = "auto"  # splash: TPU; cudnn: GPU
+    # splash: TPU; cudnn, cudnn_causal, triton: GPU (models/qwen25_vl/attention.py)
+    attention: Literal["auto", "plain", "blocks", "splash", "cudnn", "cudnn_causal", "triton"] = "auto"
     # Of training: layers in a loop, compiled once. False compiles each of them: for a small policy on a CPU a faster
     # step (a seventh in benchmarks/train_step.py), since nothing is copied into and out of the loop's stacks.
     scan_layers: bool = True

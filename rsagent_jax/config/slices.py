@@ -56,7 +56,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
 
 # An engine without a trainer beside it (evaluate.py, collect, segment), by kind of device: devices that share a slot,
 # and slots for such a group; contexts of 6k tokens, weights and cache in bf16. docs/scaling.md has what they need, but
-# for v4, which was not compiled. On TPU7x a decode step's temporaries are as large as the weights.
+# for v4, which was not compiled.
 ENGINES: dict[str, dict[str, tuple[int, int]]] = {
     "7b": {"TPU v5 lite": (4, 64), "TPU v6 lite": (2, 64), "TPU v5": (1, 128), "TPU v4": (2, 64), "TPU7x": (1, 64)},
     "32b": {"TPU v6 lite": (8, 64), "TPU v5": (4, 128), "TPU7x": (4, 64)},

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from rsagent_jax.config.import_path import first_line
-from rsagent_jax.fitness import decoding, kernels, machine, places, segmenting, speed, training
+from rsagent_jax.fitness import decoding, kernels, machine, parity, places, segmenting, speed, training
 from rsagent_jax.fitness.finding import Examined, Finding, Verdict
 from rsagent_jax.types import DataError
 
@@ -31,6 +31,7 @@ CHECKS = (  # the cheapest first
     Check("products", speed.check_matmul, _DEVICE),
     Check("memory bandwidth", speed.check_bandwidth, _DEVICE),
     Check("attention", kernels.check_kernels, "--config.policy.attention=blocks"),
+    Check("numbers", parity.check_numbers, _DEVICE),
     Check("engine", decoding.check_engine, _DEVICE),
     Check("training step", training.check_training, _DEVICE),
     Check("segmenter", segmenting.check_masks, "python -m sam_bridge.check --address=…; docs/sidecar.md"),

@@ -9,20 +9,15 @@ from flax import nnx
 
 from rsagent_jax.aot.rollout import device_bytes
 from rsagent_jax.aot.topology import GIB
-from rsagent_jax.config.schema import BatchConfig
-from rsagent_jax.data.packing import Item, pack
 from rsagent_jax.fitness.finding import Examined, Finding, Verdict, device_memory, not_run
-from rsagent_jax.fitness.made_up import random_policy, random_prompt
+from rsagent_jax.fitness.made_up import random_policy
+from rsagent_jax.fitness.parity import ROUNDED, engine_differences, nats_bound
 from rsagent_jax.fitness.speed import fastest, memory_bandwidth
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.rollout.engine import Engine
-from rsagent_jax.rollout.policy import Request, Task
 from rsagent_jax.rollout.programs import Turns
-from rsagent_jax.runtime import processes, sharding
-from rsagent_jax.train.step import batch_logprobs
+from rsagent_jax.runtime import processes
 
-PLAYED, WORDS, DRAWN = 4, 24, 16  # trajectories; text tokens about an image of one window; tokens drawn in each
-EXACT, ROUNDED = 1e-3, 0.15  # nats: fp32 on a CPU, and where products round to bf16
 LEAST_SHARE = 0.4  # of the bandwidth measured
 PROJECTED = 1 / 1.15  # docs/scaling.md: what a decode step moves over what it must read
 
@@ -46,46 +41,14 @@ def check_engine(examined: Examined) -> list[Finding]:
     sampling = dataclasses.replace(sampling, temperature=sampling.temperature or 1.0)
     ends, key = examined.policy.eos_token_ids[0], jax.random.key(0)
     engine = Engine(nnx.merge(graphdef, params), sampling, ends, settings.dtype, key, mesh)
-    items, compute = _play(engine), Compute.of(settings, mesh)
-    off = _differences(graphdef, params, items, compute, sampling.temperature, engine)
-    exact = settings.dtype == "float32" and jax.default_backend() == "cpu" and not sampling.kv_dtype
-    bound = EXACT if exact else ROUNDED
+    off = engine_differences(engine, graphdef, params, Compute.of(settings, mesh), sampling.temperature)
+    rounded = sampling.kv_dtype or sampling.weights_dtype
+    bound = ROUNDED if rounded else nats_bound(settings.dtype, jax.default_backend())
     figure = f"{off.max():.1e} nats at most, {off.mean():.1e} in the mean, over {off.size} sampled tokens"
     remedy = "do not train GRPO here; try --config.policy.attention=blocks, another jax or driver"
     good = bool(off.max() <= bound)  # not so for NaN
     agree = Finding.judged("engine, log-probs", good, Verdict.WRONG, figure, f"{bound:g} from the trainer's", remedy)
     return [agree, _decoding(engine)]
-
-
-def _play(engine: Engine) -> list[Item]:
-    """A turn of a few trajectories."""
-    rng, prompts, items = np.random.default_rng(0), {}, []
-    side = engine.config.vision.window_size // engine.config.vision.patch_size
-    for slot in range(min(PLAYED, engine.slots)):
-        prompts[slot] = prompt, end = random_prompt(engine.config, ((1, side, side),), WORDS, rng)
-        engine.submit(Request(slot, prompt, end, None, Task(None, slot, slot), 0, DRAWN))
-    while len(items) < len(prompts):
-        for slot, drawn in engine.step():
-            prompt, end = prompts[slot]
-            n, forced = len(drawn.tokens), len(prompt.tokens)
-            tokens = np.concatenate([prompt.tokens, drawn.tokens])
-            later = np.broadcast_to(end + np.arange(n), (3, n))
-            positions = np.concatenate([prompt.positions, later], axis=1, dtype=np.int32)
-            logprobs = np.concatenate([np.zeros(forced, np.float32), drawn.logprobs])
-            sampled = np.arange(forced + n) >= forced
-            items.append(Item(tokens, positions, sampled, logprobs, prompt.patches, prompt.grids))
-    return items
-
-
-def _differences(graphdef, params, items: list[Item], compute: Compute, temperature, engine: Engine) -> np.ndarray:
-    """Of every sampled token, in packed rows as training has them."""
-    parts = sharding.parts("rows", compute.mesh)
-    rows, longest = -(-len(items) // parts) * parts, max(len(item.tokens) for item in items)
-    patches = engine.config.vision.window_patches
-    (batch,) = pack(items, BatchConfig(rows=rows, tokens=longest, patches=patches), engine.config)
-    program = jax.jit(lambda params, batch: batch_logprobs(graphdef, params, batch, compute, temperature))
-    placed = batch if compute.mesh is None else jax.device_put(batch, sharding.rows(compute.mesh))
-    return np.abs(np.asarray(program(params, placed)) - batch.old_logprobs)[batch.loss_mask]
 
 
 def _decoding(engine: Engine) -> Finding:

@@ -1,44 +1,57 @@
-"""Each attention kernel that the config could use against the plain one: values and gradients."""
+"""Each attention kernel of the platform against the plain one: values and gradients."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rsagent_jax.config.schema import PolicyConfig, TrainConfig
-from rsagent_jax.fitness.finding import Examined, Finding, Verdict, not_run
+from rsagent_jax.config.schema import TrainConfig
+from rsagent_jax.fitness.finding import Examined, Finding, Verdict
 from rsagent_jax.models.qwen25_vl import attention
 from rsagent_jax.models.qwen25_vl.compute import Compute
+from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 
 SHORT, LONG = 640, 4608  # the second is a row for which the splash kernel's backward pass is two programs
 EXACT, ROUNDED = 2e-5, 3e-2  # of the largest value: fp32 on a CPU, and where products round to bf16
 
 
 def check_kernels(examined: Examined) -> list[Finding]:
-    """On this process's first device, with the policy's head dims and a few of its heads."""
-    policy, config, platform = examined.policy, examined.settled, jax.default_backend()
-    if (kind := kernel_of(config.policy, platform)) == "plain":
-        return not_run("attention", "the config asks for the plain one")
-    text, vision, found = policy.text, policy.vision, []
-    heads = {
-        "text": (min(4, text.num_attention_heads // text.num_key_value_heads), 1, text.head_dim),
-        "images": (2, 2, vision.hidden_size // vision.num_heads),
-    }
-    bound = EXACT if platform == "cpu" and config.policy.dtype == "float32" else ROUNDED
+    """On this process's first device, in the config's dtype, with the policy's head dims and a few of its heads."""
+    config, platform = examined.settled, jax.default_backend()
+    dtype, found = config.policy.dtype, []
     remedy = "--config.policy.attention=blocks until another jax, driver or device agrees"
-    for length in (SHORT,) if platform == "cpu" or not _has_long_rows(config) else (SHORT, LONG):
-        for name, sizes in heads.items():
-            values, grads = _differences(kind, config.policy.dtype, name == "text", length, *sizes)
-            title, good = f"attention, {kind}, {name}, {length} places", max(values, grads) <= bound
+    lengths = (SHORT,) if platform == "cpu" or not _has_long_rows(config) else (SHORT, LONG)
+    for kind, length in itertools.product(kernels_of(platform, dtype), lengths):
+        for name, (values, grads) in kernel_differences(kind, dtype, examined.policy, length).items():
+            good, bound = max(values, grads) <= kernel_bound(dtype, platform), kernel_bound(dtype, platform)
+            title = f"attention, {kind}, {name}, {length} places"
             figure, against = f"values {values:.1e}, gradients {grads:.1e} of the largest", f"{bound:.0e} from plain"
             found.append(Finding.judged(title, good, Verdict.WRONG, figure, against, remedy))
     return found
 
 
-def kernel_of(policy: PolicyConfig, platform: str) -> str:
-    """The one beside plain that attention.in_segments chooses on this platform; on a CPU for long rows."""
-    fused = jnp.dtype(policy.dtype).itemsize == 2
-    auto = {"tpu": "splash", "gpu": "cudnn" if fused else "blocks"}.get(platform, "blocks")
-    return auto if policy.attention == "auto" else policy.attention
+def kernels_of(platform: str, dtype: str) -> list[str]:
+    """What attention.in_segments has for this platform beside the plain one; cuDNN has nothing in fp32."""
+    gpu = ["triton"] + ["cudnn", "cudnn_causal"] * (dtype == "bfloat16")
+    return ["blocks", *{"tpu": ["splash"], "gpu": gpu}.get(platform, [])]
+
+
+def kernel_bound(dtype: str, platform: str) -> float:
+    """Of the largest value."""
+    return EXACT if platform == "cpu" and dtype == "float32" else ROUNDED
+
+
+def kernel_differences(
+    kind: str, dtype: str, policy: Qwen25VLConfig, length: int = SHORT
+) -> dict[str, tuple[float, float]]:
+    """By shape of heads: the largest difference of values and of gradients from plain, over plain's largest."""
+    text, vision = policy.text, policy.vision
+    heads = {
+        "text": (min(4, text.num_attention_heads // text.num_key_value_heads), 1, text.head_dim),
+        "images": (2, 2, vision.hidden_size // vision.num_heads),
+    }
+    return {name: _differences(kind, dtype, name == "text", length, *sizes) for name, sizes in heads.items()}
 
 
 def _has_long_rows(config) -> bool:

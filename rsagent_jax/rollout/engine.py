@@ -122,7 +122,8 @@ class Engine:
         dtype, found = jax.numpy.dtype(self.programs.compute.dtype), {}
         for path, variable in _flat(params):
             x = variable.get_value()
-            if path[:2] == LAYERS or x.dtype != dtype or not isinstance(x, jax.Array):
+            new = path[:2] == LAYERS or (self.programs.int8 and path == self.programs.head)
+            if new or x.dtype != dtype or not isinstance(x, jax.Array):
                 continue
             if self.mesh is not None:
                 target = where[path].get_value()
@@ -289,20 +290,19 @@ class Engine:
         self.state = self.programs.copy(self.state, *self._put((source, target, wanted)), blocks)
 
     def _images(self, rung: int, slots: list[int]) -> Images:
-        """The patch buffers of these slots' prompts in their lanes; `rung`: of the ladder, which holds each of them."""
+        """These slots' pictures in the first buffers of each row of the mesh; `rung`: of the ladder, holds each."""
         vision, lanes = self.config.vision, self.sampling.lanes
-        images = Images(
-            np.zeros((lanes, rung, vision.patch_dim), np.float32),
-            np.zeros((lanes, rung), np.int32),
-            np.zeros((lanes, rung, 2), np.int32),
-            np.zeros(lanes, bool),
-        )
+        a_row, ints = lanes // sharding.parts("rows", self.mesh), np.zeros((3, lanes, rung), np.int32)
+        free = [iter(range(start, start + a_row)) for start in range(0, lanes, a_row)]
+        patches = np.zeros((lanes, rung, vision.patch_dim), np.float32)
+        images = Images(patches, ints[0], np.moveaxis(ints[1:], 0, -1), np.full(lanes, -1, np.int32))
         for slot in slots:
-            prompt, lane = self.used[slot].left, self._lane(slot)
+            prompt, (row, lane) = self.used[slot].left, divmod(self._lane(slot), a_row)
+            i = next(free[row])
             is_image = prompt.tokens == self.config.image_token_id
             buffer = fill_patch_buffer(prompt.patches, prompt.grids, is_image, rung, vision)
-            images.patches[lane], images.segment_ids[lane] = buffer.patches, buffer.segment_ids
-            images.positions[lane], images.wanted[lane] = buffer.positions, True
+            images.patches[i], images.segment_ids[i] = buffer.patches, buffer.segment_ids
+            images.positions[i], images.lanes[i] = buffer.positions, lane
             self.stats["patches"] += len(prompt.patches)
         return self._put(images)
 

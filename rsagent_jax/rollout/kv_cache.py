@@ -39,7 +39,7 @@ class LayerCache:
         k, v = k_RTKH.transpose(0, 2, 3, 1), v_RTKH.transpose(0, 2, 1, 3)
         if like.key_scales is None:
             return cls(k.astype(like.keys.dtype), v.astype(like.values.dtype))
-        (k, key_scales), (v, value_scales) = _quantized(k, 2), _quantized(v, 3)
+        (k, key_scales), (v, value_scales) = quantize(k, 2), quantize(v, 3)
         return cls(k, v, key_scales, value_scales)
 
     def each(self, f: Callable[..., jax.Array], *others: LayerCache) -> LayerCache:
@@ -183,7 +183,7 @@ def copy_places(cache: LayerCache, source, target, wanted, count: jax.Array, siz
     return cache.each(one)
 
 
-def _quantized(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+def quantize(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     """int8 and the scales f32 without `axis`, over which they hold."""
     x = x.astype(jnp.float32)
     scales = jnp.maximum(jnp.abs(x).max(axis), 1e-30) / 127

@@ -6,6 +6,8 @@ step    appends a piece of a prompt to at most one slot per lane, then samples u
 """
 
 import dataclasses
+import functools
+import itertools
 from typing import Any
 
 import jax
@@ -23,14 +25,20 @@ from rsagent_jax.rollout.kv_cache import LayerCache, Rows
 from rsagent_jax.rollout.sampling import sample_tokens
 from rsagent_jax.runtime import sharding
 
+# By kind of device. For TPU7x libtpu 0.0.42 lays bf16 arrays out in tiles of 8 rows between programs and of 16 inside:
+# every call would copy the weights and all keys (docs/scaling.md). With this the tiles are the same inside.
+COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}}
 LAYERS = ("decoder", "layers")  # where the decoder's stacked layers stand among the parameters
+# By path inside a layer: what has the same input, and is one product where no tensor axis splits the outputs.
+JOINED = {("qkv",): (("q",), ("k",), ("v",)), ("mlp", "gate_up"): (("mlp", "gate"), ("mlp", "up"))}
+HEAD, TIED = ("decoder", "lm_head"), ("decoder", "embed")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Parameters in the dtype of the activations. The decoder's layers stand one by one: nothing is cut out of a stack
-    at every token."""
+    """Parameters in the dtype of the activations, or kernels and head in int8 (sampling.weights_dtype). The decoder's
+    layers stand one by one: nothing is cut out of a stack at every token."""
 
     layers: tuple[nnx.State, ...]
     unstacked: nnx.State
@@ -49,12 +57,13 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """What one `encode` looks at: a patch buffer per lane, as in types.Batch."""
+    """What one `encode` looks at: as many patch buffers as lanes, as in types.Batch. Of each row of the mesh the first
+    ones have something to look at, for any of the row's lanes."""
 
     patches: jax.Array  # f32[P, N, C]
     segment_ids: jax.Array  # i32[P, N]
     positions: jax.Array  # i32[P, N, 2]
-    wanted: jax.Array  # bool[P]: lanes whose waiting embeddings this call replaces
+    lanes: jax.Array  # i32[P] whose waiting embeddings a buffer's replace: number inside the row; -1: none's
 
 
 @jax.tree_util.register_dataclass
@@ -108,17 +117,27 @@ class RolloutPrograms:
         # XLA's CPU back end multiplies a few rows with an [in, out] kernel on one core, and an [out, in] kernel with a
         # few columns on all cores.
         self.out_first = compute.mesh is None and compute.platform == "cpu"
-        shell = nnx.clone(model)
+        self.int8, shell = sampling.weights_dtype == "int8", nnx.clone(model)
         for _, module in nnx.iter_modules(shell.decoder.layers):
             if isinstance(module, Linear):
-                module.out_first = self.out_first
+                module.out_first, module.scale = self.out_first, nnx.data(nnx.Param(0.0)) if self.int8 else None
+        self.joined = JOINED if sharding.parts("heads", compute.mesh) == 1 else {}
+        if self.joined:
+            layers, mlp = shell.decoder.layers, shell.decoder.layers.mlp
+            layers.qkv, layers.q, layers.k, layers.v = nnx.data(layers.q), None, None, None
+            mlp.gate_up, mlp.gate, mlp.up = nnx.data(mlp.gate), None, None
+        self.head = HEAD if shell.decoder.lm_head is not None else TIED  # what it is among the parameters
+        if self.int8:  # tied embeddings stay beside the head that is made of them, to be looked up
+            shell.decoder.lm_head, shell.decoder.head_scale = (nnx.data(nnx.Param(0.0)) for _ in range(2))
         self.layer_def, _ = nnx.split(shell.decoder.layers)
         shell.decoder.layers = None
         self.unstacked_def, _ = nnx.split(shell, nnx.Param)
         self.block = kv.SMALL if sampling.context <= 2048 else kv.LARGE
-        self.encode = jax.jit(self._encode, donate_argnums=1)
-        self.copy = jax.jit(self._copy, donate_argnums=0)
-        self.step = jax.jit(self._step, donate_argnums=1, static_argnames=("blocks", "steps"))
+        devices = jax.devices() if compute.mesh is None else compute.mesh.devices.flat
+        jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(devices[0].device_kind))
+        self.encode = jit(self._encode, donate_argnums=1)
+        self.copy = jit(self._copy, donate_argnums=0)
+        self.step = jit(self._step, donate_argnums=1, static_argnames=("blocks", "steps"))
 
     @property
     def blocks(self) -> int:
@@ -141,35 +160,47 @@ class RolloutPrograms:
 
     def split(self, params: nnx.State) -> Weights:
         """The training parameters in the engine's form; also of abstract ones, under eval_shape."""
-        cast = jax.tree.map(lambda x: x.astype(jnp.dtype(self.compute.dtype)), params)
-        flat = nnx.to_flat_state(cast)
+        flat = dict(nnx.to_flat_state(params))
+        cast = {path: v.replace(v.get_value().astype(jnp.dtype(self.compute.dtype))) for path, v in flat.items()}
+        for path in [p for p in flat if self.int8 and p[:2] == LAYERS and p[-1] == "kernel"]:
+            cast[path], cast[*path[:-1], "scale"] = _int8(flat[path], -2)
+        if self.int8:
+            cast[HEAD], cast["decoder", "head_scale"] = _int8(flat[self.head], -1)
+        for (whole, parts), leaf in itertools.product(self.joined.items(), ("kernel", "bias", "scale")):
+            if found := [cast.pop(path) for part in parts if (path := (*LAYERS, *part, leaf)) in cast]:
+                values = jnp.concatenate([v.get_value() for v in found], -1)
+                cast[*LAYERS, *whole, leaf] = found[0].replace(values)
         turned = lambda path: self.out_first and path[-1] == "kernel"  # noqa: E731
         turn = lambda v: v.replace(v.get_value().swapaxes(-1, -2))  # noqa: E731
-        stacked = [(path[2:], turn(v) if turned(path) else v) for path, v in flat if path[:2] == LAYERS]
+        stacked = [(path[2:], turn(v) if turned(path) else v) for path, v in cast.items() if path[:2] == LAYERS]
         stacked = nnx.from_flat_state(stacked)
-        unstacked = nnx.from_flat_state([(path, v) for path, v in flat if path[:2] != LAYERS])
+        unstacked = nnx.from_flat_state([(path, v) for path, v in cast.items() if path[:2] != LAYERS])
         count = self.config.text.num_hidden_layers
         return Weights(tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)), unstacked)
 
     def _encode(self, weights: Weights, slots: Slots, images: Images) -> Slots:
-        """A lane of every row of the mesh at a time, and none that nobody wants: all lanes' activations together take
-        more memory than the cache can spare."""
+        """`sampling.encode` buffers of every row of the mesh at a time, and none that nobody wants: all lanes'
+        activations together take more memory than the cache can spare."""
         model = nnx.merge(self.unstacked_def, weights.unstacked)
-        rows = sharding.parts("rows", self.compute.mesh)
-        old = slots.images[:, : images.patches.shape[1] // self.config.vision.merge_unit]
+        rows, size = sharding.parts("rows", self.compute.mesh), images.patches.shape[1] // self.config.vision.merge_unit
+        lanes = self.sampling.lanes // rows
+        count = max(n for n in range(1, self.sampling.encode + 1) if lanes % n == 0)
 
-        def encode_lanes(lanes):
-            new, old = lanes
+        def encode_some(held, new):
+            def encode(held):
+                flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), new)
+                merged = model.vision(flat.patches, flat.segment_ids, flat.positions, self.compute).astype(held.dtype)
+                merged = merged.reshape(rows, count, size, -1)
+                for i in range(count):
+                    wanted, lane = new.lanes[:, i] >= 0, Rows(jnp.maximum(new.lanes[:, i], 0))
+                    kept = jnp.where(wanted[:, None, None], merged[:, i], lane.read(held, 0, size, 1))
+                    held = lane.write(held, kept, 1, jnp.zeros(rows, jnp.int32))
+                return held
 
-            def encode():
-                merged = model.vision(new.patches, new.segment_ids, new.positions, self.compute)
-                return jnp.where(new.wanted[:, None, None], merged.astype(old.dtype), old)
+            return jax.lax.cond(jnp.any(new.lanes >= 0), encode, lambda held: held, held), None
 
-            return jax.lax.cond(jnp.any(new.wanted), encode, lambda: old)
-
-        by_turn = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1), (images, old))
-        merged = jax.lax.map(encode_lanes, by_turn).swapaxes(0, 1).reshape(old.shape)
-        return dataclasses.replace(slots, images=slots.images.at[:, : merged.shape[1]].set(merged))
+        by_turn = jax.tree.map(lambda x: x.reshape(rows, -1, count, *x.shape[1:]).swapaxes(0, 1), images)
+        return dataclasses.replace(slots, images=jax.lax.scan(encode_some, slots.images, by_turn)[0])
 
     def _copy(self, slots: Slots, source, target, wanted, count: jax.Array) -> Slots:
         cache = tuple(kv.copy_places(layer, source, target, wanted, count, self.block) for layer in slots.cache)
@@ -284,6 +315,14 @@ class RolloutPrograms:
             see = lambda q, k, v, i=i: attend(i, q, k.swapaxes(1, 2), v.swapaxes(1, 2))  # noqa: E731
             x = self.compute.rows(layer(x, cos, sin, see, self.compute))
         return model.decoder.norm(x)
+
+
+def _int8(variable: nnx.Variable, axis: int) -> tuple[nnx.Variable, nnx.Variable]:
+    """A kernel in int8 and its scales, one for all of `axis`."""
+    numbers, scales = kv.quantize(variable.get_value(), axis)
+    names = list(variable.get_metadata("axes"))
+    del names[axis]
+    return variable.replace(numbers), nnx.Param(scales, axes=tuple(names))
 
 
 def weight_shardings(programs: RolloutPrograms, params: Any, mesh: jax.sharding.Mesh) -> Weights:

@@ -53,7 +53,7 @@ _ASKING = "key_variable timeout_s retries backoff_s concurrent per_minute price_
 FREE = {
     DataConfig: ("root", "exclude_root", "limit", "unreadable"),
     AgentConfig: ("tool_deadline_s",),
-    SamplingConfig: ("slots", "chunk", "prefill", "lanes", "tensor"),
+    SamplingConfig: ("slots", "chunk", "prefill", "lanes", "encode", "tensor"),
     EndpointConfig: _ASKING,
     RemoteConfig: _ASKING,
 }

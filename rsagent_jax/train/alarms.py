@@ -136,8 +136,9 @@ def engine_gap(h: History, c: AlarmsConfig) -> Symptom | None:
     return Symptom(
         since,
         f"engine and trainer are {h.last('mismatch_kl'):.3g} nats per token apart (alarms.gap = {c.gap:g}): the policy"
-        " that is trained is not the one that plays; set grpo.sampling.kv_dtype and policy.dtype to float32 to see"
-        " whether it is precision, and check that sampling has no top_k or top_p that training does not know of",
+        " that is trained is not the one that plays; set grpo.sampling.kv_dtype and policy.dtype to float32 and"
+        " grpo.sampling.weights_dtype to '' to see whether it is precision, and check that sampling has no top_k or"
+        " top_p that training does not know of",
     )
 
 

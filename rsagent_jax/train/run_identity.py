@@ -41,7 +41,7 @@ FREE = (
     *("sft.trajectories", "grpo.data.root", "grpo.data.exclude_root"),
     *("grpo.data.mix*.data.root", "grpo.data.mix*.data.exclude_root"),
     *(f"{stage}.{name}" for stage in STAGES for name in ("checkpoint_every", "read.*", "batch.rows", "optim.offload")),
-    *(f"grpo.sampling.{name}" for name in ("slots", "chunk", "prefill", "lanes", "tensor")),
+    *(f"grpo.sampling.{name}" for name in ("slots", "chunk", "prefill", "lanes", "encode", "tensor")),
     *("grpo.max_env_failed", "grpo.on_reward_error", "grpo.reward*.deadline_s", "agent.tool_deadline_s"),
     *(f"segmenter.{name}" for name in ("addresses", "token_file", "tls", "tls_ca", "timeout_s", "wait_s", "workers")),
     *("segmenter.device", "validation.*", "loggers", "grpo.dump_every", "grpo.dump_keep"),

@@ -16,13 +16,10 @@ from rsagent_jax.config.schema import GrpoConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.logprobs import token_logprobs, token_logprobs_and_entropy
 from rsagent_jax.runtime import sharding
+from rsagent_jax.runtime.compiler_options import compiler_options
 from rsagent_jax.train import losses
 from rsagent_jax.train.state import EMPTY, TrainState, create_state, state_shardings, vision_frozen
 from rsagent_jax.types import Batch
-
-# By kind of device, for the programs with a forward pass. libtpu 0.0.42 moves gathers of the vision tower's rows to
-# TPU7x's SparseCores and aborts there on the 7B ("Not enough space for TILESPMEM spill"): they stay on the TensorCore.
-COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_offload_gather_to_sparsecore": "false"}}
 
 # (log-probs f32[B, T] aligned to their own token, batch, reference log-probs; where Stage.entropy, entropies f32[B, T])
 # -> (loss sum, denominator, metric sums)
@@ -184,7 +181,7 @@ def make_programs(
     state = state_shardings(params, tx, replicated, offload=offload)
     base = jax.tree.map(lambda x: x.sharding, base)
     frozen_vision = vision_frozen(state.params)
-    jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(compute.mesh.devices.flat[0].device_kind))
+    jit = functools.partial(jax.jit, compiler_options=compiler_options(compute.mesh))
     tower = nnx.graphdef(nnx.merge(graphdef, nnx.merge_state(state.params, base)).vision)
 
     def embed(base, batch):

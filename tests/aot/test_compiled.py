@@ -226,6 +226,32 @@ ENTRY %e (s.3: bf16[8], x.3: bf16[64]) -> bf16[32] {
 """  # noqa: E501
 
 
+def test_a_fusion_that_only_hands_on_reads_what_it_is_asked_for():
+    """As the compiler writes into a cache of int8: relaid inside the fusion, of which 16 numbers are read."""
+    text = """HloModule m
+
+%relaid (x: s8[64,128]) -> s8[64,128] {
+  %x = s8[64,128]{1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %c = s8[64,128]{1,0:T(8,128)(4,1)} OPCODE(%x)
+}
+
+%some (y: s8[64,128], i: s32[]) -> s8[1,16] {
+  %y = s8[64,128]{1,0:T(32,128)(4,1)} parameter(0)
+  %i = s32[] parameter(1)
+  %f = s8[64,128]{1,0:T(8,128)(4,1)} fusion(%y), kind=kLoop, calls=%relaid
+  ROOT %d = s8[1,16]{1,0:T(8,128)(4,1)} dynamic-slice(%f, %i, %i), dynamic_slice_sizes={1,16}
+}
+
+ENTRY %e (z: s8[64,128], j: s32[]) -> s8[1,16] {
+  %z = s8[64,128]{1,0:T(32,128)(4,1)} parameter(0)
+  %j = s32[] parameter(1)
+  ROOT %g = s8[1,16]{1,0:T(8,128)(4,1)} fusion(%z, %j), kind=kLoop, calls=%some
+}
+"""
+    assert Program(text.replace("OPCODE", "copy")).hbm_traffic_bytes() == 2 * 16 + 4
+    assert Program(text.replace("OPCODE", "cosine")).hbm_traffic_bytes() == 64 * 128 + 16 + 4
+
+
 def test_a_chain_of_fusions_is_one_collective_that_moves_its_data_once():
     found = Program(CHAIN)
     sent = [(c.kind, c.name, c.sent_bytes, c.executions) for c in found.collectives()]

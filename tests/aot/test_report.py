@@ -10,7 +10,9 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rsagent_jax.aot.compiled import Program
 from rsagent_jax.aot.report import Job, analyse, out_of_memory, report_job, reports_table, reports_to_json
+from rsagent_jax.aot.schedule import product_flops
 from rsagent_jax.aot.topology import GIB, devices, parse_topology
 
 DESIGN = (
@@ -115,6 +117,21 @@ def test_projection(report):
     arguments = LAYERS * COUNT + ROWS * TOKENS * DIM
     assert report.argument_bytes == arguments * 4 / DEVICES
     assert report.hbm_traffic_bytes > (arguments + LAYERS * COUNT) * 4 / DEVICES
+
+
+def test_overlap_of_a_compiled_step(report, compiled):
+    """Weights are gathered beside products; the gradients are reduced and scattered at once, and waited for."""
+    overlap, program = report.overlap, Program(compiled[1].as_text())
+    assert overlap.asynchronous > 0 and overlap.asynchronous + overlap.synchronous == report.collectives
+    assert overlap.collective_s == pytest.approx(report.seconds["ici"])
+    assert 0 < overlap.hidden_s < overlap.collective_s and 0 < overlap.work_s < overlap.step_s
+    assert any(w.collective.kind == "reduce-scatter" and w.synchronous for w in overlap.waits)
+    assert overlap.exposed_s == pytest.approx(overlap.collective_s - overlap.hidden_s)
+    # The products that the schedule counts are those of the traced program, but for the kernels' inner ones.
+    shapes = lambda c, i: [c[o].arrays[0].dims for o in i.operands]  # noqa: E731
+    found = ((program.computations[name], i, runs) for name, i, runs in program.instructions())
+    products = sum(runs * product_flops(i, shapes(c, i)) for c, i, runs in found if i.opcode == "convolution")
+    assert DEVICES * products == report.hlo_flops - 2 * ROWS * TOKENS * LAYERS * DIM
 
 
 def test_residents_take_memory(report, analysed):

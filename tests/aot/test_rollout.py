@@ -69,6 +69,31 @@ def test_flops_are_two_per_parameter_and_token_and_attention(jobs):
     assert jobs["rollout append"].model_flops == pytest.approx(step + piece)
 
 
+def test_weights_in_int8_are_half_but_for_embeddings_norms_and_scales(jobs):
+    sampling = dataclasses.replace(SAMPLING, weights_dtype="int8")
+    mesh = rollout.host_mesh(devices(parse_topology("v5e:2x2")), tensor=2)
+    made = {j.program: j for j in rollout.rollout_jobs(sampling, shape(), "bfloat16", mesh, resident=1000)}
+    d, whole = made["rollout decode"].decoding, jobs["rollout decode"].decoding
+    numbers = 2 * (LAYER - 512 - 2 * 256) + HEAD  # kernels and head: a byte less each; biases stay
+    # a scale per output: of q, k, v, gate and up half of them on each device, of o and down all
+    scales = 4 * (2 * ((512 + 2 * 256 + 2 * 1024) // 2 + 2 * 512) + 32768 // 2)
+    assert whole.weight_bytes - d.weight_bytes == numbers // 2 - scales
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e:2x2", "tpu7x-8"])
+def test_a_compiled_step_holds_no_second_copy_of_weights_or_cache(name):
+    """Of int8 weights in bf16, nor, on TPU7x, of weights and keys in other tiles."""
+    topology = parse_topology(name)
+    mesh = rollout.host_mesh(devices(topology)[:4], tensor=2)
+    for kind in ("", "int8"):
+        sampling = dataclasses.replace(SAMPLING, weights_dtype=kind)
+        made = {j.program: j for j in rollout.rollout_jobs(sampling, shape(), "bfloat16", mesh, resident=0)}
+        found = report_job(made["rollout decode"], topology)
+        d = found.decoding
+        assert found.temp_bytes < 0.1 * SLOTS // 2 * d.slot_bytes and d.step_bytes / d.needed_bytes < 1.4
+
+
 @pytest.mark.slow
 def test_the_compiled_step_reads_weights_and_live_cache_once_and_holds_no_second_cache(decode):
     """Cut before the loop, the live cache was copied (a third of all memory); gathered for the whole row of logits, the
@@ -177,6 +202,19 @@ def test_the_page_has_a_row_for_a_host_and_its_slice():
     assert cells[7:] == ["30.00 (encode)", "31.00", "yes", "11.00", "1.10", "1000", "1000"]
 
 
+def test_of_what_was_compiled_fully_the_page_tells_what_the_schedule_does_not_hide():
+    sizes = dict(peak_hbm_bytes=13 * 2**30, hbm_bytes=16 * 2**30, fits=True, collective_bytes={"all-gather": 2**30})
+    times = dict(projected_step_s=1.33, projected_mfu=0.75, hlo_to_model_flops=1.32, bound_by="compute")
+    report = sizes | times | {"overlap": dict(collective_s=0.24, exposed_s=0.0365, step_s=1.42)}
+    name, old = "3b:v5e-8:sft:full", report | {"overlap": None}
+    page = scaling.scaling_tables([{"name": f"{name}:fully", "reports": [report]}, {"name": name, "reports": [old]}])
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "3B, v5e-8" in line]
+    assert [row[1] for row in rows] == ["full, fully", "full, quick"]
+    assert [row[7:] for row in rows] == [
+        ["1.33", "75%", "compute", *apart] for apart in (["0.240", "0.036", "1.420"], ["-"] * 3)
+    ]
+
+
 def test_lines_of_another_length_or_other_arguments_are_compiled_again_and_replaced(tmp_path, monkeypatch):
     for name in ("sft_tpu", "grpo_tpu"):
         config = importlib.import_module(f"configs.{name}").get_config()
@@ -191,8 +229,8 @@ def test_lines_of_another_length_or_other_arguments_are_compiled_again_and_repla
     results.write_text("".join(json.dumps(line) + "\n" for line in (old, other | {"tokens": scaling.TOKENS})))
     assert f"`{first}`, `{second}`" in scaling.scaling_tables([])
     for _ in range(2):
-        scaling.compile_missing(results, first)
+        scaling.compile_missing(results, first)  # and the same fully
         scaling.compile_missing(results, second)
     lines = {line["name"]: line for line in map(json.loads, results.read_text().splitlines())}
-    assert len(asked) == 2 and lines[first]["tokens"] == scaling.TOKENS
+    assert len(asked) == 3 and lines[first]["tokens"] == scaling.TOKENS
     assert lines[second]["arguments"] == dict(scaling.calls())[second] != todays

@@ -3,12 +3,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from rsagent_jax.aot.topology import CHIPS
 from rsagent_jax.config.schema import OptimConfig
-from rsagent_jax.fitness import decoding, training
+from rsagent_jax.fitness import decoding, parity, training
 from rsagent_jax.fitness.finding import Examined, Finding, Verdict
+from rsagent_jax.models.qwen25_vl import attention
 from tests.fitness.test_checks import only, told
 from tests.rollout import small
 
@@ -28,19 +30,30 @@ def test_log_probs_of_engine_and_trainer_that_part_are_found(examined, monkeypat
     both, items, play, ours = (
         dataclasses.replace(examined, config=dataclasses.replace(examined.config, stages=("sft", "grpo"))),
         [],
-        decoding._play,
-        decoding.batch_logprobs,
+        parity._play,
+        parity.batch_logprobs,
     )
-    monkeypatch.setattr(decoding, "_play", lambda engine: items or items.extend(play(engine)) or items)
+    monkeypatch.setattr(parity, "_play", lambda engine: items or items.extend(play(engine)) or items)
     agree, decode = told(decoding.check_engine(both))
     assert agree[0] is OK and "sampled tokens" in agree[1] and decode[0] is OK and "tokens/s" in decode[1]
     monkeypatch.setattr(decoding, "_decoding", lambda engine: Finding("", OK, ""))
-    monkeypatch.setattr(decoding, "batch_logprobs", lambda *args: ours(*args) - 0.01)
+    monkeypatch.setattr(parity, "batch_logprobs", lambda *args: ours(*args) - 0.01)
     (verdict, said), _ = told(decoding.check_engine(both))
     assert verdict is WRONG and "1.0e-02 nats at most" in said and "0.001" in said and "do not train GRPO" in said
     monkeypatch.setattr(decoding, "device_memory", lambda: 1 << 20)
     verdict, said = only(decoding.check_engine(both))
     assert verdict is WRONG and "there are 0.00" in said and "sampling.slots" in said
+
+
+def test_a_wrong_kernel_is_found_in_the_log_probs(examined, monkeypatch):
+    """One that sees what is to come, and one that gives no number."""
+    ours = attention._blocks
+    for wrong in (lambda ids, causal, *qkv: ours(ids, False, *qkv), lambda *args: ours(*args) * jnp.nan):
+        monkeypatch.setattr(attention, "_blocks", wrong)
+        found = {f.name: f.verdict for f in parity.check_numbers(examined)}
+        bad = {name for name, verdict in found.items() if verdict is not OK}
+        assert bad == {"policy, blocks and plain, float32", "policy, blocks and plain, bfloat16"}
+        assert "policy, bfloat16 and float32" in found
 
 
 def test_a_training_step_is_weighed_and_timed(examined, monkeypatch):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from rsagent_jax.models.qwen25_vl import attention, vision
 from rsagent_jax.models.qwen25_vl.attention import in_segments
-from rsagent_jax.models.qwen25_vl.compute import REMAT, Compute
+from rsagent_jax.models.qwen25_vl.compute import MLP_MULTIPLE, REMAT, Compute
 from rsagent_jax.models.qwen25_vl.cpu import FEW, LONG
 from rsagent_jax.models.qwen25_vl.layers import Linear
 
@@ -37,11 +37,16 @@ def segments(rows, t):
 # a whole number of tiles; padded to one; a backward pass of one program, and of two
 @pytest.mark.parametrize(("kind", "t", "fused"), [
     ("blocks", 640, True), ("blocks", 300, True), ("splash", 640, True), ("splash", 300, True), ("splash", 640, False),
+    ("triton", 256, True), ("triton", 300, True), ("cudnn", 300, True), ("cudnn_causal", 300, True),
 ])  # fmt: skip
 def test_attention_and_its_gradients_equal_the_plain_ones(kind, t, fused, causal, monkeypatch):
-    """Padding may see anything, but stays finite."""
+    """Padding may see anything, but stays finite. The Triton kernel has head dims that are no power of two, too; what
+    cuDNN is asked for, jax's own plain form computes here."""
     monkeypatch.setattr(attention, "is_fused", lambda length: fused)
-    b, n, k, h = 2, 4, 2, 16
+    asked = jax.nn.dot_product_attention
+    in_plain = lambda *args, implementation, **how: asked(*args, implementation="xla", **how)  # noqa: E731
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_plain)
+    b, n, k, h = 2, 4, 2, 80 if (kind, t) == ("triton", 300) else 16
     rng = np.random.default_rng(1)
     q, key, v, weight = (
         jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((b, t, n, h), (b, k, t, h), (b, k, t, h), (b, t, n, h))
@@ -79,6 +84,20 @@ def test_the_backward_pass_of_attention_gives_the_gradients_of_jax_s_own(keys):
     ours = gradients(lambda *qkv: attention.attention(*qkv, mask))
     for a, b in zip(ours, gradients(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "kv", "dim", "causal"), [(16, 2, 128, True), (16, 16, 80, False)])
+def test_the_triton_kernels_lower_for_a_gpu_at_real_shapes_and_no_mask_is_made(heads, kv, dim, causal, monkeypatch):
+    monkeypatch.setattr(Compute, "platform", "gpu")
+    t = 2048
+    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, t, heads, dim), (1, kv, t, dim), (1, kv, t, dim))]
+
+    def f(q, k, v, ids):
+        return jnp.sum(in_segments(ids, Compute("bfloat16", attention="triton"), causal=causal)(q, k, v))
+
+    traced = jax.jit(jax.grad(f, (0, 1, 2))).trace(*shapes, jax.ShapeDtypeStruct((1, t), jnp.int32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__gpu$xla.gpu.triton") == 3 and f"{t}x{t}x" not in text  # forward, the sums, backward
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -136,11 +155,23 @@ def assert_equal(got, want):
         *(Compute(remat=remat) for remat in (*REMAT, "save:attention,mlp_up") if remat != "none"),
         *(Compute(remat=remat, scan_layers=False) for remat in ("none", "full", "selective")),
         *(Compute(remat=remat, attention=kind) for remat in ("none", "attention") for kind in ("blocks", "splash")),
+        Compute(remat="attention", attention="triton"),
     ],
     ids=str,
 )
 def test_remat_unrolled_layers_and_other_attention_give_the_gradients_of_the_plain_pass(compute):
     assert_equal(gradients(compute), gradients(Compute()))
+
+
+def test_inner_sizes_filled_with_zeros_give_the_same_loss_and_gradients_of_the_parameters_as_they_are(monkeypatch):
+    """Both towers' sizes are no multiples of 100; with them filled, the gradients keep the parameters' shapes."""
+    monkeypatch.setitem(MLP_MULTIPLE, "cpu", 100)
+    filled, seen = [], jnp.pad
+    monkeypatch.setattr(jnp, "pad", lambda x, width: filled.append(width) or seen(x, width))
+    got = gradients.__wrapped__(Compute())
+    assert {width[-1][1] for width in filled} > {0}
+    monkeypatch.undo()
+    assert_equal(got, gradients(Compute()))
 
 
 def test_a_scan_over_groups_of_vision_blocks_equals_a_scan_per_run():

@@ -101,8 +101,7 @@ def load(train: dict, data: int, tensor: int, dtype: str) -> dict:
     engine = make_engine(data, tensor, dtype)
     model = small.model(**SHAPE)
     params = jax.tree.map(lambda x: np.asarray(x) + 0.5, small.split(model)[1])
-    alone = make_engine(1, 1, dtype)
-    alone.load(params, engine.key)
+    theirs = dict(jax.tree_util.tree_leaves_with_path(engine.programs.split(params)))
     placed = jax.device_put(params, sharding.param_shardings(model, sharding.make_mesh(MeshConfig(**train))))
     engine.load(placed, engine.key)
     compiled = small.count_compiles()
@@ -111,10 +110,6 @@ def load(train: dict, data: int, tensor: int, dtype: str) -> dict:
     engine.load(placed, engine.key)
     loaded = live() - resting
     flat = dict(jax.tree_util.tree_leaves_with_path(engine.weights))
-    theirs = dict(jax.tree_util.tree_leaves_with_path(alone.weights))
-    if alone.programs.out_first:  # a device alone holds the layers' kernels [out, in]
-        turned = lambda key: ".layers" in key and "kernel" in key  # noqa: E731
-        theirs = {k: np.asarray(x).T if turned(jax.tree_util.keystr(k)) else x for k, x in theirs.items()}
     of_params = {address for x in jax.tree.leaves(placed) for address in addresses(x)}
     shared = {k: x for k, x in flat.items() if set(addresses(x)) & of_params}
     where = dict(jax.tree_util.tree_leaves_with_path(engine.where))

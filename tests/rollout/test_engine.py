@@ -6,9 +6,11 @@ import functools
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from rsagent_jax.config.schema import SamplingConfig
 from rsagent_jax.data.packing import pack
+from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Request
 from rsagent_jax.train.step import batch_logprobs
@@ -120,7 +122,9 @@ def test_slow_tools_and_other_neighbours_do_not_change_a_bit(engine, trajectorie
         assert_same(a, b)
 
 
-@pytest.mark.parametrize("other", [{"slots": 8}, {"slots": 4, "lanes": 2, "chunk": 3}, {"slots": 2, "prefill": 48}])
+@pytest.mark.parametrize(
+    "other", [{"slots": 8, "encode": 2}, {"slots": 4, "lanes": 2, "chunk": 3}, {"slots": 2, "prefill": 48}]
+)
 def test_other_numbers_of_slots_lanes_and_steps_give_the_same_ids(other, trajectories):
     engine = small.engine(**other)
     engine.load(small.eager_params(), engine.key)
@@ -165,6 +169,31 @@ def test_a_cache_of_int8_takes_a_third_of_the_bytes_and_changes_log_probs_little
     got = engine_trajectories(TASKS, SCRIPTS, eng=engine)
     for a, b, i in zip(got, trajectories, first, strict=True):
         assert 0 < abs(a.logprobs[i] - b.logprobs[i]) < 0.05
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_engine_of_int8_weights_draws_from_the_policy_that_these_are_by_hand(tied):
+    """The trainer with kernels and head rounded in numpy; embeddings that are the head, too, are looked up as ever."""
+    model, terminator = small.model(), small.processor().terminator_id
+    if tied:
+        model.decoder.lm_head = None
+    sampling = dataclasses.replace(small.SAMPLING, weights_dtype="int8")
+    played = engine_trajectories(TASKS, SCRIPTS, eng=Engine(model, sampling, terminator, "float32", jax.random.key(0)))
+    values = small.flat(nnx.state(model, nnx.Param))
+    values["decoder.lm_head"] = head = values["decoder.embed" if tied else "decoder.lm_head"]
+
+    def by_hand(name: str, x: np.ndarray) -> np.ndarray:
+        if x is not head and not (name.startswith("decoder.layers") and name.endswith("kernel")):
+            return x
+        scale = np.abs(x).max(-1 if x is head else -2, keepdims=True) / 127
+        return np.round(x / scale) * scale
+
+    for rounded, near in ((True, 1e-4), (False, 0.2)):
+        flat = {name: by_hand(name, x) if rounded and (name != "decoder.embed") else x for name, x in values.items()}
+        params = small.split(convert.with_params(small.model(), flat))[1]
+        pairs = zip(played, trainer_logprobs(played, params), strict=True)
+        off = np.concatenate([np.abs(theirs - t.logprobs)[t.loss_mask] for t, theirs in pairs])
+        assert off.max() < near and (rounded or off.max() > 1e-3)
 
 
 def test_a_stop_id_ends_the_turn_and_stays_in_the_context(trajectories):

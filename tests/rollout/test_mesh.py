@@ -27,7 +27,7 @@ MESHES = {
     "8 x 1": dict(data=8, tensor=1, **SHORT),
     "4 x 2": dict(data=4, tensor=2, most_turns=4, warm=True),
     "2 x 4": dict(data=2, tensor=4, **SHORT),
-    "2 x 2, int8": dict(data=2, tensor=2, kv_dtype="int8", **SHORT),
+    "2 x 2, int8": dict(data=2, tensor=2, kv_dtype="int8", weights_dtype="int8", **SHORT),
 }
 
 
@@ -59,7 +59,8 @@ def played(request):
 def test_trajectories_on_a_mesh_are_those_of_one_device(played):
     """Turns with and without images, a group that shares its opening, ends at different times."""
     job, got = played
-    want = alone(2, kv_dtype="int8", **on_mesh.ONE_BLOCK) if "kv_dtype" in job else alone(4)[: len(got["tokens"])]
+    int8 = {name: job[name] for name in ("kv_dtype", "weights_dtype") if name in job}
+    want = alone(2, **int8, **on_mesh.ONE_BLOCK) if int8 else alone(4)[: len(got["tokens"])]
     assert [len(t.turns) for t in want] == [2, 2, 2, 1, 4, 3][: 6 if job["most_turns"] == 4 else 4]
     assert len(want) == 4 or max(len(t.tokens) for t in want) > 256  # into a second block of the cache
     # The group's opening was read once in each lane that it is in: eight lanes have two slots each.

@@ -1,9 +1,11 @@
-"""Attention inside segments of packed rows, four ways. All compute the same; fp32 softmax in each.
+"""Attention inside segments of packed rows, six ways. All compute the same; fp32 softmax in each.
 
-plain   scores of the whole row at once: fastest for short rows, memory grows with the square of the length
-blocks  a block of queries at a time, made again in the backward pass: memory grows with the length, on any back end
-splash  jax's Pallas kernel for TPU: holds no scores, skips tiles of other segments and above the diagonal
-cudnn   the fused kernel on GPU
+plain         scores of the whole row at once: fastest for short rows, memory grows with the square of the length
+blocks        a block of queries at a time, made again in the backward pass: memory grows with the length, any back end
+splash        jax's Pallas kernel for TPU: holds no scores, skips tiles of other segments and above the diagonal
+cudnn         the fused kernel on GPU; segments and causality are a mask of the whole row, which it reads
+cudnn_causal  the same kernel told of causality, so that it can skip what is above the diagonal; segments are the mask
+triton        jax's Pallas kernel for GPU: compares segment ids tile by tile, stops at the diagonal, reads no mask
 """
 
 import functools
@@ -56,14 +58,16 @@ def in_segments(segment_ids_BT: Int[Array, "B T"], compute: Compute, *, causal: 
     if kind == "plain":
         mask = _mask(segment_ids_BT, segment_ids_BT, 0, causal)
         return lambda q, k, v: attention(q, k, v, mask)
-    if kind == "cudnn":
-        mask = _mask(segment_ids_BT, segment_ids_BT, 0, causal)[:, None]
-        return lambda q, k, v: jax.nn.dot_product_attention(
-            q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask=mask, implementation="cudnn"
-        )
+    if kind in ("cudnn", "cudnn_causal"):
+        told = causal and kind == "cudnn_causal"
+        mask = _mask(segment_ids_BT, segment_ids_BT, 0, causal and not told)[:, None]
+        run = functools.partial(jax.nn.dot_product_attention, mask=mask, is_causal=told, implementation="cudnn")
+        return lambda q, k, v: run(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
     if kind == "blocks":
         return functools.partial(_blocks, segment_ids_BT, causal)
     segments = jnp.pad(segment_ids_BT, ((0, 0), (0, -segment_ids_BT.shape[1] % LANES)), constant_values=-1)
+    if kind == "triton":
+        return functools.partial(_triton, segments, compute, causal)
     tiles = tiles_between(segments, tile(segments.shape[1]), causal)
     return functools.partial(_splash, segments, tiles, compute, causal)
 
@@ -93,11 +97,33 @@ def _blocks(segment_ids_BT, causal, q_BTNH, k_BKTH, v_BKTH):
     return o.swapaxes(0, 1).reshape(b, -1, n, h)[:, :t]
 
 
-def _splash(segments_BT, tiles_BQK, compute: Compute, causal, q_BTNH, k_BKTH, v_BKTH):
+def _triton(segments_BT, compute: Compute, causal, q_BTNH, k_BKTH, v_BKTH):
+    from jax.experimental.pallas.ops.gpu.attention import mha  # from jax 0.11 on its import warns of deprecation
+
     t, n, h = q_BTNH.shape[1:]
-    tensor, kv = sharding.parts("heads", compute.mesh), k_BKTH.shape[1]
+    _check_heads(n, k_BKTH.shape[1], compute)
+    padded = ((0, 0), (0, segments_BT.shape[1] - t), (0, 0), (0, 0))
+    q, k, v = (jnp.pad(a, padded) for a in (q_BTNH, k_BKTH.swapaxes(1, 2), v_BKTH.swapaxes(1, 2)))
+
+    def run(q, k, v, segments):
+        k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))  # it knows no grouped heads
+        return mha(q, k, v, segments, sm_scale=h**-0.5, causal=causal, interpret=compute.platform != "gpu")
+
+    heads, row = ("rows", None, "heads", None), ("rows", None)
+    o = sharding.per_device(run, (heads, heads, heads, row), heads, compute.mesh)(q, k, v, segments_BT)
+    return o[:, :t]
+
+
+def _check_heads(n: int, kv: int, compute: Compute) -> None:
+    """A kernel runs on each device's own heads."""
+    tensor = sharding.parts("heads", compute.mesh)
     if n % tensor or kv % tensor:
         raise DataError(f"mesh.tensor = {tensor} must divide the policy's {n} heads and {kv} key/value heads")
+
+
+def _splash(segments_BT, tiles_BQK, compute: Compute, causal, q_BTNH, k_BKTH, v_BKTH):
+    t, n, h = q_BTNH.shape[1:]
+    _check_heads(n, k_BKTH.shape[1], compute)
     pad = segments_BT.shape[1] - t
     q = jnp.pad(q_BTNH.swapaxes(1, 2) * h**-0.5, ((0, 0), (0, 0), (0, pad), (0, 0)))
     k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, pad), (0, 0))) for a in (k_BKTH, v_BKTH))

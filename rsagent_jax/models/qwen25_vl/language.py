@@ -16,19 +16,25 @@ class DecoderLayer(nnx.Module):
         dim, head = config.hidden_size, config.head_dim
         self.head_dim = head
         heads, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+        self.ends = (heads, heads + kv)  # of q and k, where q, k and v stand in a row
         self.norm1 = RMSNorm(dim, config.rms_norm_eps, rngs, stack=stack)
         self.norm2 = RMSNorm(dim, config.rms_norm_eps, rngs, stack=stack)
         self.q = Linear(dim, heads, ("embed", "heads"), rngs, bias=True, stack=stack)
         self.k = Linear(dim, kv, ("embed", "kv_heads"), rngs, bias=True, stack=stack)
         self.v = Linear(dim, kv, ("embed", "kv_heads"), rngs, bias=True, stack=stack)
         self.o = Linear(heads, dim, ("heads", "embed"), rngs, bias=False, stack=stack)
+        self.qkv = None  # one map in place of three, as rollout/programs.py may join them
         self.mlp = SwiGLU(dim, config.intermediate_size, ("embed", "mlp"), rngs, bias=False, stack=stack)
 
     def __call__(self, x_BTD, cos, sin, attend, compute: Compute = PLAIN):
         """`attend(q_BTNH, k_BKTH, v_BKTH) -> o_BTNH` decides what is seen: the packed row, or a cache."""
         b, t, _ = x_BTD.shape
         y = self.norm1(x_BTD)
-        q, k, v = (linear(y, compute).reshape(b, t, -1, self.head_dim) for linear in (self.q, self.k, self.v))
+        if self.qkv is None:
+            parts = [linear(y, compute) for linear in (self.q, self.k, self.v)]
+        else:
+            parts = jnp.split(self.qkv(y, compute), self.ends, axis=-1)
+        q, k, v = (part.reshape(b, t, -1, self.head_dim) for part in parts)
         q, k, v = (compute.name(a, "qkv") for a in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         o = compute.name(attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2)), "attention")
         x_BTD = x_BTD + compute.name(self.o(o.reshape(b, t, -1), compute), "attention_out")
@@ -43,6 +49,7 @@ class Decoder(nnx.Module):
         self.layers = DecoderLayer(config, rngs, stack=(config.num_hidden_layers,))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
         self.lm_head = None if config.tie_word_embeddings else param(rngs, *table)
+        self.head_scale = None  # f32[V] of a head in int8, as rollout/programs.py may make it
 
     @property
     def head_VD(self) -> jax.Array:

@@ -41,11 +41,14 @@ class Linear(nnx.Module):
         self.bias = param(rngs, (d_out,), axes[1:], stack, init="zeros") if bias else None
         self.lora_a = self.lora_b = None
         self.lora_scale = 0.0
+        self.scale = None  # f32[out] of a kernel in int8, as rollout/programs.py may make it
         self.out_first = False  # True: the kernel stands [out, in], as rollout/programs.py wants it on a CPU
 
     def __call__(self, x: jax.Array, compute: Compute = PLAIN) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         y = cpu.product(x, kernel, self.out_first) if compute.platform == "cpu" else x @ kernel
+        if self.scale is not None:
+            y = (y * self.scale[...]).astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_a is not None:
@@ -73,9 +76,14 @@ class SwiGLU(nnx.Module):
         self.gate = Linear(dim, hidden, axes, rngs, bias=bias, stack=stack)
         self.up = Linear(dim, hidden, axes, rngs, bias=bias, stack=stack)
         self.down = Linear(hidden, dim, axes[::-1], rngs, bias=bias, stack=stack)
+        self.gate_up = None  # one map in place of two, as rollout/programs.py may join them
 
     def __call__(self, x: jax.Array, compute: Compute = PLAIN) -> jax.Array:
-        gate, up = compute.name(self.gate(x, compute), "mlp_gate"), compute.name(self.up(x, compute), "mlp_up")
+        if self.gate_up is None:
+            gate, up = self.gate(x, compute), self.up(x, compute)
+        else:
+            gate, up = jnp.split(self.gate_up(x, compute), 2, axis=-1)
+        gate, up = compute.name(gate, "mlp_gate"), compute.name(up, "mlp_up")
         return self.down(jax.nn.silu(gate) * up, compute)
 
 

@@ -43,4 +43,6 @@ class Qwen25VL(nnx.Module):
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """f32[B, T, V]; for few tokens only."""
         head = self.decoder.head_VD.astype(hidden_BTD.dtype)
-        return jnp.einsum("BTD,VD->BTV", hidden_BTD, head, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("BTD,VD->BTV", hidden_BTD, head, preferred_element_type=jnp.float32)
+        scale = self.decoder.head_scale
+        return logits if scale is None else logits * scale[...]
