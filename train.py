@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.aot.devices import chip_of
+from rsagent_jax.aot.remat import remat_for_topology, settle_remat
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import TrainConfig
 from rsagent_jax.data.processor import Processor
@@ -104,6 +106,7 @@ def main(
     processor = Processor.load(processor_directory(config.policy.weights))
     inputs = processes.all_or_none(lambda: check_inputs(config, workdir, processor, replay))
     processes.check_same(inputs)
+    config = settle_remat(config, processor.config, run_identity.last_remat(workdir, config))
 
     ############################## Work directory, log ##############################
     processes.all_or_none(lambda: run_identity.record_start(workdir, config, inputs) if processes.is_lead() else None)
@@ -142,7 +145,9 @@ def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int
     if quick:
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
     for target in targets:
-        reports += [dataclasses.replace(r, quick=quick) for r in stages.report_stages(config, target, only)]
+        settled, why = remat_for_topology(config, target)
+        print(why, end="\n" * bool(why), file=sys.stderr)
+        reports += [dataclasses.replace(r, quick=quick) for r in stages.report_stages(settled, target, only)]
     print(report.reports_table(reports))
     print(report.reports_to_json(reports))
     return 0 if all(r.fits for r in reports) else 3

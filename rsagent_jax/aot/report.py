@@ -105,6 +105,14 @@ def report_job(job: Job, topology: Topology, kernel_flops: KernelFlops | None = 
     return analyse(traced, compiled, job, topology, kernel_flops)
 
 
+def needed_bytes(job: Job, compiled: jax.stages.Compiled, platform: str) -> int:
+    """On each device, with what train.py holds beside the program."""
+    m = compiled.memory_analysis()
+    whole = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    # Of a TPU the compiler tells the true peak (`analyse`); elsewhere it leaves temporaries out of it.
+    return job.resident_bytes + (m.peak_memory_in_bytes if platform == "tpu" else whole)
+
+
 def analyse(
     traced: Any, compiled: Any, job: Job, topology: Topology, kernel_flops: KernelFlops | None = None
 ) -> ProgramReport:

@@ -91,8 +91,8 @@ _NAMES = rf"\s*({'|'.join(_KEPT)})\s*"
 Remat = Annotated[
     str,
     Form(
-        rf"|none|full|attention|selective|dots|(save|offload):{_NAMES}(,{_NAMES})*",
-        f"none, full, attention, selective, dots, save:NAMES or offload:NAMES with names of {','.join(_KEPT)}",
+        rf"|auto|none|full|attention|selective|dots|(save|offload):{_NAMES}(,{_NAMES})*",
+        f"auto, none, full, attention, selective, dots, save:NAMES or offload:NAMES with names of {','.join(_KEPT)}",
     ),
 ]
 Arguments = tuple[tuple[str, Any], ...]  # keyword arguments of a user's function: (name, value) pairs

@@ -253,6 +253,7 @@ class PolicyConfig:
     weights: Text  # a Hugging Face directory, a hub's org/name[@revision], or checkpoints/<stage> of train.py
     dtype: Activations = "bfloat16"  # of activations; parameters stay fp32 in training
     # What the backward pass keeps: none (no remat) | full | attention | selective | dots | save:NAMES | offload:NAMES
+    # auto: the fastest of none, dots, selective, attention, full that fits, found by compiling (aot/remat.py)
     remat: Remat = "full"  # "" = as the slice's preset says
     # splash: TPU; cudnn, cudnn_causal, triton: GPU (models/qwen25_vl/attention.py)
     attention: Literal["auto", "plain", "blocks", "splash", "cudnn", "cudnn_causal", "triton"] = "auto"

@@ -10,6 +10,7 @@ import pathlib
 
 import jax
 
+from rsagent_jax.aot.remat import AUTO, KINDS, device_limit
 from rsagent_jax.aot.stages import policy_config
 from rsagent_jax.aot.topology import parse_topology
 from rsagent_jax.config.schema import EvalConfig, SamplingConfig, SegmentConfig, TrainConfig
@@ -68,7 +69,10 @@ class Examined:
         """With what is left to the slice filled in for the devices that there are. DataError where they do not fit."""
         if not isinstance(self.config, TrainConfig):
             return self.config
-        return fill_slice_defaults(self.config, self.policy.text.hidden_size, len(jax.devices()))
+        config = self.config
+        if config.policy.remat == AUTO:  # train.py may choose a faster one: it compiles them all
+            config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, remat=KINDS[-1]))
+        return fill_slice_defaults(config, self.policy.text.hidden_size, len(jax.devices()))
 
     @property
     def sampling(self) -> SamplingConfig | None:
@@ -93,5 +97,4 @@ def device_memory() -> int | None:
             return None
         free = dict(line.split()[:2] for line in lines)["MemAvailable:"]
         return 1024 * int(free) // len(devices)
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    return None if None in limits else min(limits)
+    return device_limit()

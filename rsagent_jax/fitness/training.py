@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from rsagent_jax.aot.devices import chip_of
-from rsagent_jax.aot.report import Job, analyse
+from rsagent_jax.aot.report import Job, analyse, needed_bytes
 from rsagent_jax.aot.stages import attention_flops, stage_jobs, workload
 from rsagent_jax.aot.topology import GIB, SLICES, Chip, Topology
 from rsagent_jax.config.import_path import first_line
@@ -75,15 +75,8 @@ def _compiled(examined: Examined, stage: str, mesh: jax.sharding.Mesh) -> tuple[
             programs[job.program.removeprefix(f"{stage} ")] = job, traced, traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:  # the compiler for TPU refuses what does not fit
             return Finding(f"memory, {stage}", Verdict.WRONG, f"{job.program}: {first_line(error)}", "", SMALLER), {}
-    return _memory(stage, *max((_needed(job, done), job.program) for job, _, done in programs.values())), programs
-
-
-def _needed(job: Job, compiled: jax.stages.Compiled) -> int:
-    """Bytes on each device, with what train.py holds beside the program."""
-    m = compiled.memory_analysis()
-    whole = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-    # Of a TPU the compiler tells the true peak (aot/report.py); elsewhere it leaves temporaries out of it.
-    return job.resident_bytes + (m.peak_memory_in_bytes if jax.default_backend() == "tpu" else whole)
+    needed = ((needed_bytes(job, done, jax.default_backend()), job.program) for job, _, done in programs.values())
+    return _memory(stage, *max(needed)), programs
 
 
 def _memory(stage: str, needed: int, program: str) -> Finding:

@@ -1,6 +1,6 @@
 """A work directory belongs to one run: what may differ from one start to the next, and what is refused.
 
-    <workdir>/config_history.jsonl    a line per start: time, config, inputs, steps done, versions
+    <workdir>/config_history.jsonl    a line per start: time, config, inputs, steps done, devices, versions
     <workdir>/config.json             the config of the last line, for people
 
 Both are written only when everything has been checked, so they always describe what made the checkpoints. A setting
@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable
 from importlib.metadata import version
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 import rsagent_jax
@@ -205,6 +206,7 @@ def record_start(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, s
     entry = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "saved": saved_steps(workdir),  # updates, by stage, that it goes on from
+        "devices": _devices(),
         "versions": {"rsagent_jax": rsagent_jax.__version__} | {name: version(name) for name in LIBRARIES},
         "inputs": inputs,
         "config": _plain(config),
@@ -212,6 +214,20 @@ def record_start(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, s
     keep_lines(workdir / HISTORY, _is_start)
     AppendFile(workdir / HISTORY).add(json.dumps(entry) + "\n")
     write_whole(workdir / "config.json", json.dumps(entry["config"], indent=2) + "\n")
+
+
+def last_remat(workdir: pathlib.Path, config: TrainConfig) -> str:
+    """What policy.remat = "auto" became at the last start, where nothing else and no device has changed; else ""."""
+    last = last_start(workdir) if saved_steps(workdir) else None
+    if last is None:
+        return ""
+    policy = last["config"]["policy"]
+    again = last["config"] | {"policy": policy | {"remat": config.policy.remat}}
+    return policy["remat"] if (again, last.get("devices")) == (_plain(config), _devices()) else ""
+
+
+def _devices() -> str:
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:

@@ -115,7 +115,11 @@ def add(a: Sums, b: Sums) -> Sums:
 def apply_gradients(
     tx: optax.GradientTransformation, state: TrainState, sums: Sums
 ) -> tuple[TrainState, losses.LossMetrics]:
-    """The update and the step's metrics: means over trained tokens, and norms."""
+    """The update and the step's metrics: means over trained tokens, and norms.
+
+    That of the update is of what the parameters moved by: what the optimiser asked for, rounded as they are. It comes
+    with the pass that writes them; what was asked for took passes of its own (benchmarks/update.py).
+    """
     scale = 1.0 / jnp.maximum(sums.denominator, 1.0)
     grads = jax.tree.map(lambda g: g * scale, sums.grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -123,7 +127,7 @@ def apply_gradients(
     metrics = losses.mean_metrics(sums.metrics) | {
         "loss": sums.loss * scale,
         "l2_grads": optax.global_norm(grads),
-        "l2_updates": optax.global_norm(updates),
+        "l2_updates": optax.global_norm(jax.tree.map(jnp.subtract, params, state.params)),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
 

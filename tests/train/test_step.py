@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import update
 from rsagent_jax.config.schema import BatchConfig, GrpoConfig, LoraConfig, MeshConfig, OptimConfig
 from rsagent_jax.data import packing
 from rsagent_jax.models.qwen25_vl import convert
@@ -57,6 +58,20 @@ def test_schedules_warm_up_linearly_and_then_hold_or_fall(config, values):
     _, schedule = make_optimizer(OptimConfig(lr=2.0, **config), 10)
     for step, share in values.items():
         assert float(schedule(step)) == pytest.approx(2.0 * share, abs=1e-6), step
+
+
+@pytest.mark.slow
+def test_an_update_passes_over_memory_as_often_as_it_must_and_says_how_far_the_parameters_moved():
+    """Compiled for a TPU, beside the form that measured what the optimiser asked for; the numbers, eagerly by optax."""
+    passes = {name: update.passes(side, "v5p:2x2x1", update.shapes(100)) for name, side in update.SIDES.items()}
+    assert passes["ours"] < 1.01 * update.FEWEST < passes["asked"]
+    state, sums = update.state_and_sums(update.shapes(0.1))
+    new, metrics = jax.jit(update.ours)(state, sums)
+    grads = jax.tree.map(lambda g: g / sums.denominator, sums.grads)
+    asked, _ = update.TX.update(grads, state.opt_state, state.params)
+    assert float(metrics["l2_updates"]) == pytest.approx(float(optax.global_norm(asked)), rel=1e-3) != 0
+    for name, p in optax.apply_updates(state.params, asked).items():
+        np.testing.assert_allclose(new.params[name], p, rtol=0, atol=1e-8)
 
 
 def test_a_clip_norm_of_0_is_off():
