@@ -161,9 +161,8 @@ def check_inputs(config: TrainConfig, workdir: pathlib.Path, processor: Processo
         inputs["sft.trajectories"] = run_identity.trajectories_fingerprint(config.sft.trajectories)
     if "grpo" in config.stages and not replay:
         inputs["grpo.data"] = run_identity.samples_fingerprint(open_samples(config.grpo.data, "grpo.data").ids)
-        if config.segmenter.mode == "connect":  # of one of our own the config says who it is
-            with open_segmenter(config.segmenter) as segmenter:
-                inputs["segmenter"] = f"{segmenter.about.backend}: {segmenter.about.identity}"
+        with open_segmenter(config.segmenter) as segmenter:
+            inputs["segmenter"] = f"{segmenter.about.backend}: {segmenter.about.identity}"
     for warning in overlaps(config):
         print(warning)
     check_weights(config.policy.weights)  # last: it may download them

@@ -197,7 +197,7 @@ def test_a_refusal_names_field_old_and_new_value_and_touches_nothing(workdir):
 def test_the_segmenter_of_a_start_is_what_answers_it(tmp_path, monkeypatch):
     answers = types.SimpleNamespace(about=About("sam2", "sam2 large 0123"))
     monkeypatch.setattr(train, "open_segmenter", lambda config: contextlib.nullcontext(answers))
-    monkeypatch.setattr(train, "open_samples", lambda config: types.SimpleNamespace(ids=["a"]))
+    monkeypatch.setattr(train, "open_samples", lambda config, where: types.SimpleNamespace(ids=["a"]))
     config = dataclasses.replace(BASE, stages=("grpo",), policy=PolicyConfig(weights="assets/tiny-base"))
     assert train.check_inputs(config, tmp_path, None, "")["segmenter"] == "sam2: sam2 large 0123"
 
