@@ -26,7 +26,7 @@ tail     steps of 4 prompts x 4 trajectories of 2 to 8 turns, lognormal turns (3
   carry over    4 groups more are in flight, and what is not done goes on in the next step (grpo.surplus)
 decode   ms a token in a cache of 1k and of 8k places with 1k of live context, then with more of it
 logprobs the engine's log-probs beside the trainer's, in bf16, with cache or weights or both in int8; of the tiny agent
-         on its scenes, and of a random policy of the 3B's make (_rollout_logprobs.py)
+         on its scenes
 
 The run fails unless all sides' greedy tokens agree (two tokens nearly tied may differ, and what follows them).
 vs_reprefill, vs_generate: tokens sampled per second of ours / theirs. On a busy machine read cpu_s instead of seconds.
@@ -402,11 +402,10 @@ def main() -> None:
             summary |= {"large_vs_small_cache": found["large_vs_small_cache"], "decode": found["rows"]}
         if "logprobs" in parts:
             found = child("logprobs", directory, options)
-            print(f"{'nats from the trainer':38}{'mean':>10}{'max':>10}{'KL':>11}{'ess':>9}{'tokens':>8}")
-            for policy, rows in found["logprobs"].items():
-                for name, r in rows.items():
-                    figures = f"{r['mean']:10.5f}{r['max']:10.4f}{r['kl']:11.2e}{r['ess']:9.5f}{r['tokens']:8.0f}"
-                    print(f"{policy:26}{name:12}{figures}")
+            print(f"{'nats from the trainer':24}{'mean':>10}{'max':>10}{'KL':>11}{'ess':>9}{'tokens':>8}")
+            for name, r in found["logprobs"].items():
+                figures = f"{r['mean']:10.5f}{r['max']:10.4f}{r['kl']:11.2e}{r['ess']:9.5f}{r['tokens']:8.0f}"
+                print(f"{name:24}{figures}")
             summary |= found
     print(json.dumps(summary))
 

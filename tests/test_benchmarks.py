@@ -109,14 +109,6 @@ def test_the_rollouts_sides_sample_the_same_tokens_and_every_way_of_filling_a_st
     assert all(0 < row["occupancy"] <= 1 and row["trajectories_per_s"] > 0 for row in rows.values())
 
 
-def test_the_engine_in_int8_is_further_from_the_trainer_than_in_bf16():
-    found = last_line("rollout.py", "--toy", "--parts=logprobs")["logprobs"]
-    assert len(found) == 2
-    for rows in found.values():
-        assert list(rows) == ["bf16", "int8 cache", "int8 weights", "int8 both"]
-        assert 0 < rows["bf16"]["mean"] < rows["int8 weights"]["mean"] < 0.2 and all(r["tokens"] for r in rows.values())
-
-
 def test_the_points_of_a_kill_are_spread_over_what_a_run_does_and_all_but_times_is_compared(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     kill = importlib.import_module("kill")
