@@ -24,10 +24,8 @@ from rsagent_jax.rollout import kv_cache as kv
 from rsagent_jax.rollout.kv_cache import LayerCache, Rows
 from rsagent_jax.rollout.sampling import sample_tokens
 from rsagent_jax.runtime import sharding
+from rsagent_jax.runtime.compiler_options import compiler_options
 
-# By kind of device. For TPU7x libtpu 0.0.42 lays bf16 arrays out in tiles of 8 rows between programs and of 16 inside:
-# every call would copy the weights and all keys (docs/scaling.md). With this the tiles are the same inside.
-COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}}
 LAYERS = ("decoder", "layers")  # where the decoder's stacked layers stand among the parameters
 # By path inside a layer: what has the same input, and is one product where no tensor axis splits the outputs.
 JOINED = {("qkv",): (("q",), ("k",), ("v",)), ("mlp", "gate_up"): (("mlp", "gate"), ("mlp", "up"))}
@@ -133,8 +131,7 @@ class RolloutPrograms:
         shell.decoder.layers = None
         self.unstacked_def, _ = nnx.split(shell, nnx.Param)
         self.block = kv.SMALL if sampling.context <= 2048 else kv.LARGE
-        devices = jax.devices() if compute.mesh is None else compute.mesh.devices.flat
-        jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(devices[0].device_kind))
+        jit = functools.partial(jax.jit, compiler_options=compiler_options(compute.mesh, engine=True))
         self.encode = jit(self._encode, donate_argnums=1)
         self.copy = jit(self._copy, donate_argnums=0)
         self.step = jit(self._step, donate_argnums=1, static_argnames=("blocks", "steps"))
