@@ -19,7 +19,7 @@ OPTIONS = {
 }
 
 # libtpu 0.0.42 lays bf16 arrays out in tiles of 8 rows between programs and of 16 inside: every call of the engine
-# would copy the weights and all keys. With this the tiles are the same inside: the 7B moves 30.49 GiB a step, not 36.84.
+# would copy the weights and all keys. With this the tiles are the same inside: 30.49 GiB a step of the 7B, not 36.84.
 ENGINE_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}}
 
 
