@@ -106,10 +106,12 @@ def main(
     processor = Processor.load(processor_directory(config.policy.weights))
     inputs = processes.all_or_none(lambda: check_inputs(config, workdir, processor, replay))
     processes.check_same(inputs)
+    remat = config.policy.remat
     config = settle_remat(config, processor.config, run_identity.last_remat(workdir, config))
 
     ############################## Work directory, log ##############################
-    processes.all_or_none(lambda: run_identity.record_start(workdir, config, inputs) if processes.is_lead() else None)
+    record = lambda: run_identity.record_start(workdir, config, inputs, remat)  # noqa: E731
+    processes.all_or_none(lambda: record() if processes.is_lead() else None)
     if config.profiler_port:
         serve_profiler(config.profiler_port)
     own = processes.own_directory(workdir)
@@ -163,6 +165,7 @@ def check_inputs(config: TrainConfig, workdir: pathlib.Path, processor: Processo
         inputs["grpo.data"] = run_identity.samples_fingerprint(open_samples(config.grpo.data, "grpo.data").ids)
         with open_segmenter(config.segmenter) as segmenter:
             inputs["segmenter"] = f"{segmenter.about.backend}: {segmenter.about.identity}"
+    run_identity.check_same_inputs(workdir, inputs)
     for warning in overlaps(config):
         print(warning)
     check_weights(config.policy.weights)  # last: it may download them

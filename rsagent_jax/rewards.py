@@ -193,6 +193,8 @@ def _compose(groups, terms: Sequence[Sequence["Term"]], values: dict["Term", "Va
 def read_only(value: Any) -> Any:
     """The same with every array, of nested dataclasses and tuples as well, as a view that cannot be written into."""
     if isinstance(value, np.ndarray):
+        if not value.flags.writeable:  # what is known of a frozen picture is of that array alone
+            return value
         view = value.view()
         view.flags.writeable = False
         return view

@@ -144,6 +144,10 @@ def test_what_builds_upon_a_stage_that_was_made_again_is_made_again(recipe, capf
     assert [(row["row"], row["n"]) for row in rows] == [("base", 3), ("sft", None), ("box", 3)]
     assert rows[1]["waits"].startswith("not run yet since its command")
     assert reproduce(recipe) == 0 and remade(capfd) == ["eval-sft"]
+    shutil.rmtree(recipe / "w/data")  # two stages before the evaluation of what was trained on it
+    assert reproduce(recipe, "--only=data") == 0
+    rows = json.loads((recipe / "w/summary.json").read_text())["rows"]
+    assert [row["n"] for row in rows if row["row"] == "sft"] == [None]
 
 
 def test_a_stage_whose_config_file_says_something_else_is_made_again(recipe, capfd):

@@ -263,6 +263,7 @@ def test_a_term_cannot_write_into_what_it_is_given(own, function):
     assert s.gt_mask.sum() == 8 and t.masks[0].mask.sum() == 2
     assert s.gt_mask.flags.writeable and t.final_mask.flags.writeable  # the caller's own are as they were
     assert np.shares_memory(read_only(s).gt_mask, s.gt_mask) and read_only(s).id == "s"  # and not copied
+    assert read_only(s).image is s.image  # with its hash
 
 
 def test_arguments_of_the_config_reach_the_term(own):

@@ -10,7 +10,7 @@ import json
 import pathlib
 import string
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from rsagent_jax.config import schema
 from rsagent_jax.config.build import load_config_file, template
@@ -98,7 +98,7 @@ class Step:
     stage: RecipeStage
     directory: pathlib.Path
     argv: tuple[str, ...]  # after `python`
-    needs: dict[str, pathlib.Path]  # stages, and their directories
+    needs: dict[str, Self]  # stages
     lacks: tuple[str, ...]  # fields of the recipe that it needs and that are empty
     key: str  # of the command, its config and those of all that it builds upon
     former_key: str  # the same without the configs: stamps had no more at first
@@ -117,9 +117,10 @@ def plan_steps(config: RecipeConfig, workdir: pathlib.Path) -> dict[str, Step]:
         named = () if stage.given else dict.fromkeys((*stage.names, *stage.needs))
         needs, lacks = ([name for name in named if name in group] for group in (steps, lacking))
         command_of = [str(directory), argv]
-        key = _digest([*command_of, config_says(stage.command, argv), *(steps[name].key for name in needs)])
+        config = () if stage.given else (config_says(stage.command, argv),)
+        key = _digest([*command_of, *config, *(steps[name].key for name in needs)])
         former_key = _digest([*command_of, *(steps[name].former_key for name in needs)])
-        needed = {name: steps[name].directory for name in needs}
+        needed = {name: steps[name] for name in needs}
         steps[stage.name] = Step(stage, directory, argv, needed, tuple(lacks), key, former_key)
     return steps
 

@@ -67,11 +67,11 @@ class Examined:
     @functools.cached_property
     def settled(self) -> TrainConfig | EvalConfig | SegmentConfig:
         """With what is left to the slice filled in for the devices that there are. DataError where they do not fit."""
-        if not isinstance(self.config, TrainConfig):
-            return self.config
         config = self.config
         if config.policy.remat == AUTO:  # train.py may choose a faster one: it compiles them all
             config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, remat=KINDS[-1]))
+        if not isinstance(config, TrainConfig):
+            return config
         return fill_slice_defaults(config, self.policy.text.hidden_size, len(jax.devices()))
 
     @property

@@ -22,19 +22,22 @@ def check_kernels(examined: Examined) -> list[Finding]:
     dtype, found = config.policy.dtype, []
     remedy = "--config.policy.attention=blocks until another jax, driver or device agrees"
     lengths = (SHORT,) if platform == "cpu" or not _has_long_rows(config) else (SHORT, LONG)
-    for kind, length in itertools.product(kernels_of(platform, dtype), lengths):
+    bound, kinds = kernel_bound(dtype, platform), kernels_of(platform, dtype, config.policy.attention)
+    for kind, length in itertools.product(kinds, lengths):
         for name, (values, grads) in kernel_differences(kind, dtype, examined.policy, length).items():
-            good, bound = max(values, grads) <= kernel_bound(dtype, platform), kernel_bound(dtype, platform)
+            good = max(values, grads) <= bound
             title = f"attention, {kind}, {name}, {length} places"
             figure, against = f"values {values:.1e}, gradients {grads:.1e} of the largest", f"{bound:.0e} from plain"
             found.append(Finding.judged(title, good, Verdict.WRONG, figure, against, remedy))
     return found
 
 
-def kernels_of(platform: str, dtype: str) -> list[str]:
-    """What attention.in_segments has for this platform beside the plain one; cuDNN has nothing in fp32."""
+def kernels_of(platform: str, dtype: str, asked: str = "") -> list[str]:
+    """What attention.in_segments has for this platform beside the plain one; cuDNN has nothing in fp32. `asked`:
+    without those that "auto" never takes, but for this one."""
     gpu = ["triton"] + ["cudnn", "cudnn_causal"] * (dtype == "bfloat16")
-    return ["blocks", *{"tpu": ["splash"], "gpu": gpu}.get(platform, [])]
+    every = ["blocks", *{"tpu": ["splash"], "gpu": gpu}.get(platform, [])]
+    return [kind for kind in every if not asked or kind == asked or kind not in ("triton", "cudnn_causal")]
 
 
 def kernel_bound(dtype: str, platform: str) -> float:

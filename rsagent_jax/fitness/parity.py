@@ -104,8 +104,9 @@ class Scored:
         return engine_differences(engine, self.graphdef, params, Compute(dtype))
 
 
-def compare_logprobs(config: Qwen25VLConfig, *, engine: bool = True) -> Iterator[Compared]:
-    """Everything that can be compared on this process's first device, with or without the rollout engine."""
+def compare_logprobs(config: Qwen25VLConfig, *, engine: bool = True, asked: str = "") -> Iterator[Compared]:
+    """Everything that can be compared on this process's first device, with or without the rollout engine; `asked` as of
+    kernels_of."""
     scored, platform = Scored(config), jax.default_backend()
     plain = {dtype: scored.logprobs(dtype) for dtype in DTYPES}
     yield Compared.of("policy, bfloat16 and float32", np.abs(plain["bfloat16"] - plain["float32"]), ROUNDED)
@@ -116,7 +117,7 @@ def compare_logprobs(config: Qwen25VLConfig, *, engine: bool = True) -> Iterator
         exact = np.abs(scored.logprobs("float32", exact=True) - on_cpu["float32"])
         yield Compared.of(f"policy, {platform} and CPU, float32, exact products", exact, EXACT)
     for dtype in DTYPES:
-        for kind in kernels_of(platform, dtype):
+        for kind in kernels_of(platform, dtype, asked):
             differences = np.abs(scored.logprobs(dtype, kind) - plain[dtype])
             yield Compared.of(f"policy, {kind} and plain, {dtype}", differences, nats_bound(dtype, platform))
         if engine:
@@ -128,7 +129,8 @@ def compare_logprobs(config: Qwen25VLConfig, *, engine: bool = True) -> Iterator
 def check_numbers(examined: Examined) -> list[Finding]:
     """With a policy of the config's widths and few layers; the check of the engine has a line for its log-probs."""
     found, remedy = [], "do not train here; another jax, driver or device; see the attention kernels' lines"
-    for c in compare_logprobs(reduced(examined.policy), engine=False):
+    asked = examined.settled.policy.attention
+    for c in compare_logprobs(reduced(examined.policy), engine=False, asked=asked):
         figure, against = f"{c.max:.1e} nats at most, {c.mean:.1e} in the mean", f"{c.bound:g} at most"
         found.append(Finding.judged(c.name, c.agrees, Verdict.WRONG, figure, against, remedy))
     return found

@@ -74,6 +74,8 @@ def seconds_of(step: Step) -> float | None:
     """How long the command took that ended well; None where this very command, on what it builds upon, has not."""
     if step.stage.given:
         return 0.0
+    if any(seconds_of(need) is None for need in step.needs.values()):
+        return None
     stamp = _stamp(step.directory)
     if "nonce" in stamp:
         same = stamp.get("key") == step.key and stamp.get("nonces") == nonces_of(step)
@@ -84,7 +86,7 @@ def seconds_of(step: Step) -> float | None:
 
 def nonces_of(step: Step) -> dict[str, str]:
     """Which making of each stage that it needs is there; "" where none says so."""
-    return {name: _stamp(directory).get("nonce", "") for name, directory in step.needs.items()}
+    return {name: _stamp(need.directory).get("nonce", "") for name, need in step.needs.items()}
 
 
 def _stamp(directory: pathlib.Path) -> dict[str, Any]:

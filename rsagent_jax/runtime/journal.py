@@ -57,6 +57,8 @@ FREE = {
     EndpointConfig: _ASKING,
     RemoteConfig: _ASKING,
 }
+# Settings that journals of an earlier version do not have: what they were then, None where it may have been anything.
+SINCE = {"sampling.weights_dtype": "", "sampling.patches": None}
 
 
 def decisive_settings(config: DataConfig | AgentConfig | SamplingConfig | EndpointConfig) -> dict[str, Any]:
@@ -238,6 +240,9 @@ def _check_settings(head: dict[str, Any], settings: dict[str, Any] | None, folde
             f" tell whether they are still the same. {remedy}"
         )
     old, new = flatten_settings(head["settings"]), flatten_settings(json.loads(json.dumps(settings)))
+    for name, before in SINCE.items():
+        if name in new:
+            old.setdefault(name, new[name] if before is None else before)
     if differ := [ChangedField(k, old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)]:
         said = "; ".join(map(str, differ))
         raise DataError(f"{folder} holds results of other settings ({said[:600]}). {remedy}")

@@ -201,12 +201,13 @@ def _is_start(line: dict[str, Any]) -> bool:
     return True
 
 
-def record_start(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, str]) -> None:
-    """Writes this start down. The lead alone calls it, when nothing can be refused any more."""
+def record_start(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, str], remat: str = "") -> None:
+    """Writes this start down. The lead alone calls it, when nothing can be refused any more. `remat`: as asked."""
     entry = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "saved": saved_steps(workdir),  # updates, by stage, that it goes on from
         "devices": _devices(),
+        "remat": remat,
         "versions": {"rsagent_jax": rsagent_jax.__version__} | {name: version(name) for name in LIBRARIES},
         "inputs": inputs,
         "config": _plain(config),
@@ -219,7 +220,7 @@ def record_start(workdir: pathlib.Path, config: TrainConfig, inputs: dict[str, s
 def last_remat(workdir: pathlib.Path, config: TrainConfig) -> str:
     """What policy.remat = "auto" became at the last start, where nothing else and no device has changed; else ""."""
     last = last_start(workdir) if saved_steps(workdir) else None
-    if last is None:
+    if last is None or last.get("remat") != config.policy.remat:
         return ""
     policy = last["config"]["policy"]
     again = last["config"] | {"policy": policy | {"remat": config.policy.remat}}

@@ -133,6 +133,9 @@ class Validator:
             return True
 
         keep_lines(self.path, remember)
+        if any(line["settings"] != self.settings for line in self.found.values()):
+            why = "of other settings, pictures or questions, or of another segmenter"
+            print(f"{stage}: earlier validations {why}: their figures are not compared, and none is the best any more")
 
     def _know(self, line: dict[str, Any]) -> None:
         """Its figures need not be played for again, unless a set of them was not measured."""

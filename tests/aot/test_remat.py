@@ -62,11 +62,14 @@ def test_all_processes_take_the_leanest_of_theirs_and_a_run_that_goes_on_what_it
 
 
 def test_what_the_last_start_took_is_found_while_nothing_else_has_changed(tmp_path, monkeypatch):
-    run_identity.record_start(tmp_path, with_remat("selective"), {})
+    run_identity.record_start(tmp_path, with_remat("selective"), {}, remat.AUTO)
     assert run_identity.last_remat(tmp_path, SFT) == ""  # no checkpoint came of it
     monkeypatch.setattr(run_identity, "saved_steps", lambda workdir: {"sft": 1})
     assert run_identity.last_remat(tmp_path, SFT) == "selective"
     assert run_identity.last_remat(tmp_path, dataclasses.replace(SFT, seed=SFT.seed + 1)) == ""
+    run_identity.record_start(tmp_path, with_remat("selective"), {}, "selective")
+    assert run_identity.last_remat(tmp_path, SFT) == ""  # it was not found then, but asked for
+    run_identity.record_start(tmp_path, with_remat("selective"), {}, remat.AUTO)
     monkeypatch.setattr(run_identity, "_devices", lambda: "8 x other")
     assert run_identity.last_remat(tmp_path, SFT) == ""
     assert json.loads((tmp_path / "config.json").read_text())["policy"]["remat"] == "selective"

@@ -214,6 +214,8 @@ def test_the_kernels_of_each_platform_are_all_that_the_config_may_name():
     gpu = ["blocks", "triton", "cudnn", "cudnn_causal"]
     assert found == {"tpu": ["blocks", "splash"], "gpu": gpu, "cpu": ["blocks"]}
     assert kernels.kernels_of("gpu", "float32") == ["blocks", "triton"]
+    assert kernels.kernels_of("gpu", "bfloat16", "auto") == ["blocks", "cudnn"]  # what nobody asked for is not judged
+    assert kernels.kernels_of("gpu", "bfloat16", "triton") == ["blocks", "triton", "cudnn"]
     named = set(typing.get_args(typing.get_type_hints(PolicyConfig)["attention"]))
     assert named == {"auto", "plain"}.union(*found.values())
 

@@ -58,5 +58,6 @@ def test_a_name_is_pinned_to_the_step_that_the_lead_finds(tmp_path, monkeypatch)
     ]  # fmt: skip
     (stage(tmp_path / "hf", {2: None}) / "config.json").write_text("{}")
     assert pin_step(f"{tmp_path}/hf") == f"{tmp_path}/hf"
+    assert pin_step(__file__) == __file__  # no directory: who reads it says so
     monkeypatch.setattr(processes, "exchange", lambda text: ["", ""] if not text else [f"{path}@2", text])
     assert pin_step(str(path)) == f"{path}@2"

@@ -134,6 +134,14 @@ def test_other_settings_are_named_by_field_and_old_formats_refused(tmp_path):
     assert [row["value"] for _, row in journal.read_journal(tmp_path)] == [1]  # refilter can still choose from it
 
 
+def test_a_setting_that_came_later_is_no_difference_where_it_is_as_it_was(tmp_path):
+    add(tmp_path, {"a": "1"}, [("a", 1)], settings=SETTINGS | {"sampling": {"top_k": 0}})
+    later = {"top_k": 0, "patches": 4096, "weights_dtype": ""}
+    add(tmp_path, {"a": "1"}, [], settings=SETTINGS | {"sampling": later})
+    other = SETTINGS | {"sampling": later | {"weights_dtype": "int8"}}
+    refused('weights_dtype: "" there, "int8" now', add, tmp_path, {"a": "1"}, [], settings=other)
+
+
 def test_fingerprints_are_asked_for_by_place():
     class Samples:
         def fingerprint(self, i):

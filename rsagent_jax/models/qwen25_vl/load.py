@@ -61,7 +61,7 @@ def pin_step(weights: str) -> str:
 
     def pinned() -> str:
         path, (name, step) = local_weights(weights, ()), split_step(weights)
-        is_stage = ocp.utils.checkpoint_steps(path) and not (path / "config.json").exists()  # else Hugging Face's
+        is_stage = path.is_dir() and ocp.utils.checkpoint_steps(path) and not (path / "config.json").exists()
         return f"{name}@{find_step(path, step)}" if is_stage else weights
 
     return processes.exchange(processes.all_or_none(pinned))[0]
