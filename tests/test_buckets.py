@@ -196,7 +196,7 @@ def test_a_stage_may_be_given_in_a_bucket(bucket):
 def test_a_bucket_that_refuses_or_is_away_does_not_say_that_a_stage_is_not_done(bucket, name, value, said):
     config = RecipeConfig(stages=(RecipeStage(name="sft", command="x.py"),))
     step = plan_steps(config, run_path())["sft"]
-    paths.write_whole(step.directory / STAMP, json.dumps({"seconds": 3, "key": step.key}))
+    paths.write_whole(step.directory / STAMP, json.dumps({"seconds": 3, "key": step.key, "nonce": "n", "nonces": {}}))
     before = getattr(bucket.storage, name, None)
     setattr(bucket.storage, name, value)
     try:

@@ -162,16 +162,17 @@ def test_a_signal_in_a_step_loses_nothing_of_it(stage, turns, go, tmp_path, monk
         if logged[-1:] == [2] and len(drawn) >= turns:
             raise preemption.Preempted("SIGTERM")
 
-    whole = go(stage, tmp_path / "whole")
+    go = functools.partial(go, stage, eps=1e-4)  # contexts read anew round otherwise: Adam magnifies gradients near 0
+    whole = go(tmp_path / "whole")
     with monkeypatch.context() as patched:
         patched.setattr(preemption, "check", stops)
         patched.setattr(Driver, "_add", lambda *a: drawn.extend([1] * (logged[-1:] == [2])) or add(*a))
         with pytest.raises(preemption.Preempted) as stop:
-            go(stage, tmp_path / "parts", Counting)
+            go(tmp_path / "parts", log_class=Counting)
     kept, saved = tmp_path / "parts/checkpoints" / stage / "under_way", 2 * (2 if stage == "grpo" else 1)
     assert find_step(kept.parent, "last") == saved and f"{stage} after step 2 is saved" in stop.value.kept
     assert kept.exists() == ("trajectories (" in stop.value.kept) == (stage == "grpo")
-    assert_same(go(stage, tmp_path / "parts"), whole)
+    assert_same(go(tmp_path / "parts"), whole)
     assert not kept.exists()
     for got, want in zip(lines(tmp_path / "parts"), lines(tmp_path / "whole"), strict=True):
         exactly = stage == "sft" or got["step"] < 3
