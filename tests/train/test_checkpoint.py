@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import shutil
@@ -162,17 +161,17 @@ def test_a_signal_in_a_step_loses_nothing_of_it(stage, turns, go, tmp_path, monk
         if logged[-1:] == [2] and len(drawn) >= turns:
             raise preemption.Preempted("SIGTERM")
 
-    go = functools.partial(go, stage, eps=1e-4)  # contexts read anew round otherwise: Adam magnifies gradients near 0
-    whole = go(tmp_path / "whole")
+    optim = dict(eps=1e-4)  # contexts that are read anew round otherwise, and Adam magnifies gradients near 0
+    whole = go(stage, tmp_path / "whole", **optim)
     with monkeypatch.context() as patched:
         patched.setattr(preemption, "check", stops)
         patched.setattr(Driver, "_add", lambda *a: drawn.extend([1] * (logged[-1:] == [2])) or add(*a))
         with pytest.raises(preemption.Preempted) as stop:
-            go(tmp_path / "parts", log_class=Counting)
+            go(stage, tmp_path / "parts", Counting, **optim)
     kept, saved = tmp_path / "parts/checkpoints" / stage / "under_way", 2 * (2 if stage == "grpo" else 1)
     assert find_step(kept.parent, "last") == saved and f"{stage} after step 2 is saved" in stop.value.kept
     assert kept.exists() == ("trajectories (" in stop.value.kept) == (stage == "grpo")
-    assert_same(go(tmp_path / "parts"), whole)
+    assert_same(go(stage, tmp_path / "parts", **optim), whole)
     assert not kept.exists()
     for got, want in zip(lines(tmp_path / "parts"), lines(tmp_path / "whole"), strict=True):
         exactly = stage == "sft" or got["step"] < 3
