@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import shutil
@@ -161,17 +162,16 @@ def test_a_signal_in_a_step_loses_nothing_of_it(stage, turns, go, tmp_path, monk
         if logged[-1:] == [2] and len(drawn) >= turns:
             raise preemption.Preempted("SIGTERM")
 
-    optim = dict(eps=1e-4)  # contexts that are read anew round otherwise, and Adam magnifies gradients near 0
-    whole = go(stage, tmp_path / "whole", **optim)
+    whole = go(stage, tmp_path / "whole", eps=1e-4)  # else Adam magnifies the rounding of contexts read anew
     with monkeypatch.context() as patched:
         patched.setattr(preemption, "check", stops)
         patched.setattr(Driver, "_add", lambda *a: drawn.extend([1] * (logged[-1:] == [2])) or add(*a))
         with pytest.raises(preemption.Preempted) as stop:
-            go(stage, tmp_path / "parts", Counting, **optim)
+            go(stage, tmp_path / "parts", Counting, eps=1e-4)
     kept, saved = tmp_path / "parts/checkpoints" / stage / "under_way", 2 * (2 if stage == "grpo" else 1)
     assert find_step(kept.parent, "last") == saved and f"{stage} after step 2 is saved" in stop.value.kept
     assert kept.exists() == ("trajectories (" in stop.value.kept) == (stage == "grpo")
-    assert_same(go(stage, tmp_path / "parts", **optim), whole)
+    assert_same(go(stage, tmp_path / "parts", eps=1e-4), whole)
     assert not kept.exists()
     for got, want in zip(lines(tmp_path / "parts"), lines(tmp_path / "whole"), strict=True):
         exactly = stage == "sft" or got["step"] < 3
