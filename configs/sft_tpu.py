@@ -20,6 +20,10 @@ def get_config():
     config.policy.remat = ""  # this, mesh.tensor and batch.rows: as the slice's preset says
     config.mesh.tensor = 0
     config.agent.max_pixels = 1_003_520  # 1,280 tokens for the first view (ours)
+    # Of validation.sets alone: SFT calls none. GRPO's side-car, not GrabCut, the default.
+    config.segmenter.mode = "connect"
+    config.segmenter.addresses = ("127.0.0.1:50051",)
+    config.segmenter.workers = 8
     config.sft.trajectories = "trajectories"
     # As many tokens as configs/grpo_tpu.py plays with. Patches for two views and six overlays, or one and eight (ours):
     # an overlay takes 832 places for its 784 patches, a view up to 5,440 (sides of 1 to 4). What does not fit is

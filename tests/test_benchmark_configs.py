@@ -220,4 +220,4 @@ def test_configs_of_full_size_have_one_prompt_one_pixel_budget_and_one_context()
     assert {c.agent for c in (*collected, evaluated, asked, sft, grpo)} == {grpo.agent}
     samplings = (collected[1].teacher.own.sampling, evaluated.sampling, asked.sampling, grpo.grpo.sampling)
     assert {s.context for s in samplings} == {sft.sft.batch.tokens} == {grpo.grpo.batch.tokens}
-    assert {c.segmenter for c in (*collected, evaluated)} == {grpo.segmenter}  # as many tool calls at a time, too
+    assert {c.segmenter for c in (*collected, evaluated, sft)} == {grpo.segmenter}  # as many tool calls at a time, too

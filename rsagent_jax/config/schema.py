@@ -299,6 +299,11 @@ class TrainConfig:
     conflicts = rules.train_rules
 
     @property
+    def plays(self) -> bool:
+        """Whether an engine and a segmenter are opened: SFT has them for its validation, in the shapes of GRPO's."""
+        return "grpo" in self.stages or bool(self.validation.sets)
+
+    @property
     def slowest_answer_s(self) -> float:
         """Seconds that a tool or a reward may take, by deadlines of their own."""
         return max([self.agent.tool_deadline_s, *(t.deadline_s for group in self.grpo.reward for t in group.terms)])

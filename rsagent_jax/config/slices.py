@@ -98,7 +98,7 @@ def fill_slice_defaults(config: TrainConfig, hidden_size: int, devices: int) -> 
     groups = devices // mesh.tensor  # a row of a micro-batch each, unless the config says otherwise
     sft = dataclasses.replace(config.sft, batch=_fill(config.sft.batch, rows=groups))
     sampling = _fill(config.grpo.sampling, tensor=preset.rollout_tensor, slots=preset.slots)
-    if ("grpo" in config.stages or config.validation.sets) and not sampling.slots:
+    if config.plays and not sampling.slots:
         raise DataError(
             f"slice {config.slice!r} has a preset of {size} for SFT alone: a host of it does not hold the weights that"
             " rollouts need beside the training state. Take another slice, or set grpo.sampling.tensor and .slots"

@@ -31,7 +31,8 @@ def check_engine(examined: Examined) -> list[Finding]:
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * sampling.context * sampling.slots
     cache *= jnp.dtype(sampling.kv_dtype or settings.dtype).itemsize
     # Every row of devices holds the weights, as given and laid out for decoding; together they hold the slots.
-    needed, have = size * 2 * examined.numbers // sampling.tensor + cache // local, device_memory()
+    laid_out = 1 if sampling.weights_dtype else size  # int8
+    needed, have = (size + laid_out) * examined.numbers // sampling.tensor + cache // local, device_memory()
     if have is not None and needed > have:
         figure, against = f"weights and cache need {needed / GIB:.2f} GiB on each device", f"there are {have / GIB:.2f}"
         remedy = "fewer sampling.slots, a larger sampling.tensor, or another slice (docs/scaling.md)"

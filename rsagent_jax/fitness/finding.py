@@ -78,7 +78,7 @@ class Examined:
     def sampling(self) -> SamplingConfig | None:
         """Of the rollouts; None where there are none."""
         if isinstance(self.config, TrainConfig):
-            return self.settled.grpo.sampling if "grpo" in self.config.stages else None
+            return self.settled.grpo.sampling if self.config.plays else None
         return fill_engine_defaults(self.config.sampling, self.policy.text.hidden_size, jax.local_devices())
 
     @functools.cached_property

@@ -4,7 +4,8 @@ import statistics
 import time
 
 from rsagent_jax.agent.segmenter import open_segmenter
-from rsagent_jax.fitness.finding import Examined, Finding, Verdict
+from rsagent_jax.config.schema import TrainConfig
+from rsagent_jax.fitness.finding import Examined, Finding, Verdict, not_run
 from rsagent_jax.masks import iou as mask_iou
 from sam_bridge import check
 from sam_bridge.backends import RANDOM
@@ -17,6 +18,8 @@ SLOW_WAY_S = 0.05  # of one prompt, beside the segmenter's own work
 def check_masks(examined: Examined) -> list[Finding]:
     """Opened as a run opens it: started as a child of ours, in this process, or connected to."""
     config = examined.config.segmenter
+    if isinstance(examined.config, TrainConfig) and not examined.config.plays:
+        return not_run("segmenter", "this config plays no rollouts")
     (image, disc), (x, y), r = check.own_image(), check.CENTRE, check.RADIUS
     request = SegmentRequest(box=(x - r, y - r, x + r, y + r))
     with open_segmenter(config) as segmenter:

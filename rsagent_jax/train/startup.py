@@ -67,7 +67,7 @@ def check_train(config: TrainConfig, workdir: pathlib.Path, *, replay: bool = Fa
         if mocked := config.grpo.mock.trajectories:
             open_records(mocked)
             print(f"grpo: its turns are those stored in {mocked}: what is learned means nothing")
-    if _plays(config) and not replay:
+    if config.plays and not replay:
         batch = config.grpo.batch if "grpo" in config.stages else None
         print(check_rollout(config.agent, config.grpo.sampling, shape, processor, "grpo", batch))
         check_segmenter(config.segmenter)
@@ -112,15 +112,10 @@ def _nothing_left_open(config: TrainConfig) -> None:
     """What a slice's preset decides has to be said where no slice is named."""
     left = {"mesh.tensor": config.mesh.tensor, "policy.remat": config.policy.remat}
     left |= {f"{stage}.batch.rows": getattr(config, stage).batch.rows for stage in config.stages}
-    if _plays(config):
+    if config.plays:
         left |= {f"grpo.sampling.{name}": getattr(config.grpo.sampling, name) for name in ("tensor", "slots")}
     if not config.slice and (names := [name for name, value in left.items() if not value]):
         raise DataError(f"{', '.join(names)}: left to the slice's preset, and no slice is named; give them, or slice")
-
-
-def _plays(config: TrainConfig) -> bool:
-    """Whether an engine is opened: SFT has one for its validation, with GRPO's shapes."""
-    return "grpo" in config.stages or bool(config.validation.sets)
 
 
 def _numbers(tree: nnx.State) -> int:

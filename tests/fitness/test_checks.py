@@ -235,6 +235,7 @@ class Fixed:
 
 
 def asked(examined, monkeypatch, segmenter):
+    examined = with_(examined, stages=("grpo",))
     monkeypatch.setattr(segmenting, "open_segmenter", lambda config: contextlib.nullcontext(segmenter))
     return told(segmenting.check_masks(examined))
 
@@ -252,9 +253,10 @@ def test_a_segmenter_with_other_masks_is_wrong_and_one_far_away_is_slow(examined
 
 
 def test_the_real_segmenter_finds_the_disc_and_an_absent_one_is_wrong(examined):
-    here = with_(examined, segmenter=SegmenterConfig(mode="inprocess"))
+    assert only(segmenting.check_masks(examined))[0] is NOT_RUN  # SFT without validation calls none
+    here = with_(examined, segmenter=SegmenterConfig(mode="inprocess"), stages=("grpo",))
     assert [verdict for verdict, _ in told(segmenting.check_masks(here))] == [OK, OK]
-    away = with_(examined, segmenter=SegmenterConfig(mode="connect", addresses=("127.0.0.1:9",), wait_s=0.1))
+    away = with_(here, segmenter=SegmenterConfig(mode="connect", addresses=("127.0.0.1:9",), wait_s=0.1))
     verdict, said = only(of_table("segmenter", away))
     assert verdict is WRONG and "127.0.0.1:9" in said and "docs/sidecar.md" in said
 
