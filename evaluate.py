@@ -149,6 +149,7 @@ def finish(config: EvalConfig, workdir: pathlib.Path, share: processes.Share, ma
     if not kept:
         raise DataError(f"none of the {len(ids)} samples can be read; the first: {next(iter(unreadable.values()))}")
     images = {id: key for id, key in zip(ids, samples.image_keys, strict=True) if id in kept}
+    row |= {"benchmark": config.benchmark or samples.name, "samples": samples.name}
     row["weights_sha256"] = made.settings.get("weights_sha256")
     summary = write_results(workdir, config, row, [kept[id] for id in images], images, unreadable)
     print(headline(summary), evaluation.what_failed(summary), workdir / "report" / "index.html", sep="\n")
@@ -232,7 +233,7 @@ def write_results(
     # the unit belongs to the conventions as well
     settings["metric"] |= {"unit": config.data.unit, "texts": config.data.texts, "split": config.data.split}
     settings["segmenter"] |= row["segmenter"]
-    summary = metrics.summarize_results(results, settings, benchmark=config.benchmark, images=images) | {
+    summary = metrics.summarize_results(results, settings, benchmark=row["benchmark"], images=images) | {
         "seconds_per_sample": sum(r.seconds for r in kept) / len(kept),
         **row,
         "unreadable": unreadable,
@@ -240,7 +241,9 @@ def write_results(
         "by_turn": metrics.turn_curve(
             [(r.counts, r.masks) for r in kept], config.metric, config.agent.max_turns, images
         ),
-        "behaviour": summarize_behaviours([recorded_behaviour(r, config.metric) for r in kept]),
+        "behaviour": summarize_behaviours(
+            [recorded_behaviour(r, config.metric) for r in kept if r.counts.status.judged]
+        ),
         "conventions": metrics.other_conventions([r.counts for r in kept]),
     }
     predictions = [
@@ -249,16 +252,17 @@ def write_results(
         for result, r in zip(results, kept, strict=True)
     ]
     write_whole(workdir / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
-    write_whole(workdir / "trajectories.jsonl", "".join(json.dumps(r.example) + "\n" for r in kept))
+    shown = [r.example | {"iou": result.iou} for result, r in zip(results, kept, strict=True)]
+    write_whole(workdir / "trajectories.jsonl", "".join(json.dumps(example) + "\n" for example in shown))
     write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
     evaluation.write_evaluation(workdir)
     return summary
 
 
 def headline(summary: dict) -> str:
-    low, high = summary["giou_ci95"]
+    low, high, title = *summary["giou_ci95"], evaluation.evaluation_title(summary)
     mark = "" if summary["row"] == "policy" else f" [{summary['row']}]"
     return (
-        f"{summary['benchmark']}{mark}: n {summary['n']}  gIoU {summary['giou']:.3f} [{low:.3f}, {high:.3f}]"
+        f"{title}{mark}: n {summary['n']}  gIoU {summary['giou']:.3f} [{low:.3f}, {high:.3f}]"
         f"  cIoU {summary['ciou']:.3f}  turns {summary['mean_turns']:.2f}  tool errors {summary['tool_error_rate']:.3f}"
     )

@@ -18,31 +18,29 @@ Not run here on the real files, which could not be had; on small ones in their f
 from rsagent_jax.config.build import template
 from rsagent_jax.config.schema import EvalConfig
 
-# name -> (what results.json calls it, dataset, split_by, splits)
+# data set -> (split_by, splits)
 SETS = {
-    "refcoco": ("RefCOCO", "refcoco", "unc", ("val", "testA", "testB")),
-    "refcoco+": ("RefCOCO+", "refcoco+", "unc", ("val", "testA", "testB")),
-    "refcocog": ("RefCOCOg (UMD)", "refcocog", "umd", ("val", "test")),
-    "grefcoco": ("gRefCOCO", "grefcoco", "unc", ("val", "testA", "testB")),
-    "reasonseg": ("ReasonSeg", "reasonseg", "", ("val", "test")),
-    "refcoco_m": ("RefCOCO-M", "refcoco_m", "", ("val",)),
-    "muse": ("MUSE", "muse", "", ("val", "test_less", "test_many")),
-    "mmr": ("MMR", "mmr", "", ("val", "test_mixed", "test_obj_only", "test_part_only")),
-    "gseval": ("GSEval", "gseval", "", ("all", "stuff", "part", "multi", "single")),
-    "folder": ("folder", "folder", "", ()),  # any split
+    "refcoco": ("unc", ("val", "testA", "testB")),
+    "refcoco+": ("unc", ("val", "testA", "testB")),
+    "refcocog": ("umd", ("val", "test")),
+    "grefcoco": ("unc", ("val", "testA", "testB")),
+    "reasonseg": ("", ("val", "test")),
+    "refcoco_m": ("", ("val",)),
+    "muse": ("", ("val", "test_less", "test_many")),
+    "mmr": ("", ("val", "test_mixed", "test_obj_only", "test_part_only")),
+    "gseval": ("", ("all", "stuff", "part", "multi", "single")),
+    "folder": ("", ()),  # any split
 }
-NAMES = tuple(f"{name}-{split}" for name, (*_, splits) in SETS.items() for split in splits)
+NAMES = tuple(f"{name}-{split}" for name, (_, splits) in SETS.items() for split in splits)
 
 
 def get_config(benchmark: str = "refcocog-val"):
     name, _, split = benchmark.partition("-")
     if name not in SETS or not split or (name != "folder" and benchmark not in NAMES):
         raise ValueError(f"{benchmark!r} is unknown; there are {', '.join(NAMES)} and folder-SPLIT")
-    title, dataset, split_by, _ = SETS[name]
     config = template(EvalConfig)
-    config.benchmark = f"{title} {split}"
-    config.data.dataset, config.data.split = dataset, split
-    config.data.split_by = split_by or config.data.split_by
+    config.data.dataset, config.data.split = name, split
+    config.data.split_by = SETS[name][0] or config.data.split_by
     config.policy.weights = "Qwen/Qwen2.5-VL-7B-Instruct"
     config.policy.remat = "none"
     config.agent.max_pixels = 1_003_520  # as configs/sft_tpu.py and grpo_tpu.py

@@ -17,7 +17,7 @@ from rsagent_jax.config.recipe import RecipeConfig
 
 # The paper's. ReasonSeg first: the page shows trajectories of the first, and it is small.
 SETS = ("reasonseg", "refcoco", "refcoco+", "refcocog")
-NAMES = tuple(f"{name}-{split}" for name in SETS for split in benchmarks.SETS[name][3])
+NAMES = tuple(f"{name}-{split}" for name in SETS for split in benchmarks.SETS[name][1])
 WEIGHTS = dict(base="{weights}", sft="{sft}/checkpoints/sft", grpo="{grpo}/checkpoints/grpo")
 TRAINING_DATA = ("--config.grpo.data.root={refer}", "--config.grpo.data.mix.reasonseg.data.root={reasonseg}")
 TEACHER = "url={endpoint}", "model={endpoint_model}"
@@ -59,13 +59,15 @@ def get_config():
         ),
     )  # fmt: skip
     for name in NAMES:
+        data_set, split = name.split("-")
+        benchmark = "/".join(filter(None, (data_set, benchmarks.SETS[data_set][0], split)))  # as its samples are called
         players = {row: (f"--weights={weights}",) for row, weights in WEIGHTS.items()}
         players |= {row: (f"--config.bound.row={row}",) for row in ("box", "best_of_three")}
         for row, arguments in players.items():
             here = f"eval-{row}-{name}"
             stages[here] = stage(
                 "evaluate.py", f"--config=configs/eval.py:{name}", f"--workdir={{{here}}}", *arguments, root_of(name),
-                SIDECARS, benchmark=benchmarks.get_config(name).benchmark, row=row,
+                SIDECARS, benchmark=benchmark, row=row,
             )  # fmt: skip
     config.stages = ConfigDict(stages, sort_keys=False)  # else by name
     return config

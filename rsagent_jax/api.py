@@ -25,6 +25,7 @@ import PIL.Image
 from rsagent_jax.agent import correction, environment
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.overlay import draw_overlay
+from rsagent_jax.agent.prompts import check_query
 from rsagent_jax.agent.replay import state_to_json
 from rsagent_jax.agent.segmenter import open_segmenter
 from rsagent_jax.agent.tools import Segment
@@ -348,8 +349,9 @@ class Agent(contextlib.AbstractContextManager):
         values, problems = {"max_turns": max_turns, "temperature": temperature, "seed": seed}, []
         build_fields(_Options, values, "", problems)
         refuse_config("the question", problems)
-        if not isinstance(query, str) or not query.strip():
-            raise DataError("the query is empty; say what to segment, such as 'the red circle'")
+        if not isinstance(query, str):
+            raise DataError(f"the query is a {type(query).__name__}; say what to segment, such as 'the red circle'")
+        check_query(query)
         pixels, query = _pixels(image), query.strip()
         environment.reset(pixels, query, self._driver.agent, self._driver.limits)  # refuses what cannot be shown
         unknown = np.zeros(pixels.shape[:2], bool)  # nobody knows the true mask, and playing does not look at it

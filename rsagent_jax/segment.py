@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 
+from rsagent_jax.agent.prompts import check_query
 from rsagent_jax.api import FILES, Agent, Result
 from rsagent_jax.config.schema import SegmentConfig
 from rsagent_jax.report.terminal import describe_ending, describe_turn
@@ -48,8 +49,7 @@ def ask_policy(image_path: str, query: str, config: SegmentConfig, out: str, wei
         raise DataError(f"{image_path} does not exist")
     # The orientation is applied, unlike for COCO: a mask of a photograph should lie as its owner sees it.
     image, query = read_image(image_path, "name a picture file", upright=True), query.strip()
-    if not query:
-        raise DataError("the query is empty; say what to segment, such as 'the red circle'")
+    check_query(query)
     out = command.make_workdir(out, "out")
     command.use_compilation_cache(config.cache_dir, out / "compiled")
     check_disk(out)

@@ -42,9 +42,9 @@ def polygon() -> list[int]:
 def refer_files(root: pathlib.Path, name: str) -> None:
     """Per split two references with two sentences each, on picture 1; gRefCOCO: one with a target, one without. The
     train split stands on pictures 1 and 2: the first half of it is held out with the others."""
-    folder, split_by = eval_configs.SETS[name][1:3]
+    folder, split_by = name, eval_configs.SETS[name][0]
     refs = []
-    for n, split in enumerate((*eval_configs.SETS[name][3], "train")):
+    for n, split in enumerate((*eval_configs.SETS[name][1], "train")):
         for k in (0, 1):
             id = 2 * n + k
             sentences = [{"raw": "It", "sent": "it", "sent_id": 10 * id + s, "tokens": ["it"]} for s in (0, 1)]
@@ -68,7 +68,7 @@ def question_files(root: pathlib.Path) -> None:
     for folder, name in (("muse", "muse"), ("MMR", "mmr")):
         (root / folder).mkdir()
         segmentation = [polygon()] if name == "muse" else encode_rle(mask)
-        for split in eval_configs.SETS[name][3]:
+        for split in eval_configs.SETS[name][1]:
             records = [record | {"answers": [[{"segmentation": segmentation}]]}]
             (root / folder / f"{folder}_{split}.json").write_text(json.dumps(records))
     (root / "gseval").mkdir()
@@ -143,7 +143,8 @@ def test_each_benchmark_is_read_and_judged(monkeypatch, tmp_path, root, benchmar
     results = run(monkeypatch, tmp_path / "w", benchmark, root, oracle("box"))
     name = benchmark.split("-")[0]
     assert results["n"] == N.get(benchmark, N[name]) and results["giou"] > 0.8  # every sentence; ReasonSeg's first text
-    assert results["benchmark"].endswith(benchmark.split("-")[1])
+    named = "/".join(filter(None, (name, eval_configs.SETS[name][0], benchmark.split("-")[1])))
+    assert results["benchmark"] == results["samples"] == named
     assert results["row"] == "oracle: true box" and results["sees_the_truth"] and results["weights_sha256"] is None
     assert ("n_acc" in results) == (name in ("grefcoco", "folder")) and results.get("n_acc", 1.0) == 1.0
     assert results["settings"]["metric"]["unit"] == "sentence" and results["settings"]["metric"]["texts"] == "first"
@@ -164,6 +165,7 @@ def test_the_oracle_rows_are_marked_and_can_be_compared(monkeypatch, tmp_path, r
     assert command.run_command("rsagent_jax.compare", [str(tmp_path / row) for row in rows]) == 0
     assert "clicks (oracle: best of 3 clicks)" in capsys.readouterr().out
     page = (tmp_path / "box/report/index.html").read_text()
+    assert "Evaluation: refcoco/unc/val (" in page
     assert "looks at the truth" in page and "oracle: true box" in page
 
 

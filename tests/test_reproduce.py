@@ -53,7 +53,7 @@ def get_config():
     )
     for row, needed in dict(base="data", sft="sft", box="data").items():
         arguments = (f"{src}/{{row}}", f"{{{{eval-{{row}}}}}}", f"{{{{{{needed}}}}}}")
-        stages[f"eval-{{row}}"] = dict(command=FAKE, arguments=arguments, benchmark="ReasonSeg test", row=row)
+        stages[f"eval-{{row}}"] = dict(command=FAKE, arguments=arguments, benchmark="reasonseg/test", row=row)
     config.stages = ConfigDict(stages, sort_keys=False)
     return config
 """
@@ -69,7 +69,7 @@ def recipe(tmp_path):
     write_lines(source / "train" / "metrics.jsonl", [{"stage": "sft", "step": 1, "loss": 1.0}])
     for name, i in (("base", 10), ("sft", 40), ("box", 80)):
         results = [SampleResult(f"s{n}", i + n, 100, Status.FINISHED, 2, 0) for n in range(3)]
-        write_files(source / name, results, {"metric": {"unit": "sentence"}}, [], benchmark="ReasonSeg test")
+        write_files(source / name, results, {"metric": {"unit": "sentence"}}, [], benchmark="reasonseg/test")
     (tmp_path / "fake.py").write_text(FAKE)
     (tmp_path / "recipe.py").write_text(RECIPE.format(fake=str(tmp_path / "fake.py"), src=source))
     return tmp_path
@@ -294,7 +294,14 @@ def test_every_stage_of_the_recipes_is_a_command_line_that_its_command_takes(nam
         taken = command.parse_arguments(main, step.argv[2 if step.argv[0] == "-m" else 1 :])[1]
         assert not step.lacks and str(tmp_path / step.stage.name) in (taken.get("workdir"), str(taken.get("out")))
         if step.stage.row:
-            assert taken["config"].benchmark == step.stage.benchmark
+            asked, named = (
+                taken["config"],
+                step.stage.benchmark.split("/"),
+            )  # as the samples are, where no name is given
+            assert (
+                asked.benchmark == step.stage.benchmark
+                or [asked.data.dataset, asked.data.split] == named[:: len(named) - 1]
+            )
     players = {(step.stage.benchmark, step.stage.row) for step in steps.values() if step.stage.row}
     assert name == "quickstart" or players >= {*PAPER}
     assert len(players) == {"quickstart": 3, "7b": 50}[name]

@@ -23,6 +23,8 @@ TERMINATOR = "<|im_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 BASE_SYSTEM = "You are a helpful assistant."  # Qwen's own default, used with the grounding prompts
 MAX_QUERY_CHARS = 500
+_READABLE = {"Cf": ""} | dict.fromkeys(("Cc", "Cs", "Zl", "Zp"), " ")  # in place of a character of this category
+_JOINERS = "\u200c\u200d"  # by which words are spelt (Persian), and emoji joined
 
 _FULL = """You segment the object that the user describes, by calling tools on the image.
 
@@ -158,13 +160,21 @@ def ground_answer(key: str, rows: Sequence[Sequence[float]], labels: Sequence[st
     return "```json\n[\n" + ",\n".join(lines) + "\n]\n```"
 
 
+def check_query(query: str) -> None:
+    """DataError for one that asks nothing, or more than a prompt takes: the policy would answer another question."""
+    if not query.strip():
+        raise DataError("the query is empty; say what to segment, such as 'the red circle'")
+    if (long := len(" ".join(query.split()))) > MAX_QUERY_CHARS:
+        raise DataError(f"the query has {long} characters, and a prompt takes {MAX_QUERY_CHARS}; shorten it")
+
+
 def sanitize(text: str) -> str:
     """One line of at most MAX_QUERY_CHARS that cannot form a special token, nor end the quotes it stands in.
 
     Every special token of Qwen starts with "<" and then "|", "/" or a letter. Such a "<" becomes "(": a swap of one
     character for one, so nothing that is left can join into a new token. "a < b" is untouched.
     """
-    text = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text)
+    text = "".join(_READABLE.get(unicodedata.category(c), c) if c not in _JOINERS else c for c in text)
     text = " ".join(text.split())[:MAX_QUERY_CHARS].strip()
     return re.sub(r"<(?=[|/A-Za-z])", "(", text).replace('"', "'")
 

@@ -4,8 +4,8 @@
 
 Every line of the tables is one call of `train.py --aot`, or of `evaluate.py --aot` for an engine alone, so that anybody
 can repeat it. A call takes minutes; its report is added to --results, and what stands there for rows of TOKENS, by the
-same arguments, is not compiled again: delete what a change of the programs or of libtpu made old. Interrupt and go on as you
-like.
+same arguments, is not compiled again: delete what a change of the programs or of libtpu made old. Interrupt and go on
+as you like.
 What stands in --out above the mark TABLES is kept.
 """
 

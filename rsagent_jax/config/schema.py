@@ -323,7 +323,7 @@ class BoundConfig:
 class EvalConfig:
     """configs/eval_*.py of evaluate.py."""
 
-    benchmark: Text = "refcocog"  # its name in results.json
+    benchmark: str = ""  # its name in results.json; "" = that of its samples, such as refcoco/unc/testA
     seed: Seed = 0  # of sampling; the bootstrap's is always 0
     policy: PolicyConfig
     agent: AgentConfig = AgentConfig()

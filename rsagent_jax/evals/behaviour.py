@@ -6,8 +6,9 @@
     calls       segment calls of a trajectory, mean
     agreement   of the turns whose thought names an act ("I box it", "I finish"), the share that does one of those named
 
-All are None where there is nothing to count. IoU is the metric's, so a mask where nothing is to be found has 0, and
-committing to none after it is a recovery.
+All are None where there is nothing to count, and what the segmenter or the endpoint failed is not counted. IoU is the
+metric's, but for its `empty_policy`: a mask where nothing is to be found has 0, none has 1, and committing to none
+after one is a recovery.
 """
 
 import dataclasses
@@ -58,7 +59,8 @@ def behaviour(texts: Sequence[str], ious: Sequence[float], iou: float, query: st
 
 
 def recorded_behaviour(record: Record, rules: MetricConfig) -> Behaviour:
-    """Of an evaluated sample, its masks judged by `rules`."""
+    """Of an evaluated sample that did not fail, its masks judged by `rules`."""
+    rules = dataclasses.replace(rules, empty_policy="one")
     texts = [turn["text"] for turn in json.loads(record.example["record"])["turns"]]
     made = [dataclasses.replace(record.counts, pixels=p, status=Status.FINISHED) for _, p in record.masks]
     ious, iou = [judge(counts, rules).iou for counts in made], judge(record.counts, rules).iou

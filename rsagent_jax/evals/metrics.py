@@ -17,8 +17,8 @@ all as fractions of 1. By default nothing is dropped, and what a convention drop
   user would get, and are scored by it. They are failures to stop, so they are listed.
 
 gRefCOCO adds, over the samples without and with a target: N-acc, the share of no-target samples answered by an empty
-mask, and T-acc, the share of target samples answered by one that is not empty. A failure is right in neither. What an
-`empty_policy` does with IoU and gIoU changes neither of them.
+mask, and T-acc, the share of target samples answered by one that is not empty. A failure, and an ending that
+`ending_policy` gives nothing for, is right in neither. What an `empty_policy` does with IoU and gIoU changes neither.
 
 Intervals are bootstrapped by picture: sentences of one picture fail together, and as if they were independent their
 intervals would be too narrow (docs/evaluation.md has the coverage).
@@ -80,9 +80,13 @@ class SampleResult:
             raise ValueError(f"impossible counts: {self}")
 
     @property
+    def has_answer(self) -> bool:
+        """Whether there is a mask to judge by these rules; it may be empty."""
+        return _has_answer(self.status, self.rules)
+
+    @property
     def iou(self) -> float:
-        unjudged = self.rules.ending_policy == "zero" and self.status is not Status.FINISHED
-        if self.status in UNMEASURED or unjudged:
+        if not self.has_answer:
             return 0.0
         if not self.union:
             return float(self.rules.empty_policy == "one")
@@ -109,13 +113,17 @@ def count(trajectory: Trajectory, sample: Sample) -> Counts:
 def judge(counts: Counts, rules: MetricConfig = LISA) -> SampleResult:
     """One sample under one convention."""
     intersection, predicted, true = counts.pixels[rules.ignore_policy]
-    unjudged = rules.ending_policy == "zero" and counts.status is not Status.FINISHED
-    if unjudged or predicted < rules.empty_below:
+    answered = _has_answer(counts.status, rules)
+    if not answered or predicted < rules.empty_below:
         intersection = predicted = 0
     union = predicted + true - intersection
-    said_empty = not predicted and not unjudged and counts.status not in UNMEASURED
+    said_empty = answered and not predicted
     ending = (counts.status, counts.turns, counts.tool_errors)
     return SampleResult(counts.id, intersection, union, *ending, not true, said_empty, rules)
+
+
+def _has_answer(status: Status, rules: MetricConfig) -> bool:
+    return status not in UNMEASURED and (rules.ending_policy != "zero" or status is Status.FINISHED)
 
 
 def pixel_counts(mask: np.ndarray, sample: Sample) -> Pixels:
@@ -224,7 +232,7 @@ def summarize_results(
     judged = [r for r in results if r.dropped != "failure"]
     if absent := [r for r in judged if r.no_target]:
         present = [r for r in judged if not r.no_target]
-        answered = sum(not r.said_empty and r.status not in UNMEASURED for r in present)
+        answered = sum(r.has_answer and not r.said_empty for r in present)
         out["n_acc"] = sum(r.said_empty for r in absent) / len(absent)
         out["t_acc"] = answered / len(present) if present else None
         out["giou_target"] = math.fsum(r.iou for r in present) / len(present) if present else None

@@ -68,10 +68,14 @@ class Evaluation:
         return metrics.cluster_bootstrap_ci(counts, lambda s: s[:, 0] / (s[:, 1] + 1e-10), self.counted_images)
 
     @property
-    def endings(self) -> list[tuple[Status, int, float, float]]:
-        """Every way to end that happened: how often, its share, the mean IoU of its masks."""
-        ious = {status: [p.iou for p in self.predictions if p.status is status] for status in Status}
-        return [(s, len(v), len(v) / len(self.predictions), float(np.mean(v))) for s, v in ious.items() if v]
+    def endings(self) -> list[tuple[Status, int, float, float | None]]:
+        """Every way to end that happened: how often, its share, the mean IoU of its masks that count."""
+        ended, out = [p.status for p in self.predictions], []
+        for status in (s for s in Status if s in ended):
+            ious = [p.iou for p in self.counted if p.status is status]
+            n = ended.count(status)
+            out.append((status, n, n / len(ended), float(np.mean(ious)) if ious else None))
+        return out
 
 
 def load_evaluation(workdir: str | pathlib.Path) -> Evaluation:
@@ -128,7 +132,7 @@ def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:
     good = [e for e in evaluation.examples if e.iou >= GOOD_IOU]
     text = render_page(
         "evaluation.html",
-        title=f"Evaluation: {results['benchmark']}{'' if row == 'policy' else f' ({row})'}",
+        title=f"Evaluation: {evaluation_title(results)}{'' if row == 'policy' else f' ({row})'}",
         evaluation=evaluation,
         results=results,
         failed=what_failed(results),
@@ -139,6 +143,12 @@ def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:
         bad=sorted((e for e in evaluation.examples if e.iou < GOOD_IOU), key=lambda e: (e.iou, e.id)),
     )
     return save_page(text, evaluation.workdir)
+
+
+def evaluation_title(results: Mapping[str, Any]) -> str:
+    """What the config calls it, and the samples' own name where that is another."""
+    name, samples = results["benchmark"], results.get("samples")
+    return name if samples in (None, name) else f"{name} ({samples})"
 
 
 def what_failed(results: Mapping[str, Any]) -> str:
@@ -154,13 +164,14 @@ def headline_figures(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """(name, value, what stands under it) of each figure."""
     results, rows, of = evaluation.results, evaluation.counted, evaluation.counted_images
     found = [float(p.iou >= GOOD_IOU) for p in rows]
+    turns = [p.turns for p in rows]
     finished = [float(p.status is Status.FINISHED) for p in rows]
     figures = [
         ("gIoU", f"{results['giou']:.3f}", span(results["giou_ci95"])),
         ("cIoU", f"{results['ciou']:.3f}", span(evaluation.ciou_ci95)),
         (f"P@{GOOD_IOU}", f"{np.mean(found):.1%}", span(metrics.bootstrap_ci(found, of), ".1%")),
         ("finished", f"{np.mean(finished):.1%}", span(metrics.bootstrap_ci(finished, of), ".1%")),
-        ("turns", f"{results['mean_turns']:.2f}", span(metrics.bootstrap_ci([p.turns for p in rows], of), ".2f")),
+        ("turns", f"{np.mean(turns):.2f}", span(metrics.bootstrap_ci(turns, of), ".2f")),
     ]
     if results.get("tool_error_rate") is not None:
         figures.append(("tool errors", f"{results['tool_error_rate']:.1%}", "of turns malformed or refused"))

@@ -18,6 +18,7 @@ from rsagent_jax.models.qwen25_vl import tensor_files
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory, weights_checksum
 from rsagent_jax.models.qwen25_vl.steps import find_step, split_step
+from rsagent_jax.report.evaluation import evaluation_title
 from rsagent_jax.report.reproduction import convention
 from rsagent_jax.runtime.paths import open_path
 from rsagent_jax.tiny.synthetic import STAMP
@@ -53,7 +54,8 @@ def model_card(checkpoint: str, name: str, dtype: str, licence: str, evaluations
         tags=["rsagent", "image-segmentation", "agent"],
         model_name=name,
         eval_results=[
-            EvalResult("image-segmentation", r["benchmark"], r["benchmark"], metric, r[metric]) for r, metric in metrics
+            EvalResult("image-segmentation", r.get("samples", r["benchmark"]), evaluation_title(r), metric, r[metric])
+            for r, metric in metrics
         ]
         or None,
     )
@@ -61,7 +63,7 @@ def model_card(checkpoint: str, name: str, dtype: str, licence: str, evaluations
         name=name,
         version=rsagent_jax.__version__,
         training=[*_training(config, path, split_step(checkpoint)[1])] if config else [],
-        results=[(r, _how(r)) for r in results],
+        results=[(r, evaluation_title(r), _how(r)) for r in results],
         checksum=checksum,
         dtype=dtype,
         rounded=_rounded({"float32"} if stage else _dtypes(path), dtype),

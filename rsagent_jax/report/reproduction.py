@@ -39,10 +39,10 @@ SHOWN = 4  # samples shown among the best of the last policy, and as many among 
 # be had: these are from published summaries of arXiv 2512.24023 and, for cIoU on ReasonSeg, from table 1 of SWiM
 # (github.com/yancilin/SWiM). Of RefCOCO, RefCOCO+ and ReasonSeg val no figure was found.
 PAPER: dict[tuple[str, str], tuple[float | None, float | None, int]] = {
-    ("ReasonSeg test", "grpo"): (0.665, 0.579, 1),
-    ("ReasonSeg test", "sft"): (None, 0.554, 2),
-    ("ReasonSeg test", "base"): (None, 0.301, 2),
-    ("RefCOCOg (UMD) test", "grpo"): (None, 0.815, 3),
+    ("reasonseg/test", "grpo"): (0.665, 0.579, 1),
+    ("reasonseg/test", "sft"): (None, 0.554, 2),
+    ("reasonseg/test", "base"): (None, 0.301, 2),
+    ("refcocog/umd/test", "grpo"): (None, 0.815, 3),
 }
 NOTES = (
     "arXiv 2512.24023 by published summaries; cIoU as table 1 of SWiM reports it.",

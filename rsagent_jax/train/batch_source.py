@@ -351,12 +351,12 @@ class GrpoSource:
             "query": chosen[0].query,
             "trajectories": [
                 {
-                    "status": t.status.value,
-                    "turns": [turn.text for turn in t.turns],
-                    "advantage": float(a[0]),
-                    "reward": None if r is None else {"total": r.total, **r.parts},
+                    "status": j.trajectory.status.value,
+                    "turns": [turn.text for turn in j.trajectory.turns],
+                    "advantage": j.whole_advantage,
+                    "reward": None if j.reward is None else {"total": j.reward.total, **j.reward.parts},
                 }
-                for t, a, r in zip(played[: c.group], advantages, rewards, strict=False)
+                for j in self.judged[: c.group]
             ],
         }
         ends = (*self.processor.end_ids, *c.sampling.stop_ids)

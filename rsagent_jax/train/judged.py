@@ -27,7 +27,7 @@ from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.runtime.paths import absolute, open_path, remove_folder
 from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum
-from rsagent_jax.types import Batch, DataError, Reward, Sample, Trajectory
+from rsagent_jax.types import Batch, DataError, Reward, Sample, Status, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,13 @@ class Judged:
     reward: Reward | None  # None where a broken tool ended it
     advantage: float | np.ndarray  # of the trajectory, or f32[T] of each token
     trained: bool  # whether it is in the step's batch
+
+    @property
+    def whole_advantage(self) -> float:
+        """That of the whole reward: of the first sampled token, where grpo.turn_credit gives each turn its own."""
+        t = self.trajectory
+        sampled = np.broadcast_to(self.advantage, len(t.tokens))[t.loss_mask]
+        return float(sampled[0]) if len(sampled) else 0.0
 
 
 def rollout_figures(judged: Sequence[Judged]) -> dict[str, float]:
@@ -110,7 +117,7 @@ def dump_rollouts(
             **_measured(j),
             "gt": encode_rle(j.sample.gt_mask),
             "reward": None if j.reward is None else {"total": float(j.reward.total), **j.reward.parts},
-            "advantage": float(np.mean(j.advantage)),
+            "advantage": j.whole_advantage,
             "trained": j.trained,
         }
         arrays = {"logprobs": t.logprobs, "advantages": np.full(len(t.tokens), j.advantage, np.float32)}
@@ -168,7 +175,8 @@ class ReplaySource:
             raise DataError(f"--replay={self.directory}: of its {played} trajectories {why}")
         rewards = [h["reward"]["total"] for h in headers if h["reward"] is not None]
         metrics = {"dropped": float(len(items) - len(kept))}
-        metrics |= {"giou": float(np.mean([h["iou"] for h in headers]))} if headers else {}
+        ious = [h["iou"] for h in headers if Status(h["status"]).judged]
+        metrics |= {"giou": float(np.mean(ious))} if ious else {}
         metrics |= {"reward": float(np.mean(rewards))} if rewards else {}
         how = self.processor.config, self.share, self.config.minibatches
         return pack_evenly(kept, self.config.batch, *how), metrics

@@ -245,7 +245,7 @@ class Validator:
         for result, behaviour in (row for part, _ in said for row in part):
             status = Status(result.pop("status"))
             results.append(metrics.SampleResult(**result, status=status, rules=self.config.validation.metric))
-            behaviours.append(Behaviour(**behaviour))
+            behaviours += [Behaviour(**behaviour)] if status.judged else []
         return self._figures(name, results, behaviours, keys, sum(count for _, count in said))
 
     def _figures(self, name, results, behaviours, keys: dict[str, str], unreadable: int) -> dict[str, float]:

@@ -90,8 +90,13 @@ def test_queries_cannot_inject(query):
 
 
 def test_ordinary_queries_are_untouched():
-    for query in ("the man on the left", "what can hold > 5 l?", "a < b", "das grüne Auto", "左边的猫"):
+    joined = (
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\U0001f469\u200d\U0001f680",
+    )  # Persian, an emoji of two
+    for query in ("the man on the left", "what can hold > 5 l?", "a < b", "das grüne Auto", "左边的猫", *joined):
         assert prompts.sanitize(query) == query
+    assert prompts.sanitize("co\u00adoperate") == "cooperate"  # a soft hyphen
     assert len(prompts.sanitize("x" * 10_000)) == prompts.MAX_QUERY_CHARS
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rsagent_jax.aot.devices import chip_of
 from rsagent_jax.aot.topology import CHIPS, GIB, SLICES, devices, parse_topology
 from rsagent_jax.types import DataError
 from tests.refusals import refused
@@ -89,6 +91,12 @@ def test_a_whole_torus_uses_all_links():
         shape = "16x16" if chip.dimensions == 2 else "4x4x4"
         found = parse_topology(f"{chip.name}:{shape}").ici_bandwidth * chip.devices_per_chip
         assert found == chip.ici_link_bandwidth * 2 * chip.dimensions
+
+
+def test_gpus_are_known_by_whole_words():
+    kinds = ("NVIDIA H200", "NVIDIA H200 NVL", "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB", "TPU v5 lite", "cpu")
+    found = [chip_of(types.SimpleNamespace(device_kind=kind)) for kind in kinds]
+    assert [chip and chip.name for chip in found] == ["H200", "H200 NVL", "H100", None, "v5e", None]
 
 
 @pytest.mark.parametrize("chip", CHIPS)

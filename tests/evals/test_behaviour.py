@@ -1,9 +1,16 @@
 """Recovery, harm and agreement of thought and act, counted by hand."""
 
+import json
+
+import numpy as np
 import pytest
 
 from rsagent_jax.agent.tools import Finish, ResetView, Rotate, Segment, Zoom, render_call
-from rsagent_jax.evals.behaviour import behaviour, named_acts, summarize_behaviours
+from rsagent_jax.config.schema import MetricConfig
+from rsagent_jax.evals.behaviour import behaviour, named_acts, recorded_behaviour, summarize_behaviours
+from rsagent_jax.evals.metrics import Counts, pixel_counts
+from rsagent_jax.evals.records import Record
+from rsagent_jax.types import Sample, Status
 
 CLICK, BOX = Segment(points=((5.0, 5.0),), labels=(1,)), Segment(box=(1.0, 1.0, 9.0, 9.0))
 
@@ -26,6 +33,18 @@ def test_a_wrong_first_mask_that_is_mended_is_a_recovery_and_the_reverse_is_harm
     assert (figures["first_wrong"], figures["recovery"]) == (2, 0.5)
     assert (figures["first_right"], figures["harm"]) == (2, 0.5)
     assert figures["calls"] == 7 / 6 and figures["agreement"] == 1.0 and figures["acts_named"] == 13
+
+
+def test_behaviour_does_not_follow_what_a_convention_drops():
+    """A wrong mask where nothing is meant, then none: recovered, although an empty union is dropped from gIoU."""
+    nothing, some = np.zeros((1, 9), bool), np.ones((1, 9), bool)
+    sample = Sample("s", np.zeros((1, 9, 3), np.uint8), "it", nothing)
+    counts = Counts("s", pixel_counts(nothing, sample), Status.FINISHED, 2, 0)
+    said = turns(("I click.", CLICK), ("I finish.", Finish(None)))
+    example = {"query": "it", "record": json.dumps({"turns": [{"text": text} for text in said]})}
+    record = Record(counts, {}, 0.0, example, ((1, pixel_counts(some, sample)),))
+    found = recorded_behaviour(record, MetricConfig(empty_policy="dropped"))
+    assert (found.ious, found.iou) == ((0.0,), 1.0) and summarize_behaviours([found])["recovery"] == 1.0
 
 
 def test_a_thought_agrees_with_one_of_the_acts_that_it_names():

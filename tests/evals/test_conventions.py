@@ -121,6 +121,9 @@ def test_n_acc_and_t_acc():
         results = [score(trajectory(said, s, i), sample(gt, id=i), other) for i, gt, said, s in cases]
         again = summarize_results(results, {}, benchmark="toy")
         assert all(again[key] == summary[key] for key in ("n_acc", "t_acc", "giou_target"))
+    stuck = score(trajectory(some, Status.MAX_TURNS, "x"), sample(some, id="x"), rules(ending_policy="zero"))
+    unjudged = summarize_results([stuck, results[0]], {}, benchmark="toy")  # what does not end answers nothing
+    assert (unjudged["t_acc"], unjudged["giou_target"], unjudged["n_acc"]) == (0.0, 0.0, 1.0)
 
 
 def test_a_failure_gives_no_figures_unless_the_user_accepts_it():

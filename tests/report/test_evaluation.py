@@ -209,6 +209,22 @@ def test_ciou_interval_of_equal_rows_has_no_width():
     assert shown[1] == ("cIoU", "0.750", "0.750 to 0.750")
 
 
+def test_what_a_convention_drops_is_listed_and_in_no_figure():
+    """Two pictures: one with IoU 0.75 in two turns; one of an absent target, dropped, in six."""
+    rows = (
+        report.Prediction("a", 30, 40, 0.75, Status.FINISHED, 2, "p"),
+        report.Prediction("b", 0, 0, 0.0, Status.FINISHED, 6, "q", "empty"),
+        report.Prediction("c", 0, 0, 0.0, Status.ENV_FAILED, 1, "q", "failure"),
+    )
+    figures = {"benchmark": "toy", "giou": 0.75, "ciou": 0.75, "giou_ci95": [0.75, 0.75], "mean_turns": 3}
+    evaluation = report.Evaluation(None, figures, rows, ())
+    assert evaluation.endings == [(Status.FINISHED, 2, 2 / 3, 0.75), (Status.ENV_FAILED, 1, 1 / 3, None)]
+    assert report.headline_figures(evaluation)[4] == ("turns", "2.00", "2.00 to 2.00")
+    assert report.evaluation_title(figures) == "toy" and report.evaluation_title(
+        figures | {"samples": "refcoco/unc/val"}
+    ) == ("toy (refcoco/unc/val)")
+
+
 # --- Three policies ---
 
 

@@ -19,7 +19,8 @@ def write_files(workdir, results, settings, examples, images=None, benchmark="to
     workdir.mkdir(parents=True)
     (workdir / "results.json").write_text(json.dumps(summarize_results(results, settings, benchmark=benchmark) | more))
     named = images or {r.id: r.id for r in results}
-    rows = [{"mask": None, "picture": named[r.id]} | {key: getattr(r, key) for key in FIELDS} for r in results]
+    rows = [{"mask": None, "picture": named[r.id], "dropped": r.dropped or ""} for r in results]
+    rows = [row | {key: getattr(r, key) for key in FIELDS} for row, r in zip(rows, results, strict=True)]
     write_lines(workdir / "predictions.jsonl", rows)
     write_lines(workdir / "trajectories.jsonl", examples)
     return workdir

@@ -86,6 +86,13 @@ def dump(directory, places: range, share: Share, **how) -> None:
         dump_rollouts(directory, 1, step, small.AGENT, limits, share, **how)
 
 
+def test_the_advantage_that_is_shown_is_that_of_the_whole_reward():
+    """Of three prompt tokens without an advantage, then two turns with one each."""
+    two = judged([8], [-1.0, -1.0], forced=3)
+    by_turn = dataclasses.replace(two, advantage=np.array([0.0, 0.0, 0.0, -1.5, 0.5], np.float32))
+    assert by_turn.whole_advantage == -1.5 and dataclasses.replace(two, advantage=0.25).whole_advantage == 0.25
+
+
 def taught(batches) -> list[list[float]]:
     """The advantages in each batch."""
     return [sorted({float(a) for a in b.advantages[b.loss_mask]}) for b in batches]

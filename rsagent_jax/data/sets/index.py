@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from rsagent_jax.agent.prompts import check_query
 from rsagent_jax.agent.views import check_shape
 from rsagent_jax.masks import decode_segmentation
 from rsagent_jax.runtime.image_files import read_image
@@ -21,7 +22,8 @@ from rsagent_jax.runtime.paths import absolute_name, is_remote, open_path, read_
 from rsagent_jax.types import DataError, Sample
 
 # COCO's file names of 2014 and 2017, so that a user's copy of a picture is known as the same picture.
-_COCO_NAME = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})\.(?:jpg|jpeg|png)", re.IGNORECASE)
+_COCO_NAME = re.compile(r"(COCO_[a-z]+\d{4}_)?(\d{12})\.(?:jpg|jpeg|png)", re.IGNORECASE)
+_COCO_FOLDER = re.compile(r"(?:train|val|test|unlabeled)20\d\d")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Entry:
     def image_key(self) -> str:
         """A name that copies of one picture share: "coco/<image id>" by COCO's file names, else the absolute path."""
         known = _COCO_NAME.fullmatch(pathlib.PurePath(self.image).name)
-        return f"coco/{int(known[1])}" if known else absolute_name(self.image)
+        return f"coco/{int(known[2])}" if known else absolute_name(self.image)
 
     def inputs(self) -> Inputs:
         """Nothing is decoded for it."""
@@ -119,8 +121,10 @@ class SampleIndex(Sequence):
 
     def __getitem__(self, i: int) -> Sample:
         entry = self.entries[i]
-        if not entry.query.strip():
-            raise DataError(f"sample {entry.id} asks nothing: its text is blank")
+        try:
+            check_query(entry.query)
+        except DataError as error:
+            raise DataError(f"sample {entry.id}: {error}") from None
         sample = entry.load()
         try:
             check_shape(*sample.image.shape[:2])  # which alone decides whether a view can show it (views.fit)
@@ -135,8 +139,16 @@ class SampleIndex(Sequence):
 
     @property
     def image_keys(self) -> list[str]:
-        """The pictures' names in order; see `Entry.image_key`."""
-        return [entry.image_key for entry in self.entries]
+        """The pictures' names in order; see `Entry.image_key`. Pictures numbered as COCO's are, that share a number and
+        lie in several folders, such as one for each camera, are the user's own."""
+        keys, numbered = [entry.image_key for entry in self.entries], collections.defaultdict(set)
+        for entry, key in zip(self.entries, keys, strict=True):
+            path = pathlib.PurePath(entry.image)
+            known = _COCO_NAME.fullmatch(path.name)
+            if known and not known[1] and not _COCO_FOLDER.fullmatch(path.parent.name):
+                numbered[key].add(entry.image)
+        own = {image for images in numbered.values() if len(images) > 1 for image in images}
+        return [absolute_name(e.image) if e.image in own else key for e, key in zip(self.entries, keys, strict=True)]
 
     def keep(self, wanted: Sequence[int], note: str = "") -> SampleIndex:
         """The samples at these places, in this order."""

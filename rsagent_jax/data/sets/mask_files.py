@@ -97,6 +97,11 @@ def _by_index(image: PIL.Image.Image) -> np.ndarray:
         index = np.where(np.isin(index, sorted(clear)), 0, index)
         used = np.flatnonzero(np.bincount(index.ravel(), minlength=256))
     palette = np.asarray(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+    if used.tolist() == [0] and len(palette) and palette[0].any() and not clear:
+        raise ValueError(
+            "has index 0 of its palette everywhere, whose colour is not black: is all of it the object, or nothing?"
+            " Save the mask in grey"
+        )
     black = [i for i in used if i < len(palette) and not palette[i].any()]
     if black and palette[0].any() and not clear:
         raise ValueError(

@@ -49,6 +49,18 @@ def test_copies_of_coco_pictures_are_known_as_such(root):
     assert samples.image_keys == ["coco/42", "coco/42", str(root / "other.jpg")]
 
 
+def test_numbered_pictures_of_several_folders_are_the_users_own(root):
+    names = [f"{folder}/000000000042.jpg" for folder in ("cam0", "cam1")]
+    samples = write(root, *({"image": name} for name in (*names, "val2017/000000000042.jpg", "cam0/000000000043.jpg")))
+    assert samples.image_keys == [*(str(root / name) for name in names), "coco/42", "coco/43"]
+
+
+def test_a_question_that_no_prompt_takes_whole_is_refused(root):
+    samples = write(root, {"query": " ".join(["red"] * 125)}, {"query": " ".join(["red"] * 126)})  # 499, 503 characters
+    assert len(samples[0].query) == 499
+    refused("sample folder/train/2: the query has 503 characters, and a prompt takes 500", samples.__getitem__, 1)
+
+
 def test_all_bad_lines_stand_in_one_message(root):
     bad = [{"image": "a.png"}, GOOD | {"segmentation": "x"}, GOOD | {"mask": 3}, GOOD | {"maks": 1}, []]
     lines = [json.dumps(GOOD), "{", *map(json.dumps, bad), "1"]

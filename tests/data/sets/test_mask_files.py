@@ -91,6 +91,11 @@ def test_what_says_300_is_300(image, kind, options):
         (coloured(ALPHA, ALPHA * 0, ALPHA * 0), "JPEG", "colours that its compression blurs"),
         (Image.fromarray(PHOTO), "PNG", "levels or colours beside black"),
         (palette(OBJECT, [255, 255, 255, 0, 0, 0]), "PNG", "index 0 is not black, but index 1 is"),
+        (
+            palette(OBJECT * 0, [255, 255, 255]),
+            "PNG",
+            "index 0 of its palette everywhere.*all of it the object, or nothing",
+        ),
         (palette(OBJECT + 2 * BORDER, VOC), "PNG", "2 levels or colours"),
         (coloured(BLANK, BLANK, BLANK, SOFT), "PNG", "such as 100, 255"),
         (coloured(ALPHA, ALPHA, ALPHA, 255 - ALPHA), "PNG", "one mask in its colours and another"),

@@ -69,7 +69,7 @@ def test_queries_are_stripped_lower_cased_of_python_2_and_never_blank(copied):
     edit_refs(copied, sentences=[{"sent": sent, "raw": raw, "sent_id": k} for k, (sent, raw) in enumerate(texts)])
     samples, raw = load_refcoco(copied), load_refcoco(copied, raw=True)
     assert samples[0].query == "the big man" and raw[0].query == "Big Man!"
-    refused(r"sample refcocog/umd/val/\S+ asks nothing: its text is blank", samples.__getitem__, 1)
+    refused(r"sample refcocog/umd/val/\S+: the query is empty", samples.__getitem__, 1)
     assert samples[2].query == "café"  # as unpickled from a byte string
 
 
