@@ -76,7 +76,7 @@ def main(
         return stages.compile_engine(config.sampling, config.policy.weights, config.policy.dtype, aot, aot_only)
     processes.initialize_distributed()
     PROGRESS.enter("evaluation")
-    workdir, share = command.make_workdir(workdir), processes.own_share(shard, "--shard")
+    workdir, share = command.make_workdir(workdir, own="shards"), processes.own_share(shard, "--shard")
     if config.bound.row in bounds.ORACLES:
         config = bounds.fill_bound_defaults(config)
     else:
@@ -152,6 +152,8 @@ def finish(config: EvalConfig, workdir: pathlib.Path, share: processes.Share, ma
     row |= {"benchmark": config.benchmark or samples.name, "samples": samples.name}
     row["weights_sha256"] = made.settings.get("weights_sha256")
     summary = write_results(workdir, config, row, [kept[id] for id in images], images, unreadable)
+    if config.bound.row not in bounds.ORACLES:
+        print(f"weights: {config.policy.weights}")
     print(headline(summary), evaluation.what_failed(summary), workdir / "report" / "index.html", sep="\n")
 
 

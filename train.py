@@ -94,7 +94,7 @@ def main(
 
     ############################## Checks, before a file is touched ##############################
     processes.initialize_distributed()
-    workdir = command.make_workdir(workdir)
+    workdir = command.make_workdir(workdir, own="checkpoints")
     processes.all_or_none(lambda: hold_workdir(workdir) if processes.is_lead() else None)
     if replay:
         config = processes.all_or_none(lambda: startup.replay_config(config, workdir, replay))

@@ -50,7 +50,7 @@ def main(
         return stages.compile_engine(own.sampling, own.weights, own.dtype, aot)
     processes.initialize_distributed()
     PROGRESS.enter("collection")
-    workdir, share = command.make_workdir(workdir), processes.own_share(shard, "--shard")
+    workdir, share = command.make_workdir(workdir, own="attempts"), processes.own_share(shard, "--shard")
     own = dataclasses.replace(own, weights=pin_step(own.weights))
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, own=own))
     processes.all_or_none(lambda: check_collect(config, workdir))

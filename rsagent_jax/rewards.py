@@ -289,7 +289,7 @@ class Term:
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not abs(value) <= LARGEST:
             return RewardError(
                 f"{self.what} returned {repr(value)[:80]} for sample {sample.id};"
-                f" it must be a float between {-LARGEST:.0f} and {LARGEST:.0f}"
+                f" it must be a float between {-LARGEST:.0f} and {LARGEST:.0f} (of an array: float(…))"
             )
         return float(value)
 

@@ -182,6 +182,8 @@ def test_pictures_may_move_or_be_inside_the_record(tmp_path, samples, capsys):
     assert [line.split()[:2] for line in table] == [["0.50", "2"], ["0.90", "2"]]
     for record in trajectories.open_records(tmp_path / "study/iou-0.90"):
         assert len(trajectories.decode_record(record, small.processor()).patches)
+    assert run_command("rsagent_jax.refilter", [*arguments, f"--root=/nowhere={new}"]) == 2
+    assert f"--root=/nowhere={new}: none of the 2 pictures lies below /nowhere" in capsys.readouterr().err
     assert run_command("rsagent_jax.refilter", [*arguments, "--min_iou=high"]) == 2
     assert run_command("rsagent_jax.refilter", [f"--collected={tmp_path / 'none'}", f"--out={tmp_path / 'x'}"]) == 2
     assert "filter.json cannot be read" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 import evaluate
 from rsagent_jax import collect, export
@@ -31,7 +31,7 @@ from rsagent_jax.config.schema import (
 )
 from rsagent_jax.data import serving
 from rsagent_jax.data.processor import Processor
-from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.models.qwen25_vl import convert, tensor_files
 from rsagent_jax.models.qwen25_vl.load import load_policy, weights_checksum
 from rsagent_jax.report import model_card
 from rsagent_jax.runtime.command import run_command
@@ -225,6 +225,17 @@ def test_what_cannot_be_exported_is_one_line(stage, tmp_path, capsys):
     shutil.copytree(directory / "policy", unfinished / "policy")
     assert "no finished checkpoint" in refused(capsys, f"--checkpoint={unfinished}", f"--out={tmp_path / 'b'}")
     assert not any((tmp_path / name).exists() for name in "ab")
+
+
+def test_a_disk_that_is_full_while_weights_are_written_is_said(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(tensor_files, "save_file", full)
+    command_line = [f"--checkpoint={TINY}", f"--out={tmp_path / 'hf'}"]
+    assert run_command("rsagent_jax.export", command_line) == 74
+    assert "hf cannot be written: Error while serializing: I/O error: No space left" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_servers_find_the_template_the_ends_and_no_sampling_but_ours(tmp_path):

@@ -89,6 +89,7 @@ def write_kept_set(
     unreadable: dict[str, str] = {}  # why, by sample
     kept_of: Counter[str] = Counter()  # by sample
     kept: list[dict] = []
+    stayed = 0  # of those, how many were written as they were
     shown: dict[bool, list[tuple[dict, str]]] = {True: [], False: []}
     with writing(out):
         writer = trajectories.RecordWriter(out, per_file)
@@ -110,8 +111,12 @@ def write_kept_set(
             if len(shown[why == "kept"]) < SHOWN:
                 shown[why == "kept"].append((row, why))
             if why == "kept":
-                writer.write(_moved(record, *moved) if moved else record)
+                there = _moved(record, *moved) if moved else record
+                stayed += there == record
+                writer.write(there)
                 kept.append({key: value for key, value in row.items() if key not in ("record", "gt", "ious", "query")})
+        if moved and kept and stayed == len(kept):
+            raise DataError(f"--root={'='.join(moved)}: none of the {len(kept)} pictures lies below {moved[0]}")
         lines = (json.dumps({key: row[key] for key in ("id", "iou", "turns", "status")}) + "\n" for row in kept)
         write_whole(out / "trajectories.jsonl", "".join(lines))
         dropped = {why: count for why, count in sorted(counts.items()) if why != "kept"}

@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 
-import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -25,7 +24,7 @@ from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.data.npz import pack_record, read_arrays
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor, image_patches
-from rsagent_jax.data.shards import open_array_record
+from rsagent_jax.data.shards import ArrayRecords, open_array_record
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens
 from rsagent_jax.runtime import local_copies, paths
@@ -179,7 +178,7 @@ def check_collected(directory: str | pathlib.Path, agent: AgentConfig, limits: P
         )
 
 
-def open_records(directory: str | pathlib.Path) -> grain.sources.ArrayRecordDataSource:
+def open_records(directory: str | pathlib.Path) -> ArrayRecords:
     """Random access to a stored set; DataError when it is not there or not complete."""
     directory = paths.open_path(directory)
     if not (directory / STAMP).exists():
@@ -191,7 +190,7 @@ def open_records(directory: str | pathlib.Path) -> grain.sources.ArrayRecordData
     directory = local_copies.fetch_folder(directory, ("*.array_record", STAMP))
     try:
         stated = int(read_json(directory / STAMP)["records"])
-        source = grain.sources.ArrayRecordDataSource(sorted(map(str, directory.glob("*.array_record"))))
+        source = ArrayRecords(sorted(map(str, directory.glob("*.array_record"))))
         count = len(source)
     except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
         for shard in sorted(directory.glob("*.array_record")):

@@ -11,6 +11,7 @@ from typing import Any
 
 import rsagent_jax
 from rsagent_jax.config.build import build_config, to_dict
+from rsagent_jax.config.ranges import REFER
 from rsagent_jax.config.rules import ORDER
 from rsagent_jax.config.schema import OptimConfig, TrainConfig
 from rsagent_jax.data.serving import PLACEHOLDERS
@@ -136,7 +137,8 @@ def _collected(directory: str, made_up: dict[str, Any]) -> str:
 
 
 def _data_set(data: dict[str, Any], made_up: bool) -> str:
-    names = [part["name"] for part in data["mix"]] or [data["dataset"], data["split_by"], data["split"]]
+    by = [data["split_by"]] if data["dataset"] in REFER else []
+    names = [part["name"] for part in data["mix"]] or [data["dataset"], *by, data["split"]]
     return ", ".join(map(str, names)) + (" (scenes made by `rsagent_jax.tiny.synthetic`)" if made_up else "")
 
 

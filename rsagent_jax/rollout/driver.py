@@ -422,6 +422,8 @@ def pixel_limits(agent: AgentConfig, processor: Processor) -> PixelLimits:
     if low < limits.min_pixels or high > limits.max_pixels:
         raise DataError(
             f"agent.min_pixels {agent.min_pixels} and agent.max_pixels {agent.max_pixels} must lie within the weights'"
-            f" own {limits.min_pixels} to {limits.max_pixels}; to go beyond, edit the weights' preprocessor_config.json"
+            f" own {limits.min_pixels} to {limits.max_pixels}: the config is for weights of another size."
+            " Set both to 0, the weights' own, or take a config of their size: for the tiny policies configs/debug.py,"
+            " collect_quickstart.py and eval_quickstart.py"
         )
     return dataclasses.replace(limits, min_pixels=low, max_pixels=high)

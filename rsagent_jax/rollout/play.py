@@ -46,7 +46,7 @@ class Failures:
     or teacher, may fail; 0 = any number."""
 
     def __init__(self, give_up_after: int):
-        self.give_up_after, self.in_a_row = give_up_after, 0
+        self.give_up_after, self.in_a_row = give_up_after, {"segmenter": 0, "endpoint": 0}
         self.counts: Counter[str] = Counter()
         self.examples: defaultdict[str, list[str]] = defaultdict(list)  # the first few of each kind
 
@@ -55,19 +55,21 @@ class Failures:
         if len(self.examples[kind]) < SHOWN:
             self.examples[kind].append(f"{id}: {why}")
 
-    def played(self, id: str, failure: Failure | None) -> None:
-        """To be told of every trajectory once it is kept. DataError where too many in a row failed."""
+    def played(self, id: str, failure: Failure | None, masks: int) -> None:
+        """To be told of every trajectory once it is kept. DataError where too many in a row failed; one without a mask
+        did not need the segmenter, and says nothing of it."""
         if failure is None:
-            self.in_a_row = 0
+            self.in_a_row["endpoint"] = 0
+            self.in_a_row["segmenter"] *= not masks
             return
         self.add(failure[0], id, failure[1])
         if not is_segmenters(failure[0]) and failure[0] not in AWAY:
             return
-        self.in_a_row += 1
-        if self.in_a_row == self.give_up_after:
-            who, what = ("endpoint", "bring it back") if failure[0] in AWAY else ("segmenter", "mend the side-car")
+        who, what = ("endpoint", "bring it back") if failure[0] in AWAY else ("segmenter", "mend the side-car")
+        self.in_a_row[who] += 1
+        if self.in_a_row[who] == self.give_up_after:
             raise DataError(
-                f"the {who} failed {self.in_a_row} trajectories in a row, the last with: {failure[0]}:"
+                f"the {who} failed {self.in_a_row[who]} trajectories in a row, the last with: {failure[0]}:"
                 f" {failure[1]}. What was done is kept: {what} and run the same command again"
                 " (segmenter.give_up_after says how many are borne with)"
             )
@@ -136,7 +138,7 @@ def play_samples(
             failure = keep(task, trajectory, state)
             bar.update()
             preemption.check()  # before a segmenter that was stopped as well counts as one that is broken
-            failed.played(task.sample.id, failure)
+            failed.played(task.sample.id, failure, len(state.masks))
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()

@@ -25,6 +25,7 @@ import select
 import signal
 import sys
 import threading
+import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -166,10 +167,11 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     except preemption.Preempted as stop:
         print(f"stopped by {stop.signal_name}{stop.kept}; the same command goes on", file=sys.stderr)
         return preemption.status_of(stop.signal_name)
-    except SystemExit as error:
-        if error.code:
-            WATCHDOG.explain(error)
-        raise
+    except SystemExit as error:  # of a user's function: no command ends so, and a status of 0 would look like one done
+        WATCHDOG.explain(error)
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        print(f"error: {at.filename}, line {at.lineno} ended Python with status {error.code}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as error:
         WATCHDOG.explain(error)
         hint = "; run the same command again to go on from the last checkpoint" if resumes else ""
@@ -191,6 +193,10 @@ def parse_arguments(main: Callable[..., Any], argv: Sequence[str]) -> tuple[list
         return bool in ([field_type(cls, field) for cls in classes] if group == "config" else [hints.get(name)])
 
     pairs, given = split_arguments(argv, is_switch)
+    if blank := [
+        name for name, text in pairs if not text and "." not in name
+    ]:  # as of a shell variable that is not set
+        raise DataError(f"--{blank[0]}= is empty: give a value, or leave it out")
     if "config" in parameters:
         file = [parameters["config"].default, *(text for name, text in pairs if name == "config")][-1]
         cls, values["config"] = _config_file(file, classes)
@@ -232,8 +238,13 @@ def quieten() -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
-def make_workdir(directory: str, flag: str = "workdir") -> pathlib.Path:
-    """The directory that --workdir (or another flag) names, made if need be and known to be writable."""
+# Who leaves what in a work directory, beside files that have the same names with all of them.
+LEFT = {"checkpoints": "train.py", "shards": "evaluate.py", "attempts": "rsagent_jax.collect"}
+
+
+def make_workdir(directory: str, flag: str = "workdir", own: str = "") -> pathlib.Path:
+    """The directory that --workdir (or another flag) names, made if need be and known to be writable. DataError where
+    it has a folder of LEFT, if it is not `own`, the command's."""
     if not directory:
         raise DataError(f"--{flag}=DIR is required")
     path = open_path(directory)
@@ -241,6 +252,9 @@ def make_workdir(directory: str, flag: str = "workdir") -> pathlib.Path:
         check_writable(path)
     except OSError as error:
         raise storage_kind(error)(f"--{flag}={path} cannot be written to: {error.strerror or error}") from error
+    for name, command in LEFT.items() if own else ():
+        if name != own and (path / name).exists():
+            raise DataError(f"--{flag}={path} holds what {command} left there ({name}/); give a directory of its own")
     return path
 
 

@@ -10,6 +10,7 @@ A part whose numbers another one covers is left over from a merge that was cut s
 """
 
 import contextlib
+import errno
 import functools
 import io
 import logging
@@ -217,9 +218,10 @@ def writing(path: pathlib.Path) -> Iterator[None]:
                 f"{path} cannot be written: there is no {path.parent}, or it has been removed. Put it back as it was,"
                 " or give another, and run the same command again"
             ) from None
+        mend = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "mend that"
         raise storage_kind(error)(
-            f"{path} cannot be written ({error.strerror or error}). What was written is kept: make room and run the"
-            " same command again"
+            f"{path} cannot be written ({error.strerror or error}). What was written is kept: {mend} and run the same"
+            " command again"
         ) from None
 
 

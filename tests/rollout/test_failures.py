@@ -15,10 +15,10 @@ AWAY = ("segmenter, unavailable", "nobody there")
 
 def test_a_run_of_failures_ends_the_command_and_one_answer_breaks_it(capsys):
     failures = Failures(3)
-    for failure in (AWAY, AWAY, None, AWAY, AWAY):
-        failures.played("s1", failure)
+    for failure, masks in ((AWAY, 0), (AWAY, 0), (None, 1), (AWAY, 2), (AWAY, 0), (None, 0)):  # the last asked for none
+        failures.played("s1", failure, masks)
     says = "failed 3 trajectories in a row, the last with: segmenter, unavailable: nobody"
-    refused(says, failures.played, "s9", AWAY)
+    refused(says, failures.played, "s9", AWAY, 0)
     failures.add(UNREADABLE, "s4", "a.jpg is cut")
     failures.tell()
     out = capsys.readouterr().out
@@ -26,7 +26,7 @@ def test_a_run_of_failures_ends_the_command_and_one_answer_breaks_it(capsys):
     assert "not done 1: unreadable sample\n    s4: a.jpg is cut" in out
     patient = Failures(0)
     for _ in range(50):
-        patient.played("s1", AWAY)
+        patient.played("s1", AWAY, 0)
     assert patient.counts == {AWAY[0]: 50} and is_segmenters(AWAY[0]) and not is_segmenters(UNREADABLE)
 
 
@@ -34,11 +34,11 @@ def test_an_endpoint_that_is_away_ends_the_command_too_and_one_that_refuses_does
     failures, refusal = Failures(3), ("endpoint, refused", "prompt too long")
     away = [(f"endpoint, {kind}", "after 6 tries of http://h/v1") for kind in ("connection", "timeout", "server")]
     for failure in (*away[:2], None, refusal, refusal, refusal, away[0], refusal, away[1]):
-        failures.played("s1", failure)
+        failures.played("s1", failure, 0)
     says = (
         "the endpoint failed 3 trajectories in a row.*endpoint, server: .*http://h/v1.*bring it back and run the same"
     )
-    refused(says, failures.played, "s9", away[2])
+    refused(says, failures.played, "s9", away[2], 0)
 
 
 def test_only_the_segmenters_endings_are_its_failures():

@@ -78,6 +78,23 @@ def test_flags_are_parameters():
     assert wrong(main, "a", "--out=x", "--sample=3") == "command line: unknown flag --sample; did you mean --samples?"
     assert wrong(main, "a", "--out=x", "--samples=-1") == "command line: --samples must be at least 0, got -1"
     assert "must be true or false" in wrong(main, "a", "--out=x", "--fast=perhaps")
+    assert wrong(main, "a", "--out=x", "--dtype=") == "--dtype= is empty: give a value, or leave it out"
+
+
+def test_a_users_function_cannot_end_a_command_with_success(tmp_path, capsys):
+    command_file = tmp_path / "mine.py"
+    command_file.write_text("import sys\n\ndef main():\n    sys.exit(0)\n")
+    assert command.run_command(str(command_file), []) == 1
+    assert capsys.readouterr().err == f"error: {command_file}, line 4 ended Python with status 0\n"
+
+
+def test_a_work_directory_has_one_command(tmp_path):
+    for own in command.LEFT:
+        assert command.make_workdir(str(tmp_path / own), own=own).is_dir()
+        (tmp_path / own / own).mkdir()
+        assert command.make_workdir(str(tmp_path / own), own=own) == tmp_path / own
+    says = r"--workdir=\S+/attempts holds what rsagent_jax.collect left there .attempts/.; give a directory of its own"
+    refused(says, command.make_workdir, str(tmp_path / "attempts"), own="shards")
 
 
 def train(config: TrainConfig, *, workdir: str = ""):

@@ -80,6 +80,8 @@ def load_folder(root: str | pathlib.Path, split: str = "train", limit: int | Non
     try:
         data = read_bytes(path)
     except OSError as error:
+        if not root.exists():
+            raise DataError(f"there is no {root}: give data.root, the folder in which {path.name} lies") from None
         there = ", ".join(sorted(p.name for p in root.glob("*.jsonl"))) or "no .jsonl file"
         raise DataError(f"cannot read {path} ({error.strerror or error}); {root} has: {there}") from None
     if kind := kind_of(data[:HEAD]) or ("UTF-16: save it as UTF-8" if b"\0" in data[:HEAD] else None):

@@ -140,7 +140,10 @@ def check_finite(block: np.ndarray, tensor: Tensor) -> None:
 
 def write(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
     """A file of C-contiguous arrays, on the disk when this returns."""
-    save_file(tensors, path, {"format": "pt"})
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:  # its own, for a full disk as well
+        raise OSError(str(error)) from None
     shutil.copymode(path.parent / "config.json", path)  # the library keeps a new file from everybody else
     with path.open("rb") as file:
         os.fsync(file.fileno())
