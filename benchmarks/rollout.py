@@ -55,7 +55,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
 import numpy as np  # noqa: E402
 
 from benchmarks import _rollout_tail  # noqa: E402
-from benchmarks._policy_step import QUICK, decode_macro_step, raw_config  # noqa: E402
+from benchmarks._policy_step import QUICK, decode_macro_step, import_torch, raw_config  # noqa: E402
 from benchmarks._rollout_policies import Reprefill, Synchronous, Transformers  # noqa: E402
 from benchmarks.train_step import GLIBC, random_model  # noqa: E402
 
@@ -120,16 +120,15 @@ def write(directory: pathlib.Path, work: Work, *, toy: bool) -> int:
     tokenizer = vocab.build_tokenizer(512)
     vocab.save_tokenizer(tokenizer, directory, 56 * 56, work.view**2)
     ids = tokenizer.get_vocab()
-    names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
-    pads = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    raw = {**raw_config(toy=toy), **{f"{n}_id": ids[p] for n, p in zip(names, pads, strict=True)}}
-    raw["text_config"].update(bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
+    special = dict(bos="endoftext", eos="im_end", pad="endoftext", image="image_pad", video="video_pad")
+    special |= {name: name for name in ("vision_start", "vision_end")}
+    raw = raw_config(toy=toy) | {f"{name}_token_id": ids[f"<|{token}|>"] for name, token in special.items()}
     model = random_model(Qwen25VLConfig.from_hf(raw))
     values = convert.flat_params(model)
     embedding = "decoder.embed"
-    special = np.array(sorted(ids[token] for token in vocab.SPECIAL))
+    never = np.array(sorted(ids[token] for token in vocab.SPECIAL))
     # The head is the embedding's: a row of zeros gives a logit of 0, far below the largest of 32,000.
-    values[embedding] = values[embedding].at[special].set(0.0)
+    values[embedding] = values[embedding].at[never].set(0.0)
     convert.save_model(convert.with_params(model, values), directory, raw)
     return sum(int(np.prod(v.shape)) for v in values.values())
 
@@ -302,8 +301,7 @@ def one(options: argparse.Namespace) -> dict:
 
     directory, work = pathlib.Path(options.dir), Work.of(options)
     if options.side == "transformers":  # before the processor, which would hide torch from transformers
-        sys.modules["torchvision"] = None  # not needed here, and its operators may not load beside a CPU build of torch
-        import torch  # noqa: F401
+        import_torch()
     processor = Processor.load(directory)
     if options.side in SIDES:
         return turns(options.side, directory, processor, work)
