@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
 from typing import Any
 
-from benchmarks._policy_step import raw_config
+from benchmarks._policy_step import published, raw_config
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 TOY = "toy"  # a size beside the published ones
 
 
@@ -40,9 +37,7 @@ class Piece:
     @property
     def raw(self) -> dict[str, Any]:
         """config.json of the policy."""
-        if self.size == TOY:
-            return raw_config(toy=True)
-        return json.loads((ROOT / f"assets/configs/{self.size}.json").read_text())
+        return raw_config(toy=True) if self.size == TOY else published(self.size)
 
 
 ALL = "all parameters, full remat, 4 x 2,048 tokens"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 B1, B2, EPS, CLIP = 0.9, 0.999, 1e-8, 1.0
-SPECIAL = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
+IMAGE_TOKENS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
+SPECIAL = IMAGE_TOKENS | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 # A toy is not timed: the compiler may do less.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 PATCH_DIM = 3 * 2 * 14 * 14
@@ -22,62 +26,44 @@ def raw_config(*, toy: bool = False) -> dict[str, Any]:
     """config.json of a small Qwen2.5-VL: 96M parameters, or a toy of the same make."""
     hidden, heads, layers, vocab = (64, 4, 2, 512) if toy else (512, 8, 12, 32_000)
     vision, depth = (32, 4) if toy else (320, 16)
-    half = hidden // heads // 2
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8]}
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "dtype": "float32",
-        "tie_word_embeddings": True,
-        **SPECIAL,
-        "text_config": {
-            "model_type": "qwen2_5_vl_text",
-            "vocab_size": vocab,
-            "hidden_size": hidden,
-            "intermediate_size": 9 * hidden // 2,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 32_768,
-            "rope_parameters": rope,
-            "use_sliding_window": False,
-            "tie_word_embeddings": True,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        },
-        "vision_config": {
-            "model_type": "qwen2_5_vl",
-            "hidden_size": vision,
-            "intermediate_size": 4 * vision,
-            "out_hidden_size": hidden,
-            "depth": depth,
-            "num_heads": 4,
-            "fullatt_block_indexes": list(range(3, depth, 4)),
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 112,
-            "in_channels": 3,
-            "hidden_act": "silu",
-        },
+    raw, half = published("3b"), hidden // heads // 2
+    raw["vision_config"] |= {
+        "hidden_size": vision,
+        "intermediate_size": 4 * vision,
+        "out_hidden_size": hidden,
+        "depth": depth,
+        "num_heads": 4,
+        "fullatt_block_indexes": list(range(3, depth, 4)),
     }
+    return raw | {
+        "torch_dtype": "float32",
+        **SPECIAL,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 9 * hidden // 2,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "rope_scaling": {"type": "mrope", "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8]},
+    }
+
+
+def published(size: str) -> dict[str, Any]:
+    """config.json of Qwen2.5-VL in that size."""
+    return json.loads((ROOT / f"assets/configs/{size}.json").read_text())
 
 
 def make_sequence(rng: np.random.Generator, raw: dict[str, Any], length: int, grid: tuple[int, int, int]) -> dict:
     """Text, one image, text: tokens i32[T], trained bool[T] after the image, patches f32[P, C], grids [1, 3].
 
-    `raw`: config.json of the policy, flat as on the hub or nested. SystemExit where the image leaves no room for text.
+    `raw`: config.json of the policy. SystemExit where the image leaves no room for text.
     """
-    special = [raw[name] for name in SPECIAL]
+    special = [raw[name] for name in IMAGE_TOKENS]
     image = [raw["vision_start_token_id"], *[raw["image_token_id"]] * (grid[1] * grid[2] // 4)]
     image.append(raw["vision_end_token_id"])
     after = length - TEXT_BEFORE - len(image)
     if after < 1:
         raise SystemExit(f"an image of {len(image)} tokens and {TEXT_BEFORE} of text do not fit {length} tokens")
-    vocab = raw.get("text_config", raw)["vocab_size"]
-    words = [rng.integers(7, vocab, n) for n in (TEXT_BEFORE, after)]
+    words = [rng.integers(7, raw["vocab_size"], n) for n in (TEXT_BEFORE, after)]
     words = [np.where(np.isin(w, special), 7, w) for w in words]
     patches = rng.standard_normal((grid[1] * grid[2], PATCH_DIM), np.float32)
     tokens = np.concatenate([words[0], image, words[1]]).astype(np.int32)

@@ -1,7 +1,6 @@
 """The policies that benchmarks/rollout.py plays beside the engine."""
 
 import dataclasses
-import os
 import pathlib
 import time
 
@@ -90,7 +89,6 @@ class Transformers:
         import torch
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
         load = Qwen2_5_VLForConditionalGeneration.from_pretrained
         self.model = load(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
         self.slots, self.context, self.patches = slots, context, patches

@@ -1,6 +1,6 @@
 """What the bridge costs, and what it survives. A table for each part; the last line is one JSON object.
 
-  python benchmarks/bridge.py [--parts=overhead,path,throughput,decode,soak,kill,fuzz] [--device=cuda]
+  python benchmarks/bridge.py [--parts=overhead,path,throughput,decode,soak,kill] [--device=cuda]
                               [--model=sam2.1_large] [--toy]
 
 overhead    a prompt on a cached 640 x 480 picture: through a side-car against SAM2ImagePredictor in this process
@@ -10,7 +10,6 @@ throughput  64 concurrent trajectories on 16 pictures: side-car against the pred
 decode      16 prompts on 16 pictures: in batches against one by one
 soak        10,000 calls: resident memory of server and client after the first 1,000 and at the end (GrabCut)
 kill        32 trajectories at a time for 60 s while the side-car gets SIGKILL: GrabCut every 5 s, SAM 2 three times
-fuzz        2,000 requests that no honest client sends: a typed status each, good masks after them
 
 SAM 2.1 tiny with random weights; medians; the two sides of a comparison take turns. Wants an idle machine: on a busy
 one the threads of a team wait for each other, and --threads=1 says more. --toy: small and short, for a test.
@@ -35,16 +34,20 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import cv2
 import numpy as np
+import torch
 
-from benchmarks._bridge_quick import object_mask
+from benchmarks._bridge_quick import RESOLUTION, object_mask
+from benchmarks.bridge_exact import predict, predictor_on
 from sam_bridge import wire
 from sam_bridge.backends import RANDOM, Options, load_backend
+from sam_bridge.backends.sam2 import DEFAULT_BATCH, Sam2, _Job
+from sam_bridge.cpu_tuning import keep_freed_memory
 from sam_bridge.frozen import freeze
 from sam_bridge.local import LocalSegmenter, image_hash
 from sam_bridge.spawn import SideCar
 from sam_bridge.types import SegmenterError, SegmentRequest
 
-PARTS = ("overhead", "path", "throughput", "decode", "soak", "kill", "fuzz")
+PARTS = ("overhead", "path", "throughput", "decode", "soak", "kill")
 BOX = SegmentRequest(box=(151.5, 90.2, 420.0, 333.3))
 WIDTH, HEIGHT = 640, 480
 TURNS = 4  # of a trajectory: box, click, refined, box and click
@@ -58,7 +61,6 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0, help="torch's, on both sides; 0 = all cores, 1 if busy")
     parser.add_argument("--calls", type=int, default=10_000, help="of the soak")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each rollout that is killed")
-    parser.add_argument("--requests", type=int, default=2000, help="of the fuzz")
     parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()
     if unknown := set(args.parts.split(",")) - set(PARTS):
@@ -129,38 +131,12 @@ def sam2_options(args, **changes) -> Options:
 
 def own_sam2(args, options: Options):
     """The back end in this process."""
-    from sam_bridge.backends.sam2 import Sam2
-
-    if args.toy:
-        from benchmarks._bridge_quick import RESOLUTION
-
-        return Sam2(dataclasses.replace(options, threads=1), RESOLUTION)
-    return Sam2(options)
+    return Sam2(dataclasses.replace(options, threads=1), RESOLUTION) if args.toy else Sam2(options)
 
 
 def predictor(args):
     """SAM2ImagePredictor with the side-car's weights."""
-    back = own_sam2(args, sam2_options(args))  # first: it makes torchvision importable
-    from sam2.sam2_image_predictor import SAM2ImagePredictor
-
-    found = SAM2ImagePredictor(back._models[0]._net)
-    size = found.model.image_size
-    found._bb_feat_sizes = [(size // n,) * 2 for n in (4, 8, 16)]  # written down for 1024 only
-    return found
-
-
-def predict(direct, request: SegmentRequest, earlier=None) -> tuple[np.ndarray, np.ndarray]:
-    """(bool[h, w], logits [1, H, W]) of the best mask, on the picture that is set."""
-    single = len(request.points) == 1 and request.box is None and earlier is None
-    masks, scores, low = direct.predict(
-        point_coords=np.array(request.points) if request.points else None,
-        point_labels=np.array(request.labels) if request.points else None,
-        box=None if request.box is None else np.array(request.box),
-        mask_input=earlier,
-        multimask_output=single,
-    )
-    best = int(np.argmax(scores))
-    return masks[best] > 0, low[best : best + 1]
+    return predictor_on(own_sam2(args, sam2_options(args))._models[0]._net)
 
 
 # -------------------------------------------------------------------------------------------------------- the parts
@@ -173,8 +149,8 @@ def overhead(args) -> dict:
     stages: dict[str, list[float]] = {}
     with side_car(args) as (_, client):
         client.segment(image, BOX)
-        wanted, _ = predict(direct, BOX)
-        assert (client.segment(image, BOX).mask == wanted).all(), "the two sides give different masks"
+        wanted, *_ = predict(direct, BOX)
+        assert (client.segment(image, BOX).mask == (wanted > 0)).all(), "the two sides give different masks"
         for _ in range(rounds):
             for side in times:
                 time.sleep(0.2)  # torch's threads spin a while after their last work
@@ -267,8 +243,8 @@ def throughput(args) -> dict:
             low = None
             for step in range(TURNS):
                 request = turn(step, i, HEIGHT, WIDTH, "x")
-                mask, low = predict(direct, request, low if step % TURNS == 2 else None)
-                worst = max(worst, float((mask != done[i][step]).mean()))
+                mask, _, low = predict(direct, request, low if step % TURNS == 2 else None)
+                worst = max(worst, float(((mask > 0) != done[i][step]).mean()))
     direct_s = time.perf_counter() - start
     return {
         "encodes": int(encodes),
@@ -282,19 +258,12 @@ def throughput(args) -> dict:
 
 
 def decode(args) -> dict:
-    import torch
-
-    from sam_bridge.backends import sam2
-    from sam_bridge.cpu_tuning import keep_freed_memory
-
     keep_freed_memory()  # as the side-car does
     back = own_sam2(args, sam2_options(args))
     (model,) = back._models
     images = [random_image(i) for i in range(2 if args.toy else 16)]
     encodings = [model.encode([model.prepare(image)], 0)[0] for image in images]
-    jobs = [
-        sam2._Job(encodings[i % len(encodings)], turn((0, 1, 3)[i % 3], i, HEIGHT, WIDTH, ""), None) for i in range(16)
-    ]
+    jobs = [_Job(encodings[i % len(encodings)], turn((0, 1, 3)[i % 3], i, HEIGHT, WIDTH, ""), None) for i in range(16)]
 
     def decode_by(size: int) -> float:
         start = time.perf_counter()
@@ -309,7 +278,7 @@ def decode(args) -> dict:
         for size in sizes:
             found.setdefault(size, []).append(decode_by(size))
     loop_s = statistics.median(found[1])
-    default = sam2.DEFAULT_BATCH[model.device.type][1]
+    default = DEFAULT_BATCH[model.device.type][1]
     speed = {f"decode_speedup_{size}": loop_s / statistics.median(found[size]) for size in sizes[1:]}
     back.close()
     return {"decode_loop_ms": 1e3 * loop_s / 16, "decode_default": default, **speed}
@@ -406,38 +375,6 @@ def killed(args, backend: str) -> dict:
         "restarts": car.restarts,
         "remade": counts["remade"],
     }
-
-
-def fuzz(args) -> dict:
-    import grpc
-    from hypothesis import HealthCheck, given, settings
-
-    from benchmarks._bridge_requests import fuzzed, send, typed
-
-    image, statuses, bad = random_image(0, 96, 128), {}, []
-    request = SegmentRequest(box=(22.0, 32.0, 59.0, 69.0))
-    with side_car(args, "grabcut") as (car, client):
-        wanted, key = client.segment(image, request).mask, image_hash(image)
-        with grpc.insecure_channel(car.address, options=wire.MESSAGE_OPTIONS) as channel:
-
-            @settings(
-                max_examples=100 if args.toy else args.requests,
-                database=None,
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
-            )
-            @given(fuzzed())
-            def one(make) -> None:
-                code, reason = send(channel, *make(key))
-                name = f"{code.name} {reason}".strip()
-                statuses[name] = statuses.get(name, 0) + 1
-                if not typed(code, reason):
-                    bad.append(name)
-
-            one()
-        healthy = bool((client.segment(image, request).mask == wanted).all()) and car.restarts == 0
-    print(*(f"  {count:6} {name}" for name, count in sorted(statuses.items())), sep="\n")
-    return {"fuzzed": sum(statuses.values()), "untyped": len(bad), "healthy_after": healthy}
 
 
 if __name__ == "__main__":

@@ -41,6 +41,28 @@ TOLERANCE = 1e-4
 STABLE_SCALE = 80.0  # of random mask logits; see above
 
 
+def predictor_on(net: torch.nn.Module) -> SAM2ImagePredictor:
+    """The package's predictor with a model of any resolution."""
+    predictor = SAM2ImagePredictor(net)
+    predictor._bb_feat_sizes = [(net.image_size // n,) * 2 for n in (4, 8, 16)]  # written down for 1024 only
+    return predictor
+
+
+def predict(predictor, request: SegmentRequest, earlier: np.ndarray | None = None, multimask: str = "point", **how):
+    """(mask [h, w], score, low logits f32[1, H, W]), the best of the predictor's, on the image that is set."""
+    alone = len(request.points) == 1 and request.box is None and earlier is None
+    masks, scores, low = predictor.predict(
+        point_coords=np.array(request.points) if request.points else None,
+        point_labels=np.array(request.labels) if request.points else None,
+        box=None if request.box is None else np.array(request.box),
+        mask_input=earlier,
+        multimask_output=multimask == "always" or (multimask == "point" and alone),
+        **how,
+    )
+    best = int(np.argmax(scores))
+    return masks[best], float(scores[best]), low[best : best + 1]
+
+
 class Reference:
     """The package's predictor, with random weights of its own seed."""
 
@@ -51,8 +73,7 @@ class Reference:
         with torch.no_grad():
             for mlp in self.net.sam_mask_decoder.output_hypernetworks_mlps:
                 mlp.layers[-1].weight.mul_(STABLE_SCALE)
-        self.predictor = SAM2ImagePredictor(self.net)
-        self.predictor._bb_feat_sizes = [(resolution // n,) * 2 for n in (4, 8, 16)]  # written down for 1024 only
+        self.predictor = predictor_on(self.net)
         self.fallbacks = collections.Counter()
         decoder, stable = self.net.sam_mask_decoder, self.net.sam_mask_decoder._get_stability_scores
 
@@ -68,18 +89,8 @@ class Reference:
         return str(path)
 
     def predict(self, request: SegmentRequest, earlier: np.ndarray | None, multimask: str = "point"):
-        """(enlarged logits f32[h, w], score, low logits f32[1, H, W]) of the best mask, on the image that is set."""
-        alone = len(request.points) == 1 and request.box is None and earlier is None
-        enlarged, scores, low = self.predictor.predict(
-            point_coords=np.array(request.points) if request.points else None,
-            point_labels=np.array(request.labels) if request.points else None,
-            box=None if request.box is None else np.array(request.box),
-            mask_input=earlier,
-            multimask_output=multimask == "always" or (multimask == "point" and alone),
-            return_logits=True,
-        )
-        best = int(np.argmax(scores))
-        return enlarged[best], float(scores[best]), low[best : best + 1]
+        """As the function, with enlarged logits f32[h, w] in place of the mask."""
+        return predict(self.predictor, request, earlier, multimask, return_logits=True)
 
 
 def random_images(sizes=SIZES) -> list[np.ndarray]:

@@ -1,6 +1,6 @@
 """Import of a Hugging Face checkpoint: seconds, bytes read and peak host memory, ours beside what a user would write.
 
-  python benchmarks/import_weights.py [--gb=4] [--dtype=bfloat16] [--dir=DIR] [--cold] [--repeat=2]
+  python benchmarks/import_weights.py [--gb=4] [--repeat=2]
 
 Writes a random bf16 checkpoint of the 3B's shape with fewer layers (shards of 1 GB, an index) and loads it in fresh
 processes on the CPU back end, where device memory is host memory too:
@@ -13,20 +13,18 @@ processes on the CPU back end, where device memory is host memory too:
             where ours are stacked, transposed and on the device (left out where torch is not installed)
 
 seconds  wall time, the best of --repeat runs; cpu_s is user and system time of the same run
-read     the bytes of the slices that were read; of the last two, what the process asked the kernel for (rchar)
+read     the bytes of the slices that were read; of the last two, what the process asked the kernel for (rchar): nothing
+         of a file that it maps
 peak     VmHWM above the resident memory before the load; mapped pages count while they are resident
-anon     the same of anonymous memory only, sampled every 5 ms: what the kernel cannot take back
 bound    the process's own shards + 2 x the largest tensor of the file; ours must stay below it
 
-The files were just written or read, so they come from the page cache; --cold asks the kernel to drop them before each
-run (posix_fadvise, which it may ignore). --dtype=float32 widens, and doubles the memory of ours and of load_file.
+The files are read before each run, so they come from the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -35,9 +33,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -46,9 +42,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; the run
 
 import numpy as np  # noqa: E402
 
+from benchmarks._policy_step import import_torch, published  # noqa: E402
+
 GB = 10**9
 PROCESSES, DEVICES_EACH = 4, 2
-COLUMNS = "seconds cpu_s read_gb peak_gb anon_gb bound_gb".split()
+COLUMNS = "seconds cpu_s read_gb peak_gb bound_gb".split()
 
 
 ############################## The checkpoint ##############################
@@ -60,8 +58,7 @@ def write_checkpoint(directory: pathlib.Path, gb: float) -> dict[str, Any]:
 
     from rsagent_jax.models.qwen25_vl import config, convert
 
-    raw = json.loads((config.SIZES / "3b.json").read_text())
-    sizes = []
+    raw, sizes = published("3b"), []
     for layers in (1, 2):
         raw["num_hidden_layers"] = layers
         model = convert.abstract_model(config.Qwen25VLConfig.from_hf(raw))
@@ -98,40 +95,25 @@ def bytes_read() -> int:
     return int(pathlib.Path("/proc/self/io").read_text().split()[1])  # rchar
 
 
-@dataclasses.dataclass
 class Meter:
-    """What happens within its `with`: seconds, bytes read, peaks above what was there before."""
-
-    values: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What happens within its `with`, in `values`: seconds, bytes read, the peak above what was there before."""
 
     def __enter__(self) -> Meter:
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        self.resident, self.anon, self.read = status("VmRSS"), status("RssAnon"), bytes_read()
-        self.peak_anon, self.stop = self.anon, threading.Event()
-        self.sampler = threading.Thread(target=self._sample, daemon=True)
-        self.sampler.start()
+        self.resident, self.read = status("VmRSS"), bytes_read()
         self.start, self.cpu = time.perf_counter(), time.process_time()
         return self
 
-    def _sample(self) -> None:
-        while not self.stop.wait(0.005):
-            self.peak_anon = max(self.peak_anon, status("RssAnon"))
-
     def __exit__(self, *_) -> None:
-        seconds, cpu = time.perf_counter() - self.start, time.process_time() - self.cpu
-        peak, read = status("VmHWM"), bytes_read()
-        self.stop.set()
-        self.sampler.join()
         self.values = {
-            "seconds": seconds,
-            "cpu_s": cpu,
-            "read_gb": (read - self.read) / GB,
-            "peak_gb": (peak - self.resident) / GB,
-            "anon_gb": (self.peak_anon - self.anon) / GB,
+            "seconds": time.perf_counter() - self.start,
+            "cpu_s": time.process_time() - self.cpu,
+            "read_gb": (bytes_read() - self.read) / GB,
+            "peak_gb": (status("VmHWM") - self.resident) / GB,
         }
 
 
-def ours(directory: pathlib.Path, dtype: np.dtype, fsdp: int, address: str, number: int) -> dict[str, float]:
+def ours(directory: pathlib.Path, fsdp: int = 0, address: str = "", number: int = 0) -> dict[str, float]:
     import jax
     from flax import nnx
 
@@ -151,7 +133,7 @@ def ours(directory: pathlib.Path, dtype: np.dtype, fsdp: int, address: str, numb
         shardings = sharding.param_shardings(convert.abstract_model(config), mesh)
     jax.block_until_ready(jax.device_put(np.zeros(1), jax.local_devices()[0]))  # the back end is up
     with Meter() as meter:
-        model = convert.load_model(directory, config, shardings, dtype)
+        model = convert.load_model(directory, config, shardings, "bfloat16")
     held = 0
     for array in jax.tree.leaves(nnx.state(model, nnx.Param)):
         held += sum({str(shard.index): shard.data.nbytes for shard in array.addressable_shards}.values())
@@ -160,7 +142,7 @@ def ours(directory: pathlib.Path, dtype: np.dtype, fsdp: int, address: str, numb
     return meter.values | {"held_gb": held / GB, "read_gb": sum(read) / GB}
 
 
-def load_file(directory: pathlib.Path, dtype: np.dtype) -> dict[str, float]:
+def load_file(directory: pathlib.Path) -> dict[str, float]:
     import jax
     from safetensors.numpy import load_file
 
@@ -171,15 +153,14 @@ def load_file(directory: pathlib.Path, dtype: np.dtype) -> dict[str, float]:
             tensors = load_file(file)
             while tensors:
                 name, value = tensors.popitem()
-                arrays[name] = jax.device_put(value.astype(dtype, copy=False))
+                arrays[name] = jax.device_put(value)
                 del value
         jax.block_until_ready(arrays)
     return meter.values | {"held_gb": sum(a.nbytes for a in arrays.values()) / GB}
 
 
 def from_pretrained(directory: pathlib.Path) -> dict[str, float]:
-    sys.modules["torchvision"] = None  # not needed here, and its operators may not load beside a CPU build of torch
-    import torch
+    torch = import_torch()
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     with Meter() as meter:
@@ -191,15 +172,12 @@ def from_pretrained(directory: pathlib.Path) -> dict[str, float]:
 
 def measure(options: argparse.Namespace) -> None:
     """Runs one load in this process and prints what it took as the last line."""
-    import ml_dtypes
-
     directory = pathlib.Path(options.dir)
-    dtype = np.dtype(ml_dtypes.bfloat16 if options.dtype == "bfloat16" else np.float32)
-    loads: dict[str, Callable[[], dict[str, float]]] = {
-        "one": lambda: ours(directory, dtype, 0, "", 0),
-        "fsdp=8": lambda: ours(directory, dtype, 8, "", 0),
-        "4 x 2": lambda: ours(directory, dtype, 8, options.address, options.number),
-        "load_file": lambda: load_file(directory, dtype),
+    loads = {
+        "one": lambda: ours(directory),
+        "fsdp=8": lambda: ours(directory, 8),
+        "4 x 2": lambda: ours(directory, 8, options.address, options.number),
+        "load_file": lambda: load_file(directory),
         "torch": lambda: from_pretrained(directory),
     }
     print(json.dumps(loads[options.measure]()))
@@ -208,13 +186,13 @@ def measure(options: argparse.Namespace) -> None:
 ############################## The table ##############################
 
 
-def run(name: str, options: argparse.Namespace, directory: pathlib.Path, largest: int) -> dict[str, float] | None:
-    """One row: the load in fresh processes, the worst of them per column; None if a package is missing."""
-    page_cache(directory, drop=options.cold)
+def run(name: str, directory: pathlib.Path, largest: int) -> dict[str, float]:
+    """One row: the load in fresh processes, the worst of them per column."""
+    subprocess.run(["cat", *directory.glob("*.safetensors")], stdout=subprocess.DEVNULL, check=True)
     several = name == "4 x 2"
     devices = {"fsdp=8": 8, "4 x 2": DEVICES_EACH}.get(name, 1)
     env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, f"--measure={name}", f"--dir={directory}", f"--dtype={options.dtype}"]
+    command = [sys.executable, __file__, f"--measure={name}", f"--dir={directory}"]
     if several:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -231,8 +209,6 @@ def run(name: str, options: argparse.Namespace, directory: pathlib.Path, largest
         for child in children:
             child.kill()
     for child, (_, error) in zip(children, answers, strict=True):
-        if child.returncode and ("No module named 'torch'" in error or "No module named 'transformers'" in error):
-            return None
         if child.returncode:
             raise SystemExit(f"{name} failed:\n{error[-3000:]}")
     results = [json.loads(out.strip().splitlines()[-1]) for out, _ in answers]
@@ -242,53 +218,31 @@ def run(name: str, options: argparse.Namespace, directory: pathlib.Path, largest
     return {key: max(result[key] for result in results) for key in results[0]}
 
 
-def page_cache(directory: pathlib.Path, *, drop: bool) -> None:
-    """Reads every file, so that each run finds it cached; or asks the kernel to forget it."""
-    for file in directory.glob("*.safetensors"):
-        with file.open("rb", buffering=0) as stream:
-            if drop:
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            else:
-                buffer = bytearray(1 << 24)
-                while stream.readinto(buffer):
-                    pass
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--gb", type=float, default=4.0, help="10^9 bytes of checkpoint (at least 2.2: the tower, embedding)"
     )
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of our parameters")
-    parser.add_argument(
-        "--dir", help="where to write (default: a temporary directory); what is written goes afterwards"
-    )
-    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each run")
     parser.add_argument("--repeat", type=int, default=2, help="runs per row: the fastest counts, and the highest peak")
-    for name in ("measure", "address"):
+    for name in ("measure", "dir", "address"):
         parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
     parser.add_argument("--number", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         return measure(options)
-    with contextlib.ExitStack() as stack:
-        if options.dir:
-            pathlib.Path(options.dir).mkdir(parents=True, exist_ok=True)
-        directory = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.dir)))
+    with tempfile.TemporaryDirectory() as folder:
+        directory = pathlib.Path(folder)
         start = time.perf_counter()
         made = write_checkpoint(directory, options.gb)
         print(
             f"{made['bytes'] / GB:.2f} GB of bf16 in {made['files']} shards, {made['layers']} layers, largest tensor "
-            f"{made['largest'] / GB:.2f} GB; written in {time.perf_counter() - start:.0f} s; page cache "
-            f"{'dropped' if options.cold else 'warm'}; parameters {options.dtype}; {os.cpu_count()} cores\n"
+            f"{made['largest'] / GB:.2f} GB; written in {time.perf_counter() - start:.0f} s; {os.cpu_count()} cores\n"
         )
         print(f"{'':10}" + "".join(f"{column:>10}" for column in COLUMNS) + f"{'peak/bound':>12}")
         rows = {}
-        for name in ("one", "fsdp=8", "4 x 2", "load_file", "torch"):
-            runs = [run(name, options, directory, made["largest"]) for _ in range(options.repeat)]
-            if None in runs:
-                print(f"{name:10}  left out: a package is not installed")
-                continue
+        has_torch = importlib.util.find_spec("torch") is not None
+        for name in ("one", "fsdp=8", "4 x 2", "load_file", *["torch"] * has_torch):
+            runs = [run(name, directory, made["largest"]) for _ in range(options.repeat)]
             fastest = min(runs, key=lambda values: values["seconds"])
             row = rows[name] = {key: max(values[key] for values in runs) for key in fastest}
             row |= {key: fastest[key] for key in ("seconds", "cpu_s")}
@@ -298,8 +252,6 @@ def main() -> None:
             )
     summary = {
         "checkpoint_gb": made["bytes"] / GB,
-        "page_cache": "dropped" if options.cold else "warm",
-        "dtype": options.dtype,
         "peak_over_bound": max(rows[name]["peak_over_bound"] for name in ("one", "fsdp=8", "4 x 2")),
         "quarter_read_share": rows["4 x 2"]["read_gb"] * GB / made["bytes"],
         "vs_load_file": rows["load_file"]["seconds"] / rows["one"]["seconds"],

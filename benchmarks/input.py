@@ -30,10 +30,11 @@ from rsagent_jax.config.schema import AgentConfig  # noqa: E402
 from rsagent_jax.data.pipeline import Pipeline  # noqa: E402
 from rsagent_jax.data.processor import Processor, image_patches  # noqa: E402
 from rsagent_jax.data.sets.folder import load_folder  # noqa: E402
+from rsagent_jax.models.qwen25_vl.config import hugging_face  # noqa: E402
 from rsagent_jax.types import Prompt, Sample  # noqa: E402
 
 BASE = ROOT / "assets/tiny-base"
-PIXELS = 1_003_520  # the limit of configs/grpo_tpu.py
+LEAST, PIXELS = 3136, 1_003_520  # the limits of the published weights and of configs/grpo_tpu.py
 WHOLE = "whole path, with mask and prompt"
 THEIRS = "transformers: decode, resize, patches"
 
@@ -75,8 +76,8 @@ def main() -> None:
     width, height = map(int, options.side.split("x"))
     cv2.setNumThreads(1)
     processor = Processor.load(BASE)
-    # the published weights' limits: the tiny base takes 112 x 112 pixels only
-    limits = dataclasses.replace(processor.images.limits, min_pixels=3136, max_pixels=PIXELS)
+    # the tiny base takes 112 x 112 pixels only
+    limits = dataclasses.replace(processor.images.limits, min_pixels=LEAST, max_pixels=PIXELS)
     processor.images = dataclasses.replace(processor.images, limits=limits)
     rows: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -98,34 +99,21 @@ def main() -> None:
             lambda: image_patches(decoded[next(at) % len(decoded)], processor.images), options.seconds
         )
         rows[WHOLE] = rate(lambda: pipeline.take(1), options.seconds)
-        theirs = _transformers(processor)
-        if theirs is not None:
-            rows[THEIRS] = rate(lambda: theirs(decode()), options.seconds)
+        sizes = dict(patch_size=processor.images.patch_size, merge_size=processor.images.merge_size)
+        theirs = hugging_face("Qwen2VLImageProcessorPil")(min_pixels=LEAST, max_pixels=PIXELS, **sizes)
+        patches = lambda: theirs(images=[Image.fromarray(decode())], return_tensors="np")["pixel_values"]  # noqa: E731
+        rows[THEIRS] = rate(patches, options.seconds)
     print(f"{width} x {height} JPEG, at most {PIXELS} pixels; one core")
     for name, value in rows.items():
         print(f"{name:52} {value:8.1f} images/s")
     ours = rows[WHOLE]
-    result = {"images_per_s_core": ours, "rows": rows, "vs_transformers": ours / rows[THEIRS] if theirs else None}
+    result = {"images_per_s_core": ours, "rows": rows, "vs_transformers": ours / rows[THEIRS]}
     if options.step_seconds:
         images = options.batch * options.images_per_trajectory
         cores = images / options.step_seconds / ours
         print(f"{images:.0f} images every {options.step_seconds} s need {cores:.1f} cores over all hosts")
         result["cores"] = cores
     print(json.dumps(result))
-
-
-def _transformers(processor: Processor):
-    """transformers' own path from pixels to patches, or None where it is not installed."""
-    try:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another build than torch
-        print(f"transformers is left out: {error}")
-        return None
-    images = processor.images
-    theirs = Qwen2VLImageProcessorPil(
-        min_pixels=3136, max_pixels=PIXELS, patch_size=images.patch_size, merge_size=images.merge_size
-    )
-    return lambda image: theirs(images=[Image.fromarray(image)], return_tensors="np")["pixel_values"]
 
 
 if __name__ == "__main__":

@@ -1,21 +1,18 @@
 """Memory of an SFT step as its rows grow longer: XLA's own accounting, attention by blocks against whole scores.
 
   python benchmarks/memory.py [--lengths=1024,2048,4096,8192,16384] [--toy]
-  python benchmarks/memory.py --aot=v6e:2x2        the same for a TPU that is not there: one row per device, splash
 
 Compiles `programs.micro` of train.py's SFT stage (forward, backward, remat full, fp32) for one row with one image of
 32 x 32 patches, at every length, with policy.attention = blocks (what auto takes beyond 1024 tokens) and = plain
 (scores of the whole row), and prints what `compiled.memory_analysis()` says. Only the shortest is run, once, to show
 that it is the real program; the others need no memory here.
 
-temp      buffers inside the program: activations, scores, workspace
-held      arguments and results: parameters, batch, gradients; the same for both kinds of attention
+temp      buffers inside the program: activations, scores, workspace; parameters, batch and gradients are not in it
 exponent  log2 of the growth of `temp` at one doubling: 1 is linear, 2 quadratic; below 1 while what does not depend on
           the length (the image, a piece of the logits) still counts. The last doubling is what is reported
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import math
@@ -33,7 +30,7 @@ import numpy as np  # noqa: E402
 
 from benchmarks._policy_step import SPECIAL, make_sequence, raw_config, to_items  # noqa: E402
 from benchmarks.train_step import random_model  # noqa: E402
-from rsagent_jax.aot import stages, topology  # noqa: E402
+from rsagent_jax.aot import stages  # noqa: E402
 from rsagent_jax.config.schema import BatchConfig, MeshConfig, PolicyConfig, SftConfig, TrainConfig  # noqa: E402
 from rsagent_jax.data.packing import pack  # noqa: E402
 from rsagent_jax.models.qwen25_vl import convert  # noqa: E402
@@ -51,13 +48,13 @@ def small_policy(*, toy: bool) -> Qwen25VLConfig:
     """Hidden size 256, 4 layers, a vocabulary of 32,000, 4 vision blocks; the toy is half of that or less."""
     raw = raw_config()
     hidden, layers = (128, 2) if toy else (256, 4)
-    raw["text_config"] |= dict(
+    raw |= dict(
         hidden_size=hidden,
         intermediate_size=4 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 32,
         vocab_size=2_000 if toy else 32_000,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6]},
     )
     raw["vision_config"] |= dict(
         hidden_size=128, intermediate_size=512, out_hidden_size=hidden, depth=4, fullatt_block_indexes=[3]
@@ -65,13 +62,14 @@ def small_policy(*, toy: bool) -> Qwen25VLConfig:
     return Qwen25VLConfig.from_hf(raw)
 
 
-def lower(policy: Qwen25VLConfig, mesh, attention: str, length: int, dtype: str):
-    """The gradients' program of train.py's SFT stage, one row per device."""
-    batch = BatchConfig(rows=mesh.size, tokens=length, patches=math.prod(GRID))
+def lower(policy: Qwen25VLConfig, attention: str, length: int):
+    """The gradients' program of train.py's SFT stage, of one row."""
+    batch = BatchConfig(rows=1, tokens=length, patches=math.prod(GRID))
     config = TrainConfig(
-        policy=PolicyConfig(weights="", dtype=dtype, remat="full", attention=attention),
-        sft=SftConfig(trajectories_per_step=batch.rows, batch=batch),
+        policy=PolicyConfig(weights="", dtype="float32", remat="full", attention=attention),
+        sft=SftConfig(trajectories_per_step=1, batch=batch),
     )
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     return next(stages.stage_jobs(config, "sft", policy, mesh)).trace().lower(), batch
 
 
@@ -95,28 +93,17 @@ def exponents(sizes: list[int]) -> list[float]:
     return [math.log2(b / a) for a, b in itertools.pairwise(sizes)]
 
 
-@dataclasses.dataclass
-class Column:
-    """One kind of attention, length by length. Bytes per device."""
-
-    temp: list[int] = dataclasses.field(default_factory=list)
-    held: list[int] = dataclasses.field(default_factory=list)
-
-
-def measure(options: argparse.Namespace, policy: Qwen25VLConfig, kinds: dict[str, str]) -> dict[str, Column]:
-    on = topology.devices(topology.parse_topology(options.aot)) if options.aot else jax.local_devices()[:1]
-    mesh, dtype = sharding.make_mesh(MeshConfig(), on), "bfloat16" if options.aot else "float32"
-    columns = {name: Column() for name in kinds}
-    for length in options.lengths:
-        for name, attention in kinds.items():
+def measure(lengths: list[int], policy: Qwen25VLConfig) -> dict[str, list[int]]:
+    """Bytes of `temp` by kind of attention, length by length."""
+    columns = {"blocks": [], "plain": []}
+    for length in lengths:
+        for name in columns:
             start = time.perf_counter()
-            lowered, batch = lower(policy, mesh, attention, length, dtype)
-            compiled = lowered.compile(None if options.aot else QUICK)
-            sizes = compiled.memory_analysis()
-            columns[name].temp.append(sizes.temp_size_in_bytes)
-            columns[name].held.append(sizes.argument_size_in_bytes + sizes.output_size_in_bytes)
+            lowered, batch = lower(policy, name, length)
+            compiled = lowered.compile(QUICK)
+            columns[name].append(compiled.memory_analysis().temp_size_in_bytes)
             print(f"{name} {length}: compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-            if length == options.lengths[0] and not options.aot:
+            if length == lengths[0]:
                 print(f"{name}: run once at {length} tokens, loss per token {run_once(compiled, policy, batch):.4f}")
     return columns
 
@@ -129,30 +116,25 @@ def main() -> None:
         default=[1024, 2048, 4096, 8192, 16384],
         help="tokens of the row, each twice the one before",
     )
-    parser.add_argument("--aot", default="", help="a TPU slice or topology to compile for, as train.py takes it")
     parser.add_argument("--toy", action="store_true", help="a smaller model")
     options = parser.parse_args()
     if len(options.lengths) < 2 or any(b != 2 * a for a, b in itertools.pairwise(options.lengths)):
         parser.error("--lengths needs two or more, each twice the one before")
     policy = small_policy(toy=options.toy)
     count = sum(math.prod(leaf.shape) for leaf in convert.flat_params(convert.abstract_model(policy)).values())
-    columns = measure(options, policy, {"splash": "auto"} if options.aot else {"blocks": "blocks", "plain": "plain"})
-    where = options.aot or "the CPU, fp32"
-    print(
-        f"\n{count / 1e6:.1f}M parameters, one row per device with one image of {GRID[1]} x {GRID[2]} patches; {where}"
-    )
-    print(f"{'tokens':>8}" + "".join(f"{n + ' temp MiB':>20}{'exponent':>10}{'held MiB':>10}" for n in columns))
-    grown = {name: exponents(column.temp) for name, column in columns.items()}
+    columns = measure(options.lengths, policy)
+    print(f"\n{count / 1e6:.1f}M parameters, fp32, a row with one image of {GRID[1]} x {GRID[2]} patches")
+    print(f"{'tokens':>8}" + "".join(f"{n + ' temp MiB':>20}{'exponent':>10}" for n in columns))
+    grown = {name: exponents(temp) for name, temp in columns.items()}
     for i, length in enumerate(options.lengths):
         cells = ""
-        for name, column in columns.items():
+        for name, temp in columns.items():
             exponent = f"{grown[name][i - 1]:.2f}" if i else ""
-            cells += f"{column.temp[i] / MIB:20.1f}{exponent:>10}{column.held[i] / MIB:10.1f}"
+            cells += f"{temp[i] / MIB:20.1f}{exponent:>10}"
         print(f"{length:8}{cells}")
     print()
     summary = {f"exponent_{name}": values[-1] for name, values in grown.items()}
-    summary |= {"lengths": options.lengths, "where": where, "parameters": count}
-    summary["rows"] = {name: dataclasses.asdict(column) for name, column in columns.items()}
+    summary |= {"lengths": options.lengths, "parameters": count, "temp": columns}
     print(json.dumps(summary))
 
 

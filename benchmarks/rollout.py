@@ -1,6 +1,6 @@
 """Rollouts on the CPU: the engine, prefilling every turn anew, and transformers' generate on the same work.
 
-  python benchmarks/rollout.py [--parts=turns,latency,decode,tail,logprobs] [--toy]
+  python benchmarks/rollout.py [--parts=turns,latency,decode,logprobs] [--toy]
 
 A random Qwen2.5-VL of about 100 million parameters in fp32 (vocabulary 32,000) plays with the real driver, environment,
 processor and overlays. What it samples (greedy, 32 tokens a turn) goes into its context; the environment hears a
@@ -15,15 +15,6 @@ turns    16 trajectories of 8 turns, 16 at a time; each side in a process of its
 latency  a tool that takes 0.5 s; 32 trajectories, throughput against the engine without latency and half the slots
   hidden        twice as many slots
   synchronous   the same slots, but a step waits until every live trajectory has its observation
-tail     steps of 4 prompts x 4 trajectories of 2 to 8 turns, lognormal turns (30 tokens on average, at most 102) and
-         lognormal tools (median 0.5 s): trajectories a second that reach a step, and the slots that were busy.
-         Driver, engine, environment and InFlight are the real ones, but nothing is computed: a clock goes on by what
-         ahead-of-time compilation projects for the 7B on a host of v5e-16, which plays 16 of a step's 64 trajectories,
-         with 32 slots (the preset) and with 16; a token here is five there. `sigma`: of the logarithm of a
-         trajectory's pace, beside 0.5 of each turn's; `longest`: trajectory in medians, by sampled tokens
-  wait for all  a step plays its own and waits for the last
-  refill        a quarter of the groups teaches nothing, and is replaced in rounds (grpo.refill)
-  carry over    4 groups more are in flight, and what is not done goes on in the next step (grpo.surplus)
 decode   ms a token in a cache of 1k and of 8k places with 1k of live context, then with more of it
 logprobs the engine's log-probs beside the trainer's, in bf16, with cache or weights or both in int8; of the tiny agent
          on its scenes
@@ -36,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -45,8 +35,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from unittest import mock
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -54,19 +42,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
 
 import numpy as np  # noqa: E402
 
-from benchmarks import _rollout_tail  # noqa: E402
-from benchmarks._policy_step import QUICK, decode_macro_step, raw_config  # noqa: E402
+from benchmarks._policy_step import QUICK, decode_macro_step, import_torch, raw_config  # noqa: E402
 from benchmarks._rollout_policies import Reprefill, Synchronous, Transformers  # noqa: E402
 from benchmarks.train_step import GLIBC, random_model  # noqa: E402
 
-PARTS = ("turns", "latency", "decode", "tail", "logprobs")
+PARTS = ("turns", "latency", "decode", "logprobs")
 SIDES = ("engine", "reprefill", "transformers")
-# Of the tail: what ahead-of-time compilation (train.py --aot=v5e-16 --aot_quick, configs/grpo_tpu.py, remat=full and
-# sampling.prefill=256) projects for the 7B on a host, by its slots: 8 decode steps, a piece of 256 tokens in each lane,
-# the tower with 6,144 patches in each lane.
-PROJECTED_S = {32: (0.0585, 0.0904, 0.248), 16: (0.0467, 0.0472, 0.124)}
-SCALE = 5  # tokens there for a token here
-TAILS = [(32, 0.0), (32, 0.5), (32, 1.0), (16, 0.5), (16, 1.0)]  # slots, sigma
 AGREE = 0.9
 
 
@@ -83,10 +64,6 @@ class Work:
     view: int = 448  # pixels
     overlay: int = 168
     tool_s: float = 0.5
-    steps: int = 10  # of the tail
-    prompts: int = 4  # of a step there
-    group: int = 4
-    mean_turn: float = 30.0  # tokens
 
     @property
     def patches(self) -> int:
@@ -105,7 +82,7 @@ class Work:
     @classmethod
     def of(cls, options: argparse.Namespace) -> Work:
         sizes = dict(tasks=3, slots=3, turns=3, new_tokens=4, context=512, view=112, overlay=56)
-        return cls(**sizes, tool_s=0.02, steps=2, prompts=1, group=3, mean_turn=3.0) if options.toy else cls()
+        return cls(**sizes, tool_s=0.02) if options.toy else cls()
 
 
 ############################## The model and the work ##############################
@@ -120,16 +97,15 @@ def write(directory: pathlib.Path, work: Work, *, toy: bool) -> int:
     tokenizer = vocab.build_tokenizer(512)
     vocab.save_tokenizer(tokenizer, directory, 56 * 56, work.view**2)
     ids = tokenizer.get_vocab()
-    names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
-    pads = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    raw = {**raw_config(toy=toy), **{f"{n}_id": ids[p] for n, p in zip(names, pads, strict=True)}}
-    raw["text_config"].update(bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
+    special = dict(bos="endoftext", eos="im_end", pad="endoftext", image="image_pad", video="video_pad")
+    special |= {name: name for name in ("vision_start", "vision_end")}
+    raw = raw_config(toy=toy) | {f"{name}_token_id": ids[f"<|{token}|>"] for name, token in special.items()}
     model = random_model(Qwen25VLConfig.from_hf(raw))
     values = convert.flat_params(model)
     embedding = "decoder.embed"
-    special = np.array(sorted(ids[token] for token in vocab.SPECIAL))
+    never = np.array(sorted(ids[token] for token in vocab.SPECIAL))
     # The head is the embedding's: a row of zeros gives a logit of 0, far below the largest of 32,000.
-    values[embedding] = values[embedding].at[special].set(0.0)
+    values[embedding] = values[embedding].at[never].set(0.0)
     convert.save_model(convert.with_params(model, values), directory, raw)
     return sum(int(np.prod(v.shape)) for v in values.values())
 
@@ -141,13 +117,17 @@ class Discs:
         self.delay_s = delay_s
 
     def segment(self, image, request):
+        from sam_bridge.types import SegmentReply
+
         time.sleep(self.delay_s)
-        return _rollout_tail.disc(image, request, self.delay_s)
+        ys, xs = np.mgrid[: image.shape[0], : image.shape[1]]
+        ((x, y),) = request.points
+        return SegmentReply((xs - x) ** 2 + (ys - y) ** 2 <= 900, 0.9, "", {"total": self.delay_s})
 
 
-def scripted(policy, segmenter, processor, work: Work, count: int, turns: Callable[[int], int], **agent):
-    """A driver: ids go into the trajectory as they were sampled, the environment hears clicks and, in the last of the
-    `turns` of a uid, a finish. count: of uids that click in different places; agent: of AgentConfig."""
+def scripted(policy, segmenter, processor, work: Work, count: int):
+    """A driver: ids go into the trajectory as they were sampled, the environment hears clicks and, in the last turn, a
+    finish. count: of uids that click in different places."""
     from rsagent_jax.agent.tools import Finish, Segment, render_call
     from rsagent_jax.config.schema import AgentConfig
     from rsagent_jax.rollout.driver import Driver
@@ -155,13 +135,13 @@ def scripted(policy, segmenter, processor, work: Work, count: int, turns: Callab
     class Scripted(Driver):
         def _add(self, run, completion):
             super()._add(run, completion)
-            turn, uid = len(run.state.turns), run.task.uid
-            if turn == turns(uid) - 1:
+            turn = len(run.state.turns)
+            if turn == work.turns - 1:
                 return render_call(Finish(mask_id=None), "Done.")
-            spot = (work.view * (turn + 1.0) / (work.turns + 1), work.view * (uid % count + 1.0) / (count + 1))
+            spot = (work.view * (turn + 1.0) / (work.turns + 1), work.view * (run.task.uid % count + 1.0) / (count + 1))
             return render_call(Segment(points=(spot,), labels=(1,), refine=None), "I click.")
 
-    agent = AgentConfig(prompt="brief", history_size=work.overlay, max_turns=work.turns, **agent)
+    agent = AgentConfig(prompt="brief", history_size=work.overlay, max_turns=work.turns)
     return Scripted(policy, segmenter, processor, agent, workers=max(4, policy.slots))
 
 
@@ -177,7 +157,7 @@ def play(policy, processor, work: Work, delay_s: float = 0.0, tasks: int = 0) ->
     from rsagent_jax.rollout.policy import Task
 
     count = tasks or work.tasks
-    driver = scripted(policy, Discs(delay_s), processor, work, count, lambda uid: work.turns)
+    driver = scripted(policy, Discs(delay_s), processor, work, count)
     samples = [Task(make_sample(work, i), i, i) for i in range(count)]
     start, cpu = time.perf_counter(), time.process_time()
     trajectories = [t for t, _ in driver.run(samples)]
@@ -194,7 +174,7 @@ def play(policy, processor, work: Work, delay_s: float = 0.0, tasks: int = 0) ->
 ############################## The sides ##############################
 
 
-def engine(directory: pathlib.Path, processor, work: Work, *, warm: bool = True, **changes):
+def engine(directory: pathlib.Path, processor, work: Work, **changes):
     import jax
 
     from rsagent_jax.config.schema import SamplingConfig
@@ -207,8 +187,7 @@ def engine(directory: pathlib.Path, processor, work: Work, *, warm: bool = True,
     # No terminator: every turn takes all its tokens, on all sides.
     overlay = processor.square(work.overlay)
     out = Engine(model, SamplingConfig(**settings), 1 << 30, "float32", jax.random.key(0), overlay=overlay)
-    if warm:
-        out.warm_up()
+    out.warm_up()
     return out
 
 
@@ -245,31 +224,6 @@ def latency(directory: pathlib.Path, processor, work: Work) -> dict:
     return {"rows": rows, "latency_hidden": shares["hidden"], "latency_synchronous": shares["sync"]}
 
 
-def tail(directory: pathlib.Path, processor, work: Work, toy: bool) -> dict:
-    from rsagent_jax.rollout import driver as driver_module
-
-    def driver():
-        tools, turns = _rollout_tail.Tools(work.tool_s, clock), lambda uid: _rollout_tail.turns_of(uid, work.turns)
-        return scripted(policy, tools, processor, work, 97, turns, announce_last=False)
-
-    sample = functools.partial(make_sample, work)
-    sizes = dict(prompts=work.prompts, group=work.group, steps=work.steps, surplus=work.prompts)
-    rows = {}
-    for slots, sigma in [(work.slots, 0.5)] if toy else TAILS:
-        clock, chunk = _rollout_tail.Clock(), 2
-        own = engine(directory, processor, work, warm=False, slots=slots, prefill=256 // SCALE, chunk=chunk)
-        decode_s, piece_s, tower_s = PROJECTED_S.get(slots, PROJECTED_S[16])
-        seconds = dict(decode_s=SCALE * decode_s / 8, piece_s=piece_s, tower_s=tower_s)
-        own.programs = _rollout_tail.Programs(own.programs, clock, work.patches, chunk, **seconds)
-        policy = _rollout_tail.Unequal(own, work.mean_turn, sigma)
-        jobs = functools.partial(_rollout_tail.Jobs, clock)
-        with mock.patch.multiple(driver_module, time=clock, Jobs=lambda *_, jobs=jobs: jobs()):
-            found = _rollout_tail.compare(own, driver, sample, clock, **sizes)
-        rows[f"{slots} slots, sigma {sigma:g}"] = found
-    rates = {name: {way: row["trajectories_per_s"] for way, row in found.items()} for name, found in rows.items()}
-    return {"tail": rows, "carry_over_vs_wait": {n: r["carry over"] / r["wait for all"] for n, r in rates.items()}}
-
-
 def decode(directory: pathlib.Path, processor, work: Work, toy: bool) -> dict:
     """Seconds of a decode step, the median of macro-steps that take turns."""
     slots, steps, repeats = (2, 4, 2) if toy else (8, 16, 9)
@@ -302,16 +256,12 @@ def one(options: argparse.Namespace) -> dict:
 
     directory, work = pathlib.Path(options.dir), Work.of(options)
     if options.side == "transformers":  # before the processor, which would hide torch from transformers
-        sys.modules["torchvision"] = None  # not needed here, and its operators may not load beside a CPU build of torch
-        import torch  # noqa: F401
+        import_torch()
     processor = Processor.load(directory)
     if options.side in SIDES:
         return turns(options.side, directory, processor, work)
     if options.side == "latency":
         return latency(directory, processor, work)
-    if options.side == "tail":
-        work = work if options.toy else dataclasses.replace(work, new_tokens=102, context=2048)
-        return tail(directory, processor, work, options.toy)
     if options.side == "logprobs":
         from benchmarks import _rollout_logprobs
 
@@ -384,16 +334,6 @@ def main() -> None:
                 print(
                     f"{name:28}{row['seconds']:9.2f} s{row['tokens_per_s']:10.1f} tokens/s, {row['tool_wait']:.0%} idle"
                 )
-            summary |= found
-        if "tail" in parts:
-            write(tiny := pathlib.Path(directory, "tiny"), Work.of(options), toy=True)
-            found = child("tail", str(tiny), options)
-            print(f"{'':14}{'seconds':>9}{'trajectories/s':>16}{'occupancy':>11}{'tool wait':>11}{'longest':>9}")
-            for setting, rows in found["tail"].items():
-                print(f"{setting}: carry over / wait for all {found['carry_over_vs_wait'][setting]:.2f}")
-                for name, r in rows.items():
-                    shares = f"{r['occupancy']:11.0%}{r['tool_wait']:11.0%}{r['longest_to_median']:9.1f}"
-                    print(f"{name:14}{r['seconds']:9.1f}{r['trajectories_per_s']:16.2f}{shares}")
             summary |= found
         if "decode" in parts:
             found = child("decode", directory, options)

@@ -37,14 +37,6 @@ sys.path.insert(0, str(ROOT))
 MARKS, WINDOW = (30, 100, 200, 300), 10
 STOPS = ((10, signal.SIGTERM, 75), (20, signal.SIGKILL, -signal.SIGKILL))  # after step, signal, exit status
 LIMITS = {"rss": 0.03, "uss": 0.03, "fds": 0.0, "threads": 0.0, "seconds": 0.1, "cpu": 0.1}  # drift
-# As the Makefile sets them for the quickstart.
-MALLOC = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(64 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
 
 
 class Judge(BaseHTTPRequestHandler):
@@ -142,6 +134,7 @@ def _lines(log: pathlib.Path) -> list[bytes]:
 
 def run(options: argparse.Namespace) -> list[dict]:
     """The trainer's lines with what was seen of every process then; `start`: which start of it wrote the line."""
+    from benchmarks.train_step import GLIBC
     from rsagent_jax.tiny.synthetic import write_dataset  # without jax
 
     out, rows, started = options.out, [], []
@@ -154,7 +147,7 @@ def run(options: argparse.Namespace) -> list[dict]:
         command = train_command(options, address, int(started[1].stdout.readline()))
         beside = {"side-car": started[0].pid, "reward server": started[1].pid}
         for number, (after, sent, status) in enumerate((*STOPS, (options.steps, None, 0))):
-            trainer = start(out / "train.log", *command, speaks=False, env={} if options.plain_malloc else MALLOC)
+            trainer = start(out / "train.log", *command, speaks=False, env={} if options.plain_malloc else GLIBC)
             started.append(trainer)
             for row in watch(trainer, beside, out / "train/metrics.jsonl", after):
                 rows.append(row | {"start": number})

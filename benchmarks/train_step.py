@@ -17,9 +17,8 @@ so torch pads nothing; every second image is 28 x 36 patches, whose left-over wi
 The run fails unless loss and gradient norm of steps 1 to 3 agree within 1e-3, and unless log-probabilities change when
 all pixels are 0: a model that does not look would agree by accident.
 
-Both processes get the glibc settings of `make quickstart` and one more (GLIBC, below: freed memory is kept, in huge
-pages, whichever thread freed it) and the same cores: sched_setaffinity, from which XLA and OpenMP take their number of
-threads.
+Both processes get the glibc settings of `make quickstart` (GLIBC, below: freed memory is kept, in huge pages, whichever
+thread freed it) and the same cores: sched_setaffinity, from which XLA and OpenMP take their number of threads.
 
 seconds  wall time, the median over the timed steps of a side; min and max beside it
 cpu_s    processor time of a step, the median: on a busy machine and with --threads=1 the better measure
@@ -62,22 +61,18 @@ GLIBC = {
 ############################## The model and the batch, for both ##############################
 
 
-def random_model(config, seed: int = 0):
+def random_model(config):
     """Weights of variance 1 / fan-in, norms around 1, biases around 0: no part is without effect on the loss."""
-    import jax.numpy as jnp
+    from flax import nnx
 
+    from rsagent_jax.fitness.made_up import random_policy
     from rsagent_jax.models.qwen25_vl import convert
 
-    rng, model, values = np.random.default_rng(seed), convert.abstract_model(config), {}
-    for path, leaf in convert.flat_params(model).items():
-        noise = rng.standard_normal(leaf.shape, np.float32)
-        if path.endswith("scale"):
-            noise = 1 + 0.1 * noise
-        elif path.endswith("bias"):
-            noise *= 0.1
-        else:
-            noise *= (leaf.shape[-1] if "embed" in path.split(".")[-1] else leaf.shape[-2]) ** -0.5
-        values[path] = jnp.asarray(noise)
+    model, rng = nnx.merge(*random_policy(config, None, "float32")), np.random.default_rng(0)
+    values = convert.flat_params(model)
+    for path, value in values.items():
+        if path.endswith(("scale", "bias")):
+            values[path] = value + 0.1 * rng.standard_normal(value.shape, np.float32)
     return convert.with_params(model, values)
 
 

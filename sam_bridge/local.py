@@ -42,9 +42,7 @@ def logits_id(key: str, request: SegmentRequest) -> str:
     """Names a mask by how it was made, so a repeated call, even to a restarted side-car, gives the same id."""
     box = None if request.box is None else tuple(map(float, request.box))
     points = tuple(tuple(map(float, point)) for point in request.points)
-    recipe = (key, box, points, tuple(map(int, request.labels)), request.refine_logits_id)
-    if request.candidates:  # the mask is then chosen among others
-        recipe += ("candidates",)
+    recipe = (key, box, points, tuple(map(int, request.labels)), request.refine_logits_id, request.candidates)
     return hashlib.sha256(repr(recipe).encode()).hexdigest()[:32]
 
 

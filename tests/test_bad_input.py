@@ -1,12 +1,9 @@
 """Whatever a user gets wrong is one clear message on stderr, a non-zero exit and no traceback.
 
-Starting a command costs seconds of imports, so most cases run in a fork of one process that has done them: the real
-command line, flags, exit status and output, only without the wait. A fresh process runs some, to be sure of the rest.
+Starting a command costs seconds of imports, so most cases run in this process, through the command line's own function;
+a fresh process runs some, to be sure of the rest.
 """
 
-import dataclasses
-import json
-import os
 import pathlib
 import signal
 import socket
@@ -17,88 +14,40 @@ import time
 import PIL.Image
 import pytest
 
+from rsagent_jax.runtime import command
 from rsagent_jax.tiny import synthetic
 
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
-TINY = ROOT / "assets" / "tiny-base"
-
-FORKS = """
-import json, os, runpy, sys
-import train, evaluate, rsagent_jax.collect, rsagent_jax.segment, rsagent_jax.export  # slow; no device is touched yet
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-else:
-    sys.exit()
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-os.dup2(os.open(job["out"], os.O_WRONLY | os.O_CREAT), 1)
-os.dup2(os.open(job["err"], os.O_WRONLY | os.O_CREAT), 2)
-sys.argv = job["argv"]
-if sys.argv[0] == "-m":
-    sys.argv = sys.argv[1:]
-    sys.modules.pop(sys.argv[0], None)
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-else:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
-@dataclasses.dataclass(frozen=True)
-class Done:
-    status: int
-    out: str
-    err: str
+@pytest.fixture
+def run(capfd, monkeypatch):
+    """run("train.py", "--flag") or run("-m", "module", "--flag") -> what `fresh` gives, in this process."""
+    monkeypatch.setattr(command, "use_compilation_cache", lambda *_: None)
+
+    def call(*argv: object) -> subprocess.CompletedProcess:
+        name, *flags = (str(word) for word in argv if word != "-m")
+        capfd.readouterr()
+        status = command.run_command(f"{ROOT}/{name}" if name.endswith(".py") else name, flags)
+        return subprocess.CompletedProcess(argv, status, *capfd.readouterr())
+
+    return call
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
-    return {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """run("train.py", "--flag") or run("-m", "module", "--flag") -> Done, in a fork."""
-    folder = tmp_path_factory.mktemp("forks")
-    parent = subprocess.Popen(
-        [sys.executable, "-c", FORKS],
-        cwd=ROOT, env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    count = 0
-
-    def call(*argv: object) -> Done:
-        nonlocal count
-        count += 1
-        out, err = folder / f"{count}.out", folder / f"{count}.err"
-        parent.stdin.write(json.dumps({"argv": [str(a) for a in argv], "out": str(out), "err": str(err)}) + "\n")
-        parent.stdin.flush()
-        return Done(int(parent.stdout.readline()), out.read_text(), err.read_text())
-
-    yield call
-    parent.stdin.close()
-    assert parent.wait(30) == 0
-    parent.stdout.close()
-
-
-def fresh(*argv: object) -> Done:
+def fresh(*argv: object) -> subprocess.CompletedProcess:
     """The same in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, *map(str, argv)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
-    )
-    return Done(done.returncode, done.stdout, done.stderr)
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
-def said(done: Done, *needles: object) -> str:
+def said(done: subprocess.CompletedProcess, *needles: object) -> str:
     """Checks that the command refused with one message that holds all `needles`; returns the message."""
-    assert done.status == 2, done
-    assert "Traceback" not in done.err and "Traceback" not in done.out, done.err
-    starts = [i for i, line in enumerate(done.err.splitlines()) if line.startswith("error: ")]
-    assert len(starts) == 1, done.err
-    message = "\n".join(done.err.splitlines()[starts[0] :])
+    assert done.returncode == 2, done
+    assert "Traceback" not in done.stderr and "Traceback" not in done.stdout, done.stderr
+    starts = [i for i, line in enumerate(done.stderr.splitlines()) if line.startswith("error: ")]
+    assert len(starts) == 1, done.stderr
+    message = "\n".join(done.stderr.splitlines()[starts[0] :])
     for needle in needles:
         assert str(needle) in message, message
     return message
@@ -185,9 +134,9 @@ def test_a_broken_picture(run, copied, tmp_path):
     image = copied / synthetic.IMAGES / "COCO_train2014_000010000001.jpg"  # the first of val
     image.write_bytes(image.read_bytes()[:900])
     done = run(*collect(copied, tmp_path / "w", "--config.data.split=val"))
-    assert done.status == 0, done.err
+    assert done.returncode == 0, done.stderr
     for needle in ("kept ", "not collected", "unreadable sample", f"{image} is not a readable picture"):
-        assert needle in done.out, done.out
+        assert needle in done.stdout, done.stdout
 
 
 # ----------------------------------------------------------------------------------------------------- weights
@@ -276,9 +225,9 @@ def test_segment(run, tmp_path):
 
 
 def test_an_interrupted_training_says_how_to_go_on(dataset, tmp_path):
-    command = [sys.executable, *map(str, grpo(dataset, tmp_path / "w"))]
+    argv = [sys.executable, *map(str, grpo(dataset, tmp_path / "w"))]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         # a test run that was started in the background passes on an ignored SIGINT
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip

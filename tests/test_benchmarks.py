@@ -24,7 +24,7 @@ def last_line(script: str, *arguments: str) -> dict:
 
 
 def test_the_training_step_computes_what_transformers_computes():
-    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
     result = last_line("train_step.py", "--toy", "--sequences=2", "--steps=1")
     assert result["vs_torch"] > 0
     assert result["seconds"] > 0
@@ -41,10 +41,9 @@ def test_the_training_step_computes_what_transformers_computes():
 
 def test_the_bridge_encodes_each_picture_once_and_gives_the_predictors_masks():
     pytest.importorskip("sam2")
-    result = last_line("bridge.py", "--toy", "--parts=path,throughput,fuzz")
+    result = last_line("bridge.py", "--toy", "--parts=path,throughput")
     assert result["encodes"] == result["pictures"] == 4
     assert result["most_pixels_different"] < 1e-4  # of 307,200: logits of batches are equal within rounding
-    assert result["fuzzed"] >= 100 and result["untyped"] == 0 and result["healthy_after"]
 
 
 def test_memory_is_linear_by_blocks_and_quadratic_with_whole_scores():
@@ -52,7 +51,7 @@ def test_memory_is_linear_by_blocks_and_quadratic_with_whole_scores():
     assert result["exponent_blocks"] < 1.2
     assert result["exponent_plain"] > 1.5
     for name in ("blocks", "plain"):
-        assert len(result["rows"][name]["temp"]) == 3
+        assert len(result["temp"][name]) == 3
 
 
 def test_a_soak_tells_what_grows(monkeypatch, capsys):
@@ -93,20 +92,14 @@ def test_the_input_path_is_measured_part_by_part():
     assert result["cores"] == pytest.approx(20 / result["images_per_s_core"])
 
 
-def test_the_rollouts_sides_sample_the_same_tokens_and_every_way_of_filling_a_step_fills_it():
-    pytest.importorskip("transformers")
-    result = last_line("rollout.py", "--toy", "--parts=turns,tail")
+def test_the_rollouts_sides_sample_the_same_tokens():
+    pytest.importorskip("torch")
+    result = last_line("rollout.py", "--toy", "--parts=turns")
     assert result["agree"] == {"reprefill": 1.0, "transformers": 1.0}
     rows = result["turns"]
     assert {row["tokens"] for row in rows.values()} == {3 * 3 * 4}  # trajectories, turns, tokens a turn
     assert len({row["context"] for row in rows.values()}) == 1
     assert result["vs_reprefill"] > 0 and result["vs_generate"] > 0
-    (rows,), (ratio,) = result["tail"].values(), result["carry_over_vs_wait"].values()
-    assert ratio == rows["carry over"]["trajectories_per_s"] / rows["wait for all"]["trajectories_per_s"]
-    # two steps of one prompt and three trajectories; a quarter of the groups is replaced
-    assert rows["wait for all"]["trajectories"] == rows["carry over"]["trajectories"] == 6
-    assert rows["refill"]["trajectories"] > 6 and rows["refill"]["trajectories"] % 3 == 0
-    assert all(0 < row["occupancy"] <= 1 and row["trajectories_per_s"] > 0 for row in rows.values())
 
 
 def test_the_points_of_a_kill_are_spread_over_what_a_run_does_and_all_but_times_is_compared(monkeypatch):

@@ -118,7 +118,7 @@ def apply_gradients(
     """The update and the step's metrics: means over trained tokens, and norms.
 
     That of the update is of what the parameters moved by: what the optimiser asked for, rounded as they are. It comes
-    with the pass that writes them; what was asked for took passes of its own (benchmarks/update.py).
+    with the pass that writes them; what was asked for took passes of its own.
     """
     scale = 1.0 / jnp.maximum(sums.denominator, 1.0)
     grads = jax.tree.map(lambda g: g * scale, sums.grads)

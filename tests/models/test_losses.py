@@ -65,24 +65,8 @@ def test_a_row_without_images_gives_the_vision_tower_a_gradient_of_exactly_zero(
         assert np.isfinite(value).all(), name
 
 
-@pytest.mark.parametrize(("piece", "temperature"), [(1, 1.0), (5 * 32, 0.7), (16 * 32, 1.0), (1 << 20, 1.3)])
-def test_log_probabilities_by_pieces_of_the_vocabulary_equal_the_whole_log_softmax(piece, temperature):
-    rng = np.random.default_rng(0)
-    hidden, head = rng.normal(size=(2, 16, 8)).astype(np.float32), rng.normal(size=(41, 8)).astype(np.float32)
-    targets = rng.integers(0, 41, (2, 16))
-    logits = np.einsum("btd,vd->btv", hidden.astype(np.float64), head.astype(np.float64)) / temperature
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
-    @jax.jit
-    def run(*args):
-        return token_logprobs(*args, temperature=temperature, piece=piece)
-
-    got = np.asarray(run(hidden, head, targets))
-    assert np.abs(got - np.take_along_axis(log_p, targets[..., None], -1)[..., 0]).max() <= 1e-5
-
-
-@pytest.mark.parametrize(("piece", "temperature"), [(7 * 32, 0.7), (1 << 20, 1.3)])
-def test_entropies_by_pieces_of_the_vocabulary_and_their_gradients_equal_those_of_the_whole_softmax(piece, temperature):
+@pytest.mark.parametrize(("piece", "temperature"), [(1, 1.0), (7 * 32, 0.7), (1 << 20, 1.3)])
+def test_log_probabilities_entropies_and_gradients_by_pieces_equal_those_of_the_whole_softmax(piece, temperature):
     """Also where only some places are wanted, and beside log-probabilities that are those without entropies."""
     rng = np.random.default_rng(1)
     hidden, head = rng.normal(size=(2, 16, 8)).astype(np.float32), rng.normal(size=(41, 8)).astype(np.float32)

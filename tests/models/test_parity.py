@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
 
 from rsagent_jax.models.qwen25_vl.compute import Compute  # noqa: E402
 

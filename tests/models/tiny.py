@@ -6,7 +6,6 @@ Torch and transformers are imported inside functions only, so that the tests whi
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import json
@@ -21,7 +20,7 @@ import pytest
 from flax import nnx
 
 from rsagent_jax.models.qwen25_vl import convert, language, vision
-from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, load_config
+from rsagent_jax.models.qwen25_vl.config import SIZES, Qwen25VLConfig, load_config
 from rsagent_jax.models.qwen25_vl.logprobs import token_logprobs
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import (
@@ -65,49 +64,35 @@ class Case:
     gain: float = 1.0  # of the decoder's attention: what was read long ago decides the next token, not the last token
 
     def raw_config(self) -> dict[str, Any]:
-        """config.json as transformers 5 nests it."""
-        return {
-            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-            "model_type": "qwen2_5_vl",
+        """config.json as the hub has it: that of the published 3B, in these sizes."""
+        raw = json.loads((SIZES / "3b.json").read_text())
+        del raw["torch_dtype"]
+        raw["vision_config"] |= PATCHES | {
+            "depth": self.depth,
+            "hidden_size": self.vision_hidden,
+            "intermediate_size": 40,
+            "num_heads": self.vision_heads,
+            "out_hidden_size": self.hidden,
+            "fullatt_block_indexes": list(self.fullatt),
+            "patch_size": self.patch_size,
+            "window_size": self.window_size,
+        }
+        return raw | {
             "dtype": "float32",
             "tie_word_embeddings": self.tied,
             "image_token_id": IMAGE,
             "video_token_id": VIDEO,
             "vision_start_token_id": VISION_START,
             "vision_end_token_id": VISION_END,
-            "text_config": {
-                "model_type": "qwen2_5_vl_text",
-                "vocab_size": VOCAB,
-                "hidden_size": self.hidden,
-                "intermediate_size": 48,
-                "num_hidden_layers": self.layers,
-                "num_attention_heads": self.heads,
-                "num_key_value_heads": self.kv_heads,
-                "hidden_act": "silu",
-                "rms_norm_eps": 1e-6,
-                "use_sliding_window": False,
-                "max_position_embeddings": 1024,
-                "bos_token_id": 1,
-                "eos_token_id": EOS,
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 1e6,
-                    "mrope_section": list(self.mrope_section),
-                },
-            },
-            "vision_config": PATCHES
-            | {
-                "model_type": "qwen2_5_vl_vision",
-                "depth": self.depth,
-                "hidden_size": self.vision_hidden,
-                "hidden_act": "silu",
-                "intermediate_size": 40,
-                "num_heads": self.vision_heads,
-                "out_hidden_size": self.hidden,
-                "fullatt_block_indexes": list(self.fullatt),
-                "patch_size": self.patch_size,
-                "window_size": self.window_size,
-            },
+            "bos_token_id": 1,
+            "eos_token_id": EOS,
+            "vocab_size": VOCAB,
+            "hidden_size": self.hidden,
+            "intermediate_size": 48,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "rope_scaling": {"type": "mrope", "mrope_section": list(self.mrope_section)},
         }
 
 
@@ -199,8 +184,7 @@ def build_hf(case: Case):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.set_num_threads(1)
-    raw = copy.deepcopy(case.raw_config())
-    config = Qwen2_5_VLConfig(**raw, attn_implementation="eager")
+    config = Qwen2_5_VLConfig(**case.raw_config(), attn_implementation="eager")
     model = Qwen2_5_VLForConditionalGeneration(config).float().eval()
     generator = torch.Generator().manual_seed(case.seed)
     with torch.no_grad():

@@ -18,7 +18,6 @@ import pytest
 
 from sam_bridge.backends import Options
 from sam_bridge.client import SamClient
-from sam_bridge.local import LocalSegmenter
 from sam_bridge.spawn import SideCar, spawn_segmenter
 from sam_bridge.types import FailureKind, SegmenterError, SegmentRequest
 from tests.sam_bridge.fakes import BOX, failure, healthy, until
@@ -32,24 +31,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30)
 
 
-def gone(pid: int, within_s: float) -> bool:
-    """Whether the process ends (a zombie has) within that time."""
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.05)
-    return False
+def state(stat: Path) -> str:
+    """Of a process or thread by its file of /proc; Z once it has ended, whether somebody has asked how or not."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
 
 
-def stopped(pid: int) -> bool:
-    """Whether all of its threads have stopped: SIGSTOP reaches them one by one, and until then one may still answer."""
-    return all(
-        status.read_text().rpartition(")")[2].split()[0] == "T" for status in Path(f"/proc/{pid}/task").glob("*/stat")
-    )
+def gone(pid: int) -> bool:
+    return state(Path(f"/proc/{pid}/stat")) == "Z"
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +109,7 @@ def test_killed_in_use_no_call_is_lost_and_masks_stay_the_same(image, local):
             user.join()
         last = side_car.pid
     assert not wrong and all(answered) and len(answered) > 6
-    assert gone(last, 5)
+    until(lambda: gone(last), 5)
 
 
 @pytest.mark.parametrize("fork_holds_the_pipe", [False, True])
@@ -131,16 +122,18 @@ def test_parents_death_ends_the_child(fork_holds_the_pipe):
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     pid = int(parent.stdout.readline())
-    assert not gone(pid, 0.2)
+    time.sleep(0.2)
+    assert not gone(pid)
     parent.kill()
     parent.wait()
-    assert gone(pid, 5)
+    until(lambda: gone(pid), 5)
     parent.stdout.close()
 
 
 def test_ordinary_exit_without_close_ends_the_child():
     done = run("-c", "from sam_bridge.spawn import SideCar; print(SideCar('grabcut').pid)")
-    assert done.returncode == 0 and gone(int(done.stdout), 5)
+    assert done.returncode == 0
+    until(lambda: gone(int(done.stdout)), 5)
 
 
 def test_one_that_lives_but_answers_nothing_is_killed_and_restarted(image, monkeypatch):
@@ -151,10 +144,11 @@ def test_one_that_lives_but_answers_nothing_is_killed_and_restarted(image, monke
         time.sleep(1.0)
         assert side_car.restarts == 0  # one that answers is left alone
         os.kill(pid, signal.SIGSTOP)
-        until(lambda: stopped(pid))
+        threads = Path(f"/proc/{pid}/task")
+        until(lambda: {state(file) for file in threads.glob("*/stat")} == {"T"})  # one by one; till then one may answer
         np.testing.assert_array_equal(client.segment(image, BOX).mask, mask)
         assert side_car.restarts == 1 == client.counters()["restarts"]
-        assert gone(pid, 5)
+        until(lambda: gone(pid), 5)
 
 
 def test_check_draws_what_came_back(side_car, tmp_path):
@@ -206,17 +200,11 @@ def test_side_car_that_cannot_start_says_why():
     assert error.kind is FailureKind.UNAVAILABLE and "--checkpoint" in error.detail
 
 
-def test_open_segmenter_modes(side_car, image):
-    with spawn_segmenter("inprocess") as own:
-        assert isinstance(own, LocalSegmenter)
-        expected = own.segment(image, BOX).mask
+def test_the_health_service_answers_for_the_process_and_for_the_bridge(side_car):
     assert healthy(side_car.address) and healthy(side_car.address, "sam_bridge.v1.SamBridge")
-    for mode in ("spawn", "connect"):
-        with spawn_segmenter(mode, addresses=[side_car.address]) as segmenter:
-            np.testing.assert_array_equal(segmenter.segment(image, BOX).mask, expected)
+
+
+def test_an_unknown_mode_names_those_that_there_are():
+    """What each of them gives: tests/agent/test_segmenter.py."""
     with pytest.raises(ValueError, match="options: spawn, connect, inprocess"):
         spawn_segmenter("magic").__enter__()
-    start = time.monotonic()
-    with pytest.raises(SegmenterError) as caught, spawn_segmenter("connect", addresses=["127.0.0.1:9"], wait_s=0.5):
-        pass
-    assert caught.value.kind is FailureKind.UNAVAILABLE and time.monotonic() - start < 2

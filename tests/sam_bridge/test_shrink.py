@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sam_bridge import shrink
-from sam_bridge.backends import load_backend
 from sam_bridge.local import LocalSegmenter, image_hash
 from sam_bridge.types import SegmentRequest, check_request
 from tests.sam_bridge.fakes import BOX, failure, iou
@@ -35,7 +34,9 @@ def test_a_photograph_above_the_limit_of_the_wire_has_its_object_found_at_its_ow
     assert theirs.logits_id == ours.logits_id and client.counters()["puts"] == 1
 
 
-def test_client_and_local_agree_on_boxes_clicks_and_refined_masks(small_limits, local, serve, connect, image):
+def test_client_and_local_agree_on_boxes_clicks_and_refined_masks_forgotten_ones_too(
+    small_limits, local, serve, connect, image
+):
     own = LocalSegmenter(local.backend)
     client = connect(serve(local).address)
     key = image_hash(shrink.shrink(image))
@@ -47,18 +48,9 @@ def test_client_and_local_agree_on_boxes_clicks_and_refined_masks(small_limits, 
             assert one.mask.shape == image.shape[:2] and 0 < one.mask.sum() < one.mask.size
             assert (one.score, one.logits_id) == (other.score, other.logits_id)
         assert own.logits.get(f"{key}/{ours.logits_id}") is not None  # the hash is of what is sent
-    assert client.counters()["puts"] == 1
-
-
-def test_a_forgotten_mask_of_a_large_picture_is_made_again(small_limits, serve, connect, image):
-    local = LocalSegmenter(load_backend("grabcut"))
-    client = connect(serve(local).address)
-    first = client.segment(image, BOX)
-    refine = SegmentRequest(points=((60.0, 20.0),), labels=(0,), refine_logits_id=first.logits_id)
-    wanted = client.segment(image, refine)
     local.logits._kept.clear()
-    np.testing.assert_array_equal(client.segment(image, refine).mask, wanted.mask)
-    assert client.counters()["remade"] == 1
+    np.testing.assert_array_equal(client.segment(image, click).mask, own.segment(image, click).mask)
+    assert client.counters()["puts"] == client.counters()["remade"] == 1
 
 
 def test_candidates_come_back_in_the_pictures_size(small_limits, fake, serve, connect, image):
