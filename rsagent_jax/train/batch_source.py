@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import json
+import itertools
 import pathlib
 import time
 from collections import Counter
@@ -328,8 +328,8 @@ class GrpoSource:
         advantages = np.stack([self.advantage(values[..., t], valid) for t in range(values.shape[-1])], axis=-1)
         if c.advantage_scale != "none":
             scaled = {"rewards": values, "advantages": advantages}[c.advantage_scale][kept, :, 0][valid[kept]]
-            everywhere = [x for said in exchange(json.dumps(scaled.tolist())) for x in json.loads(said)]
-            advantages = scale_by_batch(advantages, np.array(everywhere), ddof=c.ddof)
+            everywhere = np.concatenate(exchange(scaled.tolist()))
+            advantages = scale_by_batch(advantages, everywhere, ddof=c.ddof)
         if c.turn_credit and c.drop_zero_variance:
             advantages = np.where(self._flat_turns(out)[:, None], np.float32(0), advantages)
         return advantages.reshape(-1, advantages.shape[-1])
@@ -396,8 +396,7 @@ class GrpoSource:
         """What is in flight is kept by its prompts, and begun anew after a restart but for what `kept` has."""
         if not self.config.surplus:
             return self.prompts.state()
-        everywhere = [json.loads(said) for said in exchange(json.dumps([*self.in_flight.groups, *self.again]))]
-        numbers = sorted({number for own in everywhere for number in own})
+        numbers = sorted({*itertools.chain(*exchange([*self.in_flight.groups, *self.again]))})
         return self.prompts.state() | {"in_flight": numbers, "version": self.driver.version}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -150,7 +150,7 @@ def test_advantages_are_scaled_by_the_whole_step_and_over_all_processes(monkeypa
         want = np.sort(centred / np.std(values, ddof=1), axis=1)
         np.testing.assert_allclose([got[11], got[12]], want, atol=2e-5)
     # another process has rewards of 0 and 1 as well
-    monkeypatch.setattr(batch_source, "exchange", lambda text: [text, "[0.0, 1.0]"])
+    monkeypatch.setattr(batch_source, "exchange", lambda own: [own, [0.0, 1.0]])
     got = trained(step_of(groups, advantage_scale="rewards")[0])
     std = np.std([*rewards.reshape(-1), 0.0, 1.0], ddof=1)
     np.testing.assert_allclose([got[11], got[12]], np.sort(centred / std, axis=1), atol=2e-5)
