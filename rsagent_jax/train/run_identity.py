@@ -7,6 +7,7 @@ Both are written only when everything has been checked, so they always describe 
 counts from the first checkpoint that it had a part in: before there is one, anything may change.
 """
 
+import contextlib
 import datetime
 import fnmatch
 import hashlib
@@ -22,7 +23,6 @@ import orbax.checkpoint as ocp
 import rsagent_jax
 from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import TrainConfig
-from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weight_files
 from rsagent_jax.runtime.journal import ChangedField, flatten_settings
 from rsagent_jax.runtime.json_lines import keep_lines, parse_object
@@ -164,18 +164,12 @@ def _refuse(workdir: pathlib.Path, saved: dict[str, int], differ: list[ChangedFi
 
 
 def last_start(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The last whole line of the history; where lines after it are damaged, with the config of config.json, which is
-    that of the last start."""
-    history, config = workdir / HISTORY, workdir / "config.json"
-    lines = [line for line in read_lines(history).split(b"\n") if line] if history.exists() else []
-    for line in reversed(lines):
-        try:
-            start = parse_object(line)
-            if _is_start(start):
-                later = line is not lines[-1] and config.exists()
-                return start | ({"config": read_json(config)} if later else {})
-        except (ValueError, TypeError, KeyError):
-            continue
+    """The last whole line of the history."""
+    history = workdir / HISTORY
+    for line in reversed(read_lines(history).splitlines() if history.exists() else []):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if _is_start(start := parse_object(line)):
+                return start
     return None
 
 

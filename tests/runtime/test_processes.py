@@ -14,8 +14,6 @@ import jax
 import numpy as np
 import pytest
 
-from rsagent_jax.config.schema import BatchConfig
-from rsagent_jax.data import packing
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError
@@ -277,8 +275,3 @@ def test_half_told_processes_are_a_data_error(name, value, monkeypatch):
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, value)
     refused("JAX_COORDINATOR_ADDRESS=.*JAX_NUM_PROCESSES=, JAX_PROCESS_ID=", processes.initialize_distributed)
-
-
-def test_a_batch_of_padding_trains_nothing():
-    batch = packing.empty_batch(BatchConfig(rows=2, tokens=64, patches=32), small.processor().config)
-    assert batch.tokens.shape == (2, 64) and not batch.loss_mask.any() and not batch.segment_ids.any()

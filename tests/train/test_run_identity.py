@@ -207,7 +207,7 @@ def test_checkpoints_without_their_history_are_refused(workdir):
 
 
 @pytest.mark.parametrize("line", ["{\n", "[]\n", "{}\n"])
-def test_a_damaged_line_of_the_history_is_left_out_and_config_json_counts(workdir, line, capsys):
+def test_a_damaged_line_of_the_history_is_left_out(workdir, line, capsys):
     with (workdir / run_identity.HISTORY).open("a") as file:
         file.write(line)
     refused("seed: 0 there, 1 now", run_identity.check_config, workdir, with_field(BASE, "seed", 1))

@@ -22,8 +22,6 @@ from rsagent_jax.config.validation import ValidationConfig, ValidationSet
 from rsagent_jax.data import trajectories
 from rsagent_jax.models.qwen25_vl.fingerprint import params_checksum
 from rsagent_jax.models.qwen25_vl.load import load_policy
-from rsagent_jax.report.rows import RowIndex
-from rsagent_jax.report.trajectory import play
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.policy import TextPolicy
 from rsagent_jax.runtime import preemption, processes
@@ -76,19 +74,6 @@ def root(tmp_path_factory):
     rows = [{"id": f"v{i}", "image": f"{i}.png", "mask": f"m{i}.png", "query": f"disc {i}"} for i in range(N)]
     (root / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """What several runs and evaluations compile, once."""
-    directory = str(tmp_path_factory.mktemp("compiled"))
-    settings = {"jax_compilation_cache_dir": directory, "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield directory
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -213,22 +198,6 @@ def test_kept_trajectories_are_a_set_that_training_reads_and_replays(run):
     header = trajectories.record_header(stored[1])
     assert len(stored) == 2 and trajectories.decode_record(stored[0], small.processor()).loss_mask.any()
     assert header["id"] == "folder/mine/v4" and replay(header["replay"]).status == header["status"]
-
-
-@pytest.mark.slow
-def test_the_viewer_has_every_trajectory_that_the_run_kept(run):
-    workdir, logged = run
-    index = RowIndex(workdir)
-    index.refresh()
-    steps = {name: [] for name in ("rollouts", "dumps", "validation")}
-    for row in index.rows.values():
-        steps[row.source.removeprefix("w/")].append(row.values["step"])
-        film = play(index.example(row), workdir)
-        assert isinstance(film, str) == (row.source == "w/rollouts"), film  # the samples of this run are no files
-        assert isinstance(film, str) or (film.truth and len(film.state.turns) == row.values["turns"])
-    assert steps == {"rollouts": [1, 1, 2, 2], "dumps": [1] * 4 + [2] * 4, "validation": [0, 0, 1, 1, 2, 2]}
-    rewards = [r.values["reward"] for r in index.rows.values() if r.source == "w/dumps" and r.values["step"] == 1]
-    assert np.mean(rewards) == pytest.approx(logged[1]["reward"])
 
 
 @pytest.mark.slow
