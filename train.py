@@ -181,7 +181,7 @@ def open_source(
         return SftSource(config.sft, processor, config.seed, share)
     driver = open_player(config, policy, stack)
     samples, own = open_samples(config.grpo.data), processes.own_directory(workdir)
-    return GrpoSource(config.grpo, samples, driver, driver.policy, processor, config.seed, share, own)
+    return GrpoSource(config.grpo, samples, driver, processor, config.seed, share, own)
 
 
 def open_player(config: TrainConfig, policy: Policy, stack: contextlib.ExitStack) -> Driver:

@@ -24,7 +24,6 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.masks import intersection_union, mask_iou
 from rsagent_jax.rewards import RewardError, make_scorer
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.kept import ended_run, pack_run, take_up
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.runtime import preemption
@@ -113,7 +112,6 @@ class GrpoSource:
         config: GrpoConfig,
         samples: Sequence[Sample],
         driver: Driver,
-        engine: Engine,
         processor: Processor,
         seed: int,
         share: Share = ALONE,
@@ -121,7 +119,7 @@ class GrpoSource:
     ):
         """`workdir`: where a trajectory that a reward fails on is left."""
         share.of(config.prompts, "grpo.prompts")  # a group never crosses a process
-        self.config, self.driver, self.engine, self.processor = config, driver, engine, processor
+        self.config, self.driver, self.processor = config, driver, processor
         self.share, self.workdir, self.steps = share, workdir, config.steps
         how = dict(seed=seed, share=share, unreadable=config.data.unreadable, **dataclasses.asdict(config.read))
         self.pipeline = Pipeline(samples, **how)
@@ -141,12 +139,12 @@ class GrpoSource:
         c, start = self.config, time.perf_counter()
         self.judged, self.ended, self.reward_seconds = [], {}, 0.0
         PROGRESS.enter_part("weights")
-        self.engine.load(policy(), key)
+        self.driver.policy.load(policy(), key)
         load_seconds = time.perf_counter() - start
         played = self._play_on(start) if c.surplus else self._play(start)
         figures = played.metrics()
         waiting = figures.get("rollout/tool_wait", 0.0) * figures.get("rollout/seconds", 0.0)
-        self.engine.release_memory()  # weights and cache give their memory to the gradients
+        self.driver.policy.release_memory()  # weights and cache give their memory to the gradients
         self.kept = {}  # what is left is another process's, and the next step counts uids anew
         if errors := played.reward_errors:
             print(f"grpo: {len(errors)} of {len(played.rewards)} trajectories have no reward, such as: {errors[0]}")

@@ -49,7 +49,7 @@ class Played:
     """A driver that has the trajectories already, and an engine that only notes what it is given."""
 
     def __init__(self, groups):
-        self.groups, self.tasks, self.loaded = groups, [], []
+        self.groups, self.tasks, self.loaded, self.policy = groups, [], [], self
 
     def run(self, tasks, *_):
         self.tasks += tasks
@@ -90,8 +90,7 @@ def source(groups, samples=None, **config) -> GrpoSource:
         }
         | config
     )
-    played = Played(groups)
-    return GrpoSource(settings, samples, played, played, small.processor(), seed=0)
+    return GrpoSource(settings, samples, Played(groups), small.processor(), seed=0)
 
 
 def step_of(groups, **config):

@@ -59,7 +59,7 @@ def test_a_copy_of_the_policy_is_gone_when_the_rollouts_start(monkeypatch):
 
     s, alive = source([[trajectory(0, 20), trajectory(0, 10)]]), []
     run = s.driver.run
-    monkeypatch.setattr(s.engine, "load", lambda params, key: alive.append(weakref.ref(params)))
+    monkeypatch.setattr(s.driver, "load", lambda params, key: alive.append(weakref.ref(params)))
     monkeypatch.setattr(s.driver, "run", lambda tasks, *_: alive.append(alive[0]() is not None) or run(tasks))
     s.next(Copy, None)
     assert alive[1] is False
