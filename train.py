@@ -332,8 +332,7 @@ def run_stage(
             clock.lap("validation")
         if source.judged and settings.dump_every and step % settings.dump_every == 0:
             dump = processes.own_directory(workdir) / "dumps" / f"step_{step:06d}"
-            how = (config.agent, source.driver.limits, source.share, settings.dump_keep)
-            dump_rollouts(dump, step, source.judged, *how)
+            dump_rollouts(dump, step, source.judged, source.driver, source.share, settings.dump_keep)
         metrics |= clock.read() | compiles.read()
         log.write(name, step, metrics | work.figures(metrics, passes=stage.epochs))
         log.examples(step, source.examples | replays(source.judged))

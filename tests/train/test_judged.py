@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from agent_fakes import DiscSegmenter
 
-from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import BatchConfig, GrpoConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.masks import mask_iou
@@ -65,7 +64,7 @@ def test_figures_of_a_step():
     assert rollout_figures([step[2]]) == rollout_figures([]) == {}
 
 
-def clicked(places: range) -> tuple[list[Judged], PixelLimits]:
+def clicked(places: range) -> tuple[list[Judged], Driver]:
     """Trajectories with these places as their advantages, and so many clicks; each is a group."""
     tasks = [small.task(i, h=56, w=56) for i in places]
     scripts = {f"s{i}": (*[small.click(20, 30)] * i, small.finish(None)) for i in places}
@@ -76,14 +75,14 @@ def clicked(places: range) -> tuple[list[Judged], PixelLimits]:
     return [
         Judged(samples[t.sample_id], t, state, None, float(i), True)
         for i, (t, state) in zip(places, played, strict=True)
-    ], driver.limits
+    ], driver
 
 
 def dump(directory, places: range, share: Share, **how) -> None:
-    step, limits = clicked(places)
+    step, driver = clicked(places)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "process_count", lambda: share.count)
-        dump_rollouts(directory, 1, step, small.AGENT, limits, share, **how)
+        dump_rollouts(directory, 1, step, driver, share, **how)
 
 
 def taught(batches) -> list[list[float]]:
