@@ -66,7 +66,7 @@ from rsagent_jax.train.state import (
 from rsagent_jax.train.step import make_programs, make_stage
 from rsagent_jax.train.throughput import CompileCounter, StepClock, WorkCounter
 from rsagent_jax.train.under_way import UnderWay
-from rsagent_jax.train.validation import Validator, open_validation_sets, overlaps
+from rsagent_jax.train.validation import Validator, overlaps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,12 +204,12 @@ def open_validator(
 ) -> Validator:
     """Through GRPO's engine, or SFT's own; without either where the config names no set."""
     if not config.validation.sets:
-        return Validator(config, stage, {}, None, workdir)
+        return Validator(config, stage, None, workdir)
     player = source.driver if isinstance(source, GrpoSource) else open_player(config, policy, stack)
     # A driver of its own: GRPO's may have trajectories under way.
     workers = config.segmenter.workers
     driver = Driver(player.policy, player.segmenter, policy.processor, config.agent, workers=workers)
-    return Validator(config, stage, open_validation_sets(config.validation), driver, workdir)
+    return Validator(config, stage, driver, workdir)
 
 
 def stage_key(config: TrainConfig, name: str) -> jax.Array:

@@ -17,7 +17,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -106,17 +106,11 @@ def overlaps(config: TrainConfig) -> list[str]:
 class Validator:
     """One stage's validation."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        stage: str,
-        sets: Mapping[str, SampleIndex],
-        driver: Driver | None,
-        workdir: pathlib.Path,
-    ):
+    def __init__(self, config: TrainConfig, stage: str, driver: Driver | None, workdir: pathlib.Path):
         """`driver` plays through an engine, whose weights are another's whenever this is not running. Without sets
         nothing is ever due."""
-        self.config, self.stage, self.sets, self.driver = config, stage, sets, driver
+        self.config, self.stage, self.driver = config, stage, driver
+        self.sets = open_validation_sets(config.validation)
         self.share = processes.Share(jax.process_index(), jax.process_count())
         self.workdir = processes.own_directory(workdir)
         self.settings = processes.exchange(self._fingerprint())[0]  # the lead's: times of copied files differ

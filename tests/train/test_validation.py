@@ -246,7 +246,7 @@ def test_sft_is_validated_through_an_engine_of_its_own(config, tmp_path, plays, 
 def validator(workdir, scores: dict[int, float | None], **settings) -> Validator:
     """One that has found these figures at these steps."""
     config = TrainConfig(policy=PolicyConfig(weights=""), validation=ValidationConfig(**settings))
-    made = Validator(config, "grpo", {}, types.SimpleNamespace(), workdir)
+    made = Validator(config, "grpo", types.SimpleNamespace(), workdir)
     values = {step: {} if s is None else {"val/giou": s} for step, s in scores.items()}
     made.history = {step: {"settings": made.settings, "values": found} for step, found in values.items()}
     return made
@@ -296,7 +296,7 @@ def test_figures_of_another_segmenter_question_or_mask_are_others(config, root, 
         part = dataclasses.replace(part, data=dataclasses.replace(part.data, root=str(there)))
         own = dataclasses.replace(config, validation=dataclasses.replace(config.validation, sets=(part,)))
         driver = types.SimpleNamespace(segmenter=segmenter())
-        return Validator(own, "sft", validation.open_validation_sets(own.validation), driver, tmp_path).settings
+        return Validator(own, "sft", driver, tmp_path).settings
 
     class Others(Discs):
         about = About("discs", "discs of another size")
@@ -317,14 +317,14 @@ def test_a_validation_that_failed_is_played_again(config, tmp_path, monkeypatch)
     """The segmenter is away the first time; the weights are the same all along, and so they are after a restart."""
     lost, found = {"val/mine/env_failed": 5.0}, {"val/mine/giou": 0.4, "val/giou": 0.4}
     driver = types.SimpleNamespace(policy=types.SimpleNamespace(load=lambda *_, **__: None), segmenter=Discs())
-    sets, plays = validation.open_validation_sets(config.validation), iter([lost, lost, found])
+    plays = iter([lost, lost, found])
     monkeypatch.setattr(validation, "params_checksum", lambda *_: "c0")
     monkeypatch.setattr(Validator, "_measure", lambda *_: next(plays))
-    first = Validator(config, "sft", sets, driver, tmp_path)
+    first = Validator(config, "sft", driver, tmp_path)
     assert [first.run(dict, step) for step in (1, 2)] == [lost, lost]
-    again = Validator(config, "grpo", sets, driver, tmp_path)
+    again = Validator(config, "grpo", driver, tmp_path)
     assert [again.run(dict, step) for step in (0, 1)] == [found, found]
-    assert Validator(config, "grpo", sets, driver, tmp_path).run(dict, 0) == found and not [*plays]
+    assert Validator(config, "grpo", driver, tmp_path).run(dict, 0) == found and not [*plays]
 
 
 def test_what_an_earlier_start_validated_after_its_checkpoint_counts_no_longer(tmp_path):
@@ -378,7 +378,6 @@ def test_two_processes_share_a_set_out_and_both_get_the_figures_of_all(config, t
     scripts = {f"folder/mine/v{i}": (small.click(18 + 4 * i, 30), small.finish(1)) for i in range(N)}
     policy = TextPolicy(small.scripted(scripts), small.processor())
     driver = Driver(policy, Discs(), small.processor(), small.AGENT)
-    sets = validation.open_validation_sets(config.validation)
 
     def figures(index: int, count: int, heard: list) -> dict[str, float]:
         """Of process `index`, which is told what is `heard`; what it says itself goes into `said`."""
@@ -389,7 +388,7 @@ def test_two_processes_share_a_set_out_and_both_get_the_figures_of_all(config, t
             said.append(own)
             return heard or [own]
 
-        made = Validator(config, "grpo", sets, driver, tmp_path / f"{index}{count}")
+        made = Validator(config, "grpo", driver, tmp_path / f"{index}{count}")
         made.share = Share(index, count)
         with monkeypatch.context() as patch:
             patch.setattr(processes, "exchange", exchange)
