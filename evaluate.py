@@ -84,7 +84,7 @@ def main(
         config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=weights))
     played = processes.all_or_none(lambda: play_share(config, workdir, share))
     # What the others of a slice played is there now, so one of them puts it together.
-    processes.all_or_none(lambda: finish(config, workdir, share, played) if processes.is_lead() else None)
+    processes.on_lead(lambda: finish(config, workdir, share, played))
 
 
 @dataclasses.dataclass(frozen=True)

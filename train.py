@@ -66,7 +66,7 @@ from rsagent_jax.train.state import (
 from rsagent_jax.train.step import make_programs, make_stage
 from rsagent_jax.train.throughput import CompileCounter, StepClock, WorkCounter
 from rsagent_jax.train.under_way import UnderWay
-from rsagent_jax.train.validation import Validator, open_validation_sets, overlaps
+from rsagent_jax.train.validation import Validator, overlaps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def main(
     ############################## Checks, before a file is touched ##############################
     processes.initialize_distributed()
     workdir = command.make_workdir(workdir, own="checkpoints")
-    processes.all_or_none(lambda: hold_workdir(workdir) if processes.is_lead() else None)
+    processes.on_lead(lambda: hold_workdir(workdir))
     if replay:
         config = processes.all_or_none(lambda: startup.replay_config(config, workdir, replay))
     config = processes.all_or_none(lambda: startup.check_train(config, workdir, replay=bool(replay)))
@@ -110,8 +110,7 @@ def main(
     config = settle_remat(config, processor.config, run_identity.last_remat(workdir, config))
 
     ############################## Work directory, log ##############################
-    record = lambda: run_identity.record_start(workdir, config, inputs, remat)  # noqa: E731
-    processes.all_or_none(lambda: record() if processes.is_lead() else None)
+    processes.on_lead(lambda: run_identity.record_start(workdir, config, inputs, remat))
     if config.profiler_port:
         serve_profiler(config.profiler_port)
     own = processes.own_directory(workdir)
@@ -139,10 +138,9 @@ def main(
 def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int:
     """Compiles each stage's programs, or those with `only` in the name, for a TPU that is not there. 3 if one of them
     does not fit, else 0."""
-    from rsagent_jax.aot import report, stages  # loads the TPU compiler
+    from rsagent_jax.aot import stages  # loads the TPU compiler
 
-    PROGRESS.limit(0.0, 0.0)  # it may take hours
-    jax.config.update("jax_platforms", "cpu")  # the compiler is asked for, not a TPU
+    stages.begin_compiling()
     targets, reports = stages.topologies(name, config), []
     if quick:
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
@@ -150,9 +148,7 @@ def compile_ahead(config: TrainConfig, name: str, quick: bool, only: str) -> int
         settled, why = remat_for_topology(config, target)
         print(why, end="\n" * bool(why), file=sys.stderr)
         reports += [dataclasses.replace(r, quick=quick) for r in stages.report_stages(settled, target, only)]
-    print(report.reports_table(reports))
-    print(report.reports_to_json(reports))
-    return 0 if all(r.fits for r in reports) else 3
+    return stages.print_reports(reports)
 
 
 def check_inputs(config: TrainConfig, workdir: pathlib.Path, processor: Processor, replay: str) -> dict[str, str]:
@@ -185,7 +181,7 @@ def open_source(
         return SftSource(config.sft, processor, config.seed, share)
     driver = open_player(config, policy, stack)
     samples, own = open_samples(config.grpo.data), processes.own_directory(workdir)
-    return GrpoSource(config.grpo, samples, driver, driver.policy, processor, config.seed, share, own)
+    return GrpoSource(config.grpo, samples, driver, processor, config.seed, share, own)
 
 
 def open_player(config: TrainConfig, policy: Policy, stack: contextlib.ExitStack) -> Driver:
@@ -208,12 +204,12 @@ def open_validator(
 ) -> Validator:
     """Through GRPO's engine, or SFT's own; without either where the config names no set."""
     if not config.validation.sets:
-        return Validator(config, stage, {}, None, workdir)
+        return Validator(config, stage, None, workdir)
     player = source.driver if isinstance(source, GrpoSource) else open_player(config, policy, stack)
     # A driver of its own: GRPO's may have trajectories under way.
     workers = config.segmenter.workers
     driver = Driver(player.policy, player.segmenter, policy.processor, config.agent, workers=workers)
-    return Validator(config, stage, open_validation_sets(config.validation), driver, workdir)
+    return Validator(config, stage, driver, workdir)
 
 
 def stage_key(config: TrainConfig, name: str) -> jax.Array:
@@ -336,8 +332,7 @@ def run_stage(
             clock.lap("validation")
         if source.judged and settings.dump_every and step % settings.dump_every == 0:
             dump = processes.own_directory(workdir) / "dumps" / f"step_{step:06d}"
-            how = (config.agent, source.driver.limits, source.share, settings.dump_keep)
-            dump_rollouts(dump, step, source.judged, *how)
+            dump_rollouts(dump, step, source.judged, source.driver, source.share, settings.dump_keep)
         metrics |= clock.read() | compiles.read()
         log.write(name, step, metrics | work.figures(metrics, passes=stage.epochs))
         log.examples(step, source.examples | replays(source.judged))

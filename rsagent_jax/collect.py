@@ -56,7 +56,7 @@ def main(
     processes.all_or_none(lambda: check_collect(config, workdir))
     made = processes.all_or_none(lambda: collect_share(config, workdir, share))
     # What the others of a slice collected is there now, so one of them puts it together.
-    processes.all_or_none(lambda: finish_collection(config, workdir, share, made) if processes.is_lead() else None)
+    processes.on_lead(lambda: finish_collection(config, workdir, share, made))
 
 
 def check_collect(config: CollectConfig, workdir: pathlib.Path) -> None:

@@ -39,8 +39,7 @@ def main(
 ) -> None:
     processes.initialize_distributed()
     # A slice's hosts all start it, and one of them has all that it takes.
-    ask = lambda: ask_policy(image, query, config, out, weights or config.policy.weights)  # noqa: E731
-    processes.all_or_none(lambda: ask() if processes.is_lead() else None)
+    processes.on_lead(lambda: ask_policy(image, query, config, out, weights or config.policy.weights))
 
 
 def ask_policy(image_path: str, query: str, config: SegmentConfig, out: str, weights: str) -> None:

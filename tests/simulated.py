@@ -23,7 +23,7 @@ def run_all_simulated(
     otherwise than with its status, 0 unless others are given."""
     running = start_simulated(arguments, devices, count, flags, **env)
     try:
-        said = [process.communicate(timeout=400) for process in running]
+        said = [process.communicate(timeout=800) for process in running]
     finally:
         for process in running:
             process.kill()

@@ -29,6 +29,7 @@ from collections.abc import Iterator
 
 from rsagent_jax.aot.scaling import ENGINE, TOKENS, read_results
 from rsagent_jax.aot.topology import CHIPS, Topology, parse_topology
+from rsagent_jax.config.ranges import Mass
 from rsagent_jax.config.slices import PRESETS
 from rsagent_jax.types import DataError
 
@@ -50,13 +51,6 @@ class Assumptions:
 
     mfu: float = 0.4  # of the bf16 peak that training reaches
     bandwidth: float = 0.5  # of the HBM's, and with it of the roofline, that rollouts reach
-
-    def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if not 0 < value <= 1:
-                raise DataError(
-                    f"{name} = {value} must be above 0 and at most 1: it is a share of what the chip can do"
-                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,8 +180,8 @@ def main(
     *,
     results: str = "docs/scaling.jsonl",  # what aot/scaling.py compiled
     prices: str = "",  # of a chip-hour by kind, such as v5e=1.5,v6e=3 in a currency of yours; none: chip-hours alone
-    mfu: float = 0.4,  # share of the bf16 peak that training is assumed to reach
-    bandwidth: float = 0.5,  # share of the roofline that rollouts are assumed to reach
+    mfu: Mass = 0.4,  # share of the bf16 peak that training is assumed to reach
+    bandwidth: Mass = 0.5,  # share of the roofline that rollouts are assumed to reach
     out: str = "",  # a page with the table's marks, in whose place it goes
 ) -> None:
     priced, assumed = parse_prices(prices), Assumptions(mfu, bandwidth)

@@ -28,17 +28,6 @@ class Workload:
     embed_trained: bool = False  # what the decoder reads, its embeddings or the merger's output; told if it is frozen
     adapters: int = 0  # parameters of LoRA's adapters in the decoder's layers; they are trained
 
-    def check(self, config: Qwen25VLConfig) -> None:
-        """ValueError when segments or images do not fit the row."""
-        merge = config.vision.spatial_merge_size
-        if sum(self.segments) > self.tokens:
-            raise ValueError(f"segments of {sum(self.segments)} tokens in a row of {self.tokens}")
-        if wrong := [grid for grid in self.images if min(grid) < merge or grid[0] % merge or grid[1] % merge]:
-            raise ValueError(f"image grids {wrong} are not whole merge blocks of {merge} x {merge} patches")
-        image_tokens = sum(h * w for h, w in self.images) // config.vision.merge_unit
-        if image_tokens > self.tokens:
-            raise ValueError(f"images of {image_tokens} tokens in a row of {self.tokens}")
-
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
@@ -60,8 +49,7 @@ class Flops:
 
 
 def model_flops(config: Qwen25VLConfig, work: Workload) -> Flops:
-    """FLOPs of one step under the conventions above. ValueError when the workload contradicts itself."""
-    work.check(config)
+    """FLOPs of one step under the conventions above."""
     text, vision = config.text, config.vision
     # Gradients reach a part's input when something before it is trained: the embeddings with the decoder, the tower, or
     # adapters (those of the first layer, strictly, are reached by fewer).

@@ -23,7 +23,7 @@ from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, TextConfig
 from rsagent_jax.rollout import kv_cache as kv
 from rsagent_jax.rollout.engine import fill_sampling_defaults
-from rsagent_jax.rollout.programs import Images, Piece, RolloutPrograms, Slots, Turns, weight_shardings
+from rsagent_jax.rollout.programs import Images, Piece, RolloutPrograms, Slots, Turns, Weights, weight_shardings
 from rsagent_jax.runtime import processes, sharding
 
 
@@ -65,9 +65,7 @@ def rollout_jobs(
     beside = resident + device_bytes(weights) - tower
     yield Job("rollout encode", lambda: programs.encode.trace(weights, slots, images), seen, beside, view)
 
-    blocks = max(n for n in programs.buckets if n == 1 or n * programs.block <= s.context)
-    head = weights.unstacked["decoder"]["lm_head" if "lm_head" in weights.unstacked["decoder"] else "embed"]
-    live = device_bytes(slots.cache) * blocks // programs.blocks
+    blocks, needed = decode_reads(programs, weights, slots.cache)
     decoding = Decoding(
         slots=s.slots,
         devices=mesh.size,
@@ -77,7 +75,7 @@ def rollout_jobs(
         weight_bytes=device_bytes(weights),
         slot_bytes=device_bytes(slots) * sharding.parts("rows", mesh) // s.slots,
         training_bytes=resident,
-        needed_bytes=device_bytes(weights.layers) + device_bytes(head) + live,
+        needed_bytes=needed,
     )
     key = place_shapes(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
     numbers = (host(s.slots) for _ in range(6))
@@ -92,6 +90,14 @@ def rollout_jobs(
     both = dataclasses.replace(decoding, steps=0)
     yield Job("rollout append", lambda: step(piece, programs.blocks), flops + more, resident + tower, decoding=both)
     yield Job("rollout decode", lambda: step(None, blocks), flops, resident + tower, decoding=decoding)
+
+
+def decode_reads(programs: RolloutPrograms, weights: Weights, cache: Any) -> tuple[int, int]:
+    """(blocks of each slot that a decode step reads where contexts are full, bytes that it must read on a device)."""
+    blocks = max(n for n in programs.buckets if n == 1 or n * programs.block <= programs.sampling.context)
+    decoder = weights.unstacked["decoder"]
+    head = decoder["lm_head" if "lm_head" in decoder else "embed"]
+    return blocks, device_bytes((weights.layers, head)) + device_bytes(cache) * blocks // programs.blocks
 
 
 def decode_flops(text: TextConfig, rows: int, tokens: int, places: int, *, logits: bool) -> float:

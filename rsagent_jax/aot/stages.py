@@ -10,7 +10,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -102,11 +102,22 @@ def _report_jobs(jobs: Iterable[Job], topology: Topology, policy: Qwen25VLConfig
     return reports
 
 
+def begin_compiling() -> None:
+    PROGRESS.limit(0.0, 0.0)  # it may take hours
+    jax.config.update("jax_platforms", "cpu")  # the compiler is asked for, not a TPU
+
+
+def print_reports(reports: Sequence[ProgramReport]) -> int:
+    """Exit status: 3 if a program does not fit, else 0."""
+    print(reports_table(reports))
+    print(reports_to_json(reports))
+    return 0 if all(report.fits for report in reports) else 3
+
+
 def compile_engine(sampling: SamplingConfig, weights: str, dtype: str, name: str, only: str = "") -> int:
     """For evaluate.py, collect and segment: compiles the engine that a host of a slice has to itself, or its programs
     with `only` in the name (DataError where none has it), and prints the table. 3 if a program does not fit, else 0."""
-    PROGRESS.limit(0.0, 0.0)  # it may take hours
-    jax.config.update("jax_platforms", "cpu")  # the compiler is asked for, not a TPU
+    begin_compiling()
     policy, topology = policy_config(weights), parse_topology(name)
     found = devices(topology.host)
     sampling = slices.fill_engine_defaults(sampling, policy.text.hidden_size, found)
@@ -115,10 +126,7 @@ def compile_engine(sampling: SamplingConfig, weights: str, dtype: str, name: str
     jobs = (
         dataclasses.replace(job, work=job.work or row) for job in rollout.rollout_jobs(sampling, policy, dtype, mesh, 0)
     )
-    reports = _report_jobs(jobs, topology, policy, only)
-    print(reports_table(reports))
-    print(reports_to_json(reports))
-    return 0 if all(report.fits for report in reports) else 3
+    return print_reports(_report_jobs(jobs, topology, policy, only))
 
 
 def stage_jobs(

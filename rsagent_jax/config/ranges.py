@@ -58,7 +58,7 @@ Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(low=0)]
 Fraction = Annotated[float, Range(low=0, high=1)]
 BelowOne = Annotated[float, Range(low=0, below=1)]
-Mass = Annotated[float, Range(above=0, high=1)]  # of probability
+Mass = Annotated[float, Range(above=0, high=1)]  # of probability, or another share
 Count = Annotated[int, Range(low=1)]
 CountOrZero = Annotated[int, Range(low=0)]
 Seed = Annotated[int, Range(low=0, high=2**32 - 1)]  # what grain's shuffle and jax's keys both take

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rsagent_jax.aot.rollout import device_bytes
+from rsagent_jax.aot.rollout import decode_reads
 from rsagent_jax.aot.topology import GIB
 from rsagent_jax.fitness.finding import Examined, Finding, Verdict, device_memory, not_run
 from rsagent_jax.fitness.made_up import random_policy
@@ -56,7 +56,7 @@ def _decoding(engine: Engine) -> Finding:
     """Steps of all slots at once, with as much context as aot/rollout.py compiles them for."""
     engine.begin()
     s, programs = engine.sampling, engine.programs
-    blocks = max(n for n in programs.buckets if n == 1 or n * programs.block <= s.context)
+    blocks, read = decode_reads(programs, engine.weights, engine.state.cache)
     places, many = max(1, blocks * programs.block - s.chunk), lambda value: np.full(s.slots, value, np.int32)
     numbers = (many(places), many(places), many(0), many(s.context), many(0), many(0))
     turns = Turns(np.ones(s.slots, bool), *numbers, np.full(s.slots, s.temperature, np.float32))
@@ -68,9 +68,6 @@ def _decoding(engine: Engine) -> Finding:
         return drawn
 
     seconds = fastest(run) / s.chunk
-    head = engine.weights.unstacked["decoder"]
-    read = device_bytes(engine.weights.layers) + device_bytes(head["lm_head" if "lm_head" in head else "embed"])
-    read += device_bytes(engine.state.cache) * blocks // programs.blocks
     share, on_cpu = read / seconds / min(memory_bandwidth()), jax.default_backend() == "cpu"
     figure = f"{1e3 * seconds:.2f} ms a step of {s.slots} slots at {places} places ({s.slots / seconds:.0f} tokens/s)"
     figure += f", {share:.0%} of the bandwidth measured"

@@ -32,17 +32,15 @@ def open_engine(
     agent: AgentConfig,
     dtype: str,
     key: int | jax.Array,
-    mesh: jax.sharding.Mesh | None = None,
 ) -> Engine:
-    """An engine on this process's devices, `sampling.tensor` of them together, or on `mesh`. What `sampling` leaves
-    open (0) is filled in for an engine that has the devices to itself.
+    """An engine on this process's devices, `sampling.tensor` of them together. What `sampling` leaves open (0) is
+    filled in for an engine that has the devices to itself.
 
     weights: a Hugging Face directory or checkpoints/<stage>, read onto the mesh in `dtype`, so that no device and no
     host array holds more than its share; or a model that is there. key: seed of what is sampled.
     """
     shape = load_config(policy_directory(weights)) if isinstance(weights, str) else weights.config
-    sampling, own = engine_layout(sampling, shape)
-    mesh = own if mesh is None else mesh
+    sampling, mesh = engine_layout(sampling, shape)
     model = load_policy(weights, mesh, dtype) if isinstance(weights, str) else weights
     key = jax.random.key(key) if isinstance(key, int) else key
     overlay = processor.square(agent.history_size)

@@ -8,6 +8,7 @@ kind, as of a checkpoint that was copied out of a bucket, the sizes are compared
 """
 
 import concurrent.futures
+import itertools
 import json
 import pathlib
 import zlib
@@ -58,7 +59,7 @@ def find_damage(folder: pathlib.Path, under: str = "") -> str:
         elif text != text_now and text.split()[0] == text_now.split()[0]:
             problems.append(f"{name} has other content")
     problems += [f"{name} is no part of it" for name in sorted(there - wanted.keys()) if name.startswith(under)]
-    said = list(dict.fromkeys(p for text in processes.exchange(json.dumps(problems)) for p in json.loads(text)))
+    said = list(dict.fromkeys(itertools.chain(*processes.exchange(problems))))
     return "; ".join(said[:SHOWN]) + f"; and {len(said) - SHOWN} more" * (len(said) > SHOWN)
 
 

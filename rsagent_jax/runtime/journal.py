@@ -32,7 +32,6 @@ from rsagent_jax.types import DataError
 if TYPE_CHECKING:  # readers of data leave jax out
     from rsagent_jax.runtime.processes import Share
 
-FORMAT = 2  # 1 had no fingerprints
 SHOWN = 3  # ids named on the terminal
 T = TypeVar("T")
 
@@ -57,8 +56,6 @@ FREE = {
     EndpointConfig: _ASKING,
     RemoteConfig: _ASKING,
 }
-# Settings that journals of an earlier version do not have: what they were then, None where it may have been anything.
-SINCE = {"sampling.weights_dtype": "", "sampling.patches": None}
 
 
 def decisive_settings(config: DataConfig | AgentConfig | SamplingConfig | EndpointConfig) -> dict[str, Any]:
@@ -100,7 +97,7 @@ class Journal:
                 self.notes.append(f"{what}: {len(ids)} ({', '.join(ids[:SHOWN])}{more})")
         with writing(self.path):
             if not self.path.exists():  # as a whole, so that no other shard ever sees it empty
-                write_lines(self.path, (json.dumps({"format": FORMAT, "settings": settings}) + "\n").encode())
+                write_lines(self.path, (json.dumps({"settings": settings}) + "\n").encode())
             self.notes += mend_lines(self.path, lambda row: "settings" in row or _fields(row) is not None)
             self.notes += [note for note in others if not note.startswith(f"{self.path},")]
         self.file = AppendFile(self.path, gather=True)
@@ -190,7 +187,7 @@ def _latest(
     for path in sorted(folder.glob("*-of-*.jsonl")):
         with open_lines(path) as file:
             offset = len(head := file.readline())
-            _check_settings(_head(path, head), settings, folder)
+            _check_settings(_head(path, head)["settings"], settings, folder)
             for number, line in enumerate(file, start=2):
                 where = f"{path}, line {number}"
                 try:
@@ -230,22 +227,16 @@ def _head(path: pathlib.Path, line: bytes) -> dict[str, Any]:
     return head
 
 
-def _check_settings(head: dict[str, Any], settings: dict[str, Any] | None, folder: pathlib.Path) -> None:
+def _check_settings(there: dict[str, Any], settings: dict[str, Any] | None, folder: pathlib.Path) -> None:
     if settings is None:
         return
-    remedy = f"Give another --workdir, or remove {folder} to start over"
-    if head.get("format") != FORMAT:
-        raise DataError(
-            f"{folder} was written by an earlier version, which did not keep what its samples were made of: nobody can"
-            f" tell whether they are still the same. {remedy}"
-        )
-    old, new = flatten_settings(head["settings"]), flatten_settings(json.loads(json.dumps(settings)))
-    for name, before in SINCE.items():
-        if name in new:
-            old.setdefault(name, new[name] if before is None else before)
+    old, new = flatten_settings(there), flatten_settings(json.loads(json.dumps(settings)))
     if differ := [ChangedField(k, old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)]:
         said = "; ".join(map(str, differ))
-        raise DataError(f"{folder} holds results of other settings ({said[:600]}). {remedy}")
+        raise DataError(
+            f"{folder} holds results of other settings ({said[:600]}). Give another --workdir, or remove {folder} to"
+            " start over"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -195,22 +195,28 @@ def all_or_none(check: Callable[[], T]) -> T:
     return result
 
 
-def exchange(text: str) -> list[str]:
-    """What every process says, in their order, once all have said it; outside of the devices."""
+def on_lead(work: Callable[[], Any]) -> None:
+    """Done by the lead for all of them; what fails there fails everywhere."""
+    all_or_none(work if is_lead() else lambda: None)
+
+
+def exchange(value: Any) -> list[Any]:
+    """The JSON values that all processes say, the lead's first, once all have said theirs; outside of the devices."""
+    text = json.dumps(value)
     if jax.process_count() == 1:
-        return [text]
+        return [json.loads(text)]
     store, own, meeting = distributed.global_state.client, jax.process_index(), next(_MEETINGS)
     name = "rsagent_jax/exchange/{}/{}".format
     store.key_value_set(name(meeting, own), text)
     said = [store.blocking_key_value_get(name(meeting, i), A_WEEK_MS) for i in range(jax.process_count())]
     if meeting:  # who has spoken here has read all of the meeting before
         store.key_value_delete(name(meeting - 1, own))
-    return said
+    return list(map(json.loads, said))
 
 
 def check_same(values: dict[str, str]) -> None:
     """DataError, on every process, that names what is not the same on all of them."""
-    said = [json.loads(text) for text in exchange(json.dumps(values))]
+    said = exchange(values)
     for name in values:
         if len(found := {one.get(name) for one in said}) > 1:
             raise DataError(

@@ -73,16 +73,8 @@ def scale_by_batch(
 
 def zero_variance(rewards: Rewards, valid: Valid, spread: float = _SPREAD) -> Bool[np.ndarray, " n"]:
     """Groups with nothing to learn from, to be dropped or refilled: fewer than two valid rewards, or none more
-    than `spread` from another.
-
-    Raises ValueError if the shapes differ or a valid reward is not finite.
+    than `spread` from another. A reward that is not finite is an error of its term (rewards.RewardError).
     """
-    if rewards.shape != valid.shape or rewards.ndim != 2 or valid.dtype != bool:
-        raise ValueError(
-            f"rewards must be f32[n, G] and valid bool[n, G], got {rewards.shape} and {valid.dtype}{valid.shape}"
-        )
-    if not np.isfinite(rewards[valid]).all():
-        raise ValueError(f"rewards of valid members must be finite, got {rewards[valid]}")
     widest = np.where(valid, rewards, -np.inf).max(axis=1) - np.where(valid, rewards, np.inf).min(axis=1)
     return (valid.sum(axis=1) < 2) | (widest <= max(spread, _SPREAD))
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import json
+import itertools
 import pathlib
 import time
 from collections import Counter
@@ -24,7 +24,6 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.masks import intersection_union, mask_iou
 from rsagent_jax.rewards import RewardError, make_scorer
 from rsagent_jax.rollout.driver import Driver
-from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.kept import ended_run, pack_run, take_up
 from rsagent_jax.rollout.policy import Task
 from rsagent_jax.runtime import preemption
@@ -113,7 +112,6 @@ class GrpoSource:
         config: GrpoConfig,
         samples: Sequence[Sample],
         driver: Driver,
-        engine: Engine,
         processor: Processor,
         seed: int,
         share: Share = ALONE,
@@ -121,7 +119,7 @@ class GrpoSource:
     ):
         """`workdir`: where a trajectory that a reward fails on is left."""
         share.of(config.prompts, "grpo.prompts")  # a group never crosses a process
-        self.config, self.driver, self.engine, self.processor = config, driver, engine, processor
+        self.config, self.driver, self.processor = config, driver, processor
         self.share, self.workdir, self.steps = share, workdir, config.steps
         how = dict(seed=seed, share=share, unreadable=config.data.unreadable, **dataclasses.asdict(config.read))
         self.pipeline = Pipeline(samples, **how)
@@ -141,12 +139,12 @@ class GrpoSource:
         c, start = self.config, time.perf_counter()
         self.judged, self.ended, self.reward_seconds = [], {}, 0.0
         PROGRESS.enter_part("weights")
-        self.engine.load(policy(), key)
+        self.driver.policy.load(policy(), key)
         load_seconds = time.perf_counter() - start
         played = self._play_on(start) if c.surplus else self._play(start)
         figures = played.metrics()
         waiting = figures.get("rollout/tool_wait", 0.0) * figures.get("rollout/seconds", 0.0)
-        self.engine.release_memory()  # weights and cache give their memory to the gradients
+        self.driver.policy.release_memory()  # weights and cache give their memory to the gradients
         self.kept = {}  # what is left is another process's, and the next step counts uids anew
         if errors := played.reward_errors:
             print(f"grpo: {len(errors)} of {len(played.rewards)} trajectories have no reward, such as: {errors[0]}")
@@ -328,8 +326,8 @@ class GrpoSource:
         advantages = np.stack([self.advantage(values[..., t], valid) for t in range(values.shape[-1])], axis=-1)
         if c.advantage_scale != "none":
             scaled = {"rewards": values, "advantages": advantages}[c.advantage_scale][kept, :, 0][valid[kept]]
-            everywhere = [x for said in exchange(json.dumps(scaled.tolist())) for x in json.loads(said)]
-            advantages = scale_by_batch(advantages, np.array(everywhere), ddof=c.ddof)
+            everywhere = np.concatenate(exchange(scaled.tolist()))
+            advantages = scale_by_batch(advantages, everywhere, ddof=c.ddof)
         if c.turn_credit and c.drop_zero_variance:
             advantages = np.where(self._flat_turns(out)[:, None], np.float32(0), advantages)
         return advantages.reshape(-1, advantages.shape[-1])
@@ -396,8 +394,7 @@ class GrpoSource:
         """What is in flight is kept by its prompts, and begun anew after a restart but for what `kept` has."""
         if not self.config.surplus:
             return self.prompts.state()
-        everywhere = [json.loads(said) for said in exchange(json.dumps([*self.in_flight.groups, *self.again]))]
-        numbers = sorted({number for own in everywhere for number in own})
+        numbers = sorted({*itertools.chain(*exchange([*self.in_flight.groups, *self.again]))})
         return self.prompts.state() | {"in_flight": numbers, "version": self.driver.version}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ than what is trained. Whoever loads the policy gets adapters merged.
 
 import contextlib
 import functools
-import json
 import pathlib
 import sys
 import time
@@ -99,7 +98,7 @@ class Checkpoints:
     def due(self) -> bool:
         """Whether `minutes` have passed since the last save; the lead's clock decides, which all call together."""
         own = bool(self.minutes) and time.monotonic() - self.saved_at >= 60 * self.minutes
-        return json.loads(processes.exchange(json.dumps(own))[0]) if self.minutes else False
+        return processes.exchange(own)[0] if self.minutes else False
 
     def save(
         self, state: TrainState, source: dict[str, Any], base: nnx.State = EMPTY, score: float | None = None
@@ -145,12 +144,11 @@ class Checkpoints:
             )
 
     def _copy_policy(self) -> None:
-        copy = self._storing("policy")(lambda: copy_policy_files(self.weights, self.directory / "policy"))
-        processes.all_or_none(copy if processes.is_lead() else lambda: None)
+        processes.on_lead(self._storing("policy")(lambda: copy_policy_files(self.weights, self.directory / "policy")))
 
     def _is_there(self, name: str) -> bool:
         """As the lead sees it, which all call together. A step is of no use without it, and somebody may remove it."""
-        return json.loads(processes.exchange(json.dumps((self.directory / name).exists()))[0])
+        return processes.exchange((self.directory / name).exists())[0]
 
     def _write_checksums(self) -> None:
         """Of the step that is being finished, before Orbax gives it its name; on the lead alone."""

@@ -15,9 +15,8 @@ from flax import nnx
 
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import state_to_json
-from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import AgentConfig, GrpoConfig
+from rsagent_jax.config.schema import GrpoConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.npz import read_arrays
 from rsagent_jax.data.packing import Item, fits, pack_evenly
@@ -25,6 +24,7 @@ from rsagent_jax.data.processor import Processor
 from rsagent_jax.evals.behaviour import behaviour, summarize_behaviours
 from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.models.qwen25_vl.config import read_json
+from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.runtime.paths import absolute, open_path, remove_folder
 from rsagent_jax.runtime.processes import Share, all_or_none, allgather_sum
 from rsagent_jax.types import Batch, DataError, Reward, Sample, Status, Trajectory
@@ -97,8 +97,7 @@ def dump_rollouts(
     directory: pathlib.Path,
     step: int,
     judged: Sequence[Judged],
-    agent: AgentConfig,
-    limits: PixelLimits,
+    driver: Driver,
     share: Share,
     keep: int = 0,
 ) -> None:
@@ -122,7 +121,8 @@ def dump_rollouts(
         }
         arrays = {"logprobs": t.logprobs, "advantages": np.full(len(t.tokens), j.advantage, np.float32)}
         writer.write(trajectories.encode_by_reference(j.state, j.sample.path, header, t, arrays))
-    stamp = {"config": {"agent": to_dict(agent)}, "pixel_limits": dataclasses.asdict(limits), "step": step}
+    limits = dataclasses.asdict(driver.limits)
+    stamp = {"config": {"agent": to_dict(driver.agent)}, "pixel_limits": limits, "step": step}
     writer.close(stamp | {"processes": jax.process_count(), "share": dataclasses.astuple(share)})
     # Those of later steps are of a start before this one, and are written anew.
     older = sorted(d for d in directory.parent.glob("step_*") if d.name <= directory.name) if keep else []

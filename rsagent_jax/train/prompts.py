@@ -10,7 +10,6 @@ all groups did, so all of them pass over the same samples, and a resumed run ove
 stopped.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,8 +51,8 @@ class Prompts:
     def learn(self, success: Mapping[str, float]) -> None:
         """How well this process's groups did, by sample id; all processes tell each other."""
         own = {id: round(float(value), 4) for id, value in success.items()}
-        for said in exchange(json.dumps(own)):
-            self.success |= json.loads(said)
+        for said in exchange(own):
+            self.success |= said
 
     def _next(self, n: int) -> list[int]:
         """Places of the next `n` in the endless order, from the pipeline's position on; it moves behind the last."""

@@ -29,8 +29,7 @@ def check_reference(directory: pathlib.Path, params: nnx.State, weights: str, dt
     """
     now, file = {"weights": pin_step(weights), "checksum": params_checksum(params, dtype)}, directory / FILE
     if begins:
-        write = lambda: write_whole(file, json.dumps(now, indent=2) + "\n")  # noqa: E731
-        processes.all_or_none(write if processes.is_lead() else lambda: None)
+        processes.on_lead(lambda: write_whole(file, json.dumps(now, indent=2) + "\n"))
         return
     kept = processes.all_or_none(lambda: _read(file))
     if kept.get("checksum") != now["checksum"]:

@@ -7,7 +7,7 @@ Both are written only when everything has been checked, so they always describe 
 counts from the first checkpoint that it had a part in: before there is one, anything may change.
 """
 
-import dataclasses
+import contextlib
 import datetime
 import fnmatch
 import hashlib
@@ -22,9 +22,7 @@ import orbax.checkpoint as ocp
 
 import rsagent_jax
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.reward import RewardTerm
-from rsagent_jax.config.schema import PolicyConfig, TrainConfig
-from rsagent_jax.models.qwen25_vl.config import read_json
+from rsagent_jax.config.schema import TrainConfig
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weight_files
 from rsagent_jax.runtime.journal import ChangedField, flatten_settings
 from rsagent_jax.runtime.json_lines import keep_lines, parse_object
@@ -72,12 +70,9 @@ def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) ->
     differ = []
     if len({tuple(s for s in config["stages"] if s in STAGES[: last + 1]) for config in (old, new)}) > 1:
         differ.append(ChangedField("stages", old["stages"], new["stages"], f"{STAGES[last]} has checkpoints"))
-    defaults, was, now = flatten_settings(_DEFAULTS), flatten_settings(old), flatten_settings(new)
+    was, now = flatten_settings(old), flatten_settings(new)
     for name in sorted({*was, *now} - {"stages"}):
-        if name not in now and "[" not in name:
-            continue  # a field that this version does not have
-        there, here = was.get(name, _term_default(name, was) if "[" in name else defaults.get(name)), now.get(name)
-        stage = name.partition(".")[0]
+        there, here, stage = was.get(name), now.get(name), name.partition(".")[0]
         if there == here or any(fnmatch.fnmatchcase(name, pattern) for pattern in FREE):
             continue
         if (stage in STAGES and stage not in counts) or (name.startswith(ROLLOUTS) and "grpo" not in counts):
@@ -86,13 +81,6 @@ def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) ->
         if why is not None:
             differ.append(ChangedField(name.replace("[", ".").replace("]", ""), there, here, why))
     return differ
-
-
-def _term_default(name: str, was: Collection[str]) -> Any:
-    """Of a field of the reward's terms that the version which wrote `was` did not have; None of anything else."""
-    term, _, field = name.rpartition(".")
-    known = {f.name: f.default for f in dataclasses.fields(RewardTerm)}
-    return known.get(field) if f"{term}.function" in was else None
 
 
 def _why_not_longer(name: str, old: dict[str, Any], new: dict[str, Any], last: int) -> str | None:
@@ -108,9 +96,6 @@ def _why_not_longer(name: str, old: dict[str, Any], new: dict[str, Any], last: i
     if here[field] < there[field] or bool(there.get("steps")) != bool(here.get("steps")):
         return "it can only grow"
     return None
-
-
-_DEFAULTS = json.loads(json.dumps(to_dict(TrainConfig(policy=PolicyConfig(weights="")))))
 
 
 def weights_fingerprint(weights: str) -> str:
@@ -179,18 +164,12 @@ def _refuse(workdir: pathlib.Path, saved: dict[str, int], differ: list[ChangedFi
 
 
 def last_start(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The last whole line of the history; where lines after it are damaged, with the config of config.json, which is
-    that of the last start."""
-    history, config = workdir / HISTORY, workdir / "config.json"
-    lines = [line for line in read_lines(history).split(b"\n") if line] if history.exists() else []
-    for line in reversed(lines):
-        try:
-            start = parse_object(line)
-            if _is_start(start):
-                later = line is not lines[-1] and config.exists()
-                return start | ({"config": read_json(config)} if later else {})
-        except (ValueError, TypeError, KeyError):
-            continue
+    """The last whole line of the history."""
+    history = workdir / HISTORY
+    for line in reversed(read_lines(history).splitlines() if history.exists() else []):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if _is_start(start := parse_object(line)):
+                return start
     return None
 
 

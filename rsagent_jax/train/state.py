@@ -73,12 +73,10 @@ def state_shardings(
 
 def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTransformation, Callable[[int], Any]]:
     """AdamW with global-norm clipping; also returns the schedule, for the log."""
-    warmup = optax.linear_schedule(0.0, config.lr, max(config.warmup_steps, 1))
+    warmup, rest = optax.linear_schedule(0.0, config.lr, config.warmup_steps), optax.constant_schedule(config.lr)
     if config.schedule == "cosine":
         rest = optax.cosine_decay_schedule(config.lr, max(steps - config.warmup_steps, 1))
-    else:
-        rest = optax.constant_schedule(config.lr)
-    schedule = optax.join_schedules([warmup, rest], [config.warmup_steps]) if config.warmup_steps else rest
+    schedule = optax.join_schedules([warmup, rest], [config.warmup_steps])
     adam = optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, adam), schedule

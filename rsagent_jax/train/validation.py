@@ -17,7 +17,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -106,17 +106,11 @@ def overlaps(config: TrainConfig) -> list[str]:
 class Validator:
     """One stage's validation."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        stage: str,
-        sets: Mapping[str, SampleIndex],
-        driver: Driver | None,
-        workdir: pathlib.Path,
-    ):
+    def __init__(self, config: TrainConfig, stage: str, driver: Driver | None, workdir: pathlib.Path):
         """`driver` plays through an engine, whose weights are another's whenever this is not running. Without sets
         nothing is ever due."""
-        self.config, self.stage, self.sets, self.driver = config, stage, sets, driver
+        self.config, self.stage, self.driver = config, stage, driver
+        self.sets = open_validation_sets(config.validation)
         self.share = processes.Share(jax.process_index(), jax.process_count())
         self.workdir = processes.own_directory(workdir)
         self.settings = processes.exchange(self._fingerprint())[0]  # the lead's: times of copied files differ
@@ -166,7 +160,7 @@ class Validator:
     def was_stopped(self, done: int, steps: int) -> bool:
         """Whether an earlier start was to validate step `done` and has not come to it."""
         own = bool(done and self.history) and done not in self.history and self.due(done, steps)
-        return json.loads(processes.exchange(json.dumps(own))[0])  # the lead's: others may not have its history
+        return processes.exchange(own)[0]  # the lead's: others may not have its history
 
     def run(self, policy: Callable[[], nnx.State], step: int) -> dict[str, float]:
         """The figures of the weights that `policy` gives, by the names that they are logged under; {} where a signal
@@ -224,8 +218,7 @@ class Validator:
         if not (patience := self.config.validation.early_stop):
             return False
         own = bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
-        ends = json.loads(processes.exchange(json.dumps(own))[0])
-        if ends:
+        if ends := processes.exchange(own)[0]:
             best = self.config.validation.keep_best
             print(f"{self.stage}: stops after step {step}: {patience} validations in a row without a better {best}")
         return ends
@@ -240,12 +233,12 @@ class Validator:
             result = dataclasses.asdict(metrics.judge(record.counts, self.config.validation.metric))
             result.pop("rules")
             rows.append([result, dataclasses.asdict(recorded_behaviour(record, self.config.validation.metric))])
-        said = [json.loads(text) for text in processes.exchange(json.dumps([rows, unreadable]))]
+        said = processes.exchange([rows, unreadable])
         results, behaviours = [], []
         for result, behaviour in (row for part, _ in said for row in part):
-            status = Status(result.pop("status"))
-            results.append(metrics.SampleResult(**result, status=status, rules=self.config.validation.metric))
-            behaviours += [Behaviour(**behaviour)] if status.judged else []
+            again = {"status": Status(result["status"]), "rules": self.config.validation.metric}
+            results.append(metrics.SampleResult(**result | again))
+            behaviours += [Behaviour(**behaviour)] if again["status"].judged else []
         return self._figures(name, results, behaviours, keys, sum(count for _, count in said))
 
     def _figures(self, name, results, behaviours, keys: dict[str, str], unreadable: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ import pytest
 
 from rsagent_jax.aot import costs
 from rsagent_jax.aot.topology import CHIPS, parse_topology
+from rsagent_jax.runtime import command
 from tests.refusals import refused
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -107,6 +108,6 @@ def test_bad_input_is_one_error(tmp_path, monkeypatch):
     assert costs.parse_prices("v5e=1.5,tpu7x=12") == {"v5e": 1.5, "tpu7x": 12.0} and costs.parse_prices("") == {}
     for text in ("v5e", "v5e=free", "v9=1", "v5e=-1"):
         refused(f"{text!r} is no KIND=PRICE.*v5e", costs.parse_prices, text)
-    refused("mfu = 1.5 must be", costs.main, mfu=1.5)
+    refused("--mfu must be above 0 and at most 1", command.parse_arguments, costs.main, ["--mfu=1.5"])
     refused("has no line with rows of 6144", costs.main, results=str(tmp_path / "none.jsonl"))
     refused("no place for the table", costs.main, out=str(tmp_path / "none.md"))

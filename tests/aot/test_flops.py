@@ -105,12 +105,3 @@ def test_against_xla():
     # XLA's extra: 3 layers of t * (2 d + ff) additions and multiplications, one each.
     extra = 3 * t * (2 * d + ff)
     assert counted == pytest.approx(ours.total + ours.decoder_attention + extra, rel=1e-6)
-
-
-def test_contradictions():
-    with pytest.raises(ValueError, match="segments of 9 tokens in a row of 8"):
-        model_flops(CONFIG, Workload(rows=1, tokens=8, segments=(5, 4)))
-    with pytest.raises(ValueError, match="whole merge blocks"):
-        model_flops(CONFIG, Workload(rows=1, tokens=8, segments=(8,), images=((4, 3),)))
-    with pytest.raises(ValueError, match="images of 9 tokens"):
-        model_flops(CONFIG, Workload(rows=1, tokens=8, segments=(8,), images=((6, 6),)))

@@ -11,8 +11,7 @@ import pytest
 from rsagent_jax.aot import rollout, scaling, stages
 from rsagent_jax.aot.report import Decoding, report_job, reports_table, reports_to_json
 from rsagent_jax.aot.topology import devices, parse_topology
-from rsagent_jax.config import slices
-from rsagent_jax.config.schema import BatchConfig, MeshConfig, SamplingConfig
+from rsagent_jax.config.schema import MeshConfig, SamplingConfig
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.models.qwen25_vl.config import size_config
 from rsagent_jax.runtime import sharding
@@ -118,7 +117,6 @@ def test_slots_that_fit_are_those_that_are_there_and_those_the_rest_of_the_memor
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_what_a_program_does_not_read_stays_on_the_device(jobs, decode):
     """Arguments and residents together are weights, slots and training, whichever of them the program takes."""
     d, job = decode.decoding, jobs["rollout encode"]
@@ -134,17 +132,6 @@ def test_the_report_says_slots_and_rate(decode):
     line = reports_table([decode]).splitlines()[-1]
     assert line.startswith("rollout decode: 32 slots on 4 devices, 2 to a slot;") and "tokens/s" in line
     assert '"slots_fit"' in reports_to_json([decode])
-
-
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [("v5e-16", 4), ("v5e-256", 4), ("v5e-8", 8), ("v6e-8", 8), ("v6e-64", 4), ("v5p-8", 4), ("v4-16", 4), ("v5e-1", 1)]
-    + [("tpu7x-8", 8), ("v5p:2x2x1", 4), ("v6e:2x4", 8)],
-)
-def test_a_host_has_four_chips_or_is_the_whole_slice_of_up_to_eight(name, count):
-    topology = parse_topology(name)
-    assert topology.host.devices == count and topology.devices % count == 0
-    assert topology.host.chip is topology.chip
 
 
 PLAYED = SamplingConfig(context=256, max_new_tokens=64, slots=8, patches=128)
@@ -167,20 +154,6 @@ def test_training_stays_on_the_device_and_the_policy_is_read_in_place_by_a_singl
     host = rollout.host_mesh(devices(parse_topology("v5e:1x1")), 1)
     several = {j.program: j for j in stages.stage_jobs(TRAINED, "grpo", policy, mesh, host)}
     assert several["rollout weights"].resident_bytes == several["rollout decode"].decoding.training_bytes
-
-
-def test_slots_and_their_devices_come_from_the_slice_unless_the_config_says():
-    open_ = dataclasses.replace(
-        TRAINED,
-        slice="v5e-16",
-        mesh=MeshConfig(tensor=0),
-        grpo=dataclasses.replace(TRAINED.grpo, batch=BatchConfig(rows=16), sampling=SamplingConfig(slots=0, tensor=0)),
-    )
-    sampling = slices.fill_slice_defaults(open_, 3584, 16).grpo.sampling
-    assert (sampling.slots, sampling.tensor) == (32, 4)
-    said = dataclasses.replace(open_.grpo, sampling=SamplingConfig(slots=8, tensor=2))
-    sampling = slices.fill_slice_defaults(dataclasses.replace(open_, grpo=said), 3584, 16).grpo.sampling
-    assert (sampling.slots, sampling.tensor) == (8, 2)
 
 
 def test_the_page_has_a_row_for_a_host_and_its_slice():

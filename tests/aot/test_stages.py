@@ -89,11 +89,16 @@ def test_all_slices_are_those_with_a_preset_for_the_stages():
 
 def test_what_the_config_says_goes_before_the_preset():
     topology, policy = parse_topology("v5e-16"), size_config("7b")
-    open_ = dataclasses.replace(OPEN, stages=("sft",))
-    assert stages.fill_topology_defaults(open_, topology, policy).mesh.tensor == 2
-    said = dataclasses.replace(open_, mesh=MeshConfig(tensor=4), policy=PolicyConfig(weights="7b", remat="dots"))
+    grpo = dataclasses.replace(OPEN.grpo, sampling=SamplingConfig(slots=0, tensor=0))
+    open_ = dataclasses.replace(OPEN, grpo=grpo)
+    found = stages.fill_topology_defaults(open_, topology, policy)
+    assert (found.mesh.tensor, found.grpo.sampling.slots, found.grpo.sampling.tensor) == (2, 32, 4)
+    grpo = dataclasses.replace(OPEN.grpo, sampling=SamplingConfig(slots=8, tensor=2))
+    policy_ = PolicyConfig(weights="7b", remat="dots")
+    said = dataclasses.replace(open_, mesh=MeshConfig(tensor=4), policy=policy_, grpo=grpo)
     said = stages.fill_topology_defaults(said, topology, policy)
     assert (said.mesh.tensor, said.policy.remat, said.sft.batch.rows) == (4, "dots", 4)
+    assert (said.grpo.sampling.slots, said.grpo.sampling.tensor) == (8, 2)
     other = dataclasses.replace(open_, slice="v6e-8")
     refused("--aot=v5e-16, but slice is v6e-8", stages.fill_topology_defaults, other, topology, policy)
     same = dataclasses.replace(open_, slice="v5e-16")

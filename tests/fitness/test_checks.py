@@ -18,7 +18,7 @@ import pytest
 from etils import epath
 
 from rsagent_jax.aot.topology import CHIPS
-from rsagent_jax.config.schema import OptimConfig, PolicyConfig, SegmenterConfig
+from rsagent_jax.config.schema import PolicyConfig, SegmenterConfig
 from rsagent_jax.fitness import checks, kernels, machine, places, segmenting, speed
 from rsagent_jax.fitness.checks import Check, run_checks
 from rsagent_jax.fitness.finding import Examined, Finding, Verdict
@@ -27,17 +27,10 @@ from rsagent_jax.types import DataError
 from sam_bridge import check
 from sam_bridge.types import About, SegmentReply
 from tests.loopback_hub import serve_hub
-from tests.rollout import small
 
 pytestmark = pytest.mark.slow
 
 OK, SLOW, WRONG, NOT_RUN = Verdict
-
-
-@pytest.fixture
-def examined(tmp_path):
-    config = small.train_config("nowhere", 2, 1, OptimConfig(warmup_steps=1), 2)
-    return Examined.of(dataclasses.replace(config, stages=("sft",)), tmp_path)
 
 
 def with_(examined, **fields) -> Examined:

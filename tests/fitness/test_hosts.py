@@ -1,12 +1,8 @@
 """One table of many hosts, and the command that prints it."""
 
 import json
-import os
 import pathlib
 import shlex
-import socket
-import subprocess
-import sys
 import types
 
 import jax
@@ -17,6 +13,7 @@ from rsagent_jax.fitness import hosts
 from rsagent_jax.fitness.finding import Finding, Verdict
 from rsagent_jax.fitness.hosts import Page, compare_hosts, gather_pages, pages_table
 from rsagent_jax.runtime import command
+from tests.simulated import run_all_simulated
 
 ROOT = pathlib.Path(__file__).parents[2]
 OK, SLOW, WRONG, NOT_RUN = Verdict
@@ -86,9 +83,6 @@ def test_the_commands_of_its_page_are_commands():
 @pytest.mark.slow
 def test_two_processes_make_one_table():
     """With the checks that take no time. One of the first process, which all meet at, is taken to hang."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     code = """if True:
         import sys
         from rsagent_jax.fitness import checks
@@ -98,18 +92,6 @@ def test_two_processes_make_one_table():
         run_checks = doctor.run_checks
         doctor.run_checks = lambda *examined: (run_checks(*examined)[0], processes.is_lead())
         sys.exit(command.run_command("rsagent_jax.doctor", ["--config=configs/debug.py"]))"""
-    running = []
-    for i in range(2):
-        who = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)}
-        env = os.environ | who | {"JAX_PLATFORMS": "cpu"}
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        running.append(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, **pipes))
-    try:
-        said = [p.communicate(timeout=120) for p in running]
-    finally:
-        for p in running:
-            p.kill()
-    assert [p.returncode for p in running] == [0, 0], said
-    (lead, _), (other, _) = said
+    lead, other = run_all_simulated(["-c", code], 1, 2)
     assert "[hosts: all]  2 x cpu, 1 on each of 2 hosts" in lead and not other
     assert [host["host"] for host in json.loads(lead.splitlines()[-1])["hosts"]] == [0, 1]

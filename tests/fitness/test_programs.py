@@ -7,22 +7,14 @@ import jax.numpy as jnp
 import pytest
 
 from rsagent_jax.aot.topology import CHIPS
-from rsagent_jax.config.schema import OptimConfig
 from rsagent_jax.fitness import decoding, parity, training
-from rsagent_jax.fitness.finding import Examined, Finding, Verdict
+from rsagent_jax.fitness.finding import Finding, Verdict
 from rsagent_jax.models.qwen25_vl import attention
 from tests.fitness.test_checks import only, told
-from tests.rollout import small
 
 pytestmark = pytest.mark.slow
 
 OK, SLOW, WRONG, NOT_RUN = Verdict
-
-
-@pytest.fixture
-def examined():
-    config = small.train_config("nowhere", 2, 1, OptimConfig(warmup_steps=1), 2)
-    return Examined.of(dataclasses.replace(config, stages=("sft",)))
 
 
 def test_log_probs_of_engine_and_trainer_that_part_are_found(examined, monkeypatch):

@@ -24,7 +24,7 @@ from rsagent_jax.runtime.command import run_command
 from tests.refusals import refused
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"' ]]>"
-HEAD = json.dumps({"format": 2, "settings": {}}) + "\n"
+HEAD = json.dumps({"settings": {}}) + "\n"
 
 
 def line(number, iou=0.5, at=1.0, **more):

@@ -46,7 +46,7 @@ from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task, TextPolicy
 from rsagent_jax.tiny import vocab
-from rsagent_jax.types import Completion, Sample, Status, Trajectory, Turn
+from rsagent_jax.types import Batch, Completion, Sample, Status, Trajectory, Turn
 from sam_bridge.types import SegmentReply
 
 # Programs are compiled fast rather than well: compiling is most of the time of these tests.
@@ -254,6 +254,15 @@ class SlowSegmenter(DiscSegmenter):
 def item(trajectory: Trajectory, advantage: float = 0.0) -> Item:
     t = trajectory
     return Item(t.tokens, t.positions, t.loss_mask, t.logprobs, t.patches, t.grids, advantage)
+
+
+def places_of(batch: Batch, trajectory: Trajectory) -> np.ndarray:
+    """bool[B, T]: where the batch has it, which must be once."""
+    rows = np.arange(len(batch.tokens))[:, None]
+    segments = itertools.product(range(len(rows)), range(1, batch.segment_ids.max() + 1))
+    places = ((rows == row) & (batch.segment_ids == segment) for row, segment in segments)
+    (found,) = [here for here in places if np.array_equal(batch.tokens[here], trajectory.tokens)]
+    return found
 
 
 def random_item(seed: int, texts: tuple[int, ...], grids=(), advantage: float = 0.0) -> Item:

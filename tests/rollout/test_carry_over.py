@@ -59,6 +59,15 @@ def whole():
     return play_in_parts(driver(engine()), ())
 
 
+def assert_unbroken(t, uid: int) -> None:
+    """All is as in an unbroken play, but for the rounding of contexts that were read in other pieces."""
+    want = whole()[uid]
+    for name in ("tokens", "positions", "patches", "final_mask"):
+        np.testing.assert_array_equal(getattr(t, name), getattr(want, name), err_msg=name)
+    assert (t.grids, t.status, len(t.turns)) == (want.grids, want.status, len(want.turns))
+    np.testing.assert_allclose(t.logprobs, want.logprobs, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("cuts", [(1,), (2, 1), (1, 1, 1)])
 def test_under_the_same_weights_nothing_changes(cuts):
     """Its turns under way, running tools and openings are taken up again: the tokens are those of an unbroken play."""
@@ -66,13 +75,7 @@ def test_under_the_same_weights_nothing_changes(cuts):
     found = play_in_parts(d, cuts)
     assert found.keys() == whole().keys() and d.broken_off == []
     for uid, t in found.items():
-        want = whole()[uid]
-        np.testing.assert_array_equal(t.tokens, want.tokens)
-        np.testing.assert_array_equal(t.positions, want.positions)
-        np.testing.assert_array_equal(t.patches, want.patches)
-        np.testing.assert_array_equal(t.final_mask, want.final_mask)
-        assert (t.grids, t.status, len(t.turns)) == (want.grids, want.status, len(want.turns))
-        np.testing.assert_allclose(t.logprobs, want.logprobs, rtol=0, atol=1e-4)  # read in other pieces
+        assert_unbroken(t, uid)
     assert any((t.tokens[t.loss_mask] == small.processor().image_id).any() for t in found.values())
 
 
@@ -96,14 +99,8 @@ def test_tokens_keep_the_log_probs_and_the_version_of_the_weights_that_drew_them
     program = jax.jit(lambda params: batch_logprobs(graphdef, params, batch[0], small.COMPUTE, 1.0))
     says, seen, within = [np.asarray(program(params)) for params in versions], set(), False
     for t in found:
-        ((row, segment),) = [
-            (r, s)
-            for r, ids in enumerate(batch[0].segment_ids)
-            for s in range(1, ids.max() + 1)
-            if np.array_equal(batch[0].tokens[r][ids == s], t.tokens)
-        ]
-        here = batch[0].segment_ids[row] == segment
-        by_version = np.stack([logprobs[row][here] for logprobs in says])
+        here = small.places_of(batch[0], t)
+        by_version = np.stack([logprobs[here] for logprobs in says])
         sampled = np.flatnonzero(t.loss_mask)
         own = by_version[t.versions[sampled], sampled]
         np.testing.assert_allclose(t.logprobs[sampled], own, rtol=0, atol=2e-4)

@@ -390,16 +390,6 @@ def test_a_cancelled_trajectory_is_an_ending_and_leaves_the_others_alone():
     np.testing.assert_array_equal(out[0][0].tokens, play(scripts, [task(0)])[0][0].tokens)
 
 
-def test_closing_the_iterator_drops_what_is_under_way():
-    scripts = {f"s{i}": (click(30, 40), finish(1)) for i in range(4)}
-    policy = Policy(scripts, slots=4)
-    driver = Driver(policy, DiscSegmenter(), small.processor(), AGENT)
-    play_ = driver.play([task(i) for i in range(4)])
-    next(play_)
-    play_.close()
-    assert policy.turns == {} and len(driver.run([task(2)])) == 1 and driver.run([]) == []
-
-
 def test_a_budget_of_sampled_tokens_keeps_a_finish_back_and_ends_the_trajectory():
     first = tokens_of(click(30, 40)) + 1
     agent = dataclasses.replace(TIGHT, max_tokens=first + FINISH + 5, typical_turn=20)

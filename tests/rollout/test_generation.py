@@ -93,11 +93,3 @@ def test_four_turns_that_add_images_are_token_for_token_those_of_transformers(ca
             logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             assert np.abs(logp[np.arange(NEW), done.tokens] - done.logprobs).max() <= 1e-4
     assert [engine.used[s].length for s in range(3)] == [sum(len(p.tokens) for p in parts) for parts in context]
-
-
-def test_transformers_generates_the_same_without_its_cache():
-    """The reference above is no artefact of transformers' own cache and rope deltas."""
-    pytest.importorskip("torch")
-    pair = tiny.pair(UNTIED)
-    seq = joined([piece(UNTIED, 0, 0, ((1, 8, 8),)), piece(UNTIED, 1, 0, ((1, 4, 18),))])
-    assert np.array_equal(hf_generate(pair.hf, seq), hf_generate(pair.hf, seq, use_cache=False))

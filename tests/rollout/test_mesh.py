@@ -4,11 +4,7 @@ import collections
 import functools
 import json
 import math
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -18,9 +14,9 @@ from rsagent_jax.rollout.engine import fill_sampling_defaults
 from rsagent_jax.runtime import sharding
 from tests.refusals import refused
 from tests.rollout import on_mesh, small
+from tests.simulated import run_simulated
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # for machines that do other things beside
-ROOT = pathlib.Path(__file__).parent.parent.parent
 LAYERS, WIDTH, SLOTS = 2, 64, 16
 SHORT = dict(most_turns=2, warm=False, **on_mesh.ONE_BLOCK)
 MESHES = {
@@ -33,13 +29,7 @@ MESHES = {
 
 def run(job: dict) -> dict:
     """What on_mesh.py says about a job."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "agent")])
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "tests.rollout.on_mesh", json.dumps(job)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=800)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_simulated(["-m", "tests.rollout.on_mesh", json.dumps(job)], devices=8).splitlines()[-1])
 
 
 @functools.cache

@@ -129,19 +129,11 @@ def test_a_shape_that_servers_enlarge_is_a_failure_of_its_own_trajectory():
     assert state.status is Status.POLICY_FAILED and kind == "endpoint, picture" and "300x20" in why
 
 
-@pytest.mark.parametrize(
-    ("answer", "kind", "why"),
-    [
-        ((400, {}, '{"error": {"message": "context is 2000, prompt is 2100"}}'), "endpoint, refused", "prompt is 2100"),
-        ((500, {}, "{}"), "endpoint, server", "after 2 tries"),
-        (good(None), "endpoint, malformed", "an answer without text"),
-        ((200, {"sleep": 1}, "{}"), "endpoint, timeout", "after 2 tries"),
-    ],
-)
-def test_a_server_that_fails_is_a_counted_failure(answer, kind, why):
-    with Server([lambda body: (answer[0], dict(answer[1]), answer[2])]) as server:
-        _, state = play(server, timeout_s=0.3)
-    assert failure_of(state)[0] == kind and why in failure_of(state)[1]
+def test_a_server_that_fails_is_a_counted_failure():
+    """What else it may fail with, tests/collecting/test_endpoint.py has."""
+    with Server([(500, {}, "{}")]) as server:
+        _, state = play(server)
+    assert failure_of(state)[0] == "endpoint, server" and "after 2 tries" in failure_of(state)[1]
 
 
 def test_a_turn_of_nothing_but_its_end_is_malformed_as_in_the_engine():

@@ -14,8 +14,6 @@ import jax
 import numpy as np
 import pytest
 
-from rsagent_jax.config.schema import BatchConfig
-from rsagent_jax.data import packing
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError
@@ -248,7 +246,7 @@ def test_all_processes_start_or_none_does(monkeypatch):
     with pytest.raises(DataError, match="1 of 2 processes failed") as failed:
         processes.all_or_none(lambda: "ready")
     assert failed.value.status == 74
-    monkeypatch.setattr(processes, "exchange", lambda text: [text, '{"policy.weights": "b", "grpo.data": "c"}'])
+    monkeypatch.setattr(processes, "exchange", lambda own: [own, {"policy.weights": "b", "grpo.data": "c"}])
     processes.check_same({"grpo.data": "c"})
     refused("policy.weights is not the same on all 2 hosts", processes.check_same, {"policy.weights": "a"})
 
@@ -256,7 +254,7 @@ def test_all_processes_start_or_none_does(monkeypatch):
 def test_what_processes_said_is_deleted_once_all_have_read_it(monkeypatch):
     """In the next meeting: at the end of this one another may not have read it yet."""
     kept = {}
-    there = {f"rsagent_jax/exchange/{n}/1": f"other {n}" for n in range(3)}
+    there = {f"rsagent_jax/exchange/{n}/1": f'"other {n}"' for n in range(3)}
     store = types.SimpleNamespace(
         key_value_set=kept.__setitem__,
         blocking_key_value_get=lambda key, ms: (kept | there)[key],
@@ -268,7 +266,7 @@ def test_what_processes_said_is_deleted_once_all_have_read_it(monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     for n in range(3):
         assert processes.exchange(f"own {n}") == [f"own {n}", f"other {n}"]
-        assert kept == {f"rsagent_jax/exchange/{n}/0": f"own {n}"}
+        assert kept == {f"rsagent_jax/exchange/{n}/0": f'"own {n}"'}
 
 
 @pytest.mark.parametrize(("name", "value"), [("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1"), ("JAX_PROCESS_ID", "0")])
@@ -277,8 +275,3 @@ def test_half_told_processes_are_a_data_error(name, value, monkeypatch):
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, value)
     refused("JAX_COORDINATOR_ADDRESS=.*JAX_NUM_PROCESSES=, JAX_PROCESS_ID=", processes.initialize_distributed)
-
-
-def test_a_batch_of_padding_trains_nothing():
-    batch = packing.empty_batch(BatchConfig(rows=2, tokens=64, patches=32), small.processor().config)
-    assert batch.tokens.shape == (2, 64) and not batch.loss_mask.any() and not batch.segment_ids.any()

@@ -4,13 +4,10 @@ import json
 
 import jax
 import pytest
-from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from rsagent_jax.config.schema import MeshConfig
 from rsagent_jax.runtime import sharding
 from tests.refusals import refused
-from tests.rollout import small
 from tests.simulated import run_simulated
 
 
@@ -37,19 +34,6 @@ def test_one_axis_takes_what_the_others_leave(config, shape):
 )
 def test_a_mesh_that_does_not_cover_the_devices_is_a_data_error(config, match):
     refused(match, sharding.make_mesh, config, jax.devices()[:1])
-
-
-def test_every_parameter_has_a_sharding_and_every_logical_axis_a_rule():
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    model = small.model()
-    state = nnx.state(model, nnx.Param)
-    shardings = sharding.param_shardings(model, mesh)
-    assert jax.tree.structure(shardings) == jax.tree.structure(state)
-    axes = {
-        a for v in jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable)) for a in v.get_metadata("axes")
-    }
-    assert axes <= set(sharding.RULES)
-    assert sharding.rows(mesh).spec == P(("data", "fsdp")) and sharding.replicated(mesh).spec == P()
 
 
 SPLIT = """

@@ -67,18 +67,6 @@ def test_what_failed_is_said_with_its_number_and_kind(log):
     ]
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl"])
-def test_half_a_line_is_cut_off_with_a_word(log, tmp_path, name, capsys):
-    path = tmp_path / name
-    whole = path.read_text()
-    path.write_text(whole + '{"step": 4, "stage": "gr')
-    log.rewind("grpo", 3)
-    assert path.read_text() == whole
-    assert f"{path}: the last line was half written" in capsys.readouterr().out
-    log.rewind("grpo", 3)
-    assert capsys.readouterr().out == ""
-
-
 DAMAGES = [b"{", b"[]", b'{"step": 2}', b"\xff", b"\0" * 20, b'{"note": "mine"}', b'{"step": 7, "stage": "\xff"}']
 
 

@@ -9,7 +9,7 @@ from rsagent_jax.agent.environment import SegmentFailure
 from rsagent_jax.config.reward import RewardGroup, RewardTerm
 from rsagent_jax.config.schema import BatchConfig, GrpoConfig, SamplingConfig
 from rsagent_jax.train.batch_source import GrpoSource
-from rsagent_jax.types import Status, Trajectory
+from rsagent_jax.types import DataError, Status, Trajectory
 from sam_bridge.types import FailureKind
 from tests.rollout import small
 
@@ -18,6 +18,23 @@ BATCH = BatchConfig(rows=2, tokens=64, patches=64)
 
 def sample(i: int):
     return dataclasses.replace(small.sample(i, 56, 56), gt_mask=disc(56, 56, 28, 28, 20))
+
+
+class Samples(list):
+    """By number; those that are `broken` cannot be read."""
+
+    def __init__(self, numbers, broken=()):
+        super().__init__(map(sample, numbers))
+        self.broken = broken
+
+    @property
+    def ids(self):
+        return [one.id for one in self]
+
+    def __getitem__(self, i):
+        if i in self.broken:
+            raise DataError(f"picture {i} is missing")
+        return super().__getitem__(i)
 
 
 def state_of(t: Trajectory):
@@ -32,7 +49,7 @@ class Played:
     """A driver that has the trajectories already, and an engine that only notes what it is given."""
 
     def __init__(self, groups):
-        self.groups, self.tasks, self.loaded = groups, [], []
+        self.groups, self.tasks, self.loaded, self.policy = groups, [], [], self
 
     def run(self, tasks, *_):
         self.tasks += tasks
@@ -73,8 +90,7 @@ def source(groups, samples=None, **config) -> GrpoSource:
         }
         | config
     )
-    played = Played(groups)
-    return GrpoSource(settings, samples, played, played, small.processor(), seed=0)
+    return GrpoSource(settings, samples, Played(groups), small.processor(), seed=0)
 
 
 def step_of(groups, **config):

@@ -20,7 +20,7 @@ from rsagent_jax.types import DataError, Status, Trajectory
 from tests.refusals import refused
 from tests.rollout import small
 from tests.rollout.small import trajectory
-from tests.train.played import BATCH, iou, nothing_new, sample, source, step_of, trained
+from tests.train.played import BATCH, Samples, iou, nothing_new, sample, source, step_of, trained
 
 
 def test_advantages_are_taken_inside_groups_and_reach_every_token_of_their_trajectory():
@@ -59,7 +59,7 @@ def test_a_copy_of_the_policy_is_gone_when_the_rollouts_start(monkeypatch):
 
     s, alive = source([[trajectory(0, 20), trajectory(0, 10)]]), []
     run = s.driver.run
-    monkeypatch.setattr(s.engine, "load", lambda params, key: alive.append(weakref.ref(params)))
+    monkeypatch.setattr(s.driver, "load", lambda params, key: alive.append(weakref.ref(params)))
     monkeypatch.setattr(s.driver, "run", lambda tasks, *_: alive.append(alive[0]() is not None) or run(tasks))
     s.next(Copy, None)
     assert alive[1] is False
@@ -199,21 +199,6 @@ def test_a_trajectory_with_more_images_than_a_row_holds_is_dropped_and_counted()
     assert trained(batches) == {11: [round((1 - iou(10)) / 2, 5)]} and metrics["dropped"] == 0.5
 
 
-def test_samples_are_visited_in_a_shuffled_order_that_continues_from_a_saved_position():
-    groups = [[trajectory(i, 20), trajectory(i, 10)] for i in range(6)]
-    s = source(groups, prompts=2)
-    for _ in range(6):
-        s.next(nothing_new, None)
-    seen = [t.sample.id for t in s.driver.tasks[::2]]
-    assert sorted(seen[:6]) == sorted(seen[6:]) == [f"s{i}" for i in range(6)]
-    assert seen[:6] != seen[6:]  # each epoch has its own order
-    again = source(groups, prompts=2)
-    again.restore({"position": 4})
-    again.next(nothing_new, None)
-    assert [t.sample.id for t in again.driver.tasks[::2]] == seen[4:6]
-    assert again.state() == {"position": 6, "skipped": 0}
-
-
 def test_the_trajectory_that_a_reward_fails_on_is_kept(tmp_path):
     (tmp_path / "bad_reward.py").write_text("def f(trajectory, sample):\n    return trajectory.nothing\n")
     reward = (RewardGroup("own", 1.0, (RewardTerm(f"{tmp_path}/bad_reward.py:f"),)),)
@@ -230,21 +215,12 @@ def test_the_trajectory_that_a_reward_fails_on_is_kept(tmp_path):
     assert (kept.query, kept.status) == (image.query, Status.MAX_CONTEXT)
 
 
-class Broken(list):
-    """Samples of which number 1 cannot be read."""
-
-    def __getitem__(self, i):
-        if i == 1:
-            raise DataError("picture 1 is missing")
-        return super().__getitem__(i)
-
-
 def test_a_sample_that_cannot_be_read_leaves_its_place_empty_and_is_counted():
     groups = [[trajectory(i, 20), trajectory(i, 10)] for i in range(3)]
     whole = source(groups)
     whole.next(nothing_new, None)
     uids = {t.sample.id: t.uid for t in whole.driver.tasks}
-    s = source(groups, Broken(sample(i) for i in range(3)), read=ReadConfig(threads=1, ahead=1))
+    s = source(groups, Samples(range(3), {1}), read=ReadConfig(threads=1, ahead=1))
     batches, metrics = s.next(nothing_new, None)
     played = s.driver
     assert sorted(trained(batches)) == [11, 13] and metrics["unreadable"] == 1.0
@@ -252,8 +228,8 @@ def test_a_sample_that_cannot_be_read_leaves_its_place_empty_and_is_counted():
     assert [t.group_id for t in played.tasks] == [0, 0, 1, 1] and s.state() == {"position": 3, "skipped": 1}
     s.restore({"position": 3})  # of a checkpoint from before they were counted
     assert s.next(nothing_new, None)[1]["unreadable"] == 1.0
-    s = source(groups, Broken(sample(i) for i in range(3)), data=DataConfig(unreadable="stop"))
-    refused("cannot be read: sample 1: picture 1 is missing", s.next, nothing_new, None)
+    s = source(groups, Samples(range(3), {1}), data=DataConfig(unreadable="stop"))
+    refused("cannot be read: sample 1 .s1.: picture 1 is missing", s.next, nothing_new, None)
 
 
 # --- Stored trajectories ---
@@ -285,9 +261,6 @@ def stored(tmp_path_factory):
     return store(tmp_path_factory.mktemp("set"), stored)
 
 
-ONE_BY_ONE = dict(trajectories_per_step=1, batch=BatchConfig(rows=1, tokens=80, patches=16))
-
-
 def sft(stored, **config) -> SftSource:
     settings = SftConfig(**{"trajectories": str(stored), "trajectories_per_step": 5, "batch": BATCH} | config)
     return SftSource(settings, small.processor(), seed=1)
@@ -306,20 +279,6 @@ def test_over_long_stored_trajectories_are_dropped_and_counted(stored):
     assert [m["epoch"] for _, m in steps] == [0.5, 1.0, 1.5, 2.0]
     assert all(m["trajectories"] == len(ids(b)) for b, m in steps)
     assert not any(b.advantages.any() or b.old_logprobs.any() for batches, _ in steps for b in batches)
-
-
-def test_each_epoch_has_its_own_order_and_a_saved_position_continues_it(stored):
-    def order(s, n):
-        return [ids(s.next(None, None)[0]) for _ in range(n)]
-
-    whole = order(sft(stored, **ONE_BY_ONE), 20)
-    assert sorted(whole[:10]) == sorted(whole[10:]) == [[i] for i in range(10)] and whole[:10] != whole[10:]
-    s = sft(stored, **ONE_BY_ONE)
-    order(s, 7)
-    state = s.state()
-    resumed = sft(stored, **ONE_BY_ONE)
-    resumed.restore(state)
-    assert order(resumed, 13) == whole[7:]
 
 
 def test_the_number_of_steps_follows_the_epochs_unless_it_is_given(stored):

@@ -60,21 +60,6 @@ def stored(tmp_path_factory):
     return small.store(directory, tasks, scripts)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Programs that several runs share are compiled once, as on a user's machine."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture
 def go(stored, compiled, monkeypatch):
     """go(stage, workdir, log_class, …) trains the stage; returns its parameters by name."""
@@ -292,17 +277,6 @@ def test_the_best_one_stays_beside_the_newest_two_over_a_restart(tmp_path, caplo
     assert find_step(directory, "best") == 5 and not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
-def test_a_state_and_the_position_of_its_source_come_back_as_they_were(saved):
-    like = state_of()
-    with closing(saved) as checkpoints:
-        state, source = checkpoints.restore(like)
-    assert source == {"position": 5, "dropped": 1} and int(state.step) == 0
-    assert jax.tree.structure(state) == jax.tree.structure(like)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
-        np.testing.assert_array_equal(a, b)
-        assert a.sharding == b.sharding and a.dtype == b.dtype
-
-
 @pytest.mark.parametrize(
     ("hidden", "layers", "optim"),
     [(48, 2, OPTIM), (32, 3, OPTIM), (32, 2, dataclasses.replace(OPTIM, freeze=("vision",)))],
@@ -386,13 +360,6 @@ def test_a_checkpoint_whose_parts_do_not_belong_together_is_a_data_error(saved, 
     with closing(directory) as checkpoints:  # which puts the right policy files back
         refused(r"none of its checkpoints can be used: 0 \(params/", checkpoints.restore, state_of())
     refused(r"sft/0 is damaged \(params/.* is missing.*there is no other one", load_policy, str(directory))
-
-
-def test_a_stage_without_a_finished_checkpoint_is_a_data_error(tmp_path):
-    with closing(tmp_path / "sft") as checkpoints:
-        assert checkpoints.restore(state_of()) is None
-    refused("holds no finished checkpoint", load_policy, str(tmp_path / "sft"))
-    refused("does not exist", load_policy, str(tmp_path / "nowhere"))
 
 
 def test_policy_files_travel_with_the_checkpoints(saved):

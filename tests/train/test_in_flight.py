@@ -25,6 +25,7 @@ class Ticks:
     def __init__(self, ticks, teach=None):
         self.ticks, self.teach = ticks, teach
         self.version, self.broken_off, self.begun, self.time = 0, [], [], 0
+        self.policy = self
 
     def play(self, tasks, unfinished=()):
         tasks = list(tasks)
@@ -98,7 +99,7 @@ def over_ticks(ticks, count: int = 6, **config) -> GrpoSource:
     groups = [[trajectory(i, 20), trajectory(i, 10)] for i in range(count)]
     made = source(groups, prompts=2, surplus=2, max_staleness=2, **config)
     driver = Ticks(ticks)
-    made.driver, made.engine, made.in_flight = driver, driver, InFlight(driver, 2, 2)
+    made.driver, made.in_flight = driver, InFlight(driver, 2, 2)
     return made
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from agent_fakes import DiscSegmenter
 
-from rsagent_jax.agent.views import PixelLimits
 from rsagent_jax.config.schema import BatchConfig, GrpoConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.masks import mask_iou
@@ -65,7 +64,7 @@ def test_figures_of_a_step():
     assert rollout_figures([step[2]]) == rollout_figures([]) == {}
 
 
-def clicked(places: range) -> tuple[list[Judged], PixelLimits]:
+def clicked(places: range) -> tuple[list[Judged], Driver]:
     """Trajectories with these places as their advantages, and so many clicks; each is a group."""
     tasks = [small.task(i, h=56, w=56) for i in places]
     scripts = {f"s{i}": (*[small.click(20, 30)] * i, small.finish(None)) for i in places}
@@ -76,14 +75,14 @@ def clicked(places: range) -> tuple[list[Judged], PixelLimits]:
     return [
         Judged(samples[t.sample_id], t, state, None, float(i), True)
         for i, (t, state) in zip(places, played, strict=True)
-    ], driver.limits
+    ], driver
 
 
 def dump(directory, places: range, share: Share, **how) -> None:
-    step, limits = clicked(places)
+    step, driver = clicked(places)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "process_count", lambda: share.count)
-        dump_rollouts(directory, 1, step, small.AGENT, limits, share, **how)
+        dump_rollouts(directory, 1, step, driver, share, **how)
 
 
 def test_the_advantage_that_is_shown_is_that_of_the_whole_reward():
@@ -119,21 +118,14 @@ def test_the_newest_dumps_stay(tmp_path):
         assert sorted(d.name for d in tmp_path.iterdir()) == [f"step_{n:06d}" for n in there]
 
 
-def test_a_replay_that_cannot_be_read_on_one_process_ends_on_all(tmp_path, monkeypatch):
+def test_a_set_that_is_no_dump_or_teaches_nothing_is_refused_on_all_processes(tmp_path, monkeypatch):
     stored = small.store(tmp_path / "set", [small.task(0)], {"s0": (small.finish(None),)})
     source = ReplaySource(GrpoConfig(), str(stored), small.processor(), Share())
     said = []
-    monkeypatch.setattr(processes, "exchange", lambda text: said.append(text) or [text])
-    refused("record 0 has no log-probs", source.next, *"ab")
-    assert said == ["failed 2"]  # the others hear of it
-
-
-def test_a_set_that_is_no_dump_or_teaches_nothing_is_refused(tmp_path):
-    stored = small.store(tmp_path / "set", [small.task(0)], {"s0": (small.finish(None),)})
-    config = GrpoConfig(batch=BatchConfig(rows=1, tokens=400, patches=128))
-    source = ReplaySource(config, str(stored), small.processor(), Share())
+    monkeypatch.setattr(processes, "exchange", lambda state: said.append(state) or [state])
     refused("record 0 has no log-probs and advantage; give a directory that grpo.dump_every wrote", source.next, *"ab")
-    refused("holds no complete set", ReplaySource, config, str(tmp_path), small.processor(), Share())
+    assert said == ["failed 2"]  # the others hear of it
+    refused("holds no complete set", ReplaySource, GrpoConfig(), str(tmp_path), small.processor(), Share())
 
 
 def test_the_viewer_has_the_rows_of_a_dump_once_it_is_whole_with_masks_and_truth(tmp_path):

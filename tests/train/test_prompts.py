@@ -1,6 +1,7 @@
 """Which prompts are drawn: none twice in an epoch, solved ones less often, the same after a resume."""
 
 import collections
+import json
 
 import pytest
 
@@ -42,7 +43,7 @@ def test_processes_share_what_is_drawn_and_pass_over_the_same(monkeypatch):
     whole.learn(success)
     for half in halves:  # each of them knows of half; they tell each other
         parts = [{k: v for k, v in success.items() if int(k) % 4 == rest} for rest in (0, 2)]
-        monkeypatch.setattr(prompts, "exchange", lambda text, parts=parts: [prompts.json.dumps(part) for part in parts])
+        monkeypatch.setattr(prompts, "exchange", lambda own, parts=parts: parts)
         half.learn(parts[0])
     for _ in range(4):
         drawn = whole.draw(4)
@@ -77,7 +78,7 @@ def test_what_was_learnt_comes_back_with_the_position():
     state = first.state()
     assert set(state) == {"position", "skipped", "success", "passed_over"}
     again = source(curriculum=0.9)
-    again.restore(prompts.json.loads(prompts.json.dumps(state)))
+    again.restore(json.loads(json.dumps(state)))
     assert play(again, 7) == seen[10:] and again.state() == whole.state()
     off = source()
     assert off.state() == {"position": 0, "skipped": 0}

@@ -5,9 +5,8 @@ import pytest
 
 from rsagent_jax.train import batch_source
 from rsagent_jax.train.rollouts import Rollouts
-from rsagent_jax.types import DataError
 from tests.rollout.small import trajectory
-from tests.train.played import iou, nothing_new, sample, source, step_of, trained
+from tests.train.played import Samples, iou, nothing_new, source, step_of, trained
 
 FLAT, TEACHES = (15, 15), (20, 10)
 
@@ -47,9 +46,7 @@ def test_groups_that_teach_nothing_are_replaced_until_enough_teach():
 
 def test_a_replacement_that_cannot_be_read_is_replaced_as_well():
     a, b, c = order_of(3, 3)
-    samples = Samples(sample(i) for i in range(3))
-    samples.broken = {b}
-    s = source(mixed({c}, 3), samples, prompts=1, refill=2)
+    s = source(mixed({c}, 3), Samples(range(3), {b}), prompts=1, refill=2)
     batches, metrics = s.next(nothing_new, None)
     assert list(trained(batches)) == [11 + c] and [int(t.sample.id[1:]) for t in s.driver.tasks[::2]] == [a, c]
     assert (metrics["rounds"], metrics["refilled"], metrics["unreadable"]) == (3.0, 2.0, 1.0)
@@ -94,7 +91,7 @@ def test_figures_of_several_rounds_add_up_or_weigh_by_their_time():
 
 
 def test_a_curriculum_learns_from_what_was_played_and_keeps_it(monkeypatch):
-    s = source(mixed({0, 1, 2}, 3), Samples(sample(i) for i in range(3)), curriculum=0.5)
+    s = source(mixed({0, 1, 2}, 3), Samples(range(3)), curriculum=0.5)
     _, metrics = s.next(nothing_new, None)
     half = round((iou(20) + iou(10)) / 2, 4)
     assert s.state()["success"] == {f"s{i}": pytest.approx(half, abs=1e-4) for i in range(3)}
@@ -103,19 +100,6 @@ def test_a_curriculum_learns_from_what_was_played_and_keeps_it(monkeypatch):
     for _ in range(5):
         _, metrics = s.next(nothing_new, None)
     assert metrics["passed_over"] > 0 and s.state()["passed_over"] == metrics["passed_over"]
-
-
-class Samples(list):
-    broken = frozenset()
-
-    @property
-    def ids(self):
-        return [one.id for one in self]
-
-    def __getitem__(self, i):
-        if i in self.broken:
-            raise DataError(f"picture {i} is missing")
-        return super().__getitem__(i)
 
 
 def test_minibatches_have_equally_many_batches_and_are_alike_in_length():
@@ -150,7 +134,7 @@ def test_advantages_are_scaled_by_the_whole_step_and_over_all_processes(monkeypa
         want = np.sort(centred / np.std(values, ddof=1), axis=1)
         np.testing.assert_allclose([got[11], got[12]], want, atol=2e-5)
     # another process has rewards of 0 and 1 as well
-    monkeypatch.setattr(batch_source, "exchange", lambda text: [text, "[0.0, 1.0]"])
+    monkeypatch.setattr(batch_source, "exchange", lambda own: [own, [0.0, 1.0]])
     got = trained(step_of(groups, advantage_scale="rewards")[0])
     std = np.std([*rewards.reshape(-1), 0.0, 1.0], ddof=1)
     np.testing.assert_allclose([got[11], got[12]], np.sort(centred / std, axis=1), atol=2e-5)

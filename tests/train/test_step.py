@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from rsagent_jax.aot import topology
 from rsagent_jax.aot.compiled import Program
@@ -18,7 +16,7 @@ from rsagent_jax.data import packing
 from rsagent_jax.models.qwen25_vl import convert
 from rsagent_jax.runtime import sharding
 from rsagent_jax.train.checkpoint import Checkpoints
-from rsagent_jax.train.state import create_state, make_optimizer, partition_params, skip, state_shardings, updates_made
+from rsagent_jax.train.state import create_state, make_optimizer, partition_params, skip, updates_made
 from rsagent_jax.train.step import Stage, Sums, apply_gradients, grpo_objective, make_programs
 from tests.rollout import small
 
@@ -26,26 +24,6 @@ from tests.rollout import small
 @pytest.fixture(scope="module")
 def params():
     return small.split(small.model())[1]
-
-
-@pytest.mark.parametrize("freeze", [(), ("vision",)])
-def test_moments_live_where_their_parameters_do_and_all_else_everywhere(params, freeze):
-    tx, _ = make_optimizer(OptimConfig(), 10)
-    mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
-    named = {
-        name: NamedSharding(mesh, P(None, "x") if v.ndim > 1 else P("x"))
-        for name, v in convert.flat_state(params).items()
-    }
-    placed = convert.with_params(
-        small.model(), {k: jax.device_put(v, named[k]) for k, v in convert.flat_state(params).items()}
-    )
-    whole = NamedSharding(mesh, P())
-    _, trained, base = partition_params(*small.split(placed), LoraConfig(), freeze)
-    where = state_shardings(trained, tx, whole)
-    assert jax.tree.structure(where) == jax.tree.structure(create_state(trained, tx)) and where.step == whole
-    assert convert.flat_state(where.params) == {name: named[name] for name in convert.flat_state(trained)}
-    moments = [s for s in jax.tree.leaves(where.opt_state) if s != whole]
-    assert len(moments) == 2 * (len(named) - len(convert.flat_state(base))) and set(moments) == set(named.values())
 
 
 @pytest.mark.parametrize(
