@@ -114,7 +114,8 @@ def group_line(step):
         {"status": s, "turns": ["a"] * n, "advantage": n - 1.0, "reward": r and {"total": r, "final/iou": r / 2}}
         for s, n, r in (("finished", step, 0.2 * step), ("max_turns", 8, None))
     ]
-    return json.dumps({"step": step, "id": f"r{step}", "query": f"Q{step}", "trajectories": told}) + "\n"
+    line = {"step": step, "id": f"r{step}", "query": f"Q{step}", "gt": None, "image": "", "trajectories": told}
+    return json.dumps(line | {"played": [{"iou": None, "ious": [], "record": "{}"}] * 2}) + "\n"
 
 
 @pytest.mark.parametrize(
