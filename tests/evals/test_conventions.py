@@ -123,13 +123,6 @@ def test_n_acc_and_t_acc():
         assert all(again[key] == summary[key] for key in ("n_acc", "t_acc", "giou_target"))
 
 
-def test_a_failure_gives_no_figures_unless_the_user_accepts_it():
-    broken = score(trajectory(TRUTH, Status.ENV_FAILED), sample(TRUTH), MetricConfig())
-    fine = score(trajectory(SAID, id="t"), sample(TRUTH, id="t"), MetricConfig())
-    refused("1 of 2 samples are not measured", summarize_results, [broken, fine], {}, benchmark="toy")
-    assert summarize_results([fine], {}, benchmark="toy")["n"] == 1
-
-
 def test_what_is_dropped_is_counted_and_the_rules_are_saved():
     nothing, some = pixels(), pixels(0, 1)
     dropping = rules(empty_policy="dropped", failure_policy="dropped")
