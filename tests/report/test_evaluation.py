@@ -1,7 +1,6 @@
 """The pages: figures by hand, pictures that are the policy's own observations, and no markup from a model."""
 
 import base64
-import hashlib
 import io
 import json
 import math
@@ -27,7 +26,7 @@ from rsagent_jax.report.comparison import compare
 from rsagent_jax.types import Status
 from sam_bridge.types import FailureKind
 from tests.refusals import refused
-from tests.report.written import rle, write_files, write_lines
+from tests.report.written import check_markup, check_script, rle, write_files, write_lines
 
 SIDE = 112
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> \"' </style>"
@@ -117,19 +116,10 @@ def content(uri):
 
 
 def check_page(text):
-    """Well-formed, on its own, and with no markup but ours. Returns its pictures."""
-    found = [(element.tag, element.attrib) for element in ET.fromstring(text).iter()]
-    assert {tag for tag, _ in found}.isdisjoint({"link", "iframe", "b onerror"})
-    for _, attributes in found:
-        assert not any(name.startswith("on") for name in attributes)
-        assert all(attributes.get(name, "data:").startswith("data:") for name in ("src", "href"))
-    assert "url(" not in text and "&lt;script&gt;" in text
-    policy = next(a["content"] for t, a in found if a.get("http-equiv") == "Content-Security-Policy")
-    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)  # ours, which alone may run
-    checksum = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert "default-src 'none'" in policy and policy.endswith(f"; script-src 'sha256-{checksum}'")
-    assert text.count("<script") == 1 and "unsafe-eval" not in policy and script.startswith("//<![CDATA[")
-    images = [a for t, a in found if t == "img"]
+    """As every page is, and with nothing of EVIL in it. Returns its pictures."""
+    check_script(text)
+    assert text.count("<script") == 1 and "url(" not in text and "&lt;script&gt;" in text
+    images = [element.attrib for element in check_markup(text) if element.tag == "img"]
     charts = [a for a in images if a["src"].startswith("data:image/svg")]
     assert all(ET.fromstring(content(a["src"])).tag.endswith("svg") and a["alt"] for a in charts)
     return [Image.open(io.BytesIO(content(a["src"]))) for a in images if a not in charts]
