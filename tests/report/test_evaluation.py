@@ -269,13 +269,6 @@ def test_what_is_missing_is_an_empty_cell_that_says_why(runs, tmp_path, capsys):
     assert "No steps were logged." in text and text.count('class="policy"') == 16 and "waits for" in text
 
 
-def test_other_samples_are_not_compared(runs, tmp_path, capsys):
-    write_run(tmp_path / "small", 0.9, n=5)
-    value = write_summary(runs, tmp_path / "out", grpo=tmp_path / "small")
-    assert value["grpo"]["n"] == 5 and value["gain"] is value["gain_ci95"] is None
-    assert "after GRPO over after SFT: " in (said := capsys.readouterr().out) and "not cover the same samples" in said
-
-
 def test_a_start_that_only_validates_a_step_leaves_what_was_logged_of_it(tmp_path):
     lines = [{"loss": 1.0, "val/giou": 0.1}, {"val/giou": 0.2}]
     write_lines(tmp_path / "metrics.jsonl", [{"stage": "sft", "step": 4} | line for line in lines])
