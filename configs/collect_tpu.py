@@ -26,7 +26,6 @@ def get_config(teacher: str = "remote"):
     config.segmenter.addresses = ("127.0.0.1:50051",)
     config.segmenter.workers = 8
     config.data.dataset = "folder"  # what rsagent_jax.problems wrote
-    config.data.unreadable = "skip"
     config.concurrent = 64
     if teacher == "remote":
         config.teacher.function = "rsagent_jax.collecting.endpoint:Remote"

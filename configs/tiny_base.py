@@ -13,43 +13,12 @@ masks, the second without telling the attention head to look at a mask's object,
       --config.see.steps=0 --config.ground.steps=0 --workdir=runs/x --out=runs/x/out
 """
 
-from ml_collections import ConfigDict
+from rsagent_jax.config.build import template
+from rsagent_jax.config.pretrain import PretrainConfig
 
 
-def get_config(part: str = "") -> ConfigDict:
-    config = ConfigDict(
-        dict(
-            seed=0,
-            init="",  # a Hugging Face directory to go on from
-            vocab_size=1024,
-            hidden=128,
-            layers=4,
-            heads=4,
-            kv_heads=2,
-            mlp=384,
-            vision_hidden=128,
-            vision_layers=4,
-            vision_mlp=256,
-            relation_share=0.4,
-            absent_share=0.0,
-            presence_share=0.0,
-            several_share=0.0,
-            marked_share=0.0,
-            all_share=0.25,
-            look_weight=1.0,
-            corner_weight=0.5,
-            name_weight=0.5,
-            look_layer=2,
-            sigma=1.2,
-            aux_weight=0.25,
-            weight_decay=0.01,
-            eval_every=150,
-            eval_scenes=256,
-            workers=1,
-            see=dict(steps=1200, rows=64, lr=3e-3, warmup=50, tokens=64, list_share=0.0),
-            ground=dict(steps=1800, rows=24, lr=1.5e-3, warmup=100, tokens=208, list_share=0.5),
-        )
-    )
+def get_config(part: str = ""):
+    config = template(PretrainConfig)
     if part == "absent":  # the heads of the auxiliary losses are gone by now, so those stay out
         config.update(
             init="runs/tiny_base/base", absent_share=0.2, presence_share=0.6, aux_weight=0.0, corner_weight=0.0

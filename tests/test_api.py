@@ -13,7 +13,7 @@ import weakref
 import numpy as np
 import PIL.Image
 import pytest
-from agent_fakes import DiscSegmenter, make_image, same_states
+from agent_fakes import DiscSegmenter, HangingSegmenter, make_image, same_states
 
 import rsagent_jax
 from rsagent_jax import api
@@ -47,20 +47,6 @@ def same(a, b) -> None:
 
 def untimed(reply):
     return reply and dataclasses.replace(reply, timings_s={})
-
-
-class Waiting(DiscSegmenter):
-    """Its first `count` calls wait until they are all under way, or for `woken`."""
-
-    def __init__(self, count=1, woken=None):
-        super().__init__()
-        self.barrier, self.left, self.woken = threading.Barrier(count), count, woken
-
-    def segment(self, image, request):
-        self.left -= 1
-        if self.left >= 0:
-            self.woken.wait(60) if self.woken else self.barrier.wait(60)
-        return super().segment(image, request)
 
 
 ############################## One answer ##############################
@@ -148,8 +134,14 @@ def test_a_batch_is_answered_as_one_by_one_and_in_its_order():
 
 def test_questions_of_several_threads_are_played_together():
     """Each tool call waits for the other two: one after the other none would be answered."""
-    results = []
-    with agent(Waiting(3), workers=3) as made:
+
+    class Together(DiscSegmenter):
+        def segment(self, image, request):
+            barrier.wait(60)
+            return super().segment(image, request)
+
+    results, barrier = [], threading.Barrier(3)
+    with agent(Together(), workers=3) as made:
         ask = lambda i: results.append(made.segment(IMAGE, f"it {i}"))  # noqa: E731
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
         for thread in threads:
@@ -162,8 +154,8 @@ def test_questions_of_several_threads_are_played_together():
 
 @pytest.mark.parametrize("how", ["closed", "dropped", "left"])
 def test_a_stream_that_is_given_up_frees_its_slot_although_its_tool_hangs(how):
-    woken = threading.Event()
-    with agent(Waiting(woken=woken), turns=(zoom(0, 0, 60, 60), *TURNS), slots=1, workers=2) as made:
+    tool = HangingSegmenter(0)
+    with agent(tool, turns=(zoom(0, 0, 60, 60), *TURNS), slots=1, workers=2) as made:
         stream = made.stream(IMAGE, "it")
         next(stream)
         if how == "closed":
@@ -177,18 +169,18 @@ def test_a_stream_that_is_given_up_frees_its_slot_although_its_tool_hangs(how):
             with stream, contextlib.suppress(KeyboardInterrupt):
                 raise KeyboardInterrupt
         assert made.segment(IMAGE, "it").trajectory.status is Status.FINISHED
-    woken.set()
+    tool.woken.set()
 
 
 def test_closing_the_agent_ends_what_is_under_way_and_what_waits():
-    woken, closed = threading.Event(), []
+    tool, closed = HangingSegmenter(0), []
     resources = contextlib.ExitStack()
     resources.callback(closed.append, True)
-    made = agent(Waiting(woken=woken), slots=1, resources=resources)
+    made = agent(tool, slots=1, resources=resources)
     streams = [made.stream(IMAGE, f"it {i}") for i in range(3)]
     made.close()
     made.close()
-    woken.set()
+    tool.woken.set()
     assert [stream.result().trajectory.status for stream in streams] == [Status.CANCELLED] * 3 and closed == [True]
     refused("the agent is closed", made.segment, IMAGE, "it")
 

@@ -43,21 +43,6 @@ def test_differences_by_hand(tmp_path, capsys):
     assert bars == [{10}, {6}]  # nine and five columns in every row
 
 
-def test_what_a_convention_drops_is_in_no_figure(tmp_path):
-    """Ten samples count, ten do not and have IoU 0: their means are 0.5 and 0.6, so the difference is 0.1."""
-    found = {}
-    for name, iou in (("a", 0.5), ("b", 0.6)):
-        workdir = write(tmp_path / name, [iou] * 10 + [0.0] * 10)
-        rows = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
-        rows = [row | {"dropped": "empty" * (i >= 10)} for i, row in enumerate(rows)]
-        write_lines(workdir / "predictions.jsonl", rows)
-        found[name] = compare.load_evaluation(workdir)
-        assert len(found[name].counted) == 10
-    gap = compare.compare(found["a"], found["b"], "b")
-    assert gap.giou.value == pytest.approx(0.1, abs=1e-6) and gap.ciou.value == pytest.approx(0.1, abs=1e-9)
-    assert gap.giou.ci95 == pytest.approx((0.1, 0.1), abs=1e-6)
-
-
 def test_only_samples_that_neither_run_drops_are_paired(tmp_path, capsys):
     """Of 0.1, 0.5, 0.9 against 0.2, 0.6, 0.9: with the first dropped there and the last dropped here, 0.1 is left."""
     for name, ious, lost in (("a", (0.1, 0.5, 0.9), 0), ("b", (0.2, 0.6, 0.9), 2)):
@@ -65,8 +50,10 @@ def test_only_samples_that_neither_run_drops_are_paired(tmp_path, capsys):
         rows = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
         rows = [row | {"dropped": "failure" * (i == lost)} for i, row in enumerate(rows)]
         write_lines(workdir / "predictions.jsonl", rows)
-    gap = compare.compare(*(compare.load_evaluation(tmp_path / name) for name in "ab"), "b")
-    assert (gap.giou.value, gap.ciou.value) == pytest.approx((0.1, 0.1))
+    a, b = (compare.load_evaluation(tmp_path / name) for name in "ab")
+    gap = compare.compare(a, b, "b")
+    assert (gap.giou.value, gap.ciou.value) == pytest.approx((0.1, 0.1)) and len(a.counted) == len(b.counted) == 2
+    assert gap.giou.ci95 == pytest.approx((0.1, 0.1), abs=1e-6)
     assert (gap.left_out, gap.better, gap.worse, gap.same) == (2, 1, 0, 0)
     assert [id for id, *_ in gap.samples] == ["s1"]
     assert run_command("rsagent_jax.compare", [str(tmp_path / "a"), str(tmp_path / "b")]) == 0
@@ -74,12 +61,7 @@ def test_only_samples_that_neither_run_drops_are_paired(tmp_path, capsys):
     assert "1 / 0 / 0 (2 left out)" in said
     assert json.loads(said.splitlines()[-1])["differences"]["b"]["left_out"] == 2
     write_lines(tmp_path / "b/predictions.jsonl", [row | {"dropped": "failure"} for row in rows])
-    refused(
-        "no sample counts in both",
-        compare.compare,
-        *map(compare.load_evaluation, (tmp_path / "a", tmp_path / "b")),
-        "b",
-    )
+    refused("no sample counts in both", compare.compare, a, compare.load_evaluation(tmp_path / "b"), "b")
 
 
 def test_settings_that_differ_are_named(tmp_path, capsys):

@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 import pytest
-from agent_fakes import DiscSegmenter, make_image, same_states
+from agent_fakes import DiscSegmenter, HangingSegmenter, make_image, same_states
 
 from rsagent_jax.agent.correction import THOUGHT
 from rsagent_jax.agent.replay import replay, state_to_json
@@ -96,20 +96,13 @@ def test_without_a_mask_it_begins_with_the_user_and_turns_may_follow():
 
 
 def test_it_can_be_cancelled_and_frees_its_slot_although_the_users_tool_hangs():
-    class Hanging(DiscSegmenter):
-        def segment(self, image, request):
-            if len(self.requests) == 1:
-                self.requests.append(request)
-                woken.wait(60)
-            return super().segment(image, request)
-
-    woken = threading.Event()
-    with agent(click(30, 40), finish(1), click(50, 50), finish(1), segmenter=Hanging(), workers=2) as made:
+    tool = HangingSegmenter(1)
+    with agent(click(30, 40), finish(1), click(50, 50), finish(1), segmenter=tool, workers=2) as made:
         stream = made.correct(made.segment(IMAGE, "it"), points=[(60, 70)])
         threading.Timer(0.1, stream.close).start()
         assert stream.result().trajectory.status is Status.CANCELLED and len(stream.result().state.turns) == 1
         assert made.segment(IMAGE, "it").mask[50, 50]
-    woken.set()
+    tool.woken.set()
 
 
 def test_what_is_no_call_is_refused_before_anything_is_played():

@@ -56,6 +56,15 @@ def cloud(tmp_path, monkeypatch):
     return home
 
 
+@pytest.fixture
+def running(cloud):
+    """The same, once there is a slice of two hosts."""
+    (cloud / "state").write_text("ACTIVE")
+    for i in range(2):
+        (cloud / f"host_{i}").mkdir()
+    return cloud
+
+
 def on_slice(cloud: pathlib.Path, plan: str, *flags: str) -> int:
     play = [sys.executable, "-S", str(cloud.parent / "play.py"), plan]
     flags = ("--slice=v5e-16", "--name=mine", "--zone=z", "--project=p", "--directory=", *flags)
@@ -98,48 +107,38 @@ def test_it_stops_where_another_start_would_not_help(cloud, capfd):
     assert "error: gcloud gives no slice: ERROR: PERMISSION_DENIED" in capfd.readouterr().err
 
 
-def test_a_slice_that_cannot_be_made_again_counts_as_a_crash(cloud, capfd):
-    (cloud / "state").write_text("ACTIVE")
-    (cloud / "refused").write_text("ERROR: there is none")
-    for i in range(2):
-        (cloud / f"host_{i}").mkdir()
-    assert on_slice(cloud, "taken", "--crashes=2") == 1
+def test_a_slice_that_cannot_be_made_again_counts_as_a_crash(running, capfd):
+    (running / "refused").write_text("ERROR: there is none")
+    assert on_slice(running, "taken", "--crashes=2") == 1
     assert capfd.readouterr().out.count("gcloud gives no slice: ERROR: there is none") == 2
 
 
-def test_a_broken_connection_starts_nothing_twice(cloud, capfd):
-    (cloud / "state").write_text("ACTIVE")
-    (cloud / "breaks").touch()
-    for i in range(2):
-        (cloud / f"host_{i}").mkdir()
-    assert on_slice(cloud, "0:2") == 0
-    assert sorted((cloud / "notes").read_text().split()) == ["host_0", "host_1"]
+def test_a_broken_connection_starts_nothing_twice(running, capfd):
+    (running / "breaks").touch()
+    assert on_slice(running, "0:2") == 0
+    assert sorted((running / "notes").read_text().split()) == ["host_0", "host_1"]
 
 
-def test_a_host_that_stands_still_holds_up_no_other_start(cloud, monkeypatch):
+def test_a_host_that_stands_still_holds_up_no_other_start(running, monkeypatch):
     monkeypatch.setattr(launching, "OTHERS_S", 1.0)
     monkeypatch.setattr(launching, "NOTICE_S", 1)
-    (cloud / "state").write_text("ACTIVE")
-    for i in range(2):
-        (cloud / f"host_{i}").mkdir()
-    assert on_slice(cloud, "69|still,0") == 0
-    assert (cloud / "notes").read_text().count("host") == 4
+    assert on_slice(running, "69|still,0") == 0
+    assert (running / "notes").read_text().count("host") == 4
 
 
-def test_what_an_earlier_launch_left_running_is_stopped_first(cloud, capfd):
-    (cloud / "state").write_text("ACTIVE")
-    for i in range(2):
-        (cloud / f"host_{i}").mkdir()
+def test_what_an_earlier_launch_left_running_is_stopped_first(running, capfd):
     slice_ = launching.TpuSlice("v5e-16", "mine")
-    script = slice_.script([sys.executable, "-S", str(cloud.parent / "play.py"), "long"])
-    left = [subprocess.Popen(["bash", "-c", script], env=os.environ | {"HOME": f"{cloud}/host_{i}"}) for i in range(2)]
+    script = slice_.script([sys.executable, "-S", str(running.parent / "play.py"), "long"])
+    left = [
+        subprocess.Popen(["bash", "-c", script], env=os.environ | {"HOME": f"{running}/host_{i}"}) for i in range(2)
+    ]
     until = time.monotonic() + 20
-    while not (cloud / "notes").exists() or (cloud / "notes").read_text().count("host") < 2:
+    while not (running / "notes").exists() or (running / "notes").read_text().count("host") < 2:
         assert time.monotonic() < until
         time.sleep(0.05)
     time.sleep(0.3)
-    assert on_slice(cloud, "long,0") == 0
-    assert (cloud / "notes").read_text().count("told to end") == 2
+    assert on_slice(running, "long,0") == 0
+    assert (running / "notes").read_text().count("told to end") == 2
     assert [process.wait(10) for process in left] == [launching.INTERRUPTED] * 2  # and are started no more
 
 

@@ -19,6 +19,7 @@ from rsagent_jax.models.qwen25_vl.load import weights_checksum
 from rsagent_jax.runtime import command, paths
 from tests.loopback_bucket import LoopbackBucket
 from tests.loopback_hub import serve_hub
+from tests.test_whole_loop import VARIED
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPE = """
@@ -48,10 +49,6 @@ def get_config():
     for row in ("base", "grpo"):
         stages[f"eval-{{row}}"].more = (*(f"--config.sampling.{{text}}" for text in ENGINE), *POLICY)
     return config
-"""
-VARIED = """
-def by_tokens(trajectory, sample):
-    return float(trajectory.tokens.sum() % 97) / 97
 """
 # A stage, and what is in the bucket once it works: there it is killed.
 KILLS = {

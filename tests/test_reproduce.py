@@ -163,18 +163,6 @@ def test_a_stage_whose_config_file_says_something_else_is_made_again(recipe, cap
     assert reproduce(recipe, more) == 0 and remade(capfd) == ["eval-box"]
 
 
-def test_a_stage_that_an_earlier_version_stamped_is_taken_as_it_is(recipe, capfd):
-    assert reproduce(recipe) == 0
-    config = command.parse_arguments(importlib.import_module("rsagent_jax.reproduce").main, argv(recipe))[1]["config"]
-    for name, step in plan_steps(config, recipe / "w").items():
-        stamp = {"command": "", "seconds": 1.0, "key": step.former_key}
-        (recipe / "w" / name / "done.json").write_text(json.dumps(stamp))
-    capfd.readouterr()
-    assert reproduce(recipe) == 0 and remade(capfd) == []
-    shutil.rmtree(recipe / "w/sft")
-    assert reproduce(recipe) == 0 and remade(capfd) == ["sft", "eval-sft"]
-
-
 def test_the_table_holds_the_papers_figure_and_ours(recipe, capfd):
     reproduce(recipe)
     head, _, base, sft, box = [line.split(" | ") for line in (recipe / "w/table.md").read_text().splitlines()[2:7]]

@@ -1,8 +1,6 @@
 """One picture, one sentence: what is printed and written, and every kind of picture file a user may bring."""
 
 import dataclasses
-import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -24,7 +22,6 @@ from rsagent_jax.runtime.command import load_config_file, use_compilation_cache
 from rsagent_jax.segment import segment
 from rsagent_jax.types import Status
 from sam_bridge.types import FailureKind
-from tests.loopback_hub import serve_hub
 from tests.refusals import refused
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -129,23 +126,3 @@ def test_the_command_with_the_tiny_base(tmp_path):
     turns = [turn.text for turn in state.turns]
     assert [turn.text for turn in result.state.turns] == turns and len(set(turns)) == 2
     np.testing.assert_array_equal(result.mask, read(out / "mask.png") == 255)
-
-
-@pytest.mark.slow
-def test_weights_by_name_from_a_hub_and_then_without_it(tmp_path):
-    """The shipped base under a name: downloaded by the first run, taken from the cache by the second, offline."""
-    files = {file.name: file.read_bytes() for file in TINY.iterdir() if file.is_file()}
-    PIL.Image.fromarray(make_image(112, 112)).save(tmp_path / "a.png")
-    command = [sys.executable, "-m", "rsagent_jax.segment", str(tmp_path / "a.png"), "the disc", "--weights=org/tiny"]
-    command += ["--config.agent.max_turns=1", f"--config.cache_dir={tmp_path}/compiled"]
-    env = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0"}
-    with serve_hub(files={"org/tiny": files}) as hub:
-        for n, more in enumerate(({"HF_ENDPOINT": hub.url}, {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"})):
-            out = tmp_path / str(n)
-            options = dict(env=env | more, cwd=ROOT, capture_output=True, text=True, timeout=280)
-            done = subprocess.run([*command, f"--out={out}"], **options)
-            assert done.returncode == 0, done.stderr
-            assert (out / "mask.png").exists()
-        assert [name for name, *_ in hub.sent].count("model.safetensors") == 1
-    record = [json.loads((tmp_path / n / "trajectory.json").read_text())["turns"] for n in "01"]
-    assert record[0] == record[1]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rsagent_jax.agent.tools import TOOLS, tool_schemas
-from rsagent_jax.types import DataError, ParseError
+from rsagent_jax.types import ParseError
 
 TERMINATOR = "<|im_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -151,8 +151,6 @@ def ground_question(key: str, query: str) -> str:
 
 def ground_answer(key: str, rows: Sequence[Sequence[float]], labels: Sequence[str]) -> str:
     """Boxes [x1, y1, x2, y2] or points [x, y] in view pixels, rounded to integers, in Qwen2.5-VL's own layout."""
-    if len(rows) != len(labels):
-        raise DataError(f"{len(rows)} {key} for {len(labels)} labels")
     lines = [
         f'\t{{"{key}": {[round(float(v)) for v in row]}, "label": {json.dumps(sanitize(label), ensure_ascii=False)}}}'
         for row, label in zip(rows, labels, strict=True)

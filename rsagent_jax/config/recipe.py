@@ -101,7 +101,6 @@ class Step:
     needs: dict[str, Self]  # stages
     lacks: tuple[str, ...]  # fields of the recipe that it needs and that are empty
     key: str  # of the command, its config and those of all that it builds upon
-    former_key: str  # the same without the configs: stamps had no more at first
 
 
 def plan_steps(config: RecipeConfig, workdir: pathlib.Path) -> dict[str, Step]:
@@ -116,17 +115,12 @@ def plan_steps(config: RecipeConfig, workdir: pathlib.Path) -> dict[str, Step]:
         argv = (*command, *(text.format_map(values) for text in (*stage.arguments, *stage.more)))
         named = () if stage.given else dict.fromkeys((*stage.names, *stage.needs))
         needs, lacks = ([name for name in named if name in group] for group in (steps, lacking))
-        command_of = [str(directory), argv]
-        config = () if stage.given else (config_says(stage.command, argv),)
-        key = _digest([*command_of, *config, *(steps[name].key for name in needs)])
-        former_key = _digest([*command_of, *(steps[name].former_key for name in needs)])
+        config = None if stage.given else config_says(stage.command, argv)
+        made_of = [str(directory), argv, config, *(steps[name].key for name in needs)]
+        key = hashlib.sha256(json.dumps(made_of, default=str).encode()).hexdigest()
         needed = {name: steps[name] for name in needs}
-        steps[stage.name] = Step(stage, directory, argv, needed, tuple(lacks), key, former_key)
+        steps[stage.name] = Step(stage, directory, argv, needed, tuple(lacks), key)
     return steps
-
-
-def _digest(made_of: Any) -> str:
-    return hashlib.sha256(json.dumps(made_of, default=str).encode()).hexdigest()
 
 
 def config_says(command: str, argv: Sequence[str]) -> Any:

@@ -77,10 +77,7 @@ def seconds_of(step: Step) -> float | None:
     if any(seconds_of(need) is None for need in step.needs.values()):
         return None
     stamp = _stamp(step.directory)
-    if "nonce" in stamp:
-        same = stamp.get("key") == step.key and stamp.get("nonces") == nonces_of(step)
-    else:  # of an earlier version: it stands while all that it builds upon is that version's as well
-        same = stamp.get("key") == step.former_key and not any(nonces_of(step).values())
+    same = stamp.get("key") == step.key and stamp.get("nonces") == nonces_of(step)
     return float(stamp["seconds"]) if same else None
 
 

@@ -25,7 +25,7 @@ from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.report.trajectory import Example, collected_example, evaluated_example, stored_example
 from rsagent_jax.runtime.json_lines import parse_object
 from rsagent_jax.runtime.paths import is_remote
-from rsagent_jax.types import DataError, Status
+from rsagent_jax.types import DataError
 
 STAMP = "collect.json"  # of a stored set (data/trajectories.py)
 STORED = ("", "dumps/*/", "validation/*/*/*/")  # where they are in a work directory
@@ -120,28 +120,23 @@ def _collected_example(line: dict[str, Any], _: int) -> Example:
 def _stored(record: bytes) -> tuple:
     """The Fields behind the key."""
     about = json.loads(read_arrays(record)["header"].tobytes())
-    replayed = json.loads(about.get("replay", "{}"))
+    replayed = json.loads(about["replay"])
     values = _values(**{name: about.get(name) for name in ("step", "iou", "reward", "advantage", "tokens")})
-    values["turns"] = len(replayed.get("turns", ()))
-    query = about.get("query") or replayed.get("query", "")
-    return about.get("sample", about.get("id", "")), query, about.get("status", ""), values, 0.0
+    values["turns"] = len(replayed["turns"])
+    return about.get("sample", about.get("id", "")), replayed["query"], about.get("status", ""), values, 0.0
 
 
 def _group(line: dict[str, Any]) -> Iterator[Fields]:
     """Of a line of rollouts.jsonl: the first group of a step."""
-    played = line.get("played") or [{}] * len(line["trajectories"])
-    for number, (said, more) in enumerate(zip(line["trajectories"], played, strict=True)):
-        values = _values(step=line["step"], iou=more.get("iou"), turns=len(said["turns"]))
-        values |= _values(reward=said["reward"], advantage=said["advantage"])
+    for number, (said, more) in enumerate(zip(line["trajectories"], line["played"], strict=True)):
+        figures = {name: said[name] for name in ("reward", "advantage")}
+        values = _values(step=line["step"], iou=more["iou"], turns=len(said["turns"]), **figures)
         yield f"{line['step']}/{number}", line["id"], line["query"], said["status"], values, 0.0
 
 
 def _group_example(line: dict[str, Any], part: int) -> Example:
-    said = line["trajectories"][part]
-    texts = json.dumps({"turns": [{"text": text} for text in said["turns"]]})  # all that earlier versions kept
-    more = line["played"][part] if "played" in line else {"iou": None, "ious": (), "record": texts}
-    names = {"id": line["id"], "query": line["query"], "status": Status(said["status"]), "gt": line.get("gt")}
-    return Example(**names, image=line.get("image", ""), **more | {"ious": tuple(more["ious"])})
+    names = {name: line[name] for name in ("id", "query", "gt", "image")}
+    return evaluated_example(names | line["played"][part] | {"status": line["trajectories"][part]["status"]})
 
 
 # --------------------------------------------------------------------------------------------- files of many rows

@@ -66,16 +66,15 @@ def stored_example(record: bytes, more: Mapping[str, Any]) -> Example:
     """
     arrays = read_arrays(record)
     about = json.loads(arrays["header"].tobytes())
-    picture, about = about.get("picture", {}), about | more
-    replayed = about.get("replay", "{}")
+    replayed, picture, about = about["replay"], about["picture"]["path"], about | more
     return Example(
         id=about.get("id", ""),
-        query=about.get("query") or json.loads(replayed).get("query", ""),
+        query=json.loads(replayed)["query"],
         iou=about.get("iou"),
         status=Status(about.get("status", Status.FINISHED)),
         ious=tuple(about.get("ious", ())),
         gt=about.get("gt"),
-        image=arrays["source"].tobytes() if "source" in arrays else picture.get("path", ""),
+        image=arrays["source"].tobytes() if "source" in arrays else picture,
         record=replayed,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import numpy as np
 
@@ -47,6 +48,20 @@ class DiscSegmenter:
         logits_id = f"logits-{len(self.requests)}" if self.logits else ""
         self.kept[logits_id] = mask
         return SegmentReply(mask, 0.875, logits_id, {"total": 0.001})
+
+
+class HangingSegmenter(DiscSegmenter):
+    """Its calls of these numbers, counted from 0, hang until `woken`; each of them counts twice."""
+
+    def __init__(self, *numbers: int):
+        super().__init__()
+        self.numbers, self.woken = numbers, threading.Event()
+
+    def segment(self, image: np.ndarray, request: SegmentRequest) -> SegmentReply:
+        if len(self.requests) in self.numbers:
+            self.requests.append(request)
+            self.woken.wait(60)
+        return super().segment(image, request)
 
 
 class IdealSegmenter:

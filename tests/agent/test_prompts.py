@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.tools import Segment, render_call
 from rsagent_jax.types import ParseError
-from tests.refusals import refused
 
 GOLDEN = Path(__file__).with_name("golden_prompts.txt")
 ERROR = ParseError("bad_json", "the call is not valid JSON.")
@@ -98,10 +97,6 @@ def test_ordinary_queries_are_untouched():
         assert prompts.sanitize(query) == query
     assert prompts.sanitize("co\u00adoperate") == "cooperate"  # a soft hyphen
     assert len(prompts.sanitize("x" * 10_000)) == prompts.MAX_QUERY_CHARS
-
-
-def test_labels_and_boxes_must_pair():
-    refused(".", prompts.ground_answer, "bbox_2d", [[1, 2, 3, 4]], [])
 
 
 if __name__ == "__main__":

@@ -59,3 +59,4 @@ def test_a_side_car_that_is_away_is_told_while_it_is_waited_for(capsys, monkeypa
     said = str(caught.value)
     assert said.startswith("segmenter (connect): unavailable") and "start one: python -m sam_bridge" in said
     assert "grabcut" not in said  # of the config, which does not know what runs there
+    assert float(said.rpartition("gave up after ")[2].split()[0]) < 2.0  # wait_s, and one try that was under way

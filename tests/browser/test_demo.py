@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import PIL.Image
 import pytest
-from agent_fakes import DiscSegmenter
+from agent_fakes import HangingSegmenter
 
 from rsagent_jax.agent.replay import replay
 from rsagent_jax.api import Agent
@@ -128,16 +128,9 @@ def test_upload_ask_watch_correct_and_download(served, open_page, serious_findin
 
 
 def test_what_is_too_much_is_refused_and_a_cancelled_question_leaves_its_slot(served, open_page, tmp_path):
-    class Waiting(DiscSegmenter):
-        def segment(self, image, request):
-            if len(self.requests) in (1, 3):
-                self.requests.append(request)
-                woken.wait(60)
-            return super().segment(image, request)
-
-    woken, texts = threading.Event(), [small.click(30, 40), small.click(50, 50), small.finish(None)]
+    texts = [small.click(30, 40), small.click(50, 50), small.finish(None)]
     policy = TextPolicy(lambda task, state: texts[min(len(state.turns), 2)], small.processor(), slots=1)
-    segmenter = Waiting()
+    segmenter = HangingSegmenter(1, 3)
     address = served(lambda: Agent(policy, segmenter, small.processor(), small.AGENT, workers=3), per_minute=4)
     page = open_page(address)
     PIL.Image.new("RGB", (60, 40), "red").save(tmp_path / "red.png")
@@ -167,4 +160,4 @@ def test_what_is_too_much_is_refused_and_a_cancelled_question_leaves_its_slot(se
     places.fill("5, 6")
     places.press("Enter")
     page.get_by_text("4 questions a minute are the most here").wait_for()
-    woken.set()
+    segmenter.woken.set()

@@ -7,7 +7,6 @@ import http.server
 import io
 import json
 import pathlib
-import shlex
 import shutil
 import signal
 import stat
@@ -365,18 +364,9 @@ def test_names_and_what_would_be_done(tmp_path, capsys):
 def test_every_check_is_a_benchmark_and_every_need_a_source():
     from configs import eval as eval_configs
 
-    for source in sources.SOURCES.values():
-        assert {*source.checks} <= {*eval_configs.NAMES} and {*source.needs} <= {*sources.SOURCES}
-        assert source.page.startswith("https://") and source.gives and (source.files or source.hub or source.steps)
-
-
-def test_the_commands_of_the_page_are_read():
-    section = (
-        (ROOT / "docs/data.md").read_text().partition("## Getting it\n")[2].partition("```\n")[2].partition("```")[0]
-    )
-    lines = [shlex.split(line, comments=True) for line in section.splitlines()]
-    read = [command.parse_arguments(get.main, [word.strip("[]") for word in line[3:]]) for line in lines]
-    assert [line[:3] for line in lines] == [["python", "-m", "rsagent_jax.data.get"]] * 3
-    assert all(set(names) <= set(sources.SOURCES) for names, _ in read) and read[1][1]["root"] == "DATA"
     page = (ROOT / "docs/data.md").read_text()
-    assert all(f"`{name}`" in page for name in sources.SOURCES)
+    for name, source in sources.SOURCES.items():
+        assert (
+            f"`{name}`" in page and {*source.checks} <= {*eval_configs.NAMES} and {*source.needs} <= {*sources.SOURCES}
+        )
+        assert source.page.startswith("https://") and source.gives and (source.files or source.hub or source.steps)

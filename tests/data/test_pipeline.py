@@ -51,14 +51,6 @@ def test_hosts_divide_what_one_host_draws_from_any_position(hosts, done, threads
         assert merged == drawn
 
 
-def test_a_restored_pipeline_goes_on_where_the_other_stopped():
-    one = Pipeline(range(23), seed=5)
-    before = [one.take(6) for _ in range(4)]
-    two = Pipeline(range(23), seed=5, threads=1)
-    two.restore(one.state())
-    assert before + [two.take(6) for _ in range(5)] == draw()
-
-
 @pytest.mark.timeout(200)
 def test_the_number_of_worker_processes_does_not_show():
     """With the transform, a checkpoint of one number of workers restored with another."""

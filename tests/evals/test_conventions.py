@@ -54,13 +54,15 @@ def test_empty_unions():
 
 def test_failures_and_endings():
     broken = trajectory(TRUTH, Status.ENV_FAILED)
-    assert score(broken, sample(TRUTH), rules()).dropped is None
-    assert (score(broken, sample(TRUTH), rules()).iou, score(broken, sample(TRUTH), rules()).union) == (0.0, 4)
+    lost = score(broken, sample(TRUTH, pixels(3, 4)), rules())  # three of the truth are not ignored
+    assert (lost.iou, lost.intersection, lost.union, lost.dropped) == (0.0, 0, 3, None)
+    assert (lost.turns, lost.tool_errors) == (3, 1)
     assert score(broken, sample(TRUTH), rules(failure_policy="dropped")).dropped == "failure"
-    late = trajectory(TRUTH, Status.MAX_TURNS)
-    assert score(late, sample(TRUTH), rules()).iou == 1.0
-    unjudged = score(late, sample(TRUTH), rules(ending_policy="zero"))
-    assert (unjudged.iou, unjudged.intersection, unjudged.union, unjudged.said_empty) == (0.0, 0, 4, False)
+    for status in (Status.MAX_TURNS, Status.MAX_CONTEXT, Status.INVALID, Status.REPEATED):
+        late = trajectory(TRUTH, status)
+        assert score(late, sample(TRUTH), rules()).iou == 1.0
+        unjudged = score(late, sample(TRUTH), rules(ending_policy="zero"))
+        assert (unjudged.iou, unjudged.intersection, unjudged.union, unjudged.said_empty) == (0.0, 0, 4, False)
     assert score(trajectory(TRUTH), sample(TRUTH), rules(ending_policy="zero")).iou == 1.0
     lucky = trajectory(pixels(), Status.INVALID)  # an empty mask that nobody committed, where nothing is meant
     assert score(lucky, sample(pixels()), rules()).iou == 1.0
@@ -124,13 +126,6 @@ def test_n_acc_and_t_acc():
     stuck = score(trajectory(some, Status.MAX_TURNS, "x"), sample(some, id="x"), rules(ending_policy="zero"))
     unjudged = summarize_results([stuck, results[0]], {}, benchmark="toy")  # what does not end answers nothing
     assert (unjudged["t_acc"], unjudged["giou_target"], unjudged["n_acc"]) == (0.0, 0.0, 1.0)
-
-
-def test_a_failure_gives_no_figures_unless_the_user_accepts_it():
-    broken = score(trajectory(TRUTH, Status.ENV_FAILED), sample(TRUTH), MetricConfig())
-    fine = score(trajectory(SAID, id="t"), sample(TRUTH, id="t"), MetricConfig())
-    refused("1 of 2 samples are not measured", summarize_results, [broken, fine], {}, benchmark="toy")
-    assert summarize_results([fine], {}, benchmark="toy")["n"] == 1
 
 
 def test_what_is_dropped_is_counted_and_the_rules_are_saved():

@@ -68,20 +68,6 @@ def test_equal_to_lisa(seed):
     np.testing.assert_allclose((totals.giou, totals.ciou), lisa(pairs), atol=1e-12)
 
 
-def test_failures():
-    gt, ignore = row(8), row(2)
-    # Ground truth without the ignored two: 6 pixels of union, nothing of the mask.
-    broken = score(trajectory(row(8), Status.ENV_FAILED), sample(gt, ignore))
-    assert (broken.intersection, broken.union, broken.iou, broken.turns, broken.tool_errors) == (0, 6, 0.0, 3, 1)
-    # An absent target does not make a failure right.
-    assert score(trajectory(row(0), Status.ENV_FAILED), sample(row(0))).iou == 0.0
-    assert score(trajectory(row(0)), sample(row(0))).iou == 1.0
-    # Any other ending keeps its mask: 4 / 6.
-    for status in (Status.MAX_TURNS, Status.MAX_CONTEXT, Status.INVALID, Status.REPEATED):
-        kept = score(trajectory(row(6), status), sample(gt, ignore))
-        assert (kept.intersection, kept.union, kept.status) == (4, 6, status)
-
-
 def test_wrong_pairings_are_refused():
     with pytest.raises(ValueError, match="scored against sample other"):
         score(trajectory(row(1)), sample(row(1), id="other"))

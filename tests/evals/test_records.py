@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rsagent_jax.evals import records
 from rsagent_jax.evals.metrics import Counts, judge, summarize_results
-from rsagent_jax.runtime import journal, paths
+from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.processes import Share, parse_share
 from rsagent_jax.types import Status
 from tests.refusals import refused
@@ -106,13 +106,6 @@ def test_what_was_not_measured_comes_back_apart(tmp_path):
     assert book.done == {"s0"}
     found = records.read_records(tmp_path, SETTINGS, CURRENT)
     assert found == ({"s0": record(0), "s1": lost}, {"s2": "a.jpg is cut"})
-
-
-def test_whole_files_replace_whole_files(tmp_path):
-    paths.write_whole(tmp_path / "a.json", "one")
-    paths.write_whole(tmp_path / "a.json", "two")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "two"
-    refused("cannot be written", paths.write_whole, tmp_path / "none" / "a.json", "one")
 
 
 def test_shares_of_the_command_line():

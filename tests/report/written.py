@@ -1,6 +1,11 @@
-"""Work directories as evaluate.py leaves them, from results that a test makes up."""
+"""Work directories as evaluate.py leaves them, from results that a test makes up; what every page must be."""
 
+import base64
+import hashlib
+import html
 import json
+import re
+import xml.etree.ElementTree as ET
 
 import numpy as np
 from pycocotools import mask as coco
@@ -30,3 +35,22 @@ def rle(mask):
     """COCO RLE of bool[h, w], ready for JSON."""
     value = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": value["size"], "counts": value["counts"].decode()}
+
+
+def check_markup(text):
+    """Well-formed, on its own, and with no markup but ours. Its elements."""
+    found = list(ET.fromstring(text).iter())
+    for element in found:
+        assert element.tag not in ("link", "iframe", "b onerror")
+        assert not any(name.startswith("on") for name in element.attrib)
+        assert all(element.get(name, "data:").startswith(("data:", "#")) for name in ("src", "href"))
+    return found
+
+
+def check_script(text):
+    """The page's only script, which its policy names as the only one that may run."""
+    policy = html.unescape(re.search(r'content="(default-src.*?)"', text)[1])
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    checksum = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'") and policy.endswith(f"; script-src 'sha256-{checksum}'")
+    assert "unsafe-eval" not in policy and script.startswith("//<![CDATA[")

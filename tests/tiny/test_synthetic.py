@@ -194,10 +194,6 @@ def test_a_damaged_copy_is_rebuilt(copied, dataset, lost):
     assert [p.name for p in copied.parent.iterdir()] == [copied.name]  # no temporary directory stays
 
 
-def test_other_settings_are_refused(copied):
-    refused(r"other settings \(seed, scenes\): choose another --out", write, copied, train=1, val=1, test=1, seed=1)
-
-
 def test_foreign_directories_and_files_are_left_alone(tmp_path):
     home = tmp_path / "home"
     home.mkdir()

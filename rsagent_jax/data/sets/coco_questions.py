@@ -10,15 +10,13 @@ What was seen: GSEval's file, the loaders of MUSE and MMR and MMR's table of fie
 of MUSE, MMR or RefCOCO-M itself. `python -m rsagent_jax.data.get` says where each is had.
 """
 
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from rsagent_jax.data.sets.index import SampleIndex, SegmentedEntry, read_file
+from rsagent_jax.data.sets.index import SampleIndex, SegmentedEntry, parse_json, read_file
 from rsagent_jax.runtime.paths import open_path
 from rsagent_jax.types import DataError
-from sam_bridge.file_kinds import HEAD, kind_of
 
 COCO_FOLDERS = pathlib.PurePath("images/mscoco/images")
 # class_id by kind. The file only numbers them; which is which was told from the texts of each and the paper's names.
@@ -116,11 +114,10 @@ def _records(path: pathlib.Path, dataset: str) -> Iterator[tuple[int, str, Any]]
             " how it is had"
         )
     data = read_file(path)
-    try:
-        lines = data.splitlines() if path.suffix == ".jsonl" else None
-        records = [json.loads(line) for line in lines if line.strip()] if lines is not None else json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({kind_of(data[:HEAD]) or error}): download it again") from None
+    if path.suffix == ".jsonl":
+        records = [parse_json(line, path) for line in data.splitlines() if line.strip()]
+    else:
+        records = parse_json(data, path)
     if not isinstance(records, list):
         raise DataError(f"{path} holds no list of records: this is not a file of {dataset}")
     for number, record in enumerate(records):

@@ -10,7 +10,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from rsagent_jax.masks import decode_segmentation
 from rsagent_jax.runtime.image_files import read_image
 from rsagent_jax.runtime.paths import absolute_name, is_remote, open_path, read_bytes, remote_versions, storage_kind
 from rsagent_jax.types import DataError, Sample
+from sam_bridge.file_kinds import HEAD, kind_of
 
 # COCO's file names of 2014 and 2017, so that a user's copy of a picture is known as the same picture.
 _COCO_NAME = re.compile(r"(COCO_[a-z]+\d{4}_)?(\d{12})\.(?:jpg|jpeg|png)", re.IGNORECASE)
@@ -196,6 +197,15 @@ def read_file(path: pathlib.Path) -> bytes:
     except OSError as error:
         wrong = storage_kind(error) if is_remote(path) else DataError
         raise wrong(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def parse_json(data: bytes, path: pathlib.Path) -> Any:
+    """Of a file, or of a line of one. DataError where it is none."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
+        why = kind_of(data[:HEAD]) or f"{error}; cut short?"
+        raise DataError(f"{path} is not JSON ({why}): download it again") from None
 
 
 def spread(total: int, wanted: int) -> list[int]:

@@ -27,11 +27,11 @@ _BORDER = 255  # index of a palette
 FEW_COLOURS = 16  # of a drawing; a cut-out of a photograph has more
 
 
-def read_mask(source: str | pathlib.Path | bytes, where: str, remedy: str, upright: bool = True) -> np.ndarray:
+def read_mask(source: str | pathlib.Path | bytes, where: str, remedy: str) -> np.ndarray:
     """A mask file or its bytes -> u8[h, w] of OBJECT, IGNORED and 0. `where` names it in the DataError."""
     with mending(where, remedy):
         source = source if isinstance(source, bytes) else image_source(source)
-        image = images.load(source, where, upright, exact=True)
+        image = images.load(source, where, upright=True, exact=True)
     try:
         return _labels(image)
     except ValueError as error:

@@ -12,17 +12,15 @@ files is a DataError that names the path and the remedy.
 import collections
 import dataclasses
 import itertools
-import json
 import pathlib
 import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from rsagent_jax.data.sets.index import SampleIndex, SegmentedEntry, read_file
+from rsagent_jax.data.sets.index import SampleIndex, SegmentedEntry, parse_json, read_file
 from rsagent_jax.data.sets.unpickle import loads_data
 from rsagent_jax.runtime.paths import open_path
 from rsagent_jax.types import DataError
-from sam_bridge.file_kinds import HEAD, kind_of
 
 IMAGES = pathlib.PurePath("images/mscoco/images/train2014")
 GENERALIZED = "grefcoco"  # several targets, or none
@@ -129,7 +127,8 @@ def _check_layout(root: pathlib.Path, dataset: str, split_by: str) -> tuple[path
 
 def _read_refs(path: pathlib.Path, several: bool) -> list[dict]:
     """References as they stand in the file; with `several`, ann_id is a list (gRefCOCO)."""
-    refs = _read_json(path) if path.suffix == ".json" else loads_data(read_file(path), str(path))
+    data = read_file(path)
+    refs = parse_json(data, path) if path.suffix == ".json" else loads_data(data, str(path))
     ann_id: Any = (list, tuple) if several else int
     kinds = {"ref_id": int, "ann_id": ann_id, "image_id": int, "split": str, "sentences": list}
     if not isinstance(refs, list) or not refs:
@@ -164,18 +163,9 @@ def _select_split(refs: list[dict], split: str, path: pathlib.Path) -> list[dict
     return chosen
 
 
-def _read_json(path: pathlib.Path) -> Any:
-    data = read_file(path)
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
-        why = kind_of(data[:HEAD]) or "cut short?"
-        raise DataError(f"{path} is not valid JSON ({error}): {why} Download it again") from None
-
-
 def _read_instances(path: pathlib.Path, folder: pathlib.Path) -> tuple[dict[int, tuple], dict[int, tuple]]:
     """instances.json -> (path, (h, w)) by image id, (image id, segmentation) by annotation id. Raises DataError."""
-    instances = _read_json(path)
+    instances = parse_json(read_file(path), path)
     try:
         images = {
             row["id"]: (str(folder / row["file_name"]), (int(row["height"]), int(row["width"])))

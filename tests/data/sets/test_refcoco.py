@@ -208,10 +208,10 @@ def test_pickles_that_are_not_references(copied, refs, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"images": [', "is not valid JSON .*cut short"),
-        (b"", "is not valid JSON .*an empty file"),
-        (b"\xff\xfe\x00", "is not valid JSON"),
-        (b"[" * 200_000, "is not valid JSON"),
+        (b'{"images": [', "is not JSON .*cut short"),
+        (b"", "is not JSON .*an empty file"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b"[" * 200_000, "is not JSON"),
         (b"[]", "is not a COCO instances file"),
         (b'{"images": []}', "is not a COCO instances file: missing or ill-typed 'annotations'"),
         (b'{"images": [{"id": 1, "file_name": "a.jpg", "width": 3}]}', "is not a COCO .*missing or ill-typed 'height'"),
