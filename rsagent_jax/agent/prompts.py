@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rsagent_jax.agent.tools import TOOLS, tool_schemas
-from rsagent_jax.types import ParseError
+from rsagent_jax.types import DataError, ParseError
 
 TERMINATOR = "<|im_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
