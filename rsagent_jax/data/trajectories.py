@@ -7,12 +7,14 @@ is in the record. Patches are made when read.
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -20,6 +22,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from rsagent_jax.agent.environment import EnvState, read_before
 from rsagent_jax.agent.replay import read_source, replay, state_to_json
 from rsagent_jax.agent.views import PixelLimits
+from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.data.npz import pack_record, read_arrays
 from rsagent_jax.data.packing import Item
@@ -157,6 +160,11 @@ class RecordWriter:
             local_copies.put_files(self.local, self.directory)
             shutil.rmtree(self.local)
         paths.write_whole(self.directory / STAMP, json.dumps({"records": self.records, **stamp}, indent=2) + "\n")
+
+
+def shown_with(agent: AgentConfig, limits: PixelLimits) -> dict[str, Any]:
+    """Of a set's stamp: what `check_collected` holds against a run's own settings."""
+    return {"config": {"agent": to_dict(agent), "pixel_limits": dataclasses.asdict(limits)}}
 
 
 def check_collected(directory: str | pathlib.Path, agent: AgentConfig, limits: PixelLimits) -> None:

@@ -15,7 +15,6 @@ from flax import nnx
 
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import state_to_json
-from rsagent_jax.config.build import to_dict
 from rsagent_jax.config.schema import GrpoConfig
 from rsagent_jax.data import trajectories
 from rsagent_jax.data.npz import read_arrays
@@ -121,8 +120,7 @@ def dump_rollouts(
         }
         arrays = {"logprobs": t.logprobs, "advantages": np.full(len(t.tokens), j.advantage, np.float32)}
         writer.write(trajectories.encode_by_reference(j.state, j.sample.path, header, t, arrays))
-    limits = dataclasses.asdict(driver.limits)
-    stamp = {"config": {"agent": to_dict(driver.agent)}, "pixel_limits": limits, "step": step}
+    stamp = trajectories.shown_with(driver.agent, driver.limits) | {"step": step}
     writer.close(stamp | {"processes": jax.process_count(), "share": dataclasses.astuple(share)})
     # Those of later steps are of a start before this one, and are written anew.
     older = sorted(d for d in directory.parent.glob("step_*") if d.name <= directory.name) if keep else []

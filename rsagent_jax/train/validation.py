@@ -296,5 +296,4 @@ class Validator:
         writer = trajectories.RecordWriter(directory)
         for place in sorted(kept):
             writer.write(kept[place])
-        about = {"agent": to_dict(self.config.agent)}
-        writer.close({"config": about, "pixel_limits": dataclasses.asdict(self.driver.limits)})
+        writer.close(trajectories.shown_with(self.config.agent, self.driver.limits))

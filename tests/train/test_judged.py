@@ -111,6 +111,15 @@ def test_a_replay_has_the_trajectories_of_all_processes_in_the_minibatches_of_th
     refused("2 processes played this step, and .*process_1.* is not there", ReplaySource, config, lead, None, Share())
 
 
+def test_a_dump_says_with_which_prompt_and_sizes_it_was_played(tmp_path, capsys):
+    dump(tmp_path, range(1), Share())
+    _, driver = clicked(range(1))
+    trajectories.check_collected(tmp_path, driver.agent, driver.limits)
+    assert not capsys.readouterr().out  # no note that it does not say
+    other = dataclasses.replace(driver.agent, history_size=driver.agent.history_size + 28)
+    refused("agent.history_size: ", trajectories.check_collected, tmp_path, other, driver.limits)
+
+
 def test_the_newest_dumps_stay(tmp_path):
     """Step 30 is of a start that was killed and goes on after step 10: older ones than the one that is written go."""
     for step, keep, there in ((10, 0, [10]), (30, 0, [10, 30]), (20, 2, [10, 20, 30]), (25, 2, [20, 25, 30])):
