@@ -148,7 +148,7 @@ def finish(config: EvalConfig, workdir: pathlib.Path, share: processes.Share, ma
         return processes.tell_left(len(missing), "samples", share, workdir)
     if not kept:
         raise DataError(f"none of the {len(ids)} samples can be read; the first: {next(iter(unreadable.values()))}")
-    images = {id: key for id, key in zip(ids, samples.image_keys, strict=True) if id in kept}
+    images = {id: key for id, key in zip(ids, samples.pictures, strict=True) if id in kept}
     row |= {"benchmark": config.benchmark or samples.name, "samples": samples.name}
     row["weights_sha256"] = made.settings.get("weights_sha256")
     summary = write_results(workdir, config, row, [kept[id] for id in images], images, unreadable)

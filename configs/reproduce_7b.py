@@ -50,7 +50,8 @@ def get_config():
         ),
         sft=stage(
             "train.py", "--config=configs/sft_tpu.py", "--workdir={sft}", "--config.slice={slice}",
-            "--config.policy.weights={weights}", "--config.sft.trajectories={collect}", "--config.seed={seed}",
+            "--config.policy.weights={weights}", "--config.sft.trajectories={collect}", SIDECARS,
+            "--config.seed={seed}",
         ),
         grpo=stage(
             "train.py", "--config=configs/grpo_mix_tpu.py", "--workdir={grpo}", "--config.slice={slice}",

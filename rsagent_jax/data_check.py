@@ -85,7 +85,7 @@ def main(
 
 def count_row(samples: SampleIndex, data: DataConfig) -> dict:
     """Counted and published numbers of one set. They are compared only where the whole split was opened."""
-    images = len(set(samples.image_keys))
+    images = len(set(samples.pictures))
     row: dict = {"set": samples.name, "samples": len(samples), "pictures": images}
     refs, wanted_images, sentences = PUBLISHED.get(samples.name, (None, None, None))
     part = next((p.data for p in data.mix if p.data.dataset == samples.name.split("/")[0]), data)

@@ -255,7 +255,7 @@ def test_a_policy_that_cannot_begin_is_told_to_every_question(monkeypatch):
         (np.zeros((2, 500, 3), np.uint8), "it", {}, "200 times the shorter"),
         (PIL.Image.new("F", (8, 8)), "it", {}, "floating-point"),
         (IMAGE, "  ", {}, "the query is empty"),
-        (IMAGE, None, {}, "the query is empty"),
+        (IMAGE, None, {}, "the query is a NoneType"),
         (IMAGE, "it", {"max_turns": 0}, "max_turns must be at least 1, got 0"),
         (IMAGE, "it", {"max_turns": 2.5}, "max_turns must be int"),
         (IMAGE, "it", {"temperature": float("nan")}, "temperature must be at least 0"),

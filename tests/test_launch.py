@@ -67,7 +67,7 @@ def running(cloud):
 
 def on_slice(cloud: pathlib.Path, plan: str, *flags: str) -> int:
     play = [sys.executable, "-S", str(cloud.parent / "play.py"), plan]
-    flags = ("--slice=v5e-16", "--name=mine", "--zone=z", "--project=p", "--directory=", *flags)
+    flags = ("--slice=v5e-16", "--name=mine", "--zone=z", "--project=p", "--directory=.", *flags)
     return command.run_command("rsagent_jax.launch", [*flags, "--", *play])
 
 

@@ -160,10 +160,11 @@ def ground_answer(key: str, rows: Sequence[Sequence[float]], labels: Sequence[st
 
 def check_query(query: str) -> None:
     """DataError for one that asks nothing, or more than a prompt takes: the policy would answer another question."""
-    if not query.strip():
+    shown = _readable(query)
+    if not shown:
         raise DataError("the query is empty; say what to segment, such as 'the red circle'")
-    if (long := len(" ".join(query.split()))) > MAX_QUERY_CHARS:
-        raise DataError(f"the query has {long} characters, and a prompt takes {MAX_QUERY_CHARS}; shorten it")
+    if len(shown) > MAX_QUERY_CHARS:
+        raise DataError(f"the query has {len(shown)} characters, and a prompt takes {MAX_QUERY_CHARS}; shorten it")
 
 
 def sanitize(text: str) -> str:
@@ -172,9 +173,13 @@ def sanitize(text: str) -> str:
     Every special token of Qwen starts with "<" and then "|", "/" or a letter. Such a "<" becomes "(": a swap of one
     character for one, so nothing that is left can join into a new token. "a < b" is untouched.
     """
-    text = "".join(_READABLE.get(unicodedata.category(c), c) if c not in _JOINERS else c for c in text)
-    text = " ".join(text.split())[:MAX_QUERY_CHARS].strip()
+    text = _readable(text)[:MAX_QUERY_CHARS].strip()
     return re.sub(r"<(?=[|/A-Za-z])", "(", text).replace('"', "'")
+
+
+def _readable(text: str) -> str:
+    text = "".join(_READABLE.get(unicodedata.category(c), c) if c not in _JOINERS else c for c in text)
+    return " ".join(text.split())
 
 
 def _percent(share: float) -> str:

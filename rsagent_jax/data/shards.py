@@ -2,21 +2,10 @@
 
 import pathlib
 
-import grain
 from array_record.python.array_record_module import ArrayRecordReader
 
 from rsagent_jax.types import DataError
 from sam_bridge.file_kinds import kind_of_file
-
-
-class ArrayRecords(grain.sources.ArrayRecordDataSource):
-    """A sequence of records, at random. DataError for one that cannot be read, whose bytes have changed on the disk."""
-
-    def __getitem__(self, index: int) -> bytes:
-        try:
-            return super().__getitem__(index)
-        except RuntimeError as error:
-            raise DataError(f"record {index} is damaged ({error}); make its file again, or leave it out") from None
 
 
 def open_array_record(path: pathlib.Path, remedy: str) -> ArrayRecordReader:

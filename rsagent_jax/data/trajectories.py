@@ -27,7 +27,8 @@ from rsagent_jax.config.schema import AgentConfig
 from rsagent_jax.data.npz import pack_record, read_arrays
 from rsagent_jax.data.packing import Item
 from rsagent_jax.data.processor import Processor, image_patches
-from rsagent_jax.data.shards import ArrayRecords, open_array_record
+from rsagent_jax.data.records import ArrayRecords
+from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.models.qwen25_vl.config import read_json
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens
 from rsagent_jax.runtime import local_copies, paths

@@ -69,7 +69,7 @@ class TpuSlice:
     project: str = ""
     spot: bool = False
     setup: str = ""  # a shell command, once on every host
-    directory: str = ""  # of a host, below its home, where commands run
+    directory: str = "."  # of a host, below its home, where commands run
     seen: bool = False  # whether it has been there since this object was made
 
     def __post_init__(self):

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 
 import rsagent_jax
 from rsagent_jax.config.build import to_dict
-from rsagent_jax.config.schema import TrainConfig
+from rsagent_jax.config.schema import PolicyConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl.load import policy_directory, weight_files
 from rsagent_jax.runtime.journal import ChangedField, flatten_settings
 from rsagent_jax.runtime.json_lines import keep_lines, parse_object
@@ -71,7 +71,10 @@ def refused(old: dict[str, Any], new: dict[str, Any], saved: Collection[str]) ->
     if len({tuple(s for s in config["stages"] if s in STAGES[: last + 1]) for config in (old, new)}) > 1:
         differ.append(ChangedField("stages", old["stages"], new["stages"], f"{STAGES[last]} has checkpoints"))
     was, now = flatten_settings(old), flatten_settings(new)
+    was = {name: value for name, value in flatten_settings(_DEFAULTS).items() if "[" not in name} | was
     for name in sorted({*was, *now} - {"stages"}):
+        if name not in now and "[" not in name:
+            continue  # a field that this version does not have
         there, here, stage = was.get(name), now.get(name), name.partition(".")[0]
         if there == here or any(fnmatch.fnmatchcase(name, pattern) for pattern in FREE):
             continue
@@ -96,6 +99,10 @@ def _why_not_longer(name: str, old: dict[str, Any], new: dict[str, Any], last: i
     if here[field] < there[field] or bool(there.get("steps")) != bool(here.get("steps")):
         return "it can only grow"
     return None
+
+
+# What a run stands for that was begun before a field was there: another version may go on with it.
+_DEFAULTS = json.loads(json.dumps(to_dict(TrainConfig(policy=PolicyConfig(weights="")))))
 
 
 def weights_fingerprint(weights: str) -> str:

@@ -228,7 +228,7 @@ class Validator:
     def _play(self, name: str, step: int) -> dict[str, float]:
         """Every process plays its part of the samples; all of them get the figures of all."""
         records, unreadable = processes.all_or_none(lambda: self._play_share(name, step))
-        rows, keys = [], dict(zip(self.sets[name].ids, self.sets[name].image_keys, strict=True))
+        rows, keys = [], dict(zip(self.sets[name].ids, self.sets[name].pictures, strict=True))
         for record in records:
             result = dataclasses.asdict(metrics.judge(record.counts, self.config.validation.metric))
             result.pop("rules")

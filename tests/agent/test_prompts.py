@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from rsagent_jax.agent import prompts
 from rsagent_jax.agent.tools import Segment, render_call
 from rsagent_jax.types import ParseError
+from tests.refusals import refused
 
 GOLDEN = Path(__file__).with_name("golden_prompts.txt")
 ERROR = ParseError("bad_json", "the call is not valid JSON.")
@@ -97,6 +98,13 @@ def test_ordinary_queries_are_untouched():
         assert prompts.sanitize(query) == query
     assert prompts.sanitize("co\u00adoperate") == "cooperate"  # a soft hyphen
     assert len(prompts.sanitize("x" * 10_000)) == prompts.MAX_QUERY_CHARS
+
+
+def test_what_a_prompt_would_not_show_whole_is_refused():
+    for nothing in ("", " \n", "\u200b", "\u00ad\ufeff"):
+        refused("the query is empty", prompts.check_query, nothing)
+    prompts.check_query("x" * 500 + "\u00ad")  # of which a prompt takes all
+    refused("has 501 characters, and a prompt takes 500", prompts.check_query, "x" * 501)
 
 
 if __name__ == "__main__":

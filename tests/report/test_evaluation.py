@@ -200,7 +200,8 @@ def test_ciou_interval_of_equal_rows_has_no_width():
 
 
 def test_what_a_convention_drops_is_listed_and_in_no_figure():
-    """Two pictures: one with IoU 0.75 in two turns; one of an absent target, dropped, in six."""
+    """Two pictures: one with IoU 0.75 in two turns; one of an absent target, dropped, in six, and of a failure in one.
+    Turns alone are of all, as in results.json."""
     rows = (
         report.Prediction("a", 30, 40, 0.75, Status.FINISHED, 2, "p"),
         report.Prediction("b", 0, 0, 0.0, Status.FINISHED, 6, "q", "empty"),
@@ -209,7 +210,7 @@ def test_what_a_convention_drops_is_listed_and_in_no_figure():
     figures = {"benchmark": "toy", "giou": 0.75, "ciou": 0.75, "giou_ci95": [0.75, 0.75], "mean_turns": 3}
     evaluation = report.Evaluation(None, figures, rows, ())
     assert evaluation.endings == [(Status.FINISHED, 2, 2 / 3, 0.75), (Status.ENV_FAILED, 1, 1 / 3, None)]
-    assert report.headline_figures(evaluation)[4] == ("turns", "2.00", "2.00 to 2.00")
+    assert report.headline_figures(evaluation)[4] == ("turns", "3.00", "2.00 to 3.50")
     assert report.evaluation_title(figures) == "toy" and report.evaluation_title(
         figures | {"samples": "refcoco/unc/val"}
     ) == ("toy (refcoco/unc/val)")

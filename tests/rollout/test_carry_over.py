@@ -158,6 +158,7 @@ def test_a_tool_call_that_was_running_is_not_made_again():
     assert next(play)[0].uid == 14  # it finishes at once
     assert running.wait(60)
     play.close()
+    assert not policy.turns  # every slot is given back
     go_on.set()
     found = [t for _, t, _ in d.play([], d.broken_off)]
     assert len(found) == 4 and len(segmenter.requests) == sum(len(t.masks) for t in found)

@@ -134,6 +134,15 @@ def test_sets_of_a_mix_may_move_and_not_change():
     assert "grpo.data.mix.a.weight" in fields(mixed(), BASE, "grpo")
 
 
+def test_fields_that_came_or_went_with_a_version_count_only_where_they_do_something():
+    old = plain(BASE)
+    del old["grpo"]["min_spread"], old["policy"]["lora"]
+    old["grpo"]["forgotten"] = 3
+    assert run_identity.refused(old, plain(BASE), ("grpo",)) == []
+    (found,) = run_identity.refused(old, plain(with_field(BASE, "grpo.min_spread", 0.5)), ("grpo",))
+    assert str(found) == "grpo.min_spread: 0.0 there, 0.5 now"
+
+
 # --- On disk ---
 
 

@@ -140,8 +140,13 @@ class SampleIndex(Sequence):
 
     @property
     def image_keys(self) -> list[str]:
-        """The pictures' names in order; see `Entry.image_key`. Pictures numbered as COCO's are, that share a number and
-        lie in several folders, such as one for each camera, are the user's own."""
+        """The pictures' names in order, by which sets are held against each other; see `Entry.image_key`."""
+        return [entry.image_key for entry in self.entries]
+
+    @property
+    def pictures(self) -> list[str]:
+        """The pictures of this set by which its figures are resampled: `image_keys`, but for those numbered as COCO's
+        are that share a number and lie in several folders, such as one for each camera: they are the user's own."""
         keys, numbered = [entry.image_key for entry in self.entries], collections.defaultdict(set)
         for entry, key in zip(self.entries, keys, strict=True):
             path = pathlib.PurePath(entry.image)

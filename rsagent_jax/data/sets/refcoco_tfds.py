@@ -16,8 +16,9 @@ import pathlib
 import re
 from collections.abc import Iterator, Sequence
 
+from rsagent_jax.data.records import ArrayRecords
 from rsagent_jax.data.sets.index import Entry, Inputs
-from rsagent_jax.data.shards import ArrayRecords, open_array_record
+from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.runtime.image_files import read_image
 from rsagent_jax.runtime.local_copies import fetch_folder
 from rsagent_jax.types import DataError, Sample
@@ -140,7 +141,7 @@ def _records(file: pathlib.Path) -> Sequence[bytes | memoryview]:
     """A file's records, at random, none of them read yet. DataError where it is not whole."""
     if ".array_record-" in file.name:
         open_array_record(file, _AGAIN)
-        return ArrayRecords(str(file))
+        return ArrayRecords([str(file)])
     try:
         with file.open("rb") as f:
             data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))

@@ -52,7 +52,8 @@ def test_copies_of_coco_pictures_are_known_as_such(root):
 def test_numbered_pictures_of_several_folders_are_the_users_own(root):
     names = [f"{folder}/000000000042.jpg" for folder in ("cam0", "cam1")]
     samples = write(root, *({"image": name} for name in (*names, "val2017/000000000042.jpg", "cam0/000000000043.jpg")))
-    assert samples.image_keys == [*(str(root / name) for name in names), "coco/42", "coco/43"]
+    assert samples.pictures == [*(str(root / name) for name in names), "coco/42", "coco/43"]
+    assert samples.image_keys == [*["coco/42"] * 3, "coco/43"]  # another set is held out by the number, to be sure
 
 
 def test_a_question_that_no_prompt_takes_whole_is_refused(root):
