@@ -100,7 +100,8 @@ def test_no_steps_only_evaluate(trained, tmp_path, capsys):
 
 
 def test_a_stage_without_room_for_its_warm_up_is_one_error():
-    refused("lower warmup", pretrain.optimizer, pretrain.StageConfig(steps=5, rows=1, lr=1e-3, warmup=5), 0.0)
+    short = pretrain.StageConfig(steps=5, rows=1, lr=1e-3, warmup=5, tokens=64)
+    refused("lower warmup", pretrain.optimizer, short, 0.0)
 
 
 def test_what_is_there_is_told_by_the_word_after_is(trained):
