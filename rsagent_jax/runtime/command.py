@@ -193,9 +193,8 @@ def parse_arguments(main: Callable[..., Any], argv: Sequence[str]) -> tuple[list
         return bool in ([field_type(cls, field) for cls in classes] if group == "config" else [hints.get(name)])
 
     pairs, given = split_arguments(argv, is_switch)
-    if blank := [
-        name for name, text in pairs if not text and "." not in name
-    ]:  # as of a shell variable that is not set
+    # As of a variable that the shell does not know: the default would be taken for the one that is meant.
+    if blank := [name for name, text in pairs if not text and "." not in name]:
         raise DataError(f"--{blank[0]}= is empty: give a value, or leave it out")
     if "config" in parameters:
         file = [parameters["config"].default, *(text for name, text in pairs if name == "config")][-1]
