@@ -197,21 +197,30 @@ class _Watchdog:
 
     def _catch_abort(self) -> None:
         """jax ends a process at once when its service, on host 0, is gone, and after its own time-out: a thread of its
-        calls abort()."""
+        calls abort(). That may be before the sockets of a host that was killed are closed."""
 
         @ctypes.CFUNCTYPE(None, ctypes.c_int)
         def aborted(_: int) -> None:  # where it returns the process is aborted
-            host, _, port = self.address.rpartition(":")
-            try:
-                socket.create_connection((host, int(port)), BEAT_S).close()
-                line = self._silent(SILENT_S / 2)
-            except OSError:
-                line = self._unreachable()
-            if line:
-                self._end_all(HOST_LOST, line, reachable=False)
+            until = time.monotonic() + GRACE_S
+            while not (line := self._silent(SILENT_S / 2) if self._speaks() else self._unreachable()):
+                if time.monotonic() > until:
+                    where = PROGRESS.told()["where"]
+                    os.write(2, f"\nerror: a library has aborted this process in its {where}. {GOES_ON}\n".encode())
+                    return
+                time.sleep(POLL_S)
+            self._end_all(HOST_LOST, line, reachable=False)
 
         self.aborted = aborted  # as long as this
         ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
+
+    def _speaks(self) -> bool:
+        """Whether jax's service is there: gRPC's servers speak first."""
+        host, _, port = self.address.rpartition(":")
+        try:
+            with socket.create_connection((host, int(port)), BEAT_S) as connection:
+                return bool(connection.recv(1))
+        except OSError:
+            return False
 
 
 WATCHDOG = _Watchdog()  # of this process

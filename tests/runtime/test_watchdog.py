@@ -7,6 +7,8 @@ import contextlib
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -15,7 +17,7 @@ import pytest
 from rsagent_jax.data.pipeline import Pipeline
 from rsagent_jax.runtime.progress import PROGRESS, _Progress
 from rsagent_jax.runtime.watchdog import HOST_LOST
-from tests.simulated import start_simulated
+from tests.simulated import ROOT, start_simulated
 
 pytestmark = pytest.mark.slow
 
@@ -161,6 +163,45 @@ def test_a_killed_host_leaves_no_save_half_and_one_that_fails_to_save_ends_all(t
     assert re.search(f"/{first + 3} cannot be written .*the last whole one is {first + 2}", said[1][1])
 
 
+# ------------------------------------------------------------------------------------------------ abort() in a library
+
+ABORTS = """
+import os, sys
+from rsagent_jax.runtime import watchdog
+watchdog.BEAT_S, watchdog.POLL_S, watchdog.GRACE_S = 0.3, 0.1, 0.5
+dog = watchdog.WATCHDOG
+dog.index, dog.count, dog.address = 1, 2, sys.argv[1]
+dog._catch_abort()
+os.abort()
+"""
+
+
+@pytest.mark.parametrize(
+    ("speaks", "status", "says"),
+    [
+        (True, -signal.SIGABRT, "error: a library has aborted this process in its start. Nothing was saved half"),
+        (False, HOST_LOST, "error: host 0 of 2, where all meet, cannot be reached any more"),  # stopped, or in its end
+        (None, HOST_LOST, "error: host 0 of 2, where all meet, cannot be reached any more"),
+    ],
+)
+def test_an_abort_says_whether_host_0_is_still_there(speaks, status, says):
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        address = f"127.0.0.1:{door.getsockname()[1]}"
+
+        def answer():
+            with contextlib.suppress(OSError):
+                while True:
+                    door.accept()[0].sendall(b"x")
+
+        if speaks:
+            threading.Thread(target=answer, daemon=True).start()
+        elif speaks is None:
+            door.close()
+        code = [sys.executable, "-c", ABORTS, address]
+        ended = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, timeout=SOON_S)
+    assert ended.returncode == status and ended.stderr.strip().startswith(says), ended
+
+
 # ------------------------------------------------------------------------------------------------- one's own progress
 
 
@@ -206,7 +247,9 @@ def test_readers_that_hang_are_seen():
         Pipeline(Hangs([1, 2]), seed=0, threads=1).draw(1)
 
     PROGRESS.enter("batch", 7)
-    threading.Thread(target=draw, daemon=True).start()
+    reader = threading.Thread(target=draw, daemon=True)
+    reader.start()
     time.sleep(0.2)
     assert PROGRESS.told()["where"] == "batch of step 7 (reading)"
     goes_on.set()
+    reader.join()
