@@ -160,7 +160,10 @@ class _Read:
     def __call__(self, index: int) -> Any:
         index = int(index)
         try:
-            return self.transform(self.source[index])
+            element = self.transform(self.source[index])
+            if element is None:  # which grain would leave out in silence, and look for the next without end
+                raise TypeError("it is None")
+            return element
         except Exception as error:
             ids = getattr(self.source, "ids", None)
             name = f"{self.what} {index}" + (f" ({ids[index]})" if ids else "")

@@ -104,6 +104,11 @@ def test_any_other_exception_of_a_reader_is_no_skipped_sample_and_says_which_ele
         assert isinstance(error.value.__cause__, SystemError)
 
 
+def test_a_reader_that_forgets_to_return_is_named():
+    with pytest.raises(RuntimeError, match="reading sample [01]: TypeError: it is None"):
+        Pipeline(range(2), lambda element: None, seed=0).draw(1)
+
+
 def test_what_cannot_be_read_is_named_and_may_stop_the_command(capfd):
     pipeline = Pipeline(Named(range(23)), odd_only, seed=5)
     even = [x for x in itertools.chain(*draw()) if x % 2 == 0]

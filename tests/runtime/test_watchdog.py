@@ -241,7 +241,7 @@ def test_readers_that_hang_are_seen():
 
     class Hangs(list):
         def __getitem__(self, index):
-            goes_on.wait()
+            return goes_on.wait()
 
     def draw():
         Pipeline(Hangs([1, 2]), seed=0, threads=1).draw(1)
