@@ -1,14 +1,23 @@
 """Processes of their own with simulated devices, whose number is set before jax starts."""
 
+import contextlib
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 
+from rsagent_jax.runtime.listening import free_port
+
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+def free_pair() -> int:
+    """A port that is free, as the one behind it is: rsagent_jax.reproduce takes both."""
+    while True:
+        with contextlib.suppress(OSError):
+            return free_port(free_port() + 1) - 1
 
 
 def run_simulated(arguments: list[str], devices: int, count: int = 1, flags: str = "", **env: str) -> str:
@@ -44,9 +53,7 @@ def start_simulated(
 
     Several find each other by processes.initialize_distributed. reach: by which address process i reaches the first.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_pair()}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} {flags} --xla_force_host_platform_device_count={devices}"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "agent")])
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path} | env

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from rsagent_jax import ablate, reproduce
 from rsagent_jax.report.reproduction import STAMP
 from rsagent_jax.runtime import command, hosts, processes
 from rsagent_jax.runtime.hosts import Hosts
+from rsagent_jax.runtime.listening import free_port
 from rsagent_jax.runtime.preemption import Preempted
 from rsagent_jax.types import DataError
 from tests.loopback_bucket import LoopbackBucket
@@ -146,9 +146,7 @@ def test_parents_meet_beside_the_port_of_their_children(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="the names are Linux's")
 def test_a_second_start_is_refused_and_leaves_the_first_alone(monkeypatch, tmp_path, capsys):
     """Without it, it meets the first one's service, and jax ends both."""
-    with socket.socket() as probe:  # a number that nobody else has now
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     code = f"from rsagent_jax.runtime.hosts import hold_place; hold_place({port + 1}, 0); print(flush=True); input()"
     first = subprocess.Popen(python(code), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     first.stdout.readline()

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from rsagent_jax.collecting.endpoint import Remote
 from rsagent_jax.config.build import build_config, load_config_file
 from rsagent_jax.config.schema import RemoteConfig, SegmentConfig, TeacherConfig
 from rsagent_jax.rollout.endpoint import Endpoint
+from rsagent_jax.runtime.listening import free_port
 from tests.refusals import refused
 from tests.test_collect import CONFIG, collect, dataclasses, lines, samples  # noqa: F401 - a fixture
 
@@ -39,9 +39,7 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     directory = folder / "model"
     export.export(str(ROOT / "assets/tiny-base"), directory, "float32")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     log = folder / "server.log"
     command = [sys.executable, "-m", "tests.serve_worker", str(directory), str(port)]

@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ import uuid
 from collections.abc import Sequence
 
 from rsagent_jax.runtime.hosts import VARIABLES, die_with_parent, exit_status
+from rsagent_jax.runtime.listening import free_port
 from rsagent_jax.runtime.preemption import INTERRUPTED, PREEMPTED
 from rsagent_jax.types import DataError
 
@@ -177,9 +177,7 @@ class LocalProcesses:
     def run(self, argv: Sequence[str]) -> int:
         """The command's exit status: 0 where all have ended well, PREEMPTED where one was told to end, USER_ERROR
         where one says so, else that of the first that failed. DataError where there is no such program."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         children: list[subprocess.Popen] = []
         try:
             for i in range(self.count):

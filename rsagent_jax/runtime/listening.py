@@ -15,6 +15,15 @@ LOOPBACK = b"lo\0"  # the name of the interface
 DEVICE = getattr(socket, "SO_BINDTODEVICE", None)  # of Linux
 
 
+def free_port(number: int = 0) -> int:
+    """For a process that is yet to start; `number` itself, if it is given and free, else OSError. For a minute nobody
+    else gets it by chance: a connection of it has just been closed, and who names it may listen there all the same."""
+    with socket.create_server(("127.0.0.1", number)) as server, socket.create_connection(server.getsockname()) as near:
+        server.accept()[0].close()
+        near.recv(1)
+        return server.getsockname()[1]
+
+
 def listeners(port: int) -> Iterator[socket.socket]:
     """What this process listens on at a port, of IPv4 and IPv6; Linux alone tells."""
     for name in os.listdir("/proc/self/fd") if DEVICE else ():

@@ -14,9 +14,7 @@ import os, socket, sys
 from rsagent_jax.runtime import listening, processes
 processes.initialize_distributed()
 import jax
-with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    port = probe.getsockname()[1]
+port = listening.free_port()
 listening.serve_profiler(port)
 coordinator = int(os.environ["JAX_COORDINATOR_ADDRESS"].rpartition(":")[2])
 for number in (coordinator, port):

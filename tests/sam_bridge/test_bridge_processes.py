@@ -4,7 +4,6 @@ import concurrent.futures
 import dataclasses
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from rsagent_jax.runtime.listening import free_port
 from sam_bridge.backends import Options
 from sam_bridge.client import SamClient
 from sam_bridge.spawn import SideCar, spawn_segmenter
@@ -168,9 +168,7 @@ def test_check_draws_what_came_back(side_car, tmp_path):
 @pytest.mark.parametrize("grace_s", [20.0, 0.0])
 def test_sigterm_drains(grace_s):
     """A call under way when SIGTERM comes is answered within the grace, and given up without one; status 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        metrics = f"127.0.0.1:{probe.getsockname()[1]}"
+    metrics = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "sam_bridge", "--backend=tests.sam_bridge.fakes:Slow", "--address=127.0.0.1:0"]
     open_ = metrics.replace("127.0.0.1", "0.0.0.0")
     command += [f"--grace_s={grace_s}", f"--metrics_address={open_}", "--insecure"]

@@ -3,7 +3,6 @@
 import http.client
 import json
 import logging
-import socket
 import ssl
 import subprocess
 import urllib.error
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 from prometheus_client import generate_latest
 
-from rsagent_jax.runtime.listening import listeners
+from rsagent_jax.runtime.listening import free_port, listeners
 from sam_bridge import bridge_pb2 as pb
 from sam_bridge import telemetry, wire
 from sam_bridge.client import SamClient
@@ -140,10 +139,7 @@ def test_metrics_count_calls_images_and_seconds(fake, serve, connect, image):
 def test_the_metrics_page_is_for_this_machine_or_for_who_has_the_token(fake, serve, files):
     registry = serve(LocalSegmenter(fake())).metrics.registry
     secure = dict(token=TOKEN, tls_cert=files["cert.pem"], tls_key=files["key.pem"], insecure=False)
-    with socket.socket() as probe, socket.socket() as other:
-        probe.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        here, there = probe.getsockname()[1], other.getsockname()[1]
+    here, there = free_port(), free_port()
     with pytest.raises(SetupError, match=r"give --token_file, listen on 127.0.0.1"):
         telemetry.serve_metrics(f"0.0.0.0:{there}", registry, **secure | {"token": ""})
     telemetry.serve_metrics(f"127.0.0.1:{here}", registry, **secure)
