@@ -66,15 +66,17 @@ def _hold(path: pathlib.Path, what: str, remedy: str) -> Callable[[], None]:
         if _without_beat(_read(path)) != own:
             return _hold(path, what, remedy)
     ended = threading.Event()
+    beats = threading.Thread(target=_beat, args=(path, own, ended), daemon=True)
 
     def release() -> None:
         ended.set()
+        beats.join(ENDING_S)  # a beat that is being written would bring the file back
         atexit.unregister(release)
         _release(path, own)
 
     atexit.register(release)
     preemption.last_words.append(release)
-    threading.Thread(target=_beat, args=(path, own, ended), daemon=True).start()
+    beats.start()
     return release
 
 

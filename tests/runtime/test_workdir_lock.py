@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -42,16 +41,15 @@ def test_a_work_directory_of_a_run_that_is_gone_is_taken_over(tmp_path, quick, c
     assert "this run takes it over" in capsys.readouterr().out
 
 
-def test_a_work_directory_of_a_living_run_is_refused(tmp_path, quick):
+def test_a_work_directory_of_a_living_run_is_refused(tmp_path, quick, monkeypatch):
     parent = os.getppid()
     holder = written(tmp_path, pid=parent, started=workdir_lock._started(parent))
     refused(f"belongs to a run that is going on: process {parent} on .*--workdir", workdir_lock.hold_workdir, tmp_path)
     far = holder | {"machine": "another", "host": "tpu-1", "pid": 7}
     written(tmp_path, **far)
-    alive = threading.Timer(0.1, written, (tmp_path,), far | {"beat": 4})
-    alive.start()
+    monkeypatch.setattr(workdir_lock, "STALE_S", 60.0)
+    monkeypatch.setattr(workdir_lock.time, "sleep", lambda _: written(tmp_path, **far | {"beat": 4}))
     refused("process 7 on tpu-1", workdir_lock.hold_workdir, tmp_path)
-    alive.join()
     assert json.loads((tmp_path / workdir_lock.FILE).read_text()) == far | {"beat": 4}
 
 
@@ -84,8 +82,10 @@ def test_a_run_that_lost_its_work_directory_ends_and_one_that_ends_gives_it_back
         assert second.stdout.readline() == "held\n"
         while json.loads((tmp_path / workdir_lock.FILE).read_text())["beat"] < 2:
             time.sleep(0.02)
-        (tmp_path / workdir_lock.FILE).write_text(json.dumps({"host": "tpu-1", "pid": 7}))
-        assert second.wait(60) == 2 and "has been taken over by process 7 on tpu-1" in second.stderr.read()
+        while second.poll() is None:  # a beat that is being written may cover it
+            (tmp_path / workdir_lock.FILE).write_text(json.dumps({"host": "tpu-1", "pid": 7}))
+            time.sleep(0.02)
+        assert second.returncode == 2 and "has been taken over by process 7 on tpu-1" in second.stderr.read()
 
 
 def test_a_journal_is_written_by_one_process_at_a_time(tmp_path, quick):
