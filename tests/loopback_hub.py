@@ -73,9 +73,9 @@ def _send_file(hub: Hub, handler: BaseHTTPRequestHandler, name: str, body: bytes
     if hub.damaged:
         part = part[:-1] + bytes([part[-1] ^ 1])
     cut = hub.cut_after if hub.cuts and handler.command == "GET" and len(part) > hub.cut_after else 0
-    _send(handler, part[:cut] if cut else part, 206 if asked else 200, headers, len(part))
-    if handler.command == "GET":
+    if handler.command == "GET":  # noted before a client has it, and goes on
         hub.sent.append((name, first, cut or len(part)))
+    _send(handler, part[:cut] if cut else part, 206 if asked else 200, headers, len(part))
     if cut:
         hub.cuts -= 1
         handler.wfile.flush()

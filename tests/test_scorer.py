@@ -2,7 +2,6 @@
 
 import re
 import sys
-import time
 
 import pytest
 
@@ -26,13 +25,14 @@ def one_nan(trajectories, sample): return [float("nan"), *[1.0] * (len(trajector
 def raises(trajectories, sample): raise KeyError("nothing")
 def writes(trajectories, sample): trajectories[0].final_mask[:] = True
 
-now, most = 0, 0
+asked, gave_way = [], []
+async def waits_for_ten(trajectory, sample):
+    asked.append(1)
+    while len(asked) < 10:
+        await asyncio.sleep(0.01)
+    return float(trajectory.final_mask.sum())
 async def slow(trajectory, sample, seconds=0.2):
-    global now, most
-    now += 1
-    most = max(most, now)
     await asyncio.sleep(seconds)
-    now -= 1
     return float(trajectory.final_mask.sum())
 async def slow_rank(trajectories, sample):
     await asyncio.sleep(0.01)
@@ -42,6 +42,7 @@ async def hangs_on_large(trajectory, sample):
     return 1.0
 async def never_gives_way(trajectory, sample):
     time.sleep(5)
+    gave_way.append(1)
     return 1.0
 async def times_out_itself(trajectory, sample): raise TimeoutError("the server's own")
 async def boolean(trajectory, sample): return True
@@ -111,27 +112,22 @@ def test_one_bad_value_of_a_group_is_that_trajectorys_alone(own):
 
 
 def test_async_terms_run_side_by_side(own):
-    groups = group_of(RewardTerm(f"{own}:slow", name="a"), RewardTerm(f"{own}:slow", name="b"))
-    start = time.monotonic()
+    groups = group_of(*(RewardTerm(f"{own}:waits_for_ten", name=name) for name in "ab"))
     assert totals(scored(groups, (1, 2, 3), (4, 5))) == [4.0, 8.0, 12.0, 16.0, 20.0]
-    assert time.monotonic() - start < 1.0  # 10 calls of 0.2 s
-    assert sys.modules["my_terms"].most == 10
 
 
 def test_one_that_hangs_is_late_and_the_others_have_their_values(own):
     groups = group_of(RewardTerm(f"{own}:hangs_on_large", deadline_s=0.2))
-    start = time.monotonic()
     small, large = scored(groups, (2, 6))
-    assert time.monotonic() - start < 2.0 and small.total == 2.0
+    assert small.total == 2.0
     assert str(large).endswith("gave no value for sample s within 0.2 s, its deadline_s")
 
 
 def test_one_that_never_gives_way_holds_nobody_up_and_the_next_step_is_asked_anew(own, monkeypatch):
     monkeypatch.setattr("rsagent_jax.rewards.LATE_S", 0.1)
     terms = RewardTerm(f"{own}:never_gives_way", deadline_s=0.1), RewardTerm(f"{own}:slow", deadline_s=0.1)
-    stuck, start = make_scorer(group_of(*terms)), time.monotonic()
-    (error,) = stuck([[trajectory(final=row(2))]], [sample(row(8))])
-    assert "never_gives_way" in str(error) and time.monotonic() - start < 2.0
+    (error,) = make_scorer(group_of(*terms))([[trajectory(final=row(2))]], [sample(row(8))])
+    assert "never_gives_way" in str(error) and not sys.modules["my_terms"].gave_way
     quick = make_scorer(group_of(RewardTerm(f"{own}:slow", arguments=(("seconds", 0.01),))))
     assert totals(quick([[trajectory(final=row(2))]], [sample(row(8))])) == [4.0]
 
@@ -185,9 +181,7 @@ def test_a_judges_arguments_are_looked_at_before_a_step(arguments, says):
 
 def test_a_judge_that_hangs_is_a_deadline():
     with Server([lambda body: (200, {"sleep": "3"}, good("SCORE: 1")[2])]) as server:
-        start = time.monotonic()
         assert "gave no value for sample s within 0.3 s" in message(judge_of(server, deadline_s=0.3), (1, 2))
-        assert time.monotonic() - start < 2.0
 
 
 def test_scores():

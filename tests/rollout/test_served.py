@@ -154,7 +154,8 @@ def test_a_released_turn_ends_its_request():
     """One request at a time: the next one is answered while the server still holds the first."""
     gate, task, p = threading.Event(), small.task(0), small.processor()
     state = environment.reset(task.sample.image, task.sample.query, small.AGENT, p.images.limits)
-    with Server([lambda body: (gate.wait(30), good("late"))[1], good("here", usage=False)]) as server:
+    late = lambda body: (gate.wait(30), good("late"))[1]  # noqa: E731
+    with Server([late, good("here", usage=False), late]) as server:
         policy = open_policy(policy_config(server, concurrent=1, timeout_s=60.0), p, SAMPLING, small.AGENT, 0)
         held, next_one = (Request(slot, None, 0, state, task, 0) for slot in (0, 1))
         policy.submit(held)

