@@ -10,6 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sam_bridge.backends import Decoded
+from sam_bridge.cache import ByteLRU
 from sam_bridge.types import SegmenterError, SegmentRequest
 
 DISC = (40, 50, 18)  # x, y, radius of the red disc in the picture
@@ -45,7 +46,7 @@ class FakeBackend:
     def decode(self, encoding, request, logits):
         self.decoded += 1
         if self.hold is not None:
-            self.hold.wait(20)
+            self.hold.wait(60)
         if self.fail is not None:
             raise self.fail
         mask = np.zeros(encoding, bool)
@@ -56,10 +57,11 @@ class FakeBackend:
 
 
 class Slow(FakeBackend):
-    """Takes its time for boxes of more than one pixel."""
+    """Takes half a second for each pixel that a box is wider than one, and says on stdout that it begins."""
 
     def decode(self, encoding, request, logits):
-        time.sleep(1.5 if request.box[2] > 1 else 0)
+        print("at work", flush=True)
+        time.sleep((request.box[2] - 1) / 2)
         return super().decode(encoding, request, logits)
 
 
@@ -70,11 +72,16 @@ def failure(call: Callable, *args) -> SegmenterError:
     return caught.value
 
 
-def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.01)
+
+
+def waiting(cache: ByteLRU) -> int:
+    """Calls that wait for what another one makes."""
+    return sum(len(flight._condition._waiters) for flight in list(cache._making.values()))
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
@@ -85,5 +92,5 @@ def healthy(address: str, service: str = "") -> bool:
     """What the standard health service says, without a token."""
     with grpc.insecure_channel(address) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
-        reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
+        reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=30)
     return reply.status == health_pb2.HealthCheckResponse.SERVING

@@ -2,13 +2,13 @@
 
 import concurrent.futures
 import threading
-import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sam_bridge.cache import ByteLRU
+from tests.sam_bridge.fakes import until, waiting
 
 
 def test_least_recently_used_goes_first():
@@ -49,16 +49,16 @@ def test_single_flight_makes_once_for_all_waiters_and_forgets_a_failure(fails):
     def make():
         calls.append(1)
         started.set()
-        assert release.wait(5)
+        assert release.wait(60)
         if fails:
             raise OSError("broken")
         return "value", 1
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         flights = [pool.submit(cache.get_or_make, "k", make)]
-        assert started.wait(5)
+        assert started.wait(60)
         flights += [pool.submit(cache.get_or_make, "k", make) for _ in range(7)]
-        time.sleep(0.1)  # until all of them wait
+        until(lambda: waiting(cache) == 7)
         release.set()
         for flight in flights:
             if fails:

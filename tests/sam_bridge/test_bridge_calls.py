@@ -138,7 +138,7 @@ def test_bad_input_is_typed_on_both_ends(local, serve, connect, image):
         (slot.stub.Segment, pb.SegmentRequest(image_hash="no"), "unknown_image"),
     ):
         with pytest.raises(grpc.RpcError) as caught:
-            call(message, timeout=5)
+            call(message, timeout=60)
         assert dict(caught.value.trailing_metadata())[wire.REASON_KEY] == reason
 
 
@@ -151,10 +151,11 @@ def test_back_end_fault_is_internal_and_logged(fake, serve, connect, image, capl
 
 def test_deadline_is_timeout(fake, serve, connect, image):
     hold = threading.Event()
-    client = connect(serve(LocalSegmenter(fake(hold=hold))).address, timeout_s=0.3)
-    start = time.monotonic()
+    client = connect(serve(LocalSegmenter(fake(hold=hold))).address)
+    client.info()
+    client.timeout_s, start = 0.3, time.monotonic()
     assert failure(client.segment, image, BOX).kind is FailureKind.TIMEOUT
-    assert time.monotonic() - start < 2.0
+    assert time.monotonic() - start < 20
     hold.set()
 
 
@@ -162,7 +163,9 @@ def test_full_queue_is_exhausted_and_health_still_answers(fake, serve, connect, 
     hold = threading.Event()
     backend = fake(hold=hold)
     server = serve(LocalSegmenter(backend), workers=1, queue=1)
-    patient, hasty = connect(server.address), connect(server.address, wait_s=0.3)
+    patient, hasty = connect(server.address), connect(server.address)
+    hasty.info()
+    hasty.wait_s = 0.3
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         busy = [pool.submit(patient.segment, image, BOX) for _ in range(2)]
         until(lambda: server.gate.waiting == 1)
@@ -179,7 +182,8 @@ def test_crowd_larger_than_the_queue_loses_no_call(fake, serve, connect, image):
 
 
 @pytest.mark.parametrize("listens", [False, True])
-def test_dead_or_silent_address_is_one_clear_error_within_wait(connect, image, listens):
+def test_dead_or_silent_address_is_one_clear_error_within_wait(connect, image, listens, monkeypatch):
+    monkeypatch.setattr("sam_bridge.client.CONNECT_S", 60.0)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         if listens:  # accepts connections, never speaks
@@ -188,7 +192,7 @@ def test_dead_or_silent_address_is_one_clear_error_within_wait(connect, image, l
         start = time.monotonic()
         error = failure(client.segment, image, BOX)
         assert error.kind is FailureKind.UNAVAILABLE and address in error.detail
-        assert 0.4 < time.monotonic() - start < 1.5 + listens / 2
+        assert 0.4 < time.monotonic() - start < 20  # and not after CONNECT_S, or the deadline of a call
 
 
 def test_other_protocol_version_is_refused_at_once(fake, serve, connect, image, monkeypatch):
@@ -226,13 +230,13 @@ def test_a_server_bears_its_own_clients_keep_alive_pings(fake, serve, monkeypatc
         return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + bytes(4) + payload
 
     settings, ping, goaway, ack = 4, 6, 7, 1
-    with socket.create_connection((host, int(port)), timeout=5) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(settings) + frame(settings, ack))
         stream, kinds = connection.makefile("rb"), []
         for number in range(6):
-            time.sleep(every_s)
+            time.sleep(every_s)  # after the last one was answered: none comes too early at a slow server
             connection.sendall(frame(ping, payload=number.to_bytes(8, "big")))
-        while kinds.count((ping, ack)) < 6 and (goaway, 0) not in kinds and (head := stream.read(9)):
-            kinds.append((head[3], head[4]))
-            stream.read(int.from_bytes(head[:3], "big"))
+            while kinds.count((ping, ack)) <= number and (goaway, 0) not in kinds and (head := stream.read(9)):
+                kinds.append((head[3], head[4]))
+                stream.read(int.from_bytes(head[:3], "big"))
     assert kinds.count((ping, ack)) == 6 and (goaway, 0) not in kinds

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
 def state(stat: Path) -> str:
@@ -97,10 +97,10 @@ def test_killed_in_use_no_call_is_lost_and_masks_stay_the_same(image, local):
         for user in users:
             user.start()
         for restarts in (1, 2):
-            until(lambda enough=4 * restarts: len(answered) >= enough or wrong, 60)  # it is killed in use
+            until(lambda enough=4 * restarts: len(answered) >= enough or wrong)  # it is killed in use
             pid = side_car.pid
             os.kill(pid, signal.SIGKILL)
-            until(lambda pid=pid: side_car.pid != pid, 20)
+            until(lambda pid=pid: side_car.pid != pid)
             assert side_car.restarts == restarts
         # A mask made before the kill can still be refined: the client makes it again.
         np.testing.assert_array_equal(client.segment(image, refined).mask, expected[1])
@@ -109,13 +109,13 @@ def test_killed_in_use_no_call_is_lost_and_masks_stay_the_same(image, local):
             user.join()
         last = side_car.pid
     assert not wrong and all(answered) and len(answered) > 6
-    until(lambda: gone(last), 5)
+    until(lambda: gone(last))
 
 
 @pytest.mark.parametrize("fork_holds_the_pipe", [False, True])
 def test_parents_death_ends_the_child(fork_holds_the_pipe):
     """A fork that outlives the parent keeps the child's stdin open; then the changed parent pid tells."""
-    fork = "os.fork() or (time.sleep(8), os._exit(0))" if fork_holds_the_pipe else "None"
+    fork = "os.fork() or (time.sleep(30), os._exit(0))" if fork_holds_the_pipe else "None"
     code = (
         "import os, time; from sam_bridge.spawn import SideCar; s = SideCar('grabcut');"
         f"{fork}; print(s.pid, flush=True); time.sleep(60)"
@@ -126,18 +126,18 @@ def test_parents_death_ends_the_child(fork_holds_the_pipe):
     assert not gone(pid)
     parent.kill()
     parent.wait()
-    until(lambda: gone(pid), 5)
+    until(lambda: gone(pid), 20)
     parent.stdout.close()
 
 
 def test_ordinary_exit_without_close_ends_the_child():
     done = run("-c", "from sam_bridge.spawn import SideCar; print(SideCar('grabcut').pid)")
     assert done.returncode == 0
-    until(lambda: gone(int(done.stdout)), 5)
+    until(lambda: gone(int(done.stdout)))
 
 
 def test_one_that_lives_but_answers_nothing_is_killed_and_restarted(image, monkeypatch):
-    monkeypatch.setattr("sam_bridge.spawn.HEALTH_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("sam_bridge.spawn.HEALTH_TIMEOUT_S", 1.0)
     monkeypatch.setattr("sam_bridge.spawn.HEALTH_EVERY_S", 0.2)
     with SideCar("grabcut") as side_car, side_car.connect() as client:
         mask, pid = client.segment(image, BOX).mask, side_car.pid
@@ -148,7 +148,7 @@ def test_one_that_lives_but_answers_nothing_is_killed_and_restarted(image, monke
         until(lambda: {state(file) for file in threads.glob("*/stat")} == {"T"})  # one by one; till then one may answer
         np.testing.assert_array_equal(client.segment(image, BOX).mask, mask)
         assert side_car.restarts == 1 == client.counters()["restarts"]
-        until(lambda: gone(pid), 5)
+        until(lambda: gone(pid))
 
 
 def test_check_draws_what_came_back(side_car, tmp_path):
@@ -176,19 +176,20 @@ def test_sigterm_drains(grace_s):
     said = f"sam_bridge: {open_} can be reached from other machines without TLS and a token, as --insecure allows\n"
     assert child.stderr.readline() == said
     address = child.stdout.readline().split("sam_bridge ready address=")[1].split()[0]
-    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as page:
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=60) as page:
         assert b"sam_bridge_encodes_total 0.0" in page.read()
-    with SamClient([address], wait_s=0.2) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with SamClient([address]) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
         image = np.zeros((8, 8, 3), np.uint8)
         client.segment(image, SegmentRequest(box=(0, 0, 1, 1)))  # quick: the connection and the image are there
-        call = pool.submit(client.segment, image, SegmentRequest(box=(0, 0, 4, 4)))
-        time.sleep(0.5)
+        client.wait_s = 0.2
+        call = pool.submit(client.segment, image, SegmentRequest(box=(0, 0, 4 if grace_s else 8, 4)))
+        assert [child.stdout.readline() for _ in range(2)] == ["at work\n"] * 2
         child.terminate()
         if grace_s:
-            assert call.result(10).mask.sum() == 16
+            assert call.result(60).mask.sum() == 16
         else:
-            assert failure(call.result, 10).kind is FailureKind.UNAVAILABLE
-    assert child.wait(10) == 0
+            assert failure(call.result, 60).kind is FailureKind.UNAVAILABLE
+    assert child.wait(60) == 0
     child.stdout.close()
     child.stderr.close()
 
