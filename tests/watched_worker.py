@@ -30,7 +30,7 @@ def main(
     silent_s: float = 4.0,
     hang_s: float = 0.0,
 ):
-    watchdog.BEAT_S, watchdog.POLL_S, watchdog.GRACE_S, watchdog.SILENT_S = 0.3, 0.1, 1.0, silent_s
+    watchdog.BEAT_S, watchdog.POLL_S, watchdog.GRACE_S, watchdog.SILENT_S = 0.3, 0.1, 3.0, silent_s
     processes.initialize_distributed()
     with watchdog.WATCHDOG.limited(hang_s, 0.0):
         run(steps, outside, hangs, fails, saves, full)
