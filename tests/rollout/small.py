@@ -42,6 +42,7 @@ from rsagent_jax.models.qwen25_vl.compute import Compute
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, read_json
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import merged_tokens, mrope_positions
+from rsagent_jax.rollout import jobs
 from rsagent_jax.rollout.driver import Driver
 from rsagent_jax.rollout.engine import Engine
 from rsagent_jax.rollout.policy import Task, TextPolicy
@@ -212,18 +213,33 @@ def count_compiles() -> list[str]:
     return found
 
 
+class ToolClock:
+    """For the deadlines of tools: `skip` makes overdue whatever runs then, and what is only slow never is."""
+
+    def __init__(self, monkeypatch):
+        self.ahead = 0.0
+        monkeypatch.setattr(jobs, "time", self)
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+    def skip(self) -> None:
+        self.ahead += 1000.0
+
+
 class BrokenSegmenter(DiscSegmenter):
-    """Hangs until `woken`, raises, or answers with garbage, as `how` says of a picture's shape."""
+    """Hangs until `woken`, after `hung`, raises, or answers with garbage, as `how` says of a picture's shape."""
 
     def __init__(self, how: dict[tuple[int, int], str]):
         super().__init__()
-        self.how, self.woken = how, threading.Event()
+        self.how, self.woken, self.hung = how, threading.Event(), lambda: None
 
     def segment(self, image, request):
         how = self.how.get(image.shape[:2])
         if how is None:
             return super().segment(image, request)
         if how == "hangs":
+            self.hung()
             self.woken.wait(60)
         if how == "raises":
             raise RuntimeError("out of cheese")

@@ -66,12 +66,12 @@ def test_what_was_drawn_keeps_its_log_probs_to_the_bit_and_a_tool_that_died_as_w
 
     kept, ended = {}, {}
     d = scripted(Dead())
-    stop_after(monkeypatch, 80)
-    assert played_until(d, kept, ended) is None or not kept
-    if not kept:  # all have ended, most of them by the tool
-        kept = {task.uid: pack_run(ended_run(task, *outcome)) for task, outcome in ended.items()}
-    failed = [t for t, _ in ended.values() if t.status == "env_failed"]
-    assert failed and not [uid for uid in kept if record_about(kept[uid])["status"] == "env_failed"]
+    failed = lambda: any(t.status == "env_failed" for t, _ in ended.values())  # noqa: E731
+    stop_after(monkeypatch, 0)
+    stop = preemption.check
+    monkeypatch.setattr(preemption, "check", lambda: failed() and stop())
+    assert played_until(d, kept, ended) is None
+    assert failed() and not [uid for uid in kept if record_about(kept[uid])["status"] == "env_failed"]
     monkeypatch.undo()
     d = scripted(DiscSegmenter())
     drawn = {task.uid: t for task, (t, _) in ended.items()}
