@@ -32,6 +32,7 @@ if what == "taken":
     os.killpg(0, signal.SIGKILL)
 if what == "long":
     signal.signal(signal.SIGTERM, lambda *_: [open(notes, "a").write("told to end\\n"), sys.exit(75)])
+    open(notes, "a").write("listens\\n")
     time.sleep(60)
 print(f"turn {turn} of {home.name}\\n", end="", flush=True)
 time.sleep(float(what.partition(":")[2] or 0))
@@ -120,7 +121,7 @@ def test_a_broken_connection_starts_nothing_twice(running, capfd):
 
 
 def test_a_host_that_stands_still_holds_up_no_other_start(running, monkeypatch):
-    monkeypatch.setattr(launching, "OTHERS_S", 1.0)
+    monkeypatch.setattr(launching, "OTHERS_S", 3.0)
     monkeypatch.setattr(launching, "NOTICE_S", 1)
     assert on_slice(running, "69|still,0") == 0
     assert (running / "notes").read_text().count("host") == 4
@@ -132,14 +133,13 @@ def test_what_an_earlier_launch_left_running_is_stopped_first(running, capfd):
     left = [
         subprocess.Popen(["bash", "-c", script], env=os.environ | {"HOME": f"{running}/host_{i}"}) for i in range(2)
     ]
-    until = time.monotonic() + 20
-    while not (running / "notes").exists() or (running / "notes").read_text().count("host") < 2:
+    until = time.monotonic() + 60
+    while not (running / "notes").exists() or (running / "notes").read_text().count("listens") < 2:
         assert time.monotonic() < until
         time.sleep(0.05)
-    time.sleep(0.3)
     assert on_slice(running, "long,0") == 0
     assert (running / "notes").read_text().count("told to end") == 2
-    assert [process.wait(10) for process in left] == [launching.INTERRUPTED] * 2  # and are started no more
+    assert [process.wait(60) for process in left] == [launching.INTERRUPTED] * 2  # and are started no more
 
 
 def take_away(parent: int) -> None:

@@ -6,7 +6,6 @@ import pathlib
 import shutil
 import socket
 import threading
-import time
 import types
 import typing
 
@@ -269,10 +268,9 @@ def test_a_check_that_raises_or_hangs_is_a_line_and_the_others_go_on(examined):
 
     fine = Finding("fine", OK, "1")
     table = (Check("a", raises, "mend a"), Check("b", hangs, "mend b"), Check("c", lambda _: [fine], "mend c"))
-    start = time.monotonic()
-    findings, still_hangs = run_checks(examined, 0.2, heard.append, table)
+    findings, still_hangs = run_checks(examined, 2.0, heard.append, table)
     woken.set()
-    assert time.monotonic() - start < 10 and still_hangs and heard == ["a", "b", "c"] and findings[2] == fine
+    assert still_hangs and heard == ["a", "b", "c"] and findings[2] == fine
     assert [f.verdict for f in findings] == [WRONG, WRONG, OK]
     assert [f.remedy for f in findings] == ["do as it says; else mend a", "mend b", ""]
     assert findings[0].figure == "DataError: half of it is gone" and "no answer within" in findings[1].figure

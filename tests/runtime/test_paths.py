@@ -4,7 +4,6 @@ import errno
 import os
 import resource
 import threading
-import time
 from unittest import mock
 
 import pytest
@@ -80,14 +79,13 @@ def test_a_folder_that_is_not_there_or_no_more_is_said(tmp_path):
 
 def test_a_slow_request_holds_nobody_up_who_gathers_lines(bucket, monkeypatch):
     asked, answered, write = threading.Event(), threading.Event(), bucket.pipe_file
-    monkeypatch.setattr(bucket, "pipe_file", lambda *a: (asked.set(), answered.wait(10), write(*a)), raising=False)
+    monkeypatch.setattr(bucket, "pipe_file", lambda *a: (asked.set(), answered.wait(60), write(*a)), raising=False)
     monkeypatch.setattr(paths, "SEND_S", 0.01)
     file = paths.AppendFile(paths.open_path("gs://bucket/a.jsonl"), gather=True)
     file.add("0\n")
-    assert asked.wait(10)
-    start = time.monotonic()
+    assert asked.wait(60)
     file.add("1\n")
-    assert time.monotonic() - start < 5 and not bucket  # the first is still on its way
+    assert not bucket  # the first is still on its way
     answered.set()
     file.close()
     assert paths.read_lines(file.path) == b"0\n1\n"
@@ -106,7 +104,7 @@ def test_whatever_ends_a_request_behind_the_work_is_raised_by_the_next_line(buck
     monkeypatch.setattr(paths, "bucket_used", lambda: False)
     file = paths.AppendFile(paths.open_path("gs://bucket/a.jsonl"), gather=True)
     file.add("0\n")
-    assert raised.wait(10)
+    assert raised.wait(60)
     with pytest.raises(RuntimeError, match="is closed"):
         file.close()
     with pytest.raises(RuntimeError, match="is closed"):
