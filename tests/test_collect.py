@@ -338,26 +338,30 @@ def test_sampled_ids_are_stored_as_they_were_and_a_kill_changes_nothing(tmp_path
     assert len(left) == 2 and {i: r["record"] for i, r in again.items()} == {i: r["record"] for i, r in rows.items()}
 
 
+DIES = """
+import itertools, os, signal, sys
+from rsagent_jax.runtime import command, journal
+add, rows = journal.Journal.add, itertools.count(1)
+journal.Journal.add = lambda *row: (add(*row), next(rows) == 6 and os.kill(os.getpid(), signal.SIGKILL))
+command.run_command("rsagent_jax.collect", sys.argv[1:])
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_a_real_kill_of_the_command(tmp_path):
     synthetic.write_dataset(tmp_path / "data", train=16, val=1, test=1, seed=5, progress=False)
-    command = [sys.executable, "-m", "rsagent_jax.collect", "--config=configs/collect_quickstart.py"]
-    command += [f"--config.data.root={tmp_path / 'data'}", "--config.segmenter.mode=inprocess", "--config.limit=30"]
+    flags = ["--config=configs/collect_quickstart.py", f"--config.data.root={tmp_path / 'data'}"]
+    flags += ["--config.segmenter.mode=inprocess", "--config.limit=30", f"--workdir={tmp_path / 'w'}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    workdir = f"--workdir={tmp_path / 'w'}"
-    killed = subprocess.Popen([*command, workdir], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    journal = tmp_path / "w" / filter.ATTEMPTS / "00000-of-00001.jsonl"
-    while killed.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed = subprocess.run([sys.executable, "-c", DIES, *flags], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "w" / "collect.json").exists()
     for shard, says in (("0/2", "are left to the others"), ("1/2", "goes on: ")):  # on two machines
-        done = [*command, workdir, f"--shard={shard}"]
+        done = [sys.executable, "-m", "rsagent_jax.collect", *flags, f"--shard={shard}"]
         done = subprocess.run(done, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
         assert done.returncode == 0 and says in done.stdout, done.stderr
-    rows = [row for path in journal.parent.glob("*.jsonl") for row in lines(path)[1:]]
+    rows = [row for path in (tmp_path / "w" / filter.ATTEMPTS).glob("*.jsonl") for row in lines(path)[1:]]
     assert len(rows) == len({row["id"] for row in rows}) == 30
     good = [row for row in rows if filter.verdict(row, FilterConfig(min_iou=0.8, repeats=True)) == "kept"]
     kept = [row["id"] for row in sorted(good, key=lambda row: row["uid"])]
