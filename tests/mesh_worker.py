@@ -1,7 +1,8 @@
 """One process of a training run on a mesh, started by tests/test_processes.py with its job as JSON.
 
 Trains through train.run_stage as train.py does, with a tiny random policy, and lets the lead write the parameters. With
-`delays` the environment hears scripts, every process's tools take their own time, and each writes what it has played.
+`delays` the environment hears scripts, every process's tools take their own time, and each writes what it has played;
+those that take some, of process 0, begin once process 1 has played the step.
 With `stop` = i process i gets SIGTERM in the rollout of the second step, at its second tool call.
 """
 
@@ -13,6 +14,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 
 import jax
 import numpy as np
@@ -23,6 +25,7 @@ import train
 from rsagent_jax.config.alarms import AlarmsConfig
 from rsagent_jax.config.schema import LoraConfig, MeshConfig, OptimConfig, TrainConfig
 from rsagent_jax.models.qwen25_vl import convert
+from rsagent_jax.rollout import driver
 from rsagent_jax.runtime import preemption, processes, sharding
 from rsagent_jax.runtime.train_log import MetricsLog
 
@@ -43,15 +46,18 @@ def config(stage: str, stored: str, mesh: dict, steps: int, small, rank: int, fr
     )
 
 
-def with_tools(delay_s: float, played: pathlib.Path, small, stop: bool) -> None:
-    """Lets train.py's driver play scripts with a segmenter that takes `delay_s`, and keep what it has played."""
+def with_tools(delay_s: float, played: pathlib.Path, small, stop: bool, other: pathlib.Path | None) -> None:
+    """Lets train.py's driver play scripts with a segmenter that takes `delay_s`, and keep what it has played. other:
+    what a process keeps that has to have played the step before."""
     calls = []
 
-    class Segmenter(small.SlowSegmenter):
+    class Segmenter(small.IdleSegmenter if other else small.SlowSegmenter):
         def segment(self, image, request):
             calls.extend([1] * (len(steps) == 1))
             if stop and len(calls) == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
+            while other and not other.with_suffix(f".{len(steps)}").exists():
+                time.sleep(0.01)
             return super().segment(image, request)
 
     scripts = {f"s{i}": (*(small.click(20 + i + n, 30) for n in range(1 + i % 2)), small.finish(1)) for i in range(5)}
@@ -67,10 +73,13 @@ def with_tools(delay_s: float, played: pathlib.Path, small, stop: bool) -> None:
             ]
             steps.append(dict(compiled=before, trajectories=kept))
             played.write_text(json.dumps(steps))
+            played.with_suffix(f".{len(steps) - 1}").touch()
             return out
 
     train.Driver = functools.partial(Kept, script=small.scripted(scripts))
-    train.open_segmenter = lambda _: contextlib.nullcontext(Segmenter(delay_s, (56, 56)))
+    segmenter = Segmenter(delay_s, (56, 56))
+    driver.Jobs = segmenter.jobs if other else driver.Jobs
+    train.open_segmenter = lambda _: contextlib.nullcontext(segmenter)
 
 
 def run_stage(
@@ -104,8 +113,9 @@ def main(job: dict) -> None:
     workdir = pathlib.Path(job["workdir"])
     workdir.mkdir(exist_ok=True)
     if job["delays"]:
-        index = jax.process_index()
-        with_tools(job["delays"][index], workdir / f"played_{index}.json", small, job["stop"] == index)
+        index, delay_s = jax.process_index(), job["delays"][jax.process_index()]
+        other = workdir / "played_1.json" if delay_s and job["stop"] is None else None
+        with_tools(delay_s, workdir / f"played_{index}.json", small, job["stop"] == index, other)
     log = MetricsLog(processes.own_directory(workdir))
     grpo = dataclasses.replace(settings.grpo, **job["grpo"])
     settings = dataclasses.replace(settings, grpo=grpo, alarms=AlarmsConfig(steps=1))

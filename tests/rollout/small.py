@@ -267,6 +267,25 @@ class SlowSegmenter(DiscSegmenter):
                 self.running -= 1
 
 
+class IdleSegmenter(SlowSegmenter):
+    """Its time begins when the driver has nothing to do but to wait for it. `jobs` stands in place of the driver's."""
+
+    def __init__(self, delay_s: float, slow_shape: tuple[int, int]):
+        super().__init__(delay_s, slow_shape)
+        self.idle = threading.Event()
+
+    def jobs(self, workers: int, deadline_s: float) -> jobs.Jobs:
+        made = jobs.Jobs(workers, deadline_s)
+        take = made.take
+        made.take = lambda *, wait: (wait and self.idle.set(), take(wait=wait))[1]
+        return made
+
+    def segment(self, image, request):
+        self.idle.clear()
+        self.idle.wait(60)
+        return super().segment(image, request)
+
+
 def item(trajectory: Trajectory, advantage: float = 0.0) -> Item:
     t = trajectory
     return Item(t.tokens, t.positions, t.loss_mask, t.logprobs, t.patches, t.grids, advantage)

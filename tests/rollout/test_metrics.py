@@ -7,7 +7,7 @@ import pytest
 from agent_fakes import DiscSegmenter
 
 from tests.rollout import small
-from tests.rollout.small import AGENT, THREE_IMAGES, EchoDriver, SlowSegmenter, Task, click, finish, scripted, task
+from tests.rollout.small import AGENT, THREE_IMAGES, EchoDriver, IdleSegmenter, Task, click, finish, scripted, task
 
 SCRIPTS = {"s0": THREE_IMAGES, "s1": (click(30, 40), "nonsense", finish(1))}
 SLOTS, CHUNK = 4, 2
@@ -60,9 +60,10 @@ def test_a_group_reads_its_opening_once_and_fills_more_slots(engine):
     assert max(int(t.loss_mask.sum()) for t in played) <= steps < got["decode_tokens"]
 
 
-def test_the_time_is_split_into_tools_prompts_and_sampling(engine):
+def test_the_time_is_split_into_tools_prompts_and_sampling(engine, monkeypatch):
     play(engine, [task(1)])  # compiled before
-    slow = SlowSegmenter(0.4, slow_shape=(112, 112))
+    slow = IdleSegmenter(0.4, slow_shape=(112, 112))
+    monkeypatch.setattr("rsagent_jax.rollout.driver.Jobs", slow.jobs)
     (t,), got, _ = play(engine, [task(1)], slow)
     assert t.seconds["tool"] >= 0.4 and got["tool_wait"] * got["seconds"] >= 0.4  # one click, and nobody else to serve
     assert got["prefill"] > 0 and got["decode"] > 0  # pieces of prompts, then turns of more than a chunk

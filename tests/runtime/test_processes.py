@@ -129,7 +129,8 @@ def test_adapters_and_frozen_parts_train_the_same_on_every_mesh(train_on, stage,
 
 @pytest.mark.timeout(900)
 def test_slow_tools_on_one_process_neither_change_nor_stop_what_two_of_them_play(train_on):
-    """Process 0 waits for every tool call, process 1 for none: they meet at the train step and not before."""
+    """Process 0 waits for every tool call, process 1 for none: they meet at the train step and not before, since the
+    tools of process 0 begin when process 1 has played the step."""
     one, two = (
         train_on("grpo", {"fsdp": 2 * len(delays)}, n=len(delays), devices=2, steps=3, delays=delays)
         for delays in ((0.0,), (0.7, 0.0))
@@ -147,10 +148,8 @@ def test_slow_tools_on_one_process_neither_change_nor_stop_what_two_of_them_play
                 assert t["logprobs"] == want[t["uid"]]["logprobs"]
             np.testing.assert_allclose(t["logprobs"], want[t["uid"]]["logprobs"], rtol=0, atol=1e-4)
     assert_same(Run(two), Run(one))
-    fast = json.loads((two / "process_1" / "metrics.jsonl").read_text().splitlines()[-1])
     slow = Run(two).metrics[-1]
-    assert slow["rollout_seconds"] > 1.4 and fast["rollout_seconds"] < slow["rollout_seconds"] - 0.35
-    assert slow["rollout/tool_wait"] > 0.4
+    assert slow["rollout_seconds"] > 1.4 and slow["rollout/tool_wait"] * slow["rollout/seconds"] > 0.6
     assert {name for name in slow if name.startswith("rollout/")} == {f"rollout/{name}" for name in LOGGED}
     assert {"tokens_per_s", "turns", "endings/finished"} <= {*slow}
     # Between the rollouts of steps 2 and 3: a train step and the weights' way to every process, all compiled before.
