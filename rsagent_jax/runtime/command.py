@@ -25,6 +25,7 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -118,10 +119,17 @@ def _not_lost(unraisable: "sys.UnraisableHookArgs") -> None:
     if coroutine or str(unraisable.exc_value) == "Event loop is closed":
         return
     if unraisable.exc_type is KeyboardInterrupt:
-        again = (threading.main_thread().ident, signal.SIGINT)
-        threading.Timer(0.05, signal.pthread_kill, again).start()  # when this frame has been left
+        threading.Thread(target=_interrupt_again, daemon=True).start()
     else:
         sys.__unraisablehook__(unraisable)
+
+
+def _interrupt_again() -> None:
+    """Once the main thread has left the hook, in which Python would drop it as well."""
+    main = threading.main_thread().ident
+    while any(frame.f_code is _not_lost.__code__ for frame, _ in traceback.walk_stack(sys._current_frames()[main])):
+        time.sleep(0.01)
+    signal.pthread_kill(main, signal.SIGINT)
 
 
 def run_command(name: str, argv: Sequence[str]) -> int:
