@@ -22,10 +22,10 @@ def with_preconditions(handler: Callable) -> Callable:
             generation = storage.get_file_obj(names.get("bucket_name"), name)["generation"]
         except NotFound:
             generation = "0"
-        storage.left = None if (left := getattr(storage, "left", None)) is None else left - 1
+        storage.left = None if storage.left is None else storage.left - 1
         if storage.left is not None and storage.left < 0:
             response.status = HTTPStatus.SERVICE_UNAVAILABLE
-        elif getattr(storage, "forbidden", False):
+        elif storage.forbidden:
             response.status = HTTPStatus.FORBIDDEN
         elif request.query.get("ifGenerationMatch", [generation]) != [generation]:
             response.status = HTTPStatus.PRECONDITION_FAILED
@@ -35,6 +35,8 @@ def with_preconditions(handler: Callable) -> Callable:
             handler(request, response, storage)
             if request.query.get("alt") == ["media"]:
                 response["x-goog-generation"] = generation
+            if storage.halt and any(name.startswith(storage.halt) for name in storage.objects.get("bucket", {})):
+                storage.left = 0
 
     return handle
 
@@ -44,11 +46,13 @@ HANDLERS = [(path, {m: with_preconditions(h) for m, h in handlers.items()}) for 
 
 class LoopbackBucket:
     """gs://bucket. It may go away and come back with what it held: `stop`, `start`; `storage.forbidden` refuses all;
-    `storage.left` requests are answered, if it is a number, and none after them."""
+    `storage.left` requests are answered, if it is a number, and none after them; none once there is an object whose
+    name begins with `storage.halt`."""
 
     def __init__(self):
         server.HANDLERS = HANDLERS
         self.storage, self.port = Storage(use_memory_fs=True), 0
+        self.storage.forbidden, self.storage.left, self.storage.halt = False, None, ""
         create_bucket("bucket", self.storage)
         self.start()
 
