@@ -6,6 +6,8 @@ import contextlib
 import json
 import re
 import threading
+import time
+import types
 
 import numpy as np
 import PIL.Image
@@ -127,7 +129,9 @@ def test_upload_ask_watch_correct_and_download(served, open_page, serious_findin
     assert asked == {address.partition("://")[2]}
 
 
-def test_what_is_too_much_is_refused_and_a_cancelled_question_leaves_its_slot(served, open_page, tmp_path):
+def test_what_is_too_much_is_refused_and_a_cancelled_question_leaves_its_slot(served, open_page, tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(monotonic=lambda: 0.0, perf_counter=time.perf_counter, sleep=time.sleep)
+    monkeypatch.setattr("rsagent_jax.web.page.time", clock)  # all of it is in one minute
     texts = [small.click(30, 40), small.click(50, 50), small.finish(None)]
     policy = TextPolicy(lambda task, state: texts[min(len(state.turns), 2)], small.processor(), slots=1)
     segmenter = HangingSegmenter(1, 3)

@@ -175,7 +175,8 @@ def test_nothing_moves_when_rows_arrive(tmp_path, served, open_page, width):
     assert page.evaluate("document.activeElement.title") == "run:p"
     assert page.evaluate("shifts") == []
     page.locator("h1").evaluate("(h1) => { h1.style.marginTop = '200px'; }")
-    page.wait_for_function("shifts.length")  # this is seen
+    while not page.evaluate("shifts"):  # this is seen
+        page.wait_for_timeout(50)
 
 
 def test_a_text_finds_cards_of_a_report_and_a_head_sorts_its_table(reports, open_page):
