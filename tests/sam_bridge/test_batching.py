@@ -18,7 +18,7 @@ def crowd(work, calls, **largest):
 
     def held(items):
         if items == [calls[0][1]]:
-            assert release.wait(10)
+            assert release.wait(60)
         return work(items)
 
     lane = Lane("t", {kind: (held, size) for kind, size in largest.items()})
@@ -40,7 +40,7 @@ def test_what_waits_goes_together_in_order_and_within_the_bound():
     seen = []
     with crowd(noted(seen), [("a", "first"), *(("a", c) for c in "vwxyz")], a=3) as (lane, futures, release):
         release.set()
-        assert [f.result(5) for f in futures] == ["FIRST", *"VWXYZ"]
+        assert [f.result(60) for f in futures] == ["FIRST", *"VWXYZ"]
         assert lane.batches["a"] == 3 and lane.items["a"] == 6
     assert seen == [["first"], ["v", "w", "x"], ["y", "z"]]
 
@@ -50,7 +50,7 @@ def test_kinds_take_turns():
     calls = [("long", "first"), ("long", "l1"), ("long", "l2"), ("short", "s1"), ("short", "s2"), ("short", "s3")]
     with crowd(noted(seen), calls, long=1, short=2) as (_, futures, release):
         release.set()
-        concurrent.futures.wait(futures, 5)
+        concurrent.futures.wait(futures, 60)
     assert seen == [["first"], ["s1", "s2"], ["l1"], ["s3"], ["l2"]]
 
 
@@ -62,9 +62,9 @@ def test_a_bad_item_fails_alone():
 
     with crowd(work, [("a", n) for n in (0, 2, 3, 4)], a=8) as (_, futures, release):
         release.set()
-        assert [futures[k].result(5) for k in (0, 1, 3)] == [0, 20, 40]
+        assert [futures[k].result(60) for k in (0, 1, 3)] == [0, 20, 40]
         with pytest.raises(ValueError, match="three"):
-            futures[2].result(5)
+            futures[2].result(60)
 
 
 def test_closing_fails_what_waits_and_refuses_more():
@@ -72,9 +72,9 @@ def test_closing_fails_what_waits_and_refuses_more():
         closing = threading.Thread(target=lane.close)
         closing.start()
         with pytest.raises(RuntimeError, match="closed"):
-            waiting.result(5)
+            waiting.result(60)
         release.set()
-        assert running.result(5) == "FIRST"
-        closing.join(5)
+        assert running.result(60) == "FIRST"
+        closing.join(60)
         with pytest.raises(RuntimeError, match="closed"):
             lane.call("a", "x")

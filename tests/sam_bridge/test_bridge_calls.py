@@ -172,7 +172,7 @@ def test_full_queue_is_exhausted_and_health_still_answers(fake, serve, connect, 
         assert failure(hasty.segment, image, BOX).kind is FailureKind.EXHAUSTED
         assert healthy(server.address)
         hold.set()
-        assert all(f.result(10).mask.any() for f in busy)
+        assert all(f.result(60).mask.any() for f in busy)
 
 
 def test_crowd_larger_than_the_queue_loses_no_call(fake, serve, connect, image):
