@@ -249,7 +249,8 @@ def write_results(
         "conventions": metrics.other_conventions([r.counts for r in kept]),
     }
     predictions = [
-        {"id": result.id, "picture": images[result.id], "mask": r.mask, "dropped": result.dropped or ""}
+        {"id": result.id, "sample_checksum": r.sample_checksum, "picture": images[result.id], "mask": r.mask}
+        | {"dropped": result.dropped or ""}
         | {name: getattr(result, name) for name in ("intersection", "union", "iou", "status", "turns")}
         for result, r in zip(results, kept, strict=True)
     ]

@@ -1,6 +1,8 @@
 """The results of an evaluation under way, in a journal (runtime/journal.py): one line per evaluated sample."""
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
@@ -11,7 +13,7 @@ from rsagent_jax.evals.metrics import Counts, Pixels, count, judge, mask_pixels
 from rsagent_jax.masks import encode_rle, mask_iou
 from rsagent_jax.rollout.play import failure_of
 from rsagent_jax.runtime import journal
-from rsagent_jax.runtime.image_files import keep_image
+from rsagent_jax.runtime.image_files import checksum, keep_image
 from rsagent_jax.types import Sample, Status, Trajectory
 
 FOLDER = "shards"
@@ -27,6 +29,7 @@ class Record:
     example: dict[str, Any]  # a line of trajectories.jsonl
     masks: tuple[tuple[int, Pixels], ...] = ()  # of every mask: the turn that made it, its pixels
     failure: tuple[str, str] | None = None  # (kind, why) where the segmenter ended it: no measurement
+    sample_checksum: str = ""  # of `checksum_of`; "" = not known: an earlier version wrote it
 
     def to_row(self) -> dict[str, Any]:
         """A row of the journal; JSON-ready."""
@@ -41,7 +44,8 @@ class Record:
         counts = Counts(**row["counts"] | {"pixels": pixels, "status": Status(row["counts"]["status"])})
         masks = tuple((turn, _triples(pixels)) for turn, pixels in row["masks"])
         failure = (row["failed"]["kind"], row["failed"]["why"]) if "failed" in row else None
-        return cls(counts, row["mask"], float(row["seconds"]), row["example"], masks, failure)
+        known = row.get("sample_checksum", "")
+        return cls(counts, row["mask"], float(row["seconds"]), row["example"], masks, failure, known)
 
 
 def make_record(
@@ -62,7 +66,16 @@ def make_record(
     }
     masks = mask_pixels(trajectory, sample)
     failure = failure_of(state)
-    return Record(counts, encode_rle(trajectory.final_mask), seconds, example, masks, failure)
+    mask = encode_rle(trajectory.final_mask)
+    return Record(counts, mask, seconds, example, masks, failure, checksum_of(sample))
+
+
+def checksum_of(sample: Sample) -> str:
+    """16 hex digits of its question, picture, target and ignored pixels as decoded: the same wherever the files lie,
+    unlike the fingerprints of journals, which take what a file system or a bucket says."""
+    ignored = None if sample.ignore_mask is None or not sample.ignore_mask.any() else encode_rle(sample.ignore_mask)
+    parts = [sample.query, checksum(sample.image), encode_rle(sample.gt_mask), ignored]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _triples(pixels: dict[str, Any]) -> Pixels:

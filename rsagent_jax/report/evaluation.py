@@ -35,6 +35,7 @@ class Prediction:
     turns: int
     picture: str  # its name
     dropped: str = ""  # why the convention does not count it; "" = it does
+    sample_checksum: str = ""  # of what the sample is made of; "" = not known: an earlier version wrote it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +120,8 @@ def _read(make: Callable[[dict[str, Any]], Any], path: pathlib.Path, made_by: st
 
 def _prediction(line: dict[str, Any]) -> Prediction:
     """Keys that it has no field for are left out."""
-    known = [f.name for f in dataclasses.fields(Prediction) if f.name != "dropped"]
-    fields = {name: line[name] for name in known} | {"status": Status(line["status"])}
-    return Prediction(**fields, dropped=line.get("dropped", ""))
+    fields = {f.name: line[f.name] for f in dataclasses.fields(Prediction) if f.name in line or f.default != ""}
+    return Prediction(**fields | {"status": Status(line["status"])})
 
 
 def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:
