@@ -9,8 +9,9 @@ from typing import Any, Self
 
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import state_to_json
-from rsagent_jax.evals.metrics import Counts, Pixels, count, judge, mask_pixels
-from rsagent_jax.masks import encode_rle, mask_iou
+from rsagent_jax.config.schema import MetricConfig
+from rsagent_jax.evals.metrics import LISA, Counts, Pixels, count, judge, mask_ious, mask_pixels
+from rsagent_jax.masks import encode_rle
 from rsagent_jax.rollout.play import failure_of
 from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.image_files import checksum, keep_image
@@ -49,22 +50,26 @@ class Record:
 
 
 def make_record(
-    workdir: pathlib.Path, sample: Sample, trajectory: Trajectory, state: EnvState, seconds: float
+    workdir: pathlib.Path,
+    sample: Sample,
+    trajectory: Trajectory,
+    state: EnvState,
+    seconds: float,
+    rules: MetricConfig = LISA,
 ) -> Record:
     """What an evaluation keeps of a trajectory. A picture that is no file of its own is written below `workdir`."""
-    counts = count(trajectory, sample)
+    counts, masks = count(trajectory, sample), mask_pixels(trajectory, sample)
     path = sample.path or keep_image(workdir, sample.image)
     example = {
         "id": sample.id,
         "query": sample.query,
-        "iou": judge(counts).iou,
+        "iou": judge(counts, rules).iou,
         "status": trajectory.status.value,
-        "ious": [mask_iou(m.mask, sample) for m in trajectory.masks],
+        "ious": mask_ious(counts, masks, rules),
         "gt": encode_rle(sample.gt_mask),
         "image": path,
         "record": state_to_json(state, path),
     }
-    masks = mask_pixels(trajectory, sample)
     failure = failure_of(state)
     mask = encode_rle(trajectory.final_mask)
     return Record(counts, mask, seconds, example, masks, failure, checksum_of(sample))
