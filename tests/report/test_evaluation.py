@@ -21,7 +21,7 @@ from rsagent_jax.config.recipe import RecipeConfig, RecipeStage, plan_steps
 from rsagent_jax.evals import metrics
 from rsagent_jax.masks import intersection_union
 from rsagent_jax.report import evaluation as report
-from rsagent_jax.report import page, reproduction
+from rsagent_jax.report import page, reproduction, trajectory
 from rsagent_jax.report.comparison import compare
 from rsagent_jax.types import Status
 from sam_bridge.types import FailureKind
@@ -181,6 +181,28 @@ def test_errors_and_failures_are_shown(tmp_path):
     check_page(text)
     for words in ("malformed, no_call", "refused, unknown_mask", "tool failed, timeout", "1 clipped", "env failed"):
         assert words in text, words
+
+
+WIRE, SPECK, WIDE = np.s_[100:1000, 700:701], np.s_[50:51, 1200:1201], np.s_[300:700, 200:500]
+
+
+@pytest.mark.parametrize("parts", [(WIRE,), (SPECK,), (WIRE, SPECK, WIDE), ()])
+def test_a_target_too_thin_for_the_page_is_drawn_all_the_same(tmp_path, parts):
+    """A page is 640 pixels wide, so one of these 1500 covers less than half of one of its own."""
+    image, truth = np.full((1100, 1500, 3), 90, np.uint8), np.zeros((1100, 1500), bool)
+    for part in parts:
+        truth[part] = True
+    Image.fromarray(image).save(tmp_path / "a.png")
+    state = run([render_call(Finish(None), "Nothing.")], DiscSegmenter(18), image, "thin")
+    example = report.Example("s", "thin", 0.0, state.status, (), rle(truth), "a.png", state_to_json(state))
+    path = trajectory.play(example, tmp_path).truth.path
+    assert path.count("M") == path.count("Z") == len(parts)
+    x = [float(v) for v in re.findall(r"[ML]([\d.]+) ", path)]
+    assert not parts or (min(x), max(x)) == pytest.approx(
+        (np.nonzero(truth)[1].min() * 640 / 1500, np.nonzero(truth)[1].max() * 640 / 1500), abs=1
+    )
+    text = card_page(example, report.Evaluation(tmp_path, {"n": 1, "n_acc": None}, (), ()))
+    assert ("no mask and truth" in text, "no mask; there is no target" in text) == (bool(parts), not parts)
 
 
 @pytest.mark.parametrize("damage", ["image", "record", "gt"])
