@@ -277,8 +277,9 @@ def turn_curve(
 ) -> list[dict[str, Any]]:
     """What the trajectories of one run would have been worth had they ended after 1, 2, … turns: a row for each.
 
-    A row has gIoU with its 95% interval and cIoU of the latest (or committed) masks, the share of trajectories that had
-    ended, and gIoU had an oracle picked the best mask so far. `images`: of each id, which intervals are resampled by.
+    A row has gIoU with its 95% interval and cIoU of the latest (or committed) masks over the `n` samples that count,
+    which an `empty_policy` that drops may make others in every row, the share of trajectories that had ended, and gIoU
+    had an oracle picked the best mask so far. `images`: of each id, which intervals are resampled by.
     With `agent.announce_last` off a policy is not told how many turns it has: under greedy sampling the figures are
     then those of runs with `agent.max_turns = k`; with it, such a run may end better, since it is told its last turn.
     """
@@ -293,6 +294,7 @@ def turn_curve(
         rows.append(
             {
                 "turns": k,
+                "n": totals.n,
                 "giou": totals.giou,
                 "giou_ci95": list(bootstrap_ci(counted, of)) if counted else None,
                 "ciou": totals.ciou,

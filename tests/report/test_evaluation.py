@@ -223,7 +223,7 @@ def test_ciou_interval_of_equal_rows_has_no_width():
 
 def test_what_a_convention_drops_is_listed_and_in_no_figure():
     """Two pictures: one with IoU 0.75 in two turns; one of an absent target, dropped, in six, and of a failure in one.
-    Turns alone are of all, as in results.json."""
+    Turns and endings are of all, as in results.json."""
     rows = (
         report.Prediction("a", 30, 40, 0.75, Status.FINISHED, 2, "p"),
         report.Prediction("b", 0, 0, 0.0, Status.FINISHED, 6, "q", "empty"),
@@ -232,7 +232,17 @@ def test_what_a_convention_drops_is_listed_and_in_no_figure():
     figures = {"benchmark": "toy", "giou": 0.75, "ciou": 0.75, "giou_ci95": [0.75, 0.75], "mean_turns": 3}
     evaluation = report.Evaluation(None, figures, rows, ())
     assert evaluation.endings == [(Status.FINISHED, 2, 2 / 3, 0.75), (Status.ENV_FAILED, 1, 1 / 3, None)]
-    assert report.headline_figures(evaluation)[4] == ("turns", "3.00", "2.00 to 3.50")
+    assert report.headline_figures(evaluation)[3:] == [
+        ("finished", "66.7%", "50.0% to 100.0%"),
+        ("turns", "3.00", "2.00 to 3.50"),
+    ]
+    turns = [{"turns": 1, "giou": 0.5, "ciou": 0.5, "giou_ci95": None, "ended": 0, "oracle_best_giou": 0.5}]
+    turns.append(turns[0] | {"turns": 2, "n": 1})  # the first as earlier versions wrote it
+    empty = {"failed": "", "figures": [], "settings": [], "shown": 0, "good": [], "bad": []}
+    results = figures | {"n": 1, "n_acc": None, "by_turn": turns}
+    text = page.render_page("evaluation.html", title="toy", evaluation=evaluation, results=results, **empty)
+    assert "<p>3 sentences, one trajectory each, of which the rules of the metric leave out 2. " in text
+    assert "<td>1</td><td>-</td><td>0.500" in text and "<td>2</td><td>1</td><td>0.500" in text
     assert report.evaluation_title(figures) == "toy" and report.evaluation_title(
         figures | {"samples": "refcoco/unc/val"}
     ) == ("toy (refcoco/unc/val)")
