@@ -195,7 +195,7 @@ def measure(
     def keep(task: Task, trajectory: Trajectory, state: EnvState) -> Failure | None:
         nonlocal last
         since, last = last, time.perf_counter()
-        record = records.make_record(workdir, task.sample, trajectory, state, last - since)
+        record = records.make_record(workdir, task.sample, trajectory, state, last - since, config.metric)
         journal.add(record.to_row())
         return record.failure
 
@@ -249,12 +249,16 @@ def write_results(
         "conventions": metrics.other_conventions([r.counts for r in kept]),
     }
     predictions = [
-        {"id": result.id, "picture": images[result.id], "mask": r.mask, "dropped": result.dropped or ""}
+        {"id": result.id, "sample_checksum": r.sample_checksum, "picture": images[result.id], "mask": r.mask}
+        | {"dropped": result.dropped or ""}
         | {name: getattr(result, name) for name in ("intersection", "union", "iou", "status", "turns")}
         for result, r in zip(results, kept, strict=True)
     ]
     write_whole(workdir / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
-    shown = [r.example | {"iou": result.iou} for result, r in zip(results, kept, strict=True)]
+    shown = [  # a row of the journal may be of a start with other rules
+        r.example | {"iou": result.iou, "ious": metrics.mask_ious(r.counts, r.masks, config.metric)}
+        for result, r in zip(results, kept, strict=True)
+    ]
     write_whole(workdir / "trajectories.jsonl", "".join(json.dumps(example) + "\n" for example in shown))
     write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
     evaluation.write_evaluation(workdir)

@@ -65,6 +65,7 @@ def main(
         for e, name in zip(evaluations[1:], names[1:], strict=True)
         if (differ := differing(evaluations[0], e, "settings."))
     ]
+    said += [f"{names[0]} and {c.name}{c.caveat}" for c in found if c.caveat]
     queries = {example.id: example.query for e in evaluations for example in e.examples}
     rows = map(tables.comparison_row, names, evaluations, [None, *found])
     main_table = [tables.comparison_head(names[0]), *rows]

@@ -13,13 +13,13 @@ from tests.refusals import refused
 from tests.report.written import write_files, write_lines
 
 
-def write(workdir, ious, union=1000, turns=2, sentences=0, **settings):
+def write(workdir, ious, union=1000, turns=2, sentences=0, version="1", **settings):
     """A work directory of evaluate.py with these IoUs; no trajectories but for queries."""
     results = [SampleResult(f"s{i}", round(v * union), union, Status.FINISHED, turns, 0) for i, v in enumerate(ious)]
     settings = {"data": {"root": str(workdir), "split": "val"}} | settings
     example = {"id": "s0", "query": "the | one\nhere", "iou": 0.0, "status": "finished", "ious": [], "gt": {}}
     images = {r.id: f"p{i // sentences}" for i, r in enumerate(results)} if sentences else None
-    return write_files(workdir, results, settings, [example | {"image": "", "record": ""}], images)
+    return write_files(workdir, results, settings, [example | {"image": "", "record": ""}], images, version=version)
 
 
 def test_differences_by_hand(tmp_path, capsys):
@@ -110,11 +110,20 @@ def test_several_against_the_first_are_told_apart_by_their_paths(tmp_path, capsy
     assert all(f"{name}/eval" in out for name in "abc") and out.count("differ most") == 2
 
 
+def test_samples_of_an_earlier_version_are_paired_by_id_and_it_is_said(tmp_path, capsys):
+    a, b = write(tmp_path / "a", [0.5, 0.6]), write(tmp_path / "old", [0.6, 0.7], version="")
+    assert run_command("rsagent_jax.compare", [str(a), str(b)]) == 0
+    assert "a and old; 2 samples are paired by id alone: an earlier version" in capsys.readouterr().out
+    assert run_command("rsagent_jax.compare", [str(a), str(write(tmp_path / "new", [0.6, 0.7]))]) == 0
+    assert "by id alone" not in capsys.readouterr().out
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     a = write(tmp_path / "a", [0.5, 0.6])
     two = [0.5, 0.6]
     cases = [
         (write(tmp_path / "fewer", [0.5]), "do not cover the same samples: 1 are in one only"),
+        (write(tmp_path / "changed", two, version="2"), "or ignored pixels of 2 differ, such as ['s0', 's1']"),
         (write(tmp_path / "rules", two, metric={"unit": "all"}), "differ in settings.metric.unit: None and 'all'"),
         (write(tmp_path / "split", two, data={"split": "test"}), "differ in settings.data.split: 'val' and"),
         (tmp_path / "none", "results.json is missing"),

@@ -89,7 +89,7 @@ def test_evaluation_leaves_results_predictions_and_a_report_and_a_trajectory_rep
     assert results["n"] == len(predictions) == 17  # six scenes: about one thing, about pairs, and once about nothing
     assert {"n_acc", "t_acc", "giou_target"} <= set(results)
     assert results["giou"] == pytest.approx(sum(p["iou"] for p in predictions) / 17)
-    keys = {"id", "picture", "mask", "intersection", "union", "iou", "status", "turns", "dropped"}
+    keys = {"id", "sample_checksum", "picture", "mask", "intersection", "union", "iou", "status", "turns", "dropped"}
     assert set(predictions[0]) == keys
     assert (out / "report/index.html").stat().st_size > 10_000
     example = json.loads((out / "trajectories.jsonl").read_text().splitlines()[0])

@@ -19,9 +19,9 @@ from typing import Any
 
 from rsagent_jax.agent.tools import Segment, parse
 from rsagent_jax.config.schema import MetricConfig
-from rsagent_jax.evals.metrics import judge
+from rsagent_jax.evals.metrics import judge, mask_ious
 from rsagent_jax.evals.records import Record
-from rsagent_jax.types import ParseError, Status, ToolCall
+from rsagent_jax.types import ParseError, ToolCall
 
 WRONG, RIGHT = 0.5, 0.8  # IoU below which a mask is wrong, and from which it is right
 
@@ -62,8 +62,7 @@ def recorded_behaviour(record: Record, rules: MetricConfig) -> Behaviour:
     """Of an evaluated sample that did not fail, its masks judged by `rules`."""
     rules = dataclasses.replace(rules, empty_policy="one")
     texts = [turn["text"] for turn in json.loads(record.example["record"])["turns"]]
-    made = [dataclasses.replace(record.counts, pixels=p, status=Status.FINISHED) for _, p in record.masks]
-    ious, iou = [judge(counts, rules).iou for counts in made], judge(record.counts, rules).iou
+    ious, iou = mask_ious(record.counts, record.masks, rules), judge(record.counts, rules).iou
     return behaviour(texts, ious, iou, record.example["query"])
 
 

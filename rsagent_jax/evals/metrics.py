@@ -253,6 +253,12 @@ def mask_pixels(trajectory: Trajectory, sample: Sample) -> tuple[tuple[int, Pixe
     return tuple((made[m.id], pixel_counts(m.mask, sample)) for m in trajectory.masks)
 
 
+def mask_ious(counts: Counts, masks: Iterable[tuple[int, Pixels]], rules: MetricConfig = LISA) -> list[float]:
+    """IoU of each of these masks, had it been the answer."""
+    tries = (dataclasses.replace(counts, status=Status.FINISHED, pixels=pixels) for _, pixels in masks)
+    return [judge(t, rules).iou for t in tries]
+
+
 def end_after(counts: Counts, masks: Sequence[tuple[int, Pixels]], turns: int) -> Counts:
     """The counts had the trajectory been ended after so many turns. Tool errors are not known by turn and stay 0."""
     if turns >= counts.turns:
@@ -271,8 +277,9 @@ def turn_curve(
 ) -> list[dict[str, Any]]:
     """What the trajectories of one run would have been worth had they ended after 1, 2, … turns: a row for each.
 
-    A row has gIoU with its 95% interval and cIoU of the latest (or committed) masks, the share of trajectories that had
-    ended, and gIoU had an oracle picked the best mask so far. `images`: of each id, which intervals are resampled by.
+    A row has gIoU with its 95% interval and cIoU of the latest (or committed) masks over the `n` samples that count,
+    which an `empty_policy` that drops may make others in every row, the share of trajectories that had ended, and gIoU
+    had an oracle picked the best mask so far. `images`: of each id, which intervals are resampled by.
     With `agent.announce_last` off a policy is not told how many turns it has: under greedy sampling the figures are
     then those of runs with `agent.max_turns = k`; with it, such a run may end better, since it is told its last turn.
     """
@@ -282,11 +289,12 @@ def turn_curve(
         totals = total_results(results)
         counted = [r.iou for r in results if not r.dropped]
         of = None if images is None else [images[r.id] for r in results if not r.dropped]
-        played = [(counts, [pixels for turn, pixels in masks if turn <= k]) for counts, masks in found]
+        played = [(counts, [(turn, pixels) for turn, pixels in masks if turn <= k]) for counts, masks in found]
         best = [_best_iou(*p, r, rules) for p, r in zip(played, results, strict=True) if not r.dropped]
         rows.append(
             {
                 "turns": k,
+                "n": totals.n,
                 "giou": totals.giou,
                 "giou_ci95": list(bootstrap_ci(counted, of)) if counted else None,
                 "ciou": totals.ciou,
@@ -297,9 +305,8 @@ def turn_curve(
     return rows
 
 
-def _best_iou(counts: Counts, masks: Sequence[Pixels], latest: SampleResult, rules: MetricConfig) -> float:
+def _best_iou(counts: Counts, masks: Sequence[tuple[int, Pixels]], latest: SampleResult, rules: MetricConfig) -> float:
     """IoU of the best of these masks and of the latest, by what the samples count."""
     if latest.status in UNMEASURED:
         return latest.iou
-    tries = [dataclasses.replace(counts, status=Status.FINISHED, pixels=pixels) for pixels in masks]
-    return max([latest.iou, *(judge(t, rules).iou for t in tries)])
+    return max([latest.iou, *mask_ious(counts, masks, rules)])

@@ -1,17 +1,20 @@
 """The results of an evaluation under way, in a journal (runtime/journal.py): one line per evaluated sample."""
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
 
 from rsagent_jax.agent.environment import EnvState
 from rsagent_jax.agent.replay import state_to_json
-from rsagent_jax.evals.metrics import Counts, Pixels, count, judge, mask_pixels
-from rsagent_jax.masks import encode_rle, mask_iou
+from rsagent_jax.config.schema import MetricConfig
+from rsagent_jax.evals.metrics import LISA, Counts, Pixels, count, judge, mask_ious, mask_pixels
+from rsagent_jax.masks import encode_rle
 from rsagent_jax.rollout.play import failure_of
 from rsagent_jax.runtime import journal
-from rsagent_jax.runtime.image_files import keep_image
+from rsagent_jax.runtime.image_files import checksum, keep_image
 from rsagent_jax.types import Sample, Status, Trajectory
 
 FOLDER = "shards"
@@ -27,6 +30,7 @@ class Record:
     example: dict[str, Any]  # a line of trajectories.jsonl
     masks: tuple[tuple[int, Pixels], ...] = ()  # of every mask: the turn that made it, its pixels
     failure: tuple[str, str] | None = None  # (kind, why) where the segmenter ended it: no measurement
+    sample_checksum: str = ""  # of `checksum_of`; "" = not known: an earlier version wrote it
 
     def to_row(self) -> dict[str, Any]:
         """A row of the journal; JSON-ready."""
@@ -41,28 +45,42 @@ class Record:
         counts = Counts(**row["counts"] | {"pixels": pixels, "status": Status(row["counts"]["status"])})
         masks = tuple((turn, _triples(pixels)) for turn, pixels in row["masks"])
         failure = (row["failed"]["kind"], row["failed"]["why"]) if "failed" in row else None
-        return cls(counts, row["mask"], float(row["seconds"]), row["example"], masks, failure)
+        known = row.get("sample_checksum", "")
+        return cls(counts, row["mask"], float(row["seconds"]), row["example"], masks, failure, known)
 
 
 def make_record(
-    workdir: pathlib.Path, sample: Sample, trajectory: Trajectory, state: EnvState, seconds: float
+    workdir: pathlib.Path,
+    sample: Sample,
+    trajectory: Trajectory,
+    state: EnvState,
+    seconds: float,
+    rules: MetricConfig = LISA,
 ) -> Record:
     """What an evaluation keeps of a trajectory. A picture that is no file of its own is written below `workdir`."""
-    counts = count(trajectory, sample)
+    counts, masks = count(trajectory, sample), mask_pixels(trajectory, sample)
     path = sample.path or keep_image(workdir, sample.image)
     example = {
         "id": sample.id,
         "query": sample.query,
-        "iou": judge(counts).iou,
+        "iou": judge(counts, rules).iou,
         "status": trajectory.status.value,
-        "ious": [mask_iou(m.mask, sample) for m in trajectory.masks],
+        "ious": mask_ious(counts, masks, rules),
         "gt": encode_rle(sample.gt_mask),
         "image": path,
         "record": state_to_json(state, path),
     }
-    masks = mask_pixels(trajectory, sample)
     failure = failure_of(state)
-    return Record(counts, encode_rle(trajectory.final_mask), seconds, example, masks, failure)
+    mask = encode_rle(trajectory.final_mask)
+    return Record(counts, mask, seconds, example, masks, failure, checksum_of(sample))
+
+
+def checksum_of(sample: Sample) -> str:
+    """16 hex digits of its question, picture, target and ignored pixels as decoded: the same wherever the files lie,
+    unlike the fingerprints of journals, which take what a file system or a bucket says."""
+    ignored = None if sample.ignore_mask is None or not sample.ignore_mask.any() else encode_rle(sample.ignore_mask)
+    parts = [sample.query, checksum(sample.image), encode_rle(sample.gt_mask), ignored]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _triples(pixels: dict[str, Any]) -> Pixels:

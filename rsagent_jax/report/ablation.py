@@ -74,7 +74,7 @@ def ablation_table(rows: Sequence[VariantRow]) -> list[list[str]]:
 def ablation_verdicts(rows: Sequence[VariantRow]) -> list[str]:
     """What each variant is worth beside the first."""
     return [
-        f"{row.name} minus {rows[0].name}: gIoU {c.giou} ({c.giou.verdict}), cIoU {c.ciou}"
+        f"{row.name} minus {rows[0].name}: gIoU {c.giou} ({c.giou.verdict}), cIoU {c.ciou}{c.caveat}"
         for row in rows
         if (c := row.comparison)
     ]

@@ -52,6 +52,13 @@ class Comparison:
     worse: int
     same: int
     samples: tuple[tuple[str, float, float], ...]  # (id, IoU there, IoU here), largest difference first
+    by_id_alone: int  # samples that an earlier version wrote without a checksum: they may have changed in between
+
+    @property
+    def caveat(self) -> str:
+        """What a sentence of it must end with; "" where all samples are known to be the same."""
+        n = self.by_id_alone
+        return f"; {n} samples are paired by id alone: an earlier version evaluated them" if n else ""
 
 
 def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
@@ -63,6 +70,12 @@ def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
             f" {lost[:3]}; evaluate both with the same config.data"
         )
     both = [(first[i], second[i]) for i in sorted(first)]
+    known = [(p, q) for p, q in both if p.sample_checksum and q.sample_checksum]
+    if changed := [p.id for p, q in known if p.sample_checksum != q.sample_checksum]:
+        raise DataError(
+            f"{a.workdir} and {b.workdir} do not cover the same samples: question, picture, target or ignored pixels of"
+            f" {len(changed)} differ, such as {changed[:3]}; evaluate both on the same files"
+        )
     pairs = [(p, q) for p, q in both if not (p.dropped or q.dropped)]
     if not pairs:
         raise DataError(f"{a.workdir} and {b.workdir}: no sample counts in both by their conventions")
@@ -88,6 +101,7 @@ def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
         len(both) - len(pairs),
         *(int(n) for n in ((gaps > 0).sum(), (gaps < 0).sum(), (gaps == 0).sum())),
         tuple((p.id, p.iou, q.iou) for p, q in order),
+        len(both) - len(known),
     )
 
 

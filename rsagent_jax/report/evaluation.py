@@ -35,6 +35,7 @@ class Prediction:
     turns: int
     picture: str  # its name
     dropped: str = ""  # why the convention does not count it; "" = it does
+    sample_checksum: str = ""  # of what the sample is made of; "" = not known: an earlier version wrote it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Evaluation:
     def counted(self) -> tuple[Prediction, ...]:
         """Those that the convention counts."""
         return tuple(p for p in self.predictions if not p.dropped)
+
+    @property
+    def left_out(self) -> int:
+        """How many it does not count."""
+        return len(self.predictions) - len(self.counted)
 
     @property
     def counted_images(self) -> list[str]:
@@ -119,9 +125,8 @@ def _read(make: Callable[[dict[str, Any]], Any], path: pathlib.Path, made_by: st
 
 def _prediction(line: dict[str, Any]) -> Prediction:
     """Keys that it has no field for are left out."""
-    known = [f.name for f in dataclasses.fields(Prediction) if f.name != "dropped"]
-    fields = {name: line[name] for name in known} | {"status": Status(line["status"])}
-    return Prediction(**fields, dropped=line.get("dropped", ""))
+    fields = {f.name: line[f.name] for f in dataclasses.fields(Prediction) if f.name in line or f.default != ""}
+    return Prediction(**fields | {"status": Status(line["status"])})
 
 
 def write_evaluation(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -164,14 +169,15 @@ def headline_figures(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """(name, value, what stands under it) of each figure."""
     results, rows, of = evaluation.results, evaluation.counted, evaluation.counted_images
     found = [float(p.iou >= GOOD_IOU) for p in rows]
-    turns = metrics.bootstrap_ci(*zip(*((p.turns, p.picture) for p in evaluation.predictions), strict=True))
-    finished = [float(p.status is Status.FINISHED) for p in rows]
+    # How trajectories ended and how long they were is of all, as in the table of endings and in results.json.
+    played = [(p.status is Status.FINISHED, p.turns, p.picture) for p in evaluation.predictions]
+    finished, turns, pictures = (list(column) for column in zip(*played, strict=True))
     figures = [
         ("gIoU", f"{results['giou']:.3f}", span(results["giou_ci95"])),
         ("cIoU", f"{results['ciou']:.3f}", span(evaluation.ciou_ci95)),
         (f"P@{GOOD_IOU}", f"{np.mean(found):.1%}", span(metrics.bootstrap_ci(found, of), ".1%")),
-        ("finished", f"{np.mean(finished):.1%}", span(metrics.bootstrap_ci(finished, of), ".1%")),
-        ("turns", f"{results['mean_turns']:.2f}", span(turns, ".2f")),
+        ("finished", f"{np.mean(finished):.1%}", span(metrics.bootstrap_ci(finished, pictures), ".1%")),
+        ("turns", f"{results['mean_turns']:.2f}", span(metrics.bootstrap_ci(turns, pictures), ".2f")),
     ]
     if results.get("tool_error_rate") is not None:
         figures.append(("tool errors", f"{results['tool_error_rate']:.1%}", "of turns malformed or refused"))

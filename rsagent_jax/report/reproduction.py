@@ -258,7 +258,7 @@ def verdicts(summary: Summary) -> list[str]:
             said.append(f"{names}: {c}")
             continue
         left = f"; {c.left_out} samples left out, which one of the two drops" * bool(c.left_out)
-        gain = f"{c.giou.value:+.3f} gIoU, 95% interval {span(c.giou.ci95, '+.3f')} ({c.giou.verdict}{left})"
+        gain = f"{c.giou.value:+.3f} gIoU, 95% interval {span(c.giou.ci95, '+.3f')} ({c.giou.verdict}{left}{c.caveat})"
         said.append(f"{names}: {gain}")
     return said
 

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from rsagent_jax.config.schema import MetricConfig
 from rsagent_jax.data.npz import read_arrays
 from rsagent_jax.data.shards import open_array_record
 from rsagent_jax.report.trajectory import Example, collected_example, evaluated_example, stored_example
@@ -29,8 +30,10 @@ from rsagent_jax.types import DataError
 
 STAMP = "collect.json"  # of a stored set (data/trajectories.py)
 STORED = ("", "dumps/*/", "validation/*/*/*/")  # where they are in a work directory
+RESULTS = ("results.json", "trajectories.jsonl")  # of an evaluation that is done
 LOOKED_FOR = "shards/ of evaluate.py, attempts/ of collect, rollouts.jsonl or dumps/ of train.py, or a stored set"
 WORDS = ("q", "status", "source", "sort", "page", "row", "turn")  # of a query; all others are ranges of values
+RULES = [f for f in dataclasses.fields(MetricConfig) if f.name != "failure_policy"]
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -145,6 +148,8 @@ def _group_example(line: dict[str, Any], part: int) -> Example:
 class GrowingFile:
     """A file of JSON lines that may grow, or be put in place of by another, while it is read."""
 
+    rules = ""
+
     def __init__(self, path: pathlib.Path, source: str, read: Callable, example: Callable):
         """read: the Fields of a line's trajectories; example: the Example of a line and the number of one of them."""
         self.path, self.source, self.read, self.make = path, source, read, example
@@ -197,10 +202,34 @@ class GrowingFile:
         return base64.b64decode(self._line(row)["record"]) if self.read is _collected else None
 
 
+class ResultsFile(GrowingFile):
+    """The trajectories.jsonl of an evaluation that is done, whose samples and rules are those of results.json: its
+    journal has samples that are no longer in the data too, and IoU by the rules of the start that played them."""
+
+    rules, written = "", 0  # rules of IoU that are not the defaults; when results.json was written, which is last
+
+    def refresh(self) -> bool:
+        """Whether there is anything new."""
+        path = self.path.with_name("results.json")
+        now = os.stat(path).st_mtime_ns
+        if not super().refresh() and now == self.written:
+            return False
+        self.written = now
+        try:
+            results = parse_object(path.read_bytes())
+            self.unplayed = len(results.get("unreadable", ()))
+            rules = results.get("settings", {}).get("metric", {})
+            own = (f"{f.name} {rules[f.name]}" for f in RULES if rules.get(f.name, f.default) != f.default)
+            self.rules = ", ".join(own)
+        except DAMAGED:
+            self.damaged += 1
+        return True
+
+
 class RecordFile:
     """A file of a stored set, which is whole once its stamp is written."""
 
-    unplayed = 0
+    unplayed, rules = 0, ""
 
     def __init__(self, path: pathlib.Path, source: str, within: str):
         """within: its folder, as keys have it."""
@@ -271,12 +300,13 @@ class RowIndex:
             return self.version
 
     def notes(self) -> list[str]:
-        """What is no row, counted."""
+        """What is no row, counted, and by which rules IoU is where they are not the defaults."""
         kinds = {"damaged lines or records are left out": sum(f.damaged for f in self.files.values())}
         kinds["pieces of work have no trajectory: unreadable, or not measured"] = sum(
             f.unplayed for f in self.files.values()
         )
-        return [f"{n} {what}" for what, n in kinds.items() if n]
+        rules = [f"IoU of {f.source} is by its own rules: {f.rules}" for f in self.files.values() if f.rules]
+        return [*(f"{n} {what}" for what, n in kinds.items() if n), *rules]
 
     def example(self, row: Row) -> Example:
         """DataError where its record cannot be read any more."""
@@ -300,8 +330,11 @@ def _files(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, Callable]]:
     children = sorted(p for p in root.iterdir() if p.is_dir())
     for folder in (root, *children, *(p for child in children for p in sorted(child.glob("process_*")))):
         source = root.resolve().name if folder == root else folder.relative_to(root).as_posix()
-        if not (evaluated := sorted(folder.glob("shards/*-of-*.jsonl"))) and (folder / "results.json").exists():
-            evaluated = list(folder.glob("trajectories.jsonl"))
+        done = [folder / "trajectories.jsonl"] * all((folder / name).exists() for name in RESULTS)
+        evaluated = [] if done else sorted(folder.glob("shards/*-of-*.jsonl"))
+        yield from (
+            (path, functools.partial(ResultsFile, path, source, _evaluated, _evaluated_example)) for path in done
+        )
         collected = sorted(folder.glob("attempts/*-of-*.jsonl"))
         for paths, name, how in (
             (evaluated, source, (_evaluated, _evaluated_example)),

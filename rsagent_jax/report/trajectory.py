@@ -125,14 +125,27 @@ def play(example: Example, workdir: pathlib.Path) -> Film | str:
 
 
 def _outline(mask: np.ndarray) -> tuple[str, tuple[int, int]]:
-    """bool[h, w] -> the SVG path of its borders, holes too, and the (width, height) that it is drawn in."""
+    """bool[h, w] -> the SVG path of its borders, holes too, and the (width, height) that it is drawn in.
+
+    The path is empty only where the mask is: what is too thin or small to cover half a pixel there is drawn all the
+    same, and one pixel as a square, since a line from a point to itself is none.
+    """
     longer = max(mask.shape)
     scale = min(max(longer, SMALLEST), LARGEST) / longer
     size = tuple(max(1, round(n * scale)) for n in mask.shape[::-1])
     cover = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    found, _ = cv2.findContours((cover >= 0.5).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_TC89_L1)
-    parts = ("L".join(f"{x + 0.5:g} {y + 0.5:g}" for x, y in contour[:, 0].tolist()) for contour in found)
-    return "".join(f"M{part}Z" for part in parts), size
+    drawn = cover >= 0.5
+    _, part_of = cv2.connectedComponents((cover > 0).astype(np.uint8))
+    drawn |= (cover > 0) & ~np.isin(part_of, part_of[drawn])  # all of a part that would vanish
+    found, _ = cv2.findContours(drawn.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_TC89_L1)
+    return "".join(map(_closed, (contour[:, 0].tolist() for contour in found))), size
+
+
+def _closed(points: list[list[int]]) -> str:
+    """A closed line through the middles of these pixels."""
+    if len(points) == 1:
+        return "M{} {}h1v1h-1Z".format(*points[0])
+    return f"M{'L'.join(f'{x + 0.5:g} {y + 0.5:g}' for x, y in points)}Z"
 
 
 def _contrasting(image: np.ndarray, masks: Sequence[np.ndarray], taken: Sequence[str]) -> str:

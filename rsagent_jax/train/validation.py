@@ -271,7 +271,7 @@ class Validator:
         unreadable: set[int] = set()
 
         def keep(task: Task, trajectory: Trajectory, state: EnvState) -> Failure | None:
-            records[task.uid] = make_record(self.workdir, task.sample, trajectory, state, 0.0)
+            records[task.uid] = make_record(self.workdir, task.sample, trajectory, state, 0.0, config.metric)
             if task.uid in wanted and trajectory.loss_mask.any():
                 names = ("id", "query", "iou", "status", "ious", "gt")
                 header = {name: records[task.uid].example[name] for name in names} | {"step": step}

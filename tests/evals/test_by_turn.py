@@ -41,9 +41,11 @@ def test_a_row_of_the_curve_is_a_run_with_so_many_turns(rules):
     rows = metrics.turn_curve(play(8), rules, 5)
     for row in rows:
         totals = metrics.total_results([metrics.judge(c, rules) for c, _ in play(row["turns"])])
-        assert (row["giou"], row["ciou"]) == (totals.giou, totals.ciou)
+        assert (row["giou"], row["ciou"], row["n"]) == (totals.giou, totals.ciou, totals.n)
     assert [row["turns"] for row in rows] == [1, 2, 3, 4, 5]
     assert len({row["giou"] for row in rows[:4]}) > 1 and rows[3]["giou"] == rows[4]["giou"]
+    if rules.failure_policy == "dropped":
+        assert [row["n"] for row in rows] == [4, 3, 3, 3, 3]  # a tool broke in the second turn
     assert [row["ended"] for row in rows] == [0.25, 0.5, 0.5, 1.0, 1.0]
 
 

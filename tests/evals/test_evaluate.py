@@ -13,6 +13,9 @@ from configs import eval as eval_configs
 from rsagent_jax.config.build import build_config
 from rsagent_jax.config.schema import EvalConfig
 from rsagent_jax.data.sets.index import SampleIndex
+from rsagent_jax.report.comparison import compare
+from rsagent_jax.report.evaluation import load_evaluation
+from rsagent_jax.report.rows import RowIndex
 from rsagent_jax.runtime.journal import Journal
 from rsagent_jax.types import StorageError
 from sam_bridge.types import About, FailureKind, SegmenterError
@@ -118,7 +121,7 @@ def test_a_user_may_accept_failures_by_one_switch(run, capsys):
 
 
 def test_what_has_changed_is_measured_again(run, root, tmp_path, capsys):
-    assert run()["giou"] > 0.9
+    assert run(workdir=tmp_path / "before")["giou"] == run()["giou"] > 0.9
     segmenter = Away()
     assert run(segmenter)["n"] == N and segmenter.asked == 0
     for i in range(N):
@@ -128,21 +131,43 @@ def test_what_has_changed_is_measured_again(run, root, tmp_path, capsys):
     assert segmenter.asked == N and "changed since, done again: 6 (folder/mine/s0, " in capsys.readouterr().out
     fresh = run(workdir=tmp_path / "other")
     assert (moved["giou"], moved["ciou"]) == (fresh["giou"], fresh["ciou"]) and moved["giou"] > 0.9
+    before, after, again = (load_evaluation(tmp_path / name) for name in ("before", "w", "other"))
+    assert compare(after, again, "other").by_id_alone == 0
+    refused("do not cover the same samples: question, picture, target.* of 6 differ", compare, before, after, "w")
     write_lines(root, ["another question", *QUERIES[1:4]])
     assert run(segmenter)["n"] == 4 and segmenter.asked == N + 1
     assert "no longer in the data, left out: 2" in capsys.readouterr().out
+    (index := RowIndex(tmp_path / "w")).refresh()
+    assert len(index.rows) == 4 and index.notes() == []
     write_lines(root, ["yet another", *QUERIES[1:4]])
     refused("1 of 4 samples are not measured", run, Away([0]))
     # and no old figure stands in its place
     assert not (tmp_path / "w/results.json").exists()
 
 
-def test_unreadable_samples_are_named_counted_and_in_no_figure(run, root, capsys):
+def test_every_iou_that_is_shown_is_by_the_rules_of_the_figures(run, tmp_path):
+    assert run()["giou"] > 0.9
+    index, rules = RowIndex(tmp_path / "w"), {"metric__empty_below": 10**6}
+    index.refresh()
+    assert all(row.values["iou"] > 0.9 for row in index.rows.values()) and index.notes() == []
+    assert run(**rules)["giou"] == 0.0  # nothing is played again
+    index.refresh()
+    assert len(index.rows) == N and all(row.values["iou"] == 0.0 for row in index.rows.values())
+    assert index.notes() == ["IoU of w is by its own rules: empty_below 1000000"]
+    assert {example.ious for example in load_evaluation(tmp_path / "w").examples} == {(0.0,)}
+    refused("not measured", run, Away([1]), **rules, workdir=tmp_path / "under way")
+    (index := RowIndex(tmp_path / "under way")).refresh()
+    assert len(index.rows) == N and all(row.values["iou"] == 0.0 for row in index.rows.values())
+
+
+def test_unreadable_samples_are_named_counted_and_in_no_figure(run, root, tmp_path, capsys):
     (root / "1.png").write_bytes((root / "1.png").read_bytes()[:60])
     (root / "2.png").unlink()
     results = run()
     assert results["n"] == 4 and results["giou"] > 0.9
     assert set(results["unreadable"]) == {"folder/mine/s1", "folder/mine/s2"}
+    (index := RowIndex(tmp_path / "w")).refresh()
+    assert len(index.rows) == 4 and [note.split()[0] for note in index.notes()] == ["2"]
     out = capsys.readouterr().out
     assert "n 4 " in out and "failed: unreadable 2" in out and "1.png is not a readable picture" in out
     refused("1.png is not a readable picture", run, data__unreadable="stop")

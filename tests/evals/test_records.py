@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from rsagent_jax.evals import records
 from rsagent_jax.evals.metrics import Counts, judge, summarize_results
 from rsagent_jax.runtime import journal
 from rsagent_jax.runtime.processes import Share, parse_share
-from rsagent_jax.types import Status
+from rsagent_jax.types import Sample, Status
 from tests.refusals import refused
 
 SETTINGS = {"weights_sha256": "abc", "seed": 0, "agent": {"max_turns": 8}, "stages": (1, 2)}
@@ -24,7 +25,8 @@ CURRENT = {f"s{i}": f"print {i}" for i in range(11)}
 def record(i):
     triple = (i % 4, 5 + i % 3, 6)
     counts = Counts(f"s{i}", dict.fromkeys(("excluded", "target", "background"), triple), Status.FINISHED, 1 + i % 3, 1)
-    return records.Record(counts, {"size": [2, 2], "counts": "04"}, 0.25, {"id": f"s{i}", "query": "größe\u2028\x85"})
+    example = {"id": f"s{i}", "query": "größe\u2028\x85"}
+    return records.Record(counts, {"size": [2, 2], "counts": "04"}, 0.25, example, sample_checksum=f"{i:016x}")
 
 
 def opened(workdir, share=Share(), settings=SETTINGS):  # noqa: B008
@@ -54,6 +56,9 @@ def test_records_come_back_and_the_sum_does_not_depend_on_the_shards(tmp_path):
             write(workdir, Share(index, count), range(11))
         sums.append(summary(workdir, 11))
         assert records.read_records(workdir, SETTINGS, CURRENT)[0]["s7"] == record(7)
+    row = record(7).to_row()
+    del row["sample_checksum"]  # as earlier versions wrote it
+    assert records.Record.from_row(json.loads(json.dumps(row))) == dataclasses.replace(record(7), sample_checksum="")
     assert sums[0] == sums[1] == sums[2]
 
 
@@ -112,3 +117,13 @@ def test_shares_of_the_command_line():
     assert parse_share("2/8", "--shard") == Share(2, 8)
     for wrong in ("8/8", "1", "-1/2", "a/b", "1/0", ""):
         refused(r"--shard=.* must be i/n", parse_share, wrong, "--shard")
+
+
+def test_a_checksum_is_of_what_is_decoded_and_nothing_else():
+    image, some, other = np.zeros((4, 4, 3), np.uint8), np.eye(4, dtype=bool), np.eye(4, k=1, dtype=bool)
+    sample = Sample("a", image, "disc", some, path="a.png")
+    same = [dataclasses.replace(sample, **change) for change in ({"path": "b.png"}, {"ignore_mask": some & other})]
+    assert {records.checksum_of(s) for s in same} == {records.checksum_of(sample)}
+    changes = [{"query": "disk"}, {"image": image + 1}, {"gt_mask": other}, {"ignore_mask": some}]
+    changes += [{"ignore_mask": other}]
+    assert len({records.checksum_of(dataclasses.replace(sample, **c)) for c in [{}, *changes]}) == 6

@@ -21,7 +21,7 @@ from rsagent_jax.config.recipe import RecipeConfig, RecipeStage, plan_steps
 from rsagent_jax.evals import metrics
 from rsagent_jax.masks import intersection_union
 from rsagent_jax.report import evaluation as report
-from rsagent_jax.report import page, reproduction
+from rsagent_jax.report import page, reproduction, trajectory
 from rsagent_jax.report.comparison import compare
 from rsagent_jax.types import Status
 from sam_bridge.types import FailureKind
@@ -183,6 +183,28 @@ def test_errors_and_failures_are_shown(tmp_path):
         assert words in text, words
 
 
+WIRE, SPECK, WIDE = np.s_[100:1000, 700:701], np.s_[50:51, 1200:1201], np.s_[300:700, 200:500]
+
+
+@pytest.mark.parametrize("parts", [(WIRE,), (SPECK,), (WIRE, SPECK, WIDE), ()])
+def test_a_target_too_thin_for_the_page_is_drawn_all_the_same(tmp_path, parts):
+    """A page is 640 pixels wide, so one of these 1500 covers less than half of one of its own."""
+    image, truth = np.full((1100, 1500, 3), 90, np.uint8), np.zeros((1100, 1500), bool)
+    for part in parts:
+        truth[part] = True
+    Image.fromarray(image).save(tmp_path / "a.png")
+    state = run([render_call(Finish(None), "Nothing.")], DiscSegmenter(18), image, "thin")
+    example = report.Example("s", "thin", 0.0, state.status, (), rle(truth), "a.png", state_to_json(state))
+    path = trajectory.play(example, tmp_path).truth.path
+    assert path.count("M") == path.count("Z") == len(parts)
+    x = [float(v) for v in re.findall(r"[ML]([\d.]+) ", path)]
+    assert not parts or (min(x), max(x)) == pytest.approx(
+        (np.nonzero(truth)[1].min() * 640 / 1500, np.nonzero(truth)[1].max() * 640 / 1500), abs=1
+    )
+    text = card_page(example, report.Evaluation(tmp_path, {"n": 1, "n_acc": None}, (), ()))
+    assert ("no mask and truth" in text, "no mask; there is no target" in text) == (bool(parts), not parts)
+
+
 @pytest.mark.parametrize("damage", ["image", "record", "gt"])
 def test_a_trajectory_that_cannot_be_shown_says_why(runs, damage):
     evaluation = report.load_evaluation(runs / "grpo")
@@ -201,7 +223,7 @@ def test_ciou_interval_of_equal_rows_has_no_width():
 
 def test_what_a_convention_drops_is_listed_and_in_no_figure():
     """Two pictures: one with IoU 0.75 in two turns; one of an absent target, dropped, in six, and of a failure in one.
-    Turns alone are of all, as in results.json."""
+    Turns and endings are of all, as in results.json."""
     rows = (
         report.Prediction("a", 30, 40, 0.75, Status.FINISHED, 2, "p"),
         report.Prediction("b", 0, 0, 0.0, Status.FINISHED, 6, "q", "empty"),
@@ -210,7 +232,17 @@ def test_what_a_convention_drops_is_listed_and_in_no_figure():
     figures = {"benchmark": "toy", "giou": 0.75, "ciou": 0.75, "giou_ci95": [0.75, 0.75], "mean_turns": 3}
     evaluation = report.Evaluation(None, figures, rows, ())
     assert evaluation.endings == [(Status.FINISHED, 2, 2 / 3, 0.75), (Status.ENV_FAILED, 1, 1 / 3, None)]
-    assert report.headline_figures(evaluation)[4] == ("turns", "3.00", "2.00 to 3.50")
+    assert report.headline_figures(evaluation)[3:] == [
+        ("finished", "66.7%", "50.0% to 100.0%"),
+        ("turns", "3.00", "2.00 to 3.50"),
+    ]
+    turns = [{"turns": 1, "giou": 0.5, "ciou": 0.5, "giou_ci95": None, "ended": 0, "oracle_best_giou": 0.5}]
+    turns.append(turns[0] | {"turns": 2, "n": 1})  # the first as earlier versions wrote it
+    empty = {"failed": "", "figures": [], "settings": [], "shown": 0, "good": [], "bad": []}
+    results = figures | {"n": 1, "n_acc": None, "by_turn": turns}
+    text = page.render_page("evaluation.html", title="toy", evaluation=evaluation, results=results, **empty)
+    assert "<p>3 sentences, one trajectory each, of which the rules of the metric leave out 2. " in text
+    assert "<td>1</td><td>-</td><td>0.500" in text and "<td>2</td><td>1</td><td>0.500" in text
     assert report.evaluation_title(figures) == "toy" and report.evaluation_title(
         figures | {"samples": "refcoco/unc/val"}
     ) == ("toy (refcoco/unc/val)")

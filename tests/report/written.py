@@ -19,12 +19,14 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_files(workdir, results, settings, examples, images=None, benchmark="toy", **more):
-    """The three files; `images`: the picture of each id, its own without; `more`: keys of results.json."""
+def write_files(workdir, results, settings, examples, images=None, benchmark="toy", version="1", **more):
+    """The three files; `images`: the picture of each id, its own without; `version`: of the samples, "" = unknown;
+    `more`: keys of results.json."""
     workdir.mkdir(parents=True)
     (workdir / "results.json").write_text(json.dumps(summarize_results(results, settings, benchmark=benchmark) | more))
     named = images or {r.id: r.id for r in results}
     rows = [{"mask": None, "picture": named[r.id], "dropped": r.dropped or ""} for r in results]
+    rows = [row | ({"sample_checksum": version} if version else {}) for row in rows]
     rows = [row | {key: getattr(r, key) for key in FIELDS} for row, r in zip(rows, results, strict=True)]
     write_lines(workdir / "predictions.jsonl", rows)
     write_lines(workdir / "trajectories.jsonl", examples)
