@@ -141,7 +141,12 @@ def test_page_of_an_evaluation(runs):
     text = path.read_text(encoding="utf-8")
     figures = json.loads((runs / "grpo" / "results.json").read_text())
     assert f"{figures['giou']:.3f}" in text and "{:.3f} to {:.3f}".format(*figures["giou_ci95"]) in text
-    assert "agent.max_turns" in text and "weights_sha256" in text and "0.25 s" in text
+    assert (
+        "agent.max_turns" in text
+        and "weights_sha256" in text
+        and "0.25 s" in text
+        and "of one process, per sample" in text
+    )
     evaluation = report.load_evaluation(runs / "grpo")
     images = check_page(text)
     observed = sum(t.observation is not None and t.observation.image is not None for e in evaluation.examples
