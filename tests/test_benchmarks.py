@@ -116,6 +116,9 @@ def test_the_points_of_a_kill_are_spread_over_what_a_run_does_and_all_but_times_
     assert kill.difference(one, one | {"/loss": 0.5 + 2**-20}) == (2**-20, "/loss")
     assert kill.difference(one, one | {"/turns/0/records/status": "invalid"})[0] == float("inf")
     assert kill.difference(one, {"/loss": 0.5})[0] == float("inf")
+    lost = one | {"/loss": float("nan")}
+    assert kill.difference(one, lost) == kill.difference(lost, one) == (float("inf"), "/loss")
+    assert kill.difference(lost, lost) == (0.0, "")
 
 
 def test_a_device_run_goes_on_where_it_stopped_and_one_cell_that_fails_costs_only_itself(monkeypatch, tmp_path, capsys):
