@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -83,6 +84,24 @@ def test_the_metrics_are_those_of_lisa():
     result = last_line("metrics.py", "--masks=100", "--side=64x48")
     assert result["largest_difference"] < 1e-6  # LISA divides in float32
     assert result["vs_reference"] > 0
+
+
+def test_sides_that_differ_end_a_benchmark(monkeypatch):
+    pytest.importorskip("torch")
+    for folder in (ROOT, ROOT / "benchmarks"):
+        monkeypatch.syspath_prepend(folder)
+    metrics, memory = (importlib.import_module(name) for name in ("metrics", "memory"))
+    monkeypatch.setattr(sys, "argv", ["metrics.py", "--masks=8", "--side=64x48"])
+    monkeypatch.setattr(metrics, "ours", lambda masks, count: (0.5, 0.5))
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        metrics.main()
+    compiled = types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(temp_size_in_bytes=1))
+    lowered = types.SimpleNamespace(compile=lambda options: compiled)
+    monkeypatch.setattr(memory, "lower", lambda *_: (lowered, None))
+    losses = iter((7.0, float("nan")))
+    monkeypatch.setattr(memory, "run_once", lambda *_: next(losses))
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        memory.measure([1024, 2048], None)
 
 
 def test_the_input_path_is_measured_part_by_part():
