@@ -50,6 +50,7 @@ from sam_bridge.types import SegmenterError, SegmentRequest
 PARTS = ("overhead", "path", "throughput", "decode", "soak", "kill")
 BOX = SegmentRequest(box=(151.5, 90.2, 420.0, 333.3))
 WIDTH, HEIGHT = 640, 480
+TOLERANCE = 1e-4  # share of a mask's pixels: logits of batches are equal within rounding
 TURNS = 4  # of a trajectory: box, click, refined, box and click
 
 
@@ -246,6 +247,8 @@ def throughput(args) -> dict:
                 mask, _, low = predict(direct, request, low if step % TURNS == 2 else None)
                 worst = max(worst, float(((mask > 0) != done[i][step]).mean()))
     direct_s = time.perf_counter() - start
+    if not worst < TOLERANCE:
+        raise SystemExit(f"the two sides give different masks: {worst:.1e} of a mask's pixels")
     return {
         "encodes": int(encodes),
         "pictures": n_images,

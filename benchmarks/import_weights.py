@@ -16,6 +16,8 @@ seconds  wall time, the best of --repeat runs; cpu_s is user and system time of 
 read     the bytes of the slices that were read; of the last two, what the process asked the kernel for (rchar): nothing
          of a file that it maps
 peak     VmHWM above the resident memory before the load; mapped pages count while they are resident
+bits     the sum of all weights as 16-bit numbers: where it is not the same for all, the run fails. Layouts differ, so
+         it does not say where a weight lies; tests/models/test_convert.py does
 bound    the process's own shards + 2 x the largest tensor of the file; ours must stay below it
 
 The files are read before each run, so they come from the page cache.
@@ -134,12 +136,17 @@ def ours(directory: pathlib.Path, fsdp: int = 0, address: str = "", number: int 
     jax.block_until_ready(jax.device_put(np.zeros(1), jax.local_devices()[0]))  # the back end is up
     with Meter() as meter:
         model = convert.load_model(directory, config, shardings, "bfloat16")
-    held = 0
+    held = bits = 0
     for array in jax.tree.leaves(nnx.state(model, nnx.Param)):
         held += sum({str(shard.index): shard.data.nbytes for shard in array.addressable_shards}.values())
+        bits += sum(sum_bits(np.asarray(shard.data)) for shard in array.addressable_shards if not shard.replica_id)
     if address:
         jax.distributed.shutdown()
-    return meter.values | {"held_gb": held / GB, "read_gb": sum(read) / GB}
+    return meter.values | {"held_gb": held / GB, "read_gb": sum(read) / GB, "bits": bits}
+
+
+def sum_bits(weights: np.ndarray) -> int:
+    return int(weights.view(np.uint16).sum(dtype=np.uint64))
 
 
 def load_file(directory: pathlib.Path) -> dict[str, float]:
@@ -156,7 +163,8 @@ def load_file(directory: pathlib.Path) -> dict[str, float]:
                 arrays[name] = jax.device_put(value)
                 del value
         jax.block_until_ready(arrays)
-    return meter.values | {"held_gb": sum(a.nbytes for a in arrays.values()) / GB}
+    bits = sum(sum_bits(np.asarray(a)) for a in arrays.values())
+    return meter.values | {"held_gb": sum(a.nbytes for a in arrays.values()) / GB, "bits": bits}
 
 
 def from_pretrained(directory: pathlib.Path) -> dict[str, float]:
@@ -167,7 +175,9 @@ def from_pretrained(directory: pathlib.Path) -> dict[str, float]:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.bfloat16)
         for parameter in model.parameters():  # they are pages of a memory map: nothing has been read so far
             parameter.detach().flatten()[::2048].sum()
-    return meter.values | {"held_gb": sum(p.numel() * p.element_size() for p in model.parameters()) / GB}
+    bits = sum(sum_bits(p.detach().view(torch.int16).numpy()) for p in model.parameters())
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    return meter.values | {"held_gb": held / GB, "bits": bits}
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -215,7 +225,8 @@ def run(name: str, directory: pathlib.Path, largest: int) -> dict[str, float]:
     for result in results:
         result["bound_gb"] = result["held_gb"] + 2 * largest / GB
         result["peak_over_bound"] = result["peak_gb"] / result["bound_gb"]
-    return {key: max(result[key] for result in results) for key in results[0]}
+    bits = sum(result.pop("bits") for result in results)  # of several processes each has a part
+    return {key: max(result[key] for result in results) for key in results[0]} | {"bits": bits}
 
 
 def main() -> None:
@@ -250,6 +261,10 @@ def main() -> None:
                 f"{name:10}" + "".join(f"{row[c]:10.2f}" for c in COLUMNS) + f"{row['peak_over_bound']:12.2f}",
                 flush=True,
             )
+    if len({row["bits"] for row in rows.values()}) > 1:
+        raise SystemExit(
+            f"the loads do not give the same weights: { {name: row['bits'] for name, row in rows.items()} }"
+        )
     summary = {
         "checkpoint_gb": made["bytes"] / GB,
         "peak_over_bound": max(rows[name]["peak_over_bound"] for name in ("one", "fsdp=8", "4 x 2")),

@@ -2,7 +2,8 @@
 
   python benchmarks/input.py [--images=200] [--side=640x480] [--seconds=10] [--chips=64] [--step_seconds=…] [--batch=…]
 
-Beside it transformers' own image processor on the same pictures (decode included), as one core runs it. With
+Beside it transformers' own image processor on the same pictures (decode included), as one core runs it; where its
+patches are others than ours, nothing is measured. With
 --step_seconds and --batch (of a projected step: train.py --aot) it says how many host cores that step needs.
 """
 
@@ -36,6 +37,7 @@ from rsagent_jax.types import Prompt, Sample  # noqa: E402
 BASE = ROOT / "assets/tiny-base"
 LEAST, PIXELS = 3136, 1_003_520  # the limits of the published weights and of configs/grpo_tpu.py
 WHOLE = "whole path, with mask and prompt"
+TOLERANCE = 1e-6  # of normalised pixels
 THEIRS = "transformers: decode, resize, patches"
 
 
@@ -94,13 +96,16 @@ def main() -> None:
         at = iter(range(1 << 62))
         decode = lambda: np.asarray(Image.open(io.BytesIO(data[next(at) % len(data)])).convert("RGB"))  # noqa: E731
         decoded = [np.asarray(Image.open(io.BytesIO(d)).convert("RGB")) for d in data]
+        sizes = dict(patch_size=processor.images.patch_size, merge_size=processor.images.merge_size)
+        theirs = hugging_face("Qwen2VLImageProcessorPil")(min_pixels=LEAST, max_pixels=PIXELS, **sizes)
+        for image in decoded:
+            wanted = theirs(images=[Image.fromarray(image)], return_tensors="np")["pixel_values"]
+            np.testing.assert_allclose(image_patches(image, processor.images)[0], wanted, rtol=0, atol=TOLERANCE)
         rows["decode"] = rate(decode, options.seconds)
         rows["resize, patches"] = rate(
             lambda: image_patches(decoded[next(at) % len(decoded)], processor.images), options.seconds
         )
         rows[WHOLE] = rate(lambda: pipeline.take(1), options.seconds)
-        sizes = dict(patch_size=processor.images.patch_size, merge_size=processor.images.merge_size)
-        theirs = hugging_face("Qwen2VLImageProcessorPil")(min_pixels=LEAST, max_pixels=PIXELS, **sizes)
         patches = lambda: theirs(images=[Image.fromarray(decode())], return_tensors="np")["pixel_values"]  # noqa: E731
         rows[THEIRS] = rate(patches, options.seconds)
     print(f"{width} x {height} JPEG, at most {PIXELS} pixels; one core")

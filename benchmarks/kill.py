@@ -107,14 +107,15 @@ def _leaves(value: object, name: str = "") -> dict[str, object]:
 
 
 def difference(one: dict[str, object], other: dict[str, object]) -> tuple[float, str]:
-    """The largest of two numbers, and where; infinite where anything else differs."""
+    """The largest of two numbers, and where; infinite where anything else differs, and where only one is no number."""
     worst = (0.0, "") if one.keys() == other.keys() else (np.inf, str(sorted(one.keys() ^ other.keys())[:3]))
     for name in one.keys() & other.keys():
         a, b = np.asarray(one[name]), np.asarray(other[name])
         if a.shape != b.shape or (a.dtype.kind != "f" and not np.array_equal(a, b)):
             worst = max(worst, (np.inf, name))
-        elif a.dtype.kind == "f" and a.size:
-            worst = max(worst, (float(np.abs(a - b).max()), name))
+        elif a.dtype.kind == "f" and not np.array_equal(a, b, equal_nan=True):
+            apart = float(np.abs(a - b).max())
+            worst = max(worst, (np.inf if np.isnan(apart) else apart, name))
     return worst
 
 

@@ -5,7 +5,7 @@
 Compiles `programs.micro` of train.py's SFT stage (forward, backward, remat full, fp32) for one row with one image of
 32 x 32 patches, at every length, with policy.attention = blocks (what auto takes beyond 1024 tokens) and = plain
 (scores of the whole row), and prints what `compiled.memory_analysis()` says. Only the shortest is run, once, to show
-that it is the real program; the others need no memory here.
+that it is the real program and that both give one loss; the others need no memory here.
 
 temp      buffers inside the program: activations, scores, workspace; parameters, batch and gradients are not in it
 exponent  log2 of the growth of `temp` at one doubling: 1 is linear, 2 quadratic; below 1 while what does not depend on
@@ -40,6 +40,7 @@ from rsagent_jax.train.state import EMPTY  # noqa: E402
 
 GRID = (1, 32, 32)  # of the one image: 256 tokens
 MIB = 2**20
+TOLERANCE = 1e-4  # of the loss per token
 # A fifth of the time to compile, and the same buffers: 92,036,528 bytes of temp, not 92,048,496 (toy, 2048 tokens).
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
@@ -95,7 +96,7 @@ def exponents(sizes: list[int]) -> list[float]:
 
 def measure(lengths: list[int], policy: Qwen25VLConfig) -> dict[str, list[int]]:
     """Bytes of `temp` by kind of attention, length by length."""
-    columns = {"blocks": [], "plain": []}
+    columns, losses = {"blocks": [], "plain": []}, {}
     for length in lengths:
         for name in columns:
             start = time.perf_counter()
@@ -104,7 +105,10 @@ def measure(lengths: list[int], policy: Qwen25VLConfig) -> dict[str, list[int]]:
             columns[name].append(compiled.memory_analysis().temp_size_in_bytes)
             print(f"{name} {length}: compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
             if length == lengths[0]:
-                print(f"{name}: run once at {length} tokens, loss per token {run_once(compiled, policy, batch):.4f}")
+                losses[name] = run_once(compiled, policy, batch)
+                print(f"{name}: run once at {length} tokens, loss per token {losses[name]:.4f}")
+    if not abs(losses["blocks"] - losses["plain"]) < TOLERANCE:
+        raise SystemExit(f"the two do not compute the same: {losses}")
     return columns
 
 

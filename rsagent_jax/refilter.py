@@ -51,6 +51,11 @@ def main(
     for threshold, f, folder in rows:
         share = f.kept / max(f.total, 1)
         print(f"{threshold:7.2f} {f.kept:7d} {share:7.1%} {f.iou:9.3f} {f.turns:6.2f} {f.tokens:7.0f}  {folder}")
+    if lost := f.not_collected:
+        why = ", ".join(f"{reason} {count}" for reason, count in lost.items())
+        print(
+            f"Not collected: {sum(lost.values())} of {f.total + sum(lost.values())} ({why}); shares are of the others"
+        )
 
 
 def read_thresholds(text: str) -> list[float]:

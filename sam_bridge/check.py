@@ -15,7 +15,7 @@ import PIL.Image
 import PIL.ImageDraw
 
 from sam_bridge import images
-from sam_bridge.backends import RANDOM
+from sam_bridge.backends import is_random
 from sam_bridge.client import SamClient
 from sam_bridge.types import FailureKind, SegmenterError, SegmentReply, SegmentRequest
 
@@ -42,7 +42,7 @@ def main() -> int:
         with SamClient(addresses, timeout_s=args.timeout_s, wait_s=args.wait_s, **secure) as client:
             for address, info in zip(addresses, client.info(), strict=True):
                 print(f"{address}: {info.identity}, protocol {info.protocol}, {info.segments} masks made so far")
-            answers, held = _exercise(client, image, box, None if RANDOM in info.identity else disc)
+            answers, held = _exercise(client, image, box, None if is_random(info.identity) else disc)
     except (SegmenterError, ValueError, OSError) as error:
         print(f"check failed: {error}", file=sys.stderr)
         return 2

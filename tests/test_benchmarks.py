@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -85,6 +86,24 @@ def test_the_metrics_are_those_of_lisa():
     assert result["vs_reference"] > 0
 
 
+def test_sides_that_differ_end_a_benchmark(monkeypatch):
+    pytest.importorskip("torch")
+    for folder in (ROOT, ROOT / "benchmarks"):
+        monkeypatch.syspath_prepend(folder)
+    metrics, memory = (importlib.import_module(name) for name in ("metrics", "memory"))
+    monkeypatch.setattr(sys, "argv", ["metrics.py", "--masks=8", "--side=64x48"])
+    monkeypatch.setattr(metrics, "ours", lambda masks, count: (0.5, 0.5))
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        metrics.main()
+    compiled = types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(temp_size_in_bytes=1))
+    lowered = types.SimpleNamespace(compile=lambda options: compiled)
+    monkeypatch.setattr(memory, "lower", lambda *_: (lowered, None))
+    losses = iter((7.0, float("nan")))
+    monkeypatch.setattr(memory, "run_once", lambda *_: next(losses))
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        memory.measure([1024, 2048], None)
+
+
 def test_the_input_path_is_measured_part_by_part():
     result = last_line("input.py", "--images=2", "--seconds=0.05", "--step_seconds=2", "--batch=10")
     assert len(result["rows"]) >= 3 and min(result["rows"].values()) > 0
@@ -116,6 +135,9 @@ def test_the_points_of_a_kill_are_spread_over_what_a_run_does_and_all_but_times_
     assert kill.difference(one, one | {"/loss": 0.5 + 2**-20}) == (2**-20, "/loss")
     assert kill.difference(one, one | {"/turns/0/records/status": "invalid"})[0] == float("inf")
     assert kill.difference(one, {"/loss": 0.5})[0] == float("inf")
+    lost = one | {"/loss": float("nan")}
+    assert kill.difference(one, lost) == kill.difference(lost, one) == (float("inf"), "/loss")
+    assert kill.difference(lost, lost) == (0.0, "")
 
 
 def test_a_device_run_goes_on_where_it_stopped_and_one_cell_that_fails_costs_only_itself(monkeypatch, tmp_path, capsys):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -246,6 +247,13 @@ def test_the_segmenters_failures_leave_no_set_and_a_changed_sample_is_played_aga
     assert not (workdir / "collect.json").exists() and done(workdir) == {"s4"}
     run(back)
     assert len(done(workdir)) == 6 and stamp(workdir)["records"] == 2
+    shutil.copytree(workdir, tmp_path / "begun")
+    (path,) = (tmp_path / "begun" / filter.ATTEMPTS).glob("*.jsonl")
+    path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if '"s4"' not in line))
+    capsys.readouterr()
+    assert run_command("rsagent_jax.refilter", [f"--collected={tmp_path / 'begun'}", f"--out={tmp_path / 'few'}"]) == 0
+    assert "\nNot collected: 1 of 6 (not played yet 1); shares are of the others\n" in capsys.readouterr().out
+    assert stamp(next((tmp_path / "few").iterdir()))["not_collected"] == {filter.NOT_YET: 1}
     data.queries[0] = "another question"
     capsys.readouterr()
     asked = len(back.requests)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 import evaluate
 from rsagent_jax import collect, export
 from rsagent_jax.config.build import to_dict
+from rsagent_jax.config.data import MixPart
 from rsagent_jax.config.schema import (
     CollectConfig,
     DataConfig,
@@ -306,6 +307,14 @@ def test_a_path_of_another_run_is_no_name_of_a_hub_and_no_stamp_is_sought_where_
     monkeypatch.setattr(model_card, "find_step", lambda path, step: 7)
     rows = dict(model_card._training(TrainConfig(policy=PolicyConfig(weights="a/b")), tmp_path / "grpo", "last"))
     assert "scenes made" not in rows["GRPO data"]
+    parts = [MixPart(name=name, weight=w, data=DataConfig(dataset=name, **c)) for name, w, c in (
+        ("refcoco", 2.0, dict(split_by="unc", limit=9)), ("reasonseg", 0.5, dict(texts="all", split="val"))
+    )]  # fmt: skip
+    mix = DataConfig(mix=tuple(parts), exclude=("refcoco/unc/val", "reasonseg/test"))
+    assert model_card._data_set(to_dict(mix), False) == (
+        "2 x (refcoco, unc, train, limit 9) + 0.5 x (reasonseg, val, texts all),"
+        " without the pictures of refcoco/unc/val and reasonseg/test"
+    )
 
 
 def test_the_card_tells_of_the_run_and_of_evaluations_of_these_very_weights(stage, tmp_path, capsys):
@@ -313,7 +322,9 @@ def test_the_card_tells_of_the_run_and_of_evaluations_of_these_very_weights(stag
     shutil.copytree(stage[0], checkpoint)
     policy = PolicyConfig(weights="Qwen/Qwen2.5-VL-7B-Instruct", lora=LoraConfig(rank=8))
     config = TrainConfig(policy=policy, sft=SftConfig(trajectories=str(tmp_path / "set")), seed=5)
-    config = dataclasses.replace(config, grpo=GrpoConfig(data=DataConfig(root=str(tmp_path), dataset="refcoco")))
+    config = dataclasses.replace(
+        config, grpo=GrpoConfig(data=DataConfig(root=str(tmp_path), dataset="refcoco", limit=9))
+    )
     (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(config)))
     (tmp_path / "set").mkdir()
     teacher = {"function": "a:b", "remote": {"model": "big"}}
@@ -323,7 +334,8 @@ def test_the_card_tells_of_the_run_and_of_evaluations_of_these_very_weights(stag
     results |= {"tool_error_rate": 0.1, "segmenter": {"identity": "discs"}, "weights_sha256": None}
     mine, bound = {"weights_sha256": weights_checksum(str(checkpoint))}, {"row": "bound: untrained policy"}
     settings = {"data": {"limit": 3, "raw": True}, "agent": {"max_turns": 4, "max_pixels": 784}}
-    settings |= {"sampling": {"temperature": 0.5}}
+    settings["agent"] |= {"prompt": "brief", "announce_last": False, "tool_deadline_s": 5.0}
+    settings |= {"sampling": {"temperature": 0.5, "kv_dtype": "int8", "weights_dtype": "int8", "slots": 4}}
     settings |= {"metric": {"unit": "sentence", "texts": "all", "empty_policy": "dropped"}}
     few = {"n": 3, "settings": settings}
     made = {"near": mine, "other": {"weights_sha256": "abc"}, "few": mine | few, "untrained": mine | bound}
@@ -342,13 +354,14 @@ def test_the_card_tells_of_the_run_and_of_evaluations_of_these_very_weights(stag
     for words in (
         "`grpo`, update 0, seed 5",
         "12 trajectories on refcocog, umd, train, by `a:b (big)`, of final IoU >= 0.9",
-        "GRPO data | refcoco, umd, train |",
+        "GRPO data | refcoco, umd, train, limit 9 |",
         "100 steps planned, of 16 prompts x 4 samples and 1 updates, ratio grpo",
         "1 final + 0.5 process + 0.2 format",
         "LoRA | rank 8, merged",
         "| B val | 7 | 0.500 [0.250, 0.750] | 0.400 | 2.00 | 10.0 % | discs | LISA's rules |",
         "| B val | 3 | 0.500 [0.250, 0.750] |",
-        "| discs | at most 4 turns, temperature 0.5, views of at most 784 pixels, texts as written, limit 3, LISA's",
+        "| discs | at most 4 turns, temperature 0.5, views of at most 784 pixels, prompt brief,",
+        "prompt brief, announce_last False, kv_dtype int8, weights_dtype int8, texts as written, limit 3, LISA's",
         "limit 3, LISA's rules, unit sentence, texts all, empty_policy dropped |",
         "Weights are bfloat16, rounded from float32",
         "made from `Qwen/Qwen2.5-VL-7B-Instruct`; their licence holds",

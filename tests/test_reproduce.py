@@ -234,6 +234,8 @@ def test_what_a_stage_names_must_be_there():
     refused("a brace itself is written twice", stages, dataclasses.replace(one, arguments=("{",)))
     refused("stages.seed: the name is taken", stages, dataclasses.replace(two, name="seed", arguments=()))
     refused("stages is empty", stages)
+    rows = [RecipeStage(name=name, command="x.py", benchmark="b", row="grpo") for name in ("eval-a", "eval-b")]
+    refused("stages.eval-b: row 'grpo' of benchmark 'b' is that of stages.eval-a", stages, *rows)
 
 
 def test_a_stage_is_done_as_a_whole():

@@ -24,6 +24,7 @@ from rsagent_jax.types import DataError, Status
 
 ATTEMPTS = "attempts"  # the journal's folder in a work directory of collect
 RULES = "filter.json"  # in it: the collection's own filter
+NOT_YET = "not played yet"
 SHOWN = 6  # kept, and as many dropped trajectories on the page
 
 
@@ -36,6 +37,7 @@ class Filtered:
     iou: float  # means over what was kept
     turns: float
     tokens: float
+    not_collected: dict[str, int]  # by reason; part of no share
 
     @property
     def total(self) -> int:
@@ -119,16 +121,19 @@ def write_kept_set(
             raise DataError(f"--root={'='.join(moved)}: none of the {len(kept)} pictures lies below {moved[0]}")
         lines = (json.dumps({key: row[key] for key in ("id", "iou", "turns", "status")}) + "\n" for row in kept)
         write_whole(out / "trajectories.jsonl", "".join(lines))
+        seen = counts.total() + failed.total()
+        if (left := described.get("planned", seen) - seen) > 0:  # an older collection does not say what was planned
+            failed[NOT_YET] = left
         dropped = {why: count for why, count in sorted(counts.items()) if why != "kept"}
         means = [float(np.mean([row[key] for row in kept])) if kept else 0.0 for key in ("iou", "turns", "tokens")]
-        found = Filtered(len(kept), dropped, *means)
-        save_page(filter_page(found, kept, shown, rules, described, failed, workdir), out)
-        stamp = {"verdicts": dict(counts), "not_collected": dict(failed), "unreadable": unreadable}
+        found = Filtered(len(kept), dropped, *means, dict(sorted(failed.items())))
+        save_page(filter_page(found, kept, shown, rules, described, workdir), out)
+        stamp = {"verdicts": dict(counts), "not_collected": found.not_collected, "unreadable": unreadable}
         writer.close(stamp | {"filter": to_dict(rules), "config": described})
     print(f"kept {found.kept} of {found.total} trajectories: mean IoU {found.iou:.3f}, {found.turns:.2f} turns")
     for why, count in dropped.items():
         print(f"  dropped {count}: {why}")
-    for why, count in sorted(failed.items()):
+    for why, count in found.not_collected.items():
         print(f"  not collected {count}: {why}")
     return found
 
@@ -143,7 +148,7 @@ def _moved(record: bytes, old: str, new: str) -> bytes:
     return pack_record(header, values)
 
 
-def filter_page(found: Filtered, kept, shown, rules: FilterConfig, settings, failed: dict[str, int], workdir) -> str:
+def filter_page(found: Filtered, kept, shown, rules: FilterConfig, settings, workdir) -> str:
     tools = sum((Counter(row["tools"]) for row in kept), Counter())
     figures = [
         ("kept", str(found.kept), f"of {found.total} trajectories"),
@@ -157,7 +162,6 @@ def filter_page(found: Filtered, kept, shown, rules: FilterConfig, settings, fai
         title="Collected trajectories",
         found=found,
         figures=figures,
-        failed=failed,
         ious=[row["iou"] for row in kept],
         turns=sorted(Counter(row["turns"] for row in kept).items()),
         tools=tools.most_common(),

@@ -75,6 +75,7 @@ class RecipeConfig:
         if not self.stages:
             yield "stages is empty"
         known = {field.name for field in dataclasses.fields(self)} - {"stages"}
+        rows: dict[tuple[str, str], str] = {}
         for stage in self.stages:
             try:
                 names = {*stage.names, *stage.needs}
@@ -84,6 +85,9 @@ class RecipeConfig:
             if stage.name in known:
                 yield f"stages.{stage.name}: the name is taken by a field, or by another stage"
             known.add(stage.name)
+            if (first := rows.setdefault((stage.benchmark, stage.row), stage.name)) != stage.name and stage.row:
+                same = f"row {stage.row!r} of benchmark {stage.benchmark!r} is that of stages.{first}"
+                yield f"stages.{stage.name}: {same}; leave one out, or evaluate it under another benchmark"
             if any(text.startswith("--shard") for text in (*stage.arguments, *stage.more)):
                 yield f"stages.{stage.name}: --shard leaves a part to others; here a stage is done as a whole"
             for name in sorted(names - known):

@@ -8,7 +8,7 @@ from rsagent_jax.config.schema import TrainConfig
 from rsagent_jax.fitness.finding import Examined, Finding, Verdict, not_run
 from rsagent_jax.masks import iou as mask_iou
 from sam_bridge import check
-from sam_bridge.backends import RANDOM
+from sam_bridge.backends import is_random
 from sam_bridge.types import SegmentRequest
 
 CALLS = 9
@@ -31,7 +31,7 @@ def check_masks(examined: Examined) -> list[Finding]:
             seconds.append(time.perf_counter() - start)
             way.append(reply.timings_s.get("transport", 0.0))
             same &= bool((reply.mask == first.mask).all())
-    judged, iou = RANDOM not in identity, mask_iou(first.mask, disc)
+    judged, iou = not is_random(identity), mask_iou(first.mask, disc)
     figure = f"IoU {iou:.3f} with a disc" + "; equal prompts give unequal masks" * (not same) + f"; {identity}"
     against = f"{check.GOOD_IOU} at least" if judged else "random weights: not judged"
     remedy = "python -m sam_bridge.check draws its masks; look at its checkpoint and model (docs/sidecar.md)"

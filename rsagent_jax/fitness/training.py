@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rsagent_jax.aot.devices import chip_of
@@ -19,6 +20,7 @@ from rsagent_jax.fitness.speed import fastest, matmul_flops
 from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.train.state import (
+    EMPTY,
     cast_frozen,
     create_state,
     init_adapters,
@@ -26,6 +28,7 @@ from rsagent_jax.train.state import (
     partition_params,
     state_shardings,
 )
+from rsagent_jax.train.step import Stage, make_stage
 from rsagent_jax.types import Batch
 
 SLOWER = 2.5  # times the projection, which is a bound: well-tuned models reach half of it
@@ -37,12 +40,24 @@ Compiled = dict[str, tuple[Job, jax.stages.Traced, jax.stages.Compiled]]  # by p
 
 @dataclasses.dataclass(frozen=True)
 class StepTimes:
-    """Seconds of a micro-batch (tower and gradients) and of an update, and what they gave."""
+    """Seconds of a step's programs on a micro-batch and of an update, and what they gave."""
 
-    micro_s: float
+    tower_s: float  # once a step, if it is frozen
+    logprobs_s: float  # once a step: the reference's and the old ones, 0 without either
+    gradients_s: float  # once an epoch
     update_s: float
     loss: float
     l2_grads: float
+
+    @property
+    def micro_s(self) -> float:
+        return self.tower_s + self.gradients_s
+
+    def step_s(self, stage: Stage, count: int) -> float:
+        """Of a step with `count` micro-batches, without its rollouts."""
+        parts = stage.minibatch_slices(count)
+        passes = sum(part.stop - part.start for part in parts)
+        return count * (self.tower_s + self.logprobs_s) + passes * self.gradients_s + len(parts) * self.update_s
 
 
 def check_training(examined: Examined) -> list[Finding]:
@@ -91,10 +106,17 @@ def _timed(examined: Examined, stage: str, mesh: jax.sharding.Mesh, programs: Co
     """Of the compiled programs, on a policy of random weights."""
     run = {name: compiled for name, (*_, compiled) in programs.items()}
     state, base, batch, ref = _arrays(examined, stage, mesh)
-    micro_s = 0.0
+    tower_s = logprobs_s = 0.0
     if "tower" in run:
-        micro_s, batch = fastest(lambda: run["tower"](base, batch)), run["tower"](base, batch)
-    micro_s += fastest(lambda: run["gradients"](state.params, base, batch, ref))
+        tower_s, batch = fastest(lambda: run["tower"](base, batch)), run["tower"](base, batch)
+    if "log-probs" in run:
+        compared = EMPTY if examined.config.policy.lora.rank else state.params
+        reference = jax.tree.map(lambda p: jnp.array(p, examined.config.policy.dtype, copy=True), compared)
+        logprobs_s += fastest(lambda: run["log-probs"](reference, base, batch))
+        del reference
+    if "old log-probs" in run:
+        logprobs_s += fastest(lambda: run["old log-probs"](state.params, base, batch))
+    gradients_s = fastest(lambda: run["gradients"](state.params, base, batch, ref))
     sums = run["gradients"](state.params, base, batch, ref)
 
     def update():
@@ -103,7 +125,7 @@ def _timed(examined: Examined, stage: str, mesh: jax.sharding.Mesh, programs: Co
         return metrics
 
     update_s, metrics = fastest(update), jax.device_get(update())
-    return StepTimes(micro_s, update_s, float(metrics["loss"]), float(metrics["l2_grads"]))
+    return StepTimes(tower_s, logprobs_s, gradients_s, update_s, float(metrics["loss"]), float(metrics["l2_grads"]))
 
 
 def judge_step(examined: Examined, stage: str, devices: int, programs: Compiled, times: StepTimes) -> Finding:
@@ -117,9 +139,9 @@ def judge_step(examined: Examined, stage: str, devices: int, programs: Compiled,
     count, micro = math.ceil(sequences / settings.batch.rows), [programs[name] for name in MICRO if name in programs]
     flops = sum(job.model_flops for job, *_ in micro) / times.micro_s / devices
     chip, mfu = chip_of(jax.local_devices()[0]), flops / min(matmul_flops(examined.config.policy.dtype))
-    figure = (
-        f"{count * times.micro_s + times.update_s:.2f} s at most, {count} full micro-batches of {times.micro_s:.3f}"
-    )
+    made = make_stage(examined.settled, stage)
+    figure = f"{times.step_s(made, count):.2f} s{' without rollouts' * (stage == 'grpo')}"
+    figure += f", {count} full micro-batches of {times.micro_s:.3f}{f', {made.updates} updates' * (made.updates > 1)}"
     figure += f"; MFU {mfu:.0%} of the peak measured"
     figure += f", {flops / chip.bf16_flops:.0%} of the nominal" if chip else ""
     if projected := _projected(examined, settings.batch, devices, chip, micro):

@@ -182,7 +182,7 @@ def headline_figures(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     if results.get("tool_error_rate") is not None:
         figures.append(("tool errors", f"{results['tool_error_rate']:.1%}", "of turns malformed or refused"))
     if results.get("seconds_per_sample") is not None:
-        figures.append(("time", f"{results['seconds_per_sample']:.2f} s", "per sample"))
+        figures.append(("time", f"{results['seconds_per_sample']:.2f} s", "of one process, per sample"))
     return figures
 
 

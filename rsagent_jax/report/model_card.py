@@ -13,7 +13,7 @@ import rsagent_jax
 from rsagent_jax.config.build import build_config, to_dict
 from rsagent_jax.config.ranges import REFER
 from rsagent_jax.config.rules import ORDER
-from rsagent_jax.config.schema import OptimConfig, TrainConfig
+from rsagent_jax.config.schema import AgentConfig, OptimConfig, SamplingConfig, TrainConfig
 from rsagent_jax.data.serving import PLACEHOLDERS
 from rsagent_jax.models.qwen25_vl import tensor_files
 from rsagent_jax.models.qwen25_vl.config import read_json
@@ -21,6 +21,7 @@ from rsagent_jax.models.qwen25_vl.load import local_weights, policy_directory, w
 from rsagent_jax.models.qwen25_vl.steps import find_step, split_step
 from rsagent_jax.report.evaluation import evaluation_title
 from rsagent_jax.report.reproduction import convention
+from rsagent_jax.runtime.journal import decisive_settings
 from rsagent_jax.runtime.paths import open_path
 from rsagent_jax.tiny.synthetic import STAMP
 from rsagent_jax.types import DataError
@@ -138,8 +139,18 @@ def _collected(directory: str, made_up: dict[str, Any]) -> str:
 
 def _data_set(data: dict[str, Any], made_up: bool) -> str:
     by = [data["split_by"]] if data["dataset"] in REFER else []
-    names = [part["name"] for part in data["mix"]] or [data["dataset"], *by, data["split"]]
+    mixed = [f"{part['weight']:g} x ({_data_set(part['data'], False)})" for part in data["mix"]]
+    names = [" + ".join(mixed)] if mixed else [data["dataset"], *by, data["split"]]
+    usual = {"unit": "sentence", "texts": "first"}
+    names += [f"{k} {data[k]}" for k, v in usual.items() if data.get(k, v) != v] + _taken_of(data)
     return ", ".join(map(str, names)) + (" (scenes made by `rsagent_jax.tiny.synthetic`)" if made_up else "")
+
+
+def _taken_of(data: dict[str, Any]) -> list[str]:
+    """Which of a set's samples, and their words."""
+    said = ["texts as written"] if data.get("raw") else []
+    said += [f"without the pictures of {' and '.join(data['exclude'])}"] if data.get("exclude") else []
+    return said + ([f"limit {data['limit']}"] if data.get("limit") else [])
 
 
 def _optimiser(optim: OptimConfig) -> str:
@@ -182,9 +193,15 @@ def _how(results: dict[str, Any]) -> str:
     said = [f"at most {agent['max_turns']} turns"] if "max_turns" in agent else []
     said += [f"temperature {sampling['temperature']:g}"] if sampling.get("temperature") else []
     said += [f"views of at most {agent['max_pixels']} pixels"] if agent.get("max_pixels") else []
-    said += ["texts as written"] if data.get("raw") else []
-    said += [f"limit {data['limit']}"] if data.get("limit") else []
-    return ", ".join([*said, convention(results)])
+    said += _unusual(agent, AgentConfig(), "max_turns", "max_pixels")
+    said += _unusual(sampling, SamplingConfig(), "temperature")
+    return ", ".join([*said, *_taken_of(data), convention(results)])
+
+
+def _unusual(settings: dict[str, Any], usual: AgentConfig | SamplingConfig, *told: str) -> list[str]:
+    """Of the settings that a trajectory depends on those that are not the defaults, without those that are `told`."""
+    decisive = decisive_settings(usual).items()
+    return [f"{k} {settings[k]}" for k, v in decisive if k not in told and settings.get(k, v) != v]
 
 
 def _licence(licence: str, base: str) -> str:

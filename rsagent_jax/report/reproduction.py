@@ -136,7 +136,7 @@ class Summary:
     benchmark: str  # the first that has an evaluation of a policy, "" = none
     shown: dict[str, Evaluation]  # of it: base, sft, grpo, as far as they are there
     gains: tuple[tuple[str, str, str, Comparison | str], ...]  # benchmark, after, before; why there is none
-    steps: tuple[dict[str, Any], ...]  # metrics.jsonl
+    steps: dict[str, tuple[dict[str, Any], ...]]  # metrics.jsonl, by stage of the recipe
     stages: tuple[tuple[str, str, str], ...]  # name, state, command
     seconds: float
 
@@ -182,10 +182,13 @@ def summarize_recipe(title: str, steps: Mapping[str, Step], failed: Mapping[str,
         pairs = ((a, b) for a, b in (("grpo", "sft"), ("sft", "base")) if a in by and b in by)
         gains += [(where, a, b, _gain(by[b], by[a])) for a, b in pairs]
     told = tuple((name, state[name], command_line(step)) for name, step in steps.items())
-    logs = [step.directory / "metrics.jsonl" for step in steps.values() if step.stage.command == "train.py"]
+    # What has ended and does not count any more has a log that is another run's.
+    trained = {name: step for name, step in steps.items() if step.stage.command == "train.py"}
+    counted = {n: step for n, step in trained.items() if took[n] is not None or not _stamp(step.directory)}
+    logs = {name: _logged(step.directory / "metrics.jsonl") for name, step in counted.items()}
     benchmark, shown = next(iter(players.items()), ("", {}))
     seconds = sum(s or 0.0 for s in took.values())
-    return Summary(title, tuple(rows), benchmark, shown, tuple(gains), _logged(logs), told, seconds)
+    return Summary(title, tuple(rows), benchmark, shown, tuple(gains), logs, told, seconds)
 
 
 def _evaluation_of(step: Step) -> Evaluation:
@@ -208,15 +211,15 @@ def _gain(before: Evaluation, after: Evaluation) -> Comparison | str:
         return str(error)
 
 
-def _logged(logs: Sequence[pathlib.Path]) -> tuple[dict[str, Any], ...]:
-    """The steps of these metrics.jsonl, as far as they are there; after a resume the later values of a step stand."""
+def _logged(path: pathlib.Path) -> tuple[dict[str, Any], ...]:
+    """The steps of this metrics.jsonl, if it is there; after a resume the later values of a step stand."""
     kept = {}
-    for path in (path for path in logs if path.exists()):
-        for where, value in read_objects(path, f"python train.py --workdir={path.parent}"):
-            if not isinstance(value.get("step"), int) or "stage" not in value:
-                raise DataError(f"{where}: no step or stage; remove {path.parent} and run its stage again")
-            key = value["stage"], value["step"]
-            kept[key] = kept.get(key, {}) | value  # a start that only validates a step writes no more of it
+    objects = read_objects(path, f"python train.py --workdir={path.parent}") if path.exists() else ()
+    for where, value in objects:
+        if not isinstance(value.get("step"), int) or "stage" not in value:
+            raise DataError(f"{where}: no step or stage; remove {path.parent} and run its stage again")
+        key = value["stage"], value["step"]
+        kept[key] = kept.get(key, {}) | value  # a start that only validates a step writes no more of it
     return tuple(kept[key] for key in sorted(kept))
 
 
@@ -318,19 +321,25 @@ def summary_page(summary: Summary) -> str:
     )
 
 
-def curves(steps: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """(title, smoothed ends, chart) of each metric that was logged, without values that are missing or not finite."""
-    parts = sorted({k for step in steps for k in step if k.startswith("reward/")}, key=lambda k: (k.count("/"), k))
+def curves(logs: Mapping[str, Sequence[dict[str, Any]]]) -> list[tuple[str, str, str]]:
+    """(title, smoothed ends, chart) of each metric that was logged, without values that are missing or not finite.
+
+    logs: steps by stage of the recipe; where several have trained by SFT, or by GRPO, a title names its own.
+    """
+    runs = {kind: [n for n, log in logs.items() if any(s["stage"] == kind for s in log)] for kind in ("sft", "grpo")}
+    terms = {k for log in logs.values() for step in log for k in step if k.startswith("reward/")}
+    parts = sorted(terms, key=lambda k: (k.count("/"), k))
     rewards = [("grpo", key, ": ".join(key.split("/")[-2:]), "value of the term") for key in parts]
     wanted = [*_CURVES[:3], *rewards, *_CURVES[3:]]
     charts, drawn = [], []  # the same curve once: a reward of one term is that term's, and mostly the IoU's
-    for stage, key, title, label in wanted:
-        found = [(s["step"], s[key]) for s in steps if s["stage"] == stage and isinstance(s.get(key), int | float)]
+    for (kind, key, title, label), name in ((curve, name) for curve in wanted for name in runs[curve[0]]):
+        found = [(s["step"], s[key]) for s in logs[name] if s["stage"] == kind and isinstance(s.get(key), int | float)]
         points = [(step, value) for step, value in found if math.isfinite(value)]
-        if points and points not in drawn:
-            drawn.append(points)
+        if points and (name, points) not in drawn:
+            drawn.append((name, points))
             x, y = zip(*points, strict=True)
             ends = (format(v, ".3g" if abs(v) < 1000 else ",.0f") for v in smoothed(y)[[0, -1]])
+            title += f", {name}" * (len(runs[kind]) > 1)
             charts.append((title, " → ".join(ends), line_chart(x, y, label)))
     return charts
 

@@ -18,8 +18,15 @@ SAM2_MODELS = tuple(
     f"{family}_{size}" for family in ("sam2.1", "sam2") for size in "tiny small base_plus large".split()
 )
 RANDOM = "random"  # the checkpoint that is none: random weights, the same in every process, for tests
+
+
 DTYPES = ("float32", "bfloat16")
 MULTIMASK = ("point", "never", "always")
+
+
+def is_random(identity: str) -> bool:
+    """Whether a back end of this identity has random weights: they are a word of it, not letters of a name."""
+    return RANDOM in identity.split()
 
 
 class BackendError(ValueError):

@@ -242,6 +242,8 @@ def test_a_segmenter_with_other_masks_is_wrong_and_one_far_away_is_slow(examined
     assert unequal[0] is WRONG and "equal prompts give unequal masks" in unequal[1]
     random, _ = asked(examined, monkeypatch, Fixed(~disc, identity="sam2 random"))
     assert random[0] is OK and "not judged" in random[1]
+    named, _ = asked(examined, monkeypatch, Fixed(~disc, identity="my_random_forest 1"))
+    assert named[0] is WRONG and "0.7 at least" in named[1]
 
 
 def test_the_real_segmenter_finds_the_disc_and_an_absent_one_is_wrong(examined):

@@ -8,7 +8,7 @@ import pytest
 
 from rsagent_jax.aot.topology import CHIPS
 from rsagent_jax.fitness import decoding, parity, training
-from rsagent_jax.fitness.finding import Finding, Verdict
+from rsagent_jax.fitness.finding import Examined, Finding, Verdict
 from rsagent_jax.models.qwen25_vl import attention
 from tests.fitness.test_checks import only, told
 
@@ -62,14 +62,23 @@ def test_a_training_step_is_weighed_and_timed(examined, monkeypatch):
     flops = same[3]["gradients"][0].model_flops
     with monkeypatch.context() as patch:  # a device for which nothing is projected
         patch.setattr(jax, "default_backend", lambda: "gpu")
-        verdict, said = only([judge(*same, dataclasses.replace(times, micro_s=flops / 1e9))])
+        verdict, said = only([judge(*same, dataclasses.replace(times, gradients_s=flops / 1e9))])
         assert verdict is OK and "MFU 100%" in said
-        verdict, said = only([judge(*same, dataclasses.replace(times, micro_s=flops / 1e8))])
+        verdict, said = only([judge(*same, dataclasses.replace(times, gradients_s=flops / 1e8))])
         assert verdict is SLOW and "MFU 10%" in said and "15% at least" in said and "remat" in said
     monkeypatch.setattr(training, "chip_of", lambda device: CHIPS["v5e"])
     verdict, said = only([judge(*same, times)])
     assert verdict is SLOW and "a micro-batch projected" in said and "of the nominal" in said
-    assert only([judge(*same, dataclasses.replace(times, micro_s=1e-9))])[0] is OK
+    assert only([judge(*same, dataclasses.replace(times, gradients_s=1e-9))])[0] is OK
+
+
+def test_the_seconds_of_a_step_are_of_all_that_it_runs(examined, monkeypatch):
+    """Each program takes a second: log-probs twice for 4 micro-batches, gradients in 2 epochs, 4 updates."""
+    monkeypatch.setattr(training, "fastest", lambda run: (jax.block_until_ready(run()), 1.0)[1])
+    grpo = dataclasses.replace(examined.config.grpo, epochs=2, minibatches=2)
+    both = dataclasses.replace(examined.config, grpo=grpo, stages=("grpo",))
+    _, (step, said) = told(training.check_training(Examined.of(both)))
+    assert step is OK and said.startswith("20.00 s without rollouts, 4 full micro-batches of 1.000, 4 updates; MFU")
 
 
 def test_a_step_that_does_not_fit_is_not_run(examined, monkeypatch):

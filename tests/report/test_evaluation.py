@@ -141,7 +141,12 @@ def test_page_of_an_evaluation(runs):
     text = path.read_text(encoding="utf-8")
     figures = json.loads((runs / "grpo" / "results.json").read_text())
     assert f"{figures['giou']:.3f}" in text and "{:.3f} to {:.3f}".format(*figures["giou_ci95"]) in text
-    assert "agent.max_turns" in text and "weights_sha256" in text and "0.25 s" in text
+    assert (
+        "agent.max_turns" in text
+        and "weights_sha256" in text
+        and "0.25 s" in text
+        and "of one process, per sample" in text
+    )
     evaluation = report.load_evaluation(runs / "grpo")
     images = check_page(text)
     observed = sum(t.observation is not None and t.observation.image is not None for e in evaluation.examples
@@ -321,8 +326,32 @@ def test_what_is_missing_is_an_empty_cell_that_says_why(runs, tmp_path, capsys):
 def test_a_start_that_only_validates_a_step_leaves_what_was_logged_of_it(tmp_path):
     lines = [{"loss": 1.0, "val/giou": 0.1}, {"val/giou": 0.2}]
     write_lines(tmp_path / "metrics.jsonl", [{"stage": "sft", "step": 4} | line for line in lines])
-    (step,) = reproduction._logged([tmp_path / "metrics.jsonl"])
+    (step,) = reproduction._logged(tmp_path / "metrics.jsonl")
     assert step == {"stage": "sft", "step": 4, "loss": 1.0, "val/giou": 0.2}
+
+
+def test_each_training_has_curves_of_its_own_until_it_is_changed(tmp_path):
+    def trained(lr: str):
+        """Two GRPO stages, the second with this learning rate."""
+        stages = [
+            RecipeStage(name=name, command="train.py", arguments=(f"--config.grpo.optim.lr={rate}",))
+            for name, rate in (("grpo", "1e-6"), ("again", lr))
+        ]
+        return plan_steps(RecipeConfig(stages=tuple(stages)), tmp_path)
+
+    steps = trained("1e-5")
+    for (name, step), (reward, count) in zip(steps.items(), ((0.5, 10), (0.9, 6)), strict=True):
+        step.directory.mkdir()
+        lines = [{"stage": "grpo", "step": k, "reward": reward} for k in range(1, count + 1)]
+        write_lines(step.directory / "metrics.jsonl", lines)
+        stamp = {"seconds": 60, "key": step.key, "nonce": name, "nonces": {}}
+        (step.directory / reproduction.STAMP).write_text(json.dumps(stamp))
+    shown = [
+        [curve[:2] for curve in reproduction.curves(reproduction.summarize_recipe("", s, {}).steps)]
+        for s in (steps, trained("1e-3"))
+    ]
+    apart = [("GRPO reward, grpo", "0.5 → 0.5"), ("GRPO reward, again", "0.9 → 0.9")]
+    assert shown == [apart, [("GRPO reward", "0.5 → 0.5")]]
 
 
 def test_examples_may_be_none(tmp_path):
