@@ -25,7 +25,7 @@ from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, TextConfig
 from rsagent_jax.rollout import kv_cache as kv
 from rsagent_jax.rollout.engine import fill_sampling_defaults
 from rsagent_jax.rollout.programs import Images, Piece, RolloutPrograms, Slots, Turns, Weights, weight_shardings
-from rsagent_jax.rollout.weights import parts
+from rsagent_jax.rollout.weights import weight_parts
 from rsagent_jax.runtime import processes, sharding
 
 
@@ -60,7 +60,7 @@ def rollout_jobs(
 
     held = resident - (device_bytes(given) if given is not None else 0)
     given = local_shapes(params, dtype, mesh) if given is None else given
-    for name, part in (parts(programs, given) if several else {"": given}).items():
+    for name, part in (weight_parts(programs, given) if several else {"": given}).items():
         target = weight_shardings(programs, part, mesh)
         made = functools.partial(jax.jit(programs.split, out_shardings=target).trace, part)
         yield Job(f"rollout weights {name}".rstrip(), made, 0.0, held)

@@ -156,8 +156,8 @@ class RolloutPrograms:
         return Slots(cache, self.compute.rows(hidden), self.compute.rows(images))
 
     def split(self, params: nnx.State) -> Weights:
-        """The training parameters, or some of them (rollout/weights.py: parts), in the engine's form; also of abstract
-        ones, under eval_shape."""
+        """The training parameters, or some of them (weight_parts in rollout/weights.py), in the engine's form; also of
+        abstract ones, under eval_shape."""
         flat = dict(nnx.to_flat_state(params))
         cast = {path: v.replace(v.get_value().astype(jnp.dtype(self.compute.dtype))) for path, v in flat.items()}
         for path in [p for p in flat if self.int8 and p[:2] == LAYERS and p[-1] == "kernel"]:

@@ -34,7 +34,7 @@ class WeightLoader:
     def load(self, params: nnx.State) -> Weights:
         if self.local is None:
             return self._laid_out(params)
-        by_name = parts(self.programs, params)
+        by_name = weight_parts(self.programs, params)
         # Each is awaited: else the next one's copy is asked for while this one's is there.
         made = [jax.block_until_ready(self._laid_out(self.local(part))) for part in by_name.values()]
         joined = lambda states: nnx.from_flat_state([leaf for state in states for leaf in flat_leaves(state)])  # noqa: E731
@@ -76,7 +76,7 @@ class WeightLoader:
         return found
 
 
-def parts(programs: RolloutPrograms, params: nnx.State) -> dict[str, nnx.State]:
+def weight_parts(programs: RolloutPrograms, params: nnx.State) -> dict[str, nnx.State]:
     """What can be loaded one after another, by name: all that is outside of the decoder's layers, and each module of
     theirs, or those that become one."""
     joined = {part: whole for whole, together in programs.joined.items() for part in together}

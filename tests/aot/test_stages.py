@@ -234,7 +234,8 @@ def test_sft_with_a_validation_has_its_engine_beside_it():
 
     alone = jobs(config)
     beside = jobs(dataclasses.replace(config, validation=ValidationConfig(sets=(ValidationSet(name="val"),))))
-    added = [f"validation rollout {name}" for name in ("weights", "encode", "append", "decode")]
+    parts = [f"weights {name}" for name in "others k mlp.down mlp.gate mlp.up norm1 norm2 o q v".split()]
+    added = [f"validation rollout {name}" for name in (*parts, "encode", "append", "decode")]
     assert list(beside) == [*alone, *added] and all(name.startswith("sft ") for name in alone)
     state = 12 * sum(x.size for x in jax.tree.leaves(nnx.state(convert.abstract_model(policy), nnx.Param))) / 16
     assert beside[added[0]].resident_bytes == pytest.approx(state, rel=0.01)
