@@ -66,7 +66,7 @@ def main(
     weights: str = "",  # a Hugging Face directory, org/name or checkpoints/<stage>[@best]; in place of policy.weights
     shard: str = "",  # i/n: evaluate every n-th sample from the i-th on, counted from 0
     aot: str = "",  # a TPU slice or topology to compile the engine for instead of evaluating
-    aot_only: str = "",  # with --aot: only programs with this in their name, such as decode
+    aot_only: str = "",  # with --aot: only programs with this in their name, such as decode; or a,b
 ) -> int | None:
     if weights:
         config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, weights=weights))

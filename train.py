@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import sys
 
@@ -86,7 +87,7 @@ def main(
     workdir: str = "",  # directory for everything this command leaves behind
     aot: str = "",  # a TPU slice or topology to compile for instead of training; all: each with a preset
     aot_quick: bool = False,  # with --aot: a fifth of the time, by leaving out what only makes it fast
-    aot_only: str = "",  # with --aot: only programs with this in their name, such as rollout
+    aot_only: str = "",  # with --aot: only programs with this in their name, such as rollout; or a,b
     replay: str = "",  # a directory that grpo.dump_every wrote: one GRPO update from it, and nothing is played
 ) -> int | None:
     if aot or aot_only or aot_quick:
@@ -191,9 +192,9 @@ def open_player(config: TrainConfig, policy: Policy, stack: contextlib.ExitStack
     if c.mock.trajectories:
         mocked = MockEngine(c.mock, engine_layout(c.sampling, processor.config)[0], processor)
         return Driver(mocked, segmenter, processor, config.agent, workers=config.segmenter.workers)
-    model = nnx.merge(policy.graphdef, processes.local_copy(policy.params, policy.mesh, dtype))
-    engine = open_engine(model, processor, c.sampling, config.agent, dtype, stage_key(config, "grpo"))
-    del model  # with several processes a copy of the parameters
+    local = functools.partial(processes.local_copy, mesh=policy.mesh, dtype=dtype) if jax.process_count() > 1 else None
+    model, key = nnx.merge(policy.graphdef, policy.params), stage_key(config, "grpo")
+    engine = open_engine(model, processor, c.sampling, config.agent, dtype, key, local)
     engine.warm_up()
     engine.release_memory()  # the state is made beside nothing of the engine's
     return Driver(engine, segmenter, processor, config.agent, workers=config.segmenter.workers)
@@ -274,8 +275,8 @@ def run_stage(
     open_alarms = lambda: Alarms(config.alarms, log.path.parent, name, done, lead=processes.is_lead())  # noqa: E731
     alarms = stack.enter_context(contextlib.closing(processes.all_or_none(open_alarms)))
 
-    def policy_for_rollouts() -> nnx.State:  # no name holds it: it is gone as soon as the engine has its weights
-        return processes.local_copy(to_plain(state.params, base), mesh, compute.dtype)
+    def policy_for_rollouts() -> nnx.State:  # no name holds it: with adapters it is a copy
+        return to_plain(state.params, base)
 
     preemption.defer(config.preemption_s, interrupts=True)
     validator.begin(done)

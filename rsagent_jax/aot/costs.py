@@ -110,7 +110,8 @@ def costs(lines: list[dict], assumed: Assumptions) -> Iterator[Cost]:
             yield Cost(size, "SFT", where, seconds, updates * seconds / 3600, f"remat {preset.remat}")
         elif stage == "grpo" and preset and (played := _played(size, topology, fit)):
             micro_batches = math.ceil(GRPO_TRAJECTORIES / (topology.devices // preset.tensor))
-            weights = played["reports"][0]["projected_step_s"] / assumed.bandwidth
+            made = (r["projected_step_s"] for r in played["reports"] if r["program"].startswith("rollout weights"))
+            weights = sum(made) / assumed.bandwidth
             seconds = step_seconds(line, topology, micro_batches, assumed) + weights
             seconds += rollout_seconds(played, GRPO_TRAJECTORIES / _hosts(topology, played), assumed)
             programs = f"remat {rest[0]}, {_engine(played)}"
@@ -139,7 +140,7 @@ def _played(size: str, topology: Topology, lines: dict[str, dict]) -> dict | Non
 
 def _whole(line: dict) -> bool:
     """Whether an engine's line has all its programs."""
-    return {r["program"] for r in line["reports"]} >= PLAYING
+    return {" ".join(r["program"].split()[:2]) for r in line["reports"]} >= PLAYING
 
 
 def costs_table(found: list[Cost], prices: dict[str, float]) -> str:

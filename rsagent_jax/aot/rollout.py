@@ -5,6 +5,7 @@ slot has a context as long as it may get, every lane appends a piece of a prompt
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,7 @@ from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, TextConfig
 from rsagent_jax.rollout import kv_cache as kv
 from rsagent_jax.rollout.engine import fill_sampling_defaults
 from rsagent_jax.rollout.programs import Images, Piece, RolloutPrograms, Slots, Turns, Weights, weight_shardings
+from rsagent_jax.rollout.weights import weight_parts
 from rsagent_jax.runtime import processes, sharding
 
 
@@ -33,18 +35,24 @@ def host_mesh(devices: list, tensor: int) -> Mesh:
 
 
 def rollout_jobs(
-    sampling: SamplingConfig, policy: Qwen25VLConfig, dtype: str, mesh: Mesh, resident: int, given: Any = None
+    sampling: SamplingConfig,
+    policy: Qwen25VLConfig,
+    dtype: str,
+    mesh: Mesh,
+    resident: int,
+    given: Any = None,
+    several: bool = False,
 ) -> Iterator[Job]:
     """Weights from the policy, the tower on its longest buffer, a macro-step with and without a piece of a prompt.
 
     resident: bytes per device that training holds meanwhile. given: the policy's parameters where the engine reads
-    them in place; None where it gets a local copy.
+    them in place; None where it gets a copy. several: hosts train it, so that the copy is made part after part.
     """
     s = fill_sampling_defaults(sampling, policy, mesh, "grpo.sampling" if resident else "sampling")
     model, rows = convert.abstract_model(policy), sharding.rows(mesh)
     params, programs = nnx.state(model, nnx.Param), RolloutPrograms(model, s, 0, Compute(dtype, mesh=mesh))
-    where = weight_shardings(programs, params, mesh)
-    weights, slots = place_shapes(jax.eval_shape(programs.split, params), where), abstract_slots(programs, mesh)
+    whole = weight_shardings(programs, params, mesh)
+    weights, slots = place_shapes(jax.eval_shape(programs.split, params), whole), abstract_slots(programs, mesh)
 
     def host(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
         """An array that the host puts over the rows."""
@@ -52,19 +60,16 @@ def rollout_jobs(
 
     held = resident - (device_bytes(given) if given is not None else 0)
     given = local_shapes(params, dtype, mesh) if given is None else given
-    yield Job("rollout weights", lambda: jax.jit(programs.split, out_shardings=where).trace(given), 0.0, held)
+    for name, part in (weight_parts(programs, given) if several else {"": given}).items():
+        target = weight_shardings(programs, part, mesh)
+        made = functools.partial(jax.jit(programs.split, out_shardings=target).trace, part)
+        yield Job(f"rollout weights {name}".rstrip(), made, 0.0, held)
+        held += device_bytes(place_shapes(jax.eval_shape(programs.split, part), target))
 
     p, n, t = s.lanes, s.patches, s.prefill
     side = 8 * max(w for w in range(1, math.isqrt(n) // 8 + 1) if n % (8 * w) == 0)
     view = Workload(p, n // policy.vision.merge_unit, (), ((n // side, side),), False, False)
     seen = model_flops(policy, view).total - model_flops(policy, dataclasses.replace(view, images=())).total
-    patches = host(p, n, policy.vision.patch_dim, dtype=jnp.float32)
-    images = Images(patches, host(p, n), host(p, n, 2), host(p))
-    # What a program does not read is no argument of the compiled one, and stays on the device all the same.
-    tower = device_bytes(weights.unstacked["vision"])
-    beside = resident + device_bytes(weights) - tower
-    yield Job("rollout encode", lambda: programs.encode.trace(weights, slots, images), seen, beside, view)
-
     blocks, needed = decode_reads(programs, weights, slots.cache)
     decoding = Decoding(
         slots=s.slots,
@@ -77,6 +82,15 @@ def rollout_jobs(
         training_bytes=resident,
         needed_bytes=needed,
     )
+    both = dataclasses.replace(decoding, steps=0)
+
+    patches = host(p, n, policy.vision.patch_dim, dtype=jnp.float32)
+    images = Images(patches, host(p, n), host(p, n, 2), host(p))
+    # What a program does not read is no argument of the compiled one, and stays on the device all the same.
+    tower = device_bytes(weights.unstacked["vision"])
+    beside = resident + device_bytes(weights) - tower
+    yield Job("rollout encode", lambda: programs.encode.trace(weights, slots, images), seen, beside, view, both)
+
     key = place_shapes(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
     numbers = (host(s.slots) for _ in range(6))
     turns = Turns(host(s.slots, dtype=jnp.bool_), *numbers, host(s.slots, dtype=jnp.float32))
@@ -87,7 +101,6 @@ def rollout_jobs(
 
     flops = decode_flops(policy.text, s.slots, s.chunk, decoding.places, logits=True)
     more = decode_flops(policy.text, p, t, programs.blocks * programs.block, logits=False)
-    both = dataclasses.replace(decoding, steps=0)
     yield Job("rollout append", lambda: step(piece, programs.blocks), flops + more, resident + tower, decoding=both)
     yield Job("rollout decode", lambda: step(None, blocks), flops, resident + tower, decoding=decoding)
 

@@ -30,8 +30,8 @@ FULLY = ":fully"  # ends the name of a line that was compiled without --aot_quic
 COMPILED_FULLY = (("3b", "v5e-8"), ("7b", "v6e-8"), ("7b", "v5p-8"))  # as well
 TOKENS = 6144  # of a row and of a slot: configs/sft_tpu.py and grpo_tpu.py; lines of other lengths are compiled again
 ENGINE = "engine"  # of a line: the engine that evaluation and collecting have to themselves
-# of the large ones' engines encode and decode, the fullest: append takes ten minutes to compile
-FULLEST = "--aot_only=code"
+# of the large ones' engines all but append, which takes ten minutes to compile and less memory than encode
+FULLEST = "--aot_only=weights,code"
 # What was compiled of config/slices.py; what was not stands on the page.
 TRAINED = {
     "3b": ("v5e-8", "v5e-16", "v6e-8", "v5p-8", "tpu7x-8"),
@@ -47,7 +47,7 @@ SLOTS = {
     "72b": {"v5p-64": 16, "tpu7x-32": 16},
 }
 LARGE = ("v6e-8", "v5p-8", "tpu7x-8")
-ENGINES = {"3b": ("v5e-8", *LARGE), "7b": ("v5e-8", "v5e-16", *LARGE), "32b": LARGE, "72b": LARGE}
+ENGINES = {"3b": ("v5e-8", *LARGE), "7b": ("v5e-8", "v5e-16", *LARGE), "32b": LARGE, "72b": ("v5p-8", "tpu7x-8")}
 
 
 def calls() -> Iterator[tuple[str, list[str]]]:

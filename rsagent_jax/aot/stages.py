@@ -65,8 +65,8 @@ def topologies(name: str, config: TrainConfig) -> list[Topology]:
 
 
 def report_stages(config: TrainConfig, topology: Topology, only: str = "") -> list[ProgramReport]:
-    """Compiles every program of the config's stages with `only` in its name; one that does not fit is a report like the
-    others. DataError where no name has it.
+    """Compiles every program of the config's stages with `only` in its name, or one of several with commas between
+    them; one that does not fit is a report like the others. DataError where no name has it.
 
     The rollout's are for the devices of one host. Says on stderr how long each program took.
     """
@@ -93,7 +93,7 @@ def _report_jobs(jobs: Iterable[Job], topology: Topology, policy: Qwen25VLConfig
     reports, names = [], []
     for job in jobs:
         names.append(job.program)
-        if only in job.program:
+        if any(part in job.program for part in only.split(",")):
             start = time.perf_counter()
             reports.append(report_job(job, topology, attention_flops(policy, job.work)))
             print(f"{job.program} for {topology.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
@@ -187,8 +187,9 @@ def stage_jobs(
     yield Job(f"{stage} update", lambda: programs.apply_gradients.trace(state, sums), 0.0, resident)
     if host is not None:
         # A single process without adapters hands over the parameters themselves, else a copy is made.
-        given = nnx.merge_state(params, base) if host.size == mesh.size and not lora.rank else None
-        yield from rollout.rollout_jobs(sampling, policy, compute.dtype, host, held, given)
+        several = host.size != mesh.size
+        given = None if several or lora.rank else nnx.merge_state(params, base)
+        yield from rollout.rollout_jobs(sampling, policy, compute.dtype, host, held, given, several)
 
 
 def abstract_batch(batch: BatchConfig, policy: Qwen25VLConfig, rows: NamedSharding) -> Batch:

@@ -60,7 +60,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
 ENGINES: dict[str, dict[str, tuple[int, int]]] = {
     "7b": {"TPU v5 lite": (4, 64), "TPU v6 lite": (2, 64), "TPU v5": (1, 128), "TPU v4": (2, 64), "TPU7x": (1, 64)},
     "32b": {"TPU v6 lite": (8, 64), "TPU v5": (4, 128), "TPU7x": (4, 64)},
-    "72b": {"TPU v6 lite": (8, 32), "TPU v5": (4, 64), "TPU7x": (8, 64)},
+    "72b": {"TPU v5": (4, 64), "TPU7x": (8, 64)},  # eight of v6e hold it, but not beside what it is made of
 }
 ENGINES["3b"] = {kind: (min(tensor, 2), slots) for kind, (tensor, slots) in ENGINES["7b"].items()}  # it has 2 KV heads
 
@@ -68,11 +68,16 @@ ENGINES["3b"] = {kind: (min(tensor, 2), slots) for kind, (tensor, slots) in ENGI
 def fill_engine_defaults(sampling: SamplingConfig, hidden_size: int, devices: Sequence) -> SamplingConfig:
     """With tensor = 0 and slots = 0 filled in for an engine on these devices of a host, which it has to itself.
 
-    DataError where the kind's engine wants more devices than this host has: 32B and 72B of v6e eight, and the hosts of
-    larger slices have four.
+    DataError where the kind's engine wants more devices than this host has (the 32B of v6e eight, and the hosts of
+    larger slices have four), and for a TPU that has none of this size.
     """
-    kind = devices[0].device_kind
-    tensor, slots = ENGINES.get(SIZES.get(hidden_size), {}).get(kind, (1, 64))
+    kind, size = devices[0].device_kind, SIZES.get(hidden_size)
+    if "TPU" in kind and kind not in (known := ENGINES.get(size, {kind: ()})) and not sampling.tensor:
+        raise DataError(
+            f"no engine of {size} fits a host of {kind}: take one of {', '.join(known)}, or set sampling.tensor and"
+            " sampling.slots"
+        )
+    tensor, slots = ENGINES.get(size, {}).get(kind, (1, 64))
     sampling = _fill(sampling, tensor=tensor)
     if len(devices) % sampling.tensor:
         raise DataError(

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -26,7 +26,8 @@ from rsagent_jax.models.qwen25_vl.config import Qwen25VLConfig, VisionConfig
 from rsagent_jax.models.qwen25_vl.model import Qwen25VL
 from rsagent_jax.models.qwen25_vl.positions import Grid, fill_patch_buffer, padded_patches
 from rsagent_jax.rollout.policy import Request, Task, join_texts
-from rsagent_jax.rollout.programs import LAYERS, Images, Piece, RolloutPrograms, Turns, Weights, weight_shardings
+from rsagent_jax.rollout.programs import Images, Piece, RolloutPrograms, Turns
+from rsagent_jax.rollout.weights import WeightLoader
 from rsagent_jax.runtime import sharding
 from rsagent_jax.types import Completion, DataError, Prompt
 
@@ -67,8 +68,10 @@ class Engine:
         key: jax.Array,
         mesh: jax.sharding.Mesh | None = None,
         overlay: Grid | None = None,
+        local: Callable[[nnx.State], nnx.State] | None = None,
     ):
         """With a mesh, its rows share the slots and its tensor axis the heads; else everything is on one device.
+        local: what makes the parameters arrays of this process, as WeightLoader asks for it.
 
         overlay: of the images that most turns bring; the ladder of patch buffers gets a rung that just holds one.
         """
@@ -79,9 +82,7 @@ class Engine:
         self.rungs = ladder(self.patches, overlay, model.config.vision)
         self.programs = RolloutPrograms(model, sampling, terminator_id, Compute(dtype, mesh=mesh))
         params = nnx.state(model, nnx.Param)
-        self.device = min(jax.tree.leaves(params)[0].sharding.device_set, key=lambda d: d.id)  # without a mesh
-        self.where = None if mesh is None else weight_shardings(self.programs, params, mesh)
-        self._split = {}  # programs that make the weights, by the parameters that they need not make
+        self.loader = WeightLoader(self.programs, params, mesh, local)
         self._empty = jax.jit(self.programs.empty)
         self.seconds = {"weights": 0.0}
         self.load(params, key)
@@ -101,42 +102,9 @@ class Engine:
         """
         start = time.perf_counter()
         self.weights = None  # freed before the new ones are made
-        self.weights, self.key = jax.block_until_ready(self._laid_out(params)), key
+        self.weights, self.key = jax.block_until_ready(self.loader.load(params)), key
         self.temperature = 0.0 if greedy else self.sampling.temperature
         self.seconds["weights"] = time.perf_counter() - start
-
-    def _laid_out(self, params: nnx.State) -> Weights:
-        shared = self._shared(params)
-        without = lambda state: nnx.from_flat_state([(p, v) for p, v in _flat(state) if p not in shared])  # noqa: E731
-        if (split := self._split.get(frozenset(shared))) is None:
-            where = self.where and dataclasses.replace(self.where, unstacked=without(self.where.unstacked))
-            split = self._split[frozenset(shared)] = jax.jit(self.programs.split, out_shardings=where)
-        made = split(without(params))
-        unstacked = nnx.from_flat_state([*_flat(made.unstacked), *shared.items()])
-        whole = dataclasses.replace(made, unstacked=unstacked)
-        return whole if self.mesh else jax.device_put(whole, self.device)
-
-    def _shared(self, params: nnx.State) -> dict[tuple, nnx.Variable]:
-        """By path, the parameters that the programs can take as they are, without a copy."""
-        where = {} if self.where is None else dict(_flat(self.where.unstacked))
-        dtype, found = jax.numpy.dtype(self.programs.compute.dtype), {}
-        for path, variable in _flat(params):
-            x = variable.get_value()
-            new = path[:2] == LAYERS or (self.programs.int8 and path == self.programs.head)
-            if new or x.dtype != dtype or not isinstance(x, jax.Array):
-                continue
-            if self.mesh is not None:
-                target = where[path].get_value()
-            elif len(x.sharding.device_set) == 1:
-                target = jax.sharding.SingleDeviceSharding(*x.sharding.device_set)
-            else:
-                continue
-            if x.sharding.is_equivalent_to(target, x.ndim):
-                # Under the very same sharding each time, however it was written: else programs compile once more.
-                shards = [shard.data for shard in x.addressable_shards]
-                array = jax.make_array_from_single_device_arrays(x.shape, target, shards)
-                found[path] = variable.replace(array)
-        return found
 
     def release_memory(self) -> None:
         """Gives the memory of weights and cache away, until the next `load` and `begin`."""
@@ -145,7 +113,7 @@ class Engine:
     def begin(self) -> None:
         self.state = None  # freed before the new one is made
         # Committed to its device from the start, as what programs return is: else each would be compiled for both.
-        self.state = self._empty() if self.mesh else jax.device_put(self._empty(), self.device)
+        self.state = self._empty() if self.mesh else jax.device_put(self._empty(), self.loader.device)
         self.used: dict[int, _Slot] = {}
         self.lanes: list[int | None] = [None] * self.sampling.lanes  # the slot whose prompt a lane appends
         self.queue: list[int] = []  # slots that wait for their lane, first come first served
@@ -393,12 +361,6 @@ class Engine:
 
     def _put(self, tree):
         return tree if self.mesh is None else jax.device_put(tree, sharding.rows(self.mesh))
-
-
-def _flat(state: nnx.State) -> list[tuple[tuple, nnx.Variable]]:
-    """As nnx.to_flat_state, which would keep the arrays alive until Python's garbage is collected."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
-    return [(tuple(part.key for part in path), variable) for path, variable in leaves]
 
 
 def _tail(prompt: Prompt, start: int) -> Prompt:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
+from flax import nnx
 
 from rsagent_jax.config import slices
 from rsagent_jax.config.schema import AgentConfig, PolicyConfig, SamplingConfig
@@ -32,19 +34,21 @@ def open_engine(
     agent: AgentConfig,
     dtype: str,
     key: int | jax.Array,
+    local: Callable[[nnx.State], nnx.State] | None = None,
 ) -> Engine:
     """An engine on this process's devices, `sampling.tensor` of them together. What `sampling` leaves open (0) is
     filled in for an engine that has the devices to itself.
 
     weights: a Hugging Face directory or checkpoints/<stage>, read onto the mesh in `dtype`, so that no device and no
-    host array holds more than its share; or a model that is there. key: seed of what is sampled.
+    host array holds more than its share; or a model that is there. key: seed of what is sampled. local: for a model
+    whose parameters are a slice's, as Engine takes it.
     """
     shape = load_config(policy_directory(weights)) if isinstance(weights, str) else weights.config
     sampling, mesh = engine_layout(sampling, shape)
     model = load_policy(weights, mesh, dtype) if isinstance(weights, str) else weights
     key = jax.random.key(key) if isinstance(key, int) else key
     overlay = processor.square(agent.history_size)
-    return Engine(model, processor.with_ends(sampling), processor.terminator_id, dtype, key, mesh, overlay)
+    return Engine(model, processor.with_ends(sampling), processor.terminator_id, dtype, key, mesh, overlay, local)
 
 
 def open_policy(

@@ -156,12 +156,13 @@ class RolloutPrograms:
         return Slots(cache, self.compute.rows(hidden), self.compute.rows(images))
 
     def split(self, params: nnx.State) -> Weights:
-        """The training parameters in the engine's form; also of abstract ones, under eval_shape."""
+        """The training parameters, or some of them (weight_parts in rollout/weights.py), in the engine's form; also of
+        abstract ones, under eval_shape."""
         flat = dict(nnx.to_flat_state(params))
         cast = {path: v.replace(v.get_value().astype(jnp.dtype(self.compute.dtype))) for path, v in flat.items()}
         for path in [p for p in flat if self.int8 and p[:2] == LAYERS and p[-1] == "kernel"]:
             cast[path], cast[*path[:-1], "scale"] = _int8(flat[path], -2)
-        if self.int8:
+        if self.int8 and self.head in flat:
             cast[HEAD], cast["decoder", "head_scale"] = _int8(flat[self.head], -1)
         for (whole, parts), leaf in itertools.product(self.joined.items(), ("kernel", "bias", "scale")):
             if found := [cast.pop(path) for part in parts if (path := (*LAYERS, *part, leaf)) in cast]:

@@ -238,10 +238,8 @@ def local_mesh(tensor: int, rows: int) -> Mesh | None:
 def local_copy(params: Any, mesh: Mesh, dtype: str) -> Any:
     """The same parameters, whole inside every process: split over its own devices, for programs it runs alone.
 
-    One resharding over the interconnect, in `dtype`. With one process, the parameters themselves.
+    One resharding over the interconnect, in `dtype`.
     """
-    if jax.process_count() == 1:
-        return params
     flat = sorted(mesh.devices.flat, key=lambda d: (d.process_index, d.id))
     mine = [d for d in flat if d.process_index == jax.process_index()]
     both = Mesh(np.array(flat).reshape(-1, len(mine)), ("host", "chip"))

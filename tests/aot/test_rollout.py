@@ -153,7 +153,9 @@ def test_training_stays_on_the_device_and_the_policy_is_read_in_place_by_a_singl
     assert held == pytest.approx(one_of_four, rel=0.05)
     host = rollout.host_mesh(devices(parse_topology("v5e:1x1")), 1)
     several = {j.program: j for j in stages.stage_jobs(TRAINED, "grpo", policy, mesh, host)}
-    assert several["rollout weights"].resident_bytes == several["rollout decode"].decoding.training_bytes
+    held, made = several["rollout decode"].decoding.training_bytes, several["rollout decode"].decoding.weight_bytes
+    first, *_, last = (job.resident_bytes for name, job in several.items() if name.startswith("rollout weights "))
+    assert first == held and 0.9 * made < last - held < made  # beside training, and what was made before
 
 
 def test_the_page_has_a_row_for_a_host_and_its_slice():

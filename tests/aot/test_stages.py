@@ -234,7 +234,8 @@ def test_sft_with_a_validation_has_its_engine_beside_it():
 
     alone = jobs(config)
     beside = jobs(dataclasses.replace(config, validation=ValidationConfig(sets=(ValidationSet(name="val"),))))
-    added = [f"validation rollout {name}" for name in ("weights", "encode", "append", "decode")]
+    parts = [f"weights {name}" for name in "others k mlp.down mlp.gate mlp.up norm1 norm2 o q v".split()]
+    added = [f"validation rollout {name}" for name in (*parts, "encode", "append", "decode")]
     assert list(beside) == [*alone, *added] and all(name.startswith("sft ") for name in alone)
     state = 12 * sum(x.size for x in jax.tree.leaves(nnx.state(convert.abstract_model(policy), nnx.Param))) / 16
     assert beside[added[0]].resident_bytes == pytest.approx(state, rel=0.01)
@@ -286,7 +287,7 @@ def test_the_kernels_flops_are_those_of_the_tiles_that_the_rows_segments_share()
 
 @pytest.mark.parametrize(
     ("name", "size", "tensor", "slots"),
-    [("v5e-8", "7b", 4, 128), ("v6e-8", "7b", 2, 256), ("v5p-8", "7b", 1, 512), ("v6e-8", "72b", 8, 32)],
+    [("v5e-8", "7b", 4, 128), ("v6e-8", "7b", 2, 256), ("v5p-8", "7b", 1, 512), ("v6e-8", "32b", 8, 64)],
 )
 def test_an_engine_alone_is_laid_out_by_the_kind_of_device(name, size, tensor, slots):
     """By the kinds that the compiler's devices call themselves; what a config says stands."""
@@ -299,12 +300,9 @@ def test_an_engine_alone_is_laid_out_by_the_kind_of_device(name, size, tensor, s
 
 
 def test_an_engine_that_wants_more_devices_than_a_host_has_is_one_error():
-    """A host of v6e-64 has four chips: 125 GiB for the 137 of the 72B's weights."""
-    found = devices(parse_topology("v6e-64").host)
-    refused(
-        "tensor = 8 must divide the 4 devices.*v6e-8",
-        slices.fill_engine_defaults,
-        SamplingConfig(tensor=0),
-        8192,
-        found,
-    )
+    """A host of v6e-64 has four chips. The 72B has 137 GiB of weights; eight chips have 250, for these and what they
+    are made of."""
+    fill, found = slices.fill_engine_defaults, devices(parse_topology("v6e-64").host)
+    refused("tensor = 8 must divide the 4 devices.*v6e-8", fill, SamplingConfig(tensor=0), 5120, found)
+    says = "no engine of 72b fits a host of TPU v6 lite: take one of TPU v5, TPU7x"
+    refused(says, fill, SamplingConfig(tensor=0), 8192, devices(parse_topology("v6e-8")))

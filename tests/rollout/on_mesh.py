@@ -9,11 +9,13 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rsagent_jax.aot.compiled import Program
 from rsagent_jax.config.schema import MeshConfig
 from rsagent_jax.rollout.engine import Engine
+from rsagent_jax.rollout.weights import WeightLoader
 from rsagent_jax.runtime import sharding
 from tests.rollout import small
 from tests.rollout.small import THREE_IMAGES, Task, click, finish, task, zoom
@@ -108,17 +110,30 @@ def load(train: dict, data: int, tensor: int, dtype: str) -> dict:
     engine.release_memory()
     resting = live()
     engine.load(placed, engine.key)
-    loaded = live() - resting
+    loaded, recompiled = live() - resting, len(compiled)
     flat = dict(jax.tree_util.tree_leaves_with_path(engine.weights))
     of_params = {address for x in jax.tree.leaves(placed) for address in addresses(x)}
     shared = {k: x for k, x in flat.items() if set(addresses(x)) & of_params}
-    where = dict(jax.tree_util.tree_leaves_with_path(engine.where))
+    where = dict(jax.tree_util.tree_leaves_with_path(engine.loader.where))
     bytes_of = lambda x: len(x.addressable_shards) * x.addressable_shards[0].data.nbytes  # noqa: E731
     engine.release_memory()
+    before, beside = live(), []
+
+    def local(part):
+        beside.append(live() - before)
+        return jax.tree.map(jnp.copy, part)
+
+    loader = WeightLoader(engine.programs, placed, engine.mesh, local)
+    by_parts = dict(jax.tree_util.tree_leaves_with_path(loader.load(placed)))
+    assert by_parts.keys() == flat.keys()
     return {
+        "parts_equal": all(np.array_equal(x, flat[k]) and x.sharding == flat[k].sharding for k, x in by_parts.items()),
+        "parts": len(beside),
+        "beside": max(beside),  # when another part was asked for
+        "made": sum(bytes_of(x) for x in by_parts.values()),
         "equal": all(np.array_equal(np.asarray(x), np.asarray(theirs[k])) for k, x in flat.items()),
         "placed": all(x.sharding == where[k] for k, x in flat.items()),
-        "compiled": len(compiled),
+        "compiled": recompiled,
         "seconds": engine.seconds["weights"],
         "shared": len(shared),
         "shared_layers": sum(".layers" in jax.tree_util.keystr(k) for k in shared),

@@ -133,6 +133,7 @@ def test_weights_of_a_training_mesh_reach_the_rollout_mesh_without_needless_copi
     for case in got:
         assert case["equal"] and case["placed"] and case["compiled"] == 0 and case["seconds"] > 0
         assert case["loaded"] == case["new"] > 0 and case["shared_layers"] == 0
+        assert case["parts_equal"] and case["parts"] == 10 and case["beside"] < case["made"]
     other, cast, same, same_but_cast = (case["shared"] for case in got)
     assert same == got[0]["unstacked"] > 20 and cast == same_but_cast == 0
     assert 0 < other < same  # norms and biases are whole on every device in training, too
