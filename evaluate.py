@@ -255,10 +255,8 @@ def write_results(
         for result, r in zip(results, kept, strict=True)
     ]
     write_whole(workdir / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
-    shown = [  # a row of the journal may be of a start with other rules
-        r.example | {"iou": result.iou, "ious": metrics.mask_ious(r.counts, r.masks, config.metric)}
-        for result, r in zip(results, kept, strict=True)
-    ]
+    # A row of the journal may be of a start with other rules.
+    shown = [r.example | records.shown_ious(r.counts, r.masks, config.metric) for r in kept]
     write_whole(workdir / "trajectories.jsonl", "".join(json.dumps(example) + "\n" for example in shown))
     write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
     evaluation.write_evaluation(workdir)

@@ -275,7 +275,7 @@ def run_stage(
     open_alarms = lambda: Alarms(config.alarms, log.path.parent, name, done, lead=processes.is_lead())  # noqa: E731
     alarms = stack.enter_context(contextlib.closing(processes.all_or_none(open_alarms)))
 
-    def policy_for_rollouts() -> nnx.State:  # no name holds it: with adapters it is a copy
+    def policy_for_rollouts() -> nnx.State:  # with adapters a copy, which no name holds
         return to_plain(state.params, base)
 
     preemption.defer(config.preemption_s, interrupts=True)

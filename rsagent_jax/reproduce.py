@@ -28,9 +28,17 @@ from collections.abc import Callable, Collection, Mapping
 
 from rsagent_jax.config.import_path import closest
 from rsagent_jax.config.recipe import RecipeConfig, Step, plan_steps
-from rsagent_jax.report.reproduction import STAMP, command_line, nonces_of, seconds_of, waits_for, write_report
+from rsagent_jax.report.reproduction import (
+    STAMP,
+    command_line,
+    nonces_of,
+    seconds_of,
+    take_back,
+    waits_for,
+    write_report,
+)
 from rsagent_jax.runtime.hosts import Hosts, join_hosts, stopped_by_sigterm
-from rsagent_jax.runtime.paths import make_directory, remove_file, write_whole
+from rsagent_jax.runtime.paths import make_directory, write_whole
 from rsagent_jax.runtime.preemption import Preempted
 from rsagent_jax.types import DataError
 
@@ -131,7 +139,7 @@ def run_step(step: Step, hosts: Hosts) -> int:
     start = time.perf_counter() - (seconds_of(step) or 0.0)  # of a stage that is run anew, all of its time
     stamp = {"command": command_line(step), "key": step.key, "nonce": uuid.uuid4().hex, "nonces": nonces_of(step)}
     if hosts.is_lead:
-        remove_file(step.directory / STAMP)
+        take_back(step)
     status = hosts.run([sys.executable, *step.argv], step.stage.everywhere)
     if status == command.PREEMPTED:  # and this command with it
         raise Preempted("SIGTERM")

@@ -123,7 +123,10 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     two = [0.5, 0.6]
     cases = [
         (write(tmp_path / "fewer", [0.5]), "do not cover the same samples: 1 are in one only"),
-        (write(tmp_path / "changed", two, version="2"), "or ignored pixels of 2 differ, such as ['s0', 's1']"),
+        (
+            write(tmp_path / "changed", two, version="2"),
+            "or ignored pixels of 2 differ as they were decoded, such as ['s0', 's1']",
+        ),
         (write(tmp_path / "rules", two, metric={"unit": "all"}), "differ in settings.metric.unit: None and 'all'"),
         (write(tmp_path / "split", two, data={"split": "test"}), "differ in settings.data.split: 'val' and"),
         (tmp_path / "none", "results.json is missing"),

@@ -90,10 +90,10 @@ def _config_jobs(config: TrainConfig, topology: Topology, policy: Qwen25VLConfig
 
 
 def _report_jobs(jobs: Iterable[Job], topology: Topology, policy: Qwen25VLConfig, only: str) -> list[ProgramReport]:
-    reports, names = [], []
+    reports, names, wanted = [], [], [part for part in only.split(",") if part] or [""]
     for job in jobs:
         names.append(job.program)
-        if any(part in job.program for part in only.split(",")):
+        if any(part in job.program for part in wanted):
             start = time.perf_counter()
             reports.append(report_job(job, topology, attention_flops(policy, job.work)))
             print(f"{job.program} for {topology.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
@@ -189,7 +189,10 @@ def stage_jobs(
         # A single process without adapters hands over the parameters themselves, else a copy is made.
         several = host.size != mesh.size
         given = None if several or lora.rank else nnx.merge_state(params, base)
-        yield from rollout.rollout_jobs(sampling, policy, compute.dtype, host, held, given, several)
+        merged = device_bytes(base) if several and lora.rank else 0  # with adapters: there while weights are made
+        for job in rollout.rollout_jobs(sampling, policy, compute.dtype, host, held, given, several):
+            beside = merged if job.program.startswith("rollout weights") else 0
+            yield dataclasses.replace(job, resident_bytes=job.resident_bytes + beside)
 
 
 def abstract_batch(batch: BatchConfig, policy: Qwen25VLConfig, rows: NamedSharding) -> Batch:

@@ -39,7 +39,7 @@ _SMALL = {
 PRESETS: dict[str, dict[str, Preset]] = {
     "3b": {name: dataclasses.replace(p, rollout_tensor=min(2, p.rollout_tensor)) for name, p in _SMALL.items()},
     "7b": _SMALL,
-    # The smallest of a kind that fit. A host of v5e, and of large slices of v6e, does not hold an engine of the 72B.
+    # The smallest of a kind that fit. A host of v5e or v6e does not hold an engine of the 72B.
     "32b": {
         "v5e-256": Preset(tensor=4, slots=0),
         "v6e-64": Preset(tensor=2, rollout_tensor=4, slots=4),
@@ -60,8 +60,9 @@ PRESETS: dict[str, dict[str, Preset]] = {
 ENGINES: dict[str, dict[str, tuple[int, int]]] = {
     "7b": {"TPU v5 lite": (4, 64), "TPU v6 lite": (2, 64), "TPU v5": (1, 128), "TPU v4": (2, 64), "TPU7x": (1, 64)},
     "32b": {"TPU v6 lite": (8, 64), "TPU v5": (4, 128), "TPU7x": (4, 64)},
-    "72b": {"TPU v5": (4, 64), "TPU7x": (8, 64)},  # eight of v6e hold it, but not beside what it is made of
+    "72b": {"TPU v5": (4, 64), "TPU7x": (8, 64)},
 }
+TOO_LARGE = ("72b", "TPU v6 lite")  # eight of them hold the weights, but not beside what these are made of
 ENGINES["3b"] = {kind: (min(tensor, 2), slots) for kind, (tensor, slots) in ENGINES["7b"].items()}  # it has 2 KV heads
 
 
@@ -69,14 +70,11 @@ def fill_engine_defaults(sampling: SamplingConfig, hidden_size: int, devices: Se
     """With tensor = 0 and slots = 0 filled in for an engine on these devices of a host, which it has to itself.
 
     DataError where the kind's engine wants more devices than this host has (the 32B of v6e eight, and the hosts of
-    larger slices have four), and for a TPU that has none of this size.
+    larger slices have four), and for TOO_LARGE.
     """
     kind, size = devices[0].device_kind, SIZES.get(hidden_size)
-    if "TPU" in kind and kind not in (known := ENGINES.get(size, {kind: ()})) and not sampling.tensor:
-        raise DataError(
-            f"no engine of {size} fits a host of {kind}: take one of {', '.join(known)}, or set sampling.tensor and"
-            " sampling.slots"
-        )
+    if (size, kind) == TOO_LARGE and not sampling.tensor:
+        raise DataError(f"no engine of {size} fits a host of {kind}: take one of {', '.join(ENGINES[size])}")
     tensor, slots = ENGINES.get(size, {}).get(kind, (1, 64))
     sampling = _fill(sampling, tensor=tensor)
     if len(devices) % sampling.tensor:

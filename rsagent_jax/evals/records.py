@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from rsagent_jax.agent.environment import EnvState
@@ -63,9 +63,8 @@ def make_record(
     example = {
         "id": sample.id,
         "query": sample.query,
-        "iou": judge(counts, rules).iou,
         "status": trajectory.status.value,
-        "ious": mask_ious(counts, masks, rules),
+        **shown_ious(counts, masks, rules),
         "gt": encode_rle(sample.gt_mask),
         "image": path,
         "record": state_to_json(state, path),
@@ -73,6 +72,13 @@ def make_record(
     failure = failure_of(state)
     mask = encode_rle(trajectory.final_mask)
     return Record(counts, mask, seconds, example, masks, failure, checksum_of(sample))
+
+
+def shown_ious(counts: Counts, masks: Sequence[tuple[int, Pixels]], rules: MetricConfig) -> dict[str, Any]:
+    """Of the answer and of every mask, for people: also of what an `empty_policy` drops from the figures."""
+    if rules.empty_policy == "dropped":
+        rules = dataclasses.replace(rules, empty_policy="one")
+    return {"iou": judge(counts, rules).iou, "ious": mask_ious(counts, masks, rules)}
 
 
 def checksum_of(sample: Sample) -> str:

@@ -74,7 +74,8 @@ def compare(a: Evaluation, b: Evaluation, name: str) -> Comparison:
     if changed := [p.id for p, q in known if p.sample_checksum != q.sample_checksum]:
         raise DataError(
             f"{a.workdir} and {b.workdir} do not cover the same samples: question, picture, target or ignored pixels of"
-            f" {len(changed)} differ, such as {changed[:3]}; evaluate both on the same files"
+            f" {len(changed)} differ as they were decoded, such as {changed[:3]}; evaluate both on the same"
+            " files, with the same decoders"
         )
     pairs = [(p, q) for p, q in both if not (p.dropped or q.dropped)]
     if not pairs:

@@ -88,11 +88,25 @@ def nonces_of(step: Step) -> dict[str, str]:
 
 def _stamp(directory: pathlib.Path) -> dict[str, Any]:
     """What is said of the command that ended well there; {} without it."""
+    stamp = _written(directory)
+    try:
+        return stamp if float(stamp["seconds"]) >= 0 else {}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _written(directory: pathlib.Path) -> dict[str, Any]:
     try:
         stamp = json.loads(read_bytes(directory / STAMP))
-        return stamp if float(stamp["seconds"]) >= 0 else {}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError):
         return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
+def take_back(step: Step) -> None:
+    """Its command is run anew. Whose files are there is still said, for it may be refused for them."""
+    if "key" in (stamp := _written(step.directory)):
+        write_whole(step.directory / STAMP, json.dumps({"key": stamp["key"]}) + "\n")
 
 
 def waits_for(step: Step, steps: Mapping[str, Step], failed: Mapping[str, int]) -> str:
@@ -107,7 +121,7 @@ def waits_for(step: Step, steps: Mapping[str, Step], failed: Mapping[str, int]) 
 def not_run_yet(step: Step) -> str:
     """Of a stage that nothing keeps from being run."""
     again = "not run yet since its command, its config or what it builds upon was changed or made again"
-    return again if _stamp(step.directory) else "not run yet"
+    return again if _written(step.directory) else "not run yet"
 
 
 def command_line(step: Step) -> str:
@@ -182,9 +196,10 @@ def summarize_recipe(title: str, steps: Mapping[str, Step], failed: Mapping[str,
         pairs = ((a, b) for a, b in (("grpo", "sft"), ("sft", "base")) if a in by and b in by)
         gains += [(where, a, b, _gain(by[b], by[a])) for a, b in pairs]
     told = tuple((name, state[name], command_line(step)) for name, step in steps.items())
-    # What has ended and does not count any more has a log that is another run's.
+    # Where a command of another key has ended well the log is that one's, until this one has ended.
     trained = {name: step for name, step in steps.items() if step.stage.command == "train.py"}
-    counted = {n: step for n, step in trained.items() if took[n] is not None or not _stamp(step.directory)}
+    its_own = lambda step: _written(step.directory).get("key", step.key) == step.key  # noqa: E731
+    counted = {name: step for name, step in trained.items() if took[name] is not None or its_own(step)}
     logs = {name: _logged(step.directory / "metrics.jsonl") for name, step in counted.items()}
     benchmark, shown = next(iter(players.items()), ("", {}))
     seconds = sum(s or 0.0 for s in took.values())

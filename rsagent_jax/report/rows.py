@@ -207,6 +207,7 @@ class ResultsFile(GrowingFile):
     journal has samples that are no longer in the data too, and IoU by the rules of the start that played them."""
 
     rules, written = "", 0  # rules of IoU that are not the defaults; when results.json was written, which is last
+    unread = 0  # whether that could not be read
 
     def refresh(self) -> bool:
         """Whether there is anything new."""
@@ -214,7 +215,7 @@ class ResultsFile(GrowingFile):
         now = os.stat(path).st_mtime_ns
         if not super().refresh() and now == self.written:
             return False
-        self.written = now
+        self.written, before, self.unread = now, self.unread, 0
         try:
             results = parse_object(path.read_bytes())
             self.unplayed = len(results.get("unreadable", ()))
@@ -222,7 +223,8 @@ class ResultsFile(GrowingFile):
             own = (f"{f.name} {rules[f.name]}" for f in RULES if rules.get(f.name, f.default) != f.default)
             self.rules = ", ".join(own)
         except DAMAGED:
-            self.damaged += 1
+            self.unread = 1
+        self.damaged = max(0, self.damaged - before) + self.unread
         return True
 
 

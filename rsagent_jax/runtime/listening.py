@@ -19,7 +19,9 @@ def free_port(number: int = 0) -> int:
     """For a process that is yet to start; `number` itself, if it is given and free, else OSError. For a minute nobody
     else gets it by chance: a connection of it has just been closed, and who names it may listen there all the same."""
     with socket.create_server(("127.0.0.1", number)) as server, socket.create_connection(server.getsockname()) as near:
-        server.accept()[0].close()
+        while (far := server.accept()[0]).getpeername() != near.getsockname():
+            far.close()  # a stranger's
+        far.close()
         near.recv(1)
         return server.getsockname()[1]
 

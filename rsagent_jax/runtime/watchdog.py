@@ -201,14 +201,12 @@ class _Watchdog:
 
         @ctypes.CFUNCTYPE(None, ctypes.c_int)
         def aborted(_: int) -> None:  # where it returns the process is aborted
-            until = time.monotonic() + GRACE_S
-            while not (line := self._silent(SILENT_S / 2) if self._speaks() else self._unreachable()):
-                if time.monotonic() > until:
-                    where = PROGRESS.told()["where"]
-                    os.write(2, f"\nerror: a library has aborted this process in its {where}. {GOES_ON}\n".encode())
-                    return
+            for _ in range(2):
+                if line := self._silent(SILENT_S / 2) if self._speaks() else self._unreachable():
+                    self._end_all(HOST_LOST, line, reachable=False)
                 time.sleep(POLL_S)
-            self._end_all(HOST_LOST, line, reachable=False)
+            where = PROGRESS.told()["where"]
+            os.write(2, f"\nerror: a library has aborted this process in its {where}. {GOES_ON}\n".encode())
 
         self.aborted = aborted  # as long as this
         ctypes.CDLL(None).signal(signal.SIGABRT, aborted)

@@ -10,6 +10,7 @@ are compared. Of several hosts of one run the lead alone holds the directory.
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -68,15 +69,15 @@ def _hold(path: pathlib.Path, what: str, remedy: str) -> Callable[[], None]:
     ended = threading.Event()
     beats = threading.Thread(target=_beat, args=(path, own, ended), daemon=True)
 
-    def release() -> None:
+    def release(seconds: float = ENDING_S) -> None:
         ended.set()
-        beats.join(ENDING_S)  # a beat that is being written would bring the file back
+        beats.join(seconds)  # a beat that is being written would bring the file back
         atexit.unregister(release)
         _release(path, own)
 
-    atexit.register(release)
-    preemption.last_words.append(release)
     beats.start()
+    atexit.register(release)
+    preemption.last_words.append(functools.partial(release, preemption.LAST_WORD_S / 2))
     return release
 
 

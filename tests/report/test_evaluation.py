@@ -346,12 +346,19 @@ def test_each_training_has_curves_of_its_own_until_it_is_changed(tmp_path):
         write_lines(step.directory / "metrics.jsonl", lines)
         stamp = {"seconds": 60, "key": step.key, "nonce": name, "nonces": {}}
         (step.directory / reproduction.STAMP).write_text(json.dumps(stamp))
-    shown = [
-        [curve[:2] for curve in reproduction.curves(reproduction.summarize_recipe("", s, {}).steps)]
-        for s in (steps, trained("1e-3"))
-    ]
-    apart = [("GRPO reward, grpo", "0.5 → 0.5"), ("GRPO reward, again", "0.9 → 0.9")]
-    assert shown == [apart, [("GRPO reward", "0.5 → 0.5")]]
+
+    def shown(steps):
+        return [curve[:2] for curve in reproduction.curves(reproduction.summarize_recipe("", steps, {}).steps)]
+
+    apart, first = (
+        [("GRPO reward, grpo", "0.5 → 0.5"), ("GRPO reward, again", "0.9 → 0.9")],
+        ("GRPO reward", "0.5 → 0.5"),
+    )
+    changed = trained("1e-3")
+    assert (shown(steps), shown(changed)) == (apart, [first])
+    reproduction.take_back(changed["again"])  # it was begun, and refused for the other run's checkpoints
+    assert shown(changed) == [first] and reproduction.seconds_of(steps["again"]) is None
+    assert shown(steps) == apart  # taken back to what its files are of
 
 
 def test_examples_may_be_none(tmp_path):

@@ -17,13 +17,14 @@ import pytest
 from rsagent_jax.runtime import processes, sharding
 from rsagent_jax.runtime.processes import Share
 from rsagent_jax.types import DataError
+from tests.models import tiny
 from tests.refusals import refused
 from tests.rollout import small
 from tests.simulated import run_all_simulated
 
 pytestmark = pytest.mark.slow
 
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # most of the time is compilation
+QUICK = " ".join(f"--{name}={value}" for name, value in tiny.QUICK.items())  # most of the time is compilation
 MESHES = {
     "fsdp": {"fsdp": 8},
     "data, fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
