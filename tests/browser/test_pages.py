@@ -40,7 +40,7 @@ def reports(runs, tmp_path_factory):
     out = tmp_path_factory.mktemp("reports")
     write_summary(runs, out / "summary")
     told = report.load_evaluation(runs / "grpo")
-    found = SimpleNamespace(dropped={"final IoU below 0.9": 3}, total=4)
+    found = SimpleNamespace(dropped={"final IoU below 0.9": 3}, not_collected={"not played yet": 2}, total=4)
     shown = {"kept": [("kept", told.examples[0])], "dropped": [("repeated", told.examples[1])]}
     tokens = [("context", 1, "<tool_call>", None), ("trained", 2, "a", None), ("trained", 3, "b", -0.7)]
     tokens += [("image", 16, np.zeros((8, 8, 3), np.uint8), None), ("trained", 4, "c", -9.0), ("trained", 5, "d", -1.0)]
