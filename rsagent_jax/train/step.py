@@ -126,8 +126,8 @@ def apply_gradients(
     params = optax.apply_updates(state.params, updates)
     metrics = losses.mean_metrics(sums.metrics) | {
         "loss": sums.loss * scale,
-        "l2_grads": optax.global_norm(grads),
-        "l2_updates": optax.global_norm(jax.tree.map(jnp.subtract, params, state.params)),
+        "l2_grads": optax.tree.norm(grads),
+        "l2_updates": optax.tree.norm(jax.tree.map(jnp.subtract, params, state.params)),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
 
