@@ -30,7 +30,7 @@ FULLY = ":fully"  # ends the name of a line that was compiled without --aot_quic
 COMPILED_FULLY = (("3b", "v5e-8"), ("7b", "v6e-8"), ("7b", "v5p-8"))  # as well
 TOKENS = 6144  # of a row and of a slot: configs/sft_tpu.py and grpo_tpu.py; lines of other lengths are compiled again
 ENGINE = "engine"  # of a line: the engine that evaluation and collecting have to themselves
-# of the large ones' engines all but append, which takes ten minutes to compile and less memory than encode
+# of the large ones' engines all but append, which takes ten minutes to compile, and of the others less than encode
 FULLEST = "--aot_only=weights,code"
 # What was compiled of config/slices.py; what was not stands on the page.
 TRAINED = {

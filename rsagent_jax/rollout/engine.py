@@ -93,11 +93,11 @@ class Engine:
 
         greedy: until the next `load` the likeliest token is taken, whatever sampling.temperature says.
 
-        One resharding, from whatever layout `params` have. Of the parts outside of the decoder's layers, those whose
-        dtype and layout agree already are not copied: they share their memory with `params`, so whoever donates these
-        calls `release_memory` or `load` before the next step. Everything else is new: a layer is cut out of its stack,
-        and parameters in fp32 are cast for activations in bf16; neither can take over the old one's memory, so nothing
-        is donated.
+        One resharding, from whatever layout `params` have; of a slice's, part after part. Of what is outside of the
+        decoder's layers, parameters whose dtype and layout agree already are not copied: they share their memory with
+        `params`, so whoever donates these calls `release_memory` or `load` before the next step. Everything else is
+        new: a layer is cut out of its stack, and parameters in fp32 are cast for activations in bf16; neither can take
+        over the old one's memory, so nothing is donated.
         `seconds["weights"]` includes the wait for a computation of `params` that is still under way.
         """
         start = time.perf_counter()
